@@ -1,0 +1,395 @@
+//! What a machine is made of, as plain structs, and the check of their values.
+//! No I/O and no KVM here: a value that passes `validate` may still be refused by the machine.
+
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use crate::cpu::cpuid;
+use crate::error::{Error, ErrorKind, Result};
+use crate::vm::layout;
+
+/// A whole machine.
+#[derive(Debug, Default)]
+pub struct VmmConfig {
+    /// Guest memory.
+    pub memory: MemoryConfig,
+    /// vCPUs and what they say they can do.
+    pub cpu: CpuConfig,
+    /// What the machine starts with.
+    pub boot: Boot,
+    /// The first serial port, COM1.
+    pub serial: SerialConfig,
+    /// The port whose write ends the run with the value as code; none for no such port.
+    pub exit_port: ExitPort,
+    /// An in-kernel PIC, IOAPIC and LAPICs. Unset: where the boot needs them, that is for Linux.
+    pub irqchip: Option<bool>,
+    /// An in-kernel PIT. Unset: as `irqchip`.
+    pub pit: Option<bool>,
+}
+
+/// The exit port's number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExitPort(pub Option<u16>);
+
+impl Default for ExitPort {
+    fn default() -> Self {
+        Self(Some(layout::EXIT_PORT))
+    }
+}
+
+/// Guest memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryConfig {
+    /// Size in MiB, from 1.
+    pub size_mib: u64,
+}
+
+impl Default for MemoryConfig {
+    fn default() -> Self {
+        Self { size_mib: 128 }
+    }
+}
+
+/// The vCPUs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CpuConfig {
+    /// How many, from 1.
+    pub vcpus: u64,
+    /// Names of CPUID features to hide from the guest.
+    pub hide: Vec<String>,
+    /// Which features are hidden besides.
+    pub template: CpuTemplate,
+}
+
+impl Default for CpuConfig {
+    fn default() -> Self {
+        Self {
+            vcpus: 1,
+            hide: Vec::new(),
+            template: CpuTemplate::default(),
+        }
+    }
+}
+
+/// A set of CPUID features to hide.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CpuTemplate {
+    /// `SoftwareKvm` where the host has neither vmx nor svm, else `Host`.
+    #[default]
+    Auto,
+    /// All that KVM offers.
+    Host,
+    /// Without what a KVM that emulates ring 0 in software cannot execute.
+    SoftwareKvm,
+}
+
+/// What the machine starts with.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Boot {
+    /// The guest inside this package.
+    #[default]
+    Embedded,
+    /// Code at an address.
+    Flat(FlatBoot),
+    /// A Linux kernel.
+    Linux(LinuxBoot),
+}
+
+/// Code at an address, started in one of four modes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FlatBoot {
+    /// The code, or the file it stands in.
+    pub code: Code,
+    /// Where it is loaded.
+    pub address: u64,
+    /// Where it starts; unset: at `address`.
+    pub entry: Option<u64>,
+    /// The processor mode it starts in.
+    pub mode: CpuMode,
+}
+
+/// Bytes, or a file of them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Code {
+    /// The bytes.
+    Bytes(Vec<u8>),
+    /// A file.
+    File(PathBuf),
+}
+
+/// The processor mode code starts in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CpuMode {
+    /// 16-bit real mode.
+    Real16,
+    /// 32-bit protected mode, ring 0, flat segments, no paging.
+    Protected32,
+    /// 64-bit mode, ring 0, identity-mapped.
+    Long64,
+    /// 64-bit mode, ring 3, identity-mapped, with a TSS that allows every port.
+    User64,
+    /// 64-bit mode by the Linux boot protocol: vCPU 0 starts, the others wait for INIT and SIPI.
+    Linux64,
+}
+
+/// A Linux kernel: an ELF vmlinux or a bzImage.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LinuxBoot {
+    /// The kernel's file.
+    pub kernel: PathBuf,
+    /// The initial RAM disk's file.
+    pub initrd: Option<PathBuf>,
+    /// The kernel command line, at most 2,047 bytes of ASCII.
+    pub cmdline: String,
+    /// Where a bzImage is loaded; unset: where it asks to be.
+    pub load_address: Option<u64>,
+}
+
+/// The first serial port.
+#[derive(Debug, Default)]
+pub struct SerialConfig {
+    /// Where its output goes; none: the newest of it is kept for the host to read.
+    pub output: Option<SerialOutput>,
+    /// Where its input comes from; none: what the host sends it.
+    pub input: Option<SerialInput>,
+    /// Bytes the guest receives when the input ends.
+    pub input_eof: Vec<u8>,
+}
+
+/// Where serial output goes.
+#[derive(Debug)]
+pub enum SerialOutput {
+    /// Written on the loop's thread.
+    Fd(OwnedFd),
+    /// A file, made or emptied when the machine is built.
+    File(PathBuf),
+    /// Taken by a subscriber of the machine's event manager, such as Python's.
+    Subscriber,
+}
+
+/// Where serial input comes from.
+#[derive(Debug)]
+pub enum SerialInput {
+    /// Read on the loop's thread.
+    Fd(OwnedFd),
+    /// Given by a subscriber of the machine's event manager, such as Python's.
+    Subscriber,
+}
+
+impl VmmConfig {
+    /// Whether the machine has an in-kernel interrupt controller.
+    #[must_use]
+    pub fn has_irqchip(&self) -> bool {
+        self.irqchip.unwrap_or(matches!(self.boot, Boot::Linux(_)))
+    }
+
+    /// Whether the machine has an in-kernel PIT.
+    #[must_use]
+    pub fn has_pit(&self) -> bool {
+        self.pit.unwrap_or_else(|| self.has_irqchip())
+    }
+
+    /// The mode the vCPUs start in.
+    #[must_use]
+    pub fn mode(&self) -> CpuMode {
+        match &self.boot {
+            Boot::Embedded => CpuMode::User64,
+            Boot::Flat(flat) => flat.mode,
+            Boot::Linux(_) => CpuMode::Linux64,
+        }
+    }
+
+    /// Check what can be checked without I/O.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Config`], with the key of the first bad value as its place.
+    pub fn validate(&self) -> Result<()> {
+        let size = checked_size(self.memory.size_mib)?;
+        if !(1..=layout::MAX_VCPUS).contains(&self.cpu.vcpus) {
+            let detail = format!("{} is not from 1 to {}", self.cpu.vcpus, layout::MAX_VCPUS);
+            return Err(bad("cpu.vcpus", detail));
+        }
+        for name in &self.cpu.hide {
+            if cpuid::feature(name).is_none() {
+                let detail = format!("'{name}' is no CPUID feature known here");
+                return Err(bad("cpu.hide", detail)
+                    .hint("names are those of /proc/cpuinfo; pyvmm.cpu_features() lists them"));
+            }
+        }
+        if self.has_pit() && !self.has_irqchip() {
+            return Err(bad("pit", "a PIT needs irqchip = true"));
+        }
+        if matches!(self.boot, Boot::Linux(_)) && !self.has_irqchip() {
+            return Err(bad("irqchip", "Linux needs an interrupt controller"));
+        }
+        if let ExitPort(Some(port)) = self.exit_port {
+            if layout::BUILT_IN_PORTS
+                .iter()
+                .any(|(_, range)| range.contains(&port))
+                || port > 0xfffc
+            {
+                return Err(bad(
+                    "exit_port",
+                    format!("{port:#x} is taken or has no room for 4 bytes"),
+                ));
+            }
+        }
+        match &self.boot {
+            Boot::Embedded => Ok(()),
+            Boot::Flat(flat) => flat.validate(size),
+            Boot::Linux(linux) => linux.validate(),
+        }
+    }
+}
+
+impl FlatBoot {
+    fn validate(&self, memory_size: u64) -> Result<()> {
+        let entry = self.entry.unwrap_or(self.address);
+        for (at, address) in [("boot.address", self.address), ("boot.entry", entry)] {
+            if !layout::in_memory(memory_size, address) {
+                return Err(bad(at, format!("{address:#x} is outside guest memory")));
+            }
+        }
+        if self.mode == CpuMode::Real16 && entry > 0xf_ffff {
+            return Err(bad(
+                "boot.entry",
+                format!("{entry:#x} is beyond real mode's first MiB"),
+            ));
+        }
+        if self.mode == CpuMode::Protected32 && entry > 0xffff_ffff {
+            return Err(bad("boot.entry", format!("{entry:#x} is beyond 32 bits")));
+        }
+        if self.mode == CpuMode::Linux64 {
+            return Err(bad(
+                "boot.mode",
+                "a flat guest starts in one of its four modes",
+            ));
+        }
+        Ok(())
+    }
+}
+
+impl LinuxBoot {
+    fn validate(&self) -> Result<()> {
+        if self.cmdline.len() >= layout::CMDLINE_SIZE {
+            let most = layout::CMDLINE_SIZE - 1;
+            let detail = format!("{} bytes, at most {most} fit", self.cmdline.len());
+            return Err(bad("boot.cmdline", detail));
+        }
+        if !self
+            .cmdline
+            .bytes()
+            .all(|b| b == b' ' || b.is_ascii_graphic())
+        {
+            return Err(bad("boot.cmdline", "only printable ASCII is allowed"));
+        }
+        if let Some(address) = self.load_address {
+            if address < layout::HIGH_MEMORY || address >= layout::MMIO_GAP_START {
+                let detail = format!("{address:#x} is not between 1 MiB and 3 GiB");
+                return Err(bad("boot.load_address", detail));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn checked_size(size_mib: u64) -> Result<u64> {
+    // KVM's slots hold at most 2^31 - 1 pages of 4 KiB each.
+    let most = (1 << 23) - 1;
+    if !(1..=most).contains(&size_mib) {
+        return Err(bad(
+            "memory.size_mib",
+            format!("{size_mib} is not from 1 to {most}"),
+        ));
+    }
+    Ok(size_mib << 20)
+}
+
+fn bad(at: &str, detail: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Config, at, detail)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn flat(address: u64, mode: CpuMode) -> VmmConfig {
+        let code = Code::Bytes(vec![0xf4]);
+        let boot = Boot::Flat(FlatBoot {
+            code,
+            address,
+            entry: None,
+            mode,
+        });
+        VmmConfig {
+            boot,
+            ..VmmConfig::default()
+        }
+    }
+
+    fn place(config: &VmmConfig) -> String {
+        config.validate().unwrap_err().at
+    }
+
+    #[test]
+    fn the_default_machine_is_valid() {
+        VmmConfig::default().validate().unwrap();
+    }
+
+    #[test]
+    fn bad_values_are_named_by_their_key() {
+        let mut config = flat(0x1000, CpuMode::Real16);
+        config.memory.size_mib = 0;
+        assert_eq!(place(&config), "memory.size_mib");
+        config.memory.size_mib = 1;
+        config.cpu.vcpus = 0;
+        assert_eq!(place(&config), "cpu.vcpus");
+        config.cpu.vcpus = 1;
+        config.cpu.hide = vec!["no such feature".into()];
+        assert_eq!(place(&config), "cpu.hide");
+        config.cpu.hide.clear();
+        config.exit_port = ExitPort(Some(0x3f8));
+        assert_eq!(place(&config), "exit_port");
+        config.exit_port = ExitPort(Some(0xffff));
+        assert_eq!(place(&config), "exit_port");
+        config.exit_port = ExitPort(None);
+        config.pit = Some(true);
+        assert_eq!(place(&config), "pit");
+    }
+
+    #[test]
+    fn an_entry_outside_its_mode_is_refused() {
+        assert_eq!(place(&flat(0x10_0000, CpuMode::Real16)), "boot.entry");
+        assert_eq!(place(&flat(1 << 40, CpuMode::Long64)), "boot.address");
+        assert_eq!(place(&flat(0x1000, CpuMode::Linux64)), "boot.mode");
+    }
+
+    #[test]
+    fn a_command_line_is_short_and_printable() {
+        let mut linux = LinuxBoot {
+            cmdline: "a".repeat(2048),
+            ..LinuxBoot::default()
+        };
+        assert_eq!(linux.validate().unwrap_err().at, "boot.cmdline");
+        linux.cmdline = "a\0b".into();
+        assert_eq!(linux.validate().unwrap_err().at, "boot.cmdline");
+        linux.cmdline = "a".repeat(2047);
+        linux.validate().unwrap();
+    }
+
+    proptest! {
+        #[test]
+        fn validate_never_panics(size in any::<u64>(), vcpus in any::<u64>(), port in any::<u16>(),
+                                 address in any::<u64>(), entry in any::<Option<u64>>()) {
+            let mut config = flat(address, CpuMode::Protected32);
+            config.memory.size_mib = size;
+            config.cpu.vcpus = vcpus;
+            config.exit_port = ExitPort(Some(port));
+            if let Boot::Flat(flat) = &mut config.boot {
+                flat.entry = entry;
+            }
+            let _ = config.validate();
+        }
+    }
+}

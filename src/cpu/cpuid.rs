@@ -1,0 +1,303 @@
+//! What CPUID tells the guest: all that KVM supports, less what is hidden by name, with each vCPU's own id.
+
+use std::sync::OnceLock;
+
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_ioctls::Kvm;
+
+use crate::config::{CpuConfig, CpuTemplate};
+use crate::error::{Error, Result};
+
+/// A register of a CPUID leaf.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Register {
+    /// EAX
+    Eax,
+    /// EBX
+    Ebx,
+    /// ECX
+    Ecx,
+    /// EDX
+    Edx,
+}
+
+/// Where a feature's bit stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Feature {
+    /// CPUID leaf and subleaf.
+    pub leaf: (u32, u32),
+    /// The register.
+    pub register: Register,
+    /// The bit in it.
+    pub bit: u32,
+}
+
+/// One register's features by bit, named as /proc/cpuinfo names them; `-` for a bit without a name.
+struct Word {
+    leaf: (u32, u32),
+    register: Register,
+    names: &'static str,
+}
+
+const WORDS: [Word; 9] = [
+    Word {
+        leaf: (1, 0),
+        register: Register::Edx,
+        names: "fpu vme de pse tsc msr pae mce cx8 apic - sep mtrr pge mca cmov pat pse36 pn clflush - dts \
+                acpi mmx fxsr sse sse2 ss ht tm ia64 pbe",
+    },
+    Word {
+        leaf: (1, 0),
+        register: Register::Ecx,
+        names: "pni pclmulqdq dtes64 monitor ds_cpl vmx smx est tm2 ssse3 cid sdbg fma cx16 xtpr pdcm - pcid \
+                dca sse4_1 sse4_2 x2apic movbe popcnt tsc_deadline_timer aes xsave osxsave avx f16c rdrand \
+                hypervisor",
+    },
+    Word {
+        leaf: (7, 0),
+        register: Register::Ebx,
+        names: "fsgsbase tsc_adjust sgx bmi1 hle avx2 fdp_excptn_only smep bmi2 erms invpcid rtm cqm \
+                zero_fcs_fds mpx rdt_a avx512f avx512dq rdseed adx smap avx512ifma - clflushopt clwb intel_pt \
+                avx512pf avx512er avx512cd sha_ni avx512bw avx512vl",
+    },
+    Word {
+        leaf: (7, 0),
+        register: Register::Ecx,
+        names: "prefetchwt1 avx512vbmi umip pku ospke waitpkg avx512_vbmi2 shstk gfni vaes vpclmulqdq \
+                avx512_vnni avx512_bitalg tme avx512_vpopcntdq - la57 - - - - - rdpid - bus_lock_detect \
+                cldemote - movdiri movdir64b enqcmd sgx_lc pks",
+    },
+    Word {
+        leaf: (7, 0),
+        register: Register::Edx,
+        names: "- sgx_keys avx512_4vnniw avx512_4fmaps fsrm uintr - - avx512_vp2intersect srbds_ctrl md_clear \
+                rtm_always_abort - tsx_force_abort serialize hybrid_cpu tsxldtrk - pconfig arch_lbr ibt - \
+                amx_bf16 avx512_fp16 amx_tile amx_int8 spec_ctrl stibp flush_l1d arch_capabilities \
+                core_capabilities ssbd",
+    },
+    Word {
+        leaf: (7, 1),
+        register: Register::Eax,
+        names: "sha512 sm3 sm4 rao_int avx_vnni avx512_bf16 lass cmpccxadd arch_perfmon_ext - fzrm fsrs fsrc - \
+                - - - fred lkgs wrmsrns nmi_src amx_fp16 hreset avx_ifma - - lam msrlist - - - -",
+    },
+    Word {
+        leaf: (0xd, 1),
+        register: Register::Eax,
+        names: "xsaveopt xsavec xgetbv1 xsaves xfd",
+    },
+    Word {
+        leaf: (0x8000_0001, 0),
+        register: Register::Edx,
+        names: "- - - - - - - - - - - syscall - - - - - - - mp nx - mmxext - - fxsr_opt pdpe1gb rdtscp - lm \
+                3dnowext 3dnow",
+    },
+    Word {
+        leaf: (0x8000_0001, 0),
+        register: Register::Ecx,
+        names: "lahf_lm cmp_legacy svm extapic cr8_legacy abm sse4a misalignsse 3dnowprefetch osvw ibs xop \
+                skinit wdt - lwp fma4 tce - nodeid_msr - tbm topoext perfctr_core perfctr_nb - bpext ptsc \
+                perfctr_llc mwaitx - -",
+    },
+];
+
+/// What a KVM that emulates ring 0 in software refuses to execute, or runs for long.
+const SOFTWARE_KVM: &str = "xsave smap smep popcnt fsgsbase umip pcid invpcid rdpid erms fsrm avx f16c fma avx2 \
+    vaes vpclmulqdq avx_vnni avx512f avx512dq avx512ifma avx512cd avx512bw avx512vl avx512vbmi avx512_vbmi2 \
+    avx512_vnni avx512_bitalg avx512_vpopcntdq avx512_bf16 avx512_vp2intersect xsaveopt xsavec xgetbv1 xsaves \
+    arch_capabilities";
+
+/// The feature of this name.
+#[must_use]
+pub fn feature(name: &str) -> Option<Feature> {
+    WORDS.iter().find_map(|word| {
+        let at = word
+            .names
+            .split_whitespace()
+            .position(|n| n == name && n != "-")?;
+        let bit = u32::try_from(at).ok()?;
+        Some(Feature {
+            leaf: word.leaf,
+            register: word.register,
+            bit,
+        })
+    })
+}
+
+/// Every name that can be hidden, in the order of the leaves.
+pub fn feature_names() -> impl Iterator<Item = &'static str> {
+    WORDS
+        .iter()
+        .flat_map(|word| word.names.split_whitespace())
+        .filter(|name| *name != "-")
+}
+
+/// Whether the host's processor offers no hardware virtualization, so that its KVM must emulate.
+#[must_use]
+pub fn host_is_software_kvm() -> bool {
+    // CPUID leaves 1 and 0x80000001: VMX is ECX bit 5, SVM is ECX bit 2.
+    let vmx = std::arch::x86_64::__cpuid(1).ecx & 1 << 5 != 0;
+    let svm = std::arch::x86_64::__cpuid(0x8000_0001).ecx & 1 << 2 != 0;
+    !vmx && !svm
+}
+
+/// What KVM supports, asked once a process: the answer cannot change.
+fn supported(kvm: &Kvm) -> Result<&'static [kvm_cpuid_entry2]> {
+    static SUPPORTED: OnceLock<Vec<kvm_cpuid_entry2>> = OnceLock::new();
+    if let Some(entries) = SUPPORTED.get() {
+        return Ok(entries);
+    }
+    let entries = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(|e| Error::kvm("KVM_GET_SUPPORTED_CPUID", e))?;
+    Ok(SUPPORTED.get_or_init(|| entries.as_slice().to_vec()))
+}
+
+/// The CPUID table of one machine, before the vCPUs put their ids in.
+///
+/// # Errors
+/// When KVM does not say what it supports.
+pub fn guest_cpuid(kvm: &Kvm, config: &CpuConfig) -> Result<Vec<kvm_cpuid_entry2>> {
+    let mut entries = supported(kvm)?.to_vec();
+    let template = hidden_by(config.template).split_whitespace();
+    for feature in config
+        .hide
+        .iter()
+        .map(String::as_str)
+        .chain(template)
+        .filter_map(feature)
+    {
+        hide(&mut entries, feature);
+    }
+    Ok(entries)
+}
+
+fn hidden_by(template: CpuTemplate) -> &'static str {
+    let software = match template {
+        CpuTemplate::Auto => host_is_software_kvm(),
+        CpuTemplate::Host => false,
+        CpuTemplate::SoftwareKvm => true,
+    };
+    if software { SOFTWARE_KVM } else { "" }
+}
+
+fn hide(entries: &mut [kvm_cpuid_entry2], feature: Feature) {
+    for entry in entries
+        .iter_mut()
+        .filter(|e| (e.function, e.index) == feature.leaf)
+    {
+        *register_mut(entry, feature.register) &= !(1 << feature.bit);
+    }
+}
+
+/// Whether the table has a feature.
+#[must_use]
+pub fn has(entries: &[kvm_cpuid_entry2], name: &str) -> bool {
+    let Some(feature) = feature(name) else {
+        return false;
+    };
+    entries.iter().any(|e| {
+        let mut entry = *e;
+        (e.function, e.index) == feature.leaf
+            && *register_mut(&mut entry, feature.register) & 1 << feature.bit != 0
+    })
+}
+
+fn register_mut(entry: &mut kvm_cpuid_entry2, register: Register) -> &mut u32 {
+    match register {
+        Register::Eax => &mut entry.eax,
+        Register::Ebx => &mut entry.ebx,
+        Register::Ecx => &mut entry.ecx,
+        Register::Edx => &mut entry.edx,
+    }
+}
+
+/// The table of one vCPU: its APIC id and the number of vCPUs put in.
+///
+/// # Errors
+/// Never in practice: the table is no longer than what KVM gave.
+pub fn for_vcpu(table: &[kvm_cpuid_entry2], id: u8, vcpus: u8) -> Result<CpuId> {
+    let mut entries = table.to_vec();
+    for entry in &mut entries {
+        match entry.function {
+            1 => {
+                entry.ebx = entry.ebx & 0xffff | u32::from(vcpus) << 16 | u32::from(id) << 24;
+                entry.ecx |= 1 << 31; // hypervisor
+                entry.edx = entry.edx & !(1 << 28) | u32::from(vcpus > 1) << 28; // ht
+            }
+            0xb | 0x1f => entry.edx = u32::from(id),
+            0x8000_001e => entry.eax = u32::from(id),
+            _ => {}
+        }
+    }
+    CpuId::from_entries(&entries).map_err(|_| {
+        Error::new(
+            crate::error::ErrorKind::Kvm,
+            "KVM_SET_CPUID2",
+            "the CPUID table is too long",
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_stand_at_their_bits() {
+        let at = |name| feature(name).map(|f| (f.leaf.0, f.bit));
+        assert_eq!(at("sse2"), Some((1, 26)));
+        assert_eq!(at("pbe"), Some((1, 31)));
+        assert_eq!(at("popcnt"), Some((1, 23)));
+        assert_eq!(at("hypervisor"), Some((1, 31)));
+        assert_eq!(at("avx512vl"), Some((7, 31)));
+        assert_eq!(at("rdpid"), Some((7, 22)));
+        assert_eq!(at("pks"), Some((7, 31)));
+        assert_eq!(at("arch_capabilities"), Some((7, 29)));
+        assert_eq!(at("fsrm"), Some((7, 4)));
+        assert_eq!(at("avx_vnni"), Some((7, 4)));
+        assert_eq!(at("lm"), Some((0x8000_0001, 29)));
+        assert_eq!(at("mwaitx"), Some((0x8000_0001, 29)));
+        assert_eq!(at("-"), None);
+    }
+
+    #[test]
+    fn every_template_name_is_known_and_no_name_stands_twice() {
+        assert!(
+            SOFTWARE_KVM
+                .split_whitespace()
+                .all(|name| feature(name).is_some())
+        );
+        let mut names: Vec<_> = feature_names().collect();
+        let all = names.len();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), all);
+    }
+
+    #[test]
+    fn hiding_clears_one_bit_of_one_leaf() {
+        let entry = |function| kvm_cpuid_entry2 {
+            function,
+            ecx: u32::MAX,
+            ..Default::default()
+        };
+        let mut entries = [entry(1), entry(7)];
+        hide(&mut entries, feature("popcnt").unwrap());
+        assert_eq!(entries[0].ecx, !(1 << 23));
+        assert_eq!(entries[1].ecx, u32::MAX);
+        assert!(!has(&entries, "popcnt"));
+        assert!(has(&entries, "aes"));
+    }
+
+    #[test]
+    fn each_vcpu_gets_its_own_id() {
+        let entry = kvm_cpuid_entry2 {
+            function: 1,
+            ebx: u32::MAX,
+            ..Default::default()
+        };
+        let cpuid = for_vcpu(&[entry], 3, 4).unwrap();
+        assert_eq!(cpuid.as_slice()[0].ebx, 0x0304_ffff);
+    }
+}

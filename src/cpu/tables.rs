@@ -1,0 +1,146 @@
+//! The tables a start in protected or 64-bit mode needs in guest memory: GDT, page tables, TSS.
+
+use crate::config::CpuMode;
+use crate::error::Result;
+use crate::vm::{GuestMemory, layout};
+
+/// Selectors of the one GDT that serves every mode. Linux's boot protocol fixes the first two.
+pub mod selector {
+    /// Code of ring 0: 32 or 64 bits, by mode.
+    pub const CODE: u16 = 0x10;
+    /// Data of ring 0.
+    pub const DATA: u16 = 0x18;
+    /// The TSS, two entries long.
+    pub const TSS: u16 = 0x20;
+    /// Code of ring 3.
+    pub const USER_CODE: u16 = 0x30 | 3;
+    /// Data of ring 3.
+    pub const USER_DATA: u16 = 0x38 | 3;
+}
+
+// Descriptors as in the Intel manual, volume 3, section 3.4.5: base 0, limit 4 GiB, accessed.
+const CODE32: u64 = 0x00cf_9b00_0000_ffff;
+const CODE64: u64 = 0x00af_9b00_0000_ffff;
+const DATA: u64 = 0x00cf_9300_0000_ffff;
+const RING_3: u64 = 3 << 45;
+const TSS64_BUSY: u64 = 0x0000_8b00_0000_0000;
+
+const PAGE_PRESENT_WRITABLE: u64 = 0b11;
+const PAGE_USER: u64 = 0b100;
+const PAGE_LARGE: u64 = 1 << 7;
+const ENTRIES: u64 = 512;
+
+/// Bytes of the GDT less one.
+pub const GDT_LIMIT: u16 = 8 * 8 - 1;
+
+/// The GDT for a mode.
+#[must_use]
+pub fn gdt(mode: CpuMode) -> [u64; 8] {
+    let code = if mode == CpuMode::Protected32 {
+        CODE32
+    } else {
+        CODE64
+    };
+    let limit = u64::from(layout::TSS_LIMIT);
+    let tss = TSS64_BUSY | limit & 0xffff | (layout::TSS & 0xff_ffff) << 16;
+    [0, 0, code, DATA, tss, 0, CODE64 | RING_3, DATA | RING_3]
+}
+
+/// Write what the mode needs. `one_gib_pages`: whether the vCPU has them, for memory above 4 GiB.
+///
+/// # Errors
+/// When guest memory is too small to hold the tables.
+pub fn write(memory: &GuestMemory, mode: CpuMode, one_gib_pages: bool) -> Result<()> {
+    if mode == CpuMode::Real16 {
+        return Ok(());
+    }
+    write_u64s(memory, layout::GDT, gdt(mode))?;
+    if mode == CpuMode::Protected32 {
+        return Ok(());
+    }
+    write_page_tables(memory, mode == CpuMode::User64, one_gib_pages)?;
+    if mode == CpuMode::User64 {
+        // All zero but the bitmap's offset, at 102, and the byte of ones that closes the bitmap.
+        memory.write(layout::TSS + 102, &104u16.to_le_bytes())?;
+        memory.write(layout::TSS + u64::from(layout::TSS_LIMIT), &[0xff])?;
+    }
+    Ok(())
+}
+
+/// Identity: 4 GiB in pages of 2 MiB, and what lies above in pages of 1 GiB.
+fn write_page_tables(memory: &GuestMemory, user: bool, one_gib_pages: bool) -> Result<()> {
+    let flags = PAGE_PRESENT_WRITABLE | if user { PAGE_USER } else { 0 };
+    memory.write(layout::PML4, &(layout::PDPT | flags).to_le_bytes())?;
+    let directory = |n: u64| layout::PAGE_DIRECTORIES + n * 0x1000;
+    write_u64s(memory, layout::PDPT, (0..4).map(|n| directory(n) | flags))?;
+    write_u64s(
+        memory,
+        layout::PAGE_DIRECTORIES,
+        (0..4 * ENTRIES).map(|n| n << 21 | flags | PAGE_LARGE),
+    )?;
+    if one_gib_pages && memory.size() > layout::MMIO_GAP_START {
+        let end = layout::MMIO_GAP_END + memory.size() - layout::MMIO_GAP_START;
+        let last = end.div_ceil(1 << 30).min(ENTRIES);
+        write_u64s(
+            memory,
+            layout::PDPT + 4 * 8,
+            (4..last).map(|n| n << 30 | flags | PAGE_LARGE),
+        )?;
+    }
+    Ok(())
+}
+
+fn write_u64s(memory: &GuestMemory, at: u64, values: impl IntoIterator<Item = u64>) -> Result<()> {
+    let bytes: Vec<u8> = values.into_iter().flat_map(u64::to_le_bytes).collect();
+    if bytes.is_empty() {
+        Ok(())
+    } else {
+        memory.write(at, &bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn u64_at(memory: &GuestMemory, at: u64) -> u64 {
+        let mut bytes = [0; 8];
+        memory.read(at, &mut bytes).unwrap();
+        u64::from_le_bytes(bytes)
+    }
+
+    #[test]
+    fn the_map_is_the_identity_in_2_mib_pages() {
+        let memory = GuestMemory::new(1 << 20).unwrap();
+        write(&memory, CpuMode::Long64, true).unwrap();
+        assert_eq!(u64_at(&memory, layout::PML4), layout::PDPT | 3);
+        assert_eq!(
+            u64_at(&memory, layout::PDPT + 24),
+            (layout::PAGE_DIRECTORIES + 0x3000) | 3
+        );
+        assert_eq!(
+            u64_at(&memory, layout::PAGE_DIRECTORIES + 8 * 2047),
+            0xffe0_0083
+        );
+        assert_eq!(u64_at(&memory, layout::PDPT + 32), 0);
+    }
+
+    #[test]
+    fn memory_above_4_gib_is_mapped_in_1_gib_pages() {
+        let memory = GuestMemory::new(4 << 30).unwrap();
+        write(&memory, CpuMode::User64, true).unwrap();
+        assert_eq!(u64_at(&memory, layout::PDPT + 32), 4 << 30 | 0x87);
+        assert_eq!(u64_at(&memory, layout::PDPT + 40), 0);
+    }
+
+    #[test]
+    fn ring_3_may_use_every_port() {
+        let memory = GuestMemory::new(1 << 20).unwrap();
+        write(&memory, CpuMode::User64, false).unwrap();
+        let mut tss = vec![0; layout::TSS_LIMIT as usize + 1];
+        memory.read(layout::TSS, &mut tss).unwrap();
+        assert_eq!(tss[102], 104);
+        assert!(tss[104..0x2068].iter().all(|b| *b == 0));
+        assert_eq!(tss[0x2068], 0xff);
+    }
+}

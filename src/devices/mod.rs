@@ -1,0 +1,42 @@
+//! The buses and the devices a PC needs to boot. Devices are called on the vCPU's thread that exited.
+
+mod bus;
+mod debug_exit;
+mod i8042;
+mod rtc;
+mod serial;
+mod streams;
+
+use std::sync::Arc;
+
+use vmm_sys_util::eventfd::EventFd;
+
+pub use bus::{Access, Bus, Buses, Device, Flow, Unanswered};
+pub use debug_exit::DebugExit;
+pub use i8042::I8042;
+pub use rtc::Rtc;
+pub use serial::Serial;
+pub(crate) use streams::connect;
+pub use streams::duplicate;
+use streams::has_taker;
+
+use crate::config::{ExitPort, VmmConfig};
+use crate::error::Result;
+use crate::vm::layout;
+
+/// Put the built-in devices on the buses; returns the serial port, whose interrupt line this is.
+pub(crate) fn attach(
+    buses: &Buses,
+    irq: Option<EventFd>,
+    config: &VmmConfig,
+) -> Result<Arc<Serial>> {
+    let serial = Arc::new(Serial::new(irq, has_taker(&config.serial))?);
+    let port = |base: u16, length, device| buses.pio.add(u64::from(base), length, device);
+    port(layout::COM1, 8, Arc::clone(&serial) as Arc<dyn Device>)?;
+    port(layout::I8042, 5, Arc::new(I8042))?;
+    port(layout::RTC, 2, Arc::new(Rtc::default()))?;
+    if let ExitPort(Some(base)) = config.exit_port {
+        port(base, 4, Arc::new(DebugExit))?;
+    }
+    Ok(serial)
+}

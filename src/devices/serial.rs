@@ -1,0 +1,327 @@
+//! The 16550 serial port: vm-superio's UART with a queue on each side.
+//! The guest's side runs on vCPU threads; the host's side on the loop's thread or any other.
+
+use std::collections::VecDeque;
+use std::io;
+
+use parking_lot::{Condvar, Mutex};
+use vm_superio::Trigger;
+use vm_superio::serial::{NoEvents, Serial as Uart};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::{Device, Flow};
+use crate::error::{Error, ErrorKind, Result};
+
+/// Output kept where nobody takes it: the newest so many bytes.
+const CAPTURE_SIZE: usize = 1 << 20;
+/// A guest that prints more than this ahead of its taker waits.
+const BACKLOG_SIZE: usize = 1 << 16;
+
+/// The port's interrupt line; nothing happens on a machine without an interrupt controller.
+#[derive(Debug)]
+struct Irq(Option<EventFd>);
+
+impl Trigger for Irq {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.as_ref().map_or(Ok(()), |line| line.write(1))
+    }
+}
+
+/// A serial port.
+#[derive(Debug)]
+pub struct Serial {
+    guest: Mutex<GuestSide>,
+    output: Mutex<Output>,
+    /// Output was taken, or nobody waits for it any more.
+    room: Condvar,
+    output_ready: EventFd,
+    input_wanted: EventFd,
+}
+
+/// What the guest's accesses change.
+#[derive(Debug)]
+struct GuestSide {
+    uart: Uart<Irq, NoEvents, Vec<u8>>,
+    /// Input that the UART's FIFO has no room for yet.
+    queue: VecDeque<u8>,
+}
+
+#[derive(Debug)]
+struct Output {
+    bytes: VecDeque<u8>,
+    /// Somebody takes the output, so none is dropped and the guest may have to wait.
+    has_taker: bool,
+    /// The guest does not wait: the run is ending.
+    released: bool,
+    failed: Option<Error>,
+}
+
+impl Serial {
+    /// A port with an interrupt line, if there is one. `has_taker`: somebody will call [`Self::take`].
+    ///
+    /// # Errors
+    /// When no eventfd can be made.
+    pub fn new(irq: Option<EventFd>, has_taker: bool) -> Result<Self> {
+        let eventfd =
+            || EventFd::new(EFD_NONBLOCK).map_err(|e| Error::os(ErrorKind::Io, "serial", &e));
+        let uart = Uart::new(Irq(irq), Vec::new());
+        let input_wanted = eventfd()?;
+        input_wanted
+            .write(1)
+            .map_err(|e| Error::os(ErrorKind::Io, "serial", &e))?;
+        Ok(Self {
+            guest: Mutex::new(GuestSide {
+                uart,
+                queue: VecDeque::new(),
+            }),
+            output: Mutex::new(Output {
+                bytes: VecDeque::new(),
+                has_taker,
+                released: false,
+                failed: None,
+            }),
+            room: Condvar::new(),
+            output_ready: eventfd()?,
+            input_wanted,
+        })
+    }
+
+    /// Readable when there is output to take.
+    #[must_use]
+    pub fn output_ready(&self) -> &EventFd {
+        &self.output_ready
+    }
+
+    /// Readable when the guest has read all its input; readable at first, too.
+    #[must_use]
+    pub fn input_wanted(&self) -> &EventFd {
+        &self.input_wanted
+    }
+
+    /// Give the guest input. Takes any amount; the guest reads it at its own pace.
+    pub fn feed(&self, bytes: &[u8]) {
+        let mut guest = self.guest.lock();
+        guest.queue.extend(bytes);
+        guest.top_up();
+    }
+
+    /// Bytes of input that the guest has not read yet.
+    #[must_use]
+    pub fn input_waiting(&self) -> usize {
+        let guest = self.guest.lock();
+        guest.queue.len() + (FIFO_SIZE - guest.uart.fifo_capacity().min(FIFO_SIZE))
+    }
+
+    /// Take the output there is.
+    #[must_use]
+    pub fn take(&self) -> Vec<u8> {
+        let bytes = std::mem::take(&mut self.output.lock().bytes);
+        self.room.notify_all();
+        bytes.into()
+    }
+
+    /// A copy of at most `most` bytes of the output, which stays until [`Self::consume`].
+    #[must_use]
+    pub fn peek(&self, most: usize) -> Vec<u8> {
+        self.output
+            .lock()
+            .bytes
+            .iter()
+            .take(most)
+            .copied()
+            .collect()
+    }
+
+    /// Drop the oldest `count` bytes of the output: they have been written.
+    pub fn consume(&self, count: usize) {
+        let mut output = self.output.lock();
+        let count = count.min(output.bytes.len());
+        output.bytes.drain(..count);
+        self.room.notify_all();
+    }
+
+    /// The output cannot be written: say so at the end of the turn, and drop what comes.
+    pub fn fail(&self, error: Error) {
+        let mut output = self.output.lock();
+        output.bytes.clear();
+        output.has_taker = false;
+        output.failed.get_or_insert(error);
+        self.room.notify_all();
+    }
+
+    /// The failure, once.
+    #[must_use]
+    pub fn take_failure(&self) -> Option<Error> {
+        self.output.lock().failed.take()
+    }
+
+    /// Bytes of output that a taker has not taken yet; 0 without a taker.
+    #[must_use]
+    pub fn backlog(&self) -> usize {
+        let output = self.output.lock();
+        if output.has_taker {
+            output.bytes.len()
+        } else {
+            0
+        }
+    }
+
+    /// Whether the guest waits for its output to be taken, or goes on because the run is ending.
+    pub fn release(&self, released: bool) {
+        self.output.lock().released = released;
+        self.room.notify_all();
+    }
+
+    fn send(&self, bytes: &[u8]) {
+        let mut output = self.output.lock();
+        while output.has_taker && !output.released && output.bytes.len() >= BACKLOG_SIZE {
+            self.room.wait(&mut output);
+        }
+        let was_empty = output.bytes.is_empty();
+        output.bytes.extend(bytes);
+        if !output.has_taker {
+            let excess = output.bytes.len().saturating_sub(CAPTURE_SIZE);
+            output.bytes.drain(..excess);
+        } else if was_empty {
+            // Cannot fail: the counter is far from full.
+            let _ = self.output_ready.write(1);
+        }
+    }
+}
+
+const FIFO_SIZE: usize = 0x40;
+
+impl GuestSide {
+    /// Move queued input into the UART's FIFO.
+    fn top_up(&mut self) {
+        let room = self.uart.fifo_capacity().min(self.queue.len());
+        if room == 0 {
+            return;
+        }
+        let chunk: Vec<u8> = self.queue.iter().take(room).copied().collect();
+        // In loop-back mode the UART takes nothing; a failed interrupt leaves the bytes in the FIFO.
+        let taken = match self.uart.enqueue_raw_bytes(&chunk) {
+            Ok(taken) => taken,
+            Err(_) => room,
+        };
+        self.queue.drain(..taken.min(self.queue.len()));
+    }
+}
+
+impl Device for Serial {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let mut guest = self.guest.lock();
+        for (register, byte) in (offset..).zip(data.iter_mut()) {
+            *byte = guest.uart.read(u8::try_from(register).unwrap_or(u8::MAX));
+        }
+        if offset == 0 {
+            guest.top_up();
+            if guest.queue.is_empty() && guest.uart.fifo_capacity() == FIFO_SIZE {
+                let _ = self.input_wanted.write(1);
+            }
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> Flow {
+        let mut guest = self.guest.lock();
+        for (register, byte) in (offset..).zip(data) {
+            // Fails only when the interrupt line does: nothing a guest could be told.
+            let _ = guest
+                .uart
+                .write(u8::try_from(register).unwrap_or(u8::MAX), *byte);
+        }
+        let sent = std::mem::take(guest.uart.writer_mut());
+        drop(guest);
+        // Outside the UART's lock: the guest may wait here, and input must go on.
+        if !sent.is_empty() {
+            self.send(&sent);
+        }
+        Flow::Continue
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    fn print(serial: &Serial, text: &[u8]) {
+        for byte in text {
+            serial.write(0, &[*byte]);
+        }
+    }
+
+    fn read(serial: &Serial) -> u8 {
+        let mut data = [0];
+        serial.read(0, &mut data);
+        data[0]
+    }
+
+    #[test]
+    fn what_the_guest_prints_can_be_taken() {
+        let serial = Serial::new(None, true).unwrap();
+        print(&serial, b"hello");
+        assert_eq!(serial.output_ready().read().unwrap(), 1);
+        assert_eq!(serial.peek(2), b"he");
+        serial.consume(2);
+        assert_eq!(serial.take(), b"llo");
+        assert_eq!(serial.backlog(), 0);
+    }
+
+    #[test]
+    fn without_a_taker_the_newest_output_is_kept() {
+        let serial = Serial::new(None, false).unwrap();
+        for _ in 0..CAPTURE_SIZE / 1024 {
+            serial.send(&[b'a'; 1024]);
+        }
+        serial.send(b"end");
+        let kept = serial.take();
+        assert_eq!(kept.len(), CAPTURE_SIZE);
+        assert!(kept.ends_with(b"aend"));
+    }
+
+    #[test]
+    fn input_longer_than_the_fifo_arrives_whole() {
+        let serial = Serial::new(None, false).unwrap();
+        serial.input_wanted().read().unwrap();
+        let sent: Vec<u8> = (0..=255).collect();
+        serial.feed(&sent);
+        let received: Vec<u8> = (0..=255).map(|_| read(&serial)).collect();
+        assert_eq!(received, sent);
+        assert_eq!(
+            (
+                serial.input_waiting(),
+                serial.input_wanted().read().unwrap()
+            ),
+            (0, 1)
+        );
+    }
+
+    #[test]
+    fn a_guest_waits_for_its_taker_and_is_released() {
+        let serial = Arc::new(Serial::new(None, true).unwrap());
+        let guest = {
+            let serial = Arc::clone(&serial);
+            std::thread::spawn(move || serial.send(&vec![b'x'; BACKLOG_SIZE]))
+        };
+        guest.join().unwrap();
+        let waiting = {
+            let serial = Arc::clone(&serial);
+            std::thread::spawn(move || serial.send(b"more"))
+        };
+        serial.release(true);
+        waiting.join().unwrap();
+        assert_eq!(serial.take().len(), BACKLOG_SIZE + 4);
+    }
+
+    #[test]
+    fn a_failure_is_told_once_and_the_guest_goes_on() {
+        let serial = Serial::new(None, true).unwrap();
+        serial.fail(Error::new(ErrorKind::Io, "serial.output", "broken"));
+        serial.send(&vec![b'x'; 2 * BACKLOG_SIZE]);
+        assert_eq!(serial.take_failure().unwrap().detail, "broken");
+        assert!(serial.take_failure().is_none());
+    }
+}

@@ -1,0 +1,112 @@
+//! The one error of the crate: what kind, at which place, what happened, the errno and what to do.
+//! The binding maps each kind to one Python exception class.
+
+use std::fmt;
+
+/// What went wrong, as coarse as a caller can act on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// A value of the configuration cannot be used.
+    Config,
+    /// This machine offers no usable KVM.
+    Unavailable,
+    /// KVM refused a call.
+    Kvm,
+    /// A guest address outside guest memory.
+    Memory,
+    /// A kernel, initrd or code that cannot be loaded.
+    Boot,
+    /// The call is not possible in this state.
+    State,
+    /// The event manager or an event source refused a call.
+    Event,
+    /// Input or output of a stream failed.
+    Io,
+}
+
+/// An error of this crate. `at` names the place: a configuration key, an ioctl, an address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Error {
+    /// What a caller can act on.
+    pub kind: ErrorKind,
+    /// The configuration key, system call or address.
+    pub at: String,
+    /// What happened, in a sentence without a full stop.
+    pub detail: String,
+    /// The operating system's error number, where there is one.
+    pub errno: Option<i32>,
+    /// What to do about it, where that is known.
+    pub hint: Option<&'static str>,
+}
+
+/// A result with this crate's error.
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// An error at a place.
+    pub fn new(kind: ErrorKind, at: impl Into<String>, detail: impl Into<String>) -> Self {
+        Self {
+            kind,
+            at: at.into(),
+            detail: detail.into(),
+            errno: None,
+            hint: None,
+        }
+    }
+
+    /// The same error with what to do about it.
+    #[must_use]
+    pub fn hint(mut self, hint: &'static str) -> Self {
+        self.hint = Some(hint);
+        self
+    }
+
+    /// An error of a system call.
+    pub fn os(kind: ErrorKind, at: impl Into<String>, error: &std::io::Error) -> Self {
+        let errno = error.raw_os_error();
+        Self {
+            errno,
+            ..Self::new(kind, at, error.to_string())
+        }
+    }
+
+    /// An error of a KVM ioctl; `at` names the ioctl.
+    pub fn kvm(at: &str, error: kvm_ioctls::Error) -> Self {
+        Self::os(
+            ErrorKind::Kvm,
+            at,
+            &std::io::Error::from_raw_os_error(error.errno()),
+        )
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.at, self.detail)?;
+        match self.hint {
+            Some(hint) => write!(f, "; {hint}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn display_names_place_detail_and_hint() {
+        let error =
+            Error::new(ErrorKind::Config, "memory.size_mib", "0 is too small").hint("use 1");
+        assert_eq!(error.to_string(), "memory.size_mib: 0 is too small; use 1");
+    }
+
+    #[test]
+    fn a_system_error_keeps_its_number() {
+        let error = Error::kvm("KVM_RUN", kvm_ioctls::Error::new(libc::EFAULT));
+        assert_eq!(error.errno, Some(libc::EFAULT));
+        assert!(error.to_string().starts_with("KVM_RUN: Bad address"));
+    }
+}

@@ -1,0 +1,262 @@
+//! The epoll set that `event_manager` keeps to itself: found, shared, and purged of ghosts.
+//!
+//! Why: with the set's fd a thread can wait outside the manager's lock, another loop can host this one, and
+//! a registration whose fd number was closed (a ghost) can be removed. The crate does not hand the fd out.
+//! How: register an eventfd of our own, then look in /proc/self/fdinfo for the one epoll set that lists it.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use event_manager::{
+    EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
+};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::BoxedSubscriber;
+use crate::error::{Error, ErrorKind, Result};
+
+/// The manager's epoll set.
+#[derive(Debug)]
+pub(super) struct EpollSet {
+    /// The number the manager itself uses; it stays open as long as the manager lives.
+    number: RawFd,
+    /// A second number of the same set, ours.
+    shared: OwnedFd,
+    /// Written to wake a waiter whose set was replaced under it.
+    wake: EventFd,
+    /// Whether `wake` was written and not yet drained.
+    woken: AtomicBool,
+}
+
+/// Holds a place in the manager for an fd that needs no processing.
+struct Placeholder;
+
+impl MutEventSubscriber for Placeholder {
+    fn process(&mut self, _events: Events, _ops: &mut EventOps) {}
+    fn init(&mut self, _ops: &mut EventOps) {}
+}
+
+impl EpollSet {
+    /// Find the set of a manager that has just been made.
+    pub(super) fn of(upstream: &mut EventManager<BoxedSubscriber>) -> Result<Self> {
+        let wake = EventFd::new(EFD_NONBLOCK).map_err(|e| os("eventfd", &e))?;
+        let id: SubscriberId = upstream.add_subscriber(Box::new(Placeholder));
+        let register = |upstream: &mut EventManager<BoxedSubscriber>| {
+            upstream
+                .event_ops(id)?
+                .add(Events::new(&wake, EventSet::IN))
+        };
+        register(upstream).map_err(|e| Error::new(ErrorKind::Event, "epoll", e.to_string()))?;
+        let number = find_set_with(wake.as_raw_fd()).map_err(|e| {
+            os("/proc/self/fdinfo", &e).hint("pyvmm's event manager needs /proc mounted")
+        })?;
+        let shared = duplicate(number)?;
+        Ok(Self {
+            number,
+            shared,
+            wake,
+            woken: AtomicBool::new(false),
+        })
+    }
+
+    pub(super) fn as_fd(&self) -> BorrowedFd<'_> {
+        self.shared.as_fd()
+    }
+
+    /// Wait until an event is ready. False when the deadline passed or a signal came.
+    pub(super) fn wait(&self, deadline: Option<Instant>) -> Result<bool> {
+        let mut poll = libc::pollfd {
+            fd: self.shared.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        let timeout = deadline.map(|deadline| {
+            let left = deadline.saturating_duration_since(Instant::now());
+            libc::timespec {
+                tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
+                tv_nsec: i64::from(left.subsec_nanos()),
+            }
+        });
+        let timeout = timeout
+            .as_ref()
+            .map_or(std::ptr::null(), std::ptr::from_ref);
+        // SAFETY: one pollfd and, where not null, one timespec, both alive for the call.
+        match unsafe { libc::ppoll(&raw mut poll, 1, timeout, std::ptr::null()) } {
+            0 => Ok(false),
+            1 => {
+                self.drain_wake();
+                Ok(true)
+            }
+            _ => match io::Error::last_os_error() {
+                e if e.kind() == io::ErrorKind::Interrupted => Ok(false),
+                e => Err(os("ppoll", &e)),
+            },
+        }
+    }
+
+    /// Forget a wake-up: it is no event of a user's. For the one thread that turns the loop.
+    pub(super) fn drain_wake(&self) {
+        // Acquire: pairs with the release in drop_ghosts, so that the write is there to be read.
+        if self.woken.swap(false, Ordering::Acquire) {
+            let _ = self.wake.read();
+        }
+    }
+
+    /// Whether epoll itself watches the file that has this number now.
+    pub(super) fn watches(&self, fd: RawFd) -> bool {
+        // Adding it again is what epoll refuses; adding it for the first time is undone.
+        match self.control(ControlOperation::Add, fd) {
+            Ok(()) => {
+                let _ = self.control(ControlOperation::Delete, fd);
+                false
+            }
+            Err(e) => e.raw_os_error() == Some(libc::EEXIST),
+        }
+    }
+
+    /// Watch nothing of `fd`, so that upstream can delete it.
+    pub(super) fn add_placeholder(&self, fd: RawFd) -> Result<()> {
+        self.control(ControlOperation::Add, fd)
+            .map_err(|e| os("epoll_ctl", &e))
+    }
+
+    /// Remove registrations under these numbers that no number leads to any more.
+    ///
+    /// Epoll knows a registration by file and number. When the number was closed but the file lives on
+    /// through a duplicate, no call can name it: the set is rebuilt without it and put in the old one's
+    /// place, at the same number, so that the manager goes on with it unaware.
+    pub(super) fn drop_ghosts(&self, fds: &[RawFd]) -> Result<()> {
+        if fds.is_empty() {
+            return Ok(());
+        }
+        let registered = registrations(self.number).map_err(|e| os("/proc/self/fdinfo", &e))?;
+        if !registered.iter().any(|r| fds.contains(&r.fd)) {
+            return Ok(());
+        }
+        let fresh = Epoll::new().map_err(|e| os("epoll_create1", &e))?;
+        for r in registered.iter().filter(|r| !fds.contains(&r.fd)) {
+            let event = EpollEvent::new(EventSet::from_bits_truncate(r.events), r.data);
+            // A registration whose number has been closed since is a ghost too, and stays behind.
+            let _ = fresh.ctl(ControlOperation::Add, r.fd, event);
+        }
+        for number in [self.number, self.shared.as_raw_fd()] {
+            // SAFETY: both numbers are open and stay owned by their owners; dup3 swaps the file behind them
+            // in one step, so no other thread can be given the number in between.
+            if unsafe { libc::dup3(fresh.as_raw_fd(), number, libc::O_CLOEXEC) } < 0 {
+                return Err(os("dup3", &io::Error::last_os_error()));
+            }
+        }
+        // A thread that waits on the old set sees what was registered there, but nothing added from here on.
+        let written = self.wake.write(1).map_err(|e| os("eventfd", &e));
+        // Release: whoever sees the flag finds the write done.
+        self.woken.store(true, Ordering::Release);
+        written
+    }
+
+    fn control(&self, operation: ControlOperation, fd: RawFd) -> io::Result<()> {
+        let data = u64::try_from(fd).unwrap_or_default();
+        // Without events and one-shot: nothing but an error could ever be reported, and that once.
+        let event = EpollEvent::new(EventSet::ONE_SHOT, data);
+        let mut event = libc::epoll_event {
+            events: event.events(),
+            u64: event.data(),
+        };
+        // SAFETY: a valid epoll fd, and an event that lives through the call.
+        let result = unsafe {
+            libc::epoll_ctl(
+                self.shared.as_raw_fd(),
+                operation as i32,
+                fd,
+                &raw mut event,
+            )
+        };
+        if result < 0 {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(())
+        }
+    }
+}
+
+/// One line of an epoll set's fdinfo.
+struct Registration {
+    fd: RawFd,
+    events: u32,
+    data: u64,
+}
+
+fn registrations(epoll: RawFd) -> io::Result<Vec<Registration>> {
+    let text = fs::read_to_string(format!("/proc/self/fdinfo/{epoll}"))?;
+    Ok(text.lines().filter_map(parse_registration).collect())
+}
+
+/// `tfd: 5 events: 19 data: 5  pos:0 ino:.. sdev:..`, as proc(5) has it: events and data in hex.
+fn parse_registration(line: &str) -> Option<Registration> {
+    let mut words = line.strip_prefix("tfd:")?.split_whitespace();
+    let fd = words.next()?.parse().ok()?;
+    let events = u32::from_str_radix(words.nth(1)?, 16).ok()?;
+    let data = u64::from_str_radix(words.nth(1)?, 16).ok()?;
+    Some(Registration { fd, events, data })
+}
+
+fn find_set_with(member: RawFd) -> io::Result<RawFd> {
+    let has_member =
+        |fd: &RawFd| registrations(*fd).is_ok_and(|all| all.iter().any(|r| r.fd == member));
+    // Made just before the member, so most likely a number or two below it.
+    if let Some(fd) = (0..4).map(|below| member - 1 - below).find(has_member) {
+        return Ok(fd);
+    }
+    let mut open = Vec::new();
+    for entry in fs::read_dir("/proc/self/fd")? {
+        open.extend(
+            entry?
+                .file_name()
+                .to_str()
+                .and_then(|name| name.parse::<RawFd>().ok()),
+        );
+    }
+    open.into_iter()
+        .find(has_member)
+        .ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))
+}
+
+fn duplicate(fd: RawFd) -> Result<OwnedFd> {
+    // SAFETY: a plain fcntl; the result is checked.
+    let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 0) };
+    if copy < 0 {
+        return Err(os("fcntl", &io::Error::last_os_error()));
+    }
+    // SAFETY: fcntl has just given us this number and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(copy) })
+}
+
+fn os(at: &str, error: &io::Error) -> Error {
+    Error::os(ErrorKind::Event, at, error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_registration_is_read_from_its_line() {
+        let line = "tfd:        5 events:     2019 data: 700000005  pos:0 ino:3 sdev:1";
+        let r = parse_registration(line).unwrap();
+        assert_eq!((r.fd, r.events, r.data), (5, 0x2019, 0x7_0000_0005));
+        assert!(parse_registration("flags:\t02").is_none());
+        assert!(parse_registration("tfd: x events: 1 data: 1").is_none());
+    }
+
+    #[test]
+    fn the_set_is_found_among_others() {
+        let _other = Epoll::new().unwrap();
+        let mut upstream = EventManager::new().unwrap();
+        let set = EpollSet::of(&mut upstream).unwrap();
+        let listed = registrations(set.shared.as_raw_fd()).unwrap();
+        assert!(listed.iter().any(|r| r.fd == set.wake.as_raw_fd()));
+    }
+}

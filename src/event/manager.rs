@@ -1,0 +1,433 @@
+//! `EventManager`: the real `event_manager::EventManager` behind a lock, so that any thread may change its
+//! subscribers while another waits. The wait happens outside the lock, on the manager's own epoll set;
+//! only the dispatch of what is ready takes it. Subscribers run on the thread that turns the loop.
+
+use std::collections::HashMap;
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::{Duration, Instant};
+
+use event_manager::{
+    EventManager as Upstream, EventOps, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
+};
+use parking_lot::Mutex;
+
+use super::epoll_set::EpollSet;
+use crate::error::{Error, ErrorKind, Result};
+use crate::process::Birthplace;
+
+/// A subscriber as the manager owns it.
+pub type BoxedSubscriber = Box<dyn MutEventSubscriber + Send>;
+
+/// The event manager: subscribers, their file descriptors, and the loop that dispatches events to them.
+///
+/// One thread at a time turns the loop. Subscribers are called with the manager's lock held: they change what they watch through the
+/// `EventOps` they are given, and must not call the manager itself.
+pub struct EventManager {
+    inner: Mutex<Inner>,
+    epoll: EpollSet,
+    birthplace: Birthplace,
+}
+
+struct Inner {
+    upstream: Upstream<BoxedSubscriber>,
+    /// Which subscriber watches an fd, for those added through [`EventManager::add`].
+    owners: HashMap<RawFd, SubscriberId>,
+}
+
+impl std::fmt::Debug for EventManager {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("EventManager")
+            .field("epoll", &self.epoll)
+            .finish_non_exhaustive()
+    }
+}
+
+impl EventManager {
+    /// A manager with no subscribers.
+    ///
+    /// # Errors
+    /// When the process has no file descriptor left, or /proc is not mounted.
+    pub fn new() -> Result<Self> {
+        let mut upstream = Upstream::new().map_err(event_error)?;
+        let epoll = EpollSet::of(&mut upstream)?;
+        let inner = Mutex::new(Inner {
+            upstream,
+            owners: HashMap::new(),
+        });
+        Ok(Self {
+            inner,
+            epoll,
+            birthplace: Birthplace::here(),
+        })
+    }
+
+    /// Register a subscriber; its `init` runs before this returns.
+    pub fn add_subscriber(&self, subscriber: BoxedSubscriber) -> SubscriberId {
+        self.inner.lock().upstream.add_subscriber(subscriber)
+    }
+
+    /// Unregister a subscriber with all its file descriptors and return it.
+    ///
+    /// # Errors
+    /// When no subscriber has this id.
+    pub fn remove_subscriber(&self, id: SubscriberId) -> Result<BoxedSubscriber> {
+        self.check_process()?;
+        let mut inner = self.inner.lock();
+        let subscriber = inner.upstream.remove_subscriber(id).map_err(event_error)?;
+        let mut left: Vec<RawFd> = Vec::new();
+        inner.owners.retain(|fd, owner| {
+            let mine = *owner == id;
+            if mine {
+                left.push(*fd);
+            }
+            !mine
+        });
+        // Upstream has asked epoll to forget each fd. One that its owner closed while a duplicate of it
+        // lives on cannot be forgotten by number, and would reach upstream as an fd it does not know.
+        self.epoll.drop_ghosts(&left)?;
+        Ok(subscriber)
+    }
+
+    /// Watch `events` for the subscriber, from any thread.
+    ///
+    /// # Errors
+    /// When the id is unknown, the fd is watched already, or epoll refuses it.
+    pub fn add(&self, id: SubscriberId, events: Events) -> Result<()> {
+        self.check_process()?;
+        let mut inner = self.inner.lock();
+        let fd = events.fd();
+        if let Some(owner) = inner.owners.get(&fd).copied() {
+            if self.epoll.watches(fd) {
+                let detail = format!("file descriptor {fd} is registered already");
+                return Err(Error::new(ErrorKind::Event, "EventOps.add", detail));
+            }
+            // The number's former file was closed while it was registered: forget that one.
+            inner.forget_closed(&self.epoll, owner, fd)?;
+        }
+        ops(&mut inner.upstream, id)?
+            .add(events)
+            .map_err(|e| at_fd("EventOps.add", fd, e))?;
+        inner.owners.insert(fd, id);
+        Ok(())
+    }
+
+    /// Change what is watched of an fd that the subscriber has added.
+    ///
+    /// # Errors
+    /// When the id is unknown, the fd is another subscriber's or nobody's, or epoll refuses the events.
+    pub fn modify(&self, id: SubscriberId, events: Events) -> Result<()> {
+        self.check_process()?;
+        let mut inner = self.inner.lock();
+        let fd = events.fd();
+        inner.check_owner("EventOps.modify", id, fd)?;
+        ops(&mut inner.upstream, id)?
+            .modify(events)
+            .map_err(|e| at_fd("EventOps.modify", fd, e))
+    }
+
+    /// Stop watching an fd that the subscriber has added. It may have been closed since.
+    ///
+    /// # Errors
+    /// When the id is unknown or the fd is another subscriber's or nobody's.
+    pub fn remove(&self, id: SubscriberId, fd: RawFd) -> Result<()> {
+        self.check_process()?;
+        let mut inner = self.inner.lock();
+        inner.check_owner("EventOps.remove", id, fd)?;
+        inner.owners.remove(&fd);
+        if ops(&mut inner.upstream, id)?
+            .remove(Events::empty_raw(fd))
+            .is_err()
+        {
+            self.epoll.drop_ghosts(&[fd])?;
+        }
+        Ok(())
+    }
+
+    /// Whether this subscriber still watches this fd: what a queued event is checked against.
+    #[must_use]
+    pub fn is_watching(&self, id: SubscriberId, fd: RawFd) -> bool {
+        self.inner.lock().owners.get(&fd) == Some(&id)
+    }
+
+    /// Wait for events and dispatch them once; returns how many were dispatched.
+    ///
+    /// # Errors
+    /// When epoll fails.
+    pub fn run(&self) -> Result<usize> {
+        self.run_with_timeout(-1)
+    }
+
+    /// [`Self::run`] for at most this long; -1 for no limit. Returns 0 when the time passed or a signal
+    /// interrupted the wait.
+    ///
+    /// # Errors
+    /// When epoll fails.
+    pub fn run_with_timeout(&self, milliseconds: i32) -> Result<usize> {
+        self.check_process()?;
+        let deadline = u64::try_from(milliseconds)
+            .ok()
+            .map(|limit| Instant::now() + Duration::from_millis(limit));
+        loop {
+            let dispatched = self.dispatch()?;
+            if dispatched > 0 || milliseconds == 0 {
+                return Ok(dispatched);
+            }
+            if !self.epoll.wait(deadline)? {
+                return Ok(0);
+            }
+        }
+    }
+
+    /// # Errors
+    /// In a forked child: its epoll set is its parent's.
+    pub fn check_process(&self) -> Result<()> {
+        self.birthplace.check("event manager")
+    }
+
+    /// Dispatch what is ready now, without waiting.
+    fn dispatch(&self) -> Result<usize> {
+        let mut inner = self.inner.lock();
+        self.epoll.drain_wake();
+        // Upstream's dispatch has an `unreachable!` for an fd it does not know. Ghosts are dropped when
+        // they arise; this keeps one that got through, or a panic in a subscriber, from unwinding a run.
+        match catch_unwind(AssertUnwindSafe(|| inner.upstream.run_with_timeout(0))) {
+            Ok(result) => result.map_err(event_error),
+            Err(_) => {
+                let detail = "a subscriber panicked, or an event came for an unknown fd";
+                Err(Error::new(ErrorKind::Event, "EventManager.run", detail))
+            }
+        }
+    }
+}
+
+impl AsRawFd for EventManager {
+    /// The epoll set: readable when an event is ready.
+    fn as_raw_fd(&self) -> RawFd {
+        self.epoll.as_fd().as_raw_fd()
+    }
+}
+
+impl std::os::fd::AsFd for EventManager {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.epoll.as_fd()
+    }
+}
+
+impl Inner {
+    fn check_owner(&self, at: &str, id: SubscriberId, fd: RawFd) -> Result<()> {
+        match self.owners.get(&fd) {
+            Some(owner) if *owner == id => Ok(()),
+            Some(_) => {
+                let detail = format!("file descriptor {fd} belongs to another subscriber");
+                Err(Error::new(ErrorKind::Event, at, detail))
+            }
+            None => {
+                let detail = format!("file descriptor {fd} is not registered");
+                Err(Error::new(ErrorKind::Event, at, detail))
+            }
+        }
+    }
+
+    /// Make upstream forget `fd`, whose registered file is gone and whose number names another file now.
+    fn forget_closed(&mut self, epoll: &EpollSet, owner: SubscriberId, fd: RawFd) -> Result<()> {
+        epoll.drop_ghosts(&[fd])?;
+        // Upstream forgets an fd only when epoll deletes it: so epoll must have it for a moment.
+        epoll.add_placeholder(fd)?;
+        self.owners.remove(&fd);
+        ops(&mut self.upstream, owner)?
+            .remove(Events::empty_raw(fd))
+            .map_err(|e| at_fd("EventOps.add", fd, e))
+    }
+}
+
+fn ops(upstream: &mut Upstream<BoxedSubscriber>, id: SubscriberId) -> Result<EventOps<'_>> {
+    upstream.event_ops(id).map_err(event_error)
+}
+
+fn event_error(error: event_manager::Error) -> Error {
+    Error {
+        errno: errno_of(&error),
+        ..Error::new(ErrorKind::Event, "EventManager", error.to_string())
+    }
+}
+
+fn errno_of(error: &event_manager::Error) -> Option<i32> {
+    match error {
+        event_manager::Error::Epoll(errno) | event_manager::Error::EventFd(errno) => {
+            Some(errno.errno())
+        }
+        _ => None,
+    }
+}
+
+fn at_fd(at: &str, fd: RawFd, error: event_manager::Error) -> Error {
+    let errno = errno_of(&error);
+    let detail = match errno {
+        Some(libc::EPERM) => format!(
+            "file descriptor {fd} is a regular file or a directory: these are always ready, epoll does \
+             not watch them"
+        ),
+        Some(libc::EBADF) => format!("file descriptor {fd} is not open"),
+        Some(libc::ENOENT) => format!("file descriptor {fd} was closed while it was registered"),
+        Some(libc::EINVAL) => format!("epoll refuses file descriptor {fd} with these events"),
+        _ => format!("file descriptor {fd}: {error}"),
+    };
+    Error {
+        errno,
+        ..Error::new(ErrorKind::Event, at, detail)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use event_manager::EventSet;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+    #[derive(Default)]
+    struct Counter(Arc<AtomicUsize>);
+
+    impl MutEventSubscriber for Counter {
+        fn process(&mut self, _events: Events, _ops: &mut EventOps) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+        fn init(&mut self, _ops: &mut EventOps) {}
+    }
+
+    fn manager() -> (EventManager, SubscriberId, Arc<AtomicUsize>) {
+        let manager = EventManager::new().unwrap();
+        let count = Arc::new(AtomicUsize::new(0));
+        let id = manager.add_subscriber(Box::new(Counter(Arc::clone(&count))));
+        (manager, id, count)
+    }
+
+    fn ready_eventfd() -> EventFd {
+        let fd = EventFd::new(EFD_NONBLOCK).unwrap();
+        fd.write(1).unwrap();
+        fd
+    }
+
+    #[test]
+    fn events_are_dispatched_by_fd_and_counted() {
+        let (manager, id, count) = manager();
+        let fd = ready_eventfd();
+        manager.add(id, Events::new(&fd, EventSet::IN)).unwrap();
+        assert_eq!(manager.run().unwrap(), 1);
+        assert_eq!(count.load(Ordering::SeqCst), 1);
+        fd.read().unwrap();
+        assert_eq!(manager.run_with_timeout(0).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_subscriber_added_while_another_thread_waits_is_dispatched() {
+        let (manager, id, count) = manager();
+        let manager = Arc::new(manager);
+        let waiter = {
+            let manager = Arc::clone(&manager);
+            std::thread::spawn(move || manager.run().unwrap())
+        };
+        let fd = ready_eventfd();
+        manager.add(id, Events::new(&fd, EventSet::IN)).unwrap();
+        assert_eq!(waiter.join().unwrap(), 1);
+        assert_eq!(count.load(Ordering::SeqCst), 1);
+    }
+
+    #[test]
+    fn an_fd_registered_twice_is_an_error() {
+        let (manager, id, _) = manager();
+        let fd = ready_eventfd();
+        manager.add(id, Events::new(&fd, EventSet::IN)).unwrap();
+        let error = manager.add(id, Events::new(&fd, EventSet::IN)).unwrap_err();
+        assert!(error.detail.contains("registered already"), "{error}");
+    }
+
+    #[test]
+    fn a_number_used_again_after_a_close_can_be_registered_again() {
+        let (manager, id, count) = manager();
+        let first = ready_eventfd();
+        let number = first.as_raw_fd();
+        manager.add(id, Events::new(&first, EventSet::IN)).unwrap();
+        drop(first);
+        let second = ready_eventfd();
+        assert_eq!(
+            second.as_raw_fd(),
+            number,
+            "the kernel gives the lowest free number"
+        );
+        manager.add(id, Events::new(&second, EventSet::IN)).unwrap();
+        assert_eq!(manager.run_with_timeout(1000).unwrap(), 1);
+        assert_eq!(count.load(Ordering::SeqCst), 1);
+    }
+
+    #[test]
+    fn a_closed_fd_with_a_living_duplicate_is_gone_when_its_subscriber_goes() {
+        let (manager, id, count) = manager();
+        let first = ready_eventfd();
+        let duplicate = first.try_clone().unwrap();
+        manager.add(id, Events::new(&first, EventSet::IN)).unwrap();
+        drop(first);
+        manager.remove_subscriber(id).map(drop).unwrap();
+        duplicate.write(1).unwrap();
+        assert_eq!(manager.run_with_timeout(0).unwrap(), 0);
+        assert_eq!(count.load(Ordering::SeqCst), 0);
+    }
+
+    #[test]
+    fn dropping_a_ghost_keeps_the_others_and_wakes_who_waits() {
+        let (manager, id, count) = manager();
+        let kept = EventFd::new(EFD_NONBLOCK).unwrap();
+        manager.add(id, Events::new(&kept, EventSet::IN)).unwrap();
+        let manager = Arc::new(manager);
+        let waiter = {
+            let manager = Arc::clone(&manager);
+            std::thread::spawn(move || manager.run().unwrap())
+        };
+        let ghost = EventFd::new(EFD_NONBLOCK).unwrap();
+        let _duplicate = ghost.try_clone().unwrap();
+        let other = manager.add_subscriber(Box::new(Counter::default()));
+        manager
+            .add(other, Events::new(&ghost, EventSet::IN))
+            .unwrap();
+        drop(ghost);
+        manager.remove_subscriber(other).map(drop).unwrap();
+        let late = ready_eventfd();
+        manager.add(id, Events::new(&late, EventSet::IN)).unwrap();
+        assert_eq!(waiter.join().unwrap(), 1);
+        late.read().unwrap();
+        kept.write(1).unwrap();
+        assert_eq!(manager.run_with_timeout(1000).unwrap(), 1);
+        assert_eq!(count.load(Ordering::SeqCst), 2);
+    }
+
+    #[test]
+    fn a_regular_file_is_refused_with_the_reason() {
+        let (manager, id, _) = manager();
+        let file = std::fs::File::open("/proc/self/exe").unwrap();
+        let error = manager
+            .add(id, Events::new(&file, EventSet::IN))
+            .unwrap_err();
+        assert!(error.detail.contains("regular file"), "{error}");
+    }
+
+    #[test]
+    fn a_panicking_subscriber_is_an_error_of_the_run() {
+        struct Panics;
+        impl MutEventSubscriber for Panics {
+            fn process(&mut self, _events: Events, _ops: &mut EventOps) {
+                panic!("on purpose")
+            }
+            fn init(&mut self, _ops: &mut EventOps) {}
+        }
+        let manager = EventManager::new().unwrap();
+        let id = manager.add_subscriber(Box::new(Panics));
+        let fd = ready_eventfd();
+        manager.add(id, Events::new(&fd, EventSet::IN)).unwrap();
+        assert_eq!(
+            manager.run_with_timeout(1000).unwrap_err().kind,
+            ErrorKind::Event
+        );
+    }
+}

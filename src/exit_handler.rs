@@ -1,0 +1,303 @@
+//! The exit path: `ExitHandler` with `kick()`, `VmmExitHandler` with its eventfd and flag,
+//! `WrappedExitHandler` shared by every vCPU, and `Exit`: why `run()` returned.
+//! `kick` may come from any thread; `process` runs on the loop's thread.
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
+use parking_lot::Mutex;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// Something a vCPU tells that its guest has ended.
+pub trait ExitHandler {
+    /// Make the owner of the run loop look. Called on the vCPU's thread; must not block.
+    ///
+    /// # Errors
+    /// What the handler's own notification fails with.
+    fn kick(&self) -> io::Result<()>;
+}
+
+/// Stops a run loop: an eventfd that a kick writes and a flag that the loop reads.
+#[derive(Debug)]
+pub struct VmmExitHandler {
+    exit_event: EventFd,
+    keep_running: bool,
+}
+
+impl VmmExitHandler {
+    /// A handler whose loop keeps running.
+    ///
+    /// # Errors
+    /// When no eventfd can be made.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self {
+            exit_event: EventFd::new(EFD_NONBLOCK)?,
+            keep_running: true,
+        })
+    }
+
+    /// The eventfd that a kick writes.
+    #[must_use]
+    pub fn exit_event(&self) -> &EventFd {
+        &self.exit_event
+    }
+
+    /// False once a kick has been processed.
+    #[must_use]
+    pub fn keep_running(&self) -> bool {
+        self.keep_running
+    }
+
+    /// Write the exit event.
+    ///
+    /// # Errors
+    /// Never for want of room: a full counter is kick enough.
+    pub fn kick(&self) -> io::Result<()> {
+        match self.exit_event.write(1) {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Ready for another run: the kicks so far belonged to the last one.
+    pub fn rearm(&mut self) {
+        // Fails when there was no kick.
+        let _ = self.exit_event.read();
+        self.keep_running = true;
+    }
+}
+
+impl MutEventSubscriber for VmmExitHandler {
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        if events.event_set().contains(EventSet::IN) {
+            // Drained, so that this kick ends this run and no later one.
+            let _ = self.exit_event.read();
+            self.keep_running = false;
+        }
+        if events.event_set().contains(EventSet::ERROR) {
+            let _ = ops.remove(Events::new(&self.exit_event, EventSet::IN));
+        }
+    }
+
+    fn init(&mut self, ops: &mut EventOps) {
+        // Fails only for a handler that is registered already: it is kicked there all the same.
+        let _ = ops.add(Events::new(&self.exit_event, EventSet::IN));
+    }
+}
+
+/// The handler as the loop, the VM and every vCPU share it.
+#[derive(Clone, Debug)]
+pub struct WrappedExitHandler(Arc<Mutex<VmmExitHandler>>);
+
+impl WrappedExitHandler {
+    /// A new handler, not yet shared.
+    ///
+    /// # Errors
+    /// When no eventfd can be made.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self(Arc::new(Mutex::new(VmmExitHandler::new()?))))
+    }
+
+    /// False once a kick has been processed by the loop.
+    #[must_use]
+    pub fn keep_running(&self) -> bool {
+        self.0.lock().keep_running()
+    }
+
+    /// See [`VmmExitHandler::rearm`].
+    pub fn rearm(&self) {
+        self.0.lock().rearm();
+    }
+
+    /// The shared handler.
+    #[must_use]
+    pub fn inner(&self) -> &Arc<Mutex<VmmExitHandler>> {
+        &self.0
+    }
+}
+
+impl ExitHandler for WrappedExitHandler {
+    fn kick(&self) -> io::Result<()> {
+        self.0.lock().kick()
+    }
+}
+
+impl MutEventSubscriber for WrappedExitHandler {
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        self.0.lock().process(events, ops);
+    }
+
+    fn init(&mut self, ops: &mut EventOps) {
+        self.0.lock().init(ops);
+    }
+}
+
+/// Why a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExitReason {
+    /// The guest executed HLT with no in-kernel interrupt controller to wake it.
+    Halt,
+    /// The guest asked for a reset (the i8042 controller, or KVM's system event).
+    Reset,
+    /// The guest shut down: a triple fault, or KVM's system event.
+    Shutdown,
+    /// The guest wrote the exit port; the code is what it wrote.
+    Code,
+    /// The host stopped the run.
+    Stopped,
+    /// The time given to `run` passed.
+    Timeout,
+    /// `KVM_EXIT_INTERNAL_ERROR`: KVM could not go on, often an instruction it cannot emulate.
+    InternalError,
+    /// `KVM_EXIT_FAIL_ENTRY`: the processor refused the vCPU's state.
+    FailEntry,
+    /// An exit that pyvmm does not handle; the code is KVM's number.
+    UnknownExit,
+    /// The vCPU itself failed: `KVM_RUN` returned an error.
+    VcpuError,
+}
+
+impl ExitReason {
+    /// The name of the reason, as Python's `ExitReason` has it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Halt => "halt",
+            Self::Reset => "reset",
+            Self::Shutdown => "shutdown",
+            Self::Code => "code",
+            Self::Stopped => "stopped",
+            Self::Timeout => "timeout",
+            Self::InternalError => "internal-error",
+            Self::FailEntry => "fail-entry",
+            Self::UnknownExit => "unknown-exit",
+            Self::VcpuError => "vcpu-error",
+        }
+    }
+
+    /// Whether the guest can go on with another `run`: the host ended this one, not the guest.
+    #[must_use]
+    pub fn resumable(self) -> bool {
+        matches!(self, Self::Stopped | Self::Timeout)
+    }
+}
+
+/// How a run ended: the reason, the code the guest gave, the vCPU, and for a fault its state.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Exit {
+    /// Why.
+    pub reason: ExitReason,
+    /// The guest's exit code, or the number of an unknown exit or a failed entry.
+    pub code: Option<u64>,
+    /// The vCPU that ended; none where the host ended the run.
+    pub vcpu: Option<u64>,
+    /// For a fault: what KVM said, the instruction bytes and the registers, as text.
+    pub fault: Option<String>,
+}
+
+impl Exit {
+    /// An exit with a reason alone.
+    #[must_use]
+    pub fn new(reason: ExitReason) -> Self {
+        Self {
+            reason,
+            code: None,
+            vcpu: None,
+            fault: None,
+        }
+    }
+
+    /// An exit with a code.
+    #[must_use]
+    pub fn with_code(reason: ExitReason, code: u64) -> Self {
+        Self {
+            code: Some(code),
+            ..Self::new(reason)
+        }
+    }
+}
+
+impl fmt::Display for Exit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.reason.name())?;
+        if let Some(code) = self.code {
+            write!(f, " {code}")?;
+        }
+        if let Some(vcpu) = self.vcpu {
+            write!(f, " (vCPU {vcpu})")?;
+        }
+        match &self.fault {
+            Some(fault) => write!(f, "\n{fault}"),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use event_manager::{EventManager, SubscriberOps};
+
+    #[test]
+    fn a_kick_clears_the_flag_when_the_loop_processes_it() {
+        let handler = WrappedExitHandler::new().unwrap();
+        let mut manager = EventManager::new().unwrap();
+        manager.add_subscriber(handler.clone());
+        assert!(handler.keep_running());
+        handler.kick().unwrap();
+        assert!(
+            handler.keep_running(),
+            "a kick is seen when it is processed, not before"
+        );
+        assert_eq!(manager.run_with_timeout(1000).unwrap(), 1);
+        assert!(!handler.keep_running());
+    }
+
+    #[test]
+    fn a_processed_kick_cancels_no_later_run() {
+        let handler = WrappedExitHandler::new().unwrap();
+        let mut manager = EventManager::new().unwrap();
+        manager.add_subscriber(handler.clone());
+        handler.kick().unwrap();
+        manager.run_with_timeout(1000).unwrap();
+        handler.kick().unwrap();
+        handler.rearm();
+        assert_eq!(manager.run_with_timeout(0).unwrap(), 0);
+        assert!(handler.keep_running());
+    }
+
+    #[test]
+    fn an_error_event_removes_the_handler() {
+        let mut handler = VmmExitHandler::new().unwrap();
+        let error = Events::new(handler.exit_event(), EventSet::ERROR);
+        let other = WrappedExitHandler::new().unwrap();
+        let mut manager = EventManager::new().unwrap();
+        let id = manager.add_subscriber(other);
+        handler.init(&mut manager.event_ops(id).unwrap());
+        handler.process(error, &mut manager.event_ops(id).unwrap());
+        handler.kick().unwrap();
+        assert_eq!(
+            manager.run_with_timeout(0).unwrap(),
+            0,
+            "its fd is not watched any more"
+        );
+    }
+
+    #[test]
+    fn a_full_counter_is_kick_enough() {
+        let handler = VmmExitHandler::new().unwrap();
+        handler.exit_event().write(u64::MAX - 1).unwrap();
+        handler.kick().unwrap();
+    }
+
+    #[test]
+    fn an_exit_reads_as_a_line() {
+        let exit = Exit {
+            vcpu: Some(1),
+            ..Exit::with_code(ExitReason::Code, 42)
+        };
+        assert_eq!(exit.to_string(), "code 42 (vCPU 1)");
+    }
+}

@@ -1,0 +1,148 @@
+//! A second mapping of a vCPU's `kvm_run` page: to set `immediate_exit` from another thread while
+//! `VcpuFd::run` borrows its own, and to read what kvm-ioctls does not hand out.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use kvm_bindings::kvm_run;
+use kvm_ioctls::VcpuFd;
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// The page, mapped for as long as this lives.
+#[derive(Debug)]
+pub(crate) struct RunPage(NonNull<kvm_run>);
+
+// SAFETY: the mapping belongs to the process, not to a thread. The one field that another thread touches,
+// immediate_exit, is only ever reached as an atomic.
+unsafe impl Send for RunPage {}
+// SAFETY: as above; the other fields are read by copy, on the vCPU's thread, between two runs.
+unsafe impl Sync for RunPage {}
+
+/// `kvm_run.io` of the last exit: what tells `OUTW` from two `OUTSB`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct IoExit {
+    pub(crate) size: usize,
+}
+
+/// `kvm_run.internal` of the last exit.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct InternalError {
+    pub(crate) suberror: u32,
+    /// At most 15 bytes of the instruction that KVM could not emulate.
+    pub(crate) instruction: [u8; 15],
+    pub(crate) instruction_len: usize,
+    pub(crate) data: [u64; 16],
+    pub(crate) ndata: usize,
+}
+
+impl RunPage {
+    pub(crate) fn new(vcpu: &VcpuFd) -> Result<Self> {
+        // SAFETY: a fresh shared mapping of the vCPU fd's first page, at an address the kernel chooses.
+        let page = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                size_of::<kvm_run>(),
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                vcpu.as_raw_fd(),
+                0,
+            )
+        };
+        if page == libc::MAP_FAILED {
+            return Err(Error::os(
+                ErrorKind::Kvm,
+                "mmap of kvm_run",
+                &io::Error::last_os_error(),
+            ));
+        }
+        match NonNull::new(page.cast()) {
+            Some(page) => Ok(Self(page)),
+            None => Err(Error::new(
+                ErrorKind::Kvm,
+                "mmap of kvm_run",
+                "mapped at address zero",
+            )),
+        }
+    }
+
+    /// A page of zeros that no vCPU stands behind.
+    #[cfg(test)]
+    pub(crate) fn blank() -> Self {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let (access, size) = (libc::PROT_READ | libc::PROT_WRITE, size_of::<kvm_run>());
+        // SAFETY: a fresh anonymous mapping.
+        let page = unsafe { libc::mmap(std::ptr::null_mut(), size, access, flags, -1, 0) };
+        assert_ne!(page, libc::MAP_FAILED);
+        Self(NonNull::new(page.cast()).unwrap())
+    }
+
+    /// Kick, point 2; see `kick.rs`.
+    pub(crate) fn set_immediate_exit(&self, value: bool) {
+        // SAFETY: kvm-ioctls has &mut to *its* mapping of this page while `run` is in progress. This is another
+        // mapping, at other addresses, so the two never alias as Rust objects. The byte is one that the kernel
+        // documents as written by user space from other threads; it is in bounds and an AtomicU8 needs no
+        // alignment.
+        let flag = unsafe { AtomicU8::from_ptr(&raw mut (*self.0.as_ptr()).immediate_exit) };
+        // SeqCst: ordered against the stop request's word, which the vCPU thread reads after clearing this.
+        flag.store(u8::from(value), Ordering::SeqCst);
+    }
+
+    /// `kvm_run.exit_reason` of the last exit. On the vCPU's thread, between two runs.
+    pub(crate) fn exit_reason(&self) -> u32 {
+        // SAFETY: in bounds of the mapping; volatile because the kernel writes it.
+        unsafe { (&raw const (*self.0.as_ptr()).exit_reason).read_volatile() }
+    }
+
+    /// The width of the last port access. Only after `KVM_EXIT_IO`, on the vCPU's thread.
+    pub(crate) fn io_exit(&self) -> IoExit {
+        // SAFETY: in bounds; every bit pattern is a valid kvm_run__bindgen_ty_1__bindgen_ty_4.
+        let io = unsafe { (&raw const (*self.0.as_ptr()).__bindgen_anon_1.io).read_volatile() };
+        IoExit {
+            size: usize::from(io.size).clamp(1, 8),
+        }
+    }
+
+    /// What KVM says of its last internal error. Only after `KVM_EXIT_INTERNAL_ERROR`, on the vCPU's thread.
+    pub(crate) fn internal_error(&self) -> InternalError {
+        // SAFETY: in bounds; both views are plain integers, valid for every bit pattern.
+        let (internal, emulation) = unsafe {
+            let exit = &raw const (*self.0.as_ptr()).__bindgen_anon_1;
+            (
+                (&raw const (*exit).internal).read_volatile(),
+                (&raw const (*exit).emulation_failure).read_volatile(),
+            )
+        };
+        let ndata = usize::try_from(internal.ndata)
+            .unwrap_or(0)
+            .min(internal.data.len());
+        let mut error = InternalError {
+            suberror: internal.suberror,
+            instruction: [0; 15],
+            instruction_len: 0,
+            data: internal.data,
+            ndata,
+        };
+        let has_bytes =
+            u64::from(kvm_bindings::KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES);
+        if error.suberror == kvm_bindings::KVM_INTERNAL_ERROR_EMULATION
+            && ndata > 0
+            && emulation.flags & has_bytes != 0
+        {
+            // SAFETY: the flag says that KVM filled this view; plain bytes all the same.
+            let bytes = unsafe { emulation.__bindgen_anon_1.__bindgen_anon_1 };
+            error.instruction = bytes.insn_bytes;
+            error.instruction_len = usize::from(bytes.insn_size).min(15);
+        }
+        error
+    }
+}
+
+impl Drop for RunPage {
+    fn drop(&mut self) {
+        // SAFETY: our own mapping, of this size, and nobody can reach it any more.
+        unsafe { libc::munmap(self.0.as_ptr().cast(), size_of::<kvm_run>()) };
+    }
+}

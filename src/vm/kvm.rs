@@ -1,0 +1,59 @@
+//! /dev/kvm itself: opening it, with an error that says what to do.
+
+use std::io;
+
+use kvm_ioctls::{Cap, Kvm};
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// KVM's API has been at this version since 2007.
+const API_VERSION: i32 = 12;
+
+/// Open /dev/kvm and check that it is one pyvmm can use.
+///
+/// # Errors
+/// [`ErrorKind::Unavailable`] with what to do, when it is missing, forbidden, or lacks what pyvmm needs.
+pub fn open_kvm() -> Result<Kvm> {
+    let kvm = Kvm::new().map_err(|e| unavailable(e.errno()))?;
+    let version = kvm.get_api_version();
+    if version != API_VERSION {
+        let detail = format!("KVM's API version is {version}, not {API_VERSION}");
+        return Err(Error::new(ErrorKind::Unavailable, "/dev/kvm", detail));
+    }
+    if !kvm.check_extension(Cap::ImmediateExit) {
+        let detail = "this KVM has no KVM_CAP_IMMEDIATE_EXIT";
+        return Err(
+            Error::new(ErrorKind::Unavailable, "/dev/kvm", detail).hint("use Linux 4.13 or newer")
+        );
+    }
+    Ok(kvm)
+}
+
+fn unavailable(errno: i32) -> Error {
+    let hint = match errno {
+        libc::ENOENT | libc::ENXIO | libc::ENODEV => {
+            "enable virtualization in the firmware, or nested virtualization in a guest, then: sudo modprobe \
+             kvm_intel || sudo modprobe kvm_amd"
+        }
+        libc::EACCES | libc::EPERM => "type: sudo usermod -aG kvm $USER, and log in again",
+        _ => "run: pyvmm doctor",
+    };
+    Error::os(
+        ErrorKind::Unavailable,
+        "/dev/kvm",
+        &io::Error::from_raw_os_error(errno),
+    )
+    .hint(hint)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_cause_has_its_hint() {
+        assert!(unavailable(libc::EACCES).hint.unwrap().contains("usermod"));
+        assert!(unavailable(libc::ENOENT).hint.unwrap().contains("modprobe"));
+        assert_eq!(unavailable(libc::EIO).kind, ErrorKind::Unavailable);
+    }
+}

@@ -1,0 +1,105 @@
+//! Every guest-physical address and port that pyvmm chooses, in one place.
+
+use std::ops::RangeInclusive;
+
+/// Conventional memory ends here; above stand the EBDA and the ROMs of a PC.
+pub const EBDA_START: u64 = 0x9_fc00;
+/// The first MiB ends here.
+pub const HIGH_MEMORY: u64 = 0x10_0000;
+/// Between 3 and 4 GiB there are devices, no RAM.
+pub const MMIO_GAP_START: u64 = 0xc000_0000;
+/// RAM goes on here.
+pub const MMIO_GAP_END: u64 = 0x1_0000_0000;
+
+/// What pyvmm itself writes into guest memory before a start stands from here to the EBDA.
+pub const SYSTEM_AREA: u64 = 0x8_0000;
+/// The global descriptor table.
+pub const GDT: u64 = SYSTEM_AREA;
+/// The TSS of 64-bit ring 3, with an I/O bitmap that allows every port.
+pub const TSS: u64 = 0x8_1000;
+/// The TSS ends here: 104 bytes, an 8 KiB bitmap and the byte of ones behind it.
+pub const TSS_LIMIT: u32 = 0x2068;
+/// The top page table.
+pub const PML4: u64 = 0x8_4000;
+/// Its one page of pointers.
+pub const PDPT: u64 = 0x8_5000;
+/// Four page directories: 4 GiB in pages of 2 MiB.
+pub const PAGE_DIRECTORIES: u64 = 0x8_6000;
+/// Linux's boot parameters.
+pub const ZERO_PAGE: u64 = 0x9_0000;
+/// The kernel command line.
+pub const CMDLINE: u64 = 0x9_1000;
+/// The size of Linux's buffer for it, with the closing zero.
+pub const CMDLINE_SIZE: usize = 2048;
+/// The MP table stands at the start of the EBDA, where Linux looks for it.
+pub const MP_TABLE: u64 = EBDA_START;
+
+/// The I/O APIC.
+pub const IOAPIC: u32 = 0xfec0_0000;
+/// The local APICs.
+pub const LAPIC: u32 = 0xfee0_0000;
+/// One page for KVM's identity map, which Intel's real mode needs.
+pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
+/// Three pages for KVM's TSS, right behind it.
+pub const KVM_TSS: usize = 0xfffb_d000;
+
+/// COM1.
+pub const COM1: u16 = 0x3f8;
+/// COM1's interrupt line.
+pub const COM1_IRQ: u32 = 4;
+/// The exit port, where QEMU's isa-debug-exit stands too.
+pub const EXIT_PORT: u16 = 0xf4;
+/// The real-time clock's index port; its data port follows.
+pub const RTC: u16 = 0x70;
+/// The i8042's data port; its command port is four above.
+pub const I8042: u16 = 0x60;
+/// The in-kernel PICs and PIT answer at these, ahead of any device here.
+pub const BUILT_IN_PORTS: [(&str, RangeInclusive<u16>); 6] = [
+    ("PIC", 0x20..=0x21),
+    ("PIT", 0x40..=0x43),
+    ("i8042", I8042..=I8042 + 4),
+    ("RTC", RTC..=RTC + 1),
+    ("PIC", 0xa0..=0xa1),
+    ("COM1", COM1..=COM1 + 7),
+];
+
+/// The most vCPUs an xAPIC can number, less the I/O APIC's id.
+pub const MAX_VCPUS: u64 = 254;
+
+/// The ranges of RAM for a size: one, or two around the gap.
+#[must_use]
+pub fn ram_ranges(size: u64) -> Vec<(u64, u64)> {
+    if size <= MMIO_GAP_START {
+        return vec![(0, size)];
+    }
+    vec![(0, MMIO_GAP_START), (MMIO_GAP_END, size - MMIO_GAP_START)]
+}
+
+/// Whether an address lies in RAM.
+#[must_use]
+pub fn in_memory(size: u64, address: u64) -> bool {
+    ram_ranges(size)
+        .iter()
+        .any(|(start, length)| address >= *start && address - start < *length)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ram_goes_around_the_gap() {
+        assert_eq!(ram_ranges(1 << 20), [(0, 1 << 20)]);
+        assert_eq!(ram_ranges(3 << 30), [(0, 3 << 30)]);
+        assert_eq!(ram_ranges(5 << 30), [(0, 3 << 30), (4 << 30, 2 << 30)]);
+    }
+
+    #[test]
+    fn an_address_in_the_gap_is_not_memory() {
+        assert!(in_memory(5 << 30, 0xbfff_ffff));
+        assert!(!in_memory(5 << 30, 0xc000_0000));
+        assert!(in_memory(5 << 30, 0x1_0000_0000));
+        assert!(!in_memory(5 << 30, 6 << 30));
+        assert!(!in_memory(1 << 20, 1 << 20));
+    }
+}

@@ -1,0 +1,346 @@
+//! `KvmVm`: one KVM virtual machine with its memory slots, interrupt controller and vCPUs.
+//! Any thread may call it; each vCPU's ioctls run on its own thread while that thread lives.
+
+mod kvm;
+pub mod layout;
+mod memory;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kvm_bindings::{
+    KVM_MP_STATE_RUNNABLE, KVM_PIT_SPEAKER_DUMMY, kvm_mp_state, kvm_pit_config,
+    kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Kvm, VmFd};
+use parking_lot::Mutex;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+pub use kvm::open_kvm;
+pub use memory::GuestMemory;
+
+use crate::config::{CpuMode, FlatBoot, VmmConfig};
+use crate::cpu::{cpuid, msrs, regs, tables};
+use crate::devices::Buses;
+use crate::error::{Error, ErrorKind, Result};
+use crate::exit_handler::{Exit, ExitHandler};
+use crate::process::Birthplace;
+use crate::vcpu::{Handle, RunState, VmRunState};
+
+/// A KVM virtual machine whose vCPUs tell `EH` when their guest ends.
+pub struct KvmVm<EH: ExitHandler> {
+    /// Before `fd` and `memory`: fields drop in this order, and the vCPUs must go first.
+    vcpus: Mutex<Vec<Handle>>,
+    fd: VmFd,
+    memory: GuestMemory,
+    shared: Arc<crate::vcpu::Shared<EH>>,
+    mode: CpuMode,
+    /// Where a flat guest's stacks end.
+    code: Option<u64>,
+    irqchip: bool,
+    birthplace: Birthplace,
+}
+
+impl<EH: ExitHandler> fmt::Debug for KvmVm<EH> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KvmVm")
+            .field("state", &self.state())
+            .finish_non_exhaustive()
+    }
+}
+
+impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
+    /// Create the machine: interrupt controller, PIT, memory slots, vCPUs, in the order that costs least.
+    ///
+    /// # Errors
+    /// When KVM refuses a part.
+    pub fn new(
+        config: &VmmConfig,
+        memory: GuestMemory,
+        buses: Arc<Buses>,
+        exit_handler: EH,
+    ) -> Result<Self> {
+        let kvm = open_kvm()?;
+        let fd = kvm
+            .create_vm()
+            .map_err(|e| Error::kvm("KVM_CREATE_VM", e))?;
+        create_irqchip(&fd, config)?;
+        set_memory(&fd, &memory)?;
+        let table = cpuid::guest_cpuid(&kvm, &config.cpu)?;
+        let vcpus = create_vcpus(&kvm, &fd, config, &table)?;
+        tables::write(&memory, config.mode(), cpuid::has(&table, "pdpe1gb"))?;
+        let shared = crate::vcpu::Shared {
+            buses,
+            exit_handler,
+            run_state: RunState::default(),
+            exit: Mutex::new(None),
+        };
+        let code = match &config.boot {
+            crate::config::Boot::Flat(FlatBoot { address, .. }) => Some(*address),
+            _ => None,
+        };
+        Ok(Self {
+            vcpus: Mutex::new(vcpus),
+            fd,
+            memory,
+            shared: Arc::new(shared),
+            mode: config.mode(),
+            code,
+            irqchip: config.has_irqchip(),
+            birthplace: Birthplace::here(),
+        })
+    }
+
+    /// Start a thread `vcpu_{id}` for each vCPU. With an address the vCPUs start there, in the mode of the
+    /// configuration; without one they go on where they were stopped.
+    ///
+    /// When a guest ends, its vCPU kicks the exit handler and the state becomes `Exiting`.
+    ///
+    /// # Errors
+    /// When the machine is running, has ended or is closed, or a thread cannot be started: then none runs.
+    pub fn run(&self, vcpu_run_addr: Option<u64>) -> Result<()> {
+        self.check_process()?;
+        let mut vcpus = self.vcpus.lock();
+        if let Some(address) = vcpu_run_addr {
+            self.check_may_run()?;
+            for handle in vcpus.iter() {
+                self.set_start_state(handle, address)?;
+            }
+        }
+        let before = self.enter(VmRunState::Running)?;
+        for at in 0..vcpus.len() {
+            let Some(handle) = vcpus.get_mut(at) else {
+                continue;
+            };
+            if let Err(error) = handle.start(&self.shared) {
+                stop_all(&mut vcpus);
+                // From Running a machine leaves to Paused; a first run that failed may be tried again.
+                let _ = self.shared.run_state.set_and_notify(VmRunState::Paused);
+                return Err(Error {
+                    detail: format!("{} (it was {})", error.detail, before.name()),
+                    ..error
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn enter(&self, next: VmRunState) -> Result<VmRunState> {
+        self.shared.run_state.set_and_notify(next).map_err(refused)
+    }
+
+    /// Whether a `run` would start now.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`], with the reason, when it would not.
+    pub fn check_may_run(&self) -> Result<()> {
+        self.check_process()?;
+        let state = self.state();
+        if state.may_become(VmRunState::Running) {
+            Ok(())
+        } else {
+            Err(refused(state))
+        }
+    }
+
+    /// Registers of a first start.
+    fn set_start_state(&self, handle: &Handle, address: u64) -> Result<()> {
+        handle.at_rest(|vcpu| {
+            if self.mode == CpuMode::Linux64 && vcpu.id != 0 {
+                return Ok(()); // waits for INIT and SIPI
+            }
+            let mut sregs = vcpu
+                .fd
+                .get_sregs()
+                .map_err(|e| Error::kvm("KVM_GET_SREGS", e))?;
+            regs::set_start_sregs(&mut sregs, self.mode, address);
+            vcpu.fd
+                .set_sregs(&sregs)
+                .map_err(|e| Error::kvm("KVM_SET_SREGS", e))?;
+            let code = self.code.unwrap_or(address);
+            let start = regs::start_regs(self.mode, address, code, vcpu.id);
+            vcpu.fd
+                .set_regs(&start)
+                .map_err(|e| Error::kvm("KVM_SET_REGS", e))?;
+            if self.irqchip && vcpu.id != 0 {
+                let state = kvm_mp_state {
+                    mp_state: KVM_MP_STATE_RUNNABLE,
+                };
+                vcpu.fd
+                    .set_mp_state(state)
+                    .map_err(|e| Error::kvm("KVM_SET_MP_STATE", e))?;
+            }
+            Ok(())
+        })
+    }
+
+    /// An eventfd whose write pulses an interrupt line; none without an interrupt controller.
+    ///
+    /// # Errors
+    /// When KVM refuses it.
+    pub fn irq(&self, line: u32) -> Result<Option<EventFd>> {
+        if !self.irqchip {
+            return Ok(None);
+        }
+        let event =
+            EventFd::new(EFD_NONBLOCK).map_err(|e| Error::os(ErrorKind::Kvm, "eventfd", &e))?;
+        self.fd
+            .register_irqfd(&event, line)
+            .map_err(|e| Error::kvm("KVM_IRQFD", e))?;
+        Ok(Some(event))
+    }
+}
+
+impl<EH: ExitHandler> KvmVm<EH> {
+    /// Stop the vCPUs and wait for their threads. A guest that had not ended can go on with `run(None)`.
+    pub fn shutdown(&self) {
+        if self.is_foreign() {
+            return;
+        }
+        stop_all(&mut self.vcpus.lock());
+        let _ = self.shared.run_state.set_and_notify(VmRunState::Paused);
+    }
+
+    /// Where the machine stands.
+    #[must_use]
+    pub fn state(&self) -> VmRunState {
+        self.shared.run_state.get()
+    }
+
+    /// Wait until the machine stands at one of these; none when the time passed first.
+    #[must_use]
+    pub fn wait_for(&self, wanted: &[VmRunState], timeout: Option<Duration>) -> Option<VmRunState> {
+        self.shared.run_state.wait_for(wanted, timeout)
+    }
+
+    /// How the guest ended, once it has.
+    #[must_use]
+    pub fn exit(&self) -> Option<Exit> {
+        self.shared.exit.lock().clone()
+    }
+
+    /// The machine's memory.
+    #[must_use]
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// Whether this is a forked child's copy of a machine that its parent runs.
+    #[must_use]
+    pub fn is_foreign(&self) -> bool {
+        self.birthplace.is_foreign()
+    }
+
+    /// # Errors
+    /// In a forked child: KVM ties a machine to the process that made it.
+    pub fn check_process(&self) -> Result<()> {
+        self.birthplace.check("machine")
+    }
+}
+
+impl<EH: ExitHandler> Drop for KvmVm<EH> {
+    fn drop(&mut self) {
+        let foreign = self.is_foreign();
+        let vcpus = self.vcpus.get_mut();
+        if foreign {
+            vcpus.iter_mut().for_each(Handle::forget_thread);
+            return;
+        }
+        stop_all(vcpus);
+        let _ = self.shared.run_state.set_and_notify(VmRunState::Paused);
+        let _ = self.shared.run_state.set_and_notify(VmRunState::Closed);
+    }
+}
+
+fn refused(state: VmRunState) -> Error {
+    let detail = match state {
+        VmRunState::Exiting => "its guest has ended; make a new machine",
+        VmRunState::Running => "the machine is running already",
+        _ => "the machine is closed",
+    };
+    Error::new(ErrorKind::State, "run", detail)
+}
+
+/// Kick them all before waiting for any: their ways out overlap.
+fn stop_all(vcpus: &mut [Handle]) {
+    vcpus.iter().for_each(Handle::kick);
+    vcpus.iter_mut().for_each(Handle::join);
+}
+
+fn create_irqchip(fd: &VmFd, config: &VmmConfig) -> Result<()> {
+    fd.set_identity_map_address(layout::KVM_IDENTITY_MAP)
+        .map_err(|e| Error::kvm("KVM_SET_IDENTITY_MAP_ADDR", e))?;
+    fd.set_tss_address(layout::KVM_TSS)
+        .map_err(|e| Error::kvm("KVM_SET_TSS_ADDR", e))?;
+    // Before the memory slots: KVM waits for its readers at each slot that comes before a controller.
+    if config.has_irqchip() {
+        fd.create_irq_chip()
+            .map_err(|e| Error::kvm("KVM_CREATE_IRQCHIP", e))?;
+    }
+    if config.has_pit() {
+        let pit = kvm_pit_config {
+            flags: KVM_PIT_SPEAKER_DUMMY,
+            ..Default::default()
+        };
+        fd.create_pit2(pit)
+            .map_err(|e| Error::kvm("KVM_CREATE_PIT2", e))?;
+    }
+    Ok(())
+}
+
+fn set_memory(fd: &VmFd, memory: &GuestMemory) -> Result<()> {
+    for (slot, (start, size, host)) in (0..).zip(memory.ranges()) {
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: start,
+            memory_size: size,
+            userspace_addr: host,
+        };
+        // SAFETY: the range is a mapping that `memory` owns; this machine holds `memory` and drops it after its
+        // VM and vCPU descriptors. Ranges do not overlap.
+        unsafe { fd.set_user_memory_region(region) }
+            .map_err(|e| Error::kvm("KVM_SET_USER_MEMORY_REGION", e))?;
+    }
+    Ok(())
+}
+
+fn create_vcpus(
+    kvm: &Kvm,
+    fd: &VmFd,
+    config: &VmmConfig,
+    table: &[kvm_bindings::kvm_cpuid_entry2],
+) -> Result<Vec<Handle>> {
+    let most = u64::try_from(kvm.get_max_vcpus()).unwrap_or(1);
+    if config.cpu.vcpus > most {
+        let detail = format!("{} is more than this KVM's {most}", config.cpu.vcpus);
+        return Err(Error::new(ErrorKind::Config, "cpu.vcpus", detail));
+    }
+    let count = u8::try_from(config.cpu.vcpus).unwrap_or(u8::MAX);
+    (0..count)
+        .map(|id| create_vcpu(fd, config, table, id, count))
+        .collect()
+}
+
+fn create_vcpu(
+    fd: &VmFd,
+    config: &VmmConfig,
+    table: &[kvm_bindings::kvm_cpuid_entry2],
+    id: u8,
+    count: u8,
+) -> Result<Handle> {
+    let vcpu = fd
+        .create_vcpu(u64::from(id))
+        .map_err(|e| Error::kvm("KVM_CREATE_VCPU", e))?;
+    let cpuid = cpuid::for_vcpu(table, id, count)?;
+    vcpu.set_cpuid2(&cpuid)
+        .map_err(|e| Error::kvm("KVM_SET_CPUID2", e))?;
+    if config.mode() == CpuMode::Linux64 {
+        msrs::set_boot_msrs(&vcpu)?;
+    }
+    if config.has_irqchip() {
+        msrs::set_lapic_lines(&vcpu)?;
+    }
+    Handle::new(u64::from(id), vcpu)
+}

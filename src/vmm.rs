@@ -1,0 +1,272 @@
+//! The spine: a configuration becomes a machine, top to bottom; `run` turns the event loop until the exit
+//! handler says stop, and shuts the machine down. The caller's thread runs the loop; any thread may call
+//! the rest.
+
+use std::sync::Arc;
+use std::thread::ThreadId;
+use std::time::{Duration, Instant};
+
+use event_manager::SubscriberId;
+use parking_lot::{Condvar, Mutex};
+
+use crate::boot;
+use crate::config::VmmConfig;
+use crate::devices::{self, Buses, Serial};
+use crate::error::{Error, ErrorKind, Result};
+use crate::event::EventManager;
+use crate::exit_handler::{Exit, ExitHandler, ExitReason, WrappedExitHandler};
+use crate::vcpu::VmRunState;
+use crate::vm::{GuestMemory, KvmVm, layout};
+
+/// The longest wait between two looks at signals: Ctrl-C is seen within 100 ms.
+const SLICE: Duration = Duration::from_millis(50);
+
+/// A machine: its KVM side, its devices, and the event loop they share.
+#[derive(Debug)]
+pub struct Vmm {
+    /// None once it is closed.
+    vm: Mutex<Option<Arc<KvmVm<WrappedExitHandler>>>>,
+    event_manager: Arc<EventManager>,
+    exit_handler: WrappedExitHandler,
+    buses: Arc<Buses>,
+    serial: Arc<Serial>,
+    /// Where the vCPUs start.
+    entry: u64,
+    /// Subscribers that are the machine's own and go with it.
+    own_subscribers: Mutex<Vec<SubscriberId>>,
+    runner: Mutex<Runner>,
+    run_ended: Condvar,
+}
+
+/// Who is inside `run`.
+#[derive(Debug, Default)]
+struct Runner {
+    thread: Option<ThreadId>,
+    /// `close` was called from inside: it happens when the run ends.
+    close_at_end: bool,
+}
+
+impl TryFrom<VmmConfig> for Vmm {
+    type Error = Error;
+
+    fn try_from(config: VmmConfig) -> Result<Self> {
+        config.validate()?;
+        let memory = GuestMemory::new(config.memory.size_mib << 20)?;
+        let entry = boot::load(&config, &memory)?;
+        let event_manager = Arc::new(EventManager::new()?);
+        let exit_handler =
+            WrappedExitHandler::new().map_err(|e| Error::os(ErrorKind::Event, "eventfd", &e))?;
+        let buses = Arc::new(Buses::default());
+        let vm = KvmVm::new(&config, memory, Arc::clone(&buses), exit_handler.clone())?;
+        let serial = devices::attach(&buses, vm.irq(layout::COM1_IRQ)?, &config)?;
+        let mut own_subscribers =
+            vec![event_manager.add_subscriber(Box::new(exit_handler.clone()))];
+        own_subscribers.extend(devices::connect(&serial, config.serial, &event_manager)?);
+        Ok(Self {
+            vm: Mutex::new(Some(Arc::new(vm))),
+            event_manager,
+            exit_handler,
+            buses,
+            serial,
+            entry,
+            own_subscribers: Mutex::new(own_subscribers),
+            runner: Mutex::default(),
+            run_ended: Condvar::new(),
+        })
+    }
+}
+
+impl Vmm {
+    /// Run until the guest ends, `stop` is called, or the time passes. `between_turns` is called after each
+    /// turn of the event loop, at least every 50 ms; its error ends the run.
+    ///
+    /// After a stop, a timeout or an error another `run` goes on where this one ended.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] when another thread is in `run`, the guest has ended or the machine is closed;
+    /// [`ErrorKind::Io`] when a stream of the serial port fails; what `between_turns` returns.
+    pub fn run<E: From<Error>>(
+        &self,
+        timeout: Option<Duration>,
+        mut between_turns: impl FnMut() -> std::result::Result<(), E>,
+    ) -> std::result::Result<Exit, E> {
+        let vm = self.vm()?;
+        let _running = self.enter_run()?;
+        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        let ended = self.turn_while_running(&vm, deadline, &mut between_turns);
+        self.serial.release(true);
+        vm.shutdown();
+        self.exit_handler.rearm();
+        let reason = ended?;
+        self.drain_serial(deadline, &mut between_turns)?;
+        self.exit_handler.rearm();
+        Ok(vm.exit().unwrap_or_else(|| Exit::new(reason)))
+    }
+
+    /// The loop of a run; says why it ended unless the guest says otherwise.
+    fn turn_while_running<E: From<Error>>(
+        &self,
+        vm: &KvmVm<WrappedExitHandler>,
+        deadline: Option<Instant>,
+        between_turns: &mut impl FnMut() -> std::result::Result<(), E>,
+    ) -> std::result::Result<ExitReason, E> {
+        vm.check_may_run()?;
+        self.serial.release(false);
+        // A stop from before this run is seen here, so that the guest does not start for nothing.
+        self.turn(Some(Instant::now()), between_turns)?;
+        if self.exit_handler.keep_running() {
+            vm.run((vm.state() == VmRunState::Created).then_some(self.entry))?;
+        }
+        while self.exit_handler.keep_running() {
+            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                return Ok(ExitReason::Timeout);
+            }
+            self.turn(deadline, between_turns)?;
+        }
+        Ok(ExitReason::Stopped)
+    }
+
+    /// One turn of the event loop.
+    fn turn<E: From<Error>>(
+        &self,
+        deadline: Option<Instant>,
+        between_turns: &mut impl FnMut() -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
+        let left = deadline.map_or(SLICE, |deadline| {
+            deadline.saturating_duration_since(Instant::now())
+        });
+        let milliseconds = left.min(SLICE).as_micros().div_ceil(1000);
+        self.event_manager
+            .run_with_timeout(i32::try_from(milliseconds).unwrap_or(0))?;
+        between_turns()?;
+        self.serial
+            .take_failure()
+            .map_or(Ok(()), |failure| Err(failure.into()))
+    }
+
+    /// Bring out what the guest printed last. A stop or the deadline leaves the rest for another run.
+    fn drain_serial<E: From<Error>>(
+        &self,
+        deadline: Option<Instant>,
+        between_turns: &mut impl FnMut() -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
+        while self.serial.backlog() > 0 && self.exit_handler.keep_running() {
+            let before = self.serial.backlog();
+            self.turn(deadline, between_turns)?;
+            let is_late = deadline.is_some_and(|deadline| Instant::now() >= deadline);
+            if is_late && self.serial.backlog() == before {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// End the run in progress, or the next one if there is none. It may go on later. From any thread.
+    ///
+    /// # Errors
+    /// When the exit event cannot be written.
+    pub fn stop(&self) -> Result<()> {
+        self.exit_handler
+            .kick()
+            .map_err(|e| Error::os(ErrorKind::Event, "stop", &e))
+    }
+
+    /// Stop, wait for the run to end, and release everything. Does nothing the second time. Called from
+    /// inside a run, it takes effect when that run ends.
+    pub fn close(&self) {
+        let Ok(vm) = self.vm() else { return };
+        if vm.is_foreign() {
+            return; // the run in progress, if any, is the parent's
+        }
+        let mut runner = self.runner.lock();
+        while let Some(thread) = runner.thread {
+            let _ = self.stop();
+            if thread == std::thread::current().id() {
+                runner.close_at_end = true;
+                return;
+            }
+            self.run_ended.wait(&mut runner);
+        }
+        self.release();
+    }
+
+    fn release(&self) {
+        let vm = self.vm.lock().take();
+        for id in self.own_subscribers.lock().drain(..) {
+            // Fails when the program has removed it already.
+            let _ = self.event_manager.remove_subscriber(id);
+        }
+        drop(vm);
+    }
+
+    fn enter_run(&self) -> Result<Running<'_>> {
+        let mut runner = self.runner.lock();
+        if runner.thread.is_some() {
+            let detail = "the machine is running already: one run at a time";
+            return Err(Error::new(ErrorKind::State, "run", detail));
+        }
+        runner.thread = Some(std::thread::current().id());
+        Ok(Running(self))
+    }
+
+    fn vm(&self) -> Result<Arc<KvmVm<WrappedExitHandler>>> {
+        self.vm
+            .lock()
+            .clone()
+            .ok_or_else(|| Error::new(ErrorKind::State, "vmm", "the machine is closed"))
+    }
+
+    /// The event manager whose loop `run` turns.
+    #[must_use]
+    pub fn event_manager(&self) -> &Arc<EventManager> {
+        &self.event_manager
+    }
+
+    /// The handler that ends a run.
+    #[must_use]
+    pub fn exit_handler(&self) -> &WrappedExitHandler {
+        &self.exit_handler
+    }
+
+    /// The buses, with the counts of what nobody answered.
+    #[must_use]
+    pub fn buses(&self) -> &Arc<Buses> {
+        &self.buses
+    }
+
+    /// The first serial port.
+    #[must_use]
+    pub fn serial(&self) -> &Arc<Serial> {
+        &self.serial
+    }
+
+    /// Guest memory.
+    ///
+    /// # Errors
+    /// When the machine is closed, or in a forked child.
+    pub fn memory(&self) -> Result<GuestMemory> {
+        let vm = self.vm()?;
+        vm.check_process()?;
+        Ok(vm.memory().clone())
+    }
+
+    /// Where the machine stands.
+    #[must_use]
+    pub fn state(&self) -> VmRunState {
+        self.vm().map_or(VmRunState::Closed, |vm| vm.state())
+    }
+}
+
+/// While it lives, its thread is the one inside `run`.
+struct Running<'a>(&'a Vmm);
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        let mut runner = self.0.runner.lock();
+        runner.thread = None;
+        if std::mem::take(&mut runner.close_at_end) {
+            self.0.release();
+        }
+        self.0.run_ended.notify_all();
+    }
+}
