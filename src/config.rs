@@ -284,7 +284,7 @@ impl LinuxBoot {
             return Err(bad("boot.cmdline", "only printable ASCII is allowed"));
         }
         if let Some(address) = self.load_address {
-            if address < layout::HIGH_MEMORY || address >= layout::MMIO_GAP_START {
+            if !(layout::HIGH_MEMORY..layout::MMIO_GAP_START).contains(&address) {
                 let detail = format!("{address:#x} is not between 1 MiB and 3 GiB");
                 return Err(bad("boot.load_address", detail));
             }

@@ -22,7 +22,7 @@ pub trait ExitHandler {
 /// Stops a run loop: an eventfd that a kick writes and a flag that the loop reads.
 #[derive(Debug)]
 pub struct VmmExitHandler {
-    exit_event: EventFd,
+    exit_event: Arc<EventFd>,
     keep_running: bool,
 }
 
@@ -33,14 +33,14 @@ impl VmmExitHandler {
     /// When no eventfd can be made.
     pub fn new() -> io::Result<Self> {
         Ok(Self {
-            exit_event: EventFd::new(EFD_NONBLOCK)?,
+            exit_event: Arc::new(EventFd::new(EFD_NONBLOCK)?),
             keep_running: true,
         })
     }
 
     /// The eventfd that a kick writes.
     #[must_use]
-    pub fn exit_event(&self) -> &EventFd {
+    pub fn exit_event(&self) -> &Arc<EventFd> {
         &self.exit_event
     }
 
@@ -61,6 +61,13 @@ impl VmmExitHandler {
         }
     }
 
+    /// A kick is processed: drained, so that it ends this run and no later one, and the flag cleared.
+    pub fn stop(&mut self) {
+        // Fails when there was no kick.
+        let _ = self.exit_event.read();
+        self.keep_running = false;
+    }
+
     /// Ready for another run: the kicks so far belonged to the last one.
     pub fn rearm(&mut self) {
         // Fails when there was no kick.
@@ -72,18 +79,16 @@ impl VmmExitHandler {
 impl MutEventSubscriber for VmmExitHandler {
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         if events.event_set().contains(EventSet::IN) {
-            // Drained, so that this kick ends this run and no later one.
-            let _ = self.exit_event.read();
-            self.keep_running = false;
+            self.stop();
         }
         if events.event_set().contains(EventSet::ERROR) {
-            let _ = ops.remove(Events::new(&self.exit_event, EventSet::IN));
+            let _ = ops.remove(Events::new(&*self.exit_event, EventSet::IN));
         }
     }
 
     fn init(&mut self, ops: &mut EventOps) {
         // Fails only for a handler that is registered already: it is kicked there all the same.
-        let _ = ops.add(Events::new(&self.exit_event, EventSet::IN));
+        let _ = ops.add(Events::new(&*self.exit_event, EventSet::IN));
     }
 }
 
@@ -271,7 +276,7 @@ mod tests {
     #[test]
     fn an_error_event_removes_the_handler() {
         let mut handler = VmmExitHandler::new().unwrap();
-        let error = Events::new(handler.exit_event(), EventSet::ERROR);
+        let error = Events::new(&**handler.exit_event(), EventSet::ERROR);
         let other = WrappedExitHandler::new().unwrap();
         let mut manager = EventManager::new().unwrap();
         let id = manager.add_subscriber(other);

@@ -1,4 +1,18 @@
-//! A KVM virtual machine monitor for Python.
+//! pyvmm: a KVM virtual machine monitor that lives inside a Python process.
+//!
+//! The flow, in the order things happen:
+//!
+//! 1. a [`config::VmmConfig`] is checked and becomes a [`vmm::Vmm`] ([`vmm::Vmm::try_from`]);
+//! 2. which holds a [`vm::KvmVm`], the KVM side of the machine, with its [`vm::GuestMemory`], where
+//!    [`boot::load`] has put what the machine starts with;
+//! 3. [`vmm::Vmm::run`] starts one thread a vCPU ([`vm::KvmVm::run`]);
+//! 4. a vCPU's exit goes through one `match` (`vcpu/run.rs`) to a bus, [`devices::Buses`];
+//! 5. and there to a [`devices::Device`], which may write an eventfd;
+//! 6. the loop's [`event::EventManager`] dispatches it to a subscriber, in Rust or in Python;
+//! 7. a guest's end kicks the [`exit_handler::ExitHandler`] and becomes an [`exit_handler::Exit`]:
+//!    the loop stops, the machine shuts down, and `run` returns it.
+//!
+//! Everything but `py` builds and is tested without Python.
 
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
 compile_error!("pyvmm needs Linux on x86-64");
@@ -11,6 +25,19 @@ pub mod error;
 pub mod event;
 pub mod exit_handler;
 mod process;
+#[cfg(feature = "python")]
+pub mod py;
 pub mod vcpu;
 pub mod vm;
 pub mod vmm;
+
+/// Everything that Python sees of this crate.
+#[cfg(feature = "python")]
+#[pyo3::pymodule]
+mod _pyvmm {
+    #[pymodule_export]
+    use crate::py::{
+        PyEventFd, PyEventManager, PyEventOps, PyEvents, PyGuestMemory, PyKvmVm, PySerial, PySubscriberId, PyVmm,
+        PyVmmExitHandler, PyWrappedExitHandler, close_all, cpu_features, embedded_guest, kvm_info,
+    };
+}

@@ -101,7 +101,8 @@ const WORDS: [Word; 9] = [
     },
 ];
 
-/// What a KVM that emulates ring 0 in software refuses to execute, or runs for long.
+/// What a KVM that emulates ring 0 in software refuses to execute, or runs for long. Its guests see an Intel
+/// processor besides; see [`set_vendor`].
 const SOFTWARE_KVM: &str = "xsave smap smep popcnt fsgsbase umip pcid invpcid rdpid erms fsrm avx f16c fma avx2 \
     vaes vpclmulqdq avx_vnni avx512f avx512dq avx512ifma avx512cd avx512bw avx512vl avx512vbmi avx512_vbmi2 \
     avx512_vnni avx512_bitalg avx512_vpopcntdq avx512_bf16 avx512_vp2intersect xsaveopt xsavec xgetbv1 xsaves \
@@ -160,25 +161,40 @@ fn supported(kvm: &Kvm) -> Result<&'static [kvm_cpuid_entry2]> {
 pub fn guest_cpuid(kvm: &Kvm, config: &CpuConfig) -> Result<Vec<kvm_cpuid_entry2>> {
     let mut entries = supported(kvm)?.to_vec();
     let template = hidden_by(config.template).split_whitespace();
-    for feature in config
-        .hide
-        .iter()
-        .map(String::as_str)
-        .chain(template)
-        .filter_map(feature)
-    {
+    for feature in config.hide.iter().map(String::as_str).chain(template).filter_map(feature) {
         hide(&mut entries, feature);
+    }
+    if is_software(config.template) {
+        set_vendor(&mut entries, *b"GenuineIntel");
     }
     Ok(entries)
 }
 
+/// What [`CpuTemplate::Auto`] hides on this host.
+#[must_use]
+pub fn hidden_by_default() -> Vec<&'static str> {
+    hidden_by(CpuTemplate::Auto).split_whitespace().collect()
+}
+
 fn hidden_by(template: CpuTemplate) -> &'static str {
-    let software = match template {
+    if is_software(template) { SOFTWARE_KVM } else { "" }
+}
+
+fn is_software(template: CpuTemplate) -> bool {
+    match template {
         CpuTemplate::Auto => host_is_software_kvm(),
         CpuTemplate::Host => false,
         CpuTemplate::SoftwareKvm => true,
-    };
-    if software { SOFTWARE_KVM } else { "" }
+    }
+}
+
+/// KVM's emulator executes SYSENTER from 32-bit code under a 64-bit kernel for an Intel processor alone, and the
+/// SYSCALL that Linux takes on any other loses the upper half of the kernel's address.
+fn set_vendor(entries: &mut [kvm_cpuid_entry2], vendor: [u8; 12]) {
+    let word = |at: usize| u32::from_le_bytes(std::array::from_fn(|n| vendor[at + n]));
+    for entry in entries.iter_mut().filter(|e| matches!(e.function, 0 | 0x8000_0000)) {
+        (entry.ebx, entry.edx, entry.ecx) = (word(0), word(4), word(8));
+    }
 }
 
 fn hide(entries: &mut [kvm_cpuid_entry2], feature: Feature) {
@@ -288,6 +304,15 @@ mod tests {
         assert_eq!(entries[1].ecx, u32::MAX);
         assert!(!has(&entries, "popcnt"));
         assert!(has(&entries, "aes"));
+    }
+
+    #[test]
+    fn the_vendor_is_spelt_over_three_registers() {
+        let mut entries = [kvm_cpuid_entry2::default()];
+        set_vendor(&mut entries, *b"GenuineIntel");
+        assert_eq!(entries[0].ebx, u32::from_le_bytes(*b"Genu"));
+        assert_eq!(entries[0].edx, u32::from_le_bytes(*b"ineI"));
+        assert_eq!(entries[0].ecx, u32::from_le_bytes(*b"ntel"));
     }
 
     #[test]

@@ -111,7 +111,7 @@ fn utc(seconds: i64) -> libc::tm {
 
 fn bcd(value: i32) -> u8 {
     let value = u8::try_from(value.rem_euclid(100)).unwrap_or(0);
-    value / 10 << 4 | value % 10
+    ((value / 10) << 4) | (value % 10)
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::sync::Arc;
 
 use parking_lot::{Condvar, Mutex};
 use vm_superio::Trigger;
@@ -36,8 +37,8 @@ pub struct Serial {
     output: Mutex<Output>,
     /// Output was taken, or nobody waits for it any more.
     room: Condvar,
-    output_ready: EventFd,
-    input_wanted: EventFd,
+    output_ready: Arc<EventFd>,
+    input_wanted: Arc<EventFd>,
 }
 
 /// What the guest's accesses change.
@@ -65,7 +66,9 @@ impl Serial {
     /// When no eventfd can be made.
     pub fn new(irq: Option<EventFd>, has_taker: bool) -> Result<Self> {
         let eventfd =
-            || EventFd::new(EFD_NONBLOCK).map_err(|e| Error::os(ErrorKind::Io, "serial", &e));
+            || EventFd::new(EFD_NONBLOCK)
+                .map(Arc::new)
+                .map_err(|e| Error::os(ErrorKind::Io, "serial", &e));
         let uart = Uart::new(Irq(irq), Vec::new());
         let input_wanted = eventfd()?;
         input_wanted
@@ -90,13 +93,13 @@ impl Serial {
 
     /// Readable when there is output to take.
     #[must_use]
-    pub fn output_ready(&self) -> &EventFd {
+    pub fn output_ready(&self) -> &Arc<EventFd> {
         &self.output_ready
     }
 
     /// Readable when the guest has read all its input; readable at first, too.
     #[must_use]
-    pub fn input_wanted(&self) -> &EventFd {
+    pub fn input_wanted(&self) -> &Arc<EventFd> {
         &self.input_wanted
     }
 
@@ -245,7 +248,6 @@ impl Device for Serial {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Arc;
 
     fn print(serial: &Serial, text: &[u8]) {
         for byte in text {

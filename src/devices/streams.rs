@@ -130,7 +130,7 @@ impl MutEventSubscriber for OutputPump {
     }
 
     fn init(&mut self, ops: &mut EventOps) {
-        let _ = ops.add(Events::new(self.serial.output_ready(), EventSet::IN));
+        let _ = ops.add(Events::new(&**self.serial.output_ready(), EventSet::IN));
     }
 }
 
@@ -212,7 +212,7 @@ impl MutEventSubscriber for InputPump {
     }
 
     fn init(&mut self, ops: &mut EventOps) {
-        let _ = ops.add(Events::new(self.serial.input_wanted(), EventSet::IN));
+        let _ = ops.add(Events::new(&**self.serial.input_wanted(), EventSet::IN));
     }
 }
 

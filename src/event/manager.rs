@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use event_manager::{
     EventManager as Upstream, EventOps, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
 };
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 
 use super::epoll_set::EpollSet;
 use crate::error::{Error, ErrorKind, Result};
@@ -31,8 +31,14 @@ pub struct EventManager {
 
 struct Inner {
     upstream: Upstream<BoxedSubscriber>,
-    /// Which subscriber watches an fd, for those added through [`EventManager::add`].
-    owners: HashMap<RawFd, SubscriberId>,
+    /// What is watched, by fd, of what came through [`EventManager::add`].
+    watched: HashMap<RawFd, Watched>,
+}
+
+#[derive(Clone, Copy)]
+struct Watched {
+    owner: SubscriberId,
+    events: Events,
 }
 
 impl std::fmt::Debug for EventManager {
@@ -53,7 +59,7 @@ impl EventManager {
         let epoll = EpollSet::of(&mut upstream)?;
         let inner = Mutex::new(Inner {
             upstream,
-            owners: HashMap::new(),
+            watched: HashMap::new(),
         });
         Ok(Self {
             inner,
@@ -76,8 +82,8 @@ impl EventManager {
         let mut inner = self.inner.lock();
         let subscriber = inner.upstream.remove_subscriber(id).map_err(event_error)?;
         let mut left: Vec<RawFd> = Vec::new();
-        inner.owners.retain(|fd, owner| {
-            let mine = *owner == id;
+        inner.watched.retain(|fd, watched| {
+            let mine = watched.owner == id;
             if mine {
                 left.push(*fd);
             }
@@ -97,7 +103,7 @@ impl EventManager {
         self.check_process()?;
         let mut inner = self.inner.lock();
         let fd = events.fd();
-        if let Some(owner) = inner.owners.get(&fd).copied() {
+        if let Some(Watched { owner, .. }) = inner.watched.get(&fd).copied() {
             if self.epoll.watches(fd) {
                 let detail = format!("file descriptor {fd} is registered already");
                 return Err(Error::new(ErrorKind::Event, "EventOps.add", detail));
@@ -108,7 +114,7 @@ impl EventManager {
         ops(&mut inner.upstream, id)?
             .add(events)
             .map_err(|e| at_fd("EventOps.add", fd, e))?;
-        inner.owners.insert(fd, id);
+        inner.watched.insert(fd, Watched { owner: id, events });
         Ok(())
     }
 
@@ -123,7 +129,20 @@ impl EventManager {
         inner.check_owner("EventOps.modify", id, fd)?;
         ops(&mut inner.upstream, id)?
             .modify(events)
-            .map_err(|e| at_fd("EventOps.modify", fd, e))
+            .map_err(|e| at_fd("EventOps.modify", fd, e))?;
+        inner.watched.insert(fd, Watched { owner: id, events });
+        Ok(())
+    }
+
+    /// Have what is ready on `fd` reported again: an edge-triggered or one-shot event that was fetched and
+    /// not handled. Does nothing for an fd that the subscriber does not watch any more.
+    pub fn rearm(&self, id: SubscriberId, fd: RawFd) {
+        let mut inner = self.inner.lock();
+        let watched = inner.watched.get(&fd).filter(|watched| watched.owner == id).copied();
+        if let (Some(watched), Ok(ops)) = (watched, ops(&mut inner.upstream, id)) {
+            // Fails only for an fd that was closed since: then there is nothing to report.
+            let _ = ops.modify(watched.events);
+        }
     }
 
     /// Stop watching an fd that the subscriber has added. It may have been closed since.
@@ -134,7 +153,7 @@ impl EventManager {
         self.check_process()?;
         let mut inner = self.inner.lock();
         inner.check_owner("EventOps.remove", id, fd)?;
-        inner.owners.remove(&fd);
+        inner.watched.remove(&fd);
         if ops(&mut inner.upstream, id)?
             .remove(Events::empty_raw(fd))
             .is_err()
@@ -147,7 +166,7 @@ impl EventManager {
     /// Whether this subscriber still watches this fd: what a queued event is checked against.
     #[must_use]
     pub fn is_watching(&self, id: SubscriberId, fd: RawFd) -> bool {
-        self.inner.lock().owners.get(&fd) == Some(&id)
+        self.inner.lock().watched.get(&fd).is_some_and(|watched| watched.owner == id)
     }
 
     /// Wait for events and dispatch them once; returns how many were dispatched.
@@ -185,9 +204,22 @@ impl EventManager {
         self.birthplace.check("event manager")
     }
 
+    /// [`Self::run_with_timeout`] without waiting, not even for the manager's lock: none when another thread
+    /// holds it.
+    ///
+    /// # Errors
+    /// When epoll fails.
+    pub fn try_dispatch(&self) -> Result<Option<usize>> {
+        self.check_process()?;
+        self.inner.try_lock().map(|inner| self.dispatch_locked(inner)).transpose()
+    }
+
     /// Dispatch what is ready now, without waiting.
     fn dispatch(&self) -> Result<usize> {
-        let mut inner = self.inner.lock();
+        self.dispatch_locked(self.inner.lock())
+    }
+
+    fn dispatch_locked(&self, mut inner: MutexGuard<'_, Inner>) -> Result<usize> {
         self.epoll.drain_wake();
         // Upstream's dispatch has an `unreachable!` for an fd it does not know. Ghosts are dropped when
         // they arise; this keeps one that got through, or a panic in a subscriber, from unwinding a run.
@@ -216,8 +248,8 @@ impl std::os::fd::AsFd for EventManager {
 
 impl Inner {
     fn check_owner(&self, at: &str, id: SubscriberId, fd: RawFd) -> Result<()> {
-        match self.owners.get(&fd) {
-            Some(owner) if *owner == id => Ok(()),
+        match self.watched.get(&fd) {
+            Some(watched) if watched.owner == id => Ok(()),
             Some(_) => {
                 let detail = format!("file descriptor {fd} belongs to another subscriber");
                 Err(Error::new(ErrorKind::Event, at, detail))
@@ -234,7 +266,7 @@ impl Inner {
         epoll.drop_ghosts(&[fd])?;
         // Upstream forgets an fd only when epoll deletes it: so epoll must have it for a moment.
         epoll.add_placeholder(fd)?;
-        self.owners.remove(&fd);
+        self.watched.remove(&fd);
         ops(&mut self.upstream, owner)?
             .remove(Events::empty_raw(fd))
             .map_err(|e| at_fd("EventOps.add", fd, e))

@@ -1,0 +1,61 @@
+# One command a line. `make help` lists them; `make all` is what CI runs, in the same order.
+
+export PATH := $(CURDIR)/.venv/bin:$(HOME)/.cargo/bin:$(PATH)
+export VIRTUAL_ENV := $(CURDIR)/.venv
+SHELL := /bin/bash
+PYTHON_CODE := python tests benches examples
+
+.PHONY: help all run test setup lint rust linux pytest docs bench stress audit format clean
+
+help: ## List the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+all: test audit ## What CI runs
+
+run: ## Set everything up and boot the guest inside the package
+	@scripts/setup.sh kvm
+	@pyvmm run
+
+test: setup lint rust linux pytest docs ## Set everything up and pass the tests
+
+setup: ## Make .venv with pyvmm in it, built in release
+	@scripts/setup.sh
+
+lint: setup ## Formatting, lints, types, stubs
+	@scripts/if_there cargo-fmt cargo fmt --check
+	@scripts/if_there cargo-clippy cargo clippy --quiet --all-targets -- -D warnings
+	@scripts/if_there cargo-clippy cargo clippy --quiet --all-targets --no-default-features -- -D warnings
+	ruff check --quiet $(PYTHON_CODE)
+	ruff format --quiet --check $(PYTHON_CODE)
+	mypy
+	python -m mypy.stubtest pyvmm._pyvmm
+
+rust: setup ## The Rust tests, without Python
+	cargo test --quiet --no-default-features
+
+linux: ## Build the Linux that the tests boot, once, outside the checkout
+	@tests/linux/build.sh >/dev/null || echo "pyvmm: the tests that boot Linux are left out" >&2
+
+pytest: setup linux ## The Python tests
+	pytest --quiet
+
+docs: setup ## The Rust documentation, every link checked
+	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps --document-private-items
+
+bench: setup ## Benchmarks: ratios against the physical limit; BENCH_JSON=FILE writes them
+	python -m benches $(BENCH)
+
+stress: setup ## The long runs of the stress tests
+	pytest --quiet tests/stress --timeout 3600
+
+audit: setup ## Known vulnerabilities and licences of the dependencies
+	@scripts/if_there cargo-deny cargo deny --log-level error check
+	pip-audit --progress-spinner off --skip-editable
+
+format: setup ## Format all code
+	@scripts/if_there cargo-fmt cargo fmt
+	ruff check --quiet --fix $(PYTHON_CODE)
+	ruff format --quiet $(PYTHON_CODE)
+
+clean: ## Remove what the commands above have made here
+	rm -rf .venv target dist .pytest_cache .mypy_cache .ruff_cache .hypothesis python/pyvmm/*.so

@@ -1,0 +1,428 @@
+"""The native module: the event manager, the machine and its parts, written in Rust.
+
+Everything here is exported by `pyvmm`, under the same name.
+"""
+
+from collections.abc import Buffer
+from types import TracebackType
+from typing import Protocol, Self, TypeVar, final
+
+from pyvmm.config import VmmConfig
+from pyvmm.devices import Unanswered
+from pyvmm.events import EventSet, Subscriber
+from pyvmm.exits import Exit, ExitHandler, VmRunState
+
+class _HasFileno(Protocol):
+    def fileno(self) -> int: ...
+
+@final
+class EventFd:
+    """A counter that the kernel keeps behind a file descriptor: eventfd(2).
+
+    Args:
+        initial: the count it starts with, 0 to 2^64 - 2.
+        nonblocking: `read` of an empty counter and `write` to a full one raise BlockingIOError; else they wait.
+        semaphore: `read` takes one at a time instead of all.
+    """
+
+    def __new__(cls, initial: int = 0, *, nonblocking: bool = True, semaphore: bool = False) -> Self: ...
+    def read(self) -> int:
+        """Take the count, or one in semaphore mode.
+
+        Raises:
+            BlockingIOError: the count is zero and the EventFd is nonblocking.
+            ValueError: it is closed.
+        """
+
+    def write(self, value: int = 1) -> None:
+        """Add to the count.
+
+        Raises:
+            BlockingIOError: the count would pass 2^64 - 2 and the EventFd is nonblocking.
+            OverflowError: the value is not from 0 to 2^64 - 1.
+            OSError: the value is 2^64 - 1, which the kernel refuses.
+            ValueError: it is closed.
+        """
+
+    def fileno(self) -> int:
+        """The file descriptor's number."""
+
+    def close(self) -> None:
+        """Close the descriptor. A `read` that waits in another thread keeps it until it returns."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is closed."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
+    ) -> None: ...
+
+@final
+class Events:
+    """Events of a file descriptor: what to watch it for, or what happened there.
+
+    Args:
+        source: an int, or an object with `fileno()`; it is kept alive while it is registered.
+        event_set: what to watch for.
+        data: a number from 0 to 2^32 - 1 that comes back with each event.
+
+    Raises:
+        ValueError: the source is closed, or a flag has no meaning.
+    """
+
+    def __new__(cls, source: int | _HasFileno, event_set: EventSet | int = ..., data: int = 0) -> Self: ...
+    @property
+    def fd(self) -> int:
+        """The file descriptor's number."""
+
+    @property
+    def data(self) -> int:
+        """The number given at registration."""
+
+    @property
+    def event_set(self) -> EventSet:
+        """What to watch for, or what happened."""
+
+@final
+class SubscriberId:
+    """Names a subscriber of one event manager. Hashable."""
+
+    def __hash__(self) -> int: ...
+
+@final
+class EventOps:
+    """Changes what a subscriber watches. Usable only during the call it was passed to; later use raises RuntimeError."""
+
+    def add(self, events: Events) -> None:
+        """Watch a file descriptor.
+
+        Raises:
+            EventError: it is registered already, closed, or a regular file, which epoll does not watch.
+        """
+
+    def modify(self, events: Events) -> None:
+        """Watch a file descriptor of this subscriber for other events, or re-arm a one-shot.
+
+        Raises:
+            EventError: it is not this subscriber's.
+        """
+
+    def remove(self, source: Events | int | _HasFileno) -> None:
+        """Stop watching a file descriptor of this subscriber. By number or `Events` it may be closed already.
+
+        Raises:
+            EventError: it is not this subscriber's.
+        """
+
+_S = TypeVar("_S", bound=Subscriber)
+
+@final
+class EventManager:
+    """Subscribers, and the loop that dispatches events to them by file descriptor.
+
+    One thread at a time turns the loop; any thread may add and remove subscribers meanwhile. It needs no
+    machine and no /dev/kvm.
+    """
+
+    def __new__(cls) -> Self: ...
+    def add_subscriber(self, subscriber: Subscriber | WrappedExitHandler | VmmExitHandler) -> SubscriberId:
+        """Register an object with `init(ops)` and `process(events, ops)`; calls its `init` before it returns.
+
+        Raises:
+            TypeError: a method is missing.
+            Exception: what `init` raised; the subscriber is not registered then.
+        """
+
+    def remove_subscriber(self, id: SubscriberId) -> object:
+        """Unregister a subscriber with all its file descriptors and return it.
+
+        Raises:
+            EventError: this manager has no such subscriber, or no longer.
+        """
+
+    def run(self) -> int:
+        """Wait for events, dispatch them once, and return how many there were.
+
+        The first exception of a callback ends the dispatch and comes out of here. Level-triggered events
+        behind it are reported again by the next run.
+
+        Raises:
+            StateError: another thread, or a callback's caller, is in `run`.
+        """
+
+    def run_with_timeout(self, milliseconds: int) -> int:
+        """`run` for at most this long, 0 when the time passed. A negative number is no limit."""
+
+    def fileno(self) -> int:
+        """The epoll set's file descriptor: readable when an event is ready."""
+
+@final
+class VmmExitHandler:
+    """Stops a run loop: an `exit_event` that a kick writes and a `keep_running` flag that the loop reads.
+
+    A subscriber: on IN it clears the flag, on ERROR it removes itself.
+    """
+
+    def __new__(cls) -> Self: ...
+    @property
+    def exit_event(self) -> EventFd:
+        """The eventfd that a kick writes."""
+
+    @property
+    def keep_running(self) -> bool:
+        """False once the loop has processed a kick."""
+
+    def kick(self) -> None:
+        """Write the exit event. From any thread."""
+
+    def rearm(self) -> None:
+        """Set the flag again and forget the kicks so far."""
+
+    def init(self, ops: EventOps) -> None:
+        """Register the exit event for IN."""
+
+    def process(self, events: Events, ops: EventOps) -> None:
+        """Handle an event of the exit event."""
+
+@final
+class WrappedExitHandler:
+    """A `VmmExitHandler` as the loop, the machine and its vCPUs share it. A clone is the same handler.
+
+    Args:
+        handler: the handler to share; None for a new one.
+    """
+
+    def __new__(cls, handler: VmmExitHandler | None = None) -> Self: ...
+    @property
+    def handler(self) -> VmmExitHandler:
+        """The shared handler."""
+
+    def keep_running(self) -> bool:
+        """False once the loop has processed a kick."""
+
+    def kick(self) -> None:
+        """Write the exit event. From any thread."""
+
+    def rearm(self) -> None:
+        """Set the flag again and forget the kicks so far."""
+
+    def clone(self) -> WrappedExitHandler:
+        """Another object for the same handler."""
+
+    def init(self, ops: EventOps) -> None:
+        """Register the exit event for IN."""
+
+    def process(self, events: Events, ops: EventOps) -> None:
+        """Handle an event of the exit event."""
+
+    def __copy__(self) -> WrappedExitHandler: ...
+    def __eq__(self, other: object) -> bool: ...
+    def __hash__(self) -> int: ...
+
+@final
+class GuestMemory:
+    """The RAM of a machine, by guest-physical address. Readable and writable at any time, from any thread."""
+
+    def read(self, address: int, length: int) -> bytes:
+        """A copy of guest memory.
+
+        Raises:
+            GuestMemoryError: a byte of the range is not RAM.
+            StateError: the machine is closed.
+        """
+
+    def write(self, address: int, data: Buffer) -> None:
+        """Copy bytes into guest memory.
+
+        Raises:
+            GuestMemoryError: a byte of the range is not RAM; nothing is written then.
+            StateError: the machine is closed.
+        """
+
+    @property
+    def size(self) -> int:
+        """Bytes of RAM."""
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """Start and length of each range of RAM: one, or two around the gap from 3 to 4 GiB."""
+
+@final
+class Serial:
+    """The host's side of the first serial port, a 16550A."""
+
+    def send(self, data: bytes | bytearray) -> None:
+        """Give the guest input; it reads it at its own pace."""
+
+    def read(self) -> bytes:
+        """Take the output there is. Without a configured output, at most the newest MiB."""
+
+    @property
+    def input_waiting(self) -> int:
+        """Bytes of input that the guest has not read yet."""
+
+    @property
+    def output_ready(self) -> EventFd:
+        """Readable when there is output to take, on a machine whose output Python takes."""
+
+    @property
+    def input_wanted(self) -> EventFd:
+        """Readable when the guest has read all its input; readable at first, too."""
+
+@final
+class KvmVm:
+    """One KVM virtual machine, without an event loop: whoever made it is told of the guest's end by a kick.
+
+    Args:
+        config: what it is made of; the serial port must have no streams.
+        exit_handler: an object with `kick()`, called on the thread of the vCPU whose guest has ended.
+
+    Raises:
+        VmmError: as for `Vmm`.
+    """
+
+    def __new__(cls, config: VmmConfig, exit_handler: ExitHandler) -> Self: ...
+    def run(self, vcpu_run_addr: int | None = None) -> None:
+        """Start a thread `vcpu_{id}` for each vCPU and return.
+
+        With an address the vCPUs start there. Without one they start at `entry`, or go on where they stopped.
+
+        Raises:
+            StateError: the machine is running, its guest has ended, or it is closed.
+        """
+
+    def wait(self, timeout: float | None = None) -> Exit | None:
+        """Wait until the machine no longer runs; how the guest ended, or None when the time passed first.
+
+        Raises:
+            Exception: what the exit handler's `kick` raised.
+        """
+
+    def shutdown(self) -> None:
+        """Stop the vCPUs and wait for their threads. A guest that had not ended can go on with `run`."""
+
+    def close(self) -> None:
+        """Shut down and release everything. Does nothing the second time."""
+
+    @property
+    def entry(self) -> int:
+        """Where the configuration's code starts."""
+
+    @property
+    def state(self) -> VmRunState:
+        """Where the machine stands."""
+
+    @property
+    def exit(self) -> Exit | None:
+        """How the guest ended; None while it has not."""
+
+    @property
+    def memory(self) -> GuestMemory:
+        """Guest memory."""
+
+    @property
+    def serial(self) -> Serial:
+        """The first serial port."""
+
+    @property
+    def unanswered(self) -> list[Unanswered]:
+        """Accesses that no device answered."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
+    ) -> None: ...
+
+@final
+class Vmm:
+    """A virtual machine: built by this call, run by `run`, released by `close` or at the end of a `with`.
+
+    Args:
+        config: what it is made of; None for the guest inside the package.
+
+    Raises:
+        ConfigError: a value cannot be used; the text starts with its key.
+        BootError: the kernel, RAM disk or code cannot be loaded.
+        KvmUnavailableError: there is no usable /dev/kvm; `hint` says what to do.
+        KvmError: KVM refused a part.
+    """
+
+    def __new__(cls, config: VmmConfig | None = None) -> Self: ...
+    def run(self, timeout: float | None = None) -> Exit:
+        """Run the guest until it ends, `stop` is called, or the time passes, in seconds.
+
+        Turns the event manager's loop meanwhile: subscribers are called on this thread. After a stop, a
+        timeout or an exception, another `run` goes on where this one ended.
+
+        Raises:
+            StateError: a run is in progress, the guest has ended, or the machine is closed.
+            StreamError: a stream of the serial port failed.
+            KeyboardInterrupt: Ctrl-C, within 100 ms.
+            Exception: the first exception of a callback.
+        """
+
+    def stop(self) -> None:
+        """End the run in progress, or at once the next one if there is none. From any thread or callback."""
+
+    def close(self) -> None:
+        """Stop, wait for the run in progress to end, and release everything. Does nothing the second time.
+
+        In a callback it takes effect when the run ends.
+        """
+
+    def add_subscriber(self, subscriber: Subscriber | WrappedExitHandler | VmmExitHandler) -> SubscriberId:
+        """Register a subscriber with the machine's event manager; see `EventManager.add_subscriber`."""
+
+    def remove_subscriber(self, id: SubscriberId) -> object:
+        """Unregister a subscriber and return it; see `EventManager.remove_subscriber`."""
+
+    @property
+    def config(self) -> VmmConfig:
+        """What it is made of."""
+
+    @property
+    def event_manager(self) -> EventManager:
+        """The event manager whose loop `run` turns."""
+
+    @property
+    def exit_handler(self) -> WrappedExitHandler:
+        """The handler that ends a run."""
+
+    @property
+    def memory(self) -> GuestMemory:
+        """Guest memory."""
+
+    @property
+    def serial(self) -> Serial:
+        """The first serial port."""
+
+    @property
+    def state(self) -> VmRunState:
+        """Where the machine stands."""
+
+    @property
+    def unanswered(self) -> list[Unanswered]:
+        """Accesses that no device answered, counted by address."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
+    ) -> None: ...
+
+def close_all() -> None:
+    """Close every machine that is alive. Called at interpreter exit."""
+
+def cpu_features() -> list[str]:
+    """Names of CPUID features that `CpuConfig.hide` knows."""
+
+def embedded_guest() -> bytes:
+    """The machine code of the guest inside the package: 64-bit ring 3, position-independent."""
+
+def kvm_info() -> dict[str, object]:
+    """What /dev/kvm offers: api_version, capabilities, max_vcpus, software_kvm, hidden_features.
+
+    Raises:
+        KvmUnavailableError: there is no usable /dev/kvm; `hint` says what to do.
+    """

@@ -1,0 +1,167 @@
+"""The command line: ``pyvmm run``, ``pyvmm doctor``, ``pyvmm config``. Machines are run in `runner`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+import msgspec
+
+import pyvmm
+from pyvmm import keyvalue
+from pyvmm.config import CpuConfig, FlatBoot, LinuxBoot, MemoryConfig, VmmConfig
+from pyvmm.exceptions import ConfigError, VmmError
+from pyvmm.runner import Status, run_machine
+
+EXIT_STATUSES = """\b
+Exit status:
+  0-99  the guest's own exit code; 0 too for a halt, a reset or a shutdown
+   120  the guest failed: a triple fault, or what KVM cannot execute
+   124  the time given by --timeout passed
+   125  pyvmm could not run the machine
+   130  ended by Ctrl-A x or Ctrl-C
+   143  ended by SIGTERM
+"""
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with its status."""
+    try:
+        status = cli.main(prog_name="pyvmm", standalone_mode=False)
+    except click.exceptions.Abort:
+        status = Status.INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        status = Status.ERROR
+    except VmmError as error:
+        click.echo(f"pyvmm: error: {error}", err=True)
+        status = Status.ERROR
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(pyvmm.__version__, message="pyvmm %(version)s")
+def cli() -> None:
+    """Virtual machines by KVM, inside one process."""
+
+
+@cli.command(epilog=EXIT_STATUSES)
+@click.argument("kernel", required=False, type=click.Path())
+@click.option("--kernel", "kernel_form", metavar="path=FILE,cmdline=TEXT", help="The kernel, as rust-vmm's VMM has it.")
+@click.option("--initrd", type=click.Path(), help="The initial RAM disk.")
+@click.option("--append", metavar="TEXT", help="The kernel command line.")
+@click.option("--memory", metavar="MIB", help="Guest memory: a number of MiB, or size_mib=MIB.")
+@click.option("--vcpus", "--vcpu", metavar="N", help="How many vCPUs: a number, or num=N.")
+@click.option("--hide", multiple=True, metavar="NAME", help="Hide a CPU feature; names as in /proc/cpuinfo.")
+@click.option("--config", "config_file", type=click.Path(), help="A TOML or JSON file; options override it.")
+@click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="End the run after this time.")
+@click.option("--json", "as_json", is_flag=True, help="Print how the run ended as JSON; the console goes to stderr.")
+def run(config_file: str | None, timeout: float | None, as_json: bool, **options: Any) -> int:
+    """Run KERNEL, an ELF vmlinux or a bzImage; without one, the guest inside the package.
+
+    The guest's serial port is connected to the terminal. Ctrl-A x ends the machine.
+    """
+    base = VmmConfig.from_file(config_file) if config_file else VmmConfig()
+    return run_machine(with_options(base, **options), timeout, as_json)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the checks as JSON.")
+def doctor(as_json: bool) -> int:
+    """Say what this machine can do for pyvmm, what is missing, and how to mend it."""
+    from pyvmm.doctor import examine, is_healthy
+
+    checks = examine()
+    if as_json:
+        click.echo(msgspec.json.encode(checks).decode())
+    else:
+        _print_checks(checks)
+    return 0 if is_healthy(checks) else 1
+
+
+@cli.group()
+def config() -> None:
+    """Look at configurations."""
+
+
+@config.command()
+def schema() -> None:
+    """Print the JSON schema of a configuration."""
+    click.echo(json.dumps(VmmConfig.json_schema(), indent=2))
+
+
+@config.command()
+@click.argument("file", type=click.Path())
+def check(file: str) -> None:
+    """Check a configuration file and print it with every default."""
+    click.echo(json.dumps(VmmConfig.from_file(file).to_dict(), indent=2))
+
+
+def with_options(
+    base: VmmConfig,
+    kernel: str | None,
+    kernel_form: str | None,
+    initrd: str | None,
+    append: str | None,
+    memory: str | None,
+    vcpus: str | None,
+    hide: tuple[str, ...],
+) -> VmmConfig:
+    """The configuration with the options of the command line over it."""
+    boot = _boot(base, kernel, kernel_form, initrd, append)
+    if memory is not None:
+        size = _number("memory", memory, "size_mib")
+        base = msgspec.structs.replace(base, memory=MemoryConfig(size))
+    cpu = base.cpu
+    if vcpus is not None:
+        cpu = msgspec.structs.replace(cpu, vcpus=_number("vcpus", vcpus, "num"))
+    if hide:
+        names = [name for names in hide for name in names.split(",")]
+        cpu = msgspec.structs.replace(cpu, hide=(*cpu.hide, *names))
+    return msgspec.structs.replace(base, boot=boot, cpu=cpu)
+
+
+def _boot(
+    base: VmmConfig, kernel: str | None, form: str | None, initrd: str | None, append: str | None
+) -> Any:
+    values: dict[str, Any] = {"kernel": kernel, "initrd": initrd, "cmdline": append}
+    if form is not None:
+        if kernel is not None:
+            raise ConfigError("kernel: named twice, as KERNEL and by --kernel", at="kernel")
+        keys: dict[str, type[str] | type[int]] = {"path": str, "cmdline": str, "kernel_load_addr": int}
+        found = keyvalue.parse("kernel", form, keys)
+        if "path" not in found:
+            raise ConfigError("kernel.path: is needed", at="kernel.path")
+        values["kernel"] = found["path"]
+        values["load_address"] = found.get("kernel_load_addr")
+        values["cmdline"] = append or found.get("cmdline")
+    given = {name: value for name, value in values.items() if value is not None}
+    if not given:
+        return base.boot
+    if isinstance(base.boot, LinuxBoot):
+        return msgspec.structs.replace(base.boot, **given)
+    if "kernel" not in given:
+        raise ConfigError("kernel: --initrd and --append need a KERNEL", at="kernel")
+    return LinuxBoot(**given)
+
+
+def _number(option: str, text: str, key: str) -> int:
+    form = text if "=" in text else f"{key}={text}"
+    return int(keyvalue.parse(option, form, {key: int})[key])
+
+
+def _print_checks(checks: list[Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("check", "status", "detail", box=None)
+    styles = {"ok": "green", "warning": "yellow", "missing": "red"}
+    for line in checks:
+        detail = line.detail if line.fix is None else f"{line.detail}\n-> {line.fix}"
+        table.add_row(line.name, f"[{styles[line.status]}]{line.status}[/]", detail)
+    Console().print(table)
+
+

@@ -1,0 +1,237 @@
+"""What a machine is made of: typed, with defaults, loadable from a dict, TOML and JSON.
+
+An object built in Python is checked when a machine is made of it; what is loaded is checked at once. Either
+way the error is a `ConfigError` that starts with the key: ``memory.size_mib: ...``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+from pyvmm.exceptions import ConfigError
+
+Address: TypeAlias = Annotated[int, Meta(ge=0, extra_json_schema={"maximum": 2**64 - 1})]
+Port: TypeAlias = Annotated[int, Meta(ge=0, le=0xFFFC)]
+# A path is a string in a file; an object built in Python may have a Path.
+if TYPE_CHECKING:
+    FilePath: TypeAlias = str | Path
+else:
+    FilePath = str
+STREAM_SCHEMA = {"type": ["string", "integer", "null"]}
+Stream: TypeAlias = Annotated[Any, Meta(extra_json_schema=STREAM_SCHEMA)]
+
+DEFAULT_CMDLINE = "console=ttyS0 panic=-1 reboot=k"
+
+
+class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A part of a configuration."""
+
+
+class MemoryConfig(_Part, frozen=True):
+    """Guest memory.
+
+    Attributes:
+        size_mib: size in MiB, 1 to 8,388,607 and at most the host's memory. RAM beyond 3 GiB starts at 4 GiB.
+    """
+
+    size_mib: Annotated[int, Meta(ge=1, le=2**23 - 1)] = 128
+
+
+class CpuConfig(_Part, frozen=True):
+    """The vCPUs.
+
+    Attributes:
+        vcpus: how many, 1 to 254.
+        hide: names of CPUID features to hide from the guest, as in /proc/cpuinfo; `pyvmm.cpu_features()` lists
+            them.
+        template: what is hidden besides. "host" is nothing; "software-kvm" is what a KVM that emulates ring 0
+            in software cannot execute, and an Intel vendor; "auto" is "software-kvm" where the host's
+            processor has neither vmx nor svm, else "host".
+    """
+
+    vcpus: Annotated[int, Meta(ge=1, le=254)] = 1
+    hide: tuple[str, ...] = ()
+    template: Literal["auto", "host", "software-kvm"] = "auto"
+
+
+class EmbeddedBoot(_Part, frozen=True, tag_field="type", tag="embedded"):
+    """The guest inside the package: it prints, measures, answers what is typed, and ends."""
+
+
+class FlatBoot(_Part, frozen=True, tag_field="type", tag="flat"):
+    """Code at an address.
+
+    Every vCPU starts at the entry, its number in RDI (EDI, DI) and a stack of 4 KiB of its own right below
+    the code.
+
+    Attributes:
+        code: the machine code. In TOML and JSON: base64.
+        path: or the file it stands in.
+        address: where it is loaded, guest-physical.
+        entry: where it starts; None: at `address`.
+        mode: "real16", 16-bit real mode; "protected32", 32-bit ring 0 without paging; "long64", 64-bit ring 0;
+            "user64", 64-bit ring 3 with a TSS that allows every port. Both 64-bit modes map addresses to
+            themselves. Except in real mode, 0x80000 to 0x9fbff is taken by the tables for this.
+    """
+
+    code: bytes = b""
+    path: FilePath | None = None
+    address: Address = 0x1000
+    entry: Address | None = None
+    mode: Literal["real16", "protected32", "long64", "user64"] = "real16"
+
+
+class LinuxBoot(_Part, frozen=True, tag_field="type", tag="linux"):
+    """A Linux kernel, by the 64-bit boot protocol (the kernel's Documentation/arch/x86/boot.rst).
+
+    Attributes:
+        kernel: the file of an ELF vmlinux or a bzImage.
+        initrd: the initial RAM disk's file.
+        cmdline: the kernel command line, at most 2,047 bytes of printable ASCII.
+        load_address: where a bzImage is loaded, 1 MiB to 3 GiB; None: where it asks to be.
+    """
+
+    kernel: FilePath
+    initrd: FilePath | None = None
+    cmdline: Annotated[str, Meta(max_length=2047)] = DEFAULT_CMDLINE
+    load_address: Address | None = None
+
+
+class SerialConfig(_Part, frozen=True):
+    """The first serial port, COM1 at 0x3f8.
+
+    Attributes:
+        output: where the guest's output goes: a path, a file descriptor, a socket, a binary file object, or a
+            callable that is given bytes. None: the newest MiB is kept for `vmm.serial.read()`.
+        input: where its input comes from: a path, bytes, a file descriptor, a socket, a binary file object, or
+            a callable that returns bytes (empty at the end). None: what `vmm.serial.send()` gives. Of a file
+            object with a descriptor, the descriptor is read: what the object has buffered is not seen.
+        input_eof: the bytes the guest receives when the input ends: ^D unless told otherwise. In TOML and
+            JSON: base64.
+    """
+
+    output: Stream = None
+    input: Stream = None
+    input_eof: bytes = b"\x04"
+
+
+class VmmConfig(_Part, frozen=True):
+    """A whole machine.
+
+    Attributes:
+        memory: guest memory.
+        cpu: the vCPUs.
+        boot: what the machine starts with.
+        serial: the first serial port.
+        exit_port: the port whose write ends the run with the value as its code; None: no such port.
+        irqchip: an in-kernel interrupt controller (PIC, I/O APIC, LAPICs); None: for Linux only.
+        pit: an in-kernel timer (PIT); None: as `irqchip`.
+    """
+
+    memory: MemoryConfig = MemoryConfig()
+    cpu: CpuConfig = CpuConfig()
+    boot: EmbeddedBoot | FlatBoot | LinuxBoot = EmbeddedBoot()
+    serial: SerialConfig = SerialConfig()
+    exit_port: Port | None = 0xF4
+    irqchip: bool | None = None
+    pit: bool | None = None
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> VmmConfig:
+        """A configuration from nested dicts.
+
+        Raises:
+            ConfigError: a key is unknown or a value is of the wrong type or out of range.
+        """
+        return _checked(lambda: msgspec.convert(values, cls))
+
+    @classmethod
+    def from_toml(cls, text: str | bytes) -> VmmConfig:
+        """A configuration from TOML text; errors as for `from_dict`."""
+        return _checked(lambda: msgspec.toml.decode(text, type=cls))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> VmmConfig:
+        """A configuration from JSON text; errors as for `from_dict`."""
+        return _checked(lambda: msgspec.json.decode(text, type=cls))
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> VmmConfig:
+        """A configuration from a .toml or .json file. Relative paths in it count from the file's directory.
+
+        Raises:
+            ConfigError: as for `from_dict`, or the file cannot be read.
+        """
+        path = Path(path)
+        load = {".toml": cls.from_toml, ".json": cls.from_json}.get(path.suffix)
+        if load is None:
+            raise _error(str(path), "the name of a configuration ends in .toml or .json")
+        try:
+            text = path.read_bytes()
+        except OSError as error:
+            raise _error(str(path), error.strerror or str(error)) from error
+        config = load(text)
+        return msgspec.structs.replace(
+            config,
+            boot=_beside(config.boot, path.parent, "path", "kernel", "initrd"),
+            serial=_beside(config.serial, path.parent, "output", "input"),
+        )
+
+    @staticmethod
+    def json_schema() -> dict[str, Any]:
+        """The JSON schema of a configuration."""
+        return msgspec.json.schema(VmmConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain values, for TOML and JSON.
+
+        Raises:
+            ConfigError: a stream of the serial port is a Python object.
+        """
+        for end in ("output", "input"):
+            stream = getattr(self.serial, end)
+            if not isinstance(stream, (str, int, Path, type(None))):
+                raise _error(f"serial.{end}", f"{type(stream).__name__} cannot be written to a file")
+        plain: dict[str, Any] = msgspec.to_builtins(self, enc_hook=str)
+        return plain
+
+
+def _beside(part: Any, directory: Path, *names: str) -> Any:
+    """The part with its relative paths made to count from a directory."""
+    values = {name: getattr(part, name, None) for name in names}
+    paths = {n: str(directory / v) for n, v in values.items() if isinstance(v, (str, Path))}
+    return msgspec.structs.replace(part, **paths) if paths else part
+
+
+def _error(at: str, detail: str) -> ConfigError:
+    return ConfigError(f"{at}: {detail}" if at else detail, at=at or None)
+
+
+def _checked(load: Any) -> VmmConfig:
+    """Turn msgspec's errors into ours: "... - at `$.memory.size_mib`" becomes "memory.size_mib: ..."."""
+    try:
+        config: VmmConfig = load()
+    except msgspec.ValidationError as error:
+        detail, _, path = str(error).partition(" - at `$")
+        key = path.strip("`.").replace("[...]", "")
+        if unknown := re.search(r"unknown field `(.*)`", detail):
+            raise _unknown_key(key, unknown[1]) from None
+        raise _error(key or "config", detail) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _error("config", str(error)) from None
+    return config
+
+
+def _unknown_key(parent: str, name: str) -> ConfigError:
+    parts = {"": [VmmConfig], "memory": [MemoryConfig], "cpu": [CpuConfig], "serial": [SerialConfig]}
+    structs = parts.get(parent, [EmbeddedBoot, FlatBoot, LinuxBoot])
+    known = [field for struct in structs for field in struct.__struct_fields__]
+    close = difflib.get_close_matches(name, known, n=1)
+    meant = f"; did you mean {close[0]}?" if close else f"; known are {', '.join(sorted(set(known)))}"
+    return _error(f"{parent}.{name}" if parent else name, f"unknown key{meant}")

@@ -1,0 +1,80 @@
+"""How a run ends: `Exit` and its `ExitReason`, where a machine stands, and who is told."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Protocol
+
+import msgspec
+
+
+class ExitReason(StrEnum):
+    """Why a run ended."""
+
+    HALT = "halt"
+    """The guest executed HLT with no interrupt controller to wake it."""
+    RESET = "reset"
+    """The guest reset the machine, through the i8042 controller or KVM's system event."""
+    SHUTDOWN = "shutdown"
+    """The guest shut down: a triple fault (then with a fault text), or KVM's system event."""
+    CODE = "code"
+    """The guest wrote the exit port; `Exit.code` is the value."""
+    STOPPED = "stopped"
+    """The host ended the run: `stop()` or a kick."""
+    TIMEOUT = "timeout"
+    """The time given to `run` passed."""
+    INTERNAL_ERROR = "internal-error"
+    """KVM_EXIT_INTERNAL_ERROR: KVM could not go on, often an instruction it cannot emulate."""
+    FAIL_ENTRY = "fail-entry"
+    """KVM_EXIT_FAIL_ENTRY: the processor refused the vCPU's state; `Exit.code` is its reason."""
+    UNKNOWN_EXIT = "unknown-exit"
+    """A KVM exit that pyvmm does not handle; `Exit.code` is its number."""
+    VCPU_ERROR = "vcpu-error"
+    """KVM_RUN failed; `Exit.code` is the errno."""
+
+
+class Exit(msgspec.Struct, frozen=True):
+    """What `run` returns.
+
+    Attributes:
+        reason: why the run ended.
+        code: the guest's exit code; for an unknown exit, a failed entry or a failed KVM_RUN its number.
+        vcpu: the vCPU that ended; None where the host ended the run.
+        fault: for a fault, KVM's words, the instruction bytes and the registers, as text.
+    """
+
+    reason: ExitReason
+    code: int | None = None
+    vcpu: int | None = None
+    fault: str | None = None
+
+    @property
+    def is_fault(self) -> bool:
+        """Whether the guest or its vCPU failed, rather than ended."""
+        return self.fault is not None
+
+    def __str__(self) -> str:
+        """One line, and the fault's text below it."""
+        line = str(self.reason)
+        if self.code is not None:
+            line += f" {self.code}"
+        if self.vcpu is not None:
+            line += f" (vCPU {self.vcpu})"
+        return line if self.fault is None else f"{line}\n{self.fault}"
+
+
+class VmRunState(StrEnum):
+    """Where a machine stands."""
+
+    CREATED = "created"
+    RUNNING = "running"
+    PAUSED = "paused"
+    EXITING = "exiting"
+    CLOSED = "closed"
+
+
+class ExitHandler(Protocol):
+    """Any object with this method can be a `KvmVm`'s exit handler."""
+
+    def kick(self) -> object:
+        """Make the owner of the run loop look. Called on the thread of the vCPU whose guest has ended."""

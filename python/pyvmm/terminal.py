@@ -1,0 +1,80 @@
+"""The terminal as the guest's console: raw mode, and Ctrl-A as the way out."""
+
+from __future__ import annotations
+
+import os
+import termios
+import tty
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from pyvmm._pyvmm import Events
+from pyvmm.events import EventSet
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from pyvmm._pyvmm import EventOps, Serial
+
+ESCAPE = 0x01  # Ctrl-A
+HELP = "Ctrl-A x ends the machine, Ctrl-A a sends Ctrl-A"
+
+
+class Keys:
+    """Takes typed bytes and tells what is for the guest; `quit` is set by Ctrl-A x."""
+
+    def __init__(self) -> None:
+        self.quit = False
+        self._escaped = False
+
+    def feed(self, typed: bytes) -> bytes:
+        """The bytes for the guest. After Ctrl-A x there are none."""
+        out = bytearray()
+        for byte in typed:
+            if self.quit:
+                break
+            if self._escaped:
+                self._escaped = False
+                if byte in b"xX":
+                    self.quit = True
+                elif byte in (ESCAPE, ord("a")):
+                    out.append(ESCAPE)
+            elif byte == ESCAPE:
+                self._escaped = True
+            else:
+                out.append(byte)
+        return bytes(out)
+
+
+class Keyboard:
+    """A subscriber that gives the guest what is typed."""
+
+    def __init__(self, fd: int, serial: Serial, stop: Callable[[], object]) -> None:
+        self.keys = Keys()
+        self._fd = fd
+        self._serial = serial
+        self._stop = stop
+
+    def init(self, ops: EventOps) -> None:
+        """Watch the terminal."""
+        ops.add(Events(self._fd, EventSet.IN))
+
+    def process(self, events: Events, ops: EventOps) -> None:
+        """Pass on what was typed; end the run at Ctrl-A x or when the terminal is gone."""
+        typed = os.read(self._fd, 1024) if events.event_set & EventSet.IN else b""
+        if for_guest := self.keys.feed(typed):
+            self._serial.send(for_guest)
+        if self.keys.quit or not typed:
+            ops.remove(self._fd)
+            self._stop()
+
+
+@contextmanager
+def raw(fd: int) -> Iterator[None]:
+    """The terminal in raw mode; as it was before, afterwards."""
+    before = termios.tcgetattr(fd)
+    try:
+        tty.setraw(fd, termios.TCSANOW)
+        yield
+    finally:
+        termios.tcsetattr(fd, termios.TCSADRAIN, before)

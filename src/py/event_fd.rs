@@ -1,0 +1,120 @@
+//! `EventFd`: eventfd(2) as a Python object. The descriptor is shared, so that a close while another thread
+//! reads leaves that read its descriptor.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use pyo3::exceptions::{PyOSError, PyValueError};
+use pyo3::prelude::*;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EFD_SEMAPHORE, EventFd};
+
+/// A counter that the kernel keeps behind a file descriptor: eventfd(2).
+///
+/// Args:
+///     initial: the count it starts with, 0 to 2^64 - 2.
+///     nonblocking: `read` of an empty counter and `write` to a full one raise BlockingIOError; else they wait.
+///     semaphore: `read` takes one at a time instead of all.
+#[pyclass(frozen, weakref, name = "EventFd", module = "pyvmm")]
+#[derive(Debug)]
+pub struct PyEventFd(Mutex<Option<Arc<EventFd>>>);
+
+impl PyEventFd {
+    pub(super) fn over(fd: Arc<EventFd>) -> Self {
+        Self(Mutex::new(Some(fd)))
+    }
+
+    fn open(&self) -> PyResult<Arc<EventFd>> {
+        self.0.lock().clone().ok_or_else(|| PyValueError::new_err("this EventFd is closed"))
+    }
+}
+
+#[pymethods]
+impl PyEventFd {
+    #[new]
+    #[pyo3(signature = (initial = 0, *, nonblocking = true, semaphore = false))]
+    fn new(initial: u64, nonblocking: bool, semaphore: bool) -> PyResult<Self> {
+        let flag = |on, bit| if on { bit } else { 0 };
+        let flags =
+            EFD_CLOEXEC | flag(nonblocking, EFD_NONBLOCK) | flag(semaphore, EFD_SEMAPHORE);
+        let fd = EventFd::new(flags)?;
+        if initial > 0 {
+            fd.write(initial)?;
+        }
+        Ok(Self::over(Arc::new(fd)))
+    }
+
+    /// Take the count, or one in semaphore mode.
+    ///
+    /// Raises:
+    ///     BlockingIOError: the count is zero and the EventFd is nonblocking.
+    ///     ValueError: it is closed.
+    fn read(&self, py: Python<'_>) -> PyResult<u64> {
+        let fd = self.open()?;
+        retry(py, || fd.read())
+    }
+
+    /// Add to the count.
+    ///
+    /// Raises:
+    ///     BlockingIOError: the count would pass 2^64 - 2 and the EventFd is nonblocking.
+    ///     OverflowError: the value is not from 0 to 2^64 - 1.
+    ///     OSError: the value is 2^64 - 1, which the kernel refuses.
+    ///     ValueError: it is closed.
+    #[pyo3(signature = (value = 1))]
+    fn write(&self, py: Python<'_>, value: u64) -> PyResult<()> {
+        let fd = self.open()?;
+        retry(py, || fd.write(value))
+    }
+
+    /// The file descriptor's number.
+    fn fileno(&self) -> PyResult<i32> {
+        Ok(self.open()?.as_raw_fd())
+    }
+
+    /// Close the descriptor. A `read` that waits in another thread keeps it until it returns.
+    fn close(&self) {
+        drop(self.0.lock().take());
+    }
+
+    /// Whether it is closed.
+    #[getter]
+    fn closed(&self) -> bool {
+        self.0.lock().is_none()
+    }
+
+    fn __enter__(slf: Py<Self>) -> Py<Self> {
+        slf
+    }
+
+    fn __exit__(&self, _kind: Py<PyAny>, _error: Py<PyAny>, _traceback: Py<PyAny>) {
+        self.close();
+    }
+
+    fn __repr__(&self) -> String {
+        match &*self.0.lock() {
+            Some(fd) => format!("EventFd(fileno={})", fd.as_raw_fd()),
+            None => "EventFd(closed)".into(),
+        }
+    }
+}
+
+/// Call without the GIL; after a signal, run Python's handlers and call again.
+fn retry<T: Send>(py: Python<'_>, call: impl Fn() -> io::Result<T> + Sync) -> PyResult<T> {
+    loop {
+        match py.detach(&call) {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => py.check_signals()?,
+            Err(e) => return Err(os_error(&e)),
+            Ok(value) => return Ok(value),
+        }
+    }
+}
+
+/// Python picks the class by the number: `BlockingIOError` for an empty counter.
+fn os_error(error: &io::Error) -> PyErr {
+    match error.raw_os_error() {
+        Some(errno) => PyOSError::new_err((errno, error.to_string())),
+        None => PyOSError::new_err(error.to_string()),
+    }
+}

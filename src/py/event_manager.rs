@@ -1,0 +1,281 @@
+//! `EventManager` for Python: the crate's manager, the Python objects subscribed to it, and the queue between
+//! them. A dispatch only queues what is for Python; `callback::deliver` calls the objects after it.
+
+use std::collections::HashMap;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use event_manager::{EventOps, Events, MutEventSubscriber, SubscriberId};
+use parking_lot::Mutex;
+use pyo3::exceptions::PyTypeError;
+use pyo3::gc::{PyTraverseError, PyVisit};
+use pyo3::prelude::*;
+
+use super::callback;
+use super::events::PySubscriberId;
+use super::exit_handler::as_native_subscriber;
+use crate::error::{Error, ErrorKind};
+use crate::event::{BoxedSubscriber, EventManager};
+
+/// The longest wait between two looks at Python's signals.
+const SLICE_MS: i32 = 50;
+
+/// Subscribers, and the loop that dispatches events to them by file descriptor.
+///
+/// One thread at a time turns the loop; any thread may add and remove subscribers meanwhile. It needs no
+/// machine and no /dev/kvm.
+#[pyclass(frozen, weakref, name = "EventManager", module = "pyvmm")]
+#[derive(Debug)]
+pub struct PyEventManager {
+    core: Arc<EventManager>,
+    ready: Arc<Mutex<Vec<Ready>>>,
+    subscribers: Mutex<HashMap<u64, Subscriber>>,
+    next_token: AtomicU64,
+    /// Tells this manager's ids from another's.
+    number: u64,
+    is_turning: AtomicBool,
+}
+
+/// An event fetched for a Python subscriber and not yet delivered.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ready {
+    pub(super) token: u64,
+    pub(super) events: Events,
+}
+
+#[derive(Debug)]
+struct Subscriber {
+    id: SubscriberId,
+    object: Py<PyAny>,
+    /// Sources stay alive while they are registered.
+    sources: HashMap<RawFd, Py<PyAny>>,
+}
+
+/// Stands for a Python object in the crate's manager.
+struct Collector {
+    token: u64,
+    ready: Arc<Mutex<Vec<Ready>>>,
+}
+
+impl MutEventSubscriber for Collector {
+    fn process(&mut self, events: Events, _ops: &mut EventOps) {
+        self.ready.lock().push(Ready { token: self.token, events });
+    }
+
+    fn init(&mut self, _ops: &mut EventOps) {}
+}
+
+/// While it lives, its thread is the one that turns the loop.
+pub(super) struct Turning<'a>(&'a AtomicBool);
+
+impl Drop for Turning<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
+}
+
+impl PyEventManager {
+    pub(super) fn over(core: Arc<EventManager>) -> Self {
+        static NUMBERS: AtomicU64 = AtomicU64::new(0);
+        Self {
+            core,
+            ready: Arc::default(),
+            subscribers: Mutex::default(),
+            next_token: AtomicU64::new(0),
+            // Relaxed, here and below: all that matters is that no number is given twice.
+            number: NUMBERS.fetch_add(1, Ordering::Relaxed),
+            is_turning: AtomicBool::new(false),
+        }
+    }
+
+    pub(super) fn core(&self) -> &EventManager {
+        &self.core
+    }
+
+    /// Become the one thread that turns this loop.
+    pub(super) fn claim(&self, what: &str) -> PyResult<Turning<'_>> {
+        // Acquire and, in Turning::drop, release: one turner sees all of the one before.
+        if self.is_turning.swap(true, Ordering::Acquire) {
+            let detail = format!("{what} is running already: one run at a time");
+            return Err(Error::new(ErrorKind::State, "run", detail).into());
+        }
+        Ok(Turning(&self.is_turning))
+    }
+
+    /// The events fetched and not yet delivered.
+    pub(super) fn take_ready(&self) -> Vec<Ready> {
+        std::mem::take(&mut *self.ready.lock())
+    }
+
+    /// The subscriber an event is for, if it is still there and still watches the event's fd.
+    pub(super) fn receiver(&self, py: Python<'_>, ready: &Ready) -> Option<(Py<PyAny>, SubscriberId)> {
+        let subscribers = self.subscribers.lock();
+        let subscriber = subscribers.get(&ready.token)?;
+        let is_watching = self.core.is_watching(subscriber.id, ready.events.fd());
+        is_watching.then(|| (subscriber.object.clone_ref(py), subscriber.id))
+    }
+
+    /// Have an event that was not delivered reported again.
+    pub(super) fn rearm(&self, ready: &Ready) {
+        let id = self.subscribers.lock().get(&ready.token).map(|subscriber| subscriber.id);
+        if let Some(id) = id {
+            self.core.rearm(id, ready.events.fd());
+        }
+    }
+
+    pub(super) fn keep_source(&self, token: u64, fd: RawFd, source: Option<Py<PyAny>>) {
+        let mut subscribers = self.subscribers.lock();
+        let sources = subscribers.get_mut(&token).map(|subscriber| &mut subscriber.sources);
+        let former = sources.zip(source).and_then(|(sources, source)| sources.insert(fd, source));
+        drop(subscribers);
+        // Dropping it may run Python code: not under the lock.
+        drop(former);
+    }
+
+    pub(super) fn forget_source(&self, token: u64, fd: RawFd) -> Option<Py<PyAny>> {
+        self.subscribers.lock().get_mut(&token)?.sources.remove(&fd)
+    }
+
+    fn insert(&self, subscriber: BoxedSubscriber, token: u64, object: Py<PyAny>) -> SubscriberId {
+        let id = self.core.add_subscriber(subscriber);
+        let sources = HashMap::new();
+        self.subscribers.lock().insert(token, Subscriber { id, object, sources });
+        id
+    }
+
+    fn add_python(slf: &Bound<'_, Self>, token: u64, object: &Bound<'_, PyAny>) -> PyResult<()> {
+        let this = slf.get();
+        for method in ["init", "process"] {
+            if !object.getattr_opt(method)?.is_some_and(|method| method.is_callable()) {
+                let class = object.get_type();
+                return Err(PyTypeError::new_err(format!(
+                    "a subscriber needs {method}(): {} has none",
+                    class.name()?
+                )));
+            }
+        }
+        let collector = Collector { token, ready: Arc::clone(&this.ready) };
+        let kept = object.clone().unbind();
+        let id = slf.py().detach(|| this.insert(Box::new(collector), token, kept));
+        callback::init(slf, token, id, object).inspect_err(|_| {
+            // What init() raised is what the caller should see.
+            let _ = this.take_out(slf.py(), token);
+        })
+    }
+
+    fn take_out(&self, py: Python<'_>, token: u64) -> PyResult<Py<PyAny>> {
+        let subscriber = self.subscribers.lock().remove(&token);
+        let Some(subscriber) = subscriber else {
+            let detail = "no subscriber has this id, or no longer";
+            return Err(Error::new(ErrorKind::Event, "EventManager.remove_subscriber", detail).into());
+        };
+        py.detach(|| self.core.remove_subscriber(subscriber.id).map(drop))?;
+        Ok(subscriber.object)
+    }
+
+    /// Dispatch once, waiting at most this long; returns how many events were dispatched.
+    fn turn(slf: &Bound<'_, Self>, milliseconds: i32) -> PyResult<usize> {
+        let this = slf.get();
+        // What is ready is fetched without letting the GIL go: that costs less than the fetching.
+        let fetched = match this.core.try_dispatch()? {
+            Some(count) if count > 0 || milliseconds == 0 => count,
+            _ => slf.py().detach(|| this.core.run_with_timeout(milliseconds))?,
+        };
+        let dropped = callback::deliver(slf)?;
+        Ok(fetched - dropped.min(fetched))
+    }
+}
+
+#[pymethods]
+impl PyEventManager {
+    #[new]
+    fn new() -> PyResult<Self> {
+        Ok(Self::over(Arc::new(EventManager::new()?)))
+    }
+
+    /// Register an object with `init(ops)` and `process(events, ops)`; calls its `init` before it returns.
+    ///
+    /// Raises:
+    ///     TypeError: a method is missing.
+    ///     Exception: what `init` raised; the subscriber is not registered then.
+    pub(super) fn add_subscriber(slf: &Bound<'_, Self>, subscriber: &Bound<'_, PyAny>) -> PyResult<PySubscriberId> {
+        let this = slf.get();
+        this.core.check_process()?;
+        let token = this.next_token.fetch_add(1, Ordering::Relaxed);
+        match as_native_subscriber(subscriber) {
+            Some(native) => {
+                let object = subscriber.clone().unbind();
+                slf.py().detach(|| this.insert(native, token, object));
+            }
+            None => Self::add_python(slf, token, subscriber)?,
+        }
+        Ok(PySubscriberId { manager: this.number, token })
+    }
+
+    /// Unregister a subscriber with all its file descriptors and return it.
+    ///
+    /// Raises:
+    ///     EventError: this manager has no such subscriber, or no longer.
+    pub(super) fn remove_subscriber(&self, py: Python<'_>, id: &PySubscriberId) -> PyResult<Py<PyAny>> {
+        if id.manager != self.number {
+            let detail = "this id is another event manager's";
+            return Err(Error::new(ErrorKind::Event, "EventManager.remove_subscriber", detail).into());
+        }
+        self.take_out(py, id.token)
+    }
+
+    /// Wait for events, dispatch them once, and return how many there were.
+    ///
+    /// The first exception of a callback ends the dispatch and comes out of here. Level-triggered events
+    /// behind it are reported again by the next run.
+    ///
+    /// Raises:
+    ///     StateError: another thread, or a callback's caller, is in `run`.
+    fn run(slf: &Bound<'_, Self>) -> PyResult<usize> {
+        Self::run_with_timeout(slf, -1)
+    }
+
+    /// `run` for at most this long, 0 when the time passed. A negative number is no limit.
+    fn run_with_timeout(slf: &Bound<'_, Self>, milliseconds: i32) -> PyResult<usize> {
+        let _turning = slf.get().claim("this event manager")?;
+        let limit = u64::try_from(milliseconds).ok().map(Duration::from_millis);
+        let deadline = limit.map(|limit| Instant::now() + limit);
+        loop {
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            let left_ms = left.map_or(SLICE_MS, |left| {
+                i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(SLICE_MS).min(SLICE_MS)
+            });
+            let dispatched = Self::turn(slf, left_ms)?;
+            if dispatched > 0 || left.is_some_and(|left| left.is_zero()) {
+                return Ok(dispatched);
+            }
+            slf.py().check_signals()?;
+        }
+    }
+
+    /// The epoll set's file descriptor: readable when an event is ready.
+    fn fileno(&self) -> RawFd {
+        self.core.as_raw_fd()
+    }
+
+    fn __repr__(&self) -> String {
+        format!("EventManager(subscribers={})", self.subscribers.lock().len())
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        // Held by another thread only while that one has let the GIL go, and for no Python object's sake.
+        let Some(subscribers) = self.subscribers.try_lock() else { return Ok(()) };
+        for subscriber in subscribers.values() {
+            visit.call(&subscriber.object)?;
+            subscriber.sources.values().try_for_each(|source| visit.call(source))?;
+        }
+        Ok(())
+    }
+
+    fn __clear__(&self) {
+        let subscribers = std::mem::take(&mut *self.subscribers.lock());
+        drop(subscribers);
+    }
+}

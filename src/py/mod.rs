@@ -1,0 +1,28 @@
+//! The Python binding: the only code that names pyo3. One file for each class or two; `callback` alone is
+//! where the loop and the vCPU threads enter Python.
+
+mod callback;
+mod config;
+mod errors;
+mod event_fd;
+mod event_manager;
+mod events;
+mod exit;
+mod exit_handler;
+mod host;
+mod live;
+mod memory;
+mod serial;
+mod vm;
+mod vmm;
+
+pub use event_fd::PyEventFd;
+pub use event_manager::PyEventManager;
+pub use events::{PyEventOps, PyEvents, PySubscriberId};
+pub use exit_handler::{PyVmmExitHandler, PyWrappedExitHandler};
+pub(crate) use host::{cpu_features, embedded_guest, kvm_info};
+pub(crate) use live::close_all;
+pub use memory::PyGuestMemory;
+pub use serial::PySerial;
+pub use vm::PyKvmVm;
+pub use vmm::PyVmm;

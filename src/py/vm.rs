@@ -1,0 +1,242 @@
+//! `KvmVm` for Python: the machine without an event loop, told of its guest's end through any exit handler.
+
+use std::io;
+use std::sync::{Arc, Weak};
+
+use parking_lot::Mutex;
+use pyo3::exceptions::PyTypeError;
+use pyo3::gc::{PyTraverseError, PyVisit};
+use pyo3::prelude::*;
+use pyo3::types::PyList;
+
+use super::exit_handler::PyWrappedExitHandler;
+use super::live::{self, Close};
+use super::memory::PyGuestMemory;
+use super::serial::PySerial;
+use super::{callback, config, exit, vmm};
+use crate::boot;
+use crate::devices::{self, Buses};
+use crate::error::{Error, ErrorKind, Result};
+use crate::exit_handler::{ExitHandler, WrappedExitHandler};
+use crate::vcpu::VmRunState;
+use crate::vm::{GuestMemory, KvmVm, layout};
+
+/// An exit handler as the vCPUs hold it.
+#[derive(Debug)]
+enum Handler {
+    Native(WrappedExitHandler),
+    Python(Arc<PythonHandler>),
+}
+
+/// A Python object with `kick()`, and what a kick raised.
+#[derive(Debug)]
+struct PythonHandler {
+    object: Py<PyAny>,
+    raised: Mutex<Option<PyErr>>,
+}
+
+impl ExitHandler for Handler {
+    fn kick(&self) -> io::Result<()> {
+        match self {
+            Self::Native(handler) => handler.kick(),
+            Self::Python(handler) => callback::kick(&handler.object).map_err(|error| {
+                handler.raised.lock().get_or_insert(error);
+                io::Error::other("kick() raised")
+            }),
+        }
+    }
+}
+
+/// The machine, none once it is closed.
+#[derive(Debug)]
+struct Machine(Mutex<Option<Arc<KvmVm<Handler>>>>);
+
+impl Machine {
+    fn get(&self) -> Result<Arc<KvmVm<Handler>>> {
+        self.0.lock().clone().ok_or_else(|| Error::new(ErrorKind::State, "vm", "the machine is closed"))
+    }
+
+    fn memory(&self) -> Result<GuestMemory> {
+        let vm = self.get()?;
+        vm.check_process()?;
+        Ok(vm.memory().clone())
+    }
+}
+
+impl Close for Machine {
+    fn close(&self) {
+        let vm = self.0.lock().take();
+        if let Some(vm) = vm {
+            vm.shutdown();
+        }
+    }
+}
+
+/// One KVM virtual machine, without an event loop: whoever made it is told of the guest's end by a kick.
+///
+/// Args:
+///     config: what it is made of; the serial port must have no streams.
+///     exit_handler: an object with `kick()`, called on the thread of the vCPU whose guest has ended.
+///
+/// Raises:
+///     VmmError: as for `Vmm`.
+#[pyclass(frozen, weakref, name = "KvmVm", module = "pyvmm")]
+#[derive(Debug)]
+pub struct PyKvmVm {
+    machine: Option<Arc<Machine>>,
+    python_handler: Option<Arc<PythonHandler>>,
+    buses: Arc<Buses>,
+    /// Where the configuration's code starts.
+    #[pyo3(get)]
+    entry: u64,
+    #[pyo3(get)]
+    memory: Py<PyGuestMemory>,
+    #[pyo3(get)]
+    serial: Py<PySerial>,
+}
+
+impl Drop for PyKvmVm {
+    fn drop(&mut self) {
+        let machine = self.machine.take();
+        // Its vCPUs may be running, and may need the GIL to end.
+        Python::attach(|py| py.detach(|| machine.iter().for_each(|machine| machine.close())));
+    }
+}
+
+impl PyKvmVm {
+    fn vm(&self) -> Result<Arc<KvmVm<Handler>>> {
+        match &self.machine {
+            Some(machine) => machine.get(),
+            None => Err(Error::new(ErrorKind::State, "vm", "the machine is closed")),
+        }
+    }
+
+    /// Raise what the exit handler's `kick()` raised, once.
+    fn check_kick(&self) -> PyResult<()> {
+        let raised = self.python_handler.as_ref().and_then(|handler| handler.raised.lock().take());
+        raised.map_or(Ok(()), Err)
+    }
+}
+
+fn handler(object: &Bound<'_, PyAny>) -> PyResult<(Handler, Option<Arc<PythonHandler>>)> {
+    if let Ok(native) = object.cast::<PyWrappedExitHandler>() {
+        return Ok((Handler::Native(native.get().handler().clone()), None));
+    }
+    if !object.getattr_opt("kick")?.is_some_and(|kick| kick.is_callable()) {
+        let class = object.get_type();
+        let text = format!("an exit handler needs kick(): {} has none", class.name()?);
+        return Err(PyTypeError::new_err(text));
+    }
+    let handler = PythonHandler { object: object.clone().unbind(), raised: Mutex::new(None) };
+    let handler = Arc::new(handler);
+    Ok((Handler::Python(Arc::clone(&handler)), Some(handler)))
+}
+
+#[pymethods]
+impl PyKvmVm {
+    #[new]
+    fn new(py: Python<'_>, config: &Bound<'_, PyAny>, exit_handler: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let (handler, python_handler) = handler(exit_handler)?;
+        let config = config::from_python(config)?;
+        if config.serial.output.is_some() || config.serial.input.is_some() {
+            let detail = "a KvmVm has no event loop to serve streams; use Vmm, or serial.send() and read()";
+            return Err(Error::new(ErrorKind::Config, "serial", detail).into());
+        }
+        let (machine, entry, buses, serial) = py.detach(|| -> Result<_> {
+            config.validate()?;
+            let memory = GuestMemory::new(config.memory.size_mib << 20)?;
+            let entry = boot::load(&config, &memory)?;
+            let buses = Arc::new(Buses::default());
+            let vm = KvmVm::new(&config, memory, Arc::clone(&buses), handler)?;
+            let serial = devices::attach(&buses, vm.irq(layout::COM1_IRQ)?, &config)?;
+            Ok((Arc::new(Machine(Mutex::new(Some(Arc::new(vm))))), entry, buses, serial))
+        })?;
+        live::remember(Arc::downgrade(&machine) as Weak<dyn Close>);
+        let memory = Py::new(py, PyGuestMemory::of(&machine, Machine::memory))?;
+        let serial = Py::new(py, PySerial(serial))?;
+        Ok(Self { machine: Some(machine), python_handler, buses, entry, memory, serial })
+    }
+
+    /// Start a thread `vcpu_{id}` for each vCPU and return.
+    ///
+    /// With an address the vCPUs start there. Without one they start at `entry`, or go on where they stopped.
+    ///
+    /// Raises:
+    ///     StateError: the machine is running, its guest has ended, or it is closed.
+    #[pyo3(signature = (vcpu_run_addr = None))]
+    fn run(&self, py: Python<'_>, vcpu_run_addr: Option<u64>) -> PyResult<()> {
+        let vm = self.vm()?;
+        let first = (vm.state() == VmRunState::Created).then_some(self.entry);
+        Ok(py.detach(|| vm.run(vcpu_run_addr.or(first)))?)
+    }
+
+    /// Wait until the machine no longer runs; how the guest ended, or None when the time passed first.
+    ///
+    /// Raises:
+    ///     Exception: what the exit handler's `kick` raised.
+    #[pyo3(signature = (timeout = None))]
+    fn wait<'py>(&self, py: Python<'py>, timeout: Option<f64>) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let vm = self.vm()?;
+        let limit = exit::timeout(timeout)?;
+        let deadline = limit.and_then(|limit| std::time::Instant::now().checked_add(limit));
+        let ends = [VmRunState::Exiting, VmRunState::Paused, VmRunState::Closed];
+        let slice = std::time::Duration::from_millis(50);
+        loop {
+            let left = deadline.map(|d| d.saturating_duration_since(std::time::Instant::now()));
+            let found = py.detach(|| vm.wait_for(&ends, Some(left.map_or(slice, |left| left.min(slice)))));
+            py.check_signals()?;
+            self.check_kick()?;
+            if found.is_some() || left.is_some_and(|left| left.is_zero()) {
+                return self.exit(py);
+            }
+        }
+    }
+
+    /// Stop the vCPUs and wait for their threads. A guest that had not ended can go on with `run`.
+    fn shutdown(&self, py: Python<'_>) -> PyResult<()> {
+        let vm = self.vm()?;
+        py.detach(|| vm.shutdown());
+        self.check_kick()
+    }
+
+    /// Shut down and release everything. Does nothing the second time.
+    fn close(&self, py: Python<'_>) {
+        py.detach(|| self.machine.iter().for_each(|machine| machine.close()));
+    }
+
+    /// Where the machine stands.
+    #[getter]
+    fn state<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        exit::state(py, self.vm().map_or(VmRunState::Closed, |vm| vm.state()))
+    }
+
+    /// How the guest ended; None while it has not.
+    #[getter]
+    fn exit<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
+        self.vm()?.exit().map(|exit| exit::to_python(py, &exit)).transpose()
+    }
+
+    /// Accesses that no device answered.
+    #[getter]
+    fn unanswered<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+        vmm::unanswered(py, &self.buses)
+    }
+
+    fn __enter__(slf: Py<Self>) -> Py<Self> {
+        slf
+    }
+
+    fn __exit__(&self, py: Python<'_>, _kind: Py<PyAny>, _error: Py<PyAny>, _traceback: Py<PyAny>) {
+        self.close(py);
+    }
+
+    fn __repr__(&self) -> String {
+        let state = self.vm().map_or(VmRunState::Closed, |vm| vm.state());
+        format!("KvmVm(state={:?})", state.name())
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {
+        // The Arc has other owners, but one reference to the object: this visit is it.
+        self.python_handler.as_ref().map_or(Ok(()), |handler| visit.call(&handler.object))
+    }
+}

@@ -1,0 +1,183 @@
+//! `Vmm` for Python: the spine with the GIL let go where it waits.
+
+use std::sync::{Arc, Weak};
+
+use pyo3::gc::{PyTraverseError, PyVisit};
+use pyo3::prelude::*;
+use pyo3::types::PyList;
+
+use super::event_manager::PyEventManager;
+use super::events::PySubscriberId;
+use super::exit_handler::PyWrappedExitHandler;
+use super::live::{self, Close};
+use super::memory::PyGuestMemory;
+use super::serial::PySerial;
+use super::{callback, config, exit};
+use crate::devices::{Access, Buses};
+use crate::vmm::Vmm;
+
+/// A virtual machine: built by this call, run by `run`, released by `close` or at the end of a `with`.
+///
+/// Args:
+///     config: what it is made of; None for the guest inside the package.
+///
+/// Raises:
+///     ConfigError: a value cannot be used; the text starts with its key.
+///     BootError: the kernel, RAM disk or code cannot be loaded.
+///     KvmUnavailableError: there is no usable /dev/kvm; `hint` says what to do.
+///     KvmError: KVM refused a part.
+#[pyclass(frozen, weakref, name = "Vmm", module = "pyvmm")]
+#[derive(Debug)]
+pub struct PyVmm {
+    /// None only while it is dropped.
+    vmm: Option<Arc<Vmm>>,
+    #[pyo3(get)]
+    config: Py<PyAny>,
+    #[pyo3(get)]
+    event_manager: Py<PyEventManager>,
+    #[pyo3(get)]
+    exit_handler: Py<PyWrappedExitHandler>,
+    #[pyo3(get)]
+    memory: Py<PyGuestMemory>,
+    #[pyo3(get)]
+    serial: Py<PySerial>,
+}
+
+impl Close for Vmm {
+    fn close(&self) {
+        Vmm::close(self);
+    }
+}
+
+impl PyVmm {
+    fn vmm(&self) -> &Vmm {
+        match &self.vmm {
+            Some(vmm) => vmm,
+            None => std::process::abort(), // nobody can call a method of an object that is being dropped
+        }
+    }
+}
+
+impl Drop for PyVmm {
+    fn drop(&mut self) {
+        let vmm = self.vmm.take();
+        // Closing a machine may sleep in the kernel.
+        Python::attach(|py| py.detach(|| drop(vmm)));
+    }
+}
+
+#[pymethods]
+impl PyVmm {
+    #[new]
+    #[pyo3(signature = (config = None))]
+    fn new(py: Python<'_>, config: Option<Bound<'_, PyAny>>) -> PyResult<Self> {
+        let config = match config {
+            Some(config) => config,
+            None => py.import("pyvmm.config")?.getattr("VmmConfig")?.call0()?,
+        };
+        let native = config::from_python(&config)?;
+        let vmm = Arc::new(py.detach(|| Vmm::try_from(native))?);
+        live::remember(Arc::downgrade(&vmm) as Weak<dyn Close>);
+        let event_manager = PyEventManager::over(Arc::clone(vmm.event_manager()));
+        let event_manager = Py::new(py, event_manager)?;
+        let serial = Py::new(py, PySerial(Arc::clone(vmm.serial())))?;
+        py.import("pyvmm.streams")?
+            .call_method1("connect", (&serial, &event_manager, config.getattr("serial")?))?;
+        Ok(Self {
+            config: config.unbind(),
+            event_manager,
+            exit_handler: Py::new(py, PyWrappedExitHandler::over(vmm.exit_handler().clone()))?,
+            memory: Py::new(py, PyGuestMemory::of(&vmm, Vmm::memory))?,
+            serial,
+            vmm: Some(vmm),
+        })
+    }
+
+    /// Register a subscriber with the machine's event manager; see `EventManager.add_subscriber`.
+    fn add_subscriber(&self, subscriber: &Bound<'_, PyAny>) -> PyResult<PySubscriberId> {
+        PyEventManager::add_subscriber(self.event_manager.bind(subscriber.py()), subscriber)
+    }
+
+    /// Unregister a subscriber and return it; see `EventManager.remove_subscriber`.
+    fn remove_subscriber(&self, py: Python<'_>, id: &PySubscriberId) -> PyResult<Py<PyAny>> {
+        self.event_manager.get().remove_subscriber(py, id)
+    }
+
+    /// Run the guest until it ends, `stop` is called, or the time passes, in seconds.
+    ///
+    /// Turns the event manager's loop meanwhile: subscribers are called on this thread. After a stop, a
+    /// timeout or an exception, another `run` goes on where this one ended.
+    ///
+    /// Raises:
+    ///     StateError: a run is in progress, the guest has ended, or the machine is closed.
+    ///     StreamError: a stream of the serial port failed.
+    ///     KeyboardInterrupt: Ctrl-C, within 100 ms.
+    ///     Exception: the first exception of a callback.
+    #[pyo3(signature = (timeout = None))]
+    fn run<'py>(&self, py: Python<'py>, timeout: Option<f64>) -> PyResult<Bound<'py, PyAny>> {
+        let timeout = exit::timeout(timeout)?;
+        let _turning = self.event_manager.get().claim("the machine")?;
+        let manager = &self.event_manager;
+        let exit = py.detach(|| self.vmm().run(timeout, || callback::between_turns(manager)))?;
+        exit::to_python(py, &exit)
+    }
+
+    /// End the run in progress, or at once the next one if there is none. From any thread or callback.
+    fn stop(&self) -> PyResult<()> {
+        Ok(self.vmm().stop()?)
+    }
+
+    /// Stop, wait for the run in progress to end, and release everything. Does nothing the second time.
+    ///
+    /// In a callback it takes effect when the run ends.
+    fn close(&self, py: Python<'_>) {
+        py.detach(|| self.vmm().close());
+    }
+
+    /// Where the machine stands.
+    #[getter]
+    fn state<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        exit::state(py, self.vmm().state())
+    }
+
+    /// Accesses that no device answered, counted by address.
+    #[getter]
+    fn unanswered<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+        unanswered(py, self.vmm().buses())
+    }
+
+    fn __enter__(slf: Py<Self>) -> Py<Self> {
+        slf
+    }
+
+    fn __exit__(&self, py: Python<'_>, _kind: Py<PyAny>, _error: Py<PyAny>, _traceback: Py<PyAny>) {
+        self.close(py);
+    }
+
+    fn __repr__(&self) -> String {
+        format!("Vmm(state={:?})", self.vmm().state().name())
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.config)?;
+        visit.call(&self.event_manager)
+    }
+}
+
+/// A list of `pyvmm.Unanswered`.
+pub(super) fn unanswered<'py>(py: Python<'py>, buses: &Buses) -> PyResult<Bound<'py, PyList>> {
+    let class = py.import("pyvmm.devices")?.getattr("Unanswered")?;
+    let (rows, others) = buses.unanswered();
+    let list = PyList::empty(py);
+    for (access, address, counts) in rows {
+        let bus = match access {
+            Access::Pio => "pio",
+            Access::Mmio => "mmio",
+        };
+        list.append(class.call1((bus, address, counts.reads, counts.writes))?)?;
+    }
+    if others.reads + others.writes > 0 {
+        list.append(class.call1(("other", py.None(), others.reads, others.writes))?)?;
+    }
+    Ok(list)
+}
