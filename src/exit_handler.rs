@@ -4,6 +4,7 @@
 
 use std::fmt;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
@@ -61,6 +62,15 @@ impl VmmExitHandler {
         }
     }
 
+    /// Whether a kick waits to be processed.
+    #[must_use]
+    pub fn is_kicked(&self) -> bool {
+        let mut poll =
+            libc::pollfd { fd: self.exit_event.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: one pollfd that lives through the call, which does not wait.
+        unsafe { libc::poll(&raw mut poll, 1, 0) > 0 }
+    }
+
     /// A kick is processed: drained, so that it ends this run and no later one, and the flag cleared.
     pub fn stop(&mut self) {
         // Fails when there was no kick.
@@ -109,6 +119,12 @@ impl WrappedExitHandler {
     #[must_use]
     pub fn keep_running(&self) -> bool {
         self.0.lock().keep_running()
+    }
+
+    /// Whether a kick waits to be processed by the loop.
+    #[must_use]
+    pub fn is_kicked(&self) -> bool {
+        self.0.lock().is_kicked()
     }
 
     /// See [`VmmExitHandler::rearm`].

@@ -21,6 +21,9 @@ use crate::vm::{GuestMemory, KvmVm, layout};
 /// The longest wait between two looks at signals: Ctrl-C is seen within 100 ms.
 const SLICE: Duration = Duration::from_millis(50);
 
+/// How long the end of a run waits for somebody to take the guest's last output.
+const PATIENCE: Duration = Duration::from_secs(1);
+
 /// A machine: its KVM side, its devices, and the event loop they share.
 #[derive(Debug)]
 pub struct Vmm {
@@ -112,9 +115,8 @@ impl Vmm {
     ) -> std::result::Result<ExitReason, E> {
         vm.check_may_run()?;
         self.serial.release(false);
-        // A stop from before this run is seen here, so that the guest does not start for nothing.
-        self.turn(Some(Instant::now()), between_turns)?;
-        if self.exit_handler.keep_running() {
+        // After a stop from before this run the guest does not start for nothing.
+        if !self.exit_handler.is_kicked() {
             vm.run((vm.state() == VmRunState::Created).then_some(self.entry))?;
         }
         while self.exit_handler.keep_running() {
@@ -144,19 +146,25 @@ impl Vmm {
             .map_or(Ok(()), |failure| Err(failure.into()))
     }
 
-    /// Bring out what the guest printed last. A stop or the deadline leaves the rest for another run.
+    /// Bring out what the guest printed last. A stop, the deadline, or a taker that takes nothing for a while
+    /// leaves the rest for another run or [`Serial::take`].
     fn drain_serial<E: From<Error>>(
         &self,
         deadline: Option<Instant>,
         between_turns: &mut impl FnMut() -> std::result::Result<(), E>,
     ) -> std::result::Result<(), E> {
-        while self.serial.backlog() > 0 && self.exit_handler.keep_running() {
-            let before = self.serial.backlog();
-            self.turn(deadline, between_turns)?;
-            let is_late = deadline.is_some_and(|deadline| Instant::now() >= deadline);
-            if is_late && self.serial.backlog() == before {
+        let mut left = self.serial.backlog();
+        let mut patience = Instant::now() + PATIENCE;
+        while left > 0 && self.exit_handler.keep_running() {
+            let until = deadline.map_or(patience, |deadline| deadline.min(patience));
+            self.turn(Some(until), between_turns)?;
+            let now = self.serial.backlog();
+            if now < left {
+                patience = Instant::now() + PATIENCE;
+            } else if Instant::now() >= until {
                 break;
             }
+            left = now;
         }
         Ok(())
     }

@@ -263,9 +263,8 @@ class Serial:
     def input_waiting(self) -> int:
         """Bytes of input that the guest has not read yet."""
 
-    @property
-    def output_ready(self) -> EventFd:
-        """Readable when there is output to take, on a machine whose output Python takes."""
+    def fileno(self) -> int:
+        """A file descriptor that is readable when there is output to take, on a machine whose output Python takes."""
 
     @property
     def input_wanted(self) -> EventFd:

@@ -55,16 +55,14 @@ class Writer:
 
     def __init__(self, serial: Serial, write: Callable[[bytes], object]) -> None:
         self._serial = serial
-        self._ready = serial.output_ready
         self._write = write
 
     def init(self, ops: EventOps) -> None:
         """Watch for output."""
-        ops.add(Events(self._ready, EventSet.IN))
+        ops.add(Events(self._serial, EventSet.IN))
 
     def process(self, events: Events, ops: EventOps) -> None:
         """Take all there is."""
-        self._ready.read()
         if output := self._serial.read():
             self._write(output)
 

@@ -29,6 +29,7 @@ const PAGE_PRESENT_WRITABLE: u64 = 0b11;
 const PAGE_USER: u64 = 0b100;
 const PAGE_LARGE: u64 = 1 << 7;
 const ENTRIES: u64 = 512;
+const GIB: u64 = 1 << 30;
 
 /// Bytes of the GDT less one.
 pub const GDT_LIMIT: u16 = 8 * 8 - 1;
@@ -58,7 +59,7 @@ pub fn write(memory: &GuestMemory, mode: CpuMode, one_gib_pages: bool) -> Result
     if mode == CpuMode::Protected32 {
         return Ok(());
     }
-    write_page_tables(memory, mode == CpuMode::User64, one_gib_pages)?;
+    write_page_tables(memory, mode, one_gib_pages)?;
     if mode == CpuMode::User64 {
         // All zero but the bitmap's offset, at 102, and the byte of ones that closes the bitmap.
         memory.write(layout::TSS + 102, &104u16.to_le_bytes())?;
@@ -67,9 +68,10 @@ pub fn write(memory: &GuestMemory, mode: CpuMode, one_gib_pages: bool) -> Result
     Ok(())
 }
 
-/// Identity: 4 GiB in pages of 2 MiB, and what lies above in pages of 1 GiB.
-fn write_page_tables(memory: &GuestMemory, user: bool, one_gib_pages: bool) -> Result<()> {
-    let flags = PAGE_PRESENT_WRITABLE | if user { PAGE_USER } else { 0 };
+/// Identity: 4 GiB in pages of 2 MiB; what lies above in pages of 1 GiB, or as far as there is room for the
+/// directories of smaller ones (to 25 GiB).
+fn write_page_tables(memory: &GuestMemory, mode: CpuMode, one_gib_pages: bool) -> Result<()> {
+    let flags = PAGE_PRESENT_WRITABLE | if mode == CpuMode::User64 { PAGE_USER } else { 0 };
     memory.write(layout::PML4, &(layout::PDPT | flags).to_le_bytes())?;
     let directory = |n: u64| layout::PAGE_DIRECTORIES + n * 0x1000;
     write_u64s(memory, layout::PDPT, (0..4).map(|n| directory(n) | flags))?;
@@ -78,16 +80,30 @@ fn write_page_tables(memory: &GuestMemory, user: bool, one_gib_pages: bool) -> R
         layout::PAGE_DIRECTORIES,
         (0..4 * ENTRIES).map(|n| n << 21 | flags | PAGE_LARGE),
     )?;
-    if one_gib_pages && memory.size() > layout::MMIO_GAP_START {
-        let end = layout::MMIO_GAP_END + memory.size() - layout::MMIO_GAP_START;
-        let last = end.div_ceil(1 << 30).min(ENTRIES);
-        write_u64s(
-            memory,
-            layout::PDPT + 4 * 8,
-            (4..last).map(|n| n << 30 | flags | PAGE_LARGE),
-        )?;
+    if mode == CpuMode::Linux64 {
+        return Ok(()); // it makes its own tables, and its parameters stand where directories would
+    }
+    for gib in 4..end_of_memory(memory).div_ceil(GIB).min(ENTRIES) {
+        let entry = if one_gib_pages {
+            gib * GIB | flags | PAGE_LARGE
+        } else {
+            let Some(at) = high_directory(gib) else { break };
+            write_u64s(memory, at, (gib * ENTRIES..(gib + 1) * ENTRIES).map(|n| n << 21 | flags | PAGE_LARGE))?;
+            at | flags
+        };
+        memory.write(layout::PDPT + gib * 8, &entry.to_le_bytes())?;
     }
     Ok(())
+}
+
+fn end_of_memory(memory: &GuestMemory) -> u64 {
+    memory.ranges().iter().map(|(start, size, _)| start + size).max().unwrap_or(0)
+}
+
+/// Where the directory of a GiB above 4 stands, if there is room for one.
+fn high_directory(gib: u64) -> Option<u64> {
+    let at = layout::PAGE_DIRECTORIES + gib * 0x1000;
+    (at + 0x1000 <= layout::EBDA_START).then_some(at)
 }
 
 fn write_u64s(memory: &GuestMemory, at: u64, values: impl IntoIterator<Item = u64>) -> Result<()> {
@@ -131,6 +147,17 @@ mod tests {
         write(&memory, CpuMode::User64, true).unwrap();
         assert_eq!(u64_at(&memory, layout::PDPT + 32), 4 << 30 | 0x87);
         assert_eq!(u64_at(&memory, layout::PDPT + 40), 0);
+    }
+
+    #[test]
+    fn without_1_gib_pages_the_directories_go_on() {
+        let memory = GuestMemory::new(4 << 30).unwrap();
+        write(&memory, CpuMode::Long64, false).unwrap();
+        let directory = layout::PAGE_DIRECTORIES + 0x4000;
+        assert_eq!(u64_at(&memory, layout::PDPT + 32), directory | 3);
+        assert_eq!(u64_at(&memory, directory + 8), 4 << 30 | 2 << 20 | 0x83);
+        assert_eq!(high_directory(24).map(|at| at < layout::EBDA_START), Some(true));
+        assert_eq!(high_directory(26), None);
     }
 
     #[test]

@@ -3,12 +3,15 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 use vm_superio::Trigger;
 use vm_superio::serial::{NoEvents, Serial as Uart};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::timerfd::TimerFd;
 
 use super::{Device, Flow};
 use crate::error::{Error, ErrorKind, Result};
@@ -17,6 +20,10 @@ use crate::error::{Error, ErrorKind, Result};
 const CAPTURE_SIZE: usize = 1 << 20;
 /// A guest that prints more than this ahead of its taker waits.
 const BACKLOG_SIZE: usize = 1 << 16;
+/// Guests print byte by byte: the taker is told of the first one this much later, to find more with it,
+const GATHER: Duration = Duration::from_millis(2);
+/// or at once when so many have come together.
+const GATHERED: usize = 4096;
 
 /// The port's interrupt line; nothing happens on a machine without an interrupt controller.
 #[derive(Debug)]
@@ -37,7 +44,8 @@ pub struct Serial {
     output: Mutex<Output>,
     /// Output was taken, or nobody waits for it any more.
     room: Condvar,
-    output_ready: Arc<EventFd>,
+    /// Where `Output::ready` can be watched.
+    output_fd: RawFd,
     input_wanted: Arc<EventFd>,
 }
 
@@ -57,6 +65,8 @@ struct Output {
     /// The guest does not wait: the run is ending.
     released: bool,
     failed: Option<Error>,
+    /// Expires when there is output to take.
+    ready: TimerFd,
 }
 
 impl Serial {
@@ -65,36 +75,23 @@ impl Serial {
     /// # Errors
     /// When no eventfd can be made.
     pub fn new(irq: Option<EventFd>, has_taker: bool) -> Result<Self> {
-        let eventfd =
-            || EventFd::new(EFD_NONBLOCK)
-                .map(Arc::new)
-                .map_err(|e| Error::os(ErrorKind::Io, "serial", &e));
-        let uart = Uart::new(Irq(irq), Vec::new());
-        let input_wanted = eventfd()?;
-        input_wanted
-            .write(1)
-            .map_err(|e| Error::os(ErrorKind::Io, "serial", &e))?;
+        let failed = |e: &io::Error| Error::os(ErrorKind::Io, "serial", e);
+        let input_wanted = EventFd::new(EFD_NONBLOCK).map_err(|e| failed(&e))?;
+        input_wanted.write(1).map_err(|e| failed(&e))?;
+        let ready = TimerFd::new().map_err(|e| failed(&e.into()))?;
         Ok(Self {
-            guest: Mutex::new(GuestSide {
-                uart,
-                queue: VecDeque::new(),
-            }),
+            output_fd: ready.as_raw_fd(),
+            guest: Mutex::new(GuestSide { uart: Uart::new(Irq(irq), Vec::new()), queue: VecDeque::new() }),
             output: Mutex::new(Output {
                 bytes: VecDeque::new(),
                 has_taker,
                 released: false,
                 failed: None,
+                ready,
             }),
             room: Condvar::new(),
-            output_ready: eventfd()?,
-            input_wanted,
+            input_wanted: Arc::new(input_wanted),
         })
-    }
-
-    /// Readable when there is output to take.
-    #[must_use]
-    pub fn output_ready(&self) -> &Arc<EventFd> {
-        &self.output_ready
     }
 
     /// Readable when the guest has read all its input; readable at first, too.
@@ -120,7 +117,9 @@ impl Serial {
     /// Take the output there is.
     #[must_use]
     pub fn take(&self) -> Vec<u8> {
-        let bytes = std::mem::take(&mut self.output.lock().bytes);
+        let mut output = self.output.lock();
+        output.told();
+        let bytes = std::mem::take(&mut output.bytes);
         self.room.notify_all();
         bytes.into()
     }
@@ -128,13 +127,9 @@ impl Serial {
     /// A copy of at most `most` bytes of the output, which stays until [`Self::consume`].
     #[must_use]
     pub fn peek(&self, most: usize) -> Vec<u8> {
-        self.output
-            .lock()
-            .bytes
-            .iter()
-            .take(most)
-            .copied()
-            .collect()
+        let mut output = self.output.lock();
+        output.told();
+        output.bytes.iter().take(most).copied().collect()
     }
 
     /// Drop the oldest `count` bytes of the output: they have been written.
@@ -182,15 +177,36 @@ impl Serial {
         while output.has_taker && !output.released && output.bytes.len() >= BACKLOG_SIZE {
             self.room.wait(&mut output);
         }
-        let was_empty = output.bytes.is_empty();
+        let before = output.bytes.len();
         output.bytes.extend(bytes);
+        let now = output.bytes.len();
         if !output.has_taker {
-            let excess = output.bytes.len().saturating_sub(CAPTURE_SIZE);
-            output.bytes.drain(..excess);
-        } else if was_empty {
-            // Cannot fail: the counter is far from full.
-            let _ = self.output_ready.write(1);
+            output.bytes.drain(..now.saturating_sub(CAPTURE_SIZE));
+        } else if before < GATHERED && now >= GATHERED {
+            output.tell_in(Duration::from_nanos(1));
+        } else if before == 0 {
+            output.tell_in(GATHER);
         }
+    }
+}
+
+impl Output {
+    fn tell_in(&mut self, delay: Duration) {
+        // Cannot fail: the descriptor is a timer's and the time is in range.
+        let _ = self.ready.reset(delay, None);
+    }
+
+    /// The taker looks: not readable until there is more.
+    fn told(&mut self) {
+        // Cannot fail, as above.
+        let _ = self.ready.clear();
+    }
+}
+
+impl AsRawFd for Serial {
+    /// Readable when there is output to take, for as long as it is not taken.
+    fn as_raw_fd(&self) -> RawFd {
+        self.output_fd
     }
 }
 
@@ -255,6 +271,12 @@ mod tests {
         }
     }
 
+    fn is_ready(serial: &Serial, milliseconds: i32) -> bool {
+        let mut poll = libc::pollfd { fd: serial.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: one pollfd that lives through the call.
+        unsafe { libc::poll(&raw mut poll, 1, milliseconds) > 0 }
+    }
+
     fn read(serial: &Serial) -> u8 {
         let mut data = [0];
         serial.read(0, &mut data);
@@ -265,11 +287,12 @@ mod tests {
     fn what_the_guest_prints_can_be_taken() {
         let serial = Serial::new(None, true).unwrap();
         print(&serial, b"hello");
-        assert_eq!(serial.output_ready().read().unwrap(), 1);
+        assert!(is_ready(&serial, 60_000));
         assert_eq!(serial.peek(2), b"he");
         serial.consume(2);
         assert_eq!(serial.take(), b"llo");
         assert_eq!(serial.backlog(), 0);
+        assert!(!is_ready(&serial, 0));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! `Serial` for Python: the host's side of the first serial port.
 
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
 use pyo3::prelude::*;
@@ -33,10 +34,10 @@ impl PySerial {
         py.detach(|| self.0.input_waiting())
     }
 
-    /// Readable when there is output to take, on a machine whose output Python takes.
-    #[getter]
-    fn output_ready(&self) -> PyEventFd {
-        PyEventFd::over(Arc::clone(self.0.output_ready()))
+    /// A file descriptor that is readable when there is output to take, on a machine whose output Python
+    /// takes.
+    fn fileno(&self) -> RawFd {
+        self.0.as_raw_fd()
     }
 
     /// Readable when the guest has read all its input; readable at first, too.

@@ -1,0 +1,92 @@
+"""Which tests can run here, and what they share."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+import pyvmm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from pyvmm import Vmm, VmmConfig
+
+ROOT = Path(__file__).parent.parent
+REQUIRED = bool(os.environ.get("PYVMM_REQUIRE_KVM"))
+
+settings.register_profile(
+    "pyvmm", deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("pyvmm")
+
+
+def missing_kvm() -> str | None:
+    """Why the tests of KVM cannot run."""
+    try:
+        pyvmm.kvm_info()
+    except pyvmm.KvmUnavailableError as error:
+        return str(error)
+    return None
+
+
+class Linux(NamedTuple):
+    """The kernels that tests/linux/build.sh builds, and what they are started with."""
+
+    vmlinux: Path
+    vmlinux_smp: Path
+    bzimage: Path
+    initramfs: Path
+    cmdline: str = (
+        "console=ttyS0 noxsave clearcpuid=308,295,151 nopti mitigations=off lpj=10000000 rodata=off panic=-1 reboot=k"
+    )
+
+
+def linux_directory() -> Path:
+    """Where the build puts them: named after what it is made from."""
+    here = ROOT / "tests" / "linux"
+    names = ["build.sh", "kernel.config", "smp.config", "init.c", "initramfs.list"]
+    key = hashlib.sha256(b"".join((here / name).read_bytes() for name in names)).hexdigest()[:16]
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyvmm"
+    return Path(os.environ.get("PYVMM_CACHE") or default) / f"linux-{key}"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what cannot run here; fail it where it must."""
+    needs_linux = item.get_closest_marker("linux") is not None
+    reason = None
+    if needs_linux or item.get_closest_marker("kvm") is not None:
+        reason = missing_kvm()
+    if reason is None and needs_linux and not (linux_directory() / "initramfs.cpio").exists():
+        reason = "the Linux of the tests is not built: run tests/linux/build.sh"
+    if reason is not None:
+        if REQUIRED:
+            pytest.fail(f"PYVMM_REQUIRE_KVM is set, but {reason}", pytrace=False)
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def linux() -> Linux:
+    """The Linux of the tests."""
+    directory = linux_directory()
+    names = ["vmlinux", "vmlinux-smp", "bzImage", "initramfs.cpio"]
+    return Linux(*(directory / name for name in names))
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[[VmmConfig], Vmm]]:
+    """A factory of machines, all closed at the end."""
+    made: list[Vmm] = []
+
+    def factory(config: VmmConfig) -> Vmm:
+        made.append(pyvmm.Vmm(config))
+        return made[-1]
+
+    yield factory
+    for vmm in made:
+        vmm.close()

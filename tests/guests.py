@@ -1,0 +1,88 @@
+"""Tiny guests as commented machine code. Real mode runs at 0x1000 unless a test says otherwise."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, Literal
+
+from pyvmm import FlatBoot, MemoryConfig, VmmConfig
+
+Mode = Literal["real16", "protected32", "long64", "user64"]
+
+HALT = b"\xf4"  # hlt
+SPIN = b"\xeb\xfe"  # jmp $
+
+
+def exit_with(code: int) -> bytes:
+    """Write the exit port, in any mode."""
+    return bytes([0xB0, code, 0xE6, 0xF4])  # mov al, code; out 0xf4, al
+
+
+def out(port: int, value: int) -> bytes:
+    """Write a byte to a port, in real mode."""
+    return b"\xba" + struct.pack("<H", port) + bytes([0xB0, value, 0xEE])  # mov dx, port; mov al, value; out dx, al
+
+
+def read_in(port: int) -> bytes:
+    """Read a byte from a port into AL, in real mode."""
+    return b"\xba" + struct.pack("<H", port) + b"\xec"  # mov dx, port; in al, dx
+
+
+def print_text(text: bytes) -> bytes:
+    """Print over COM1, in real mode."""
+    return b"\xba\xf8\x03" + b"".join(bytes([0xB0, byte, 0xEE]) for byte in text)
+
+
+def echo_until(last: int) -> bytes:
+    """Send back each byte received on COM1, up to and with the last, in real mode; then exit with 0."""
+    return (
+        b"\xba\xfd\x03"  # poll: mov dx, 0x3fd
+        b"\xec"  #              in al, dx
+        b"\xa8\x01"  #          test al, 1
+        b"\x74\xf8"  #          jz poll
+        b"\xba\xf8\x03"  #      mov dx, 0x3f8
+        b"\xec"  #              in al, dx
+        b"\xee"  #              out dx, al
+        b"\x3c" + bytes([last]) + b"\x75\xef"  # cmp al, last; jne poll
+    ) + exit_with(0)
+
+
+COUNT_IN_MEMORY = (
+    b"\xff\x06\x00\x20"  # inc word [0x2000]
+    b"\xeb\xfa"  #         jmp back
+)
+
+PRINT_FOR_EVER = (
+    b"\xba\xf8\x03"  # mov dx, 0x3f8
+    b"\xb0\x78"  #     mov al, 'x'
+    b"\xee"  #         out dx, al
+    b"\xeb\xfd"  #     jmp back
+)
+
+# Ring 0, 64 bits: what KVM refuses, and what no table answers.
+FWAIT_FOREVER = b"\x9b\xeb\xfd"  # fwait; jmp back: an emulation failure where ring 0 is emulated
+TRIPLE_FAULT = (
+    b"\x48\xb8" + struct.pack("<Q", 0xFFFF_8000_0000_0000)  # mov rax, an address that nothing maps
+    + b"\x88\x00"  # mov [rax], al: a page fault without an IDT
+)
+
+# Every vCPU adds itself to a counter at 0x3000 and leaves its number at 0x4000 + 8 * number; the one that
+# finds the counter at `vcpus` exits with it. 64 bits, RDI holds the number.
+def count_vcpus(vcpus: int) -> bytes:
+    """Have all vCPUs meet; 64 bits, either ring."""
+    return (
+        b"\x89\xf8"  #                              mov eax, edi
+        b"\x89\x3c\xc5\x00\x40\x00\x00"  #          mov [rax*8 + 0x4000], edi
+        b"\xb8\x01\x00\x00\x00"  #                  mov eax, 1
+        b"\xf0\x0f\xc1\x04\x25\x00\x30\x00\x00"  #  lock xadd [0x3000], eax
+        b"\x83\xf8" + bytes([vcpus - 1]) +  #       cmp eax, vcpus - 1
+        b"\x75\x04"  #                              jne wait
+        + exit_with(vcpus)
+        + b"\xf3\x90\xeb\xfc"  #                    wait: pause; jmp wait
+    )
+
+
+def flat(code: bytes, mode: Mode = "real16", *, address: int = 0x1000, size_mib: int = 1, **rest: Any) -> VmmConfig:
+    """A machine that runs the code."""
+    boot = FlatBoot(code, address=address, mode=mode)
+    return VmmConfig(boot=boot, memory=MemoryConfig(size_mib), **rest)
