@@ -210,7 +210,7 @@ def _beside(part: Any, directory: Path, *names: str) -> Any:
 
 
 def _error(at: str, detail: str) -> ConfigError:
-    return ConfigError(f"{at}: {detail}" if at else detail, at=at or None)
+    return ConfigError(f"{at or 'config'}: {detail}", at=at or "config")
 
 
 def _checked(load: Any) -> VmmConfig:
@@ -222,7 +222,7 @@ def _checked(load: Any) -> VmmConfig:
         key = path.strip("`.").replace("[...]", "")
         if unknown := re.search(r"unknown field `(.*)`", detail):
             raise _unknown_key(key, unknown[1]) from None
-        raise _error(key or "config", detail) from None
+        raise _error(key, detail) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _error("config", str(error)) from None
     return config

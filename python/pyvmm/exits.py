@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Protocol
-
-import msgspec
+from typing import NamedTuple, Protocol
 
 
 class ExitReason(StrEnum):
@@ -33,7 +31,7 @@ class ExitReason(StrEnum):
     """KVM_RUN failed; `Exit.code` is the errno."""
 
 
-class Exit(msgspec.Struct, frozen=True):
+class Exit(NamedTuple):
     """What `run` returns.
 
     Attributes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -38,15 +39,14 @@ class Status(IntEnum):
 
 def run_machine(config: VmmConfig, timeout: float | None, as_json: bool) -> int:
     """Run to the end and return the exit status."""
-    is_terminal = os.isatty(STDIN)
-    serial = _console(config.serial, is_terminal, STDERR if as_json else STDOUT)
-    config = msgspec.structs.replace(config, serial=serial)
+    typing = os.isatty(STDIN) and config.serial.input is None
     with ExitStack() as stack:
-        vmm = stack.enter_context(_build(config))
-        keyboard = None
-        if is_terminal and config.serial.input is None:
+        keys, pipe = _pipe(stack) if typing else (STDIN, -1)
+        serial = _console(config.serial, keys, STDERR if as_json else STDOUT)
+        vmm = stack.enter_context(_build(msgspec.structs.replace(config, serial=serial)))
+        keyboard = terminal.Keyboard(STDIN, pipe, vmm.stop) if typing else None
+        if keyboard:
             print(f"pyvmm: {terminal.HELP}", file=sys.stderr, flush=True)
-            keyboard = terminal.Keyboard(STDIN, vmm.serial, vmm.stop)
             vmm.add_subscriber(keyboard)
             stack.enter_context(terminal.raw(STDIN))
         terminated = _stop_on_sigterm(vmm, stack)
@@ -56,7 +56,7 @@ def run_machine(config: VmmConfig, timeout: float | None, as_json: bool) -> int:
         except KeyboardInterrupt:
             return Status.INTERRUPTED
         except StreamError as error:
-            if isinstance(error, BrokenPipeError) or error.errno == 32:  # EPIPE: the reader has seen enough
+            if error.errno == errno.EPIPE:  # the reader has seen enough
                 return Status.ERROR
             raise
         seconds = time.monotonic() - start
@@ -78,13 +78,22 @@ def exit_status(exit: Exit) -> int:
     return min(exit.code or 0, MOST_GUEST_CODE)
 
 
-def _console(serial: SerialConfig, is_terminal: bool, output: int) -> SerialConfig:
+def _pipe(stack: ExitStack) -> tuple[int, int]:
+    """The two ends of a pipe, closed with the stack."""
+    reader, writer = os.pipe()
+    for end in (reader, writer):
+        stack.callback(os.close, end)
+    os.set_blocking(writer, False)
+    return reader, writer
+
+
+def _console(serial: SerialConfig, input: int, output: int) -> SerialConfig:
     """The port's two ends at this process's, where the configuration names no others."""
     values: dict[str, Any] = {}
     if serial.output is None:
         values["output"] = output
-    if serial.input is None and not is_terminal:
-        values["input"] = STDIN if _is_open(STDIN) else "/dev/null"
+    if serial.input is None:
+        values["input"] = input if _is_open(input) else "/dev/null"
     return msgspec.structs.replace(serial, **values)
 
 
@@ -136,7 +145,7 @@ def _stop_on_sigterm(vmm: Vmm, stack: ExitStack) -> list[int]:
 
 def _report(exit: Exit, as_json: bool, seconds: float, unanswered: list[dict[str, Any]]) -> None:
     if as_json:
-        values = msgspec.structs.asdict(exit)
+        values = exit._asdict()
         print(json.dumps({**values, "seconds": round(seconds, 6), "unanswered": unanswered}))
     elif exit.is_fault or exit.reason is ExitReason.TIMEOUT:
         print(f"pyvmm: {exit}", file=sys.stderr)

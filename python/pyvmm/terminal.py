@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import termios
 import tty
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from pyvmm._pyvmm import Events
@@ -14,7 +14,7 @@ from pyvmm.events import EventSet
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from pyvmm._pyvmm import EventOps, Serial
+    from pyvmm._pyvmm import EventOps
 
 ESCAPE = 0x01  # Ctrl-A
 HELP = "Ctrl-A x ends the machine, Ctrl-A a sends Ctrl-A"
@@ -47,12 +47,12 @@ class Keys:
 
 
 class Keyboard:
-    """A subscriber that gives the guest what is typed."""
+    """A subscriber that passes on what is typed, and stops the run at Ctrl-A x."""
 
-    def __init__(self, fd: int, serial: Serial, stop: Callable[[], object]) -> None:
+    def __init__(self, fd: int, pipe: int, stop: Callable[[], object]) -> None:
         self.keys = Keys()
         self._fd = fd
-        self._serial = serial
+        self._pipe = pipe
         self._stop = stop
 
     def init(self, ops: EventOps) -> None:
@@ -63,7 +63,9 @@ class Keyboard:
         """Pass on what was typed; end the run at Ctrl-A x or when the terminal is gone."""
         typed = os.read(self._fd, 1024) if events.event_set & EventSet.IN else b""
         if for_guest := self.keys.feed(typed):
-            self._serial.send(for_guest)
+            # As on a real line: what comes while the guest's buffers are full is lost, and the way out is not.
+            with suppress(BlockingIOError):
+                os.write(self._pipe, for_guest)
         if self.keys.quit or not typed:
             ops.remove(self._fd)
             self._stop()

@@ -136,22 +136,33 @@ pub fn feature_names() -> impl Iterator<Item = &'static str> {
 /// Whether the host's processor offers no hardware virtualization, so that its KVM must emulate.
 #[must_use]
 pub fn host_is_software_kvm() -> bool {
-    // CPUID leaves 1 and 0x80000001: VMX is ECX bit 5, SVM is ECX bit 2.
-    let vmx = std::arch::x86_64::__cpuid(1).ecx & 1 << 5 != 0;
-    let svm = std::arch::x86_64::__cpuid(0x8000_0001).ecx & 1 << 2 != 0;
-    !vmx && !svm
+    // Asked once: where the host is itself a guest, CPUID costs an exit.
+    static ANSWER: OnceLock<bool> = OnceLock::new();
+    *ANSWER.get_or_init(|| {
+        // CPUID leaves 1 and 0x80000001: VMX is ECX bit 5, SVM is ECX bit 2.
+        let vmx = std::arch::x86_64::__cpuid(1).ecx & 1 << 5 != 0;
+        let svm = std::arch::x86_64::__cpuid(0x8000_0001).ecx & 1 << 2 != 0;
+        !vmx && !svm
+    })
 }
 
-/// What KVM supports, asked once a process: the answer cannot change.
-fn supported(kvm: &Kvm) -> Result<&'static [kvm_cpuid_entry2]> {
-    static SUPPORTED: OnceLock<Vec<kvm_cpuid_entry2>> = OnceLock::new();
-    if let Some(entries) = SUPPORTED.get() {
+/// What KVM supports, less what a template hides: made once a process for each template.
+fn templated(kvm: &Kvm, is_software: bool) -> Result<&'static [kvm_cpuid_entry2]> {
+    static TABLES: [OnceLock<Vec<kvm_cpuid_entry2>>; 2] = [const { OnceLock::new() }; 2];
+    let [host, software] = &TABLES;
+    let table = if is_software { software } else { host };
+    if let Some(entries) = table.get() {
         return Ok(entries);
     }
-    let entries = kvm
+    let supported = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(|e| Error::kvm("KVM_GET_SUPPORTED_CPUID", e))?;
-    Ok(SUPPORTED.get_or_init(|| entries.as_slice().to_vec()))
+    let mut entries = supported.as_slice().to_vec();
+    if is_software {
+        SOFTWARE_KVM.split_whitespace().filter_map(feature).for_each(|f| hide(&mut entries, f));
+        set_vendor(&mut entries, *b"GenuineIntel");
+    }
+    Ok(table.get_or_init(|| entries))
 }
 
 /// The CPUID table of one machine, before the vCPUs put their ids in.
@@ -159,25 +170,16 @@ fn supported(kvm: &Kvm) -> Result<&'static [kvm_cpuid_entry2]> {
 /// # Errors
 /// When KVM does not say what it supports.
 pub fn guest_cpuid(kvm: &Kvm, config: &CpuConfig) -> Result<Vec<kvm_cpuid_entry2>> {
-    let mut entries = supported(kvm)?.to_vec();
-    let template = hidden_by(config.template).split_whitespace();
-    for feature in config.hide.iter().map(String::as_str).chain(template).filter_map(feature) {
-        hide(&mut entries, feature);
-    }
-    if is_software(config.template) {
-        set_vendor(&mut entries, *b"GenuineIntel");
-    }
+    let mut entries = templated(kvm, is_software(config.template))?.to_vec();
+    config.hide.iter().filter_map(|name| feature(name)).for_each(|f| hide(&mut entries, f));
     Ok(entries)
 }
 
 /// What [`CpuTemplate::Auto`] hides on this host.
 #[must_use]
 pub fn hidden_by_default() -> Vec<&'static str> {
-    hidden_by(CpuTemplate::Auto).split_whitespace().collect()
-}
-
-fn hidden_by(template: CpuTemplate) -> &'static str {
-    if is_software(template) { SOFTWARE_KVM } else { "" }
+    let hidden = if is_software(CpuTemplate::Auto) { SOFTWARE_KVM } else { "" };
+    hidden.split_whitespace().collect()
 }
 
 fn is_software(template: CpuTemplate) -> bool {

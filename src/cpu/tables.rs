@@ -51,7 +51,7 @@ pub fn gdt(mode: CpuMode) -> [u64; 8] {
 ///
 /// # Errors
 /// When guest memory is too small to hold the tables.
-pub fn write(memory: &GuestMemory, mode: CpuMode, one_gib_pages: bool) -> Result<()> {
+pub fn write(memory: &GuestMemory, mode: CpuMode, one_gib_pages: impl Fn() -> bool) -> Result<()> {
     if mode == CpuMode::Real16 {
         return Ok(());
     }
@@ -59,7 +59,7 @@ pub fn write(memory: &GuestMemory, mode: CpuMode, one_gib_pages: bool) -> Result
     if mode == CpuMode::Protected32 {
         return Ok(());
     }
-    write_page_tables(memory, mode, one_gib_pages)?;
+    write_page_tables(memory, mode, one_gib_pages())?;
     if mode == CpuMode::User64 {
         // All zero but the bitmap's offset, at 102, and the byte of ones that closes the bitmap.
         memory.write(layout::TSS + 102, &104u16.to_le_bytes())?;
@@ -128,7 +128,7 @@ mod tests {
     #[test]
     fn the_map_is_the_identity_in_2_mib_pages() {
         let memory = GuestMemory::new(1 << 20).unwrap();
-        write(&memory, CpuMode::Long64, true).unwrap();
+        write(&memory, CpuMode::Long64, || true).unwrap();
         assert_eq!(u64_at(&memory, layout::PML4), layout::PDPT | 3);
         assert_eq!(
             u64_at(&memory, layout::PDPT + 24),
@@ -144,7 +144,7 @@ mod tests {
     #[test]
     fn memory_above_4_gib_is_mapped_in_1_gib_pages() {
         let memory = GuestMemory::new(4 << 30).unwrap();
-        write(&memory, CpuMode::User64, true).unwrap();
+        write(&memory, CpuMode::User64, || true).unwrap();
         assert_eq!(u64_at(&memory, layout::PDPT + 32), 4 << 30 | 0x87);
         assert_eq!(u64_at(&memory, layout::PDPT + 40), 0);
     }
@@ -152,7 +152,7 @@ mod tests {
     #[test]
     fn without_1_gib_pages_the_directories_go_on() {
         let memory = GuestMemory::new(4 << 30).unwrap();
-        write(&memory, CpuMode::Long64, false).unwrap();
+        write(&memory, CpuMode::Long64, || false).unwrap();
         let directory = layout::PAGE_DIRECTORIES + 0x4000;
         assert_eq!(u64_at(&memory, layout::PDPT + 32), directory | 3);
         assert_eq!(u64_at(&memory, directory + 8), 4 << 30 | 2 << 20 | 0x83);
@@ -163,7 +163,7 @@ mod tests {
     #[test]
     fn ring_3_may_use_every_port() {
         let memory = GuestMemory::new(1 << 20).unwrap();
-        write(&memory, CpuMode::User64, false).unwrap();
+        write(&memory, CpuMode::User64, || false).unwrap();
         let mut tss = vec![0; layout::TSS_LIMIT as usize + 1];
         memory.read(layout::TSS, &mut tss).unwrap();
         assert_eq!(tss[102], 104);

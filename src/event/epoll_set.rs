@@ -2,7 +2,7 @@
 //!
 //! Why: with the set's fd a thread can wait outside the manager's lock, another loop can host this one, and
 //! a registration whose fd number was closed (a ghost) can be removed. The crate does not hand the fd out.
-//! How: register an eventfd of our own, then look in /proc/self/fdinfo for the one epoll set that lists it.
+//! How: register an eventfd of our own, then look for the one epoll set that knows it.
 
 use std::fs;
 use std::io;
@@ -51,8 +51,8 @@ impl EpollSet {
                 .add(Events::new(&wake, EventSet::IN))
         };
         register(upstream).map_err(|e| Error::new(ErrorKind::Event, "epoll", e.to_string()))?;
-        let number = find_set_with(wake.as_raw_fd()).map_err(|e| {
-            os("/proc/self/fdinfo", &e).hint("pyvmm's event manager needs /proc mounted")
+        let number = find_set_with(&wake).map_err(|e| {
+            os("/proc/self/fd", &e).hint("pyvmm's event manager needs /proc mounted")
         })?;
         let shared = duplicate(number)?;
         Ok(Self {
@@ -203,25 +203,27 @@ fn parse_registration(line: &str) -> Option<Registration> {
     Some(Registration { fd, events, data })
 }
 
-fn find_set_with(member: RawFd) -> io::Result<RawFd> {
-    let has_member =
-        |fd: &RawFd| registrations(*fd).is_ok_and(|all| all.iter().any(|r| r.fd == member));
+fn find_set_with(member: &EventFd) -> io::Result<RawFd> {
+    let number = member.as_raw_fd();
     // Made just before the member, so most likely a number or two below it.
-    if let Some(fd) = (0..4).map(|below| member - 1 - below).find(has_member) {
+    if let Some(fd) = (1..=4).map(|below| number - below).find(|fd| is_set_with(*fd, member)) {
         return Ok(fd);
     }
-    let mut open = Vec::new();
     for entry in fs::read_dir("/proc/self/fd")? {
-        open.extend(
-            entry?
-                .file_name()
-                .to_str()
-                .and_then(|name| name.parse::<RawFd>().ok()),
-        );
+        let fd = entry?.file_name().to_str().and_then(|name| name.parse().ok());
+        if let Some(fd) = fd.filter(|fd| is_set_with(*fd, member)) {
+            return Ok(fd);
+        }
     }
-    open.into_iter()
-        .find(has_member)
-        .ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))
+    Err(io::ErrorKind::NotFound.into())
+}
+
+/// Whether the number is an epoll set's that watches the member: only that one can be asked to change nothing.
+fn is_set_with(fd: RawFd, member: &EventFd) -> bool {
+    let event = Events::new(member, EventSet::IN).epoll_event();
+    let mut event = libc::epoll_event { events: event.events(), u64: event.data() };
+    // SAFETY: epoll_ctl checks both numbers; the event lives through the call.
+    unsafe { libc::epoll_ctl(fd, libc::EPOLL_CTL_MOD, member.as_raw_fd(), &raw mut event) == 0 }
 }
 
 fn duplicate(fd: RawFd) -> Result<OwnedFd> {

@@ -13,6 +13,7 @@ use super::live::{self, Close};
 use super::memory::PyGuestMemory;
 use super::serial::PySerial;
 use super::{callback, config, exit};
+use crate::config::{SerialInput, SerialOutput};
 use crate::devices::{Access, Buses};
 use crate::vmm::Vmm;
 
@@ -76,13 +77,17 @@ impl PyVmm {
             None => py.import("pyvmm.config")?.getattr("VmmConfig")?.call0()?,
         };
         let native = config::from_python(&config)?;
+        let has_python_streams = matches!(native.serial.output, Some(SerialOutput::Subscriber))
+            || matches!(native.serial.input, Some(SerialInput::Subscriber));
         let vmm = Arc::new(py.detach(|| Vmm::try_from(native))?);
         live::remember(Arc::downgrade(&vmm) as Weak<dyn Close>);
         let event_manager = PyEventManager::over(Arc::clone(vmm.event_manager()));
         let event_manager = Py::new(py, event_manager)?;
         let serial = Py::new(py, PySerial(Arc::clone(vmm.serial())))?;
-        py.import("pyvmm.streams")?
-            .call_method1("connect", (&serial, &event_manager, config.getattr("serial")?))?;
+        if has_python_streams {
+            py.import("pyvmm.streams")?
+                .call_method1("connect", (&serial, &event_manager, config.getattr("serial")?))?;
+        }
         Ok(Self {
             config: config.unbind(),
             event_manager,

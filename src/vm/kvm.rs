@@ -1,6 +1,7 @@
 //! /dev/kvm itself: opening it, with an error that says what to do.
 
 use std::io;
+use std::sync::OnceLock;
 
 use kvm_ioctls::{Cap, Kvm};
 
@@ -14,7 +15,16 @@ const API_VERSION: i32 = 12;
 /// # Errors
 /// [`ErrorKind::Unavailable`] with what to do, when it is missing, forbidden, or lacks what pyvmm needs.
 pub fn open_kvm() -> Result<Kvm> {
+    static CHECKED: OnceLock<()> = OnceLock::new();
     let kvm = Kvm::new().map_err(|e| unavailable(e.errno()))?;
+    if CHECKED.get().is_none() {
+        check(&kvm)?;
+        let _ = CHECKED.set(());
+    }
+    Ok(kvm)
+}
+
+fn check(kvm: &Kvm) -> Result<()> {
     let version = kvm.get_api_version();
     if version != API_VERSION {
         let detail = format!("KVM's API version is {version}, not {API_VERSION}");
@@ -22,11 +32,9 @@ pub fn open_kvm() -> Result<Kvm> {
     }
     if !kvm.check_extension(Cap::ImmediateExit) {
         let detail = "this KVM has no KVM_CAP_IMMEDIATE_EXIT";
-        return Err(
-            Error::new(ErrorKind::Unavailable, "/dev/kvm", detail).hint("use Linux 4.13 or newer")
-        );
+        return Err(Error::new(ErrorKind::Unavailable, "/dev/kvm", detail).hint("use Linux 4.13 or newer"));
     }
-    Ok(kvm)
+    Ok(())
 }
 
 fn unavailable(errno: i32) -> Error {

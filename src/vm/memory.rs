@@ -1,7 +1,7 @@
 //! Guest memory: anonymous mappings around the MMIO gap, read and written with every bound checked.
 //! A running guest may change the bytes at the same time; vm-memory's volatile accesses allow for that.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
@@ -120,16 +120,13 @@ impl GuestMemory {
 }
 
 fn host_memory() -> u64 {
-    // SAFETY: sysconf takes no pointers.
-    let (pages, size) = unsafe {
-        (
-            libc::sysconf(libc::_SC_PHYS_PAGES),
-            libc::sysconf(libc::_SC_PAGESIZE),
-        )
-    };
-    u64::try_from(pages)
-        .unwrap_or(0)
-        .saturating_mul(u64::try_from(size).unwrap_or(0))
+    static SIZE: OnceLock<u64> = OnceLock::new();
+    *SIZE.get_or_init(|| {
+        // SAFETY: sysconf takes no pointers.
+        let (pages, size) =
+            unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
+        u64::try_from(pages).unwrap_or(0).saturating_mul(u64::try_from(size).unwrap_or(0))
+    })
 }
 
 fn to_usize(value: u64) -> Result<usize> {

@@ -69,7 +69,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         set_memory(&fd, &memory)?;
         let table = cpuid::guest_cpuid(&kvm, &config.cpu)?;
         let vcpus = create_vcpus(&kvm, &fd, config, &table)?;
-        tables::write(&memory, config.mode(), cpuid::has(&table, "pdpe1gb"))?;
+        tables::write(&memory, config.mode(), || cpuid::has(&table, "pdpe1gb"))?;
         let shared = crate::vcpu::Shared {
             buses,
             exit_handler,

@@ -1,0 +1,37 @@
+"""``python -m benches [NAME...]``: all benchmarks, or those whose name starts with one of these."""
+
+from __future__ import annotations
+
+import sys
+
+from benches import imports, linux, machines
+from benches.measure import Benchmark, Result, Unmeasurable, report
+from pyvmm import VmmError
+
+BENCHMARKS: dict[str, Benchmark] = {
+    "pio-exit": machines.pio_exits,
+    "create-run-close": machines.lives,
+    "linux-userspace": linux.boots,
+    "import": imports.imports,
+}
+
+
+def main(names: list[str]) -> int:
+    """Run the benchmarks and print their table."""
+    chosen = {n: f for n, f in BENCHMARKS.items() if not names or n.startswith(tuple(names))}
+    if not chosen:
+        print(f"known are: {', '.join(BENCHMARKS)}", file=sys.stderr)
+        return 2
+    results: list[Result] = []
+    for name, benchmark in chosen.items():
+        print(f"measuring {name}", file=sys.stderr)
+        try:
+            results.extend(benchmark())
+        except (Unmeasurable, VmmError) as error:
+            print(f"{name} is left out: {error}", file=sys.stderr)
+    report(results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,32 @@
+"""The bare KVM loop of bare_kvm.c as functions."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+from benches.measure import Unmeasurable, compiled
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL(compiled(Path(__file__).with_name("bare_kvm.c")))
+    library.time_run.restype = library.time_cycles.restype = ctypes.c_double
+    return library
+
+
+def time_run(code: bytes) -> float:
+    """Seconds of one run to the exit port."""
+    return _checked(_library().time_run(code, len(code)))
+
+
+def time_cycles(code: bytes, cycles: int) -> float:
+    """Seconds of so many machines made, run and destroyed."""
+    return _checked(_library().time_cycles(code, len(code), cycles))
+
+
+def _checked(seconds: float) -> float:
+    if seconds < 0:
+        raise Unmeasurable("the bare KVM loop failed: is /dev/kvm usable?")
+    return seconds

@@ -1,0 +1,113 @@
+/* The physical limit: a machine by raw ioctls and nothing else, in the same process. */
+
+#include <fcntl.h>
+#include <linux/kvm.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { MEMORY = 1 << 20, ENTRIES = 256, START = 0x1000, EXIT_PORT = 0xf4 };
+
+static double now(void)
+{
+	struct timespec t;
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return t.tv_sec + t.tv_nsec * 1e-9;
+}
+
+static struct kvm_cpuid2 *cpuid_of(int kvm)
+{
+	static struct kvm_cpuid2 *table;
+	if (!table) {
+		table = calloc(1, sizeof(*table) + ENTRIES * sizeof(struct kvm_cpuid_entry2));
+		table->nent = ENTRIES;
+		if (ioctl(kvm, KVM_GET_SUPPORTED_CPUID, table) < 0)
+			return NULL;
+	}
+	return table;
+}
+
+struct machine {
+	int kvm, vm, vcpu;
+	void *memory;
+	struct kvm_run *run;
+	int run_size;
+};
+
+static int create(struct machine *m, const void *code, int size)
+{
+	struct kvm_sregs sregs;
+	struct kvm_regs regs = { .rip = START, .rsp = START, .rflags = 2 };
+	uint64_t identity = 0xfffbc000;
+	m->kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
+	if (m->kvm < 0 || ioctl(m->kvm, KVM_GET_API_VERSION, 0) != 12)
+		return -1;
+	m->memory = mmap(NULL, MEMORY, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	memcpy((char *)m->memory + START, code, size);
+	m->vm = ioctl(m->kvm, KVM_CREATE_VM, 0);
+	struct kvm_userspace_memory_region region = { .memory_size = MEMORY, .userspace_addr = (uint64_t)m->memory };
+	if (m->vm < 0 || ioctl(m->vm, KVM_SET_IDENTITY_MAP_ADDR, &identity) < 0 ||
+	    ioctl(m->vm, KVM_SET_TSS_ADDR, 0xfffbd000) < 0 || ioctl(m->vm, KVM_SET_USER_MEMORY_REGION, &region) < 0)
+		return -1;
+	m->vcpu = ioctl(m->vm, KVM_CREATE_VCPU, 0);
+	m->run_size = ioctl(m->kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
+	m->run = mmap(NULL, m->run_size, PROT_READ | PROT_WRITE, MAP_SHARED, m->vcpu, 0);
+	if (m->run == MAP_FAILED || ioctl(m->vcpu, KVM_SET_CPUID2, cpuid_of(m->kvm)) < 0 ||
+	    ioctl(m->vcpu, KVM_GET_SREGS, &sregs) < 0)
+		return -1;
+	sregs.cs.base = 0;
+	sregs.cs.selector = 0;
+	return ioctl(m->vcpu, KVM_SET_SREGS, &sregs) < 0 || ioctl(m->vcpu, KVM_SET_REGS, &regs) < 0 ? -1 : 0;
+}
+
+static void destroy(struct machine *m)
+{
+	munmap(m->run, m->run_size);
+	close(m->vcpu);
+	close(m->vm);
+	close(m->kvm);
+	munmap(m->memory, MEMORY);
+}
+
+/* Run to a write of the exit port; returns how many port exits there were before it. */
+static long run(struct machine *m)
+{
+	for (long exits = 0;; exits++) {
+		if (ioctl(m->vcpu, KVM_RUN, 0) < 0 || m->run->exit_reason != KVM_EXIT_IO)
+			return -1;
+		if (m->run->io.direction == KVM_EXIT_IO_IN)
+			memset((char *)m->run + m->run->io.data_offset, 0x60, m->run->io.size * m->run->io.count);
+		else if (m->run->io.port == EXIT_PORT)
+			return exits;
+	}
+}
+
+/* Seconds that one run takes, without making the machine. Negative on failure. */
+double time_run(const void *code, int size)
+{
+	struct machine m;
+	if (create(&m, code, size) < 0)
+		return -1;
+	double start = now();
+	long exits = run(&m);
+	double seconds = now() - start;
+	destroy(&m);
+	return exits < 0 ? -1 : seconds;
+}
+
+/* Seconds that so many machines take to be made, run and destroyed. Negative on failure. */
+double time_cycles(const void *code, int size, int cycles)
+{
+	double start = now();
+	for (int i = 0; i < cycles; i++) {
+		struct machine m;
+		if (create(&m, code, size) < 0 || run(&m) < 0)
+			return -1;
+		destroy(&m);
+	}
+	return now() - start;
+}

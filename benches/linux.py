@@ -1,0 +1,68 @@
+"""Linux to userspace, against QEMU's microvm with the same kernel, RAM disk and command line."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+
+from benches.measure import Result, Unmeasurable, duration
+from pyvmm import LinuxBoot, SerialConfig, Vmm, VmmConfig, kvm_info
+from tests.conftest import Linux, linux_directory
+
+LINE = b"pyvmm: userspace reached"
+RUNS = 5
+MACHINE = "microvm,rtc=on,isa-serial=on,pit=on,pic=on"
+# What a KVM that emulates ring 0 cannot execute, as the auto template has it.
+SOFTWARE_CPU = (
+    "host,vendor=GenuineIntel,-xsave,-smap,-smep,-popcnt,-fsgsbase,-umip,-pcid,-invpcid,-rdpid,-erms,-avx,-avx2,"
+    "-arch-capabilities"
+)
+
+
+def boots() -> Iterator[Result]:
+    """Seconds from the start to the line that userspace prints."""
+    directory = linux_directory()
+    if not (directory / "initramfs.cpio").exists():
+        raise Unmeasurable("the Linux of the tests is not built: run tests/linux/build.sh")
+    if shutil.which("qemu-system-x86_64") is None:
+        raise Unmeasurable("QEMU is not installed: apt-get install qemu-system-x86")
+    names = ["vmlinux", "vmlinux-smp", "bzImage", "initramfs.cpio"]
+    linux = Linux(*(directory / name for name in names))
+    yield duration("linux-userspace", "s", lambda: ours(linux), lambda: qemu(linux), "QEMU microvm", 1.0, RUNS)
+
+
+def ours(linux: Linux) -> float:
+    """In this process."""
+    seen = bytearray()
+
+    def look(piece: bytes) -> None:
+        seen.extend(piece)
+        if LINE in seen:
+            vmm.stop()
+
+    start = time.perf_counter()
+    boot = LinuxBoot(linux.vmlinux, initrd=linux.initramfs, cmdline=linux.cmdline)
+    with Vmm(VmmConfig(boot=boot, serial=SerialConfig(output=look))) as vmm:
+        vmm.run(120)
+        seconds = time.perf_counter() - start
+    assert LINE in seen
+    return seconds
+
+
+def qemu(linux: Linux) -> float:
+    """In a QEMU process."""
+    cpu = SOFTWARE_CPU if kvm_info()["software_kvm"] else "host"
+    command = ["qemu-system-x86_64", "-M", MACHINE, "-accel", "kvm", "-cpu", cpu, "-m", "128"]
+    command += ["-kernel", str(linux.vmlinux), "-initrd", str(linux.initramfs), "-append", linux.cmdline]
+    command += ["-nographic", "-no-reboot"]
+    start = time.perf_counter()
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if LINE in line:
+                seconds = time.perf_counter() - start
+                process.kill()
+                return seconds
+    raise Unmeasurable("QEMU ended before userspace")

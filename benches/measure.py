@@ -1,0 +1,83 @@
+"""What a benchmark yields, how two things are measured alternately, and the table."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+
+class Unmeasurable(Exception):
+    """Something that a benchmark needs is not here."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the table. Ratio and goal are such that higher is better."""
+
+    name: str
+    value: float
+    unit: str
+    baseline: float
+    baseline_name: str
+    ratio: float
+    goal: float
+    runs: int
+
+
+Benchmark = Callable[[], Iterator[Result]]
+
+
+def alternate(ours: Callable[[], float], theirs: Callable[[], float], runs: int) -> tuple[float, float]:
+    """The medians of two measurements taken in turn, after one of each that does not count."""
+    ours()
+    theirs()
+    pairs = [(ours(), theirs()) for _ in range(runs)]
+    return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
+
+
+def rate(
+    name: str, unit: str, ours: Callable[[], float], theirs: Callable[[], float], theirs_name: str, goal: float, runs: int
+) -> Result:
+    """Higher is better: the ratio is ours to theirs."""
+    value, baseline = alternate(ours, theirs, runs)
+    return Result(name, value, unit, baseline, theirs_name, value / baseline, goal, runs)
+
+
+def duration(
+    name: str, unit: str, ours: Callable[[], float], theirs: Callable[[], float], theirs_name: str, goal: float, runs: int
+) -> Result:
+    """Lower is better: the ratio is theirs to ours."""
+    value, baseline = alternate(ours, theirs, runs)
+    return Result(name, value, unit, baseline, theirs_name, baseline / value, goal, runs)
+
+
+def compiled(source: Path) -> str:
+    """A shared library of one C file, in a temporary directory."""
+    directory = tempfile.mkdtemp(prefix="pyvmm-bench-")
+    library = f"{directory}/{source.stem}.so"
+    try:
+        subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", library, source], check=True)
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        raise Unmeasurable(f"{source.name} cannot be compiled: {error}") from error
+    return library
+
+
+def report(results: list[Result]) -> None:
+    """Print the table, and write the list to the file that BENCH_JSON names."""
+    table = Table("benchmark", "pyvmm", "compared with", "ratio", "goal", "runs", box=None)
+    for r in results:
+        met = "green" if r.ratio >= r.goal else "red"
+        value, baseline = f"{r.value:,.4g} {r.unit}", f"{r.baseline:,.4g} {r.unit}, {r.baseline_name}"
+        table.add_row(r.name, value, baseline, f"[{met}]{r.ratio:.2f}[/]", f"{r.goal:.2f}", str(r.runs))
+    Console().print(table)
+    if path := os.environ.get("BENCH_JSON"):
+        Path(path).write_text(json.dumps([asdict(r) for r in results], indent=2) + "\n")

@@ -1,0 +1,149 @@
+"""The command line, as a user types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from guests import TRIPLE_FAULT, SPIN, exit_with, out, print_text
+
+from pyvmm import CpuConfig, LinuxBoot, MemoryConfig, VmmConfig
+from pyvmm.cli import with_options
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+NONE: dict[str, Any] = {
+    "kernel": None, "kernel_form": None, "initrd": None, "append": None, "memory": None, "vcpus": None, "hide": (),
+}  # fmt: skip
+
+
+def pyvmm(*arguments: object, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "pyvmm", *map(str, arguments)]
+    return subprocess.run(command, input=stdin, capture_output=True, timeout=60, check=False)
+
+
+def flat_file(directory: Path, code: bytes, mode: str = "real16", **rest: Any) -> Path:
+    (directory / "code").write_bytes(code)
+    path = directory / "vm.json"
+    boot = {"type": "flat", "path": "code", "mode": mode}
+    path.write_text(json.dumps({"boot": boot, "memory": {"size_mib": 1}, **rest}))
+    return path
+
+
+@pytest.mark.kvm
+def test_no_argument_runs_the_embedded_guest() -> None:
+    done = pyvmm("run", stdin=b"hello\n")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"Hello from a guest of pyvmm" in done.stdout
+    assert done.stdout.endswith(b"You typed: hello\r\nGoodbye.\r\n")
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize(
+    ("code", "mode", "status", "said"),
+    [
+        (exit_with(0), "real16", 0, b""),
+        (exit_with(99), "real16", 99, b""),
+        (exit_with(100), "real16", 99, b"exit code is 100"),
+        (b"\xf4", "real16", 0, b""),
+        (out(0x64, 0xFE), "real16", 0, b""),
+        (TRIPLE_FAULT, "long64", 120, b"triple fault"),
+        (SPIN, "real16", 124, b"timeout"),
+    ],
+)
+def test_exit_status_tells_how_the_guest_ended(
+    code: bytes, mode: str, status: int, said: bytes, tmp_path: Path
+) -> None:
+    done = pyvmm("run", "--config", flat_file(tmp_path, code, mode), "--timeout", "2" if status == 124 else "60")
+    assert done.returncode == status
+    assert said in done.stderr
+
+
+@pytest.mark.kvm
+def test_json_tells_the_exit_and_the_console_goes_to_stderr(tmp_path: Path) -> None:
+    code = print_text(b"hello") + out(0x80, 1) + exit_with(3)
+    done = pyvmm("run", "--json", "--config", flat_file(tmp_path, code))
+    values = json.loads(done.stdout)
+    assert values.pop("seconds") > 0
+    assert values == {
+        "reason": "code",
+        "code": 3,
+        "vcpu": 0,
+        "fault": None,
+        "unanswered": [{"bus": "pio", "address": 0x80, "reads": 0, "writes": 1}],
+    }
+    assert (done.returncode, done.stderr) == (3, b"hello")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "/no/such/kernel"], b"pyvmm: error: boot.kernel: /no/such/kernel: No such file"),
+        (["run", "--memory", "0"], b"pyvmm: error: memory.size_mib: 0 is not from 1 to"),
+        (["run", "--memory", "size=5"], b"pyvmm: error: memory: 'size' is not one of size_mib"),
+        (["run", "--vcpu", "num=many"], b"pyvmm: error: vcpus.num: 'many' is not a number"),
+        (["run", "--hide", "nonsense"], b"pyvmm: error: cpu.hide: 'nonsense' is no CPUID feature"),
+        (["run", "--initrd", "x"], b"pyvmm: error: kernel: --initrd and --append need a KERNEL"),
+        (["run", "--config", "none.toml"], b"pyvmm: error: none.toml: No such file"),
+        (["run", "--timeout", "-1"], b"Error: Invalid value for '--timeout'"),
+        (["run", "--nonsense"], b"Error: No such option"),
+        (["nonsense"], b"Error: No such command"),
+        (["config", "check", "x.toml"], b"pyvmm: error: x.toml: No such file"),
+    ],
+)
+def test_errors_are_one_line_and_their_own_status(arguments: list[str], message: bytes) -> None:
+    done = pyvmm(*arguments)
+    assert done.returncode == 125
+    assert message in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.kvm
+def test_reader_that_went_away_is_no_traceback() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "pyvmm", "run"]
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=writer, stderr=subprocess.PIPE, timeout=60, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (125, b"")
+
+
+def test_options_override_the_configuration() -> None:
+    base = VmmConfig(boot=LinuxBoot("a", initrd="i"), cpu=CpuConfig(3, hide=("avx",)))
+    options = {**NONE, "kernel": "b", "append": "quiet", "memory": "64", "hide": ("xsave,avx2", "pcid")}
+    assert with_options(base, **options) == VmmConfig(
+        memory=MemoryConfig(64),
+        cpu=CpuConfig(3, hide=("avx", "xsave", "avx2", "pcid")),
+        boot=LinuxBoot("b", initrd="i", cmdline="quiet"),
+    )
+    assert with_options(base, **NONE) == base
+
+
+def test_reference_form_names_a_whole_machine() -> None:
+    form = 'path=vmlinux,cmdline="console=ttyS0,115200",kernel_load_addr=1048576'
+    options = {**NONE, "kernel_form": form, "memory": "size_mib=256", "vcpus": "num=2"}
+    assert with_options(VmmConfig(), **options) == VmmConfig(
+        memory=MemoryConfig(256),
+        cpu=CpuConfig(2),
+        boot=LinuxBoot("vmlinux", cmdline="console=ttyS0,115200", load_address=1 << 20),
+    )
+
+
+def test_configurations_are_checked_and_described(tmp_path: Path) -> None:
+    checked = pyvmm("config", "check", flat_file(tmp_path, b""))
+    assert json.loads(checked.stdout)["memory"] == {"size_mib": 1}
+    assert json.loads(pyvmm("config", "schema").stdout)["$defs"].keys() == VmmConfig.json_schema()["$defs"].keys()
+
+
+def test_help_shows_the_statuses_and_version_is_told() -> None:
+    text = pyvmm("run", "--help").stdout
+    assert b"120  the guest failed" in text
+    assert b"Ctrl-A x" in text
+    assert pyvmm("--version").stdout.startswith(b"pyvmm 0.")

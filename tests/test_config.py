@@ -1,0 +1,159 @@
+"""The configuration from a dict, TOML and JSON: every error names its key."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyvmm import (
+    ConfigError,
+    CpuConfig,
+    EmbeddedBoot,
+    FlatBoot,
+    LinuxBoot,
+    MemoryConfig,
+    SerialConfig,
+    VmmConfig,
+)
+
+
+def test_defaults_are_a_machine() -> None:
+    config = VmmConfig()
+    assert config == VmmConfig.from_dict({}) == VmmConfig.from_toml("") == VmmConfig.from_json("{}")
+    assert (config.memory.size_mib, config.cpu.vcpus, config.boot, config.exit_port) == (128, 1, EmbeddedBoot(), 0xF4)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"memory": {"size_mib": 0}}, "memory.size_mib: Expected `int` >= 1"),
+        ({"memory": {"size_mib": "1"}}, "memory.size_mib: Expected `int`, got `str`"),
+        ({"memory": {"size_mib": 1.5}}, "memory.size_mib: Expected `int`, got `float`"),
+        ({"memory": {"sizemib": 1}}, "memory.sizemib: unknown key; did you mean size_mib?"),
+        ({"memory": []}, "memory: Expected `object`, got `array`"),
+        ({"cpu": {"vcpus": 255}}, "cpu.vcpus: Expected `int` <= 254"),
+        ({"cpu": {"hide": [1]}}, "cpu.hide[0]: Expected `str`, got `int`"),
+        ({"cpu": {"template": "x"}}, "cpu.template: Invalid enum value 'x'"),
+        ({"boot": {"type": "cloud"}}, "boot.type: Invalid value 'cloud'"),
+        ({"boot": {"type": "linux"}}, "boot: Object missing required field `kernel`"),
+        ({"boot": {"type": "linux", "kernel": 3}}, "boot.kernel: Expected `str`, got `int`"),
+        ({"boot": {"type": "flat", "code": "?"}}, "boot.code: Invalid base64 encoded string"),
+        ({"boot": {"type": "flat", "cod": ""}}, "boot.cod: unknown key; did you mean code?"),
+        ({"exit_port": 70000}, "exit_port: Expected `int` <= 65532"),
+        ({"nonsense": 1}, "nonsense: unknown key; known are boot, cpu, exit_port, irqchip, memory, pit, serial"),
+        ([], "config: Expected `object`, got `array`"),
+    ],
+)
+def test_bad_value_is_named_by_its_key(values: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        VmmConfig.from_dict(values)
+    assert str(raised.value) == message
+    assert raised.value.at == message.split(": ")[0]
+    with pytest.raises(ConfigError) as raised:
+        VmmConfig.from_json(json.dumps(values))
+    assert str(raised.value) == message
+
+
+@pytest.mark.parametrize("text", ["a=", b"\xff", "a = [" * 500, "\0", "[boot]\ntype = 1979-05-27"])
+def test_bad_toml_is_refused(text: str | bytes) -> None:
+    with pytest.raises(ConfigError):
+        VmmConfig.from_toml(text)
+
+
+@pytest.mark.parametrize("text", ["", "{", b"\xff", "[" * 100_000, "null", '{"memory": {"size_mib": 1e999}}'])
+def test_bad_json_is_refused(text: str | bytes) -> None:
+    with pytest.raises(ConfigError):
+        VmmConfig.from_json(text)
+
+
+WHOLE = VmmConfig(
+    memory=MemoryConfig(256),
+    cpu=CpuConfig(2, hide=("xsave", "avx"), template="host"),
+    boot=LinuxBoot("/vmlinux", initrd="/initrd", cmdline="quiet", load_address=0x200000),
+    serial=SerialConfig(output="/console", input=0, input_eof=b""),
+    exit_port=None,
+    irqchip=True,
+    pit=False,
+)
+FLAT = VmmConfig(boot=FlatBoot(b"\xf4", address=2**63, entry=5, mode="user64"))
+
+
+@pytest.mark.parametrize("config", [VmmConfig(), WHOLE, FLAT])
+def test_each_format_gives_it_back(config: VmmConfig) -> None:
+    plain = config.to_dict()
+    assert VmmConfig.from_dict(plain) == config
+    assert VmmConfig.from_json(json.dumps(plain)) == config
+    without_none = json.loads(json.dumps(plain), object_hook=lambda d: {k: v for k, v in d.items() if v is not None})
+    from_toml = VmmConfig.from_toml(msgspec.toml.encode(without_none) if _has_toml_writer() else b"")
+    assert not _has_toml_writer() or from_toml == msgspec.structs.replace(config, exit_port=from_toml.exit_port)
+
+
+def _has_toml_writer() -> bool:
+    try:
+        msgspec.toml.encode({})
+    except ImportError:
+        return False
+    return True
+
+
+def test_files_are_told_by_their_names_and_paths_count_from_them(tmp_path: Path) -> None:
+    (tmp_path / "vm.toml").write_text(
+        '[boot]\ntype = "linux"\nkernel = "vmlinux"\ninitrd = "/initrd"\n[serial]\noutput = "log"\n'
+    )
+    config = VmmConfig.from_file(tmp_path / "vm.toml")
+    assert isinstance(config.boot, LinuxBoot)
+    assert (config.boot.kernel, config.boot.initrd) == (str(tmp_path / "vmlinux"), "/initrd")
+    assert config.serial.output == str(tmp_path / "log")
+    (tmp_path / "vm.json").write_text('{"memory": {"size_mib": 5}}')
+    assert VmmConfig.from_file(str(tmp_path / "vm.json")).memory == MemoryConfig(5)
+    for name in ("vm.yaml", "none.toml"):
+        with pytest.raises(ConfigError, match=name):
+            VmmConfig.from_file(tmp_path / name)
+
+
+def test_stream_that_is_an_object_cannot_be_written() -> None:
+    with pytest.raises(ConfigError, match=r"^serial\.output: builtin_function_or_method cannot be written"):
+        VmmConfig(serial=SerialConfig(output=print)).to_dict()
+    path = VmmConfig(boot=LinuxBoot(Path("/vmlinux")))
+    assert path.to_dict()["boot"]["kernel"] == "/vmlinux"
+
+
+def test_schema_names_every_key_and_its_range() -> None:
+    schema = VmmConfig.json_schema()
+    parts = schema["$defs"]
+    assert set(parts) >= {"VmmConfig", "MemoryConfig", "CpuConfig", "LinuxBoot", "FlatBoot", "SerialConfig"}
+    assert parts["MemoryConfig"]["properties"]["size_mib"]["maximum"] == 2**23 - 1
+    assert parts["FlatBoot"]["properties"]["address"]["maximum"] == 2**64 - 1
+    assert parts["SerialConfig"]["properties"]["output"]["type"] == ["string", "integer", "null"]
+    assert parts["VmmConfig"]["additionalProperties"] is False
+
+
+KEYS = st.sampled_from(["memory", "size_mib", "cpu", "hide", "boot", "type", "kernel", "code", "serial", "x", ""])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(st.dictionaries(KEYS, JSON, max_size=5))
+def test_any_dict_is_a_config_or_a_config_error(values: dict[str, Any]) -> None:
+    try:
+        VmmConfig.from_dict(values)
+    except ConfigError as error:
+        assert error.at
+
+
+@given(st.text() | st.binary())
+def test_any_text_is_a_config_or_a_config_error(text: str | bytes) -> None:
+    for load in (VmmConfig.from_toml, VmmConfig.from_json):
+        try:
+            load(text)
+        except ConfigError:
+            pass

@@ -1,0 +1,54 @@
+"""`pyvmm doctor`: what is there, what is missing, and the fix."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import pyvmm
+from pyvmm import KvmUnavailableError, doctor
+
+
+def test_report_is_the_same_as_json() -> None:
+    command = [sys.executable, "-m", "pyvmm", "doctor"]
+    table = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    lines = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=60, check=False)
+    checks = json.loads(lines.stdout)
+    assert table.returncode == lines.returncode == (1 if any(c["status"] == "missing" for c in checks) else 0)
+    assert all(check["name"] in table.stdout for check in checks)
+
+
+@pytest.mark.kvm
+def test_every_capability_has_its_line() -> None:
+    checks = {check.name: check for check in doctor.examine()}
+    assert checks["/dev/kvm"].detail == "opens, API version 12"
+    capabilities = pyvmm.kvm_info()["capabilities"]
+    assert isinstance(capabilities, dict)
+    assert set(capabilities) == set(doctor.CAPABILITIES)
+    assert all(f"KVM {name}" in checks for name in capabilities)
+
+
+def test_missing_kvm_is_said_with_its_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> dict[str, object]:
+        raise KvmUnavailableError(13, "Permission denied", at="/dev/kvm", hint="type: sudo usermod")
+
+    monkeypatch.setattr(doctor, "kvm_info", refuse)
+    checks = doctor.examine()
+    assert checks[-1].status == "missing"
+    assert checks[-1].fix == "type: sudo usermod"
+    assert not doctor.is_healthy(checks)
+
+
+def test_missing_capability_is_said_with_what_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    info = {
+        "api_version": 12, "max_vcpus": 1, "software_kvm": False, "hidden_features": [],
+        "capabilities": {"irqfd": False, "immediate-exit": False},
+    }  # fmt: skip
+    monkeypatch.setattr(doctor, "kvm_info", lambda: info)
+    by_name = {check.name: check for check in doctor.examine()}
+    assert by_name["KVM irqfd"].status == "warning"
+    assert by_name["KVM irqfd"].detail == "no interrupts from event sources"
+    assert by_name["KVM immediate-exit"].status == "missing"

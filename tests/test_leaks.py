@@ -1,0 +1,120 @@
+"""A thousand create-run-close cycles leave descriptors, threads, mappings and resident memory flat."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from guests import exit_with, flat
+
+from pyvmm import BootError, EventFd, EventManager, EventOps, Events, ExitReason, FlatBoot, KvmVm, Vmm, VmmConfig
+
+CYCLES = 1000
+
+
+class Held(NamedTuple):
+    descriptors: int
+    threads: int
+    mappings: int
+    resident_kib: int
+
+
+def held() -> Held:
+    gc.collect()
+    status = Path("/proc/self/status").read_text()
+    resident = next(line for line in status.splitlines() if line.startswith("VmRSS"))
+    return Held(
+        len(os.listdir("/proc/self/fd")),
+        len(os.listdir("/proc/self/task")),
+        len(Path("/proc/self/maps").read_text().splitlines()),
+        int(resident.split()[1]),
+    )
+
+
+def assert_flat(before: Held, after: Held) -> None:
+    assert (after.descriptors, after.threads) == (before.descriptors, before.threads)
+    assert after.mappings <= before.mappings + 8, "the allocator's own"
+    assert after.resident_kib <= before.resident_kib + 2048, "less than two KiB a cycle"
+
+
+class Stays:
+    def __init__(self) -> None:
+        self.fd = EventFd(1)
+
+    def init(self, ops: EventOps) -> None:
+        ops.add(Events(self.fd))
+
+    def process(self, events: Events, ops: EventOps) -> None:
+        self.fd.read()
+
+
+@pytest.mark.kvm
+def test_machines_leave_nothing() -> None:
+    def cycle() -> None:
+        with Vmm(flat(exit_with(1))) as vmm:
+            vmm.add_subscriber(Stays())
+            assert vmm.run(60).reason is ExitReason.CODE
+
+    for _ in range(50):
+        cycle()
+    before = held()
+    for _ in range(CYCLES):
+        cycle()
+    assert_flat(before, held())
+
+
+@pytest.mark.kvm
+def test_machines_that_nobody_closes_leave_nothing() -> None:
+    class Handler:
+        def __init__(self) -> None:
+            self.kicked = threading.Event()
+
+        def kick(self) -> None:
+            self.kicked.set()
+
+    def cycle() -> None:
+        Vmm(flat(exit_with(1))).run(60)
+        handler = Handler()
+        vm = KvmVm(flat(exit_with(1)), handler)
+        vm.run()
+        handler.kicked.wait(60)
+
+    for _ in range(50):
+        cycle()
+    before = held()
+    for _ in range(200):
+        cycle()
+    assert_flat(before, held())
+
+
+def test_event_managers_leave_nothing() -> None:
+    def cycle() -> None:
+        manager = EventManager()
+        id = manager.add_subscriber(Stays())
+        assert manager.run() == 1
+        manager.remove_subscriber(id)
+
+    for _ in range(50):
+        cycle()
+    before = held()
+    for _ in range(CYCLES):
+        cycle()
+    assert_flat(before, held())
+
+
+@pytest.mark.kvm
+def test_machines_that_cannot_be_built_leave_nothing() -> None:
+    def cycle() -> None:
+        with pytest.raises(BootError):
+            Vmm(VmmConfig(boot=FlatBoot(b"\xf4" * 2, address=0x7FFFFFF, mode="long64")))
+
+    for _ in range(50):
+        cycle()
+    before = held()
+    for _ in range(CYCLES):
+        cycle()
+    assert_flat(before, held())

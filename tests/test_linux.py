@@ -1,0 +1,102 @@
+"""A real Linux, from a three-line program and from the command line, to its userspace and out by a reset."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pyvmm import CpuConfig, EventFd, EventOps, Events, Exit, ExitReason, LinuxBoot, SerialConfig, Vmm, VmmConfig
+
+if TYPE_CHECKING:
+    from conftest import Linux
+
+pytestmark = [pytest.mark.linux, pytest.mark.timeout(300)]
+DEADLINE_S = 200
+USERSPACE = "pyvmm: userspace reached, processors: 1"
+
+
+def test_vmlinux_boots_to_userspace_and_resets(linux: Linux) -> None:
+    boot = LinuxBoot(linux.vmlinux, initrd=linux.initramfs, cmdline=linux.cmdline)
+    with Vmm(VmmConfig(boot=boot)) as vmm:
+        exit = vmm.run(DEADLINE_S)
+        console = vmm.serial.read().decode()
+    assert exit == Exit(ExitReason.RESET, vcpu=0), console[-2000:]
+    assert USERSPACE in console
+    assert linux.cmdline in console
+
+
+def test_bzimage_unpacks_itself_and_boots_to_userspace(linux: Linux) -> None:
+    boot = LinuxBoot(linux.bzimage, initrd=linux.initramfs, cmdline=linux.cmdline)
+    with Vmm(VmmConfig(boot=boot)) as vmm:
+        exit = vmm.run(DEADLINE_S)
+        console = vmm.serial.read().decode()
+    assert exit.reason is ExitReason.RESET, (exit, console[-2000:])
+    assert USERSPACE in console
+
+
+def test_smp_kernel_wakes_its_second_processor(linux: Linux) -> None:
+    """The second one prints after INIT and SIPI. Where ring 0 is emulated the two get no further."""
+    console = bytearray()
+
+    def look(piece: bytes) -> None:
+        console.extend(piece)
+        if b"CPU 1 Converting" in console or b"Brought up 1 node, 2 CPUs" in console:
+            vmm.stop()
+
+    boot = LinuxBoot(linux.vmlinux_smp, initrd=linux.initramfs, cmdline=linux.cmdline)
+    config = VmmConfig(boot=boot, cpu=CpuConfig(2), serial=SerialConfig(output=look))
+    with Vmm(config) as vmm:
+        exit = vmm.run(DEADLINE_S)
+    assert exit.reason is ExitReason.STOPPED, (exit, bytes(console)[-2000:])
+
+
+def test_userspace_reads_what_is_sent(linux: Linux) -> None:
+    console = bytearray()
+
+    def answer(piece: bytes) -> None:
+        if b"type a line" not in console and b"type a line" in console + piece:
+            vmm.serial.send(b"hello\n")
+        console.extend(piece)
+
+    boot = LinuxBoot(linux.vmlinux, initrd=linux.initramfs, cmdline=f"{linux.cmdline} pyvmm.echo")
+    with Vmm(VmmConfig(boot=boot, serial=SerialConfig(output=answer))) as vmm:
+        exit = vmm.run(DEADLINE_S)
+    assert exit.reason is ExitReason.RESET
+    assert b"pyvmm: you typed hello" in console
+
+
+def test_subscriber_of_ones_own_is_called_while_linux_boots(linux: Linux) -> None:
+    class Counter:
+        def __init__(self) -> None:
+            self.fd = EventFd(100, semaphore=True)
+            self.count = 0
+
+        def init(self, ops: EventOps) -> None:
+            ops.add(Events(self.fd))
+
+        def process(self, events: Events, ops: EventOps) -> None:
+            self.count += self.fd.read()
+            if self.count == 100:
+                vmm.stop()
+
+    counter = Counter()
+    boot = LinuxBoot(linux.vmlinux, initrd=linux.initramfs, cmdline=linux.cmdline)
+    with Vmm(VmmConfig(boot=boot)) as vmm:
+        vmm.add_subscriber(counter)
+        exit = vmm.run(DEADLINE_S)
+    assert (exit.reason, counter.count) == (ExitReason.STOPPED, 100)
+
+
+def test_command_line_boots_it(linux: Linux) -> None:
+    command = [sys.executable, "-m", "pyvmm", "run", "--json", str(linux.vmlinux)]
+    command += ["--initrd", str(linux.initramfs), "--append", linux.cmdline, "--timeout", str(DEADLINE_S)]
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DEADLINE_S + 60, check=False
+    )
+    exit = json.loads(done.stdout)
+    assert (done.returncode, exit["reason"], exit["vcpu"]) == (0, "reset", 0), done.stderr[-2000:]
+    assert USERSPACE in done.stderr
