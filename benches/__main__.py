@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from benches import imports, linux, machines
-from benches.measure import Benchmark, Result, Unmeasurable, report
 from pyvmm import VmmError
+
+from benches import imports, linux, machines
+from benches.measure import Benchmark, Result, UnmeasurableError, report
 
 BENCHMARKS: dict[str, Benchmark] = {
     "pio-exit": machines.pio_exits,
@@ -27,7 +28,7 @@ def main(names: list[str]) -> int:
         print(f"measuring {name}", file=sys.stderr)
         try:
             results.extend(benchmark())
-        except (Unmeasurable, VmmError) as error:
+        except (UnmeasurableError, VmmError) as error:
             print(f"{name} is left out: {error}", file=sys.stderr)
     report(results)
     return 0

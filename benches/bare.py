@@ -6,7 +6,7 @@ import ctypes
 from functools import cache
 from pathlib import Path
 
-from benches.measure import Unmeasurable, compiled
+from benches.measure import UnmeasurableError, compiled
 
 
 @cache
@@ -28,5 +28,5 @@ def time_cycles(code: bytes, cycles: int) -> float:
 
 def _checked(seconds: float) -> float:
     if seconds < 0:
-        raise Unmeasurable("the bare KVM loop failed: is /dev/kvm usable?")
+        raise UnmeasurableError("the bare KVM loop failed: is /dev/kvm usable?")
     return seconds

@@ -6,10 +6,12 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
 
-from benches.measure import Result, Unmeasurable, duration
 from pyvmm import LinuxBoot, SerialConfig, Vmm, VmmConfig, kvm_info
-from tests.conftest import Linux, linux_directory
+
+from benches.measure import Result, UnmeasurableError, duration
 
 LINE = b"pyvmm: userspace reached"
 RUNS = 5
@@ -21,15 +23,25 @@ SOFTWARE_CPU = (
 )
 
 
+class Linux(NamedTuple):
+    """A kernel and what it starts with."""
+
+    kernel: Path
+    initrd: Path
+    cmdline: str
+
+
 def boots() -> Iterator[Result]:
     """Seconds from the start to the line that userspace prints."""
-    directory = linux_directory()
-    if not (directory / "initramfs.cpio").exists():
-        raise Unmeasurable("the Linux of the tests is not built: run tests/linux/build.sh")
+    here = Path("tests/linux")
+    built = subprocess.run([here / "build.sh"], stdout=subprocess.PIPE, text=True, check=False)
+    if built.returncode != 0:
+        raise UnmeasurableError("the Linux of the tests cannot be built: see tests/linux/build.sh")
     if shutil.which("qemu-system-x86_64") is None:
-        raise Unmeasurable("QEMU is not installed: apt-get install qemu-system-x86")
-    names = ["vmlinux", "vmlinux-smp", "bzImage", "initramfs.cpio"]
-    linux = Linux(*(directory / name for name in names))
+        raise UnmeasurableError("QEMU is not installed: apt-get install qemu-system-x86")
+    directory = Path(built.stdout.strip())
+    cmdline = (here / "cmdline").read_text().strip()
+    linux = Linux(directory / "vmlinux", directory / "initramfs.cpio", cmdline)
     yield duration("linux-userspace", "s", lambda: ours(linux), lambda: qemu(linux), "QEMU microvm", 1.0, RUNS)
 
 
@@ -43,7 +55,7 @@ def ours(linux: Linux) -> float:
             vmm.stop()
 
     start = time.perf_counter()
-    boot = LinuxBoot(linux.vmlinux, initrd=linux.initramfs, cmdline=linux.cmdline)
+    boot = LinuxBoot(linux.kernel, initrd=linux.initrd, cmdline=linux.cmdline)
     with Vmm(VmmConfig(boot=boot, serial=SerialConfig(output=look))) as vmm:
         vmm.run(120)
         seconds = time.perf_counter() - start
@@ -55,7 +67,7 @@ def qemu(linux: Linux) -> float:
     """In a QEMU process."""
     cpu = SOFTWARE_CPU if kvm_info()["software_kvm"] else "host"
     command = ["qemu-system-x86_64", "-M", MACHINE, "-accel", "kvm", "-cpu", cpu, "-m", "128"]
-    command += ["-kernel", str(linux.vmlinux), "-initrd", str(linux.initramfs), "-append", linux.cmdline]
+    command += ["-kernel", str(linux.kernel), "-initrd", str(linux.initrd), "-append", linux.cmdline]
     command += ["-nographic", "-no-reboot"]
     start = time.perf_counter()
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
@@ -65,4 +77,4 @@ def qemu(linux: Linux) -> float:
                 seconds = time.perf_counter() - start
                 process.kill()
                 return seconds
-    raise Unmeasurable("QEMU ended before userspace")
+    raise UnmeasurableError("QEMU ended before userspace")

@@ -6,9 +6,10 @@ import struct
 import time
 from collections.abc import Iterator
 
+from pyvmm import FlatBoot, MemoryConfig, Vmm, VmmConfig
+
 from benches import bare
 from benches.measure import Result, rate
-from pyvmm import FlatBoot, MemoryConfig, Vmm, VmmConfig
 
 EXITS = 20_000
 CYCLES = 100

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 
-class Unmeasurable(Exception):
+class UnmeasurableError(Exception):
     """Something that a benchmark needs is not here."""
 
 
@@ -45,7 +45,13 @@ def alternate(ours: Callable[[], float], theirs: Callable[[], float], runs: int)
 
 
 def rate(
-    name: str, unit: str, ours: Callable[[], float], theirs: Callable[[], float], theirs_name: str, goal: float, runs: int
+    name: str,
+    unit: str,
+    ours: Callable[[], float],
+    theirs: Callable[[], float],
+    theirs_name: str,
+    goal: float,
+    runs: int,
 ) -> Result:
     """Higher is better: the ratio is ours to theirs."""
     value, baseline = alternate(ours, theirs, runs)
@@ -53,7 +59,13 @@ def rate(
 
 
 def duration(
-    name: str, unit: str, ours: Callable[[], float], theirs: Callable[[], float], theirs_name: str, goal: float, runs: int
+    name: str,
+    unit: str,
+    ours: Callable[[], float],
+    theirs: Callable[[], float],
+    theirs_name: str,
+    goal: float,
+    runs: int,
 ) -> Result:
     """Lower is better: the ratio is theirs to ours."""
     value, baseline = alternate(ours, theirs, runs)
@@ -67,7 +79,7 @@ def compiled(source: Path) -> str:
     try:
         subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", library, source], check=True)
     except (FileNotFoundError, subprocess.CalledProcessError) as error:
-        raise Unmeasurable(f"{source.name} cannot be compiled: {error}") from error
+        raise UnmeasurableError(f"{source.name} cannot be compiled: {error}") from error
     return library
 
 

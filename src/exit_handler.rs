@@ -65,8 +65,11 @@ impl VmmExitHandler {
     /// Whether a kick waits to be processed.
     #[must_use]
     pub fn is_kicked(&self) -> bool {
-        let mut poll =
-            libc::pollfd { fd: self.exit_event.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        let mut poll = libc::pollfd {
+            fd: self.exit_event.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
         // SAFETY: one pollfd that lives through the call, which does not wait.
         unsafe { libc::poll(&raw mut poll, 1, 0) > 0 }
     }

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
-from hypothesis import HealthCheck, settings
-
 import pyvmm
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -42,9 +41,7 @@ class Linux(NamedTuple):
     vmlinux_smp: Path
     bzimage: Path
     initramfs: Path
-    cmdline: str = (
-        "console=ttyS0 noxsave clearcpuid=308,295,151 nopti mitigations=off lpj=10000000 rodata=off panic=-1 reboot=k"
-    )
+    cmdline: str = (ROOT / "tests" / "linux" / "cmdline").read_text().strip()
 
 
 def linux_directory() -> Path:
@@ -74,8 +71,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def linux() -> Linux:
     """The Linux of the tests."""
     directory = linux_directory()
-    names = ["vmlinux", "vmlinux-smp", "bzImage", "initramfs.cpio"]
-    return Linux(*(directory / name for name in names))
+    vmlinux, smp, bzimage = (directory / name for name in ("vmlinux", "vmlinux-smp", "bzImage"))
+    return Linux(vmlinux, smp, bzimage, directory / "initramfs.cpio")
 
 
 @pytest.fixture

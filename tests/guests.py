@@ -62,9 +62,11 @@ PRINT_FOR_EVER = (
 # Ring 0, 64 bits: what KVM refuses, and what no table answers.
 FWAIT_FOREVER = b"\x9b\xeb\xfd"  # fwait; jmp back: an emulation failure where ring 0 is emulated
 TRIPLE_FAULT = (
-    b"\x48\xb8" + struct.pack("<Q", 0xFFFF_8000_0000_0000)  # mov rax, an address that nothing maps
+    b"\x48\xb8"
+    + struct.pack("<Q", 0xFFFF_8000_0000_0000)  # mov rax, an address that nothing maps
     + b"\x88\x00"  # mov [rax], al: a page fault without an IDT
 )
+
 
 # Every vCPU adds itself to a counter at 0x3000 and leaves its number at 0x4000 + 8 * number; the one that
 # finds the counter at `vcpus` exits with it. 64 bits, RDI holds the number.
@@ -75,8 +77,9 @@ def count_vcpus(vcpus: int) -> bytes:
         b"\x89\x3c\xc5\x00\x40\x00\x00"  #          mov [rax*8 + 0x4000], edi
         b"\xb8\x01\x00\x00\x00"  #                  mov eax, 1
         b"\xf0\x0f\xc1\x04\x25\x00\x30\x00\x00"  #  lock xadd [0x3000], eax
-        b"\x83\xf8" + bytes([vcpus - 1]) +  #       cmp eax, vcpus - 1
-        b"\x75\x04"  #                              jne wait
+        b"\x83\xf8"
+        + bytes([vcpus - 1])  #       cmp eax, vcpus - 1
+        + b"\x75\x04"  #                              jne wait
         + exit_with(vcpus)
         + b"\xf3\x90\xeb\xfc"  #                    wait: pause; jmp wait
     )

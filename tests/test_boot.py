@@ -10,9 +10,8 @@ import pytest
 from guests import exit_with, flat
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_vmm import elf
-
 from pyvmm import BootError, ConfigError, FlatBoot, LinuxBoot, MemoryConfig, Vmm, VmmConfig, VmmError
+from test_vmm import elf
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,8 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from guests import TRIPLE_FAULT, SPIN, exit_with, out, print_text
-
+from guests import SPIN, TRIPLE_FAULT, exit_with, out, print_text
 from pyvmm import CpuConfig, LinuxBoot, MemoryConfig, VmmConfig
 from pyvmm.cli import with_options
 

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-
 import pyvmm
 from pyvmm import KvmUnavailableError, doctor
 

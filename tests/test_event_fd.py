@@ -8,7 +8,6 @@ import select
 import threading
 
 import pytest
-
 from pyvmm import EventFd
 
 
@@ -35,7 +34,9 @@ def test_full_counter_would_block() -> None:
         assert fd.read() == 2**64 - 2
 
 
-@pytest.mark.parametrize(("value", "error"), [(-1, OverflowError), (2**64, OverflowError), (2**64 - 1, OSError), ("1", TypeError)])
+@pytest.mark.parametrize(
+    ("value", "error"), [(-1, OverflowError), (2**64, OverflowError), (2**64 - 1, OSError), ("1", TypeError)]
+)
 def test_bad_value_is_refused(value: object, error: type[Exception]) -> None:
     with EventFd() as fd:
         with pytest.raises(error):

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from pyvmm import EventError, EventFd, EventManager, EventOps, Events, EventSet, StateError
 
 if TYPE_CHECKING:
@@ -104,8 +103,9 @@ def test_removed_subscriber_is_returned_and_hears_no_more() -> None:
 def test_subscriber_removes_itself_in_its_own_callback() -> None:
     manager = EventManager()
     fds = [EventFd(1), EventFd(1)]
-    recorder = Recorder(*(Events(fd) for fd in fds), on_event=lambda *_: manager.remove_subscriber(id))
-    id = manager.add_subscriber(recorder)
+    recorder = Recorder(*(Events(fd) for fd in fds))
+    itself = manager.add_subscriber(recorder)
+    recorder.on_event = lambda *_: manager.remove_subscriber(itself)
     assert manager.run() == 1, "the second event of the batch is dropped"
     assert len(recorder.seen) == 1
     assert manager.run_with_timeout(0) == 0
@@ -208,7 +208,7 @@ def test_exception_leaves_the_rest_of_the_batch_for_the_next_run() -> None:
 @pytest.mark.parametrize("subscriber", [object(), type("NoProcess", (), {"init": lambda self, ops: None})(), None, 5])
 def test_what_is_no_subscriber_is_refused(subscriber: object) -> None:
     with pytest.raises(TypeError, match="a subscriber needs"):
-        EventManager().add_subscriber(subscriber)  # type: ignore[type-var]
+        EventManager().add_subscriber(subscriber)  # type: ignore[arg-type]
 
 
 def test_bad_sources_are_told_apart() -> None:
@@ -320,7 +320,8 @@ def test_manager_in_a_cycle_with_its_subscriber_is_collected() -> None:
 
 def test_event_set_has_every_flag_of_the_crate() -> None:
     names = {
-        "IN", "OUT", "ERROR", "READ_HANG_UP", "EDGE_TRIGGERED", "HANG_UP", "PRIORITY", "WAKE_UP", "ONE_SHOT", "EXCLUSIVE",
+        "IN", "OUT", "ERROR", "READ_HANG_UP", "EDGE_TRIGGERED", "HANG_UP", "PRIORITY", "WAKE_UP", "ONE_SHOT",
+        "EXCLUSIVE",
     }  # fmt: skip
     assert set(EventSet.__members__) == names
     for flag in EventSet:

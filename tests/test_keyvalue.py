@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from pyvmm import ConfigError
 from pyvmm.keyvalue import parse
 
@@ -17,7 +16,10 @@ KEYS: dict[str, type[str] | type[int]] = {"path": str, "cmdline": str, "kernel_l
     [
         ("path=/vmlinux", {"path": "/vmlinux"}),
         ("path=a,kernel_load_addr=0x100000", {"path": "a", "kernel_load_addr": 0x100000}),
-        ("path=a,cmdline=console=ttyS0,115200 panic=1", {"path": "a", "cmdline": "console=ttyS0,115200 panic=1"}),
+        (
+            "path=a,cmdline=console=ttyS0,115200 panic=1",
+            {"path": "a", "cmdline": "console=ttyS0,115200 panic=1"},
+        ),
         ('cmdline="a,path=b c",path=d', {"cmdline": "a,path=b c", "path": "d"}),
         ("path=", {"path": ""}),
     ],

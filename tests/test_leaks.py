@@ -10,8 +10,18 @@ from typing import NamedTuple
 
 import pytest
 from guests import exit_with, flat
-
-from pyvmm import BootError, EventFd, EventManager, EventOps, Events, ExitReason, FlatBoot, KvmVm, Vmm, VmmConfig
+from pyvmm import (
+    BootError,
+    EventFd,
+    EventManager,
+    EventOps,
+    Events,
+    ExitReason,
+    FlatBoot,
+    KvmVm,
+    Vmm,
+    VmmConfig,
+)
 
 CYCLES = 1000
 

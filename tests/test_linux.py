@@ -8,8 +8,18 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-
-from pyvmm import CpuConfig, EventFd, EventOps, Events, Exit, ExitReason, LinuxBoot, SerialConfig, Vmm, VmmConfig
+from pyvmm import (
+    CpuConfig,
+    EventFd,
+    EventOps,
+    Events,
+    Exit,
+    ExitReason,
+    LinuxBoot,
+    SerialConfig,
+    Vmm,
+    VmmConfig,
+)
 
 if TYPE_CHECKING:
     from conftest import Linux
@@ -95,7 +105,12 @@ def test_command_line_boots_it(linux: Linux) -> None:
     command = [sys.executable, "-m", "pyvmm", "run", "--json", str(linux.vmlinux)]
     command += ["--initrd", str(linux.initramfs), "--append", linux.cmdline, "--timeout", str(DEADLINE_S)]
     done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DEADLINE_S + 60, check=False
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S + 60,
+        check=False,
     )
     exit = json.loads(done.stdout)
     assert (done.returncode, exit["reason"], exit["vcpu"]) == (0, "reset", 0), done.stderr[-2000:]

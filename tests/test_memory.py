@@ -9,7 +9,6 @@ import pytest
 from guests import HALT, flat
 from hypothesis import given
 from hypothesis import strategies as st
-
 from pyvmm import GuestMemory, GuestMemoryError, Vmm
 
 if TYPE_CHECKING:
@@ -33,7 +32,8 @@ def test_what_is_written_is_read(memory: GuestMemory) -> None:
 
 
 @pytest.mark.parametrize(
-    ("address", "length"), [(SIZE, 1), (SIZE - 1, 2), (0, SIZE + 1), (0, 2**63), (2**64 - 1, 2**64 - 1), (SIZE, 0)]
+    ("address", "length"),
+    [(SIZE, 1), (SIZE - 1, 2), (0, SIZE + 1), (0, 2**63), (2**64 - 1, 2**64 - 1), (SIZE, 0)],
 )
 def test_range_outside_is_refused(memory: GuestMemory, address: int, length: int) -> None:
     with pytest.raises(GuestMemoryError, match="not all in guest memory"):
@@ -49,9 +49,17 @@ def test_write_over_the_end_writes_nothing(memory: GuestMemory) -> None:
 
 @pytest.mark.parametrize(
     ("address", "length", "error"),
-    [(-1, 1, OverflowError), (0, -1, OverflowError), (2**64, 1, OverflowError), (0.5, 1, TypeError), ("0", 1, TypeError)],
+    [
+        (-1, 1, OverflowError),
+        (0, -1, OverflowError),
+        (2**64, 1, OverflowError),
+        (0.5, 1, TypeError),
+        ("0", 1, TypeError),
+    ],
 )
-def test_wrong_numbers_are_refused(memory: GuestMemory, address: object, length: object, error: type[Exception]) -> None:
+def test_wrong_numbers_are_refused(
+    memory: GuestMemory, address: object, length: object, error: type[Exception]
+) -> None:
     with pytest.raises(error):
         memory.read(address, length)  # type: ignore[arg-type]
 

@@ -12,6 +12,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
+import pyvmm
 from guests import (
     COUNT_IN_MEMORY,
     FWAIT_FOREVER,
@@ -22,8 +23,6 @@ from guests import (
     exit_with,
     flat,
 )
-
-import pyvmm
 from pyvmm import (
     EventFd,
     EventOps,
@@ -58,6 +57,16 @@ class Callback:
     def process(self, events: Events, ops: EventOps) -> None:
         self.fd.read()
         self.call()
+
+
+def after(event: threading.Event, call: Callable[[], None]) -> Callable[[], None]:
+    """Call once an event is set."""
+
+    def wait() -> None:
+        event.wait()
+        call()
+
+    return wait
 
 
 def within_deadline(call: Callable[[], object]) -> None:
@@ -209,7 +218,7 @@ def test_stop_from_another_thread() -> None:
     with Vmm(flat(SPIN)) as vmm:
         started = threading.Event()
         vmm.add_subscriber(Callback(started.set))
-        stopper = threading.Thread(target=lambda: (started.wait(), vmm.stop()))
+        stopper = threading.Thread(target=after(started, vmm.stop))
         stopper.start()
         exit = vmm.run(DEADLINE_S)
         stopper.join()
@@ -218,7 +227,12 @@ def test_stop_from_another_thread() -> None:
 
 def test_stop_from_a_callback_and_twice() -> None:
     with Vmm(flat(COUNT_IN_MEMORY)) as vmm:
-        vmm.add_subscriber(Callback(lambda: (vmm.stop(), vmm.stop())))
+
+        def stop_twice() -> None:
+            vmm.stop()
+            vmm.stop()
+
+        vmm.add_subscriber(Callback(stop_twice))
         assert vmm.run(DEADLINE_S).reason is ExitReason.STOPPED
         assert vmm.run(0.01).reason is ExitReason.TIMEOUT, "both belonged to the first run"
 
@@ -256,7 +270,7 @@ def test_close_while_running_ends_the_run() -> None:
     vmm = Vmm(flat(SPIN))
     started = threading.Event()
     vmm.add_subscriber(Callback(started.set))
-    closer = threading.Thread(target=lambda: (started.wait(), vmm.close()))
+    closer = threading.Thread(target=after(started, vmm.close))
     closer.start()
     assert vmm.run(DEADLINE_S).reason is ExitReason.STOPPED
     closer.join(DEADLINE_S)
@@ -280,7 +294,13 @@ def test_second_run_at_the_same_time_fails_at_once() -> None:
             errors.append(raised.value)
 
     with Vmm(flat(SPIN)) as vmm:
-        vmm.add_subscriber(Callback(lambda: (run_again(), within_deadline(run_again), vmm.stop())))
+
+        def try_both() -> None:
+            run_again()
+            within_deadline(run_again)
+            vmm.stop()
+
+        vmm.add_subscriber(Callback(try_both))
         assert vmm.run(DEADLINE_S).reason is ExitReason.STOPPED
     assert len(errors) == 4
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from guests import echo_until, exit_with, flat, print_text
-
 from pyvmm import ConfigError, ExitReason, SerialConfig, Vmm, VmmConfig
 from pyvmm.streams import endpoint
 
@@ -98,7 +97,11 @@ def test_input_arrives_and_its_end_is_told(kind: str, tmp_path: Path, make: Call
     reader, writer = os.pipe()
     os.write(writer, TEXT)
     os.close(writer)
-    with open(tmp_path / "file", "rb") as file, open(tmp_path / "file", "rb", 0) as raw, open(reader, "rb") as pipe:
+    with (
+        open(tmp_path / "file", "rb") as file,
+        open(tmp_path / "file", "rb", 0) as raw,
+        open(reader, "rb") as pipe,
+    ):
         streams: dict[str, Any] = {
             "bytes": TEXT,
             "path": tmp_path / "file",

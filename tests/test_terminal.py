@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from pyvmm.terminal import Keys, raw
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ import weakref
 
 import pytest
 from guests import COUNT_IN_MEMORY, HALT, SPIN, exit_with, flat, print_text
-
 from pyvmm import (
     ConfigError,
     EventManager,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import pyvmm
 from guests import (
     COUNT_IN_MEMORY,
     HALT,
@@ -20,8 +21,6 @@ from guests import (
     print_text,
     read_in,
 )
-
-import pyvmm
 from pyvmm import (
     ConfigError,
     CpuConfig,
@@ -107,9 +106,7 @@ def test_embedded_guest_ends_where_its_exit_port_is_or_by_a_reset() -> None:
 
 
 def test_what_nobody_answers_is_counted() -> None:
-    mmio = b"\xa0\x00\x00"  # mov al, [ds:0]
-    high = b"\xb8\x00\xf0\x8e\xd8\xa0\xff\xff"  # mov ax, 0xf000; mov ds, ax; mov al, [0xffff]: RAM of 1 MiB ends there
-    code = read_in(0x80) + read_in(0x80) + out(0x81, 1) + mmio + high + exit_with(0)
+    code = read_in(0x80) + read_in(0x80) + out(0x81, 1) + exit_with(0)
     with Vmm(flat(code)) as vmm:
         vmm.run(60)
         assert vmm.unanswered == [Unanswered("pio", 0x80, 2, 0), Unanswered("pio", 0x81, 0, 1)]
@@ -161,18 +158,23 @@ def test_init_and_sipi_wake_a_waiting_vcpu_of_linux(make: Callable[[VmmConfig], 
     assert (exit.reason, exit.code, exit.vcpu) == (ExitReason.CODE, 33, 1), exit
 
 
+def store(at: int, value: int) -> bytes:
+    """Mov eax, at; mov dword [rax], value."""
+    return b"\xb8" + struct.pack("<I", at) + b"\xc7\x00" + struct.pack("<I", value)
+
+
 def waking_kernel() -> bytes:
     """An ELF that copies a real-mode trampoline to 0x8000 and wakes processor 1 there."""
     trampoline = exit_with(33)
     lapic_command = (0xFEE00310, 0xFEE00300)
-    write = lambda at, value: b"\xb8" + struct.pack("<I", at) + b"\xc7\x00" + struct.pack("<I", value)  # noqa: E731
     code = (
-        b"\xc7\x04\x25\x00\x80\x00\x00" + trampoline  #  mov dword [0x8000], trampoline
-        + write(0xFEE000F0, 0x1FF)  #                    enable the local APIC
-        + write(lapic_command[0], 1 << 24)  #            to processor 1:
-        + write(lapic_command[1], 0x4500)  #             INIT
-        + write(lapic_command[0], 1 << 24)
-        + write(lapic_command[1], 0x4608)  #             SIPI, to 0x8000
+        b"\xc7\x04\x25\x00\x80\x00\x00"
+        + trampoline  #  mov dword [0x8000], trampoline
+        + store(0xFEE000F0, 0x1FF)  #                    enable the local APIC
+        + store(lapic_command[0], 1 << 24)  #            to processor 1:
+        + store(lapic_command[1], 0x4500)  #             INIT
+        + store(lapic_command[0], 1 << 24)
+        + store(lapic_command[1], 0x4608)  #             SIPI, to 0x8000
         + b"\xf3\x90\xeb\xfc"  #                         wait
     )
     return elf(0x100000, code)
@@ -205,7 +207,8 @@ def test_ten_machines_at_once_and_a_hundred_in_a_row() -> None:
 
 def test_memory_beyond_3_gib_is_there_on_both_sides_of_the_gap() -> None:
     code = (
-        b"\x48\xb8" + struct.pack("<Q", (4 << 30) + 0x1000)  # mov rax, 4 GiB + 0x1000
+        b"\x48\xb8"
+        + struct.pack("<Q", (4 << 30) + 0x1000)  # mov rax, 4 GiB + 0x1000
         + b"\x8a\x00"  # mov al, [rax]
         + b"\xe6\xf4"  # out 0xf4, al
     )

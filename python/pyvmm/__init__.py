@@ -38,7 +38,15 @@ from pyvmm.exceptions import (
 from pyvmm.exits import Exit, ExitHandler, ExitReason, VmRunState
 
 if TYPE_CHECKING:
-    from pyvmm.config import CpuConfig, EmbeddedBoot, FlatBoot, LinuxBoot, MemoryConfig, SerialConfig, VmmConfig
+    from pyvmm.config import (
+        CpuConfig,
+        EmbeddedBoot,
+        FlatBoot,
+        LinuxBoot,
+        MemoryConfig,
+        SerialConfig,
+        VmmConfig,
+    )
 
 __version__ = "0.1.0"
 

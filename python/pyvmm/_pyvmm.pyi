@@ -3,14 +3,33 @@
 Everything here is exported by `pyvmm`, under the same name.
 """
 
-from collections.abc import Buffer
 from types import TracebackType
 from typing import Protocol, Self, TypeVar, final
+
+from typing_extensions import Buffer
 
 from pyvmm.config import VmmConfig
 from pyvmm.devices import Unanswered
 from pyvmm.events import EventSet, Subscriber
 from pyvmm.exits import Exit, ExitHandler, VmRunState
+
+__all__ = [
+    "EventFd",
+    "EventManager",
+    "EventOps",
+    "Events",
+    "GuestMemory",
+    "KvmVm",
+    "Serial",
+    "SubscriberId",
+    "Vmm",
+    "VmmExitHandler",
+    "WrappedExitHandler",
+    "close_all",
+    "cpu_features",
+    "embedded_guest",
+    "kvm_info",
+]
 
 class _HasFileno(Protocol):
     def fileno(self) -> int: ...
@@ -56,7 +75,11 @@ class EventFd:
 
     def __enter__(self) -> Self: ...
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+        /,
     ) -> None: ...
 
 @final
@@ -93,7 +116,10 @@ class SubscriberId:
 
 @final
 class EventOps:
-    """Changes what a subscriber watches. Usable only during the call it was passed to; later use raises RuntimeError."""
+    """Changes what a subscriber watches.
+
+    Usable only during the call it was passed to; later use raises RuntimeError.
+    """
 
     def add(self, events: Events) -> None:
         """Watch a file descriptor.
@@ -218,7 +244,7 @@ class WrappedExitHandler:
         """Handle an event of the exit event."""
 
     def __copy__(self) -> WrappedExitHandler: ...
-    def __eq__(self, other: object) -> bool: ...
+    def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
 
 @final
@@ -331,7 +357,11 @@ class KvmVm:
 
     def __enter__(self) -> Self: ...
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+        /,
     ) -> None: ...
 
 @final
@@ -407,7 +437,11 @@ class Vmm:
 
     def __enter__(self) -> Self: ...
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+        /,
     ) -> None: ...
 
 def close_all() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -12,7 +11,7 @@ import msgspec
 
 import pyvmm
 from pyvmm import keyvalue
-from pyvmm.config import CpuConfig, FlatBoot, LinuxBoot, MemoryConfig, VmmConfig
+from pyvmm.config import LinuxBoot, MemoryConfig, VmmConfig
 from pyvmm.exceptions import ConfigError, VmmError
 from pyvmm.runner import Status, run_machine
 
@@ -124,9 +123,7 @@ def with_options(
     return msgspec.structs.replace(base, boot=boot, cpu=cpu)
 
 
-def _boot(
-    base: VmmConfig, kernel: str | None, form: str | None, initrd: str | None, append: str | None
-) -> Any:
+def _boot(base: VmmConfig, kernel: str | None, form: str | None, initrd: str | None, append: str | None) -> Any:
     values: dict[str, Any] = {"kernel": kernel, "initrd": initrd, "cmdline": append}
     if form is not None:
         if kernel is not None:
@@ -163,5 +160,3 @@ def _print_checks(checks: list[Any]) -> None:
         detail = line.detail if line.fix is None else f"{line.detail}\n-> {line.fix}"
         table.add_row(line.name, f"[{styles[line.status]}]{line.status}[/]", detail)
     Console().print(table)
-
-

@@ -229,8 +229,14 @@ def _checked(load: Any) -> VmmConfig:
 
 
 def _unknown_key(parent: str, name: str) -> ConfigError:
-    parts = {"": [VmmConfig], "memory": [MemoryConfig], "cpu": [CpuConfig], "serial": [SerialConfig]}
-    structs = parts.get(parent, [EmbeddedBoot, FlatBoot, LinuxBoot])
+    parts: dict[str, list[type[_Part]]] = {
+        "": [VmmConfig],
+        "memory": [MemoryConfig],
+        "cpu": [CpuConfig],
+        "serial": [SerialConfig],
+    }
+    boots: list[type[_Part]] = [EmbeddedBoot, FlatBoot, LinuxBoot]
+    structs = parts.get(parent, boots)
     known = [field for struct in structs for field in struct.__struct_fields__]
     close = difflib.get_close_matches(name, known, n=1)
     meant = f"; did you mean {close[0]}?" if close else f"; known are {', '.join(sorted(set(known)))}"

@@ -6,6 +6,7 @@ import os
 import platform
 import resource
 import sys
+from typing import Any
 
 import msgspec
 
@@ -48,7 +49,7 @@ def examine() -> list[Check]:
     """Every check, in the order they build on each other."""
     checks = [_platform(), _processors(), _memory(), _files()]
     try:
-        info = kvm_info()
+        info: dict[str, Any] = kvm_info()
     except VmmError as error:
         return [*checks, Check("KVM", "missing", str(error), error.hint)]
     checks.append(Check("/dev/kvm", "ok", f"opens, API version {info['api_version']}"))
@@ -84,11 +85,10 @@ def _files() -> Check:
     return Check("open files", "warning", f"at most {soft}: room for few machines", f"ulimit -n {hard}")
 
 
-def _kind(info: dict[str, object]) -> Check:
+def _kind(info: dict[str, Any]) -> Check:
     if not info["software_kvm"]:
         return Check("virtualization", "ok", f"hardware, up to {info['max_vcpus']} vCPUs")
     hidden = info["hidden_features"]
-    assert isinstance(hidden, list)
     detail = (
         f"the processor has neither vmx nor svm: KVM emulates ring 0 in software, slowly. "
         f"The auto template hides {len(hidden)} CPU features: {', '.join(hidden)}"

@@ -27,7 +27,7 @@ class KvmError(VmmError, OSError):
 
 
 class KvmUnavailableError(KvmError):
-    """This machine offers no usable /dev/kvm; `hint` says what to do."""
+    """The host offers no usable /dev/kvm; `hint` says what to do."""
 
 
 class GuestMemoryError(VmmError, IndexError):

@@ -37,7 +37,9 @@ def endpoint(stream: object, at: str) -> int | str | None:
         return None
     if isinstance(stream, (bytes, bytearray, memoryview)) or callable(stream):
         return None
-    return _descriptor(stream) if hasattr(stream, "read") else _refuse(stream, at)
+    if not hasattr(stream, "read"):
+        raise _refusal(stream, at)
+    return _descriptor(stream)
 
 
 def connect(serial: Serial, manager: EventManager, config: SerialConfig) -> None:
@@ -97,8 +99,7 @@ def _writer(stream: Any, at: str) -> Callable[[bytes], object]:
         return _FileWriter(stream)
     if callable(stream):
         return stream  # type: ignore[no-any-return]
-    _refuse(stream, at)
-    raise AssertionError
+    raise _refusal(stream, at)
 
 
 class _FileWriter:
@@ -119,7 +120,7 @@ class _FileWriter:
 
 def _reader(stream: Any) -> Callable[[], bytes]:
     if hasattr(stream, "read"):
-        return lambda: stream.read(READ_SIZE)  # type: ignore[no-any-return]
+        return lambda: stream.read(READ_SIZE)
     return stream  # type: ignore[no-any-return]
 
 
@@ -132,6 +133,6 @@ def _descriptor(stream: Any) -> int | None:
     return fd
 
 
-def _refuse(stream: object, at: str) -> None:
+def _refusal(stream: object, at: str) -> ConfigError:
     kinds = "a path, a file descriptor, a socket, a binary file object or a callable"
-    raise ConfigError(f"{at}: {kinds} is needed, not {type(stream).__name__}", at=at)
+    return ConfigError(f"{at}: {kinds} is needed, not {type(stream).__name__}", at=at)

@@ -159,7 +159,10 @@ fn templated(kvm: &Kvm, is_software: bool) -> Result<&'static [kvm_cpuid_entry2]
         .map_err(|e| Error::kvm("KVM_GET_SUPPORTED_CPUID", e))?;
     let mut entries = supported.as_slice().to_vec();
     if is_software {
-        SOFTWARE_KVM.split_whitespace().filter_map(feature).for_each(|f| hide(&mut entries, f));
+        SOFTWARE_KVM
+            .split_whitespace()
+            .filter_map(feature)
+            .for_each(|f| hide(&mut entries, f));
         set_vendor(&mut entries, *b"GenuineIntel");
     }
     Ok(table.get_or_init(|| entries))
@@ -171,14 +174,22 @@ fn templated(kvm: &Kvm, is_software: bool) -> Result<&'static [kvm_cpuid_entry2]
 /// When KVM does not say what it supports.
 pub fn guest_cpuid(kvm: &Kvm, config: &CpuConfig) -> Result<Vec<kvm_cpuid_entry2>> {
     let mut entries = templated(kvm, is_software(config.template))?.to_vec();
-    config.hide.iter().filter_map(|name| feature(name)).for_each(|f| hide(&mut entries, f));
+    config
+        .hide
+        .iter()
+        .filter_map(|name| feature(name))
+        .for_each(|f| hide(&mut entries, f));
     Ok(entries)
 }
 
 /// What [`CpuTemplate::Auto`] hides on this host.
 #[must_use]
 pub fn hidden_by_default() -> Vec<&'static str> {
-    let hidden = if is_software(CpuTemplate::Auto) { SOFTWARE_KVM } else { "" };
+    let hidden = if is_software(CpuTemplate::Auto) {
+        SOFTWARE_KVM
+    } else {
+        ""
+    };
     hidden.split_whitespace().collect()
 }
 
@@ -194,7 +205,10 @@ fn is_software(template: CpuTemplate) -> bool {
 /// SYSCALL that Linux takes on any other loses the upper half of the kernel's address.
 fn set_vendor(entries: &mut [kvm_cpuid_entry2], vendor: [u8; 12]) {
     let word = |at: usize| u32::from_le_bytes(std::array::from_fn(|n| vendor[at + n]));
-    for entry in entries.iter_mut().filter(|e| matches!(e.function, 0 | 0x8000_0000)) {
+    for entry in entries
+        .iter_mut()
+        .filter(|e| matches!(e.function, 0 | 0x8000_0000))
+    {
         (entry.ebx, entry.edx, entry.ecx) = (word(0), word(4), word(8));
     }
 }

@@ -71,7 +71,12 @@ pub fn write(memory: &GuestMemory, mode: CpuMode, one_gib_pages: impl Fn() -> bo
 /// Identity: 4 GiB in pages of 2 MiB; what lies above in pages of 1 GiB, or as far as there is room for the
 /// directories of smaller ones (to 25 GiB).
 fn write_page_tables(memory: &GuestMemory, mode: CpuMode, one_gib_pages: bool) -> Result<()> {
-    let flags = PAGE_PRESENT_WRITABLE | if mode == CpuMode::User64 { PAGE_USER } else { 0 };
+    let flags = PAGE_PRESENT_WRITABLE
+        | if mode == CpuMode::User64 {
+            PAGE_USER
+        } else {
+            0
+        };
     memory.write(layout::PML4, &(layout::PDPT | flags).to_le_bytes())?;
     let directory = |n: u64| layout::PAGE_DIRECTORIES + n * 0x1000;
     write_u64s(memory, layout::PDPT, (0..4).map(|n| directory(n) | flags))?;
@@ -85,10 +90,14 @@ fn write_page_tables(memory: &GuestMemory, mode: CpuMode, one_gib_pages: bool) -
     }
     for gib in 4..end_of_memory(memory).div_ceil(GIB).min(ENTRIES) {
         let entry = if one_gib_pages {
-            gib * GIB | flags | PAGE_LARGE
+            (gib * GIB) | flags | PAGE_LARGE
         } else {
             let Some(at) = high_directory(gib) else { break };
-            write_u64s(memory, at, (gib * ENTRIES..(gib + 1) * ENTRIES).map(|n| n << 21 | flags | PAGE_LARGE))?;
+            write_u64s(
+                memory,
+                at,
+                (gib * ENTRIES..(gib + 1) * ENTRIES).map(|n| n << 21 | flags | PAGE_LARGE),
+            )?;
             at | flags
         };
         memory.write(layout::PDPT + gib * 8, &entry.to_le_bytes())?;
@@ -97,7 +106,12 @@ fn write_page_tables(memory: &GuestMemory, mode: CpuMode, one_gib_pages: bool) -
 }
 
 fn end_of_memory(memory: &GuestMemory) -> u64 {
-    memory.ranges().iter().map(|(start, size, _)| start + size).max().unwrap_or(0)
+    memory
+        .ranges()
+        .iter()
+        .map(|(start, size, _)| start + size)
+        .max()
+        .unwrap_or(0)
 }
 
 /// Where the directory of a GiB above 4 stands, if there is room for one.
@@ -156,7 +170,10 @@ mod tests {
         let directory = layout::PAGE_DIRECTORIES + 0x4000;
         assert_eq!(u64_at(&memory, layout::PDPT + 32), directory | 3);
         assert_eq!(u64_at(&memory, directory + 8), 4 << 30 | 2 << 20 | 0x83);
-        assert_eq!(high_directory(24).map(|at| at < layout::EBDA_START), Some(true));
+        assert_eq!(
+            high_directory(24).map(|at| at < layout::EBDA_START),
+            Some(true)
+        );
         assert_eq!(high_directory(26), None);
     }
 

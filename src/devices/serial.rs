@@ -81,7 +81,10 @@ impl Serial {
         let ready = TimerFd::new().map_err(|e| failed(&e.into()))?;
         Ok(Self {
             output_fd: ready.as_raw_fd(),
-            guest: Mutex::new(GuestSide { uart: Uart::new(Irq(irq), Vec::new()), queue: VecDeque::new() }),
+            guest: Mutex::new(GuestSide {
+                uart: Uart::new(Irq(irq), Vec::new()),
+                queue: VecDeque::new(),
+            }),
             output: Mutex::new(Output {
                 bytes: VecDeque::new(),
                 has_taker,
@@ -272,7 +275,11 @@ mod tests {
     }
 
     fn is_ready(serial: &Serial, milliseconds: i32) -> bool {
-        let mut poll = libc::pollfd { fd: serial.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        let mut poll = libc::pollfd {
+            fd: serial.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
         // SAFETY: one pollfd that lives through the call.
         unsafe { libc::poll(&raw mut poll, 1, milliseconds) > 0 }
     }

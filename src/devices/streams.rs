@@ -35,8 +35,15 @@ pub(crate) fn connect(
         Some(SerialOutput::Subscriber) | None => None,
     };
     if let Some(file) = output {
-        let is_socket = file.metadata().is_ok_and(|metadata| metadata.file_type().is_socket());
-        let pump = OutputPump { serial: Arc::clone(serial), file, is_socket, waits_for_room: false };
+        let is_socket = file
+            .metadata()
+            .is_ok_and(|metadata| metadata.file_type().is_socket());
+        let pump = OutputPump {
+            serial: Arc::clone(serial),
+            file,
+            is_socket,
+            waits_for_room: false,
+        };
         ids.push(manager.add_subscriber(Box::new(pump)));
     }
     if let Some(SerialInput::Fd(fd)) = config.input {
@@ -75,7 +82,9 @@ struct OutputPump {
 impl OutputPump {
     fn pump(&mut self, ops: &mut EventOps) {
         loop {
-            let chunk = self.serial.peek(if self.is_socket { SOCKET_CHUNK } else { CHUNK });
+            let chunk = self
+                .serial
+                .peek(if self.is_socket { SOCKET_CHUNK } else { CHUNK });
             if chunk.is_empty() {
                 return self.watch(false, ops);
             }
@@ -84,7 +93,8 @@ impl OutputPump {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return self.watch(true, ops),
                 Err(e) => {
-                    self.serial.fail(Error::os(ErrorKind::Io, "serial.output", &e));
+                    self.serial
+                        .fail(Error::os(ErrorKind::Io, "serial.output", &e));
                     return self.watch(false, ops);
                 }
             }
@@ -96,10 +106,21 @@ impl OutputPump {
         if self.is_socket {
             let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
             // SAFETY: the pointer and the length are those of one slice, which is only read.
-            let sent = unsafe { libc::send(self.file.as_raw_fd(), chunk.as_ptr().cast(), chunk.len(), flags) };
+            let sent = unsafe {
+                libc::send(
+                    self.file.as_raw_fd(),
+                    chunk.as_ptr().cast(),
+                    chunk.len(),
+                    flags,
+                )
+            };
             return usize::try_from(sent).map_err(|_| io::Error::last_os_error());
         }
-        if is_writable(&self.file) { self.file.write(chunk) } else { Err(io::ErrorKind::WouldBlock.into()) }
+        if is_writable(&self.file) {
+            self.file.write(chunk)
+        } else {
+            Err(io::ErrorKind::WouldBlock.into())
+        }
     }
 
     fn watch(&mut self, for_room: bool, ops: &mut EventOps) {

@@ -206,11 +206,17 @@ fn parse_registration(line: &str) -> Option<Registration> {
 fn find_set_with(member: &EventFd) -> io::Result<RawFd> {
     let number = member.as_raw_fd();
     // Made just before the member, so most likely a number or two below it.
-    if let Some(fd) = (1..=4).map(|below| number - below).find(|fd| is_set_with(*fd, member)) {
+    if let Some(fd) = (1..=4)
+        .map(|below| number - below)
+        .find(|fd| is_set_with(*fd, member))
+    {
         return Ok(fd);
     }
     for entry in fs::read_dir("/proc/self/fd")? {
-        let fd = entry?.file_name().to_str().and_then(|name| name.parse().ok());
+        let fd = entry?
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok());
         if let Some(fd) = fd.filter(|fd| is_set_with(*fd, member)) {
             return Ok(fd);
         }
@@ -221,7 +227,10 @@ fn find_set_with(member: &EventFd) -> io::Result<RawFd> {
 /// Whether the number is an epoll set's that watches the member: only that one can be asked to change nothing.
 fn is_set_with(fd: RawFd, member: &EventFd) -> bool {
     let event = Events::new(member, EventSet::IN).epoll_event();
-    let mut event = libc::epoll_event { events: event.events(), u64: event.data() };
+    let mut event = libc::epoll_event {
+        events: event.events(),
+        u64: event.data(),
+    };
     // SAFETY: epoll_ctl checks both numbers; the event lives through the call.
     unsafe { libc::epoll_ctl(fd, libc::EPOLL_CTL_MOD, member.as_raw_fd(), &raw mut event) == 0 }
 }

@@ -138,7 +138,11 @@ impl EventManager {
     /// not handled. Does nothing for an fd that the subscriber does not watch any more.
     pub fn rearm(&self, id: SubscriberId, fd: RawFd) {
         let mut inner = self.inner.lock();
-        let watched = inner.watched.get(&fd).filter(|watched| watched.owner == id).copied();
+        let watched = inner
+            .watched
+            .get(&fd)
+            .filter(|watched| watched.owner == id)
+            .copied();
         if let (Some(watched), Ok(ops)) = (watched, ops(&mut inner.upstream, id)) {
             // Fails only for an fd that was closed since: then there is nothing to report.
             let _ = ops.modify(watched.events);
@@ -166,7 +170,11 @@ impl EventManager {
     /// Whether this subscriber still watches this fd: what a queued event is checked against.
     #[must_use]
     pub fn is_watching(&self, id: SubscriberId, fd: RawFd) -> bool {
-        self.inner.lock().watched.get(&fd).is_some_and(|watched| watched.owner == id)
+        self.inner
+            .lock()
+            .watched
+            .get(&fd)
+            .is_some_and(|watched| watched.owner == id)
     }
 
     /// Wait for events and dispatch them once; returns how many were dispatched.
@@ -211,7 +219,10 @@ impl EventManager {
     /// When epoll fails.
     pub fn try_dispatch(&self) -> Result<Option<usize>> {
         self.check_process()?;
-        self.inner.try_lock().map(|inner| self.dispatch_locked(inner)).transpose()
+        self.inner
+            .try_lock()
+            .map(|inner| self.dispatch_locked(inner))
+            .transpose()
     }
 
     /// Dispatch what is ready now, without waiting.

@@ -54,7 +54,9 @@ fn process(
     let py = manager.py();
     let ops = Bound::new(py, PyEventOps::new(manager.clone().unbind(), token, id))?;
     let events = Bound::new(py, events)?;
-    let result = subscriber.bind(py).call_method1(intern!(py, "process"), (events, &ops));
+    let result = subscriber
+        .bind(py)
+        .call_method1(intern!(py, "process"), (events, &ops));
     ops.get().end();
     result.map(drop)
 }

@@ -8,8 +8,8 @@ use std::path::PathBuf;
 use pyo3::prelude::*;
 
 use crate::config::{
-    Boot, Code, CpuConfig, CpuMode, CpuTemplate, ExitPort, FlatBoot, LinuxBoot, MemoryConfig, SerialConfig,
-    SerialInput, SerialOutput, VmmConfig,
+    Boot, Code, CpuConfig, CpuMode, CpuTemplate, ExitPort, FlatBoot, LinuxBoot, MemoryConfig,
+    SerialConfig, SerialInput, SerialOutput, VmmConfig,
 };
 use crate::devices::duplicate;
 use crate::error::{Error, ErrorKind};
@@ -22,7 +22,11 @@ struct Part<'py> {
 
 impl<'py> Part<'py> {
     fn at(&self, name: &str) -> String {
-        if self.key.is_empty() { name.to_owned() } else { format!("{}.{name}", self.key) }
+        if self.key.is_empty() {
+            name.to_owned()
+        } else {
+            format!("{}.{name}", self.key)
+        }
     }
 
     fn get<T>(&self, name: &str) -> PyResult<T>
@@ -30,15 +34,20 @@ impl<'py> Part<'py> {
         T: for<'a> FromPyObject<'a, 'py, Error: Into<PyErr>>,
     {
         let value = self.object.getattr(name)?;
-        value.extract().map_err(|e: <T as FromPyObject<'_, 'py>>::Error| {
-            let error: PyErr = e.into();
-            let reason = error.value(self.object.py()).to_string();
-            bad(self.at(name), reason)
-        })
+        value
+            .extract()
+            .map_err(|e: <T as FromPyObject<'_, 'py>>::Error| {
+                let error: PyErr = e.into();
+                let reason = error.value(self.object.py()).to_string();
+                bad(self.at(name), reason)
+            })
     }
 
     fn part(&self, name: &'static str) -> PyResult<Self> {
-        Ok(Self { object: self.object.getattr(name)?, key: name })
+        Ok(Self {
+            object: self.object.getattr(name)?,
+            key: name,
+        })
     }
 
     fn has(&self, name: &str) -> PyResult<bool> {
@@ -56,9 +65,14 @@ pub(super) fn from_python(config: &Bound<'_, PyAny>) -> PyResult<VmmConfig> {
         let class = config.get_type().name()?;
         return Err(bad("config", format!("a VmmConfig is needed, not {class}")));
     }
-    let all = Part { object: config.clone(), key: "" };
+    let all = Part {
+        object: config.clone(),
+        key: "",
+    };
     Ok(VmmConfig {
-        memory: MemoryConfig { size_mib: all.part("memory")?.get("size_mib")? },
+        memory: MemoryConfig {
+            size_mib: all.part("memory")?.get("size_mib")?,
+        },
         cpu: cpu(&all.part("cpu")?)?,
         boot: boot(&all.part("boot")?)?,
         serial: serial(&all.part("serial")?)?,
@@ -78,7 +92,11 @@ fn cpu(part: &Part<'_>) -> PyResult<CpuConfig> {
             return Err(bad("cpu.template", detail));
         }
     };
-    Ok(CpuConfig { vcpus: part.get("vcpus")?, hide: part.get("hide")?, template })
+    Ok(CpuConfig {
+        vcpus: part.get("vcpus")?,
+        hide: part.get("hide")?,
+        template,
+    })
 }
 
 fn boot(part: &Part<'_>) -> PyResult<Boot> {
@@ -96,14 +114,19 @@ fn boot(part: &Part<'_>) -> PyResult<Boot> {
     if part.object.get_type().name()? == "EmbeddedBoot" {
         return Ok(Boot::Embedded);
     }
-    Err(bad("boot", "an EmbeddedBoot, FlatBoot or LinuxBoot is needed"))
+    Err(bad(
+        "boot",
+        "an EmbeddedBoot, FlatBoot or LinuxBoot is needed",
+    ))
 }
 
 fn flat(part: &Part<'_>) -> PyResult<FlatBoot> {
     let code: Vec<u8> = part.get("code")?;
     let path: Option<PathBuf> = part.get("path")?;
     let code = match path {
-        Some(_) if !code.is_empty() => return Err(bad("boot.path", "code is given too: one of them is enough")),
+        Some(_) if !code.is_empty() => {
+            return Err(bad("boot.path", "code is given too: one of them is enough"));
+        }
         Some(path) => Code::File(path),
         None => Code::Bytes(code),
     };
@@ -117,7 +140,12 @@ fn flat(part: &Part<'_>) -> PyResult<FlatBoot> {
             return Err(bad("boot.mode", detail));
         }
     };
-    Ok(FlatBoot { code, address: part.get("address")?, entry: part.get("entry")?, mode })
+    Ok(FlatBoot {
+        code,
+        address: part.get("address")?,
+        entry: part.get("entry")?,
+        mode,
+    })
 }
 
 /// What `pyvmm.streams.endpoint` makes of a stream.
@@ -139,11 +167,16 @@ fn serial(part: &Part<'_>) -> PyResult<SerialConfig> {
         Some(None) => Some(SerialInput::Subscriber),
         Some(Some(Endpoint::Fd(fd))) => Some(SerialInput::Fd(duplicate(fd, "serial.input")?)),
         Some(Some(Endpoint::Path(path))) => {
-            let file = File::open(&path).map_err(|e| bad("serial.input", format!("{path}: {e}")))?;
+            let file =
+                File::open(&path).map_err(|e| bad("serial.input", format!("{path}: {e}")))?;
             Some(SerialInput::Fd(file.into()))
         }
     };
-    Ok(SerialConfig { output, input, input_eof: part.get("input_eof")? })
+    Ok(SerialConfig {
+        output,
+        input,
+        input_eof: part.get("input_eof")?,
+    })
 }
 
 /// None: no stream. An inner none: a Python object, which `pyvmm.streams` connects.

@@ -26,7 +26,10 @@ impl PyEventFd {
     }
 
     fn open(&self) -> PyResult<Arc<EventFd>> {
-        self.0.lock().clone().ok_or_else(|| PyValueError::new_err("this EventFd is closed"))
+        self.0
+            .lock()
+            .clone()
+            .ok_or_else(|| PyValueError::new_err("this EventFd is closed"))
     }
 }
 
@@ -36,8 +39,7 @@ impl PyEventFd {
     #[pyo3(signature = (initial = 0, *, nonblocking = true, semaphore = false))]
     fn new(initial: u64, nonblocking: bool, semaphore: bool) -> PyResult<Self> {
         let flag = |on, bit| if on { bit } else { 0 };
-        let flags =
-            EFD_CLOEXEC | flag(nonblocking, EFD_NONBLOCK) | flag(semaphore, EFD_SEMAPHORE);
+        let flags = EFD_CLOEXEC | flag(nonblocking, EFD_NONBLOCK) | flag(semaphore, EFD_SEMAPHORE);
         let fd = EventFd::new(flags)?;
         if initial > 0 {
             fd.write(initial)?;

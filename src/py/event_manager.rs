@@ -61,7 +61,10 @@ struct Collector {
 
 impl MutEventSubscriber for Collector {
     fn process(&mut self, events: Events, _ops: &mut EventOps) {
-        self.ready.lock().push(Ready { token: self.token, events });
+        self.ready.lock().push(Ready {
+            token: self.token,
+            events,
+        });
     }
 
     fn init(&mut self, _ops: &mut EventOps) {}
@@ -110,7 +113,11 @@ impl PyEventManager {
     }
 
     /// The subscriber an event is for, if it is still there and still watches the event's fd.
-    pub(super) fn receiver(&self, py: Python<'_>, ready: &Ready) -> Option<(Py<PyAny>, SubscriberId)> {
+    pub(super) fn receiver(
+        &self,
+        py: Python<'_>,
+        ready: &Ready,
+    ) -> Option<(Py<PyAny>, SubscriberId)> {
         let subscribers = self.subscribers.lock();
         let subscriber = subscribers.get(&ready.token)?;
         let is_watching = self.core.is_watching(subscriber.id, ready.events.fd());
@@ -119,7 +126,11 @@ impl PyEventManager {
 
     /// Have an event that was not delivered reported again.
     pub(super) fn rearm(&self, ready: &Ready) {
-        let id = self.subscribers.lock().get(&ready.token).map(|subscriber| subscriber.id);
+        let id = self
+            .subscribers
+            .lock()
+            .get(&ready.token)
+            .map(|subscriber| subscriber.id);
         if let Some(id) = id {
             self.core.rearm(id, ready.events.fd());
         }
@@ -127,8 +138,12 @@ impl PyEventManager {
 
     pub(super) fn keep_source(&self, token: u64, fd: RawFd, source: Option<Py<PyAny>>) {
         let mut subscribers = self.subscribers.lock();
-        let sources = subscribers.get_mut(&token).map(|subscriber| &mut subscriber.sources);
-        let former = sources.zip(source).and_then(|(sources, source)| sources.insert(fd, source));
+        let sources = subscribers
+            .get_mut(&token)
+            .map(|subscriber| &mut subscriber.sources);
+        let former = sources
+            .zip(source)
+            .and_then(|(sources, source)| sources.insert(fd, source));
         drop(subscribers);
         // Dropping it may run Python code: not under the lock.
         drop(former);
@@ -141,14 +156,24 @@ impl PyEventManager {
     fn insert(&self, subscriber: BoxedSubscriber, token: u64, object: Py<PyAny>) -> SubscriberId {
         let id = self.core.add_subscriber(subscriber);
         let sources = HashMap::new();
-        self.subscribers.lock().insert(token, Subscriber { id, object, sources });
+        self.subscribers.lock().insert(
+            token,
+            Subscriber {
+                id,
+                object,
+                sources,
+            },
+        );
         id
     }
 
     fn add_python(slf: &Bound<'_, Self>, token: u64, object: &Bound<'_, PyAny>) -> PyResult<()> {
         let this = slf.get();
         for method in ["init", "process"] {
-            if !object.getattr_opt(method)?.is_some_and(|method| method.is_callable()) {
+            if !object
+                .getattr_opt(method)?
+                .is_some_and(|method| method.is_callable())
+            {
                 let class = object.get_type();
                 return Err(PyTypeError::new_err(format!(
                     "a subscriber needs {method}(): {} has none",
@@ -156,9 +181,14 @@ impl PyEventManager {
                 )));
             }
         }
-        let collector = Collector { token, ready: Arc::clone(&this.ready) };
+        let collector = Collector {
+            token,
+            ready: Arc::clone(&this.ready),
+        };
         let kept = object.clone().unbind();
-        let id = slf.py().detach(|| this.insert(Box::new(collector), token, kept));
+        let id = slf
+            .py()
+            .detach(|| this.insert(Box::new(collector), token, kept));
         callback::init(slf, token, id, object).inspect_err(|_| {
             // What init() raised is what the caller should see.
             let _ = this.take_out(slf.py(), token);
@@ -169,7 +199,9 @@ impl PyEventManager {
         let subscriber = self.subscribers.lock().remove(&token);
         let Some(subscriber) = subscriber else {
             let detail = "no subscriber has this id, or no longer";
-            return Err(Error::new(ErrorKind::Event, "EventManager.remove_subscriber", detail).into());
+            return Err(
+                Error::new(ErrorKind::Event, "EventManager.remove_subscriber", detail).into(),
+            );
         };
         py.detach(|| self.core.remove_subscriber(subscriber.id).map(drop))?;
         Ok(subscriber.object)
@@ -181,7 +213,9 @@ impl PyEventManager {
         // What is ready is fetched without letting the GIL go: that costs less than the fetching.
         let fetched = match this.core.try_dispatch()? {
             Some(count) if count > 0 || milliseconds == 0 => count,
-            _ => slf.py().detach(|| this.core.run_with_timeout(milliseconds))?,
+            _ => slf
+                .py()
+                .detach(|| this.core.run_with_timeout(milliseconds))?,
         };
         let dropped = callback::deliver(slf)?;
         Ok(fetched - dropped.min(fetched))
@@ -200,7 +234,10 @@ impl PyEventManager {
     /// Raises:
     ///     TypeError: a method is missing.
     ///     Exception: what `init` raised; the subscriber is not registered then.
-    pub(super) fn add_subscriber(slf: &Bound<'_, Self>, subscriber: &Bound<'_, PyAny>) -> PyResult<PySubscriberId> {
+    pub(super) fn add_subscriber(
+        slf: &Bound<'_, Self>,
+        subscriber: &Bound<'_, PyAny>,
+    ) -> PyResult<PySubscriberId> {
         let this = slf.get();
         this.core.check_process()?;
         let token = this.next_token.fetch_add(1, Ordering::Relaxed);
@@ -211,17 +248,26 @@ impl PyEventManager {
             }
             None => Self::add_python(slf, token, subscriber)?,
         }
-        Ok(PySubscriberId { manager: this.number, token })
+        Ok(PySubscriberId {
+            manager: this.number,
+            token,
+        })
     }
 
     /// Unregister a subscriber with all its file descriptors and return it.
     ///
     /// Raises:
     ///     EventError: this manager has no such subscriber, or no longer.
-    pub(super) fn remove_subscriber(&self, py: Python<'_>, id: &PySubscriberId) -> PyResult<Py<PyAny>> {
+    pub(super) fn remove_subscriber(
+        &self,
+        py: Python<'_>,
+        id: &PySubscriberId,
+    ) -> PyResult<Py<PyAny>> {
         if id.manager != self.number {
             let detail = "this id is another event manager's";
-            return Err(Error::new(ErrorKind::Event, "EventManager.remove_subscriber", detail).into());
+            return Err(
+                Error::new(ErrorKind::Event, "EventManager.remove_subscriber", detail).into(),
+            );
         }
         self.take_out(py, id.token)
     }
@@ -245,7 +291,9 @@ impl PyEventManager {
         loop {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             let left_ms = left.map_or(SLICE_MS, |left| {
-                i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(SLICE_MS).min(SLICE_MS)
+                i32::try_from(left.as_micros().div_ceil(1000))
+                    .unwrap_or(SLICE_MS)
+                    .min(SLICE_MS)
             });
             let dispatched = Self::turn(slf, left_ms)?;
             if dispatched > 0 || left.is_some_and(|left| left.is_zero()) {
@@ -261,15 +309,23 @@ impl PyEventManager {
     }
 
     fn __repr__(&self) -> String {
-        format!("EventManager(subscribers={})", self.subscribers.lock().len())
+        format!(
+            "EventManager(subscribers={})",
+            self.subscribers.lock().len()
+        )
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         // Held by another thread only while that one has let the GIL go, and for no Python object's sake.
-        let Some(subscribers) = self.subscribers.try_lock() else { return Ok(()) };
+        let Some(subscribers) = self.subscribers.try_lock() else {
+            return Ok(());
+        };
         for subscriber in subscribers.values() {
             visit.call(&subscriber.object)?;
-            subscriber.sources.values().try_for_each(|source| visit.call(source))?;
+            subscriber
+                .sources
+                .values()
+                .try_for_each(|source| visit.call(source))?;
         }
         Ok(())
     }

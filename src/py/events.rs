@@ -15,7 +15,11 @@ use super::event_manager::PyEventManager;
 pub(super) fn descriptor(source: &Bound<'_, PyAny>) -> PyResult<RawFd> {
     // SAFETY: a borrowed reference to a live object, with the GIL held.
     let fd = unsafe { pyo3::ffi::PyObject_AsFileDescriptor(source.as_ptr()) };
-    if fd < 0 { Err(PyErr::fetch(source.py())) } else { Ok(fd) }
+    if fd < 0 {
+        Err(PyErr::fetch(source.py()))
+    } else {
+        Ok(fd)
+    }
 }
 
 /// Events of a file descriptor: what to watch it for, or what happened there.
@@ -38,7 +42,10 @@ pub struct PyEvents {
 impl PyEvents {
     /// What happened.
     pub(super) fn happened(events: Events) -> Self {
-        Self { events, source: None }
+        Self {
+            events,
+            source: None,
+        }
     }
 
     pub(super) fn events(&self) -> Events {
@@ -56,10 +63,14 @@ impl PyEvents {
     #[pyo3(signature = (source, event_set = EventSet::IN.bits(), data = 0))]
     fn new(source: &Bound<'_, PyAny>, event_set: u32, data: u32) -> PyResult<Self> {
         let fd = descriptor(source)?;
-        let set = EventSet::from_bits(event_set)
-            .ok_or_else(|| PyValueError::new_err(format!("{event_set:#x} has no meaning to epoll")))?;
+        let set = EventSet::from_bits(event_set).ok_or_else(|| {
+            PyValueError::new_err(format!("{event_set:#x} has no meaning to epoll"))
+        })?;
         let events = Events::with_data_raw(fd, data, set);
-        Ok(Self { events, source: Some(source.clone().unbind()) })
+        Ok(Self {
+            events,
+            source: Some(source.clone().unbind()),
+        })
     }
 
     /// The file descriptor's number.
@@ -84,7 +95,10 @@ impl PyEvents {
 
     fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
         let (fd, data) = (self.fd(), self.data());
-        Ok(format!("Events(fd={fd}, event_set={}, data={data})", self.event_set(py)?.repr()?))
+        Ok(format!(
+            "Events(fd={fd}, event_set={}, data={data})",
+            self.event_set(py)?.repr()?
+        ))
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
@@ -120,7 +134,12 @@ pub struct PyEventOps {
 
 impl PyEventOps {
     pub(super) fn new(manager: Py<PyEventManager>, token: u64, id: SubscriberId) -> Self {
-        Self { manager, token, id, is_live: AtomicBool::new(true) }
+        Self {
+            manager,
+            token,
+            id,
+            is_live: AtomicBool::new(true),
+        }
     }
 
     /// The call it was passed to has ended.

@@ -13,23 +13,32 @@ use crate::vcpu::VmRunState;
 pub(super) fn to_python<'py>(py: Python<'py>, exit: &Exit) -> PyResult<Bound<'py, PyAny>> {
     static EXIT: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     static REASON: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-    let reason = REASON.import(py, "pyvmm.exits", "ExitReason")?.call1((exit.reason.name(),))?;
-    EXIT.import(py, "pyvmm.exits", "Exit")?.call1((reason, exit.code, exit.vcpu, exit.fault.as_deref()))
+    let reason = REASON
+        .import(py, "pyvmm.exits", "ExitReason")?
+        .call1((exit.reason.name(),))?;
+    EXIT.import(py, "pyvmm.exits", "Exit")?.call1((
+        reason,
+        exit.code,
+        exit.vcpu,
+        exit.fault.as_deref(),
+    ))
 }
 
 /// A `pyvmm.VmRunState`.
 pub(super) fn state(py: Python<'_>, state: VmRunState) -> PyResult<Bound<'_, PyAny>> {
     static STATE: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-    STATE.import(py, "pyvmm.exits", "VmRunState")?.call1((state.name(),))
+    STATE
+        .import(py, "pyvmm.exits", "VmRunState")?
+        .call1((state.name(),))
 }
 
 /// Seconds as a duration; none and infinity for no limit.
 pub(super) fn timeout(seconds: Option<f64>) -> PyResult<Option<Duration>> {
     match seconds {
         None => Ok(None),
-        Some(seconds) if seconds.is_nan() || seconds < 0.0 => {
-            Err(PyValueError::new_err(format!("timeout: {seconds} is not a number of seconds from 0")))
-        }
+        Some(seconds) if seconds.is_nan() || seconds < 0.0 => Err(PyValueError::new_err(format!(
+            "timeout: {seconds} is not a number of seconds from 0"
+        ))),
         // What does not fit is longer than any run.
         Some(seconds) => Ok(Duration::try_from_secs_f64(seconds).ok()),
     }

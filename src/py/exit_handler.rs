@@ -43,10 +43,15 @@ fn exit_event(handler: &WrappedExitHandler) -> Arc<EventFd> {
 fn init(handler: &WrappedExitHandler, ops: &Bound<'_, PyEventOps>) -> PyResult<()> {
     let py = ops.py();
     let events = Events::new(&*exit_event(handler), EventSet::IN);
-    ops.get().add(py, Bound::new(py, PyEvents::happened(events))?.as_any())
+    ops.get()
+        .add(py, Bound::new(py, PyEvents::happened(events))?.as_any())
 }
 
-fn process(handler: &WrappedExitHandler, events: &PyEvents, ops: &Bound<'_, PyEventOps>) -> PyResult<()> {
+fn process(
+    handler: &WrappedExitHandler,
+    events: &PyEvents,
+    ops: &Bound<'_, PyEventOps>,
+) -> PyResult<()> {
     let set = events.events().event_set();
     if set.contains(EventSet::IN) {
         handler.inner().lock().stop();
@@ -54,7 +59,8 @@ fn process(handler: &WrappedExitHandler, events: &PyEvents, ops: &Bound<'_, PyEv
     if set.contains(EventSet::ERROR) {
         let py = ops.py();
         let watched = Events::empty(&*exit_event(handler));
-        ops.get().remove(py, Bound::new(py, PyEvents::happened(watched))?.as_any())?;
+        ops.get()
+            .remove(py, Bound::new(py, PyEvents::happened(watched))?.as_any())?;
     }
     Ok(())
 }
@@ -109,7 +115,10 @@ impl PyVmmExitHandler {
     }
 
     fn __repr__(&self) -> String {
-        format!("VmmExitHandler(keep_running={})", literal(self.keep_running()))
+        format!(
+            "VmmExitHandler(keep_running={})",
+            literal(self.keep_running())
+        )
     }
 }
 
@@ -174,7 +183,10 @@ impl PyWrappedExitHandler {
     }
 
     fn __repr__(&self) -> String {
-        format!("WrappedExitHandler(keep_running={})", literal(self.keep_running()))
+        format!(
+            "WrappedExitHandler(keep_running={})",
+            literal(self.keep_running())
+        )
     }
 }
 

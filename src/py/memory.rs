@@ -29,7 +29,9 @@ impl PyGuestMemory {
         T: Send + Sync + 'static,
     {
         let machine = Arc::clone(machine);
-        Self { get: Box::new(move || get(&machine)) }
+        Self {
+            get: Box::new(move || get(&machine)),
+        }
     }
 }
 
@@ -40,7 +42,12 @@ impl PyGuestMemory {
     /// Raises:
     ///     GuestMemoryError: a byte of the range is not RAM.
     ///     StateError: the machine is closed.
-    fn read<'py>(&self, py: Python<'py>, address: u64, length: u64) -> PyResult<Bound<'py, PyBytes>> {
+    fn read<'py>(
+        &self,
+        py: Python<'py>,
+        address: u64,
+        length: u64,
+    ) -> PyResult<Bound<'py, PyBytes>> {
         let memory = (self.get)()?;
         // First, so that a length out of range allocates nothing.
         memory.check(address, length)?;
@@ -70,7 +77,11 @@ impl PyGuestMemory {
     /// Start and length of each range of RAM: one, or two around the gap from 3 to 4 GiB.
     #[getter]
     fn ranges(&self) -> PyResult<Vec<(u64, u64)>> {
-        Ok((self.get)()?.ranges().into_iter().map(|(start, length, _)| (start, length)).collect())
+        Ok((self.get)()?
+            .ranges()
+            .into_iter()
+            .map(|(start, length, _)| (start, length))
+            .collect())
     }
 
     fn __repr__(&self) -> String {

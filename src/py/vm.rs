@@ -53,7 +53,10 @@ struct Machine(Mutex<Option<Arc<KvmVm<Handler>>>>);
 
 impl Machine {
     fn get(&self) -> Result<Arc<KvmVm<Handler>>> {
-        self.0.lock().clone().ok_or_else(|| Error::new(ErrorKind::State, "vm", "the machine is closed"))
+        self.0
+            .lock()
+            .clone()
+            .ok_or_else(|| Error::new(ErrorKind::State, "vm", "the machine is closed"))
     }
 
     fn memory(&self) -> Result<GuestMemory> {
@@ -113,7 +116,10 @@ impl PyKvmVm {
 
     /// Raise what the exit handler's `kick()` raised, once.
     fn check_kick(&self) -> PyResult<()> {
-        let raised = self.python_handler.as_ref().and_then(|handler| handler.raised.lock().take());
+        let raised = self
+            .python_handler
+            .as_ref()
+            .and_then(|handler| handler.raised.lock().take());
         raised.map_or(Ok(()), Err)
     }
 }
@@ -122,12 +128,18 @@ fn handler(object: &Bound<'_, PyAny>) -> PyResult<(Handler, Option<Arc<PythonHan
     if let Ok(native) = object.cast::<PyWrappedExitHandler>() {
         return Ok((Handler::Native(native.get().handler().clone()), None));
     }
-    if !object.getattr_opt("kick")?.is_some_and(|kick| kick.is_callable()) {
+    if !object
+        .getattr_opt("kick")?
+        .is_some_and(|kick| kick.is_callable())
+    {
         let class = object.get_type();
         let text = format!("an exit handler needs kick(): {} has none", class.name()?);
         return Err(PyTypeError::new_err(text));
     }
-    let handler = PythonHandler { object: object.clone().unbind(), raised: Mutex::new(None) };
+    let handler = PythonHandler {
+        object: object.clone().unbind(),
+        raised: Mutex::new(None),
+    };
     let handler = Arc::new(handler);
     Ok((Handler::Python(Arc::clone(&handler)), Some(handler)))
 }
@@ -135,11 +147,16 @@ fn handler(object: &Bound<'_, PyAny>) -> PyResult<(Handler, Option<Arc<PythonHan
 #[pymethods]
 impl PyKvmVm {
     #[new]
-    fn new(py: Python<'_>, config: &Bound<'_, PyAny>, exit_handler: &Bound<'_, PyAny>) -> PyResult<Self> {
+    fn new(
+        py: Python<'_>,
+        config: &Bound<'_, PyAny>,
+        exit_handler: &Bound<'_, PyAny>,
+    ) -> PyResult<Self> {
         let (handler, python_handler) = handler(exit_handler)?;
         let config = config::from_python(config)?;
         if config.serial.output.is_some() || config.serial.input.is_some() {
-            let detail = "a KvmVm has no event loop to serve streams; use Vmm, or serial.send() and read()";
+            let detail =
+                "a KvmVm has no event loop to serve streams; use Vmm, or serial.send() and read()";
             return Err(Error::new(ErrorKind::Config, "serial", detail).into());
         }
         let (machine, entry, buses, serial) = py.detach(|| -> Result<_> {
@@ -149,12 +166,24 @@ impl PyKvmVm {
             let buses = Arc::new(Buses::default());
             let vm = KvmVm::new(&config, memory, Arc::clone(&buses), handler)?;
             let serial = devices::attach(&buses, vm.irq(layout::COM1_IRQ)?, &config)?;
-            Ok((Arc::new(Machine(Mutex::new(Some(Arc::new(vm))))), entry, buses, serial))
+            Ok((
+                Arc::new(Machine(Mutex::new(Some(Arc::new(vm))))),
+                entry,
+                buses,
+                serial,
+            ))
         })?;
         live::remember(Arc::downgrade(&machine) as Weak<dyn Close>);
         let memory = Py::new(py, PyGuestMemory::of(&machine, Machine::memory))?;
         let serial = Py::new(py, PySerial(serial))?;
-        Ok(Self { machine: Some(machine), python_handler, buses, entry, memory, serial })
+        Ok(Self {
+            machine: Some(machine),
+            python_handler,
+            buses,
+            entry,
+            memory,
+            serial,
+        })
     }
 
     /// Start a thread `vcpu_{id}` for each vCPU and return.
@@ -175,7 +204,11 @@ impl PyKvmVm {
     /// Raises:
     ///     Exception: what the exit handler's `kick` raised.
     #[pyo3(signature = (timeout = None))]
-    fn wait<'py>(&self, py: Python<'py>, timeout: Option<f64>) -> PyResult<Option<Bound<'py, PyAny>>> {
+    fn wait<'py>(
+        &self,
+        py: Python<'py>,
+        timeout: Option<f64>,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
         let vm = self.vm()?;
         let limit = exit::timeout(timeout)?;
         let deadline = limit.and_then(|limit| std::time::Instant::now().checked_add(limit));
@@ -183,7 +216,8 @@ impl PyKvmVm {
         let slice = std::time::Duration::from_millis(50);
         loop {
             let left = deadline.map(|d| d.saturating_duration_since(std::time::Instant::now()));
-            let found = py.detach(|| vm.wait_for(&ends, Some(left.map_or(slice, |left| left.min(slice)))));
+            let found =
+                py.detach(|| vm.wait_for(&ends, Some(left.map_or(slice, |left| left.min(slice)))));
             py.check_signals()?;
             self.check_kick()?;
             if found.is_some() || left.is_some_and(|left| left.is_zero()) {
@@ -213,7 +247,10 @@ impl PyKvmVm {
     /// How the guest ended; None while it has not.
     #[getter]
     fn exit<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
-        self.vm()?.exit().map(|exit| exit::to_python(py, &exit)).transpose()
+        self.vm()?
+            .exit()
+            .map(|exit| exit::to_python(py, &exit))
+            .transpose()
     }
 
     /// Accesses that no device answered.
@@ -237,6 +274,8 @@ impl PyKvmVm {
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {
         // The Arc has other owners, but one reference to the object: this visit is it.
-        self.python_handler.as_ref().map_or(Ok(()), |handler| visit.call(&handler.object))
+        self.python_handler
+            .as_ref()
+            .map_or(Ok(()), |handler| visit.call(&handler.object))
     }
 }

@@ -32,7 +32,9 @@ fn check(kvm: &Kvm) -> Result<()> {
     }
     if !kvm.check_extension(Cap::ImmediateExit) {
         let detail = "this KVM has no KVM_CAP_IMMEDIATE_EXIT";
-        return Err(Error::new(ErrorKind::Unavailable, "/dev/kvm", detail).hint("use Linux 4.13 or newer"));
+        return Err(
+            Error::new(ErrorKind::Unavailable, "/dev/kvm", detail).hint("use Linux 4.13 or newer")
+        );
     }
     Ok(())
 }

@@ -1,5 +1,7 @@
 //! The seed without Python: a configuration becomes a machine, its guest ends, `run` returns an `Exit`.
 
+#![allow(clippy::unwrap_used, reason = "a test")]
+
 use std::time::Duration;
 
 use pyvmm::config::{Boot, Code, CpuMode, FlatBoot, MemoryConfig, VmmConfig};

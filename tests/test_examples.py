@@ -1,0 +1,48 @@
+"""Every example runs and prints what its last comment says."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+from conftest import ROOT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from conftest import Linux
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+NEED_NO_KVM = {"event_loop"}
+NEED_LINUX = {"boot_linux"}
+
+
+def run(example: Path, *arguments: str) -> str:
+    command = [sys.executable, "-W", "error", str(example), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
+
+
+@pytest.mark.parametrize("example", [e for e in EXAMPLES if e.stem in NEED_NO_KVM], ids=lambda e: e.stem)
+def test_example_prints_what_it_says(example: Path) -> None:
+    expected = re.findall(r"print\(.*\)  # (.*)", example.read_text())
+    assert expected
+    assert run(example).splitlines() == expected
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize(
+    "example", [e for e in EXAMPLES if e.stem not in NEED_NO_KVM | NEED_LINUX], ids=lambda e: e.stem
+)
+def test_example_with_a_machine_prints_what_it_says(example: Path) -> None:
+    test_example_prints_what_it_says(example)
+
+
+@pytest.mark.linux
+@pytest.mark.timeout(300)
+def test_example_boots_linux(linux: Linux) -> None:
+    said = run(ROOT / "examples" / "boot_linux.py", str(linux.vmlinux), str(linux.initramfs), linux.cmdline)
+    assert "pyvmm: userspace reached" in said
+    assert said.endswith("reset (vCPU 0)\n")

@@ -1,0 +1,118 @@
+"""The shape of the house: where pyo3 may be named, what is exported, and that each room has its test."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import pyvmm
+from conftest import ROOT
+from pyvmm import _pyvmm
+
+RUST = sorted((ROOT / "src").rglob("*.rs"))
+PYTHON = sorted((ROOT / "python" / "pyvmm").glob("*.py"))
+MOST_LINES = 500
+
+# Rooms whose test has another name: what a user sees first is tested there.
+TESTED_BY = {
+    "src/py/callback.rs": "tests/test_event_manager.py",
+    "src/py/config.rs": "tests/test_vmm.py",
+    "src/py/errors.rs": "tests/test_vmm.py",
+    "src/py/events.rs": "tests/test_event_manager.py",
+    "src/py/exit.rs": "tests/test_vmm.py",
+    "src/py/host.rs": "tests/test_doctor.py",
+    "src/py/live.rs": "tests/test_robustness.py",
+    "src/py/serial.rs": "tests/test_streams.py",
+    "src/vmm.rs": "tests/rust/seed.rs",
+    "src/vm/mod.rs": "tests/test_vm.py",
+    "src/vcpu/kick.rs": "tests/test_robustness.py",
+    "src/vcpu/run_page.rs": "tests/test_robustness.py",
+    "src/vcpu/thread.rs": "tests/test_robustness.py",
+    "src/boot/initrd.rs": "tests/test_boot.py",
+    "src/boot/mod.rs": "tests/test_boot.py",
+    "src/devices/mod.rs": "tests/test_vmm.py",
+    "python/pyvmm/devices.py": "tests/test_vmm.py",
+    "python/pyvmm/events.py": "tests/test_event_manager.py",
+    "python/pyvmm/exceptions.py": "tests/test_vmm.py",
+    "python/pyvmm/exits.py": "tests/test_vmm.py",
+    "python/pyvmm/runner.py": "tests/test_cli.py",
+    "python/pyvmm/__main__.py": "tests/test_cli.py",
+}
+# Nothing but a list of what the folder holds.
+LISTS = {
+    "src/lib.rs",
+    "src/event/mod.rs",
+    "src/vcpu/mod.rs",
+    "src/cpu/mod.rs",
+    "src/py/mod.rs",
+    "python/pyvmm/__init__.py",
+}
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def code(path: Path) -> str:
+    """The text without its comments."""
+    return re.sub(r"//.*", "", path.read_text())
+
+
+def test_pyo3_is_named_only_in_the_binding() -> None:
+    named = {name(path) for path in RUST if "pyo3" in code(path)}
+    assert {path for path in named if not path.startswith("src/py/")} == {"src/lib.rs"}
+
+
+def test_only_callback_calls_into_python_from_other_threads() -> None:
+    attaching = {name(path) for path in RUST if "Python::attach" in code(path)}
+    allowed = {
+        "src/py/callback.rs",
+        "src/py/errors.rs",  # makes an exception
+        "src/py/vm.rs",  # lets the GIL go while a machine is dropped
+        "src/py/vmm.rs",
+    }
+    assert attaching == allowed
+
+
+@pytest.mark.parametrize("path", [*RUST, *PYTHON], ids=name)
+def test_every_source_file_has_its_test(path: Path) -> None:
+    if name(path) in LISTS or "#[cfg(test)]" in path.read_text():
+        return
+    test = ROOT / TESTED_BY.get(name(path), f"tests/test_{path.stem}.py")
+    assert test.exists(), f"{name(path)} has no test: {test} is not there"
+
+
+@pytest.mark.parametrize("path", [*RUST, *PYTHON], ids=name)
+def test_files_open_with_what_lives_there_and_are_short(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith(("//!", '"""'))
+    assert len(lines) <= MOST_LINES
+
+
+def test_every_export_of_the_native_module_is_public_documented_and_in_the_stub() -> None:
+    stub = ast.parse((ROOT / "python" / "pyvmm" / "_pyvmm.pyi").read_text())
+    stubbed = {node.name for node in stub.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    exported = {export for export in vars(_pyvmm) if not export.startswith("_")}
+    assert exported == {export for export in stubbed if not export.startswith("_")}
+    assert exported - {"close_all"} <= set(pyvmm.__all__)
+    for export in exported:
+        assert getattr(_pyvmm, export).__doc__, export
+
+
+def test_every_public_name_is_there() -> None:
+    for public in pyvmm.__all__:
+        assert getattr(pyvmm, public).__doc__, public
+        assert public in dir(pyvmm)
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = pyvmm.nonsense
+
+
+def test_each_atomic_ordering_and_unsafe_block_has_its_reason() -> None:
+    for path in RUST:
+        lines = path.read_text().splitlines()
+        for number, line in enumerate(lines):
+            if re.search(r"unsafe \{|unsafe impl", line.split("//")[0]):
+                above = "\n".join(lines[max(0, number - 8) : number + 1])
+                assert "SAFETY" in above, f"{name(path)}:{number + 1}"
