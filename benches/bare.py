@@ -21,9 +21,9 @@ def time_run(code: bytes) -> float:
     return _checked(_library().time_run(code, len(code)))
 
 
-def time_cycles(code: bytes, cycles: int) -> float:
-    """Seconds of so many machines made, run and destroyed."""
-    return _checked(_library().time_cycles(code, len(code), cycles))
+def time_cycles(code: bytes, cycles: int, threads: bool = False) -> float:
+    """Seconds of so many machines made, run (each in a thread of its own if so wished) and destroyed."""
+    return _checked(_library().time_cycles(code, len(code), cycles, threads))
 
 
 def _checked(seconds: float) -> float:

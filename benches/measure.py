@@ -77,7 +77,7 @@ def compiled(source: Path) -> str:
     directory = tempfile.mkdtemp(prefix="pyvmm-bench-")
     library = f"{directory}/{source.stem}.so"
     try:
-        subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", library, source], check=True)
+        subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-pthread", "-o", library, source], check=True)
     except (FileNotFoundError, subprocess.CalledProcessError) as error:
         raise UnmeasurableError(f"{source.name} cannot be compiled: {error}") from error
     return library

@@ -101,8 +101,10 @@ impl Vmm {
         vm.shutdown();
         self.exit_handler.rearm();
         let reason = ended?;
-        self.drain_serial(deadline, &mut between_turns)?;
-        self.exit_handler.rearm();
+        if self.serial.backlog() > 0 {
+            self.drain_serial(deadline, &mut between_turns)?;
+            self.exit_handler.rearm();
+        }
         Ok(vm.exit().unwrap_or_else(|| Exit::new(reason)))
     }
 

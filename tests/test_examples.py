@@ -46,3 +46,22 @@ def test_example_boots_linux(linux: Linux) -> None:
     said = run(ROOT / "examples" / "boot_linux.py", str(linux.vmlinux), str(linux.initramfs), linux.cmdline)
     assert "pyvmm: userspace reached" in said
     assert said.endswith("reset (vCPU 0)\n")
+
+
+def snippets() -> list[str]:
+    """The Python programs in README and docs that run by themselves."""
+    texts = [path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))]
+    return [snippet for text in texts for snippet in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)]
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("program", snippets(), ids=lambda text: text.splitlines()[0])
+def test_program_in_the_documentation_runs(program: str, tmp_path: Path) -> None:
+    path = tmp_path / "program.py"
+    path.write_text(program)
+    assert run(path)
+
+
+def test_first_program_is_the_example() -> None:
+    example = (ROOT / "examples" / "first_program.py").read_text()
+    assert example.split('"""\n\n', 1)[1] in (ROOT / "README.md").read_text()

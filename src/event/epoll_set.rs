@@ -6,7 +6,7 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -22,10 +22,8 @@ use crate::error::{Error, ErrorKind, Result};
 /// The manager's epoll set.
 #[derive(Debug)]
 pub(super) struct EpollSet {
-    /// The number the manager itself uses; it stays open as long as the manager lives.
+    /// The number that the manager itself uses; it stays open as long as the manager lives.
     number: RawFd,
-    /// A second number of the same set, ours.
-    shared: OwnedFd,
     /// Written to wake a waiter whose set was replaced under it.
     wake: EventFd,
     /// Whether `wake` was written and not yet drained.
@@ -54,23 +52,21 @@ impl EpollSet {
         let number = find_set_with(&wake).map_err(|e| {
             os("/proc/self/fd", &e).hint("pyvmm's event manager needs /proc mounted")
         })?;
-        let shared = duplicate(number)?;
         Ok(Self {
             number,
-            shared,
             wake,
             woken: AtomicBool::new(false),
         })
     }
 
-    pub(super) fn as_fd(&self) -> BorrowedFd<'_> {
-        self.shared.as_fd()
+    pub(super) fn as_raw_fd(&self) -> RawFd {
+        self.number
     }
 
     /// Wait until an event is ready. False when the deadline passed or a signal came.
     pub(super) fn wait(&self, deadline: Option<Instant>) -> Result<bool> {
         let mut poll = libc::pollfd {
-            fd: self.shared.as_raw_fd(),
+            fd: self.number,
             events: libc::POLLIN,
             revents: 0,
         };
@@ -143,12 +139,10 @@ impl EpollSet {
             // A registration whose number has been closed since is a ghost too, and stays behind.
             let _ = fresh.ctl(ControlOperation::Add, r.fd, event);
         }
-        for number in [self.number, self.shared.as_raw_fd()] {
-            // SAFETY: both numbers are open and stay owned by their owners; dup3 swaps the file behind them
-            // in one step, so no other thread can be given the number in between.
-            if unsafe { libc::dup3(fresh.as_raw_fd(), number, libc::O_CLOEXEC) } < 0 {
-                return Err(os("dup3", &io::Error::last_os_error()));
-            }
+        // SAFETY: the number is open and stays its owner's; dup3 swaps the file behind it in one step, so that no
+        // other thread can be given the number in between.
+        if unsafe { libc::dup3(fresh.as_raw_fd(), self.number, libc::O_CLOEXEC) } < 0 {
+            return Err(os("dup3", &io::Error::last_os_error()));
         }
         // A thread that waits on the old set sees what was registered there, but nothing added from here on.
         let written = self.wake.write(1).map_err(|e| os("eventfd", &e));
@@ -166,14 +160,7 @@ impl EpollSet {
             u64: event.data(),
         };
         // SAFETY: a valid epoll fd, and an event that lives through the call.
-        let result = unsafe {
-            libc::epoll_ctl(
-                self.shared.as_raw_fd(),
-                operation as i32,
-                fd,
-                &raw mut event,
-            )
-        };
+        let result = unsafe { libc::epoll_ctl(self.number, operation as i32, fd, &raw mut event) };
         if result < 0 {
             Err(io::Error::last_os_error())
         } else {
@@ -235,16 +222,6 @@ fn is_set_with(fd: RawFd, member: &EventFd) -> bool {
     unsafe { libc::epoll_ctl(fd, libc::EPOLL_CTL_MOD, member.as_raw_fd(), &raw mut event) == 0 }
 }
 
-fn duplicate(fd: RawFd) -> Result<OwnedFd> {
-    // SAFETY: a plain fcntl; the result is checked.
-    let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 0) };
-    if copy < 0 {
-        return Err(os("fcntl", &io::Error::last_os_error()));
-    }
-    // SAFETY: fcntl has just given us this number and nobody else knows it.
-    Ok(unsafe { OwnedFd::from_raw_fd(copy) })
-}
-
 fn os(at: &str, error: &io::Error) -> Error {
     Error::os(ErrorKind::Event, at, error)
 }
@@ -267,7 +244,7 @@ mod tests {
         let _other = Epoll::new().unwrap();
         let mut upstream = EventManager::new().unwrap();
         let set = EpollSet::of(&mut upstream).unwrap();
-        let listed = registrations(set.shared.as_raw_fd()).unwrap();
+        let listed = registrations(set.number).unwrap();
         assert!(listed.iter().any(|r| r.fd == set.wake.as_raw_fd()));
     }
 }

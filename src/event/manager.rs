@@ -3,7 +3,7 @@
 //! only the dispatch of what is ready takes it. Subscribers run on the thread that turns the loop.
 
 use std::collections::HashMap;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
@@ -247,13 +247,7 @@ impl EventManager {
 impl AsRawFd for EventManager {
     /// The epoll set: readable when an event is ready.
     fn as_raw_fd(&self) -> RawFd {
-        self.epoll.as_fd().as_raw_fd()
-    }
-}
-
-impl std::os::fd::AsFd for EventManager {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.epoll.as_fd()
+        self.epoll.as_raw_fd()
     }
 }
 

@@ -5,7 +5,11 @@ use std::fs::File;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
+use pyo3::intern;
 use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedBytes;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::PyString;
 
 use crate::config::{
     Boot, Code, CpuConfig, CpuMode, CpuTemplate, ExitPort, FlatBoot, LinuxBoot, MemoryConfig,
@@ -29,7 +33,7 @@ impl<'py> Part<'py> {
         }
     }
 
-    fn get<T>(&self, name: &str) -> PyResult<T>
+    fn get<T>(&self, name: &Bound<'py, PyString>) -> PyResult<T>
     where
         T: for<'a> FromPyObject<'a, 'py, Error: Into<PyErr>>,
     {
@@ -39,20 +43,38 @@ impl<'py> Part<'py> {
             .map_err(|e: <T as FromPyObject<'_, 'py>>::Error| {
                 let error: PyErr = e.into();
                 let reason = error.value(self.object.py()).to_string();
-                bad(self.at(name), reason)
+                bad(self.at(&name.to_string()), reason)
             })
     }
 
-    fn part(&self, name: &'static str) -> PyResult<Self> {
+    fn part(&self, name: &Bound<'py, PyString>, key: &'static str) -> PyResult<Self> {
         Ok(Self {
             object: self.object.getattr(name)?,
-            key: name,
+            key,
         })
     }
+}
 
-    fn has(&self, name: &str) -> PyResult<bool> {
-        self.object.hasattr(name)
-    }
+/// The classes of `pyvmm.config` that decide what is read.
+struct Classes {
+    config: Py<PyAny>,
+    embedded: Py<PyAny>,
+    flat: Py<PyAny>,
+    linux: Py<PyAny>,
+}
+
+fn classes(py: Python<'_>) -> PyResult<&'static Classes> {
+    static CLASSES: PyOnceLock<Classes> = PyOnceLock::new();
+    CLASSES.get_or_try_init(py, || {
+        let module = py.import("pyvmm.config")?;
+        let class = |name: &str| module.getattr(name).map(Bound::unbind);
+        Ok(Classes {
+            config: class("VmmConfig")?,
+            embedded: class("EmbeddedBoot")?,
+            flat: class("FlatBoot")?,
+            linux: class("LinuxBoot")?,
+        })
+    })
 }
 
 fn bad(at: impl Into<String>, detail: impl Into<String>) -> PyErr {
@@ -61,7 +83,8 @@ fn bad(at: impl Into<String>, detail: impl Into<String>) -> PyErr {
 
 /// The crate's configuration. Files are opened and descriptors duplicated here: the machine owns its own.
 pub(super) fn from_python(config: &Bound<'_, PyAny>) -> PyResult<VmmConfig> {
-    if config.get_type().name()? != "VmmConfig" {
+    let py = config.py();
+    if !config.is_instance(classes(py)?.config.bind(py))? {
         let class = config.get_type().name()?;
         return Err(bad("config", format!("a VmmConfig is needed, not {class}")));
     }
@@ -69,21 +92,23 @@ pub(super) fn from_python(config: &Bound<'_, PyAny>) -> PyResult<VmmConfig> {
         object: config.clone(),
         key: "",
     };
+    let memory = all.part(intern!(py, "memory"), "memory")?;
     Ok(VmmConfig {
         memory: MemoryConfig {
-            size_mib: all.part("memory")?.get("size_mib")?,
+            size_mib: memory.get(intern!(py, "size_mib"))?,
         },
-        cpu: cpu(&all.part("cpu")?)?,
-        boot: boot(&all.part("boot")?)?,
-        serial: serial(&all.part("serial")?)?,
-        exit_port: ExitPort(all.get("exit_port")?),
-        irqchip: all.get("irqchip")?,
-        pit: all.get("pit")?,
+        cpu: cpu(&all.part(intern!(py, "cpu"), "cpu")?)?,
+        boot: boot(&all.part(intern!(py, "boot"), "boot")?)?,
+        serial: serial(&all.part(intern!(py, "serial"), "serial")?)?,
+        exit_port: ExitPort(all.get(intern!(py, "exit_port"))?),
+        irqchip: all.get(intern!(py, "irqchip"))?,
+        pit: all.get(intern!(py, "pit"))?,
     })
 }
 
 fn cpu(part: &Part<'_>) -> PyResult<CpuConfig> {
-    let template = match part.get::<String>("template")?.as_str() {
+    let py = part.object.py();
+    let template = match part.get::<String>(intern!(py, "template"))?.as_str() {
         "auto" => CpuTemplate::Auto,
         "host" => CpuTemplate::Host,
         "software-kvm" => CpuTemplate::SoftwareKvm,
@@ -93,25 +118,28 @@ fn cpu(part: &Part<'_>) -> PyResult<CpuConfig> {
         }
     };
     Ok(CpuConfig {
-        vcpus: part.get("vcpus")?,
-        hide: part.get("hide")?,
+        vcpus: part.get(intern!(py, "vcpus"))?,
+        hide: part.get(intern!(py, "hide"))?,
         template,
     })
 }
 
 fn boot(part: &Part<'_>) -> PyResult<Boot> {
-    if part.has("kernel")? {
+    let py = part.object.py();
+    let classes = classes(py)?;
+    let is = |class: &Py<PyAny>| part.object.is_instance(class.bind(py));
+    if is(&classes.linux)? {
         return Ok(Boot::Linux(LinuxBoot {
-            kernel: part.get("kernel")?,
-            initrd: part.get("initrd")?,
-            cmdline: part.get("cmdline")?,
-            load_address: part.get("load_address")?,
+            kernel: part.get(intern!(py, "kernel"))?,
+            initrd: part.get(intern!(py, "initrd"))?,
+            cmdline: part.get(intern!(py, "cmdline"))?,
+            load_address: part.get(intern!(py, "load_address"))?,
         }));
     }
-    if part.has("code")? {
+    if is(&classes.flat)? {
         return Ok(Boot::Flat(flat(part)?));
     }
-    if part.object.get_type().name()? == "EmbeddedBoot" {
+    if is(&classes.embedded)? {
         return Ok(Boot::Embedded);
     }
     Err(bad(
@@ -121,16 +149,17 @@ fn boot(part: &Part<'_>) -> PyResult<Boot> {
 }
 
 fn flat(part: &Part<'_>) -> PyResult<FlatBoot> {
-    let code: Vec<u8> = part.get("code")?;
-    let path: Option<PathBuf> = part.get("path")?;
+    let py = part.object.py();
+    let code: PyBackedBytes = part.get(intern!(py, "code"))?;
+    let path: Option<PathBuf> = part.get(intern!(py, "path"))?;
     let code = match path {
         Some(_) if !code.is_empty() => {
             return Err(bad("boot.path", "code is given too: one of them is enough"));
         }
         Some(path) => Code::File(path),
-        None => Code::Bytes(code),
+        None => Code::Bytes(code.to_vec()),
     };
-    let mode = match part.get::<String>("mode")?.as_str() {
+    let mode = match part.get::<String>(intern!(py, "mode"))?.as_str() {
         "real16" => CpuMode::Real16,
         "protected32" => CpuMode::Protected32,
         "long64" => CpuMode::Long64,
@@ -142,8 +171,8 @@ fn flat(part: &Part<'_>) -> PyResult<FlatBoot> {
     };
     Ok(FlatBoot {
         code,
-        address: part.get("address")?,
-        entry: part.get("entry")?,
+        address: part.get(intern!(py, "address"))?,
+        entry: part.get(intern!(py, "entry"))?,
         mode,
     })
 }
@@ -156,13 +185,14 @@ enum Endpoint {
 }
 
 fn serial(part: &Part<'_>) -> PyResult<SerialConfig> {
-    let output = match endpoint(part, "output")? {
+    let py = part.object.py();
+    let output = match endpoint(part, intern!(py, "output"))? {
         None => None,
         Some(None) => Some(SerialOutput::Subscriber),
         Some(Some(Endpoint::Fd(fd))) => Some(SerialOutput::Fd(duplicate(fd, "serial.output")?)),
         Some(Some(Endpoint::Path(path))) => Some(SerialOutput::File(path.into())),
     };
-    let input = match endpoint(part, "input")? {
+    let input = match endpoint(part, intern!(py, "input"))? {
         None => None,
         Some(None) => Some(SerialInput::Subscriber),
         Some(Some(Endpoint::Fd(fd))) => Some(SerialInput::Fd(duplicate(fd, "serial.input")?)),
@@ -175,17 +205,20 @@ fn serial(part: &Part<'_>) -> PyResult<SerialConfig> {
     Ok(SerialConfig {
         output,
         input,
-        input_eof: part.get("input_eof")?,
+        input_eof: part.get(intern!(py, "input_eof"))?,
     })
 }
 
 /// None: no stream. An inner none: a Python object, which `pyvmm.streams` connects.
-fn endpoint(part: &Part<'_>, name: &str) -> PyResult<Option<Option<Endpoint>>> {
+fn endpoint<'py>(
+    part: &Part<'py>,
+    name: &Bound<'py, PyString>,
+) -> PyResult<Option<Option<Endpoint>>> {
     let value = part.object.getattr(name)?;
     if value.is_none() {
         return Ok(None);
     }
     let streams = part.object.py().import("pyvmm.streams")?;
-    let found = streams.call_method1("endpoint", (&value, part.at(name)))?;
+    let found = streams.call_method1("endpoint", (&value, part.at(&name.to_string())))?;
     Ok(Some(found.extract()?))
 }

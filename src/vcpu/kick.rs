@@ -3,7 +3,7 @@
 //! The kicker, under the handle's lock:
 //!   1. sets the stop word;
 //!   2. sets `immediate_exit` through its own mapping of the run page;
-//!   3. sends the kick signal to the vCPU's thread.
+//!   3. sends the kick signal to the vCPU's thread, unless the vCPU is at rest.
 //!
 //! The vCPU's thread:
 //!   4. looks at the stop word before each `KVM_RUN`;
@@ -41,10 +41,15 @@ impl StopWord {
     }
 
     /// Points 1 to 3.
-    pub(crate) fn kick(&self, page: &RunPage, thread: Option<&JoinHandle<()>>) {
+    pub(crate) fn kick<'a>(
+        &self,
+        page: &RunPage,
+        running: impl FnOnce() -> Option<&'a JoinHandle<()>>,
+    ) {
         self.0.store(true, Ordering::SeqCst);
         page.set_immediate_exit(true);
-        if let (Some(thread), Ok(signal)) = (thread, kick_signal()) {
+        // Asked only now: a thread found at rest takes the vCPU after point 1, and point 4 keeps it out.
+        if let (Some(thread), Ok(signal)) = (running(), kick_signal()) {
             // SAFETY: the handle has not been joined, so its pthread_t is valid even if the thread has ended.
             unsafe { libc::pthread_kill(thread.as_pthread_t(), signal) };
         }

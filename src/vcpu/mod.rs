@@ -9,4 +9,4 @@ mod thread;
 
 pub use kick::kick_signal;
 pub use state::{RunState, VmRunState};
-pub(crate) use thread::{Handle, Shared};
+pub(crate) use thread::{Handle, Shared, Vcpu};

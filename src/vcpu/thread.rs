@@ -71,46 +71,56 @@ impl Handle {
         })
     }
 
-    /// Call `f` with the vCPU at rest.
-    pub(crate) fn at_rest<T>(&self, f: impl FnOnce(&mut Vcpu) -> Result<T>) -> Result<T> {
-        match self.vcpu.lock().as_mut() {
-            Some(vcpu) => f(vcpu),
-            None => {
-                let detail = "the vCPU is running";
-                Err(Error::new(
-                    ErrorKind::State,
-                    format!("vcpu_{}", self.id),
-                    detail,
-                ))
-            }
-        }
-    }
-
-    /// Start the thread.
-    pub(crate) fn start<EH>(&mut self, shared: &Arc<Shared<EH>>) -> Result<()>
+    /// Start the thread, and `prepare` the vCPU while it comes up. When that fails the thread ends at once.
+    pub(crate) fn start<EH>(
+        &mut self,
+        shared: &Arc<Shared<EH>>,
+        prepare: impl FnOnce(&mut Vcpu) -> Result<()>,
+    ) -> Result<()>
     where
         EH: ExitHandler + Send + Sync + 'static,
     {
         self.stop.clear(&self.page);
-        let (slot, stop, shared) = (
-            Arc::clone(&self.vcpu),
-            Arc::clone(&self.stop),
-            Arc::clone(shared),
-        );
+        // The thread waits for this lock before it takes the vCPU.
+        let mut slot = self.vcpu.lock();
+        let Some(vcpu) = slot.as_mut() else {
+            let detail = "its thread has panicked";
+            return Err(Error::new(
+                ErrorKind::State,
+                format!("vcpu_{}", self.id),
+                detail,
+            ));
+        };
+        self.thread = Some(self.spawn(Arc::clone(shared))?);
+        prepare(vcpu).inspect_err(|_| self.stop.kick(&self.page, || None))
+    }
+
+    fn spawn<EH>(&self, shared: Arc<Shared<EH>>) -> Result<JoinHandle<()>>
+    where
+        EH: ExitHandler + Send + Sync + 'static,
+    {
+        let (slot, stop) = (Arc::clone(&self.vcpu), Arc::clone(&self.stop));
         let name = format!("vcpu_{}", self.id);
-        let thread = std::thread::Builder::new()
+        let run = move || {
+            block_other_signals();
+            run_to_end(&slot, &stop, &shared);
+        };
+        std::thread::Builder::new()
             .name(name.clone())
-            .spawn(move || {
-                block_other_signals();
-                run_to_end(&slot, &stop, &shared);
-            });
-        self.thread = Some(thread.map_err(|e| Error::os(ErrorKind::Kvm, name, &e))?);
-        Ok(())
+            .spawn(run)
+            .map_err(|e| Error::os(ErrorKind::Kvm, name, &e))
     }
 
     /// Bring the vCPU out of the guest. Returns before it is out.
     pub(crate) fn kick(&self) {
-        self.stop.kick(&self.page, self.thread.as_ref());
+        self.stop.kick(&self.page, || {
+            self.thread.as_ref().filter(|_| !self.is_at_rest())
+        });
+    }
+
+    /// Whether the thread has not taken the vCPU yet, or has put it back.
+    fn is_at_rest(&self) -> bool {
+        self.vcpu.try_lock().is_some_and(|slot| slot.is_some())
     }
 
     /// Wait until the thread is gone.

@@ -26,7 +26,7 @@ use crate::devices::Buses;
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::{Exit, ExitHandler};
 use crate::process::Birthplace;
-use crate::vcpu::{Handle, RunState, VmRunState};
+use crate::vcpu::{Handle, RunState, Vcpu, VmRunState};
 
 /// A KVM virtual machine whose vCPUs tell `EH` when their guest ends.
 pub struct KvmVm<EH: ExitHandler> {
@@ -102,28 +102,22 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     pub fn run(&self, vcpu_run_addr: Option<u64>) -> Result<()> {
         self.check_process()?;
         let mut vcpus = self.vcpus.lock();
-        if let Some(address) = vcpu_run_addr {
-            self.check_may_run()?;
-            for handle in vcpus.iter() {
-                self.set_start_state(handle, address)?;
-            }
-        }
         let before = self.enter(VmRunState::Running)?;
-        for at in 0..vcpus.len() {
-            let Some(handle) = vcpus.get_mut(at) else {
-                continue;
-            };
-            if let Err(error) = handle.start(&self.shared) {
-                stop_all(&mut vcpus);
-                // From Running a machine leaves to Paused; a first run that failed may be tried again.
-                let _ = self.shared.run_state.set_and_notify(VmRunState::Paused);
-                return Err(Error {
-                    detail: format!("{} (it was {})", error.detail, before.name()),
-                    ..error
-                });
+        let started = vcpus.iter_mut().try_for_each(|handle| {
+            handle.start(&self.shared, |vcpu| match vcpu_run_addr {
+                Some(address) => self.set_start_state(vcpu, address),
+                None => Ok(()),
+            })
+        });
+        started.map_err(|error| {
+            stop_all(&mut vcpus);
+            // From Running a machine leaves to Paused; a first run that failed may be tried again.
+            let _ = self.shared.run_state.set_and_notify(VmRunState::Paused);
+            Error {
+                detail: format!("{} (the machine was {})", error.detail, before.name()),
+                ..error
             }
-        }
-        Ok(())
+        })
     }
 
     fn enter(&self, next: VmRunState) -> Result<VmRunState> {
@@ -145,34 +139,32 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     }
 
     /// Registers of a first start.
-    fn set_start_state(&self, handle: &Handle, address: u64) -> Result<()> {
-        handle.at_rest(|vcpu| {
-            if self.mode == CpuMode::Linux64 && vcpu.id != 0 {
-                return Ok(()); // waits for INIT and SIPI
-            }
-            let mut sregs = vcpu
-                .fd
-                .get_sregs()
-                .map_err(|e| Error::kvm("KVM_GET_SREGS", e))?;
-            regs::set_start_sregs(&mut sregs, self.mode, address);
+    fn set_start_state(&self, vcpu: &Vcpu, address: u64) -> Result<()> {
+        if self.mode == CpuMode::Linux64 && vcpu.id != 0 {
+            return Ok(()); // waits for INIT and SIPI
+        }
+        let mut sregs = vcpu
+            .fd
+            .get_sregs()
+            .map_err(|e| Error::kvm("KVM_GET_SREGS", e))?;
+        regs::set_start_sregs(&mut sregs, self.mode, address);
+        vcpu.fd
+            .set_sregs(&sregs)
+            .map_err(|e| Error::kvm("KVM_SET_SREGS", e))?;
+        let code = self.code.unwrap_or(address);
+        let start = regs::start_regs(self.mode, address, code, vcpu.id);
+        vcpu.fd
+            .set_regs(&start)
+            .map_err(|e| Error::kvm("KVM_SET_REGS", e))?;
+        if self.irqchip && vcpu.id != 0 {
+            let state = kvm_mp_state {
+                mp_state: KVM_MP_STATE_RUNNABLE,
+            };
             vcpu.fd
-                .set_sregs(&sregs)
-                .map_err(|e| Error::kvm("KVM_SET_SREGS", e))?;
-            let code = self.code.unwrap_or(address);
-            let start = regs::start_regs(self.mode, address, code, vcpu.id);
-            vcpu.fd
-                .set_regs(&start)
-                .map_err(|e| Error::kvm("KVM_SET_REGS", e))?;
-            if self.irqchip && vcpu.id != 0 {
-                let state = kvm_mp_state {
-                    mp_state: KVM_MP_STATE_RUNNABLE,
-                };
-                vcpu.fd
-                    .set_mp_state(state)
-                    .map_err(|e| Error::kvm("KVM_SET_MP_STATE", e))?;
-            }
-            Ok(())
-        })
+                .set_mp_state(state)
+                .map_err(|e| Error::kvm("KVM_SET_MP_STATE", e))?;
+        }
+        Ok(())
     }
 
     /// An eventfd whose write pulses an interrupt line; none without an interrupt controller.
