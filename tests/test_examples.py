@@ -51,7 +51,9 @@ def test_example_boots_linux(linux: Linux) -> None:
 def snippets() -> list[str]:
     """The Python programs in README and docs that run by themselves."""
     texts = [path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))]
-    return [snippet for text in texts for snippet in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)]
+    return [
+        snippet for text in texts for snippet in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    ]
 
 
 @pytest.mark.kvm
