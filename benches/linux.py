@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from pyvmm import LinuxBoot, SerialConfig, Vmm, VmmConfig, kvm_info
 
-from benches.measure import Result, UnmeasurableError, duration
+from benches.measure import Result, UnmeasurableError, compare
 
 LINE = b"pyvmm: userspace reached"
 RUNS = 5
@@ -42,7 +42,7 @@ def boots() -> Iterator[Result]:
     directory = Path(built.stdout.strip())
     cmdline = (here / "cmdline").read_text().strip()
     linux = Linux(directory / "vmlinux", directory / "initramfs.cpio", cmdline)
-    yield duration("linux-userspace", "s", lambda: ours(linux), lambda: qemu(linux), "QEMU microvm", 1.0, RUNS)
+    yield compare("linux-userspace", "s", lambda: ours(linux), lambda: qemu(linux), "QEMU microvm", 1.0, RUNS)
 
 
 def ours(linux: Linux) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pyvmm import FlatBoot, MemoryConfig, Vmm, VmmConfig
 
 from benches import bare
-from benches.measure import Result, rate
+from benches.measure import Result, compare
 
 EXITS = 20_000
 CYCLES = 100
@@ -45,7 +45,7 @@ def pio_exits(exits: int = EXITS, runs: int = RUNS) -> Iterator[Result]:
         assert exit.code == 0
         return exits / seconds
 
-    yield rate("pio-exit", "exits/s", ours, lambda: exits / bare.time_run(code), "bare KVM loop", 0.95, runs)
+    yield compare("pio-exit", "exits/s", ours, lambda: exits / bare.time_run(code), "bare KVM loop", 0.95, runs)
 
 
 def lives(cycles: int = CYCLES, runs: int = RUNS) -> Iterator[Result]:
@@ -63,6 +63,6 @@ def lives(cycles: int = CYCLES, runs: int = RUNS) -> Iterator[Result]:
         return cycles / bare.time_cycles(EXIT, cycles, threads)
 
     bare_name, unit = "bare KVM loop", "machines/s"
-    yield rate("create-run-close", unit, ours, lambda: theirs(False), bare_name, 0.9, runs)
+    yield compare("create-run-close", unit, ours, lambda: theirs(False), bare_name, 0.9, runs)
     # What a thread for the vCPU costs the bare loop: the limit of any machine that has one.
-    yield rate("create-run-close", unit, ours, lambda: theirs(True), f"{bare_name} with a thread", 0.9, runs)
+    yield compare("create-run-close", unit, ours, lambda: theirs(True), f"{bare_name} with a thread", 0.9, runs)

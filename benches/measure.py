@@ -44,7 +44,7 @@ def alternate(ours: Callable[[], float], theirs: Callable[[], float], runs: int)
     return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
 
 
-def rate(
+def compare(
     name: str,
     unit: str,
     ours: Callable[[], float],
@@ -53,23 +53,10 @@ def rate(
     goal: float,
     runs: int,
 ) -> Result:
-    """Higher is better: the ratio is ours to theirs."""
+    """One line of the table. A unit per second is a rate, of which more is better; else less is."""
     value, baseline = alternate(ours, theirs, runs)
-    return Result(name, value, unit, baseline, theirs_name, value / baseline, goal, runs)
-
-
-def duration(
-    name: str,
-    unit: str,
-    ours: Callable[[], float],
-    theirs: Callable[[], float],
-    theirs_name: str,
-    goal: float,
-    runs: int,
-) -> Result:
-    """Lower is better: the ratio is theirs to ours."""
-    value, baseline = alternate(ours, theirs, runs)
-    return Result(name, value, unit, baseline, theirs_name, baseline / value, goal, runs)
+    ratio = value / baseline if unit.endswith("/s") else baseline / value
+    return Result(name, value, unit, baseline, theirs_name, ratio, goal, runs)
 
 
 def compiled(source: Path) -> str:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 def test_ratios_are_such_that_higher_is_better() -> None:
     two, four = (lambda: 2.0), (lambda: 4.0)
-    assert measure.rate("r", "1/s", four, two, "limit", 0.9, 3).ratio == 2
-    assert measure.duration("d", "s", two, four, "peer", 1.0, 3).ratio == 2
+    assert measure.compare("r", "1/s", four, two, "limit", 0.9, 3).ratio == 2
+    assert measure.compare("d", "s", two, four, "peer", 1.0, 3).ratio == 2
 
 
 def test_measurements_alternate_and_the_first_pair_does_not_count() -> None:

@@ -6,7 +6,7 @@ import gc
 import os
 import threading
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 from guests import exit_with, flat
@@ -22,6 +22,9 @@ from pyvmm import (
     Vmm,
     VmmConfig,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 CYCLES = 1000
 
@@ -45,7 +48,14 @@ def held() -> Held:
     )
 
 
-def assert_flat(before: Held, after: Held) -> None:
+def stays_flat(cycle: Callable[[], object], cycles: int) -> None:
+    """After the first fifty, which fill what is made once a process."""
+    for _ in range(50):
+        cycle()
+    before = held()
+    for _ in range(cycles):
+        cycle()
+    after = held()
     assert (after.descriptors, after.threads) == (before.descriptors, before.threads)
     assert after.mappings <= before.mappings + 8, "the allocator's own"
     assert after.resident_kib <= before.resident_kib + 2048, "less than two KiB a cycle"
@@ -69,12 +79,7 @@ def test_machines_leave_nothing() -> None:
             vmm.add_subscriber(Stays())
             assert vmm.run(60).reason is ExitReason.CODE
 
-    for _ in range(50):
-        cycle()
-    before = held()
-    for _ in range(CYCLES):
-        cycle()
-    assert_flat(before, held())
+    stays_flat(cycle, CYCLES)
 
 
 @pytest.mark.kvm
@@ -93,12 +98,7 @@ def test_machines_that_nobody_closes_leave_nothing() -> None:
         vm.run()
         handler.kicked.wait(60)
 
-    for _ in range(50):
-        cycle()
-    before = held()
-    for _ in range(200):
-        cycle()
-    assert_flat(before, held())
+    stays_flat(cycle, 200)
 
 
 def test_event_managers_leave_nothing() -> None:
@@ -108,12 +108,7 @@ def test_event_managers_leave_nothing() -> None:
         assert manager.run() == 1
         manager.remove_subscriber(id)
 
-    for _ in range(50):
-        cycle()
-    before = held()
-    for _ in range(CYCLES):
-        cycle()
-    assert_flat(before, held())
+    stays_flat(cycle, CYCLES)
 
 
 @pytest.mark.kvm
@@ -122,9 +117,4 @@ def test_machines_that_cannot_be_built_leave_nothing() -> None:
         with pytest.raises(BootError):
             Vmm(VmmConfig(boot=FlatBoot(b"\xf4" * 2, address=0x7FFFFFF, mode="long64")))
 
-    for _ in range(50):
-        cycle()
-    before = held()
-    for _ in range(CYCLES):
-        cycle()
-    assert_flat(before, held())
+    stays_flat(cycle, CYCLES)

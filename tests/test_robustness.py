@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 from typing import TYPE_CHECKING
 
 import pytest
@@ -390,3 +392,36 @@ def test_halt_with_nobody_to_wake_it_can_be_stopped() -> None:
         start = time.monotonic()
         assert vmm.run(0.05).reason is ExitReason.TIMEOUT
         assert time.monotonic() - start < DEADLINE_S
+
+
+def test_output_that_nobody_takes_is_left_for_the_host(make: Callable[[VmmConfig], Vmm]) -> None:
+    """More than a pipe holds: the guest ends, the run does not wait for ever, and no byte is lost."""
+    code = (
+        b"\x66\xb9\xa0\x86\x01\x00"  # mov ecx, 100000
+        b"\xba\xf8\x03\xb0\x78"  #     mov dx, 0x3f8; mov al, 'x'
+        b"\xee"  #                      out dx, al
+        b"\x66\x49\x75\xfb"  #         dec ecx; jnz back
+    ) + exit_with(0)
+    reader, writer = os.pipe()
+    vmm = make(flat(code, serial=SerialConfig(output=writer)))
+    assert vmm.run(DEADLINE_S).reason is ExitReason.CODE
+    left = vmm.serial.read()
+    vmm.close()
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        assert len(pipe.read()) + len(left) == 100_000
+    assert left
+
+
+def test_machine_in_a_cycle_with_its_subscriber_is_collected() -> None:
+    class Owner(Callback):
+        vmm: Vmm
+
+    owner = Owner(lambda: None)
+    owner.vmm = Vmm(flat(exit_with(1)))
+    owner.vmm.add_subscriber(owner)
+    owner.vmm.run(DEADLINE_S)
+    alive = weakref.ref(owner.vmm)
+    del owner
+    gc.collect()
+    assert alive() is None
