@@ -3,6 +3,7 @@
 # says what to type. With "kvm" as argument it also insists on /dev/kvm.
 set -eu
 cd "$(dirname "$0")/.."
+rust=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
 
 fail() {
 	echo "pyvmm: $1" >&2
@@ -17,7 +18,7 @@ install_packages() {
 		sudo -n true 2>/dev/null || return 1
 		root="sudo -n"
 	fi
-	$root env DEBIAN_FRONTEND=noninteractive apt-get -qq -y install "$@" >/dev/null 2>&1 && return
+	echo "pyvmm: installing $*"
 	$root apt-get -qq update >/dev/null 2>&1
 	$root env DEBIAN_FRONTEND=noninteractive apt-get -qq -y install "$@" >/dev/null 2>&1
 }
@@ -25,7 +26,7 @@ install_packages() {
 has_rust() {
 	local version
 	version=$(rustc --version 2>/dev/null | cut -d' ' -f2) && cargo --version >/dev/null 2>&1 || return 1
-	[ "$(printf '1.85.0\n%s\n' "$version" | sort -V | head -n 1)" = 1.85.0 ]
+	[ "$(printf '%s\n%s\n' $rust "$version" | sort -V | head -n 1)" = $rust ]
 }
 
 check_kvm() {
@@ -42,7 +43,7 @@ python=${PYTHON:-python3}
 	fail "Python 3.11 or newer is needed: type: sudo apt-get install python3"
 command -v cc >/dev/null || install_packages gcc libc6-dev || fail "a C linker is needed: type: sudo apt-get install gcc libc6-dev"
 has_rust || install_packages rustc-web cargo-web || true
-has_rust || fail "Rust 1.85 or newer is needed: type: sudo apt-get install rustc-web cargo-web"
+has_rust || fail "Rust $rust or newer is needed: type: sudo apt-get update && sudo apt-get install rustc-web cargo-web"
 
 if [ ! -x .venv/bin/pip ]; then
 	"$python" -m venv .venv >/dev/null 2>&1 || { install_packages python3-venv && "$python" -m venv --clear .venv; } ||
