@@ -5,6 +5,8 @@
 use std::collections::HashMap;
 use std::os::fd::{AsRawFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use event_manager::{
@@ -27,6 +29,8 @@ pub struct EventManager {
     inner: Mutex<Inner>,
     epoll: EpollSet,
     birthplace: Birthplace,
+    /// Goes up, under the lock, with each registration that is taken back.
+    removals: Arc<AtomicU64>,
 }
 
 struct Inner {
@@ -65,6 +69,7 @@ impl EventManager {
             inner,
             epoll,
             birthplace: Birthplace::here(),
+            removals: Arc::default(),
         })
     }
 
@@ -81,6 +86,7 @@ impl EventManager {
         self.check_process()?;
         let mut inner = self.inner.lock();
         let subscriber = inner.upstream.remove_subscriber(id).map_err(event_error)?;
+        self.count_removal();
         let mut left: Vec<RawFd> = Vec::new();
         inner.watched.retain(|fd, watched| {
             let mine = watched.owner == id;
@@ -109,6 +115,7 @@ impl EventManager {
                 return Err(Error::new(ErrorKind::Event, "EventOps.add", detail));
             }
             // The number's former file was closed while it was registered: forget that one.
+            self.count_removal();
             inner.forget_closed(&self.epoll, owner, fd)?;
         }
         ops(&mut inner.upstream, id)?
@@ -158,6 +165,7 @@ impl EventManager {
         let mut inner = self.inner.lock();
         inner.check_owner("EventOps.remove", id, fd)?;
         inner.watched.remove(&fd);
+        self.count_removal();
         if ops(&mut inner.upstream, id)?
             .remove(Events::empty_raw(fd))
             .is_err()
@@ -165,6 +173,24 @@ impl EventManager {
             self.epoll.drop_ghosts(&[fd])?;
         }
         Ok(())
+    }
+
+    /// How often a registration was taken back. While it stays, every fetched event still has its receiver.
+    #[must_use]
+    pub fn removals(&self) -> u64 {
+        // Acquire: who sees the count finds the removal done.
+        self.removals.load(Ordering::Acquire)
+    }
+
+    /// The count of [`Self::removals`], for a subscriber to note when it is called.
+    #[must_use]
+    pub fn removal_counter(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.removals)
+    }
+
+    fn count_removal(&self) {
+        // Release: pairs with the acquire in `removals`.
+        self.removals.fetch_add(1, Ordering::Release);
     }
 
     /// Whether this subscriber still watches this fd: what a queued event is checked against.
@@ -320,8 +346,7 @@ fn at_fd(at: &str, fd: RawFd, error: event_manager::Error) -> Error {
 mod tests {
     use super::*;
     use event_manager::EventSet;
-    use std::sync::Arc;
-    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::atomic::AtomicUsize;
     use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
     #[derive(Default)]

@@ -1,12 +1,32 @@
 //! The only place where the loop and the vCPU threads enter Python. No Rust lock is held here.
 
-use pyo3::intern;
+use event_manager::{Events, SubscriberId};
 use pyo3::prelude::*;
+use pyo3::{ffi, intern};
 
-use event_manager::SubscriberId;
-
-use super::event_manager::PyEventManager;
+use super::event_manager::{PyEventManager, Ready};
 use super::events::{PyEventOps, PyEvents};
+
+/// The arguments of `process`, used again for the next event unless a callback has kept one.
+#[derive(Debug)]
+pub(super) struct Arguments {
+    events: Py<PyEvents>,
+    ops: Py<PyEventOps>,
+}
+
+impl Arguments {
+    fn new(py: Python<'_>, events: Events) -> PyResult<Self> {
+        Ok(Self {
+            events: Py::new(py, PyEvents::happened(events))?,
+            ops: Py::new(py, PyEventOps::default())?,
+        })
+    }
+
+    fn is_kept(&self) -> bool {
+        // SAFETY: two live objects of ours, with the GIL held.
+        unsafe { ffi::Py_REFCNT(self.events.as_ptr()) > 1 || ffi::Py_REFCNT(self.ops.as_ptr()) > 1 }
+    }
+}
 
 /// Call a new subscriber's `init(ops)`. On the thread that adds it.
 pub(super) fn init(
@@ -16,7 +36,8 @@ pub(super) fn init(
     subscriber: &Bound<'_, PyAny>,
 ) -> PyResult<()> {
     let py = manager.py();
-    let ops = Bound::new(py, PyEventOps::new(manager.clone().unbind(), token, id))?;
+    let ops = Bound::new(py, PyEventOps::default())?;
+    ops.get().begin(manager, token, id);
     let result = subscriber.call_method1(intern!(py, "init"), (&ops,));
     ops.get().end();
     result.map(drop)
@@ -28,36 +49,50 @@ pub(super) fn init(
 /// The first exception ends the delivery. What was fetched behind it is reported again by the next dispatch.
 pub(super) fn deliver(manager: &Bound<'_, PyEventManager>) -> PyResult<usize> {
     let this = manager.get();
+    let fetched = this.take_ready();
+    let mut arguments = this.take_arguments();
     let mut dropped = 0;
-    let mut fetched = this.take_ready().into_iter();
-    while let Some(ready) = fetched.next() {
-        let Some((subscriber, id)) = this.receiver(manager.py(), &ready) else {
+    for (at, ready) in fetched.iter().enumerate() {
+        let Some((subscriber, id)) = this.receiver(manager.py(), ready) else {
             dropped += 1;
             continue;
         };
-        let events = PyEvents::happened(ready.events);
-        if let Err(error) = process(manager, ready.token, id, &subscriber, events) {
-            fetched.for_each(|ready| this.rearm(&ready));
+        if let Err(error) = process(manager, ready, id, &subscriber, &mut arguments) {
+            fetched
+                .iter()
+                .skip(at + 1)
+                .for_each(|ready| this.rearm(ready));
             return Err(error);
         }
     }
+    this.give_back(fetched, arguments);
     Ok(dropped)
 }
 
 fn process(
     manager: &Bound<'_, PyEventManager>,
-    token: u64,
+    ready: &Ready,
     id: SubscriberId,
     subscriber: &Py<PyAny>,
-    events: PyEvents,
+    spare: &mut Option<Arguments>,
 ) -> PyResult<()> {
     let py = manager.py();
-    let ops = Bound::new(py, PyEventOps::new(manager.clone().unbind(), token, id))?;
-    let events = Bound::new(py, events)?;
+    let arguments = match spare.take() {
+        Some(arguments) => {
+            arguments.events.get().happened_next(ready.events);
+            arguments
+        }
+        None => Arguments::new(py, ready.events)?,
+    };
+    arguments.ops.get().begin(manager, ready.token, id);
+    let parts = (arguments.events.bind(py), arguments.ops.bind(py));
     let result = subscriber
         .bind(py)
-        .call_method1(intern!(py, "process"), (events, &ops));
-    ops.get().end();
+        .call_method1(intern!(py, "process"), parts);
+    arguments.ops.get().end();
+    if !arguments.is_kept() {
+        *spare = Some(arguments);
+    }
     result.map(drop)
 }
 

@@ -18,15 +18,44 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EFD_SEMAPHORE, EventFd};
 ///     semaphore: `read` takes one at a time instead of all.
 #[pyclass(frozen, weakref, name = "EventFd", module = "pyvmm")]
 #[derive(Debug)]
-pub struct PyEventFd(Mutex<Option<Arc<EventFd>>>);
+pub struct PyEventFd {
+    fd: Mutex<Option<Arc<EventFd>>>,
+    /// Its calls return at once: the GIL is not worth letting go.
+    nonblocking: bool,
+}
 
 impl PyEventFd {
+    /// Over a nonblocking one of the crate's.
     pub(super) fn over(fd: Arc<EventFd>) -> Self {
-        Self(Mutex::new(Some(fd)))
+        Self {
+            fd: Mutex::new(Some(fd)),
+            nonblocking: true,
+        }
+    }
+
+    /// Call; if it may wait, without the GIL. After a signal, run Python's handlers and call again.
+    fn call<T: Send>(
+        &self,
+        py: Python<'_>,
+        call: impl Fn(&EventFd) -> io::Result<T> + Sync,
+    ) -> PyResult<T> {
+        let fd = self.open()?;
+        loop {
+            let result = if self.nonblocking {
+                call(&fd)
+            } else {
+                py.detach(|| call(&fd))
+            };
+            match result {
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => py.check_signals()?,
+                Err(e) => return Err(os_error(&e)),
+                Ok(value) => return Ok(value),
+            }
+        }
     }
 
     fn open(&self) -> PyResult<Arc<EventFd>> {
-        self.0
+        self.fd
             .lock()
             .clone()
             .ok_or_else(|| PyValueError::new_err("this EventFd is closed"))
@@ -44,7 +73,10 @@ impl PyEventFd {
         if initial > 0 {
             fd.write(initial)?;
         }
-        Ok(Self::over(Arc::new(fd)))
+        Ok(Self {
+            fd: Mutex::new(Some(Arc::new(fd))),
+            nonblocking,
+        })
     }
 
     /// Take the count, or one in semaphore mode.
@@ -53,8 +85,7 @@ impl PyEventFd {
     ///     BlockingIOError: the count is zero and the EventFd is nonblocking.
     ///     ValueError: it is closed.
     fn read(&self, py: Python<'_>) -> PyResult<u64> {
-        let fd = self.open()?;
-        retry(py, || fd.read())
+        self.call(py, EventFd::read)
     }
 
     /// Add to the count.
@@ -66,8 +97,7 @@ impl PyEventFd {
     ///     ValueError: it is closed.
     #[pyo3(signature = (value = 1))]
     fn write(&self, py: Python<'_>, value: u64) -> PyResult<()> {
-        let fd = self.open()?;
-        retry(py, || fd.write(value))
+        self.call(py, |fd| fd.write(value))
     }
 
     /// The file descriptor's number.
@@ -77,13 +107,13 @@ impl PyEventFd {
 
     /// Close the descriptor. A `read` that waits in another thread keeps it until it returns.
     fn close(&self) {
-        drop(self.0.lock().take());
+        drop(self.fd.lock().take());
     }
 
     /// Whether it is closed.
     #[getter]
     fn closed(&self) -> bool {
-        self.0.lock().is_none()
+        self.fd.lock().is_none()
     }
 
     fn __enter__(slf: Py<Self>) -> Py<Self> {
@@ -95,20 +125,9 @@ impl PyEventFd {
     }
 
     fn __repr__(&self) -> String {
-        match &*self.0.lock() {
+        match &*self.fd.lock() {
             Some(fd) => format!("EventFd(fileno={})", fd.as_raw_fd()),
             None => "EventFd(closed)".into(),
-        }
-    }
-}
-
-/// Call without the GIL; after a signal, run Python's handlers and call again.
-fn retry<T: Send>(py: Python<'_>, call: impl Fn() -> io::Result<T> + Sync) -> PyResult<T> {
-    loop {
-        match py.detach(&call) {
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => py.check_signals()?,
-            Err(e) => return Err(os_error(&e)),
-            Ok(value) => return Ok(value),
         }
     }
 }

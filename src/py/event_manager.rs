@@ -13,7 +13,7 @@ use pyo3::exceptions::PyTypeError;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 
-use super::callback;
+use super::callback::{self, Arguments};
 use super::events::PySubscriberId;
 use super::exit_handler::as_native_subscriber;
 use crate::error::{Error, ErrorKind};
@@ -36,6 +36,8 @@ pub struct PyEventManager {
     /// Tells this manager's ids from another's.
     number: u64,
     is_turning: AtomicBool,
+    /// See [`Arguments`].
+    arguments: Mutex<Option<Arguments>>,
 }
 
 /// An event fetched for a Python subscriber and not yet delivered.
@@ -43,6 +45,8 @@ pub struct PyEventManager {
 pub(super) struct Ready {
     pub(super) token: u64,
     pub(super) events: Events,
+    /// The manager's count of removals before the event was fetched.
+    removals: u64,
 }
 
 #[derive(Debug)]
@@ -56,14 +60,17 @@ struct Subscriber {
 /// Stands for a Python object in the crate's manager.
 struct Collector {
     token: u64,
+    removals: Arc<AtomicU64>,
     ready: Arc<Mutex<Vec<Ready>>>,
 }
 
 impl MutEventSubscriber for Collector {
     fn process(&mut self, events: Events, _ops: &mut EventOps) {
+        let removals = self.removals.load(Ordering::Acquire);
         self.ready.lock().push(Ready {
             token: self.token,
             events,
+            removals,
         });
     }
 
@@ -90,6 +97,7 @@ impl PyEventManager {
             // Relaxed, here and below: all that matters is that no number is given twice.
             number: NUMBERS.fetch_add(1, Ordering::Relaxed),
             is_turning: AtomicBool::new(false),
+            arguments: Mutex::new(None),
         }
     }
 
@@ -112,6 +120,22 @@ impl PyEventManager {
         std::mem::take(&mut *self.ready.lock())
     }
 
+    pub(super) fn take_arguments(&self) -> Option<Arguments> {
+        self.arguments.lock().take()
+    }
+
+    /// Keep the vector's room and the arguments for the next batch.
+    pub(super) fn give_back(&self, mut delivered: Vec<Ready>, arguments: Option<Arguments>) {
+        delivered.clear();
+        let mut ready = self.ready.lock();
+        if ready.capacity() == 0 {
+            *ready = delivered;
+        }
+        drop(ready);
+        let former = std::mem::replace(&mut *self.arguments.lock(), arguments);
+        drop(former);
+    }
+
     /// The subscriber an event is for, if it is still there and still watches the event's fd.
     pub(super) fn receiver(
         &self,
@@ -120,7 +144,8 @@ impl PyEventManager {
     ) -> Option<(Py<PyAny>, SubscriberId)> {
         let subscribers = self.subscribers.lock();
         let subscriber = subscribers.get(&ready.token)?;
-        let is_watching = self.core.is_watching(subscriber.id, ready.events.fd());
+        let is_watching = self.core.removals() == ready.removals
+            || self.core.is_watching(subscriber.id, ready.events.fd());
         is_watching.then(|| (subscriber.object.clone_ref(py), subscriber.id))
     }
 
@@ -183,6 +208,7 @@ impl PyEventManager {
         }
         let collector = Collector {
             token,
+            removals: this.core.removal_counter(),
             ready: Arc::clone(&this.ready),
         };
         let kept = object.clone().unbind();

@@ -1,13 +1,14 @@
 //! `Events`, `EventOps` and `SubscriberId`: what a Python subscriber is given and gives.
 
 use std::os::fd::RawFd;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use event_manager::{EventSet, Events, SubscriberId};
+use parking_lot::Mutex;
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
+use pyo3::types::PyDict;
 
 use super::event_manager::PyEventManager;
 
@@ -34,7 +35,8 @@ pub(super) fn descriptor(source: &Bound<'_, PyAny>) -> PyResult<RawFd> {
 #[pyclass(frozen, name = "Events", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyEvents {
-    events: Events,
+    /// Changed only by `happened_next`, for an object that nobody else holds.
+    events: Mutex<Events>,
     /// Kept alive while it is registered.
     source: Option<Py<PyAny>>,
 }
@@ -43,13 +45,18 @@ impl PyEvents {
     /// What happened.
     pub(super) fn happened(events: Events) -> Self {
         Self {
-            events,
+            events: Mutex::new(events),
             source: None,
         }
     }
 
+    /// What happened next.
+    pub(super) fn happened_next(&self, events: Events) {
+        *self.events.lock() = events;
+    }
+
     pub(super) fn events(&self) -> Events {
-        self.events
+        *self.events.lock()
     }
 
     pub(super) fn source(&self, py: Python<'_>) -> Option<Py<PyAny>> {
@@ -68,7 +75,7 @@ impl PyEvents {
         })?;
         let events = Events::with_data_raw(fd, data, set);
         Ok(Self {
-            events,
+            events: Mutex::new(events),
             source: Some(source.clone().unbind()),
         })
     }
@@ -76,21 +83,31 @@ impl PyEvents {
     /// The file descriptor's number.
     #[getter]
     fn fd(&self) -> RawFd {
-        self.events.fd()
+        self.events().fd()
     }
 
     /// The number given at registration.
     #[getter]
     fn data(&self) -> u32 {
-        self.events.data()
+        self.events().data()
     }
 
     /// What to watch for, or what happened.
     #[getter]
     fn event_set<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        // A Flag is looked up by its value in Python code: a dict is ten times as quick.
+        static KNOWN: PyOnceLock<Py<PyDict>> = PyOnceLock::new();
         static CLASS: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-        let class = CLASS.import(py, "pyvmm.events", "EventSet")?;
-        class.call1((self.events.event_set().bits(),))
+        let bits = self.events().event_set().bits();
+        let known = KNOWN.get_or_init(py, || PyDict::new(py).unbind()).bind(py);
+        if let Some(set) = known.get_item(bits)? {
+            return Ok(set);
+        }
+        let set = CLASS
+            .import(py, "pyvmm.events", "EventSet")?
+            .call1((bits,))?;
+        known.set_item(bits, &set)?;
+        Ok(set)
     }
 
     fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
@@ -124,37 +141,42 @@ impl PySubscriberId {
 
 /// Changes what a subscriber watches. Usable only during the call it was passed to; later use raises RuntimeError.
 #[pyclass(frozen, name = "EventOps", module = "pyvmm")]
+#[derive(Debug, Default)]
+pub struct PyEventOps(Mutex<Option<Target>>);
+
+/// Whose registrations an `EventOps` changes, during the call it was passed to.
 #[derive(Debug)]
-pub struct PyEventOps {
+struct Target {
     manager: Py<PyEventManager>,
     token: u64,
     id: SubscriberId,
-    is_live: AtomicBool,
 }
 
 impl PyEventOps {
-    pub(super) fn new(manager: Py<PyEventManager>, token: u64, id: SubscriberId) -> Self {
-        Self {
-            manager,
-            token,
-            id,
-            is_live: AtomicBool::new(true),
-        }
+    /// The call it is passed to begins.
+    pub(super) fn begin(&self, manager: &Bound<'_, PyEventManager>, token: u64, id: SubscriberId) {
+        let manager = manager.clone().unbind();
+        *self.0.lock() = Some(Target { manager, token, id });
     }
 
     /// The call it was passed to has ended.
     pub(super) fn end(&self) {
-        // Relaxed: written and read with the GIL held.
-        self.is_live.store(false, Ordering::Relaxed);
+        let target = self.0.lock().take();
+        drop(target);
     }
 
-    fn manager(&self) -> PyResult<&PyEventManager> {
-        if self.is_live.load(Ordering::Relaxed) {
-            return Ok(self.manager.get());
+    fn target(&self, py: Python<'_>) -> PyResult<Target> {
+        let target = self.0.lock();
+        match &*target {
+            Some(Target { manager, token, id }) => Ok(Target {
+                manager: manager.clone_ref(py),
+                token: *token,
+                id: *id,
+            }),
+            None => Err(PyRuntimeError::new_err(
+                "this EventOps is no longer usable: it belongs to the init() or process() call it was passed to",
+            )),
         }
-        Err(PyRuntimeError::new_err(
-            "this EventOps is no longer usable: it belongs to the init() or process() call it was passed to",
-        ))
     }
 }
 
@@ -165,10 +187,10 @@ impl PyEventOps {
     /// Raises:
     ///     EventError: it is registered already, closed, or a regular file, which epoll does not watch.
     pub(super) fn add(&self, py: Python<'_>, events: &Bound<'_, PyAny>) -> PyResult<()> {
-        let manager = self.manager()?;
-        let events = as_events(events)?;
-        py.detach(|| manager.core().add(self.id, events.events()))?;
-        manager.keep_source(self.token, events.events().fd(), events.source(py));
+        let Target { manager, token, id } = self.target(py)?;
+        let (manager, events) = (manager.get(), as_events(events)?);
+        py.detach(|| manager.core().add(id, events.events()))?;
+        manager.keep_source(token, events.events().fd(), events.source(py));
         Ok(())
     }
 
@@ -177,9 +199,9 @@ impl PyEventOps {
     /// Raises:
     ///     EventError: it is not this subscriber's.
     fn modify(&self, py: Python<'_>, events: &Bound<'_, PyAny>) -> PyResult<()> {
-        let manager = self.manager()?;
-        let events = as_events(events)?;
-        Ok(py.detach(|| manager.core().modify(self.id, events.events()))?)
+        let Target { manager, id, .. } = self.target(py)?;
+        let (manager, events) = (manager.get(), as_events(events)?);
+        Ok(py.detach(|| manager.core().modify(id, events.events()))?)
     }
 
     /// Stop watching a file descriptor of this subscriber. By number or `Events` it may be closed already.
@@ -187,18 +209,23 @@ impl PyEventOps {
     /// Raises:
     ///     EventError: it is not this subscriber's.
     pub(super) fn remove(&self, py: Python<'_>, source: &Bound<'_, PyAny>) -> PyResult<()> {
-        let manager = self.manager()?;
+        let Target { manager, token, id } = self.target(py)?;
+        let manager = manager.get();
         let fd = match source.cast::<PyEvents>() {
             Ok(events) => events.get().fd(),
             Err(_) => descriptor(source)?,
         };
-        py.detach(|| manager.core().remove(self.id, fd))?;
-        drop(manager.forget_source(self.token, fd));
+        py.detach(|| manager.core().remove(id, fd))?;
+        drop(manager.forget_source(token, fd));
         Ok(())
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
-        visit.call(&self.manager)
+        let target = self.0.try_lock();
+        target
+            .as_deref()
+            .and_then(Option::as_ref)
+            .map_or(Ok(()), |target| visit.call(&target.manager))
     }
 }
 
