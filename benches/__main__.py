@@ -6,12 +6,15 @@ import sys
 
 from pyvmm import VmmError
 
-from benches import imports, linux, machines
+from benches import imports, linux, loop, machines
 from benches.measure import Benchmark, Result, UnmeasurableError, report
 
 BENCHMARKS: dict[str, Benchmark] = {
     "pio-exit": machines.pio_exits,
     "create-run-close": machines.lives,
+    "loop": loop.dispatches,
+    "loop-scaling": loop.scaling,
+    "loop-calls": loop.calls,
     "linux-userspace": linux.boots,
     "import": imports.imports,
 }

@@ -53,10 +53,20 @@ impl TryFrom<VmmConfig> for Vmm {
     type Error = Error;
 
     fn try_from(config: VmmConfig) -> Result<Self> {
+        Self::with_event_manager(config, None)
+    }
+}
+
+impl Vmm {
+    /// A machine in a loop that others use too; none for one of its own.
+    ///
+    /// # Errors
+    /// When a value cannot be used, a file cannot be loaded, or KVM refuses a part.
+    pub fn with_event_manager(config: VmmConfig, shared: Option<Arc<EventManager>>) -> Result<Self> {
         config.validate()?;
         let memory = GuestMemory::new(config.memory.size_mib << 20)?;
         let entry = boot::load(&config, &memory)?;
-        let event_manager = Arc::new(EventManager::new()?);
+        let event_manager = shared.map_or_else(|| EventManager::new().map(Arc::new), Ok)?;
         let exit_handler =
             WrappedExitHandler::new().map_err(|e| Error::os(ErrorKind::Event, "eventfd", &e))?;
         let buses = Arc::new(Buses::default());

@@ -315,3 +315,28 @@ def test_print_is_kept_for_the_host(make: Callable[[VmmConfig], Vmm]) -> None:
     vmm = make(flat(print_text(b"hello") + exit_with(0)))
     vmm.run(60)
     assert vmm.serial.read() == b"hello"
+
+
+def test_many_machines_share_one_loop_and_end_each_alone() -> None:
+    manager = pyvmm.EventManager()
+    machines = [Vmm(flat(exit_with(n)), event_manager=manager) for n in range(20)]
+    spinning = Vmm(flat(SPIN), event_manager=manager)
+    assert all(vmm.event_manager is manager for vmm in machines)
+    codes: dict[int, int | None] = {}
+
+    def run(n: int) -> None:
+        codes[n] = machines[n].run(60).code
+
+    threads = [threading.Thread(target=run, args=(n,)) for n in range(20)]
+    spinner = threading.Thread(target=spinning.run)
+    for thread in (spinner, *threads):
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert codes == {n: n for n in range(20)}
+    assert spinner.is_alive(), "the end of others is not its end"
+    spinning.stop()
+    spinner.join(60)
+    for vmm in (spinning, *machines):
+        vmm.close()
+    assert manager.run_with_timeout(0) == 0

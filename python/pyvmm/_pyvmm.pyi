@@ -3,11 +3,13 @@
 Everything here is exported by `pyvmm`, under the same name.
 """
 
+from collections.abc import AsyncIterator, Callable, Coroutine
 from types import TracebackType
-from typing import Protocol, Self, TypeVar, final
+from typing import Any, Protocol, Self, TypeVar, final
 
 from typing_extensions import Buffer
 
+from pyvmm.callbacks import Later
 from pyvmm.config import VmmConfig
 from pyvmm.devices import Unanswered
 from pyvmm.events import EventSet, Subscriber
@@ -20,8 +22,10 @@ __all__ = [
     "Events",
     "GuestMemory",
     "KvmVm",
+    "RemoteEndpoint",
     "Serial",
     "SubscriberId",
+    "TimerFd",
     "Vmm",
     "VmmExitHandler",
     "WrappedExitHandler",
@@ -73,6 +77,7 @@ class EventFd:
     def closed(self) -> bool:
         """Whether it is closed."""
 
+    def __aiter__(self) -> AsyncIterator[int]: ...
     def __enter__(self) -> Self: ...
     def __exit__(
         self,
@@ -80,6 +85,47 @@ class EventFd:
         error: BaseException | None,
         traceback: TracebackType | None,
         /,
+    ) -> None: ...
+
+@final
+class TimerFd:
+    """A timer behind a file descriptor, on the monotonic clock: timerfd_create(2). A source of events."""
+
+    def __new__(cls) -> Self: ...
+    def set(self, delay: float, interval: float = 0.0) -> None:
+        """Expire so many seconds later, and with an interval again and again. Expirations so far are forgotten.
+
+        Raises:
+            ValueError: a time is negative, NaN or too long, or the timer is closed.
+        """
+
+    def set_at(self, time: float, interval: float = 0.0) -> None:
+        """Expire at a time of `time.monotonic()`; one that has passed is at once."""
+
+    def clear(self) -> None:
+        """Unset it and forget the expirations so far."""
+
+    def read(self) -> int:
+        """How often it has expired since the last read or set; missed ticks are counted.
+
+        Raises:
+            BlockingIOError: it has not.
+        """
+
+    def fileno(self) -> int:
+        """The file descriptor's number."""
+
+    def close(self) -> None:
+        """Close the descriptor."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is closed."""
+
+    def __aiter__(self) -> AsyncIterator[int]: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
     ) -> None: ...
 
 @final
@@ -142,7 +188,8 @@ class EventOps:
             EventError: it is not this subscriber's.
         """
 
-_S = TypeVar("_S", bound=Subscriber)
+_T = TypeVar("_T")
+_F = TypeVar("_F", bound=Callable[..., object])
 
 @final
 class EventManager:
@@ -181,8 +228,61 @@ class EventManager:
     def run_with_timeout(self, milliseconds: int) -> int:
         """`run` for at most this long, 0 when the time passed. A negative number is no limit."""
 
+    def run_forever(self) -> None:
+        """Dispatch until `stop` is called or a callback raises; raises as `run` does."""
+
+    def stop(self) -> None:
+        """End `run_forever` or `run_async`, or at once the next one. From any thread or callback."""
+
+    def remote_endpoint(self) -> RemoteEndpoint:
+        """A way to reach this loop from other threads."""
+
+    def on(self, source: int | _HasFileno, event_set: EventSet | int = ...) -> Callable[[_F], _F]:
+        """Decorate a function to be called with each event of a source.
+
+        The function gets an attribute `subscriber_id`, for `remove_subscriber`.
+        """
+
+    def call_later(self, seconds: float, function: Callable[[], object]) -> Later:
+        """Call a function once, so many seconds later. The result has `cancel()`."""
+
+    def run_async(self) -> Coroutine[Any, Any, None]:
+        """`run_forever` inside a running asyncio loop, which stays responsive.
+
+        A subscriber's `process` may be a coroutine function: it runs as a task, and its exception ends the run.
+        """
+
+    @property
+    def turns(self) -> int:
+        """How often the loop has turned."""
+
+    @property
+    def dispatched(self) -> int:
+        """How many events it has dispatched."""
+
+    def _set_awaiter(self, awaiter: Callable[[Any], object] | None) -> None: ...
+    def _take_stop(self) -> bool: ...
     def fileno(self) -> int:
         """The epoll set's file descriptor: readable when an event is ready."""
+
+@final
+class RemoteEndpoint:
+    """Reaches an event manager's loop from other threads. Made by `EventManager.remote_endpoint`."""
+
+    def call_blocking(self, function: Callable[[EventManager], _T], timeout: float | None = None) -> _T:
+        """Call a function with the manager, on the loop's thread; its value, or its exception, comes back here.
+
+        On the loop's own thread it is called at once. Else some thread has to be in a run of the loop.
+
+        Raises:
+            TimeoutError: the call was not made within so many seconds; it may still be made.
+        """
+
+    def fire(self, function: Callable[[EventManager], object]) -> None:
+        """Have a function called with the manager on the loop's thread. Its exception ends the run there."""
+
+    def kick(self) -> None:
+        """Have the loop turn once."""
 
 @final
 class VmmExitHandler:
@@ -370,6 +470,8 @@ class Vmm:
 
     Args:
         config: what it is made of; None for the guest inside the package.
+        event_manager: a loop to share with others; None for one of its own. In a shared loop the `run` of each
+            machine turns it for all, on its own thread, and ends for that machine alone.
 
     Raises:
         ConfigError: a value cannot be used; the text starts with its key.
@@ -378,7 +480,7 @@ class Vmm:
         KvmError: KVM refused a part.
     """
 
-    def __new__(cls, config: VmmConfig | None = None) -> Self: ...
+    def __new__(cls, config: VmmConfig | None = None, *, event_manager: EventManager | None = None) -> Self: ...
     def run(self, timeout: float | None = None) -> Exit:
         """Run the guest until it ends, `stop` is called, or the time passes, in seconds.
 
@@ -392,6 +494,17 @@ class Vmm:
             Exception: the first exception of a callback.
         """
 
+    def run_async(self, timeout: float | None = None) -> Coroutine[Any, Any, Exit]:
+        """`run` inside a running asyncio loop, which stays responsive: the guest's loop turns in another thread.
+
+        Cancelling it stops the guest. A subscriber's `process` may be a coroutine function: it runs as a task of
+        the asyncio loop, and its exception ends the run.
+        """
+
+    def __aenter__(self) -> Coroutine[Any, Any, Self]: ...
+    def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
+    ) -> Coroutine[Any, Any, None]: ...
     def stop(self) -> None:
         """End the run in progress, or at once the next one if there is none. From any thread or callback."""
 

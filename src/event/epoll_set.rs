@@ -7,6 +7,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -24,39 +25,44 @@ use crate::error::{Error, ErrorKind, Result};
 pub(super) struct EpollSet {
     /// The number that the manager itself uses; it stays open as long as the manager lives.
     number: RawFd,
-    /// Written to wake a waiter whose set was replaced under it.
-    wake: EventFd,
-    /// Whether `wake` was written and not yet drained.
-    woken: AtomicBool,
+    /// Written to wake a waiter.
+    wake: Arc<EventFd>,
+    /// Whether `Waker` has drained it since `take_woken` was called.
+    woken: Arc<AtomicBool>,
 }
 
-/// Holds a place in the manager for an fd that needs no processing.
-struct Placeholder;
+/// Drains wake-ups inside the manager, so that they are not counted as events.
+struct Waker {
+    wake: Arc<EventFd>,
+    woken: Arc<AtomicBool>,
+}
 
-impl MutEventSubscriber for Placeholder {
-    fn process(&mut self, _events: Events, _ops: &mut EventOps) {}
+impl MutEventSubscriber for Waker {
+    fn process(&mut self, _events: Events, _ops: &mut EventOps) {
+        let _ = self.wake.read();
+        self.woken.store(true, Ordering::Relaxed);
+    }
+
     fn init(&mut self, _ops: &mut EventOps) {}
 }
 
 impl EpollSet {
     /// Find the set of a manager that has just been made.
     pub(super) fn of(upstream: &mut EventManager<BoxedSubscriber>) -> Result<Self> {
-        let wake = EventFd::new(EFD_NONBLOCK).map_err(|e| os("eventfd", &e))?;
-        let id: SubscriberId = upstream.add_subscriber(Box::new(Placeholder));
+        let wake = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(|e| os("eventfd", &e))?);
+        let woken = Arc::new(AtomicBool::new(false));
+        let waker = Waker { wake: Arc::clone(&wake), woken: Arc::clone(&woken) };
+        let id: SubscriberId = upstream.add_subscriber(Box::new(waker));
         let register = |upstream: &mut EventManager<BoxedSubscriber>| {
             upstream
                 .event_ops(id)?
-                .add(Events::new(&wake, EventSet::IN))
+                .add(Events::new(&*wake, EventSet::IN))
         };
         register(upstream).map_err(|e| Error::new(ErrorKind::Event, "epoll", e.to_string()))?;
         let number = find_set_with(&wake).map_err(|e| {
             os("/proc/self/fd", &e).hint("pyvmm's event manager needs /proc mounted")
         })?;
-        Ok(Self {
-            number,
-            wake,
-            woken: AtomicBool::new(false),
-        })
+        Ok(Self { number, wake, woken })
     }
 
     pub(super) fn as_raw_fd(&self) -> RawFd {
@@ -83,10 +89,7 @@ impl EpollSet {
         // SAFETY: one pollfd and, where not null, one timespec, both alive for the call.
         match unsafe { libc::ppoll(&raw mut poll, 1, timeout, std::ptr::null()) } {
             0 => Ok(false),
-            1 => {
-                self.drain_wake();
-                Ok(true)
-            }
+            1 => Ok(true),
             _ => match io::Error::last_os_error() {
                 e if e.kind() == io::ErrorKind::Interrupted => Ok(false),
                 e => Err(os("ppoll", &e)),
@@ -94,12 +97,19 @@ impl EpollSet {
         }
     }
 
-    /// Forget a wake-up: it is no event of a user's. For the one thread that turns the loop.
-    pub(super) fn drain_wake(&self) {
-        // Acquire: pairs with the release in drop_ghosts, so that the write is there to be read.
-        if self.woken.swap(false, Ordering::Acquire) {
-            let _ = self.wake.read();
+    /// Wake whoever waits on this set. It is no event of a user's.
+    pub(super) fn wake(&self) -> Result<()> {
+        match self.wake.write(1) {
+            Err(e) if e.kind() != io::ErrorKind::WouldBlock => Err(os("eventfd", &e)),
+            // A full counter is wake-up enough.
+            _ => Ok(()),
         }
+    }
+
+    /// Whether the last dispatch drained a wake-up. For the thread that holds the manager's lock.
+    pub(super) fn take_woken(&self) -> bool {
+        // Relaxed: written by the dispatch, under the same lock.
+        self.woken.swap(false, Ordering::Relaxed)
     }
 
     /// Whether epoll itself watches the file that has this number now.
@@ -145,10 +155,7 @@ impl EpollSet {
             return Err(os("dup3", &io::Error::last_os_error()));
         }
         // A thread that waits on the old set sees what was registered there, but nothing added from here on.
-        let written = self.wake.write(1).map_err(|e| os("eventfd", &e));
-        // Release: whoever sees the flag finds the write done.
-        self.woken.store(true, Ordering::Release);
-        written
+        self.wake()
     }
 
     fn control(&self, operation: ControlOperation, fd: RawFd) -> io::Result<()> {

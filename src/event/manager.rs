@@ -208,11 +208,16 @@ impl EventManager {
     /// # Errors
     /// When epoll fails.
     pub fn run(&self) -> Result<usize> {
-        self.run_with_timeout(-1)
+        loop {
+            let dispatched = self.run_with_timeout(-1)?;
+            if dispatched > 0 {
+                return Ok(dispatched);
+            }
+        }
     }
 
-    /// [`Self::run`] for at most this long; -1 for no limit. Returns 0 when the time passed or a signal
-    /// interrupted the wait.
+    /// [`Self::run`] for at most this long; -1 for no limit. Returns 0 when the time passed, a signal
+    /// interrupted the wait, or [`Self::kick`] was called.
     ///
     /// # Errors
     /// When epoll fails.
@@ -222,14 +227,23 @@ impl EventManager {
             .ok()
             .map(|limit| Instant::now() + Duration::from_millis(limit));
         loop {
-            let dispatched = self.dispatch()?;
-            if dispatched > 0 || milliseconds == 0 {
-                return Ok(dispatched);
+            let Dispatched { events, woken } = self.dispatch(self.inner.lock())?;
+            if events > 0 || woken || milliseconds == 0 {
+                return Ok(events);
             }
             if !self.epoll.wait(deadline)? {
                 return Ok(0);
             }
         }
+    }
+
+    /// End the wait of whoever is in `run_with_timeout`, or the next one. From any thread.
+    ///
+    /// # Errors
+    /// When the wake-up cannot be written.
+    pub fn kick(&self) -> Result<()> {
+        self.check_process()?;
+        self.epoll.wake()
     }
 
     /// # Errors
@@ -239,35 +253,40 @@ impl EventManager {
     }
 
     /// [`Self::run_with_timeout`] without waiting, not even for the manager's lock: none when another thread
-    /// holds it.
+    /// holds it, or when nothing was ready.
     ///
     /// # Errors
     /// When epoll fails.
     pub fn try_dispatch(&self) -> Result<Option<usize>> {
         self.check_process()?;
-        self.inner
-            .try_lock()
-            .map(|inner| self.dispatch_locked(inner))
-            .transpose()
+        let Some(inner) = self.inner.try_lock() else { return Ok(None) };
+        let Dispatched { events, woken } = self.dispatch(inner)?;
+        Ok((events > 0 || woken).then_some(events))
     }
 
     /// Dispatch what is ready now, without waiting.
-    fn dispatch(&self) -> Result<usize> {
-        self.dispatch_locked(self.inner.lock())
-    }
-
-    fn dispatch_locked(&self, mut inner: MutexGuard<'_, Inner>) -> Result<usize> {
-        self.epoll.drain_wake();
+    fn dispatch(&self, mut inner: MutexGuard<'_, Inner>) -> Result<Dispatched> {
         // Upstream's dispatch has an `unreachable!` for an fd it does not know. Ghosts are dropped when
         // they arise; this keeps one that got through, or a panic in a subscriber, from unwinding a run.
         match catch_unwind(AssertUnwindSafe(|| inner.upstream.run_with_timeout(0))) {
-            Ok(result) => result.map_err(event_error),
+            Ok(result) => {
+                let woken = self.epoll.take_woken();
+                let events = result.map_err(event_error)?.saturating_sub(usize::from(woken));
+                Ok(Dispatched { events, woken })
+            }
             Err(_) => {
                 let detail = "a subscriber panicked, or an event came for an unknown fd";
                 Err(Error::new(ErrorKind::Event, "EventManager.run", detail))
             }
         }
     }
+}
+
+/// What a dispatch came to.
+struct Dispatched {
+    events: usize,
+    /// Somebody wants the loop to look at something else.
+    woken: bool,
 }
 
 impl AsRawFd for EventManager {

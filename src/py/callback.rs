@@ -4,6 +4,7 @@ use event_manager::{Events, SubscriberId};
 use pyo3::prelude::*;
 use pyo3::{ffi, intern};
 
+use super::endpoint::Call;
 use super::event_manager::{PyEventManager, Ready};
 use super::events::{PyEventOps, PyEvents};
 
@@ -49,24 +50,35 @@ pub(super) fn init(
 /// The first exception ends the delivery. What was fetched behind it is reported again by the next dispatch.
 pub(super) fn deliver(manager: &Bound<'_, PyEventManager>) -> PyResult<usize> {
     let this = manager.get();
-    let fetched = this.take_ready();
-    let mut arguments = this.take_arguments();
+    let mut batch = this.take_batch();
     let mut dropped = 0;
-    for (at, ready) in fetched.iter().enumerate() {
+    for (at, ready) in batch.ready.iter().enumerate() {
         let Some((subscriber, id)) = this.receiver(manager.py(), ready) else {
             dropped += 1;
             continue;
         };
-        if let Err(error) = process(manager, ready, id, &subscriber, &mut arguments) {
-            fetched
-                .iter()
-                .skip(at + 1)
-                .for_each(|ready| this.rearm(ready));
+        if let Err(error) = process(manager, ready, id, &subscriber, &mut batch.arguments) {
+            batch.ready.iter().skip(at + 1).for_each(|ready| this.rearm(ready));
             return Err(error);
         }
     }
-    this.give_back(fetched, arguments);
+    this.give_back(batch);
+    make_calls(manager)?;
     Ok(dropped)
+}
+
+/// Make the calls that other threads have asked for: those that were there when it began.
+fn make_calls(manager: &Bound<'_, PyEventManager>) -> PyResult<()> {
+    let this = manager.get();
+    for _ in 0..this.waiting_calls() {
+        let Some(Call { function, reply }) = this.next_call() else { break };
+        let result = function.call1(manager.py(), (manager,));
+        match reply {
+            Some(reply) => reply.give(result),
+            None => drop(result?),
+        }
+    }
+    Ok(())
 }
 
 fn process(
@@ -93,7 +105,14 @@ fn process(
     if !arguments.is_kept() {
         *spare = Some(arguments);
     }
-    result.map(drop)
+    let returned = result?;
+    if returned.is_none() {
+        return Ok(());
+    }
+    match manager.get().awaiter(py) {
+        Some(awaiter) => awaiter.call1(py, (returned,)).map(drop),
+        None => Ok(()),
+    }
 }
 
 /// What a machine's run does after each turn: deliver events, then run Python's signal handlers.

@@ -33,33 +33,34 @@ impl PyEventFd {
         }
     }
 
+    fn open(&self) -> PyResult<Arc<EventFd>> {
+        self.fd.lock().clone().ok_or_else(closed)
+    }
+
     /// Call; if it may wait, without the GIL. After a signal, run Python's handlers and call again.
     fn call<T: Send>(
         &self,
         py: Python<'_>,
         call: impl Fn(&EventFd) -> io::Result<T> + Sync,
     ) -> PyResult<T> {
+        if self.nonblocking {
+            // Under the lock: the call returns at once, and a close meanwhile would take the number away.
+            let fd = self.fd.lock();
+            return call(fd.as_deref().ok_or_else(closed)?).map_err(|e| os_error(&e));
+        }
         let fd = self.open()?;
         loop {
-            let result = if self.nonblocking {
-                call(&fd)
-            } else {
-                py.detach(|| call(&fd))
-            };
-            match result {
+            match py.detach(|| call(&fd)) {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => py.check_signals()?,
                 Err(e) => return Err(os_error(&e)),
                 Ok(value) => return Ok(value),
             }
         }
     }
+}
 
-    fn open(&self) -> PyResult<Arc<EventFd>> {
-        self.fd
-            .lock()
-            .clone()
-            .ok_or_else(|| PyValueError::new_err("this EventFd is closed"))
-    }
+fn closed() -> PyErr {
+    PyValueError::new_err("this EventFd is closed")
 }
 
 #[pymethods]
@@ -124,6 +125,10 @@ impl PyEventFd {
         self.close();
     }
 
+    fn __aiter__<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        slf.py().import("pyvmm.aio")?.call_method1("reads", (slf,))
+    }
+
     fn __repr__(&self) -> String {
         match &*self.fd.lock() {
             Some(fd) => format!("EventFd(fileno={})", fd.as_raw_fd()),
@@ -133,7 +138,7 @@ impl PyEventFd {
 }
 
 /// Python picks the class by the number: `BlockingIOError` for an empty counter.
-fn os_error(error: &io::Error) -> PyErr {
+pub(super) fn os_error(error: &io::Error) -> PyErr {
     match error.raw_os_error() {
         Some(errno) => PyOSError::new_err((errno, error.to_string())),
         None => PyOSError::new_err(error.to_string()),

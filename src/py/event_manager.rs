@@ -1,19 +1,22 @@
 //! `EventManager` for Python: the crate's manager, the Python objects subscribed to it, and the queue between
 //! them. A dispatch only queues what is for Python; `callback::deliver` calls the objects after it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
+use std::hash::{BuildHasherDefault, Hasher};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
-use event_manager::{EventOps, Events, MutEventSubscriber, SubscriberId};
+use event_manager::{EventOps, EventSet, Events, MutEventSubscriber, SubscriberId};
 use parking_lot::Mutex;
 use pyo3::exceptions::PyTypeError;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 
 use super::callback::{self, Arguments};
+use super::endpoint::{Call, PyRemoteEndpoint};
 use super::events::PySubscriberId;
 use super::exit_handler::as_native_subscriber;
 use crate::error::{Error, ErrorKind};
@@ -30,14 +33,47 @@ const SLICE_MS: i32 = 50;
 #[derive(Debug)]
 pub struct PyEventManager {
     core: Arc<EventManager>,
-    ready: Arc<Mutex<Vec<Ready>>>,
-    subscribers: Mutex<HashMap<u64, Subscriber>>,
+    batch: Arc<Mutex<Batch>>,
+    subscribers: Mutex<HashMap<u64, Subscriber, BuildHasherDefault<TokenHasher>>>,
     next_token: AtomicU64,
     /// Tells this manager's ids from another's.
     number: u64,
-    is_turning: AtomicBool,
+    /// The thread that turns the loop, while one does.
+    turner: Mutex<Option<ThreadId>>,
+    calls: Mutex<VecDeque<Call>>,
+    has_calls: AtomicBool,
+    /// `run_forever` is to end.
+    stopping: AtomicBool,
+    counters: Counters,
+    /// Takes what a subscriber's `process` returns, where an asyncio loop hosts this one.
+    awaiter: Mutex<Option<Py<PyAny>>>,
+}
+
+/// What the last dispatch fetched, and what its delivery needs.
+#[derive(Debug, Default)]
+pub(super) struct Batch {
+    pub(super) ready: Vec<Ready>,
     /// See [`Arguments`].
-    arguments: Mutex<Option<Arguments>>,
+    pub(super) arguments: Option<Arguments>,
+}
+
+/// Tokens are counted up: each is its own hash.
+#[derive(Debug, Default)]
+struct TokenHasher(u64);
+
+impl Hasher for TokenHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.0 = self.0.rotate_left(8) ^ u64::from(*byte));
+    }
+
+    fn write_u64(&mut self, token: u64) {
+        // The table looks at the highest bits too.
+        self.0 = token.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
 }
 
 /// An event fetched for a Python subscriber and not yet delivered.
@@ -61,28 +97,31 @@ struct Subscriber {
 struct Collector {
     token: u64,
     removals: Arc<AtomicU64>,
-    ready: Arc<Mutex<Vec<Ready>>>,
+    batch: Arc<Mutex<Batch>>,
 }
 
 impl MutEventSubscriber for Collector {
     fn process(&mut self, events: Events, _ops: &mut EventOps) {
         let removals = self.removals.load(Ordering::Acquire);
-        self.ready.lock().push(Ready {
-            token: self.token,
-            events,
-            removals,
-        });
+        self.batch.lock().ready.push(Ready { token: self.token, events, removals });
     }
 
     fn init(&mut self, _ops: &mut EventOps) {}
 }
 
+/// What a loop has done so far.
+#[derive(Debug, Default)]
+struct Counters {
+    dispatched: AtomicU64,
+    turns: AtomicU64,
+}
+
 /// While it lives, its thread is the one that turns the loop.
-pub(super) struct Turning<'a>(&'a AtomicBool);
+pub(super) struct Turning<'a>(&'a Mutex<Option<ThreadId>>);
 
 impl Drop for Turning<'_> {
     fn drop(&mut self) {
-        self.0.store(false, Ordering::Release);
+        *self.0.lock() = None;
     }
 }
 
@@ -91,14 +130,22 @@ impl PyEventManager {
         static NUMBERS: AtomicU64 = AtomicU64::new(0);
         Self {
             core,
-            ready: Arc::default(),
+            batch: Arc::default(),
             subscribers: Mutex::default(),
             next_token: AtomicU64::new(0),
             // Relaxed, here and below: all that matters is that no number is given twice.
             number: NUMBERS.fetch_add(1, Ordering::Relaxed),
-            is_turning: AtomicBool::new(false),
-            arguments: Mutex::new(None),
+            turner: Mutex::new(None),
+            calls: Mutex::default(),
+            has_calls: AtomicBool::new(false),
+            stopping: AtomicBool::new(false),
+            counters: Counters::default(),
+            awaiter: Mutex::new(None),
         }
+    }
+
+    pub(super) fn shared_core(&self) -> Arc<EventManager> {
+        Arc::clone(&self.core)
     }
 
     pub(super) fn core(&self) -> &EventManager {
@@ -107,33 +154,66 @@ impl PyEventManager {
 
     /// Become the one thread that turns this loop.
     pub(super) fn claim(&self, what: &str) -> PyResult<Turning<'_>> {
-        // Acquire and, in Turning::drop, release: one turner sees all of the one before.
-        if self.is_turning.swap(true, Ordering::Acquire) {
+        let mut turner = self.turner.lock();
+        if turner.is_some() {
             let detail = format!("{what} is running already: one run at a time");
             return Err(Error::new(ErrorKind::State, "run", detail).into());
         }
-        Ok(Turning(&self.is_turning))
+        *turner = Some(std::thread::current().id());
+        Ok(Turning(&self.turner))
+    }
+
+    pub(super) fn is_turned_by_this_thread(&self) -> bool {
+        *self.turner.lock() == Some(std::thread::current().id())
+    }
+
+    /// Have a call made by the thread that turns the loop.
+    pub(super) fn queue(&self, call: Call) -> PyResult<()> {
+        self.core.check_process()?;
+        self.calls.lock().push_back(call);
+        // Release: pairs with the acquire in `waiting_calls`, so that who sees the flag finds the call.
+        self.has_calls.store(true, Ordering::Release);
+        Ok(self.core.kick()?)
+    }
+
+    pub(super) fn awaiter(&self, py: Python<'_>) -> Option<Py<PyAny>> {
+        self.awaiter.lock().as_ref().map(|awaiter| awaiter.clone_ref(py))
+    }
+
+    fn take_stop(&self) -> bool {
+        // Acquire and release: what was done before stop() is seen here. Looked at before it is written: that is
+        // cheaper, and this is done each turn.
+        self.stopping.load(Ordering::Acquire) && self.stopping.swap(false, Ordering::AcqRel)
+    }
+
+    pub(super) fn waiting_calls(&self) -> usize {
+        if !self.has_calls.load(Ordering::Acquire) {
+            return 0;
+        }
+        // Cleared first: a call that comes now sets it again.
+        self.has_calls.store(false, Ordering::Release);
+        self.calls.lock().len()
+    }
+
+    pub(super) fn next_call(&self) -> Option<Call> {
+        self.calls.lock().pop_front()
     }
 
     /// The events fetched and not yet delivered.
-    pub(super) fn take_ready(&self) -> Vec<Ready> {
-        std::mem::take(&mut *self.ready.lock())
-    }
-
-    pub(super) fn take_arguments(&self) -> Option<Arguments> {
-        self.arguments.lock().take()
+    pub(super) fn take_batch(&self) -> Batch {
+        std::mem::take(&mut *self.batch.lock())
     }
 
     /// Keep the vector's room and the arguments for the next batch.
-    pub(super) fn give_back(&self, mut delivered: Vec<Ready>, arguments: Option<Arguments>) {
-        delivered.clear();
-        let mut ready = self.ready.lock();
-        if ready.capacity() == 0 {
-            *ready = delivered;
+    pub(super) fn give_back(&self, mut delivered: Batch) {
+        delivered.ready.clear();
+        let mut batch = self.batch.lock();
+        if batch.ready.capacity() == 0 && batch.arguments.is_none() {
+            std::mem::swap(&mut *batch, &mut delivered);
         }
-        drop(ready);
-        let former = std::mem::replace(&mut *self.arguments.lock(), arguments);
-        drop(former);
+        drop(batch);
+        // Outside the lock: what is left of it may hold Python objects.
+        drop(delivered);
     }
 
     /// The subscriber an event is for, if it is still there and still watches the event's fd.
@@ -209,7 +289,7 @@ impl PyEventManager {
         let collector = Collector {
             token,
             removals: this.core.removal_counter(),
-            ready: Arc::clone(&this.ready),
+            batch: Arc::clone(&this.batch),
         };
         let kept = object.clone().unbind();
         let id = slf
@@ -238,13 +318,15 @@ impl PyEventManager {
         let this = slf.get();
         // What is ready is fetched without letting the GIL go: that costs less than the fetching.
         let fetched = match this.core.try_dispatch()? {
-            Some(count) if count > 0 || milliseconds == 0 => count,
-            _ => slf
-                .py()
-                .detach(|| this.core.run_with_timeout(milliseconds))?,
+            Some(count) => count,
+            None => slf.py().detach(|| this.core.run_with_timeout(milliseconds))?,
         };
         let dropped = callback::deliver(slf)?;
-        Ok(fetched - dropped.min(fetched))
+        let delivered = fetched - dropped.min(fetched);
+        // Relaxed: figures for a person.
+        this.counters.turns.fetch_add(1, Ordering::Relaxed);
+        this.counters.dispatched.fetch_add(delivered as u64, Ordering::Relaxed);
+        Ok(delivered)
     }
 }
 
@@ -329,6 +411,78 @@ impl PyEventManager {
         }
     }
 
+    /// Dispatch until `stop` is called or a callback raises; raises as `run` does.
+    fn run_forever(slf: &Bound<'_, Self>) -> PyResult<()> {
+        let this = slf.get();
+        let _turning = this.claim("this event manager")?;
+        while !this.take_stop() {
+            if Self::turn(slf, SLICE_MS)? == 0 {
+                slf.py().check_signals()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// End `run_forever` or `run_async`, or at once the next one. From any thread or callback.
+    fn stop(&self) -> PyResult<()> {
+        self.stopping.store(true, Ordering::Release);
+        Ok(self.core.kick()?)
+    }
+
+    /// A way to reach this loop from other threads.
+    fn remote_endpoint(slf: Py<Self>) -> PyRemoteEndpoint {
+        PyRemoteEndpoint::of(slf)
+    }
+
+    /// Decorate a function to be called with each event of a source.
+    ///
+    /// The function gets an attribute `subscriber_id`, for `remove_subscriber`.
+    #[pyo3(signature = (source, event_set = EventSet::IN.bits()))]
+    fn on<'py>(
+        slf: &Bound<'py, Self>,
+        source: &Bound<'py, PyAny>,
+        event_set: u32,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        slf.py().import("pyvmm.callbacks")?.call_method1("on", (slf, source, event_set))
+    }
+
+    /// Call a function once, so many seconds later. The result has `cancel()`.
+    fn call_later<'py>(
+        slf: &Bound<'py, Self>,
+        seconds: f64,
+        function: &Bound<'py, PyAny>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        slf.py().import("pyvmm.callbacks")?.call_method1("call_later", (slf, seconds, function))
+    }
+
+    /// `run_forever` inside a running asyncio loop, which stays responsive.
+    ///
+    /// A subscriber's `process` may be a coroutine function: it runs as a task, and its exception ends the run.
+    fn run_async<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        slf.py().import("pyvmm.aio")?.call_method1("run_manager", (slf,))
+    }
+
+    fn _set_awaiter(&self, awaiter: Option<Py<PyAny>>) {
+        let former = std::mem::replace(&mut *self.awaiter.lock(), awaiter);
+        drop(former);
+    }
+
+    fn _take_stop(&self) -> bool {
+        self.take_stop()
+    }
+
+    /// How often the loop has turned.
+    #[getter]
+    fn turns(&self) -> u64 {
+        self.counters.turns.load(Ordering::Relaxed)
+    }
+
+    /// How many events it has dispatched.
+    #[getter]
+    fn dispatched(&self) -> u64 {
+        self.counters.dispatched.load(Ordering::Relaxed)
+    }
+
     /// The epoll set's file descriptor: readable when an event is ready.
     fn fileno(&self) -> RawFd {
         self.core.as_raw_fd()
@@ -346,6 +500,12 @@ impl PyEventManager {
         let Some(subscribers) = self.subscribers.try_lock() else {
             return Ok(());
         };
+        if let Some(awaiter) = self.awaiter.try_lock() {
+            visit.call(&*awaiter)?;
+        }
+        if let Some(calls) = self.calls.try_lock() {
+            calls.iter().try_for_each(|call| visit.call(&call.function))?;
+        }
         for subscriber in subscribers.values() {
             visit.call(&subscriber.object)?;
             subscriber
@@ -358,6 +518,9 @@ impl PyEventManager {
 
     fn __clear__(&self) {
         let subscribers = std::mem::take(&mut *self.subscribers.lock());
-        drop(subscribers);
+        let calls = std::mem::take(&mut *self.calls.lock());
+        let awaiter = self.awaiter.lock().take();
+        // Outside the locks: it may run Python code.
+        drop((subscribers, calls, awaiter));
     }
 }

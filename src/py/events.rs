@@ -139,7 +139,9 @@ impl PySubscriberId {
     }
 }
 
-/// Changes what a subscriber watches. Usable only during the call it was passed to; later use raises RuntimeError.
+/// Changes what a subscriber watches.
+///
+/// Usable only during the call it was passed to; later use raises RuntimeError.
 #[pyclass(frozen, name = "EventOps", module = "pyvmm")]
 #[derive(Debug, Default)]
 pub struct PyEventOps(Mutex<Option<Target>>);

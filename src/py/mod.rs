@@ -3,6 +3,7 @@
 
 mod callback;
 mod config;
+mod endpoint;
 mod errors;
 mod event_fd;
 mod event_manager;
@@ -13,9 +14,11 @@ mod host;
 mod live;
 mod memory;
 mod serial;
+mod timer_fd;
 mod vm;
 mod vmm;
 
+pub use endpoint::PyRemoteEndpoint;
 pub use event_fd::PyEventFd;
 pub use event_manager::PyEventManager;
 pub use events::{PyEventOps, PyEvents, PySubscriberId};
@@ -24,5 +27,6 @@ pub(crate) use host::{cpu_features, embedded_guest, kvm_info};
 pub(crate) use live::close_all;
 pub use memory::PyGuestMemory;
 pub use serial::PySerial;
+pub use timer_fd::PyTimerFd;
 pub use vm::PyKvmVm;
 pub use vmm::PyVmm;

@@ -34,8 +34,7 @@ impl PySerial {
         py.detach(|| self.0.input_waiting())
     }
 
-    /// A file descriptor that is readable when there is output to take, on a machine whose output Python
-    /// takes.
+    /// A file descriptor that is readable when there is output to take, on a machine whose output Python takes.
     fn fileno(&self) -> RawFd {
         self.0.as_raw_fd()
     }

@@ -21,6 +21,8 @@ use crate::vmm::Vmm;
 ///
 /// Args:
 ///     config: what it is made of; None for the guest inside the package.
+///     event_manager: a loop to share with others; None for one of its own. In a shared loop the `run` of each
+///         machine turns it for all, on its own thread, and ends for that machine alone.
 ///
 /// Raises:
 ///     ConfigError: a value cannot be used; the text starts with its key.
@@ -32,6 +34,8 @@ use crate::vmm::Vmm;
 pub struct PyVmm {
     /// None only while it is dropped.
     vmm: Option<Arc<Vmm>>,
+    /// Other machines may be in the same loop.
+    is_shared: bool,
     #[pyo3(get)]
     config: Py<PyAny>,
     #[pyo3(get)]
@@ -70,8 +74,12 @@ impl Drop for PyVmm {
 #[pymethods]
 impl PyVmm {
     #[new]
-    #[pyo3(signature = (config = None))]
-    fn new(py: Python<'_>, config: Option<Bound<'_, PyAny>>) -> PyResult<Self> {
+    #[pyo3(signature = (config = None, *, event_manager = None))]
+    fn new(
+        py: Python<'_>,
+        config: Option<Bound<'_, PyAny>>,
+        event_manager: Option<Py<PyEventManager>>,
+    ) -> PyResult<Self> {
         let config = match config {
             Some(config) => config,
             None => py.import("pyvmm.config")?.getattr("VmmConfig")?.call0()?,
@@ -79,10 +87,14 @@ impl PyVmm {
         let native = config::from_python(&config)?;
         let has_python_streams = matches!(native.serial.output, Some(SerialOutput::Subscriber))
             || matches!(native.serial.input, Some(SerialInput::Subscriber));
-        let vmm = Arc::new(py.detach(|| Vmm::try_from(native))?);
+        let shared = event_manager.as_ref().map(|manager| manager.get().shared_core());
+        let vmm = Arc::new(py.detach(|| Vmm::with_event_manager(native, shared))?);
         live::remember(Arc::downgrade(&vmm) as Weak<dyn Close>);
-        let event_manager = PyEventManager::over(Arc::clone(vmm.event_manager()));
-        let event_manager = Py::new(py, event_manager)?;
+        let is_shared = event_manager.is_some();
+        let event_manager = match event_manager {
+            Some(shared) => shared,
+            None => Py::new(py, PyEventManager::over(Arc::clone(vmm.event_manager())))?,
+        };
         let serial = Py::new(py, PySerial(Arc::clone(vmm.serial())))?;
         if has_python_streams {
             py.import("pyvmm.streams")?.call_method1(
@@ -97,6 +109,7 @@ impl PyVmm {
             memory: Py::new(py, PyGuestMemory::of(&vmm, Vmm::memory))?,
             serial,
             vmm: Some(vmm),
+            is_shared,
         })
     }
 
@@ -123,7 +136,12 @@ impl PyVmm {
     #[pyo3(signature = (timeout = None))]
     fn run<'py>(&self, py: Python<'py>, timeout: Option<f64>) -> PyResult<Bound<'py, PyAny>> {
         let timeout = exit::timeout(timeout)?;
-        let _turning = self.event_manager.get().claim("the machine")?;
+        // In a shared loop each machine's run turns it for all.
+        let _turning = if self.is_shared {
+            self.event_manager.get().claim("the machine").ok()
+        } else {
+            Some(self.event_manager.get().claim("the machine")?)
+        };
         let manager = &self.event_manager;
         let exit = py.detach(|| self.vmm().run(timeout, || callback::between_turns(manager)))?;
         exit::to_python(py, &exit)
@@ -151,6 +169,28 @@ impl PyVmm {
     #[getter]
     fn unanswered<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
         unanswered(py, self.vmm().buses())
+    }
+
+    /// `run` inside a running asyncio loop, which stays responsive: the guest's loop turns in another thread.
+    ///
+    /// Cancelling it stops the guest. A subscriber's `process` may be a coroutine function: it runs as a task of
+    /// the asyncio loop, and its exception ends the run.
+    #[pyo3(signature = (timeout = None))]
+    fn run_async<'py>(slf: &Bound<'py, Self>, timeout: Option<f64>) -> PyResult<Bound<'py, PyAny>> {
+        slf.py().import("pyvmm.aio")?.call_method1("run_vmm", (slf, timeout))
+    }
+
+    fn __aenter__<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        slf.py().import("pyvmm.aio")?.call_method1("give", (slf,))
+    }
+
+    fn __aexit__<'py>(
+        slf: &Bound<'py, Self>,
+        _kind: Py<PyAny>,
+        _error: Py<PyAny>,
+        _traceback: Py<PyAny>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        slf.py().import("pyvmm.aio")?.call_method1("close_vmm", (slf,))
     }
 
     fn __enter__(slf: Py<Self>) -> Py<Self> {

@@ -1,0 +1,194 @@
+"""The event loop against uvloop, asyncio, selectors and select.epoll, and against event-manager in pure Rust.
+
+Each dispatch reads one EventFd and writes it, in a Python callback. Patterns: one descriptor; 64 ready at once;
+1,024 registered and one ready.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import resource
+import select
+import selectors
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from typing import Any
+
+import uvloop
+from pyvmm import EventFd, EventManager, EventOps, Events
+
+from benches.measure import Result, UnmeasurableError, compare
+
+DISPATCHES = 20_000
+RUNS = 9
+# Name, registered, ready at once, and the goal against uvloop.
+PATTERNS = [("one fd", 1, 1, 1.2), ("64 ready", 64, 64, 1.1), ("1 of 1,024", 1024, 1, 1.2)]
+CALLS = 2_000
+FILES = 17_000
+
+
+class Links:
+    """Eventfds and the callbacks that read and write them."""
+
+    def __init__(self, registered: int, ready: int, dispatches: int, stop: Callable[[], object]) -> None:
+        gc.collect()  # the links of the run before are a cycle
+        self.fds = [EventFd() for _ in range(registered)]
+        self.left = dispatches
+        self.stop = stop
+        self.callbacks = [self.link(fd) for fd in self.fds]
+        for fd in self.fds[:ready]:
+            fd.write()
+
+    def link(self, fd: EventFd) -> Callable[..., None]:
+        def callback(events: object = None, ops: object = None) -> None:
+            fd.read()
+            fd.write(1)
+            self.left -= 1
+            if self.left == 0:
+                self.stop()
+
+        return callback
+
+
+class Subscriber:
+    """One link as a subscriber."""
+
+    def __init__(self, fd: EventFd, process: Callable[..., None]) -> None:
+        self.fd = fd
+        self.process = process
+
+    def init(self, ops: EventOps) -> None:
+        ops.add(Events(self.fd))
+
+
+def pyvmm_loop(registered: int, ready: int, dispatches: int = DISPATCHES) -> float:
+    manager = EventManager()
+    links = Links(registered, ready, dispatches, manager.stop)
+    for fd, callback in zip(links.fds, links.callbacks, strict=True):
+        manager.add_subscriber(Subscriber(fd, callback))
+    start = time.perf_counter()
+    manager.run_forever()
+    return dispatches / (time.perf_counter() - start)
+
+
+def asyncio_loop(new: Callable[[], Any], registered: int, ready: int, dispatches: int = DISPATCHES) -> float:
+    loop = new()
+    links = Links(registered, ready, dispatches, loop.stop)
+    for fd, callback in zip(links.fds, links.callbacks, strict=True):
+        loop.add_reader(fd.fileno(), callback)
+    start = time.perf_counter()
+    loop.run_forever()
+    seconds = time.perf_counter() - start
+    for fd in links.fds:
+        loop.remove_reader(fd.fileno())
+    loop.close()
+    return dispatches / seconds
+
+
+def selectors_loop(registered: int, ready: int, dispatches: int = DISPATCHES) -> float:
+    with selectors.DefaultSelector() as selector:
+        links = Links(registered, ready, dispatches, lambda: None)
+        for fd, callback in zip(links.fds, links.callbacks, strict=True):
+            selector.register(fd, selectors.EVENT_READ, callback)
+        start = time.perf_counter()
+        while links.left > 0:
+            for key, _ in selector.select():
+                key.data()
+        return dispatches / (time.perf_counter() - start)
+
+
+def epoll_loop(registered: int, ready: int, dispatches: int = DISPATCHES) -> float:
+    with select.epoll() as epoll:
+        links = Links(registered, ready, dispatches, lambda: None)
+        by_fd = {fd.fileno(): callback for fd, callback in zip(links.fds, links.callbacks, strict=True)}
+        for number in by_fd:
+            epoll.register(number, select.EPOLLIN)
+        start = time.perf_counter()
+        while links.left > 0:
+            for number, _ in epoll.poll():
+                by_fd[number]()
+        return dispatches / (time.perf_counter() - start)
+
+
+@cache
+def rust_program() -> str:
+    command = ["cargo", "build", "--quiet", "--release", "--no-default-features", "--example", "event_manager"]
+    try:
+        subprocess.run(command, check=True)
+        metadata = subprocess.run(
+            ["cargo", "metadata", "--no-deps", "--format-version=1"], check=True, capture_output=True
+        )
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        raise UnmeasurableError(f"the Rust limit cannot be built: {error}") from error
+    return f"{json.loads(metadata.stdout)['target_directory']}/release/examples/event_manager"
+
+
+def rust_loop(registered: int, ready: int, dispatches: int = 10 * DISPATCHES) -> float:
+    command = [rust_program(), str(registered), str(ready), str(dispatches)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def dispatches() -> Iterator[Result]:
+    """Each pattern against each peer."""
+    for name, registered, ready, goal in PATTERNS:
+        peers: list[tuple[str, Callable[[int, int], float], float]] = [
+            ("uvloop", partial(asyncio_loop, uvloop.new_event_loop), goal),
+            ("select.epoll", epoll_loop, 1.0),
+            ("selectors", selectors_loop, 1.0),
+            ("asyncio", partial(asyncio_loop, asyncio.new_event_loop), 1.0),
+            ("event-manager in Rust", rust_loop, 0.75),
+        ]
+        for peer, run, peer_goal in peers:
+            ours, theirs = partial(pyvmm_loop, registered, ready), partial(run, registered, ready)
+            yield compare(f"loop, {name}", "dispatches/s", ours, theirs, peer, peer_goal, RUNS)
+
+
+def scaling() -> Iterator[Result]:
+    """One ready of 16 and of 16,384 registered: a dispatch costs the same."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < FILES:
+        if hard < FILES:
+            raise UnmeasurableError(f"{FILES} open files are needed, {hard} are allowed")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, hard))
+    many, few = partial(pyvmm_loop, 16_384, 1), partial(pyvmm_loop, 16, 1)
+    yield compare("loop, 1 of 16,384", "dispatches/s", many, few, "1 of 16", 1 / 1.2, RUNS)
+
+
+def calls() -> Iterator[Result]:
+    """Calls made on the loop's thread from another, one after the other."""
+
+    def ours() -> float:
+        manager = EventManager()
+        thread = threading.Thread(target=manager.run_forever)
+        thread.start()
+        endpoint = manager.remote_endpoint()
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            endpoint.call_blocking(lambda _: None)
+        seconds = time.perf_counter() - start
+        manager.stop()
+        thread.join()
+        return CALLS / seconds
+
+    async def nothing() -> None:
+        pass
+
+    def theirs() -> float:
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=loop.run_forever)
+        thread.start()
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            asyncio.run_coroutine_threadsafe(nothing(), loop).result()
+        seconds = time.perf_counter() - start
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+        return CALLS / seconds
+
+    yield compare("call_blocking", "calls/s", ours, theirs, "run_coroutine_threadsafe", 2.0, RUNS)

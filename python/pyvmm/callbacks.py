@@ -1,0 +1,73 @@
+"""Functions as subscribers: `EventManager.on` and `EventManager.call_later`."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from pyvmm._pyvmm import Events, TimerFd
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pyvmm._pyvmm import EventManager, EventOps, SubscriberId
+
+
+class Function:
+    """A subscriber that calls a function with each event of one source."""
+
+    def __init__(self, source: Any, event_set: int, function: Callable[[Events], object]) -> None:
+        self._events = Events(source, event_set)
+        self._function = function
+
+    def init(self, ops: EventOps) -> None:
+        """Watch the source."""
+        ops.add(self._events)
+
+    def process(self, events: Events, ops: EventOps) -> object:
+        """Call the function."""
+        return self._function(events)
+
+
+def on(manager: EventManager, source: Any, event_set: int) -> Callable[[Any], Any]:
+    """See `EventManager.on`."""
+
+    def register(function: Any) -> Any:
+        id = manager.add_subscriber(Function(source, event_set, function))
+        with suppress(AttributeError):  # a method takes no attributes
+            function.subscriber_id = id
+        return function
+
+    return register
+
+
+class Later:
+    """A call that is due at a time; `cancel` takes it back."""
+
+    def __init__(self, manager: EventManager, seconds: float, function: Callable[[], object]) -> None:
+        self._manager = manager
+        self._function = function
+        self._timer = TimerFd()
+        self._timer.set(seconds)
+        self._id: SubscriberId | None = manager.add_subscriber(self)
+
+    def init(self, ops: EventOps) -> None:
+        """Watch the timer."""
+        ops.add(Events(self._timer))
+
+    def process(self, events: Events, ops: EventOps) -> object:
+        """Call the function, once."""
+        self.cancel()
+        return self._function()
+
+    def cancel(self) -> None:
+        """Do not call. Does nothing when it was called or cancelled before."""
+        id, self._id = self._id, None
+        if id is not None:
+            self._manager.remove_subscriber(id)
+            self._timer.close()
+
+
+def call_later(manager: EventManager, seconds: float, function: Callable[[], object]) -> Later:
+    """See `EventManager.call_later`."""
+    return Later(manager, seconds, function)

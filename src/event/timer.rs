@@ -1,0 +1,111 @@
+//! `TimerFd`: timerfd_create(2) on the monotonic clock, one-shot, periodic or at an absolute time.
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::time::Duration;
+
+/// A timer behind a file descriptor, readable when it has expired.
+#[derive(Debug)]
+pub struct TimerFd(OwnedFd);
+
+/// When a timer expires first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expiry {
+    /// So much later. Zero: at once.
+    In(Duration),
+    /// At this time of `CLOCK_MONOTONIC`. A time that has passed: at once.
+    At(Duration),
+}
+
+impl TimerFd {
+    /// A timer that is not set.
+    ///
+    /// # Errors
+    /// When the process has no file descriptor left.
+    pub fn new() -> io::Result<Self> {
+        let flags = libc::TFD_CLOEXEC | libc::TFD_NONBLOCK;
+        // SAFETY: no pointers; the result is checked.
+        let fd = unsafe { libc::timerfd_create(libc::CLOCK_MONOTONIC, flags) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the kernel has just given us this number and nobody else knows it.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// Set it; with an interval it goes on expiring. Expirations so far are forgotten.
+    ///
+    /// # Errors
+    /// When the kernel refuses the time.
+    pub fn set(&self, first: Expiry, interval: Duration) -> io::Result<()> {
+        let (first, flags) = match first {
+            Expiry::In(delay) => (delay, 0),
+            Expiry::At(time) => (time, libc::TFD_TIMER_ABSTIME),
+        };
+        // Zero would unset it.
+        self.settime(first.max(Duration::from_nanos(1)), interval, flags)
+    }
+
+    /// Unset it and forget the expirations so far.
+    ///
+    /// # Errors
+    /// Never in practice.
+    pub fn clear(&self) -> io::Result<()> {
+        self.settime(Duration::ZERO, Duration::ZERO, 0)
+    }
+
+    fn settime(&self, first: Duration, interval: Duration, flags: i32) -> io::Result<()> {
+        let times = libc::itimerspec { it_value: timespec(first)?, it_interval: timespec(interval)? };
+        // SAFETY: a timer of ours, and times that live through the call; the former ones are not asked for.
+        let result =
+            unsafe { libc::timerfd_settime(self.as_raw_fd(), flags, &raw const times, std::ptr::null_mut()) };
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    /// How often it has expired since the last read or set.
+    ///
+    /// # Errors
+    /// `WouldBlock` when it has not.
+    pub fn read(&self) -> io::Result<u64> {
+        let mut count = 0u64;
+        // SAFETY: eight bytes of a local.
+        let length = unsafe { libc::read(self.as_raw_fd(), (&raw mut count).cast(), 8) };
+        if length < 0 { Err(io::Error::last_os_error()) } else { Ok(count) }
+    }
+}
+
+fn timespec(duration: Duration) -> io::Result<libc::timespec> {
+    let seconds = i64::try_from(duration.as_secs()).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    Ok(libc::timespec { tv_sec: seconds, tv_nsec: i64::from(duration.subsec_nanos()) })
+}
+
+impl AsRawFd for TimerFd {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wait(timer: &TimerFd) -> bool {
+        let mut poll = libc::pollfd { fd: timer.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: one pollfd that lives through the call.
+        unsafe { libc::poll(&raw mut poll, 1, 60_000) > 0 }
+    }
+
+    #[test]
+    fn it_expires_once_or_again_and_again() {
+        let timer = TimerFd::new().unwrap();
+        assert_eq!(timer.read().unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        timer.set(Expiry::In(Duration::ZERO), Duration::ZERO).unwrap();
+        assert!(wait(&timer));
+        assert_eq!(timer.read().unwrap(), 1);
+        timer.set(Expiry::At(Duration::from_secs(1)), Duration::from_micros(10)).unwrap();
+        assert!(wait(&timer));
+        assert!(timer.read().unwrap() > 1, "each interval that has passed since is counted");
+        timer.clear().unwrap();
+        assert!(timer.read().is_err());
+    }
+}

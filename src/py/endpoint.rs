@@ -1,0 +1,109 @@
+//! `RemoteEndpoint` for Python: calls made on the loop's thread from any other.
+//!
+//! Upstream's endpoint calls inside a dispatch, under the manager's lock, where no Python code may run. Here the calls
+//! wait in a queue beside the fetched events and are made after them.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+use pyo3::exceptions::PyTimeoutError;
+use pyo3::gc::{PyTraverseError, PyVisit};
+use pyo3::prelude::*;
+
+use super::event_manager::PyEventManager;
+use super::exit::timeout as as_timeout;
+
+/// A call that waits for the loop's thread.
+#[derive(Debug)]
+pub(super) struct Call {
+    pub(super) function: Py<PyAny>,
+    /// None: nobody waits, and an exception ends the run.
+    pub(super) reply: Option<Arc<Reply>>,
+}
+
+/// Where a caller waits for its call.
+#[derive(Debug, Default)]
+pub(super) struct Reply {
+    result: Mutex<Option<PyResult<Py<PyAny>>>>,
+    made: Condvar,
+}
+
+impl Reply {
+    pub(super) fn give(&self, result: PyResult<Py<PyAny>>) {
+        let former = self.result.lock().replace(result);
+        self.made.notify_all();
+        drop(former);
+    }
+
+    fn wait(&self, slice: Duration) -> Option<PyResult<Py<PyAny>>> {
+        let mut result = self.result.lock();
+        if result.is_none() {
+            self.made.wait_for(&mut result, slice);
+        }
+        result.take()
+    }
+}
+
+/// Reaches an event manager's loop from other threads. Made by `EventManager.remote_endpoint`.
+#[pyclass(frozen, weakref, name = "RemoteEndpoint", module = "pyvmm")]
+#[derive(Debug)]
+pub struct PyRemoteEndpoint(Py<PyEventManager>);
+
+impl PyRemoteEndpoint {
+    pub(super) fn of(manager: Py<PyEventManager>) -> Self {
+        Self(manager)
+    }
+}
+
+#[pymethods]
+impl PyRemoteEndpoint {
+    /// Call a function with the manager, on the loop's thread; its value, or its exception, comes back here.
+    ///
+    /// On the loop's own thread it is called at once. Else some thread has to be in a run of the loop.
+    ///
+    /// Raises:
+    ///     TimeoutError: the call was not made within so many seconds; it may still be made.
+    #[pyo3(signature = (function, timeout = None))]
+    fn call_blocking(
+        &self,
+        py: Python<'_>,
+        function: &Bound<'_, PyAny>,
+        timeout: Option<f64>,
+    ) -> PyResult<Py<PyAny>> {
+        let manager = self.0.get();
+        if manager.is_turned_by_this_thread() {
+            return function.call1((&self.0,)).map(Bound::unbind);
+        }
+        let deadline = as_timeout(timeout)?.and_then(|limit| Instant::now().checked_add(limit));
+        let reply = Arc::new(Reply::default());
+        let call = Call { function: function.clone().unbind(), reply: Some(Arc::clone(&reply)) };
+        manager.queue(call)?;
+        loop {
+            let slice = Duration::from_millis(50);
+            let left = deadline.map_or(slice, |d| d.saturating_duration_since(Instant::now()).min(slice));
+            if let Some(result) = py.detach(|| reply.wait(left)) {
+                return result;
+            }
+            py.check_signals()?;
+            if left.is_zero() {
+                let text = "the loop has not made the call in time; is a thread in its run()?";
+                return Err(PyTimeoutError::new_err(text));
+            }
+        }
+    }
+
+    /// Have a function called with the manager on the loop's thread. Its exception ends the run there.
+    fn fire(&self, function: &Bound<'_, PyAny>) -> PyResult<()> {
+        self.0.get().queue(Call { function: function.clone().unbind(), reply: None })
+    }
+
+    /// Have the loop turn once.
+    fn kick(&self) -> PyResult<()> {
+        Ok(self.0.get().core().kick()?)
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.0)
+    }
+}

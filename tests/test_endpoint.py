@@ -1,0 +1,144 @@
+"""`RemoteEndpoint`, `run_forever` and `stop`: a loop reached from other threads and from its own callbacks."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from pyvmm import EventFd, EventManager, EventOps, Events
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+DEADLINE_S = 60
+
+
+class Calls:
+    """Calls a function for each event of its own eventfd."""
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        self.fd = EventFd(1)
+        self.function = function
+
+    def init(self, ops: EventOps) -> None:
+        ops.add(Events(self.fd))
+
+    def process(self, events: Events, ops: EventOps) -> None:
+        self.fd.read()
+        self.function()
+
+
+@pytest.fixture
+def running() -> Iterator[EventManager]:
+    """A manager whose loop runs in a thread."""
+    manager = EventManager()
+    started = threading.Event()
+    manager.add_subscriber(Calls(started.set))
+    thread = threading.Thread(target=manager.run_forever, name="loop")
+    thread.start()
+    assert started.wait(DEADLINE_S)
+    yield manager
+    manager.stop()
+    thread.join(DEADLINE_S)
+    assert not thread.is_alive()
+
+
+def test_call_runs_on_the_loops_thread_and_gives_its_value(running: EventManager) -> None:
+    endpoint = running.remote_endpoint()
+    name, manager = endpoint.call_blocking(lambda manager: (threading.current_thread().name, manager))
+    assert name == "loop"
+    assert manager is running
+
+
+def test_exception_comes_back_to_the_caller_and_the_loop_goes_on(running: EventManager) -> None:
+    def fail(manager: EventManager) -> None:
+        raise LookupError("on purpose")
+
+    endpoint = running.remote_endpoint()
+    with pytest.raises(LookupError, match="on purpose"):
+        endpoint.call_blocking(fail)
+    assert endpoint.call_blocking(lambda _: 5) == 5
+
+
+def test_subscribers_are_added_and_removed_through_it(running: EventManager) -> None:
+    called = threading.Event()
+    endpoint = running.remote_endpoint()
+    subscriber = Calls(called.set)
+    id = endpoint.call_blocking(lambda manager: manager.add_subscriber(subscriber))
+    assert called.wait(DEADLINE_S)
+    assert endpoint.call_blocking(lambda manager: manager.remove_subscriber(id)) is subscriber
+
+
+def test_many_threads_call_at_once(running: EventManager) -> None:
+    endpoint = running.remote_endpoint()
+    results: list[int] = []
+
+    def call(n: int) -> None:
+        results.extend(endpoint.call_blocking(lambda _, n=n, m=m: n * 100 + m) for m in range(50))  # type: ignore[misc]
+
+    threads = [threading.Thread(target=call, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE_S)
+    assert sorted(results) == sorted(n * 100 + m for n in range(8) for m in range(50))
+
+
+def test_fire_is_called_and_nobody_waits(running: EventManager) -> None:
+    called = threading.Event()
+    running.remote_endpoint().fire(lambda _: called.set())
+    assert called.wait(DEADLINE_S)
+
+
+def test_exception_in_fire_ends_the_run() -> None:
+    def fail(_: EventManager) -> None:
+        raise LookupError("on purpose")
+
+    manager = EventManager()
+    manager.remote_endpoint().fire(fail)
+    with pytest.raises(LookupError, match="on purpose"):
+        manager.run_forever()
+
+
+def test_call_from_the_loops_own_thread_is_made_at_once() -> None:
+    manager = EventManager()
+    endpoint = manager.remote_endpoint()
+    seen: list[Any] = []
+    manager.add_subscriber(Calls(lambda: seen.append(endpoint.call_blocking(lambda m: m))))
+    assert manager.run() == 1
+    assert seen == [manager]
+
+
+def test_call_times_out_when_nobody_turns_the_loop() -> None:
+    endpoint = EventManager().remote_endpoint()
+    with pytest.raises(TimeoutError, match="is a thread in its run"):
+        endpoint.call_blocking(lambda _: None, timeout=0.01)
+
+
+def test_stop_from_a_callback_ends_run_forever() -> None:
+    manager = EventManager()
+    manager.add_subscriber(Calls(manager.stop))
+    manager.run_forever()
+
+
+def test_stop_before_run_forever_ends_it_at_once_and_only_that_one() -> None:
+    manager = EventManager()
+    manager.stop()
+    manager.run_forever()
+    manager.add_subscriber(Calls(manager.stop))
+    manager.run_forever()
+
+
+def test_kick_is_no_event() -> None:
+    manager = EventManager()
+    manager.remote_endpoint().kick()
+    assert manager.run_with_timeout(0) == 0
+
+
+def test_counters_tell_what_the_loop_did() -> None:
+    manager = EventManager()
+    manager.add_subscriber(Calls(lambda: None))
+    assert (manager.turns, manager.dispatched) == (0, 0)
+    manager.run()
+    assert (manager.turns, manager.dispatched) == (1, 1)
