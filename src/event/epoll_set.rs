@@ -109,7 +109,8 @@ impl EpollSet {
     /// Whether the last dispatch drained a wake-up. For the thread that holds the manager's lock.
     pub(super) fn take_woken(&self) -> bool {
         // Relaxed: written by the dispatch, under the same lock.
-        self.woken.swap(false, Ordering::Relaxed)
+        // Looked at before it is written: that is cheaper, and this is done at each dispatch.
+        self.woken.load(Ordering::Relaxed) && self.woken.swap(false, Ordering::Relaxed)
     }
 
     /// Whether epoll itself watches the file that has this number now.

@@ -4,6 +4,7 @@
 //! wait in a queue beside the fetched events and are made after them.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
@@ -13,6 +14,9 @@ use pyo3::prelude::*;
 
 use super::event_manager::PyEventManager;
 use super::exit::timeout as as_timeout;
+
+/// How long a caller looks for its result before it sleeps.
+const SPIN: Duration = Duration::from_micros(100);
 
 /// A call that waits for the loop's thread.
 #[derive(Debug)]
@@ -26,14 +30,29 @@ pub(super) struct Call {
 #[derive(Debug, Default)]
 pub(super) struct Reply {
     result: Mutex<Option<PyResult<Py<PyAny>>>>,
+    is_made: AtomicBool,
     made: Condvar,
 }
 
 impl Reply {
     pub(super) fn give(&self, result: PyResult<Py<PyAny>>) {
         let former = self.result.lock().replace(result);
+        self.is_made.store(true, Ordering::Release);
         self.made.notify_all();
         drop(former);
+    }
+
+    /// Wait without sleeping: to be woken costs more than a short call takes.
+    fn spin(&self) -> Option<PyResult<Py<PyAny>>> {
+        let end = Instant::now() + SPIN;
+        while Instant::now() < end {
+            // Acquire: pairs with the release in `give`.
+            if self.is_made.load(Ordering::Acquire) {
+                return self.result.lock().take();
+            }
+            std::hint::spin_loop();
+        }
+        None
     }
 
     fn wait(&self, slice: Duration) -> Option<PyResult<Py<PyAny>>> {
@@ -79,6 +98,9 @@ impl PyRemoteEndpoint {
         let reply = Arc::new(Reply::default());
         let call = Call { function: function.clone().unbind(), reply: Some(Arc::clone(&reply)) };
         manager.queue(call)?;
+        if let Some(result) = py.detach(|| reply.spin()) {
+            return result;
+        }
         loop {
             let slice = Duration::from_millis(50);
             let left = deadline.map_or(slice, |d| d.saturating_duration_since(Instant::now()).min(slice));

@@ -116,6 +116,11 @@ struct Counters {
     turns: AtomicU64,
 }
 
+/// Relaxed, and not in one step: with the GIL held, and a figure for a person.
+fn count(counter: &AtomicU64, more: u64) {
+    counter.store(counter.load(Ordering::Relaxed) + more, Ordering::Relaxed);
+}
+
 /// While it lives, its thread is the one that turns the loop.
 pub(super) struct Turning<'a>(&'a Mutex<Option<ThreadId>>);
 
@@ -323,9 +328,8 @@ impl PyEventManager {
         };
         let dropped = callback::deliver(slf)?;
         let delivered = fetched - dropped.min(fetched);
-        // Relaxed: figures for a person.
-        this.counters.turns.fetch_add(1, Ordering::Relaxed);
-        this.counters.dispatched.fetch_add(delivered as u64, Ordering::Relaxed);
+        count(&this.counters.turns, 1);
+        count(&this.counters.dispatched, delivered as u64);
         Ok(delivered)
     }
 }

@@ -1,6 +1,7 @@
 //! `Events`, `EventOps` and `SubscriberId`: what a Python subscriber is given and gives.
 
 use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use event_manager::{EventSet, Events, SubscriberId};
 use parking_lot::Mutex;
@@ -36,7 +37,8 @@ pub(super) fn descriptor(source: &Bound<'_, PyAny>) -> PyResult<RawFd> {
 #[derive(Debug)]
 pub struct PyEvents {
     /// Changed only by `happened_next`, for an object that nobody else holds.
-    events: Mutex<Events>,
+    event_set: AtomicU32,
+    fd_and_data: AtomicU64,
     /// Kept alive while it is registered.
     source: Option<Py<PyAny>>,
 }
@@ -44,19 +46,32 @@ pub struct PyEvents {
 impl PyEvents {
     /// What happened.
     pub(super) fn happened(events: Events) -> Self {
+        Self::new_with(events, None)
+    }
+
+    fn new_with(events: Events, source: Option<Py<PyAny>>) -> Self {
+        let event = events.epoll_event();
         Self {
-            events: Mutex::new(events),
-            source: None,
+            event_set: AtomicU32::new(event.events()),
+            fd_and_data: AtomicU64::new(event.data()),
+            source,
         }
     }
 
     /// What happened next.
     pub(super) fn happened_next(&self, events: Events) {
-        *self.events.lock() = events;
+        let event = events.epoll_event();
+        // Relaxed, here and below: nobody else holds this object while it changes.
+        self.event_set.store(event.events(), Ordering::Relaxed);
+        self.fd_and_data.store(event.data(), Ordering::Relaxed);
     }
 
     pub(super) fn events(&self) -> Events {
-        *self.events.lock()
+        // The crate keeps the data above the fd, as it gives both to epoll.
+        let packed = self.fd_and_data.load(Ordering::Relaxed);
+        let [fd, data] = [packed, packed >> 32].map(|half| u32::try_from(half & 0xffff_ffff).unwrap_or(0));
+        let set = EventSet::from_bits_truncate(self.event_set.load(Ordering::Relaxed));
+        Events::with_data_raw(fd.cast_signed(), data, set)
     }
 
     pub(super) fn source(&self, py: Python<'_>) -> Option<Py<PyAny>> {
@@ -74,10 +89,7 @@ impl PyEvents {
             PyValueError::new_err(format!("{event_set:#x} has no meaning to epoll"))
         })?;
         let events = Events::with_data_raw(fd, data, set);
-        Ok(Self {
-            events: Mutex::new(events),
-            source: Some(source.clone().unbind()),
-        })
+        Ok(Self::new_with(events, Some(source.clone().unbind())))
     }
 
     /// The file descriptor's number.
