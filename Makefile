@@ -46,7 +46,7 @@ bench: setup ## Benchmarks: ratios against the physical limit; BENCH_JSON=FILE w
 	python -m benches $(BENCH)
 
 stress: setup ## The long runs of the stress tests
-	pytest --quiet tests/stress --timeout 3600
+	PYVMM_STRESS_S=30 pytest --quiet tests/stress --timeout 3600
 
 audit: setup ## Known vulnerabilities and licences of the dependencies
 	@scripts/if_there cargo-deny cargo deny --log-level error check

@@ -61,3 +61,25 @@ def test_exception_of_a_later_call_comes_out_of_the_run() -> None:
         manager.run_forever()
     with pytest.raises(ValueError, match="delay"):
         manager.call_later(-1, lambda: None)
+
+
+def test_slow_callback_is_logged_with_its_name(caplog: pytest.LogCaptureFixture) -> None:
+    manager = EventManager()
+    fd = EventFd(1)
+    assert manager.slow_callback_duration is None
+
+    @manager.on(fd)
+    def slow(events: Events) -> None:
+        fd.read()
+
+    manager.slow_callback_duration = 0
+    assert manager.slow_callback_duration is not None
+    manager.run()
+    assert "slow took 0.0" in caplog.text
+    caplog.clear()
+    manager.slow_callback_duration = None
+    fd.write()
+    manager.run()
+    assert caplog.text == ""
+    with pytest.raises(ValueError, match="timeout"):
+        manager.slow_callback_duration = -1

@@ -253,6 +253,16 @@ class EventManager:
         """
 
     @property
+    def slow_callback_duration(self) -> float | None:
+        """Seconds above which a callback is logged with its name, as a warning of the logger "pyvmm"; None for none.
+
+        Raises:
+            ValueError: set to a negative number or NaN.
+        """
+
+    @slow_callback_duration.setter
+    def slow_callback_duration(self, seconds: float | None) -> None: ...
+    @property
     def turns(self) -> int:
         """How often the loop has turned."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,11 @@ class Function:
         self._events = Events(source, event_set)
         self._function = function
 
+    @property
+    def name(self) -> str:
+        """The function's name."""
+        return str(getattr(self._function, "__qualname__", self._function))
+
     def init(self, ops: EventOps) -> None:
         """Watch the source."""
         ops.add(self._events)
@@ -27,6 +33,13 @@ class Function:
     def process(self, events: Events, ops: EventOps) -> object:
         """Call the function."""
         return self._function(events)
+
+
+def warn_slow(subscriber: object, seconds: float) -> None:
+    """Log a callback that took longer than `EventManager.slow_callback_duration`."""
+    method = f"{type(subscriber).__qualname__}.process"
+    name = subscriber.name if isinstance(subscriber, Function) else method
+    logging.getLogger("pyvmm").warning("%s took %.3f s", name, seconds)
 
 
 def on(manager: EventManager, source: Any, event_set: int) -> Callable[[Any], Any]:

@@ -1,5 +1,7 @@
 //! The only place where the loop and the vCPU threads enter Python. No Rust lock is held here.
 
+use std::time::{Duration, Instant};
+
 use event_manager::{Events, SubscriberId};
 use pyo3::prelude::*;
 use pyo3::{ffi, intern};
@@ -67,6 +69,15 @@ pub(super) fn deliver(manager: &Bound<'_, PyEventManager>) -> PyResult<usize> {
     Ok(dropped)
 }
 
+/// Log a callback that took longer than the threshold.
+fn tell_slow(subscriber: &Bound<'_, PyAny>, took: Duration, threshold: Duration) -> PyResult<()> {
+    if took <= threshold {
+        return Ok(());
+    }
+    let callbacks = subscriber.py().import("pyvmm.callbacks")?;
+    callbacks.call_method1("warn_slow", (subscriber, took.as_secs_f64())).map(drop)
+}
+
 /// Make the calls that other threads have asked for: those that were there when it began.
 fn make_calls(manager: &Bound<'_, PyEventManager>) -> PyResult<()> {
     let this = manager.get();
@@ -98,6 +109,7 @@ fn process(
     };
     arguments.ops.get().begin(manager, ready.token, id);
     let parts = (arguments.events.bind(py), arguments.ops.bind(py));
+    let watch = manager.get().slow_callback().map(|threshold| (threshold, Instant::now()));
     let result = subscriber
         .bind(py)
         .call_method1(intern!(py, "process"), parts);
@@ -106,6 +118,9 @@ fn process(
         *spare = Some(arguments);
     }
     let returned = result?;
+    if let Some((threshold, start)) = watch {
+        tell_slow(subscriber.bind(py), start.elapsed(), threshold)?;
+    }
     if returned.is_none() {
         return Ok(());
     }

@@ -18,6 +18,7 @@ use pyo3::prelude::*;
 use super::callback::{self, Arguments};
 use super::endpoint::{Call, PyRemoteEndpoint};
 use super::events::PySubscriberId;
+use super::exit::timeout as as_timeout;
 use super::exit_handler::as_native_subscriber;
 use crate::error::{Error, ErrorKind};
 use crate::event::{BoxedSubscriber, EventManager};
@@ -45,6 +46,8 @@ pub struct PyEventManager {
     /// `run_forever` is to end.
     stopping: AtomicBool,
     counters: Counters,
+    /// Nanoseconds above which a callback is logged; 0 for none.
+    slow_callback: AtomicU64,
     /// Takes what a subscriber's `process` returns, where an asyncio loop hosts this one.
     awaiter: Mutex<Option<Py<PyAny>>>,
 }
@@ -145,6 +148,7 @@ impl PyEventManager {
             has_calls: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
             counters: Counters::default(),
+            slow_callback: AtomicU64::new(0),
             awaiter: Mutex::new(None),
         }
     }
@@ -179,6 +183,13 @@ impl PyEventManager {
         // Release: pairs with the acquire in `waiting_calls`, so that who sees the flag finds the call.
         self.has_calls.store(true, Ordering::Release);
         Ok(self.core.kick()?)
+    }
+
+    pub(super) fn slow_callback(&self) -> Option<Duration> {
+        match self.slow_callback.load(Ordering::Relaxed) {
+            0 => None,
+            nanoseconds => Some(Duration::from_nanos(nanoseconds)),
+        }
     }
 
     pub(super) fn awaiter(&self, py: Python<'_>) -> Option<Py<PyAny>> {
@@ -473,6 +484,25 @@ impl PyEventManager {
 
     fn _take_stop(&self) -> bool {
         self.take_stop()
+    }
+
+    /// Seconds above which a callback is logged with its name, as a warning of the logger "pyvmm"; None for none.
+    ///
+    /// Raises:
+    ///     ValueError: set to a negative number or NaN.
+    #[getter(slow_callback_duration)]
+    fn threshold(&self) -> Option<f64> {
+        self.slow_callback().map(|threshold| threshold.as_secs_f64())
+    }
+
+    #[setter(slow_callback_duration)]
+    fn set_threshold(&self, seconds: Option<f64>) -> PyResult<()> {
+        let nanoseconds = match as_timeout(seconds)? {
+            None => 0,
+            Some(threshold) => u64::try_from(threshold.as_nanos()).unwrap_or(u64::MAX).max(1),
+        };
+        self.slow_callback.store(nanoseconds, Ordering::Relaxed);
+        Ok(())
     }
 
     /// How often the loop has turned.
