@@ -45,7 +45,7 @@ class Links:
             fd.write()
 
     def link(self, fd: EventFd) -> Callable[..., None]:
-        def callback(events: object = None, ops: object = None) -> None:
+        def callback(_events: object = None, _ops: object = None) -> None:
             fd.read()
             fd.write(1)
             self.left -= 1

@@ -63,11 +63,7 @@ pub struct CpuConfig {
 
 impl Default for CpuConfig {
     fn default() -> Self {
-        Self {
-            vcpus: 1,
-            hide: Vec::new(),
-            template: CpuTemplate::default(),
-        }
+        Self { vcpus: 1, hide: Vec::new(), template: CpuTemplate::default() }
     }
 }
 
@@ -223,9 +219,7 @@ impl VmmConfig {
             return Err(bad("irqchip", "Linux needs an interrupt controller"));
         }
         if let ExitPort(Some(port)) = self.exit_port {
-            if layout::BUILT_IN_PORTS
-                .iter()
-                .any(|(_, range)| range.contains(&port))
+            if layout::BUILT_IN_PORTS.iter().any(|(_, range)| range.contains(&port))
                 || port > 0xfffc
             {
                 return Err(bad(
@@ -251,19 +245,13 @@ impl FlatBoot {
             }
         }
         if self.mode == CpuMode::Real16 && entry > 0xf_ffff {
-            return Err(bad(
-                "boot.entry",
-                format!("{entry:#x} is beyond real mode's first MiB"),
-            ));
+            return Err(bad("boot.entry", format!("{entry:#x} is beyond real mode's first MiB")));
         }
         if self.mode == CpuMode::Protected32 && entry > 0xffff_ffff {
             return Err(bad("boot.entry", format!("{entry:#x} is beyond 32 bits")));
         }
         if self.mode == CpuMode::Linux64 {
-            return Err(bad(
-                "boot.mode",
-                "a flat guest starts in one of its four modes",
-            ));
+            return Err(bad("boot.mode", "a flat guest starts in one of its four modes"));
         }
         Ok(())
     }
@@ -276,11 +264,7 @@ impl LinuxBoot {
             let detail = format!("{} bytes, at most {most} fit", self.cmdline.len());
             return Err(bad("boot.cmdline", detail));
         }
-        if !self
-            .cmdline
-            .bytes()
-            .all(|b| b == b' ' || b.is_ascii_graphic())
-        {
+        if !self.cmdline.bytes().all(|b| b == b' ' || b.is_ascii_graphic()) {
             return Err(bad("boot.cmdline", "only printable ASCII is allowed"));
         }
         if let Some(address) = self.load_address {
@@ -297,10 +281,7 @@ fn checked_size(size_mib: u64) -> Result<u64> {
     // KVM's slots hold at most 2^31 - 1 pages of 4 KiB each.
     let most = (1 << 23) - 1;
     if !(1..=most).contains(&size_mib) {
-        return Err(bad(
-            "memory.size_mib",
-            format!("{size_mib} is not from 1 to {most}"),
-        ));
+        return Err(bad("memory.size_mib", format!("{size_mib} is not from 1 to {most}")));
     }
     Ok(size_mib << 20)
 }
@@ -316,16 +297,8 @@ mod tests {
 
     fn flat(address: u64, mode: CpuMode) -> VmmConfig {
         let code = Code::Bytes(vec![0xf4]);
-        let boot = Boot::Flat(FlatBoot {
-            code,
-            address,
-            entry: None,
-            mode,
-        });
-        VmmConfig {
-            boot,
-            ..VmmConfig::default()
-        }
+        let boot = Boot::Flat(FlatBoot { code, address, entry: None, mode });
+        VmmConfig { boot, ..VmmConfig::default() }
     }
 
     fn place(config: &VmmConfig) -> String {
@@ -367,10 +340,7 @@ mod tests {
 
     #[test]
     fn a_command_line_is_short_and_printable() {
-        let mut linux = LinuxBoot {
-            cmdline: "a".repeat(2048),
-            ..LinuxBoot::default()
-        };
+        let mut linux = LinuxBoot { cmdline: "a".repeat(2048), ..LinuxBoot::default() };
         assert_eq!(linux.validate().unwrap_err().at, "boot.cmdline");
         linux.cmdline = "a\0b".into();
         assert_eq!(linux.validate().unwrap_err().at, "boot.cmdline");

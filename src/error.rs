@@ -45,13 +45,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 impl Error {
     /// An error at a place.
     pub fn new(kind: ErrorKind, at: impl Into<String>, detail: impl Into<String>) -> Self {
-        Self {
-            kind,
-            at: at.into(),
-            detail: detail.into(),
-            errno: None,
-            hint: None,
-        }
+        Self { kind, at: at.into(), detail: detail.into(), errno: None, hint: None }
     }
 
     /// The same error with what to do about it.
@@ -64,19 +58,12 @@ impl Error {
     /// An error of a system call.
     pub fn os(kind: ErrorKind, at: impl Into<String>, error: &std::io::Error) -> Self {
         let errno = error.raw_os_error();
-        Self {
-            errno,
-            ..Self::new(kind, at, error.to_string())
-        }
+        Self { errno, ..Self::new(kind, at, error.to_string()) }
     }
 
     /// An error of a KVM ioctl; `at` names the ioctl.
     pub fn kvm(at: &str, error: kvm_ioctls::Error) -> Self {
-        Self::os(
-            ErrorKind::Kvm,
-            at,
-            &std::io::Error::from_raw_os_error(error.errno()),
-        )
+        Self::os(ErrorKind::Kvm, at, &std::io::Error::from_raw_os_error(error.errno()))
     }
 }
 

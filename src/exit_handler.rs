@@ -33,10 +33,7 @@ impl VmmExitHandler {
     /// # Errors
     /// When no eventfd can be made.
     pub fn new() -> io::Result<Self> {
-        Ok(Self {
-            exit_event: Arc::new(EventFd::new(EFD_NONBLOCK)?),
-            keep_running: true,
-        })
+        Ok(Self { exit_event: Arc::new(EventFd::new(EFD_NONBLOCK)?), keep_running: true })
     }
 
     /// The eventfd that a kick writes.
@@ -65,11 +62,8 @@ impl VmmExitHandler {
     /// Whether a kick waits to be processed.
     #[must_use]
     pub fn is_kicked(&self) -> bool {
-        let mut poll = libc::pollfd {
-            fd: self.exit_event.as_raw_fd(),
-            events: libc::POLLIN,
-            revents: 0,
-        };
+        let mut poll =
+            libc::pollfd { fd: self.exit_event.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         // SAFETY: one pollfd that lives through the call, which does not wait.
         unsafe { libc::poll(&raw mut poll, 1, 0) > 0 }
     }
@@ -225,21 +219,13 @@ impl Exit {
     /// An exit with a reason alone.
     #[must_use]
     pub fn new(reason: ExitReason) -> Self {
-        Self {
-            reason,
-            code: None,
-            vcpu: None,
-            fault: None,
-        }
+        Self { reason, code: None, vcpu: None, fault: None }
     }
 
     /// An exit with a code.
     #[must_use]
     pub fn with_code(reason: ExitReason, code: u64) -> Self {
-        Self {
-            code: Some(code),
-            ..Self::new(reason)
-        }
+        Self { code: Some(code), ..Self::new(reason) }
     }
 }
 
@@ -271,10 +257,7 @@ mod tests {
         manager.add_subscriber(handler.clone());
         assert!(handler.keep_running());
         handler.kick().unwrap();
-        assert!(
-            handler.keep_running(),
-            "a kick is seen when it is processed, not before"
-        );
+        assert!(handler.keep_running(), "a kick is seen when it is processed, not before");
         assert_eq!(manager.run_with_timeout(1000).unwrap(), 1);
         assert!(!handler.keep_running());
     }
@@ -302,11 +285,7 @@ mod tests {
         handler.init(&mut manager.event_ops(id).unwrap());
         handler.process(error, &mut manager.event_ops(id).unwrap());
         handler.kick().unwrap();
-        assert_eq!(
-            manager.run_with_timeout(0).unwrap(),
-            0,
-            "its fd is not watched any more"
-        );
+        assert_eq!(manager.run_with_timeout(0).unwrap(), 0, "its fd is not watched any more");
     }
 
     #[test]
@@ -318,10 +297,7 @@ mod tests {
 
     #[test]
     fn an_exit_reads_as_a_line() {
-        let exit = Exit {
-            vcpu: Some(1),
-            ..Exit::with_code(ExitReason::Code, 42)
-        };
+        let exit = Exit { vcpu: Some(1), ..Exit::with_code(ExitReason::Code, 42) };
         assert_eq!(exit.to_string(), "code 42 (vCPU 1)");
     }
 }

@@ -37,8 +37,8 @@ pub mod vmm;
 mod _pyvmm {
     #[pymodule_export]
     use crate::py::{
-        PyEventFd, PyEventManager, PyEventOps, PyEvents, PyGuestMemory, PyKvmVm, PyRemoteEndpoint, PySerial,
-        PySubscriberId, PyTimerFd, PyVmm, PyVmmExitHandler, PyWrappedExitHandler, close_all, cpu_features,
-        embedded_guest, kvm_info,
+        PyEventFd, PyEventManager, PyEventOps, PyEvents, PyGuestMemory, PyKvmVm, PyRemoteEndpoint,
+        PySerial, PySubscriberId, PyTimerFd, PyVmm, PyVmmExitHandler, PyWrappedExitHandler,
+        close_all, cpu_features, embedded_guest, kvm_info,
     };
 }

@@ -62,7 +62,10 @@ impl Vmm {
     ///
     /// # Errors
     /// When a value cannot be used, a file cannot be loaded, or KVM refuses a part.
-    pub fn with_event_manager(config: VmmConfig, shared: Option<Arc<EventManager>>) -> Result<Self> {
+    pub fn with_event_manager(
+        config: VmmConfig,
+        shared: Option<Arc<EventManager>>,
+    ) -> Result<Self> {
         config.validate()?;
         let memory = GuestMemory::new(config.memory.size_mib << 20)?;
         let entry = boot::load(&config, &memory)?;
@@ -146,16 +149,12 @@ impl Vmm {
         deadline: Option<Instant>,
         between_turns: &mut impl FnMut() -> std::result::Result<(), E>,
     ) -> std::result::Result<(), E> {
-        let left = deadline.map_or(SLICE, |deadline| {
-            deadline.saturating_duration_since(Instant::now())
-        });
+        let left =
+            deadline.map_or(SLICE, |deadline| deadline.saturating_duration_since(Instant::now()));
         let milliseconds = left.min(SLICE).as_micros().div_ceil(1000);
-        self.event_manager
-            .run_with_timeout(i32::try_from(milliseconds).unwrap_or(0))?;
+        self.event_manager.run_with_timeout(i32::try_from(milliseconds).unwrap_or(0))?;
         between_turns()?;
-        self.serial
-            .take_failure()
-            .map_or(Ok(()), |failure| Err(failure.into()))
+        self.serial.take_failure().map_or(Ok(()), |failure| Err(failure.into()))
     }
 
     /// Bring out what the guest printed last. A stop, the deadline, or a taker that takes nothing for a while
@@ -186,9 +185,7 @@ impl Vmm {
     /// # Errors
     /// When the exit event cannot be written.
     pub fn stop(&self) -> Result<()> {
-        self.exit_handler
-            .kick()
-            .map_err(|e| Error::os(ErrorKind::Event, "stop", &e))
+        self.exit_handler.kick().map_err(|e| Error::os(ErrorKind::Event, "stop", &e))
     }
 
     /// Stop, wait for the run to end, and release everything. Does nothing the second time. Called from

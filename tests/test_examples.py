@@ -1,4 +1,4 @@
-"""Every example runs and prints what its last comment says."""
+"""Every example runs and prints what its comments say."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from conftest import Linux
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-NEED_NO_KVM = {"event_loop"}
+NEED_NO_KVM = {"event_loop", "loop_from_threads"}
 NEED_LINUX = {"boot_linux"}
 
 
@@ -29,7 +29,8 @@ def run(example: Path, *arguments: str) -> str:
 def test_example_prints_what_it_says(example: Path) -> None:
     expected = re.findall(r"print\(.*\)  # (.*)", example.read_text())
     assert expected
-    assert run(example).splitlines() == expected
+    # A callback may print before or after what stands above it.
+    assert sorted(run(example).splitlines()) == sorted(expected)
 
 
 @pytest.mark.kvm

@@ -17,6 +17,7 @@ MOST_LINES = 500
 
 # Rooms whose test has another name: what a user sees first is tested there.
 TESTED_BY = {
+    "src/py/batch.rs": "tests/test_event_manager.py",
     "src/py/callback.rs": "tests/test_event_manager.py",
     "src/py/config.rs": "tests/test_vmm.py",
     "src/py/errors.rs": "tests/test_vmm.py",

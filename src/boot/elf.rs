@@ -33,9 +33,7 @@ fn check(image: &[u8], memory: &GuestMemory) -> Result<u64> {
         return Err(bad("the ELF header is cut off"));
     };
     if (kind, machine) != ET_EXEC_X86_64 {
-        return Err(bad(format!(
-            "not an x86-64 executable (type {kind}, machine {machine})"
-        )));
+        return Err(bad(format!("not an x86-64 executable (type {kind}, machine {machine})")));
     }
     let (Some(offset), Some(size), Some(count)) =
         (u64_at(image, 32), u16_at(image, 54), u16_at(image, 56))
@@ -44,9 +42,7 @@ fn check(image: &[u8], memory: &GuestMemory) -> Result<u64> {
     };
     let mut end = 0;
     for n in 0..u64::from(count) {
-        let at = offset
-            .checked_add(n * u64::from(size))
-            .and_then(|at| usize::try_from(at).ok());
+        let at = offset.checked_add(n * u64::from(size)).and_then(|at| usize::try_from(at).ok());
         let header = at.and_then(|at| image.get(at..at.checked_add(56)?));
         let header =
             header.ok_or_else(|| bad(format!("program header {n} is outside the file")))?;
@@ -54,11 +50,7 @@ fn check(image: &[u8], memory: &GuestMemory) -> Result<u64> {
             end = end.max(check_segment(n, header, image, memory)?);
         }
     }
-    if end == 0 {
-        Err(bad("the ELF file has nothing to load"))
-    } else {
-        Ok(end)
-    }
+    if end == 0 { Err(bad("the ELF file has nothing to load")) } else { Ok(end) }
 }
 
 fn check_segment(n: u64, header: &[u8], image: &[u8], memory: &GuestMemory) -> Result<u64> {
@@ -66,14 +58,10 @@ fn check_segment(n: u64, header: &[u8], image: &[u8], memory: &GuestMemory) -> R
     let (offset, address, in_file, in_memory) = (field(8)?, field(24)?, field(32)?, field(40)?);
     let file_end = offset.checked_add(in_file);
     if file_end.is_none_or(|end| end > image.len() as u64) {
-        return Err(bad(format!(
-            "segment {n} is cut off: the file ends before it does"
-        )));
+        return Err(bad(format!("segment {n} is cut off: the file ends before it does")));
     }
     if in_memory < in_file {
-        return Err(bad(format!(
-            "segment {n} is larger in the file than in memory"
-        )));
+        return Err(bad(format!("segment {n} is larger in the file than in memory")));
     }
     if in_memory > 0 && address < layout::HIGH_MEMORY {
         return Err(bad(format!("segment {n} at {address:#x} is below 1 MiB")));
@@ -86,21 +74,15 @@ fn check_segment(n: u64, header: &[u8], image: &[u8], memory: &GuestMemory) -> R
 }
 
 pub(super) fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
-    Some(u16::from_le_bytes(
-        bytes.get(at..at.checked_add(2)?)?.try_into().ok()?,
-    ))
+    Some(u16::from_le_bytes(bytes.get(at..at.checked_add(2)?)?.try_into().ok()?))
 }
 
 pub(super) fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
-    Some(u32::from_le_bytes(
-        bytes.get(at..at.checked_add(4)?)?.try_into().ok()?,
-    ))
+    Some(u32::from_le_bytes(bytes.get(at..at.checked_add(4)?)?.try_into().ok()?))
 }
 
 fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
-    Some(u64::from_le_bytes(
-        bytes.get(at..at.checked_add(8)?)?.try_into().ok()?,
-    ))
+    Some(u64::from_le_bytes(bytes.get(at..at.checked_add(8)?)?.try_into().ok()?))
 }
 
 fn bad(detail: impl Into<String>) -> Error {

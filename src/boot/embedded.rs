@@ -41,10 +41,7 @@ mod tests {
     #[test]
     fn the_settings_end_the_guest() {
         let memory = GuestMemory::new(1 << 20).unwrap();
-        let config = VmmConfig {
-            exit_port: ExitPort(Some(0x510)),
-            ..VmmConfig::default()
-        };
+        let config = VmmConfig { exit_port: ExitPort(Some(0x510)), ..VmmConfig::default() };
         assert_eq!(load(&config, &memory).unwrap(), ADDRESS);
         let mut loaded = vec![0; embedded_guest().len()];
         memory.read(ADDRESS, &mut loaded).unwrap();

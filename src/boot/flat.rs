@@ -16,11 +16,7 @@ pub(super) fn load(flat: &FlatBoot, memory: &GuestMemory) -> Result<u64> {
         }
     };
     if code.is_empty() {
-        return Err(Error::new(
-            ErrorKind::Boot,
-            "boot.code",
-            "there is no code: 0 bytes",
-        ));
+        return Err(Error::new(ErrorKind::Boot, "boot.code", "there is no code: 0 bytes"));
     }
     if flat.mode != CpuMode::Real16 {
         keep_off_tables(flat.address, code.len() as u64)?;
@@ -48,12 +44,7 @@ mod tests {
     use super::*;
 
     fn flat(address: u64, code: &[u8], mode: CpuMode) -> FlatBoot {
-        FlatBoot {
-            code: Code::Bytes(code.to_vec()),
-            address,
-            entry: None,
-            mode,
-        }
+        FlatBoot { code: Code::Bytes(code.to_vec()), address, entry: None, mode }
     }
 
     #[test]
@@ -68,12 +59,9 @@ mod tests {
     #[test]
     fn code_that_does_not_fit_is_refused() {
         let memory = GuestMemory::new(1 << 20).unwrap();
-        for (address, code) in [
-            (0xf_ffff, &[0u8; 2][..]),
-            (0x1000, &[]),
-            (0x7_ffff, &[0; 2]),
-            (0x9_fbff, &[0]),
-        ] {
+        for (address, code) in
+            [(0xf_ffff, &[0u8; 2][..]), (0x1000, &[]), (0x7_ffff, &[0; 2]), (0x9_fbff, &[0])]
+        {
             let error = load(&flat(address, code, CpuMode::Long64), &memory).unwrap_err();
             assert_eq!(error.kind, ErrorKind::Boot);
         }

@@ -18,16 +18,10 @@ pub(super) fn load(
     let top = memory.size().min(layout::MMIO_GAP_START).min(ceiling);
     let bytes = read_file(path, "boot.initrd", top)?;
     let size = bytes.len() as u64;
-    let address = top
-        .checked_sub(size)
-        .map(|a| a & !(PAGE - 1))
-        .filter(|a| *a >= floor);
+    let address = top.checked_sub(size).map(|a| a & !(PAGE - 1)).filter(|a| *a >= floor);
     let fits = address.and_then(|a| Some((u32::try_from(a).ok()?, u32::try_from(size).ok()?)));
     let Some((address, size)) = fits else {
-        let detail = format!(
-            "{}: {size} bytes do not fit above the kernel",
-            path.display()
-        );
+        let detail = format!("{}: {size} bytes do not fit above the kernel", path.display());
         return Err(Error::new(ErrorKind::Boot, "boot.initrd", detail)
             .hint("give the machine more memory (memory.size_mib)"));
     };

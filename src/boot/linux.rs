@@ -38,10 +38,7 @@ struct Kernel {
 pub(super) fn load(config: &LinuxBoot, memory: &GuestMemory) -> Result<u64> {
     let image = read_file(&config.kernel, "boot.kernel", memory.size())?;
     let kernel = load_kernel(&image, config, memory)?;
-    let mut params = boot_params {
-        hdr: kernel.header,
-        ..Default::default()
-    };
+    let mut params = boot_params { hdr: kernel.header, ..Default::default() };
     if let Some(path) = &config.initrd {
         let (address, size) = initrd::load(path, memory, kernel.end, kernel.initrd_ceiling)?;
         params.hdr.ramdisk_image = address;
@@ -62,41 +59,24 @@ fn load_kernel(image: &[u8], config: &LinuxBoot, memory: &GuestMemory) -> Result
             kernel_alignment: MIN_ALIGNMENT,
             ..Default::default()
         };
-        return Ok(Kernel {
-            entry,
-            end,
-            initrd_ceiling: INITRD_CEILING,
-            header,
-        });
+        return Ok(Kernel { entry, end, initrd_ceiling: INITRD_CEILING, header });
     }
     if u32_at(image, 0x202) == Some(HEADER_MAGIC) {
         return load_bzimage(image, config, memory);
     }
-    let what = if image.is_empty() {
-        "the file is empty"
-    } else {
-        "neither an ELF vmlinux nor a bzImage"
-    };
+    let what =
+        if image.is_empty() { "the file is empty" } else { "neither an ELF vmlinux nor a bzImage" };
     Err(bad(what))
 }
 
 fn load_bzimage(image: &[u8], config: &LinuxBoot, memory: &GuestMemory) -> Result<Kernel> {
     let mut header = read_header(image)?;
-    let sectors = if header.setup_sects == 0 {
-        4
-    } else {
-        usize::from(header.setup_sects)
-    };
-    let body = image
-        .get((sectors + 1) * 512..)
-        .filter(|body| !body.is_empty());
+    let sectors = if header.setup_sects == 0 { 4 } else { usize::from(header.setup_sects) };
+    let body = image.get((sectors + 1) * 512..).filter(|body| !body.is_empty());
     let body = body.ok_or_else(|| bad("the bzImage is cut off: it ends within its setup code"))?;
     let preferred = header.pref_address;
-    let address = config.load_address.unwrap_or(if preferred == 0 {
-        layout::HIGH_MEMORY
-    } else {
-        preferred
-    });
+    let address =
+        config.load_address.unwrap_or(if preferred == 0 { layout::HIGH_MEMORY } else { preferred });
     // It decompresses itself in place, within init_size of where it is loaded.
     let needed = u64::from(header.init_size).max(body.len() as u64);
     memory.check(address, needed).map_err(|e| {
@@ -104,9 +84,7 @@ fn load_bzimage(image: &[u8], config: &LinuxBoot, memory: &GuestMemory) -> Resul
             .hint("give the machine more memory (memory.size_mib)")
     })?;
     if address < layout::HIGH_MEMORY {
-        return Err(bad(format!(
-            "the bzImage wants to be at {address:#x}, below 1 MiB"
-        )));
+        return Err(bad(format!("the bzImage wants to be at {address:#x}, below 1 MiB")));
     }
     memory.write(address, body)?;
     header.code32_start =
@@ -115,12 +93,7 @@ fn load_bzimage(image: &[u8], config: &LinuxBoot, memory: &GuestMemory) -> Resul
         0 => INITRD_CEILING,
         most => u64::from(most),
     };
-    Ok(Kernel {
-        entry: address + ENTRY_64,
-        end: address + needed,
-        initrd_ceiling,
-        header,
-    })
+    Ok(Kernel { entry: address + ENTRY_64, end: address + needed, initrd_ceiling, header })
 }
 
 fn read_header(image: &[u8]) -> Result<setup_header> {
@@ -135,14 +108,10 @@ fn read_header(image: &[u8]) -> Result<setup_header> {
         _ => return Err(bad("the bzImage is cut off within its header")),
     }
     if u16_at(image, 0x1fe) != Some(BOOT_FLAG) || header.loadflags & LOADED_HIGH == 0 {
-        return Err(bad(
-            "not a bzImage: its boot flag or its load flag is wrong",
-        ));
+        return Err(bad("not a bzImage: its boot flag or its load flag is wrong"));
     }
     if header.version < VERSION_2_12 || header.xloadflags & XLF_KERNEL_64 == 0 {
-        return Err(bad(
-            "the bzImage has no 64-bit entry; build the kernel with CONFIG_64BIT",
-        ));
+        return Err(bad("the bzImage has no 64-bit entry; build the kernel with CONFIG_64BIT"));
     }
     Ok(header)
 }
@@ -169,11 +138,7 @@ fn write_cmdline(config: &LinuxBoot, memory: &GuestMemory, params: &mut boot_par
 fn fill_e820(memory: &GuestMemory, params: &mut boot_params) -> Result<()> {
     let mut map = vec![
         (0, layout::EBDA_START, E820_RAM),
-        (
-            layout::EBDA_START,
-            layout::HIGH_MEMORY - layout::EBDA_START,
-            E820_RESERVED,
-        ),
+        (layout::EBDA_START, layout::HIGH_MEMORY - layout::EBDA_START, E820_RESERVED),
     ];
     for (start, size) in layout::ram_ranges(memory.size()) {
         let from = start.max(layout::HIGH_MEMORY);
@@ -182,11 +147,7 @@ fn fill_e820(memory: &GuestMemory, params: &mut boot_params) -> Result<()> {
         }
     }
     for (entry, (addr, size, kind)) in params.e820_table.iter_mut().zip(&map) {
-        *entry = boot_e820_entry {
-            addr: *addr,
-            size: *size,
-            r#type: *kind,
-        };
+        *entry = boot_e820_entry { addr: *addr, size: *size, r#type: *kind };
     }
     params.e820_entries = u8::try_from(map.len()).map_err(|_| bad("too many memory ranges"))?;
     Ok(())
@@ -224,10 +185,7 @@ mod tests {
     }
 
     fn config(cmdline: &str) -> LinuxBoot {
-        LinuxBoot {
-            cmdline: cmdline.into(),
-            ..LinuxBoot::default()
-        }
+        LinuxBoot { cmdline: cmdline.into(), ..LinuxBoot::default() }
     }
 
     #[test]
@@ -236,10 +194,7 @@ mod tests {
         let kernel = load_kernel(&bzimage(b"kernel"), &config(""), &memory).unwrap();
         let mut body = [0; 6];
         memory.read(0x20_0000, &mut body).unwrap();
-        assert_eq!(
-            (kernel.entry, kernel.end, &body),
-            (0x20_0200, 0x20_1000, b"kernel")
-        );
+        assert_eq!((kernel.entry, kernel.end, &body), (0x20_0200, 0x20_1000, b"kernel"));
     }
 
     #[test]
@@ -255,10 +210,7 @@ mod tests {
         let memory = memory();
         let config = config(&"a".repeat(256));
         let kernel = load_kernel(&bzimage(b"kernel"), &config, &memory).unwrap();
-        let mut params = boot_params {
-            hdr: kernel.header,
-            ..Default::default()
-        };
+        let mut params = boot_params { hdr: kernel.header, ..Default::default() };
         let error = write_cmdline(&config, &memory, &mut params).unwrap_err();
         assert_eq!(error.at, "boot.cmdline");
     }
@@ -268,27 +220,17 @@ mod tests {
         let memory = GuestMemory::new(4 << 30).unwrap();
         let mut params = boot_params::default();
         fill_e820(&memory, &mut params).unwrap();
-        let map: Vec<(u64, u64)> = params
-            .e820_table
-            .iter()
-            .take(4)
-            .map(|e| (e.addr, e.size))
-            .collect();
+        let map: Vec<(u64, u64)> =
+            params.e820_table.iter().take(4).map(|e| (e.addr, e.size)).collect();
         assert_eq!(params.e820_entries, 4);
-        assert_eq!(
-            map[2..],
-            [(1 << 20, (3 << 30) - (1 << 20)), (4 << 30, 1 << 30)]
-        );
+        assert_eq!(map[2..], [(1 << 20, (3 << 30) - (1 << 20)), (4 << 30, 1 << 30)]);
     }
 
     #[test]
     fn what_is_no_kernel_is_refused() {
         for image in [&b""[..], b"hello", &[0; 4096]] {
             assert_eq!(
-                load_kernel(image, &config(""), &memory())
-                    .err()
-                    .unwrap()
-                    .kind,
+                load_kernel(image, &config(""), &memory()).err().unwrap().kind,
                 ErrorKind::Boot
             );
         }

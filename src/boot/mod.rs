@@ -43,9 +43,7 @@ fn read_file(path: &Path, at: &str, most: u64) -> Result<Vec<u8>> {
     let file = File::open(path).map_err(failed)?;
     let mut bytes = Vec::new();
     // One byte more than fits: an endless file, such as a device, is found out without reading on.
-    file.take(most.saturating_add(1))
-        .read_to_end(&mut bytes)
-        .map_err(failed)?;
+    file.take(most.saturating_add(1)).read_to_end(&mut bytes).map_err(failed)?;
     if bytes.len() as u64 > most {
         let detail = format!("{}: larger than guest memory", path.display());
         return Err(Error::new(ErrorKind::Boot, at, detail));

@@ -21,13 +21,8 @@ const EXTINT: u8 = 3;
 
 /// Write the table where the kernel looks for it.
 pub(super) fn write(memory: &GuestMemory, vcpus: u64) -> Result<()> {
-    let vcpus = u8::try_from(vcpus).map_err(|_| {
-        Error::new(
-            ErrorKind::Config,
-            "cpu.vcpus",
-            "more than an MP table holds",
-        )
-    })?;
+    let vcpus = u8::try_from(vcpus)
+        .map_err(|_| Error::new(ErrorKind::Config, "cpu.vcpus", "more than an MP table holds"))?;
     let bytes = table(vcpus)?;
     let room = layout::HIGH_MEMORY - layout::MP_TABLE;
     if bytes.len() as u64 > room {
@@ -52,13 +47,8 @@ fn table(vcpus: u8) -> Result<Vec<u8>> {
     floating.extend_from_slice(&[FLOATING_POINTER_SIZE / 16, SPEC_1_4, 0, 0, 0, 0, 0, 0]);
     set_checksum(&mut floating, 10);
 
-    let length = u16::try_from(HEADER_SIZE + body.len()).map_err(|_| {
-        Error::new(
-            ErrorKind::Config,
-            "cpu.vcpus",
-            "more than an MP table holds",
-        )
-    })?;
+    let length = u16::try_from(HEADER_SIZE + body.len())
+        .map_err(|_| Error::new(ErrorKind::Config, "cpu.vcpus", "more than an MP table holds"))?;
     let mut config = Vec::from(*b"PCMP");
     config.extend_from_slice(&length.to_le_bytes());
     config.extend_from_slice(&[SPEC_1_4, 0]);
@@ -78,11 +68,7 @@ fn entries(vcpus: u8) -> Vec<Vec<u8>> {
     let mut entries: Vec<Vec<u8>> = (0..vcpus).map(processor).collect();
     entries.push([&[1, 0][..], b"ISA   "].concat());
     entries.push(
-        [
-            &[2, ioapic, APIC_VERSION, IOAPIC_ENABLED][..],
-            &layout::IOAPIC.to_le_bytes(),
-        ]
-        .concat(),
+        [&[2, ioapic, APIC_VERSION, IOAPIC_ENABLED][..], &layout::IOAPIC.to_le_bytes()].concat(),
     );
     entries.extend((0..ISA_LINES).map(|line| vec![3, INT, 0, 0, 0, line, ioapic, line]));
     entries.push(vec![4, EXTINT, 0, 0, 0, 0, 0, 0]);
@@ -123,10 +109,7 @@ mod tests {
             let bytes = table(vcpus).unwrap();
             let (floating, config) = bytes.split_at(16);
             assert_eq!((sum(floating), sum(config)), (0, 0));
-            assert_eq!(
-                usize::from(u16::from_le_bytes([config[4], config[5]])),
-                config.len()
-            );
+            assert_eq!(usize::from(u16::from_le_bytes([config[4], config[5]])), config.len());
             assert_eq!(config.len(), 44 + 20 * usize::from(vcpus) + 8 * 20);
         }
     }
@@ -134,9 +117,6 @@ mod tests {
     #[test]
     fn only_the_first_processor_boots() {
         let entries = entries(3);
-        assert_eq!(
-            entries[..3].iter().map(|e| e[3]).collect::<Vec<_>>(),
-            [3, 1, 1]
-        );
+        assert_eq!(entries[..3].iter().map(|e| e[3]).collect::<Vec<_>>(), [3, 1, 1]);
     }
 }

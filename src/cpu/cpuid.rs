@@ -81,11 +81,7 @@ const WORDS: [Word; 9] = [
         names: "sha512 sm3 sm4 rao_int avx_vnni avx512_bf16 lass cmpccxadd arch_perfmon_ext - fzrm fsrs fsrc - \
                 - - - fred lkgs wrmsrns nmi_src amx_fp16 hreset avx_ifma - - lam msrlist - - - -",
     },
-    Word {
-        leaf: (0xd, 1),
-        register: Register::Eax,
-        names: "xsaveopt xsavec xgetbv1 xsaves xfd",
-    },
+    Word { leaf: (0xd, 1), register: Register::Eax, names: "xsaveopt xsavec xgetbv1 xsaves xfd" },
     Word {
         leaf: (0x8000_0001, 0),
         register: Register::Edx,
@@ -112,25 +108,15 @@ const SOFTWARE_KVM: &str = "xsave smap smep popcnt fsgsbase umip pcid invpcid rd
 #[must_use]
 pub fn feature(name: &str) -> Option<Feature> {
     WORDS.iter().find_map(|word| {
-        let at = word
-            .names
-            .split_whitespace()
-            .position(|n| n == name && n != "-")?;
+        let at = word.names.split_whitespace().position(|n| n == name && n != "-")?;
         let bit = u32::try_from(at).ok()?;
-        Some(Feature {
-            leaf: word.leaf,
-            register: word.register,
-            bit,
-        })
+        Some(Feature { leaf: word.leaf, register: word.register, bit })
     })
 }
 
 /// Every name that can be hidden, in the order of the leaves.
 pub fn feature_names() -> impl Iterator<Item = &'static str> {
-    WORDS
-        .iter()
-        .flat_map(|word| word.names.split_whitespace())
-        .filter(|name| *name != "-")
+    WORDS.iter().flat_map(|word| word.names.split_whitespace()).filter(|name| *name != "-")
 }
 
 /// Whether the host's processor offers no hardware virtualization, so that its KVM must emulate.
@@ -159,10 +145,7 @@ fn templated(kvm: &Kvm, is_software: bool) -> Result<&'static [kvm_cpuid_entry2]
         .map_err(|e| Error::kvm("KVM_GET_SUPPORTED_CPUID", e))?;
     let mut entries = supported.as_slice().to_vec();
     if is_software {
-        SOFTWARE_KVM
-            .split_whitespace()
-            .filter_map(feature)
-            .for_each(|f| hide(&mut entries, f));
+        SOFTWARE_KVM.split_whitespace().filter_map(feature).for_each(|f| hide(&mut entries, f));
         set_vendor(&mut entries, *b"GenuineIntel");
     }
     Ok(table.get_or_init(|| entries))
@@ -174,22 +157,14 @@ fn templated(kvm: &Kvm, is_software: bool) -> Result<&'static [kvm_cpuid_entry2]
 /// When KVM does not say what it supports.
 pub fn guest_cpuid(kvm: &Kvm, config: &CpuConfig) -> Result<Vec<kvm_cpuid_entry2>> {
     let mut entries = templated(kvm, is_software(config.template))?.to_vec();
-    config
-        .hide
-        .iter()
-        .filter_map(|name| feature(name))
-        .for_each(|f| hide(&mut entries, f));
+    config.hide.iter().filter_map(|name| feature(name)).for_each(|f| hide(&mut entries, f));
     Ok(entries)
 }
 
 /// What [`CpuTemplate::Auto`] hides on this host.
 #[must_use]
 pub fn hidden_by_default() -> Vec<&'static str> {
-    let hidden = if is_software(CpuTemplate::Auto) {
-        SOFTWARE_KVM
-    } else {
-        ""
-    };
+    let hidden = if is_software(CpuTemplate::Auto) { SOFTWARE_KVM } else { "" };
     hidden.split_whitespace().collect()
 }
 
@@ -205,19 +180,13 @@ fn is_software(template: CpuTemplate) -> bool {
 /// SYSCALL that Linux takes on any other loses the upper half of the kernel's address.
 fn set_vendor(entries: &mut [kvm_cpuid_entry2], vendor: [u8; 12]) {
     let word = |at: usize| u32::from_le_bytes(std::array::from_fn(|n| vendor[at + n]));
-    for entry in entries
-        .iter_mut()
-        .filter(|e| matches!(e.function, 0 | 0x8000_0000))
-    {
+    for entry in entries.iter_mut().filter(|e| matches!(e.function, 0 | 0x8000_0000)) {
         (entry.ebx, entry.edx, entry.ecx) = (word(0), word(4), word(8));
     }
 }
 
 fn hide(entries: &mut [kvm_cpuid_entry2], feature: Feature) {
-    for entry in entries
-        .iter_mut()
-        .filter(|e| (e.function, e.index) == feature.leaf)
-    {
+    for entry in entries.iter_mut().filter(|e| (e.function, e.index) == feature.leaf) {
         *register_mut(entry, feature.register) &= !(1 << feature.bit);
     }
 }
@@ -263,11 +232,7 @@ pub fn for_vcpu(table: &[kvm_cpuid_entry2], id: u8, vcpus: u8) -> Result<CpuId> 
         }
     }
     CpuId::from_entries(&entries).map_err(|_| {
-        Error::new(
-            crate::error::ErrorKind::Kvm,
-            "KVM_SET_CPUID2",
-            "the CPUID table is too long",
-        )
+        Error::new(crate::error::ErrorKind::Kvm, "KVM_SET_CPUID2", "the CPUID table is too long")
     })
 }
 
@@ -295,11 +260,7 @@ mod tests {
 
     #[test]
     fn every_template_name_is_known_and_no_name_stands_twice() {
-        assert!(
-            SOFTWARE_KVM
-                .split_whitespace()
-                .all(|name| feature(name).is_some())
-        );
+        assert!(SOFTWARE_KVM.split_whitespace().all(|name| feature(name).is_some()));
         let mut names: Vec<_> = feature_names().collect();
         let all = names.len();
         names.sort_unstable();
@@ -309,11 +270,7 @@ mod tests {
 
     #[test]
     fn hiding_clears_one_bit_of_one_leaf() {
-        let entry = |function| kvm_cpuid_entry2 {
-            function,
-            ecx: u32::MAX,
-            ..Default::default()
-        };
+        let entry = |function| kvm_cpuid_entry2 { function, ecx: u32::MAX, ..Default::default() };
         let mut entries = [entry(1), entry(7)];
         hide(&mut entries, feature("popcnt").unwrap());
         assert_eq!(entries[0].ecx, !(1 << 23));
@@ -333,11 +290,7 @@ mod tests {
 
     #[test]
     fn each_vcpu_gets_its_own_id() {
-        let entry = kvm_cpuid_entry2 {
-            function: 1,
-            ebx: u32::MAX,
-            ..Default::default()
-        };
+        let entry = kvm_cpuid_entry2 { function: 1, ebx: u32::MAX, ..Default::default() };
         let cpuid = for_vcpu(&[entry], 3, 4).unwrap();
         assert_eq!(cpuid.as_slice()[0].ebx, 0x0304_ffff);
     }

@@ -16,20 +16,14 @@ const MTRR_ENABLE_WRITE_BACK: u64 = 1 << 11 | 6;
 /// # Errors
 /// When KVM refuses one.
 pub fn set_boot_msrs(vcpu: &VcpuFd) -> Result<()> {
-    let entry = |index, data| kvm_msr_entry {
-        index,
-        data,
-        ..Default::default()
-    };
+    let entry = |index, data| kvm_msr_entry { index, data, ..Default::default() };
     let entries = [
         entry(IA32_MISC_ENABLE, MISC_ENABLE_FAST_STRING),
         entry(IA32_MTRR_DEF_TYPE, MTRR_ENABLE_WRITE_BACK),
     ];
     let msrs = Msrs::from_entries(&entries)
         .map_err(|_| Error::new(ErrorKind::Kvm, "KVM_SET_MSRS", "too many MSRs"))?;
-    let set = vcpu
-        .set_msrs(&msrs)
-        .map_err(|e| Error::kvm("KVM_SET_MSRS", e))?;
+    let set = vcpu.set_msrs(&msrs).map_err(|e| Error::kvm("KVM_SET_MSRS", e))?;
     match entries.get(set) {
         None => Ok(()),
         Some(refused) => {
@@ -49,13 +43,10 @@ const DELIVER_EXTINT: u8 = 7;
 /// # Errors
 /// When KVM refuses the LAPIC's state.
 pub fn set_lapic_lines(vcpu: &VcpuFd) -> Result<()> {
-    let mut lapic = vcpu
-        .get_lapic()
-        .map_err(|e| Error::kvm("KVM_GET_LAPIC", e))?;
+    let mut lapic = vcpu.get_lapic().map_err(|e| Error::kvm("KVM_GET_LAPIC", e))?;
     set_delivery(&mut lapic, LVT_LINT0, DELIVER_EXTINT);
     set_delivery(&mut lapic, LVT_LINT1, DELIVER_NMI);
-    vcpu.set_lapic(&lapic)
-        .map_err(|e| Error::kvm("KVM_SET_LAPIC", e))
+    vcpu.set_lapic(&lapic).map_err(|e| Error::kvm("KVM_SET_LAPIC", e))
 }
 
 /// The delivery mode is bits 8 to 10 of the register, the low bits of its second byte.

@@ -40,18 +40,11 @@ pub fn start_regs(mode: CpuMode, entry: u64, code: u64, vcpu: u64) -> kvm_regs {
     match mode {
         CpuMode::Real16 => {
             let segment = real_mode_segment(entry);
-            kvm_regs {
-                rip: entry - segment * 16,
-                rsp: stack.min(0xfff0),
-                ..base
-            }
+            kvm_regs { rip: entry - segment * 16, rsp: stack.min(0xfff0), ..base }
         }
-        CpuMode::Linux64 => kvm_regs {
-            rsp: layout::ZERO_PAGE,
-            rsi: layout::ZERO_PAGE,
-            rdi: 0,
-            ..base
-        },
+        CpuMode::Linux64 => {
+            kvm_regs { rsp: layout::ZERO_PAGE, rsi: layout::ZERO_PAGE, rdi: 0, ..base }
+        }
         CpuMode::Protected32 | CpuMode::Long64 | CpuMode::User64 => base,
     }
 }
@@ -99,32 +92,15 @@ pub fn set_start_sregs(sregs: &mut kvm_sregs, mode: CpuMode, entry: u64) {
 
 fn code_segment(selector: u16, dpl: u8, long: bool) -> kvm_segment {
     let (l, db) = (u8::from(long), u8::from(!long));
-    kvm_segment {
-        type_: 0b1011,
-        l,
-        db,
-        ..flat_segment(selector, dpl)
-    }
+    kvm_segment { type_: 0b1011, l, db, ..flat_segment(selector, dpl) }
 }
 
 fn data_segment(selector: u16, dpl: u8) -> kvm_segment {
-    kvm_segment {
-        type_: 0b0011,
-        db: 1,
-        ..flat_segment(selector, dpl)
-    }
+    kvm_segment { type_: 0b0011, db: 1, ..flat_segment(selector, dpl) }
 }
 
 fn flat_segment(selector: u16, dpl: u8) -> kvm_segment {
-    kvm_segment {
-        selector,
-        limit: u32::MAX,
-        dpl,
-        present: 1,
-        s: 1,
-        g: 1,
-        ..Default::default()
-    }
+    kvm_segment { selector, limit: u32::MAX, dpl, present: 1, s: 1, g: 1, ..Default::default() }
 }
 
 fn task_segment() -> kvm_segment {
@@ -163,10 +139,7 @@ mod tests {
     fn ring_3_starts_with_privilege_3_and_a_task() {
         let mut sregs = kvm_sregs::default();
         set_start_sregs(&mut sregs, CpuMode::User64, 0);
-        assert_eq!(
-            (sregs.cs.dpl, sregs.ss.dpl, sregs.cs.selector & 3),
-            (3, 3, 3)
-        );
+        assert_eq!((sregs.cs.dpl, sregs.ss.dpl, sregs.cs.selector & 3), (3, 3, 3));
         assert_eq!(sregs.tr.limit, 0x2068);
     }
 }

@@ -37,11 +37,7 @@ pub const GDT_LIMIT: u16 = 8 * 8 - 1;
 /// The GDT for a mode.
 #[must_use]
 pub fn gdt(mode: CpuMode) -> [u64; 8] {
-    let code = if mode == CpuMode::Protected32 {
-        CODE32
-    } else {
-        CODE64
-    };
+    let code = if mode == CpuMode::Protected32 { CODE32 } else { CODE64 };
     let limit = u64::from(layout::TSS_LIMIT);
     let tss = TSS64_BUSY | limit & 0xffff | (layout::TSS & 0xff_ffff) << 16;
     [0, 0, code, DATA, tss, 0, CODE64 | RING_3, DATA | RING_3]
@@ -71,12 +67,7 @@ pub fn write(memory: &GuestMemory, mode: CpuMode, one_gib_pages: impl Fn() -> bo
 /// Identity: 4 GiB in pages of 2 MiB; what lies above in pages of 1 GiB, or as far as there is room for the
 /// directories of smaller ones (to 25 GiB).
 fn write_page_tables(memory: &GuestMemory, mode: CpuMode, one_gib_pages: bool) -> Result<()> {
-    let flags = PAGE_PRESENT_WRITABLE
-        | if mode == CpuMode::User64 {
-            PAGE_USER
-        } else {
-            0
-        };
+    let flags = PAGE_PRESENT_WRITABLE | if mode == CpuMode::User64 { PAGE_USER } else { 0 };
     memory.write(layout::PML4, &(layout::PDPT | flags).to_le_bytes())?;
     let directory = |n: u64| layout::PAGE_DIRECTORIES + n * 0x1000;
     write_u64s(memory, layout::PDPT, (0..4).map(|n| directory(n) | flags))?;
@@ -106,12 +97,7 @@ fn write_page_tables(memory: &GuestMemory, mode: CpuMode, one_gib_pages: bool) -
 }
 
 fn end_of_memory(memory: &GuestMemory) -> u64 {
-    memory
-        .ranges()
-        .iter()
-        .map(|(start, size, _)| start + size)
-        .max()
-        .unwrap_or(0)
+    memory.ranges().iter().map(|(start, size, _)| start + size).max().unwrap_or(0)
 }
 
 /// Where the directory of a GiB above 4 stands, if there is room for one.
@@ -122,11 +108,7 @@ fn high_directory(gib: u64) -> Option<u64> {
 
 fn write_u64s(memory: &GuestMemory, at: u64, values: impl IntoIterator<Item = u64>) -> Result<()> {
     let bytes: Vec<u8> = values.into_iter().flat_map(u64::to_le_bytes).collect();
-    if bytes.is_empty() {
-        Ok(())
-    } else {
-        memory.write(at, &bytes)
-    }
+    if bytes.is_empty() { Ok(()) } else { memory.write(at, &bytes) }
 }
 
 #[cfg(test)]
@@ -144,14 +126,8 @@ mod tests {
         let memory = GuestMemory::new(1 << 20).unwrap();
         write(&memory, CpuMode::Long64, || true).unwrap();
         assert_eq!(u64_at(&memory, layout::PML4), layout::PDPT | 3);
-        assert_eq!(
-            u64_at(&memory, layout::PDPT + 24),
-            (layout::PAGE_DIRECTORIES + 0x3000) | 3
-        );
-        assert_eq!(
-            u64_at(&memory, layout::PAGE_DIRECTORIES + 8 * 2047),
-            0xffe0_0083
-        );
+        assert_eq!(u64_at(&memory, layout::PDPT + 24), (layout::PAGE_DIRECTORIES + 0x3000) | 3);
+        assert_eq!(u64_at(&memory, layout::PAGE_DIRECTORIES + 8 * 2047), 0xffe0_0083);
         assert_eq!(u64_at(&memory, layout::PDPT + 32), 0);
     }
 
@@ -170,10 +146,7 @@ mod tests {
         let directory = layout::PAGE_DIRECTORIES + 0x4000;
         assert_eq!(u64_at(&memory, layout::PDPT + 32), directory | 3);
         assert_eq!(u64_at(&memory, directory + 8), 4 << 30 | 2 << 20 | 0x83);
-        assert_eq!(
-            high_directory(24).map(|at| at < layout::EBDA_START),
-            Some(true)
-        );
+        assert_eq!(high_directory(24).map(|at| at < layout::EBDA_START), Some(true));
         assert_eq!(high_directory(26), None);
     }
 

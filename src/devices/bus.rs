@@ -74,34 +74,19 @@ impl Bus {
         let mut entries = self.entries.write();
         let at = entries.partition_point(|e| e.base < base);
         let neighbours = [at.checked_sub(1), Some(at)];
-        for entry in neighbours
-            .into_iter()
-            .flatten()
-            .filter_map(|n| entries.get(n))
-        {
+        for entry in neighbours.into_iter().flatten().filter_map(|n| entries.get(n)) {
             if entry.base <= last && base - entry.base.min(base) < entry.length {
                 return refuse(format!("overlaps the device at {:#x}", entry.base));
             }
         }
-        entries.insert(
-            at,
-            Entry {
-                base,
-                length,
-                device,
-            },
-        );
+        entries.insert(at, Entry { base, length, device });
         Ok(())
     }
 
     /// The device that answers all of this access, and the offset in it.
     fn find(&self, address: u64, length: usize) -> Option<(Arc<dyn Device>, u64)> {
         let entries = self.entries.read();
-        let entry = entries.get(
-            entries
-                .partition_point(|e| e.base <= address)
-                .checked_sub(1)?,
-        )?;
+        let entry = entries.get(entries.partition_point(|e| e.base <= address).checked_sub(1)?)?;
         let offset = address - entry.base;
         let fits = offset < entry.length && u64::try_from(length).ok()? <= entry.length - offset;
         fits.then(|| (Arc::clone(&entry.device), offset))
@@ -160,10 +145,7 @@ impl Buses {
     #[must_use]
     pub fn unanswered(&self) -> (Vec<(Access, u64, Unanswered)>, Unanswered) {
         let counts = self.unanswered.lock();
-        let rows = counts
-            .by_address
-            .iter()
-            .map(|((access, address), n)| (*access, *address, *n));
+        let rows = counts.by_address.iter().map(|((access, address), n)| (*access, *address, *n));
         (rows.collect(), counts.others)
     }
 
@@ -230,13 +212,7 @@ mod tests {
     fn overlaps_are_refused_and_neighbours_are_not() {
         let bus = Bus::default();
         add(&bus, 0x100, 0x10).unwrap();
-        for (base, length) in [
-            (0x100, 1),
-            (0xff, 2),
-            (0x10f, 1),
-            (0x80, 0x1000),
-            (0x108, 2),
-        ] {
+        for (base, length) in [(0x100, 1), (0xff, 2), (0x10f, 1), (0x80, 0x1000), (0x108, 2)] {
             assert!(add(&bus, base, length).is_err(), "{base:#x}+{length:#x}");
         }
         add(&bus, 0xf0, 0x10).unwrap();
@@ -253,10 +229,7 @@ mod tests {
         buses.port_in(0x80, &mut data, 2);
         buses.port_out(0x80, &[1, 2, 3], 1);
         assert_eq!(data, [0xff, 0xff]);
-        let expected = Unanswered {
-            reads: 1,
-            writes: 3,
-        };
+        let expected = Unanswered { reads: 1, writes: 3 };
         assert_eq!(buses.unanswered().0, [(Access::Pio, 0x80, expected)]);
     }
 

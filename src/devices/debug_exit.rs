@@ -13,10 +13,7 @@ impl Device for DebugExit {
     }
 
     fn write(&self, _offset: u64, data: &[u8]) -> Flow {
-        let code = data
-            .iter()
-            .rev()
-            .fold(0, |code, byte| code << 8 | u64::from(*byte));
+        let code = data.iter().rev().fold(0, |code, byte| code << 8 | u64::from(*byte));
         Flow::End(Exit::with_code(ExitReason::Code, code))
     }
 }

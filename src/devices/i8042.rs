@@ -29,10 +29,7 @@ mod tests {
 
     #[test]
     fn only_the_reset_command_resets() {
-        assert_eq!(
-            I8042.write(4, &[0xfe]),
-            Flow::End(Exit::new(ExitReason::Reset))
-        );
+        assert_eq!(I8042.write(4, &[0xfe]), Flow::End(Exit::new(ExitReason::Reset)));
         assert_eq!(I8042.write(0, &[0xfe]), Flow::Continue);
         assert_eq!(I8042.write(4, &[0xd1]), Flow::Continue);
     }

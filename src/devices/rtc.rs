@@ -35,13 +35,7 @@ impl Default for Rtc {
 
 impl Rtc {
     fn with_clock(now: fn() -> i64) -> Self {
-        Self {
-            state: Mutex::new(State {
-                index: 0,
-                ram: [0; 128],
-            }),
-            now,
-        }
+        Self { state: Mutex::new(State { index: 0, ram: [0; 128] }), now }
     }
 
     fn register(&self, state: &State) -> u8 {
@@ -66,11 +60,7 @@ impl Rtc {
 impl Device for Rtc {
     fn read(&self, offset: u64, data: &mut [u8]) {
         let state = self.state.lock();
-        let value = if offset == INDEX {
-            state.index
-        } else {
-            self.register(&state)
-        };
+        let value = if offset == INDEX { state.index } else { self.register(&state) };
         if let Some(first) = data.first_mut() {
             *first = value;
         }
@@ -94,9 +84,7 @@ impl Device for Rtc {
 }
 
 fn host_seconds() -> i64 {
-    let since = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |d| d.as_secs());
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
     i64::try_from(since).unwrap_or(0)
 }
 

@@ -162,11 +162,7 @@ impl Serial {
     #[must_use]
     pub fn backlog(&self) -> usize {
         let output = self.output.lock();
-        if output.has_taker {
-            output.bytes.len()
-        } else {
-            0
-        }
+        if output.has_taker { output.bytes.len() } else { 0 }
     }
 
     /// Whether the guest waits for its output to be taken, or goes on because the run is ending.
@@ -250,9 +246,7 @@ impl Device for Serial {
         let mut guest = self.guest.lock();
         for (register, byte) in (offset..).zip(data) {
             // Fails only when the interrupt line does: nothing a guest could be told.
-            let _ = guest
-                .uart
-                .write(u8::try_from(register).unwrap_or(u8::MAX), *byte);
+            let _ = guest.uart.write(u8::try_from(register).unwrap_or(u8::MAX), *byte);
         }
         let sent = std::mem::take(guest.uart.writer_mut());
         drop(guest);
@@ -275,11 +269,7 @@ mod tests {
     }
 
     fn is_ready(serial: &Serial, milliseconds: i32) -> bool {
-        let mut poll = libc::pollfd {
-            fd: serial.as_raw_fd(),
-            events: libc::POLLIN,
-            revents: 0,
-        };
+        let mut poll = libc::pollfd { fd: serial.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         // SAFETY: one pollfd that lives through the call.
         unsafe { libc::poll(&raw mut poll, 1, milliseconds) > 0 }
     }
@@ -322,13 +312,7 @@ mod tests {
         serial.feed(&sent);
         let received: Vec<u8> = (0..=255).map(|_| read(&serial)).collect();
         assert_eq!(received, sent);
-        assert_eq!(
-            (
-                serial.input_waiting(),
-                serial.input_wanted().read().unwrap()
-            ),
-            (0, 1)
-        );
+        assert_eq!((serial.input_waiting(), serial.input_wanted().read().unwrap()), (0, 1));
     }
 
     #[test]

@@ -35,15 +35,9 @@ pub(crate) fn connect(
         Some(SerialOutput::Subscriber) | None => None,
     };
     if let Some(file) = output {
-        let is_socket = file
-            .metadata()
-            .is_ok_and(|metadata| metadata.file_type().is_socket());
-        let pump = OutputPump {
-            serial: Arc::clone(serial),
-            file,
-            is_socket,
-            waits_for_room: false,
-        };
+        let is_socket = file.metadata().is_ok_and(|metadata| metadata.file_type().is_socket());
+        let pump =
+            OutputPump { serial: Arc::clone(serial), file, is_socket, waits_for_room: false };
         ids.push(manager.add_subscriber(Box::new(pump)));
     }
     if let Some(SerialInput::Fd(fd)) = config.input {
@@ -82,9 +76,7 @@ struct OutputPump {
 impl OutputPump {
     fn pump(&mut self, ops: &mut EventOps) {
         loop {
-            let chunk = self
-                .serial
-                .peek(if self.is_socket { SOCKET_CHUNK } else { CHUNK });
+            let chunk = self.serial.peek(if self.is_socket { SOCKET_CHUNK } else { CHUNK });
             if chunk.is_empty() {
                 return self.watch(false, ops);
             }
@@ -93,8 +85,7 @@ impl OutputPump {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return self.watch(true, ops),
                 Err(e) => {
-                    self.serial
-                        .fail(Error::os(ErrorKind::Io, "serial.output", &e));
+                    self.serial.fail(Error::os(ErrorKind::Io, "serial.output", &e));
                     return self.watch(false, ops);
                 }
             }
@@ -107,12 +98,7 @@ impl OutputPump {
             let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
             // SAFETY: the pointer and the length are those of one slice, which is only read.
             let sent = unsafe {
-                libc::send(
-                    self.file.as_raw_fd(),
-                    chunk.as_ptr().cast(),
-                    chunk.len(),
-                    flags,
-                )
+                libc::send(self.file.as_raw_fd(), chunk.as_ptr().cast(), chunk.len(), flags)
             };
             return usize::try_from(sent).map_err(|_| io::Error::last_os_error());
         }
@@ -132,20 +118,14 @@ impl OutputPump {
         };
         match changed {
             Ok(()) => self.waits_for_room = for_room,
-            Err(e) => self
-                .serial
-                .fail(Error::new(ErrorKind::Io, "serial.output", e.to_string())),
+            Err(e) => self.serial.fail(Error::new(ErrorKind::Io, "serial.output", e.to_string())),
         }
     }
 }
 
 /// Room for a chunk, or an error that a write will tell. A regular file is always writable.
 fn is_writable(file: &File) -> bool {
-    let mut poll = libc::pollfd {
-        fd: file.as_raw_fd(),
-        events: libc::POLLOUT,
-        revents: 0,
-    };
+    let mut poll = libc::pollfd { fd: file.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
     // SAFETY: one pollfd that lives through the call, which does not wait.
     unsafe { libc::poll(&raw mut poll, 1, 0) > 0 }
 }
@@ -210,10 +190,7 @@ impl InputPump {
                 }
             }
             Err(e)
-                if matches!(
-                    e.kind(),
-                    io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock
-                ) => {}
+                if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
             Err(_) => self.end(ops),
         }
     }
@@ -275,11 +252,7 @@ mod tests {
         let serial = Arc::new(Serial::new(None, output.is_some()).unwrap());
         let output = output.map(SerialOutput::Fd);
         let input = input.map(SerialInput::Fd);
-        let config = SerialConfig {
-            output,
-            input,
-            input_eof: b"\x04".to_vec(),
-        };
+        let config = SerialConfig { output, input, input_eof: b"\x04".to_vec() };
         connect(&serial, config, &manager).unwrap();
         (manager, serial)
     }

@@ -54,9 +54,7 @@ impl EpollSet {
         let waker = Waker { wake: Arc::clone(&wake), woken: Arc::clone(&woken) };
         let id: SubscriberId = upstream.add_subscriber(Box::new(waker));
         let register = |upstream: &mut EventManager<BoxedSubscriber>| {
-            upstream
-                .event_ops(id)?
-                .add(Events::new(&*wake, EventSet::IN))
+            upstream.event_ops(id)?.add(Events::new(&*wake, EventSet::IN))
         };
         register(upstream).map_err(|e| Error::new(ErrorKind::Event, "epoll", e.to_string()))?;
         let number = find_set_with(&wake).map_err(|e| {
@@ -71,11 +69,7 @@ impl EpollSet {
 
     /// Wait until an event is ready. False when the deadline passed or a signal came.
     pub(super) fn wait(&self, deadline: Option<Instant>) -> Result<bool> {
-        let mut poll = libc::pollfd {
-            fd: self.number,
-            events: libc::POLLIN,
-            revents: 0,
-        };
+        let mut poll = libc::pollfd { fd: self.number, events: libc::POLLIN, revents: 0 };
         let timeout = deadline.map(|deadline| {
             let left = deadline.saturating_duration_since(Instant::now());
             libc::timespec {
@@ -83,9 +77,7 @@ impl EpollSet {
                 tv_nsec: i64::from(left.subsec_nanos()),
             }
         });
-        let timeout = timeout
-            .as_ref()
-            .map_or(std::ptr::null(), std::ptr::from_ref);
+        let timeout = timeout.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
         // SAFETY: one pollfd and, where not null, one timespec, both alive for the call.
         match unsafe { libc::ppoll(&raw mut poll, 1, timeout, std::ptr::null()) } {
             0 => Ok(false),
@@ -127,8 +119,7 @@ impl EpollSet {
 
     /// Watch nothing of `fd`, so that upstream can delete it.
     pub(super) fn add_placeholder(&self, fd: RawFd) -> Result<()> {
-        self.control(ControlOperation::Add, fd)
-            .map_err(|e| os("epoll_ctl", &e))
+        self.control(ControlOperation::Add, fd).map_err(|e| os("epoll_ctl", &e))
     }
 
     /// Remove registrations under these numbers that no number leads to any more.
@@ -163,17 +154,10 @@ impl EpollSet {
         let data = u64::try_from(fd).unwrap_or_default();
         // Without events and one-shot: nothing but an error could ever be reported, and that once.
         let event = EpollEvent::new(EventSet::ONE_SHOT, data);
-        let mut event = libc::epoll_event {
-            events: event.events(),
-            u64: event.data(),
-        };
+        let mut event = libc::epoll_event { events: event.events(), u64: event.data() };
         // SAFETY: a valid epoll fd, and an event that lives through the call.
         let result = unsafe { libc::epoll_ctl(self.number, operation as i32, fd, &raw mut event) };
-        if result < 0 {
-            Err(io::Error::last_os_error())
-        } else {
-            Ok(())
-        }
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 }
 
@@ -201,17 +185,11 @@ fn parse_registration(line: &str) -> Option<Registration> {
 fn find_set_with(member: &EventFd) -> io::Result<RawFd> {
     let number = member.as_raw_fd();
     // Made just before the member, so most likely a number or two below it.
-    if let Some(fd) = (1..=4)
-        .map(|below| number - below)
-        .find(|fd| is_set_with(*fd, member))
-    {
+    if let Some(fd) = (1..=4).map(|below| number - below).find(|fd| is_set_with(*fd, member)) {
         return Ok(fd);
     }
     for entry in fs::read_dir("/proc/self/fd")? {
-        let fd = entry?
-            .file_name()
-            .to_str()
-            .and_then(|name| name.parse().ok());
+        let fd = entry?.file_name().to_str().and_then(|name| name.parse().ok());
         if let Some(fd) = fd.filter(|fd| is_set_with(*fd, member)) {
             return Ok(fd);
         }
@@ -222,10 +200,7 @@ fn find_set_with(member: &EventFd) -> io::Result<RawFd> {
 /// Whether the number is an epoll set's that watches the member: only that one can be asked to change nothing.
 fn is_set_with(fd: RawFd, member: &EventFd) -> bool {
     let event = Events::new(member, EventSet::IN).epoll_event();
-    let mut event = libc::epoll_event {
-        events: event.events(),
-        u64: event.data(),
-    };
+    let mut event = libc::epoll_event { events: event.events(), u64: event.data() };
     // SAFETY: epoll_ctl checks both numbers; the event lives through the call.
     unsafe { libc::epoll_ctl(fd, libc::EPOLL_CTL_MOD, member.as_raw_fd(), &raw mut event) == 0 }
 }

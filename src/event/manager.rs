@@ -47,9 +47,7 @@ struct Watched {
 
 impl std::fmt::Debug for EventManager {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("EventManager")
-            .field("epoll", &self.epoll)
-            .finish_non_exhaustive()
+        f.debug_struct("EventManager").field("epoll", &self.epoll).finish_non_exhaustive()
     }
 }
 
@@ -61,16 +59,8 @@ impl EventManager {
     pub fn new() -> Result<Self> {
         let mut upstream = Upstream::new().map_err(event_error)?;
         let epoll = EpollSet::of(&mut upstream)?;
-        let inner = Mutex::new(Inner {
-            upstream,
-            watched: HashMap::new(),
-        });
-        Ok(Self {
-            inner,
-            epoll,
-            birthplace: Birthplace::here(),
-            removals: Arc::default(),
-        })
+        let inner = Mutex::new(Inner { upstream, watched: HashMap::new() });
+        Ok(Self { inner, epoll, birthplace: Birthplace::here(), removals: Arc::default() })
     }
 
     /// Register a subscriber; its `init` runs before this returns.
@@ -118,9 +108,7 @@ impl EventManager {
             self.count_removal();
             inner.forget_closed(&self.epoll, owner, fd)?;
         }
-        ops(&mut inner.upstream, id)?
-            .add(events)
-            .map_err(|e| at_fd("EventOps.add", fd, e))?;
+        ops(&mut inner.upstream, id)?.add(events).map_err(|e| at_fd("EventOps.add", fd, e))?;
         inner.watched.insert(fd, Watched { owner: id, events });
         Ok(())
     }
@@ -145,11 +133,7 @@ impl EventManager {
     /// not handled. Does nothing for an fd that the subscriber does not watch any more.
     pub fn rearm(&self, id: SubscriberId, fd: RawFd) {
         let mut inner = self.inner.lock();
-        let watched = inner
-            .watched
-            .get(&fd)
-            .filter(|watched| watched.owner == id)
-            .copied();
+        let watched = inner.watched.get(&fd).filter(|watched| watched.owner == id).copied();
         if let (Some(watched), Ok(ops)) = (watched, ops(&mut inner.upstream, id)) {
             // Fails only for an fd that was closed since: then there is nothing to report.
             let _ = ops.modify(watched.events);
@@ -166,10 +150,7 @@ impl EventManager {
         inner.check_owner("EventOps.remove", id, fd)?;
         inner.watched.remove(&fd);
         self.count_removal();
-        if ops(&mut inner.upstream, id)?
-            .remove(Events::empty_raw(fd))
-            .is_err()
-        {
+        if ops(&mut inner.upstream, id)?.remove(Events::empty_raw(fd)).is_err() {
             self.epoll.drop_ghosts(&[fd])?;
         }
         Ok(())
@@ -196,11 +177,7 @@ impl EventManager {
     /// Whether this subscriber still watches this fd: what a queued event is checked against.
     #[must_use]
     pub fn is_watching(&self, id: SubscriberId, fd: RawFd) -> bool {
-        self.inner
-            .lock()
-            .watched
-            .get(&fd)
-            .is_some_and(|watched| watched.owner == id)
+        self.inner.lock().watched.get(&fd).is_some_and(|watched| watched.owner == id)
     }
 
     /// Wait for events and dispatch them once; returns how many were dispatched.
@@ -259,7 +236,9 @@ impl EventManager {
     /// When epoll fails.
     pub fn try_dispatch(&self) -> Result<Option<usize>> {
         self.check_process()?;
-        let Some(inner) = self.inner.try_lock() else { return Ok(None) };
+        let Some(inner) = self.inner.try_lock() else {
+            return Ok(None);
+        };
         let Dispatched { events, woken } = self.dispatch(inner)?;
         Ok((events > 0 || woken).then_some(events))
     }
@@ -355,10 +334,7 @@ fn at_fd(at: &str, fd: RawFd, error: event_manager::Error) -> Error {
         Some(libc::EINVAL) => format!("epoll refuses file descriptor {fd} with these events"),
         _ => format!("file descriptor {fd}: {error}"),
     };
-    Error {
-        errno,
-        ..Error::new(ErrorKind::Event, at, detail)
-    }
+    Error { errno, ..Error::new(ErrorKind::Event, at, detail) }
 }
 
 #[cfg(test)]
@@ -433,11 +409,7 @@ mod tests {
         manager.add(id, Events::new(&first, EventSet::IN)).unwrap();
         drop(first);
         let second = ready_eventfd();
-        assert_eq!(
-            second.as_raw_fd(),
-            number,
-            "the kernel gives the lowest free number"
-        );
+        assert_eq!(second.as_raw_fd(), number, "the kernel gives the lowest free number");
         manager.add(id, Events::new(&second, EventSet::IN)).unwrap();
         assert_eq!(manager.run_with_timeout(1000).unwrap(), 1);
         assert_eq!(count.load(Ordering::SeqCst), 1);
@@ -469,9 +441,7 @@ mod tests {
         let ghost = EventFd::new(EFD_NONBLOCK).unwrap();
         let _duplicate = ghost.try_clone().unwrap();
         let other = manager.add_subscriber(Box::new(Counter::default()));
-        manager
-            .add(other, Events::new(&ghost, EventSet::IN))
-            .unwrap();
+        manager.add(other, Events::new(&ghost, EventSet::IN)).unwrap();
         drop(ghost);
         manager.remove_subscriber(other).map(drop).unwrap();
         let late = ready_eventfd();
@@ -487,9 +457,7 @@ mod tests {
     fn a_regular_file_is_refused_with_the_reason() {
         let (manager, id, _) = manager();
         let file = std::fs::File::open("/proc/self/exe").unwrap();
-        let error = manager
-            .add(id, Events::new(&file, EventSet::IN))
-            .unwrap_err();
+        let error = manager.add(id, Events::new(&file, EventSet::IN)).unwrap_err();
         assert!(error.detail.contains("regular file"), "{error}");
     }
 
@@ -506,9 +474,6 @@ mod tests {
         let id = manager.add_subscriber(Box::new(Panics));
         let fd = ready_eventfd();
         manager.add(id, Events::new(&fd, EventSet::IN)).unwrap();
-        assert_eq!(
-            manager.run_with_timeout(1000).unwrap_err().kind,
-            ErrorKind::Event
-        );
+        assert_eq!(manager.run_with_timeout(1000).unwrap_err().kind, ErrorKind::Event);
     }
 }

@@ -55,10 +55,12 @@ impl TimerFd {
     }
 
     fn settime(&self, first: Duration, interval: Duration, flags: i32) -> io::Result<()> {
-        let times = libc::itimerspec { it_value: timespec(first)?, it_interval: timespec(interval)? };
+        let times =
+            libc::itimerspec { it_value: timespec(first)?, it_interval: timespec(interval)? };
         // SAFETY: a timer of ours, and times that live through the call; the former ones are not asked for.
-        let result =
-            unsafe { libc::timerfd_settime(self.as_raw_fd(), flags, &raw const times, std::ptr::null_mut()) };
+        let result = unsafe {
+            libc::timerfd_settime(self.as_raw_fd(), flags, &raw const times, std::ptr::null_mut())
+        };
         if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
@@ -75,7 +77,8 @@ impl TimerFd {
 }
 
 fn timespec(duration: Duration) -> io::Result<libc::timespec> {
-    let seconds = i64::try_from(duration.as_secs()).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    let seconds = i64::try_from(duration.as_secs())
+        .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
     Ok(libc::timespec { tv_sec: seconds, tv_nsec: i64::from(duration.subsec_nanos()) })
 }
 

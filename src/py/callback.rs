@@ -6,8 +6,9 @@ use event_manager::{Events, SubscriberId};
 use pyo3::prelude::*;
 use pyo3::{ffi, intern};
 
+use super::batch::Ready;
 use super::endpoint::Call;
-use super::event_manager::{PyEventManager, Ready};
+use super::event_manager::PyEventManager;
 use super::events::{PyEventOps, PyEvents};
 
 /// The arguments of `process`, used again for the next event unless a callback has kept one.
@@ -82,7 +83,9 @@ fn tell_slow(subscriber: &Bound<'_, PyAny>, took: Duration, threshold: Duration)
 fn make_calls(manager: &Bound<'_, PyEventManager>) -> PyResult<()> {
     let this = manager.get();
     for _ in 0..this.waiting_calls() {
-        let Some(Call { function, reply }) = this.next_call() else { break };
+        let Some(Call { function, reply }) = this.next_call() else {
+            break;
+        };
         let result = function.call1(manager.py(), (manager,));
         match reply {
             Some(reply) => reply.give(result),
@@ -110,9 +113,7 @@ fn process(
     arguments.ops.get().begin(manager, ready.token, id);
     let parts = (arguments.events.bind(py), arguments.ops.bind(py));
     let watch = manager.get().slow_callback().map(|threshold| (threshold, Instant::now()));
-    let result = subscriber
-        .bind(py)
-        .call_method1(intern!(py, "process"), parts);
+    let result = subscriber.bind(py).call_method1(intern!(py, "process"), parts);
     arguments.ops.get().end();
     if !arguments.is_kept() {
         *spare = Some(arguments);

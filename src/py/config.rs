@@ -26,11 +26,7 @@ struct Part<'py> {
 
 impl<'py> Part<'py> {
     fn at(&self, name: &str) -> String {
-        if self.key.is_empty() {
-            name.to_owned()
-        } else {
-            format!("{}.{name}", self.key)
-        }
+        if self.key.is_empty() { name.to_owned() } else { format!("{}.{name}", self.key) }
     }
 
     fn get<T>(&self, name: &Bound<'py, PyString>) -> PyResult<T>
@@ -38,20 +34,15 @@ impl<'py> Part<'py> {
         T: for<'a> FromPyObject<'a, 'py, Error: Into<PyErr>>,
     {
         let value = self.object.getattr(name)?;
-        value
-            .extract()
-            .map_err(|e: <T as FromPyObject<'_, 'py>>::Error| {
-                let error: PyErr = e.into();
-                let reason = error.value(self.object.py()).to_string();
-                bad(self.at(&name.to_string()), reason)
-            })
+        value.extract().map_err(|e: <T as FromPyObject<'_, 'py>>::Error| {
+            let error: PyErr = e.into();
+            let reason = error.value(self.object.py()).to_string();
+            bad(self.at(&name.to_string()), reason)
+        })
     }
 
     fn part(&self, name: &Bound<'py, PyString>, key: &'static str) -> PyResult<Self> {
-        Ok(Self {
-            object: self.object.getattr(name)?,
-            key,
-        })
+        Ok(Self { object: self.object.getattr(name)?, key })
     }
 }
 
@@ -88,15 +79,10 @@ pub(super) fn from_python(config: &Bound<'_, PyAny>) -> PyResult<VmmConfig> {
         let class = config.get_type().name()?;
         return Err(bad("config", format!("a VmmConfig is needed, not {class}")));
     }
-    let all = Part {
-        object: config.clone(),
-        key: "",
-    };
+    let all = Part { object: config.clone(), key: "" };
     let memory = all.part(intern!(py, "memory"), "memory")?;
     Ok(VmmConfig {
-        memory: MemoryConfig {
-            size_mib: memory.get(intern!(py, "size_mib"))?,
-        },
+        memory: MemoryConfig { size_mib: memory.get(intern!(py, "size_mib"))? },
         cpu: cpu(&all.part(intern!(py, "cpu"), "cpu")?)?,
         boot: boot(&all.part(intern!(py, "boot"), "boot")?)?,
         serial: serial(&all.part(intern!(py, "serial"), "serial")?)?,
@@ -142,10 +128,7 @@ fn boot(part: &Part<'_>) -> PyResult<Boot> {
     if is(&classes.embedded)? {
         return Ok(Boot::Embedded);
     }
-    Err(bad(
-        "boot",
-        "an EmbeddedBoot, FlatBoot or LinuxBoot is needed",
-    ))
+    Err(bad("boot", "an EmbeddedBoot, FlatBoot or LinuxBoot is needed"))
 }
 
 fn flat(part: &Part<'_>) -> PyResult<FlatBoot> {
@@ -202,11 +185,7 @@ fn serial(part: &Part<'_>) -> PyResult<SerialConfig> {
             Some(SerialInput::Fd(file.into()))
         }
     };
-    Ok(SerialConfig {
-        output,
-        input,
-        input_eof: part.get(intern!(py, "input_eof"))?,
-    })
+    Ok(SerialConfig { output, input, input_eof: part.get(intern!(py, "input_eof"))? })
 }
 
 /// None: no stream. An inner none: a Python object, which `pyvmm.streams` connects.

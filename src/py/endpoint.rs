@@ -103,7 +103,8 @@ impl PyRemoteEndpoint {
         }
         loop {
             let slice = Duration::from_millis(50);
-            let left = deadline.map_or(slice, |d| d.saturating_duration_since(Instant::now()).min(slice));
+            let left =
+                deadline.map_or(slice, |d| d.saturating_duration_since(Instant::now()).min(slice));
             if let Some(result) = py.detach(|| reply.wait(left)) {
                 return result;
             }

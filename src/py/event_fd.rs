@@ -27,10 +27,7 @@ pub struct PyEventFd {
 impl PyEventFd {
     /// Over a nonblocking one of the crate's.
     pub(super) fn over(fd: Arc<EventFd>) -> Self {
-        Self {
-            fd: Mutex::new(Some(fd)),
-            nonblocking: true,
-        }
+        Self { fd: Mutex::new(Some(fd)), nonblocking: true }
     }
 
     fn open(&self) -> PyResult<Arc<EventFd>> {
@@ -74,10 +71,7 @@ impl PyEventFd {
         if initial > 0 {
             fd.write(initial)?;
         }
-        Ok(Self {
-            fd: Mutex::new(Some(Arc::new(fd))),
-            nonblocking,
-        })
+        Ok(Self { fd: Mutex::new(Some(Arc::new(fd))), nonblocking })
     }
 
     /// Take the count, or one in semaphore mode.

@@ -2,20 +2,21 @@
 //! them. A dispatch only queues what is for Python; `callback::deliver` calls the objects after it.
 
 use std::collections::{HashMap, VecDeque};
-use std::hash::{BuildHasherDefault, Hasher};
+use std::hash::BuildHasherDefault;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber, SubscriberId};
+use event_manager::{EventSet, SubscriberId};
 use parking_lot::Mutex;
 use pyo3::exceptions::PyTypeError;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 
-use super::callback::{self, Arguments};
+use super::batch::{Batch, Collector, Ready, TokenHasher};
+use super::callback;
 use super::endpoint::{Call, PyRemoteEndpoint};
 use super::events::PySubscriberId;
 use super::exit::timeout as as_timeout;
@@ -52,64 +53,12 @@ pub struct PyEventManager {
     awaiter: Mutex<Option<Py<PyAny>>>,
 }
 
-/// What the last dispatch fetched, and what its delivery needs.
-#[derive(Debug, Default)]
-pub(super) struct Batch {
-    pub(super) ready: Vec<Ready>,
-    /// See [`Arguments`].
-    pub(super) arguments: Option<Arguments>,
-}
-
-/// Tokens are counted up: each is its own hash.
-#[derive(Debug, Default)]
-struct TokenHasher(u64);
-
-impl Hasher for TokenHasher {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        bytes.iter().for_each(|byte| self.0 = self.0.rotate_left(8) ^ u64::from(*byte));
-    }
-
-    fn write_u64(&mut self, token: u64) {
-        // The table looks at the highest bits too.
-        self.0 = token.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    }
-}
-
-/// An event fetched for a Python subscriber and not yet delivered.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Ready {
-    pub(super) token: u64,
-    pub(super) events: Events,
-    /// The manager's count of removals before the event was fetched.
-    removals: u64,
-}
-
 #[derive(Debug)]
 struct Subscriber {
     id: SubscriberId,
     object: Py<PyAny>,
     /// Sources stay alive while they are registered.
     sources: HashMap<RawFd, Py<PyAny>>,
-}
-
-/// Stands for a Python object in the crate's manager.
-struct Collector {
-    token: u64,
-    removals: Arc<AtomicU64>,
-    batch: Arc<Mutex<Batch>>,
-}
-
-impl MutEventSubscriber for Collector {
-    fn process(&mut self, events: Events, _ops: &mut EventOps) {
-        let removals = self.removals.load(Ordering::Acquire);
-        self.batch.lock().ready.push(Ready { token: self.token, events, removals });
-    }
-
-    fn init(&mut self, _ops: &mut EventOps) {}
 }
 
 /// What a loop has done so far.
@@ -247,11 +196,7 @@ impl PyEventManager {
 
     /// Have an event that was not delivered reported again.
     pub(super) fn rearm(&self, ready: &Ready) {
-        let id = self
-            .subscribers
-            .lock()
-            .get(&ready.token)
-            .map(|subscriber| subscriber.id);
+        let id = self.subscribers.lock().get(&ready.token).map(|subscriber| subscriber.id);
         if let Some(id) = id {
             self.core.rearm(id, ready.events.fd());
         }
@@ -259,12 +204,8 @@ impl PyEventManager {
 
     pub(super) fn keep_source(&self, token: u64, fd: RawFd, source: Option<Py<PyAny>>) {
         let mut subscribers = self.subscribers.lock();
-        let sources = subscribers
-            .get_mut(&token)
-            .map(|subscriber| &mut subscriber.sources);
-        let former = sources
-            .zip(source)
-            .and_then(|(sources, source)| sources.insert(fd, source));
+        let sources = subscribers.get_mut(&token).map(|subscriber| &mut subscriber.sources);
+        let former = sources.zip(source).and_then(|(sources, source)| sources.insert(fd, source));
         drop(subscribers);
         // Dropping it may run Python code: not under the lock.
         drop(former);
@@ -277,24 +218,14 @@ impl PyEventManager {
     fn insert(&self, subscriber: BoxedSubscriber, token: u64, object: Py<PyAny>) -> SubscriberId {
         let id = self.core.add_subscriber(subscriber);
         let sources = HashMap::new();
-        self.subscribers.lock().insert(
-            token,
-            Subscriber {
-                id,
-                object,
-                sources,
-            },
-        );
+        self.subscribers.lock().insert(token, Subscriber { id, object, sources });
         id
     }
 
     fn add_python(slf: &Bound<'_, Self>, token: u64, object: &Bound<'_, PyAny>) -> PyResult<()> {
         let this = slf.get();
         for method in ["init", "process"] {
-            if !object
-                .getattr_opt(method)?
-                .is_some_and(|method| method.is_callable())
-            {
+            if !object.getattr_opt(method)?.is_some_and(|method| method.is_callable()) {
                 let class = object.get_type();
                 return Err(PyTypeError::new_err(format!(
                     "a subscriber needs {method}(): {} has none",
@@ -308,9 +239,7 @@ impl PyEventManager {
             batch: Arc::clone(&this.batch),
         };
         let kept = object.clone().unbind();
-        let id = slf
-            .py()
-            .detach(|| this.insert(Box::new(collector), token, kept));
+        let id = slf.py().detach(|| this.insert(Box::new(collector), token, kept));
         callback::init(slf, token, id, object).inspect_err(|_| {
             // What init() raised is what the caller should see.
             let _ = this.take_out(slf.py(), token);
@@ -322,7 +251,7 @@ impl PyEventManager {
         let Some(subscriber) = subscriber else {
             let detail = "no subscriber has this id, or no longer";
             return Err(
-                Error::new(ErrorKind::Event, "EventManager.remove_subscriber", detail).into(),
+                Error::new(ErrorKind::Event, "EventManager.remove_subscriber", detail).into()
             );
         };
         py.detach(|| self.core.remove_subscriber(subscriber.id).map(drop))?;
@@ -371,10 +300,7 @@ impl PyEventManager {
             }
             None => Self::add_python(slf, token, subscriber)?,
         }
-        Ok(PySubscriberId {
-            manager: this.number,
-            token,
-        })
+        Ok(PySubscriberId { manager: this.number, token })
     }
 
     /// Unregister a subscriber with all its file descriptors and return it.
@@ -389,7 +315,7 @@ impl PyEventManager {
         if id.manager != self.number {
             let detail = "this id is another event manager's";
             return Err(
-                Error::new(ErrorKind::Event, "EventManager.remove_subscriber", detail).into(),
+                Error::new(ErrorKind::Event, "EventManager.remove_subscriber", detail).into()
             );
         }
         self.take_out(py, id.token)
@@ -414,9 +340,7 @@ impl PyEventManager {
         loop {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             let left_ms = left.map_or(SLICE_MS, |left| {
-                i32::try_from(left.as_micros().div_ceil(1000))
-                    .unwrap_or(SLICE_MS)
-                    .min(SLICE_MS)
+                i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(SLICE_MS).min(SLICE_MS)
             });
             let dispatched = Self::turn(slf, left_ms)?;
             if dispatched > 0 || left.is_some_and(|left| left.is_zero()) {
@@ -523,10 +447,7 @@ impl PyEventManager {
     }
 
     fn __repr__(&self) -> String {
-        format!(
-            "EventManager(subscribers={})",
-            self.subscribers.lock().len()
-        )
+        format!("EventManager(subscribers={})", self.subscribers.lock().len())
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
@@ -542,10 +463,7 @@ impl PyEventManager {
         }
         for subscriber in subscribers.values() {
             visit.call(&subscriber.object)?;
-            subscriber
-                .sources
-                .values()
-                .try_for_each(|source| visit.call(source))?;
+            subscriber.sources.values().try_for_each(|source| visit.call(source))?;
         }
         Ok(())
     }

@@ -17,11 +17,7 @@ use super::event_manager::PyEventManager;
 pub(super) fn descriptor(source: &Bound<'_, PyAny>) -> PyResult<RawFd> {
     // SAFETY: a borrowed reference to a live object, with the GIL held.
     let fd = unsafe { pyo3::ffi::PyObject_AsFileDescriptor(source.as_ptr()) };
-    if fd < 0 {
-        Err(PyErr::fetch(source.py()))
-    } else {
-        Ok(fd)
-    }
+    if fd < 0 { Err(PyErr::fetch(source.py())) } else { Ok(fd) }
 }
 
 /// Events of a file descriptor: what to watch it for, or what happened there.
@@ -69,7 +65,8 @@ impl PyEvents {
     pub(super) fn events(&self) -> Events {
         // The crate keeps the data above the fd, as it gives both to epoll.
         let packed = self.fd_and_data.load(Ordering::Relaxed);
-        let [fd, data] = [packed, packed >> 32].map(|half| u32::try_from(half & 0xffff_ffff).unwrap_or(0));
+        let [fd, data] =
+            [packed, packed >> 32].map(|half| u32::try_from(half & 0xffff_ffff).unwrap_or(0));
         let set = EventSet::from_bits_truncate(self.event_set.load(Ordering::Relaxed));
         Events::with_data_raw(fd.cast_signed(), data, set)
     }
@@ -115,19 +112,14 @@ impl PyEvents {
         if let Some(set) = known.get_item(bits)? {
             return Ok(set);
         }
-        let set = CLASS
-            .import(py, "pyvmm.events", "EventSet")?
-            .call1((bits,))?;
+        let set = CLASS.import(py, "pyvmm.events", "EventSet")?.call1((bits,))?;
         known.set_item(bits, &set)?;
         Ok(set)
     }
 
     fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
         let (fd, data) = (self.fd(), self.data());
-        Ok(format!(
-            "Events(fd={fd}, event_set={}, data={data})",
-            self.event_set(py)?.repr()?
-        ))
+        Ok(format!("Events(fd={fd}, event_set={}, data={data})", self.event_set(py)?.repr()?))
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
@@ -182,11 +174,9 @@ impl PyEventOps {
     fn target(&self, py: Python<'_>) -> PyResult<Target> {
         let target = self.0.lock();
         match &*target {
-            Some(Target { manager, token, id }) => Ok(Target {
-                manager: manager.clone_ref(py),
-                token: *token,
-                id: *id,
-            }),
+            Some(Target { manager, token, id }) => {
+                Ok(Target { manager: manager.clone_ref(py), token: *token, id: *id })
+            }
             None => Err(PyRuntimeError::new_err(
                 "this EventOps is no longer usable: it belongs to the init() or process() call it was passed to",
             )),

@@ -13,9 +13,7 @@ use crate::vcpu::VmRunState;
 pub(super) fn to_python<'py>(py: Python<'py>, exit: &Exit) -> PyResult<Bound<'py, PyAny>> {
     static EXIT: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     static REASON: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-    let reason = REASON
-        .import(py, "pyvmm.exits", "ExitReason")?
-        .call1((exit.reason.name(),))?;
+    let reason = REASON.import(py, "pyvmm.exits", "ExitReason")?.call1((exit.reason.name(),))?;
     EXIT.import(py, "pyvmm.exits", "Exit")?.call1((
         reason,
         exit.code,
@@ -27,9 +25,7 @@ pub(super) fn to_python<'py>(py: Python<'py>, exit: &Exit) -> PyResult<Bound<'py
 /// A `pyvmm.VmRunState`.
 pub(super) fn state(py: Python<'_>, state: VmRunState) -> PyResult<Bound<'_, PyAny>> {
     static STATE: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-    STATE
-        .import(py, "pyvmm.exits", "VmRunState")?
-        .call1((state.name(),))
+    STATE.import(py, "pyvmm.exits", "VmRunState")?.call1((state.name(),))
 }
 
 /// Seconds as a duration; none and infinity for no limit.

@@ -43,8 +43,7 @@ fn exit_event(handler: &WrappedExitHandler) -> Arc<EventFd> {
 fn init(handler: &WrappedExitHandler, ops: &Bound<'_, PyEventOps>) -> PyResult<()> {
     let py = ops.py();
     let events = Events::new(&*exit_event(handler), EventSet::IN);
-    ops.get()
-        .add(py, Bound::new(py, PyEvents::happened(events))?.as_any())
+    ops.get().add(py, Bound::new(py, PyEvents::happened(events))?.as_any())
 }
 
 fn process(
@@ -59,8 +58,7 @@ fn process(
     if set.contains(EventSet::ERROR) {
         let py = ops.py();
         let watched = Events::empty(&*exit_event(handler));
-        ops.get()
-            .remove(py, Bound::new(py, PyEvents::happened(watched))?.as_any())?;
+        ops.get().remove(py, Bound::new(py, PyEvents::happened(watched))?.as_any())?;
     }
     Ok(())
 }
@@ -115,10 +113,7 @@ impl PyVmmExitHandler {
     }
 
     fn __repr__(&self) -> String {
-        format!(
-            "VmmExitHandler(keep_running={})",
-            literal(self.keep_running())
-        )
+        format!("VmmExitHandler(keep_running={})", literal(self.keep_running()))
     }
 }
 
@@ -183,10 +178,7 @@ impl PyWrappedExitHandler {
     }
 
     fn __repr__(&self) -> String {
-        format!(
-            "WrappedExitHandler(keep_running={})",
-            literal(self.keep_running())
-        )
+        format!("WrappedExitHandler(keep_running={})", literal(self.keep_running()))
     }
 }
 

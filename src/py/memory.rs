@@ -29,9 +29,7 @@ impl PyGuestMemory {
         T: Send + Sync + 'static,
     {
         let machine = Arc::clone(machine);
-        Self {
-            get: Box::new(move || get(&machine)),
-        }
+        Self { get: Box::new(move || get(&machine)) }
     }
 }
 
@@ -77,11 +75,7 @@ impl PyGuestMemory {
     /// Start and length of each range of RAM: one, or two around the gap from 3 to 4 GiB.
     #[getter]
     fn ranges(&self) -> PyResult<Vec<(u64, u64)>> {
-        Ok((self.get)()?
-            .ranges()
-            .into_iter()
-            .map(|(start, length, _)| (start, length))
-            .collect())
+        Ok((self.get)()?.ranges().into_iter().map(|(start, length, _)| (start, length)).collect())
     }
 
     fn __repr__(&self) -> String {

@@ -99,6 +99,7 @@ impl PyTimerFd {
 }
 
 fn seconds(name: &str, value: f64) -> PyResult<Duration> {
-    Duration::try_from_secs_f64(value)
-        .map_err(|_| PyValueError::new_err(format!("{name}: {value} is not a number of seconds from 0")))
+    Duration::try_from_secs_f64(value).map_err(|_| {
+        PyValueError::new_err(format!("{name}: {value} is not a number of seconds from 0"))
+    })
 }

@@ -116,10 +116,7 @@ impl PyKvmVm {
 
     /// Raise what the exit handler's `kick()` raised, once.
     fn check_kick(&self) -> PyResult<()> {
-        let raised = self
-            .python_handler
-            .as_ref()
-            .and_then(|handler| handler.raised.lock().take());
+        let raised = self.python_handler.as_ref().and_then(|handler| handler.raised.lock().take());
         raised.map_or(Ok(()), Err)
     }
 }
@@ -128,18 +125,12 @@ fn handler(object: &Bound<'_, PyAny>) -> PyResult<(Handler, Option<Arc<PythonHan
     if let Ok(native) = object.cast::<PyWrappedExitHandler>() {
         return Ok((Handler::Native(native.get().handler().clone()), None));
     }
-    if !object
-        .getattr_opt("kick")?
-        .is_some_and(|kick| kick.is_callable())
-    {
+    if !object.getattr_opt("kick")?.is_some_and(|kick| kick.is_callable()) {
         let class = object.get_type();
         let text = format!("an exit handler needs kick(): {} has none", class.name()?);
         return Err(PyTypeError::new_err(text));
     }
-    let handler = PythonHandler {
-        object: object.clone().unbind(),
-        raised: Mutex::new(None),
-    };
+    let handler = PythonHandler { object: object.clone().unbind(), raised: Mutex::new(None) };
     let handler = Arc::new(handler);
     Ok((Handler::Python(Arc::clone(&handler)), Some(handler)))
 }
@@ -166,24 +157,12 @@ impl PyKvmVm {
             let buses = Arc::new(Buses::default());
             let vm = KvmVm::new(&config, memory, Arc::clone(&buses), handler)?;
             let serial = devices::attach(&buses, vm.irq(layout::COM1_IRQ)?, &config)?;
-            Ok((
-                Arc::new(Machine(Mutex::new(Some(Arc::new(vm))))),
-                entry,
-                buses,
-                serial,
-            ))
+            Ok((Arc::new(Machine(Mutex::new(Some(Arc::new(vm))))), entry, buses, serial))
         })?;
         live::remember(Arc::downgrade(&machine) as Weak<dyn Close>);
         let memory = Py::new(py, PyGuestMemory::of(&machine, Machine::memory))?;
         let serial = Py::new(py, PySerial(serial))?;
-        Ok(Self {
-            machine: Some(machine),
-            python_handler,
-            buses,
-            entry,
-            memory,
-            serial,
-        })
+        Ok(Self { machine: Some(machine), python_handler, buses, entry, memory, serial })
     }
 
     /// Start a thread `vcpu_{id}` for each vCPU and return.
@@ -247,10 +226,7 @@ impl PyKvmVm {
     /// How the guest ended; None while it has not.
     #[getter]
     fn exit<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
-        self.vm()?
-            .exit()
-            .map(|exit| exit::to_python(py, &exit))
-            .transpose()
+        self.vm()?.exit().map(|exit| exit::to_python(py, &exit)).transpose()
     }
 
     /// Accesses that no device answered.
@@ -274,8 +250,6 @@ impl PyKvmVm {
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {
         // The Arc has other owners, but one reference to the object: this visit is it.
-        self.python_handler
-            .as_ref()
-            .map_or(Ok(()), |handler| visit.call(&handler.object))
+        self.python_handler.as_ref().map_or(Ok(()), |handler| visit.call(&handler.object))
     }
 }

@@ -97,10 +97,8 @@ impl PyVmm {
         };
         let serial = Py::new(py, PySerial(Arc::clone(vmm.serial())))?;
         if has_python_streams {
-            py.import("pyvmm.streams")?.call_method1(
-                "connect",
-                (&serial, &event_manager, config.getattr("serial")?),
-            )?;
+            py.import("pyvmm.streams")?
+                .call_method1("connect", (&serial, &event_manager, config.getattr("serial")?))?;
         }
         Ok(Self {
             config: config.unbind(),

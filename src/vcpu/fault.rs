@@ -25,11 +25,7 @@ pub(crate) fn internal_error(error: &InternalError) -> String {
         _ => "KVM internal error",
     };
     let mut text = format!("{name} (suberror {})", error.suberror);
-    if let Some(bytes) = error
-        .instruction
-        .get(..error.instruction_len)
-        .filter(|b| !b.is_empty())
-    {
+    if let Some(bytes) = error.instruction.get(..error.instruction_len).filter(|b| !b.is_empty()) {
         let _ = write!(text, "\ninstruction bytes: {}", hex(bytes));
     } else if let Some(data) = error.data.get(..error.ndata).filter(|d| !d.is_empty()) {
         let words: Vec<String> = data.iter().map(|word| format!("{word:#x}")).collect();
@@ -39,59 +35,26 @@ pub(crate) fn internal_error(error: &InternalError) -> String {
 }
 
 fn hex(bytes: &[u8]) -> String {
-    bytes
-        .iter()
-        .map(|b| format!("{b:02x}"))
-        .collect::<Vec<_>>()
-        .join(" ")
+    bytes.iter().map(|b| format!("{b:02x}")).collect::<Vec<_>>().join(" ")
 }
 
 fn registers(r: &kvm_regs, s: &kvm_sregs) -> String {
     let general = [
-        [
-            ("rax", r.rax),
-            ("rbx", r.rbx),
-            ("rcx", r.rcx),
-            ("rdx", r.rdx),
-        ],
-        [
-            ("rsi", r.rsi),
-            ("rdi", r.rdi),
-            ("rbp", r.rbp),
-            ("rsp", r.rsp),
-        ],
+        [("rax", r.rax), ("rbx", r.rbx), ("rcx", r.rcx), ("rdx", r.rdx)],
+        [("rsi", r.rsi), ("rdi", r.rdi), ("rbp", r.rbp), ("rsp", r.rsp)],
         [("r8", r.r8), ("r9", r.r9), ("r10", r.r10), ("r11", r.r11)],
-        [
-            ("r12", r.r12),
-            ("r13", r.r13),
-            ("r14", r.r14),
-            ("r15", r.r15),
-        ],
-        [
-            ("cr0", s.cr0),
-            ("cr2", s.cr2),
-            ("cr3", s.cr3),
-            ("cr4", s.cr4),
-        ],
+        [("r12", r.r12), ("r13", r.r13), ("r14", r.r14), ("r15", r.r15)],
+        [("cr0", s.cr0), ("cr2", s.cr2), ("cr3", s.cr3), ("cr4", s.cr4)],
     ];
-    let mut text = format!(
-        "rip {:#018x}  rflags {:#x}  efer {:#x}\n",
-        r.rip, r.rflags, s.efer
-    );
+    let mut text = format!("rip {:#018x}  rflags {:#x}  efer {:#x}\n", r.rip, r.rflags, s.efer);
     for row in general {
-        let cells: Vec<String> = row
-            .iter()
-            .map(|(name, v)| format!("{name:<3} {v:#018x}"))
-            .collect();
+        let cells: Vec<String> =
+            row.iter().map(|(name, v)| format!("{name:<3} {v:#018x}")).collect();
         let _ = writeln!(text, "{}", cells.join("  "));
     }
-    for (name, segment) in [
-        ("cs", &s.cs),
-        ("ss", &s.ss),
-        ("ds", &s.ds),
-        ("es", &s.es),
-        ("tr", &s.tr),
-    ] {
+    for (name, segment) in
+        [("cs", &s.cs), ("ss", &s.ss), ("ds", &s.ds), ("es", &s.es), ("tr", &s.tr)]
+    {
         let _ = writeln!(text, "{}", segment_line(name, segment));
     }
     let _ = write!(
@@ -133,23 +96,13 @@ mod tests {
 
     #[test]
     fn an_unknown_suberror_shows_its_number_and_data() {
-        let unknown = InternalError {
-            suberror: 77,
-            ndata: 1,
-            ..error()
-        };
-        assert_eq!(
-            internal_error(&unknown),
-            "KVM internal error (suberror 77)\ndata: 0x0"
-        );
+        let unknown = InternalError { suberror: 77, ndata: 1, ..error() };
+        assert_eq!(internal_error(&unknown), "KVM internal error (suberror 77)\ndata: 0x0");
     }
 
     #[test]
     fn registers_are_named() {
-        let regs = kvm_regs {
-            rip: 0x7c00,
-            ..Default::default()
-        };
+        let regs = kvm_regs { rip: 0x7c00, ..Default::default() };
         let text = registers(&regs, &kvm_sregs::default());
         assert!(text.starts_with("rip 0x0000000000007c00"));
         assert!(text.contains("r15 0x") && text.contains("cr3 0x") && text.contains("gdt 0x0"));

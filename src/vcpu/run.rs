@@ -38,10 +38,7 @@ pub(crate) fn step(vcpu: &mut Vcpu, buses: &Buses) -> Step {
         Outcome::Done(step) => step,
         Outcome::Fault(exit, what) => {
             let fault = fault::describe(&vcpu.fd, &what);
-            Step::End(Exit {
-                fault: Some(fault),
-                ..exit
-            })
+            Step::End(Exit { fault: Some(fault), ..exit })
         }
     }
 }
@@ -106,10 +103,7 @@ fn fault(exit: Exit, what: String) -> Outcome {
 
 fn unknown(number: u32) -> Outcome {
     let exit = Exit::with_code(ExitReason::UnknownExit, u64::from(number));
-    fault(
-        exit,
-        format!("KVM exit number {number}, which pyvmm does not handle"),
-    )
+    fault(exit, format!("KVM exit number {number}, which pyvmm does not handle"))
 }
 
 fn errno_code(errno: i32) -> u64 {
@@ -134,18 +128,9 @@ mod tests {
     #[test]
     fn every_end_has_its_reason() {
         assert_eq!(reason(outcome(VcpuExit::Hlt)), (ExitReason::Halt, None));
-        assert_eq!(
-            reason(outcome(VcpuExit::Shutdown)),
-            (ExitReason::Shutdown, None)
-        );
-        assert_eq!(
-            reason(outcome(VcpuExit::FailEntry(33, 0))),
-            (ExitReason::FailEntry, Some(33))
-        );
-        assert_eq!(
-            reason(outcome(VcpuExit::InternalError)),
-            (ExitReason::InternalError, None)
-        );
+        assert_eq!(reason(outcome(VcpuExit::Shutdown)), (ExitReason::Shutdown, None));
+        assert_eq!(reason(outcome(VcpuExit::FailEntry(33, 0))), (ExitReason::FailEntry, Some(33)));
+        assert_eq!(reason(outcome(VcpuExit::InternalError)), (ExitReason::InternalError, None));
         let reset = VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, &[]);
         assert_eq!(reason(outcome(reset)), (ExitReason::Reset, None));
     }
@@ -156,10 +141,7 @@ mod tests {
             reason(outcome(VcpuExit::Unsupported(4711))),
             (ExitReason::UnknownExit, Some(4711))
         );
-        assert_eq!(
-            reason(outcome(VcpuExit::Hyperv)),
-            (ExitReason::UnknownExit, Some(0))
-        );
+        assert_eq!(reason(outcome(VcpuExit::Hyperv)), (ExitReason::UnknownExit, Some(0)));
         assert_eq!(
             reason(outcome(VcpuExit::SystemEvent(99, &[]))),
             (ExitReason::UnknownExit, Some(0))
@@ -168,10 +150,7 @@ mod tests {
 
     #[test]
     fn an_error_of_kvm_run_ends_the_run_but_a_signal_does_not() {
-        assert_eq!(
-            on_error(kvm_ioctls::Error::new(libc::EINTR)),
-            Outcome::Done(Step::Interrupted)
-        );
+        assert_eq!(on_error(kvm_ioctls::Error::new(libc::EINTR)), Outcome::Done(Step::Interrupted));
         let (reason, code) = reason(on_error(kvm_ioctls::Error::new(libc::EFAULT)));
         assert_eq!((reason, code), (ExitReason::VcpuError, Some(14)));
     }

@@ -52,19 +52,11 @@ impl RunPage {
             )
         };
         if page == libc::MAP_FAILED {
-            return Err(Error::os(
-                ErrorKind::Kvm,
-                "mmap of kvm_run",
-                &io::Error::last_os_error(),
-            ));
+            return Err(Error::os(ErrorKind::Kvm, "mmap of kvm_run", &io::Error::last_os_error()));
         }
         match NonNull::new(page.cast()) {
             Some(page) => Ok(Self(page)),
-            None => Err(Error::new(
-                ErrorKind::Kvm,
-                "mmap of kvm_run",
-                "mapped at address zero",
-            )),
+            None => Err(Error::new(ErrorKind::Kvm, "mmap of kvm_run", "mapped at address zero")),
         }
     }
 
@@ -100,9 +92,7 @@ impl RunPage {
     pub(crate) fn io_exit(&self) -> IoExit {
         // SAFETY: in bounds; every bit pattern is a valid kvm_run__bindgen_ty_1__bindgen_ty_4.
         let io = unsafe { (&raw const (*self.0.as_ptr()).__bindgen_anon_1.io).read_volatile() };
-        IoExit {
-            size: usize::from(io.size).clamp(1, 8),
-        }
+        IoExit { size: usize::from(io.size).clamp(1, 8) }
     }
 
     /// What KVM says of its last internal error. Only after `KVM_EXIT_INTERNAL_ERROR`, on the vCPU's thread.
@@ -115,9 +105,7 @@ impl RunPage {
                 (&raw const (*exit).emulation_failure).read_volatile(),
             )
         };
-        let ndata = usize::try_from(internal.ndata)
-            .unwrap_or(0)
-            .min(internal.data.len());
+        let ndata = usize::try_from(internal.ndata).unwrap_or(0).min(internal.data.len());
         let mut error = InternalError {
             suberror: internal.suberror,
             instruction: [0; 15],

@@ -21,13 +21,8 @@ pub enum VmRunState {
 
 impl VmRunState {
     /// Every state.
-    pub const ALL: [Self; 5] = [
-        Self::Created,
-        Self::Running,
-        Self::Paused,
-        Self::Exiting,
-        Self::Closed,
-    ];
+    pub const ALL: [Self; 5] =
+        [Self::Created, Self::Running, Self::Paused, Self::Exiting, Self::Closed];
 
     /// Whether a machine may go from this state to the next: the whole table.
     #[must_use]
@@ -63,10 +58,7 @@ pub struct RunState {
 
 impl Default for RunState {
     fn default() -> Self {
-        Self {
-            state: Mutex::new(VmRunState::Created),
-            changed: Condvar::new(),
-        }
+        Self { state: Mutex::new(VmRunState::Created), changed: Condvar::new() }
     }
 }
 
@@ -118,10 +110,7 @@ mod tests {
     fn only_the_tables_transitions_happen() {
         for from in VmRunState::ALL {
             for to in VmRunState::ALL {
-                let run_state = RunState {
-                    state: Mutex::new(from),
-                    changed: Condvar::new(),
-                };
+                let run_state = RunState { state: Mutex::new(from), changed: Condvar::new() };
                 let result = run_state.set_and_notify(to);
                 assert_eq!(result.is_ok(), from.may_become(to), "{from:?} to {to:?}");
                 let now = if from.may_become(to) { to } else { from };
@@ -132,11 +121,7 @@ mod tests {
 
     #[test]
     fn a_closed_machine_stays_closed() {
-        assert!(
-            VmRunState::ALL
-                .iter()
-                .all(|next| !VmRunState::Closed.may_become(*next))
-        );
+        assert!(VmRunState::ALL.iter().all(|next| !VmRunState::Closed.may_become(*next)));
     }
 
     #[test]
@@ -148,9 +133,6 @@ mod tests {
         };
         run_state.set_and_notify(VmRunState::Running).unwrap();
         assert_eq!(waiter.join().unwrap(), Some(VmRunState::Running));
-        assert_eq!(
-            run_state.wait_for(&[VmRunState::Closed], Some(Duration::ZERO)),
-            None
-        );
+        assert_eq!(run_state.wait_for(&[VmRunState::Closed], Some(Duration::ZERO)), None);
     }
 }

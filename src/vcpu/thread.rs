@@ -57,11 +57,7 @@ pub(crate) struct Handle {
 impl Handle {
     pub(crate) fn new(id: u64, fd: VcpuFd) -> Result<Self> {
         let page = Arc::new(RunPage::new(&fd)?);
-        let vcpu = Vcpu {
-            id,
-            fd,
-            page: Arc::clone(&page),
-        };
+        let vcpu = Vcpu { id, fd, page: Arc::clone(&page) };
         Ok(Self {
             id,
             page,
@@ -85,11 +81,7 @@ impl Handle {
         let mut slot = self.vcpu.lock();
         let Some(vcpu) = slot.as_mut() else {
             let detail = "its thread has panicked";
-            return Err(Error::new(
-                ErrorKind::State,
-                format!("vcpu_{}", self.id),
-                detail,
-            ));
+            return Err(Error::new(ErrorKind::State, format!("vcpu_{}", self.id), detail));
         };
         self.thread = Some(self.spawn(Arc::clone(shared))?);
         prepare(vcpu).inspect_err(|_| self.stop.kick(&self.page, || None))
@@ -113,9 +105,7 @@ impl Handle {
 
     /// Bring the vCPU out of the guest. Returns before it is out.
     pub(crate) fn kick(&self) {
-        self.stop.kick(&self.page, || {
-            self.thread.as_ref().filter(|_| !self.is_at_rest())
-        });
+        self.stop.kick(&self.page, || self.thread.as_ref().filter(|_| !self.is_at_rest()));
     }
 
     /// Whether the thread has not taken the vCPU yet, or has put it back.
@@ -148,10 +138,7 @@ fn run_to_end<EH: ExitHandler>(slot: &Mutex<Option<Vcpu>>, stop: &StopWord, shar
     std::mem::forget(guard);
     *slot.lock() = Some(vcpu);
     if let Some(exit) = exit {
-        shared.vcpu_ended(Exit {
-            vcpu: Some(id),
-            ..exit
-        });
+        shared.vcpu_ended(Exit { vcpu: Some(id), ..exit });
     }
 }
 

@@ -48,12 +48,7 @@ fn unavailable(errno: i32) -> Error {
         libc::EACCES | libc::EPERM => "type: sudo usermod -aG kvm $USER, and log in again",
         _ => "run: pyvmm doctor",
     };
-    Error::os(
-        ErrorKind::Unavailable,
-        "/dev/kvm",
-        &io::Error::from_raw_os_error(errno),
-    )
-    .hint(hint)
+    Error::os(ErrorKind::Unavailable, "/dev/kvm", &io::Error::from_raw_os_error(errno)).hint(hint)
 }
 
 #[cfg(test)]

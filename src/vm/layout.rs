@@ -78,9 +78,7 @@ pub fn ram_ranges(size: u64) -> Vec<(u64, u64)> {
 /// Whether an address lies in RAM.
 #[must_use]
 pub fn in_memory(size: u64, address: u64) -> bool {
-    ram_ranges(size)
-        .iter()
-        .any(|(start, length)| address >= *start && address - start < *length)
+    ram_ranges(size).iter().any(|(start, length)| address >= *start && address - start < *length)
 }
 
 #[cfg(test)]

@@ -23,11 +23,7 @@ impl GuestMemory {
     pub fn new(size: u64) -> Result<Self> {
         let host = host_memory();
         if size > host {
-            let detail = format!(
-                "{} MiB is more than the host's {} MiB",
-                size >> 20,
-                host >> 20
-            );
+            let detail = format!("{} MiB is more than the host's {} MiB", size >> 20, host >> 20);
             return Err(Error::new(ErrorKind::Config, "memory.size_mib", detail));
         }
         let ranges = layout::ram_ranges(size)
@@ -36,10 +32,7 @@ impl GuestMemory {
             .collect::<Result<Vec<_>>>()?;
         let mmap = GuestMemoryMmap::from_ranges(&ranges)
             .map_err(|e| Error::new(ErrorKind::Memory, "memory.size_mib", e.to_string()))?;
-        Ok(Self {
-            mmap: Arc::new(mmap),
-            size,
-        })
+        Ok(Self { mmap: Arc::new(mmap), size })
     }
 
     /// Bytes of RAM.
@@ -58,10 +51,7 @@ impl GuestMemory {
     #[must_use]
     pub fn ranges(&self) -> Vec<(u64, u64, u64)> {
         let host = |region: &vm_memory::GuestRegionMmap| region.as_ptr() as u64;
-        self.mmap
-            .iter()
-            .map(|r| (r.start_addr().0, r.len(), host(r)))
-            .collect()
+        self.mmap.iter().map(|r| (r.start_addr().0, r.len(), host(r))).collect()
     }
 
     /// Check that a whole range is RAM.
@@ -111,10 +101,8 @@ impl GuestMemory {
             .iter()
             .map(|(start, size)| format!("{start:#x} to {:#x}", start + size - 1))
             .collect();
-        let detail = format!(
-            "{length} bytes there are not all in guest memory ({})",
-            ranges.join(", ")
-        );
+        let detail =
+            format!("{length} bytes there are not all in guest memory ({})", ranges.join(", "));
         Error::new(ErrorKind::Memory, format!("{address:#x}"), detail)
     }
 }
@@ -123,26 +111,15 @@ fn host_memory() -> u64 {
     static SIZE: OnceLock<u64> = OnceLock::new();
     *SIZE.get_or_init(|| {
         // SAFETY: sysconf takes no pointers.
-        let (pages, size) = unsafe {
-            (
-                libc::sysconf(libc::_SC_PHYS_PAGES),
-                libc::sysconf(libc::_SC_PAGESIZE),
-            )
-        };
-        u64::try_from(pages)
-            .unwrap_or(0)
-            .saturating_mul(u64::try_from(size).unwrap_or(0))
+        let (pages, size) =
+            unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
+        u64::try_from(pages).unwrap_or(0).saturating_mul(u64::try_from(size).unwrap_or(0))
     })
 }
 
 fn to_usize(value: u64) -> Result<usize> {
-    usize::try_from(value).map_err(|_| {
-        Error::new(
-            ErrorKind::Memory,
-            "memory.size_mib",
-            "too large for this host",
-        )
-    })
+    usize::try_from(value)
+        .map_err(|_| Error::new(ErrorKind::Memory, "memory.size_mib", "too large for this host"))
 }
 
 #[cfg(test)]
@@ -162,10 +139,7 @@ mod tests {
     #[test]
     fn a_write_past_the_end_writes_nothing() {
         let memory = GuestMemory::new(1 << 20).unwrap();
-        assert_eq!(
-            memory.write(0xf_ffff, b"ab").unwrap_err().kind,
-            ErrorKind::Memory
-        );
+        assert_eq!(memory.write(0xf_ffff, b"ab").unwrap_err().kind, ErrorKind::Memory);
         let mut data = [0; 1];
         memory.read(0xf_ffff, &mut data).unwrap();
         assert_eq!(data, [0]);

@@ -44,9 +44,7 @@ pub struct KvmVm<EH: ExitHandler> {
 
 impl<EH: ExitHandler> fmt::Debug for KvmVm<EH> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("KvmVm")
-            .field("state", &self.state())
-            .finish_non_exhaustive()
+        f.debug_struct("KvmVm").field("state", &self.state()).finish_non_exhaustive()
     }
 }
 
@@ -62,9 +60,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         exit_handler: EH,
     ) -> Result<Self> {
         let kvm = open_kvm()?;
-        let fd = kvm
-            .create_vm()
-            .map_err(|e| Error::kvm("KVM_CREATE_VM", e))?;
+        let fd = kvm.create_vm().map_err(|e| Error::kvm("KVM_CREATE_VM", e))?;
         create_irqchip(&fd, config)?;
         set_memory(&fd, &memory)?;
         let table = cpuid::guest_cpuid(&kvm, &config.cpu)?;
@@ -131,11 +127,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     pub fn check_may_run(&self) -> Result<()> {
         self.check_process()?;
         let state = self.state();
-        if state.may_become(VmRunState::Running) {
-            Ok(())
-        } else {
-            Err(refused(state))
-        }
+        if state.may_become(VmRunState::Running) { Ok(()) } else { Err(refused(state)) }
     }
 
     /// Registers of a first start.
@@ -143,26 +135,15 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         if self.mode == CpuMode::Linux64 && vcpu.id != 0 {
             return Ok(()); // waits for INIT and SIPI
         }
-        let mut sregs = vcpu
-            .fd
-            .get_sregs()
-            .map_err(|e| Error::kvm("KVM_GET_SREGS", e))?;
+        let mut sregs = vcpu.fd.get_sregs().map_err(|e| Error::kvm("KVM_GET_SREGS", e))?;
         regs::set_start_sregs(&mut sregs, self.mode, address);
-        vcpu.fd
-            .set_sregs(&sregs)
-            .map_err(|e| Error::kvm("KVM_SET_SREGS", e))?;
+        vcpu.fd.set_sregs(&sregs).map_err(|e| Error::kvm("KVM_SET_SREGS", e))?;
         let code = self.code.unwrap_or(address);
         let start = regs::start_regs(self.mode, address, code, vcpu.id);
-        vcpu.fd
-            .set_regs(&start)
-            .map_err(|e| Error::kvm("KVM_SET_REGS", e))?;
+        vcpu.fd.set_regs(&start).map_err(|e| Error::kvm("KVM_SET_REGS", e))?;
         if self.irqchip && vcpu.id != 0 {
-            let state = kvm_mp_state {
-                mp_state: KVM_MP_STATE_RUNNABLE,
-            };
-            vcpu.fd
-                .set_mp_state(state)
-                .map_err(|e| Error::kvm("KVM_SET_MP_STATE", e))?;
+            let state = kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE };
+            vcpu.fd.set_mp_state(state).map_err(|e| Error::kvm("KVM_SET_MP_STATE", e))?;
         }
         Ok(())
     }
@@ -177,9 +158,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         }
         let event =
             EventFd::new(EFD_NONBLOCK).map_err(|e| Error::os(ErrorKind::Kvm, "eventfd", &e))?;
-        self.fd
-            .register_irqfd(&event, line)
-            .map_err(|e| Error::kvm("KVM_IRQFD", e))?;
+        self.fd.register_irqfd(&event, line).map_err(|e| Error::kvm("KVM_IRQFD", e))?;
         Ok(Some(event))
     }
 }
@@ -263,20 +242,14 @@ fn stop_all(vcpus: &mut [Handle]) {
 fn create_irqchip(fd: &VmFd, config: &VmmConfig) -> Result<()> {
     fd.set_identity_map_address(layout::KVM_IDENTITY_MAP)
         .map_err(|e| Error::kvm("KVM_SET_IDENTITY_MAP_ADDR", e))?;
-    fd.set_tss_address(layout::KVM_TSS)
-        .map_err(|e| Error::kvm("KVM_SET_TSS_ADDR", e))?;
+    fd.set_tss_address(layout::KVM_TSS).map_err(|e| Error::kvm("KVM_SET_TSS_ADDR", e))?;
     // Before the memory slots: KVM waits for its readers at each slot that comes before a controller.
     if config.has_irqchip() {
-        fd.create_irq_chip()
-            .map_err(|e| Error::kvm("KVM_CREATE_IRQCHIP", e))?;
+        fd.create_irq_chip().map_err(|e| Error::kvm("KVM_CREATE_IRQCHIP", e))?;
     }
     if config.has_pit() {
-        let pit = kvm_pit_config {
-            flags: KVM_PIT_SPEAKER_DUMMY,
-            ..Default::default()
-        };
-        fd.create_pit2(pit)
-            .map_err(|e| Error::kvm("KVM_CREATE_PIT2", e))?;
+        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        fd.create_pit2(pit).map_err(|e| Error::kvm("KVM_CREATE_PIT2", e))?;
     }
     Ok(())
 }
@@ -310,9 +283,7 @@ fn create_vcpus(
         return Err(Error::new(ErrorKind::Config, "cpu.vcpus", detail));
     }
     let count = u8::try_from(config.cpu.vcpus).unwrap_or(u8::MAX);
-    (0..count)
-        .map(|id| create_vcpu(fd, config, table, id, count))
-        .collect()
+    (0..count).map(|id| create_vcpu(fd, config, table, id, count)).collect()
 }
 
 fn create_vcpu(
@@ -322,12 +293,9 @@ fn create_vcpu(
     id: u8,
     count: u8,
 ) -> Result<Handle> {
-    let vcpu = fd
-        .create_vcpu(u64::from(id))
-        .map_err(|e| Error::kvm("KVM_CREATE_VCPU", e))?;
+    let vcpu = fd.create_vcpu(u64::from(id)).map_err(|e| Error::kvm("KVM_CREATE_VCPU", e))?;
     let cpuid = cpuid::for_vcpu(table, id, count)?;
-    vcpu.set_cpuid2(&cpuid)
-        .map_err(|e| Error::kvm("KVM_SET_CPUID2", e))?;
+    vcpu.set_cpuid2(&cpuid).map_err(|e| Error::kvm("KVM_SET_CPUID2", e))?;
     if config.mode() == CpuMode::Linux64 {
         msrs::set_boot_msrs(&vcpu)?;
     }

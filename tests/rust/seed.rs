@@ -11,22 +11,12 @@ use pyvmm::vmm::Vmm;
 
 fn flat(code: &[u8]) -> VmmConfig {
     let code = Code::Bytes(code.to_vec());
-    let boot = Boot::Flat(FlatBoot {
-        code,
-        address: 0x1000,
-        entry: None,
-        mode: CpuMode::Real16,
-    });
-    VmmConfig {
-        boot,
-        memory: MemoryConfig { size_mib: 1 },
-        ..VmmConfig::default()
-    }
+    let boot = Boot::Flat(FlatBoot { code, address: 0x1000, entry: None, mode: CpuMode::Real16 });
+    VmmConfig { boot, memory: MemoryConfig { size_mib: 1 }, ..VmmConfig::default() }
 }
 
 fn run(vmm: &Vmm) -> Exit {
-    vmm.run(Some(Duration::from_secs(60)), || Ok::<(), Error>(()))
-        .unwrap()
+    vmm.run(Some(Duration::from_secs(60)), || Ok::<(), Error>(())).unwrap()
 }
 
 /// A machine, unless this host has no KVM and nobody insists on it.
@@ -44,10 +34,7 @@ fn a_guest_ends_through_the_exit_port() {
         return;
     };
     let exit = run(&vmm);
-    assert_eq!(
-        (exit.reason, exit.code, exit.vcpu),
-        (ExitReason::Code, Some(42), Some(0))
-    );
+    assert_eq!((exit.reason, exit.code, exit.vcpu), (ExitReason::Code, Some(42), Some(0)));
     assert_eq!(exit.to_string(), "code 42 (vCPU 0)");
 }
 
@@ -59,15 +46,8 @@ fn the_embedded_guest_speaks_and_answers() {
     vmm.serial().feed(b"hello\r\n\x04");
     let exit = run(&vmm);
     let said = String::from_utf8(vmm.serial().take()).unwrap();
-    assert_eq!(
-        (exit.reason, exit.code),
-        (ExitReason::Code, Some(0)),
-        "{exit}"
-    );
-    assert!(
-        said.contains("You typed: hello\r\n") && said.ends_with("Goodbye.\r\n"),
-        "{said}"
-    );
+    assert_eq!((exit.reason, exit.code), (ExitReason::Code, Some(0)), "{exit}");
+    assert!(said.contains("You typed: hello\r\n") && said.ends_with("Goodbye.\r\n"), "{said}");
 }
 
 #[test]
@@ -78,8 +58,6 @@ fn a_stopped_run_goes_on_in_the_next() {
     };
     vmm.stop().unwrap();
     assert_eq!(run(&vmm).reason, ExitReason::Stopped);
-    let exit = vmm
-        .run(Some(Duration::from_millis(20)), || Ok::<(), Error>(()))
-        .unwrap();
+    let exit = vmm.run(Some(Duration::from_millis(20)), || Ok::<(), Error>(())).unwrap();
     assert_eq!(exit.reason, ExitReason::Timeout);
 }

@@ -1,0 +1,63 @@
+//! What lies between a dispatch and its delivery to Python: the events fetched for Python objects, each by the token
+//! of its subscriber. Filled under the crate manager's lock, where no Python code may run.
+
+use std::hash::Hasher;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use event_manager::{EventOps, Events, MutEventSubscriber};
+use parking_lot::Mutex;
+
+use super::callback::Arguments;
+
+/// An event fetched for a Python subscriber and not yet delivered.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ready {
+    pub(super) token: u64,
+    pub(super) events: Events,
+    /// The manager's count of removals before the event was fetched.
+    pub(super) removals: u64,
+}
+
+/// What the last dispatch fetched, and what its delivery needs.
+#[derive(Debug, Default)]
+pub(super) struct Batch {
+    pub(super) ready: Vec<Ready>,
+    /// See [`Arguments`].
+    pub(super) arguments: Option<Arguments>,
+}
+
+/// Stands for a Python object in the crate's manager.
+pub(super) struct Collector {
+    pub(super) token: u64,
+    pub(super) removals: Arc<AtomicU64>,
+    pub(super) batch: Arc<Mutex<Batch>>,
+}
+
+impl MutEventSubscriber for Collector {
+    fn process(&mut self, events: Events, _ops: &mut EventOps) {
+        let removals = self.removals.load(Ordering::Acquire);
+        self.batch.lock().ready.push(Ready { token: self.token, events, removals });
+    }
+
+    fn init(&mut self, _ops: &mut EventOps) {}
+}
+
+/// Tokens are counted up: each is its own hash.
+#[derive(Debug, Default)]
+pub(super) struct TokenHasher(u64);
+
+impl Hasher for TokenHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.0 = self.0.rotate_left(8) ^ u64::from(*byte));
+    }
+
+    fn write_u64(&mut self, token: u64) {
+        // The table looks at the highest bits too.
+        self.0 = token.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+}
