@@ -400,7 +400,11 @@ class Serial:
         """Bytes of input that the guest has not read yet."""
 
     def fileno(self) -> int:
-        """A file descriptor that is readable when there is output to take, on a machine whose output Python takes."""
+        """A file descriptor that is readable when there is output to take, on a machine whose output Python takes.
+
+        Raises:
+            ValueError: the machine's output goes nowhere else, so that nobody takes it as it comes.
+        """
 
     @property
     def input_wanted(self) -> EventFd:

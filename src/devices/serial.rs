@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
@@ -45,8 +45,9 @@ pub struct Serial {
     /// Output was taken, or nobody waits for it any more.
     room: Condvar,
     /// Where `Output::ready` can be watched.
-    output_fd: RawFd,
-    input_wanted: Arc<EventFd>,
+    output_fd: Option<RawFd>,
+    /// Made when somebody asks for it.
+    input_wanted: OnceLock<Arc<EventFd>>,
 }
 
 /// What the guest's accesses change.
@@ -65,8 +66,8 @@ struct Output {
     /// The guest does not wait: the run is ending.
     released: bool,
     failed: Option<Error>,
-    /// Expires when there is output to take.
-    ready: TimerFd,
+    /// Expires when there is output to take; none without a taker.
+    ready: Option<TimerFd>,
 }
 
 impl Serial {
@@ -75,32 +76,36 @@ impl Serial {
     /// # Errors
     /// When no eventfd can be made.
     pub fn new(irq: Option<EventFd>, has_taker: bool) -> Result<Self> {
-        let failed = |e: &io::Error| Error::os(ErrorKind::Io, "serial", e);
-        let input_wanted = EventFd::new(EFD_NONBLOCK).map_err(|e| failed(&e))?;
-        input_wanted.write(1).map_err(|e| failed(&e))?;
-        let ready = TimerFd::new().map_err(|e| failed(&e.into()))?;
+        let ready =
+            if has_taker { Some(TimerFd::new().map_err(|e| failed(&e.into()))?) } else { None };
+        let uart = Uart::new(Irq(irq), Vec::new());
+        let bytes = VecDeque::new();
         Ok(Self {
-            output_fd: ready.as_raw_fd(),
-            guest: Mutex::new(GuestSide {
-                uart: Uart::new(Irq(irq), Vec::new()),
-                queue: VecDeque::new(),
-            }),
-            output: Mutex::new(Output {
-                bytes: VecDeque::new(),
-                has_taker,
-                released: false,
-                failed: None,
-                ready,
-            }),
+            output_fd: ready.as_ref().map(AsRawFd::as_raw_fd),
+            guest: Mutex::new(GuestSide { uart, queue: VecDeque::new() }),
+            output: Mutex::new(Output { bytes, released: false, failed: None, has_taker, ready }),
             room: Condvar::new(),
-            input_wanted: Arc::new(input_wanted),
+            input_wanted: OnceLock::new(),
         })
     }
 
     /// Readable when the guest has read all its input; readable at first, too.
+    ///
+    /// # Errors
+    /// When no eventfd can be made.
+    pub fn input_wanted(&self) -> Result<&Arc<EventFd>> {
+        if let Some(wanted) = self.input_wanted.get() {
+            return Ok(wanted);
+        }
+        let wanted = EventFd::new(EFD_NONBLOCK).map_err(|e| failed(&e))?;
+        wanted.write(1).map_err(|e| failed(&e))?;
+        Ok(self.input_wanted.get_or_init(|| Arc::new(wanted)))
+    }
+
+    /// Readable when there is output to take, for as long as it is not taken; none without a taker.
     #[must_use]
-    pub fn input_wanted(&self) -> &Arc<EventFd> {
-        &self.input_wanted
+    pub fn output_fd(&self) -> Option<RawFd> {
+        self.output_fd
     }
 
     /// Give the guest input. Takes any amount; the guest reads it at its own pace.
@@ -192,21 +197,18 @@ impl Serial {
 impl Output {
     fn tell_in(&mut self, delay: Duration) {
         // Cannot fail: the descriptor is a timer's and the time is in range.
-        let _ = self.ready.reset(delay, None);
+        let _ = self.ready.as_mut().map(|ready| ready.reset(delay, None));
     }
 
     /// The taker looks: not readable until there is more.
     fn told(&mut self) {
         // Cannot fail, as above.
-        let _ = self.ready.clear();
+        let _ = self.ready.as_mut().map(TimerFd::clear);
     }
 }
 
-impl AsRawFd for Serial {
-    /// Readable when there is output to take, for as long as it is not taken.
-    fn as_raw_fd(&self) -> RawFd {
-        self.output_fd
-    }
+fn failed(error: &io::Error) -> Error {
+    Error::os(ErrorKind::Io, "serial", error)
 }
 
 const FIFO_SIZE: usize = 0x40;
@@ -237,7 +239,7 @@ impl Device for Serial {
         if offset == 0 {
             guest.top_up();
             if guest.queue.is_empty() && guest.uart.fifo_capacity() == FIFO_SIZE {
-                let _ = self.input_wanted.write(1);
+                let _ = self.input_wanted.get().map(|wanted| wanted.write(1));
             }
         }
     }
@@ -269,7 +271,8 @@ mod tests {
     }
 
     fn is_ready(serial: &Serial, milliseconds: i32) -> bool {
-        let mut poll = libc::pollfd { fd: serial.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        let mut poll =
+            libc::pollfd { fd: serial.output_fd().unwrap(), events: libc::POLLIN, revents: 0 };
         // SAFETY: one pollfd that lives through the call.
         unsafe { libc::poll(&raw mut poll, 1, milliseconds) > 0 }
     }
@@ -307,12 +310,15 @@ mod tests {
     #[test]
     fn input_longer_than_the_fifo_arrives_whole() {
         let serial = Serial::new(None, false).unwrap();
-        serial.input_wanted().read().unwrap();
+        serial.input_wanted().unwrap().read().unwrap();
         let sent: Vec<u8> = (0..=255).collect();
         serial.feed(&sent);
         let received: Vec<u8> = (0..=255).map(|_| read(&serial)).collect();
         assert_eq!(received, sent);
-        assert_eq!((serial.input_waiting(), serial.input_wanted().read().unwrap()), (0, 1));
+        assert_eq!(
+            (serial.input_waiting(), serial.input_wanted().unwrap().read().unwrap()),
+            (0, 1)
+        );
     }
 
     #[test]

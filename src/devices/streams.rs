@@ -9,6 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber, SubscriberId};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::Serial;
 use crate::config::{SerialConfig, SerialInput, SerialOutput};
@@ -43,6 +44,7 @@ pub(crate) fn connect(
     if let Some(SerialInput::Fd(fd)) = config.input {
         ids.push(manager.add_subscriber(Box::new(InputPump {
             serial: Arc::clone(serial),
+            wanted: Arc::clone(serial.input_wanted()?),
             file: File::from(fd),
             eof: config.input_eof,
             source: Source::Idle,
@@ -136,7 +138,9 @@ impl MutEventSubscriber for OutputPump {
     }
 
     fn init(&mut self, ops: &mut EventOps) {
-        let _ = ops.add(Events::new(&*self.serial, EventSet::IN));
+        if let Some(fd) = self.serial.output_fd() {
+            let _ = ops.add(Events::new_raw(fd, EventSet::IN));
+        }
     }
 }
 
@@ -156,6 +160,7 @@ enum Source {
 /// Reads what the guest receives.
 struct InputPump {
     serial: Arc<Serial>,
+    wanted: Arc<EventFd>,
     file: File,
     eof: Vec<u8>,
     source: Source,
@@ -206,8 +211,8 @@ impl InputPump {
 
 impl MutEventSubscriber for InputPump {
     fn process(&mut self, events: Events, ops: &mut EventOps) {
-        if events.fd() == self.serial.input_wanted().as_raw_fd() {
-            let _ = self.serial.input_wanted().read();
+        if events.fd() == self.wanted.as_raw_fd() {
+            let _ = self.wanted.read();
             self.resume(ops);
         } else {
             self.read(ops);
@@ -215,7 +220,7 @@ impl MutEventSubscriber for InputPump {
     }
 
     fn init(&mut self, ops: &mut EventOps) {
-        let _ = ops.add(Events::new(&**self.serial.input_wanted(), EventSet::IN));
+        let _ = ops.add(Events::new(&*self.wanted, EventSet::IN));
     }
 }
 

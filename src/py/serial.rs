@@ -1,8 +1,9 @@
 //! `Serial` for Python: the host's side of the first serial port.
 
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::RawFd;
 use std::sync::Arc;
 
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::PyBytes;
@@ -35,13 +36,14 @@ impl PySerial {
     }
 
     /// A file descriptor that is readable when there is output to take, on a machine whose output Python takes.
-    fn fileno(&self) -> RawFd {
-        self.0.as_raw_fd()
+    fn fileno(&self) -> PyResult<RawFd> {
+        let none = "nobody takes this machine's output as it comes: read() has it";
+        self.0.output_fd().ok_or_else(|| PyValueError::new_err(none))
     }
 
     /// Readable when the guest has read all its input; readable at first, too.
     #[getter]
-    fn input_wanted(&self) -> PyEventFd {
-        PyEventFd::over(Arc::clone(self.0.input_wanted()))
+    fn input_wanted(&self) -> PyResult<PyEventFd> {
+        Ok(PyEventFd::over(Arc::clone(self.0.input_wanted()?)))
     }
 }
