@@ -274,6 +274,13 @@ impl Vmm {
     }
 }
 
+impl Drop for Vmm {
+    /// In a loop that others use too, the machine's subscribers must not outlive it.
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
 /// While it lives, its thread is the one inside `run`.
 struct Running<'a>(&'a Vmm);
 

@@ -105,6 +105,12 @@ def test_embedded_guest_ends_where_its_exit_port_is_or_by_a_reset() -> None:
         assert vmm.run(60).reason is ExitReason.RESET
 
 
+def test_clock_tells_the_century() -> None:
+    code = b"\xb0\x32\xe6\x70\xe4\x71\xe6\xf4"  # mov al, 0x32; out 0x70, al; in al, 0x71; out 0xf4, al
+    with Vmm(flat(code)) as vmm:
+        assert vmm.run(60).code == 0x20, "BCD"
+
+
 def test_what_nobody_answers_is_counted() -> None:
     code = read_in(0x80) + read_in(0x80) + out(0x81, 1) + exit_with(0)
     with Vmm(flat(code)) as vmm:
@@ -339,4 +345,19 @@ def test_many_machines_share_one_loop_and_end_each_alone() -> None:
     spinner.join(60)
     for vmm in (spinning, *machines):
         vmm.close()
+    assert manager.run_with_timeout(0) == 0
+
+
+def test_machine_leaves_a_shared_loop_when_it_is_closed_or_dropped() -> None:
+    manager = pyvmm.EventManager()
+    out: list[bytes] = []
+    config = flat(print_text(b"hi") + exit_with(1), serial=pyvmm.SerialConfig(output=out.append))
+    with Vmm(config, event_manager=manager) as vmm:
+        vmm.run(60)
+    assert b"".join(out) == b"hi"
+    assert repr(manager) == "EventManager(subscribers=0)"
+    dropped = Vmm(flat(exit_with(1)), event_manager=manager)
+    handler = dropped.exit_handler
+    del dropped
+    handler.kick()
     assert manager.run_with_timeout(0) == 0

@@ -16,7 +16,7 @@ from pyvmm.exceptions import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pyvmm._pyvmm import EventManager, EventOps, Serial
+    from pyvmm._pyvmm import EventManager, EventOps, Serial, SubscriberId
     from pyvmm.config import SerialConfig
 
 READ_SIZE = 1024
@@ -42,14 +42,16 @@ def endpoint(stream: object, at: str) -> int | str | None:
     return _descriptor(stream)
 
 
-def connect(serial: Serial, manager: EventManager, config: SerialConfig) -> None:
-    """Subscribe the streams of a configuration that Python serves."""
+def connect(serial: Serial, manager: EventManager, config: SerialConfig) -> list[SubscriberId]:
+    """Subscribe the streams of a configuration that Python serves; returns their ids."""
+    ids = []
     if config.output is not None and endpoint(config.output, "serial.output") is None:
-        manager.add_subscriber(Writer(serial, _writer(config.output, "serial.output")))
+        ids.append(manager.add_subscriber(Writer(serial, _writer(config.output, "serial.output"))))
     if isinstance(config.input, (bytes, bytearray, memoryview)):
         serial.send(bytes(config.input) + config.input_eof)
     elif config.input is not None and endpoint(config.input, "serial.input") is None:
-        manager.add_subscriber(Reader(serial, _reader(config.input), config.input_eof))
+        ids.append(manager.add_subscriber(Reader(serial, _reader(config.input), config.input_eof)))
+    return ids
 
 
 class Writer:

@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Weak};
 
+use parking_lot::Mutex;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::PyList;
@@ -15,6 +16,7 @@ use super::serial::PySerial;
 use super::{callback, config, exit};
 use crate::config::{SerialInput, SerialOutput};
 use crate::devices::{Access, Buses};
+use crate::vcpu::VmRunState;
 use crate::vmm::Vmm;
 
 /// A virtual machine: built by this call, run by `run`, released by `close` or at the end of a `with`.
@@ -36,6 +38,8 @@ pub struct PyVmm {
     vmm: Option<Arc<Vmm>>,
     /// Other machines may be in the same loop.
     is_shared: bool,
+    /// Subscribers that serve the serial port's Python streams.
+    streams: Mutex<Vec<Py<PySubscriberId>>>,
     #[pyo3(get)]
     config: Py<PyAny>,
     #[pyo3(get)]
@@ -96,10 +100,13 @@ impl PyVmm {
             None => Py::new(py, PyEventManager::over(Arc::clone(vmm.event_manager())))?,
         };
         let serial = Py::new(py, PySerial(Arc::clone(vmm.serial())))?;
-        if has_python_streams {
+        let streams = if has_python_streams {
             py.import("pyvmm.streams")?
-                .call_method1("connect", (&serial, &event_manager, config.getattr("serial")?))?;
-        }
+                .call_method1("connect", (&serial, &event_manager, config.getattr("serial")?))?
+                .extract()?
+        } else {
+            Vec::new()
+        };
         Ok(Self {
             config: config.unbind(),
             event_manager,
@@ -108,6 +115,7 @@ impl PyVmm {
             serial,
             vmm: Some(vmm),
             is_shared,
+            streams: Mutex::new(streams),
         })
     }
 
@@ -155,6 +163,14 @@ impl PyVmm {
     /// In a callback it takes effect when the run ends.
     fn close(&self, py: Python<'_>) {
         py.detach(|| self.vmm().close());
+        // Called from a callback, the machine closes later, and its last output is still to be taken.
+        if self.is_shared && self.vmm().state() == VmRunState::Closed {
+            let streams = std::mem::take(&mut *self.streams.lock());
+            for id in streams {
+                // Fails when the program has removed it already.
+                let _ = self.event_manager.get().remove_subscriber(py, id.get());
+            }
+        }
     }
 
     /// Where the machine stands.
