@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use event_manager::{Events, SubscriberId};
+use event_manager::Events;
 use pyo3::prelude::*;
 use pyo3::{ffi, intern};
 
@@ -19,11 +19,17 @@ pub(super) struct Arguments {
 }
 
 impl Arguments {
-    fn new(py: Python<'_>, events: Events) -> PyResult<Self> {
+    fn new(manager: &Bound<'_, PyEventManager>, events: Events) -> PyResult<Self> {
+        let py = manager.py();
         Ok(Self {
             events: Py::new(py, PyEvents::happened(events))?,
-            ops: Py::new(py, PyEventOps::default())?,
+            ops: Py::new(py, PyEventOps::of(manager))?,
         })
+    }
+
+    /// The batch has been delivered, or a callback has kept them: hold the manager no longer.
+    pub(super) fn detach(&self) {
+        self.ops.get().detach();
     }
 
     fn is_kept(&self) -> bool {
@@ -36,14 +42,14 @@ impl Arguments {
 pub(super) fn init(
     manager: &Bound<'_, PyEventManager>,
     token: u64,
-    id: SubscriberId,
     subscriber: &Bound<'_, PyAny>,
 ) -> PyResult<()> {
     let py = manager.py();
-    let ops = Bound::new(py, PyEventOps::default())?;
-    ops.get().begin(manager, token, id);
+    let ops = Bound::new(py, PyEventOps::of(manager))?;
+    ops.get().begin(token);
     let result = subscriber.call_method1(intern!(py, "init"), (&ops,));
     ops.get().end();
+    ops.get().detach();
     result.map(drop)
 }
 
@@ -54,13 +60,16 @@ pub(super) fn init(
 pub(super) fn deliver(manager: &Bound<'_, PyEventManager>) -> PyResult<usize> {
     let this = manager.get();
     let mut batch = this.take_batch();
+    if let Some(arguments) = batch.arguments.as_ref().filter(|_| !batch.ready.is_empty()) {
+        arguments.ops.get().attach(manager);
+    }
     let mut dropped = 0;
     for (at, ready) in batch.ready.iter().enumerate() {
-        let Some((subscriber, id)) = this.receiver(manager.py(), ready) else {
+        let Some(subscriber) = this.receiver(manager.py(), ready) else {
             dropped += 1;
             continue;
         };
-        if let Err(error) = process(manager, ready, id, &subscriber, &mut batch.arguments) {
+        if let Err(error) = process(manager, ready, &subscriber, &mut batch.arguments) {
             batch.ready.iter().skip(at + 1).for_each(|ready| this.rearm(ready));
             return Err(error);
         }
@@ -98,7 +107,6 @@ fn make_calls(manager: &Bound<'_, PyEventManager>) -> PyResult<()> {
 fn process(
     manager: &Bound<'_, PyEventManager>,
     ready: &Ready,
-    id: SubscriberId,
     subscriber: &Py<PyAny>,
     spare: &mut Option<Arguments>,
 ) -> PyResult<()> {
@@ -108,14 +116,16 @@ fn process(
             arguments.events.get().happened_next(ready.events);
             arguments
         }
-        None => Arguments::new(py, ready.events)?,
+        None => Arguments::new(manager, ready.events)?,
     };
-    arguments.ops.get().begin(manager, ready.token, id);
+    arguments.ops.get().begin(ready.token);
     let parts = (arguments.events.bind(py), arguments.ops.bind(py));
     let watch = manager.get().slow_callback().map(|threshold| (threshold, Instant::now()));
     let result = subscriber.bind(py).call_method1(intern!(py, "process"), parts);
     arguments.ops.get().end();
-    if !arguments.is_kept() {
+    if arguments.is_kept() {
+        arguments.detach();
+    } else {
         *spare = Some(arguments);
     }
     let returned = result?;

@@ -68,6 +68,10 @@ struct Counters {
     turns: AtomicU64,
 }
 
+fn unknown_id(at: &str) -> Error {
+    Error::new(ErrorKind::Event, at, "no subscriber has this id, or no longer")
+}
+
 /// Relaxed, and not in one step: with the GIL held, and a figure for a person.
 fn count(counter: &AtomicU64, more: u64) {
     counter.store(counter.load(Ordering::Relaxed) + more, Ordering::Relaxed);
@@ -172,6 +176,9 @@ impl PyEventManager {
     /// Keep the vector's room and the arguments for the next batch.
     pub(super) fn give_back(&self, mut delivered: Batch) {
         delivered.ready.clear();
+        if let Some(arguments) = &delivered.arguments {
+            arguments.detach();
+        }
         let mut batch = self.batch.lock();
         if batch.ready.capacity() == 0 && batch.arguments.is_none() {
             std::mem::swap(&mut *batch, &mut delivered);
@@ -182,16 +189,18 @@ impl PyEventManager {
     }
 
     /// The subscriber an event is for, if it is still there and still watches the event's fd.
-    pub(super) fn receiver(
-        &self,
-        py: Python<'_>,
-        ready: &Ready,
-    ) -> Option<(Py<PyAny>, SubscriberId)> {
+    pub(super) fn receiver(&self, py: Python<'_>, ready: &Ready) -> Option<Py<PyAny>> {
         let subscribers = self.subscribers.lock();
         let subscriber = subscribers.get(&ready.token)?;
         let is_watching = self.core.removals() == ready.removals
             || self.core.is_watching(subscriber.id, ready.events.fd());
-        is_watching.then(|| (subscriber.object.clone_ref(py), subscriber.id))
+        is_watching.then(|| subscriber.object.clone_ref(py))
+    }
+
+    /// The crate's id of a subscriber.
+    pub(super) fn id_of(&self, token: u64) -> PyResult<SubscriberId> {
+        let id = self.subscribers.lock().get(&token).map(|subscriber| subscriber.id);
+        id.ok_or_else(|| unknown_id("EventOps").into())
     }
 
     /// Have an event that was not delivered reported again.
@@ -239,8 +248,8 @@ impl PyEventManager {
             batch: Arc::clone(&this.batch),
         };
         let kept = object.clone().unbind();
-        let id = slf.py().detach(|| this.insert(Box::new(collector), token, kept));
-        callback::init(slf, token, id, object).inspect_err(|_| {
+        slf.py().detach(|| this.insert(Box::new(collector), token, kept));
+        callback::init(slf, token, object).inspect_err(|_| {
             // What init() raised is what the caller should see.
             let _ = this.take_out(slf.py(), token);
         })
@@ -249,10 +258,7 @@ impl PyEventManager {
     fn take_out(&self, py: Python<'_>, token: u64) -> PyResult<Py<PyAny>> {
         let subscriber = self.subscribers.lock().remove(&token);
         let Some(subscriber) = subscriber else {
-            let detail = "no subscriber has this id, or no longer";
-            return Err(
-                Error::new(ErrorKind::Event, "EventManager.remove_subscriber", detail).into()
-            );
+            return Err(unknown_id("EventManager.remove_subscriber").into());
         };
         py.detach(|| self.core.remove_subscriber(subscriber.id).map(drop))?;
         Ok(subscriber.object)

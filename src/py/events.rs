@@ -147,11 +147,17 @@ impl PySubscriberId {
 ///
 /// Usable only during the call it was passed to; later use raises RuntimeError.
 #[pyclass(frozen, name = "EventOps", module = "pyvmm")]
-#[derive(Debug, Default)]
-pub struct PyEventOps(Mutex<Option<Target>>);
-
-/// Whose registrations an `EventOps` changes, during the call it was passed to.
 #[derive(Debug)]
+pub struct PyEventOps {
+    /// Set for the batch it serves.
+    manager: Mutex<Option<Py<PyEventManager>>>,
+    /// The subscriber whose call is in progress, or [`NO_CALL`].
+    token: AtomicU64,
+}
+
+const NO_CALL: u64 = u64::MAX;
+
+/// Whose registrations an `EventOps` changes.
 struct Target {
     manager: Py<PyEventManager>,
     token: u64,
@@ -159,25 +165,42 @@ struct Target {
 }
 
 impl PyEventOps {
+    pub(super) fn of(manager: &Bound<'_, PyEventManager>) -> Self {
+        let manager = Mutex::new(Some(manager.clone().unbind()));
+        Self { manager, token: AtomicU64::new(NO_CALL) }
+    }
+
+    /// Serve another batch.
+    pub(super) fn attach(&self, manager: &Bound<'_, PyEventManager>) {
+        *self.manager.lock() = Some(manager.clone().unbind());
+    }
+
+    /// The batch has been delivered: hold the manager no longer.
+    pub(super) fn detach(&self) {
+        let manager = self.manager.lock().take();
+        drop(manager);
+    }
+
     /// The call it is passed to begins.
-    pub(super) fn begin(&self, manager: &Bound<'_, PyEventManager>, token: u64, id: SubscriberId) {
-        let manager = manager.clone().unbind();
-        *self.0.lock() = Some(Target { manager, token, id });
+    pub(super) fn begin(&self, token: u64) {
+        // Relaxed, here and below: with the GIL held.
+        self.token.store(token, Ordering::Relaxed);
     }
 
     /// The call it was passed to has ended.
     pub(super) fn end(&self) {
-        let target = self.0.lock().take();
-        drop(target);
+        self.token.store(NO_CALL, Ordering::Relaxed);
     }
 
     fn target(&self, py: Python<'_>) -> PyResult<Target> {
-        let target = self.0.lock();
-        match &*target {
-            Some(Target { manager, token, id }) => {
-                Ok(Target { manager: manager.clone_ref(py), token: *token, id: *id })
+        let token = self.token.load(Ordering::Relaxed);
+        let manager = self.manager.lock().as_ref().map(|manager| manager.clone_ref(py));
+        match manager {
+            Some(manager) if token != NO_CALL => {
+                let id = manager.get().id_of(token)?;
+                Ok(Target { manager, token, id })
             }
-            None => Err(PyRuntimeError::new_err(
+            _ => Err(PyRuntimeError::new_err(
                 "this EventOps is no longer usable: it belongs to the init() or process() call it was passed to",
             )),
         }
@@ -225,11 +248,7 @@ impl PyEventOps {
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
-        let target = self.0.try_lock();
-        target
-            .as_deref()
-            .and_then(Option::as_ref)
-            .map_or(Ok(()), |target| visit.call(&target.manager))
+        self.manager.try_lock().map_or(Ok(()), |manager| visit.call(&*manager))
     }
 }
 
