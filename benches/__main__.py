@@ -6,7 +6,7 @@ import sys
 
 from pyvmm import VmmError
 
-from benches import imports, linux, loop, machines
+from benches import imports, jitter, linux, loop, machines
 from benches.measure import Benchmark, Result, UnmeasurableError, report
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -15,6 +15,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "loop": loop.dispatches,
     "loop-scaling": loop.scaling,
     "loop-calls": loop.calls,
+    "asyncio": jitter.jitter,
     "linux-userspace": linux.boots,
     "import": imports.imports,
 }
