@@ -67,6 +67,7 @@ def test_slow_callback_is_logged_with_its_name(caplog: pytest.LogCaptureFixture)
     manager = EventManager()
     fd = EventFd(1)
     assert manager.slow_callback_duration is None
+    assert manager.slowest_callback is None
 
     @manager.on(fd)
     def slow(events: Events) -> None:
@@ -76,6 +77,10 @@ def test_slow_callback_is_logged_with_its_name(caplog: pytest.LogCaptureFixture)
     assert manager.slow_callback_duration is not None
     manager.run()
     assert "slow took 0.0" in caplog.text
+    assert manager.slowest_callback is not None
+    name, seconds = manager.slowest_callback
+    assert "slow" in name
+    assert 0 < seconds < 60
     caplog.clear()
     manager.slow_callback_duration = None
     fd.write()

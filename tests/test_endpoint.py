@@ -101,6 +101,16 @@ def test_exception_in_fire_ends_the_run() -> None:
         manager.run_forever()
 
 
+def test_calls_behind_one_that_raises_are_made_by_the_next_run() -> None:
+    manager = EventManager()
+    endpoint = manager.remote_endpoint()
+    endpoint.fire(lambda _manager: 1 / 0)
+    endpoint.fire(lambda manager: manager.stop())
+    with pytest.raises(ZeroDivisionError):
+        manager.run_forever()
+    manager.run_forever()
+
+
 def test_call_from_the_loops_own_thread_is_made_at_once() -> None:
     manager = EventManager()
     endpoint = manager.remote_endpoint()

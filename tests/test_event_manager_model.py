@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import select
+from typing import Generic, TypeAlias, TypeVar
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
-from pyvmm import EventFd, EventManager, EventOps, Events, EventSet
+from pyvmm import EventFd, EventManager, EventOps, Events, EventSet, SubscriberId, TimerFd
 
 FLAGS = [EventSet.IN, EventSet.IN | EventSet.EDGE_TRIGGERED, EventSet.IN | EventSet.ONE_SHOT, EventSet.OUT]
 
 
-class Watched:
-    """A subscriber of one eventfd, and what it has been told."""
+Fd = TypeVar("Fd", EventFd, TimerFd)
 
-    def __init__(self, log: list[tuple[int, int]], flags: EventSet) -> None:
-        self.fd = EventFd()
+
+class Watched(Generic[Fd]):
+    """A subscriber of one source, which notes what it is told."""
+
+    def __init__(self, log: list[tuple[int, int]], flags: EventSet, fd: Fd) -> None:
+        self.fd: Fd = fd
         self.flags = flags
         self.log = log
-        self.drain = False
-        self.modify: EventSet | None = None
 
     def init(self, ops: EventOps) -> None:
         ops.add(Events(self.fd, self.flags))
@@ -30,10 +32,14 @@ class Watched:
         self.log.append((events.fd, int(events.event_set)))
 
 
+Entry: TypeAlias = tuple[Watched[EventFd], SubscriberId]
+
+
 class Model(RuleBasedStateMachine):
     """Each rule does the same to both loops."""
 
     subscribers = Bundle("subscribers")
+    timers = Bundle("timers")
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,31 +49,54 @@ class Model(RuleBasedStateMachine):
         self.alive: dict[int, object] = {}
 
     @rule(target=subscribers, flags=st.sampled_from(FLAGS))
-    def add(self, flags: EventSet) -> tuple[Watched, object]:
-        watched = Watched(self.log, flags)
+    def add(self, flags: EventSet) -> Entry:
+        watched = Watched(self.log, flags, EventFd())
         id = self.manager.add_subscriber(watched)
         self.epoll.register(watched.fd, int(flags))
         self.alive[watched.fd.fileno()] = id
         return watched, id
 
+    @rule(target=timers, flags=st.sampled_from(FLAGS[:3]))
+    def add_timer(self, flags: EventSet) -> TimerFd:
+        timer = TimerFd()
+        self.alive[timer.fileno()] = self.manager.add_subscriber(Watched(self.log, flags, timer))
+        self.epoll.register(timer, int(flags))
+        return timer
+
     @rule(entry=consumes(subscribers), close_first=st.booleans())
-    def remove(self, entry: tuple[Watched, object], close_first: bool) -> None:
+    def remove(self, entry: Entry, close_first: bool) -> None:
         watched, id = entry
         del self.alive[watched.fd.fileno()]
         self.epoll.unregister(watched.fd)
         if close_first:
             watched.fd.close()
-        assert self.manager.remove_subscriber(id) is watched  # type: ignore[arg-type]
+        assert self.manager.remove_subscriber(id) is watched
         watched.fd.close()
 
     @rule(entry=subscribers, value=st.integers(1, 3))
-    def write(self, entry: tuple[Watched, object], value: int) -> None:
+    def write(self, entry: Entry, value: int) -> None:
         entry[0].fd.write(value)
 
     @rule(entry=subscribers)
-    def read(self, entry: tuple[Watched, object]) -> None:
+    def read(self, entry: Entry) -> None:
         with contextlib.suppress(BlockingIOError):
             entry[0].fd.read()
+
+    @rule(entry=subscribers, flags=st.sampled_from(FLAGS))
+    def modify(self, entry: Entry, flags: EventSet) -> None:
+        self.manager.event_ops(entry[1]).modify(Events(entry[0].fd, flags))
+        self.epoll.modify(entry[0].fd, int(flags))
+
+    @rule(timer=timers, expired=st.booleans())
+    def set(self, timer: TimerFd, expired: bool) -> None:
+        """In the past it has expired, in an hour it has not."""
+        timer.set(0.0 if expired else 3600.0)
+        if expired:
+            select.select([timer], [], [])
+
+    @rule(timer=timers)
+    def clear(self, timer: TimerFd) -> None:
+        timer.clear()
 
     @rule()
     def run(self) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from conftest import Linux
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-NEED_NO_KVM = {"event_loop", "loop_from_threads"}
+NEED_NO_KVM = {"event_loop", "loop_from_threads", "loop_tour"}
 NEED_LINUX = {"boot_linux"}
 
 

@@ -136,12 +136,21 @@ class Events:
         source: an int, or an object with `fileno()`; it is kept alive while it is registered.
         event_set: what to watch for.
         data: a number from 0 to 2^32 - 1 that comes back with each event.
+        drain: read the source, a nonblocking `EventFd` or a `TimerFd`, before each call of the subscriber, which
+            finds what was read in `count`. The source stays open while it is registered.
 
     Raises:
         ValueError: the source is closed, or a flag has no meaning.
+        TypeError: `drain` for a source that cannot be drained.
     """
 
-    def __new__(cls, source: int | _HasFileno, event_set: EventSet | int = ..., data: int = 0) -> Self: ...
+    def __new__(
+        cls, source: int | _HasFileno, event_set: EventSet | int = ..., data: int = 0, *, drain: bool = False
+    ) -> Self: ...
+    @property
+    def count(self) -> int | None:
+        """What was read of a source watched with `drain`: an eventfd's count, a timer's expirations. Else None."""
+
     @property
     def fd(self) -> int:
         """The file descriptor's number."""
@@ -164,7 +173,8 @@ class SubscriberId:
 class EventOps:
     """Changes what a subscriber watches.
 
-    Usable only during the call it was passed to; later use raises RuntimeError.
+    One passed to `init` or `process` is usable only during that call; later use raises RuntimeError. One from
+    `EventManager.event_ops` is usable as long as its subscriber is registered.
     """
 
     def add(self, events: Events) -> None:
@@ -210,6 +220,13 @@ class EventManager:
 
     def remove_subscriber(self, id: SubscriberId) -> object:
         """Unregister a subscriber with all its file descriptors and return it.
+
+        Raises:
+            EventError: this manager has no such subscriber, or no longer.
+        """
+
+    def event_ops(self, id: SubscriberId) -> EventOps:
+        """What changes the registrations of a subscriber, from any thread, while it is registered.
 
         Raises:
             EventError: this manager has no such subscriber, or no longer.
@@ -262,6 +279,13 @@ class EventManager:
 
     @slow_callback_duration.setter
     def slow_callback_duration(self, seconds: float | None) -> None: ...
+    @property
+    def slowest_callback(self) -> tuple[str, float] | None:
+        """The name of the callback that took longest and its seconds; None before one was timed.
+
+        Callbacks are timed while `slow_callback_duration` is set.
+        """
+
     @property
     def turns(self) -> int:
         """How often the loop has turned."""

@@ -35,10 +35,13 @@ class Function:
         return self._function(events)
 
 
-def warn_slow(subscriber: object, seconds: float) -> None:
+def name_of(subscriber: object) -> str:
+    """The name of what a subscriber calls."""
+    return subscriber.name if isinstance(subscriber, Function) else f"{type(subscriber).__qualname__}.process"
+
+
+def warn_slow(name: str, seconds: float) -> None:
     """Log a callback that took longer than `EventManager.slow_callback_duration`."""
-    method = f"{type(subscriber).__qualname__}.process"
-    name = subscriber.name if isinstance(subscriber, Function) else method
     logging.getLogger("pyvmm").warning("%s took %.3f s", name, seconds)
 
 

@@ -2,13 +2,12 @@
 //! of its subscriber. Filled under the crate manager's lock, where no Python code may run.
 
 use std::hash::Hasher;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
 use parking_lot::Mutex;
-
-use super::callback::Arguments;
 
 /// An event fetched for a Python subscriber and not yet delivered.
 #[derive(Clone, Copy, Debug)]
@@ -19,25 +18,23 @@ pub(super) struct Ready {
     pub(super) removals: u64,
 }
 
-/// What the last dispatch fetched, and what its delivery needs.
-#[derive(Debug, Default)]
-pub(super) struct Batch {
-    pub(super) ready: Vec<Ready>,
-    /// See [`Arguments`].
-    pub(super) arguments: Option<Arguments>,
+/// A source whose count is taken for its subscriber, just before that is called.
+pub(super) trait Drain: Send + Sync + std::fmt::Debug {
+    /// The count since the last time. Does not wait.
+    fn take(&self) -> io::Result<u64>;
 }
 
 /// Stands for a Python object in the crate's manager.
 pub(super) struct Collector {
     pub(super) token: u64,
     pub(super) removals: Arc<AtomicU64>,
-    pub(super) batch: Arc<Mutex<Batch>>,
+    pub(super) fetched: Arc<Mutex<Vec<Ready>>>,
 }
 
 impl MutEventSubscriber for Collector {
     fn process(&mut self, events: Events, _ops: &mut EventOps) {
         let removals = self.removals.load(Ordering::Acquire);
-        self.batch.lock().ready.push(Ready { token: self.token, events, removals });
+        self.fetched.lock().push(Ready { token: self.token, events, removals });
     }
 
     fn init(&mut self, _ops: &mut EventOps) {}
@@ -54,6 +51,10 @@ impl Hasher for TokenHasher {
 
     fn write(&mut self, bytes: &[u8]) {
         bytes.iter().for_each(|byte| self.0 = self.0.rotate_left(8) ^ u64::from(*byte));
+    }
+
+    fn write_i32(&mut self, fd: i32) {
+        self.write_u64(u64::from(fd.cast_unsigned()));
     }
 
     fn write_u64(&mut self, token: u64) {

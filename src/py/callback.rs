@@ -10,6 +10,7 @@ use super::batch::Ready;
 use super::endpoint::Call;
 use super::event_manager::PyEventManager;
 use super::events::{PyEventOps, PyEvents};
+use super::subscribers::Receiver;
 
 /// The arguments of `process`, used again for the next event unless a callback has kept one.
 #[derive(Debug)]
@@ -19,23 +20,24 @@ pub(super) struct Arguments {
 }
 
 impl Arguments {
-    fn new(manager: &Bound<'_, PyEventManager>, events: Events) -> PyResult<Self> {
-        let py = manager.py();
+    fn new(py: Python<'_>, events: Events) -> PyResult<Self> {
         Ok(Self {
             events: Py::new(py, PyEvents::happened(events))?,
-            ops: Py::new(py, PyEventOps::of(manager))?,
+            ops: Py::new(py, PyEventOps::new())?,
         })
-    }
-
-    /// The batch has been delivered, or a callback has kept them: hold the manager no longer.
-    pub(super) fn detach(&self) {
-        self.ops.get().detach();
     }
 
     fn is_kept(&self) -> bool {
         // SAFETY: two live objects of ours, with the GIL held.
         unsafe { ffi::Py_REFCNT(self.events.as_ptr()) > 1 || ffi::Py_REFCNT(self.ops.as_ptr()) > 1 }
     }
+}
+
+/// What a delivery needs, kept from one to the next.
+#[derive(Debug, Default)]
+pub(super) struct Delivery {
+    ready: Vec<Ready>,
+    arguments: Option<Arguments>,
 }
 
 /// Call a new subscriber's `init(ops)`. On the thread that adds it.
@@ -45,47 +47,74 @@ pub(super) fn init(
     subscriber: &Bound<'_, PyAny>,
 ) -> PyResult<()> {
     let py = manager.py();
-    let ops = Bound::new(py, PyEventOps::of(manager))?;
-    ops.get().begin(token);
-    let result = subscriber.call_method1(intern!(py, "init"), (&ops,));
-    ops.get().end();
-    ops.get().detach();
+    let ops = Bound::new(py, PyEventOps::new())?;
+    let result = {
+        let _call = ops.get().begin(manager, token);
+        subscriber.call_method1(intern!(py, "init"), (&ops,))
+    };
     result.map(drop)
 }
 
-/// Call `process(events, ops)` for what the last dispatch fetched. On the thread that turns the loop.
+/// Call `process(events, ops)` for what the last dispatch fetched, then make the calls that other threads have asked for.
+/// On the thread that turns the loop.
 /// Returns how many events were dropped: their subscriber, or its interest, had gone since.
 ///
 /// The first exception ends the delivery. What was fetched behind it is reported again by the next dispatch.
-pub(super) fn deliver(manager: &Bound<'_, PyEventManager>) -> PyResult<usize> {
-    let this = manager.get();
-    let mut batch = this.take_batch();
-    if let Some(arguments) = batch.arguments.as_ref().filter(|_| !batch.ready.is_empty()) {
-        arguments.ops.get().attach(manager);
+pub(super) fn deliver(
+    manager: &Bound<'_, PyEventManager>,
+    delivery: &mut Delivery,
+) -> PyResult<usize> {
+    let result =
+        deliver_events(manager, delivery).and_then(|dropped| make_calls(manager).map(|()| dropped));
+    if result.is_err() {
+        manager.get().keep_calls()?;
     }
+    result
+}
+
+fn deliver_events(manager: &Bound<'_, PyEventManager>, delivery: &mut Delivery) -> PyResult<usize> {
+    let this = manager.get();
+    let Delivery { ready, arguments } = delivery;
+    ready.clear();
+    this.swap_fetched(ready);
     let mut dropped = 0;
-    for (at, ready) in batch.ready.iter().enumerate() {
-        let Some(subscriber) = this.receiver(manager.py(), ready) else {
-            dropped += 1;
-            continue;
+    for (at, event) in ready.iter().enumerate() {
+        let result = match this.receiver(manager.py(), event) {
+            Ok(Some(receiver)) => process(manager, event, &receiver, arguments),
+            Ok(None) => {
+                dropped += 1;
+                Ok(())
+            }
+            Err(error) => Err(error),
         };
-        if let Err(error) = process(manager, ready, &subscriber, &mut batch.arguments) {
-            batch.ready.iter().skip(at + 1).for_each(|ready| this.rearm(ready));
+        if let Err(error) = result {
+            ready.iter().skip(at + 1).for_each(|event| this.rearm(event));
             return Err(error);
         }
     }
-    this.give_back(batch);
-    make_calls(manager)?;
     Ok(dropped)
 }
 
-/// Log a callback that took longer than the threshold.
-fn tell_slow(subscriber: &Bound<'_, PyAny>, took: Duration, threshold: Duration) -> PyResult<()> {
-    if took <= threshold {
+/// Note a callback that took the longest so far, and log one that took longer than the threshold.
+fn time(
+    manager: &PyEventManager,
+    subscriber: &Bound<'_, PyAny>,
+    took: Duration,
+    threshold: Duration,
+) -> PyResult<()> {
+    let is_slowest = manager.slowest_so_far() < took;
+    if !is_slowest && took <= threshold {
         return Ok(());
     }
     let callbacks = subscriber.py().import("pyvmm.callbacks")?;
-    callbacks.call_method1("warn_slow", (subscriber, took.as_secs_f64())).map(drop)
+    let name: String = callbacks.call_method1("name_of", (subscriber,))?.extract()?;
+    if took > threshold {
+        callbacks.call_method1("warn_slow", (&name, took.as_secs_f64()))?;
+    }
+    if is_slowest {
+        manager.note_slowest(took, name);
+    }
+    Ok(())
 }
 
 /// Make the calls that other threads have asked for: those that were there when it began.
@@ -107,30 +136,28 @@ fn make_calls(manager: &Bound<'_, PyEventManager>) -> PyResult<()> {
 fn process(
     manager: &Bound<'_, PyEventManager>,
     ready: &Ready,
-    subscriber: &Py<PyAny>,
+    receiver: &Receiver,
     spare: &mut Option<Arguments>,
 ) -> PyResult<()> {
     let py = manager.py();
+    let subscriber = &receiver.object;
     let arguments = match spare.take() {
-        Some(arguments) => {
-            arguments.events.get().happened_next(ready.events);
-            arguments
-        }
-        None => Arguments::new(manager, ready.events)?,
+        Some(arguments) => arguments,
+        None => Arguments::new(py, ready.events)?,
     };
-    arguments.ops.get().begin(ready.token);
+    arguments.events.get().happened_next(ready.events, receiver.count);
     let parts = (arguments.events.bind(py), arguments.ops.bind(py));
     let watch = manager.get().slow_callback().map(|threshold| (threshold, Instant::now()));
-    let result = subscriber.bind(py).call_method1(intern!(py, "process"), parts);
-    arguments.ops.get().end();
-    if arguments.is_kept() {
-        arguments.detach();
-    } else {
+    let result = {
+        let _call = arguments.ops.get().begin(manager, ready.token);
+        subscriber.bind(py).call_method1(intern!(py, "process"), parts)
+    };
+    if !arguments.is_kept() {
         *spare = Some(arguments);
     }
     let returned = result?;
     if let Some((threshold, start)) = watch {
-        tell_slow(subscriber.bind(py), start.elapsed(), threshold)?;
+        time(manager.get(), subscriber.bind(py), start.elapsed(), threshold)?;
     }
     if returned.is_none() {
         return Ok(());
@@ -144,7 +171,8 @@ fn process(
 /// What a machine's run does after each turn: deliver events, then run Python's signal handlers.
 pub(super) fn between_turns(manager: &Py<PyEventManager>) -> PyResult<()> {
     Python::attach(|py| {
-        deliver(manager.bind(py))?;
+        let manager = manager.bind(py);
+        manager.get().with_delivery(|delivery| deliver(manager, delivery))?;
         py.check_signals()
     })
 }

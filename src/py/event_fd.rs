@@ -6,9 +6,11 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use pyo3::exceptions::{PyOSError, PyValueError};
+use pyo3::exceptions::{PyOSError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EFD_SEMAPHORE, EventFd};
+
+use super::batch::Drain;
 
 /// A counter that the kernel keeps behind a file descriptor: eventfd(2).
 ///
@@ -24,6 +26,12 @@ pub struct PyEventFd {
     nonblocking: bool,
 }
 
+impl Drain for EventFd {
+    fn take(&self) -> io::Result<u64> {
+        self.read()
+    }
+}
+
 impl PyEventFd {
     /// Over a nonblocking one of the crate's.
     pub(super) fn over(fd: Arc<EventFd>) -> Self {
@@ -32,6 +40,13 @@ impl PyEventFd {
 
     fn open(&self) -> PyResult<Arc<EventFd>> {
         self.fd.lock().clone().ok_or_else(closed)
+    }
+
+    pub(super) fn as_drain(&self) -> PyResult<Arc<dyn Drain>> {
+        if !self.nonblocking {
+            return Err(PyTypeError::new_err("only a nonblocking EventFd can be drained"));
+        }
+        Ok(self.open()?)
     }
 
     /// Call; if it may wait, without the GIL. After a signal, run Python's handlers and call again.

@@ -1,28 +1,28 @@
 //! `EventManager` for Python: the crate's manager, the Python objects subscribed to it, and the queue between
 //! them. A dispatch only queues what is for Python; `callback::deliver` calls the objects after it.
 
-use std::collections::{HashMap, VecDeque};
-use std::hash::BuildHasherDefault;
+use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
-use event_manager::{EventSet, SubscriberId};
+use event_manager::EventSet;
 use parking_lot::Mutex;
 use pyo3::exceptions::PyTypeError;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 
-use super::batch::{Batch, Collector, Ready, TokenHasher};
-use super::callback;
+use super::batch::{Collector, Ready};
+use super::callback::{self, Delivery};
 use super::endpoint::{Call, PyRemoteEndpoint};
-use super::events::PySubscriberId;
+use super::events::{PyEventOps, PySubscriberId};
 use super::exit::timeout as as_timeout;
 use super::exit_handler::as_native_subscriber;
+use super::subscribers::{Receiver, Subscribers};
 use crate::error::{Error, ErrorKind};
-use crate::event::{BoxedSubscriber, EventManager};
+use crate::event::EventManager;
 
 /// The longest wait between two looks at Python's signals.
 const SLICE_MS: i32 = 50;
@@ -35,8 +35,10 @@ const SLICE_MS: i32 = 50;
 #[derive(Debug)]
 pub struct PyEventManager {
     core: Arc<EventManager>,
-    batch: Arc<Mutex<Batch>>,
-    subscribers: Mutex<HashMap<u64, Subscriber, BuildHasherDefault<TokenHasher>>>,
+    /// What the last dispatch fetched for Python.
+    fetched: Arc<Mutex<Vec<Ready>>>,
+    delivery: Mutex<Delivery>,
+    subscribers: Subscribers,
     next_token: AtomicU64,
     /// Tells this manager's ids from another's.
     number: u64,
@@ -49,16 +51,9 @@ pub struct PyEventManager {
     counters: Counters,
     /// Nanoseconds above which a callback is logged; 0 for none.
     slow_callback: AtomicU64,
+    slowest: Mutex<(Duration, String)>,
     /// Takes what a subscriber's `process` returns, where an asyncio loop hosts this one.
     awaiter: Mutex<Option<Py<PyAny>>>,
-}
-
-#[derive(Debug)]
-struct Subscriber {
-    id: SubscriberId,
-    object: Py<PyAny>,
-    /// Sources stay alive while they are registered.
-    sources: HashMap<RawFd, Py<PyAny>>,
 }
 
 /// What a loop has done so far.
@@ -66,10 +61,6 @@ struct Subscriber {
 struct Counters {
     dispatched: AtomicU64,
     turns: AtomicU64,
-}
-
-fn unknown_id(at: &str) -> Error {
-    Error::new(ErrorKind::Event, at, "no subscriber has this id, or no longer")
 }
 
 /// Relaxed, and not in one step: with the GIL held, and a figure for a person.
@@ -91,8 +82,9 @@ impl PyEventManager {
         static NUMBERS: AtomicU64 = AtomicU64::new(0);
         Self {
             core,
-            batch: Arc::default(),
-            subscribers: Mutex::default(),
+            fetched: Arc::default(),
+            delivery: Mutex::default(),
+            subscribers: Subscribers::default(),
             next_token: AtomicU64::new(0),
             // Relaxed, here and below: all that matters is that no number is given twice.
             number: NUMBERS.fetch_add(1, Ordering::Relaxed),
@@ -102,12 +94,22 @@ impl PyEventManager {
             stopping: AtomicBool::new(false),
             counters: Counters::default(),
             slow_callback: AtomicU64::new(0),
+            slowest: Mutex::default(),
             awaiter: Mutex::new(None),
         }
     }
 
     pub(super) fn shared_core(&self) -> Arc<EventManager> {
         Arc::clone(&self.core)
+    }
+
+    pub(super) fn subscribers(&self) -> &Subscribers {
+        &self.subscribers
+    }
+
+    /// The subscriber an event is for, if it still wants it.
+    pub(super) fn receiver(&self, py: Python<'_>, ready: &Ready) -> PyResult<Option<Receiver>> {
+        self.subscribers.receiver(py, ready, &self.core)
     }
 
     pub(super) fn core(&self) -> &EventManager {
@@ -145,6 +147,14 @@ impl PyEventManager {
         }
     }
 
+    pub(super) fn slowest_so_far(&self) -> Duration {
+        self.slowest.lock().0
+    }
+
+    pub(super) fn note_slowest(&self, took: Duration, name: String) {
+        *self.slowest.lock() = (took, name);
+    }
+
     pub(super) fn awaiter(&self, py: Python<'_>) -> Option<Py<PyAny>> {
         self.awaiter.lock().as_ref().map(|awaiter| awaiter.clone_ref(py))
     }
@@ -168,67 +178,35 @@ impl PyEventManager {
         self.calls.lock().pop_front()
     }
 
-    /// The events fetched and not yet delivered.
-    pub(super) fn take_batch(&self) -> Batch {
-        std::mem::take(&mut *self.batch.lock())
-    }
-
-    /// Keep the vector's room and the arguments for the next batch.
-    pub(super) fn give_back(&self, mut delivered: Batch) {
-        delivered.ready.clear();
-        if let Some(arguments) = &delivered.arguments {
-            arguments.detach();
+    /// Calls that were not made have the next dispatch look at them.
+    pub(super) fn keep_calls(&self) -> PyResult<()> {
+        if self.calls.lock().is_empty() {
+            return Ok(());
         }
-        let mut batch = self.batch.lock();
-        if batch.ready.capacity() == 0 && batch.arguments.is_none() {
-            std::mem::swap(&mut *batch, &mut delivered);
-        }
-        drop(batch);
-        // Outside the lock: what is left of it may hold Python objects.
-        drop(delivered);
+        self.has_calls.store(true, Ordering::Release);
+        Ok(self.core.kick()?)
     }
 
-    /// The subscriber an event is for, if it is still there and still watches the event's fd.
-    pub(super) fn receiver(&self, py: Python<'_>, ready: &Ready) -> Option<Py<PyAny>> {
-        let subscribers = self.subscribers.lock();
-        let subscriber = subscribers.get(&ready.token)?;
-        let is_watching = self.core.removals() == ready.removals
-            || self.core.is_watching(subscriber.id, ready.events.fd());
-        is_watching.then(|| subscriber.object.clone_ref(py))
+    /// Take the events fetched and not yet delivered, for an empty vector.
+    pub(super) fn swap_fetched(&self, empty: &mut Vec<Ready>) {
+        std::mem::swap(&mut *self.fetched.lock(), empty);
     }
 
-    /// The crate's id of a subscriber.
-    pub(super) fn id_of(&self, token: u64) -> PyResult<SubscriberId> {
-        let id = self.subscribers.lock().get(&token).map(|subscriber| subscriber.id);
-        id.ok_or_else(|| unknown_id("EventOps").into())
+    /// With what the last delivery has left to be used again.
+    pub(super) fn with_delivery<T>(&self, f: impl FnOnce(&mut Delivery) -> T) -> T {
+        let mut delivery = std::mem::take(&mut *self.delivery.lock());
+        let result = f(&mut delivery);
+        let former = std::mem::replace(&mut *self.delivery.lock(), delivery);
+        // Outside the lock: it may hold Python objects.
+        drop(former);
+        result
     }
 
     /// Have an event that was not delivered reported again.
     pub(super) fn rearm(&self, ready: &Ready) {
-        let id = self.subscribers.lock().get(&ready.token).map(|subscriber| subscriber.id);
-        if let Some(id) = id {
+        if let Some(id) = self.subscribers.id_of(ready.token) {
             self.core.rearm(id, ready.events.fd());
         }
-    }
-
-    pub(super) fn keep_source(&self, token: u64, fd: RawFd, source: Option<Py<PyAny>>) {
-        let mut subscribers = self.subscribers.lock();
-        let sources = subscribers.get_mut(&token).map(|subscriber| &mut subscriber.sources);
-        let former = sources.zip(source).and_then(|(sources, source)| sources.insert(fd, source));
-        drop(subscribers);
-        // Dropping it may run Python code: not under the lock.
-        drop(former);
-    }
-
-    pub(super) fn forget_source(&self, token: u64, fd: RawFd) -> Option<Py<PyAny>> {
-        self.subscribers.lock().get_mut(&token)?.sources.remove(&fd)
-    }
-
-    fn insert(&self, subscriber: BoxedSubscriber, token: u64, object: Py<PyAny>) -> SubscriberId {
-        let id = self.core.add_subscriber(subscriber);
-        let sources = HashMap::new();
-        self.subscribers.lock().insert(token, Subscriber { id, object, sources });
-        id
     }
 
     fn add_python(slf: &Bound<'_, Self>, token: u64, object: &Bound<'_, PyAny>) -> PyResult<()> {
@@ -245,34 +223,39 @@ impl PyEventManager {
         let collector = Collector {
             token,
             removals: this.core.removal_counter(),
-            batch: Arc::clone(&this.batch),
+            fetched: Arc::clone(&this.fetched),
         };
         let kept = object.clone().unbind();
-        slf.py().detach(|| this.insert(Box::new(collector), token, kept));
+        let id = slf.py().detach(|| this.core.add_subscriber(Box::new(collector)));
+        this.subscribers.insert(token, id, kept);
         callback::init(slf, token, object).inspect_err(|_| {
             // What init() raised is what the caller should see.
             let _ = this.take_out(slf.py(), token);
         })
     }
 
+    fn check_id(&self, at: &str, id: &PySubscriberId) -> PyResult<()> {
+        if id.manager == self.number {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::Event, at, "this id is another event manager's").into())
+    }
+
     fn take_out(&self, py: Python<'_>, token: u64) -> PyResult<Py<PyAny>> {
-        let subscriber = self.subscribers.lock().remove(&token);
-        let Some(subscriber) = subscriber else {
-            return Err(unknown_id("EventManager.remove_subscriber").into());
-        };
+        let subscriber = self.subscribers.remove(token)?;
         py.detach(|| self.core.remove_subscriber(subscriber.id).map(drop))?;
-        Ok(subscriber.object)
+        Ok(subscriber.into_object())
     }
 
     /// Dispatch once, waiting at most this long; returns how many events were dispatched.
-    fn turn(slf: &Bound<'_, Self>, milliseconds: i32) -> PyResult<usize> {
+    fn turn(slf: &Bound<'_, Self>, milliseconds: i32, delivery: &mut Delivery) -> PyResult<usize> {
         let this = slf.get();
         // What is ready is fetched without letting the GIL go: that costs less than the fetching.
         let fetched = match this.core.try_dispatch()? {
             Some(count) => count,
             None => slf.py().detach(|| this.core.run_with_timeout(milliseconds))?,
         };
-        let dropped = callback::deliver(slf)?;
+        let dropped = callback::deliver(slf, delivery)?;
         let delivered = fetched - dropped.min(fetched);
         count(&this.counters.turns, 1);
         count(&this.counters.dispatched, delivered as u64);
@@ -302,7 +285,8 @@ impl PyEventManager {
         match as_native_subscriber(subscriber) {
             Some(native) => {
                 let object = subscriber.clone().unbind();
-                slf.py().detach(|| this.insert(native, token, object));
+                let id = slf.py().detach(|| this.core.add_subscriber(native));
+                this.subscribers.insert(token, id, object);
             }
             None => Self::add_python(slf, token, subscriber)?,
         }
@@ -318,13 +302,18 @@ impl PyEventManager {
         py: Python<'_>,
         id: &PySubscriberId,
     ) -> PyResult<Py<PyAny>> {
-        if id.manager != self.number {
-            let detail = "this id is another event manager's";
-            return Err(
-                Error::new(ErrorKind::Event, "EventManager.remove_subscriber", detail).into()
-            );
-        }
+        self.check_id("EventManager.remove_subscriber", id)?;
         self.take_out(py, id.token)
+    }
+
+    /// What changes the registrations of a subscriber, from any thread, while it is registered.
+    ///
+    /// Raises:
+    ///     EventError: this manager has no such subscriber, or no longer.
+    fn event_ops(slf: &Bound<'_, Self>, id: &PySubscriberId) -> PyResult<PyEventOps> {
+        slf.get().check_id("EventManager.event_ops", id)?;
+        slf.get().subscribers.known_id(id.token)?;
+        Ok(PyEventOps::lasting(slf.clone().unbind(), id.token))
     }
 
     /// Wait for events, dispatch them once, and return how many there were.
@@ -343,29 +332,34 @@ impl PyEventManager {
         let _turning = slf.get().claim("this event manager")?;
         let limit = u64::try_from(milliseconds).ok().map(Duration::from_millis);
         let deadline = limit.map(|limit| Instant::now() + limit);
-        loop {
-            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-            let left_ms = left.map_or(SLICE_MS, |left| {
-                i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(SLICE_MS).min(SLICE_MS)
-            });
-            let dispatched = Self::turn(slf, left_ms)?;
-            if dispatched > 0 || left.is_some_and(|left| left.is_zero()) {
-                return Ok(dispatched);
+        slf.get().with_delivery(|delivery| {
+            loop {
+                let left =
+                    deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+                let left_ms = left.map_or(SLICE_MS, |left| {
+                    i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(SLICE_MS).min(SLICE_MS)
+                });
+                let dispatched = Self::turn(slf, left_ms, delivery)?;
+                if dispatched > 0 || left.is_some_and(|left| left.is_zero()) {
+                    return Ok(dispatched);
+                }
+                slf.py().check_signals()?;
             }
-            slf.py().check_signals()?;
-        }
+        })
     }
 
     /// Dispatch until `stop` is called or a callback raises; raises as `run` does.
     fn run_forever(slf: &Bound<'_, Self>) -> PyResult<()> {
         let this = slf.get();
         let _turning = this.claim("this event manager")?;
-        while !this.take_stop() {
-            if Self::turn(slf, SLICE_MS)? == 0 {
-                slf.py().check_signals()?;
+        this.with_delivery(|delivery| {
+            while !this.take_stop() {
+                if Self::turn(slf, SLICE_MS, delivery)? == 0 {
+                    slf.py().check_signals()?;
+                }
             }
-        }
-        Ok(())
+            Ok(())
+        })
     }
 
     /// End `run_forever` or `run_async`, or at once the next one. From any thread or callback.
@@ -435,6 +429,15 @@ impl PyEventManager {
         Ok(())
     }
 
+    /// The name of the callback that took longest and its seconds; None before one was timed.
+    ///
+    /// Callbacks are timed while `slow_callback_duration` is set.
+    #[getter]
+    fn slowest_callback(&self) -> Option<(String, f64)> {
+        let (took, name) = self.slowest.lock().clone();
+        (!name.is_empty()).then_some((name, took.as_secs_f64()))
+    }
+
     /// How often the loop has turned.
     #[getter]
     fn turns(&self) -> u64 {
@@ -453,29 +456,23 @@ impl PyEventManager {
     }
 
     fn __repr__(&self) -> String {
-        format!("EventManager(subscribers={})", self.subscribers.lock().len())
+        format!("EventManager(subscribers={})", self.subscribers.len())
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
-        // Held by another thread only while that one has let the GIL go, and for no Python object's sake.
-        let Some(subscribers) = self.subscribers.try_lock() else {
-            return Ok(());
-        };
+        // A lock is held by another thread only while that one has let the GIL go, and for no Python object's sake.
+        self.subscribers.traverse(&visit)?;
         if let Some(awaiter) = self.awaiter.try_lock() {
             visit.call(&*awaiter)?;
         }
         if let Some(calls) = self.calls.try_lock() {
             calls.iter().try_for_each(|call| visit.call(&call.function))?;
         }
-        for subscriber in subscribers.values() {
-            visit.call(&subscriber.object)?;
-            subscriber.sources.values().try_for_each(|source| visit.call(source))?;
-        }
         Ok(())
     }
 
     fn __clear__(&self) {
-        let subscribers = std::mem::take(&mut *self.subscribers.lock());
+        let subscribers = self.subscribers.take_all();
         let calls = std::mem::take(&mut *self.calls.lock());
         let awaiter = self.awaiter.lock().take();
         // Outside the locks: it may run Python code.

@@ -1,22 +1,27 @@
 //! `Events`, `EventOps` and `SubscriberId`: what a Python subscriber is given and gives.
 
 use std::os::fd::RawFd;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
 
 use event_manager::{EventSet, Events, SubscriberId};
-use parking_lot::Mutex;
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
+use pyo3::ffi;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyDict;
 
+use super::batch::Drain;
+use super::event_fd::PyEventFd;
 use super::event_manager::PyEventManager;
+use super::subscribers::WatchedSource;
+use super::timer_fd::PyTimerFd;
 
 /// The file descriptor of an int or of an object with `fileno()`.
 pub(super) fn descriptor(source: &Bound<'_, PyAny>) -> PyResult<RawFd> {
     // SAFETY: a borrowed reference to a live object, with the GIL held.
-    let fd = unsafe { pyo3::ffi::PyObject_AsFileDescriptor(source.as_ptr()) };
+    let fd = unsafe { ffi::PyObject_AsFileDescriptor(source.as_ptr()) };
     if fd < 0 { Err(PyErr::fetch(source.py())) } else { Ok(fd) }
 }
 
@@ -26,9 +31,12 @@ pub(super) fn descriptor(source: &Bound<'_, PyAny>) -> PyResult<RawFd> {
 ///     source: an int, or an object with `fileno()`; it is kept alive while it is registered.
 ///     event_set: what to watch for.
 ///     data: a number from 0 to 2^32 - 1 that comes back with each event.
+///     drain: read the source, a nonblocking `EventFd` or a `TimerFd`, before each call of the subscriber, which
+///         finds what was read in `count`. The source stays open while it is registered.
 ///
 /// Raises:
 ///     ValueError: the source is closed, or a flag has no meaning.
+///     TypeError: `drain` for a source that cannot be drained.
 #[pyclass(frozen, name = "Events", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyEvents {
@@ -37,29 +45,37 @@ pub struct PyEvents {
     fd_and_data: AtomicU64,
     /// Kept alive while it is registered.
     source: Option<Py<PyAny>>,
+    drain: Option<Arc<dyn Drain>>,
+    /// What was read of a drained source, or [`NOT_DRAINED`]: no eventfd or timer counts as far.
+    count: AtomicU64,
 }
+
+const NOT_DRAINED: u64 = u64::MAX;
 
 impl PyEvents {
     /// What happened.
     pub(super) fn happened(events: Events) -> Self {
-        Self::new_with(events, None)
+        Self::new_with(events, None, None)
     }
 
-    fn new_with(events: Events, source: Option<Py<PyAny>>) -> Self {
+    fn new_with(events: Events, source: Option<Py<PyAny>>, drain: Option<Arc<dyn Drain>>) -> Self {
         let event = events.epoll_event();
         Self {
             event_set: AtomicU32::new(event.events()),
             fd_and_data: AtomicU64::new(event.data()),
             source,
+            drain,
+            count: AtomicU64::new(NOT_DRAINED),
         }
     }
 
     /// What happened next.
-    pub(super) fn happened_next(&self, events: Events) {
+    pub(super) fn happened_next(&self, events: Events, count: Option<u64>) {
         let event = events.epoll_event();
         // Relaxed, here and below: nobody else holds this object while it changes.
         self.event_set.store(event.events(), Ordering::Relaxed);
         self.fd_and_data.store(event.data(), Ordering::Relaxed);
+        self.count.store(count.unwrap_or(NOT_DRAINED), Ordering::Relaxed);
     }
 
     pub(super) fn events(&self) -> Events {
@@ -71,22 +87,32 @@ impl PyEvents {
         Events::with_data_raw(fd.cast_signed(), data, set)
     }
 
-    pub(super) fn source(&self, py: Python<'_>) -> Option<Py<PyAny>> {
-        self.source.as_ref().map(|source| source.clone_ref(py))
+    fn watched_source(&self, py: Python<'_>) -> WatchedSource {
+        WatchedSource {
+            object: self.source.as_ref().map(|source| source.clone_ref(py)),
+            drain: self.drain.clone(),
+        }
     }
 }
 
 #[pymethods]
 impl PyEvents {
     #[new]
-    #[pyo3(signature = (source, event_set = EventSet::IN.bits(), data = 0))]
-    fn new(source: &Bound<'_, PyAny>, event_set: u32, data: u32) -> PyResult<Self> {
+    #[pyo3(signature = (source, event_set = EventSet::IN.bits(), data = 0, *, drain = false))]
+    fn new(source: &Bound<'_, PyAny>, event_set: u32, data: u32, drain: bool) -> PyResult<Self> {
         let fd = descriptor(source)?;
         let set = EventSet::from_bits(event_set).ok_or_else(|| {
             PyValueError::new_err(format!("{event_set:#x} has no meaning to epoll"))
         })?;
         let events = Events::with_data_raw(fd, data, set);
-        Ok(Self::new_with(events, Some(source.clone().unbind())))
+        let drain = if drain { Some(as_drain(source)?) } else { None };
+        Ok(Self::new_with(events, Some(source.clone().unbind()), drain))
+    }
+
+    /// What was read of a source watched with `drain`: an eventfd's count, a timer's expirations. Else None.
+    #[getter]
+    fn count(&self) -> Option<u64> {
+        Some(self.count.load(Ordering::Relaxed)).filter(|count| *count != NOT_DRAINED)
     }
 
     /// The file descriptor's number.
@@ -145,17 +171,27 @@ impl PySubscriberId {
 
 /// Changes what a subscriber watches.
 ///
-/// Usable only during the call it was passed to; later use raises RuntimeError.
+/// One passed to `init` or `process` is usable only during that call; later use raises RuntimeError. One from
+/// `EventManager.event_ops` is usable as long as its subscriber is registered.
 #[pyclass(frozen, name = "EventOps", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyEventOps {
-    /// Set for the batch it serves.
-    manager: Mutex<Option<Py<PyEventManager>>>,
-    /// The subscriber whose call is in progress, or [`NO_CALL`].
+    /// The manager whose call is in progress, or null. Its caller holds the manager through the call.
+    manager: AtomicPtr<ffi::PyObject>,
+    /// The subscriber that is called.
     token: AtomicU64,
+    /// The manager, for one that belongs to no call.
+    own: Option<Py<PyEventManager>>,
 }
 
-const NO_CALL: u64 = u64::MAX;
+/// A call that an `EventOps` is passed to. The `EventOps` is usable while this lives.
+pub(super) struct OpsCall<'a>(&'a PyEventOps);
+
+impl Drop for OpsCall<'_> {
+    fn drop(&mut self) {
+        self.0.manager.store(std::ptr::null_mut(), Ordering::Relaxed);
+    }
+}
 
 /// Whose registrations an `EventOps` changes.
 struct Target {
@@ -165,42 +201,41 @@ struct Target {
 }
 
 impl PyEventOps {
-    pub(super) fn of(manager: &Bound<'_, PyEventManager>) -> Self {
-        let manager = Mutex::new(Some(manager.clone().unbind()));
-        Self { manager, token: AtomicU64::new(NO_CALL) }
+    pub(super) fn new() -> Self {
+        Self { manager: AtomicPtr::default(), token: AtomicU64::default(), own: None }
     }
 
-    /// Serve another batch.
-    pub(super) fn attach(&self, manager: &Bound<'_, PyEventManager>) {
-        *self.manager.lock() = Some(manager.clone().unbind());
-    }
-
-    /// The batch has been delivered: hold the manager no longer.
-    pub(super) fn detach(&self) {
-        let manager = self.manager.lock().take();
-        drop(manager);
+    /// One that belongs to no call.
+    pub(super) fn lasting(manager: Py<PyEventManager>, token: u64) -> Self {
+        Self { manager: AtomicPtr::default(), token: AtomicU64::new(token), own: Some(manager) }
     }
 
     /// The call it is passed to begins.
-    pub(super) fn begin(&self, token: u64) {
-        // Relaxed, here and below: with the GIL held.
+    pub(super) fn begin<'a>(
+        &'a self,
+        manager: &'a Bound<'_, PyEventManager>,
+        token: u64,
+    ) -> OpsCall<'a> {
+        // Relaxed, here and where it ends: with the GIL held.
         self.token.store(token, Ordering::Relaxed);
-    }
-
-    /// The call it was passed to has ended.
-    pub(super) fn end(&self) {
-        self.token.store(NO_CALL, Ordering::Relaxed);
+        self.manager.store(manager.as_ptr(), Ordering::Relaxed);
+        OpsCall(self)
     }
 
     fn target(&self, py: Python<'_>) -> PyResult<Target> {
-        let token = self.token.load(Ordering::Relaxed);
-        let manager = self.manager.lock().as_ref().map(|manager| manager.clone_ref(py));
-        match manager {
-            Some(manager) if token != NO_CALL => {
-                let id = manager.get().id_of(token)?;
+        let manager = self.manager.load(Ordering::Relaxed);
+        // SAFETY: null, or a manager that `begin` was given and that its caller holds until the call has ended: the
+        // call sets null when it ends, with the GIL held, which we hold here.
+        let called = unsafe { Bound::from_borrowed_ptr_or_opt(py, manager) };
+        let called = called.map(Bound::cast_into::<PyEventManager>).transpose()?;
+        match called.or_else(|| self.own.as_ref().map(|own| own.bind(py).clone())) {
+            Some(manager) => {
+                let manager = manager.unbind();
+                let token = self.token.load(Ordering::Relaxed);
+                let id = manager.get().subscribers().known_id(token)?;
                 Ok(Target { manager, token, id })
             }
-            _ => Err(PyRuntimeError::new_err(
+            None => Err(PyRuntimeError::new_err(
                 "this EventOps is no longer usable: it belongs to the init() or process() call it was passed to",
             )),
         }
@@ -217,7 +252,7 @@ impl PyEventOps {
         let Target { manager, token, id } = self.target(py)?;
         let (manager, events) = (manager.get(), as_events(events)?);
         py.detach(|| manager.core().add(id, events.events()))?;
-        manager.keep_source(token, events.events().fd(), events.source(py));
+        manager.subscribers().keep_source(token, events.events().fd(), events.watched_source(py));
         Ok(())
     }
 
@@ -226,9 +261,11 @@ impl PyEventOps {
     /// Raises:
     ///     EventError: it is not this subscriber's.
     fn modify(&self, py: Python<'_>, events: &Bound<'_, PyAny>) -> PyResult<()> {
-        let Target { manager, id, .. } = self.target(py)?;
+        let Target { manager, token, id } = self.target(py)?;
         let (manager, events) = (manager.get(), as_events(events)?);
-        Ok(py.detach(|| manager.core().modify(id, events.events()))?)
+        py.detach(|| manager.core().modify(id, events.events()))?;
+        manager.subscribers().keep_source(token, events.events().fd(), events.watched_source(py));
+        Ok(())
     }
 
     /// Stop watching a file descriptor of this subscriber. By number or `Events` it may be closed already.
@@ -243,12 +280,25 @@ impl PyEventOps {
             Err(_) => descriptor(source)?,
         };
         py.detach(|| manager.core().remove(id, fd))?;
-        drop(manager.forget_source(token, fd));
+        drop(manager.subscribers().forget_source(token, fd));
         Ok(())
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
-        self.manager.try_lock().map_or(Ok(()), |manager| visit.call(&*manager))
+        visit.call(&self.own)
+    }
+}
+
+fn as_drain(source: &Bound<'_, PyAny>) -> PyResult<Arc<dyn Drain>> {
+    if let Ok(fd) = source.cast::<PyEventFd>() {
+        return fd.get().as_drain();
+    }
+    match source.cast::<PyTimerFd>() {
+        Ok(timer) => Ok(timer.get().open()?),
+        Err(_) => Err(PyTypeError::new_err(format!(
+            "an EventFd or a TimerFd can be drained, not {}",
+            source.get_type().name()?
+        ))),
     }
 }
 

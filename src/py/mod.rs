@@ -15,6 +15,7 @@ mod host;
 mod live;
 mod memory;
 mod serial;
+mod subscribers;
 mod timer_fd;
 mod vm;
 mod vmm;

@@ -1,5 +1,6 @@
 //! `TimerFd` for Python: a timer as a source of events.
 
+use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,6 +9,7 @@ use parking_lot::Mutex;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
+use super::batch::Drain;
 use super::event_fd::os_error;
 use crate::event::{Expiry, TimerFd};
 
@@ -16,8 +18,14 @@ use crate::event::{Expiry, TimerFd};
 #[derive(Debug)]
 pub struct PyTimerFd(Mutex<Option<Arc<TimerFd>>>);
 
+impl Drain for TimerFd {
+    fn take(&self) -> io::Result<u64> {
+        self.read()
+    }
+}
+
 impl PyTimerFd {
-    fn open(&self) -> PyResult<Arc<TimerFd>> {
+    pub(super) fn open(&self) -> PyResult<Arc<TimerFd>> {
         self.0.lock().clone().ok_or_else(|| PyValueError::new_err("this TimerFd is closed"))
     }
 
