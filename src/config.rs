@@ -57,13 +57,31 @@ pub struct CpuConfig {
     pub vcpus: u64,
     /// Names of CPUID features to hide from the guest.
     pub hide: Vec<String>,
+    /// Names of CPUID features to show it, whatever the template and KVM say.
+    pub expose: Vec<String>,
     /// Which features are hidden besides.
     pub template: CpuTemplate,
 }
 
 impl Default for CpuConfig {
     fn default() -> Self {
-        Self { vcpus: 1, hide: Vec::new(), template: CpuTemplate::default() }
+        Self { vcpus: 1, hide: Vec::new(), expose: Vec::new(), template: CpuTemplate::default() }
+    }
+}
+
+impl CpuConfig {
+    fn check_features(&self) -> Result<()> {
+        for (key, names) in [("cpu.hide", &self.hide), ("cpu.expose", &self.expose)] {
+            if let Some(name) = names.iter().find(|name| cpuid::feature(name).is_none()) {
+                let detail = format!("'{name}' is no CPUID feature known here");
+                return Err(bad(key, detail)
+                    .hint("names are those of /proc/cpuinfo; pyvmm.cpu_features() lists them"));
+            }
+        }
+        match self.expose.iter().find(|name| self.hide.contains(name)) {
+            Some(name) => Err(bad("cpu.expose", format!("'{name}' is in cpu.hide too"))),
+            None => Ok(()),
+        }
     }
 }
 
@@ -205,13 +223,7 @@ impl VmmConfig {
             let detail = format!("{} is not from 1 to {}", self.cpu.vcpus, layout::MAX_VCPUS);
             return Err(bad("cpu.vcpus", detail));
         }
-        for name in &self.cpu.hide {
-            if cpuid::feature(name).is_none() {
-                let detail = format!("'{name}' is no CPUID feature known here");
-                return Err(bad("cpu.hide", detail)
-                    .hint("names are those of /proc/cpuinfo; pyvmm.cpu_features() lists them"));
-            }
-        }
+        self.cpu.check_features()?;
         if self.has_pit() && !self.has_irqchip() {
             return Err(bad("pit", "a PIT needs irqchip = true"));
         }

@@ -20,6 +20,7 @@ compile_error!("pyvmm needs Linux on x86-64");
 pub mod boot;
 pub mod config;
 pub mod cpu;
+pub mod debug;
 pub mod devices;
 pub mod error;
 pub mod event;
@@ -37,8 +38,10 @@ pub mod vmm;
 mod _pyvmm {
     #[pymodule_export]
     use crate::py::{
-        PyEventFd, PyEventManager, PyEventOps, PyEvents, PyGuestMemory, PyKvmVm, PyRemoteEndpoint,
-        PySerial, PySubscriberId, PyTimerFd, PyVmm, PyVmmExitHandler, PyWrappedExitHandler,
-        close_all, cpu_features, embedded_guest, kvm_info,
+        PyDirtyPages, PyEventFd, PyEventManager, PyEventOps, PyEvents, PyGuestMemory, PyKvm,
+        PyKvmVm, PyMemorySlot, PyMsrBytes, PyRegisterBytes, PyRemoteEndpoint, PySerial,
+        PySubscriberId, PyTimerFd, PyVcpu, PyVcpuExit, PyVmm, PyVmmExitHandler,
+        PyWrappedExitHandler, close_all, cpu_features, embedded_guest, kick_signal, kvm_info,
+        set_kick_signal,
     };
 }

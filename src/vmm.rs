@@ -15,7 +15,7 @@ use crate::devices::{self, Buses, Serial};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
 use crate::exit_handler::{Exit, ExitHandler, ExitReason, WrappedExitHandler};
-use crate::vcpu::VmRunState;
+use crate::vcpu::{Cell, VmRunState};
 use crate::vm::{GuestMemory, KvmVm, layout};
 
 /// The longest wait between two looks at signals: Ctrl-C is seen within 100 ms.
@@ -41,10 +41,16 @@ pub struct Vmm {
     run_ended: Condvar,
 }
 
+fn deadline_of(timeout: Option<Duration>) -> Option<Instant> {
+    timeout.and_then(|timeout| Instant::now().checked_add(timeout))
+}
+
 /// Who is inside `run`.
 #[derive(Debug, Default)]
 struct Runner {
     thread: Option<ThreadId>,
+    /// `start` was called, and nobody has waited to the end.
+    is_started: bool,
     /// `close` was called from inside: it happens when the run ends.
     close_at_end: bool,
 }
@@ -107,40 +113,92 @@ impl Vmm {
         mut between_turns: impl FnMut() -> std::result::Result<(), E>,
     ) -> std::result::Result<Exit, E> {
         let vm = self.vm()?;
-        let _running = self.enter_run()?;
-        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
-        let ended = self.turn_while_running(&vm, deadline, &mut between_turns);
-        self.serial.release(true);
-        vm.shutdown();
-        self.exit_handler.rearm();
-        let reason = ended?;
-        if self.serial.backlog() > 0 {
-            self.drain_serial(deadline, &mut between_turns)?;
-            self.exit_handler.rearm();
-        }
-        Ok(vm.exit().unwrap_or_else(|| Exit::new(reason)))
+        let _running = self.enter_run("run", false)?;
+        let deadline = deadline_of(timeout);
+        let ended = self
+            .start_vcpus(&vm)
+            .map_err(E::from)
+            .and_then(|()| self.turn_until(deadline, &mut between_turns));
+        let reason = ended.map(|reason| reason.unwrap_or(ExitReason::Timeout));
+        self.finish(&vm, reason, deadline, &mut between_turns)
     }
 
-    /// The loop of a run; says why it ended unless the guest says otherwise.
-    fn turn_while_running<E: From<Error>>(
+    /// Start the vCPUs and return; [`Self::wait`] turns the event loop for them.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] as for `run`.
+    pub fn start(&self) -> Result<()> {
+        let vm = self.vm()?;
+        let running = self.enter_run("start", false)?;
+        self.start_vcpus(&vm)?;
+        self.runner.lock().is_started = true;
+        drop(running);
+        Ok(())
+    }
+
+    /// What `run` does, for a machine that has been started; none when the time passed: then the guest goes on.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] when the machine has not been started, or another thread waits; else as for `run`.
+    pub fn wait<E: From<Error>>(
         &self,
-        vm: &KvmVm<WrappedExitHandler>,
-        deadline: Option<Instant>,
-        between_turns: &mut impl FnMut() -> std::result::Result<(), E>,
-    ) -> std::result::Result<ExitReason, E> {
+        timeout: Option<Duration>,
+        mut between_turns: impl FnMut() -> std::result::Result<(), E>,
+    ) -> std::result::Result<Option<Exit>, E> {
+        let vm = self.vm()?;
+        let _running = self.enter_run("wait", true)?;
+        let deadline = deadline_of(timeout);
+        let reason = match self.turn_until(deadline, &mut between_turns) {
+            Ok(None) => return Ok(None),
+            Ok(Some(reason)) => Ok(reason),
+            Err(error) => Err(error),
+        };
+        self.runner.lock().is_started = false;
+        self.finish(&vm, reason, deadline, &mut between_turns).map(Some)
+    }
+
+    fn start_vcpus(&self, vm: &KvmVm<WrappedExitHandler>) -> Result<()> {
         vm.check_may_run()?;
         self.serial.release(false);
         // After a stop from before this run the guest does not start for nothing.
         if !self.exit_handler.is_kicked() {
-            vm.run((vm.state() == VmRunState::Created).then_some(self.entry))?;
+            vm.run(vm.first_address(self.entry))?;
         }
+        Ok(())
+    }
+
+    /// Turn the loop until the exit handler says stop; none when the deadline came first.
+    fn turn_until<E: From<Error>>(
+        &self,
+        deadline: Option<Instant>,
+        between_turns: &mut impl FnMut() -> std::result::Result<(), E>,
+    ) -> std::result::Result<Option<ExitReason>, E> {
         while self.exit_handler.keep_running() {
             if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-                return Ok(ExitReason::Timeout);
+                return Ok(None);
             }
             self.turn(deadline, between_turns)?;
         }
-        Ok(ExitReason::Stopped)
+        Ok(Some(ExitReason::Stopped))
+    }
+
+    /// The end of a run: shut the machine down and bring out what the guest printed last.
+    fn finish<E: From<Error>>(
+        &self,
+        vm: &KvmVm<WrappedExitHandler>,
+        reason: std::result::Result<ExitReason, E>,
+        deadline: Option<Instant>,
+        between_turns: &mut impl FnMut() -> std::result::Result<(), E>,
+    ) -> std::result::Result<Exit, E> {
+        self.serial.release(true);
+        vm.shutdown();
+        self.exit_handler.rearm();
+        let reason = reason?;
+        if self.serial.backlog() > 0 {
+            self.drain_serial(deadline, between_turns)?;
+            self.exit_handler.rearm();
+        }
+        Ok(vm.exit().unwrap_or_else(|| Exit::new(reason)))
     }
 
     /// One turn of the event loop.
@@ -216,14 +274,45 @@ impl Vmm {
         drop(vm);
     }
 
-    fn enter_run(&self) -> Result<Running<'_>> {
+    /// Bring the vCPUs of the run in progress out of the guest and wait until they are at rest. From any thread or
+    /// callback; the loop goes on turning.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] when the machine is not running.
+    pub fn pause(&self) -> Result<()> {
+        self.vm()?.pause()
+    }
+
+    /// Let the vCPUs that `pause` stopped go on.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] when no run is in progress, or the guest has ended.
+    pub fn resume(&self) -> Result<()> {
+        self.vm()?.resume()
+    }
+
+    /// The vCPUs, to be looked into while they are at rest. Before the first run they stand where it will start.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] when the machine is closed.
+    pub fn vcpus(&self) -> Result<Vec<Arc<Cell>>> {
+        let vm = self.vm()?;
+        vm.prepare(self.entry)?;
+        Ok(vm.cells())
+    }
+
+    fn enter_run(&self, what: &str, for_started: bool) -> Result<Running<'_>> {
         let mut runner = self.runner.lock();
-        if runner.thread.is_some() {
-            let detail = "the machine is running already: one run at a time";
-            return Err(Error::new(ErrorKind::State, "run", detail));
-        }
-        runner.thread = Some(std::thread::current().id());
-        Ok(Running(self))
+        let detail = match (&runner.thread, runner.is_started, for_started) {
+            (Some(_), _, _) => "the machine is running already: one run at a time",
+            (None, true, false) => "the machine has been started: wait() for it",
+            (None, false, true) => "the machine has not been started: start() or run() it",
+            (None, _, _) => {
+                runner.thread = Some(std::thread::current().id());
+                return Ok(Running(self));
+            }
+        };
+        Err(Error::new(ErrorKind::State, what, detail))
     }
 
     fn vm(&self) -> Result<Arc<KvmVm<WrappedExitHandler>>> {

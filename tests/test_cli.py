@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 NONE: dict[str, Any] = {
     "kernel": None, "kernel_form": None, "initrd": None, "append": None, "memory": None, "vcpus": None, "hide": (),
+    "expose": (),
 }  # fmt: skip
 
 
@@ -116,10 +117,17 @@ def test_reader_that_went_away_is_no_traceback() -> None:
 
 def test_options_override_the_configuration() -> None:
     base = VmmConfig(boot=LinuxBoot("a", initrd="i"), cpu=CpuConfig(3, hide=("avx",)))
-    options = {**NONE, "kernel": "b", "append": "quiet", "memory": "64", "hide": ("xsave,avx2", "pcid")}
+    options = {
+        **NONE,
+        "kernel": "b",
+        "append": "quiet",
+        "memory": "64",
+        "hide": ("xsave,avx2", "pcid"),
+        "expose": ("x2apic",),
+    }
     assert with_options(base, **options) == VmmConfig(
         memory=MemoryConfig(64),
-        cpu=CpuConfig(3, hide=("avx", "xsave", "avx2", "pcid")),
+        cpu=CpuConfig(3, hide=("avx", "xsave", "avx2", "pcid"), expose=("x2apic",)),
         boot=LinuxBoot("b", initrd="i", cmdline="quiet"),
     )
     assert with_options(base, **NONE) == base

@@ -268,6 +268,8 @@ def test_close_is_idempotent_and_ends_memory() -> None:
         (VmmConfig(cpu=CpuConfig(0)), "cpu.vcpus"),
         (VmmConfig(cpu=CpuConfig(255)), "cpu.vcpus"),
         (VmmConfig(cpu=CpuConfig(hide=("nonsense",))), "cpu.hide"),
+        (VmmConfig(cpu=CpuConfig(expose=("nonsense",))), "cpu.expose"),
+        (VmmConfig(cpu=CpuConfig(hide=("avx",), expose=("avx",))), "cpu.expose"),
         (VmmConfig(cpu=CpuConfig(template="x")), "cpu.template"),  # type: ignore[arg-type]
         (VmmConfig(exit_port=0x3F8), "exit_port"),
         (VmmConfig(exit_port=-1), "exit_port"),
@@ -311,10 +313,22 @@ def test_hidden_feature_is_not_seen_by_the_guest() -> None:
         b"\x88\xc8\xe6\xf4"  #     mov al, cl; out 0xf4, al
     )
     seen = []
-    for hide in [(), ("cx16",)]:
-        with Vmm(flat(code, "long64", cpu=CpuConfig(hide=hide))) as vmm:
+    for cpu in [CpuConfig(), CpuConfig(hide=("cx16",))]:
+        with Vmm(flat(code, "long64", cpu=cpu)) as vmm:
             seen.append(vmm.run(60).code)
     assert seen == [1, 0]
+
+
+def test_exposed_feature_is_seen_by_the_guest() -> None:
+    """The bit of vmx, which no template offers a guest here: mov eax, 1; cpuid; shr ecx, 5; and ecx, 1; exit."""
+    code = bytes.fromhex("b801000000 0fa2 c1e905 83e101 88c8 e6f4")
+    with Vmm(flat(code, "long64", cpu=CpuConfig(template="software-kvm", expose=("popcnt",)))) as vmm:
+        popcnt = [entry.ecx >> 23 & 1 for entry in vmm.vcpus[0].cpuid if entry.function == 1]
+        assert popcnt == [1]
+    with Vmm(flat(code, "long64", cpu=CpuConfig(hide=("vmx",)))) as vmm:
+        assert vmm.run(60).code == 0
+    with Vmm(flat(code, "long64", cpu=CpuConfig(expose=("vmx",)))) as vmm:
+        assert vmm.run(60).code == 1
 
 
 def test_print_is_kept_for_the_host(make: Callable[[VmmConfig], Vmm]) -> None:

@@ -6,23 +6,30 @@ import atexit
 from typing import TYPE_CHECKING
 
 from pyvmm._pyvmm import (
+    DirtyPages,
     EventFd,
     EventManager,
     EventOps,
     Events,
     GuestMemory,
+    Kvm,
     KvmVm,
+    MemorySlot,
     RemoteEndpoint,
     Serial,
     SubscriberId,
     TimerFd,
+    Vcpu,
+    VcpuExit,
     Vmm,
     VmmExitHandler,
     WrappedExitHandler,
     close_all,
     cpu_features,
     embedded_guest,
+    kick_signal,
     kvm_info,
+    set_kick_signal,
 )
 from pyvmm.devices import Unanswered
 from pyvmm.events import EventSet, Subscriber
@@ -49,13 +56,16 @@ if TYPE_CHECKING:
         SerialConfig,
         VmmConfig,
     )
+    from pyvmm.kvm import Cap
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BootError",
+    "Cap",
     "ConfigError",
     "CpuConfig",
+    "DirtyPages",
     "EmbeddedBoot",
     "EventError",
     "EventFd",
@@ -69,11 +79,13 @@ __all__ = [
     "FlatBoot",
     "GuestMemory",
     "GuestMemoryError",
+    "Kvm",
     "KvmError",
     "KvmUnavailableError",
     "KvmVm",
     "LinuxBoot",
     "MemoryConfig",
+    "MemorySlot",
     "RemoteEndpoint",
     "Serial",
     "SerialConfig",
@@ -83,6 +95,8 @@ __all__ = [
     "SubscriberId",
     "TimerFd",
     "Unanswered",
+    "Vcpu",
+    "VcpuExit",
     "VmRunState",
     "Vmm",
     "VmmConfig",
@@ -91,24 +105,27 @@ __all__ = [
     "WrappedExitHandler",
     "cpu_features",
     "embedded_guest",
+    "kick_signal",
     "kvm_info",
+    "set_kick_signal",
 ]
 
 # No vCPU may be running when the interpreter goes down.
 atexit.register(close_all)
 
-# Imported when first used: the event loop needs no configuration, and this is most of the import's time.
-_CONFIG = {"CpuConfig", "EmbeddedBoot", "FlatBoot", "LinuxBoot", "MemoryConfig", "SerialConfig", "VmmConfig"}
+# Imported when first used: the event loop needs none of them, and they are most of the import's time.
+_CONFIG = ("CpuConfig", "EmbeddedBoot", "FlatBoot", "LinuxBoot", "MemoryConfig", "SerialConfig", "VmmConfig")
+_LAZY = {**dict.fromkeys(_CONFIG, "pyvmm.config"), "Cap": "pyvmm.kvm"}
 
 
 def __getattr__(name: str) -> object:
-    if name not in _CONFIG:
+    if name not in _LAZY:
         raise AttributeError(f"module 'pyvmm' has no attribute '{name}'")
-    from pyvmm import config
+    from importlib import import_module
 
-    globals().update({known: getattr(config, known) for known in _CONFIG})
+    globals()[name] = getattr(import_module(_LAZY[name]), name)
     return globals()[name]
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | _CONFIG)
+    return sorted(set(globals()) | set(_LAZY))

@@ -3,36 +3,46 @@
 Everything here is exported by `pyvmm`, under the same name.
 """
 
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar, final
 
-from typing_extensions import Buffer
+from typing_extensions import Buffer, disjoint_base
 
 from pyvmm.callbacks import Later
 from pyvmm.config import VmmConfig
 from pyvmm.devices import Unanswered
 from pyvmm.events import EventSet, Subscriber
 from pyvmm.exits import Exit, ExitHandler, VmRunState
+from pyvmm.registers import CpuidEntry, DebugRegs, Fpu, Lapic, MpState, Msrs, Regs, Sregs, VcpuEvents, Xcrs
 
 __all__ = [
+    "DirtyPages",
     "EventFd",
     "EventManager",
     "EventOps",
     "Events",
     "GuestMemory",
+    "Kvm",
     "KvmVm",
+    "MemorySlot",
+    "MsrBytes",
+    "RegisterBytes",
     "RemoteEndpoint",
     "Serial",
     "SubscriberId",
     "TimerFd",
+    "Vcpu",
+    "VcpuExit",
     "Vmm",
     "VmmExitHandler",
     "WrappedExitHandler",
     "close_all",
     "cpu_features",
     "embedded_guest",
+    "kick_signal",
     "kvm_info",
+    "set_kick_signal",
 ]
 
 class _HasFileno(Protocol):
@@ -199,6 +209,7 @@ class EventOps:
         """
 
 _T = TypeVar("_T")
+_C = TypeVar("_C")
 _F = TypeVar("_F", bound=Callable[..., object])
 
 @final
@@ -383,31 +394,186 @@ class WrappedExitHandler:
 
 @final
 class GuestMemory:
-    """The RAM of a machine, by guest-physical address. Readable and writable at any time, from any thread."""
+    """The memory of a machine, by guest-physical address. Readable and writable at any time, from any thread.
 
-    def read(self, address: int, length: int) -> bytes:
+    Numbers are little-endian. An address or length is 0 to 2^64 - 1; others raise OverflowError.
+    """
+
+    def read(self, address: int, length: int, *, vcpu: Vcpu | None = None) -> bytes:
         """A copy of guest memory.
 
+        With a vCPU, which must not be running, the address is guest-virtual and goes through that vCPU's page tables.
+
         Raises:
-            GuestMemoryError: a byte of the range is not RAM.
+            GuestMemoryError: a byte of the range is not memory, or not mapped.
+            StateError: the machine is closed, or the vCPU is running.
+        """
+
+    def readinto(self, address: int, buffer: Buffer, *, vcpu: Vcpu | None = None) -> None:
+        """Fill a writable buffer with a copy of guest memory; raises as `read` does."""
+
+    def write(self, address: int, data: Buffer, *, vcpu: Vcpu | None = None) -> None:
+        """Copy a buffer's bytes into guest memory.
+
+        Raises:
+            GuestMemoryError: a byte of the range is not memory; nothing is written then.
+            StateError: the machine is closed, or the vCPU is running.
+        """
+
+    def read_u8(self, address: int) -> int:
+        """The number of 8 bits at an address."""
+
+    def read_u16(self, address: int) -> int:
+        """The number of 16 bits at an address; in one access where it is aligned."""
+
+    def read_u32(self, address: int) -> int:
+        """The number of 32 bits at an address; in one access where it is aligned."""
+
+    def read_u64(self, address: int) -> int:
+        """The number of 64 bits at an address; in one access where it is aligned."""
+
+    def write_u8(self, address: int, value: int) -> None:
+        """Put a number of 8 bits at an address."""
+
+    def write_u16(self, address: int, value: int) -> None:
+        """Put a number of 16 bits at an address; in one access where it is aligned."""
+
+    def write_u32(self, address: int, value: int) -> None:
+        """Put a number of 32 bits at an address; in one access where it is aligned."""
+
+    def write_u64(self, address: int, value: int) -> None:
+        """Put a number of 64 bits at an address; in one access where it is aligned."""
+
+    def fill(self, address: int, length: int, value: int = 0) -> None:
+        """Set every byte of a range; raises as `write` does."""
+
+    def find(self, data: bytes | bytearray, start: int = 0, end: int | None = None) -> int | None:
+        """Where these bytes first stand, at or after `start` and wholly before `end`; None where they do not.
+
+        Raises:
+            ValueError: there are no bytes to look for.
             StateError: the machine is closed.
         """
 
-    def write(self, address: int, data: Buffer) -> None:
-        """Copy bytes into guest memory.
+    def view(self, address: int, length: int) -> memoryview:
+        """A memoryview of guest memory itself, without a copy. It has to lie in one memory slot.
+
+        The memory stays mapped as long as the view lives, also when the slot is removed or the machine closed.
 
         Raises:
-            GuestMemoryError: a byte of the range is not RAM; nothing is written then.
+            GuestMemoryError: a byte of the range is not memory, or the range lies in several slots.
             StateError: the machine is closed.
+        """
+
+    def overlay(self, address: int, type: type[_C]) -> _C:
+        """A ctypes structure, union or array that lies in guest memory itself: `type.from_buffer(view(...))`.
+
+        Raises:
+            TypeError: it is no ctypes type.
+            GuestMemoryError, StateError: as `view` does.
+        """
+
+    def add(
+        self,
+        address: int,
+        size: int | None = None,
+        *,
+        source: int | _HasFileno | None = None,
+        offset: int = 0,
+        read_only: bool = False,
+    ) -> MemorySlot:
+        """Add memory, also while the guest runs.
+
+        Args:
+            address: guest-physical start, at a page of 4 KiB.
+            size: bytes, whole pages; not needed with a source.
+            source: a file or memfd whose pages the guest shares with all who map them; None for zeroed pages.
+            offset: where in the source the memory begins, at a page.
+            read_only: the guest cannot write; what it writes is an MMIO access.
+
+        Raises:
+            GuestMemoryError: it overlaps other memory, is no whole number of pages, or the source is shorter or open
+                for reading only.
+            KvmError: KVM refuses it.
+            StateError: the machine is closed.
+        """
+
+    def remove(self, slot: MemorySlot) -> None:
+        """Take memory away, also while the guest runs; its accesses are MMIO then.
+
+        Raises:
+            GuestMemoryError: the machine has no such slot, or no longer.
+            StateError: the machine is closed.
+        """
+
+    @property
+    def slots(self) -> tuple[MemorySlot, ...]:
+        """The memory slots, by address."""
+
+    @property
+    def log_dirty(self) -> bool:
+        """Whether written pages are noted for `dirty`: KVM_MEM_LOG_DIRTY_PAGES. It costs the guest time."""
+
+    @log_dirty.setter
+    def log_dirty(self, is_on: bool) -> None: ...
+    def dirty(self) -> DirtyPages:
+        """The pages written since `log_dirty` was set or since the last call, by the guest and by calls of this object.
+
+        What is written through a view is not noted.
+
+        Raises:
+            StateError: `log_dirty` is not set, or the machine is closed.
         """
 
     @property
     def size(self) -> int:
-        """Bytes of RAM."""
+        """Bytes of memory."""
 
     @property
     def ranges(self) -> list[tuple[int, int]]:
-        """Start and length of each range of RAM: one, or two around the gap from 3 to 4 GiB."""
+        """Start and length of each range of memory, by address."""
+
+@final
+class MemorySlot:
+    """A memory slot of a machine: KVM_SET_USER_MEMORY_REGION."""
+
+    @property
+    def number(self) -> int:
+        """KVM's number for it."""
+
+    @property
+    def start(self) -> int:
+        """Guest-physical start."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+
+    @property
+    def read_only(self) -> bool:
+        """Whether the guest cannot write it."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether a file or memfd stands behind it."""
+
+    def __eq__(self, other: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
+
+@final
+class DirtyPages:
+    """The pages of 4 KiB that were written, of every memory slot."""
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """Start and length of each run of written pages, by address."""
+
+    @property
+    def bitmaps(self) -> dict[int, bytes]:
+        """For each slot's start one bit a page, the lowest bit of the first byte for the first page; whole 8 bytes."""
+
+    def __len__(self) -> int:
+        """How many pages."""
 
 @final
 class Serial:
@@ -435,18 +601,340 @@ class Serial:
         """Readable when the guest has read all its input; readable at first, too."""
 
 @final
+class RegisterBytes:
+    """One class of a vCPU's registers, as the bytes of the kernel's structure. `pyvmm.registers` names them."""
+
+    def load(self, offset: int, size: int) -> int:
+        """The little-endian number of 1 to 8 bytes at an offset.
+
+        Raises:
+            StateError: the guest is running, or the machine is closed.
+        """
+
+    def store(self, offset: int, size: int, value: int) -> None:
+        """Put a number of 1 to 8 bytes at an offset.
+
+        Raises:
+            OverflowError: the number has more bits.
+            KvmError: KVM refuses it; nothing has changed.
+            StateError: the guest is running, or the machine is closed.
+        """
+
+    def read(self) -> bytes:
+        """All of them.
+
+        Raises:
+            StateError: the guest is running, or the machine is closed.
+        """
+
+    def replace(self, offset: int, bytes: bytes) -> None:
+        """Put bytes at an offset; raises as `store` does."""
+
+@final
+class MsrBytes:
+    """Model-specific registers by number. `pyvmm.registers` names them."""
+
+    def load(self, index: int) -> int:
+        """The register's value.
+
+        Raises:
+            KvmError: KVM does not know it.
+            StateError: the guest is running, or the machine is closed.
+        """
+
+    def store(self, index: int, value: int) -> None:
+        """Change the register; raises as `load` does."""
+
+@final
+class Vcpu:
+    """A virtual processor of a machine. While its guest does not run its state can be read and changed.
+
+    The registers are views: each access reads or changes the vCPU itself. While the guest runs they raise StateError.
+    """
+
+    @property
+    def id(self) -> int:
+        """The vCPU's number."""
+
+    @property
+    def regs(self) -> Regs:
+        """The general registers, RIP and RFLAGS."""
+
+    @property
+    def sregs(self) -> Sregs:
+        """Segments, descriptor tables, control registers, EFER."""
+
+    @property
+    def fpu(self) -> Fpu:
+        """x87, SSE and AVX."""
+
+    @property
+    def xcrs(self) -> Xcrs:
+        """XCR0."""
+
+    @property
+    def debugregs(self) -> DebugRegs:
+        """DR0 to DR3, DR6, DR7."""
+
+    @property
+    def events(self) -> VcpuEvents:
+        """Exceptions, interrupts and NMIs that are pending or being delivered."""
+
+    @property
+    def lapic(self) -> Lapic:
+        """The local APIC, of a machine with an interrupt controller."""
+
+    @property
+    def msrs(self) -> Msrs:
+        """Model-specific registers, by number or name."""
+
+    @property
+    def mp_state(self) -> MpState:
+        """Whether it runs, waits for INIT and SIPI, or is halted: KVM_GET_MP_STATE."""
+
+    @mp_state.setter
+    def mp_state(self, state: int) -> None: ...
+    @property
+    def cpuid(self) -> tuple[CpuidEntry, ...]:
+        """What CPUID says to the guest: a tuple of `CpuidEntry`. It can be changed until the vCPU has run."""
+
+    @cpuid.setter
+    def cpuid(self, entries: Sequence[CpuidEntry]) -> None: ...
+    def run_once(self) -> VcpuExit:
+        """Enter the guest on this thread until its next exit, and return that. No device answers it.
+
+        A read waits for `answer`; the next `run_once` completes it. Ctrl-C on the main thread ends it.
+
+        Raises:
+            StateError: the guest is running, or the machine is closed.
+            KvmError: KVM_RUN failed.
+        """
+
+    def kick(self) -> None:
+        """Bring `run_once` back with `VcpuExit.Interrupted`: the one in progress, else the next. From any thread."""
+
+    def answer(self, data: int | bytes | bytearray) -> None:
+        """Say what the guest reads, after `VcpuExit.IoIn` or `MmioRead`: bytes, or a number in little-endian order.
+
+        Raises:
+            StateError: the guest does not wait for an answer, or runs.
+            ValueError: it is another number of bytes than the guest reads.
+            OverflowError: the number has more bits, or is negative.
+        """
+
+    def translate(self, address: int) -> int | None:
+        """The guest-physical address behind a guest-virtual one, by the vCPU's page tables; None where none is mapped.
+
+        Raises:
+            StateError: the guest is running, or the machine is closed.
+        """
+
+@disjoint_base
+class VcpuExit:
+    """Why a vCPU came out of its guest: the exits of the kernel's KVM documentation, chapter 5, for `match`."""
+
+    @final
+    class IoIn(VcpuExit):
+        """`IN` or `INS`: `count` reads of `size` bytes from a port. `Vcpu.answer` says what they read; ones else."""
+
+        __match_args__ = ("port", "size", "count")
+        def __new__(cls, port: int, size: int, count: int) -> Self: ...
+        @property
+        def port(self) -> int: ...
+        @property
+        def size(self) -> int: ...
+        @property
+        def count(self) -> int: ...
+
+    @final
+    class IoOut(VcpuExit):
+        """`OUT` or `OUTS`: writes of `size` bytes each to a port."""
+
+        __match_args__ = ("port", "size", "data")
+        def __new__(cls, port: int, size: int, data: bytes) -> Self: ...
+        @property
+        def port(self) -> int: ...
+        @property
+        def size(self) -> int: ...
+        @property
+        def data(self) -> bytes: ...
+
+    @final
+    class MmioRead(VcpuExit):
+        """A read where there is no memory. `Vcpu.answer` says what it reads; ones else."""
+
+        __match_args__ = ("address", "length")
+        def __new__(cls, address: int, length: int) -> Self: ...
+        @property
+        def address(self) -> int: ...
+        @property
+        def length(self) -> int: ...
+
+    @final
+    class MmioWrite(VcpuExit):
+        """A write where there is no memory, or only for reading."""
+
+        __match_args__ = ("address", "data")
+        def __new__(cls, address: int, data: bytes) -> Self: ...
+        @property
+        def address(self) -> int: ...
+        @property
+        def data(self) -> bytes: ...
+
+    @final
+    class Hlt(VcpuExit):
+        """`HLT`."""
+
+        __match_args__ = ()
+        def __new__(cls) -> Self: ...
+
+    @final
+    class Shutdown(VcpuExit):
+        """A triple fault."""
+
+        __match_args__ = ()
+        def __new__(cls) -> Self: ...
+
+    @final
+    class Interrupted(VcpuExit):
+        """`Vcpu.kick`: nothing of the guest's."""
+
+        __match_args__ = ()
+        def __new__(cls) -> Self: ...
+
+    @final
+    class IrqWindowOpen(VcpuExit):
+        """The guest can take an interrupt now."""
+
+        __match_args__ = ()
+        def __new__(cls) -> Self: ...
+
+    @final
+    class FailEntry(VcpuExit):
+        """The processor refused to enter the guest."""
+
+        __match_args__ = ("reason", "cpu")
+        def __new__(cls, reason: int, cpu: int) -> Self: ...
+        @property
+        def reason(self) -> int: ...
+        @property
+        def cpu(self) -> int: ...
+
+    @final
+    class InternalError(VcpuExit):
+        """KVM could not go on."""
+
+        __match_args__ = ("suberror", "instruction", "data")
+        def __new__(cls, suberror: int, instruction: bytes, data: tuple[int, ...]) -> Self: ...
+        @property
+        def suberror(self) -> int: ...
+        @property
+        def instruction(self) -> bytes: ...
+        @property
+        def data(self) -> tuple[int, ...]: ...
+
+    @final
+    class Debug(VcpuExit):
+        """A breakpoint or a single step."""
+
+        __match_args__ = ("exception", "pc", "dr6", "dr7")
+        def __new__(cls, exception: int, pc: int, dr6: int, dr7: int) -> Self: ...
+        @property
+        def exception(self) -> int: ...
+        @property
+        def pc(self) -> int: ...
+        @property
+        def dr6(self) -> int: ...
+        @property
+        def dr7(self) -> int: ...
+
+    @final
+    class SystemEvent(VcpuExit):
+        """The guest's platform code asks for a reset or to be turned off."""
+
+        __match_args__ = ("kind", "data")
+        def __new__(cls, kind: int, data: tuple[int, ...]) -> Self: ...
+        @property
+        def kind(self) -> int: ...
+        @property
+        def data(self) -> tuple[int, ...]: ...
+
+    @final
+    class MemoryFault(VcpuExit):
+        """An access that the memory's attributes forbid."""
+
+        __match_args__ = ("flags", "address", "size")
+        def __new__(cls, flags: int, address: int, size: int) -> Self: ...
+        @property
+        def flags(self) -> int: ...
+        @property
+        def address(self) -> int: ...
+        @property
+        def size(self) -> int: ...
+
+    @final
+    class Unknown(VcpuExit):
+        """Another exit."""
+
+        __match_args__ = ("number",)
+        def __new__(cls, number: int) -> Self: ...
+        @property
+        def number(self) -> int: ...
+
+@final
+class Kvm:
+    """KVM's system interface: /dev/kvm.
+
+    Raises:
+        KvmUnavailableError: this machine offers no usable KVM.
+    """
+
+    def __new__(cls) -> Self: ...
+    @property
+    def api_version(self) -> int:
+        """KVM_GET_API_VERSION: 12."""
+
+    def check_extension(self, capability: int) -> int:
+        """What KVM_CHECK_EXTENSION says of a capability, by number or as `Cap`: 0 where KVM has it not, else more."""
+
+    @property
+    def supported_cpuid(self) -> tuple[CpuidEntry, ...]:
+        """What CPUID can say to a guest on this machine: a tuple of `CpuidEntry`, as `Vcpu.cpuid` takes it."""
+
+    @property
+    def msr_list(self) -> tuple[int, ...]:
+        """The numbers of the model-specific registers that belong to a guest's state: KVM_GET_MSR_INDEX_LIST."""
+
+    @property
+    def max_vcpus(self) -> int:
+        """The most vCPUs of one machine."""
+
+    def fileno(self) -> int:
+        """The file descriptor, for ioctls of one's own."""
+
+@final
 class KvmVm:
     """One KVM virtual machine, without an event loop: whoever made it is told of the guest's end by a kick.
 
     Args:
-        config: what it is made of; the serial port must have no streams.
-        exit_handler: an object with `kick()`, called on the thread of the vCPU whose guest has ended.
+        config: what it is made of; the serial port must have no streams. None for a bare machine: no memory, no devices
+            and no vCPUs, until `memory.add` and `create_vcpu`.
+        exit_handler: an object with `kick()`, called on the thread of the vCPU whose guest has ended; None for one of
+            its own.
 
     Raises:
         VmmError: as for `Vmm`.
     """
 
-    def __new__(cls, config: VmmConfig, exit_handler: ExitHandler) -> Self: ...
+    def __new__(cls, config: VmmConfig | None = None, exit_handler: ExitHandler | None = None) -> Self: ...
+    def create_vcpu(self, id: int = 0) -> Vcpu:
+        """Add a vCPU to a machine that has not run. It is as KVM makes it: at the reset vector, with an empty `cpuid`.
+
+        Raises:
+            KvmError: there is one of this number, or KVM refuses it.
+            StateError: the machine has run, or is closed.
+        """
+
     def run(self, vcpu_run_addr: int | None = None) -> None:
         """Start a thread `vcpu_{id}` for each vCPU and return.
 
@@ -462,6 +950,24 @@ class KvmVm:
         Raises:
             Exception: what the exit handler's `kick` raised.
         """
+
+    def pause(self) -> None:
+        """Bring every vCPU out of its guest and wait until it is. Does nothing when the machine is paused already.
+
+        Raises:
+            StateError: the machine is not running.
+        """
+
+    def resume(self) -> None:
+        """Let the vCPUs that `pause` stopped go on. Does nothing when they are running.
+
+        Raises:
+            StateError: the machine has been shut down, or the guest has ended.
+        """
+
+    @property
+    def vcpus(self) -> tuple[Vcpu, ...]:
+        """The vCPUs, by number. Before the first run they stand at `entry`."""
 
     def shutdown(self) -> None:
         """Stop the vCPUs and wait for their threads. A guest that had not ended can go on with `run`."""
@@ -487,7 +993,11 @@ class KvmVm:
 
     @property
     def serial(self) -> Serial:
-        """The first serial port."""
+        """The first serial port.
+
+        Raises:
+            StateError: the machine was made without a configuration.
+        """
 
     @property
     def unanswered(self) -> list[Unanswered]:
@@ -543,6 +1053,45 @@ class Vmm:
     def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
     ) -> Coroutine[Any, Any, None]: ...
+    def start(self) -> None:
+        """Start the vCPUs and return. `wait` turns the event manager's loop for them.
+
+        Raises:
+            StateError: a run is in progress, the guest has ended, or the machine is closed.
+        """
+
+    def wait(self, timeout: float | None = None) -> Exit | None:
+        """What `run` does, for a machine that was started; None when the time passed: then the guest goes on.
+
+        Raises:
+            StateError: the machine was not started, or another thread waits.
+            Exception: as for `run`; it ends the run.
+        """
+
+    def pause(self) -> None:
+        """Bring every vCPU out of its guest and wait until it is. From any thread or callback; the loop turns on.
+
+        Then the registers can be read and changed. Does nothing when the machine is paused already.
+
+        Raises:
+            StateError: the machine is not running.
+        """
+
+    def resume(self) -> None:
+        """Let the vCPUs that `pause` stopped go on. Does nothing when they are running.
+
+        Raises:
+            StateError: no run is in progress, or the guest has ended.
+        """
+
+    @property
+    def vcpus(self) -> tuple[Vcpu, ...]:
+        """The vCPUs, by number. Before the first run they stand where it will start.
+
+        Raises:
+            StateError: the machine is closed.
+        """
+
     def stop(self) -> None:
         """End the run in progress, or at once the next one if there is none. From any thread or callback."""
 
@@ -599,7 +1148,7 @@ def close_all() -> None:
     """Close every machine that is alive. Called at interpreter exit."""
 
 def cpu_features() -> list[str]:
-    """Names of CPUID features that `CpuConfig.hide` knows."""
+    """Names of CPUID features that `CpuConfig.hide` and `expose` know."""
 
 def embedded_guest() -> bytes:
     """The machine code of the guest inside the package: 64-bit ring 3, position-independent."""
@@ -609,4 +1158,22 @@ def kvm_info() -> dict[str, object]:
 
     Raises:
         KvmUnavailableError: there is no usable /dev/kvm; `hint` says what to do.
+    """
+
+def kick_signal() -> int:
+    """The signal that brings vCPUs out of their guests. Asking for it claims it.
+
+    Raises:
+        StateError: every real-time signal is in use by the program.
+    """
+
+def set_kick_signal(signal: int) -> None:
+    """Choose that signal, before the first machine is made.
+
+    Without a choice it is the first real-time signal that has no handler then. A handler that the signal has already is
+    called for every signal that is no kick.
+
+    Raises:
+        ConfigError: the signal cannot be used for this.
+        StateError: another one is in use already.
     """

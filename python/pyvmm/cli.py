@@ -55,6 +55,7 @@ def cli() -> None:
 @click.option("--memory", metavar="MIB", help="Guest memory: a number of MiB, or size_mib=MIB.")
 @click.option("--vcpus", "--vcpu", metavar="N", help="How many vCPUs: a number, or num=N.")
 @click.option("--hide", multiple=True, metavar="NAME", help="Hide a CPU feature; names as in /proc/cpuinfo.")
+@click.option("--expose", multiple=True, metavar="NAME", help="Show a CPU feature that is hidden else.")
 @click.option("--config", "config_file", type=click.Path(), help="A TOML or JSON file; options override it.")
 @click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="End the run after this time.")
 @click.option("--json", "as_json", is_flag=True, help="Print how the run ended as JSON; the console goes to stderr.")
@@ -108,6 +109,7 @@ def with_options(
     memory: str | None,
     vcpus: str | None,
     hide: tuple[str, ...],
+    expose: tuple[str, ...],
 ) -> VmmConfig:
     """The configuration with the options of the command line over it."""
     boot = _boot(base, kernel, kernel_form, initrd, append)
@@ -118,9 +120,14 @@ def with_options(
     if vcpus is not None:
         cpu = msgspec.structs.replace(cpu, vcpus=_number("vcpus", vcpus, "num"))
     if hide:
-        names = [name for names in hide for name in names.split(",")]
-        cpu = msgspec.structs.replace(cpu, hide=(*cpu.hide, *names))
+        cpu = msgspec.structs.replace(cpu, hide=(*cpu.hide, *_names(hide)))
+    if expose:
+        cpu = msgspec.structs.replace(cpu, expose=(*cpu.expose, *_names(expose)))
     return msgspec.structs.replace(base, boot=boot, cpu=cpu)
+
+
+def _names(options: tuple[str, ...]) -> list[str]:
+    return [name for names in options for name in names.split(",")]
 
 
 def _boot(base: VmmConfig, kernel: str | None, form: str | None, initrd: str | None, append: str | None) -> Any:

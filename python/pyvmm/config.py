@@ -50,6 +50,8 @@ class CpuConfig(_Part, frozen=True):
         vcpus: how many, 1 to 254.
         hide: names of CPUID features to hide from the guest, as in /proc/cpuinfo; `pyvmm.cpu_features()` lists
             them.
+        expose: names of features to show it, also where the template hides them or KVM does not offer them: whether
+            they work is up to the processor and KVM.
         template: what is hidden besides. "host" is nothing; "software-kvm" is what a KVM that emulates ring 0
             in software cannot execute, and an Intel vendor; "auto" is "software-kvm" where the host's
             processor has neither vmx nor svm, else "host".
@@ -57,6 +59,7 @@ class CpuConfig(_Part, frozen=True):
 
     vcpus: Annotated[int, Meta(ge=1, le=254)] = 1
     hide: tuple[str, ...] = ()
+    expose: tuple[str, ...] = ()
     template: Literal["auto", "host", "software-kvm"] = "auto"
 
 

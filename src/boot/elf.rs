@@ -15,7 +15,7 @@ const ET_EXEC_X86_64: (u16, u16) = (2, 62);
 /// Load an ELF64 vmlinux where its segments say; returns the entry and the end of what was loaded.
 pub(super) fn load(image: &[u8], memory: &GuestMemory) -> Result<(u64, u64)> {
     let end = check(image, memory)?;
-    let loaded = Elf::load(memory.mmap(), None, &mut Cursor::new(image), None)
+    let loaded = Elf::load(&*memory.mmap(), None, &mut Cursor::new(image), None)
         .map_err(|e| bad(e.to_string()))?;
     let GuestAddress(entry) = loaded.kernel_load;
     if !layout::in_memory(memory.size(), entry) {

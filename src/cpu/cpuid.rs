@@ -2,7 +2,9 @@
 
 use std::sync::OnceLock;
 
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_bindings::{
+    CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2,
+};
 use kvm_ioctls::Kvm;
 
 use crate::config::{CpuConfig, CpuTemplate};
@@ -158,6 +160,7 @@ fn templated(kvm: &Kvm, is_software: bool) -> Result<&'static [kvm_cpuid_entry2]
 pub fn guest_cpuid(kvm: &Kvm, config: &CpuConfig) -> Result<Vec<kvm_cpuid_entry2>> {
     let mut entries = templated(kvm, is_software(config.template))?.to_vec();
     config.hide.iter().filter_map(|name| feature(name)).for_each(|f| hide(&mut entries, f));
+    config.expose.iter().filter_map(|name| feature(name)).for_each(|f| expose(&mut entries, f));
     Ok(entries)
 }
 
@@ -188,6 +191,18 @@ fn set_vendor(entries: &mut [kvm_cpuid_entry2], vendor: [u8; 12]) {
 fn hide(entries: &mut [kvm_cpuid_entry2], feature: Feature) {
     for entry in entries.iter_mut().filter(|e| (e.function, e.index) == feature.leaf) {
         *register_mut(entry, feature.register) &= !(1 << feature.bit);
+    }
+}
+
+fn expose(entries: &mut Vec<kvm_cpuid_entry2>, feature: Feature) {
+    let (function, index) = feature.leaf;
+    if !entries.iter().any(|e| (e.function, e.index) == feature.leaf) {
+        // Leaves without subleaves have none of this flag; those of `WORDS` that have them are 7 and 0xd.
+        let flags = if matches!(function, 7 | 0xd) { KVM_CPUID_FLAG_SIGNIFCANT_INDEX } else { 0 };
+        entries.push(kvm_cpuid_entry2 { function, index, flags, ..Default::default() });
+    }
+    for entry in entries.iter_mut().filter(|e| (e.function, e.index) == feature.leaf) {
+        *register_mut(entry, feature.register) |= 1 << feature.bit;
     }
 }
 
@@ -277,6 +292,17 @@ mod tests {
         assert_eq!(entries[1].ecx, u32::MAX);
         assert!(!has(&entries, "popcnt"));
         assert!(has(&entries, "aes"));
+    }
+
+    #[test]
+    fn exposing_sets_one_bit_and_adds_a_leaf_that_is_not_there() {
+        let mut entries = vec![kvm_cpuid_entry2 { function: 1, ..Default::default() }];
+        for name in ["popcnt", "avx2", "sha512"] {
+            expose(&mut entries, feature(name).unwrap());
+            assert!(has(&entries, name));
+        }
+        assert_eq!(entries[0].ecx, 1 << 23);
+        assert_eq!(entries.len(), 3, "leaf 1, leaf 7, its subleaf 1");
     }
 
     #[test]

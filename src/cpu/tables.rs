@@ -97,7 +97,7 @@ fn write_page_tables(memory: &GuestMemory, mode: CpuMode, one_gib_pages: bool) -
 }
 
 fn end_of_memory(memory: &GuestMemory) -> u64 {
-    memory.ranges().iter().map(|(start, size, _)| start + size).max().unwrap_or(0)
+    memory.ranges().iter().map(|(start, size)| start + size).max().unwrap_or(0)
 }
 
 /// Where the directory of a GiB above 4 stands, if there is room for one.

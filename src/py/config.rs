@@ -106,6 +106,7 @@ fn cpu(part: &Part<'_>) -> PyResult<CpuConfig> {
     Ok(CpuConfig {
         vcpus: part.get(intern!(py, "vcpus"))?,
         hide: part.get(intern!(py, "hide"))?,
+        expose: part.get(intern!(py, "expose"))?,
         template,
     })
 }

@@ -6,6 +6,7 @@ use pyo3::types::{PyBytes, PyDict};
 
 use crate::boot;
 use crate::cpu::cpuid;
+use crate::vcpu;
 use crate::vm::open_kvm;
 
 /// The capabilities that pyvmm uses or reports, by their names in the kernel's documentation.
@@ -45,7 +46,7 @@ pub(crate) fn kvm_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     Ok(info)
 }
 
-/// Names of CPUID features that can be hidden.
+/// Names of CPUID features that `CpuConfig.hide` and `expose` know.
 #[pyfunction]
 pub(crate) fn cpu_features() -> Vec<&'static str> {
     cpuid::feature_names().collect()
@@ -55,4 +56,24 @@ pub(crate) fn cpu_features() -> Vec<&'static str> {
 #[pyfunction]
 pub(crate) fn embedded_guest(py: Python<'_>) -> Bound<'_, PyBytes> {
     PyBytes::new(py, boot::embedded_guest())
+}
+
+/// The signal that brings vCPUs out of their guests. Asking for it claims it.
+///
+/// Raises:
+///     StateError: every real-time signal is in use by the program.
+#[pyfunction]
+pub(crate) fn kick_signal() -> PyResult<i32> {
+    Ok(vcpu::kick_signal()?)
+}
+
+/// Choose that signal, before the first machine is made. Without a choice it is the first real-time signal that has no
+/// handler then. A handler that the signal has already is called for every signal that is no kick.
+///
+/// Raises:
+///     ConfigError: the signal cannot be used for this.
+///     StateError: another one is in use already.
+#[pyfunction]
+pub(crate) fn set_kick_signal(signal: i32) -> PyResult<()> {
+    Ok(vcpu::use_signal(signal)?)
 }

@@ -1,16 +1,24 @@
-//! `GuestMemory` for Python: bounds-checked copies in and out, at any time, from any thread.
+//! `GuestMemory` for Python: bounds-checked copies, numbers and views, at any time, from any thread.
 
+use std::os::fd::{BorrowedFd, RawFd};
 use std::sync::Arc;
 
-use pyo3::buffer::PyBuffer;
-use pyo3::exceptions::PyValueError;
+use pyo3::buffer::PyUntypedBuffer;
+use pyo3::exceptions::{PyBufferError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::PyBytes;
+use pyo3::types::{PyBytes, PyMemoryView, PyTuple};
 
-use crate::error::Result;
-use crate::vm::GuestMemory;
+use super::memory_parts::{PyDirtyPages, PyMemorySlot, PyMemoryView as Exporter};
+use super::vcpu::PyVcpu;
+use crate::error::{Error, ErrorKind, Result};
+use crate::vm::{Backing, GuestMemory, Slot, anonymous, shared};
 
-/// The RAM of a machine, by guest-physical address. Readable and writable at any time, from any thread.
+/// Copies of at least so many bytes are made without the GIL.
+const LARGE: usize = 1 << 16;
+
+/// The memory of a machine, by guest-physical address. Readable and writable at any time, from any thread.
+///
+/// Numbers are little-endian. An address or length is 0 to 2^64 - 1; others raise OverflowError.
 #[pyclass(frozen, weakref, name = "GuestMemory", module = "pyvmm")]
 pub struct PyGuestMemory {
     /// Asked each time, so that the memory goes when the machine is closed.
@@ -33,49 +41,360 @@ impl PyGuestMemory {
     }
 }
 
+/// A pointer that crosses to where the GIL is not held.
+#[derive(Clone, Copy)]
+struct Place(*mut u8);
+
+// SAFETY: the pointer is used by one thread at a time, while its owner waits.
+unsafe impl Send for Place {}
+// SAFETY: as above.
+unsafe impl Sync for Place {}
+
+impl Place {
+    fn at(self, offset: usize) -> *mut u8 {
+        self.0.wrapping_add(offset)
+    }
+}
+
+fn copy(py: Python<'_>, length: usize, work: impl FnOnce() -> Result<()> + Send) -> PyResult<()> {
+    Ok(if length < LARGE { work() } else { py.detach(work) }?)
+}
+
+/// The guest-physical pieces of a range, in their order.
+type Pieces = Vec<(u64, usize)>;
+
+fn pieces(
+    memory: &GuestMemory,
+    address: u64,
+    length: u64,
+    vcpu: Option<&PyVcpu>,
+) -> Result<Pieces> {
+    let too_long = || {
+        let detail = format!("{length} bytes are more than all of guest memory");
+        Error::new(ErrorKind::Memory, format!("{address:#x}"), detail)
+    };
+    let Some(vcpu) = vcpu else {
+        memory.check(address, length)?;
+        return Ok(vec![(address, usize::try_from(length).map_err(|_| too_long())?)]);
+    };
+    if length > memory.size() {
+        return Err(too_long());
+    }
+    vcpu.look(|vcpu| {
+        if !vcpu.memory().is(memory) {
+            let detail = "the vCPU is another machine's";
+            return Err(Error::new(ErrorKind::State, "memory", detail));
+        }
+        let paging = vcpu.paging()?;
+        let mut pieces = Pieces::new();
+        let mut left = length;
+        let mut at = address;
+        loop {
+            let here = left.min(4096 - at % 4096);
+            let Some(physical) = vcpu.translate(&paging, at) else {
+                let detail = "nothing is mapped there by the vCPU's page tables";
+                return Err(Error::new(ErrorKind::Memory, format!("{at:#x}"), detail));
+            };
+            memory.check(physical, here)?;
+            pieces.push((physical, usize::try_from(here).map_err(|_| too_long())?));
+            left -= here;
+            if left == 0 {
+                return Ok(pieces);
+            }
+            at = at.wrapping_add(here);
+        }
+    })
+}
+
+fn read_pieces(py: Python<'_>, memory: &GuestMemory, pieces: &Pieces, to: Place) -> PyResult<()> {
+    let mut done = 0;
+    for (address, length) in pieces {
+        let place = Place(to.at(done));
+        // SAFETY: the caller's place has room for all pieces.
+        copy(py, *length, || unsafe { memory.read_raw(*address, place.at(0), *length) })?;
+        done += length;
+    }
+    Ok(())
+}
+
+fn contiguous(buffer: &PyUntypedBuffer) -> PyResult<(Place, usize)> {
+    if !buffer.is_c_contiguous() {
+        return Err(PyBufferError::new_err("the buffer must be contiguous"));
+    }
+    Ok((Place(buffer.buf_ptr().cast()), buffer.len_bytes()))
+}
+
 #[pymethods]
 impl PyGuestMemory {
     /// A copy of guest memory.
     ///
+    /// With a vCPU, which must not be running, the address is guest-virtual and goes through that vCPU's page tables.
+    ///
     /// Raises:
-    ///     GuestMemoryError: a byte of the range is not RAM.
-    ///     StateError: the machine is closed.
+    ///     GuestMemoryError: a byte of the range is not memory, or not mapped.
+    ///     StateError: the machine is closed, or the vCPU is running.
+    #[pyo3(signature = (address, length, *, vcpu = None))]
     fn read<'py>(
         &self,
         py: Python<'py>,
         address: u64,
         length: u64,
+        vcpu: Option<&PyVcpu>,
     ) -> PyResult<Bound<'py, PyBytes>> {
         let memory = (self.get)()?;
         // First, so that a length out of range allocates nothing.
-        memory.check(address, length)?;
+        let pieces = pieces(&memory, address, length, vcpu)?;
         let length = usize::try_from(length)?;
-        PyBytes::new_with(py, length, |data| Ok(memory.read(address, data)?))
+        // SAFETY: a new bytes object that nobody else knows, filled before anybody can. A length over isize::MAX cannot
+        // be: the range has been found in memory.
+        unsafe {
+            let size = pyo3::ffi::Py_ssize_t::try_from(length)?;
+            let new = pyo3::ffi::PyBytes_FromStringAndSize(std::ptr::null(), size);
+            let bytes = Bound::from_owned_ptr_or_err(py, new)?.cast_into_unchecked::<PyBytes>();
+            let to = Place(pyo3::ffi::PyBytes_AsString(bytes.as_ptr()).cast());
+            read_pieces(py, &memory, &pieces, to)?;
+            Ok(bytes)
+        }
     }
 
-    /// Copy bytes into guest memory.
+    /// Fill a writable buffer with a copy of guest memory; raises as `read` does.
+    #[pyo3(signature = (address, buffer, *, vcpu = None))]
+    fn readinto(
+        &self,
+        py: Python<'_>,
+        address: u64,
+        buffer: &Bound<'_, PyAny>,
+        vcpu: Option<&PyVcpu>,
+    ) -> PyResult<()> {
+        let memory = (self.get)()?;
+        let buffer = PyUntypedBuffer::get(buffer)?;
+        if buffer.readonly() {
+            return Err(PyBufferError::new_err("the buffer must be writable"));
+        }
+        let (to, length) = contiguous(&buffer)?;
+        read_pieces(py, &memory, &pieces(&memory, address, length as u64, vcpu)?, to)
+    }
+
+    /// Copy a buffer's bytes into guest memory.
     ///
     /// Raises:
-    ///     GuestMemoryError: a byte of the range is not RAM; nothing is written then.
-    ///     StateError: the machine is closed.
-    fn write(&self, py: Python<'_>, address: u64, data: PyBuffer<u8>) -> PyResult<()> {
+    ///     GuestMemoryError: a byte of the range is not memory; nothing is written then.
+    ///     StateError: the machine is closed, or the vCPU is running.
+    #[pyo3(signature = (address, data, *, vcpu = None))]
+    fn write(
+        &self,
+        py: Python<'_>,
+        address: u64,
+        data: &Bound<'_, PyAny>,
+        vcpu: Option<&PyVcpu>,
+    ) -> PyResult<()> {
         let memory = (self.get)()?;
-        if !data.is_c_contiguous() {
-            return Err(PyValueError::new_err("data must be contiguous"));
+        let buffer = PyUntypedBuffer::get(data)?;
+        let (from, length) = contiguous(&buffer)?;
+        let mut done = 0;
+        for (address, length) in pieces(&memory, address, length as u64, vcpu)? {
+            let place = Place(from.at(done));
+            // SAFETY: the pieces are as long as the buffer, which is held.
+            copy(py, length, || unsafe { memory.write_raw(address, place.at(0), length) })?;
+            done += length;
         }
-        Ok(memory.write(address, &data.to_vec(py)?)?)
+        Ok(())
     }
 
-    /// Bytes of RAM.
+    /// The number of 8 bits at an address.
+    fn read_u8(&self, address: u64) -> PyResult<u8> {
+        Ok((self.get)()?.load(address)?)
+    }
+
+    /// The number of 16 bits at an address; in one access where it is aligned.
+    fn read_u16(&self, address: u64) -> PyResult<u16> {
+        Ok((self.get)()?.load(address)?)
+    }
+
+    /// The number of 32 bits at an address; in one access where it is aligned.
+    fn read_u32(&self, address: u64) -> PyResult<u32> {
+        Ok((self.get)()?.load(address)?)
+    }
+
+    /// The number of 64 bits at an address; in one access where it is aligned.
+    fn read_u64(&self, address: u64) -> PyResult<u64> {
+        Ok((self.get)()?.load(address)?)
+    }
+
+    /// Put a number of 8 bits at an address.
+    fn write_u8(&self, address: u64, value: u8) -> PyResult<()> {
+        Ok((self.get)()?.store(address, value)?)
+    }
+
+    /// Put a number of 16 bits at an address; in one access where it is aligned.
+    fn write_u16(&self, address: u64, value: u16) -> PyResult<()> {
+        Ok((self.get)()?.store(address, value)?)
+    }
+
+    /// Put a number of 32 bits at an address; in one access where it is aligned.
+    fn write_u32(&self, address: u64, value: u32) -> PyResult<()> {
+        Ok((self.get)()?.store(address, value)?)
+    }
+
+    /// Put a number of 64 bits at an address; in one access where it is aligned.
+    fn write_u64(&self, address: u64, value: u64) -> PyResult<()> {
+        Ok((self.get)()?.store(address, value)?)
+    }
+
+    /// Set every byte of a range; raises as `write` does.
+    #[pyo3(signature = (address, length, value = 0))]
+    fn fill(&self, py: Python<'_>, address: u64, length: u64, value: u8) -> PyResult<()> {
+        let memory = (self.get)()?;
+        copy(py, usize::try_from(length)?, || memory.fill(address, length, value))
+    }
+
+    /// Where these bytes first stand, at or after `start` and wholly before `end`; None where they do not.
+    ///
+    /// Raises:
+    ///     ValueError: there are no bytes to look for.
+    ///     StateError: the machine is closed.
+    #[pyo3(signature = (data, start = 0, end = None))]
+    fn find(
+        &self,
+        py: Python<'_>,
+        data: std::borrow::Cow<'_, [u8]>,
+        start: u64,
+        end: Option<u64>,
+    ) -> PyResult<Option<u64>> {
+        if data.is_empty() {
+            return Err(PyValueError::new_err("there is nothing to look for: data is empty"));
+        }
+        let memory = (self.get)()?;
+        Ok(py.detach(|| memory.find(&data, start, end.unwrap_or(u64::MAX)))?)
+    }
+
+    /// A memoryview of guest memory itself, without a copy. It has to lie in one memory slot.
+    ///
+    /// The memory stays mapped as long as the view lives, also when the slot is removed or the machine closed.
+    ///
+    /// Raises:
+    ///     GuestMemoryError: a byte of the range is not memory, or the range lies in several slots.
+    ///     StateError: the machine is closed.
+    fn view<'py>(
+        &self,
+        py: Python<'py>,
+        address: u64,
+        length: u64,
+    ) -> PyResult<Bound<'py, PyMemoryView>> {
+        let view = (self.get)()?.view(address, length)?;
+        PyMemoryView::from(Bound::new(py, Exporter::of(view))?.as_any())
+    }
+
+    /// A ctypes structure, union or array that lies in guest memory itself: `type.from_buffer(view(...))`.
+    ///
+    /// Raises:
+    ///     TypeError: it is no ctypes type.
+    ///     GuestMemoryError, StateError: as `view` does.
+    fn overlay<'py>(
+        &self,
+        py: Python<'py>,
+        address: u64,
+        r#type: &Bound<'py, PyAny>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let Some(from_buffer) = r#type.getattr_opt("from_buffer")? else {
+            let text = "a ctypes type is needed: a Structure, Union or array class";
+            return Err(PyTypeError::new_err(text));
+        };
+        let size = py.import("ctypes")?.getattr("sizeof")?.call1((r#type,))?;
+        from_buffer.call1((self.view(py, address, size.extract()?)?,))
+    }
+
+    /// Add memory, also while the guest runs.
+    ///
+    /// Args:
+    ///     address: guest-physical start, at a page of 4 KiB.
+    ///     size: bytes, whole pages; not needed with a source.
+    ///     source: a file or memfd whose pages the guest shares with all who map them; None for zeroed pages.
+    ///     offset: where in the source the memory begins, at a page.
+    ///     read_only: the guest cannot write; what it writes is an MMIO access.
+    ///
+    /// Raises:
+    ///     GuestMemoryError: it overlaps other memory, is no whole number of pages, or the source is shorter or open for
+    ///         reading only.
+    ///     KvmError: KVM refuses it.
+    ///     StateError: the machine is closed.
+    #[pyo3(signature = (address, size = None, *, source = None, offset = 0, read_only = false))]
+    fn add(
+        slf: &Bound<'_, Self>,
+        address: u64,
+        size: Option<u64>,
+        source: Option<&Bound<'_, PyAny>>,
+        offset: u64,
+        read_only: bool,
+    ) -> PyResult<PyMemorySlot> {
+        let memory = (slf.get().get)()?;
+        let mapping = match (source, size) {
+            (Some(source), _) => {
+                let fd: RawFd = super::events::descriptor(source)?;
+                // SAFETY: it is used before this returns, while the source is held.
+                let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+                shared(fd, offset, size, read_only)?
+            }
+            (None, Some(size)) => anonymous(size)?,
+            (None, None) => {
+                return Err(PyTypeError::new_err("memory needs a size or a source"));
+            }
+        };
+        let backing = Backing { read_only, shared: source.is_some() };
+        let slot = slf.py().detach(|| memory.add(address, mapping, backing))?;
+        Ok(PyMemorySlot::of(slot))
+    }
+
+    /// Take memory away, also while the guest runs; its accesses are MMIO then.
+    ///
+    /// Raises:
+    ///     GuestMemoryError: the machine has no such slot, or no longer.
+    ///     StateError: the machine is closed.
+    fn remove(&self, py: Python<'_>, slot: &PyMemorySlot) -> PyResult<()> {
+        let memory = (self.get)()?;
+        let slot: Slot = slot.slot();
+        Ok(py.detach(|| memory.remove(&slot))?)
+    }
+
+    /// The memory slots, by address.
+    #[getter]
+    fn slots<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        PyTuple::new(py, (self.get)()?.slots().into_iter().map(PyMemorySlot::of))
+    }
+
+    /// Whether written pages are noted for `dirty`: KVM_MEM_LOG_DIRTY_PAGES. It costs the guest time.
+    #[getter]
+    fn log_dirty(&self) -> PyResult<bool> {
+        Ok((self.get)()?.is_logging_dirty())
+    }
+
+    #[setter]
+    fn set_log_dirty(&self, py: Python<'_>, is_on: bool) -> PyResult<()> {
+        let memory = (self.get)()?;
+        Ok(py.detach(|| memory.log_dirty(is_on))?)
+    }
+
+    /// The pages written since `log_dirty` was set or since the last call, by the guest and by calls of this object.
+    ///
+    /// What is written through a view is not noted.
+    ///
+    /// Raises:
+    ///     StateError: `log_dirty` is not set, or the machine is closed.
+    fn dirty(&self, py: Python<'_>) -> PyResult<PyDirtyPages> {
+        let memory = (self.get)()?;
+        Ok(PyDirtyPages::of(py.detach(|| memory.take_dirty())?))
+    }
+
+    /// Bytes of memory.
     #[getter]
     fn size(&self) -> PyResult<u64> {
         Ok((self.get)()?.size())
     }
 
-    /// Start and length of each range of RAM: one, or two around the gap from 3 to 4 GiB.
+    /// Start and length of each range of memory, by address.
     #[getter]
     fn ranges(&self) -> PyResult<Vec<(u64, u64)>> {
-        Ok((self.get)()?.ranges().into_iter().map(|(start, length, _)| (start, length)).collect())
+        Ok((self.get)()?.ranges())
     }
 
     fn __repr__(&self) -> String {

@@ -7,15 +7,16 @@ use parking_lot::Mutex;
 use pyo3::exceptions::PyTypeError;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
-use pyo3::types::PyList;
+use pyo3::types::{PyList, PyTuple};
 
 use super::exit_handler::PyWrappedExitHandler;
 use super::live::{self, Close};
 use super::memory::PyGuestMemory;
 use super::serial::PySerial;
-use super::{callback, config, exit, vmm};
+use super::vcpu::PyVcpu;
+use super::{callback, config, exit, vcpu, vmm};
 use crate::boot;
-use crate::devices::{self, Buses};
+use crate::devices::{self, Buses, Serial};
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::{ExitHandler, WrappedExitHandler};
 use crate::vcpu::VmRunState;
@@ -78,8 +79,10 @@ impl Close for Machine {
 /// One KVM virtual machine, without an event loop: whoever made it is told of the guest's end by a kick.
 ///
 /// Args:
-///     config: what it is made of; the serial port must have no streams.
-///     exit_handler: an object with `kick()`, called on the thread of the vCPU whose guest has ended.
+///     config: what it is made of; the serial port must have no streams. None for a bare machine: no memory, no devices
+///         and no vCPUs, until `memory.add` and `create_vcpu`.
+///     exit_handler: an object with `kick()`, called on the thread of the vCPU whose guest has ended; None for one of
+///         its own.
 ///
 /// Raises:
 ///     VmmError: as for `Vmm`.
@@ -94,8 +97,8 @@ pub struct PyKvmVm {
     entry: u64,
     #[pyo3(get)]
     memory: Py<PyGuestMemory>,
-    #[pyo3(get)]
-    serial: Py<PySerial>,
+    /// None of a bare machine.
+    serial: Option<Py<PySerial>>,
 }
 
 impl Drop for PyKvmVm {
@@ -112,6 +115,21 @@ impl PyKvmVm {
             Some(machine) => machine.get(),
             None => Err(Error::new(ErrorKind::State, "vm", "the machine is closed")),
         }
+    }
+
+    fn of(
+        py: Python<'_>,
+        vm: KvmVm<Handler>,
+        python_handler: Option<Arc<PythonHandler>>,
+        buses: Arc<Buses>,
+        entry: u64,
+        serial: Option<Arc<Serial>>,
+    ) -> PyResult<Self> {
+        let machine = Arc::new(Machine(Mutex::new(Some(Arc::new(vm)))));
+        live::remember(Arc::downgrade(&machine) as Weak<dyn Close>);
+        let memory = Py::new(py, PyGuestMemory::of(&machine, Machine::memory))?;
+        let serial = serial.map(|serial| Py::new(py, PySerial(serial))).transpose()?;
+        Ok(Self { machine: Some(machine), python_handler, buses, entry, memory, serial })
     }
 
     /// Raise what the exit handler's `kick()` raised, once.
@@ -138,31 +156,52 @@ fn handler(object: &Bound<'_, PyAny>) -> PyResult<(Handler, Option<Arc<PythonHan
 #[pymethods]
 impl PyKvmVm {
     #[new]
+    #[pyo3(signature = (config = None, exit_handler = None))]
     fn new(
         py: Python<'_>,
-        config: &Bound<'_, PyAny>,
-        exit_handler: &Bound<'_, PyAny>,
+        config: Option<&Bound<'_, PyAny>>,
+        exit_handler: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
-        let (handler, python_handler) = handler(exit_handler)?;
+        let (handler, python_handler) = match exit_handler {
+            Some(object) => handler(object)?,
+            None => {
+                let new = WrappedExitHandler::new();
+                let new = new.map_err(|e| Error::os(ErrorKind::Event, "eventfd", &e))?;
+                (Handler::Native(new), None)
+            }
+        };
+        let Some(config) = config else {
+            let vm = py.detach(|| KvmVm::bare(handler))?;
+            return Self::of(py, vm, python_handler, Arc::default(), 0, None);
+        };
         let config = config::from_python(config)?;
         if config.serial.output.is_some() || config.serial.input.is_some() {
             let detail =
                 "a KvmVm has no event loop to serve streams; use Vmm, or serial.send() and read()";
             return Err(Error::new(ErrorKind::Config, "serial", detail).into());
         }
-        let (machine, entry, buses, serial) = py.detach(|| -> Result<_> {
+        let (vm, entry, buses, serial) = py.detach(|| -> Result<_> {
             config.validate()?;
             let memory = GuestMemory::new(config.memory.size_mib << 20)?;
             let entry = boot::load(&config, &memory)?;
             let buses = Arc::new(Buses::default());
             let vm = KvmVm::new(&config, memory, Arc::clone(&buses), handler)?;
             let serial = devices::attach(&buses, vm.irq(layout::COM1_IRQ)?, &config)?;
-            Ok((Arc::new(Machine(Mutex::new(Some(Arc::new(vm))))), entry, buses, serial))
+            Ok((vm, entry, buses, serial))
         })?;
-        live::remember(Arc::downgrade(&machine) as Weak<dyn Close>);
-        let memory = Py::new(py, PyGuestMemory::of(&machine, Machine::memory))?;
-        let serial = Py::new(py, PySerial(serial))?;
-        Ok(Self { machine: Some(machine), python_handler, buses, entry, memory, serial })
+        Self::of(py, vm, python_handler, buses, entry, Some(serial))
+    }
+
+    /// Add a vCPU to a machine that has not run. It is as KVM makes it: at the reset vector, with an empty `cpuid`.
+    ///
+    /// Raises:
+    ///     KvmError: there is one of this number, or KVM refuses it.
+    ///     StateError: the machine has run, or is closed.
+    #[pyo3(signature = (id = 0))]
+    fn create_vcpu(&self, py: Python<'_>, id: u64) -> PyResult<Py<PyVcpu>> {
+        let vm = self.vm()?;
+        let cell = py.detach(|| vm.create_vcpu(id))?;
+        PyVcpu::of(py, &cell)
     }
 
     /// Start a thread `vcpu_{id}` for each vCPU and return.
@@ -174,8 +213,8 @@ impl PyKvmVm {
     #[pyo3(signature = (vcpu_run_addr = None))]
     fn run(&self, py: Python<'_>, vcpu_run_addr: Option<u64>) -> PyResult<()> {
         let vm = self.vm()?;
-        let first = (vm.state() == VmRunState::Created).then_some(self.entry);
-        Ok(py.detach(|| vm.run(vcpu_run_addr.or(first)))?)
+        let address = vcpu_run_addr.or_else(|| vm.first_address(self.entry));
+        Ok(py.detach(|| vm.run(address))?)
     }
 
     /// Wait until the machine no longer runs; how the guest ended, or None when the time passed first.
@@ -205,6 +244,32 @@ impl PyKvmVm {
         }
     }
 
+    /// Bring every vCPU out of its guest and wait until it is. Does nothing when the machine is paused already.
+    ///
+    /// Raises:
+    ///     StateError: the machine is not running.
+    fn pause(&self, py: Python<'_>) -> PyResult<()> {
+        let vm = self.vm()?;
+        Ok(py.detach(|| vm.pause())?)
+    }
+
+    /// Let the vCPUs that `pause` stopped go on. Does nothing when they are running.
+    ///
+    /// Raises:
+    ///     StateError: the machine has been shut down, or the guest has ended.
+    fn resume(&self, py: Python<'_>) -> PyResult<()> {
+        let vm = self.vm()?;
+        Ok(py.detach(|| vm.resume())?)
+    }
+
+    /// The vCPUs, by number. Before the first run they stand at `entry`.
+    #[getter]
+    fn vcpus<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        let vm = self.vm()?;
+        py.detach(|| vm.prepare(self.entry))?;
+        vcpu::to_python(py, &vm.cells())
+    }
+
     /// Stop the vCPUs and wait for their threads. A guest that had not ended can go on with `run`.
     fn shutdown(&self, py: Python<'_>) -> PyResult<()> {
         let vm = self.vm()?;
@@ -227,6 +292,16 @@ impl PyKvmVm {
     #[getter]
     fn exit<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
         self.vm()?.exit().map(|exit| exit::to_python(py, &exit)).transpose()
+    }
+
+    /// The first serial port.
+    ///
+    /// Raises:
+    ///     StateError: the machine was made without a configuration.
+    #[getter]
+    fn serial(&self, py: Python<'_>) -> PyResult<Py<PySerial>> {
+        let none = || Error::new(ErrorKind::State, "serial", "a bare machine has no devices");
+        Ok(self.serial.as_ref().map(|serial| serial.clone_ref(py)).ok_or_else(none)?)
     }
 
     /// Accesses that no device answered.

@@ -5,15 +5,15 @@ use std::sync::{Arc, Weak};
 use parking_lot::Mutex;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
-use pyo3::types::PyList;
+use pyo3::types::{PyList, PyTuple};
 
-use super::event_manager::PyEventManager;
+use super::event_manager::{PyEventManager, Turning};
 use super::events::PySubscriberId;
 use super::exit_handler::PyWrappedExitHandler;
 use super::live::{self, Close};
 use super::memory::PyGuestMemory;
 use super::serial::PySerial;
-use super::{callback, config, exit};
+use super::{callback, config, exit, vcpu};
 use crate::config::{SerialInput, SerialOutput};
 use crate::devices::{Access, Buses};
 use crate::vcpu::VmRunState;
@@ -63,6 +63,14 @@ impl PyVmm {
         match &self.vmm {
             Some(vmm) => vmm,
             None => std::process::abort(), // nobody can call a method of an object that is being dropped
+        }
+    }
+
+    /// Turn the loop on this thread. In a shared loop each machine's run turns it for all.
+    fn claim(&self) -> PyResult<Option<Turning<'_>>> {
+        match self.event_manager.get().claim("the machine") {
+            Err(_) if self.is_shared => Ok(None),
+            result => result.map(Some),
         }
     }
 }
@@ -142,15 +150,64 @@ impl PyVmm {
     #[pyo3(signature = (timeout = None))]
     fn run<'py>(&self, py: Python<'py>, timeout: Option<f64>) -> PyResult<Bound<'py, PyAny>> {
         let timeout = exit::timeout(timeout)?;
-        // In a shared loop each machine's run turns it for all.
-        let _turning = if self.is_shared {
-            self.event_manager.get().claim("the machine").ok()
-        } else {
-            Some(self.event_manager.get().claim("the machine")?)
-        };
+        let _turning = self.claim()?;
         let manager = &self.event_manager;
         let exit = py.detach(|| self.vmm().run(timeout, || callback::between_turns(manager)))?;
         exit::to_python(py, &exit)
+    }
+
+    /// Start the vCPUs and return. `wait` turns the event manager's loop for them.
+    ///
+    /// Raises:
+    ///     StateError: a run is in progress, the guest has ended, or the machine is closed.
+    fn start(&self, py: Python<'_>) -> PyResult<()> {
+        Ok(py.detach(|| self.vmm().start())?)
+    }
+
+    /// What `run` does, for a machine that was started; None when the time passed: then the guest goes on.
+    ///
+    /// Raises:
+    ///     StateError: the machine was not started, or another thread waits.
+    ///     Exception: as for `run`; it ends the run.
+    #[pyo3(signature = (timeout = None))]
+    fn wait<'py>(
+        &self,
+        py: Python<'py>,
+        timeout: Option<f64>,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let timeout = exit::timeout(timeout)?;
+        let _turning = self.claim()?;
+        let manager = &self.event_manager;
+        let exit = py.detach(|| self.vmm().wait(timeout, || callback::between_turns(manager)))?;
+        exit.map(|exit| exit::to_python(py, &exit)).transpose()
+    }
+
+    /// Bring every vCPU out of its guest and wait until it is. From any thread or callback; the loop turns on.
+    ///
+    /// Then the registers can be read and changed. Does nothing when the machine is paused already.
+    ///
+    /// Raises:
+    ///     StateError: the machine is not running.
+    fn pause(&self, py: Python<'_>) -> PyResult<()> {
+        Ok(py.detach(|| self.vmm().pause())?)
+    }
+
+    /// Let the vCPUs that `pause` stopped go on. Does nothing when they are running.
+    ///
+    /// Raises:
+    ///     StateError: no run is in progress, or the guest has ended.
+    fn resume(&self, py: Python<'_>) -> PyResult<()> {
+        Ok(py.detach(|| self.vmm().resume())?)
+    }
+
+    /// The vCPUs, by number. Before the first run they stand where it will start.
+    ///
+    /// Raises:
+    ///     StateError: the machine is closed.
+    #[getter]
+    fn vcpus<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        let cells = py.detach(|| self.vmm().vcpus())?;
+        vcpu::to_python(py, &cells)
     }
 
     /// End the run in progress, or at once the next one if there is none. From any thread or callback.

@@ -1,27 +1,32 @@
-//! The kick: how a vCPU is brought out of the guest, and the only place that touches signals.
+//! The kick: how a vCPU is brought out of the guest. `signal` has the signal that it uses.
 //!
-//! The kicker, under the handle's lock:
+//! The kicker, under the cell's lock:
 //!   1. sets the stop word;
 //!   2. sets `immediate_exit` through its own mapping of the run page;
-//!   3. sends the kick signal to the vCPU's thread, unless the vCPU is at rest.
+//!   3. sends the kick signal to the thread that runs the vCPU, unless it is at rest.
 //!
-//! The vCPU's thread:
+//! The thread that runs the vCPU:
 //!   4. looks at the stop word before each `KVM_RUN`;
 //!   5. is returned by `KVM_RUN` with EINTR when the flag of point 2 is up on entry, or the signal of point 3
 //!      arrives inside;
 //!   6. looks at the stop word again: set, it leaves; clear, the signal was somebody else's and it goes on.
 //!
 //! No kick is lost: one that comes after point 4 and before the guest is entered finds the flag of point 2 on
-//! entry; a later one finds the thread inside, where the signal reaches it. None cancels a later run: the
-//! thread is joined, and then 7. the flag and the word are cleared under the same lock before the next start.
+//! entry; a later one finds the thread inside, where the signal reaches it. None cancels a later run: when the
+//! vCPU is at rest, 7. the flag and the word are cleared under the same lock before it is sent off again.
 
-use std::os::unix::thread::JoinHandleExt;
-use std::sync::OnceLock;
+#[cfg(loom)]
+use loom::sync::atomic::{AtomicBool, Ordering};
+#[cfg(not(loom))]
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 
-use super::run_page::RunPage;
-use crate::error::{Error, ErrorKind, Result};
+use super::signal;
+
+/// `kvm_run.immediate_exit` of a vCPU.
+pub(crate) trait ImmediateExit {
+    /// Points 2 and 7.
+    fn set(&self, value: bool);
+}
 
 /// The word of points 1, 4, 6 and 7.
 #[derive(Debug, Default)]
@@ -34,75 +39,102 @@ impl StopWord {
         self.0.load(Ordering::SeqCst)
     }
 
-    /// Point 7: the thread of the last run is gone, and nobody kicks before this returns.
-    pub(crate) fn clear(&self, page: &RunPage) {
-        page.set_immediate_exit(false);
+    /// Point 7: the vCPU is at rest, and nobody kicks before this returns.
+    pub(crate) fn clear(&self, flag: &impl ImmediateExit) {
+        flag.set(false);
         self.0.store(false, Ordering::SeqCst);
     }
 
-    /// Points 1 to 3.
-    pub(crate) fn kick<'a>(
-        &self,
-        page: &RunPage,
-        running: impl FnOnce() -> Option<&'a JoinHandle<()>>,
-    ) {
+    /// Points 1 to 3. `signal` sends the kick signal, unless it finds the vCPU at rest.
+    pub(crate) fn kick(&self, flag: &impl ImmediateExit, signal: impl FnOnce()) {
         self.0.store(true, Ordering::SeqCst);
-        page.set_immediate_exit(true);
+        flag.set(true);
         // Asked only now: a thread found at rest takes the vCPU after point 1, and point 4 keeps it out.
-        if let (Some(thread), Ok(signal)) = (running(), kick_signal()) {
-            // SAFETY: the handle has not been joined, so its pthread_t is valid even if the thread has ended.
-            unsafe { libc::pthread_kill(thread.as_pthread_t(), signal) };
-        }
+        signal();
     }
 }
 
-extern "C" fn ignore(_signal: libc::c_int) {}
-
-/// The signal that kicks: the first real-time signal that had no handler when the first machine was made.
-///
-/// # Errors
-/// When every real-time signal has a handler of the program's.
-pub fn kick_signal() -> Result<libc::c_int> {
-    static SIGNAL: OnceLock<Option<libc::c_int>> = OnceLock::new();
-    SIGNAL.get_or_init(claim_signal).ok_or_else(|| {
-        Error::new(
-            ErrorKind::State,
-            "sigaction",
-            "every real-time signal is in use by this program",
-        )
-    })
+/// This thread, as `interrupt` wants it.
+pub(crate) fn this_thread() -> libc::pthread_t {
+    // SAFETY: takes nothing and cannot fail.
+    unsafe { libc::pthread_self() }
 }
 
-fn claim_signal() -> Option<libc::c_int> {
-    (libc::SIGRTMIN()..=libc::SIGRTMAX()).find(|signal| {
-        // SAFETY: sigaction structs of zeros are valid, and the handler does nothing: it is there so that the
-        // signal interrupts KVM_RUN, without SA_RESTART.
-        unsafe {
-            let mut present: libc::sigaction = std::mem::zeroed();
-            if libc::sigaction(*signal, std::ptr::null(), &raw mut present) != 0
-                || present.sa_sigaction != libc::SIG_DFL
-            {
-                return false;
+/// Interrupt the thread that runs a vCPU: point 3. It must not have ended: whoever calls this holds a lock that the
+/// thread needs to end.
+pub(crate) fn interrupt(thread: libc::pthread_t) {
+    signal::send(thread);
+}
+
+#[cfg(all(test, loom))]
+mod tests {
+    use super::*;
+    use loom::sync::{Arc, Condvar, Mutex};
+
+    /// The kernel's side of a vCPU: the flag that `KVM_RUN` looks at when it is entered, and the signal that it
+    /// sleeps for.
+    #[derive(Default)]
+    struct Kernel {
+        immediate_exit: AtomicBool,
+        signals: Mutex<usize>,
+        came: Condvar,
+    }
+
+    impl ImmediateExit for Kernel {
+        fn set(&self, value: bool) {
+            self.immediate_exit.store(value, Ordering::SeqCst);
+        }
+    }
+
+    impl Kernel {
+        fn signal(&self) {
+            *self.signals.lock().unwrap() += 1;
+            self.came.notify_all();
+        }
+
+        /// Returns with EINTR, or never. A guest that spins: loom reports a sleep that nobody ends.
+        fn run(&self) {
+            let mut signals = self.signals.lock().unwrap();
+            while !self.immediate_exit.load(Ordering::SeqCst) && *signals == 0 {
+                signals = self.came.wait(signals).unwrap();
             }
-            let mut action: libc::sigaction = std::mem::zeroed();
-            action.sa_sigaction = ignore as *const () as libc::sighandler_t;
-            libc::sigaction(*signal, &raw const action, std::ptr::null_mut()) == 0
+            *signals = 0;
         }
-    })
-}
+    }
 
-/// Leave the program's signals to its own threads: this one takes the kick and its own faults.
-pub(crate) fn block_other_signals() {
-    let Ok(kick) = kick_signal() else { return };
-    // SAFETY: a local set, filled before use.
-    unsafe {
-        let mut set: libc::sigset_t = std::mem::zeroed();
-        libc::sigfillset(&raw mut set);
-        let faults =
-            [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP, libc::SIGSYS];
-        for signal in faults.into_iter().chain([kick]) {
-            libc::sigdelset(&raw mut set, signal);
+    fn turn(stop: &StopWord, kernel: &Kernel) {
+        while !stop.is_set() {
+            kernel.run();
         }
-        libc::pthread_sigmask(libc::SIG_SETMASK, &raw const set, std::ptr::null_mut());
+    }
+
+    #[test]
+    fn no_kick_is_lost_at_any_moment() {
+        loom::model(|| {
+            let shared = Arc::new((StopWord::default(), Kernel::default()));
+            let vcpu = {
+                let shared = Arc::clone(&shared);
+                loom::thread::spawn(move || turn(&shared.0, &shared.1))
+            };
+            shared.0.kick(&shared.1, || shared.1.signal());
+            vcpu.join().unwrap();
+        });
+    }
+
+    #[test]
+    fn two_kickers_end_one_run_and_none_later() {
+        loom::model(|| {
+            let shared = Arc::new((StopWord::default(), Kernel::default()));
+            let kick = |shared: &Arc<(StopWord, Kernel)>| {
+                let shared = Arc::clone(shared);
+                loom::thread::spawn(move || shared.0.kick(&shared.1, || shared.1.signal()))
+            };
+            let kickers = [kick(&shared), kick(&shared)];
+            turn(&shared.0, &shared.1);
+            kickers.into_iter().for_each(|kicker| kicker.join().unwrap());
+            shared.0.clear(&shared.1);
+            assert!(!shared.0.is_set());
+            assert!(!shared.1.immediate_exit.load(Ordering::SeqCst));
+        });
     }
 }

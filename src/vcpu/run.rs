@@ -4,8 +4,9 @@ use kvm_bindings::{KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 use kvm_ioctls::VcpuExit;
 
 use super::fault;
+use super::kick::ImmediateExit;
+use super::registers::Vcpu;
 use super::run_page::RunPage;
-use super::thread::Vcpu;
 use crate::devices::{Buses, Flow};
 use crate::exit_handler::{Exit, ExitReason};
 
@@ -29,11 +30,17 @@ enum Outcome {
 }
 
 /// Enter the guest once and answer its exit.
-pub(crate) fn step(vcpu: &mut Vcpu, buses: &Buses) -> Step {
-    let outcome = match vcpu.fd.run() {
-        Ok(exit) => on_exit(exit, &vcpu.page, buses),
-        Err(error) => on_error(error),
+pub(crate) fn step(vcpu: &mut Vcpu) -> Step {
+    vcpu.has_run = true;
+    let (outcome, is_pending) = match vcpu.fd.run() {
+        Ok(exit) => {
+            let is_access = is_access(&exit);
+            (on_exit(exit, &vcpu.page, &vcpu.buses), is_access)
+        }
+        Err(error) => (on_error(error), false),
     };
+    (vcpu.is_pending, vcpu.awaits_answer) = (is_pending, false);
+    vcpu.has_page_registers = true;
     match outcome {
         Outcome::Done(step) => step,
         Outcome::Fault(exit, what) => {
@@ -41,6 +48,28 @@ pub(crate) fn step(vcpu: &mut Vcpu, buses: &Buses) -> Step {
             Step::End(Exit { fault: Some(fault), ..exit })
         }
     }
+}
+
+/// Complete an access that has been answered, and at most so many that follow from it, without running the guest on.
+pub(crate) fn settle(vcpu: &mut Vcpu, steps: usize) -> Option<Exit> {
+    for _ in 0..steps {
+        if !vcpu.is_pending {
+            break;
+        }
+        vcpu.page.set(true);
+        if let Step::End(exit) = step(vcpu) {
+            return Some(exit);
+        }
+    }
+    None
+}
+
+/// Whether KVM completes this exit's instruction at the next entry.
+fn is_access(exit: &VcpuExit<'_>) -> bool {
+    matches!(
+        exit,
+        VcpuExit::IoIn(..) | VcpuExit::IoOut(..) | VcpuExit::MmioRead(..) | VcpuExit::MmioWrite(..)
+    )
 }
 
 fn on_exit(exit: VcpuExit<'_>, page: &RunPage, buses: &Buses) -> Outcome {

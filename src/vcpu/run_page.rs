@@ -6,10 +6,15 @@ use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use kvm_bindings::kvm_run;
+use kvm_bindings::{KVM_EXIT_IO, KVM_EXIT_MMIO, kvm_regs, kvm_run};
 use kvm_ioctls::VcpuFd;
 
+use super::kick::ImmediateExit;
 use crate::error::{Error, ErrorKind, Result};
+
+/// What is mapped: `kvm_run`, and behind it the data of port accesses.
+const PAGES: usize = 2 * 4096;
+const _: () = assert!(size_of::<kvm_run>() <= PAGES);
 
 /// The page, mapped for as long as this lives.
 #[derive(Debug)]
@@ -44,7 +49,7 @@ impl RunPage {
         let page = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
-                size_of::<kvm_run>(),
+                PAGES,
                 libc::PROT_READ | libc::PROT_WRITE,
                 libc::MAP_SHARED,
                 vcpu.as_raw_fd(),
@@ -64,22 +69,11 @@ impl RunPage {
     #[cfg(test)]
     pub(crate) fn blank() -> Self {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-        let (access, size) = (libc::PROT_READ | libc::PROT_WRITE, size_of::<kvm_run>());
+        let (access, size) = (libc::PROT_READ | libc::PROT_WRITE, PAGES);
         // SAFETY: a fresh anonymous mapping.
         let page = unsafe { libc::mmap(std::ptr::null_mut(), size, access, flags, -1, 0) };
         assert_ne!(page, libc::MAP_FAILED);
         Self(NonNull::new(page.cast()).unwrap())
-    }
-
-    /// Kick, point 2; see `kick.rs`.
-    pub(crate) fn set_immediate_exit(&self, value: bool) {
-        // SAFETY: kvm-ioctls has &mut to *its* mapping of this page while `run` is in progress. This is another
-        // mapping, at other addresses, so the two never alias as Rust objects. The byte is one that the kernel
-        // documents as written by user space from other threads; it is in bounds and an AtomicU8 needs no
-        // alignment.
-        let flag = unsafe { AtomicU8::from_ptr(&raw mut (*self.0.as_ptr()).immediate_exit) };
-        // SeqCst: ordered against the stop request's word, which the vCPU thread reads after clearing this.
-        flag.store(u8::from(value), Ordering::SeqCst);
     }
 
     /// `kvm_run.exit_reason` of the last exit. On the vCPU's thread, between two runs.
@@ -88,11 +82,58 @@ impl RunPage {
         unsafe { (&raw const (*self.0.as_ptr()).exit_reason).read_volatile() }
     }
 
+    /// The general registers: as the last exit left them, where KVM was asked for them. While the vCPU is at rest.
+    pub(crate) fn registers(&self) -> kvm_regs {
+        // SAFETY: in bounds; plain integers.
+        unsafe { (&raw const (*self.0.as_ptr()).s.regs.regs).read_volatile() }
+    }
+
+    /// Keep the general registers that KVM has been given. While the vCPU is at rest.
+    pub(crate) fn set_registers(&self, registers: &kvm_regs) {
+        // SAFETY: as above; nobody else writes there while the vCPU is at rest.
+        unsafe { (&raw mut (*self.0.as_ptr()).s.regs.regs).write_volatile(*registers) };
+    }
+
     /// The width of the last port access. Only after `KVM_EXIT_IO`, on the vCPU's thread.
     pub(crate) fn io_exit(&self) -> IoExit {
         // SAFETY: in bounds; every bit pattern is a valid kvm_run__bindgen_ty_1__bindgen_ty_4.
         let io = unsafe { (&raw const (*self.0.as_ptr()).__bindgen_anon_1.io).read_volatile() };
         IoExit { size: usize::from(io.size).clamp(1, 8) }
+    }
+
+    /// Put what the guest reads where KVM takes it from, if it is as many bytes as the guest reads; how many those are.
+    /// Only after a read's exit, while the vCPU is at rest or on its thread.
+    pub(crate) fn answer(&self, data: &[u8]) -> usize {
+        // SAFETY: in bounds; every bit pattern is valid for both views.
+        let (io, mmio) = unsafe {
+            let exit = &raw mut (*self.0.as_ptr()).__bindgen_anon_1;
+            ((&raw const (*exit).io).read_volatile(), &raw mut (*exit).mmio)
+        };
+        let (to, wanted): (*mut u8, usize) = match self.exit_reason() {
+            KVM_EXIT_IO => {
+                let length = usize::from(io.size) * usize::try_from(io.count).unwrap_or(0);
+                let offset = usize::try_from(io.data_offset).unwrap_or(usize::MAX);
+                // KVM's buffer for port data is a page of its own, behind this one in the same mapping.
+                if offset.saturating_add(length) > PAGES {
+                    return 0;
+                }
+                (self.0.as_ptr().cast::<u8>().wrapping_add(offset), length)
+            }
+            KVM_EXIT_MMIO => {
+                // SAFETY: as above.
+                let length = unsafe { (&raw const (*mmio).len).read_volatile() };
+                // SAFETY: as above; the address of a field of the mapping.
+                let data = unsafe { &raw mut (*mmio).data };
+                (data.cast(), usize::try_from(length).unwrap_or(0).min(8))
+            }
+            _ => return 0,
+        };
+        if data.len() == wanted {
+            // SAFETY: `wanted` bytes at `to` lie in the mapping by the checks above; nobody else writes there while the
+            // vCPU is at rest.
+            unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), to, wanted) };
+        }
+        wanted
     }
 
     /// What KVM says of its last internal error. Only after `KVM_EXIT_INTERNAL_ERROR`, on the vCPU's thread.
@@ -128,9 +169,21 @@ impl RunPage {
     }
 }
 
+impl ImmediateExit for RunPage {
+    fn set(&self, value: bool) {
+        // SAFETY: kvm-ioctls has &mut to *its* mapping of this page while `run` is in progress. This is another
+        // mapping, at other addresses, so the two never alias as Rust objects. The byte is one that the kernel
+        // documents as written by user space from other threads; it is in bounds and an AtomicU8 needs no
+        // alignment.
+        let flag = unsafe { AtomicU8::from_ptr(&raw mut (*self.0.as_ptr()).immediate_exit) };
+        // SeqCst: ordered against the stop word, which the vCPU's thread reads after it was returned by this flag.
+        flag.store(u8::from(value), Ordering::SeqCst);
+    }
+}
+
 impl Drop for RunPage {
     fn drop(&mut self) {
         // SAFETY: our own mapping, of this size, and nobody can reach it any more.
-        unsafe { libc::munmap(self.0.as_ptr().cast(), size_of::<kvm_run>()) };
+        unsafe { libc::munmap(self.0.as_ptr().cast(), PAGES) };
     }
 }

@@ -11,7 +11,8 @@ pub enum VmRunState {
     Created,
     /// Its vCPUs are running.
     Running,
-    /// The host ended the last run; another goes on from there.
+    /// The host has paused the vCPUs or ended the last run; they go on from there. A guest may turn out to have ended
+    /// while the pause came.
     Paused,
     /// The guest has ended; its memory can still be read.
     Exiting,
@@ -30,7 +31,7 @@ impl VmRunState {
         match self {
             Self::Created => matches!(next, Self::Running | Self::Closed),
             Self::Running => matches!(next, Self::Paused | Self::Exiting),
-            Self::Paused => matches!(next, Self::Running | Self::Closed),
+            Self::Paused => matches!(next, Self::Running | Self::Exiting | Self::Closed),
             Self::Exiting => matches!(next, Self::Closed),
             Self::Closed => false,
         }

@@ -7,26 +7,24 @@ use std::thread::JoinHandle;
 use kvm_ioctls::VcpuFd;
 use parking_lot::Mutex;
 
-use super::kick::{StopWord, block_other_signals};
-use super::run::{Step, step};
+use super::cell::{Cell, Order};
+use super::kick::StopWord;
+use super::registers::Vcpu;
+use super::run::{Step, settle, step};
 use super::run_page::RunPage;
+use super::signal::block_other_signals;
 use super::state::{RunState, VmRunState};
 use crate::devices::Buses;
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::{Exit, ExitHandler, ExitReason};
+use crate::vm::GuestMemory;
 
-/// One virtual processor.
-#[derive(Debug)]
-pub(crate) struct Vcpu {
-    pub(crate) id: u64,
-    pub(crate) fd: VcpuFd,
-    pub(crate) page: Arc<RunPage>,
-}
+/// How many accesses of a repeated instruction a stop completes at most.
+const SETTLE_STEPS: usize = 1024;
 
 /// What the vCPUs of one machine share.
 #[derive(Debug)]
 pub(crate) struct Shared<EH> {
-    pub(crate) buses: Arc<Buses>,
     pub(crate) exit_handler: EH,
     pub(crate) run_state: RunState,
     /// How the guest ended: the first vCPU to say so.
@@ -43,31 +41,29 @@ impl<EH: ExitHandler> Shared<EH> {
     }
 }
 
-/// A vCPU as its machine holds it: at rest, or on its thread.
+/// A vCPU as its machine holds it: the vCPU, and the thread of the run in progress.
 #[derive(Debug)]
 pub(crate) struct Handle {
-    id: u64,
-    page: Arc<RunPage>,
-    stop: Arc<StopWord>,
-    /// Empty while the thread has it; for ever empty after a panic there.
-    vcpu: Arc<Mutex<Option<Vcpu>>>,
+    cell: Arc<Cell>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Handle {
-    pub(crate) fn new(id: u64, fd: VcpuFd) -> Result<Self> {
+    pub(crate) fn new(id: u64, fd: VcpuFd, buses: Arc<Buses>, memory: GuestMemory) -> Result<Self> {
         let page = Arc::new(RunPage::new(&fd)?);
-        let vcpu = Vcpu { id, fd, page: Arc::clone(&page) };
-        Ok(Self {
-            id,
-            page,
-            stop: Arc::default(),
-            vcpu: Arc::new(Mutex::new(Some(vcpu))),
-            thread: None,
-        })
+        let vcpu = Vcpu::new(id, fd, Arc::clone(&page), buses, memory);
+        Ok(Self { cell: Arc::new(Cell::new(id, page, vcpu)), thread: None })
     }
 
-    /// Start the thread, and `prepare` the vCPU while it comes up. When that fails the thread ends at once.
+    pub(crate) fn cell(&self) -> &Arc<Cell> {
+        &self.cell
+    }
+
+    pub(crate) fn has_thread(&self) -> bool {
+        self.thread.is_some()
+    }
+
+    /// Start the thread, and `prepare` the vCPU while it comes up. When that fails the vCPU stays at rest.
     pub(crate) fn start<EH>(
         &mut self,
         shared: &Arc<Shared<EH>>,
@@ -76,26 +72,22 @@ impl Handle {
     where
         EH: ExitHandler + Send + Sync + 'static,
     {
-        self.stop.clear(&self.page);
-        // The thread waits for this lock before it takes the vCPU.
-        let mut slot = self.vcpu.lock();
-        let Some(vcpu) = slot.as_mut() else {
-            let detail = "its thread has panicked";
-            return Err(Error::new(ErrorKind::State, format!("vcpu_{}", self.id), detail));
-        };
+        self.cell.reset();
         self.thread = Some(self.spawn(Arc::clone(shared))?);
-        prepare(vcpu).inspect_err(|_| self.stop.kick(&self.page, || None))
+        self.cell.with_vcpu(prepare)?;
+        self.cell.go();
+        Ok(())
     }
 
     fn spawn<EH>(&self, shared: Arc<Shared<EH>>) -> Result<JoinHandle<()>>
     where
         EH: ExitHandler + Send + Sync + 'static,
     {
-        let (slot, stop) = (Arc::clone(&self.vcpu), Arc::clone(&self.stop));
-        let name = format!("vcpu_{}", self.id);
+        let cell = Arc::clone(&self.cell);
+        let name = format!("vcpu_{}", cell.id());
         let run = move || {
             block_other_signals();
-            run_to_end(&slot, &stop, &shared);
+            serve(&cell, &shared);
         };
         std::thread::Builder::new()
             .name(name.clone())
@@ -103,66 +95,63 @@ impl Handle {
             .map_err(|e| Error::os(ErrorKind::Kvm, name, &e))
     }
 
-    /// Bring the vCPU out of the guest. Returns before it is out.
-    pub(crate) fn kick(&self) {
-        self.stop.kick(&self.page, || self.thread.as_ref().filter(|_| !self.is_at_rest()));
+    /// Bring the vCPU out of the guest and keep it out. Returns before it is out.
+    pub(crate) fn pause(&self) {
+        self.cell.hold(Order::Rest);
     }
 
-    /// Whether the thread has not taken the vCPU yet, or has put it back.
-    fn is_at_rest(&self) -> bool {
-        self.vcpu.try_lock().is_some_and(|slot| slot.is_some())
+    /// Enter the guest again, from rest.
+    pub(crate) fn resume(&self) {
+        self.cell.go();
     }
 
-    /// Wait until the thread is gone.
-    pub(crate) fn join(&mut self) {
-        if let Some(thread) = self.thread.take() {
-            // A panic there has been told by its guard.
-            let _ = thread.join();
+    /// Have the thread end. Returns before it has.
+    pub(crate) fn leave(&self) {
+        self.cell.hold(Order::Leave);
+    }
+
+    /// The thread, to be joined; in a forked child it does not exist and is to be forgotten.
+    pub(crate) fn take_thread(&mut self) -> Option<JoinHandle<()>> {
+        self.thread.take()
+    }
+}
+
+/// The vCPU's thread: enter the guest whenever it is told to, until it is told to end.
+fn serve<EH: ExitHandler>(cell: &Cell, shared: &Shared<EH>) {
+    while let Some(mut vcpu) = cell.next() {
+        let guard = PanicGuard { cell, shared };
+        let exit = turn_until_end(&mut vcpu, &cell.stop);
+        std::mem::forget(guard);
+        cell.put_back(vcpu);
+        if let Some(exit) = exit {
+            shared.vcpu_ended(Exit { vcpu: Some(cell.id()), ..exit });
         }
     }
-
-    /// Forget the thread: in a forked child it does not exist.
-    pub(crate) fn forget_thread(&mut self) {
-        std::mem::forget(self.thread.take());
-    }
 }
 
-/// The vCPU's thread: turn until the guest ends or the host stops it.
-fn run_to_end<EH: ExitHandler>(slot: &Mutex<Option<Vcpu>>, stop: &StopWord, shared: &Shared<EH>) {
-    let Some(mut vcpu) = slot.lock().take() else {
-        return;
-    };
-    let id = vcpu.id;
-    let guard = PanicGuard { id, shared };
-    let exit = turn_until_end(&mut vcpu, stop, &shared.buses);
-    std::mem::forget(guard);
-    *slot.lock() = Some(vcpu);
-    if let Some(exit) = exit {
-        shared.vcpu_ended(Exit { vcpu: Some(id), ..exit });
-    }
-}
-
-fn turn_until_end(vcpu: &mut Vcpu, stop: &StopWord, buses: &Buses) -> Option<Exit> {
+fn turn_until_end(vcpu: &mut Vcpu, stop: &StopWord) -> Option<Exit> {
     while !stop.is_set() {
-        match step(vcpu, buses) {
+        match step(vcpu) {
             Step::Continue | Step::Interrupted => {}
             Step::End(exit) => return Some(exit),
         }
     }
-    None
+    // Looked into, it shall show the registers after the instruction.
+    settle(vcpu, SETTLE_STEPS)
 }
 
 /// A panic on a vCPU's thread is a fault of ours, but the run ends all the same.
 struct PanicGuard<'a, EH: ExitHandler> {
-    id: u64,
+    cell: &'a Cell,
     shared: &'a Shared<EH>,
 }
 
 impl<EH: ExitHandler> Drop for PanicGuard<'_, EH> {
     fn drop(&mut self) {
         let fault = Some("a panic on the vCPU's thread: please report it".to_owned());
+        self.cell.give_up();
         self.shared.vcpu_ended(Exit {
-            vcpu: Some(self.id),
+            vcpu: Some(self.cell.id()),
             fault,
             ..Exit::new(ExitReason::VcpuError)
         });

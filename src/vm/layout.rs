@@ -2,6 +2,9 @@
 
 use std::ops::RangeInclusive;
 
+/// A page of guest memory.
+pub const PAGE: u64 = 4096;
+
 /// Conventional memory ends here; above stand the EBDA and the ROMs of a PC.
 pub const EBDA_START: u64 = 0x9_fc00;
 /// The first MiB ends here.

@@ -1,125 +1,409 @@
-//! Guest memory: anonymous mappings around the MMIO gap, read and written with every bound checked.
-//! A running guest may change the bytes at the same time; vm-memory's volatile accesses allow for that.
+//! Guest memory: host mappings by guest-physical address, read and written with every bound checked.
+//! A running guest may change the bytes at the same time; all accesses here allow for that.
 
-use std::sync::{Arc, OnceLock};
+use std::fmt;
+use std::ptr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use memchr::memmem;
+use parking_lot::RwLock;
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MmapRegion,
+};
 
 use super::layout;
+use super::slots::{Backing, DirtyPages, Slot, Slots, anonymous};
+use super::view::{View, is_writable};
 use crate::error::{Error, ErrorKind, Result};
 
-/// The RAM of one machine, shared by all who hold it; unmapped when the last one lets go.
-#[derive(Clone, Debug)]
-pub struct GuestMemory {
-    mmap: Arc<GuestMemoryMmap>,
-    size: u64,
+/// How much of guest memory a search copies at a time.
+const SEARCH_CHUNK: usize = 1 << 20;
+
+/// The memory of one machine, shared by all who hold it; unmapped when the last one lets go.
+#[derive(Clone)]
+pub struct GuestMemory(Arc<Inner>);
+
+struct Inner {
+    /// First: KVM lets go of the mappings before they go.
+    slots: Slots,
+    mmap: RwLock<Arc<GuestMemoryMmap>>,
+    /// Writes from here are noted as the guest's are.
+    is_logging: AtomicBool,
+}
+
+impl fmt::Debug for GuestMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GuestMemory").field("size", &self.size()).finish_non_exhaustive()
+    }
 }
 
 impl GuestMemory {
-    /// Zeroed memory of this many bytes. Pages cost nothing until they are touched.
+    /// No memory at all; [`Self::add`] adds some.
+    #[must_use]
+    pub fn empty() -> Self {
+        Self(Arc::new(Inner {
+            slots: Slots::default(),
+            mmap: RwLock::default(),
+            is_logging: AtomicBool::new(false),
+        }))
+    }
+
+    /// Zeroed memory of this many bytes around the MMIO gap. Pages cost nothing until they are touched.
     ///
     /// # Errors
     /// When it is more than the host's memory, or the mapping fails.
     pub fn new(size: u64) -> Result<Self> {
-        let host = host_memory();
-        if size > host {
-            let detail = format!("{} MiB is more than the host's {} MiB", size >> 20, host >> 20);
-            return Err(Error::new(ErrorKind::Config, "memory.size_mib", detail));
+        let memory = Self::empty();
+        for (start, length) in layout::ram_ranges(size) {
+            let region =
+                anonymous(length).map_err(|e| Error { at: "memory.size_mib".into(), ..e })?;
+            memory.add(start, region, Backing::default())?;
         }
-        let ranges = layout::ram_ranges(size)
-            .into_iter()
-            .map(|(start, length)| Ok((GuestAddress(start), to_usize(length)?)))
-            .collect::<Result<Vec<_>>>()?;
-        let mmap = GuestMemoryMmap::from_ranges(&ranges)
-            .map_err(|e| Error::new(ErrorKind::Memory, "memory.size_mib", e.to_string()))?;
-        Ok(Self { mmap: Arc::new(mmap), size })
+        Ok(memory)
     }
 
-    /// Bytes of RAM.
+    /// What tells KVM of this memory.
+    pub(super) fn kvm_slots(&self) -> &Slots {
+        &self.0.slots
+    }
+
+    /// Its memory slots, by address.
+    #[must_use]
+    pub fn slots(&self) -> Vec<Slot> {
+        self.0.slots.all()
+    }
+
+    /// Whether this is the same machine's memory.
+    #[must_use]
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// Map memory at a guest-physical address, at once for a machine that has been made.
+    ///
+    /// # Errors
+    /// When it overlaps other memory, is no whole number of pages, or KVM refuses it.
+    pub fn add(&self, address: u64, mapping: MmapRegion, backing: Backing) -> Result<Slot> {
+        let at = || format!("{address:#x}");
+        if !address.is_multiple_of(layout::PAGE) || mapping.size() % 4096 != 0 {
+            let detail = "memory starts and ends at whole pages of 4 KiB";
+            return Err(Error::new(ErrorKind::Memory, at(), detail));
+        }
+        let size = mapping.size();
+        let Some(region) = GuestRegionMmap::new(mapping, GuestAddress(address)) else {
+            let detail = format!("{size:#x} bytes there reach beyond the last address");
+            return Err(Error::new(ErrorKind::Memory, at(), detail));
+        };
+        let mut mmap = self.0.mmap.write();
+        let region = Arc::new(region);
+        let more = mmap.insert_region(Arc::clone(&region)).map_err(|_| {
+            let detail = format!("{size:#x} bytes there overlap other memory ({})", shown(&mmap));
+            Error::new(ErrorKind::Memory, at(), detail)
+        })?;
+        let slot = self.0.slots.add(&region, backing)?;
+        *mmap = Arc::new(more);
+        Ok(slot)
+    }
+
+    /// Take memory away. Views of it keep their mapping.
+    ///
+    /// # Errors
+    /// When there is no such slot, or KVM refuses.
+    pub fn remove(&self, slot: &Slot) -> Result<()> {
+        let mut mmap = self.0.mmap.write();
+        self.0.slots.remove(slot)?;
+        if let Ok((less, _)) = mmap.remove_region(GuestAddress(slot.start), slot.size) {
+            *mmap = Arc::new(less);
+        }
+        Ok(())
+    }
+
+    /// Have KVM note the pages that the guest writes, and note those written from here; or stop that.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn log_dirty(&self, is_on: bool) -> Result<()> {
+        self.0.slots.log_dirty(is_on)?;
+        self.0.is_logging.store(is_on, Ordering::Release);
+        Ok(())
+    }
+
+    /// Whether dirty pages are noted.
+    #[must_use]
+    pub fn is_logging_dirty(&self) -> bool {
+        self.0.is_logging.load(Ordering::Acquire)
+    }
+
+    /// The pages written since the last look, slot by slot, and forget them.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] when they are not noted; when KVM refuses.
+    pub fn take_dirty(&self) -> Result<Vec<DirtyPages>> {
+        self.0.slots.take_dirty()
+    }
+
+    /// Bytes of memory.
     #[must_use]
     pub fn size(&self) -> u64 {
-        self.size
+        self.mmap().iter().map(GuestMemoryRegion::len).sum()
     }
 
     /// The mapping itself, for loaders.
     #[must_use]
-    pub fn mmap(&self) -> &GuestMemoryMmap {
-        &self.mmap
+    pub fn mmap(&self) -> Arc<GuestMemoryMmap> {
+        Arc::clone(&self.0.mmap.read())
     }
 
-    /// Guest-physical start, bytes and host address of each range of RAM.
+    /// Guest-physical start and bytes of each range of memory.
     #[must_use]
-    pub fn ranges(&self) -> Vec<(u64, u64, u64)> {
-        let host = |region: &vm_memory::GuestRegionMmap| region.as_ptr() as u64;
-        self.mmap.iter().map(|r| (r.start_addr().0, r.len(), host(r))).collect()
+    pub fn ranges(&self) -> Vec<(u64, u64)> {
+        self.mmap().iter().map(|region| (region.start_addr().0, region.len())).collect()
     }
 
-    /// Check that a whole range is RAM.
+    /// Check that a whole range is memory.
     ///
     /// # Errors
-    /// [`ErrorKind::Memory`], with what RAM there is.
+    /// [`ErrorKind::Memory`], with what memory there is.
     pub fn check(&self, address: u64, length: u64) -> Result<()> {
-        let mut at = address;
-        let mut left = length;
-        for (start, size, _) in self.ranges() {
-            if at >= start && at - start < size {
-                let here = left.min(size - (at - start));
-                left -= here;
-                at = at.saturating_add(here);
+        self.pieces(address, length, |_, _, _| Ok(()))
+    }
+
+    /// Call `piece` with each mapping under a range: the region, where the piece starts in it, and its bytes. All of the
+    /// range is checked before the first call.
+    fn pieces(
+        &self,
+        address: u64,
+        length: u64,
+        mut piece: impl FnMut(&GuestRegionMmap, usize, usize) -> Result<()>,
+    ) -> Result<()> {
+        let mmap = self.mmap();
+        // The usual access lies in one piece: found once.
+        if let Some(region) = mmap.find_region(GuestAddress(address)) {
+            let offset = address - region.start_addr().0;
+            if length <= region.len() - offset {
+                return piece(region, to_usize(offset)?, to_usize(length)?);
             }
         }
-        if left == 0 && (length > 0 || layout::in_memory(self.size, address)) {
-            return Ok(());
-        }
-        Err(self.outside(address, length))
+        let each = |found: &mut dyn FnMut(&GuestRegionMmap, u64, u64) -> Result<()>| {
+            let (mut at, mut left) = (address, length);
+            loop {
+                let Some(region) = mmap.find_region(GuestAddress(at)) else {
+                    return Err(outside(&mmap, address, length));
+                };
+                let offset = at - region.start_addr().0;
+                let here = left.min(region.len() - offset);
+                found(region, offset, here)?;
+                left -= here;
+                if left == 0 {
+                    return Ok(());
+                }
+                at = at.checked_add(here).ok_or_else(|| outside(&mmap, address, length))?;
+            }
+        };
+        each(&mut |_, _, _| Ok(()))?;
+        each(&mut |region, offset, here| piece(region, to_usize(offset)?, to_usize(here)?))
     }
 
     /// Fill `data` from guest memory at `address`.
     ///
     /// # Errors
-    /// When any byte of the range is outside RAM; `data` may then be partly filled.
+    /// When any byte of the range is outside memory; `data` is as before then.
     pub fn read(&self, address: u64, data: &mut [u8]) -> Result<()> {
-        self.check(address, data.len() as u64)?;
-        self.mmap
-            .read_slice(data, GuestAddress(address))
-            .map_err(|_| self.outside(address, data.len() as u64))
+        // SAFETY: the slice is valid for writes of its length.
+        unsafe { self.read_raw(address, data.as_mut_ptr(), data.len()) }
+    }
+
+    /// Copy `length` bytes at `address` to `data`, which need not be initialised.
+    ///
+    /// # Errors
+    /// As for `read`.
+    ///
+    /// # Safety
+    /// `data` must be valid for writes of `length` bytes.
+    pub unsafe fn read_raw(&self, address: u64, data: *mut u8, length: usize) -> Result<()> {
+        let mut done = 0;
+        self.pieces(address, length as u64, |region, offset, here| {
+            // SAFETY: `pieces` hands out a piece inside the mapping, which the Arc keeps; the caller vouches for `data`,
+            // of which the pieces fill one part after the other. A guest may write the source meanwhile: its bytes are
+            // of no Rust object, and any of them is a valid u8.
+            unsafe { ptr::copy_nonoverlapping(region.as_ptr().add(offset), data.add(done), here) };
+            done += here;
+            Ok(())
+        })
     }
 
     /// Write `data` to guest memory at `address`.
     ///
     /// # Errors
-    /// When any byte of the range is outside RAM; nothing is written then.
+    /// When any byte of the range is outside memory or cannot be written; nothing is written then.
     pub fn write(&self, address: u64, data: &[u8]) -> Result<()> {
-        self.check(address, data.len() as u64)?;
-        self.mmap
-            .write_slice(data, GuestAddress(address))
-            .map_err(|_| self.outside(address, data.len() as u64))
+        // SAFETY: the slice is valid for reads of its length.
+        unsafe { self.write_raw(address, data.as_ptr(), data.len()) }
     }
 
-    fn outside(&self, address: u64, length: u64) -> Error {
-        let ranges: Vec<String> = layout::ram_ranges(self.size)
-            .iter()
-            .map(|(start, size)| format!("{start:#x} to {:#x}", start + size - 1))
-            .collect();
-        let detail =
-            format!("{length} bytes there are not all in guest memory ({})", ranges.join(", "));
-        Error::new(ErrorKind::Memory, format!("{address:#x}"), detail)
+    /// Copy `length` bytes at `data` to `address`.
+    ///
+    /// # Errors
+    /// As for `write`.
+    ///
+    /// # Safety
+    /// `data` must be valid for reads of `length` bytes.
+    pub unsafe fn write_raw(&self, address: u64, data: *const u8, length: usize) -> Result<()> {
+        let mut done = 0;
+        self.change(address, length as u64, |place, here| {
+            // SAFETY: as in `read_raw`, with source and destination exchanged.
+            unsafe { ptr::copy_nonoverlapping(data.add(done), place, here) };
+            done += here;
+        })
+    }
+
+    /// Set every byte of a range.
+    ///
+    /// # Errors
+    /// As for `write`.
+    pub fn fill(&self, address: u64, length: u64, value: u8) -> Result<()> {
+        self.change(address, length, |place, here| {
+            // SAFETY: `change` hands out a piece inside a mapping.
+            unsafe { ptr::write_bytes(place, value, here) };
+        })
+    }
+
+    fn change(
+        &self,
+        address: u64,
+        length: u64,
+        mut piece: impl FnMut(*mut u8, usize),
+    ) -> Result<()> {
+        self.pieces(address, length, |region, _, _| match is_writable(region) {
+            true => Ok(()),
+            false => Err(read_only(address)),
+        })?;
+        self.pieces(address, length, |region, offset, here| {
+            piece(region.as_ptr().wrapping_add(offset), here);
+            Ok(())
+        })?;
+        if self.is_logging_dirty() {
+            self.0.slots.note_write(address, length);
+        }
+        Ok(())
+    }
+
+    /// The little-endian number at an address; in one access where it is aligned.
+    ///
+    /// # Errors
+    /// As for `read`.
+    pub fn load<T: vm_memory::AtomicAccess>(&self, address: u64) -> Result<T> {
+        let (mmap, at) = (self.mmap(), GuestAddress(address));
+        let length = size_of::<T>() as u64;
+        let found = if address.is_multiple_of(length) {
+            mmap.load(at, Ordering::SeqCst)
+        } else {
+            mmap.read_obj(at)
+        };
+        found.map_err(|_| outside(&mmap, address, length))
+    }
+
+    /// Put a number at an address; in one access where it is aligned.
+    ///
+    /// # Errors
+    /// As for `write`.
+    pub fn store<T: vm_memory::AtomicAccess>(&self, address: u64, value: T) -> Result<()> {
+        let length = size_of::<T>() as u64;
+        if !address.is_multiple_of(length) || self.is_logging_dirty() {
+            return self.write(address, value.as_slice());
+        }
+        let mmap = self.mmap();
+        match mmap.find_region(GuestAddress(address)) {
+            Some(region) if !is_writable(region) => Err(read_only(address)),
+            _ => mmap
+                .store(value, GuestAddress(address), Ordering::SeqCst)
+                .map_err(|_| outside(&mmap, address, length)),
+        }
+    }
+
+    /// A piece of memory without a copy. It has to lie in one slot.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn view(&self, address: u64, length: u64) -> Result<View> {
+        let mmap = self.mmap();
+        let Some(region) = mmap.find_region(GuestAddress(address)) else {
+            return Err(outside(&mmap, address, length));
+        };
+        let offset = address - region.start_addr().0;
+        if length > region.len() - offset {
+            self.check(address, length)?;
+            let detail = format!("{length} bytes there lie in more than one memory slot");
+            return Err(Error::new(ErrorKind::Memory, format!("{address:#x}"), detail));
+        }
+        Ok(View::of(region.get_mmap(), to_usize(offset)?, to_usize(length)?))
+    }
+
+    /// Where some bytes first stand at or after `start` and wholly before `end`.
+    ///
+    /// # Errors
+    /// When nothing is looked for.
+    pub fn find(&self, wanted: &[u8], start: u64, end: u64) -> Result<Option<u64>> {
+        if wanted.is_empty() {
+            let detail = "there is nothing to look for: no bytes";
+            return Err(Error::new(ErrorKind::Memory, "find", detail));
+        }
+        let finder = memmem::Finder::new(wanted);
+        let overlap = wanted.len() - 1;
+        let mut chunk = Vec::new();
+        for (first, last) in connected(&self.ranges()) {
+            let (mut at, last) = (first.max(start), last.min(end));
+            while at < last && last - at > overlap as u64 {
+                let most = SEARCH_CHUNK.saturating_add(overlap) as u64;
+                let length = to_usize((last - at).min(most))?;
+                chunk.resize(length, 0);
+                self.read(at, &mut chunk)?;
+                if let Some(found) = finder.find(&chunk) {
+                    return Ok(Some(at + found as u64));
+                }
+                at += (length - overlap) as u64;
+            }
+        }
+        Ok(None)
     }
 }
 
-fn host_memory() -> u64 {
-    static SIZE: OnceLock<u64> = OnceLock::new();
-    *SIZE.get_or_init(|| {
-        // SAFETY: sysconf takes no pointers.
-        let (pages, size) =
-            unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
-        u64::try_from(pages).unwrap_or(0).saturating_mul(u64::try_from(size).unwrap_or(0))
-    })
+/// Ranges that touch, as one: first address and the one behind the last.
+fn connected(ranges: &[(u64, u64)]) -> Vec<(u64, u64)> {
+    let mut all: Vec<(u64, u64)> = Vec::new();
+    for (start, length) in ranges {
+        let end = start.saturating_add(*length);
+        match all.last_mut() {
+            Some(last) if last.1 == *start => last.1 = end,
+            _ => all.push((*start, end)),
+        }
+    }
+    all
+}
+
+fn shown(mmap: &GuestMemoryMmap) -> String {
+    let ranges: Vec<String> = mmap
+        .iter()
+        .map(|region| format!("{:#x} to {:#x}", region.start_addr().0, region.last_addr().0))
+        .collect();
+    if ranges.is_empty() { "there is none".into() } else { ranges.join(", ") }
+}
+
+fn outside(mmap: &GuestMemoryMmap, address: u64, length: u64) -> Error {
+    let detail = format!("{length} bytes there are not all in guest memory ({})", shown(mmap));
+    Error::new(ErrorKind::Memory, format!("{address:#x}"), detail)
+}
+
+fn read_only(address: u64) -> Error {
+    let detail = "the file of this memory is open for reading only";
+    Error::new(ErrorKind::Memory, format!("{address:#x}"), detail)
 }
 
 fn to_usize(value: u64) -> Result<usize> {
     usize::try_from(value)
-        .map_err(|_| Error::new(ErrorKind::Memory, "memory.size_mib", "too large for this host"))
+        .map_err(|_| Error::new(ErrorKind::Memory, "memory", "too large for this host"))
 }
 
 #[cfg(test)]
@@ -158,6 +442,16 @@ mod tests {
         assert!(memory.write(0xbfff_fffe, b"over").is_err());
     }
 
+    #[test]
+    fn ranges_that_touch_are_searched_as_one() {
+        assert_eq!(connected(&[(0, 2), (2, 3), (8, 1)]), [(0, 5), (8, 9)]);
+        let memory = GuestMemory::new(1 << 20).unwrap();
+        memory.add(1 << 20, anonymous(4096).unwrap(), Backing::default()).unwrap();
+        memory.write((1 << 20) - 2, b"over").unwrap();
+        assert_eq!(memory.find(b"over", 0, u64::MAX).unwrap(), Some((1 << 20) - 2));
+        assert_eq!(memory.find(b"over", 0, (1 << 20) + 1).unwrap(), None);
+    }
+
     proptest! {
         #[test]
         fn check_agrees_with_a_byte_by_byte_look(address in 0u64..(1 << 20) + 64, length in 0u64..64) {
@@ -169,6 +463,24 @@ mod tests {
         #[test]
         fn check_never_panics(address in any::<u64>(), length in any::<u64>()) {
             let _ = GuestMemory::new(1 << 20).unwrap().check(address, length);
+        }
+
+        #[test]
+        fn find_agrees_with_a_look_at_a_copy(
+            spots in prop::collection::vec((0u64..3 * 4096 - 4, any::<[u8; 2]>()), 0..8),
+            wanted in prop::collection::vec(0u8..2, 1..4), start in 0u64..4 * 4096, end in 0u64..4 * 4096,
+        ) {
+            let memory = GuestMemory::empty();
+            memory.add(0, anonymous(3 * 4096).unwrap(), Backing::default()).unwrap();
+            spots.iter().for_each(|(at, bytes)| memory.write(*at, bytes).unwrap());
+            let mut all = vec![0; 3 * 4096];
+            memory.read(0, &mut all).unwrap();
+            let from = usize::try_from(start).unwrap();
+            let to = usize::try_from(end).unwrap().min(all.len());
+            let expected = all.get(from..to).and_then(|part| {
+                part.windows(wanted.len()).position(|window| window == wanted)
+            });
+            prop_assert_eq!(memory.find(&wanted, start, end).unwrap(), expected.map(|at| start + at as u64));
         }
     }
 }

@@ -4,41 +4,48 @@
 mod kvm;
 pub mod layout;
 mod memory;
+mod slots;
+mod vcpus;
+mod view;
 
+use std::cell::Cell;
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use kvm_bindings::{
-    KVM_MP_STATE_RUNNABLE, KVM_PIT_SPEAKER_DUMMY, kvm_mp_state, kvm_pit_config,
-    kvm_userspace_memory_region,
-};
-use kvm_ioctls::{Kvm, VmFd};
+use kvm_bindings::{KVM_MP_STATE_RUNNABLE, KVM_PIT_SPEAKER_DUMMY, kvm_mp_state, kvm_pit_config};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use parking_lot::Mutex;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 pub use kvm::open_kvm;
 pub use memory::GuestMemory;
+pub use slots::{Backing, DirtyPages, Slot, anonymous, shared};
+pub use view::View;
 
+use self::vcpus::Vcpus;
 use crate::config::{CpuMode, FlatBoot, VmmConfig};
 use crate::cpu::{cpuid, msrs, regs, tables};
 use crate::devices::Buses;
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::{Exit, ExitHandler};
 use crate::process::Birthplace;
-use crate::vcpu::{Handle, RunState, Vcpu, VmRunState};
+use crate::vcpu::{self, Handle, RunState, Vcpu, VmRunState};
 
 /// A KVM virtual machine whose vCPUs tell `EH` when their guest ends.
 pub struct KvmVm<EH: ExitHandler> {
     /// Before `fd` and `memory`: fields drop in this order, and the vCPUs must go first.
-    vcpus: Mutex<Vec<Handle>>,
-    fd: VmFd,
+    vcpus: Vcpus,
+    fd: Arc<VmFd>,
     memory: GuestMemory,
-    shared: Arc<crate::vcpu::Shared<EH>>,
+    shared: Arc<vcpu::Shared<EH>>,
     mode: CpuMode,
     /// Where a flat guest's stacks end.
     code: Option<u64>,
     irqchip: bool,
+    /// The vCPUs have the registers of a first start.
+    is_prepared: AtomicBool,
     birthplace: Birthplace,
 }
 
@@ -60,31 +67,68 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         exit_handler: EH,
     ) -> Result<Self> {
         let kvm = open_kvm()?;
-        let fd = kvm.create_vm().map_err(|e| Error::kvm("KVM_CREATE_VM", e))?;
+        let fd = create_vm(&kvm)?;
         create_irqchip(&fd, config)?;
-        set_memory(&fd, &memory)?;
+        memory.kvm_slots().attach(&fd)?;
         let table = cpuid::guest_cpuid(&kvm, &config.cpu)?;
-        let vcpus = create_vcpus(&kvm, &fd, config, &table)?;
+        let vcpus = create_vcpus(&kvm, &fd, config, &table, &buses, &memory)?;
         tables::write(&memory, config.mode(), || cpuid::has(&table, "pdpe1gb"))?;
-        let shared = crate::vcpu::Shared {
-            buses,
-            exit_handler,
-            run_state: RunState::default(),
-            exit: Mutex::new(None),
-        };
+        let shared =
+            vcpu::Shared { exit_handler, run_state: RunState::default(), exit: Mutex::new(None) };
         let code = match &config.boot {
             crate::config::Boot::Flat(FlatBoot { address, .. }) => Some(*address),
             _ => None,
         };
         Ok(Self {
-            vcpus: Mutex::new(vcpus),
+            vcpus: Vcpus::new(vcpus),
             fd,
             memory,
             shared: Arc::new(shared),
             mode: config.mode(),
             code,
             irqchip: config.has_irqchip(),
+            is_prepared: AtomicBool::new(false),
             birthplace: Birthplace::here(),
+        })
+    }
+
+    /// A machine of nothing: no memory, no devices, no vCPUs.
+    ///
+    /// # Errors
+    /// When KVM refuses it.
+    pub fn bare(exit_handler: EH) -> Result<Self> {
+        let fd = create_vm(&open_kvm()?)?;
+        let memory = GuestMemory::empty();
+        memory.kvm_slots().attach(&fd)?;
+        let shared =
+            vcpu::Shared { exit_handler, run_state: RunState::default(), exit: Mutex::new(None) };
+        Ok(Self {
+            vcpus: Vcpus::default(),
+            fd,
+            memory,
+            shared: Arc::new(shared),
+            mode: CpuMode::Real16,
+            code: None,
+            irqchip: false,
+            // Whoever makes it sets its registers.
+            is_prepared: AtomicBool::new(true),
+            birthplace: Birthplace::here(),
+        })
+    }
+
+    /// Add a vCPU as KVM makes it: at the reset vector, with a CPUID that says nothing.
+    ///
+    /// # Errors
+    /// When the machine has run, there is one of this number, or KVM refuses it.
+    pub fn create_vcpu(&self, id: u64) -> Result<Arc<vcpu::Cell>> {
+        self.check_process()?;
+        self.vcpus.add(|| {
+            if self.state() != VmRunState::Created {
+                let detail = "the machine has run: it keeps its vCPUs";
+                return Err(Error::new(ErrorKind::State, "create_vcpu", detail));
+            }
+            let fd = self.fd.create_vcpu(id).map_err(|e| Error::kvm("KVM_CREATE_VCPU", e))?;
+            Handle::new(id, fd, Arc::default(), self.memory.clone())
         })
     }
 
@@ -97,27 +141,84 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     /// When the machine is running, has ended or is closed, or a thread cannot be started: then none runs.
     pub fn run(&self, vcpu_run_addr: Option<u64>) -> Result<()> {
         self.check_process()?;
-        let mut vcpus = self.vcpus.lock();
-        let before = self.enter(VmRunState::Running)?;
-        let started = vcpus.iter_mut().try_for_each(|handle| {
+        let is_started = Cell::new(false);
+        let enter = |has_threads| {
+            if has_threads && self.state() == VmRunState::Paused {
+                let error = Error::new(ErrorKind::State, "run", "the machine is paused");
+                return Err(error.hint("resume it"));
+            }
+            self.enter(VmRunState::Running)?;
+            is_started.set(true);
+            Ok(())
+        };
+        let start = |handle: &mut Handle| {
             handle.start(&self.shared, |vcpu| match vcpu_run_addr {
                 Some(address) => self.set_start_state(vcpu, address),
                 None => Ok(()),
             })
-        });
-        started.map_err(|error| {
-            stop_all(&mut vcpus);
-            // From Running a machine leaves to Paused; a first run that failed may be tried again.
-            let _ = self.shared.run_state.set_and_notify(VmRunState::Paused);
-            Error {
-                detail: format!("{} (the machine was {})", error.detail, before.name()),
-                ..error
+        };
+        self.vcpus.start(enter, start).inspect_err(|_| {
+            if is_started.get() {
+                self.vcpus.stop();
+                // From Running a machine leaves to Paused; a first run that failed may be tried again.
+                let _ = self.shared.run_state.set_and_notify(VmRunState::Paused);
             }
         })
     }
 
-    fn enter(&self, next: VmRunState) -> Result<VmRunState> {
-        self.shared.run_state.set_and_notify(next).map_err(refused)
+    /// Bring the vCPUs of the run in progress out of the guest and wait until they are at rest. Does nothing when they
+    /// are paused already.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] when the machine is not running.
+    pub fn pause(&self) -> Result<()> {
+        self.check_process()?;
+        self.vcpus.pause(|| match self.shared.run_state.set_and_notify(VmRunState::Paused) {
+            Ok(_) | Err(VmRunState::Paused) => Ok(()),
+            Err(state) => Err(not_running("pause", state)),
+        })
+    }
+
+    /// Let the vCPUs that `pause` stopped go on. Does nothing when they are running.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] when no run is in progress, or the guest has ended.
+    pub fn resume(&self) -> Result<()> {
+        self.check_process()?;
+        let is_running = || self.state() == VmRunState::Running;
+        self.vcpus.resume(is_running, |has_threads| {
+            let state = if self.exit().is_some() { VmRunState::Exiting } else { self.state() };
+            if !has_threads || state == VmRunState::Exiting {
+                return Err(not_running("resume", state));
+            }
+            let entered = self.shared.run_state.set_and_notify(VmRunState::Running);
+            entered.map(|_| ()).map_err(|state| not_running("resume", state))
+        })
+    }
+
+    /// Put the vCPUs where a first run would start them, so that they can be looked into and changed before.
+    ///
+    /// # Errors
+    /// When KVM refuses the registers.
+    pub fn prepare(&self, address: u64) -> Result<()> {
+        self.check_process()?;
+        if self.state() != VmRunState::Created || self.is_prepared.swap(true, Ordering::AcqRel) {
+            return Ok(());
+        }
+        self.vcpus
+            .each(|handle| handle.cell().with_vcpu(|vcpu| self.set_start_state(vcpu, address)))
+    }
+
+    /// Where a run that is to start at `address` has to put the vCPUs; none when they stand there, or further on.
+    #[must_use]
+    pub fn first_address(&self, address: u64) -> Option<u64> {
+        let is_first =
+            self.state() == VmRunState::Created && !self.is_prepared.load(Ordering::Acquire);
+        is_first.then_some(address)
+    }
+
+    fn enter(&self, next: VmRunState) -> Result<()> {
+        self.shared.run_state.set_and_notify(next).map(|_| ()).map_err(refused)
     }
 
     /// Whether a `run` would start now.
@@ -131,7 +232,8 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     }
 
     /// Registers of a first start.
-    fn set_start_state(&self, vcpu: &Vcpu, address: u64) -> Result<()> {
+    fn set_start_state(&self, vcpu: &mut Vcpu, address: u64) -> Result<()> {
+        vcpu.has_page_registers = false;
         if self.mode == CpuMode::Linux64 && vcpu.id != 0 {
             return Ok(()); // waits for INIT and SIPI
         }
@@ -169,7 +271,7 @@ impl<EH: ExitHandler> KvmVm<EH> {
         if self.is_foreign() {
             return;
         }
-        stop_all(&mut self.vcpus.lock());
+        self.vcpus.stop();
         let _ = self.shared.run_state.set_and_notify(VmRunState::Paused);
     }
 
@@ -183,6 +285,12 @@ impl<EH: ExitHandler> KvmVm<EH> {
     #[must_use]
     pub fn wait_for(&self, wanted: &[VmRunState], timeout: Option<Duration>) -> Option<VmRunState> {
         self.shared.run_state.wait_for(wanted, timeout)
+    }
+
+    /// The vCPUs, to be looked into while they are at rest.
+    #[must_use]
+    pub fn cells(&self) -> Vec<Arc<vcpu::Cell>> {
+        self.vcpus.cells()
     }
 
     /// How the guest ended, once it has.
@@ -212,16 +320,24 @@ impl<EH: ExitHandler> KvmVm<EH> {
 
 impl<EH: ExitHandler> Drop for KvmVm<EH> {
     fn drop(&mut self) {
-        let foreign = self.is_foreign();
-        let vcpus = self.vcpus.get_mut();
-        if foreign {
-            vcpus.iter_mut().for_each(Handle::forget_thread);
+        if self.is_foreign() {
+            self.vcpus.forget();
             return;
         }
-        stop_all(vcpus);
+        self.vcpus.stop();
         let _ = self.shared.run_state.set_and_notify(VmRunState::Paused);
         let _ = self.shared.run_state.set_and_notify(VmRunState::Closed);
     }
+}
+
+fn not_running(what: &str, state: VmRunState) -> Error {
+    let detail = match state {
+        VmRunState::Created => "the machine has not been started",
+        VmRunState::Exiting => "the guest has ended",
+        VmRunState::Closed => "the machine is closed",
+        VmRunState::Running | VmRunState::Paused => "no run is in progress",
+    };
+    Error::new(ErrorKind::State, what, detail)
 }
 
 fn refused(state: VmRunState) -> Error {
@@ -233,16 +349,16 @@ fn refused(state: VmRunState) -> Error {
     Error::new(ErrorKind::State, "run", detail)
 }
 
-/// Kick them all before waiting for any: their ways out overlap.
-fn stop_all(vcpus: &mut [Handle]) {
-    vcpus.iter().for_each(Handle::kick);
-    vcpus.iter_mut().for_each(Handle::join);
-}
-
-fn create_irqchip(fd: &VmFd, config: &VmmConfig) -> Result<()> {
+/// A VM with the pages that KVM itself needs on some processors.
+fn create_vm(kvm: &Kvm) -> Result<Arc<VmFd>> {
+    let fd = kvm.create_vm().map_err(|e| Error::kvm("KVM_CREATE_VM", e))?;
     fd.set_identity_map_address(layout::KVM_IDENTITY_MAP)
         .map_err(|e| Error::kvm("KVM_SET_IDENTITY_MAP_ADDR", e))?;
     fd.set_tss_address(layout::KVM_TSS).map_err(|e| Error::kvm("KVM_SET_TSS_ADDR", e))?;
+    Ok(Arc::new(fd))
+}
+
+fn create_irqchip(fd: &VmFd, config: &VmmConfig) -> Result<()> {
     // Before the memory slots: KVM waits for its readers at each slot that comes before a controller.
     if config.has_irqchip() {
         fd.create_irq_chip().map_err(|e| Error::kvm("KVM_CREATE_IRQCHIP", e))?;
@@ -254,28 +370,13 @@ fn create_irqchip(fd: &VmFd, config: &VmmConfig) -> Result<()> {
     Ok(())
 }
 
-fn set_memory(fd: &VmFd, memory: &GuestMemory) -> Result<()> {
-    for (slot, (start, size, host)) in (0..).zip(memory.ranges()) {
-        let region = kvm_userspace_memory_region {
-            slot,
-            flags: 0,
-            guest_phys_addr: start,
-            memory_size: size,
-            userspace_addr: host,
-        };
-        // SAFETY: the range is a mapping that `memory` owns; this machine holds `memory` and drops it after its
-        // VM and vCPU descriptors. Ranges do not overlap.
-        unsafe { fd.set_user_memory_region(region) }
-            .map_err(|e| Error::kvm("KVM_SET_USER_MEMORY_REGION", e))?;
-    }
-    Ok(())
-}
-
 fn create_vcpus(
     kvm: &Kvm,
     fd: &VmFd,
     config: &VmmConfig,
     table: &[kvm_bindings::kvm_cpuid_entry2],
+    buses: &Arc<Buses>,
+    memory: &GuestMemory,
 ) -> Result<Vec<Handle>> {
     let most = u64::try_from(kvm.get_max_vcpus()).unwrap_or(1);
     if config.cpu.vcpus > most {
@@ -283,7 +384,12 @@ fn create_vcpus(
         return Err(Error::new(ErrorKind::Config, "cpu.vcpus", detail));
     }
     let count = u8::try_from(config.cpu.vcpus).unwrap_or(u8::MAX);
-    (0..count).map(|id| create_vcpu(fd, config, table, id, count)).collect()
+    (0..count)
+        .map(|id| {
+            let vcpu = create_vcpu(fd, config, table, id, count)?;
+            Handle::new(u64::from(id), vcpu, Arc::clone(buses), memory.clone())
+        })
+        .collect()
 }
 
 fn create_vcpu(
@@ -292,7 +398,7 @@ fn create_vcpu(
     table: &[kvm_bindings::kvm_cpuid_entry2],
     id: u8,
     count: u8,
-) -> Result<Handle> {
+) -> Result<VcpuFd> {
     let vcpu = fd.create_vcpu(u64::from(id)).map_err(|e| Error::kvm("KVM_CREATE_VCPU", e))?;
     let cpuid = cpuid::for_vcpu(table, id, count)?;
     vcpu.set_cpuid2(&cpuid).map_err(|e| Error::kvm("KVM_SET_CPUID2", e))?;
@@ -302,5 +408,5 @@ fn create_vcpu(
     if config.has_irqchip() {
         msrs::set_lapic_lines(&vcpu)?;
     }
-    Handle::new(u64::from(id), vcpu)
+    Ok(vcpu)
 }

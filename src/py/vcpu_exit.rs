@@ -1,0 +1,156 @@
+//! `VcpuExit` for Python: what `Vcpu.run_once` returns, one class a kind.
+
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyTuple};
+
+use crate::vcpu::VcpuExit;
+
+/// Why a vCPU came out of its guest: the exits of the kernel's KVM documentation, chapter 5, for `match`.
+#[pyclass(frozen, name = "VcpuExit", module = "pyvmm")]
+#[derive(Debug)]
+pub enum PyVcpuExit {
+    /// `IN` or `INS`: `count` reads of `size` bytes from a port. `Vcpu.answer` says what they read; ones else.
+    IoIn {
+        /// The port.
+        port: u16,
+        /// Bytes of one read: 1, 2 or 4.
+        size: usize,
+        /// Reads; more than one for `REP INS`.
+        count: usize,
+    },
+    /// `OUT` or `OUTS`: writes of `size` bytes each to a port.
+    IoOut {
+        /// The port.
+        port: u16,
+        /// Bytes of one write: 1, 2 or 4.
+        size: usize,
+        /// What was written, all of it.
+        data: Py<PyBytes>,
+    },
+    /// A read where there is no memory. `Vcpu.answer` says what it reads; ones else.
+    MmioRead {
+        /// The guest-physical address.
+        address: u64,
+        /// Bytes: 1 to 8.
+        length: usize,
+    },
+    /// A write where there is no memory, or only for reading.
+    MmioWrite {
+        /// The guest-physical address.
+        address: u64,
+        /// What was written.
+        data: Py<PyBytes>,
+    },
+    /// `HLT`.
+    Hlt(),
+    /// A triple fault.
+    Shutdown(),
+    /// `Vcpu.kick`: nothing of the guest's.
+    Interrupted(),
+    /// The guest can take an interrupt now.
+    IrqWindowOpen(),
+    /// The processor refused to enter the guest.
+    FailEntry {
+        /// The processor's reason.
+        reason: u64,
+        /// The host's processor.
+        cpu: u32,
+    },
+    /// KVM could not go on.
+    InternalError {
+        /// KVM_INTERNAL_ERROR_*; 1 for an instruction that KVM could not emulate.
+        suberror: u32,
+        /// Bytes of that instruction, where KVM says them.
+        instruction: Py<PyBytes>,
+        /// What else it says.
+        data: Py<PyTuple>,
+    },
+    /// A breakpoint or a single step.
+    Debug {
+        /// The exception: 1 or 3.
+        exception: u32,
+        /// The linear address of the instruction.
+        pc: u64,
+        /// DR6.
+        dr6: u64,
+        /// DR7.
+        dr7: u64,
+    },
+    /// The guest's platform code asks for a reset or to be turned off.
+    SystemEvent {
+        /// KVM_SYSTEM_EVENT_*.
+        kind: u32,
+        /// What else KVM says.
+        data: Py<PyTuple>,
+    },
+    /// An access that the memory's attributes forbid.
+    MemoryFault {
+        /// KVM_MEMORY_EXIT_FLAG_*.
+        flags: u64,
+        /// The guest-physical address.
+        address: u64,
+        /// Bytes.
+        size: u64,
+    },
+    /// Another exit.
+    Unknown {
+        /// KVM_EXIT_*.
+        number: u32,
+    },
+}
+
+impl PyVcpuExit {
+    pub(super) fn of(py: Python<'_>, exit: VcpuExit) -> PyResult<Self> {
+        let bytes = |data: &[u8]| PyBytes::new(py, data).unbind();
+        let numbers = |data: Vec<u64>| PyTuple::new(py, data).map(Bound::unbind);
+        Ok(match exit {
+            VcpuExit::IoIn { port, size, count } => Self::IoIn { port, size, count },
+            VcpuExit::IoOut { port, size, data } => Self::IoOut { port, size, data: bytes(&data) },
+            VcpuExit::MmioRead { address, length } => Self::MmioRead { address, length },
+            VcpuExit::MmioWrite { address, data } => {
+                Self::MmioWrite { address, data: bytes(&data) }
+            }
+            VcpuExit::Hlt => Self::Hlt(),
+            VcpuExit::Shutdown => Self::Shutdown(),
+            VcpuExit::Interrupted => Self::Interrupted(),
+            VcpuExit::IrqWindowOpen => Self::IrqWindowOpen(),
+            VcpuExit::FailEntry { reason, cpu } => Self::FailEntry { reason, cpu },
+            VcpuExit::InternalError { suberror, instruction, data } => Self::InternalError {
+                suberror,
+                instruction: bytes(&instruction),
+                data: numbers(data)?,
+            },
+            VcpuExit::Debug { exception, pc, dr6, dr7 } => Self::Debug { exception, pc, dr6, dr7 },
+            VcpuExit::SystemEvent { kind, data } => {
+                Self::SystemEvent { kind, data: numbers(data)? }
+            }
+            VcpuExit::MemoryFault { flags, address, size } => {
+                Self::MemoryFault { flags, address, size }
+            }
+            VcpuExit::Unknown { number } => Self::Unknown { number },
+        })
+    }
+}
+
+#[pymethods]
+impl PyVcpuExit {
+    fn __repr__(slf: &Bound<'_, Self>) -> PyResult<String> {
+        let slf = slf.as_any();
+        let class = slf.get_type();
+        // The name says the variant: VcpuExit_IoIn.
+        let name = class.name()?.to_string();
+        let name = name.rsplit('_').next().unwrap_or_default().to_owned();
+        let names: Vec<String> = class.getattr("__match_args__")?.extract()?;
+        let mut fields = Vec::new();
+        for name in names {
+            let value = slf.getattr(name.as_str())?;
+            let is_hex = matches!(name.as_str(), "port" | "address" | "pc" | "dr6" | "dr7");
+            let text = match value.extract::<u64>() {
+                Ok(number) if is_hex => format!("{number:#x}"),
+                _ => value.repr()?.to_string(),
+            };
+            fields.push(format!("{name}={text}"));
+        }
+        Ok(format!("VcpuExit.{name}({})", fields.join(", ")))
+    }
+}

@@ -1,0 +1,211 @@
+//! A vCPU between the thread that runs it and whoever looks into it, pauses it or drives it by hand.
+
+use std::sync::Arc;
+
+use parking_lot::{Condvar, Mutex};
+
+use super::exit::{VcpuExit, run_once};
+use super::kick::{StopWord, interrupt, this_thread};
+use super::registers::Vcpu;
+use super::run_page::RunPage;
+use crate::error::{Error, ErrorKind, Result};
+use crate::process::Birthplace;
+
+/// A vCPU, at rest here or out with the thread that runs it.
+#[derive(Debug)]
+pub struct Cell {
+    id: u64,
+    page: Arc<RunPage>,
+    pub(super) stop: StopWord,
+    slot: Mutex<Slot>,
+    changed: Condvar,
+    birthplace: Birthplace,
+}
+
+#[derive(Debug)]
+struct Slot {
+    /// Empty while a thread has it.
+    vcpu: Option<Vcpu>,
+    /// The thread that has it.
+    runner: Option<libc::pthread_t>,
+    /// A panic on the thread took it along.
+    is_lost: bool,
+    order: Order,
+    /// A kick for `run_once` that none has seen.
+    is_kicked: bool,
+    /// How often the vCPU has come to rest.
+    rests: u64,
+}
+
+/// What its own thread is to do with a vCPU at rest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Order {
+    /// Leave it there.
+    Rest,
+    /// Enter its guest.
+    Go,
+    /// Leave it there and end.
+    Leave,
+}
+
+impl Cell {
+    pub(super) fn new(id: u64, page: Arc<RunPage>, vcpu: Vcpu) -> Self {
+        let slot = Slot {
+            vcpu: Some(vcpu),
+            runner: None,
+            is_lost: false,
+            order: Order::Rest,
+            is_kicked: false,
+            rests: 0,
+        };
+        let (stop, changed) = (StopWord::default(), Condvar::new());
+        Self { id, page, stop, slot: Mutex::new(slot), changed, birthplace: Birthplace::here() }
+    }
+
+    /// The vCPU's number.
+    #[must_use]
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Look into the vCPU, which stays at rest meanwhile.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] while its guest runs, and in a forked child; what `look` returns.
+    pub fn with_vcpu<T>(&self, look: impl FnOnce(&mut Vcpu) -> Result<T>) -> Result<T> {
+        self.birthplace.check("vCPU")?;
+        match &mut self.slot.lock().vcpu {
+            Some(vcpu) => look(vcpu),
+            None => Err(self.running()),
+        }
+    }
+
+    fn running(&self) -> Error {
+        let at = format!("vcpu_{}", self.id);
+        Error::new(ErrorKind::State, at, "its guest is running").hint("pause the machine first")
+    }
+
+    /// Enter the guest on this thread and come back with its next exit, which nobody has answered, or because of
+    /// [`Self::kick`]; none for a signal to this thread that is the program's.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] while its guest runs already; what KVM_RUN fails with.
+    pub fn run_once(&self) -> Result<Option<VcpuExit>> {
+        self.birthplace.check("vCPU")?;
+        let mut vcpu = {
+            let mut slot = self.slot.lock();
+            if std::mem::take(&mut slot.is_kicked) {
+                return Ok(Some(VcpuExit::Interrupted));
+            }
+            let vcpu = slot.vcpu.take().ok_or_else(|| self.running())?;
+            self.stop.clear(&*self.page); // Kick, point 7.
+            slot.runner = Some(this_thread());
+            vcpu
+        };
+        let exit = run_once(&mut vcpu, &self.stop);
+        let mut slot = self.slot.lock();
+        if matches!(exit, Ok(Some(VcpuExit::Interrupted))) {
+            slot.is_kicked = false;
+        }
+        self.rest(&mut slot, vcpu);
+        exit
+    }
+
+    /// Bring `run_once` back, the one in progress or the next. From any thread.
+    pub fn kick(&self) {
+        let mut slot = self.slot.lock();
+        slot.is_kicked = true;
+        self.bring_out(&slot);
+    }
+
+    /// Points 1 to 3 of the kick.
+    fn bring_out(&self, slot: &Slot) {
+        self.stop.kick(&*self.page, || {
+            // The runner needs this lock before it can end.
+            slot.runner.into_iter().for_each(interrupt);
+        });
+    }
+
+    /// Have the thread enter the guest, at once or when it comes up. One that is to end stays away.
+    pub(super) fn go(&self) {
+        let mut slot = self.slot.lock();
+        if slot.order == Order::Leave {
+            return;
+        }
+        self.stop.clear(&*self.page); // Kick, point 7.
+        slot.order = Order::Go;
+        self.changed.notify_all();
+    }
+
+    /// Bring the vCPU out of the guest and take back an order that the thread has not followed yet.
+    pub(super) fn hold(&self, order: Order) {
+        let mut slot = self.slot.lock();
+        if slot.order != Order::Leave {
+            slot.order = order;
+        }
+        self.bring_out(&slot);
+        self.changed.notify_all();
+    }
+
+    /// There is no thread: the next one waits for its first order.
+    pub(super) fn reset(&self) {
+        self.slot.lock().order = Order::Rest;
+    }
+
+    /// Whether nobody has to wait for it: a vCPU that a panic took along rests for ever.
+    pub(crate) fn is_at_rest(&self) -> bool {
+        let slot = self.slot.lock();
+        slot.vcpu.is_some() || slot.is_lost
+    }
+
+    /// How often the vCPU has come to rest by now.
+    pub(crate) fn rests(&self) -> u64 {
+        self.slot.lock().rests
+    }
+
+    /// Wait until the vCPU is at rest, or has been since it was counted: somebody may have sent it off again.
+    pub(crate) fn wait_for_rest(&self, counted: u64) {
+        let mut slot = self.slot.lock();
+        while slot.vcpu.is_none() && slot.rests == counted && !slot.is_lost {
+            self.changed.wait(&mut slot);
+        }
+    }
+
+    /// The thread's side: a vCPU to run, or none when it is to end.
+    pub(super) fn next(&self) -> Option<Vcpu> {
+        let mut slot = self.slot.lock();
+        loop {
+            match slot.order {
+                Order::Leave => return None,
+                Order::Go if slot.vcpu.is_some() => {
+                    slot.runner = Some(this_thread());
+                    return slot.vcpu.take();
+                }
+                Order::Go | Order::Rest => self.changed.wait(&mut slot),
+            }
+        }
+    }
+
+    pub(super) fn put_back(&self, vcpu: Vcpu) {
+        let mut slot = self.slot.lock();
+        if slot.order == Order::Go {
+            slot.order = Order::Rest;
+        }
+        self.rest(&mut slot, vcpu);
+    }
+
+    fn rest(&self, slot: &mut Slot, vcpu: Vcpu) {
+        slot.vcpu = Some(vcpu);
+        slot.runner = None;
+        slot.rests += 1;
+        self.changed.notify_all();
+    }
+
+    /// The vCPU is lost with its thread.
+    pub(super) fn give_up(&self) {
+        let mut slot = self.slot.lock();
+        slot.is_lost = true;
+        slot.runner = None;
+        self.changed.notify_all();
+    }
+}

@@ -1,0 +1,294 @@
+//! A vCPU and its registers, class by class, as the bytes of the kernel's structures.
+
+use std::sync::Arc;
+
+use kvm_bindings::{
+    CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state,
+    kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+};
+use kvm_ioctls::{SyncReg, VcpuFd};
+
+use super::run::settle;
+use super::run_page::RunPage;
+use crate::debug::Paging;
+use crate::devices::Buses;
+use crate::error::{Error, ErrorKind, Result};
+use crate::vm::GuestMemory;
+
+/// One virtual processor. Its ioctls are made by its own thread, or by another while it is at rest.
+#[derive(Debug)]
+pub struct Vcpu {
+    pub(crate) id: u64,
+    pub(crate) fd: VcpuFd,
+    pub(crate) page: Arc<RunPage>,
+    pub(crate) buses: Arc<Buses>,
+    /// After `fd`: as long as the guest can run, its memory is there.
+    memory: GuestMemory,
+    /// KVM_RUN has been called: what CPUID says cannot be changed any more.
+    pub(crate) has_run: bool,
+    /// The last exit was a read, and `answer` may still say what was read.
+    pub(crate) awaits_answer: bool,
+    /// A port or memory access has been answered and not completed: the next entry does that.
+    pub(crate) is_pending: bool,
+    /// The run page has the general registers: each exit puts them there (KVM_CAP_SYNC_REGS), as does `store`.
+    pub(crate) has_page_registers: bool,
+}
+
+/// A class of registers: the structure that one pair of ioctls moves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RegisterClass {
+    /// `kvm_regs`
+    General,
+    /// `kvm_sregs`
+    Special,
+    /// `kvm_debugregs`
+    Debug,
+    /// `kvm_vcpu_events`
+    Events,
+    /// `kvm_mp_state`
+    MpState,
+    /// `kvm_xcrs`
+    Xcrs,
+    /// `kvm_xsave`: x87, SSE, AVX
+    Xsave,
+    /// `kvm_lapic_state`
+    Lapic,
+}
+
+/// The bytes of a structure of KVM's.
+fn bytes<T>(value: &T) -> &[u8] {
+    // SAFETY: called for the plain structures of integers above, whose padding is spelled out as fields; borrowed for as
+    // long as the value.
+    unsafe { std::slice::from_raw_parts(std::ptr::from_ref(value).cast(), size_of::<T>()) }
+}
+
+fn bytes_mut<T>(value: &mut T) -> &mut [u8] {
+    // SAFETY: as above; every bit pattern is a value of such a structure.
+    unsafe { std::slice::from_raw_parts_mut(std::ptr::from_mut(value).cast(), size_of::<T>()) }
+}
+
+fn kvm<T>(at: &str, result: std::result::Result<T, kvm_ioctls::Error>) -> Result<T> {
+    result.map_err(|e| Error::kvm(at, e))
+}
+
+impl Vcpu {
+    pub(crate) fn new(
+        id: u64,
+        mut fd: VcpuFd,
+        page: Arc<RunPage>,
+        buses: Arc<Buses>,
+        memory: GuestMemory,
+    ) -> Self {
+        fd.set_sync_valid_reg(SyncReg::Register);
+        Self {
+            id,
+            fd,
+            page,
+            buses,
+            memory,
+            has_run: false,
+            awaits_answer: false,
+            is_pending: false,
+            has_page_registers: false,
+        }
+    }
+
+    /// The memory that its guest sees.
+    #[must_use]
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// Say what the guest reads, after an exit of [`Self`]'s that waits for it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] when none does; [`ErrorKind::Config`] when it is another number of bytes.
+    pub fn answer(&mut self, data: &[u8]) -> Result<()> {
+        let at = format!("vcpu_{}", self.id);
+        if !self.awaits_answer {
+            let detail = "its last exit was no read, or the instruction has been completed since";
+            return Err(Error::new(ErrorKind::State, at, detail));
+        }
+        let wanted = self.page.answer(data);
+        if wanted != data.len() {
+            let detail = format!("the guest reads {wanted} bytes, not {}", data.len());
+            return Err(Error::new(ErrorKind::Config, at, detail));
+        }
+        self.awaits_answer = false;
+        Ok(())
+    }
+
+    /// How many bytes the guest waits for; none when it does not.
+    #[must_use]
+    pub fn wanted(&self) -> Option<usize> {
+        self.awaits_answer.then(|| self.page.answer(&[]))
+    }
+
+    /// Complete an access that has been answered, so that the registers are those after the instruction. One that
+    /// waits for its answer shows those before.
+    fn complete(&mut self) {
+        if self.awaits_answer {
+            return;
+        }
+        // Another access of a repeated instruction, or an end, is left to the next run.
+        let _ = settle(self, 1);
+    }
+
+    /// Look at a class of registers.
+    ///
+    /// # Errors
+    /// When KVM refuses it.
+    pub fn load<T>(&mut self, class: RegisterClass, look: impl FnOnce(&[u8]) -> T) -> Result<T> {
+        self.complete();
+        let fd = &self.fd;
+        Ok(match class {
+            RegisterClass::General => look(bytes(&self.general()?)),
+            RegisterClass::Special => look(bytes(&kvm("KVM_GET_SREGS", fd.get_sregs())?)),
+            RegisterClass::Debug => look(bytes(&kvm("KVM_GET_DEBUGREGS", fd.get_debug_regs())?)),
+            RegisterClass::Events => {
+                look(bytes(&kvm("KVM_GET_VCPU_EVENTS", fd.get_vcpu_events())?))
+            }
+            RegisterClass::MpState => look(bytes(&kvm("KVM_GET_MP_STATE", fd.get_mp_state())?)),
+            RegisterClass::Xcrs => look(bytes(&kvm("KVM_GET_XCRS", fd.get_xcrs())?)),
+            RegisterClass::Xsave => look(bytes(&kvm("KVM_GET_XSAVE", fd.get_xsave())?)),
+            RegisterClass::Lapic => look(bytes(&kvm("KVM_GET_LAPIC", fd.get_lapic())?)),
+        })
+    }
+
+    /// Change a class of registers.
+    ///
+    /// # Errors
+    /// When KVM refuses the new values; they are as before then.
+    pub fn store(&mut self, class: RegisterClass, change: impl FnOnce(&mut [u8])) -> Result<()> {
+        self.awaits_answer = false;
+        self.complete();
+        match class {
+            RegisterClass::General => {
+                let mut regs: kvm_regs = self.general()?;
+                change(bytes_mut(&mut regs));
+                kvm("KVM_SET_REGS", self.fd.set_regs(&regs))?;
+                self.page.set_registers(&regs);
+                self.has_page_registers = true;
+                Ok(())
+            }
+            RegisterClass::Special => {
+                let mut sregs: kvm_sregs = kvm("KVM_GET_SREGS", self.fd.get_sregs())?;
+                change(bytes_mut(&mut sregs));
+                kvm("KVM_SET_SREGS", self.fd.set_sregs(&sregs))
+            }
+            RegisterClass::Debug => {
+                let mut regs: kvm_debugregs = kvm("KVM_GET_DEBUGREGS", self.fd.get_debug_regs())?;
+                change(bytes_mut(&mut regs));
+                kvm("KVM_SET_DEBUGREGS", self.fd.set_debug_regs(&regs))
+            }
+            RegisterClass::Events => {
+                let mut events: kvm_vcpu_events =
+                    kvm("KVM_GET_VCPU_EVENTS", self.fd.get_vcpu_events())?;
+                change(bytes_mut(&mut events));
+                kvm("KVM_SET_VCPU_EVENTS", self.fd.set_vcpu_events(&events))
+            }
+            RegisterClass::MpState => {
+                let mut state: kvm_mp_state = kvm("KVM_GET_MP_STATE", self.fd.get_mp_state())?;
+                change(bytes_mut(&mut state));
+                kvm("KVM_SET_MP_STATE", self.fd.set_mp_state(state))
+            }
+            RegisterClass::Xcrs => {
+                let mut xcrs: kvm_xcrs = kvm("KVM_GET_XCRS", self.fd.get_xcrs())?;
+                change(bytes_mut(&mut xcrs));
+                kvm("KVM_SET_XCRS", self.fd.set_xcrs(&xcrs))
+            }
+            RegisterClass::Xsave => {
+                let mut xsave: kvm_xsave = kvm("KVM_GET_XSAVE", self.fd.get_xsave())?;
+                change(bytes_mut(&mut xsave));
+                // SAFETY: KVM_SET_XSAVE reads 4 KiB, the size of kvm_xsave, unless a permission for dynamic features
+                // has been asked for, which nothing here does.
+                kvm("KVM_SET_XSAVE", unsafe { self.fd.set_xsave(&xsave) })
+            }
+            RegisterClass::Lapic => {
+                let mut lapic: kvm_lapic_state = kvm("KVM_GET_LAPIC", self.fd.get_lapic())?;
+                change(bytes_mut(&mut lapic));
+                kvm("KVM_SET_LAPIC", self.fd.set_lapic(&lapic))
+            }
+        }
+    }
+
+    fn general(&self) -> Result<kvm_regs> {
+        if self.has_page_registers {
+            return Ok(self.page.registers());
+        }
+        kvm("KVM_GET_REGS", self.fd.get_regs())
+    }
+
+    /// A model-specific register.
+    ///
+    /// # Errors
+    /// When KVM does not know it.
+    pub fn msr(&self, index: u32) -> Result<u64> {
+        let mut msrs = one_msr(index, 0)?;
+        let found = kvm("KVM_GET_MSRS", self.fd.get_msrs(&mut msrs))?;
+        match msrs.as_slice() {
+            [entry] if found == 1 => Ok(entry.data),
+            _ => Err(Error::new(ErrorKind::Kvm, format!("MSR {index:#x}"), "KVM does not know it")),
+        }
+    }
+
+    /// Set a model-specific register.
+    ///
+    /// # Errors
+    /// When KVM does not know it or refuses the value.
+    pub fn set_msr(&mut self, index: u32, value: u64) -> Result<()> {
+        match kvm("KVM_SET_MSRS", self.fd.set_msrs(&one_msr(index, value)?))? {
+            1 => Ok(()),
+            _ => {
+                let detail = format!("KVM does not know it, or refuses {value:#x}");
+                Err(Error::new(ErrorKind::Kvm, format!("MSR {index:#x}"), detail))
+            }
+        }
+    }
+
+    /// What CPUID says to the guest.
+    ///
+    /// # Errors
+    /// When KVM refuses it.
+    pub fn cpuid(&self) -> Result<Vec<kvm_cpuid_entry2>> {
+        let table: CpuId = kvm("KVM_GET_CPUID2", self.fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES))?;
+        Ok(table.as_slice().to_vec())
+    }
+
+    /// Change what CPUID says to the guest.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] once the vCPU has run: its processor stays what it was.
+    pub fn set_cpuid(&mut self, entries: &[kvm_cpuid_entry2]) -> Result<()> {
+        let at = "KVM_SET_CPUID2";
+        if self.has_run {
+            return Err(Error::new(ErrorKind::State, at, "the vCPU has run already"));
+        }
+        let table = CpuId::from_entries(entries)
+            .map_err(|e| Error::new(ErrorKind::Config, at, format!("{e:?}")))?;
+        kvm(at, self.fd.set_cpuid2(&table))
+    }
+
+    /// How the vCPU translates addresses now.
+    ///
+    /// # Errors
+    /// When KVM refuses it.
+    pub fn paging(&mut self) -> Result<Paging> {
+        self.complete();
+        Ok(Paging::of(&kvm("KVM_GET_SREGS", self.fd.get_sregs())?))
+    }
+
+    /// The guest-physical address behind a guest-virtual one, none where nothing is mapped.
+    #[must_use]
+    pub fn translate(&self, paging: &Paging, address: u64) -> Option<u64> {
+        paging.translate(address, |at, length| match length {
+            4 => self.memory.load::<u32>(at).ok().map(u64::from),
+            _ => self.memory.load(at).ok(),
+        })
+    }
+}
+
+fn one_msr(index: u32, data: u64) -> Result<Msrs> {
+    Msrs::from_entries(&[kvm_msr_entry { index, data, ..Default::default() }])
+        .map_err(|e| Error::new(ErrorKind::Kvm, "msrs", format!("{e:?}")))
+}

@@ -1,0 +1,170 @@
+//! The kick's signal: which one, and its handler. The only place that touches signals.
+//!
+//! The program's own use of the signal goes on: what comes from elsewhere reaches the handler that was there before.
+
+use std::sync::OnceLock;
+
+use parking_lot::Mutex;
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// What tells a kick from the same signal sent by somebody else: the address of this.
+static COOKIE: u8 = 0;
+
+struct Claim {
+    signal: libc::c_int,
+    previous: libc::sigaction,
+}
+
+/// Read by the signal handler: a `OnceLock` that is set is one atomic load.
+static CLAIM: OnceLock<Option<Claim>> = OnceLock::new();
+/// One claim at a time, made before the handler can be called.
+static CLAIMING: Mutex<()> = Mutex::new(());
+
+const FAULTS: [libc::c_int; 6] =
+    [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP, libc::SIGSYS];
+
+fn cookie() -> *mut libc::c_void {
+    (&raw const COOKIE).cast_mut().cast()
+}
+
+/// The signal that kicks: the one chosen by [`use_signal`], or the first real-time signal that had no handler when the
+/// first machine was made.
+///
+/// # Errors
+/// When every real-time signal has a handler of the program's.
+pub fn kick_signal() -> Result<libc::c_int> {
+    let claim = CLAIM.get().map_or_else(|| claim(None), |claim| Ok(claim.as_ref()))?;
+    claim.map(|claim| claim.signal).ok_or_else(|| {
+        let detail = "every real-time signal is in use by this program";
+        Error::new(ErrorKind::State, "sigaction", detail)
+            .hint("choose one: pyvmm.set_kick_signal()")
+    })
+}
+
+/// Kick by this signal, whose present handler goes on being called for what is no kick.
+///
+/// # Errors
+/// When it cannot be used so, or kicks use another one already.
+pub fn use_signal(signal: libc::c_int) -> Result<()> {
+    let at = "kick_signal";
+    let is_possible = (1..=libc::SIGRTMAX()).contains(&signal)
+        && ![libc::SIGKILL, libc::SIGSTOP, libc::SIGABRT].contains(&signal)
+        && !FAULTS.contains(&signal)
+        && !(libc::SIGSYS + 1..libc::SIGRTMIN()).contains(&signal);
+    if !is_possible {
+        let detail = format!("signal {signal} cannot be used for kicks");
+        return Err(Error::new(ErrorKind::Config, at, detail));
+    }
+    match claim(Some(signal))? {
+        Some(claim) if claim.signal == signal => Ok(()),
+        _ => {
+            let detail = "kicks use another signal already";
+            Err(Error::new(ErrorKind::State, at, detail).hint("choose it before the first machine"))
+        }
+    }
+}
+
+fn claim(chosen: Option<libc::c_int>) -> Result<Option<&'static Claim>> {
+    let _claiming = CLAIMING.lock();
+    if let Some(present) = CLAIM.get() {
+        return Ok(present.as_ref());
+    }
+    let found = match chosen {
+        Some(signal) => Some(Claim { signal, previous: present(signal)? }),
+        None => (libc::SIGRTMIN()..=libc::SIGRTMAX()).find_map(|signal| {
+            let previous = present(signal).ok()?;
+            (previous.sa_sigaction == libc::SIG_DFL).then_some(Claim { signal, previous })
+        }),
+    };
+    if let Some(claim) = &found {
+        let (signal, previous) = (claim.signal, claim.previous);
+        // Known before the first signal can come.
+        let _ = CLAIM.set(Some(Claim { signal, previous }));
+        install(signal)?;
+    } else {
+        let _ = CLAIM.set(None);
+    }
+    Ok(CLAIM.get().and_then(Option::as_ref))
+}
+
+fn failed() -> Error {
+    Error::os(ErrorKind::State, "sigaction", &std::io::Error::last_os_error())
+}
+
+fn present(signal: libc::c_int) -> Result<libc::sigaction> {
+    // SAFETY: a sigaction of zeros is valid, and the call fills it.
+    unsafe {
+        let mut present: libc::sigaction = std::mem::zeroed();
+        match libc::sigaction(signal, std::ptr::null(), &raw mut present) {
+            0 => Ok(present),
+            _ => Err(failed()),
+        }
+    }
+}
+
+fn install(signal: libc::c_int) -> Result<()> {
+    // SAFETY: a sigaction of zeros is valid. The handler makes one atomic load and calls what was installed before, so
+    // it is as safe in a signal's context as that. Without SA_RESTART, so that KVM_RUN is interrupted.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = on_signal as *const () as libc::sighandler_t;
+        action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+        match libc::sigaction(signal, &raw const action, std::ptr::null_mut()) {
+            0 => Ok(()),
+            _ => Err(failed()),
+        }
+    }
+}
+
+/// Send the kick signal to a thread that has not ended.
+pub(super) fn send(thread: libc::pthread_t) {
+    let Ok(signal) = kick_signal() else { return };
+    let value = libc::sigval { sival_ptr: cookie() };
+    // SAFETY: by the caller the thread has not ended. When the queue is full the signal goes without the cookie.
+    unsafe {
+        if libc::pthread_sigqueue(thread, signal, value) != 0 {
+            libc::pthread_kill(thread, signal);
+        }
+    }
+}
+
+extern "C" fn on_signal(
+    signal: libc::c_int,
+    info: *mut libc::siginfo_t,
+    context: *mut libc::c_void,
+) {
+    let Some(Some(claim)) = CLAIM.get() else { return };
+    // SAFETY: the kernel hands a valid siginfo to a handler with SA_SIGINFO.
+    let is_kick =
+        unsafe { (*info).si_code == libc::SI_QUEUE && (*info).si_value().sival_ptr == cookie() };
+    let previous = claim.previous.sa_sigaction;
+    if is_kick || previous == libc::SIG_DFL || previous == libc::SIG_IGN {
+        return;
+    }
+    // SAFETY: the address came out of sigaction as this signal's handler, of the kind that its flags say.
+    unsafe {
+        if claim.previous.sa_flags & libc::SA_SIGINFO == 0 {
+            let handler: extern "C" fn(libc::c_int) = std::mem::transmute(previous);
+            handler(signal);
+        } else {
+            let handler: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) =
+                std::mem::transmute(previous);
+            handler(signal, info, context);
+        }
+    }
+}
+
+/// Leave the program's signals to its own threads: this one takes the kick and its own faults.
+pub(crate) fn block_other_signals() {
+    let Ok(kick) = kick_signal() else { return };
+    // SAFETY: a local set, filled before use.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigfillset(&raw mut set);
+        for signal in FAULTS.into_iter().chain([kick]) {
+            libc::sigdelset(&raw mut set, signal);
+        }
+        libc::pthread_sigmask(libc::SIG_SETMASK, &raw const set, std::ptr::null_mut());
+    }
+}

@@ -1,0 +1,126 @@
+"""The kick: none is lost, none cancels a later run, and the program keeps its signals."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+from pyvmm import ConfigError, FlatBoot, KvmVm, StateError, VcpuExit, VmmConfig, kick_signal, set_kick_signal
+
+pytestmark = pytest.mark.kvm
+
+# Counts in RBX for ever: inc rbx; jmp -5
+COUNT = bytes.fromhex("48ffc3 ebfb")
+THREADS = 4
+KICKS = 25_000
+
+
+def test_kicks_at_random_moments_from_four_threads_are_all_seen() -> None:
+    """A pause returns when the vCPU is out, so a lost kick hangs; a stale one would keep the guest from going on."""
+    with KvmVm(VmmConfig(boot=FlatBoot(COUNT, address=0x1000, mode="user64"))) as vm:
+        (vcpu,) = vm.vcpus
+        vm.run()
+        paused = [0] * THREADS
+
+        def work(number: int) -> None:
+            moments = random.Random(number)
+            for _ in range(KICKS):
+                for _ in range(moments.randrange(50)):
+                    pass
+                vm.pause()
+                paused[number] += 1
+                vm.resume()
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(THREADS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(600)
+            assert not thread.is_alive()
+        assert paused == [KICKS] * THREADS
+        vm.pause()
+        before = vcpu.regs.rbx
+        while vcpu.regs.rbx == before:  # for ever, if a kick had cancelled the runs that follow
+            vm.resume()
+            vm.pause()
+
+
+def test_each_kick_brings_one_run_back() -> None:
+    """Two threads: one enters the guest as often as the other kicks."""
+    with KvmVm() as vm:
+        vm.memory.add(0x1000, 0x1000)
+        vm.memory.write(0x1000, bytes.fromhex("ebfe"))
+        vcpu = vm.create_vcpu()
+        vcpu.sregs.cs.update(base=0, selector=0)
+        vcpu.regs.update(rip=0x1000, rflags=2)
+        came_back = threading.Semaphore(0)
+
+        def work() -> None:
+            for _ in range(KICKS):
+                vcpu.kick()
+                assert came_back.acquire(timeout=60)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        for _ in range(KICKS):
+            assert isinstance(vcpu.run_once(), VcpuExit.Interrupted)
+            came_back.release()
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def test_the_signal_is_one_of_the_programs_choice_and_known() -> None:
+    used = kick_signal()
+    assert signal.SIGRTMIN <= used <= signal.SIGRTMAX
+    set_kick_signal(used)
+    with pytest.raises(StateError, match="another signal already"):
+        set_kick_signal(used + 1)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV, 32, 65, 10**6])
+def test_signals_that_cannot_kick_are_refused(wrong: int) -> None:
+    with pytest.raises(ConfigError, match="kick_signal"):
+        set_kick_signal(wrong)
+
+
+@pytest.mark.parametrize("wrong", [1.5, "SIGUSR1", None, 2**31])
+def test_what_is_no_signal_is_refused(wrong: object) -> None:
+    with pytest.raises((TypeError, OverflowError)):
+        set_kick_signal(wrong)  # type: ignore[arg-type]
+
+
+def program(text: str) -> str:
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(text)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+def test_a_signal_that_the_program_uses_is_left_alone() -> None:
+    printed = program("""
+        import signal
+        signal.signal(signal.SIGRTMIN, lambda *_: print("the program's"))
+        import pyvmm
+        assert pyvmm.kick_signal() == signal.SIGRTMIN + 1
+        with pyvmm.Vmm(pyvmm.VmmConfig(boot=pyvmm.FlatBoot(bytes.fromhex("ebfe")))) as vmm:
+            print(vmm.run(0.05))
+        signal.raise_signal(signal.SIGRTMIN)
+    """)
+    assert printed == "timeout\nthe program's\n"
+
+
+def test_a_chosen_signal_goes_on_reaching_the_handler_that_was_there() -> None:
+    printed = program("""
+        import signal
+        signal.signal(signal.SIGUSR1, lambda *_: print("the program's"))
+        import pyvmm
+        pyvmm.set_kick_signal(signal.SIGUSR1)
+        with pyvmm.Vmm(pyvmm.VmmConfig(boot=pyvmm.FlatBoot(bytes.fromhex("ebfe")))) as vmm:
+            print(vmm.run(0.05))
+            signal.raise_signal(signal.SIGUSR1)
+            print(vmm.run(0.05))
+    """)
+    assert printed == "timeout\nthe program's\ntimeout\n"
