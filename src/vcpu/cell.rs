@@ -74,9 +74,11 @@ impl Cell {
     /// [`ErrorKind::State`] while its guest runs, and in a forked child; what `look` returns.
     pub fn with_vcpu<T>(&self, look: impl FnOnce(&mut Vcpu) -> Result<T>) -> Result<T> {
         self.birthplace.check("vCPU")?;
-        match &mut self.slot.lock().vcpu {
-            Some(vcpu) => look(vcpu),
-            None => Err(self.running()),
+        let mut slot = self.slot.lock();
+        // One that has been sent off is running, even if its thread has not come for it yet.
+        match &mut *slot {
+            Slot { vcpu: Some(vcpu), order: Order::Rest | Order::Leave, .. } => look(vcpu),
+            _ => Err(self.running()),
         }
     }
 
@@ -97,7 +99,8 @@ impl Cell {
             if std::mem::take(&mut slot.is_kicked) {
                 return Ok(Some(VcpuExit::Interrupted));
             }
-            let vcpu = slot.vcpu.take().ok_or_else(|| self.running())?;
+            let is_sent_off = slot.order == Order::Go;
+            let vcpu = slot.vcpu.take_if(|_| !is_sent_off).ok_or_else(|| self.running())?;
             self.stop.clear(&*self.page); // Kick, point 7.
             slot.runner = Some(this_thread());
             vcpu
