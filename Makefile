@@ -5,7 +5,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 SHELL := /bin/bash
 PYTHON_CODE := python tests benches examples
 
-.PHONY: help all run test setup lint rust linux pytest docs bench stress audit format clean
+.PHONY: help all run test setup lint rust loom linux pytest docs bench stress audit format clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -16,7 +16,7 @@ run: ## Set everything up and boot the guest inside the package
 	@scripts/setup.sh kvm
 	@pyvmm run
 
-test: setup lint rust linux pytest docs ## Set everything up and pass the tests
+test: setup lint rust loom linux pytest docs ## Set everything up and pass the tests
 
 setup: ## Make .venv with pyvmm in it, built in release
 	@scripts/setup.sh
@@ -32,6 +32,9 @@ lint: setup ## Formatting, lints, types, stubs
 
 rust: setup ## The Rust tests, without Python
 	cargo test --quiet --no-default-features
+
+loom: setup ## The kick protocol in every order of its steps
+	RUSTFLAGS="--cfg loom" cargo test --quiet --release --no-default-features --lib --target-dir target/loom vcpu::kick
 
 linux: ## Build the Linux that the tests boot, once, outside the checkout
 	@tests/linux/build.sh >/dev/null || echo "pyvmm: the tests that boot Linux are left out" >&2

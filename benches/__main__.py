@@ -6,12 +6,17 @@ import sys
 
 from pyvmm import VmmError
 
-from benches import imports, jitter, linux, loop, machines
+from benches import control, footprint, imports, jitter, linux, loop, machines, memory
 from benches.measure import Benchmark, Result, UnmeasurableError, report
 
 BENCHMARKS: dict[str, Benchmark] = {
     "pio-exit": machines.pio_exits,
     "create-run-close": machines.lives,
+    "run-once": control.exits_by_hand,
+    "pause": control.pauses,
+    "registers": control.registers,
+    "memory": memory.copies,
+    "footprint": footprint.footprints,
     "loop": loop.dispatches,
     "loop-scaling": loop.scaling,
     "loop-calls": loop.calls,

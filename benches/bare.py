@@ -12,7 +12,8 @@ from benches.measure import UnmeasurableError, compiled
 @cache
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(compiled(Path(__file__).with_name("bare_kvm.c")))
-    library.time_run.restype = library.time_cycles.restype = ctypes.c_double
+    for function in (library.time_run, library.time_cycles, library.time_kicks, library.leave_machines):
+        function.restype = ctypes.c_double
     return library
 
 
@@ -24,6 +25,18 @@ def time_run(code: bytes) -> float:
 def time_cycles(code: bytes, cycles: int, threads: bool = False) -> float:
     """Seconds of so many machines made, run (each in a thread of its own if so wished) and destroyed."""
     return _checked(_library().time_cycles(code, len(code), cycles, threads))
+
+
+def time_kicks(code: bytes, kicks: int, microseconds: int) -> list[float]:
+    """Seconds that each kick of a guest takes, so many microseconds after it was entered."""
+    seconds = (ctypes.c_double * kicks)()
+    _checked(_library().time_kicks(code, len(code), kicks, microseconds, seconds))
+    return list(seconds)
+
+
+def leave_machines(code: bytes, count: int) -> None:
+    """Make so many machines, run each to the exit port, and leave them there."""
+    _checked(_library().leave_machines(code, len(code), count))
 
 
 def _checked(seconds: float) -> float:

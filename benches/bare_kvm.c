@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <linux/kvm.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -125,4 +126,79 @@ double time_cycles(const void *code, int size, int cycles, int threads)
 		destroy(&m);
 	}
 	return now() - start;
+}
+
+/* A vCPU's thread that a kicker brings out of the guest and sends in again. */
+struct runner {
+	struct machine machine;
+	pthread_mutex_t lock;
+	pthread_cond_t changed;
+	int is_out, go, leave;
+};
+
+static void ignore(int signal)
+{
+	(void)signal;
+}
+
+static void *run_until_told(void *argument)
+{
+	struct runner *r = argument;
+	for (;;) {
+		ioctl(r->machine.vcpu, KVM_RUN, 0);
+		pthread_mutex_lock(&r->lock);
+		r->is_out = 1;
+		pthread_cond_broadcast(&r->changed);
+		while (!r->go && !r->leave)
+			pthread_cond_wait(&r->changed, &r->lock);
+		r->go = 0;
+		r->is_out = 0;
+		pthread_mutex_unlock(&r->lock);
+		if (r->leave)
+			return NULL;
+	}
+}
+
+/* Seconds from each kick (immediate_exit and a signal) of a guest to its being out, with a pause of microseconds before
+ * each. Negative on failure. */
+double time_kicks(const void *code, int size, int kicks, int microseconds, double *seconds)
+{
+	struct runner r = { .lock = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER };
+	struct sigaction action = { .sa_handler = ignore }, previous;
+	pthread_t thread;
+	if (create(&r.machine, code, size) < 0 || sigaction(SIGUSR2, &action, &previous) < 0 ||
+	    pthread_create(&thread, NULL, run_until_told, &r))
+		return -1;
+	for (int i = 0; i < kicks; i++) {
+		for (double until = now() + microseconds * 1e-6; now() < until;)
+			;
+		double start = now();
+		__atomic_store_n(&r.machine.run->immediate_exit, 1, __ATOMIC_SEQ_CST);
+		pthread_kill(thread, SIGUSR2);
+		pthread_mutex_lock(&r.lock);
+		while (!r.is_out)
+			pthread_cond_wait(&r.changed, &r.lock);
+		seconds[i] = now() - start;
+		__atomic_store_n(&r.machine.run->immediate_exit, 0, __ATOMIC_SEQ_CST);
+		r.is_out = 0;
+		r.go = i < kicks - 1;
+		r.leave = i == kicks - 1;
+		pthread_cond_broadcast(&r.changed);
+		pthread_mutex_unlock(&r.lock);
+	}
+	pthread_join(thread, NULL);
+	sigaction(SIGUSR2, &previous, NULL);
+	destroy(&r.machine);
+	return 0;
+}
+
+/* Make so many machines that have a page of memory and one vCPU, run each to its exit, and leave them there. */
+double leave_machines(const void *code, int size, int count)
+{
+	for (int i = 0; i < count; i++) {
+		struct machine m;
+		if (create(&m, code, size) < 0 || run(&m) < 0)
+			return -1;
+	}
+	return 0;
 }

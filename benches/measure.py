@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -68,6 +69,17 @@ def compiled(source: Path) -> str:
     except (FileNotFoundError, subprocess.CalledProcessError) as error:
         raise UnmeasurableError(f"{source.name} cannot be compiled: {error}") from error
     return library
+
+
+def emulation() -> Any:
+    """The unicorn package, what one would take to look into a guest from Python without a machine."""
+    try:
+        from unicorn import x86_const  # noqa: F401
+    except ImportError as error:
+        raise UnmeasurableError(f"unicorn is not installed: {error}") from error
+    import unicorn
+
+    return unicorn
 
 
 def report(results: list[Result]) -> None:

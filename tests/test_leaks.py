@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
-from guests import exit_with, flat
+from guests import SPIN, exit_with, flat
 from pyvmm import (
     BootError,
     EventFd,
@@ -19,6 +19,7 @@ from pyvmm import (
     ExitReason,
     FlatBoot,
     KvmVm,
+    VcpuExit,
     Vmm,
     VmmConfig,
 )
@@ -99,6 +100,39 @@ def test_machines_that_nobody_closes_leave_nothing() -> None:
         handler.kicked.wait(60)
 
     stays_flat(cycle, 200)
+
+
+@pytest.mark.kvm
+def test_bare_machines_views_and_kicks_leave_nothing() -> None:
+    def cycle() -> None:
+        with KvmVm() as vm:
+            vm.memory.add(0x1000, 0x1000)
+            slot = vm.memory.add(0x2000, 0x1000)
+            vm.memory.write(0x1000, exit_with(1))
+            view = vm.memory.view(0x2000, 16)
+            vm.memory.remove(slot)
+            view[0] = 1
+            vcpu = vm.create_vcpu()
+            vcpu.sregs.cs.update(base=0, selector=0)
+            vcpu.regs.update(rip=0x1000, rflags=2)
+            assert isinstance(vcpu.run_once(), VcpuExit.IoOut)
+            vcpu.kick()
+
+    stays_flat(cycle, CYCLES)
+
+
+@pytest.mark.kvm
+def test_pauses_leave_nothing() -> None:
+    def cycle() -> None:
+        with Vmm(flat(SPIN)) as vmm:
+            vmm.start()
+            vmm.pause()
+            assert vmm.vcpus[0].regs.rip
+            vmm.resume()
+            vmm.stop()
+            vmm.wait()
+
+    stays_flat(cycle, CYCLES)
 
 
 def test_event_managers_leave_nothing() -> None:

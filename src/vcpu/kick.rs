@@ -123,7 +123,10 @@ mod tests {
 
     #[test]
     fn two_kickers_end_one_run_and_none_later() {
-        loom::model(|| {
+        let mut model = loom::model::Builder::new();
+        // Without a bound it takes minutes.
+        model.preemption_bound = Some(3);
+        model.check(|| {
             let shared = Arc::new((StopWord::default(), Kernel::default()));
             let kick = |shared: &Arc<(StopWord, Kernel)>| {
                 let shared = Arc::clone(shared);

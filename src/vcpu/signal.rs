@@ -16,6 +16,13 @@ struct Claim {
     previous: libc::sigaction,
 }
 
+impl Claim {
+    /// Whether the program had a handler of its own.
+    fn has_handler(&self) -> bool {
+        ![libc::SIG_DFL, libc::SIG_IGN].contains(&self.previous.sa_sigaction)
+    }
+}
+
 /// Read by the signal handler: a `OnceLock` that is set is one atomic load.
 static CLAIM: OnceLock<Option<Claim>> = OnceLock::new();
 /// One claim at a time, made before the handler can be called.
@@ -119,12 +126,16 @@ fn install(signal: libc::c_int) -> Result<()> {
 
 /// Send the kick signal to a thread that has not ended.
 pub(super) fn send(thread: libc::pthread_t) {
-    let Ok(signal) = kick_signal() else { return };
+    let Ok(Some(claim)) = CLAIM.get().map_or_else(|| claim(None), |claim| Ok(claim.as_ref()))
+    else {
+        return;
+    };
     let value = libc::sigval { sival_ptr: cookie() };
-    // SAFETY: by the caller the thread has not ended. When the queue is full the signal goes without the cookie.
+    // SAFETY: by the caller the thread has not ended. A queued signal, which arrives 10 us later, is sent only where a
+    // handler has to tell it from others; when the queue is full it goes without the cookie.
     unsafe {
-        if libc::pthread_sigqueue(thread, signal, value) != 0 {
-            libc::pthread_kill(thread, signal);
+        if !claim.has_handler() || libc::pthread_sigqueue(thread, claim.signal, value) != 0 {
+            libc::pthread_kill(thread, claim.signal);
         }
     }
 }
@@ -138,10 +149,10 @@ extern "C" fn on_signal(
     // SAFETY: the kernel hands a valid siginfo to a handler with SA_SIGINFO.
     let is_kick =
         unsafe { (*info).si_code == libc::SI_QUEUE && (*info).si_value().sival_ptr == cookie() };
-    let previous = claim.previous.sa_sigaction;
-    if is_kick || previous == libc::SIG_DFL || previous == libc::SIG_IGN {
+    if is_kick || !claim.has_handler() {
         return;
     }
+    let previous = claim.previous.sa_sigaction;
     // SAFETY: the address came out of sigaction as this signal's handler, of the kind that its flags say.
     unsafe {
         if claim.previous.sa_flags & libc::SA_SIGINFO == 0 {
