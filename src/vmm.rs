@@ -15,6 +15,7 @@ use crate::devices::{self, Buses, Serial};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
 use crate::exit_handler::{Exit, ExitHandler, ExitReason, WrappedExitHandler};
+use crate::fixup::Counts;
 use crate::vcpu::{Cell, VmRunState};
 use crate::vm::{GuestMemory, KvmVm, layout};
 
@@ -33,6 +34,7 @@ pub struct Vmm {
     exit_handler: WrappedExitHandler,
     buses: Arc<Buses>,
     serial: Arc<Serial>,
+    fixups: Arc<Counts>,
     /// Where the vCPUs start.
     entry: u64,
     /// Subscribers that are the machine's own and go with it.
@@ -84,12 +86,14 @@ impl Vmm {
         let mut own_subscribers =
             vec![event_manager.add_subscriber(Box::new(exit_handler.clone()))];
         own_subscribers.extend(devices::connect(&serial, config.serial, &event_manager)?);
+        let fixups = Arc::clone(vm.fixups());
         Ok(Self {
             vm: Mutex::new(Some(Arc::new(vm))),
             event_manager,
             exit_handler,
             buses,
             serial,
+            fixups,
             entry,
             own_subscribers: Mutex::new(own_subscribers),
             runner: Mutex::default(),
@@ -338,6 +342,12 @@ impl Vmm {
     #[must_use]
     pub fn buses(&self) -> &Arc<Buses> {
         &self.buses
+    }
+
+    /// The instructions that KVM refused and that were executed here.
+    #[must_use]
+    pub fn fixups(&self) -> &Counts {
+        &self.fixups
     }
 
     /// The first serial port.

@@ -1,7 +1,10 @@
 //! An exit of KVM's as a value of its own, for those who drive a vCPU by hand.
 
+use kvm_bindings::KVM_INTERNAL_ERROR_EMULATION;
 use kvm_ioctls::VcpuExit as Borrowed;
 
+use super::fault::{Instruction, named};
+use super::fixup::fix_up;
 use super::kick::StopWord;
 use super::registers::Vcpu;
 use super::run_page::RunPage;
@@ -65,6 +68,10 @@ pub enum VcpuExit {
         instruction: Vec<u8>,
         /// What else it says.
         data: Vec<u64>,
+        /// That instruction as text.
+        disassembly: Option<String>,
+        /// The registers it stood with, by name.
+        registers: Vec<(&'static str, u64)>,
     },
     /// A breakpoint or a single step.
     Debug {
@@ -120,8 +127,9 @@ pub(super) fn run_once(vcpu: &mut Vcpu, stop: &StopWord) -> Result<Option<VcpuEx
         vcpu.has_run = true;
         let result = vcpu.fd.run();
         vcpu.has_page_registers = true;
-        let exit = match result {
-            Ok(exit) => owned(exit, &vcpu.page),
+        let exit = match result.map(|exit| owned(exit, &vcpu.page)) {
+            Ok(VcpuExit::InternalError { .. }) if fix_up(vcpu) => continue,
+            Ok(exit) => with_state(exit, vcpu),
             Err(error) => {
                 (vcpu.is_pending, vcpu.awaits_answer) = (false, false);
                 match error.errno() {
@@ -138,6 +146,21 @@ pub(super) fn run_once(vcpu: &mut Vcpu, stop: &StopWord) -> Result<Option<VcpuEx
         return Ok(Some(exit));
     }
     Ok(Some(VcpuExit::Interrupted))
+}
+
+/// An emulation failure with the instruction and the registers.
+fn with_state(mut exit: VcpuExit, vcpu: &Vcpu) -> VcpuExit {
+    if let VcpuExit::InternalError { suberror, instruction, disassembly, registers, .. } = &mut exit
+    {
+        if let (Ok(regs), Ok(sregs)) = (vcpu.general(), vcpu.fd.get_sregs()) {
+            if *suberror == KVM_INTERNAL_ERROR_EMULATION {
+                let found = Instruction::at(vcpu, &regs, &sregs);
+                (*instruction, *disassembly) = (found.bytes, found.text);
+            }
+            *registers = named(&regs, &sregs);
+        }
+    }
+    exit
 }
 
 fn owned(exit: Borrowed<'_>, page: &RunPage) -> VcpuExit {
@@ -168,6 +191,8 @@ fn owned(exit: Borrowed<'_>, page: &RunPage) -> VcpuExit {
                 suberror: error.suberror,
                 instruction: instruction.to_vec(),
                 data: data.to_vec(),
+                disassembly: None,
+                registers: Vec::new(),
             }
         }
         Borrowed::Debug(debug) => VcpuExit::Debug {

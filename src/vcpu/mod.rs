@@ -3,6 +3,7 @@
 mod cell;
 mod exit;
 mod fault;
+mod fixup;
 mod kick;
 mod registers;
 mod run;

@@ -4,6 +4,7 @@ use kvm_bindings::{KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 use kvm_ioctls::VcpuExit;
 
 use super::fault;
+use super::fixup::fix_up;
 use super::kick::ImmediateExit;
 use super::registers::Vcpu;
 use super::run_page::RunPage;
@@ -43,8 +44,11 @@ pub(crate) fn step(vcpu: &mut Vcpu) -> Step {
     vcpu.has_page_registers = true;
     match outcome {
         Outcome::Done(step) => step,
+        Outcome::Fault(exit, _) if exit.reason == ExitReason::InternalError && fix_up(vcpu) => {
+            Step::Continue
+        }
         Outcome::Fault(exit, what) => {
-            let fault = fault::describe(&vcpu.fd, &what);
+            let fault = fault::describe(vcpu, &what);
             Step::End(Exit { fault: Some(fault), ..exit })
         }
     }
