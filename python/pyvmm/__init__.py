@@ -12,6 +12,7 @@ from pyvmm._pyvmm import (
     EventOps,
     Events,
     GuestMemory,
+    IrqLine,
     Kvm,
     KvmVm,
     MemorySlot,
@@ -44,7 +45,7 @@ from pyvmm.exceptions import (
     StreamError,
     VmmError,
 )
-from pyvmm.exits import Exit, ExitHandler, ExitReason, VmRunState
+from pyvmm.exits import Exit, ExitAction, ExitHandler, ExitKind, ExitReason, Stop, VmRunState
 
 if TYPE_CHECKING:
     from pyvmm.config import (
@@ -74,11 +75,14 @@ __all__ = [
     "EventSet",
     "Events",
     "Exit",
+    "ExitAction",
     "ExitHandler",
+    "ExitKind",
     "ExitReason",
     "FlatBoot",
     "GuestMemory",
     "GuestMemoryError",
+    "IrqLine",
     "Kvm",
     "KvmError",
     "KvmUnavailableError",
@@ -90,6 +94,7 @@ __all__ = [
     "Serial",
     "SerialConfig",
     "StateError",
+    "Stop",
     "StreamError",
     "Subscriber",
     "SubscriberId",

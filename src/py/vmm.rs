@@ -3,19 +3,23 @@
 use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
+use pyo3::exceptions::PyRuntimeError;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyTuple};
 
+use super::device::PythonDevice;
 use super::event_manager::{PyEventManager, Turning};
 use super::events::PySubscriberId;
 use super::exit_handler::PyWrappedExitHandler;
+use super::hooks::Hooks;
 use super::live::{self, Close};
 use super::memory::PyGuestMemory;
 use super::serial::PySerial;
 use super::{callback, config, exit, vcpu};
 use crate::config::{SerialInput, SerialOutput};
 use crate::devices::{Access, Buses};
+use crate::exit_handler::{Exit, ExitReason};
 use crate::vcpu::VmRunState;
 use crate::vmm::Vmm;
 
@@ -38,6 +42,10 @@ pub struct PyVmm {
     vmm: Option<Arc<Vmm>>,
     /// Other machines may be in the same loop.
     is_shared: bool,
+    /// Exit hooks, and what they and Python devices leave for the run.
+    pub(super) hooks: Arc<Hooks>,
+    /// The Python devices on its buses.
+    pub(super) devices: Mutex<Vec<Arc<PythonDevice>>>,
     /// Subscribers that serve the serial port's Python streams.
     streams: Mutex<Vec<Py<PySubscriberId>>>,
     #[pyo3(get)]
@@ -59,10 +67,32 @@ impl Close for Vmm {
 }
 
 impl PyVmm {
-    fn vmm(&self) -> &Vmm {
+    pub(super) fn vmm(&self) -> &Vmm {
         match &self.vmm {
             Some(vmm) => vmm,
             None => std::process::abort(), // nobody can call a method of an object that is being dropped
+        }
+    }
+
+    pub(super) fn shared(&self) -> Option<&Arc<Vmm>> {
+        self.vmm.as_ref()
+    }
+
+    /// What `run` and `wait` return or raise, with what callbacks on vCPU threads have left.
+    fn finish<'py>(
+        &self,
+        py: Python<'py>,
+        ended: PyResult<Option<Exit>>,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let raised = &self.hooks.raised;
+        let exit = ended.map_err(|error| raised.beside(py, error))?;
+        let Some(exit) = exit else { return Ok(None) };
+        raised.check(py)?;
+        match raised.take_stop() {
+            Some((vcpu, value)) if exit.reason == ExitReason::Stopped => {
+                exit::stopped(py, vcpu, &value).map(Some)
+            }
+            _ => exit::to_python(py, &exit).map(Some),
         }
     }
 
@@ -123,6 +153,8 @@ impl PyVmm {
             serial,
             vmm: Some(vmm),
             is_shared,
+            hooks: Arc::new(Hooks::over(Arc::default())),
+            devices: Mutex::default(),
             streams: Mutex::new(streams),
         })
     }
@@ -139,8 +171,8 @@ impl PyVmm {
 
     /// Run the guest until it ends, `stop` is called, or the time passes, in seconds.
     ///
-    /// Turns the event manager's loop meanwhile: subscribers are called on this thread. After a stop, a
-    /// timeout or an exception, another `run` goes on where this one ended.
+    /// Turns the event manager's loop meanwhile: subscribers are called on this thread, devices and exit hooks on those
+    /// of the vCPUs. After a stop, a timeout or an exception, another `run` goes on where this one ended.
     ///
     /// Raises:
     ///     StateError: a run is in progress, the guest has ended, or the machine is closed.
@@ -152,8 +184,11 @@ impl PyVmm {
         let timeout = exit::timeout(timeout)?;
         let _turning = self.claim()?;
         let manager = &self.event_manager;
-        let exit = py.detach(|| self.vmm().run(timeout, || callback::between_turns(manager)))?;
-        exit::to_python(py, &exit)
+        let raised = &self.hooks.raised;
+        let ended =
+            py.detach(|| self.vmm().run(timeout, || callback::between_turns(manager, raised)));
+        let exit = self.finish(py, ended.map(Some))?;
+        exit.ok_or_else(|| PyRuntimeError::new_err("a run ends with an exit"))
     }
 
     /// Start the vCPUs and return. `wait` turns the event manager's loop for them.
@@ -178,8 +213,10 @@ impl PyVmm {
         let timeout = exit::timeout(timeout)?;
         let _turning = self.claim()?;
         let manager = &self.event_manager;
-        let exit = py.detach(|| self.vmm().wait(timeout, || callback::between_turns(manager)))?;
-        exit.map(|exit| exit::to_python(py, &exit)).transpose()
+        let raised = &self.hooks.raised;
+        let ended =
+            py.detach(|| self.vmm().wait(timeout, || callback::between_turns(manager, raised)));
+        self.finish(py, ended)
     }
 
     /// Bring every vCPU out of its guest and wait until it is. From any thread or callback; the loop turns on.
@@ -239,7 +276,7 @@ impl PyVmm {
     /// Accesses that no device answered, counted by address.
     #[getter]
     fn unanswered<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
-        unanswered(py, self.vmm().buses())
+        unanswered(py, &self.vmm().dispatch().buses)
     }
 
     /// `run` inside a running asyncio loop, which stays responsive: the guest's loop turns in another thread.
@@ -278,7 +315,13 @@ impl PyVmm {
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.config)?;
-        visit.call(&self.event_manager)
+        visit.call(&self.event_manager)?;
+        self.hooks.traverse(&visit)?;
+        self.hooks.raised.traverse(&visit)?;
+        match self.devices.try_lock() {
+            Some(devices) => devices.iter().try_for_each(|device| device.traverse(&visit)),
+            None => Ok(()),
+        }
     }
 }
 

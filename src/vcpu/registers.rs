@@ -8,10 +8,11 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{SyncReg, VcpuFd};
 
-use super::run::settle;
+use super::dispatch::Dispatch;
+use super::exit::{VcpuExit, owned};
+use super::kick::ImmediateExit;
 use super::run_page::RunPage;
 use crate::debug::Paging;
-use crate::devices::Buses;
 use crate::error::{Error, ErrorKind, Result};
 use crate::vm::GuestMemory;
 
@@ -21,7 +22,7 @@ pub struct Vcpu {
     pub(crate) id: u64,
     pub(crate) fd: VcpuFd,
     pub(crate) page: Arc<RunPage>,
-    pub(crate) buses: Arc<Buses>,
+    pub(crate) dispatch: Arc<Dispatch>,
     /// After `fd`: as long as the guest can run, its memory is there.
     memory: GuestMemory,
     /// KVM_RUN has been called: what CPUID says cannot be changed any more.
@@ -32,6 +33,34 @@ pub struct Vcpu {
     pub(crate) is_pending: bool,
     /// The run page has the general registers: each exit puts them there (KVM_CAP_SYNC_REGS), as does `store`.
     pub(crate) has_page_registers: bool,
+    /// An exit that came when an instruction was completed, for the next to enter the guest.
+    pub(crate) waiting: Option<VcpuExit>,
+    /// Its exit is being answered by the program's code, which looks into it.
+    pub(crate) is_lent: bool,
+    /// General registers as they were at the exit, and as that code wants them behind the instruction.
+    pub(crate) changed: Option<Box<Changed>>,
+}
+
+/// What [`Vcpu::changed`] keeps.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Changed {
+    pub(crate) from: kvm_regs,
+    pub(crate) to: kvm_regs,
+}
+
+impl Changed {
+    /// The registers after the instruction, with what was changed.
+    pub(crate) fn over(&self, after: &kvm_regs) -> kvm_regs {
+        let mut regs = *after;
+        let words = bytes_mut(&mut regs).chunks_exact_mut(8);
+        let pairs = bytes(&self.from).chunks_exact(8).zip(bytes(&self.to).chunks_exact(8));
+        for (word, (from, to)) in words.zip(pairs) {
+            if from != to {
+                word.copy_from_slice(to);
+            }
+        }
+        regs
+    }
 }
 
 /// A class of registers: the structure that one pair of ioctls moves.
@@ -76,7 +105,7 @@ impl Vcpu {
         id: u64,
         mut fd: VcpuFd,
         page: Arc<RunPage>,
-        buses: Arc<Buses>,
+        dispatch: Arc<Dispatch>,
         memory: GuestMemory,
     ) -> Self {
         fd.set_sync_valid_reg(SyncReg::Register);
@@ -84,12 +113,15 @@ impl Vcpu {
             id,
             fd,
             page,
-            buses,
+            dispatch,
             memory,
             has_run: false,
             awaits_answer: false,
             is_pending: false,
             has_page_registers: false,
+            waiting: None,
+            is_lent: false,
+            changed: None,
         }
     }
 
@@ -125,13 +157,47 @@ impl Vcpu {
     }
 
     /// Complete an access that has been answered, so that the registers are those after the instruction. One that
-    /// waits for its answer shows those before.
+    /// waits for its answer shows those before, as does one whose answer is being found.
     fn complete(&mut self) {
-        if self.awaits_answer {
+        if !self.is_pending || self.awaits_answer || self.is_lent || self.waiting.is_some() {
             return;
         }
-        // Another access of a repeated instruction, or an end, is left to the next run.
-        let _ = settle(self, 1);
+        self.page.set(true);
+        let result = self.fd.run().map(|exit| owned(exit, &self.page));
+        self.has_page_registers = true;
+        self.is_pending = false;
+        // Another access of the instruction, or an end, is left to the next entry.
+        self.waiting = result.ok();
+    }
+
+    /// Complete the instruction whose exit has been answered, and change the registers behind it as the program's code
+    /// wanted. `is_stopped` looks at the stop word.
+    pub(super) fn apply_changes(&mut self, is_stopped: impl Fn() -> bool) {
+        let Some(changed) = self.changed.take() else { return };
+        self.complete();
+        // Kick, point 8: one that came meanwhile has set the word first, and that is looked at before the next entry.
+        self.page.set(is_stopped());
+        let after = changed.over(&self.page.registers());
+        // KVM takes any general registers.
+        if self.fd.set_regs(&after).is_ok() {
+            self.page.set_registers(&after);
+        }
+    }
+
+    /// Have the guest execute the instruction of this exit again.
+    pub(super) fn go_back(&mut self, exit: &VcpuExit) {
+        let Ok(mut to) = self.general() else { return };
+        if exit.is_read() {
+            // All of them, and none as the instruction leaves it.
+            let mut from = to;
+            bytes_mut(&mut from).iter_mut().for_each(|byte| *byte = !*byte);
+            self.changed = Some(Box::new(Changed { from, to }));
+        } else if *exit == VcpuExit::Hlt {
+            to.rip = to.rip.wrapping_sub(1);
+            if self.fd.set_regs(&to).is_ok() {
+                self.page.set_registers(&to);
+            }
+        }
     }
 
     /// Look at a class of registers.
@@ -160,12 +226,20 @@ impl Vcpu {
     /// # Errors
     /// When KVM refuses the new values; they are as before then.
     pub fn store(&mut self, class: RegisterClass, change: impl FnOnce(&mut [u8])) -> Result<()> {
-        self.awaits_answer = false;
+        // Whoever answers the exit still does: its answer is not given up.
+        self.awaits_answer &= self.is_lent;
         self.complete();
         match class {
             RegisterClass::General => {
                 let mut regs: kvm_regs = self.general()?;
+                let from = regs;
                 change(bytes_mut(&mut regs));
+                if self.is_lent && self.is_pending {
+                    // KVM has the instruction half done: it would overwrite them.
+                    let from = self.changed.as_ref().map_or(from, |changed| changed.from);
+                    self.changed = Some(Box::new(Changed { from, to: regs }));
+                    return Ok(());
+                }
                 kvm("KVM_SET_REGS", self.fd.set_regs(&regs))?;
                 self.page.set_registers(&regs);
                 self.has_page_registers = true;
@@ -212,7 +286,10 @@ impl Vcpu {
         }
     }
 
-    fn general(&self) -> Result<kvm_regs> {
+    pub(crate) fn general(&self) -> Result<kvm_regs> {
+        if let Some(changed) = &self.changed {
+            return Ok(changed.to);
+        }
         if self.has_page_registers {
             return Ok(self.page.registers());
         }
