@@ -280,6 +280,7 @@ impl Vmm {
             let _ = self.event_manager.remove_subscriber(id);
         }
         drop(vm);
+        self.dispatch.close();
     }
 
     /// Bring the vCPUs of the run in progress out of the guest and wait until they are at rest. From any thread or

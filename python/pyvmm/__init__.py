@@ -32,7 +32,7 @@ from pyvmm._pyvmm import (
     kvm_info,
     set_kick_signal,
 )
-from pyvmm.devices import Unanswered
+from pyvmm.devices import ReadableDevice, Unanswered, WritableDevice
 from pyvmm.events import EventSet, Subscriber
 from pyvmm.exceptions import (
     BootError,
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
         SerialConfig,
         VmmConfig,
     )
+    from pyvmm.hostcalls import HostcallError, HostcallStatus
     from pyvmm.kvm import Cap
 
 __version__ = "0.1.0"
@@ -82,6 +83,8 @@ __all__ = [
     "FlatBoot",
     "GuestMemory",
     "GuestMemoryError",
+    "HostcallError",
+    "HostcallStatus",
     "IrqLine",
     "Kvm",
     "KvmError",
@@ -90,6 +93,7 @@ __all__ = [
     "LinuxBoot",
     "MemoryConfig",
     "MemorySlot",
+    "ReadableDevice",
     "RemoteEndpoint",
     "Serial",
     "SerialConfig",
@@ -108,6 +112,7 @@ __all__ = [
     "VmmError",
     "VmmExitHandler",
     "WrappedExitHandler",
+    "WritableDevice",
     "cpu_features",
     "embedded_guest",
     "kick_signal",
@@ -120,7 +125,11 @@ atexit.register(close_all)
 
 # Imported when first used: the event loop needs none of them, and they are most of the import's time.
 _CONFIG = ("CpuConfig", "EmbeddedBoot", "FlatBoot", "LinuxBoot", "MemoryConfig", "SerialConfig", "VmmConfig")
-_LAZY = {**dict.fromkeys(_CONFIG, "pyvmm.config"), "Cap": "pyvmm.kvm"}
+_LAZY = {
+    **dict.fromkeys(_CONFIG, "pyvmm.config"),
+    **dict.fromkeys(("HostcallError", "HostcallStatus"), "pyvmm.hostcalls"),
+    "Cap": "pyvmm.kvm",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -126,6 +126,11 @@ impl Bus {
         }
     }
 
+    /// Take every device away.
+    pub(crate) fn clear(&self) -> impl Sized + use<> {
+        std::mem::take(&mut *self.entries.write())
+    }
+
     /// Every device with the range that it answers.
     #[must_use]
     pub fn devices(&self) -> Vec<(u64, u64, Arc<dyn Device>)> {

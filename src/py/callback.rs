@@ -1,5 +1,6 @@
 //! The only place where the loop and the vCPU threads enter Python. No Rust lock is held here.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use event_manager::Events;
@@ -18,7 +19,7 @@ use super::hooks::Hooks;
 use super::raised::Raised;
 use super::subscribers::Receiver;
 use super::vcpu_exit::PyVcpuExit;
-use crate::vcpu::{Data, ExitKind, VcpuExit, Verdict, current};
+use crate::vcpu::{Cell, Data, ExitKind, VcpuExit, Verdict, current};
 
 /// The arguments of `process`, used again for the next event unless a callback has kept one.
 #[derive(Debug)]
@@ -334,10 +335,10 @@ pub(super) fn write_many(
 }
 
 /// Ask the hooks of an exit's kind, in the order they were added, until one has something to say.
-pub(super) fn on_exit(hooks: &Hooks, vcpu: u64, exit: &VcpuExit) -> Verdict {
-    let Some(kind) = exit.kind() else { return Verdict::Pass };
+pub(super) fn on_exit(hooks: &Hooks, exit: &VcpuExit) -> Verdict {
+    let (Some(kind), Some(cell)) = (exit.kind(), current()) else { return Verdict::Pass };
     on_vcpu_thread(|py| {
-        ask(py, hooks, kind, vcpu, exit).unwrap_or_else(|error| {
+        ask(py, hooks, kind, &cell, exit).unwrap_or_else(|error| {
             let text = format!("in a hook of an exit of kind {}{}", kind.name(), position());
             leave(py, &hooks.raised, error, &text);
             Verdict::Stop
@@ -349,11 +350,11 @@ fn ask(
     py: Python<'_>,
     hooks: &Hooks,
     kind: ExitKind,
-    vcpu: u64,
+    cell: &Arc<Cell>,
     exit: &VcpuExit,
 ) -> PyResult<Verdict> {
     let functions = hooks.of(kind);
-    let vcpu = hooks.vcpu(py, vcpu)?;
+    let vcpu = hooks.vcpu(py, cell)?;
     let shown = PyVcpuExit::of(py, exit.clone())?.into_pyobject(py)?;
     for function in functions.iter() {
         let said = function.bind(py).call1((&vcpu, &shown))?;

@@ -10,7 +10,7 @@ use pyo3::prelude::*;
 use super::callback;
 use super::raised::Raised;
 use super::vcpu::PyVcpu;
-use crate::vcpu::{ExitHook, ExitKind, VcpuExit, Verdict, current};
+use crate::vcpu::{Cell, ExitHook, ExitKind, VcpuExit, Verdict};
 
 /// The hooks of one kind.
 type Functions = Arc<Vec<Py<PyAny>>>;
@@ -87,22 +87,15 @@ impl Hooks {
         self.functions.lock().get(kind as usize).cloned().unwrap_or_default()
     }
 
-    /// The object for the vCPU whose thread this is.
-    pub(super) fn vcpu(&self, py: Python<'_>, id: u64) -> PyResult<Py<PyVcpu>> {
+    /// The object for a vCPU.
+    pub(super) fn vcpu(&self, py: Python<'_>, cell: &Arc<Cell>) -> PyResult<Py<PyVcpu>> {
         let known = self.vcpus.lock();
-        if let Some((_, vcpu)) = known.iter().find(|(known, _)| *known == id) {
+        if let Some((_, vcpu)) = known.iter().find(|(known, _)| *known == cell.id()) {
             return Ok(vcpu.clone_ref(py));
         }
         drop(known);
-        let gone = || {
-            crate::error::Error::new(
-                crate::error::ErrorKind::State,
-                "vcpu",
-                "the machine is closed",
-            )
-        };
-        let vcpu = PyVcpu::of(py, &current().ok_or_else(gone)?)?;
-        self.vcpus.lock().push((id, vcpu.clone_ref(py)));
+        let vcpu = PyVcpu::of(py, cell)?;
+        self.vcpus.lock().push((cell.id(), vcpu.clone_ref(py)));
         Ok(vcpu)
     }
 
@@ -119,7 +112,7 @@ impl Hooks {
 }
 
 impl ExitHook for Hooks {
-    fn on_exit(&self, vcpu: u64, exit: &VcpuExit) -> Verdict {
-        callback::on_exit(self, vcpu, exit)
+    fn on_exit(&self, _vcpu: u64, exit: &VcpuExit) -> Verdict {
+        callback::on_exit(self, exit)
     }
 }

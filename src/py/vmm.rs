@@ -16,7 +16,7 @@ use super::hooks::Hooks;
 use super::live::{self, Close};
 use super::memory::PyGuestMemory;
 use super::serial::PySerial;
-use super::{callback, config, exit, vcpu};
+use super::{callback, config, exit};
 use crate::config::{SerialInput, SerialOutput};
 use crate::devices::{Access, Buses};
 use crate::exit_handler::{Exit, ExitReason};
@@ -108,8 +108,14 @@ impl PyVmm {
 impl Drop for PyVmm {
     fn drop(&mut self) {
         let vmm = self.vmm.take();
-        // Closing a machine may sleep in the kernel.
-        Python::attach(|py| py.detach(|| drop(vmm)));
+        // Its devices and hooks may hold parts of it, so it is closed, not only let go. That may sleep in the kernel, and
+        // its threads may need the GIL to end.
+        Python::attach(|py| {
+            py.detach(|| {
+                vmm.iter().for_each(|vmm| vmm.close());
+                drop(vmm);
+            });
+        });
     }
 }
 
@@ -244,7 +250,9 @@ impl PyVmm {
     #[getter]
     fn vcpus<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
         let cells = py.detach(|| self.vmm().vcpus())?;
-        vcpu::to_python(py, &cells)
+        let vcpus: Vec<_> =
+            cells.iter().map(|cell| self.hooks.vcpu(py, cell)).collect::<PyResult<_>>()?;
+        PyTuple::new(py, vcpus)
     }
 
     /// End the run in progress, or at once the next one if there is none. From any thread or callback.
@@ -257,6 +265,11 @@ impl PyVmm {
     /// In a callback it takes effect when the run ends.
     fn close(&self, py: Python<'_>) {
         py.detach(|| self.vmm().close());
+        if self.vmm().state() == VmRunState::Closed {
+            // Outside the lock: it may run Python code.
+            let devices = std::mem::take(&mut *self.devices.lock());
+            drop(devices);
+        }
         // Called from a callback, the machine closes later, and its last output is still to be taken.
         if self.is_shared && self.vmm().state() == VmRunState::Closed {
             let streams = std::mem::take(&mut *self.streams.lock());

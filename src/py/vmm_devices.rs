@@ -112,6 +112,12 @@ impl PyVmm {
         self.remove_device(py, Access::Mmio, base)
     }
 
+    fn _pio_device(&self, py: Python<'_>, base: u64) -> Option<Py<PyAny>> {
+        let devices = self.devices.lock();
+        let device = devices.iter().find(|device| device.is_at(Access::Pio, base));
+        device.map(|device| device.object().clone_ref(py))
+    }
+
     /// An interrupt line: pin 0 to 23 of the I/O APIC, of which the PICs have the first sixteen.
     ///
     /// Raises:
@@ -253,6 +259,22 @@ impl PyVmm {
         this.hooks.add(py, of_kind, function.clone().unbind());
         this.set_hooks();
         Ok(function.clone())
+    }
+
+    /// Decorate a function that the guest calls by a number, with integers and pieces of its memory: see `pyvmm.hostcalls`.
+    ///
+    /// Args:
+    ///     number: what the guest calls it by; a function instead gets the next free one.
+    ///
+    /// Raises:
+    ///     ValueError: the number is taken, or none of 32 bits.
+    ///     StateError: the machine is closed.
+    #[pyo3(signature = (number = None, /))]
+    fn hostcall<'py>(
+        slf: &Bound<'py, Self>,
+        number: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        slf.py().import("pyvmm.hostcalls")?.call_method1("hostcall", (slf, number))
     }
 
     /// Remove a hook.

@@ -101,6 +101,16 @@ impl Dispatch {
         }
     }
 
+    /// The machine is closed: nobody is called any more. What they hold is given back, which may be the machine.
+    pub(crate) fn close(&self) {
+        self.watched.store(0, Ordering::Release);
+        let hook = self.hook.write().take();
+        let observers = std::mem::take(&mut *self.observers.write());
+        let devices = [self.buses.pio.clear(), self.buses.mmio.clear()];
+        // Outside the locks: it may run the program's code.
+        drop((hook, observers, devices));
+    }
+
     fn change_watched(&self, change: impl Fn(u64) -> u64) {
         // Release: who sees a bit finds the hook or the observer that it stands for.
         let _ =

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state,
+    CpuId, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP,
+    KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_guest_debug, kvm_lapic_state,
     kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{SyncReg, VcpuFd};
@@ -344,6 +345,34 @@ impl Vcpu {
         let table = CpuId::from_entries(entries)
             .map_err(|e| Error::new(ErrorKind::Config, at, format!("{e:?}")))?;
         kvm(at, self.fd.set_cpuid2(&table))
+    }
+
+    /// Have single steps and accesses to linear addresses come out as exits: KVM_SET_GUEST_DEBUG.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Config`] for more breakpoints than the processor's four; when KVM refuses.
+    pub fn debug(&mut self, single_step: bool, breakpoints: &[u64]) -> Result<()> {
+        let at = "KVM_SET_GUEST_DEBUG";
+        let mut debug = kvm_guest_debug::default();
+        let registers = debug.arch.debugreg.iter_mut().take(4);
+        if breakpoints.len() > 4 {
+            let detail = format!("{} breakpoints: the processor has four", breakpoints.len());
+            return Err(Error::new(ErrorKind::Config, at, detail));
+        }
+        registers.zip(breakpoints).for_each(|(register, address)| *register = *address);
+        if single_step {
+            debug.control |= KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP;
+        }
+        if !breakpoints.is_empty() {
+            debug.control |= KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP;
+            // DR7: the bit that is always one, and for each the bit that enables it globally: Intel SDM volume 3, 18.2.4.
+            let enabled = (0..breakpoints.len()).fold(0x400, |dr7, number| dr7 | 2 << (2 * number));
+            if let Some(dr7) = debug.arch.debugreg.get_mut(7) {
+                *dr7 = enabled;
+            }
+        }
+        self.complete();
+        kvm(at, self.fd.set_guest_debug(&debug))
     }
 
     /// How the vCPU translates addresses now.
