@@ -7,10 +7,10 @@ import struct
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
-from guests import HALT, Mode, exit_with, flat
+from guests import FWAIT_FOREVER, HALT, Mode, exit_with, flat
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from pyvmm import CpuConfig, Exit, ExitReason, KvmVm, VcpuExit, Vmm, kvm_info
+from pyvmm import CpuConfig, Exit, ExitAction, ExitReason, KvmVm, Vcpu, VcpuExit, Vmm, kvm_info
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -412,3 +412,77 @@ def test_vcpu_driven_by_hand_has_fixups_too() -> None:
         vcpu.regs.rbx = 7
         assert isinstance(vcpu.run_once(), VcpuExit.IoOut)
         assert vcpu.regs.rip == 0x1000 + len(code)
+
+
+@pytest.mark.parametrize("code", [b"\x0f\x01\xcb", b"\x66\x0f\xef\xc0"], ids=["stac", "pxor"])
+def test_hook_sees_what_is_left_to_it_and_may_go_on(code: bytes) -> None:
+    """With fix-ups a hook is asked for what has none; without, for all that KVM refuses."""
+    needs_software_kvm()
+    seen: list[str | None] = []
+
+    def skip(vcpu: Vcpu, exit: VcpuExit) -> ExitAction:
+        assert isinstance(exit, VcpuExit.InternalError)
+        seen.append(exit.disassembly)
+        assert exit.registers["rip"] == vcpu.regs.rip
+        vcpu.regs.rip += len(code)
+        return ExitAction.CONTINUE
+
+    for fixups in (False, True):
+        with Vmm(flat(code + exit_with(5), "long64", cpu=CpuConfig(fixups=fixups))) as vmm:
+            vmm.on_exit("internal-error", skip)
+            assert vmm.run(10) == Exit(ExitReason.CODE, 5, 0)
+    assert seen == (["stac"] if code[0] == 0x0F else ["pxor xmm0, xmm0"] * 2)
+
+
+def test_stack_that_is_not_there_becomes_a_double_fault() -> None:
+    """The push of INT faults, and so does the delivery of that page fault: as on the processor."""
+    gates = {8: gate(HANDLERS + 16 * 8, ist=1)}
+    found = land(INT_0X21, "long64", gates=gates, rsp=0x4_0000_0000, rflags=2)
+    assert (found.vector, found.frame[:2], found.frame[4]) == (8, (0, CODE), 0x4_0000_0000)
+
+
+def test_kick_and_timeout_end_a_guest_that_does_nothing_but_fixups() -> None:
+    with Vmm(flat(FWAIT_FOREVER, "long64", cpu=FIXUPS)) as vmm:
+        assert vmm.run(0.2) == Exit(ExitReason.TIMEOUT)
+        vmm.start()
+        vmm.pause()
+        assert vmm.vcpus[0].regs.rip in (0x1000, 0x1001)
+        vmm.resume()
+        vmm.stop()
+        assert vmm.wait(10) == Exit(ExitReason.STOPPED)
+
+
+def test_pages_that_a_fixup_writes_are_dirty() -> None:
+    code = bytes.fromhex("0f ae 1e 48 0f c7 4e 40")  # stmxcsr [rsi]; cmpxchg16b [rsi+64]
+    with Vmm(flat(code + exit_with(0), "long64", address=CODE, cpu=FIXUPS)) as vmm:
+        vmm.memory.log_dirty = True
+        vmm.vcpus[0].regs.update(rsi=DATA + 0xFC0, rax=0, rdx=0)
+        assert vmm.run(10).code == 0
+        ranges = vmm.memory.dirty().ranges
+        assert all(any(start <= page < start + size for start, size in ranges) for page in (DATA, DATA + 0x1000))
+
+
+def test_two_processors_exchange_16_bytes_one_after_the_other() -> None:
+    """Each adds 1 to a counter of 128 bits 300 times; the one that comes last exits."""
+    code = bytes.fromhex(
+        "be 00 00 02 00"  #        mov esi, DATA
+        "bf 2c 01 00 00"  #        mov edi, 300
+        "48 8b 06"  #       again: mov rax, [rsi]
+        "48 8b 56 08"  #           mov rdx, [rsi+8]
+        "48 8d 58 01"  #    retry: lea rbx, [rax+1]
+        "48 89 d1"  #              mov rcx, rdx
+        "f0 48 0f c7 0e"  #        lock cmpxchg16b [rsi]
+        "75 f2"  #                 jne retry
+        "ff cf"  #                 dec edi
+        "75 e7"  #                 jne again
+        "b8 01 00 00 00"  #        mov eax, 1
+        "f0 0f c1 46 20"  #        lock xadd [rsi+32], eax
+        "85 c0"  #                 test eax, eax
+        "74 04"  #                 jz wait
+        "b0 07 e6 f4"  #           mov al, 7; out 0xf4, al
+        "f3 90 eb fc"  #    wait:  pause; jmp wait
+    )
+    config = flat(code, "long64", address=CODE, cpu=CpuConfig(2, fixups=True))
+    with Vmm(config) as vmm:
+        assert vmm.run(60).code == 7
+        assert vmm.memory.read_u64(DATA) == 600

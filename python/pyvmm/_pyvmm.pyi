@@ -1055,6 +1055,10 @@ class KvmVm:
     def unanswered(self) -> list[Unanswered]:
         """Accesses that no device answered."""
 
+    @property
+    def fixups(self) -> dict[str, int]:
+        """The instructions that KVM refused and pyvmm executed: as for `Vmm`."""
+
     def __enter__(self) -> Self: ...
     def __exit__(
         self,
