@@ -47,6 +47,7 @@ TESTED_BY = {
     "src/vcpu/run_page.rs": "tests/test_robustness.py",
     "src/vcpu/thread.rs": "tests/test_robustness.py",
     "src/fixup/bits.rs": "tests/test_fixups.py",
+    "src/fixup/sse.rs": "tests/test_fixups.py",
     "src/fixup/cpu.rs": "tests/test_fixups.py",
     "src/boot/initrd.rs": "tests/test_boot.py",
     "src/boot/mod.rs": "tests/test_boot.py",

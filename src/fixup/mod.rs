@@ -5,6 +5,7 @@ mod bits;
 mod cpu;
 mod descriptor;
 mod interrupt;
+mod sse;
 mod system;
 mod walk;
 mod x87;
@@ -49,6 +50,7 @@ pub(crate) fn execute(cpu: &mut Cpu<'_>, instruction: &Instruction) -> Done<Flow
         }
         Mnemonic::Into => Flow::Next,
         mnemonic if bits::knows(mnemonic) => bits::execute(cpu, instruction)?,
+        mnemonic if sse::knows(mnemonic) => sse::execute(cpu, instruction)?,
         mnemonic if x87::knows(mnemonic) => x87::execute(cpu, instruction)?,
         mnemonic if xsave::knows(mnemonic) => xsave::execute(cpu, instruction)?,
         _ => system::execute(cpu, instruction)?,
@@ -68,7 +70,7 @@ fn name(mnemonic: Mnemonic) -> &'static str {
         Mnemonic::Int1 => "int1",
         Mnemonic::Int3 => "int3",
         Mnemonic::Into => "into",
-        other => [bits::name, x87::name, xsave::name, system::name]
+        other => [bits::name, sse::name, x87::name, xsave::name, system::name]
             .iter()
             .find_map(|name| name(other))
             .unwrap_or("other"),
@@ -246,6 +248,7 @@ pub(crate) mod tests {
         let opcode = prop_oneof![
             Just(vec![0xcd]),
             Just(vec![0xcc]),
+            Just(vec![0x0f]),
             Just(vec![0x0f, 0xae]),
             Just(vec![0x0f, 0xc7]),
             Just(vec![0x0f, 0xb8]),
