@@ -275,6 +275,17 @@ def test_page_fault_of_an_operand_has_its_address_and_code() -> None:
     assert (found.vector, found.frame[0], found.frame[1], found.cr2) == (14, 0, CODE, 0x4_0000_0000)
 
 
+def test_page_fault_of_a_save_is_one_of_a_write() -> None:
+    cpu = CpuConfig(fixups=True, template="host")
+    with Vmm(flat(bytes.fromhex("0f ae 26"), "long64", address=CODE, cpu=cpu)) as vmm:  # xsave [rsi]
+        lay_out(vmm, "long64", {}, 0)
+        (vcpu,) = vmm.vcpus
+        vcpu.sregs.cr4 |= 1 << 18
+        vcpu.regs.update(rsi=0x4_0000_0000, rax=3)
+        assert vmm.run(10).code == 14
+        assert (vmm.memory.read_u64(vcpu.regs.rsp), vcpu.sregs.cr2) == (2, 0x4_0000_0000)
+
+
 def test_single_step_goes_over_a_fix_up() -> None:
     found = land(bytes.fromhex("f3 48 0f b8 c3 90"), "long64", rflags=TF | 2)  # popcnt rax, rbx; nop
     assert (found.vector, found.frame[0]) == (1, CODE + 5)
