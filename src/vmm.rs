@@ -15,6 +15,7 @@ use crate::devices::{self, Access, Device, Serial};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
 use crate::exit_handler::{Exit, ExitHandler, ExitReason, WrappedExitHandler};
+use crate::fixup::Counts;
 use crate::vcpu::{Cell, Dispatch, VmRunState};
 use crate::vm::{GuestMemory, KvmVm, layout};
 
@@ -33,6 +34,7 @@ pub struct Vmm {
     exit_handler: WrappedExitHandler,
     dispatch: Arc<Dispatch>,
     serial: Arc<Serial>,
+    fixups: Arc<Counts>,
     /// Where the vCPUs start.
     entry: u64,
     /// Subscribers that are the machine's own and go with it.
@@ -84,12 +86,14 @@ impl Vmm {
         let mut own_subscribers =
             vec![event_manager.add_subscriber(Box::new(exit_handler.clone()))];
         own_subscribers.extend(devices::connect(&serial, config.serial, &event_manager)?);
+        let fixups = Arc::clone(vm.fixups());
         Ok(Self {
             vm: Mutex::new(Some(Arc::new(vm))),
             event_manager,
             exit_handler,
             dispatch,
             serial,
+            fixups,
             entry,
             own_subscribers: Mutex::new(own_subscribers),
             runner: Mutex::default(),
@@ -381,6 +385,12 @@ impl Vmm {
     #[must_use]
     pub fn dispatch(&self) -> &Arc<Dispatch> {
         &self.dispatch
+    }
+
+    /// The instructions that KVM refused and that were executed here.
+    #[must_use]
+    pub fn fixups(&self) -> &Counts {
+        &self.fixups
     }
 
     /// The first serial port.

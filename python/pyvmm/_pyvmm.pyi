@@ -858,16 +858,32 @@ class VcpuExit:
 
     @final
     class InternalError(VcpuExit):
-        """KVM could not go on."""
+        """KVM could not go on.
 
-        __match_args__ = ("suberror", "instruction", "data")
-        def __new__(cls, suberror: int, instruction: bytes, data: tuple[int, ...]) -> Self: ...
+        For suberror 1, an instruction that it cannot emulate: its bytes and perhaps some behind it, its text in the
+        syntax of nasm, and the registers it stood with by name: the general ones, rip, rflags, efer, cr0 to cr4 and
+        the selectors.
+        """
+
+        __match_args__ = ("suberror", "instruction", "data", "disassembly", "registers")
+        def __new__(
+            cls,
+            suberror: int,
+            instruction: bytes,
+            data: tuple[int, ...],
+            disassembly: str | None,
+            registers: dict[str, int],
+        ) -> Self: ...
         @property
         def suberror(self) -> int: ...
         @property
         def instruction(self) -> bytes: ...
         @property
         def data(self) -> tuple[int, ...]: ...
+        @property
+        def disassembly(self) -> str | None: ...
+        @property
+        def registers(self) -> dict[str, int]: ...
 
     @final
     class Debug(VcpuExit):
@@ -1039,6 +1055,10 @@ class KvmVm:
     def unanswered(self) -> list[Unanswered]:
         """Accesses that no device answered."""
 
+    @property
+    def fixups(self) -> dict[str, int]:
+        """The instructions that KVM refused and pyvmm executed: as for `Vmm`."""
+
     def __enter__(self) -> Self: ...
     def __exit__(
         self,
@@ -1170,6 +1190,13 @@ class Vmm:
     @property
     def unanswered(self) -> list[Unanswered]:
         """Accesses that no device answered, counted by address."""
+
+    @property
+    def fixups(self) -> dict[str, int]:
+        """The instructions that KVM refused and pyvmm executed, counted by mnemonic.
+
+        Empty without `CpuConfig(fixups=True)`. What they are is in docs/fixups.md.
+        """
 
     def __enter__(self) -> Self: ...
     def __exit__(

@@ -1,5 +1,6 @@
 //! `KvmVm` for Python: the machine without an event loop, told of its guest's end through any exit handler.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Weak};
 
@@ -19,6 +20,7 @@ use crate::boot;
 use crate::devices::{self, Serial};
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::{ExitHandler, WrappedExitHandler};
+use crate::fixup::Counts;
 use crate::vcpu::{Dispatch, VmRunState};
 use crate::vm::{GuestMemory, KvmVm, layout};
 
@@ -92,6 +94,7 @@ pub struct PyKvmVm {
     machine: Option<Arc<Machine>>,
     python_handler: Option<Arc<PythonHandler>>,
     dispatch: Arc<Dispatch>,
+    fixups: Arc<Counts>,
     /// Where the configuration's code starts.
     #[pyo3(get)]
     entry: u64,
@@ -125,11 +128,12 @@ impl PyKvmVm {
         entry: u64,
         serial: Option<Arc<Serial>>,
     ) -> PyResult<Self> {
+        let fixups = Arc::clone(vm.fixups());
         let machine = Arc::new(Machine(Mutex::new(Some(Arc::new(vm)))));
         live::remember(Arc::downgrade(&machine) as Weak<dyn Close>);
         let memory = Py::new(py, PyGuestMemory::of(&machine, Machine::memory))?;
         let serial = serial.map(|serial| Py::new(py, PySerial(serial))).transpose()?;
-        Ok(Self { machine: Some(machine), python_handler, dispatch, entry, memory, serial })
+        Ok(Self { machine: Some(machine), python_handler, dispatch, fixups, entry, memory, serial })
     }
 
     /// Raise what the exit handler's `kick()` raised, once.
@@ -308,6 +312,12 @@ impl PyKvmVm {
     #[getter]
     fn unanswered<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
         vmm::unanswered(py, &self.dispatch.buses)
+    }
+
+    /// The instructions that KVM refused and pyvmm executed, counted by mnemonic; empty without `CpuConfig(fixups=True)`.
+    #[getter]
+    fn fixups(&self) -> BTreeMap<&'static str, u64> {
+        self.fixups.all()
     }
 
     fn __enter__(slf: Py<Self>) -> Py<Self> {

@@ -1,5 +1,6 @@
 //! `Vmm` for Python: the spine with the GIL let go where it waits.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
@@ -290,6 +291,12 @@ impl PyVmm {
     #[getter]
     fn unanswered<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
         unanswered(py, &self.vmm().dispatch().buses)
+    }
+
+    /// The instructions that KVM refused and pyvmm executed, counted by mnemonic; empty without `CpuConfig(fixups=True)`.
+    #[getter]
+    fn fixups(&self) -> BTreeMap<&'static str, u64> {
+        self.vmm().fixups().all()
     }
 
     /// `run` inside a running asyncio loop, which stays responsive: the guest's loop turns in another thread.

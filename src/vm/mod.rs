@@ -15,7 +15,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use kvm_bindings::{KVM_MP_STATE_RUNNABLE, KVM_PIT_SPEAKER_DUMMY, kvm_mp_state, kvm_pit_config};
+use kvm_bindings::{
+    KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_MP_STATE_RUNNABLE, KVM_PIT_SPEAKER_DUMMY,
+    kvm_enable_cap, kvm_mp_state, kvm_pit_config,
+};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use parking_lot::Mutex;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -31,6 +34,7 @@ use crate::config::{CpuMode, FlatBoot, VmmConfig};
 use crate::cpu::{cpuid, msrs, regs, tables};
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::{Exit, ExitHandler};
+use crate::fixup;
 use crate::process::Birthplace;
 use crate::vcpu::{self, Dispatch, Handle, RunState, Vcpu, VmRunState};
 
@@ -44,6 +48,7 @@ pub struct KvmVm<EH: ExitHandler> {
     mode: CpuMode,
     /// Where a flat guest's stacks end.
     code: Option<u64>,
+    fixups: Arc<fixup::Counts>,
     irqchip: bool,
     /// The vCPUs have the registers of a first start.
     is_prepared: AtomicBool,
@@ -73,6 +78,10 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         memory.kvm_slots().attach(&fd)?;
         let table = cpuid::guest_cpuid(&kvm, &config.cpu)?;
         let vcpus = create_vcpus(&kvm, &fd, config, &table, &dispatch, &memory)?;
+        let fixups = Arc::default();
+        if config.cpu.fixups {
+            switch_fixups_on(&fd, &vcpus, &fixups)?;
+        }
         tables::write(&memory, config.mode(), || cpuid::has(&table, "pdpe1gb"))?;
         let shared =
             vcpu::Shared { exit_handler, run_state: RunState::default(), exit: Mutex::new(None) };
@@ -87,6 +96,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             shared: Arc::new(shared),
             mode: config.mode(),
             code,
+            fixups,
             irqchip: config.has_irqchip(),
             is_prepared: AtomicBool::new(false),
             birthplace: Birthplace::here(),
@@ -110,6 +120,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             shared: Arc::new(shared),
             mode: CpuMode::Real16,
             code: None,
+            fixups: Arc::default(),
             irqchip: false,
             // Whoever makes it sets its registers.
             is_prepared: AtomicBool::new(true),
@@ -306,6 +317,12 @@ impl<EH: ExitHandler> KvmVm<EH> {
         self.shared.exit.lock().clone()
     }
 
+    /// The instructions that KVM refused and that were executed here.
+    #[must_use]
+    pub fn fixups(&self) -> &Arc<fixup::Counts> {
+        &self.fixups
+    }
+
     /// The machine's memory.
     #[must_use]
     pub fn memory(&self) -> &GuestMemory {
@@ -375,6 +392,22 @@ fn create_irqchip(fd: &VmFd, config: &VmmConfig) -> Result<()> {
         fd.create_pit2(pit).map_err(|e| Error::kvm("KVM_CREATE_PIT2", e))?;
     }
     Ok(())
+}
+
+/// Have KVM hand over every instruction it cannot emulate, also those of ring 3, before it raises #UD.
+fn switch_fixups_on(fd: &VmFd, vcpus: &[Handle], counts: &Arc<fixup::Counts>) -> Result<()> {
+    let mut cap = kvm_enable_cap { cap: KVM_CAP_EXIT_ON_EMULATION_FAILURE, ..Default::default() };
+    cap.args[0] = 1;
+    fd.enable_cap(&cap).map_err(|e| {
+        let error = Error::kvm("KVM_CAP_EXIT_ON_EMULATION_FAILURE", e);
+        Error { at: "cpu.fixups".into(), ..error }.hint("Linux has it since 5.14")
+    })?;
+    vcpus.iter().try_for_each(|handle| {
+        handle.cell().with_vcpu(|vcpu| {
+            vcpu.fixups = Some(Arc::clone(counts));
+            Ok(())
+        })
+    })
 }
 
 fn create_vcpus(
