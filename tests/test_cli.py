@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from guests import SPIN, TRIPLE_FAULT, exit_with, out, print_text
-from pyvmm import CpuConfig, LinuxBoot, MemoryConfig, VmmConfig
+from pyvmm import CpuConfig, LinuxBoot, MemoryConfig, VmmConfig, kvm_info
 from pyvmm.cli import with_options
 
 if TYPE_CHECKING:
@@ -62,6 +62,16 @@ def test_exit_status_tells_how_the_guest_ended(
     done = pyvmm("run", "--config", flat_file(tmp_path, code, mode), "--timeout", "2" if status == 124 else "60")
     assert done.returncode == status
     assert said in done.stderr
+
+
+@pytest.mark.kvm
+def test_fixups_are_switched_on_by_an_option(tmp_path: Path) -> None:
+    code = b"\xbb\xff\x00\x00\x00\xf3\x0f\xb8\xc3\xe6\xf4"  # mov ebx, 255; popcnt eax, ebx; out 0xf4, al
+    config = flat_file(tmp_path, code, "long64")
+    assert pyvmm("run", "--fixups", "--config", config).returncode == 8
+    if kvm_info()["software_kvm"]:
+        done = pyvmm("run", "--config", config)
+        assert (done.returncode, b"popcnt eax, ebx" in done.stderr) == (120, True)
 
 
 @pytest.mark.kvm
