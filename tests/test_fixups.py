@@ -7,7 +7,7 @@ import struct
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
-from guests import FWAIT_FOREVER, HALT, Mode, exit_with, flat
+from guests import FWAIT_FOREVER, HALT, TRIPLE_FAULT, Mode, exit_with, flat
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pyvmm import CpuConfig, Exit, ExitAction, ExitReason, KvmVm, Vcpu, VcpuExit, Vmm, kvm_info
@@ -509,6 +509,30 @@ def test_what_has_no_fixup_stays_an_exit_and_changes_nothing(code: str, text: st
         assert exit.fault is not None
         assert text in exit.fault
         assert vmm.vcpus[0].regs.rip == 0x1000
+
+
+@pytest.mark.parametrize(
+    ("mode", "text"),
+    [
+        ("real16", "popcnt ax, [bx+si+0x66]"),
+        ("protected32", "popcnt eax, [eax+0x66]"),
+        ("long64", "popcnt eax, [rax+0x66]"),
+    ],
+)
+def test_instruction_is_read_with_the_bits_of_its_mode(mode: Mode, text: str) -> None:
+    needs_software_kvm()
+    with Vmm(flat(b"\xf3\x0f\xb8\x40\x66", mode)) as vmm:
+        exit = vmm.run(10)
+    assert exit.fault is not None
+    assert f"instruction at 0x1000: {text}\n" in exit.fault
+
+
+def test_other_faults_show_the_instruction_from_memory() -> None:
+    with Vmm(flat(TRIPLE_FAULT, "long64")) as vmm:
+        exit = vmm.run(10)
+    assert exit.reason is ExitReason.SHUTDOWN
+    assert exit.fault is not None
+    assert "instruction at 0x100a: mov [rax], al\ninstruction bytes: 88 00" in exit.fault
 
 
 def test_typed_exit_has_the_instruction_and_the_registers() -> None:
