@@ -49,6 +49,11 @@ impl PyVmm {
     }
 }
 
+fn io_event(address: u64, length: usize, datamatch: Option<u64>, pio: bool) -> IoEvent {
+    let access = if pio { Access::Pio } else { Access::Mmio };
+    IoEvent { access, address, length, datamatch }
+}
+
 fn kind_of(kind: &Bound<'_, PyAny>) -> PyResult<ExitKind> {
     let Ok(name) = kind.cast::<PyString>() else {
         let class = kind.get_type();
@@ -187,9 +192,7 @@ impl PyVmm {
         datamatch: Option<u64>,
         pio: bool,
     ) -> PyResult<()> {
-        let event = event_fd.shared()?;
-        let access = if pio { Access::Pio } else { Access::Mmio };
-        let on = IoEvent { access, address, length, datamatch };
+        let (event, on) = (event_fd.shared()?, io_event(address, length, datamatch, pio));
         let vmm = slf.get().vmm();
         Ok(slf.py().detach(|| vmm.vm()?.add_ioeventfd(&event, &on))?)
     }
@@ -204,9 +207,7 @@ impl PyVmm {
         datamatch: Option<u64>,
         pio: bool,
     ) -> PyResult<()> {
-        let event = event_fd.shared()?;
-        let access = if pio { Access::Pio } else { Access::Mmio };
-        let on = IoEvent { access, address, length, datamatch };
+        let (event, on) = (event_fd.shared()?, io_event(address, length, datamatch, pio));
         let vmm = slf.get().vmm();
         Ok(slf.py().detach(|| vmm.vm()?.remove_ioeventfd(&event, &on))?)
     }
