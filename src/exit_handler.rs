@@ -25,6 +25,8 @@ pub trait ExitHandler {
 pub struct VmmExitHandler {
     exit_event: Arc<EventFd>,
     keep_running: bool,
+    /// How many loops it was registered in.
+    loops: usize,
 }
 
 impl VmmExitHandler {
@@ -33,7 +35,8 @@ impl VmmExitHandler {
     /// # Errors
     /// When no eventfd can be made.
     pub fn new() -> io::Result<Self> {
-        Ok(Self { exit_event: Arc::new(EventFd::new(EFD_NONBLOCK)?), keep_running: true })
+        let exit_event = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        Ok(Self { exit_event, keep_running: true, loops: 0 })
     }
 
     /// The eventfd that a kick writes.
@@ -94,6 +97,7 @@ impl MutEventSubscriber for VmmExitHandler {
     }
 
     fn init(&mut self, ops: &mut EventOps) {
+        self.loops += 1;
         // Fails only for a handler that is registered already: it is kicked there all the same.
         let _ = ops.add(Events::new(&*self.exit_event, EventSet::IN));
     }
@@ -122,6 +126,12 @@ impl WrappedExitHandler {
     #[must_use]
     pub fn is_kicked(&self) -> bool {
         self.0.lock().is_kicked()
+    }
+
+    /// Whether another loop may process a kick, unseen by the first.
+    #[must_use]
+    pub fn is_in_several_loops(&self) -> bool {
+        self.0.lock().loops > 1
     }
 
     /// See [`VmmExitHandler::rearm`].

@@ -47,10 +47,12 @@ class Model(RuleBasedStateMachine):
         self.manager = EventManager()
         self.epoll = select.epoll()
         self.alive: dict[int, object] = {}
+        self.opened: list[EventFd | TimerFd] = []
 
     @rule(target=subscribers, flags=st.sampled_from(FLAGS))
     def add(self, flags: EventSet) -> Entry:
         watched = Watched(self.log, flags, EventFd())
+        self.opened.append(watched.fd)
         id = self.manager.add_subscriber(watched)
         self.epoll.register(watched.fd, int(flags))
         self.alive[watched.fd.fileno()] = id
@@ -59,6 +61,7 @@ class Model(RuleBasedStateMachine):
     @rule(target=timers, flags=st.sampled_from(FLAGS[:3]))
     def add_timer(self, flags: EventSet) -> TimerFd:
         timer = TimerFd()
+        self.opened.append(timer)
         self.alive[timer.fileno()] = self.manager.add_subscriber(Watched(self.log, flags, timer))
         self.epoll.register(timer, int(flags))
         return timer
@@ -92,7 +95,9 @@ class Model(RuleBasedStateMachine):
         """In the past it has expired, in an hour it has not."""
         timer.set(0.0 if expired else 3600.0)
         if expired:
-            select.select([timer], [], [])
+            poll = select.poll()  # select() ends at 1,024 descriptors
+            poll.register(timer)
+            poll.poll()
 
     @rule(timer=timers)
     def clear(self, timer: TimerFd) -> None:
@@ -117,6 +122,8 @@ class Model(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.epoll.close()
+        for source in self.opened:
+            source.close()
 
 
 TestModel = Model.TestCase

@@ -15,6 +15,8 @@ use event_manager::{
 use parking_lot::{Mutex, MutexGuard};
 
 use super::epoll_set::EpollSet;
+use super::errors::{at_fd, event_error};
+use super::waits::Waits;
 use crate::error::{Error, ErrorKind, Result};
 use crate::process::Birthplace;
 
@@ -31,6 +33,7 @@ pub struct EventManager {
     birthplace: Birthplace,
     /// Goes up, under the lock, with each registration that is taken back.
     removals: Arc<AtomicU64>,
+    waits: Waits,
 }
 
 struct Inner {
@@ -60,7 +63,8 @@ impl EventManager {
         let mut upstream = Upstream::new().map_err(event_error)?;
         let epoll = EpollSet::of(&mut upstream)?;
         let inner = Mutex::new(Inner { upstream, watched: HashMap::new() });
-        Ok(Self { inner, epoll, birthplace: Birthplace::here(), removals: Arc::default() })
+        let (birthplace, removals) = (Birthplace::here(), Arc::default());
+        Ok(Self { inner, epoll, birthplace, removals, waits: Waits::default() })
     }
 
     /// Register a subscriber; its `init` runs before this returns.
@@ -199,19 +203,42 @@ impl EventManager {
     /// # Errors
     /// When epoll fails.
     pub fn run_with_timeout(&self, milliseconds: i32) -> Result<usize> {
+        let limit = u64::try_from(milliseconds).ok().map(Duration::from_millis);
+        self.run_until(limit.map(|limit| Instant::now() + limit), None)
+    }
+
+    /// [`Self::run`] until this time, none for no limit. Returns 0 when the time passed, a signal interrupted the wait,
+    /// [`Self::kick`] was called, `interrupt` turned readable, or, in a shared loop, every 50 ms.
+    ///
+    /// # Errors
+    /// When epoll fails.
+    pub fn run_until(&self, deadline: Option<Instant>, interrupt: Option<RawFd>) -> Result<usize> {
         self.check_process()?;
-        let deadline = u64::try_from(milliseconds)
-            .ok()
-            .map(|limit| Instant::now() + Duration::from_millis(limit));
         loop {
             let Dispatched { events, woken } = self.dispatch(self.inner.lock())?;
-            if events > 0 || woken || milliseconds == 0 {
+            let is_over = || deadline.is_some_and(|deadline| Instant::now() >= deadline);
+            if events > 0 || woken || is_over() {
                 return Ok(events);
             }
-            if !self.epoll.wait(deadline)? {
+            let slice = self.waits.begin();
+            let until = slice.map_or(deadline, |slice| {
+                Some(deadline.map_or(slice, |deadline| deadline.min(slice)))
+            });
+            let is_ready = self.epoll.wait(until, interrupt);
+            self.waits.end(slice);
+            if !is_ready? {
                 return Ok(0);
             }
         }
+    }
+
+    /// From here on several threads may turn this loop at once. One of them may take the event, or the kick, that another
+    /// waits for: so none waits for longer than 50 ms. Returns when no thread is in a longer wait any more.
+    ///
+    /// # Errors
+    /// When the wake-up cannot be written.
+    pub fn share(&self) -> Result<()> {
+        self.waits.share(|| self.kick())
     }
 
     /// End the wait of whoever is in `run_with_timeout`, or the next one. From any thread.
@@ -304,37 +331,6 @@ impl Inner {
 
 fn ops(upstream: &mut Upstream<BoxedSubscriber>, id: SubscriberId) -> Result<EventOps<'_>> {
     upstream.event_ops(id).map_err(event_error)
-}
-
-fn event_error(error: event_manager::Error) -> Error {
-    Error {
-        errno: errno_of(&error),
-        ..Error::new(ErrorKind::Event, "EventManager", error.to_string())
-    }
-}
-
-fn errno_of(error: &event_manager::Error) -> Option<i32> {
-    match error {
-        event_manager::Error::Epoll(errno) | event_manager::Error::EventFd(errno) => {
-            Some(errno.errno())
-        }
-        _ => None,
-    }
-}
-
-fn at_fd(at: &str, fd: RawFd, error: event_manager::Error) -> Error {
-    let errno = errno_of(&error);
-    let detail = match errno {
-        Some(libc::EPERM) => format!(
-            "file descriptor {fd} is a regular file or a directory: these are always ready, epoll does \
-             not watch them"
-        ),
-        Some(libc::EBADF) => format!("file descriptor {fd} is not open"),
-        Some(libc::ENOENT) => format!("file descriptor {fd} was closed while it was registered"),
-        Some(libc::EINVAL) => format!("epoll refuses file descriptor {fd} with these events"),
-        _ => format!("file descriptor {fd}: {error}"),
-    };
-    Error { errno, ..Error::new(ErrorKind::Event, at, detail) }
 }
 
 #[cfg(test)]

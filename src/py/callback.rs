@@ -11,6 +11,8 @@ use super::endpoint::Call;
 use super::event_manager::PyEventManager;
 use super::events::{PyEventOps, PyEvents};
 use super::subscribers::Receiver;
+use super::wakeup;
+use crate::event::EventManager;
 
 /// The arguments of `process`, used again for the next event unless a callback has kept one.
 #[derive(Debug)]
@@ -168,11 +170,27 @@ fn process(
     }
 }
 
-/// What a machine's run does after each turn: deliver events, then run Python's signal handlers.
-pub(super) fn between_turns(manager: &Py<PyEventManager>) -> PyResult<()> {
+/// Wait until this time at most and dispatch; returns how many events were fetched: none also after a kick or a signal.
+/// Without the GIL.
+pub(super) fn wait(core: &EventManager, deadline: Option<Instant>) -> PyResult<usize> {
+    let fetched = wakeup::wait(deadline, |until, interrupt| {
+        Some(core.run_until(until, interrupt)).filter(|fetched| !matches!(fetched, Ok(0)))
+    })?;
+    Ok(fetched.unwrap_or(Ok(0))?)
+}
+
+/// A turn of a machine's loop: wait until this time at most, dispatch, deliver, and run Python's signal handlers. Without
+/// the GIL.
+pub(super) fn turn(manager: &Py<PyEventManager>, deadline: Option<Instant>) -> PyResult<()> {
+    let core = manager.get().core();
+    let fetched = match core.try_dispatch()? {
+        Some(count) => count,
+        None => wait(core, deadline)?,
+    };
     Python::attach(|py| {
         let manager = manager.bind(py);
-        manager.get().with_delivery(|delivery| deliver(manager, delivery))?;
+        let deliver = |delivery: &mut _| PyEventManager::deliver(manager, fetched, delivery);
+        manager.get().with_delivery(deliver)?;
         py.check_signals()
     })
 }

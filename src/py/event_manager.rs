@@ -24,9 +24,6 @@ use super::subscribers::{Receiver, Subscribers};
 use crate::error::{Error, ErrorKind};
 use crate::event::EventManager;
 
-/// The longest wait between two looks at Python's signals.
-const SLICE_MS: i32 = 50;
-
 /// Subscribers, and the loop that dispatches events to them by file descriptor.
 ///
 /// One thread at a time turns the loop; any thread may add and remove subscribers meanwhile. It needs no
@@ -247,18 +244,32 @@ impl PyEventManager {
         Ok(subscriber.into_object())
     }
 
-    /// Dispatch once, waiting at most this long; returns how many events were dispatched.
-    fn turn(slf: &Bound<'_, Self>, milliseconds: i32, delivery: &mut Delivery) -> PyResult<usize> {
+    /// Dispatch once, waiting until this time at most; returns how many events were dispatched.
+    fn turn(
+        slf: &Bound<'_, Self>,
+        deadline: Option<Instant>,
+        delivery: &mut Delivery,
+    ) -> PyResult<usize> {
         let this = slf.get();
         // What is ready is fetched without letting the GIL go: that costs less than the fetching.
         let fetched = match this.core.try_dispatch()? {
             Some(count) => count,
-            None => slf.py().detach(|| this.core.run_with_timeout(milliseconds))?,
+            None => slf.py().detach(|| callback::wait(&this.core, deadline))?,
         };
+        Self::deliver(slf, fetched, delivery)
+    }
+
+    /// Hand over what was fetched; returns how many events were dispatched.
+    pub(super) fn deliver(
+        slf: &Bound<'_, Self>,
+        fetched: usize,
+        delivery: &mut Delivery,
+    ) -> PyResult<usize> {
         let dropped = callback::deliver(slf, delivery)?;
         let delivered = fetched - dropped.min(fetched);
-        count(&this.counters.turns, 1);
-        count(&this.counters.dispatched, delivered as u64);
+        let counters = &slf.get().counters;
+        count(&counters.turns, 1);
+        count(&counters.dispatched, delivered as u64);
         Ok(delivered)
     }
 }
@@ -334,13 +345,8 @@ impl PyEventManager {
         let deadline = limit.map(|limit| Instant::now() + limit);
         slf.get().with_delivery(|delivery| {
             loop {
-                let left =
-                    deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-                let left_ms = left.map_or(SLICE_MS, |left| {
-                    i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(SLICE_MS).min(SLICE_MS)
-                });
-                let dispatched = Self::turn(slf, left_ms, delivery)?;
-                if dispatched > 0 || left.is_some_and(|left| left.is_zero()) {
+                let dispatched = Self::turn(slf, deadline, delivery)?;
+                if dispatched > 0 || deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                     return Ok(dispatched);
                 }
                 slf.py().check_signals()?;
@@ -354,7 +360,7 @@ impl PyEventManager {
         let _turning = this.claim("this event manager")?;
         this.with_delivery(|delivery| {
             while !this.take_stop() {
-                if Self::turn(slf, SLICE_MS, delivery)? == 0 {
+                if Self::turn(slf, None, delivery)? == 0 {
                     slf.py().check_signals()?;
                 }
             }

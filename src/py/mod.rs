@@ -23,6 +23,7 @@ mod vcpu;
 mod vcpu_exit;
 mod vm;
 mod vmm;
+mod wakeup;
 
 pub use endpoint::PyRemoteEndpoint;
 pub use event_fd::PyEventFd;

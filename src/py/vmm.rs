@@ -152,7 +152,7 @@ impl PyVmm {
         let timeout = exit::timeout(timeout)?;
         let _turning = self.claim()?;
         let manager = &self.event_manager;
-        let exit = py.detach(|| self.vmm().run(timeout, || callback::between_turns(manager)))?;
+        let exit = py.detach(|| self.vmm().run(timeout, |until| callback::turn(manager, until)))?;
         exit::to_python(py, &exit)
     }
 
@@ -178,7 +178,8 @@ impl PyVmm {
         let timeout = exit::timeout(timeout)?;
         let _turning = self.claim()?;
         let manager = &self.event_manager;
-        let exit = py.detach(|| self.vmm().wait(timeout, || callback::between_turns(manager)))?;
+        let exit =
+            py.detach(|| self.vmm().wait(timeout, |until| callback::turn(manager, until)))?;
         exit.map(|exit| exit::to_python(py, &exit)).transpose()
     }
 
