@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use event_manager::{
     EventManager as Upstream, EventOps, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
 };
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::Mutex;
 
 use super::epoll_set::EpollSet;
 use super::errors::{at_fd, event_error};
@@ -215,7 +215,7 @@ impl EventManager {
     pub fn run_until(&self, deadline: Option<Instant>, interrupt: Option<RawFd>) -> Result<usize> {
         self.check_process()?;
         loop {
-            let Dispatched { events, woken } = self.dispatch(self.inner.lock())?;
+            let Dispatched { events, woken } = self.dispatch(&mut self.inner.lock())?;
             let is_over = || deadline.is_some_and(|deadline| Instant::now() >= deadline);
             if events > 0 || woken || is_over() {
                 return Ok(events);
@@ -257,21 +257,28 @@ impl EventManager {
     }
 
     /// [`Self::run_with_timeout`] without waiting, not even for the manager's lock: none when another thread
-    /// holds it, or when nothing was ready.
+    /// holds it, or when nothing was ready. `take` is called after the dispatch, under the lock still.
     ///
     /// # Errors
     /// When epoll fails.
-    pub fn try_dispatch(&self) -> Result<Option<usize>> {
+    pub fn try_dispatch(&self, take: impl FnOnce()) -> Result<Option<usize>> {
         self.check_process()?;
-        let Some(inner) = self.inner.try_lock() else {
+        let Some(mut inner) = self.inner.try_lock() else {
             return Ok(None);
         };
-        let Dispatched { events, woken } = self.dispatch(inner)?;
+        let Dispatched { events, woken } = self.dispatch(&mut inner)?;
+        take();
         Ok((events > 0 || woken).then_some(events))
     }
 
+    /// Under the lock that subscribers are called with.
+    pub fn locked<T>(&self, f: impl FnOnce() -> T) -> T {
+        let _inner = self.inner.lock();
+        f()
+    }
+
     /// Dispatch what is ready now, without waiting.
-    fn dispatch(&self, mut inner: MutexGuard<'_, Inner>) -> Result<Dispatched> {
+    fn dispatch(&self, inner: &mut Inner) -> Result<Dispatched> {
         // Upstream's dispatch has an `unreachable!` for an fd it does not know. Ghosts are dropped when
         // they arise; this keeps one that got through, or a panic in a subscriber, from unwinding a run.
         match catch_unwind(AssertUnwindSafe(|| inner.upstream.run_with_timeout(0))) {

@@ -42,6 +42,14 @@ pub(super) struct Delivery {
     arguments: Option<Arguments>,
 }
 
+impl Delivery {
+    /// Room for the events of the next delivery.
+    pub(super) fn emptied(&mut self) -> &mut Vec<Ready> {
+        self.ready.clear();
+        &mut self.ready
+    }
+}
+
 /// Call a new subscriber's `init(ops)`. On the thread that adds it.
 pub(super) fn init(
     manager: &Bound<'_, PyEventManager>,
@@ -57,7 +65,7 @@ pub(super) fn init(
     result.map(drop)
 }
 
-/// Call `process(events, ops)` for what the last dispatch fetched, then make the calls that other threads have asked for.
+/// Call `process(events, ops)` for what was fetched, then make the calls that other threads have asked for.
 /// On the thread that turns the loop.
 /// Returns how many events were dropped: their subscriber, or its interest, had gone since.
 ///
@@ -77,8 +85,6 @@ pub(super) fn deliver(
 fn deliver_events(manager: &Bound<'_, PyEventManager>, delivery: &mut Delivery) -> PyResult<usize> {
     let this = manager.get();
     let Delivery { ready, arguments } = delivery;
-    ready.clear();
-    this.swap_fetched(ready);
     let mut dropped = 0;
     for (at, event) in ready.iter().enumerate() {
         let result = match this.receiver(manager.py(), event) {
@@ -90,7 +96,8 @@ fn deliver_events(manager: &Bound<'_, PyEventManager>, delivery: &mut Delivery) 
             Err(error) => Err(error),
         };
         if let Err(error) = result {
-            ready.iter().skip(at + 1).for_each(|event| this.rearm(event));
+            let rest = ready.iter().skip(at + 1);
+            rest.for_each(|event| this.rearm(manager.py(), event));
             return Err(error);
         }
     }
@@ -138,7 +145,7 @@ fn make_calls(manager: &Bound<'_, PyEventManager>) -> PyResult<()> {
 fn process(
     manager: &Bound<'_, PyEventManager>,
     ready: &Ready,
-    receiver: &Receiver,
+    receiver: &Receiver<'_>,
     spare: &mut Option<Arguments>,
 ) -> PyResult<()> {
     let py = manager.py();
@@ -152,14 +159,14 @@ fn process(
     let watch = manager.get().slow_callback().map(|threshold| (threshold, Instant::now()));
     let result = {
         let _call = arguments.ops.get().begin(manager, ready.token);
-        subscriber.bind(py).call_method1(intern!(py, "process"), parts)
+        subscriber.call_method1(intern!(py, "process"), parts)
     };
     if !arguments.is_kept() {
         *spare = Some(arguments);
     }
     let returned = result?;
     if let Some((threshold, start)) = watch {
-        time(manager.get(), subscriber.bind(py), start.elapsed(), threshold)?;
+        time(manager.get(), subscriber, start.elapsed(), threshold)?;
     }
     if returned.is_none() {
         return Ok(());
@@ -183,14 +190,12 @@ pub(super) fn wait(core: &EventManager, deadline: Option<Instant>) -> PyResult<u
 /// the GIL.
 pub(super) fn turn(manager: &Py<PyEventManager>, deadline: Option<Instant>) -> PyResult<()> {
     let core = manager.get().core();
-    let fetched = match core.try_dispatch()? {
+    let fetched = match core.try_dispatch(|| ())? {
         Some(count) => count,
         None => wait(core, deadline)?,
     };
     Python::attach(|py| {
-        let manager = manager.bind(py);
-        let deliver = |delivery: &mut _| PyEventManager::deliver(manager, fetched, delivery);
-        manager.get().with_delivery(deliver)?;
+        PyEventManager::deliver_fetched(manager.bind(py), fetched)?;
         py.check_signals()
     })
 }

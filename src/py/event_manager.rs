@@ -14,7 +14,7 @@ use pyo3::exceptions::PyTypeError;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 
-use super::batch::{Collector, Ready};
+use super::batch::{Collector, Fetched, Ready};
 use super::callback::{self, Delivery};
 use super::endpoint::{Call, PyRemoteEndpoint};
 use super::events::{PyEventOps, PySubscriberId};
@@ -33,7 +33,7 @@ use crate::event::EventManager;
 pub struct PyEventManager {
     core: Arc<EventManager>,
     /// What the last dispatch fetched for Python.
-    fetched: Arc<Mutex<Vec<Ready>>>,
+    fetched: Arc<Fetched>,
     delivery: Mutex<Delivery>,
     subscribers: Subscribers,
     next_token: AtomicU64,
@@ -105,7 +105,11 @@ impl PyEventManager {
     }
 
     /// The subscriber an event is for, if it still wants it.
-    pub(super) fn receiver(&self, py: Python<'_>, ready: &Ready) -> PyResult<Option<Receiver>> {
+    pub(super) fn receiver<'py>(
+        &self,
+        py: Python<'py>,
+        ready: &Ready,
+    ) -> PyResult<Option<Receiver<'py>>> {
         self.subscribers.receiver(py, ready, &self.core)
     }
 
@@ -185,8 +189,9 @@ impl PyEventManager {
     }
 
     /// Take the events fetched and not yet delivered, for an empty vector.
-    pub(super) fn swap_fetched(&self, empty: &mut Vec<Ready>) {
-        std::mem::swap(&mut *self.fetched.lock(), empty);
+    fn swap_fetched(&self, empty: &mut Vec<Ready>) {
+        // SAFETY: under the lock that guards them.
+        self.core.locked(|| unsafe { self.fetched.swap(empty) });
     }
 
     /// With what the last delivery has left to be used again.
@@ -200,8 +205,8 @@ impl PyEventManager {
     }
 
     /// Have an event that was not delivered reported again.
-    pub(super) fn rearm(&self, ready: &Ready) {
-        if let Some(id) = self.subscribers.id_of(ready.token) {
+    pub(super) fn rearm(&self, py: Python<'_>, ready: &Ready) {
+        if let Some(id) = self.subscribers.id_of(py, ready.token) {
             self.core.rearm(id, ready.events.fd());
         }
     }
@@ -224,7 +229,7 @@ impl PyEventManager {
         };
         let kept = object.clone().unbind();
         let id = slf.py().detach(|| this.core.add_subscriber(Box::new(collector)));
-        this.subscribers.insert(token, id, kept);
+        this.subscribers.insert(slf.py(), token, id, kept);
         callback::init(slf, token, object).inspect_err(|_| {
             // What init() raised is what the caller should see.
             let _ = this.take_out(slf.py(), token);
@@ -239,7 +244,7 @@ impl PyEventManager {
     }
 
     fn take_out(&self, py: Python<'_>, token: u64) -> PyResult<Py<PyAny>> {
-        let subscriber = self.subscribers.remove(token)?;
+        let subscriber = self.subscribers.remove(py, token)?;
         py.detach(|| self.core.remove_subscriber(subscriber.id).map(drop))?;
         Ok(subscriber.into_object())
     }
@@ -251,20 +256,29 @@ impl PyEventManager {
         delivery: &mut Delivery,
     ) -> PyResult<usize> {
         let this = slf.get();
+        let ready = delivery.emptied();
+        // SAFETY: `try_dispatch` calls it under the lock that guards them.
+        let take = || unsafe { this.fetched.swap(ready) };
         // What is ready is fetched without letting the GIL go: that costs less than the fetching.
-        let fetched = match this.core.try_dispatch()? {
-            Some(count) => count,
-            None => slf.py().detach(|| callback::wait(&this.core, deadline))?,
-        };
+        if let Some(fetched) = this.core.try_dispatch(take)? {
+            return Self::deliver(slf, fetched, delivery);
+        }
+        let fetched = slf.py().detach(|| callback::wait(&this.core, deadline))?;
+        this.swap_fetched(delivery.emptied());
         Self::deliver(slf, fetched, delivery)
     }
 
+    /// Deliver what a wait has fetched.
+    pub(super) fn deliver_fetched(slf: &Bound<'_, Self>, fetched: usize) -> PyResult<usize> {
+        let this = slf.get();
+        this.with_delivery(|delivery| {
+            this.swap_fetched(delivery.emptied());
+            Self::deliver(slf, fetched, delivery)
+        })
+    }
+
     /// Hand over what was fetched; returns how many events were dispatched.
-    pub(super) fn deliver(
-        slf: &Bound<'_, Self>,
-        fetched: usize,
-        delivery: &mut Delivery,
-    ) -> PyResult<usize> {
+    fn deliver(slf: &Bound<'_, Self>, fetched: usize, delivery: &mut Delivery) -> PyResult<usize> {
         let dropped = callback::deliver(slf, delivery)?;
         let delivered = fetched - dropped.min(fetched);
         let counters = &slf.get().counters;
@@ -297,7 +311,7 @@ impl PyEventManager {
             Some(native) => {
                 let object = subscriber.clone().unbind();
                 let id = slf.py().detach(|| this.core.add_subscriber(native));
-                this.subscribers.insert(token, id, object);
+                this.subscribers.insert(slf.py(), token, id, object);
             }
             None => Self::add_python(slf, token, subscriber)?,
         }
@@ -323,7 +337,7 @@ impl PyEventManager {
     ///     EventError: this manager has no such subscriber, or no longer.
     fn event_ops(slf: &Bound<'_, Self>, id: &PySubscriberId) -> PyResult<PyEventOps> {
         slf.get().check_id("EventManager.event_ops", id)?;
-        slf.get().subscribers.known_id(id.token)?;
+        slf.get().subscribers.known_id(slf.py(), id.token)?;
         Ok(PyEventOps::lasting(slf.clone().unbind(), id.token))
     }
 
@@ -461,8 +475,8 @@ impl PyEventManager {
         self.core.as_raw_fd()
     }
 
-    fn __repr__(&self) -> String {
-        format!("EventManager(subscribers={})", self.subscribers.len())
+    fn __repr__(&self, py: Python<'_>) -> String {
+        format!("EventManager(subscribers={})", self.subscribers.len(py))
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
@@ -477,8 +491,8 @@ impl PyEventManager {
         Ok(())
     }
 
-    fn __clear__(&self) {
-        let subscribers = self.subscribers.take_all();
+    fn __clear__(&self, py: Python<'_>) {
+        let subscribers = self.subscribers.take_all(py);
         let calls = std::mem::take(&mut *self.calls.lock());
         let awaiter = self.awaiter.lock().take();
         // Outside the locks: it may run Python code.
