@@ -17,6 +17,8 @@ MOST_LINES = 500
 
 # Rooms whose test has another name: what a user sees first is tested there.
 TESTED_BY = {
+    "src/py/attached.rs": "tests/test_event_fd.py",
+    "src/py/watch.rs": "tests/test_callbacks.py",
     "src/py/batch.rs": "tests/test_event_manager.py",
     "src/py/callback.rs": "tests/test_event_manager.py",
     "src/py/config.rs": "tests/test_vmm.py",
@@ -27,6 +29,8 @@ TESTED_BY = {
     "src/py/live.rs": "tests/test_robustness.py",
     "src/py/serial.rs": "tests/test_streams.py",
     "src/vmm.rs": "tests/rust/seed.rs",
+    "src/event/inner.rs": "tests/test_event_manager.py",
+    "src/py/turning.rs": "tests/test_event_manager.py",
     "src/event/errors.rs": "tests/test_event_manager.py",
     "src/vm/vcpus.rs": "tests/test_vcpu.py",
     "src/vm/view.rs": "tests/test_memory.py",

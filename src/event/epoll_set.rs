@@ -103,8 +103,8 @@ impl EpollSet {
     }
 
     /// Watch nothing of `fd`, so that upstream can delete it.
-    pub(super) fn add_placeholder(&self, fd: RawFd) -> Result<()> {
-        self.control(ControlOperation::Add, fd).map_err(|e| os("epoll_ctl", &e))
+    pub(super) fn add_placeholder(&self, fd: RawFd) -> io::Result<()> {
+        self.control(ControlOperation::Add, fd)
     }
 
     /// Remove registrations under these numbers that no number leads to any more.

@@ -1,5 +1,6 @@
 //! What the crate's event manager and epoll answer, as errors that a person can act on.
 
+use std::io;
 use std::os::fd::RawFd;
 
 use crate::error::{Error, ErrorKind};
@@ -21,16 +22,29 @@ fn errno_of(error: &event_manager::Error) -> Option<i32> {
 }
 
 pub(super) fn at_fd(at: &str, fd: RawFd, error: event_manager::Error) -> Error {
-    let errno = errno_of(&error);
-    let detail = match errno {
-        Some(libc::EPERM) => format!(
-            "file descriptor {fd} is a regular file or a directory: these are always ready, epoll does \
-             not watch them"
-        ),
-        Some(libc::EBADF) => format!("file descriptor {fd} is not open"),
-        Some(libc::ENOENT) => format!("file descriptor {fd} was closed while it was registered"),
-        Some(libc::EINVAL) => format!("epoll refuses file descriptor {fd} with these events"),
-        _ => format!("file descriptor {fd}: {error}"),
-    };
+    about(at, fd, errno_of(&error), &error)
+}
+
+/// The same for what epoll itself answers.
+pub(super) fn refused(at: &str, fd: RawFd, error: &io::Error) -> Error {
+    about(at, fd, error.raw_os_error(), error)
+}
+
+fn about(at: &str, fd: RawFd, errno: Option<i32>, error: &dyn std::error::Error) -> Error {
+    let detail = errno.and_then(detail).map_or_else(|| format!(": {error}"), |d| format!(" {d}"));
+    let detail = format!("file descriptor {fd}{detail}");
     Error { errno, ..Error::new(ErrorKind::Event, at, detail) }
+}
+
+fn detail(errno: i32) -> Option<&'static str> {
+    match errno {
+        libc::EPERM => Some(
+            "is a regular file or a directory: these are always ready, epoll does not watch them",
+        ),
+        libc::EBADF => Some("is not open"),
+        libc::ENOENT => Some("was closed while it was registered"),
+        libc::EINVAL => Some("cannot be watched with these events: epoll refuses them"),
+        libc::ELOOP => Some("would have event loops watch each other in a circle, or too deeply"),
+        _ => None,
+    }
 }

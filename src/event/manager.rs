@@ -10,12 +10,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use event_manager::{
-    EventManager as Upstream, EventOps, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
+    EventManager as Upstream, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
 };
 use parking_lot::Mutex;
 
 use super::epoll_set::EpollSet;
 use super::errors::{at_fd, event_error};
+use super::inner::{Inner, Watched, ops};
 use super::waits::Waits;
 use crate::error::{Error, ErrorKind, Result};
 use crate::process::Birthplace;
@@ -36,18 +37,6 @@ pub struct EventManager {
     waits: Waits,
 }
 
-struct Inner {
-    upstream: Upstream<BoxedSubscriber>,
-    /// What is watched, by fd, of what came through [`EventManager::add`].
-    watched: HashMap<RawFd, Watched>,
-}
-
-#[derive(Clone, Copy)]
-struct Watched {
-    owner: SubscriberId,
-    events: Events,
-}
-
 impl std::fmt::Debug for EventManager {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("EventManager").field("epoll", &self.epoll).finish_non_exhaustive()
@@ -62,7 +51,7 @@ impl EventManager {
     pub fn new() -> Result<Self> {
         let mut upstream = Upstream::new().map_err(event_error)?;
         let epoll = EpollSet::of(&mut upstream)?;
-        let inner = Mutex::new(Inner { upstream, watched: HashMap::new() });
+        let inner = Mutex::new(Inner { upstream, watched: HashMap::new(), closed: HashMap::new() });
         let (birthplace, removals) = (Birthplace::here(), Arc::default());
         Ok(Self { inner, epoll, birthplace, removals, waits: Waits::default() })
     }
@@ -81,6 +70,7 @@ impl EventManager {
         let mut inner = self.inner.lock();
         let subscriber = inner.upstream.remove_subscriber(id).map_err(event_error)?;
         self.count_removal();
+        inner.closed.retain(|_, owner| *owner != id);
         let mut left: Vec<RawFd> = Vec::new();
         inner.watched.retain(|fd, watched| {
             let mine = watched.owner == id;
@@ -110,6 +100,8 @@ impl EventManager {
             }
             // The number's former file was closed while it was registered: forget that one.
             self.count_removal();
+            inner.forget_closed(&self.epoll, owner, fd)?;
+        } else if let Some(owner) = inner.closed.get(&fd).copied() {
             inner.forget_closed(&self.epoll, owner, fd)?;
         }
         ops(&mut inner.upstream, id)?.add(events).map_err(|e| at_fd("EventOps.add", fd, e))?;
@@ -152,9 +144,27 @@ impl EventManager {
         self.check_process()?;
         let mut inner = self.inner.lock();
         inner.check_owner("EventOps.remove", id, fd)?;
+        self.stop_watching(&mut inner, id, fd)
+    }
+
+    /// Stop watching an fd if its number was closed and a duplicate keeps the registration alive: nobody could handle the
+    /// hang-up that it reports for ever. Says whether that was so.
+    ///
+    /// # Errors
+    /// When the epoll set cannot be purged.
+    pub fn remove_if_closed(&self, id: SubscriberId, fd: RawFd) -> Result<bool> {
+        let mut inner = self.inner.lock();
+        if inner.check_owner("", id, fd).is_err() || self.epoll.watches(fd) {
+            return Ok(false);
+        }
+        self.stop_watching(&mut inner, id, fd).map(|()| true)
+    }
+
+    fn stop_watching(&self, inner: &mut Inner, id: SubscriberId, fd: RawFd) -> Result<()> {
         inner.watched.remove(&fd);
         self.count_removal();
         if ops(&mut inner.upstream, id)?.remove(Events::empty_raw(fd)).is_err() {
+            inner.closed.insert(fd, id);
             self.epoll.drop_ghosts(&[fd])?;
         }
         Ok(())
@@ -309,41 +319,10 @@ impl AsRawFd for EventManager {
     }
 }
 
-impl Inner {
-    fn check_owner(&self, at: &str, id: SubscriberId, fd: RawFd) -> Result<()> {
-        match self.watched.get(&fd) {
-            Some(watched) if watched.owner == id => Ok(()),
-            Some(_) => {
-                let detail = format!("file descriptor {fd} belongs to another subscriber");
-                Err(Error::new(ErrorKind::Event, at, detail))
-            }
-            None => {
-                let detail = format!("file descriptor {fd} is not registered");
-                Err(Error::new(ErrorKind::Event, at, detail))
-            }
-        }
-    }
-
-    /// Make upstream forget `fd`, whose registered file is gone and whose number names another file now.
-    fn forget_closed(&mut self, epoll: &EpollSet, owner: SubscriberId, fd: RawFd) -> Result<()> {
-        epoll.drop_ghosts(&[fd])?;
-        // Upstream forgets an fd only when epoll deletes it: so epoll must have it for a moment.
-        epoll.add_placeholder(fd)?;
-        self.watched.remove(&fd);
-        ops(&mut self.upstream, owner)?
-            .remove(Events::empty_raw(fd))
-            .map_err(|e| at_fd("EventOps.add", fd, e))
-    }
-}
-
-fn ops(upstream: &mut Upstream<BoxedSubscriber>, id: SubscriberId) -> Result<EventOps<'_>> {
-    upstream.event_ops(id).map_err(event_error)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use event_manager::EventSet;
+    use event_manager::{EventOps, EventSet};
     use std::sync::atomic::AtomicUsize;
     use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -462,6 +441,26 @@ mod tests {
         let file = std::fs::File::open("/proc/self/exe").unwrap();
         let error = manager.add(id, Events::new(&file, EventSet::IN)).unwrap_err();
         assert!(error.detail.contains("regular file"), "{error}");
+    }
+
+    #[test]
+    fn a_number_closed_before_it_was_removed_can_be_added_again() {
+        let (manager, id, _) = manager();
+        for keep_duplicate in [false, true] {
+            let fd = ready_eventfd();
+            let number = fd.as_raw_fd();
+            let _duplicate = keep_duplicate.then(|| fd.try_clone().unwrap());
+            manager.add(id, Events::new(&fd, EventSet::IN)).unwrap();
+            drop(fd);
+            manager.remove(id, number).unwrap();
+            assert_eq!(manager.run_with_timeout(0).unwrap(), 0);
+            let again = ready_eventfd();
+            // SAFETY: a number of ours, put where the closed one was; nothing owns it.
+            unsafe { libc::dup2(again.as_raw_fd(), number) };
+            manager.add(id, Events::new_raw(number, EventSet::IN)).unwrap();
+            assert_eq!(manager.run_with_timeout(1000).unwrap(), 1);
+            manager.remove(id, number).unwrap();
+        }
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 mod epoll_set;
 mod errors;
+mod inner;
 mod manager;
 mod poll;
 mod timer;

@@ -111,7 +111,7 @@ fn time(
     took: Duration,
     threshold: Duration,
 ) -> PyResult<()> {
-    let is_slowest = manager.slowest_so_far() < took;
+    let is_slowest = manager.watch().is_slowest(took);
     if !is_slowest && took <= threshold {
         return Ok(());
     }
@@ -121,7 +121,7 @@ fn time(
         callbacks.call_method1("warn_slow", (&name, took.as_secs_f64()))?;
     }
     if is_slowest {
-        manager.note_slowest(took, name);
+        manager.watch().note_slowest(took, name);
     }
     Ok(())
 }
@@ -156,7 +156,7 @@ fn process(
     };
     arguments.events.get().happened_next(ready.events, receiver.count);
     let parts = (arguments.events.bind(py), arguments.ops.bind(py));
-    let watch = manager.get().slow_callback().map(|threshold| (threshold, Instant::now()));
+    let watch = manager.get().watch().slow_callback().map(|threshold| (threshold, Instant::now()));
     let result = {
         let _call = arguments.ops.get().begin(manager, ready.token);
         subscriber.call_method1(intern!(py, "process"), parts)

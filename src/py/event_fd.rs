@@ -84,9 +84,9 @@ impl PyEventFd {
     fn new(initial: u64, nonblocking: bool, semaphore: bool) -> PyResult<Self> {
         let flag = |on, bit| if on { bit } else { 0 };
         let flags = EFD_CLOEXEC | flag(nonblocking, EFD_NONBLOCK) | flag(semaphore, EFD_SEMAPHORE);
-        let fd = EventFd::new(flags)?;
+        let fd = EventFd::new(flags).map_err(|e| os_error(&e))?;
         if initial > 0 {
-            fd.write(initial)?;
+            fd.write(initial).map_err(|e| os_error(&e))?;
         }
         Ok(Self { fd: Attached::new(Some(Arc::new(fd))), nonblocking })
     }

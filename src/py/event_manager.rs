@@ -5,7 +5,6 @@ use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 use event_manager::EventSet;
@@ -21,6 +20,8 @@ use super::events::{PyEventOps, PySubscriberId};
 use super::exit::timeout as as_timeout;
 use super::exit_handler::as_native_subscriber;
 use super::subscribers::{Receiver, Subscribers};
+use super::turning::Turners;
+use super::watch::Watch;
 use crate::error::{Error, ErrorKind};
 use crate::event::EventManager;
 
@@ -39,39 +40,14 @@ pub struct PyEventManager {
     next_token: AtomicU64,
     /// Tells this manager's ids from another's.
     number: u64,
-    /// The thread that turns the loop, while one does.
-    turner: Mutex<Option<ThreadId>>,
+    turners: Turners,
     calls: Mutex<VecDeque<Call>>,
     has_calls: AtomicBool,
     /// `run_forever` is to end.
     stopping: AtomicBool,
-    counters: Counters,
-    /// Nanoseconds above which a callback is logged; 0 for none.
-    slow_callback: AtomicU64,
-    slowest: Mutex<(Duration, String)>,
+    watch: Watch,
     /// Takes what a subscriber's `process` returns, where an asyncio loop hosts this one.
     awaiter: Mutex<Option<Py<PyAny>>>,
-}
-
-/// What a loop has done so far.
-#[derive(Debug, Default)]
-struct Counters {
-    dispatched: AtomicU64,
-    turns: AtomicU64,
-}
-
-/// Relaxed, and not in one step: with the GIL held, and a figure for a person.
-fn count(counter: &AtomicU64, more: u64) {
-    counter.store(counter.load(Ordering::Relaxed) + more, Ordering::Relaxed);
-}
-
-/// While it lives, its thread is the one that turns the loop.
-pub(super) struct Turning<'a>(&'a Mutex<Option<ThreadId>>);
-
-impl Drop for Turning<'_> {
-    fn drop(&mut self) {
-        *self.0.lock() = None;
-    }
 }
 
 impl PyEventManager {
@@ -85,13 +61,11 @@ impl PyEventManager {
             next_token: AtomicU64::new(0),
             // Relaxed, here and below: all that matters is that no number is given twice.
             number: NUMBERS.fetch_add(1, Ordering::Relaxed),
-            turner: Mutex::new(None),
+            turners: Turners::default(),
             calls: Mutex::default(),
             has_calls: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
-            counters: Counters::default(),
-            slow_callback: AtomicU64::new(0),
-            slowest: Mutex::default(),
+            watch: Watch::default(),
             awaiter: Mutex::new(None),
         }
     }
@@ -110,26 +84,32 @@ impl PyEventManager {
         py: Python<'py>,
         ready: &Ready,
     ) -> PyResult<Option<Receiver<'py>>> {
+        let hang_up = EventSet::HANG_UP | EventSet::ERROR;
+        if ready.events.event_set().intersects(hang_up) && self.drop_closed(py, ready)? {
+            return Ok(None);
+        }
         self.subscribers.receiver(py, ready, &self.core)
+    }
+
+    /// Drop a registration whose number was closed. Says whether it was one.
+    fn drop_closed(&self, py: Python<'_>, ready: &Ready) -> PyResult<bool> {
+        let fd = ready.events.fd();
+        let Some(id) = self.subscribers.id_of(py, ready.token) else {
+            return Ok(false);
+        };
+        let is_dropped = self.core.remove_if_closed(id, fd)?;
+        if is_dropped {
+            self.subscribers.forget_source(py, ready.token, fd);
+        }
+        Ok(is_dropped)
     }
 
     pub(super) fn core(&self) -> &EventManager {
         &self.core
     }
 
-    /// Become the one thread that turns this loop.
-    pub(super) fn claim(&self, what: &str) -> PyResult<Turning<'_>> {
-        let mut turner = self.turner.lock();
-        if turner.is_some() {
-            let detail = format!("{what} is running already: one run at a time");
-            return Err(Error::new(ErrorKind::State, "run", detail).into());
-        }
-        *turner = Some(std::thread::current().id());
-        Ok(Turning(&self.turner))
-    }
-
-    pub(super) fn is_turned_by_this_thread(&self) -> bool {
-        *self.turner.lock() == Some(std::thread::current().id())
+    pub(super) fn turners(&self) -> &Turners {
+        &self.turners
     }
 
     /// Have a call made by the thread that turns the loop.
@@ -141,19 +121,8 @@ impl PyEventManager {
         Ok(self.core.kick()?)
     }
 
-    pub(super) fn slow_callback(&self) -> Option<Duration> {
-        match self.slow_callback.load(Ordering::Relaxed) {
-            0 => None,
-            nanoseconds => Some(Duration::from_nanos(nanoseconds)),
-        }
-    }
-
-    pub(super) fn slowest_so_far(&self) -> Duration {
-        self.slowest.lock().0
-    }
-
-    pub(super) fn note_slowest(&self, took: Duration, name: String) {
-        *self.slowest.lock() = (took, name);
+    pub(super) fn watch(&self) -> &Watch {
+        &self.watch
     }
 
     pub(super) fn awaiter(&self, py: Python<'_>) -> Option<Py<PyAny>> {
@@ -244,6 +213,7 @@ impl PyEventManager {
     }
 
     fn take_out(&self, py: Python<'_>, token: u64) -> PyResult<Py<PyAny>> {
+        self.core.check_process()?;
         let subscriber = self.subscribers.remove(py, token)?;
         py.detach(|| self.core.remove_subscriber(subscriber.id).map(drop))?;
         Ok(subscriber.into_object())
@@ -281,9 +251,7 @@ impl PyEventManager {
     fn deliver(slf: &Bound<'_, Self>, fetched: usize, delivery: &mut Delivery) -> PyResult<usize> {
         let dropped = callback::deliver(slf, delivery)?;
         let delivered = fetched - dropped.min(fetched);
-        let counters = &slf.get().counters;
-        count(&counters.turns, 1);
-        count(&counters.dispatched, delivered as u64);
+        slf.get().watch.count_turn(delivered);
         Ok(delivered)
     }
 }
@@ -336,6 +304,7 @@ impl PyEventManager {
     /// Raises:
     ///     EventError: this manager has no such subscriber, or no longer.
     fn event_ops(slf: &Bound<'_, Self>, id: &PySubscriberId) -> PyResult<PyEventOps> {
+        slf.get().core.check_process()?;
         slf.get().check_id("EventManager.event_ops", id)?;
         slf.get().subscribers.known_id(slf.py(), id.token)?;
         Ok(PyEventOps::lasting(slf.clone().unbind(), id.token))
@@ -354,7 +323,7 @@ impl PyEventManager {
 
     /// `run` for at most this long, 0 when the time passed. A negative number is no limit.
     fn run_with_timeout(slf: &Bound<'_, Self>, milliseconds: i32) -> PyResult<usize> {
-        let _turning = slf.get().claim("this event manager")?;
+        let _turning = slf.get().turners.claim("this event manager")?;
         let limit = u64::try_from(milliseconds).ok().map(Duration::from_millis);
         let deadline = limit.map(|limit| Instant::now() + limit);
         slf.get().with_delivery(|delivery| {
@@ -371,7 +340,7 @@ impl PyEventManager {
     /// Dispatch until `stop` is called or a callback raises; raises as `run` does.
     fn run_forever(slf: &Bound<'_, Self>) -> PyResult<()> {
         let this = slf.get();
-        let _turning = this.claim("this event manager")?;
+        let _turning = this.turners.claim("this event manager")?;
         this.with_delivery(|delivery| {
             while !this.take_stop() {
                 if Self::turn(slf, None, delivery)? == 0 {
@@ -436,16 +405,12 @@ impl PyEventManager {
     ///     ValueError: set to a negative number or NaN.
     #[getter(slow_callback_duration)]
     fn threshold(&self) -> Option<f64> {
-        self.slow_callback().map(|threshold| threshold.as_secs_f64())
+        self.watch.slow_callback().map(|threshold| threshold.as_secs_f64())
     }
 
     #[setter(slow_callback_duration)]
     fn set_threshold(&self, seconds: Option<f64>) -> PyResult<()> {
-        let nanoseconds = match as_timeout(seconds)? {
-            None => 0,
-            Some(threshold) => u64::try_from(threshold.as_nanos()).unwrap_or(u64::MAX).max(1),
-        };
-        self.slow_callback.store(nanoseconds, Ordering::Relaxed);
+        self.watch.set_slow_callback(as_timeout(seconds)?);
         Ok(())
     }
 
@@ -454,25 +419,29 @@ impl PyEventManager {
     /// Callbacks are timed while `slow_callback_duration` is set.
     #[getter]
     fn slowest_callback(&self) -> Option<(String, f64)> {
-        let (took, name) = self.slowest.lock().clone();
+        let (took, name) = self.watch.slowest();
         (!name.is_empty()).then_some((name, took.as_secs_f64()))
     }
 
     /// How often the loop has turned.
     #[getter]
     fn turns(&self) -> u64 {
-        self.counters.turns.load(Ordering::Relaxed)
+        self.watch.turns()
     }
 
     /// How many events it has dispatched.
     #[getter]
     fn dispatched(&self) -> u64 {
-        self.counters.dispatched.load(Ordering::Relaxed)
+        self.watch.dispatched()
     }
 
     /// The epoll set's file descriptor: readable when an event is ready.
-    fn fileno(&self) -> RawFd {
-        self.core.as_raw_fd()
+    ///
+    /// Raises:
+    ///     StateError: in a forked child, whose parent's it is.
+    fn fileno(&self) -> PyResult<RawFd> {
+        self.core.check_process()?;
+        Ok(self.core.as_raw_fd())
     }
 
     fn __repr__(&self, py: Python<'_>) -> String {

@@ -20,11 +20,13 @@ mod memory_parts;
 mod serial;
 mod subscribers;
 mod timer_fd;
+mod turning;
 mod vcpu;
 mod vcpu_exit;
 mod vm;
 mod vmm;
 mod wakeup;
+mod watch;
 
 pub use endpoint::PyRemoteEndpoint;
 pub use event_fd::PyEventFd;

@@ -7,12 +7,13 @@ use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyTuple};
 
-use super::event_manager::{PyEventManager, Turning};
+use super::event_manager::PyEventManager;
 use super::events::PySubscriberId;
 use super::exit_handler::PyWrappedExitHandler;
 use super::live::{self, Close};
 use super::memory::PyGuestMemory;
 use super::serial::PySerial;
+use super::turning::Turning;
 use super::{callback, config, exit, vcpu};
 use crate::config::{SerialInput, SerialOutput};
 use crate::devices::{Access, Buses};
@@ -67,11 +68,9 @@ impl PyVmm {
     }
 
     /// Turn the loop on this thread. In a shared loop each machine's run turns it for all.
-    fn claim(&self) -> PyResult<Option<Turning<'_>>> {
-        match self.event_manager.get().claim("the machine") {
-            Err(_) if self.is_shared => Ok(None),
-            result => result.map(Some),
-        }
+    fn claim(&self) -> PyResult<Turning<'_>> {
+        let turners = self.event_manager.get().turners();
+        if self.is_shared { Ok(turners.share()) } else { turners.claim("the machine") }
     }
 }
 
