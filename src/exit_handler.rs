@@ -11,6 +11,9 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use parking_lot::Mutex;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::error::Result;
+use crate::process::Birthplace;
+
 /// Something a vCPU tells that its guest has ended.
 pub trait ExitHandler {
     /// Make the owner of the run loop look. Called on the vCPU's thread; must not block.
@@ -27,6 +30,7 @@ pub struct VmmExitHandler {
     keep_running: bool,
     /// How many loops it was registered in.
     loops: usize,
+    birthplace: Birthplace,
 }
 
 impl VmmExitHandler {
@@ -36,7 +40,7 @@ impl VmmExitHandler {
     /// When no eventfd can be made.
     pub fn new() -> io::Result<Self> {
         let exit_event = Arc::new(EventFd::new(EFD_NONBLOCK)?);
-        Ok(Self { exit_event, keep_running: true, loops: 0 })
+        Ok(Self { exit_event, keep_running: true, loops: 0, birthplace: Birthplace::here() })
     }
 
     /// The eventfd that a kick writes.
@@ -132,6 +136,12 @@ impl WrappedExitHandler {
     #[must_use]
     pub fn is_in_several_loops(&self) -> bool {
         self.0.lock().loops > 1
+    }
+
+    /// # Errors
+    /// In a forked child: a kick there would end its parent's run.
+    pub fn check_process(&self) -> Result<()> {
+        self.0.lock().birthplace.check("exit handler")
     }
 
     /// See [`VmmExitHandler::rearm`].

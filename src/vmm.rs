@@ -243,8 +243,9 @@ impl Vmm {
     /// End the run in progress, or the next one if there is none. It may go on later. From any thread.
     ///
     /// # Errors
-    /// When the exit event cannot be written.
+    /// When the exit event cannot be written, or in a forked child.
     pub fn stop(&self) -> Result<()> {
+        self.exit_handler.check_process()?;
         self.exit_handler.kick().map_err(|e| Error::os(ErrorKind::Event, "stop", &e))
     }
 

@@ -275,7 +275,7 @@ impl PyEventManager {
         let this = slf.get();
         this.core.check_process()?;
         let token = this.next_token.fetch_add(1, Ordering::Relaxed);
-        match as_native_subscriber(subscriber) {
+        match as_native_subscriber(subscriber)? {
             Some(native) => {
                 let object = subscriber.clone().unbind();
                 let id = slf.py().detach(|| this.core.add_subscriber(native));

@@ -129,7 +129,7 @@ impl PyKvmVm {
         let machine = Arc::new(Machine(Mutex::new(Some(Arc::new(vm)))));
         live::remember(Arc::downgrade(&machine) as Weak<dyn Close>);
         let memory = Py::new(py, PyGuestMemory::of(&machine, Machine::memory))?;
-        let serial = serial.map(|serial| Py::new(py, PySerial(serial))).transpose()?;
+        let serial = serial.map(|serial| Py::new(py, PySerial::over(serial))).transpose()?;
         Ok(Self { machine: Some(machine), python_handler, buses, entry, memory, serial })
     }
 

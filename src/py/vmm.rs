@@ -106,7 +106,7 @@ impl PyVmm {
             Some(shared) => shared,
             None => Py::new(py, PyEventManager::over(Arc::clone(vmm.event_manager())))?,
         };
-        let serial = Py::new(py, PySerial(Arc::clone(vmm.serial())))?;
+        let serial = Py::new(py, PySerial::over(Arc::clone(vmm.serial())))?;
         let streams = if has_python_streams {
             py.import("pyvmm.streams")?
                 .call_method1("connect", (&serial, &event_manager, config.getattr("serial")?))?
