@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 from typing import Generic, TypeAlias, TypeVar
 
@@ -127,4 +128,6 @@ class Model(RuleBasedStateMachine):
 
 
 TestModel = Model.TestCase
-TestModel.settings = settings(max_examples=500, stateful_step_count=100, deadline=None)
+# 50,000 steps, and ten times as many under `make stress`.
+EXAMPLES = 5000 if "PYVMM_STRESS_S" in os.environ else 500
+TestModel.settings = settings(max_examples=EXAMPLES, stateful_step_count=100, deadline=None)

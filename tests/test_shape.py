@@ -29,6 +29,7 @@ TESTED_BY = {
     "src/py/live.rs": "tests/test_robustness.py",
     "src/py/serial.rs": "tests/test_streams.py",
     "src/vmm.rs": "tests/rust/seed.rs",
+    "src/event/calls.rs": "tests/test_endpoint.py",
     "src/event/inner.rs": "tests/test_event_manager.py",
     "src/py/turning.rs": "tests/test_event_manager.py",
     "src/event/errors.rs": "tests/test_event_manager.py",

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from typing import TYPE_CHECKING
 
@@ -87,6 +88,35 @@ def test_handler_runs_though_another_thread_got_the_signal() -> None:
             thread = when_blocked(signal_this_thread)
             manager.run_forever()
             thread.join()
+
+
+@pytest.mark.parametrize("in_main_thread", [True, False])
+def test_stop_at_any_moment_of_a_wait_ends_it(in_main_thread: bool) -> None:
+    """Also as the wait's first few milliseconds pass, when it begins anew with the pipe."""
+    manager = EventManager()
+    stopped = threading.Semaphore(0)
+    moments = [step / 20_000 for step in range(80, 120)] * 3
+
+    def stop() -> None:
+        for moment in moments:
+            stopped.acquire()
+            time.sleep(moment)
+            manager.stop()
+
+    def run() -> None:
+        for _ in moments:
+            stopped.release()
+            if in_main_thread:
+                manager.run_forever()
+            else:  # the first wait of a thread is special
+                thread = threading.Thread(target=manager.run_forever)
+                thread.start()
+                thread.join()
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    run()
+    stopper.join()
 
 
 def test_signal_from_before_the_wait_is_handled() -> None:

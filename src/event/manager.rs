@@ -214,21 +214,29 @@ impl EventManager {
     /// When epoll fails.
     pub fn run_with_timeout(&self, milliseconds: i32) -> Result<usize> {
         let limit = u64::try_from(milliseconds).ok().map(Duration::from_millis);
-        self.run_until(limit.map(|limit| Instant::now() + limit), None)
+        let dispatched = self.run_until(limit.map(|limit| Instant::now() + limit), None)?;
+        Ok(dispatched.unwrap_or(0))
     }
 
-    /// [`Self::run`] until this time, none for no limit. Returns 0 when the time passed, a signal interrupted the wait,
-    /// [`Self::kick`] was called, `interrupt` turned readable, or, in a shared loop, every 50 ms.
+    /// [`Self::run`] until this time, none for no limit. After [`Self::kick`] it returns 0: who was kicked has something to
+    /// look at. None when the time passed, a signal interrupted the wait, `interrupt` turned readable, or, in a shared loop,
+    /// every 50 ms.
     ///
     /// # Errors
     /// When epoll fails.
-    pub fn run_until(&self, deadline: Option<Instant>, interrupt: Option<RawFd>) -> Result<usize> {
+    pub fn run_until(
+        &self,
+        deadline: Option<Instant>,
+        interrupt: Option<RawFd>,
+    ) -> Result<Option<usize>> {
         self.check_process()?;
         loop {
             let Dispatched { events, woken } = self.dispatch(&mut self.inner.lock())?;
-            let is_over = || deadline.is_some_and(|deadline| Instant::now() >= deadline);
-            if events > 0 || woken || is_over() {
-                return Ok(events);
+            if events > 0 || woken {
+                return Ok(Some(events));
+            }
+            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                return Ok(None);
             }
             let slice = self.waits.begin();
             let until = slice.map_or(deadline, |slice| {
@@ -237,7 +245,7 @@ impl EventManager {
             let is_ready = self.epoll.wait(until, interrupt);
             self.waits.end(slice);
             if !is_ready? {
-                return Ok(0);
+                return Ok(None);
             }
         }
     }

@@ -129,8 +129,8 @@ fn time(
 /// Make the calls that other threads have asked for: those that were there when it began.
 fn make_calls(manager: &Bound<'_, PyEventManager>) -> PyResult<()> {
     let this = manager.get();
-    for _ in 0..this.waiting_calls() {
-        let Some(Call { function, reply }) = this.next_call() else {
+    for _ in 0..this.calls().waiting() {
+        let Some(Call { function, reply }) = this.calls().pop() else {
             break;
         };
         let result = function.call1(manager.py(), (manager,));
@@ -180,9 +180,8 @@ fn process(
 /// Wait until this time at most and dispatch; returns how many events were fetched: none also after a kick or a signal.
 /// Without the GIL.
 pub(super) fn wait(core: &EventManager, deadline: Option<Instant>) -> PyResult<usize> {
-    let fetched = wakeup::wait(deadline, |until, interrupt| {
-        Some(core.run_until(until, interrupt)).filter(|fetched| !matches!(fetched, Ok(0)))
-    })?;
+    let fetched =
+        wakeup::wait(deadline, |until, interrupt| core.run_until(until, interrupt).transpose())?;
     Ok(fetched.unwrap_or(Ok(0))?)
 }
 

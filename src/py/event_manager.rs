@@ -1,10 +1,9 @@
 //! `EventManager` for Python: the crate's manager, the Python objects subscribed to it, and the queue between
 //! them. A dispatch only queues what is for Python; `callback::deliver` calls the objects after it.
 
-use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use event_manager::EventSet;
@@ -23,7 +22,7 @@ use super::subscribers::{Receiver, Subscribers};
 use super::turning::Turners;
 use super::watch::Watch;
 use crate::error::{Error, ErrorKind};
-use crate::event::EventManager;
+use crate::event::{Calls, EventManager};
 
 /// Subscribers, and the loop that dispatches events to them by file descriptor.
 ///
@@ -41,10 +40,8 @@ pub struct PyEventManager {
     /// Tells this manager's ids from another's.
     number: u64,
     turners: Turners,
-    calls: Mutex<VecDeque<Call>>,
-    has_calls: AtomicBool,
-    /// `run_forever` is to end.
-    stopping: AtomicBool,
+    /// What other threads ask of the one that turns the loop.
+    calls: Calls<Call>,
     watch: Watch,
     /// Takes what a subscriber's `process` returns, where an asyncio loop hosts this one.
     awaiter: Mutex<Option<Py<PyAny>>>,
@@ -62,9 +59,7 @@ impl PyEventManager {
             // Relaxed, here and below: all that matters is that no number is given twice.
             number: NUMBERS.fetch_add(1, Ordering::Relaxed),
             turners: Turners::default(),
-            calls: Mutex::default(),
-            has_calls: AtomicBool::new(false),
-            stopping: AtomicBool::new(false),
+            calls: Calls::default(),
             watch: Watch::default(),
             awaiter: Mutex::new(None),
         }
@@ -115,9 +110,7 @@ impl PyEventManager {
     /// Have a call made by the thread that turns the loop.
     pub(super) fn queue(&self, call: Call) -> PyResult<()> {
         self.core.check_process()?;
-        self.calls.lock().push_back(call);
-        // Release: pairs with the acquire in `waiting_calls`, so that who sees the flag finds the call.
-        self.has_calls.store(true, Ordering::Release);
+        self.calls.push(call);
         Ok(self.core.kick()?)
     }
 
@@ -129,32 +122,16 @@ impl PyEventManager {
         self.awaiter.lock().as_ref().map(|awaiter| awaiter.clone_ref(py))
     }
 
-    fn take_stop(&self) -> bool {
-        // Acquire and release: what was done before stop() is seen here. Looked at before it is written: that is
-        // cheaper, and this is done each turn.
-        self.stopping.load(Ordering::Acquire) && self.stopping.swap(false, Ordering::AcqRel)
-    }
-
-    pub(super) fn waiting_calls(&self) -> usize {
-        if !self.has_calls.load(Ordering::Acquire) {
-            return 0;
-        }
-        // Cleared first: a call that comes now sets it again.
-        self.has_calls.store(false, Ordering::Release);
-        self.calls.lock().len()
-    }
-
-    pub(super) fn next_call(&self) -> Option<Call> {
-        self.calls.lock().pop_front()
+    pub(super) fn calls(&self) -> &Calls<Call> {
+        &self.calls
     }
 
     /// Calls that were not made have the next dispatch look at them.
     pub(super) fn keep_calls(&self) -> PyResult<()> {
-        if self.calls.lock().is_empty() {
-            return Ok(());
+        if self.calls.keep() {
+            self.core.kick()?;
         }
-        self.has_calls.store(true, Ordering::Release);
-        Ok(self.core.kick()?)
+        Ok(())
     }
 
     /// Take the events fetched and not yet delivered, for an empty vector.
@@ -342,7 +319,7 @@ impl PyEventManager {
         let this = slf.get();
         let _turning = this.turners.claim("this event manager")?;
         this.with_delivery(|delivery| {
-            while !this.take_stop() {
+            while !this.calls.take_stop() {
                 if Self::turn(slf, None, delivery)? == 0 {
                     slf.py().check_signals()?;
                 }
@@ -353,7 +330,7 @@ impl PyEventManager {
 
     /// End `run_forever` or `run_async`, or at once the next one. From any thread or callback.
     fn stop(&self) -> PyResult<()> {
-        self.stopping.store(true, Ordering::Release);
+        self.calls.stop();
         Ok(self.core.kick()?)
     }
 
@@ -396,7 +373,7 @@ impl PyEventManager {
     }
 
     fn _take_stop(&self) -> bool {
-        self.take_stop()
+        self.calls.take_stop()
     }
 
     /// Seconds above which a callback is logged with its name, as a warning of the logger "pyvmm"; None for none.
@@ -454,15 +431,12 @@ impl PyEventManager {
         if let Some(awaiter) = self.awaiter.try_lock() {
             visit.call(&*awaiter)?;
         }
-        if let Some(calls) = self.calls.try_lock() {
-            calls.iter().try_for_each(|call| visit.call(&call.function))?;
-        }
-        Ok(())
+        self.calls.try_for_each(|call| visit.call(&call.function))
     }
 
     fn __clear__(&self, py: Python<'_>) {
         let subscribers = self.subscribers.take_all(py);
-        let calls = std::mem::take(&mut *self.calls.lock());
+        let calls = self.calls.take_all();
         let awaiter = self.awaiter.lock().take();
         // Outside the locks: it may run Python code.
         drop((subscribers, calls, awaiter));

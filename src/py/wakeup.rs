@@ -48,7 +48,7 @@ pub(super) fn wait<T: Send>(
     }
     let brief = Instant::now() + BRIEF;
     let found = wait(Some(earlier(deadline, brief)), None);
-    // Before that time it was a kick, or a signal that this thread got itself.
+    // Before that time it was a signal, which this thread got itself.
     let now = Instant::now();
     if found.is_some() || now < brief || deadline.is_some_and(|deadline| now >= deadline) {
         return Ok(found);
