@@ -161,13 +161,13 @@ impl PyVmm {
     ///     StateError: the machine has no interrupt controller, or is closed.
     ///     KvmError: KVM refuses it: an eventfd pulses one line.
     fn add_irqfd(&self, py: Python<'_>, event_fd: &PyEventFd, line: u32) -> PyResult<()> {
-        let event = event_fd.shared()?;
+        let event = event_fd.shared(py)?;
         Ok(py.detach(|| self.vmm().vm()?.add_irqfd(&event, line))?)
     }
 
     /// Undo `add_irqfd`.
     fn remove_irqfd(&self, py: Python<'_>, event_fd: &PyEventFd, line: u32) -> PyResult<()> {
-        let event = event_fd.shared()?;
+        let event = event_fd.shared(py)?;
         Ok(py.detach(|| self.vmm().vm()?.remove_irqfd(&event, line))?)
     }
 
@@ -192,7 +192,7 @@ impl PyVmm {
         datamatch: Option<u64>,
         pio: bool,
     ) -> PyResult<()> {
-        let (event, on) = (event_fd.shared()?, io_event(address, length, datamatch, pio));
+        let (event, on) = (event_fd.shared(slf.py())?, io_event(address, length, datamatch, pio));
         let vmm = slf.get().vmm();
         Ok(slf.py().detach(|| vmm.vm()?.add_ioeventfd(&event, &on))?)
     }
@@ -207,7 +207,7 @@ impl PyVmm {
         datamatch: Option<u64>,
         pio: bool,
     ) -> PyResult<()> {
-        let (event, on) = (event_fd.shared()?, io_event(address, length, datamatch, pio));
+        let (event, on) = (event_fd.shared(slf.py())?, io_event(address, length, datamatch, pio));
         let vmm = slf.get().vmm();
         Ok(slf.py().detach(|| vmm.vm()?.remove_ioeventfd(&event, &on))?)
     }
