@@ -22,6 +22,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "memory": memory.copies,
     "footprint": footprint.footprints,
     "loop": loop.dispatches,
+    "loop-floor": loop.floors,
     "loop-scaling": loop.scaling,
     "loop-calls": loop.calls,
     "asyncio": jitter.jitter,

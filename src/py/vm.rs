@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Weak};
+use std::time::Instant;
 
 use parking_lot::Mutex;
 use pyo3::exceptions::PyTypeError;
@@ -15,7 +16,7 @@ use super::live::{self, Close};
 use super::memory::PyGuestMemory;
 use super::serial::PySerial;
 use super::vcpu::PyVcpu;
-use super::{callback, config, exit, vcpu, vmm};
+use super::{callback, config, exit, vcpu, vmm, wakeup};
 use crate::boot;
 use crate::devices::{self, Serial};
 use crate::error::{Error, ErrorKind, Result};
@@ -132,7 +133,7 @@ impl PyKvmVm {
         let machine = Arc::new(Machine(Mutex::new(Some(Arc::new(vm)))));
         live::remember(Arc::downgrade(&machine) as Weak<dyn Close>);
         let memory = Py::new(py, PyGuestMemory::of(&machine, Machine::memory))?;
-        let serial = serial.map(|serial| Py::new(py, PySerial(serial))).transpose()?;
+        let serial = serial.map(|serial| Py::new(py, PySerial::over(serial))).transpose()?;
         Ok(Self { machine: Some(machine), python_handler, dispatch, fixups, entry, memory, serial })
     }
 
@@ -233,16 +234,18 @@ impl PyKvmVm {
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
         let vm = self.vm()?;
         let limit = exit::timeout(timeout)?;
-        let deadline = limit.and_then(|limit| std::time::Instant::now().checked_add(limit));
+        let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
         let ends = [VmRunState::Exiting, VmRunState::Paused, VmRunState::Closed];
-        let slice = std::time::Duration::from_millis(50);
         loop {
-            let left = deadline.map(|d| d.saturating_duration_since(std::time::Instant::now()));
-            let found =
-                py.detach(|| vm.wait_for(&ends, Some(left.map_or(slice, |left| left.min(slice)))));
+            let found = py.detach(|| {
+                wakeup::wait(deadline, |until, interrupt| {
+                    vm.wait_for_or(&ends, until, interrupt).transpose()
+                })
+            })?;
+            let found = found.transpose()?;
             py.check_signals()?;
             self.check_kick()?;
-            if found.is_some() || left.is_some_and(|left| left.is_zero()) {
+            if found.is_some() || deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 return self.exit(py);
             }
         }

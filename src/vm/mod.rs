@@ -11,9 +11,10 @@ mod view;
 
 use std::cell::Cell;
 use std::fmt;
+use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvm_bindings::{
     KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_MP_STATE_RUNNABLE, KVM_PIT_SPEAKER_DUMMY,
@@ -303,6 +304,20 @@ impl<EH: ExitHandler> KvmVm<EH> {
     #[must_use]
     pub fn wait_for(&self, wanted: &[VmRunState], timeout: Option<Duration>) -> Option<VmRunState> {
         self.shared.run_state.wait_for(wanted, timeout)
+    }
+
+    /// [`Self::wait_for`] until a time, or until `interrupt` turns readable or a signal comes.
+    ///
+    /// # Errors
+    /// When the process has no file descriptor left.
+    pub fn wait_for_or(
+        &self,
+        wanted: &[VmRunState],
+        deadline: Option<Instant>,
+        interrupt: Option<RawFd>,
+    ) -> Result<Option<VmRunState>> {
+        let found = self.shared.run_state.wait_for_or(wanted, deadline, interrupt);
+        found.map_err(|e| Error::os(ErrorKind::Kvm, "eventfd", &e))
     }
 
     /// The vCPUs, to be looked into while they are at rest.
