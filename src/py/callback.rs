@@ -201,11 +201,7 @@ pub(super) fn turn(
     raised: &Raised,
     deadline: Option<Instant>,
 ) -> PyResult<()> {
-    let core = manager.get().core();
-    let fetched = match core.try_dispatch(|| ())? {
-        Some(count) => count,
-        None => wait(core, deadline)?,
-    };
+    let fetched = wait(manager.get().core(), deadline)?;
     Python::attach(|py| {
         PyEventManager::deliver_fetched(manager.bind(py), fetched)?;
         raised.check(py)?;
