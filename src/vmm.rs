@@ -2,6 +2,7 @@
 //! handler says stop, and shuts the machine down. The caller's thread runs the loop; any thread may call
 //! the rest.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
@@ -16,6 +17,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
 use crate::exit_handler::{Exit, ExitHandler, ExitReason, WrappedExitHandler};
 use crate::fixup::Counts;
+use crate::trace::{self, Trace, Watching};
 use crate::vcpu::{Cell, Dispatch, VmRunState};
 use crate::vm::{GuestMemory, KvmVm, layout};
 
@@ -33,6 +35,7 @@ pub struct Vmm {
     event_manager: Arc<EventManager>,
     exit_handler: WrappedExitHandler,
     dispatch: Arc<Dispatch>,
+    watching: Watching,
     serial: Arc<Serial>,
     fixups: Arc<Counts>,
     /// Where the vCPUs start.
@@ -84,6 +87,7 @@ impl Vmm {
         let exit_handler =
             WrappedExitHandler::new().map_err(|e| Error::os(ErrorKind::Event, "eventfd", &e))?;
         let dispatch = Arc::new(Dispatch::default());
+        let watching = Watching::new(config.cpu.vcpus, &dispatch, &event_manager);
         let vm = KvmVm::new(&config, memory, Arc::clone(&dispatch), exit_handler.clone())?;
         let serial = devices::attach(&dispatch.buses, vm.irq(layout::COM1_IRQ)?, &config)?;
         let mut own_subscribers =
@@ -95,6 +99,7 @@ impl Vmm {
             event_manager,
             exit_handler,
             dispatch,
+            watching,
             serial,
             fixups,
             entry,
@@ -217,7 +222,11 @@ impl Vmm {
         let slice = self.exit_handler.is_in_several_loops().then(|| Instant::now() + SLICE);
         let until = slice
             .map_or(deadline, |slice| Some(deadline.map_or(slice, |deadline| deadline.min(slice))));
+        let recording = self.event_manager.recorders.recording();
         turn(until)?;
+        if recording.is_some() {
+            trace::flush();
+        }
         self.serial.take_failure().map_or(Ok(()), |failure| Err(failure.into()))
     }
 
@@ -388,6 +397,21 @@ impl Vmm {
     #[must_use]
     pub fn dispatch(&self) -> &Arc<Dispatch> {
         &self.dispatch
+    }
+
+    /// What it can be watched with: counters, and a trace.
+    #[must_use]
+    pub fn watching(&self) -> &Watching {
+        &self.watching
+    }
+
+    /// See [`Watching::start_trace`].
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] when the machine is closed, too.
+    pub fn start_trace(&self, path: &Path) -> Result<Arc<Trace>> {
+        self.vm()?.check_process()?;
+        self.watching.start_trace(path)
     }
 
     /// The instructions that KVM refused and that were executed here.

@@ -18,8 +18,10 @@ from pyvmm._pyvmm import (
     MemorySlot,
     RemoteEndpoint,
     Serial,
+    Stats,
     SubscriberId,
     TimerFd,
+    Trace,
     Vcpu,
     VcpuExit,
     Vmm,
@@ -46,6 +48,7 @@ from pyvmm.exceptions import (
     VmmError,
 )
 from pyvmm.exits import Exit, ExitAction, ExitHandler, ExitKind, ExitReason, Stop, VmRunState
+from pyvmm.stats import ExitCount, VcpuTime
 
 if TYPE_CHECKING:
     from pyvmm.config import (
@@ -77,6 +80,7 @@ __all__ = [
     "Events",
     "Exit",
     "ExitAction",
+    "ExitCount",
     "ExitHandler",
     "ExitKind",
     "ExitReason",
@@ -98,14 +102,17 @@ __all__ = [
     "Serial",
     "SerialConfig",
     "StateError",
+    "Stats",
     "Stop",
     "StreamError",
     "Subscriber",
     "SubscriberId",
     "TimerFd",
+    "Trace",
     "Unanswered",
     "Vcpu",
     "VcpuExit",
+    "VcpuTime",
     "VmRunState",
     "Vmm",
     "VmmConfig",

@@ -13,7 +13,7 @@ import pyvmm
 from pyvmm import keyvalue
 from pyvmm.config import LinuxBoot, MemoryConfig, VmmConfig
 from pyvmm.exceptions import ConfigError, VmmError
-from pyvmm.runner import Status, run_machine
+from pyvmm.runner import Status, Watch, run_machine
 
 EXIT_STATUSES = """\b
 Exit status:
@@ -60,13 +60,25 @@ def cli() -> None:
 @click.option("--config", "config_file", type=click.Path(), help="A TOML or JSON file; options override it.")
 @click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="End the run after this time.")
 @click.option("--json", "as_json", is_flag=True, help="Print how the run ended as JSON; the console goes to stderr.")
-def run(config_file: str | None, timeout: float | None, as_json: bool, **options: Any) -> int:
+@click.option("--stats", is_flag=True, help="Print a table of the exits and of the vCPUs' time at the end.")
+@click.option("--live-stats", is_flag=True, help="The same table, renewed while the guest runs, on a terminal.")
+@click.option("--trace", "trace_file", type=click.Path(), metavar="FILE", help="Write every hop, for Perfetto.")
+def run(
+    config_file: str | None,
+    timeout: float | None,
+    as_json: bool,
+    stats: bool,
+    live_stats: bool,
+    trace_file: str | None,
+    **options: Any,
+) -> int:
     """Run KERNEL, an ELF vmlinux or a bzImage; without one, the guest inside the package.
 
     The guest's serial port is connected to the terminal. Ctrl-A x ends the machine.
     """
     base = VmmConfig.from_file(config_file) if config_file else VmmConfig()
-    return run_machine(with_options(base, **options), timeout, as_json)
+    watch = Watch(stats or live_stats, live_stats, trace_file)
+    return run_machine(with_options(base, **options), timeout, as_json, watch)
 
 
 @cli.command()

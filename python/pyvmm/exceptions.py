@@ -47,4 +47,4 @@ class EventError(VmmError, OSError):
 
 
 class StreamError(VmmError, OSError):
-    """A stream of the serial port cannot be read or written."""
+    """A stream of the serial port, or the file of a trace, cannot be read or written."""

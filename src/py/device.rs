@@ -17,6 +17,8 @@ pub(super) struct PythonDevice {
     object: Py<PyAny>,
     access: Access,
     base: u64,
+    /// The object's class.
+    name: String,
     methods: Methods,
     raised: Arc<Raised>,
 }
@@ -61,8 +63,9 @@ impl PythonDevice {
             let text = format!("a device needs read() or write(): {} has neither", class.name()?);
             return Err(PyTypeError::new_err(text));
         }
+        let name = object.get_type().qualname()?.to_string();
         let (object, raised) = (object.clone().unbind(), Arc::clone(raised));
-        Ok(Self { object, access, base, methods, raised })
+        Ok(Self { object, access, base, name, methods, raised })
     }
 
     pub(super) fn is_at(&self, access: Access, base: u64) -> bool {
@@ -133,6 +136,10 @@ impl Device for PythonDevice {
             return elements.find(|flow| *flow != Flow::Continue).unwrap_or(Flow::Continue);
         };
         Self::flow(callback::write_many(self, write_many, offset, size, data), &mut [])
+    }
+
+    fn name(&self) -> &str {
+        &self.name
     }
 
     fn gathers(&self) -> bool {
