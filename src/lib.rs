@@ -25,6 +25,7 @@ pub mod devices;
 pub mod error;
 pub mod event;
 pub mod exit_handler;
+pub mod fixup;
 mod process;
 #[cfg(feature = "python")]
 pub mod py;
@@ -38,8 +39,8 @@ pub mod vmm;
 mod _pyvmm {
     #[pymodule_export]
     use crate::py::{
-        PyDirtyPages, PyEventFd, PyEventManager, PyEventOps, PyEvents, PyGuestMemory, PyKvm,
-        PyKvmVm, PyMemorySlot, PyMsrBytes, PyRegisterBytes, PyRemoteEndpoint, PySerial,
+        PyDirtyPages, PyEventFd, PyEventManager, PyEventOps, PyEvents, PyGuestMemory, PyIrqLine,
+        PyKvm, PyKvmVm, PyMemorySlot, PyMsrBytes, PyRegisterBytes, PyRemoteEndpoint, PySerial,
         PySubscriberId, PyTimerFd, PyVcpu, PyVcpuExit, PyVmm, PyVmmExitHandler,
         PyWrappedExitHandler, close_all, cpu_features, embedded_guest, kick_signal, kvm_info,
         set_kick_signal,

@@ -100,7 +100,7 @@ def test_what_kvm_cannot_emulate_ends_with_the_instruction_bytes() -> None:
         exit = vmm.run(DEADLINE_S)
     assert exit.reason is ExitReason.INTERNAL_ERROR
     assert exit.fault is not None
-    assert "instruction bytes: 9b" in exit.fault
+    assert "instruction at 0x1000: wait\ninstruction bytes: 9b" in exit.fault
     assert "rip 0x0000000000001000" in exit.fault
 
 

@@ -12,6 +12,7 @@ from pyvmm._pyvmm import (
     EventOps,
     Events,
     GuestMemory,
+    IrqLine,
     Kvm,
     KvmVm,
     MemorySlot,
@@ -31,7 +32,7 @@ from pyvmm._pyvmm import (
     kvm_info,
     set_kick_signal,
 )
-from pyvmm.devices import Unanswered
+from pyvmm.devices import ReadableDevice, Unanswered, WritableDevice
 from pyvmm.events import EventSet, Subscriber
 from pyvmm.exceptions import (
     BootError,
@@ -44,7 +45,7 @@ from pyvmm.exceptions import (
     StreamError,
     VmmError,
 )
-from pyvmm.exits import Exit, ExitHandler, ExitReason, VmRunState
+from pyvmm.exits import Exit, ExitAction, ExitHandler, ExitKind, ExitReason, Stop, VmRunState
 
 if TYPE_CHECKING:
     from pyvmm.config import (
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
         SerialConfig,
         VmmConfig,
     )
+    from pyvmm.hostcalls import HostcallError, HostcallStatus
     from pyvmm.kvm import Cap
 
 __version__ = "0.1.0"
@@ -74,11 +76,16 @@ __all__ = [
     "EventSet",
     "Events",
     "Exit",
+    "ExitAction",
     "ExitHandler",
+    "ExitKind",
     "ExitReason",
     "FlatBoot",
     "GuestMemory",
     "GuestMemoryError",
+    "HostcallError",
+    "HostcallStatus",
+    "IrqLine",
     "Kvm",
     "KvmError",
     "KvmUnavailableError",
@@ -86,10 +93,12 @@ __all__ = [
     "LinuxBoot",
     "MemoryConfig",
     "MemorySlot",
+    "ReadableDevice",
     "RemoteEndpoint",
     "Serial",
     "SerialConfig",
     "StateError",
+    "Stop",
     "StreamError",
     "Subscriber",
     "SubscriberId",
@@ -103,6 +112,7 @@ __all__ = [
     "VmmError",
     "VmmExitHandler",
     "WrappedExitHandler",
+    "WritableDevice",
     "cpu_features",
     "embedded_guest",
     "kick_signal",
@@ -115,7 +125,11 @@ atexit.register(close_all)
 
 # Imported when first used: the event loop needs none of them, and they are most of the import's time.
 _CONFIG = ("CpuConfig", "EmbeddedBoot", "FlatBoot", "LinuxBoot", "MemoryConfig", "SerialConfig", "VmmConfig")
-_LAZY = {**dict.fromkeys(_CONFIG, "pyvmm.config"), "Cap": "pyvmm.kvm"}
+_LAZY = {
+    **dict.fromkeys(_CONFIG, "pyvmm.config"),
+    **dict.fromkeys(("HostcallError", "HostcallStatus"), "pyvmm.hostcalls"),
+    "Cap": "pyvmm.kvm",
+}
 
 
 def __getattr__(name: str) -> object:

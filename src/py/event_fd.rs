@@ -38,6 +38,11 @@ impl PyEventFd {
         Self { fd: Attached::new(Some(fd)), nonblocking: true }
     }
 
+    /// The crate's eventfd.
+    pub(super) fn shared(&self, py: Python<'_>) -> PyResult<Arc<EventFd>> {
+        self.open(py)
+    }
+
     fn open(&self, py: Python<'_>) -> PyResult<Arc<EventFd>> {
         self.fd.with(py, |fd| fd.clone()).ok_or_else(closed)
     }

@@ -1,7 +1,8 @@
 //! `VcpuExit` for Python: what `Vcpu.run_once` returns, one class a kind.
 
+use kvm_bindings::{KVM_MSR_EXIT_REASON_FILTER, KVM_MSR_EXIT_REASON_INVAL};
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyTuple};
+use pyo3::types::{IntoPyDict, PyBytes, PyDict, PyString, PyTuple};
 
 use crate::vcpu::VcpuExit;
 
@@ -41,6 +42,22 @@ pub enum PyVcpuExit {
         /// What was written.
         data: Py<PyBytes>,
     },
+    /// `RDMSR` of a register that KVM does not know, or that a hook asked for: it waits for an answer, or faults.
+    Rdmsr {
+        /// The register's number.
+        index: u32,
+        /// "unknown", "invalid" or "filter": KVM_MSR_EXIT_REASON_*.
+        reason: Py<PyString>,
+    },
+    /// `WRMSR` to such a register.
+    Wrmsr {
+        /// The register's number.
+        index: u32,
+        /// What was written.
+        value: u64,
+        /// As for `Rdmsr`.
+        reason: Py<PyString>,
+    },
     /// `HLT`.
     Hlt(),
     /// A triple fault.
@@ -64,6 +81,10 @@ pub enum PyVcpuExit {
         instruction: Py<PyBytes>,
         /// What else it says.
         data: Py<PyTuple>,
+        /// That instruction as text, in the syntax of nasm; None where it is no instruction.
+        disassembly: Option<String>,
+        /// The registers it stood with, by name.
+        registers: Py<PyDict>,
     },
     /// A breakpoint or a single step.
     Debug {
@@ -110,16 +131,26 @@ impl PyVcpuExit {
             VcpuExit::MmioWrite { address, data } => {
                 Self::MmioWrite { address, data: bytes(&data) }
             }
+            VcpuExit::Rdmsr { index, reason } => {
+                Self::Rdmsr { index, reason: msr_reason(py, reason) }
+            }
+            VcpuExit::Wrmsr { index, value, reason } => {
+                Self::Wrmsr { index, value, reason: msr_reason(py, reason) }
+            }
             VcpuExit::Hlt => Self::Hlt(),
             VcpuExit::Shutdown => Self::Shutdown(),
             VcpuExit::Interrupted => Self::Interrupted(),
             VcpuExit::IrqWindowOpen => Self::IrqWindowOpen(),
             VcpuExit::FailEntry { reason, cpu } => Self::FailEntry { reason, cpu },
-            VcpuExit::InternalError { suberror, instruction, data } => Self::InternalError {
-                suberror,
-                instruction: bytes(&instruction),
-                data: numbers(data)?,
-            },
+            VcpuExit::InternalError { suberror, instruction, data, disassembly, registers } => {
+                Self::InternalError {
+                    suberror,
+                    instruction: bytes(&instruction),
+                    data: numbers(data)?,
+                    disassembly,
+                    registers: registers.into_py_dict(py)?.unbind(),
+                }
+            }
             VcpuExit::Debug { exception, pc, dr6, dr7 } => Self::Debug { exception, pc, dr6, dr7 },
             VcpuExit::SystemEvent { kind, data } => {
                 Self::SystemEvent { kind, data: numbers(data)? }
@@ -130,6 +161,15 @@ impl PyVcpuExit {
             VcpuExit::Unknown { number } => Self::Unknown { number },
         })
     }
+}
+
+fn msr_reason(py: Python<'_>, reason: u32) -> Py<PyString> {
+    let text = match reason {
+        KVM_MSR_EXIT_REASON_INVAL => "invalid",
+        KVM_MSR_EXIT_REASON_FILTER => "filter",
+        _ => "unknown",
+    };
+    PyString::intern(py, text).unbind()
 }
 
 #[pymethods]
@@ -144,7 +184,8 @@ impl PyVcpuExit {
         let mut fields = Vec::new();
         for name in names {
             let value = slf.getattr(name.as_str())?;
-            let is_hex = matches!(name.as_str(), "port" | "address" | "pc" | "dr6" | "dr7");
+            let is_hex =
+                matches!(name.as_str(), "port" | "address" | "index" | "pc" | "dr6" | "dr7");
             let text = match value.extract::<u64>() {
                 Ok(number) if is_hex => format!("{number:#x}"),
                 _ => value.repr()?.to_string(),

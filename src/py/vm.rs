@@ -1,5 +1,6 @@
 //! `KvmVm` for Python: the machine without an event loop, told of its guest's end through any exit handler.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Weak};
 use std::time::Instant;
@@ -17,10 +18,11 @@ use super::serial::PySerial;
 use super::vcpu::PyVcpu;
 use super::{callback, config, exit, vcpu, vmm, wakeup};
 use crate::boot;
-use crate::devices::{self, Buses, Serial};
+use crate::devices::{self, Serial};
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::{ExitHandler, WrappedExitHandler};
-use crate::vcpu::VmRunState;
+use crate::fixup::Counts;
+use crate::vcpu::{Dispatch, VmRunState};
 use crate::vm::{GuestMemory, KvmVm, layout};
 
 /// An exit handler as the vCPUs hold it.
@@ -92,7 +94,8 @@ impl Close for Machine {
 pub struct PyKvmVm {
     machine: Option<Arc<Machine>>,
     python_handler: Option<Arc<PythonHandler>>,
-    buses: Arc<Buses>,
+    dispatch: Arc<Dispatch>,
+    fixups: Arc<Counts>,
     /// Where the configuration's code starts.
     #[pyo3(get)]
     entry: u64,
@@ -122,15 +125,16 @@ impl PyKvmVm {
         py: Python<'_>,
         vm: KvmVm<Handler>,
         python_handler: Option<Arc<PythonHandler>>,
-        buses: Arc<Buses>,
+        dispatch: Arc<Dispatch>,
         entry: u64,
         serial: Option<Arc<Serial>>,
     ) -> PyResult<Self> {
+        let fixups = Arc::clone(vm.fixups());
         let machine = Arc::new(Machine(Mutex::new(Some(Arc::new(vm)))));
         live::remember(Arc::downgrade(&machine) as Weak<dyn Close>);
         let memory = Py::new(py, PyGuestMemory::of(&machine, Machine::memory))?;
         let serial = serial.map(|serial| Py::new(py, PySerial::over(serial))).transpose()?;
-        Ok(Self { machine: Some(machine), python_handler, buses, entry, memory, serial })
+        Ok(Self { machine: Some(machine), python_handler, dispatch, fixups, entry, memory, serial })
     }
 
     /// Raise what the exit handler's `kick()` raised, once.
@@ -181,16 +185,16 @@ impl PyKvmVm {
                 "a KvmVm has no event loop to serve streams; use Vmm, or serial.send() and read()";
             return Err(Error::new(ErrorKind::Config, "serial", detail).into());
         }
-        let (vm, entry, buses, serial) = py.detach(|| -> Result<_> {
+        let (vm, entry, dispatch, serial) = py.detach(|| -> Result<_> {
             config.validate()?;
             let memory = GuestMemory::new(config.memory.size_mib << 20)?;
             let entry = boot::load(&config, &memory)?;
-            let buses = Arc::new(Buses::default());
-            let vm = KvmVm::new(&config, memory, Arc::clone(&buses), handler)?;
-            let serial = devices::attach(&buses, vm.irq(layout::COM1_IRQ)?, &config)?;
-            Ok((vm, entry, buses, serial))
+            let dispatch = Arc::new(Dispatch::default());
+            let vm = KvmVm::new(&config, memory, Arc::clone(&dispatch), handler)?;
+            let serial = devices::attach(&dispatch.buses, vm.irq(layout::COM1_IRQ)?, &config)?;
+            Ok((vm, entry, dispatch, serial))
         })?;
-        Self::of(py, vm, python_handler, buses, entry, Some(serial))
+        Self::of(py, vm, python_handler, dispatch, entry, Some(serial))
     }
 
     /// Add a vCPU to a machine that has not run. It is as KVM makes it: at the reset vector, with an empty `cpuid`.
@@ -310,7 +314,13 @@ impl PyKvmVm {
     /// Accesses that no device answered.
     #[getter]
     fn unanswered<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
-        vmm::unanswered(py, &self.buses)
+        vmm::unanswered(py, &self.dispatch.buses)
+    }
+
+    /// The instructions that KVM refused and pyvmm executed, counted by mnemonic; empty without `CpuConfig(fixups=True)`.
+    #[getter]
+    fn fixups(&self) -> BTreeMap<&'static str, u64> {
+        self.fixups.all()
     }
 
     fn __enter__(slf: Py<Self>) -> Py<Self> {

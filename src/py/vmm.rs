@@ -1,22 +1,27 @@
 //! `Vmm` for Python: the spine with the GIL let go where it waits.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
+use pyo3::exceptions::PyRuntimeError;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyTuple};
 
+use super::device::PythonDevice;
 use super::event_manager::PyEventManager;
 use super::events::PySubscriberId;
 use super::exit_handler::PyWrappedExitHandler;
+use super::hooks::Hooks;
 use super::live::{self, Close};
 use super::memory::PyGuestMemory;
 use super::serial::PySerial;
 use super::turning::Turning;
-use super::{callback, config, exit, vcpu};
+use super::{callback, config, exit};
 use crate::config::{SerialInput, SerialOutput};
 use crate::devices::{Access, Buses};
+use crate::exit_handler::{Exit, ExitReason};
 use crate::vcpu::VmRunState;
 use crate::vmm::Vmm;
 
@@ -39,6 +44,10 @@ pub struct PyVmm {
     vmm: Option<Arc<Vmm>>,
     /// Other machines may be in the same loop.
     is_shared: bool,
+    /// Exit hooks, and what they and Python devices leave for the run.
+    pub(super) hooks: Arc<Hooks>,
+    /// The Python devices on its buses.
+    pub(super) devices: Mutex<Vec<Arc<PythonDevice>>>,
     /// Subscribers that serve the serial port's Python streams.
     streams: Mutex<Vec<Py<PySubscriberId>>>,
     #[pyo3(get)]
@@ -60,10 +69,32 @@ impl Close for Vmm {
 }
 
 impl PyVmm {
-    fn vmm(&self) -> &Vmm {
+    pub(super) fn vmm(&self) -> &Vmm {
         match &self.vmm {
             Some(vmm) => vmm,
             None => std::process::abort(), // nobody can call a method of an object that is being dropped
+        }
+    }
+
+    pub(super) fn shared(&self) -> Option<&Arc<Vmm>> {
+        self.vmm.as_ref()
+    }
+
+    /// What `run` and `wait` return or raise, with what callbacks on vCPU threads have left.
+    fn finish<'py>(
+        &self,
+        py: Python<'py>,
+        ended: PyResult<Option<Exit>>,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let raised = &self.hooks.raised;
+        let exit = ended.map_err(|error| raised.beside(py, error))?;
+        let Some(exit) = exit else { return Ok(None) };
+        raised.check(py)?;
+        match raised.take_stop() {
+            Some((vcpu, value)) if exit.reason == ExitReason::Stopped => {
+                exit::stopped(py, vcpu, &value).map(Some)
+            }
+            _ => exit::to_python(py, &exit).map(Some),
         }
     }
 
@@ -77,8 +108,14 @@ impl PyVmm {
 impl Drop for PyVmm {
     fn drop(&mut self) {
         let vmm = self.vmm.take();
-        // Closing a machine may sleep in the kernel.
-        Python::attach(|py| py.detach(|| drop(vmm)));
+        // Its devices and hooks may hold parts of it, so it is closed, not only let go. That may sleep in the kernel, and
+        // its threads may need the GIL to end.
+        Python::attach(|py| {
+            py.detach(|| {
+                vmm.iter().for_each(|vmm| vmm.close());
+                drop(vmm);
+            });
+        });
     }
 }
 
@@ -122,6 +159,8 @@ impl PyVmm {
             serial,
             vmm: Some(vmm),
             is_shared,
+            hooks: Arc::new(Hooks::over(Arc::default())),
+            devices: Mutex::default(),
             streams: Mutex::new(streams),
         })
     }
@@ -138,8 +177,8 @@ impl PyVmm {
 
     /// Run the guest until it ends, `stop` is called, or the time passes, in seconds.
     ///
-    /// Turns the event manager's loop meanwhile: subscribers are called on this thread. After a stop, a
-    /// timeout or an exception, another `run` goes on where this one ended.
+    /// Turns the event manager's loop meanwhile: subscribers are called on this thread, devices and exit hooks on those
+    /// of the vCPUs. After a stop, a timeout or an exception, another `run` goes on where this one ended.
     ///
     /// Raises:
     ///     StateError: a run is in progress, the guest has ended, or the machine is closed.
@@ -151,8 +190,11 @@ impl PyVmm {
         let timeout = exit::timeout(timeout)?;
         let _turning = self.claim()?;
         let manager = &self.event_manager;
-        let exit = py.detach(|| self.vmm().run(timeout, |until| callback::turn(manager, until)))?;
-        exit::to_python(py, &exit)
+        let raised = &self.hooks.raised;
+        let ended =
+            py.detach(|| self.vmm().run(timeout, |until| callback::turn(manager, raised, until)));
+        let exit = self.finish(py, ended.map(Some))?;
+        exit.ok_or_else(|| PyRuntimeError::new_err("a run ends with an exit"))
     }
 
     /// Start the vCPUs and return. `wait` turns the event manager's loop for them.
@@ -177,9 +219,10 @@ impl PyVmm {
         let timeout = exit::timeout(timeout)?;
         let _turning = self.claim()?;
         let manager = &self.event_manager;
-        let exit =
-            py.detach(|| self.vmm().wait(timeout, |until| callback::turn(manager, until)))?;
-        exit.map(|exit| exit::to_python(py, &exit)).transpose()
+        let raised = &self.hooks.raised;
+        let ended =
+            py.detach(|| self.vmm().wait(timeout, |until| callback::turn(manager, raised, until)));
+        self.finish(py, ended)
     }
 
     /// Bring every vCPU out of its guest and wait until it is. From any thread or callback; the loop turns on.
@@ -207,7 +250,9 @@ impl PyVmm {
     #[getter]
     fn vcpus<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
         let cells = py.detach(|| self.vmm().vcpus())?;
-        vcpu::to_python(py, &cells)
+        let vcpus: Vec<_> =
+            cells.iter().map(|cell| self.hooks.vcpu(py, cell)).collect::<PyResult<_>>()?;
+        PyTuple::new(py, vcpus)
     }
 
     /// End the run in progress, or at once the next one if there is none. From any thread or callback.
@@ -220,6 +265,11 @@ impl PyVmm {
     /// In a callback it takes effect when the run ends.
     fn close(&self, py: Python<'_>) {
         py.detach(|| self.vmm().close());
+        if self.vmm().state() == VmRunState::Closed {
+            // Outside the lock: it may run Python code.
+            let devices = std::mem::take(&mut *self.devices.lock());
+            drop(devices);
+        }
         // Called from a callback, the machine closes later, and its last output is still to be taken.
         if self.is_shared && self.vmm().state() == VmRunState::Closed {
             let streams = std::mem::take(&mut *self.streams.lock());
@@ -239,7 +289,13 @@ impl PyVmm {
     /// Accesses that no device answered, counted by address.
     #[getter]
     fn unanswered<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
-        unanswered(py, self.vmm().buses())
+        unanswered(py, &self.vmm().dispatch().buses)
+    }
+
+    /// The instructions that KVM refused and pyvmm executed, counted by mnemonic; empty without `CpuConfig(fixups=True)`.
+    #[getter]
+    fn fixups(&self) -> BTreeMap<&'static str, u64> {
+        self.vmm().fixups().all()
     }
 
     /// `run` inside a running asyncio loop, which stays responsive: the guest's loop turns in another thread.
@@ -278,7 +334,13 @@ impl PyVmm {
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.config)?;
-        visit.call(&self.event_manager)
+        visit.call(&self.event_manager)?;
+        self.hooks.traverse(&visit)?;
+        self.hooks.raised.traverse(&visit)?;
+        match self.devices.try_lock() {
+            Some(devices) => devices.iter().try_for_each(|device| device.traverse(&visit)),
+            None => Ok(()),
+        }
     }
 }
 

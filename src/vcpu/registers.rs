@@ -3,16 +3,19 @@
 use std::sync::Arc;
 
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state,
+    CpuId, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP,
+    KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_guest_debug, kvm_lapic_state,
     kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{SyncReg, VcpuFd};
 
-use super::run::settle;
+use super::dispatch::Dispatch;
+use super::exit::{VcpuExit, owned};
+use super::kick::ImmediateExit;
 use super::run_page::RunPage;
 use crate::debug::Paging;
-use crate::devices::Buses;
 use crate::error::{Error, ErrorKind, Result};
+use crate::fixup;
 use crate::vm::GuestMemory;
 
 /// One virtual processor. Its ioctls are made by its own thread, or by another while it is at rest.
@@ -21,9 +24,11 @@ pub struct Vcpu {
     pub(crate) id: u64,
     pub(crate) fd: VcpuFd,
     pub(crate) page: Arc<RunPage>,
-    pub(crate) buses: Arc<Buses>,
+    pub(crate) dispatch: Arc<Dispatch>,
     /// After `fd`: as long as the guest can run, its memory is there.
-    memory: GuestMemory,
+    pub(super) memory: GuestMemory,
+    /// Instructions that KVM refuses are executed here and counted; none: they end the run.
+    pub(crate) fixups: Option<Arc<fixup::Counts>>,
     /// KVM_RUN has been called: what CPUID says cannot be changed any more.
     pub(crate) has_run: bool,
     /// The last exit was a read, and `answer` may still say what was read.
@@ -32,6 +37,34 @@ pub struct Vcpu {
     pub(crate) is_pending: bool,
     /// The run page has the general registers: each exit puts them there (KVM_CAP_SYNC_REGS), as does `store`.
     pub(crate) has_page_registers: bool,
+    /// An exit that came when an instruction was completed, for the next to enter the guest.
+    pub(crate) waiting: Option<VcpuExit>,
+    /// Its exit is being answered by the program's code, which looks into it.
+    pub(crate) is_lent: bool,
+    /// General registers as they were at the exit, and as that code wants them behind the instruction.
+    pub(crate) changed: Option<Box<Changed>>,
+}
+
+/// What [`Vcpu::changed`] keeps.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Changed {
+    pub(crate) from: kvm_regs,
+    pub(crate) to: kvm_regs,
+}
+
+impl Changed {
+    /// The registers after the instruction, with what was changed.
+    pub(crate) fn over(&self, after: &kvm_regs) -> kvm_regs {
+        let mut regs = *after;
+        let words = bytes_mut(&mut regs).chunks_exact_mut(8);
+        let pairs = bytes(&self.from).chunks_exact(8).zip(bytes(&self.to).chunks_exact(8));
+        for (word, (from, to)) in words.zip(pairs) {
+            if from != to {
+                word.copy_from_slice(to);
+            }
+        }
+        regs
+    }
 }
 
 /// A class of registers: the structure that one pair of ioctls moves.
@@ -76,7 +109,7 @@ impl Vcpu {
         id: u64,
         mut fd: VcpuFd,
         page: Arc<RunPage>,
-        buses: Arc<Buses>,
+        dispatch: Arc<Dispatch>,
         memory: GuestMemory,
     ) -> Self {
         fd.set_sync_valid_reg(SyncReg::Register);
@@ -84,12 +117,16 @@ impl Vcpu {
             id,
             fd,
             page,
-            buses,
+            dispatch,
             memory,
+            fixups: None,
             has_run: false,
             awaits_answer: false,
             is_pending: false,
             has_page_registers: false,
+            waiting: None,
+            is_lent: false,
+            changed: None,
         }
     }
 
@@ -125,13 +162,47 @@ impl Vcpu {
     }
 
     /// Complete an access that has been answered, so that the registers are those after the instruction. One that
-    /// waits for its answer shows those before.
+    /// waits for its answer shows those before, as does one whose answer is being found.
     fn complete(&mut self) {
-        if self.awaits_answer {
+        if !self.is_pending || self.awaits_answer || self.is_lent || self.waiting.is_some() {
             return;
         }
-        // Another access of a repeated instruction, or an end, is left to the next run.
-        let _ = settle(self, 1);
+        self.page.set(true);
+        let result = self.fd.run().map(|exit| owned(exit, &self.page));
+        self.has_page_registers = true;
+        self.is_pending = false;
+        // Another access of the instruction, or an end, is left to the next entry.
+        self.waiting = result.ok();
+    }
+
+    /// Complete the instruction whose exit has been answered, and change the registers behind it as the program's code
+    /// wanted. `is_stopped` looks at the stop word.
+    pub(super) fn apply_changes(&mut self, is_stopped: impl Fn() -> bool) {
+        let Some(changed) = self.changed.take() else { return };
+        self.complete();
+        // Kick, point 8: one that came meanwhile has set the word first, and that is looked at before the next entry.
+        self.page.set(is_stopped());
+        let after = changed.over(&self.page.registers());
+        // KVM takes any general registers.
+        if self.fd.set_regs(&after).is_ok() {
+            self.page.set_registers(&after);
+        }
+    }
+
+    /// Have the guest execute the instruction of this exit again.
+    pub(super) fn go_back(&mut self, exit: &VcpuExit) {
+        let Ok(mut to) = self.general() else { return };
+        if exit.is_read() {
+            // All of them, and none as the instruction leaves it.
+            let mut from = to;
+            bytes_mut(&mut from).iter_mut().for_each(|byte| *byte = !*byte);
+            self.changed = Some(Box::new(Changed { from, to }));
+        } else if *exit == VcpuExit::Hlt {
+            to.rip = to.rip.wrapping_sub(1);
+            if self.fd.set_regs(&to).is_ok() {
+                self.page.set_registers(&to);
+            }
+        }
     }
 
     /// Look at a class of registers.
@@ -160,12 +231,20 @@ impl Vcpu {
     /// # Errors
     /// When KVM refuses the new values; they are as before then.
     pub fn store(&mut self, class: RegisterClass, change: impl FnOnce(&mut [u8])) -> Result<()> {
-        self.awaits_answer = false;
+        // Whoever answers the exit still does: its answer is not given up.
+        self.awaits_answer &= self.is_lent;
         self.complete();
         match class {
             RegisterClass::General => {
                 let mut regs: kvm_regs = self.general()?;
+                let from = regs;
                 change(bytes_mut(&mut regs));
+                if self.is_lent && self.is_pending {
+                    // KVM has the instruction half done: it would overwrite them.
+                    let from = self.changed.as_ref().map_or(from, |changed| changed.from);
+                    self.changed = Some(Box::new(Changed { from, to: regs }));
+                    return Ok(());
+                }
                 kvm("KVM_SET_REGS", self.fd.set_regs(&regs))?;
                 self.page.set_registers(&regs);
                 self.has_page_registers = true;
@@ -212,7 +291,10 @@ impl Vcpu {
         }
     }
 
-    fn general(&self) -> Result<kvm_regs> {
+    pub(crate) fn general(&self) -> Result<kvm_regs> {
+        if let Some(changed) = &self.changed {
+            return Ok(changed.to);
+        }
         if self.has_page_registers {
             return Ok(self.page.registers());
         }
@@ -224,12 +306,7 @@ impl Vcpu {
     /// # Errors
     /// When KVM does not know it.
     pub fn msr(&self, index: u32) -> Result<u64> {
-        let mut msrs = one_msr(index, 0)?;
-        let found = kvm("KVM_GET_MSRS", self.fd.get_msrs(&mut msrs))?;
-        match msrs.as_slice() {
-            [entry] if found == 1 => Ok(entry.data),
-            _ => Err(Error::new(ErrorKind::Kvm, format!("MSR {index:#x}"), "KVM does not know it")),
-        }
+        msr_of(&self.fd, index)
     }
 
     /// Set a model-specific register.
@@ -269,6 +346,34 @@ impl Vcpu {
         kvm(at, self.fd.set_cpuid2(&table))
     }
 
+    /// Have single steps and accesses to linear addresses come out as exits: KVM_SET_GUEST_DEBUG.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Config`] for more breakpoints than the processor's four; when KVM refuses.
+    pub fn debug(&mut self, single_step: bool, breakpoints: &[u64]) -> Result<()> {
+        let at = "KVM_SET_GUEST_DEBUG";
+        let mut debug = kvm_guest_debug::default();
+        let registers = debug.arch.debugreg.iter_mut().take(4);
+        if breakpoints.len() > 4 {
+            let detail = format!("{} breakpoints: the processor has four", breakpoints.len());
+            return Err(Error::new(ErrorKind::Config, at, detail));
+        }
+        registers.zip(breakpoints).for_each(|(register, address)| *register = *address);
+        if single_step {
+            debug.control |= KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP;
+        }
+        if !breakpoints.is_empty() {
+            debug.control |= KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP;
+            // DR7: the bit that is always one, and for each the bit that enables it globally: Intel SDM volume 3, 18.2.4.
+            let enabled = (0..breakpoints.len()).fold(0x400, |dr7, number| dr7 | 2 << (2 * number));
+            if let Some(dr7) = debug.arch.debugreg.get_mut(7) {
+                *dr7 = enabled;
+            }
+        }
+        self.complete();
+        kvm(at, self.fd.set_guest_debug(&debug))
+    }
+
     /// How the vCPU translates addresses now.
     ///
     /// # Errors
@@ -285,6 +390,16 @@ impl Vcpu {
             4 => self.memory.load::<u32>(at).ok().map(u64::from),
             _ => self.memory.load(at).ok(),
         })
+    }
+}
+
+/// A model-specific register of a vCPU.
+pub(super) fn msr_of(fd: &VcpuFd, index: u32) -> Result<u64> {
+    let mut msrs = one_msr(index, 0)?;
+    let found = kvm("KVM_GET_MSRS", fd.get_msrs(&mut msrs))?;
+    match msrs.as_slice() {
+        [entry] if found == 1 => Ok(entry.data),
+        _ => Err(Error::new(ErrorKind::Kvm, format!("MSR {index:#x}"), "KVM does not know it")),
     }
 }
 

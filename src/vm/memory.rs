@@ -144,6 +144,13 @@ impl GuestMemory {
         self.0.slots.take_dirty()
     }
 
+    /// A write that went past the calls here.
+    pub(crate) fn note_write(&self, address: u64, length: u64) {
+        if self.is_logging_dirty() {
+            self.0.slots.note_write(address, length);
+        }
+    }
+
     /// Bytes of memory.
     #[must_use]
     pub fn size(&self) -> u64 {
@@ -284,9 +291,7 @@ impl GuestMemory {
             piece(region.as_ptr().wrapping_add(offset), here);
             Ok(())
         })?;
-        if self.is_logging_dirty() {
-            self.0.slots.note_write(address, length);
-        }
+        self.note_write(address, length);
         Ok(())
     }
 

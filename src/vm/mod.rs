@@ -1,6 +1,7 @@
 //! `KvmVm`: one KVM virtual machine with its memory slots, interrupt controller and vCPUs.
 //! Any thread may call it; each vCPU's ioctls run on its own thread while that thread lives.
 
+mod interrupts;
 mod kvm;
 pub mod layout;
 mod memory;
@@ -15,11 +16,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use kvm_bindings::{KVM_MP_STATE_RUNNABLE, KVM_PIT_SPEAKER_DUMMY, kvm_mp_state, kvm_pit_config};
+use kvm_bindings::{
+    KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_MP_STATE_RUNNABLE, KVM_PIT_SPEAKER_DUMMY,
+    kvm_enable_cap, kvm_mp_state, kvm_pit_config,
+};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use parking_lot::Mutex;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+pub use interrupts::{IRQ_LINES, IoEvent};
 pub use kvm::open_kvm;
 pub use memory::GuestMemory;
 pub use slots::{Backing, DirtyPages, Slot, anonymous, shared};
@@ -28,11 +33,11 @@ pub use view::View;
 use self::vcpus::Vcpus;
 use crate::config::{CpuMode, FlatBoot, VmmConfig};
 use crate::cpu::{cpuid, msrs, regs, tables};
-use crate::devices::Buses;
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::{Exit, ExitHandler};
+use crate::fixup;
 use crate::process::Birthplace;
-use crate::vcpu::{self, Handle, RunState, Vcpu, VmRunState};
+use crate::vcpu::{self, Dispatch, Handle, RunState, Vcpu, VmRunState};
 
 /// A KVM virtual machine whose vCPUs tell `EH` when their guest ends.
 pub struct KvmVm<EH: ExitHandler> {
@@ -44,6 +49,7 @@ pub struct KvmVm<EH: ExitHandler> {
     mode: CpuMode,
     /// Where a flat guest's stacks end.
     code: Option<u64>,
+    fixups: Arc<fixup::Counts>,
     irqchip: bool,
     /// The vCPUs have the registers of a first start.
     is_prepared: AtomicBool,
@@ -64,7 +70,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     pub fn new(
         config: &VmmConfig,
         memory: GuestMemory,
-        buses: Arc<Buses>,
+        dispatch: Arc<Dispatch>,
         exit_handler: EH,
     ) -> Result<Self> {
         let kvm = open_kvm()?;
@@ -72,7 +78,11 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         create_irqchip(&fd, config)?;
         memory.kvm_slots().attach(&fd)?;
         let table = cpuid::guest_cpuid(&kvm, &config.cpu)?;
-        let vcpus = create_vcpus(&kvm, &fd, config, &table, &buses, &memory)?;
+        let vcpus = create_vcpus(&kvm, &fd, config, &table, &dispatch, &memory)?;
+        let fixups = Arc::default();
+        if config.cpu.fixups {
+            switch_fixups_on(&fd, &vcpus, &fixups)?;
+        }
         tables::write(&memory, config.mode(), || cpuid::has(&table, "pdpe1gb"))?;
         let shared =
             vcpu::Shared { exit_handler, run_state: RunState::default(), exit: Mutex::new(None) };
@@ -87,6 +97,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             shared: Arc::new(shared),
             mode: config.mode(),
             code,
+            fixups,
             irqchip: config.has_irqchip(),
             is_prepared: AtomicBool::new(false),
             birthplace: Birthplace::here(),
@@ -110,6 +121,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             shared: Arc::new(shared),
             mode: CpuMode::Real16,
             code: None,
+            fixups: Arc::default(),
             irqchip: false,
             // Whoever makes it sets its registers.
             is_prepared: AtomicBool::new(true),
@@ -276,6 +288,12 @@ impl<EH: ExitHandler> KvmVm<EH> {
         let _ = self.shared.run_state.set_and_notify(VmRunState::Paused);
     }
 
+    /// Whether this is the thread of one of its vCPUs, in a callback.
+    #[must_use]
+    pub fn has_this_thread(&self) -> bool {
+        self.vcpus.has_this_thread()
+    }
+
     /// Where the machine stands.
     #[must_use]
     pub fn state(&self) -> VmRunState {
@@ -312,6 +330,12 @@ impl<EH: ExitHandler> KvmVm<EH> {
     #[must_use]
     pub fn exit(&self) -> Option<Exit> {
         self.shared.exit.lock().clone()
+    }
+
+    /// The instructions that KVM refused and that were executed here.
+    #[must_use]
+    pub fn fixups(&self) -> &Arc<fixup::Counts> {
+        &self.fixups
     }
 
     /// The machine's memory.
@@ -385,12 +409,28 @@ fn create_irqchip(fd: &VmFd, config: &VmmConfig) -> Result<()> {
     Ok(())
 }
 
+/// Have KVM hand over every instruction it cannot emulate, also those of ring 3, before it raises #UD.
+fn switch_fixups_on(fd: &VmFd, vcpus: &[Handle], counts: &Arc<fixup::Counts>) -> Result<()> {
+    let mut cap = kvm_enable_cap { cap: KVM_CAP_EXIT_ON_EMULATION_FAILURE, ..Default::default() };
+    cap.args[0] = 1;
+    fd.enable_cap(&cap).map_err(|e| {
+        let error = Error::kvm("KVM_CAP_EXIT_ON_EMULATION_FAILURE", e);
+        Error { at: "cpu.fixups".into(), ..error }.hint("Linux has it since 5.14")
+    })?;
+    vcpus.iter().try_for_each(|handle| {
+        handle.cell().with_vcpu(|vcpu| {
+            vcpu.fixups = Some(Arc::clone(counts));
+            Ok(())
+        })
+    })
+}
+
 fn create_vcpus(
     kvm: &Kvm,
     fd: &VmFd,
     config: &VmmConfig,
     table: &[kvm_bindings::kvm_cpuid_entry2],
-    buses: &Arc<Buses>,
+    dispatch: &Arc<Dispatch>,
     memory: &GuestMemory,
 ) -> Result<Vec<Handle>> {
     let most = u64::try_from(kvm.get_max_vcpus()).unwrap_or(1);
@@ -402,7 +442,7 @@ fn create_vcpus(
     (0..count)
         .map(|id| {
             let vcpu = create_vcpu(fd, config, table, id, count)?;
-            Handle::new(u64::from(id), vcpu, Arc::clone(buses), memory.clone())
+            Handle::new(u64::from(id), vcpu, Arc::clone(dispatch), memory.clone())
         })
         .collect()
 }
