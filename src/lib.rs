@@ -28,6 +28,7 @@ pub mod exit_handler;
 mod process;
 #[cfg(feature = "python")]
 pub mod py;
+pub mod snapshot;
 pub mod vcpu;
 pub mod vm;
 pub mod vmm;
@@ -39,7 +40,7 @@ mod _pyvmm {
     #[pymodule_export]
     use crate::py::{
         PyDirtyPages, PyEventFd, PyEventManager, PyEventOps, PyEvents, PyGuestMemory, PyKvm,
-        PyKvmVm, PyMemorySlot, PyMsrBytes, PyRegisterBytes, PyRemoteEndpoint, PySerial,
+        PyKvmVm, PyMemorySlot, PyMsrBytes, PyRegisterBytes, PyRemoteEndpoint, PySerial, PySnapshot,
         PySubscriberId, PyTimerFd, PyVcpu, PyVcpuExit, PyVmm, PyVmmExitHandler,
         PyWrappedExitHandler, close_all, cpu_features, embedded_guest, kick_signal, kvm_info,
         set_kick_signal,

@@ -10,7 +10,7 @@ use event_manager::SubscriberId;
 use parking_lot::{Condvar, Mutex};
 
 use crate::boot;
-use crate::config::VmmConfig;
+use crate::config::{ExitPort, SerialConfig, VmmConfig};
 use crate::devices::{self, Buses, Serial};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
@@ -35,6 +35,9 @@ pub struct Vmm {
     serial: Arc<Serial>,
     /// Where the vCPUs start.
     entry: u64,
+    exit_port: ExitPort,
+    /// Somebody has paused the machine and not resumed it: whoever pauses it for a moment leaves it paused.
+    is_paused: Mutex<bool>,
     /// Subscribers that are the machine's own and go with it.
     own_subscribers: Mutex<Vec<SubscriberId>>,
     runner: Mutex<Runner>,
@@ -43,6 +46,17 @@ pub struct Vmm {
 
 fn deadline_of(timeout: Option<Duration>) -> Option<Instant> {
     timeout.and_then(|timeout| Instant::now().checked_add(timeout))
+}
+
+/// What a machine is assembled of.
+#[derive(Debug)]
+pub(crate) struct Parts {
+    pub(crate) vm: KvmVm<WrappedExitHandler>,
+    pub(crate) event_manager: Arc<EventManager>,
+    pub(crate) exit_handler: WrappedExitHandler,
+    pub(crate) buses: Arc<Buses>,
+    pub(crate) serial: Arc<Serial>,
+    pub(crate) entry: u64,
 }
 
 /// Who is inside `run`.
@@ -80,10 +94,22 @@ impl Vmm {
             WrappedExitHandler::new().map_err(|e| Error::os(ErrorKind::Event, "eventfd", &e))?;
         let buses = Arc::new(Buses::default());
         let vm = KvmVm::new(&config, memory, Arc::clone(&buses), exit_handler.clone())?;
-        let serial = devices::attach(&buses, vm.irq(layout::COM1_IRQ)?, &config)?;
+        let irq = vm.irq(layout::COM1_IRQ)?;
+        let serial = devices::attach(&buses, irq, &config.serial, config.exit_port)?;
+        let parts = Parts { vm, event_manager, exit_handler, buses, serial, entry };
+        Self::assemble(parts, config.serial, config.exit_port)
+    }
+
+    /// The machine of these parts, in its loop.
+    pub(crate) fn assemble(
+        parts: Parts,
+        streams: SerialConfig,
+        exit_port: ExitPort,
+    ) -> Result<Self> {
+        let Parts { vm, event_manager, exit_handler, buses, serial, entry } = parts;
         let mut own_subscribers =
             vec![event_manager.add_subscriber(Box::new(exit_handler.clone()))];
-        own_subscribers.extend(devices::connect(&serial, config.serial, &event_manager)?);
+        own_subscribers.extend(devices::connect(&serial, streams, &event_manager)?);
         Ok(Self {
             vm: Mutex::new(Some(Arc::new(vm))),
             event_manager,
@@ -91,6 +117,8 @@ impl Vmm {
             buses,
             serial,
             entry,
+            exit_port,
+            is_paused: Mutex::new(false),
             own_subscribers: Mutex::new(own_subscribers),
             runner: Mutex::default(),
             run_ended: Condvar::new(),
@@ -159,6 +187,7 @@ impl Vmm {
 
     fn start_vcpus(&self, vm: &KvmVm<WrappedExitHandler>) -> Result<()> {
         vm.check_may_run()?;
+        *self.is_paused.lock() = false;
         self.serial.release(false);
         // After a stop from before this run the guest does not start for nothing.
         if !self.exit_handler.is_kicked() {
@@ -280,7 +309,9 @@ impl Vmm {
     /// # Errors
     /// [`ErrorKind::State`] when the machine is not running.
     pub fn pause(&self) -> Result<()> {
-        self.vm()?.pause()
+        let vm = self.vm()?;
+        *self.is_paused.lock() = true;
+        vm.pause()
     }
 
     /// Let the vCPUs that `pause` stopped go on.
@@ -288,7 +319,9 @@ impl Vmm {
     /// # Errors
     /// [`ErrorKind::State`] when no run is in progress, or the guest has ended.
     pub fn resume(&self) -> Result<()> {
-        self.vm()?.resume()
+        let vm = self.vm()?;
+        *self.is_paused.lock() = false;
+        vm.resume()
     }
 
     /// The vCPUs, to be looked into while they are at rest. Before the first run they stand where it will start.
@@ -301,7 +334,7 @@ impl Vmm {
         Ok(vm.cells())
     }
 
-    fn enter_run(&self, what: &str, for_started: bool) -> Result<Running<'_>> {
+    pub(crate) fn enter_run(&self, what: &str, for_started: bool) -> Result<Running<'_>> {
         let mut runner = self.runner.lock();
         let detail = match (&runner.thread, runner.is_started, for_started) {
             (Some(_), _, _) => "the machine is running already: one run at a time",
@@ -315,7 +348,7 @@ impl Vmm {
         Err(Error::new(ErrorKind::State, what, detail))
     }
 
-    fn vm(&self) -> Result<Arc<KvmVm<WrappedExitHandler>>> {
+    pub(crate) fn vm(&self) -> Result<Arc<KvmVm<WrappedExitHandler>>> {
         self.vm
             .lock()
             .clone()
@@ -346,6 +379,31 @@ impl Vmm {
         &self.serial
     }
 
+    /// Where the vCPUs start.
+    pub(crate) fn entry(&self) -> u64 {
+        self.entry
+    }
+
+    pub(crate) fn exit_port(&self) -> ExitPort {
+        self.exit_port
+    }
+
+    /// Go on after a pause that was nobody's wish. Nothing to be done when somebody wants it paused now, or the guest
+    /// has ended.
+    pub(crate) fn resume_unless_paused(&self, vm: &KvmVm<WrappedExitHandler>) {
+        let is_paused = self.is_paused.lock();
+        if !*is_paused {
+            // Fails when the run has ended meanwhile.
+            let _ = vm.resume();
+        }
+    }
+
+    /// Whether vCPU threads are there, or somebody is inside `run`.
+    pub(crate) fn is_in_run(&self) -> bool {
+        let runner = self.runner.lock();
+        runner.thread.is_some() || runner.is_started
+    }
+
     /// Guest memory.
     ///
     /// # Errors
@@ -371,7 +429,7 @@ impl Drop for Vmm {
 }
 
 /// While it lives, its thread is the one inside `run`.
-struct Running<'a>(&'a Vmm);
+pub(crate) struct Running<'a>(&'a Vmm);
 
 impl Drop for Running<'_> {
     fn drop(&mut self) {

@@ -17,6 +17,7 @@ from pyvmm._pyvmm import (
     MemorySlot,
     RemoteEndpoint,
     Serial,
+    Snapshot,
     SubscriberId,
     TimerFd,
     Vcpu,
@@ -40,6 +41,7 @@ from pyvmm.exceptions import (
     GuestMemoryError,
     KvmError,
     KvmUnavailableError,
+    SnapshotError,
     StateError,
     StreamError,
     VmmError,
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
         VmmConfig,
     )
     from pyvmm.kvm import Cap
+    from pyvmm.snapshots import ForkExecutor
 
 __version__ = "0.1.0"
 
@@ -77,6 +80,7 @@ __all__ = [
     "ExitHandler",
     "ExitReason",
     "FlatBoot",
+    "ForkExecutor",
     "GuestMemory",
     "GuestMemoryError",
     "Kvm",
@@ -89,6 +93,8 @@ __all__ = [
     "RemoteEndpoint",
     "Serial",
     "SerialConfig",
+    "Snapshot",
+    "SnapshotError",
     "StateError",
     "StreamError",
     "Subscriber",
@@ -115,7 +121,7 @@ atexit.register(close_all)
 
 # Imported when first used: the event loop needs none of them, and they are most of the import's time.
 _CONFIG = ("CpuConfig", "EmbeddedBoot", "FlatBoot", "LinuxBoot", "MemoryConfig", "SerialConfig", "VmmConfig")
-_LAZY = {**dict.fromkeys(_CONFIG, "pyvmm.config"), "Cap": "pyvmm.kvm"}
+_LAZY = {**dict.fromkeys(_CONFIG, "pyvmm.config"), "Cap": "pyvmm.kvm", "ForkExecutor": "pyvmm.snapshots"}
 
 
 def __getattr__(name: str) -> object:

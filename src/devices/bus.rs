@@ -26,6 +26,25 @@ pub trait Device: Send + Sync + fmt::Debug {
 
     /// Take what the guest wrote.
     fn write(&self, offset: u64, data: &[u8]) -> Flow;
+
+    /// What a snapshot keeps of it. Nothing, for a device without state. The guest is at rest.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] when it cannot be kept.
+    fn save(&self) -> Result<Vec<u8>> {
+        Ok(Vec::new())
+    }
+
+    /// Become what was saved. The guest is at rest.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Snapshot`] when that is nothing `save` gives.
+    fn restore(&self, state: &[u8]) -> Result<()> {
+        if state.is_empty() {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::Snapshot, "device", "it has no state to bring back"))
+    }
 }
 
 /// Which of a machine's two buses.
@@ -81,6 +100,13 @@ impl Bus {
         }
         entries.insert(at, Entry { base, length, device });
         Ok(())
+    }
+
+    /// First address, number of addresses and device of each range, by address.
+    #[must_use]
+    pub fn devices(&self) -> Vec<(u64, u64, Arc<dyn Device>)> {
+        let entries = self.entries.read();
+        entries.iter().map(|e| (e.base, e.length, Arc::clone(&e.device))).collect()
     }
 
     /// The device that answers all of this access, and the offset in it.

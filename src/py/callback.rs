@@ -181,3 +181,13 @@ pub(super) fn between_turns(manager: &Py<PyEventManager>) -> PyResult<()> {
 pub(super) fn kick(handler: &Py<PyAny>) -> PyResult<()> {
     Python::attach(|py| handler.bind(py).call_method0(intern!(py, "kick")).map(drop))
 }
+
+/// Tell a function how far a long call has come, and run Python's signal handlers. On the thread of that call.
+pub(super) fn progress(function: Option<&Py<PyAny>>, done: u64, total: u64) -> PyResult<()> {
+    Python::attach(|py| {
+        if let Some(function) = function {
+            function.bind(py).call1((done, total))?;
+        }
+        py.check_signals()
+    })
+}

@@ -186,7 +186,12 @@ impl PyKvmVm {
             let entry = boot::load(&config, &memory)?;
             let buses = Arc::new(Buses::default());
             let vm = KvmVm::new(&config, memory, Arc::clone(&buses), handler)?;
-            let serial = devices::attach(&buses, vm.irq(layout::COM1_IRQ)?, &config)?;
+            let serial = devices::attach(
+                &buses,
+                vm.irq(layout::COM1_IRQ)?,
+                &config.serial,
+                config.exit_port,
+            )?;
             Ok((vm, entry, buses, serial))
         })?;
         Self::of(py, vm, python_handler, buses, entry, Some(serial))

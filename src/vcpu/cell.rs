@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, MappedMutexGuard, Mutex, MutexGuard};
 
 use super::exit::{VcpuExit, run_once};
 use super::kick::{StopWord, interrupt, this_thread};
@@ -73,13 +73,21 @@ impl Cell {
     /// # Errors
     /// [`ErrorKind::State`] while its guest runs, and in a forked child; what `look` returns.
     pub fn with_vcpu<T>(&self, look: impl FnOnce(&mut Vcpu) -> Result<T>) -> Result<T> {
+        look(&mut *self.at_rest()?)
+    }
+
+    /// The vCPU, which stays at rest for as long as this is held.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] while its guest runs, and in a forked child.
+    pub(crate) fn at_rest(&self) -> Result<MappedMutexGuard<'_, Vcpu>> {
         self.birthplace.check("vCPU")?;
-        let mut slot = self.slot.lock();
         // One that has been sent off is running, even if its thread has not come for it yet.
-        match &mut *slot {
-            Slot { vcpu: Some(vcpu), order: Order::Rest | Order::Leave, .. } => look(vcpu),
-            _ => Err(self.running()),
-        }
+        MutexGuard::try_map(self.slot.lock(), |slot| match slot {
+            Slot { vcpu: Some(vcpu), order: Order::Rest | Order::Leave, .. } => Some(vcpu),
+            _ => None,
+        })
+        .map_err(|_| self.running())
     }
 
     fn running(&self) -> Error {
@@ -197,10 +205,11 @@ impl Cell {
         self.rest(&mut slot, vcpu);
     }
 
-    fn rest(&self, slot: &mut Slot, vcpu: Vcpu) {
+    fn rest(&self, slot: &mut Slot, mut vcpu: Vcpu) {
+        slot.rests += 1;
+        vcpu.rests = slot.rests;
         slot.vcpu = Some(vcpu);
         slot.runner = None;
-        slot.rests += 1;
         self.changed.notify_all();
     }
 

@@ -32,6 +32,8 @@ pub struct Vcpu {
     pub(crate) is_pending: bool,
     /// The run page has the general registers: each exit puts them there (KVM_CAP_SYNC_REGS), as does `store`.
     pub(crate) has_page_registers: bool,
+    /// How often it had come to rest when it did so last.
+    pub(crate) rests: u64,
 }
 
 /// A class of registers: the structure that one pair of ioctls moves.
@@ -90,6 +92,7 @@ impl Vcpu {
             awaits_answer: false,
             is_pending: false,
             has_page_registers: false,
+            rests: 0,
         }
     }
 
@@ -132,6 +135,30 @@ impl Vcpu {
         }
         // Another access of a repeated instruction, or an end, is left to the next run.
         let _ = settle(self, 1);
+    }
+
+    /// Complete an access for good, with all that a repeated instruction does before it can be left.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] when the access waits for its answer.
+    pub(crate) fn settle(&mut self) -> Result<()> {
+        if self.awaits_answer {
+            let at = format!("vcpu_{}", self.id);
+            let detail = "its guest reads, and nobody has answered yet";
+            return Err(Error::new(ErrorKind::State, at, detail));
+        }
+        // KVM leaves a repeated access at every 1,024th step. What ends a guest there has ended it before.
+        let mut steps = 0;
+        while self.is_pending && steps < 2048 {
+            let _ = settle(self, 1);
+            steps += 1;
+        }
+        Ok(())
+    }
+
+    /// Its registers are others: what an access was to complete is no more.
+    pub(crate) fn forget_access(&mut self) {
+        (self.is_pending, self.awaits_answer) = (false, false);
     }
 
     /// Look at a class of registers.
