@@ -68,8 +68,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture
-def linux() -> Linux:
+def linux(linux_once: Linux) -> Linux:
     """The Linux of the tests."""
+    return linux_once
+
+
+@pytest.fixture(scope="session")
+def linux_once() -> Linux:
+    """The same, for what is made of it once."""
     directory = linux_directory()
     vmlinux, smp, bzimage = (directory / name for name in ("vmlinux", "vmlinux-smp", "bzImage"))
     return Linux(vmlinux, smp, bzimage, directory / "initramfs.cpio")
