@@ -39,9 +39,9 @@ pub mod vmm;
 mod _pyvmm {
     #[pymodule_export]
     use crate::py::{
-        PyDirtyPages, PyEventFd, PyEventManager, PyEventOps, PyEvents, PyGuestMemory, PyKvm,
-        PyKvmVm, PyMemorySlot, PyMsrBytes, PyRegisterBytes, PyRemoteEndpoint, PySerial, PySnapshot,
-        PySubscriberId, PyTimerFd, PyVcpu, PyVcpuExit, PyVmm, PyVmmExitHandler,
+        PyDirtyPages, PyEventFd, PyEventManager, PyEventOps, PyEvents, PyGuestMemory, PyIrqLine,
+        PyKvm, PyKvmVm, PyMemorySlot, PyMsrBytes, PyRegisterBytes, PyRemoteEndpoint, PySerial,
+        PySnapshot, PySubscriberId, PyTimerFd, PyVcpu, PyVcpuExit, PyVmm, PyVmmExitHandler,
         PyWrappedExitHandler, close_all, cpu_features, embedded_guest, kick_signal, kvm_info,
         set_kick_signal,
     };

@@ -11,11 +11,11 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::boot;
 use crate::config::{ExitPort, SerialConfig, VmmConfig};
-use crate::devices::{self, Buses, Serial};
+use crate::devices::{self, Access, Device, Serial};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
 use crate::exit_handler::{Exit, ExitHandler, ExitReason, WrappedExitHandler};
-use crate::vcpu::{Cell, VmRunState};
+use crate::vcpu::{Cell, Dispatch, VmRunState};
 use crate::vm::{GuestMemory, KvmVm, layout};
 
 /// The longest wait between two looks at signals: Ctrl-C is seen within 100 ms.
@@ -31,7 +31,7 @@ pub struct Vmm {
     vm: Mutex<Option<Arc<KvmVm<WrappedExitHandler>>>>,
     event_manager: Arc<EventManager>,
     exit_handler: WrappedExitHandler,
-    buses: Arc<Buses>,
+    dispatch: Arc<Dispatch>,
     serial: Arc<Serial>,
     /// Where the vCPUs start.
     entry: u64,
@@ -54,7 +54,7 @@ pub(crate) struct Parts {
     pub(crate) vm: KvmVm<WrappedExitHandler>,
     pub(crate) event_manager: Arc<EventManager>,
     pub(crate) exit_handler: WrappedExitHandler,
-    pub(crate) buses: Arc<Buses>,
+    pub(crate) dispatch: Arc<Dispatch>,
     pub(crate) serial: Arc<Serial>,
     pub(crate) entry: u64,
 }
@@ -92,11 +92,11 @@ impl Vmm {
         let event_manager = shared.map_or_else(|| EventManager::new().map(Arc::new), Ok)?;
         let exit_handler =
             WrappedExitHandler::new().map_err(|e| Error::os(ErrorKind::Event, "eventfd", &e))?;
-        let buses = Arc::new(Buses::default());
-        let vm = KvmVm::new(&config, memory, Arc::clone(&buses), exit_handler.clone())?;
+        let dispatch = Arc::new(Dispatch::default());
+        let vm = KvmVm::new(&config, memory, Arc::clone(&dispatch), exit_handler.clone())?;
         let irq = vm.irq(layout::COM1_IRQ)?;
-        let serial = devices::attach(&buses, irq, &config.serial, config.exit_port)?;
-        let parts = Parts { vm, event_manager, exit_handler, buses, serial, entry };
+        let serial = devices::attach(&dispatch.buses, irq, &config.serial, config.exit_port)?;
+        let parts = Parts { vm, event_manager, exit_handler, dispatch, serial, entry };
         Self::assemble(parts, config.serial, config.exit_port)
     }
 
@@ -106,7 +106,7 @@ impl Vmm {
         streams: SerialConfig,
         exit_port: ExitPort,
     ) -> Result<Self> {
-        let Parts { vm, event_manager, exit_handler, buses, serial, entry } = parts;
+        let Parts { vm, event_manager, exit_handler, dispatch, serial, entry } = parts;
         let mut own_subscribers =
             vec![event_manager.add_subscriber(Box::new(exit_handler.clone()))];
         own_subscribers.extend(devices::connect(&serial, streams, &event_manager)?);
@@ -114,7 +114,7 @@ impl Vmm {
             vm: Mutex::new(Some(Arc::new(vm))),
             event_manager,
             exit_handler,
-            buses,
+            dispatch,
             serial,
             entry,
             exit_port,
@@ -282,7 +282,15 @@ impl Vmm {
         if vm.is_foreign() {
             return; // the run in progress, if any, is the parent's
         }
+        let is_inside = vm.has_this_thread();
+        drop(vm);
         let mut runner = self.runner.lock();
+        if is_inside {
+            // Of a machine that was started, whoever waits for it closes it.
+            runner.close_at_end = true;
+            let _ = self.stop();
+            return;
+        }
         while let Some(thread) = runner.thread {
             let _ = self.stop();
             if thread == std::thread::current().id() {
@@ -301,6 +309,7 @@ impl Vmm {
             let _ = self.event_manager.remove_subscriber(id);
         }
         drop(vm);
+        self.dispatch.close();
     }
 
     /// Bring the vCPUs of the run in progress out of the guest and wait until they are at rest. From any thread or
@@ -348,7 +357,11 @@ impl Vmm {
         Err(Error::new(ErrorKind::State, what, detail))
     }
 
-    pub(crate) fn vm(&self) -> Result<Arc<KvmVm<WrappedExitHandler>>> {
+    /// The KVM side of the machine.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] when it is closed.
+    pub fn vm(&self) -> Result<Arc<KvmVm<WrappedExitHandler>>> {
         self.vm
             .lock()
             .clone()
@@ -361,16 +374,46 @@ impl Vmm {
         &self.event_manager
     }
 
+    /// Put a device on one of the buses, at any time.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Config`] when the range is no such bus's, or something else answers there.
+    pub fn add_device(
+        &self,
+        access: Access,
+        base: u64,
+        length: u64,
+        device: Arc<dyn Device>,
+    ) -> Result<()> {
+        let vm = self.vm()?;
+        vm.check_process()?;
+        let bad = |detail: String| Err(Error::new(ErrorKind::Config, format!("{base:#x}"), detail));
+        let end = base.saturating_add(length);
+        if access == Access::Pio && end > 0x1_0000 {
+            return bad("ports go from 0 to 0xffff".into());
+        }
+        let taken = match access {
+            Access::Pio => vm.kernel_ports(),
+            Access::Mmio => vm.kernel_addresses(),
+        };
+        if let Some((start, _)) =
+            taken.iter().find(|(start, size)| base < start + size && *start < end)
+        {
+            return bad(format!("overlaps what KVM or memory answers at {start:#x}"));
+        }
+        self.dispatch.buses.bus(access).add(base, length, device)
+    }
+
     /// The handler that ends a run.
     #[must_use]
     pub fn exit_handler(&self) -> &WrappedExitHandler {
         &self.exit_handler
     }
 
-    /// The buses, with the counts of what nobody answered.
+    /// Where the vCPUs' exits go: the buses, hooks and observers.
     #[must_use]
-    pub fn buses(&self) -> &Arc<Buses> {
-        &self.buses
+    pub fn dispatch(&self) -> &Arc<Dispatch> {
+        &self.dispatch
     }
 
     /// The first serial port.

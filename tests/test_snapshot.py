@@ -462,3 +462,93 @@ def test_snapshot_from_a_callback_of_the_running_machine() -> None:
         assert vmm.run(DEADLINE_S).code == 9
     with snapshots[0].fork() as fork:
         assert counted(5).endswith(finish(fork))
+
+
+class Tape:
+    """A device that gives its bytes one after the other."""
+
+    def __init__(self, tape: bytes) -> None:
+        self.tape = tape
+        self.at = 0
+
+    def read(self, offset: int, size: int) -> int:
+        self.at += 1
+        return self.tape[self.at - 1]
+
+    def save(self) -> bytes:
+        return struct.pack("<I", self.at)
+
+    def restore(self, state: bytes) -> None:
+        (self.at,) = struct.unpack("<I", state)
+
+
+# Prints what port 0x80 gives, four times, and stops in between.
+READS_TAPE = b"".join(b"\xba\x80\x00\xec\xba\xf8\x03\xee" for _ in range(4)) + exit_with(1)
+
+
+def test_python_devices_are_saved_and_restored() -> None:
+    with Vmm(flat(READS_TAPE)) as vmm:
+        tape = Tape(b"abcd")
+        vmm.add_pio_device(0x80, 1, tape)
+        tape.at = 2
+        snapshot = vmm.snapshot()
+        vmm.vcpus[0].regs.rip += 16  # two letters have been printed elsewhere
+        later = vmm.snapshot()
+        assert (vmm.run(DEADLINE_S).code, vmm.serial.read()) == (1, b"cd")
+        vmm.reset(later)
+        assert (tape.at, vmm.run(DEADLINE_S).code, vmm.serial.read()) == (2, 1, b"cd")
+        with pytest.raises(StateError, match=r"pio 0x80: .*setup"):
+            snapshot.fork()
+        with later.fork(setup=lambda fork: fork.add_pio_device(0x80, 1, Tape(b"abCD"))) as fork:
+            assert (fork.run(DEADLINE_S).code, fork.serial.read()) == (1, b"CD")
+
+
+def test_python_device_that_cannot_be_saved_is_named() -> None:
+    class Stateless:
+        def read(self, offset: int, size: int) -> int:
+            return 0
+
+    class Failing(Tape):
+        def save(self) -> bytes:
+            raise ZeroDivisionError
+
+    with Vmm(flat(SPIN)) as vmm:
+        vmm.add_pio_device(0x80, 1, Stateless())
+        with pytest.raises(StateError, match=r"pio 0x80: the Stateless there has no save\(\)"):
+            vmm.snapshot()
+        vmm.remove_pio_device(0x80)
+        vmm.add_pio_device(0x80, 1, Failing(b""))
+        with pytest.raises(ZeroDivisionError):
+            vmm.snapshot()
+        vmm.remove_pio_device(0x80)
+        vmm.snapshot()
+
+
+def test_snapshot_from_a_devices_own_callback_is_refused_and_from_another_thread_waits() -> None:
+    class Asks(Tape):
+        def read(self, offset: int, size: int) -> int:
+            try:
+                vmm.snapshot()
+            except StateError as error:
+                refused.append(error)
+            entered.set()
+            assert go.wait(DEADLINE_S)
+            return super().read(offset, size)
+
+    refused: list[StateError] = []
+    entered, go = threading.Event(), threading.Event()
+    snapshots: list[Snapshot] = []
+    with Vmm(flat(READS_TAPE)) as vmm:
+        vmm.add_pio_device(0x80, 1, Asks(b"abcd"))
+        vmm.start()
+        assert entered.wait(DEADLINE_S)
+        other = threading.Thread(target=lambda: snapshots.append(vmm.snapshot()))
+        other.start()
+        go.set()
+        other.join()
+        exit = vmm.wait(DEADLINE_S)
+        assert exit is not None
+        assert (exit.code, vmm.serial.read()) == (1, b"abcd")
+    assert "not answered yet" in str(refused[0])
+    with snapshots[0].fork(setup=lambda fork: fork.add_pio_device(0x80, 1, Tape(b"abcd"))) as fork:
+        assert (fork.run(DEADLINE_S).code, fork.serial.read()) == (1, b"abcd")

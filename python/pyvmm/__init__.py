@@ -12,6 +12,7 @@ from pyvmm._pyvmm import (
     EventOps,
     Events,
     GuestMemory,
+    IrqLine,
     Kvm,
     KvmVm,
     MemorySlot,
@@ -32,7 +33,7 @@ from pyvmm._pyvmm import (
     kvm_info,
     set_kick_signal,
 )
-from pyvmm.devices import Unanswered
+from pyvmm.devices import ReadableDevice, Unanswered, WritableDevice
 from pyvmm.events import EventSet, Subscriber
 from pyvmm.exceptions import (
     BootError,
@@ -46,7 +47,7 @@ from pyvmm.exceptions import (
     StreamError,
     VmmError,
 )
-from pyvmm.exits import Exit, ExitHandler, ExitReason, VmRunState
+from pyvmm.exits import Exit, ExitAction, ExitHandler, ExitKind, ExitReason, Stop, VmRunState
 
 if TYPE_CHECKING:
     from pyvmm.config import (
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
         SerialConfig,
         VmmConfig,
     )
+    from pyvmm.hostcalls import HostcallError, HostcallStatus
     from pyvmm.kvm import Cap
     from pyvmm.snapshots import ForkExecutor
 
@@ -77,12 +79,17 @@ __all__ = [
     "EventSet",
     "Events",
     "Exit",
+    "ExitAction",
     "ExitHandler",
+    "ExitKind",
     "ExitReason",
     "FlatBoot",
     "ForkExecutor",
     "GuestMemory",
     "GuestMemoryError",
+    "HostcallError",
+    "HostcallStatus",
+    "IrqLine",
     "Kvm",
     "KvmError",
     "KvmUnavailableError",
@@ -90,12 +97,14 @@ __all__ = [
     "LinuxBoot",
     "MemoryConfig",
     "MemorySlot",
+    "ReadableDevice",
     "RemoteEndpoint",
     "Serial",
     "SerialConfig",
     "Snapshot",
     "SnapshotError",
     "StateError",
+    "Stop",
     "StreamError",
     "Subscriber",
     "SubscriberId",
@@ -109,6 +118,7 @@ __all__ = [
     "VmmError",
     "VmmExitHandler",
     "WrappedExitHandler",
+    "WritableDevice",
     "cpu_features",
     "embedded_guest",
     "kick_signal",
@@ -121,7 +131,12 @@ atexit.register(close_all)
 
 # Imported when first used: the event loop needs none of them, and they are most of the import's time.
 _CONFIG = ("CpuConfig", "EmbeddedBoot", "FlatBoot", "LinuxBoot", "MemoryConfig", "SerialConfig", "VmmConfig")
-_LAZY = {**dict.fromkeys(_CONFIG, "pyvmm.config"), "Cap": "pyvmm.kvm", "ForkExecutor": "pyvmm.snapshots"}
+_LAZY = {
+    **dict.fromkeys(_CONFIG, "pyvmm.config"),
+    **dict.fromkeys(("HostcallError", "HostcallStatus"), "pyvmm.hostcalls"),
+    "Cap": "pyvmm.kvm",
+    "ForkExecutor": "pyvmm.snapshots",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -7,15 +7,15 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequen
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar, final
+from typing import Any, Protocol, Self, TypeVar, final, overload
 
 from typing_extensions import Buffer, disjoint_base
 
 from pyvmm.callbacks import Later
 from pyvmm.config import SerialConfig, VmmConfig
-from pyvmm.devices import Unanswered
+from pyvmm.devices import Device, Unanswered
 from pyvmm.events import EventSet, Subscriber
-from pyvmm.exits import Exit, ExitHandler, VmRunState
+from pyvmm.exits import Exit, ExitHandler, ExitKind, VmRunState
 from pyvmm.registers import CpuidEntry, DebugRegs, Fpu, Lapic, MpState, Msrs, Regs, Sregs, VcpuEvents, Xcrs
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "EventOps",
     "Events",
     "GuestMemory",
+    "IrqLine",
     "Kvm",
     "KvmVm",
     "MemorySlot",
@@ -214,6 +215,7 @@ class EventOps:
 _T = TypeVar("_T")
 _C = TypeVar("_C")
 _F = TypeVar("_F", bound=Callable[..., object])
+_H = TypeVar("_H", bound=Callable[["Vcpu", Any], object])
 
 @final
 class EventManager:
@@ -612,6 +614,7 @@ class Snapshot:
         *,
         serial: SerialConfig | None = None,
         event_manager: EventManager | None = None,
+        setup: Callable[[Vmm], object] | None = None,
         entropy: Callable[[Vmm], object] | tuple[int, int] | None = None,
     ) -> Vmm:
         """A new machine that goes on from here.
@@ -621,6 +624,8 @@ class Snapshot:
         Args:
             serial: the streams of its serial port; None: its output is kept for `serial.read()`.
             event_manager: a loop to share with others; None for one of its own.
+            setup: called with the machine before its devices are given their state: adds the Python devices that the
+                snapshot has, and what else is the program's own: hooks, eventfds in the kernel, subscribers.
             entropy: writes new randomness into the guest before it runs: a callable that is given the machine, or a
                 guest-physical address and a number of bytes, which are filled from os.urandom. None: the fork draws the
                 same random numbers as every other.
@@ -886,6 +891,16 @@ class Vcpu:
             StateError: the guest is running, or the machine is closed.
         """
 
+    def debug(self, *, single_step: bool = False, breakpoints: Sequence[int] | None = None) -> None:
+        """Have each instruction, or execution at up to four linear addresses, come out as an exit of kind "debug".
+
+        KVM_SET_GUEST_DEBUG; without arguments no more. To go on from a breakpoint, take it away for one step.
+
+        Raises:
+            StateError: the guest is running, or the machine is closed.
+            ConfigError: more than four breakpoints.
+        """
+
 @disjoint_base
 class VcpuExit:
     """Why a vCPU came out of its guest: the exits of the kernel's KVM documentation, chapter 5, for `match`."""
@@ -937,6 +952,30 @@ class VcpuExit:
         def address(self) -> int: ...
         @property
         def data(self) -> bytes: ...
+
+    @final
+    class Rdmsr(VcpuExit):
+        """`RDMSR` of a register that KVM does not know, or that a hook asked for: it waits for an answer, or faults."""
+
+        __match_args__ = ("index", "reason")
+        def __new__(cls, index: int, reason: str) -> Self: ...
+        @property
+        def index(self) -> int: ...
+        @property
+        def reason(self) -> str: ...
+
+    @final
+    class Wrmsr(VcpuExit):
+        """`WRMSR` to such a register."""
+
+        __match_args__ = ("index", "value", "reason")
+        def __new__(cls, index: int, value: int, reason: str) -> Self: ...
+        @property
+        def index(self) -> int: ...
+        @property
+        def value(self) -> int: ...
+        @property
+        def reason(self) -> str: ...
 
     @final
     class Hlt(VcpuExit):
@@ -1189,8 +1228,8 @@ class Vmm:
     def run(self, timeout: float | None = None) -> Exit:
         """Run the guest until it ends, `stop` is called, or the time passes, in seconds.
 
-        Turns the event manager's loop meanwhile: subscribers are called on this thread. After a stop, a
-        timeout or an exception, another `run` goes on where this one ended.
+        Turns the event manager's loop meanwhile: subscribers are called on this thread, devices and exit hooks on those
+        of the vCPUs. After a stop, a timeout or an exception, another `run` goes on where this one ended.
 
         Raises:
             StateError: a run is in progress, the guest has ended, or the machine is closed.
@@ -1321,6 +1360,160 @@ class Vmm:
         traceback: TracebackType | None,
         /,
     ) -> None: ...
+    def add_pio_device(self, base: int, length: int, device: Device) -> None:
+        """Answer the guest's accesses to ports by an object with `read(offset, size)`, `write(offset, size, value)`.
+
+        One of the two is enough.
+
+        Also while the guest runs and from callbacks. Its methods are looked up now and called on the thread of the
+        vCPU; see `pyvmm.devices`.
+
+        Raises:
+            ConfigError: the range is not one of ports, or overlaps another device's.
+            TypeError: the object has no method of a device's.
+            StateError: the machine is closed.
+        """
+
+    def add_mmio_device(self, base: int, length: int, device: Device) -> None:
+        """Answer the guest's accesses to guest-physical addresses, where there is no memory; as `add_pio_device` does.
+
+        Raises:
+            ConfigError: the range overlaps memory or another device's.
+        """
+
+    def remove_pio_device(self, base: int) -> object:
+        """Take the device away whose ports start here, and return it. An access in progress is still answered.
+
+        Raises:
+            ConfigError: no device that was added starts there.
+        """
+
+    def remove_mmio_device(self, base: int) -> object:
+        """Take the device away whose addresses start here, and return it; as `remove_pio_device` does."""
+
+    def _pio_device(self, base: int) -> object: ...
+    def irq(self, line: int) -> IrqLine:
+        """An interrupt line: pin 0 to 23 of the I/O APIC, of which the PICs have the first sixteen.
+
+        Raises:
+            StateError: the machine has no interrupt controller, or is closed.
+            ConfigError: it has no such line.
+        """
+
+    def msi(self, address: int, data: int) -> bool:
+        """Send a message-signalled interrupt (KVM_SIGNAL_MSI); whether a vCPU took it.
+
+        Args:
+            address: 0xfee00000 and the destination's APIC id shifted by 12 (Intel SDM volume 3, 11.11.1).
+            data: the vector, and the delivery mode above it.
+
+        Raises:
+            StateError: the machine has no interrupt controller, or is closed.
+        """
+
+    def nmi(self, vcpu: int = 0) -> None:
+        """Send a vCPU a non-maskable interrupt. From any thread.
+
+        Raises:
+            ConfigError: there is no such vCPU.
+        """
+
+    def add_irqfd(self, event_fd: EventFd, line: int) -> None:
+        """Have each write of an eventfd pulse an interrupt line, in the kernel: KVM_IRQFD.
+
+        Raises:
+            StateError: the machine has no interrupt controller, or is closed.
+            KvmError: KVM refuses it: an eventfd pulses one line.
+        """
+
+    def remove_irqfd(self, event_fd: EventFd, line: int) -> None:
+        """Undo `add_irqfd`."""
+
+    def add_ioeventfd(
+        self, address: int, event_fd: EventFd, *, length: int = 0, datamatch: int | None = None, pio: bool = False
+    ) -> None:
+        """Have the guest's writes to an address add one to an eventfd, in the kernel: KVM_IOEVENTFD. They are no exits.
+
+        Args:
+            address: a guest-physical address, or with `pio` a port.
+            event_fd: what is written; a subscriber that watches it is told.
+            length: bytes of the writes that match: 1, 2, 4 or 8; with `datamatch`.
+            datamatch: the one value that matches; None for every write.
+            pio: a port is meant.
+
+        Raises:
+            ConfigError: there is no such write.
+            KvmError: KVM refuses it, as for one that another eventfd has.
+        """
+
+    def remove_ioeventfd(
+        self, address: int, event_fd: EventFd, *, length: int = 0, datamatch: int | None = None, pio: bool = False
+    ) -> None:
+        """Undo `add_ioeventfd`, with the same arguments."""
+
+    @overload
+    def on_exit(self, kind: ExitKind | str, function: _H, *, msrs: Sequence[int] | None = None) -> _H: ...
+    @overload
+    def on_exit(
+        self, kind: ExitKind | str, function: None = None, *, msrs: Sequence[int] | None = None
+    ) -> Callable[[_H], _H]:
+        """Have a function look at each exit of a kind before it is answered: `function(vcpu, exit)`.
+
+        It is called on the vCPU's thread and takes effect at the next exit. It returns None for the usual answer, an `ExitAction`, a `Stop`, or for a read
+        what the guest reads. Without a function this is a decorator. Hooks of a kind are asked in the order they were
+        added.
+
+        Args:
+            kind: an `ExitKind` or its name.
+            function: the hook.
+            msrs: for the kind "msr", numbers of registers whose accesses come out besides those that KVM does not know.
+
+        Raises:
+            ValueError: there is no such kind.
+            StateError: the machine is closed.
+        """
+
+    def off_exit(self, kind: ExitKind | str, function: Callable[[Vcpu, Any], object]) -> None:
+        """Remove a hook.
+
+        Raises:
+            ValueError: it is none of this kind.
+        """
+
+    @overload
+    def hostcall(self, number: int | None = None, /) -> Callable[[_F], _F]: ...
+    @overload
+    def hostcall(self, number: _F, /) -> _F:
+        """Decorate a function that the guest calls by a number, with integers and its memory: see `pyvmm.hostcalls`.
+
+        Args:
+            number: what the guest calls it by; a function instead gets the next free one.
+
+        Raises:
+            ValueError: the number is taken, or none of 32 bits.
+            StateError: the machine is closed.
+        """
+
+@final
+class IrqLine:
+    """An interrupt line of a machine: `Vmm.irq`. From any thread."""
+
+    @property
+    def line(self) -> int:
+        """Its number."""
+
+    def raise_(self) -> None:
+        """Raise the line: KVM_IRQ_LINE.
+
+        Raises:
+            StateError: the machine is closed.
+        """
+
+    def lower(self) -> None:
+        """Lower it."""
+
+    def pulse(self) -> None:
+        """Raise and lower it, for an edge-triggered interrupt."""
 
 def close_all() -> None:
     """Close every machine that is alive. Called at interpreter exit."""

@@ -1,8 +1,48 @@
-"""What the buses tell of their accesses."""
+"""Devices in Python, as `Vmm.add_pio_device` and `add_mmio_device` take them, and what the buses tell."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from pyvmm.exits import Stop
+
+
+@runtime_checkable
+class ReadableDevice(Protocol):
+    """A device that the guest reads. A device without this half reads as ones."""
+
+    def read(self, offset: int, size: int, /) -> int | bytes | Stop:
+        """Say what the guest reads.
+
+        On the thread of the vCPU. An exception ends the run and comes out of it, with the guest's address in a note.
+
+        Args:
+            offset: counts from the start of the device's range.
+            size: bytes of the access: 1, 2 or 4; memory-mapped also 8, and less where an access is split.
+
+        Returns:
+            A number of so many bytes, or the bytes; or a `Stop`, which ends the run.
+        """
+
+
+@runtime_checkable
+class WritableDevice(Protocol):
+    """A device that the guest writes. Writes to a device without this half are dropped."""
+
+    def write(self, offset: int, size: int, value: int, /) -> object:
+        """Take what the guest wrote: a little-endian number of `size` bytes. A `Stop` that it returns ends the run."""
+
+
+Device = ReadableDevice | WritableDevice
+"""Either half, or both. Two more methods are called where they are there, for string instructions:
+
+`read_many(offset, size, count) -> bytes` answers `REP INS` in one call, `write_many(offset, size, data)` takes
+`REP OUTS` in one call a page of guest memory. Without them each element is a call of `read` or `write`.
+
+`save() -> bytes` and `restore(state)` make it part of snapshots: called on the thread that takes one, forks or resets,
+while the guest is at rest. Without them `Vmm.snapshot` refuses and names the device.
+"""
 
 
 class Unanswered(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+from enum import Enum, StrEnum
 from typing import NamedTuple, Protocol
 
 
@@ -39,12 +39,14 @@ class Exit(NamedTuple):
         code: the guest's exit code; for an unknown exit, a failed entry or a failed KVM_RUN its number.
         vcpu: the vCPU that ended; None where the host ended the run.
         fault: for a fault, KVM's words, the instruction bytes and the registers, as text.
+        value: what a device or an exit hook has ended the run with: the value of its `Stop`.
     """
 
     reason: ExitReason
     code: int | None = None
     vcpu: int | None = None
     fault: str | None = None
+    value: object = None
 
     @property
     def is_fault(self) -> bool:
@@ -59,6 +61,51 @@ class Exit(NamedTuple):
         if self.vcpu is not None:
             line += f" (vCPU {self.vcpu})"
         return line if self.fault is None else f"{line}\n{self.fault}"
+
+
+class ExitKind(StrEnum):
+    """What an exit hook looks at: the exits of the kernel's KVM documentation, chapter 5."""
+
+    IO = "io"
+    """IN, OUT, INS and OUTS."""
+    MMIO = "mmio"
+    """Accesses to guest-physical addresses without memory."""
+    MSR = "msr"
+    """RDMSR and WRMSR of registers that KVM does not know, or that a hook asked for."""
+    HLT = "hlt"
+    """HLT, on a machine without an interrupt controller."""
+    SHUTDOWN = "shutdown"
+    """A triple fault."""
+    DEBUG = "debug"
+    """A breakpoint or a single step."""
+    INTERNAL_ERROR = "internal-error"
+    """KVM could not go on: mostly an instruction that it could not emulate."""
+    SYSTEM_EVENT = "system-event"
+    """The platform's code asks for a reset or to be turned off."""
+    FAIL_ENTRY = "fail-entry"
+    """The processor refused the vCPU's state."""
+    MEMORY_FAULT = "memory-fault"
+    """An access that the memory's attributes forbid."""
+    UNKNOWN = "unknown"
+    """Any other exit."""
+
+
+class ExitAction(Enum):
+    """What an exit hook has done with an exit."""
+
+    CONTINUE = "continue"
+    """It has been answered: the guest goes on. A read gives ones, unless `Vcpu.answer` was called; RDMSR gives 0."""
+    RETRY = "retry"
+    """The guest executes the instruction again. A write has been executed and cannot be."""
+
+
+class Stop(NamedTuple):
+    """What a device's method or an exit hook returns to end the run: `Exit.value` is the value.
+
+    The exit's reason is `ExitReason.STOPPED`; the guest goes on with the next `run`.
+    """
+
+    value: object = None
 
 
 class VmRunState(StrEnum):

@@ -145,7 +145,7 @@ def _stop_on_sigterm(vmm: Vmm, stack: ExitStack) -> list[int]:
 
 def _report(exit: Exit, as_json: bool, seconds: float, unanswered: list[dict[str, Any]]) -> None:
     if as_json:
-        values = exit._asdict()
+        values = {key: value for key, value in exit._asdict().items() if key != "value"}
         print(json.dumps({**values, "seconds": round(seconds, 6), "unanswered": unanswered}))
     elif exit.is_fault or exit.reason is ExitReason.TIMEOUT:
         print(f"pyvmm: {exit}", file=sys.stderr)

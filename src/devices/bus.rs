@@ -15,17 +15,41 @@ use crate::exit_handler::Exit;
 pub enum Flow {
     /// It goes on.
     Continue,
+    /// The run is to end, for a reason that the device has told its owner; the guest could go on.
+    Stop,
     /// The guest has ended.
     End(Exit),
 }
 
 /// Something that answers accesses on a bus. Offsets count from the start of its range.
 pub trait Device: Send + Sync + fmt::Debug {
-    /// Fill `data` with what the guest reads.
-    fn read(&self, offset: u64, data: &mut [u8]);
+    /// Fill `data`, which is all ones, with what the guest reads.
+    fn read(&self, offset: u64, data: &mut [u8]) -> Flow;
 
     /// Take what the guest wrote.
     fn write(&self, offset: u64, data: &[u8]) -> Flow;
+
+    /// `INS`: elements of `size` bytes, all from the same offset.
+    fn read_many(&self, offset: u64, data: &mut [u8], size: usize) -> Flow {
+        let mut elements = data.chunks_mut(size);
+        elements.find_map(|element| end_of(self.read(offset, element))).unwrap_or(Flow::Continue)
+    }
+
+    /// `OUTS`: elements of `size` bytes, all to the same offset.
+    fn write_many(&self, offset: u64, data: &[u8], size: usize) -> Flow {
+        let mut elements = data.chunks(size);
+        elements.find_map(|element| end_of(self.write(offset, element))).unwrap_or(Flow::Continue)
+    }
+
+    /// Whether all the elements of a repeated `OUTS` are wanted in one call.
+    fn gathers(&self) -> bool {
+        false
+    }
+
+    /// Whether it calls code of the program's, which may look into the vCPU meanwhile.
+    fn calls_out(&self) -> bool {
+        false
+    }
 
     /// What a snapshot keeps of it. Nothing, for a device without state. The guest is at rest.
     ///
@@ -45,6 +69,10 @@ pub trait Device: Send + Sync + fmt::Debug {
         }
         Err(Error::new(ErrorKind::Snapshot, "device", "it has no state to bring back"))
     }
+}
+
+fn end_of(flow: Flow) -> Option<Flow> {
+    (flow != Flow::Continue).then_some(flow)
 }
 
 /// Which of a machine's two buses.
@@ -102,7 +130,27 @@ impl Bus {
         Ok(())
     }
 
-    /// First address, number of addresses and device of each range, by address.
+    /// Take the device away whose range starts here. An access that has found it already is still answered.
+    ///
+    /// # Errors
+    /// When none does.
+    pub fn remove(&self, base: u64) -> Result<Arc<dyn Device>> {
+        let mut entries = self.entries.write();
+        match entries.binary_search_by_key(&base, |entry| entry.base) {
+            Ok(at) => Ok(entries.remove(at).device),
+            Err(_) => {
+                let detail = "no device's range starts here";
+                Err(Error::new(ErrorKind::Config, format!("{base:#x}"), detail))
+            }
+        }
+    }
+
+    /// Take every device away.
+    pub(crate) fn clear(&self) -> impl Sized + use<> {
+        std::mem::take(&mut *self.entries.write())
+    }
+
+    /// Every device with the range that it answers.
     #[must_use]
     pub fn devices(&self) -> Vec<(u64, u64, Arc<dyn Device>)> {
         let entries = self.entries.read();
@@ -110,7 +158,7 @@ impl Bus {
     }
 
     /// The device that answers all of this access, and the offset in it.
-    fn find(&self, address: u64, length: usize) -> Option<(Arc<dyn Device>, u64)> {
+    pub(crate) fn find(&self, address: u64, length: usize) -> Option<(Arc<dyn Device>, u64)> {
         let entries = self.entries.read();
         let entry = entries.get(entries.partition_point(|e| e.base <= address).checked_sub(1)?)?;
         let offset = address - entry.base;
@@ -139,34 +187,6 @@ struct Counts {
 }
 
 impl Buses {
-    /// `IN` and `INS`: elements of `size` bytes, one after the other from the same port.
-    pub(crate) fn port_in(&self, port: u16, data: &mut [u8], size: usize) -> Flow {
-        for element in data.chunks_mut(size) {
-            self.read(Access::Pio, u64::from(port), element);
-        }
-        Flow::Continue
-    }
-
-    /// `OUT` and `OUTS`.
-    pub(crate) fn port_out(&self, port: u16, data: &[u8], size: usize) -> Flow {
-        for element in data.chunks(size) {
-            let flow = self.write(Access::Pio, u64::from(port), element);
-            if flow != Flow::Continue {
-                return flow;
-            }
-        }
-        Flow::Continue
-    }
-
-    pub(crate) fn mmio_read(&self, address: u64, data: &mut [u8]) -> Flow {
-        self.read(Access::Mmio, address, data);
-        Flow::Continue
-    }
-
-    pub(crate) fn mmio_write(&self, address: u64, data: &[u8]) -> Flow {
-        self.write(Access::Mmio, address, data)
-    }
-
     /// Counts of what nobody answered: by address, and of the addresses beyond the first 1,024.
     #[must_use]
     pub fn unanswered(&self) -> (Vec<(Access, u64, Unanswered)>, Unanswered) {
@@ -175,28 +195,18 @@ impl Buses {
         (rows.collect(), counts.others)
     }
 
-    fn bus(&self, access: Access) -> &Bus {
+    /// One of the two.
+    #[must_use]
+    pub fn bus(&self, access: Access) -> &Bus {
         match access {
             Access::Pio => &self.pio,
             Access::Mmio => &self.mmio,
         }
     }
 
-    fn read(&self, access: Access, address: u64, data: &mut [u8]) {
-        // All ones is what a PC's bus gives where no device drives it.
-        data.fill(0xff);
-        match self.bus(access).find(address, data.len()) {
-            Some((device, offset)) => device.read(offset, data),
-            None => self.count(access, address, |n| n.reads += 1),
-        }
-    }
-
-    fn write(&self, access: Access, address: u64, data: &[u8]) -> Flow {
-        if let Some((device, offset)) = self.bus(access).find(address, data.len()) {
-            return device.write(offset, data);
-        }
-        self.count(access, address, |n| n.writes += 1);
-        Flow::Continue
+    /// Nobody has answered a read, or a write.
+    pub(crate) fn count_unanswered(&self, access: Access, address: u64, is_read: bool) {
+        self.count(access, address, |n| if is_read { n.reads += 1 } else { n.writes += 1 });
     }
 
     fn count(&self, access: Access, address: u64, add: impl FnOnce(&mut Unanswered)) {
@@ -222,8 +232,9 @@ mod tests {
     struct Constant(u8);
 
     impl Device for Constant {
-        fn read(&self, _offset: u64, data: &mut [u8]) {
+        fn read(&self, _offset: u64, data: &mut [u8]) -> Flow {
             data.fill(self.0);
+            Flow::Continue
         }
         fn write(&self, _offset: u64, _data: &[u8]) -> Flow {
             Flow::Continue
@@ -249,24 +260,45 @@ mod tests {
     }
 
     #[test]
-    fn an_access_nobody_answers_is_counted() {
+    fn accesses_nobody_answers_are_counted_up_to_a_bound() {
         let buses = Buses::default();
-        let mut data = [0; 2];
-        buses.port_in(0x80, &mut data, 2);
-        buses.port_out(0x80, &[1, 2, 3], 1);
-        assert_eq!(data, [0xff, 0xff]);
+        buses.count_unanswered(Access::Pio, 0x80, true);
+        (0..3).for_each(|_| buses.count_unanswered(Access::Pio, 0x80, false));
         let expected = Unanswered { reads: 1, writes: 3 };
         assert_eq!(buses.unanswered().0, [(Access::Pio, 0x80, expected)]);
+        (0..2000).for_each(|address| buses.count_unanswered(Access::Mmio, address * 8, false));
+        let (rows, others) = buses.unanswered();
+        assert_eq!((rows.len(), others.writes), (1024, 977));
     }
 
     #[test]
-    fn counts_are_bounded() {
-        let buses = Buses::default();
-        for address in 0..2000 {
-            buses.mmio_write(address * 8, &[0]);
+    fn a_device_that_was_removed_answers_no_more() {
+        let bus = Bus::default();
+        add(&bus, 0x100, 8).unwrap();
+        assert!(bus.remove(0x104).is_err(), "not where it starts");
+        bus.remove(0x100).unwrap();
+        assert!(bus.find(0x100, 1).is_none());
+        add(&bus, 0x104, 8).unwrap();
+    }
+
+    #[test]
+    fn a_repeated_access_ends_with_the_element_that_says_so() {
+        #[derive(Debug)]
+        struct StopsAt(u8);
+        impl Device for StopsAt {
+            fn read(&self, _offset: u64, data: &mut [u8]) -> Flow {
+                data.fill(0);
+                Flow::Stop
+            }
+            fn write(&self, _offset: u64, data: &[u8]) -> Flow {
+                if data == [self.0] { Flow::Stop } else { Flow::Continue }
+            }
         }
-        let (rows, others) = buses.unanswered();
-        assert_eq!((rows.len(), others.writes), (1024, 976));
+        let mut data = [0xff; 4];
+        assert_eq!(StopsAt(1).read_many(0, &mut data, 2), Flow::Stop);
+        assert_eq!(data, [0, 0, 0xff, 0xff]);
+        assert_eq!(StopsAt(3).write_many(0, &[1, 2, 3, 4], 1), Flow::Stop);
+        assert_eq!(StopsAt(5).write_many(0, &[1, 2, 3, 4], 1), Flow::Continue);
     }
 
     proptest! {

@@ -8,8 +8,9 @@ use crate::exit_handler::{Exit, ExitReason};
 pub struct DebugExit;
 
 impl Device for DebugExit {
-    fn read(&self, _offset: u64, data: &mut [u8]) {
+    fn read(&self, _offset: u64, data: &mut [u8]) -> Flow {
         data.fill(0);
+        Flow::Continue
     }
 
     fn write(&self, _offset: u64, data: &[u8]) -> Flow {

@@ -11,8 +11,9 @@ const RESET: u8 = 0xfe;
 pub struct I8042;
 
 impl Device for I8042 {
-    fn read(&self, _offset: u64, data: &mut [u8]) {
+    fn read(&self, _offset: u64, data: &mut [u8]) -> Flow {
         data.fill(0);
+        Flow::Continue
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Flow {

@@ -59,12 +59,13 @@ impl Rtc {
 }
 
 impl Device for Rtc {
-    fn read(&self, offset: u64, data: &mut [u8]) {
+    fn read(&self, offset: u64, data: &mut [u8]) -> Flow {
         let state = self.state.lock();
         let value = if offset == INDEX { state.index } else { self.register(&state) };
         if let Some(first) = data.first_mut() {
             *first = value;
         }
+        Flow::Continue
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Flow {

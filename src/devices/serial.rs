@@ -232,7 +232,7 @@ impl GuestSide {
 }
 
 impl Device for Serial {
-    fn read(&self, offset: u64, data: &mut [u8]) {
+    fn read(&self, offset: u64, data: &mut [u8]) -> Flow {
         let mut guest = self.guest.lock();
         for (register, byte) in (offset..).zip(data.iter_mut()) {
             *byte = guest.uart.read(u8::try_from(register).unwrap_or(u8::MAX));
@@ -243,6 +243,7 @@ impl Device for Serial {
                 let _ = self.input_wanted.get().map(|wanted| wanted.write(1));
             }
         }
+        Flow::Continue
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Flow {

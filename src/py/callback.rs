@@ -1,16 +1,26 @@
 //! The only place where the loop and the vCPU threads enter Python. No Rust lock is held here.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use event_manager::Events;
+use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedBytes;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyBytes, PyInt, PyType};
 use pyo3::{ffi, intern};
 
 use super::batch::Ready;
+use super::device::{PythonDevice, bytes_of};
 use super::endpoint::Call;
 use super::event_manager::PyEventManager;
 use super::events::{PyEventOps, PyEvents};
+use super::hooks::Hooks;
+use super::raised::Raised;
 use super::subscribers::Receiver;
+use super::vcpu_exit::PyVcpuExit;
+use crate::vcpu::{Cell, Data, ExitKind, VcpuExit, Verdict, current};
 
 /// The arguments of `process`, used again for the next event unless a callback has kept one.
 #[derive(Debug)]
@@ -168,18 +178,220 @@ fn process(
     }
 }
 
-/// What a machine's run does after each turn: deliver events, then run Python's signal handlers.
-pub(super) fn between_turns(manager: &Py<PyEventManager>) -> PyResult<()> {
+/// What a machine's run does after each turn: deliver events, raise what vCPU threads have left, then run Python's signal
+/// handlers.
+pub(super) fn between_turns(manager: &Py<PyEventManager>, raised: &Raised) -> PyResult<()> {
     Python::attach(|py| {
         let manager = manager.bind(py);
         manager.get().with_delivery(|delivery| deliver(manager, delivery))?;
+        raised.check(py)?;
         py.check_signals()
     })
 }
 
 /// Call an exit handler's `kick()`. On the thread of the vCPU whose guest has ended.
 pub(super) fn kick(handler: &Py<PyAny>) -> PyResult<()> {
-    Python::attach(|py| handler.bind(py).call_method0(intern!(py, "kick")).map(drop))
+    on_vcpu_thread(|py| handler.bind(py).call_method0(intern!(py, "kick")).map(drop))
+}
+
+/// A vCPU thread's Python thread state, kept from one callback to the next: making one takes microseconds.
+struct KeptState(ffi::PyGILState_STATE, *mut ffi::PyThreadState);
+
+impl KeptState {
+    fn new() -> Self {
+        // SAFETY: a machine's threads end before the interpreter does, so it is there; the GIL is let go again by the
+        // same thread.
+        unsafe {
+            let state = ffi::PyGILState_Ensure();
+            Self(state, ffi::PyEval_SaveThread())
+        }
+    }
+}
+
+impl Drop for KeptState {
+    fn drop(&mut self) {
+        // SAFETY: on the thread that made it, as it ends; whoever waits for that has let the GIL go.
+        unsafe {
+            ffi::PyEval_RestoreThread(self.1);
+            ffi::PyGILState_Release(self.0);
+        }
+    }
+}
+
+thread_local! {
+    static KEPT: KeptState = KeptState::new();
+}
+
+fn on_vcpu_thread<T>(call: impl FnOnce(Python<'_>) -> T) -> T {
+    KEPT.with(|_kept| Python::attach(call))
+}
+
+/// What a call of a device comes to.
+pub(super) enum Answer {
+    /// What the guest reads.
+    Bytes(Data),
+    /// Nothing to say.
+    Done,
+    /// The run is to end.
+    Stop,
+}
+
+/// Call a device on the vCPU's thread; what it raises is left for the run, with the place in a note.
+fn call_device(
+    device: &PythonDevice,
+    method: &'static str,
+    offset: u64,
+    call: impl FnOnce(Python<'_>) -> PyResult<Answer>,
+) -> Answer {
+    on_vcpu_thread(|py| match call(py) {
+        Ok(answer) => answer,
+        Err(error) => {
+            let text = format!("in {method}() at {}{}", device.place(offset), position());
+            leave(py, device.raised(), error, &text);
+            Answer::Stop
+        }
+    })
+}
+
+/// Where the vCPU of this thread stands, for a note.
+fn position() -> String {
+    let Some(cell) = current() else { return String::new() };
+    match cell.with_vcpu(|vcpu| vcpu.general()) {
+        Ok(regs) => format!(", vCPU {}, guest RIP {:#x}", cell.id(), regs.rip),
+        Err(_) => format!(", vCPU {}", cell.id()),
+    }
+}
+
+fn leave(py: Python<'_>, raised: &Raised, error: PyErr, text: &str) {
+    // Fails when memory is short: then the exception alone has to do.
+    let _ = error.value(py).call_method1(intern!(py, "add_note"), (text,));
+    raised.raise(py, error);
+}
+
+/// Whether a callback has returned a `Stop`, whose value is left for the run.
+fn is_stop(value: &Bound<'_, PyAny>, raised: &Raised) -> PyResult<bool> {
+    let py = value.py();
+    static STOP: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+    if !value.is_instance(STOP.import(py, "pyvmm.exits", "Stop")?)? {
+        return Ok(false);
+    }
+    let vcpu = current().map_or(0, |cell| cell.id());
+    raised.stop(vcpu, value.getattr(intern!(py, "value"))?.unbind());
+    Ok(true)
+}
+
+fn answer_of(device: &PythonDevice, value: &Bound<'_, PyAny>, wanted: usize) -> PyResult<Answer> {
+    // The usual answer is a number.
+    if !value.is_instance_of::<PyInt>() && is_stop(value, device.raised())? {
+        return Ok(Answer::Stop);
+    }
+    bytes_of(value, wanted).map(Answer::Bytes)
+}
+
+fn done(device: &PythonDevice, value: &Bound<'_, PyAny>) -> PyResult<Answer> {
+    let is_stop = !value.is_none() && is_stop(value, device.raised())?;
+    Ok(if is_stop { Answer::Stop } else { Answer::Done })
+}
+
+/// `device.read(offset, size)`
+pub(super) fn read(device: &PythonDevice, method: &Py<PyAny>, offset: u64, size: usize) -> Answer {
+    call_device(device, "read", offset, |py| {
+        answer_of(device, &method.bind(py).call1((offset, size))?, size)
+    })
+}
+
+/// `device.write(offset, size, value)`
+pub(super) fn write(device: &PythonDevice, method: &Py<PyAny>, offset: u64, data: &[u8]) -> Answer {
+    let number = data.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte));
+    call_device(device, "write", offset, |py| {
+        done(device, &method.bind(py).call1((offset, data.len(), number))?)
+    })
+}
+
+/// `device.read_many(offset, size, count)`
+pub(super) fn read_many(
+    device: &PythonDevice,
+    method: &Py<PyAny>,
+    offset: u64,
+    size: usize,
+    bytes: usize,
+) -> Answer {
+    call_device(device, "read_many", offset, |py| {
+        let value = method.bind(py).call1((offset, size, bytes / size.max(1)))?;
+        answer_of(device, &value, bytes)
+    })
+}
+
+/// `device.write_many(offset, size, data)`
+pub(super) fn write_many(
+    device: &PythonDevice,
+    method: &Py<PyAny>,
+    offset: u64,
+    size: usize,
+    data: &[u8],
+) -> Answer {
+    call_device(device, "write_many", offset, |py| {
+        done(device, &method.bind(py).call1((offset, size, PyBytes::new(py, data)))?)
+    })
+}
+
+/// Ask the hooks of an exit's kind, in the order they were added, until one has something to say.
+pub(super) fn on_exit(hooks: &Hooks, exit: &VcpuExit) -> Verdict {
+    let (Some(kind), Some(cell)) = (exit.kind(), current()) else { return Verdict::Pass };
+    on_vcpu_thread(|py| {
+        ask(py, hooks, kind, &cell, exit).unwrap_or_else(|error| {
+            let text = format!("in a hook of an exit of kind {}{}", kind.name(), position());
+            leave(py, &hooks.raised, error, &text);
+            Verdict::Stop
+        })
+    })
+}
+
+fn ask(
+    py: Python<'_>,
+    hooks: &Hooks,
+    kind: ExitKind,
+    cell: &Arc<Cell>,
+    exit: &VcpuExit,
+) -> PyResult<Verdict> {
+    let functions = hooks.of(kind);
+    let vcpu = hooks.vcpu(py, cell)?;
+    let shown = PyVcpuExit::of(py, exit.clone())?.into_pyobject(py)?;
+    for function in functions.iter() {
+        let said = function.bind(py).call1((&vcpu, &shown))?;
+        if !said.is_none() {
+            return verdict(hooks, exit, &said);
+        }
+    }
+    Ok(Verdict::Pass)
+}
+
+fn verdict(hooks: &Hooks, exit: &VcpuExit, said: &Bound<'_, PyAny>) -> PyResult<Verdict> {
+    let py = said.py();
+    static ACTION: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+    if said.is_instance(ACTION.import(py, "pyvmm.exits", "ExitAction")?)? {
+        let name: String = said.getattr(intern!(py, "value"))?.extract()?;
+        return match name.as_str() {
+            "retry" if exit.is_write() => Err(PyValueError::new_err(
+                "ExitAction.RETRY: the guest's write has been executed and cannot be taken back",
+            )),
+            "retry" => Ok(Verdict::Retry),
+            _ => Ok(Verdict::Handled(None)),
+        };
+    }
+    if is_stop(said, &hooks.raised)? {
+        return Ok(Verdict::Stop);
+    }
+    match exit.wanted() {
+        Some(wanted) => Ok(Verdict::Handled(Some(bytes_of(said, wanted)?))),
+        None => {
+            let class = said.get_type();
+            Err(PyTypeError::new_err(format!(
+                "a hook of an exit that reads nothing returns None, an ExitAction or a Stop, not {}",
+                class.name()?
+            )))
+        }
+    }
 }
 
 /// Tell a function how far a long call has come, and run Python's signal handlers. On the thread of that call.
@@ -189,5 +401,27 @@ pub(super) fn progress(function: Option<&Py<PyAny>>, done: u64, total: u64) -> P
             function.bind(py).call1((done, total))?;
         }
         py.check_signals()
+    })
+}
+
+/// `device.save()`. On the thread that takes the snapshot.
+pub(super) fn save(method: &Py<PyAny>) -> PyResult<Vec<u8>> {
+    Python::attach(|py| {
+        let state = method.bind(py).call0()?;
+        let bytes: PyBackedBytes = state.extract()?;
+        Ok(bytes.to_vec())
+    })
+}
+
+/// `device.restore(state)`. On the thread that forks or resets.
+pub(super) fn restore(method: &Py<PyAny>, state: &[u8]) -> PyResult<()> {
+    Python::attach(|py| method.bind(py).call1((PyBytes::new(py, state),)).map(drop))
+}
+
+/// The name of an object's class.
+pub(super) fn class_of(object: &Py<PyAny>) -> String {
+    Python::attach(|py| {
+        let name = object.bind(py).get_type().name();
+        name.map_or_else(|_| "object".into(), |name| name.to_string())
     })
 }

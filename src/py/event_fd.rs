@@ -38,6 +38,11 @@ impl PyEventFd {
         Self { fd: Mutex::new(Some(fd)), nonblocking: true }
     }
 
+    /// The crate's eventfd.
+    pub(super) fn shared(&self) -> PyResult<Arc<EventFd>> {
+        self.open()
+    }
+
     fn open(&self) -> PyResult<Arc<EventFd>> {
         self.fd.lock().clone().ok_or_else(closed)
     }

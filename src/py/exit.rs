@@ -5,8 +5,9 @@ use std::time::Duration;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
+use pyo3::types::IntoPyDict;
 
-use crate::exit_handler::Exit;
+use crate::exit_handler::{Exit, ExitReason};
 use crate::vcpu::VmRunState;
 
 /// A `pyvmm.Exit`.
@@ -20,6 +21,17 @@ pub(super) fn to_python<'py>(py: Python<'py>, exit: &Exit) -> PyResult<Bound<'py
         exit.vcpu,
         exit.fault.as_deref(),
     ))
+}
+
+/// A `pyvmm.Exit` of a run that a callback has ended with `Stop(value)`.
+pub(super) fn stopped<'py>(
+    py: Python<'py>,
+    vcpu: u64,
+    value: &Py<PyAny>,
+) -> PyResult<Bound<'py, PyAny>> {
+    let exit = Exit { vcpu: Some(vcpu), ..Exit::new(ExitReason::Stopped) };
+    let keywords = [("value", value)].into_py_dict(py)?;
+    to_python(py, &exit)?.call_method("_replace", (), Some(&keywords))
 }
 
 /// A `pyvmm.VmRunState`.

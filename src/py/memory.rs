@@ -25,6 +25,15 @@ pub struct PyGuestMemory {
     get: Box<dyn Fn() -> Result<GuestMemory> + Send + Sync>,
 }
 
+impl Drop for PyGuestMemory {
+    fn drop(&mut self) {
+        let closed = || Err(Error::new(ErrorKind::State, "memory", "the machine is closed"));
+        let get = std::mem::replace(&mut self.get, Box::new(closed));
+        // The last to hold a machine ends its threads, which may need the GIL for that.
+        Python::attach(|py| py.detach(|| drop(get)));
+    }
+}
+
 impl std::fmt::Debug for PyGuestMemory {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("PyGuestMemory").finish_non_exhaustive()

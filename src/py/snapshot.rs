@@ -51,6 +51,8 @@ impl PySnapshot {
     /// Args:
     ///     serial: the streams of its serial port; None: its output is kept for `serial.read()`.
     ///     event_manager: a loop to share with others; None for one of its own.
+    ///     setup: called with the machine before its devices are given their state: adds the Python devices that the
+    ///         snapshot has, and what else is the program's own: hooks, eventfds in the kernel, subscribers.
     ///     entropy: writes new randomness into the guest before it runs: a callable that is given the machine, or a
     ///         guest-physical address and a number of bytes, which are filled from os.urandom. None: the fork draws the
     ///         same random numbers as every other.
@@ -59,12 +61,13 @@ impl PySnapshot {
     ///     KvmError: KVM refused a part.
     ///     SnapshotError: the snapshot's file has been changed since it was loaded.
     ///     StateError: the snapshot has a device that this machine has not.
-    #[pyo3(signature = (*, serial = None, event_manager = None, entropy = None))]
+    #[pyo3(signature = (*, serial = None, event_manager = None, setup = None, entropy = None))]
     fn fork(
         &self,
         py: Python<'_>,
         serial: Option<Bound<'_, PyAny>>,
         event_manager: Option<Py<PyEventManager>>,
+        setup: Option<Bound<'_, PyAny>>,
         entropy: Option<Bound<'_, PyAny>>,
     ) -> PyResult<Py<PyVmm>> {
         let streams = match &serial {
@@ -86,7 +89,11 @@ impl PySnapshot {
         };
         let fork = Py::new(py, PyVmm::of(&config, vmm, event_manager, has_python_streams)?)?;
         let complete = || {
-            py.detach(|| fork.get().vmm().restore_devices(&self.core))?;
+            if let Some(setup) = setup {
+                setup.call1((&fork,))?;
+            }
+            py.detach(|| fork.get().vmm().restore_devices(&self.core))
+                .map_err(|e| fork.get().device_failure(e.into()))?;
             entropy.map_or(Ok(()), |entropy| stir(&fork, &entropy))
         };
         match complete() {

@@ -275,6 +275,19 @@ impl PyVcpu {
         })?)
     }
 
+    /// Have each instruction, or execution at up to four linear addresses, come out as an exit of kind "debug".
+    ///
+    /// KVM_SET_GUEST_DEBUG; without arguments no more. To go on from a breakpoint, take it away for one step.
+    ///
+    /// Raises:
+    ///     StateError: the guest is running, or the machine is closed.
+    ///     ConfigError: more than four breakpoints.
+    #[pyo3(signature = (*, single_step = false, breakpoints = None))]
+    fn debug(&self, single_step: bool, breakpoints: Option<Vec<u64>>) -> PyResult<()> {
+        let breakpoints = breakpoints.unwrap_or_default();
+        Ok(self.processor.look(|vcpu| vcpu.debug(single_step, &breakpoints))?)
+    }
+
     fn __repr__(&self) -> String {
         format!("Vcpu({})", self.id)
     }

@@ -1,7 +1,8 @@
 //! `VcpuExit` for Python: what `Vcpu.run_once` returns, one class a kind.
 
+use kvm_bindings::{KVM_MSR_EXIT_REASON_FILTER, KVM_MSR_EXIT_REASON_INVAL};
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyTuple};
+use pyo3::types::{PyBytes, PyString, PyTuple};
 
 use crate::vcpu::VcpuExit;
 
@@ -40,6 +41,22 @@ pub enum PyVcpuExit {
         address: u64,
         /// What was written.
         data: Py<PyBytes>,
+    },
+    /// `RDMSR` of a register that KVM does not know, or that a hook asked for: it waits for an answer, or faults.
+    Rdmsr {
+        /// The register's number.
+        index: u32,
+        /// "unknown", "invalid" or "filter": KVM_MSR_EXIT_REASON_*.
+        reason: Py<PyString>,
+    },
+    /// `WRMSR` to such a register.
+    Wrmsr {
+        /// The register's number.
+        index: u32,
+        /// What was written.
+        value: u64,
+        /// As for `Rdmsr`.
+        reason: Py<PyString>,
     },
     /// `HLT`.
     Hlt(),
@@ -110,6 +127,12 @@ impl PyVcpuExit {
             VcpuExit::MmioWrite { address, data } => {
                 Self::MmioWrite { address, data: bytes(&data) }
             }
+            VcpuExit::Rdmsr { index, reason } => {
+                Self::Rdmsr { index, reason: msr_reason(py, reason) }
+            }
+            VcpuExit::Wrmsr { index, value, reason } => {
+                Self::Wrmsr { index, value, reason: msr_reason(py, reason) }
+            }
             VcpuExit::Hlt => Self::Hlt(),
             VcpuExit::Shutdown => Self::Shutdown(),
             VcpuExit::Interrupted => Self::Interrupted(),
@@ -132,6 +155,15 @@ impl PyVcpuExit {
     }
 }
 
+fn msr_reason(py: Python<'_>, reason: u32) -> Py<PyString> {
+    let text = match reason {
+        KVM_MSR_EXIT_REASON_INVAL => "invalid",
+        KVM_MSR_EXIT_REASON_FILTER => "filter",
+        _ => "unknown",
+    };
+    PyString::intern(py, text).unbind()
+}
+
 #[pymethods]
 impl PyVcpuExit {
     fn __repr__(slf: &Bound<'_, Self>) -> PyResult<String> {
@@ -144,7 +176,8 @@ impl PyVcpuExit {
         let mut fields = Vec::new();
         for name in names {
             let value = slf.getattr(name.as_str())?;
-            let is_hex = matches!(name.as_str(), "port" | "address" | "pc" | "dr6" | "dr7");
+            let is_hex =
+                matches!(name.as_str(), "port" | "address" | "index" | "pc" | "dr6" | "dr7");
             let text = match value.extract::<u64>() {
                 Ok(number) if is_hex => format!("{number:#x}"),
                 _ => value.repr()?.to_string(),

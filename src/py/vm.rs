@@ -16,10 +16,10 @@ use super::serial::PySerial;
 use super::vcpu::PyVcpu;
 use super::{callback, config, exit, vcpu, vmm};
 use crate::boot;
-use crate::devices::{self, Buses, Serial};
+use crate::devices::{self, Serial};
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::{ExitHandler, WrappedExitHandler};
-use crate::vcpu::VmRunState;
+use crate::vcpu::{Dispatch, VmRunState};
 use crate::vm::{GuestMemory, KvmVm, layout};
 
 /// An exit handler as the vCPUs hold it.
@@ -91,7 +91,7 @@ impl Close for Machine {
 pub struct PyKvmVm {
     machine: Option<Arc<Machine>>,
     python_handler: Option<Arc<PythonHandler>>,
-    buses: Arc<Buses>,
+    dispatch: Arc<Dispatch>,
     /// Where the configuration's code starts.
     #[pyo3(get)]
     entry: u64,
@@ -121,7 +121,7 @@ impl PyKvmVm {
         py: Python<'_>,
         vm: KvmVm<Handler>,
         python_handler: Option<Arc<PythonHandler>>,
-        buses: Arc<Buses>,
+        dispatch: Arc<Dispatch>,
         entry: u64,
         serial: Option<Arc<Serial>>,
     ) -> PyResult<Self> {
@@ -129,7 +129,7 @@ impl PyKvmVm {
         live::remember(Arc::downgrade(&machine) as Weak<dyn Close>);
         let memory = Py::new(py, PyGuestMemory::of(&machine, Machine::memory))?;
         let serial = serial.map(|serial| Py::new(py, PySerial(serial))).transpose()?;
-        Ok(Self { machine: Some(machine), python_handler, buses, entry, memory, serial })
+        Ok(Self { machine: Some(machine), python_handler, dispatch, entry, memory, serial })
     }
 
     /// Raise what the exit handler's `kick()` raised, once.
@@ -180,21 +180,17 @@ impl PyKvmVm {
                 "a KvmVm has no event loop to serve streams; use Vmm, or serial.send() and read()";
             return Err(Error::new(ErrorKind::Config, "serial", detail).into());
         }
-        let (vm, entry, buses, serial) = py.detach(|| -> Result<_> {
+        let (vm, entry, dispatch, serial) = py.detach(|| -> Result<_> {
             config.validate()?;
             let memory = GuestMemory::new(config.memory.size_mib << 20)?;
             let entry = boot::load(&config, &memory)?;
-            let buses = Arc::new(Buses::default());
-            let vm = KvmVm::new(&config, memory, Arc::clone(&buses), handler)?;
-            let serial = devices::attach(
-                &buses,
-                vm.irq(layout::COM1_IRQ)?,
-                &config.serial,
-                config.exit_port,
-            )?;
-            Ok((vm, entry, buses, serial))
+            let dispatch = Arc::new(Dispatch::default());
+            let vm = KvmVm::new(&config, memory, Arc::clone(&dispatch), handler)?;
+            let irq = vm.irq(layout::COM1_IRQ)?;
+            let serial = devices::attach(&dispatch.buses, irq, &config.serial, config.exit_port)?;
+            Ok((vm, entry, dispatch, serial))
         })?;
-        Self::of(py, vm, python_handler, buses, entry, Some(serial))
+        Self::of(py, vm, python_handler, dispatch, entry, Some(serial))
     }
 
     /// Add a vCPU to a machine that has not run. It is as KVM makes it: at the reset vector, with an empty `cpuid`.
@@ -312,7 +308,7 @@ impl PyKvmVm {
     /// Accesses that no device answered.
     #[getter]
     fn unanswered<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
-        vmm::unanswered(py, &self.buses)
+        vmm::unanswered(py, &self.dispatch.buses)
     }
 
     fn __enter__(slf: Py<Self>) -> Py<Self> {

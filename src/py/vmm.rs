@@ -3,19 +3,23 @@
 use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
+use pyo3::exceptions::PyRuntimeError;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyTuple};
 
+use super::device::PythonDevice;
 use super::event_manager::{PyEventManager, Turning};
 use super::events::PySubscriberId;
 use super::exit_handler::PyWrappedExitHandler;
+use super::hooks::Hooks;
 use super::live::{self, Close};
 use super::memory::PyGuestMemory;
 use super::serial::PySerial;
 use super::snapshot::PySnapshot;
-use super::{callback, config, exit, vcpu};
+use super::{callback, config, exit};
 use crate::devices::{Access, Buses};
+use crate::exit_handler::{Exit, ExitReason};
 use crate::vcpu::VmRunState;
 use crate::vmm::Vmm;
 
@@ -38,6 +42,10 @@ pub struct PyVmm {
     vmm: Option<Arc<Vmm>>,
     /// Other machines may be in the same loop.
     is_shared: bool,
+    /// Exit hooks, and what they and Python devices leave for the run.
+    pub(super) hooks: Arc<Hooks>,
+    /// The Python devices on its buses.
+    pub(super) devices: Mutex<Vec<Arc<PythonDevice>>>,
     /// Subscribers that serve the serial port's Python streams.
     streams: Mutex<Vec<Py<PySubscriberId>>>,
     #[pyo3(get)]
@@ -96,8 +104,38 @@ impl PyVmm {
             serial,
             vmm: Some(vmm),
             is_shared,
+            hooks: Arc::new(Hooks::over(Arc::default())),
+            devices: Mutex::default(),
             streams: Mutex::new(streams),
         })
+    }
+
+    pub(super) fn shared(&self) -> Option<&Arc<Vmm>> {
+        self.vmm.as_ref()
+    }
+
+    /// An error, or in its place what a device's `save` or `restore` raised.
+    pub(super) fn device_failure(&self, error: PyErr) -> PyErr {
+        let devices = self.devices.lock().clone();
+        devices.iter().find_map(|device| device.take_failure()).unwrap_or(error)
+    }
+
+    /// What `run` and `wait` return or raise, with what callbacks on vCPU threads have left.
+    fn finish<'py>(
+        &self,
+        py: Python<'py>,
+        ended: PyResult<Option<Exit>>,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let raised = &self.hooks.raised;
+        let exit = ended.map_err(|error| raised.beside(py, error))?;
+        let Some(exit) = exit else { return Ok(None) };
+        raised.check(py)?;
+        match raised.take_stop() {
+            Some((vcpu, value)) if exit.reason == ExitReason::Stopped => {
+                exit::stopped(py, vcpu, &value).map(Some)
+            }
+            _ => exit::to_python(py, &exit).map(Some),
+        }
     }
 
     /// Turn the loop on this thread. In a shared loop each machine's run turns it for all.
@@ -112,8 +150,14 @@ impl PyVmm {
 impl Drop for PyVmm {
     fn drop(&mut self) {
         let vmm = self.vmm.take();
-        // Closing a machine may sleep in the kernel.
-        Python::attach(|py| py.detach(|| drop(vmm)));
+        // Its devices and hooks may hold parts of it, so it is closed, not only let go. That may sleep in the kernel, and
+        // its threads may need the GIL to end.
+        Python::attach(|py| {
+            py.detach(|| {
+                vmm.iter().for_each(|vmm| vmm.close());
+                drop(vmm);
+            });
+        });
     }
 }
 
@@ -146,7 +190,8 @@ impl PyVmm {
     ///     StateError: the machine is closed, a device cannot be saved, memory is shared with others, or another thread
     ///         resumed it meanwhile.
     fn snapshot(&self, py: Python<'_>) -> PyResult<PySnapshot> {
-        let core = py.detach(|| self.vmm().snapshot())?;
+        let core =
+            py.detach(|| self.vmm().snapshot()).map_err(|e| self.device_failure(e.into()))?;
         Ok(PySnapshot::of(core, self.config.clone_ref(py)))
     }
 
@@ -158,7 +203,8 @@ impl PyVmm {
     /// Raises:
     ///     StateError: the machine is closed or of another shape than the snapshot, or its run is ending.
     fn reset(&self, py: Python<'_>, snapshot: &PySnapshot) -> PyResult<u64> {
-        Ok(py.detach(|| self.vmm().reset(snapshot.core()))?)
+        let changed = py.detach(|| self.vmm().reset(snapshot.core()));
+        changed.map_err(|e| self.device_failure(e.into()))
     }
 
     /// Register a subscriber with the machine's event manager; see `EventManager.add_subscriber`.
@@ -173,8 +219,8 @@ impl PyVmm {
 
     /// Run the guest until it ends, `stop` is called, or the time passes, in seconds.
     ///
-    /// Turns the event manager's loop meanwhile: subscribers are called on this thread. After a stop, a
-    /// timeout or an exception, another `run` goes on where this one ended.
+    /// Turns the event manager's loop meanwhile: subscribers are called on this thread, devices and exit hooks on those
+    /// of the vCPUs. After a stop, a timeout or an exception, another `run` goes on where this one ended.
     ///
     /// Raises:
     ///     StateError: a run is in progress, the guest has ended, or the machine is closed.
@@ -186,8 +232,11 @@ impl PyVmm {
         let timeout = exit::timeout(timeout)?;
         let _turning = self.claim()?;
         let manager = &self.event_manager;
-        let exit = py.detach(|| self.vmm().run(timeout, || callback::between_turns(manager)))?;
-        exit::to_python(py, &exit)
+        let raised = &self.hooks.raised;
+        let ended =
+            py.detach(|| self.vmm().run(timeout, || callback::between_turns(manager, raised)));
+        let exit = self.finish(py, ended.map(Some))?;
+        exit.ok_or_else(|| PyRuntimeError::new_err("a run ends with an exit"))
     }
 
     /// Start the vCPUs and return. `wait` turns the event manager's loop for them.
@@ -212,8 +261,10 @@ impl PyVmm {
         let timeout = exit::timeout(timeout)?;
         let _turning = self.claim()?;
         let manager = &self.event_manager;
-        let exit = py.detach(|| self.vmm().wait(timeout, || callback::between_turns(manager)))?;
-        exit.map(|exit| exit::to_python(py, &exit)).transpose()
+        let raised = &self.hooks.raised;
+        let ended =
+            py.detach(|| self.vmm().wait(timeout, || callback::between_turns(manager, raised)));
+        self.finish(py, ended)
     }
 
     /// Bring every vCPU out of its guest and wait until it is. From any thread or callback; the loop turns on.
@@ -241,7 +292,9 @@ impl PyVmm {
     #[getter]
     fn vcpus<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
         let cells = py.detach(|| self.vmm().vcpus())?;
-        vcpu::to_python(py, &cells)
+        let vcpus: Vec<_> =
+            cells.iter().map(|cell| self.hooks.vcpu(py, cell)).collect::<PyResult<_>>()?;
+        PyTuple::new(py, vcpus)
     }
 
     /// End the run in progress, or at once the next one if there is none. From any thread or callback.
@@ -254,6 +307,11 @@ impl PyVmm {
     /// In a callback it takes effect when the run ends.
     fn close(&self, py: Python<'_>) {
         py.detach(|| self.vmm().close());
+        if self.vmm().state() == VmRunState::Closed {
+            // Outside the lock: it may run Python code.
+            let devices = std::mem::take(&mut *self.devices.lock());
+            drop(devices);
+        }
         // Called from a callback, the machine closes later, and its last output is still to be taken.
         if self.is_shared && self.vmm().state() == VmRunState::Closed {
             let streams = std::mem::take(&mut *self.streams.lock());
@@ -273,7 +331,7 @@ impl PyVmm {
     /// Accesses that no device answered, counted by address.
     #[getter]
     fn unanswered<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
-        unanswered(py, self.vmm().buses())
+        unanswered(py, &self.vmm().dispatch().buses)
     }
 
     /// `run` inside a running asyncio loop, which stays responsive: the guest's loop turns in another thread.
@@ -312,7 +370,13 @@ impl PyVmm {
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.config)?;
-        visit.call(&self.event_manager)
+        visit.call(&self.event_manager)?;
+        self.hooks.traverse(&visit)?;
+        self.hooks.raised.traverse(&visit)?;
+        match self.devices.try_lock() {
+            Some(devices) => devices.iter().try_for_each(|device| device.traverse(&visit)),
+            None => Ok(()),
+        }
     }
 }
 

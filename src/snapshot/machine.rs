@@ -12,7 +12,7 @@ use crate::devices::{self, Buses};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
 use crate::exit_handler::WrappedExitHandler;
-use crate::vcpu::{Vcpu, VmRunState};
+use crate::vcpu::{Dispatch, Vcpu, VmRunState};
 use crate::vm::{GuestMemory, KvmVm, layout};
 use crate::vmm::{Parts, Vmm};
 
@@ -39,9 +39,10 @@ impl Vmm {
         vm.check_process()?;
         vm.prepare(self.entry())?;
         self.stand_still(&vm, || {
+            vm.settle(true)?;
             let rests = rests(&vm);
             // Without a lock: a device may be Python's.
-            let devices = save_devices(self.buses())?;
+            let devices = save_devices(&self.dispatch().buses)?;
             vm.at_rest(|fd, vcpus| {
                 check_rests(vcpus, &rests)?;
                 self.capture(&vm, fd, vcpus, devices)
@@ -70,9 +71,11 @@ impl Vmm {
                 let detail = "the guest has ended, and its run is not over yet";
                 return Err(Error::new(ErrorKind::State, "reset", detail));
             }
+            // What KVM would complete at the next entry belongs to the guest that goes.
+            vm.settle(false)?;
             let changed = vm.at_rest(|fd, vcpus| bring_back(&vm, fd, vcpus, snapshot))?;
             vm.revive();
-            restore_devices(self.buses(), snapshot)?;
+            restore_devices(&self.dispatch().buses, snapshot)?;
             Ok(changed / layout::PAGE)
         });
         drop(running);
@@ -94,12 +97,12 @@ impl Vmm {
         let event_manager = event_manager.map_or_else(|| EventManager::new().map(Arc::new), Ok)?;
         let exit_handler =
             WrappedExitHandler::new().map_err(|e| Error::os(ErrorKind::Event, "eventfd", &e))?;
-        let buses = Arc::new(Buses::default());
-        let vm = KvmVm::of_shape(shape, memory, &buses, exit_handler.clone())?;
+        let dispatch = Arc::new(Dispatch::default());
+        let vm = KvmVm::of_shape(shape, memory, &dispatch, exit_handler.clone())?;
         vm.at_rest(|fd, vcpus| set_state(fd, vcpus, snapshot))?;
         let irq = vm.irq(layout::COM1_IRQ)?;
-        let serial = devices::attach(&buses, irq, &streams, shape.exit_port())?;
-        let parts = Parts { vm, event_manager, exit_handler, buses, serial, entry: 0 };
+        let serial = devices::attach(&dispatch.buses, irq, &streams, shape.exit_port())?;
+        let parts = Parts { vm, event_manager, exit_handler, dispatch, serial, entry: 0 };
         Self::assemble(parts, streams, shape.exit_port())
     }
 
@@ -108,7 +111,7 @@ impl Vmm {
     /// # Errors
     /// When one is missing, or refuses its state.
     pub fn restore_devices(&self, snapshot: &Snapshot) -> Result<()> {
-        restore_devices(self.buses(), snapshot)
+        restore_devices(&self.dispatch().buses, snapshot)
     }
 
     /// Do something while no vCPU runs: a running machine is paused for it, and goes on unless somebody has paused it
@@ -148,7 +151,6 @@ impl Vmm {
         let classes = Classes::of(fd, irqchip);
         let mut states = Vec::with_capacity(vcpus.len());
         for (number, vcpu) in (0..).zip(vcpus.iter_mut()) {
-            vcpu.settle()?;
             states.push(vcpu::capture(vcpu, number, classes)?);
         }
         let chips = chips::capture(fd, &shape)?;
@@ -192,8 +194,9 @@ fn restore_devices(buses: &Buses, snapshot: &Snapshot) -> Result<()> {
             None => {
                 let at = saved.place();
                 let detail = "the snapshot has a device there, and this machine has none like it";
-                return Err(Error::new(ErrorKind::State, at, detail)
-                    .hint("give it to the fork: fork(devices=[...])"));
+                return Err(
+                    Error::new(ErrorKind::State, at, detail).hint("fork(setup=...) adds devices")
+                );
             }
         }
     }
@@ -218,10 +221,6 @@ fn bring_back(
     vcpus: &mut [impl std::ops::DerefMut<Target = Vcpu>],
     snapshot: &Snapshot,
 ) -> Result<u64> {
-    for vcpu in vcpus.iter_mut() {
-        // What KVM would complete at the next entry belongs to the guest that goes.
-        vcpu.settle()?;
-    }
     let images = snapshot.ranges.iter().map(|range| (range.start, &range.image));
     let changed = vm.memory().kvm_slots().reset(images)?;
     set_state(fd, vcpus, snapshot)?;
@@ -276,8 +275,9 @@ mod tests {
     }
 
     impl Device for Counter {
-        fn read(&self, _offset: u64, data: &mut [u8]) {
+        fn read(&self, _offset: u64, data: &mut [u8]) -> Flow {
             data.fill(u8::try_from(self.count() & 0xff).unwrap());
+            Flow::Continue
         }
         fn write(&self, _offset: u64, _data: &[u8]) -> Flow {
             self.count();
@@ -332,8 +332,12 @@ mod tests {
 
     fn with_counter(vmm: &Vmm) -> Arc<Counter> {
         let counter = Arc::new(Counter::default());
-        vmm.buses().pio.add(0x80, 2, Arc::clone(&counter) as Arc<dyn Device>).unwrap();
-        vmm.buses().mmio.add(0xd000_0000, 4096, Arc::clone(&counter) as Arc<dyn Device>).unwrap();
+        vmm.dispatch().buses.pio.add(0x80, 2, Arc::clone(&counter) as Arc<dyn Device>).unwrap();
+        vmm.dispatch()
+            .buses
+            .mmio
+            .add(0xd000_0000, 4096, Arc::clone(&counter) as Arc<dyn Device>)
+            .unwrap();
         counter
     }
 

@@ -1,12 +1,15 @@
 //! A vCPU between the thread that runs it and whoever looks into it, pauses it or drives it by hand.
 
-use std::sync::Arc;
+use std::cell::RefCell;
+use std::ptr::NonNull;
+use std::sync::{Arc, Weak};
 
 use parking_lot::{Condvar, MappedMutexGuard, Mutex, MutexGuard};
 
 use super::exit::{VcpuExit, run_once};
 use super::kick::{StopWord, interrupt, this_thread};
 use super::registers::Vcpu;
+use super::run::{Step, settle_for_good};
 use super::run_page::RunPage;
 use crate::error::{Error, ErrorKind, Result};
 use crate::process::Birthplace;
@@ -26,6 +29,8 @@ pub struct Cell {
 struct Slot {
     /// Empty while a thread has it.
     vcpu: Option<Vcpu>,
+    /// Where that thread has it, while it waits for the program's code.
+    lent: Option<Lent>,
     /// The thread that has it.
     runner: Option<libc::pthread_t>,
     /// A panic on the thread took it along.
@@ -35,6 +40,28 @@ struct Slot {
     is_kicked: bool,
     /// How often the vCPU has come to rest.
     rests: u64,
+}
+
+#[derive(Debug)]
+struct Lent(NonNull<Vcpu>);
+
+// SAFETY: a vCPU may be used from any thread, one at a time: here under the slot's lock.
+unsafe impl Send for Lent {}
+
+thread_local! {
+    /// The vCPU whose thread this is.
+    static CURRENT: RefCell<Weak<Cell>> = RefCell::default();
+}
+
+/// The vCPU whose exit is answered on this thread.
+#[must_use]
+pub fn current() -> Option<Arc<Cell>> {
+    CURRENT.with_borrow(Weak::upgrade)
+}
+
+/// This thread is the vCPU's from here on.
+pub(super) fn set_current(cell: &Arc<Cell>) {
+    CURRENT.set(Arc::downgrade(cell));
 }
 
 /// What its own thread is to do with a vCPU at rest.
@@ -48,10 +75,19 @@ pub(super) enum Order {
     Leave,
 }
 
+impl Slot {
+    /// Nobody has to wait for it: it is out of its guest, and will not go back by itself.
+    fn is_at_rest(&self) -> bool {
+        let is_held = self.lent.is_some() && self.order != Order::Go;
+        self.vcpu.is_some() || is_held || self.is_lost
+    }
+}
+
 impl Cell {
     pub(super) fn new(id: u64, page: Arc<RunPage>, vcpu: Vcpu) -> Self {
         let slot = Slot {
             vcpu: Some(vcpu),
+            lent: None,
             runner: None,
             is_lost: false,
             order: Order::Rest,
@@ -68,26 +104,97 @@ impl Cell {
         self.id
     }
 
-    /// Look into the vCPU, which stays at rest meanwhile.
+    /// Look into the vCPU, which stays at rest meanwhile. On its own thread that is possible while it is lent.
     ///
     /// # Errors
     /// [`ErrorKind::State`] while its guest runs, and in a forked child; what `look` returns.
     pub fn with_vcpu<T>(&self, look: impl FnOnce(&mut Vcpu) -> Result<T>) -> Result<T> {
-        look(&mut *self.at_rest()?)
+        self.birthplace.check("vCPU")?;
+        let mut slot = self.slot.lock();
+        let is_held = slot.order != Order::Go;
+        let is_own = slot.runner == Some(this_thread());
+        match &mut *slot {
+            // One that has been sent off is running, even if its thread has not come for it yet.
+            Slot { vcpu: Some(vcpu), .. } if is_held => look(vcpu),
+            Slot { lent: Some(Lent(vcpu)), .. } if is_held || is_own => {
+                // SAFETY: the thread that lent it waits in `lend`, which takes it back under the lock that we hold.
+                look(unsafe { vcpu.as_mut() })
+            }
+            _ => Err(self.running()),
+        }
     }
 
     /// The vCPU, which stays at rest for as long as this is held.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] while its guest runs, and in a forked child.
+    /// [`ErrorKind::State`] while its guest runs or its exit is answered, and in a forked child.
     pub(crate) fn at_rest(&self) -> Result<MappedMutexGuard<'_, Vcpu>> {
         self.birthplace.check("vCPU")?;
-        // One that has been sent off is running, even if its thread has not come for it yet.
-        MutexGuard::try_map(self.slot.lock(), |slot| match slot {
-            Slot { vcpu: Some(vcpu), order: Order::Rest | Order::Leave, .. } => Some(vcpu),
-            _ => None,
-        })
-        .map_err(|_| self.running())
+        let slot = self.slot.lock();
+        let is_held = slot.order != Order::Go;
+        MutexGuard::try_map(slot, |slot| slot.vcpu.as_mut().filter(|_| is_held))
+            .map_err(|_| self.running())
+    }
+
+    /// Bring a vCPU that is on its way to rest there, and complete for good what its last exit began: with all that a
+    /// repeated instruction does before it can be left. What that came to, which nobody has been told.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] while its guest runs, or when this thread is the one that answers its exit; when it reads and
+    /// nobody has answered.
+    pub(crate) fn settle(&self) -> Result<Step> {
+        self.birthplace.check("vCPU")?;
+        let mut vcpu = {
+            let mut slot = self.slot.lock();
+            while slot.vcpu.is_none() && slot.order != Order::Go && !slot.is_lost {
+                if slot.runner == Some(this_thread()) {
+                    let (at, detail) =
+                        (format!("vcpu_{}", self.id), "its exit is not answered yet");
+                    let error = Error::new(ErrorKind::State, at, detail);
+                    return Err(error.hint("let the callback return first"));
+                }
+                self.changed.wait(&mut slot);
+            }
+            let is_held = slot.order != Order::Go;
+            let vcpu = slot.vcpu.as_mut().filter(|_| is_held).ok_or_else(|| self.running())?;
+            if vcpu.awaits_answer {
+                let detail = "its guest reads, and nobody has answered";
+                return Err(Error::new(ErrorKind::State, format!("vcpu_{}", self.id), detail));
+            }
+            let is_settled = !vcpu.is_pending && vcpu.waiting.is_none();
+            match slot.vcpu.take_if(|_| !is_settled) {
+                Some(vcpu) => {
+                    slot.runner = Some(this_thread());
+                    vcpu
+                }
+                None => return Ok(Step::Continue),
+            }
+        };
+        let step = settle_for_good(&mut vcpu, self);
+        self.put_back(vcpu);
+        Ok(step)
+    }
+
+    /// Call the program's code from the thread that runs the vCPU. Meanwhile that code may look into the vCPU, and who pauses
+    /// the machine finds it at rest, from where it does not go back to its guest.
+    pub(super) fn lend<T>(&self, vcpu: &mut Vcpu, call: impl FnOnce() -> T) -> T {
+        struct TakeBack<'a>(&'a Cell, NonNull<Vcpu>);
+        impl Drop for TakeBack<'_> {
+            fn drop(&mut self) {
+                self.0.slot.lock().lent = None;
+                // SAFETY: the vCPU of our caller, which nobody else can reach any more.
+                unsafe { self.1.as_mut() }.is_lent = false;
+            }
+        }
+        vcpu.is_lent = true;
+        let vcpu = NonNull::from(vcpu);
+        let _take_back = TakeBack(self, vcpu);
+        {
+            let mut slot = self.slot.lock();
+            slot.lent = Some(Lent(vcpu));
+            self.changed.notify_all();
+        }
+        call()
     }
 
     fn running(&self) -> Error {
@@ -163,10 +270,14 @@ impl Cell {
         self.slot.lock().order = Order::Rest;
     }
 
+    /// Whether its thread is to end.
+    pub(super) fn is_leaving(&self) -> bool {
+        self.slot.lock().order == Order::Leave
+    }
+
     /// Whether nobody has to wait for it: a vCPU that a panic took along rests for ever.
     pub(crate) fn is_at_rest(&self) -> bool {
-        let slot = self.slot.lock();
-        slot.vcpu.is_some() || slot.is_lost
+        self.slot.lock().is_at_rest()
     }
 
     /// How often the vCPU has come to rest by now.
@@ -177,7 +288,7 @@ impl Cell {
     /// Wait until the vCPU is at rest, or has been since it was counted: somebody may have sent it off again.
     pub(crate) fn wait_for_rest(&self, counted: u64) {
         let mut slot = self.slot.lock();
-        while slot.vcpu.is_none() && slot.rests == counted && !slot.is_lost {
+        while !slot.is_at_rest() && slot.rests == counted {
             self.changed.wait(&mut slot);
         }
     }

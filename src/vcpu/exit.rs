@@ -1,11 +1,15 @@
-//! An exit of KVM's as a value of its own, for those who drive a vCPU by hand.
+//! An exit of KVM's as a value of its own, and the turn of those who drive a vCPU by hand.
 
-use kvm_ioctls::VcpuExit as Borrowed;
+use kvm_ioctls::{MsrExitReason, VcpuExit as Borrowed};
+use smallvec::SmallVec;
 
 use super::kick::StopWord;
 use super::registers::Vcpu;
 use super::run_page::RunPage;
 use crate::error::{Error, Result};
+
+/// The bytes of an access: most have at most eight.
+pub type Data = SmallVec<[u8; 8]>;
 
 /// Why KVM_RUN came back: the exits of the kernel's KVM documentation, chapter 5.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,7 +30,7 @@ pub enum VcpuExit {
         /// Bytes of one write.
         size: usize,
         /// All of them.
-        data: Vec<u8>,
+        data: Data,
     },
     /// A read where no memory is, which waits for an answer.
     MmioRead {
@@ -40,7 +44,23 @@ pub enum VcpuExit {
         /// The guest-physical address.
         address: u64,
         /// What was written.
-        data: Vec<u8>,
+        data: Data,
+    },
+    /// `RDMSR` of a register that KVM does not know or that is filtered: it waits for an answer.
+    Rdmsr {
+        /// The register's number.
+        index: u32,
+        /// `KVM_MSR_EXIT_REASON_*`
+        reason: u32,
+    },
+    /// `WRMSR` to such a register.
+    Wrmsr {
+        /// The register's number.
+        index: u32,
+        /// The value.
+        value: u64,
+        /// `KVM_MSR_EXIT_REASON_*`
+        reason: u32,
     },
     /// `HLT`, without an interrupt controller of KVM's.
     Hlt,
@@ -100,15 +120,132 @@ pub enum VcpuExit {
     },
 }
 
+/// Exits by what a hook or a counter asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum ExitKind {
+    /// Ports.
+    Io,
+    /// Addresses without memory.
+    Mmio,
+    /// Model-specific registers.
+    Msr,
+    /// `HLT`
+    Hlt,
+    /// A triple fault.
+    Shutdown,
+    /// A breakpoint or a single step.
+    Debug,
+    /// KVM could not go on.
+    InternalError,
+    /// A reset or power-off by the platform's code.
+    SystemEvent,
+    /// The processor refused the guest.
+    FailEntry,
+    /// An access that the memory's attributes forbid.
+    MemoryFault,
+    /// Any other.
+    Unknown,
+}
+
+impl ExitKind {
+    /// Every kind.
+    pub const ALL: [Self; 11] = [
+        Self::Io,
+        Self::Mmio,
+        Self::Msr,
+        Self::Hlt,
+        Self::Shutdown,
+        Self::Debug,
+        Self::InternalError,
+        Self::SystemEvent,
+        Self::FailEntry,
+        Self::MemoryFault,
+        Self::Unknown,
+    ];
+
+    pub(super) fn bit(self) -> u64 {
+        1 << self as u8
+    }
+
+    /// The kind's name, as Python's `ExitKind` has it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Io => "io",
+            Self::Mmio => "mmio",
+            Self::Msr => "msr",
+            Self::Hlt => "hlt",
+            Self::Shutdown => "shutdown",
+            Self::Debug => "debug",
+            Self::InternalError => "internal-error",
+            Self::SystemEvent => "system-event",
+            Self::FailEntry => "fail-entry",
+            Self::MemoryFault => "memory-fault",
+            Self::Unknown => "unknown",
+        }
+    }
+}
+
 impl VcpuExit {
+    /// What a hook or a counter knows it by; none for what is not the guest's.
+    #[must_use]
+    pub fn kind(&self) -> Option<ExitKind> {
+        Some(match self {
+            Self::IoIn { .. } | Self::IoOut { .. } => ExitKind::Io,
+            Self::MmioRead { .. } | Self::MmioWrite { .. } => ExitKind::Mmio,
+            Self::Rdmsr { .. } | Self::Wrmsr { .. } => ExitKind::Msr,
+            Self::Hlt => ExitKind::Hlt,
+            Self::Shutdown => ExitKind::Shutdown,
+            Self::Debug { .. } => ExitKind::Debug,
+            Self::InternalError { .. } => ExitKind::InternalError,
+            Self::SystemEvent { .. } => ExitKind::SystemEvent,
+            Self::FailEntry { .. } => ExitKind::FailEntry,
+            Self::MemoryFault { .. } => ExitKind::MemoryFault,
+            Self::Unknown { .. } => ExitKind::Unknown,
+            Self::Interrupted | Self::IrqWindowOpen => return None,
+        })
+    }
+
+    /// The port, address or register of an access, and whether it is a write.
+    #[must_use]
+    pub fn place(&self) -> Option<(u64, bool)> {
+        match self {
+            Self::IoIn { port, .. } => Some((u64::from(*port), false)),
+            Self::IoOut { port, .. } => Some((u64::from(*port), true)),
+            Self::MmioRead { address, .. } => Some((*address, false)),
+            Self::MmioWrite { address, .. } => Some((*address, true)),
+            Self::Rdmsr { index, .. } => Some((u64::from(*index), false)),
+            Self::Wrmsr { index, .. } => Some((u64::from(*index), true)),
+            Self::MemoryFault { address, .. } => Some((*address, false)),
+            _ => None,
+        }
+    }
+
     /// Whether the guest waits for what it reads.
     pub(super) fn is_read(&self) -> bool {
-        matches!(self, Self::IoIn { .. } | Self::MmioRead { .. })
+        matches!(self, Self::IoIn { .. } | Self::MmioRead { .. } | Self::Rdmsr { .. })
     }
 
     /// Whether KVM completes the instruction at the next entry.
-    fn is_access(&self) -> bool {
-        self.is_read() || matches!(self, Self::IoOut { .. } | Self::MmioWrite { .. })
+    pub(super) fn is_access(&self) -> bool {
+        self.is_write() || self.is_read()
+    }
+
+    /// Whether the guest has written a device or a register of the host's.
+    #[must_use]
+    pub fn is_write(&self) -> bool {
+        matches!(self, Self::IoOut { .. } | Self::MmioWrite { .. } | Self::Wrmsr { .. })
+    }
+
+    /// How many bytes a read waits for.
+    #[must_use]
+    pub fn wanted(&self) -> Option<usize> {
+        match self {
+            Self::IoIn { size, count, .. } => Some(size.saturating_mul(*count)),
+            Self::MmioRead { length, .. } => Some(*length),
+            Self::Rdmsr { .. } => Some(8),
+            _ => None,
+        }
     }
 }
 
@@ -117,30 +254,37 @@ impl VcpuExit {
 pub(super) fn run_once(vcpu: &mut Vcpu, stop: &StopWord) -> Result<Option<VcpuExit>> {
     // Kick, point 4.
     while !stop.is_set() {
-        vcpu.has_run = true;
-        let result = vcpu.fd.run();
-        vcpu.has_page_registers = true;
-        let exit = match result {
-            Ok(exit) => owned(exit, &vcpu.page),
-            Err(error) => {
-                (vcpu.is_pending, vcpu.awaits_answer) = (false, false);
-                match error.errno() {
-                    // Kick, point 6.
-                    libc::EINTR if stop.is_set() => break,
-                    libc::EINTR => return Ok(None),
-                    // A vCPU that waited for INIT and SIPI has got one.
-                    libc::EAGAIN => continue,
-                    _ => return Err(Error::kvm("KVM_RUN", error)),
-                }
-            }
-        };
-        (vcpu.is_pending, vcpu.awaits_answer) = (exit.is_access(), exit.is_read());
-        return Ok(Some(exit));
+        match enter(vcpu) {
+            Ok(exit) => return Ok(Some(exit)),
+            Err(error) => match error.errno() {
+                // Kick, point 6.
+                libc::EINTR if stop.is_set() => break,
+                libc::EINTR => return Ok(None),
+                // A vCPU that waited for INIT and SIPI has got one.
+                libc::EAGAIN => {}
+                _ => return Err(Error::kvm("KVM_RUN", error)),
+            },
+        }
     }
     Ok(Some(VcpuExit::Interrupted))
 }
 
-fn owned(exit: Borrowed<'_>, page: &RunPage) -> VcpuExit {
+/// Enter the guest, or take the exit that was found when an instruction was completed. A read is answered with ones for
+/// now, one of a model-specific register with a fault.
+pub(super) fn enter(vcpu: &mut Vcpu) -> std::result::Result<VcpuExit, kvm_ioctls::Error> {
+    vcpu.has_run = true;
+    let result = match vcpu.waiting.take() {
+        Some(exit) => Ok(exit),
+        None => vcpu.fd.run().map(|exit| owned(exit, &vcpu.page)),
+    };
+    vcpu.has_page_registers = true;
+    let found = result.as_ref().ok();
+    vcpu.is_pending = found.is_some_and(VcpuExit::is_access);
+    vcpu.awaits_answer = found.is_some_and(VcpuExit::is_read);
+    result
+}
+
+pub(super) fn owned(exit: Borrowed<'_>, page: &RunPage) -> VcpuExit {
     match exit {
         Borrowed::IoIn(port, data) => {
             data.fill(0xff);
@@ -148,13 +292,24 @@ fn owned(exit: Borrowed<'_>, page: &RunPage) -> VcpuExit {
             VcpuExit::IoIn { port, size, count: data.len() / size }
         }
         Borrowed::IoOut(port, data) => {
-            VcpuExit::IoOut { port, size: page.io_exit().size, data: data.to_vec() }
+            VcpuExit::IoOut { port, size: page.io_exit().size, data: Data::from_slice(data) }
         }
         Borrowed::MmioRead(address, data) => {
             data.fill(0xff);
             VcpuExit::MmioRead { address, length: data.len() }
         }
-        Borrowed::MmioWrite(address, data) => VcpuExit::MmioWrite { address, data: data.to_vec() },
+        Borrowed::MmioWrite(address, data) => {
+            VcpuExit::MmioWrite { address, data: Data::from_slice(data) }
+        }
+        Borrowed::X86Rdmsr(msr) => {
+            *msr.error = 1;
+            VcpuExit::Rdmsr { index: msr.index, reason: MsrExitReason::bits(&msr.reason) }
+        }
+        Borrowed::X86Wrmsr(msr) => {
+            *msr.error = 1;
+            let reason = MsrExitReason::bits(&msr.reason);
+            VcpuExit::Wrmsr { index: msr.index, value: msr.data, reason }
+        }
         Borrowed::Hlt => VcpuExit::Hlt,
         Borrowed::Shutdown => VcpuExit::Shutdown,
         Borrowed::Intr => VcpuExit::Interrupted,

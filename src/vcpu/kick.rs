@@ -11,6 +11,9 @@
 //!      arrives inside;
 //!   6. looks at the stop word again: set, it leaves; clear, the signal was somebody else's and it goes on.
 //!
+//!   8. may raise the flag itself, to complete an instruction without running on; it sets it to what the word says and
+//!      goes on to point 4, so a kick in between is found there.
+//!
 //! No kick is lost: one that comes after point 4 and before the guest is entered finds the flag of point 2 on
 //! entry; a later one finds the thread inside, where the signal reaches it. None cancels a later run: when the
 //! vCPU is at rest, 7. the flag and the word are cleared under the same lock before it is sent off again.

@@ -1,6 +1,8 @@
 //! One vCPU: its state machine, its thread's loop, the one match over KVM's exits, and the kick.
 
+mod access;
 mod cell;
+mod dispatch;
 mod exit;
 mod fault;
 mod kick;
@@ -9,11 +11,14 @@ mod run;
 mod run_page;
 mod signal;
 mod state;
+mod string_io;
 mod thread;
 
-pub use cell::Cell;
-pub use exit::VcpuExit;
+pub use cell::{Cell, current};
+pub use dispatch::{Dispatch, ExitHook, Observer, Seen, Verdict};
+pub use exit::{Data, ExitKind, VcpuExit};
 pub use registers::{RegisterClass, Vcpu};
+pub(crate) use run::Step;
 pub use signal::{kick_signal, use_signal};
 pub use state::{RunState, VmRunState};
 pub(crate) use thread::{Handle, Shared};

@@ -3,15 +3,17 @@
 use std::sync::Arc;
 
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state,
+    CpuId, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP,
+    KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_guest_debug, kvm_lapic_state,
     kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{SyncReg, VcpuFd};
 
-use super::run::settle;
+use super::dispatch::Dispatch;
+use super::exit::{VcpuExit, owned};
+use super::kick::ImmediateExit;
 use super::run_page::RunPage;
 use crate::debug::Paging;
-use crate::devices::Buses;
 use crate::error::{Error, ErrorKind, Result};
 use crate::vm::GuestMemory;
 
@@ -21,7 +23,7 @@ pub struct Vcpu {
     pub(crate) id: u64,
     pub(crate) fd: VcpuFd,
     pub(crate) page: Arc<RunPage>,
-    pub(crate) buses: Arc<Buses>,
+    pub(crate) dispatch: Arc<Dispatch>,
     /// After `fd`: as long as the guest can run, its memory is there.
     memory: GuestMemory,
     /// KVM_RUN has been called: what CPUID says cannot be changed any more.
@@ -34,6 +36,34 @@ pub struct Vcpu {
     pub(crate) has_page_registers: bool,
     /// How often it had come to rest when it did so last.
     pub(crate) rests: u64,
+    /// An exit that came when an instruction was completed, for the next to enter the guest.
+    pub(crate) waiting: Option<VcpuExit>,
+    /// Its exit is being answered by the program's code, which looks into it.
+    pub(crate) is_lent: bool,
+    /// General registers as they were at the exit, and as that code wants them behind the instruction.
+    pub(crate) changed: Option<Box<Changed>>,
+}
+
+/// What [`Vcpu::changed`] keeps.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Changed {
+    pub(crate) from: kvm_regs,
+    pub(crate) to: kvm_regs,
+}
+
+impl Changed {
+    /// The registers after the instruction, with what was changed.
+    pub(crate) fn over(&self, after: &kvm_regs) -> kvm_regs {
+        let mut regs = *after;
+        let words = bytes_mut(&mut regs).chunks_exact_mut(8);
+        let pairs = bytes(&self.from).chunks_exact(8).zip(bytes(&self.to).chunks_exact(8));
+        for (word, (from, to)) in words.zip(pairs) {
+            if from != to {
+                word.copy_from_slice(to);
+            }
+        }
+        regs
+    }
 }
 
 /// A class of registers: the structure that one pair of ioctls moves.
@@ -78,7 +108,7 @@ impl Vcpu {
         id: u64,
         mut fd: VcpuFd,
         page: Arc<RunPage>,
-        buses: Arc<Buses>,
+        dispatch: Arc<Dispatch>,
         memory: GuestMemory,
     ) -> Self {
         fd.set_sync_valid_reg(SyncReg::Register);
@@ -86,13 +116,16 @@ impl Vcpu {
             id,
             fd,
             page,
-            buses,
+            dispatch,
             memory,
             has_run: false,
             awaits_answer: false,
             is_pending: false,
             has_page_registers: false,
             rests: 0,
+            waiting: None,
+            is_lent: false,
+            changed: None,
         }
     }
 
@@ -128,37 +161,53 @@ impl Vcpu {
     }
 
     /// Complete an access that has been answered, so that the registers are those after the instruction. One that
-    /// waits for its answer shows those before.
+    /// waits for its answer shows those before, as does one whose answer is being found.
     fn complete(&mut self) {
-        if self.awaits_answer {
+        if !self.is_pending || self.awaits_answer || self.is_lent || self.waiting.is_some() {
             return;
         }
-        // Another access of a repeated instruction, or an end, is left to the next run.
-        let _ = settle(self, 1);
-    }
-
-    /// Complete an access for good, with all that a repeated instruction does before it can be left.
-    ///
-    /// # Errors
-    /// [`ErrorKind::State`] when the access waits for its answer.
-    pub(crate) fn settle(&mut self) -> Result<()> {
-        if self.awaits_answer {
-            let at = format!("vcpu_{}", self.id);
-            let detail = "its guest reads, and nobody has answered yet";
-            return Err(Error::new(ErrorKind::State, at, detail));
-        }
-        // KVM leaves a repeated access at every 1,024th step. What ends a guest there has ended it before.
-        let mut steps = 0;
-        while self.is_pending && steps < 2048 {
-            let _ = settle(self, 1);
-            steps += 1;
-        }
-        Ok(())
+        self.page.set(true);
+        let result = self.fd.run().map(|exit| owned(exit, &self.page));
+        self.has_page_registers = true;
+        self.is_pending = false;
+        // Another access of the instruction, or an end, is left to the next entry.
+        self.waiting = result.ok();
     }
 
     /// Its registers are others: what an access was to complete is no more.
     pub(crate) fn forget_access(&mut self) {
         (self.is_pending, self.awaits_answer) = (false, false);
+        (self.waiting, self.changed) = (None, None);
+    }
+
+    /// Complete the instruction whose exit has been answered, and change the registers behind it as the program's code
+    /// wanted. `is_stopped` looks at the stop word.
+    pub(super) fn apply_changes(&mut self, is_stopped: impl Fn() -> bool) {
+        let Some(changed) = self.changed.take() else { return };
+        self.complete();
+        // Kick, point 8: one that came meanwhile has set the word first, and that is looked at before the next entry.
+        self.page.set(is_stopped());
+        let after = changed.over(&self.page.registers());
+        // KVM takes any general registers.
+        if self.fd.set_regs(&after).is_ok() {
+            self.page.set_registers(&after);
+        }
+    }
+
+    /// Have the guest execute the instruction of this exit again.
+    pub(super) fn go_back(&mut self, exit: &VcpuExit) {
+        let Ok(mut to) = self.general() else { return };
+        if exit.is_read() {
+            // All of them, and none as the instruction leaves it.
+            let mut from = to;
+            bytes_mut(&mut from).iter_mut().for_each(|byte| *byte = !*byte);
+            self.changed = Some(Box::new(Changed { from, to }));
+        } else if *exit == VcpuExit::Hlt {
+            to.rip = to.rip.wrapping_sub(1);
+            if self.fd.set_regs(&to).is_ok() {
+                self.page.set_registers(&to);
+            }
+        }
     }
 
     /// Look at a class of registers.
@@ -187,12 +236,20 @@ impl Vcpu {
     /// # Errors
     /// When KVM refuses the new values; they are as before then.
     pub fn store(&mut self, class: RegisterClass, change: impl FnOnce(&mut [u8])) -> Result<()> {
-        self.awaits_answer = false;
+        // Whoever answers the exit still does: its answer is not given up.
+        self.awaits_answer &= self.is_lent;
         self.complete();
         match class {
             RegisterClass::General => {
                 let mut regs: kvm_regs = self.general()?;
+                let from = regs;
                 change(bytes_mut(&mut regs));
+                if self.is_lent && self.is_pending {
+                    // KVM has the instruction half done: it would overwrite them.
+                    let from = self.changed.as_ref().map_or(from, |changed| changed.from);
+                    self.changed = Some(Box::new(Changed { from, to: regs }));
+                    return Ok(());
+                }
                 kvm("KVM_SET_REGS", self.fd.set_regs(&regs))?;
                 self.page.set_registers(&regs);
                 self.has_page_registers = true;
@@ -239,7 +296,10 @@ impl Vcpu {
         }
     }
 
-    fn general(&self) -> Result<kvm_regs> {
+    pub(crate) fn general(&self) -> Result<kvm_regs> {
+        if let Some(changed) = &self.changed {
+            return Ok(changed.to);
+        }
         if self.has_page_registers {
             return Ok(self.page.registers());
         }
@@ -294,6 +354,34 @@ impl Vcpu {
         let table = CpuId::from_entries(entries)
             .map_err(|e| Error::new(ErrorKind::Config, at, format!("{e:?}")))?;
         kvm(at, self.fd.set_cpuid2(&table))
+    }
+
+    /// Have single steps and accesses to linear addresses come out as exits: KVM_SET_GUEST_DEBUG.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Config`] for more breakpoints than the processor's four; when KVM refuses.
+    pub fn debug(&mut self, single_step: bool, breakpoints: &[u64]) -> Result<()> {
+        let at = "KVM_SET_GUEST_DEBUG";
+        let mut debug = kvm_guest_debug::default();
+        let registers = debug.arch.debugreg.iter_mut().take(4);
+        if breakpoints.len() > 4 {
+            let detail = format!("{} breakpoints: the processor has four", breakpoints.len());
+            return Err(Error::new(ErrorKind::Config, at, detail));
+        }
+        registers.zip(breakpoints).for_each(|(register, address)| *register = *address);
+        if single_step {
+            debug.control |= KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP;
+        }
+        if !breakpoints.is_empty() {
+            debug.control |= KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP;
+            // DR7: the bit that is always one, and for each the bit that enables it globally: Intel SDM volume 3, 18.2.4.
+            let enabled = (0..breakpoints.len()).fold(0x400, |dr7, number| dr7 | 2 << (2 * number));
+            if let Some(dr7) = debug.arch.debugreg.get_mut(7) {
+                *dr7 = enabled;
+            }
+        }
+        self.complete();
+        kvm(at, self.fd.set_guest_debug(&debug))
     }
 
     /// How the vCPU translates addresses now.

@@ -1,13 +1,17 @@
 //! One turn of a vCPU: enter the guest, and the one match over every KVM exit. On the vCPU's thread.
 
-use kvm_bindings::{KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
-use kvm_ioctls::VcpuExit;
+use std::time::Instant;
 
+use kvm_bindings::{KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
+
+use super::access;
+use super::cell::Cell;
+use super::dispatch::{Seen, Verdict, Watched};
+use super::exit::{VcpuExit, enter};
 use super::fault;
 use super::kick::ImmediateExit;
 use super::registers::Vcpu;
-use super::run_page::RunPage;
-use crate::devices::{Buses, Flow};
+use crate::devices::Flow;
 use crate::exit_handler::{Exit, ExitReason};
 
 /// What a turn came to.
@@ -17,6 +21,8 @@ pub(crate) enum Step {
     Continue,
     /// A signal came, perhaps a kick: look at the stop word.
     Interrupted,
+    /// A device or a hook ends the run; the guest could go on.
+    Stop,
     /// The guest has ended.
     End(Exit),
 }
@@ -30,17 +36,56 @@ enum Outcome {
 }
 
 /// Enter the guest once and answer its exit.
-pub(crate) fn step(vcpu: &mut Vcpu) -> Step {
-    vcpu.has_run = true;
-    let (outcome, is_pending) = match vcpu.fd.run() {
+pub(crate) fn step(vcpu: &mut Vcpu, cell: &Cell) -> Step {
+    let watched = vcpu.dispatch.watched();
+    if watched.is_observed() {
+        return observed_step(vcpu, cell, watched);
+    }
+    match enter(vcpu) {
+        Ok(exit) => answer(vcpu, cell, &exit, watched),
+        Err(error) => told(vcpu, on_error(error)),
+    }
+}
+
+fn observed_step(vcpu: &mut Vcpu, cell: &Cell, watched: Watched) -> Step {
+    let entered = Instant::now();
+    let result = enter(vcpu);
+    let left = Instant::now();
+    match result {
         Ok(exit) => {
-            let is_access = is_access(&exit);
-            (on_exit(exit, &vcpu.page, &vcpu.buses), is_access)
+            let step = answer(vcpu, cell, &exit, watched);
+            let answered = Instant::now();
+            vcpu.dispatch.saw(&Seen { vcpu: vcpu.id, exit: &exit, entered, left, answered });
+            step
         }
-        Err(error) => (on_error(error), false),
+        Err(error) => {
+            let exit = VcpuExit::Interrupted;
+            vcpu.dispatch.saw(&Seen { vcpu: vcpu.id, exit: &exit, entered, left, answered: left });
+            told(vcpu, on_error(error))
+        }
+    }
+}
+
+fn answer(vcpu: &mut Vcpu, cell: &Cell, exit: &VcpuExit, watched: Watched) -> Step {
+    let hooked = match exit.kind() {
+        Some(kind) if watched.has_hook(kind) => ask_hook(vcpu, cell, exit),
+        _ => None,
     };
-    (vcpu.is_pending, vcpu.awaits_answer) = (is_pending, false);
-    vcpu.has_page_registers = true;
+    let step = match hooked {
+        Some(step) => step,
+        None => {
+            let outcome = on_exit(exit, vcpu, cell);
+            told(vcpu, outcome)
+        }
+    };
+    vcpu.awaits_answer = false;
+    if vcpu.changed.is_some() {
+        vcpu.apply_changes(|| cell.stop.is_set());
+    }
+    step
+}
+
+fn told(vcpu: &mut Vcpu, outcome: Outcome) -> Step {
     match outcome {
         Outcome::Done(step) => step,
         Outcome::Fault(exit, what) => {
@@ -51,55 +96,105 @@ pub(crate) fn step(vcpu: &mut Vcpu) -> Step {
 }
 
 /// Complete an access that has been answered, and at most so many that follow from it, without running the guest on.
-pub(crate) fn settle(vcpu: &mut Vcpu, steps: usize) -> Option<Exit> {
+pub(crate) fn settle(vcpu: &mut Vcpu, cell: &Cell, steps: usize) -> Step {
     for _ in 0..steps {
-        if !vcpu.is_pending {
+        if !vcpu.is_pending && vcpu.waiting.is_none() {
             break;
         }
         vcpu.page.set(true);
-        if let Step::End(exit) = step(vcpu) {
-            return Some(exit);
+        match step(vcpu, cell) {
+            Step::Continue | Step::Interrupted => {}
+            end => return end,
         }
     }
-    None
+    Step::Continue
 }
 
-/// Whether KVM completes this exit's instruction at the next entry.
-fn is_access(exit: &VcpuExit<'_>) -> bool {
-    matches!(
-        exit,
-        VcpuExit::IoIn(..) | VcpuExit::IoOut(..) | VcpuExit::MmioRead(..) | VcpuExit::MmioWrite(..)
-    )
+/// The same until it can be left. KVM leaves a repeated access at every 1,024th step; what ends a guest there does not
+/// end this. What it came to last, but for nothing.
+pub(crate) fn settle_for_good(vcpu: &mut Vcpu, cell: &Cell) -> Step {
+    let mut last = Step::Continue;
+    for _ in 0..2048 {
+        if !vcpu.is_pending && vcpu.waiting.is_none() {
+            break;
+        }
+        match settle(vcpu, cell, 1) {
+            Step::Continue | Step::Interrupted => {}
+            end => last = end,
+        }
+    }
+    last
 }
 
-fn on_exit(exit: VcpuExit<'_>, page: &RunPage, buses: &Buses) -> Outcome {
+/// Let a hook look first; none when the exit is answered as if it had not.
+fn ask_hook(vcpu: &mut Vcpu, cell: &Cell, exit: &VcpuExit) -> Option<Step> {
+    let hook = vcpu.dispatch.hook()?;
+    let id = vcpu.id;
+    let verdict = cell.lend(vcpu, || hook.on_exit(id, exit));
+    match verdict {
+        Verdict::Pass => return None,
+        Verdict::Handled(data) => {
+            if let Some(data) = data {
+                vcpu.page.answer(&data);
+            }
+            vcpu.page.allow_msr();
+        }
+        Verdict::Retry => vcpu.go_back(exit),
+        Verdict::Stop => return Some(Step::Stop),
+    }
+    Some(Step::Continue)
+}
+
+fn on_exit(exit: &VcpuExit, vcpu: &mut Vcpu, cell: &Cell) -> Outcome {
     match exit {
-        VcpuExit::IoIn(port, data) => flow(buses.port_in(port, data, page.io_exit().size)),
-        VcpuExit::IoOut(port, data) => flow(buses.port_out(port, data, page.io_exit().size)),
-        VcpuExit::MmioRead(address, data) => flow(buses.mmio_read(address, data)),
-        VcpuExit::MmioWrite(address, data) => flow(buses.mmio_write(address, data)),
+        VcpuExit::IoIn { port, size, count } => {
+            flow(access::port_in(vcpu, cell, *port, *size, *count))
+        }
+        VcpuExit::IoOut { port, size, data } => {
+            flow(access::port_out(vcpu, cell, *port, *size, data))
+        }
+        VcpuExit::MmioRead { address, length } => {
+            flow(access::mmio_read(vcpu, cell, *address, *length))
+        }
+        VcpuExit::MmioWrite { address, data } => {
+            flow(access::mmio_write(vcpu, cell, *address, data))
+        }
+        // The guest finds a general protection fault, as KVM itself would have given it.
+        VcpuExit::Rdmsr { .. } | VcpuExit::Wrmsr { .. } => Outcome::Done(Step::Continue),
+        _ => end_of(exit, vcpu.page.exit_reason(), || {
+            fault::internal_error(&vcpu.page.internal_error())
+        }),
+    }
+}
+
+/// What an exit that is no access comes to. `internal_error` says what KVM says of one.
+fn end_of(exit: &VcpuExit, number: u32, internal_error: impl FnOnce() -> String) -> Outcome {
+    match exit {
         VcpuExit::Hlt => end(Exit::new(ExitReason::Halt)),
-        VcpuExit::Intr => Outcome::Done(Step::Interrupted),
+        VcpuExit::Interrupted => Outcome::Done(Step::Interrupted),
         VcpuExit::Shutdown => fault(Exit::new(ExitReason::Shutdown), "triple fault".into()),
-        VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _) => end(Exit::new(ExitReason::Reset)),
-        VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _) => end(Exit::new(ExitReason::Shutdown)),
-        VcpuExit::FailEntry(reason, cpu) => fault(
-            Exit::with_code(ExitReason::FailEntry, reason),
+        VcpuExit::SystemEvent { kind: KVM_SYSTEM_EVENT_RESET, .. } => {
+            end(Exit::new(ExitReason::Reset))
+        }
+        VcpuExit::SystemEvent { kind: KVM_SYSTEM_EVENT_SHUTDOWN, .. } => {
+            end(Exit::new(ExitReason::Shutdown))
+        }
+        VcpuExit::FailEntry { reason, cpu } => fault(
+            Exit::with_code(ExitReason::FailEntry, *reason),
             format!(
                 "the processor refused to enter the guest, reason {reason:#x}, on host CPU {cpu}"
             ),
         ),
-        VcpuExit::InternalError => fault(
-            Exit::new(ExitReason::InternalError),
-            fault::internal_error(&page.internal_error()),
-        ),
-        VcpuExit::MemoryFault { flags, gpa, size } => fault(
+        VcpuExit::InternalError { .. } => {
+            fault(Exit::new(ExitReason::InternalError), internal_error())
+        }
+        VcpuExit::MemoryFault { flags, address, size } => fault(
             Exit::new(ExitReason::VcpuError),
-            format!("memory fault at guest-physical {gpa:#x}, {size} bytes, flags {flags:#x}"),
+            format!("memory fault at guest-physical {address:#x}, {size} bytes, flags {flags:#x}"),
         ),
-        VcpuExit::Unsupported(number) => unknown(number),
-        // Exits of other architectures, and those that nothing here has asked KVM for.
-        _ => unknown(page.exit_reason()),
+        VcpuExit::Unknown { number } => unknown(*number),
+        // Exits that nothing here has asked KVM for.
+        _ => unknown(number),
     }
 }
 
@@ -118,6 +213,7 @@ fn on_error(error: kvm_ioctls::Error) -> Outcome {
 fn flow(flow: Flow) -> Outcome {
     match flow {
         Flow::Continue => Outcome::Done(Step::Continue),
+        Flow::Stop => Outcome::Done(Step::Stop),
         Flow::End(exit) => end(exit),
     }
 }
@@ -143,8 +239,8 @@ fn errno_code(errno: i32) -> u64 {
 mod tests {
     use super::*;
 
-    fn outcome(exit: VcpuExit<'_>) -> Outcome {
-        on_exit(exit, &RunPage::blank(), &Buses::default())
+    fn outcome(exit: &VcpuExit) -> Outcome {
+        end_of(exit, 77, String::new)
     }
 
     fn reason(outcome: Outcome) -> (ExitReason, Option<u64>) {
@@ -156,25 +252,23 @@ mod tests {
 
     #[test]
     fn every_end_has_its_reason() {
-        assert_eq!(reason(outcome(VcpuExit::Hlt)), (ExitReason::Halt, None));
-        assert_eq!(reason(outcome(VcpuExit::Shutdown)), (ExitReason::Shutdown, None));
-        assert_eq!(reason(outcome(VcpuExit::FailEntry(33, 0))), (ExitReason::FailEntry, Some(33)));
-        assert_eq!(reason(outcome(VcpuExit::InternalError)), (ExitReason::InternalError, None));
-        let reset = VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, &[]);
-        assert_eq!(reason(outcome(reset)), (ExitReason::Reset, None));
+        assert_eq!(reason(outcome(&VcpuExit::Hlt)), (ExitReason::Halt, None));
+        assert_eq!(reason(outcome(&VcpuExit::Shutdown)), (ExitReason::Shutdown, None));
+        let refused = VcpuExit::FailEntry { reason: 33, cpu: 0 };
+        assert_eq!(reason(outcome(&refused)), (ExitReason::FailEntry, Some(33)));
+        let failed = VcpuExit::InternalError { suberror: 1, instruction: vec![], data: vec![] };
+        assert_eq!(reason(outcome(&failed)), (ExitReason::InternalError, None));
+        let reset = VcpuExit::SystemEvent { kind: KVM_SYSTEM_EVENT_RESET, data: vec![] };
+        assert_eq!(reason(outcome(&reset)), (ExitReason::Reset, None));
     }
 
     #[test]
     fn an_exit_nobody_knows_ends_the_run_with_its_number() {
-        assert_eq!(
-            reason(outcome(VcpuExit::Unsupported(4711))),
-            (ExitReason::UnknownExit, Some(4711))
-        );
-        assert_eq!(reason(outcome(VcpuExit::Hyperv)), (ExitReason::UnknownExit, Some(0)));
-        assert_eq!(
-            reason(outcome(VcpuExit::SystemEvent(99, &[]))),
-            (ExitReason::UnknownExit, Some(0))
-        );
+        let unknown = VcpuExit::Unknown { number: 4711 };
+        assert_eq!(reason(outcome(&unknown)), (ExitReason::UnknownExit, Some(4711)));
+        assert_eq!(reason(outcome(&VcpuExit::IrqWindowOpen)), (ExitReason::UnknownExit, Some(77)));
+        let event = VcpuExit::SystemEvent { kind: 99, data: vec![] };
+        assert_eq!(reason(outcome(&event)), (ExitReason::UnknownExit, Some(77)));
     }
 
     #[test]

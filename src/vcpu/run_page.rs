@@ -6,7 +6,9 @@ use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use kvm_bindings::{KVM_EXIT_IO, KVM_EXIT_MMIO, kvm_regs, kvm_run};
+use kvm_bindings::{
+    KVM_EXIT_IO, KVM_EXIT_MMIO, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, kvm_regs, kvm_run,
+};
 use kvm_ioctls::VcpuFd;
 
 use super::kick::ImmediateExit;
@@ -126,6 +128,14 @@ impl RunPage {
                 let data = unsafe { &raw mut (*mmio).data };
                 (data.cast(), usize::try_from(length).unwrap_or(0).min(8))
             }
+            KVM_EXIT_X86_RDMSR => {
+                // SAFETY: in bounds of the mapping.
+                let register = unsafe { &raw mut (*self.0.as_ptr()).__bindgen_anon_1.msr.data };
+                if data.len() == 8 {
+                    self.allow_msr();
+                }
+                (register.cast(), 8)
+            }
             _ => return 0,
         };
         if data.len() == wanted {
@@ -134,6 +144,14 @@ impl RunPage {
             unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), to, wanted) };
         }
         wanted
+    }
+
+    /// The access to a model-specific register does not fault. Only after its exit, before the next entry.
+    pub(crate) fn allow_msr(&self) {
+        if matches!(self.exit_reason(), KVM_EXIT_X86_RDMSR | KVM_EXIT_X86_WRMSR) {
+            // SAFETY: in bounds; nobody else writes there while the vCPU is out of its guest.
+            unsafe { (&raw mut (*self.0.as_ptr()).__bindgen_anon_1.msr.error).write_volatile(0) };
+        }
     }
 
     /// What KVM says of its last internal error. Only after `KVM_EXIT_INTERNAL_ERROR`, on the vCPU's thread.

@@ -7,14 +7,13 @@ use std::thread::JoinHandle;
 use kvm_ioctls::VcpuFd;
 use parking_lot::Mutex;
 
-use super::cell::{Cell, Order};
-use super::kick::StopWord;
+use super::cell::{Cell, Order, set_current};
+use super::dispatch::Dispatch;
 use super::registers::Vcpu;
 use super::run::{Step, settle, step};
 use super::run_page::RunPage;
 use super::signal::block_other_signals;
 use super::state::{RunState, VmRunState};
-use crate::devices::Buses;
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::{Exit, ExitHandler, ExitReason};
 use crate::vm::GuestMemory;
@@ -33,7 +32,7 @@ pub(crate) struct Shared<EH> {
 
 impl<EH: ExitHandler> Shared<EH> {
     /// A vCPU's guest has ended, or the vCPU failed.
-    fn vcpu_ended(&self, exit: Exit) {
+    pub(crate) fn vcpu_ended(&self, exit: Exit) {
         self.exit.lock().get_or_insert(exit);
         // Its failure leaves nothing to tell: the state below is what the loop looks at next.
         let _ = self.exit_handler.kick();
@@ -49,9 +48,14 @@ pub(crate) struct Handle {
 }
 
 impl Handle {
-    pub(crate) fn new(id: u64, fd: VcpuFd, buses: Arc<Buses>, memory: GuestMemory) -> Result<Self> {
+    pub(crate) fn new(
+        id: u64,
+        fd: VcpuFd,
+        dispatch: Arc<Dispatch>,
+        memory: GuestMemory,
+    ) -> Result<Self> {
         let page = Arc::new(RunPage::new(&fd)?);
-        let vcpu = Vcpu::new(id, fd, Arc::clone(&page), buses, memory);
+        let vcpu = Vcpu::new(id, fd, Arc::clone(&page), dispatch, memory);
         Ok(Self { cell: Arc::new(Cell::new(id, page, vcpu)), thread: None })
     }
 
@@ -87,6 +91,7 @@ impl Handle {
         let name = format!("vcpu_{}", cell.id());
         let run = move || {
             block_other_signals();
+            set_current(&cell);
             serve(&cell, &shared);
         };
         std::thread::Builder::new()
@@ -110,6 +115,17 @@ impl Handle {
         self.cell.hold(Order::Leave);
     }
 
+    /// Whether the caller runs on it.
+    pub(crate) fn is_this_thread(&self) -> bool {
+        let this = std::thread::current().id();
+        self.thread.as_ref().is_some_and(|thread| thread.thread().id() == this)
+    }
+
+    /// A thread that has been told to end and was not joined, because it told so itself.
+    pub(crate) fn take_ending(&mut self) -> Option<JoinHandle<()>> {
+        if self.cell.is_leaving() && !self.is_this_thread() { self.take_thread() } else { None }
+    }
+
     /// The thread, to be joined; in a forked child it does not exist and is to be forgotten.
     pub(crate) fn take_thread(&mut self) -> Option<JoinHandle<()>> {
         self.thread.take()
@@ -120,24 +136,34 @@ impl Handle {
 fn serve<EH: ExitHandler>(cell: &Cell, shared: &Shared<EH>) {
     while let Some(mut vcpu) = cell.next() {
         let guard = PanicGuard { cell, shared };
-        let exit = turn_until_end(&mut vcpu, &cell.stop);
+        let end = turn_until_end(&mut vcpu, cell);
         std::mem::forget(guard);
         cell.put_back(vcpu);
-        if let Some(exit) = exit {
-            shared.vcpu_ended(Exit { vcpu: Some(cell.id()), ..exit });
+        match end {
+            Step::End(exit) => shared.vcpu_ended(Exit { vcpu: Some(cell.id()), ..exit }),
+            // Its failure leaves nothing to tell: the loop looks at what stopped it within a turn.
+            Step::Stop => drop(shared.exit_handler.kick()),
+            Step::Continue | Step::Interrupted => {}
         }
     }
 }
 
-fn turn_until_end(vcpu: &mut Vcpu, stop: &StopWord) -> Option<Exit> {
-    while !stop.is_set() {
-        match step(vcpu) {
+/// Until the guest ends, a device or a hook ends the run, or the stop word is set.
+fn turn_until_end(vcpu: &mut Vcpu, cell: &Cell) -> Step {
+    let mut last = Step::Continue;
+    while !cell.stop.is_set() {
+        last = step(vcpu, cell);
+        match last {
             Step::Continue | Step::Interrupted => {}
-            Step::End(exit) => return Some(exit),
+            Step::Stop => break,
+            Step::End(_) => return last,
         }
     }
     // Looked into, it shall show the registers after the instruction.
-    settle(vcpu, SETTLE_STEPS)
+    match settle(vcpu, cell, SETTLE_STEPS) {
+        Step::Continue | Step::Interrupted => last,
+        end => end,
+    }
 }
 
 /// A panic on a vCPU's thread is a fault of ours, but the run ends all the same.

@@ -66,6 +66,9 @@ pub const BUILT_IN_PORTS: [(&str, RangeInclusive<u16>); 6] = [
     ("COM1", COM1..=COM1 + 7),
 ];
 
+/// Ports that KVM answers itself where it has an interrupt controller and a PIT.
+pub const KERNEL_PORTS: [(u64, u64); 5] = [(0x20, 2), (0x40, 4), (0x61, 1), (0xa0, 2), (0x4d0, 2)];
+
 /// The most vCPUs an xAPIC can number, less the I/O APIC's id.
 pub const MAX_VCPUS: u64 = 254;
 

@@ -1,6 +1,7 @@
 //! `KvmVm`: one KVM virtual machine with its memory slots, interrupt controller and vCPUs.
 //! Any thread may call it; each vCPU's ioctls run on its own thread while that thread lives.
 
+mod interrupts;
 mod kvm;
 pub mod layout;
 mod memory;
@@ -20,6 +21,7 @@ use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use parking_lot::Mutex;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+pub use interrupts::{IRQ_LINES, IoEvent};
 pub use kvm::open_kvm;
 pub use memory::GuestMemory;
 pub(crate) use slots::host_memory;
@@ -29,11 +31,10 @@ pub use view::View;
 use self::vcpus::Vcpus;
 use crate::config::{CpuMode, FlatBoot, VmmConfig};
 use crate::cpu::{cpuid, msrs, regs, tables};
-use crate::devices::Buses;
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::{Exit, ExitHandler};
 use crate::process::Birthplace;
-use crate::vcpu::{self, Handle, RunState, Vcpu, VmRunState};
+use crate::vcpu::{self, Dispatch, Handle, RunState, Vcpu, VmRunState};
 
 /// A KVM virtual machine whose vCPUs tell `EH` when their guest ends.
 pub struct KvmVm<EH: ExitHandler> {
@@ -66,7 +67,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     pub fn new(
         config: &VmmConfig,
         memory: GuestMemory,
-        buses: Arc<Buses>,
+        dispatch: Arc<Dispatch>,
         exit_handler: EH,
     ) -> Result<Self> {
         let kvm = open_kvm()?;
@@ -74,7 +75,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         create_irqchip(&fd, config.has_irqchip(), config.has_pit())?;
         memory.kvm_slots().attach(&fd)?;
         let table = cpuid::guest_cpuid(&kvm, &config.cpu)?;
-        let vcpus = create_vcpus(&kvm, &fd, config, &table, &buses, &memory)?;
+        let vcpus = create_vcpus(&kvm, &fd, config, &table, &dispatch, &memory)?;
         tables::write(&memory, config.mode(), || cpuid::has(&table, "pdpe1gb"))?;
         let shared =
             vcpu::Shared { exit_handler, run_state: RunState::default(), exit: Mutex::new(None) };
@@ -280,6 +281,12 @@ impl<EH: ExitHandler> KvmVm<EH> {
         let _ = self.shared.run_state.set_and_notify(VmRunState::Paused);
     }
 
+    /// Whether this is the thread of one of its vCPUs, in a callback.
+    #[must_use]
+    pub fn has_this_thread(&self) -> bool {
+        self.vcpus.has_this_thread()
+    }
+
     /// Where the machine stands.
     #[must_use]
     pub fn state(&self) -> VmRunState {
@@ -380,7 +387,7 @@ fn create_vcpus(
     fd: &VmFd,
     config: &VmmConfig,
     table: &[kvm_bindings::kvm_cpuid_entry2],
-    buses: &Arc<Buses>,
+    dispatch: &Arc<Dispatch>,
     memory: &GuestMemory,
 ) -> Result<Vec<Handle>> {
     let most = u64::try_from(kvm.get_max_vcpus()).unwrap_or(1);
@@ -392,7 +399,7 @@ fn create_vcpus(
     (0..count)
         .map(|id| {
             let vcpu = create_vcpu(fd, config, table, id, count)?;
-            Handle::new(u64::from(id), vcpu, Arc::clone(buses), memory.clone())
+            Handle::new(u64::from(id), vcpu, Arc::clone(dispatch), memory.clone())
         })
         .collect()
 }

@@ -9,12 +9,11 @@ use parking_lot::{MappedMutexGuard, Mutex};
 use super::vcpus::Vcpus;
 use super::{KvmVm, create_irqchip, create_vm, open_kvm};
 use crate::config::CpuMode;
-use crate::devices::Buses;
 use crate::error::{Error, ErrorKind, Result};
-use crate::exit_handler::ExitHandler;
+use crate::exit_handler::{Exit, ExitHandler};
 use crate::process::Birthplace;
 use crate::snapshot::{Image, Ram, Shape};
-use crate::vcpu::{self, Handle, RunState, Vcpu};
+use crate::vcpu::{self, Dispatch, Handle, RunState, Step, Vcpu, VmRunState};
 use crate::vm::{Backing, GuestMemory, Slot};
 
 impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
@@ -25,7 +24,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     pub(crate) fn of_shape(
         shape: &Shape,
         memory: GuestMemory,
-        buses: &Arc<Buses>,
+        dispatch: &Arc<Dispatch>,
         exit_handler: EH,
     ) -> Result<Self> {
         let kvm = open_kvm()?;
@@ -39,7 +38,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         memory.kvm_slots().attach(&fd)?;
         let vcpu = |id| {
             let vcpu = fd.create_vcpu(id).map_err(|e| Error::kvm("KVM_CREATE_VCPU", e))?;
-            Handle::new(id, vcpu, Arc::clone(buses), memory.clone())
+            Handle::new(id, vcpu, Arc::clone(dispatch), memory.clone())
         };
         let vcpus: Result<Vec<Handle>> = (0..u64::from(shape.vcpus)).map(vcpu).collect();
         let shared =
@@ -76,6 +75,25 @@ impl<EH: ExitHandler> KvmVm<EH> {
     ) -> Result<T> {
         self.check_process()?;
         self.vcpus.at_rest(|vcpus| act(&self.fd, vcpus))
+    }
+
+    /// Complete for good what the vCPUs' last exits began. They are at rest, or on their way there. `tell`: a guest that
+    /// turns out to have ended has ended.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] when one is running, or its exit is not answered yet.
+    pub(crate) fn settle(&self, tell: bool) -> Result<()> {
+        for cell in self.cells() {
+            let step = cell.settle()?;
+            match step {
+                Step::End(exit) if tell && self.state() != VmRunState::Exiting => {
+                    self.shared.vcpu_ended(Exit { vcpu: Some(cell.id()), ..exit });
+                }
+                Step::Stop if tell => drop(self.shared.exit_handler.kick()),
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// The vCPUs have other registers: the guest has not ended, and starts where they say.

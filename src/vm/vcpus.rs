@@ -1,6 +1,7 @@
 //! The vCPUs of one machine and their threads: started, paused, resumed and stopped together.
 
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
 use parking_lot::{MappedMutexGuard, Mutex, MutexGuard};
 
@@ -24,6 +25,11 @@ type Awaited = (Arc<Cell>, u64);
 
 fn awaited(handle: &Handle) -> Awaited {
     (Arc::clone(handle.cell()), handle.cell().rests())
+}
+
+fn join(thread: JoinHandle<()>) {
+    // A panic there has been told by its guard.
+    let _ = thread.join();
 }
 
 fn wait_for(vcpus: &[Awaited]) {
@@ -60,6 +66,9 @@ impl Vcpus {
             let detail = "the machine is being shut down";
             return Err(Error::new(ErrorKind::State, "run", detail));
         }
+        // Shut down from a callback of its own, a thread has not been waited for.
+        let ending: Vec<_> = list.handles.iter_mut().filter_map(Handle::take_ending).collect();
+        MutexGuard::unlocked(&mut list, || ending.into_iter().for_each(join));
         enter(list.handles.iter().any(Handle::has_thread))?;
         list.handles.iter_mut().try_for_each(start)
     }
@@ -125,15 +134,18 @@ impl Vcpus {
             list.stopping += 1;
             let all = list.handles.iter().map(awaited).collect();
             list.handles.iter().for_each(Handle::leave);
-            (all, list.handles.iter_mut().filter_map(Handle::take_thread).collect())
+            let others = list.handles.iter_mut().filter(|handle| !handle.is_this_thread());
+            (all, others.filter_map(Handle::take_thread).collect())
         };
         // One that is driven by hand has another thread.
         wait_for(&all);
-        for thread in threads {
-            // A panic there has been told by its guard.
-            let _ = thread.join();
-        }
+        threads.into_iter().for_each(join);
         self.0.lock().stopping -= 1;
+    }
+
+    /// Whether this is the thread of one of them.
+    pub(super) fn has_this_thread(&self) -> bool {
+        self.0.lock().handles.iter().any(Handle::is_this_thread)
     }
 
     /// In a forked child the threads do not exist.

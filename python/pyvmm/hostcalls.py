@@ -1,0 +1,199 @@
+"""Calls from the guest to Python functions: the host's side of `@vmm.hostcall`.
+
+The guest fills a block in its memory and writes the block's guest-physical address to port 0x7076, as 16 or 32 bits.
+When the instruction is done the block holds the status and the result. `examples/guest/hostcall.c` and `hostcall.s` are
+the guest's side. All numbers are little-endian:
+
+    offset  bytes
+         0      4  the function's number
+         4      4  status: a `HostcallStatus`
+         8      8  result, signed
+        16      4  count of arguments, at most 6
+        20      4  zero
+        24     16  for each argument:
+                       4  kind: 0 unsigned, 1 signed, 2 bytes, 3 a buffer
+                       4  length of bytes or buffer
+                       8  the number, or the guest-physical address
+
+A reading of the port gives the status of the last call of the machine: that of a block which is not in memory cannot be
+written there.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any
+
+from pyvmm.exceptions import GuestMemoryError
+from pyvmm.exits import Stop
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pyvmm._pyvmm import GuestMemory, Vmm
+
+PORT = 0x7076
+_HEAD = struct.Struct("<IIqII")
+_ARGUMENTS = [struct.Struct("<" + "IIQ" * count) for count in range(7)]
+_REPLY = [struct.Struct("<Iq"), struct.Struct("<IQ")]
+_UNSIGNED, _SIGNED, _BYTES, _BUFFER = range(4)
+
+
+class HostcallStatus(IntEnum):
+    """What the guest finds in its block."""
+
+    OK = 0
+    """The function returned; the result is what it returned."""
+    BAD_BLOCK = 1
+    """The block is not in memory, or was written with a width of 1."""
+    NO_SUCH_FUNCTION = 2
+    """No function has this number."""
+    BAD_ARGUMENT = 3
+    """More than 6 arguments, or a kind that there is not."""
+    BAD_MEMORY = 4
+    """Bytes or a buffer that are not all in memory; a buffer lies in one memory slot."""
+    BAD_RESULT = 5
+    """The function returned bytes that do not fit into the call's last buffer, or there is none."""
+    FAILED = 6
+    """The function raised `HostcallError`; the result is its code."""
+
+
+class HostcallError(Exception):
+    """Raise it in a hostcall to have the guest find `HostcallStatus.FAILED` and this code.
+
+    Any other exception ends the run and comes out of `Vmm.run`.
+    """
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class _RefusedError(Exception):
+    """The call is not made; the guest finds the status."""
+
+    def __init__(self, status: HostcallStatus) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+class Hostcalls:
+    """The device behind the port of one machine."""
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self.functions: dict[int, Callable[..., Any]] = {}
+        self._memory = memory
+        self._status = HostcallStatus.OK
+
+    def read(self, _offset: int, size: int) -> int:
+        """Give the status of the last call."""
+        return self._status & ((1 << 8 * size) - 1)
+
+    def write(self, _offset: int, size: int, address: int) -> Stop | None:
+        """Make the call of the block at an address."""
+        memory = self._memory
+        status, value, stop = HostcallStatus.OK, 0, None
+        try:
+            if size == 1:
+                raise _RefusedError(HostcallStatus.BAD_BLOCK)
+            try:
+                number, _, _, count, _ = _HEAD.unpack(memory.read(address, 24))
+            except GuestMemoryError:
+                raise _RefusedError(HostcallStatus.BAD_BLOCK) from None
+            function = self.functions.get(number)
+            if function is None:
+                raise _RefusedError(HostcallStatus.NO_SUCH_FUNCTION)
+            arguments = self._arguments(address + 24, count) if count else []
+            returned = function(*arguments)
+            if isinstance(returned, Stop):
+                stop = returned
+            elif returned is not None:
+                value = self._result(returned, arguments)
+        except _RefusedError as refused:
+            status = refused.status
+        except HostcallError as error:
+            status, value = HostcallStatus.FAILED, error.code
+        self._reply(address, status, value)
+        return stop
+
+    def _arguments(self, address: int, count: int) -> list[int | bytes | memoryview]:
+        if count >= len(_ARGUMENTS):
+            raise _RefusedError(HostcallStatus.BAD_ARGUMENT)
+        memory, arguments = self._memory, list[int | bytes | memoryview]()
+        try:
+            words = _ARGUMENTS[count].unpack(memory.read(address, 16 * count))
+        except GuestMemoryError:
+            raise _RefusedError(HostcallStatus.BAD_BLOCK) from None
+        for at in range(0, 3 * count, 3):
+            kind, length, value = words[at : at + 3]
+            try:
+                if kind == _BYTES:
+                    arguments.append(memory.read(value, length))
+                elif kind == _UNSIGNED:
+                    arguments.append(value)
+                elif kind == _SIGNED:
+                    arguments.append(value - (value >> 63 << 64))
+                elif kind == _BUFFER:
+                    arguments.append(memory.view(value, length))
+                else:
+                    raise _RefusedError(HostcallStatus.BAD_ARGUMENT)
+            except GuestMemoryError:
+                raise _RefusedError(HostcallStatus.BAD_MEMORY) from None
+        return arguments
+
+    @staticmethod
+    def _result(returned: object, arguments: list[int | bytes | memoryview]) -> int:
+        if isinstance(returned, int):
+            return returned
+        if not isinstance(returned, bytes | bytearray | memoryview):
+            raise TypeError(f"a hostcall returns None, an int, bytes or a Stop, not {type(returned).__name__}")
+        buffers = [argument for argument in arguments if isinstance(argument, memoryview)]
+        length = memoryview(returned).nbytes
+        if not buffers or length > buffers[-1].nbytes or buffers[-1].readonly:
+            raise _RefusedError(HostcallStatus.BAD_RESULT)
+        buffers[-1][:length] = memoryview(returned).cast("B")
+        return length
+
+    def _reply(self, address: int, status: HostcallStatus, value: int) -> None:
+        self._status = status
+        if status is HostcallStatus.BAD_BLOCK:
+            return
+        try:
+            reply = _REPLY[value > 0].pack(status, value)
+        except struct.error:
+            raise OverflowError(f"a hostcall's result has 64 bits, {value:#x} has more") from None
+        self._memory.write(address + 4, reply)
+
+
+def _add(vmm: Vmm, number: int | None, function: Callable[..., Any]) -> Callable[..., Any]:
+    if not callable(function):
+        raise TypeError(f"a hostcall is a function, not {type(function).__name__}")
+    _ = vmm.memory.size  # of a machine that is not closed
+    port = vmm._pio_device(PORT)
+    if port is None:
+        port = Hostcalls(vmm.memory)
+        vmm.add_pio_device(PORT, 4, port)
+    elif not isinstance(port, Hostcalls):
+        raise ValueError(f"port {PORT:#x}, where hostcalls are made, is another device's")
+    if number is None:
+        number = next(free for free in range(len(port.functions) + 1) if free not in port.functions)
+    if not 0 <= number < 1 << 32:
+        raise ValueError(f"{number} is not a number of 32 bits")
+    if number in port.functions:
+        raise ValueError(f"hostcall {number} is there already")
+    port.functions[number] = function
+    return function
+
+
+def hostcall(vmm: Vmm, number: int | Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """Do what `Vmm.hostcall` says."""
+    if callable(number):
+        return _add(vmm, None, number)
+    if number is not None and not isinstance(number, int):
+        raise TypeError(f"a hostcall's number is an int, not {type(number).__name__}")
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        return _add(vmm, number, function)
+
+    return decorate

@@ -1,0 +1,227 @@
+//! A Python object as a device on a machine's buses. The accesses come on vCPU threads, through `callback`.
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use pyo3::exceptions::PyTypeError;
+use pyo3::gc::{PyTraverseError, PyVisit};
+use pyo3::prelude::*;
+
+use super::callback::{self, Answer};
+use super::raised::Raised;
+use crate::devices::{Access, Device, Flow};
+use crate::error::{Error, ErrorKind, Result};
+use crate::vcpu::Data;
+
+/// A Python device, its methods looked up when it was added.
+#[derive(Debug)]
+pub(super) struct PythonDevice {
+    object: Py<PyAny>,
+    access: Access,
+    base: u64,
+    methods: Methods,
+    raised: Arc<Raised>,
+    /// What its `save` or `restore` raised, for whoever has asked for it.
+    failed: Mutex<Option<PyErr>>,
+}
+
+#[derive(Debug)]
+struct Methods {
+    read: Option<Py<PyAny>>,
+    write: Option<Py<PyAny>>,
+    read_many: Option<Py<PyAny>>,
+    write_many: Option<Py<PyAny>>,
+    save: Option<Py<PyAny>>,
+    restore: Option<Py<PyAny>>,
+}
+
+fn method(object: &Bound<'_, PyAny>, name: &str) -> PyResult<Option<Py<PyAny>>> {
+    match object.getattr_opt(name)? {
+        None => Ok(None),
+        Some(method) if method.is_none() => Ok(None),
+        Some(method) if method.is_callable() => Ok(Some(method.unbind())),
+        Some(_) => {
+            let class = object.get_type();
+            let text = format!("a device's {name} is a method: that of {} is none", class.name()?);
+            Err(PyTypeError::new_err(text))
+        }
+    }
+}
+
+impl PythonDevice {
+    pub(super) fn new(
+        object: &Bound<'_, PyAny>,
+        access: Access,
+        base: u64,
+        raised: &Arc<Raised>,
+    ) -> PyResult<Self> {
+        let methods = Methods {
+            read: method(object, "read")?,
+            write: method(object, "write")?,
+            read_many: method(object, "read_many")?,
+            write_many: method(object, "write_many")?,
+            save: method(object, "save")?,
+            restore: method(object, "restore")?,
+        };
+        let Methods { read, write, read_many, write_many, .. } = &methods;
+        if [read, write, read_many, write_many].into_iter().all(Option::is_none) {
+            let class = object.get_type();
+            let text = format!("a device needs read() or write(): {} has neither", class.name()?);
+            return Err(PyTypeError::new_err(text));
+        }
+        let (object, raised) = (object.clone().unbind(), Arc::clone(raised));
+        Ok(Self { object, access, base, methods, raised, failed: Mutex::new(None) })
+    }
+
+    pub(super) fn is_at(&self, access: Access, base: u64) -> bool {
+        (self.access, self.base) == (access, base)
+    }
+
+    pub(super) fn object(&self) -> &Py<PyAny> {
+        &self.object
+    }
+
+    /// Where the accesses at an offset come from, for the note of an exception.
+    pub(super) fn place(&self, offset: u64) -> String {
+        let bus = if self.access == Access::Pio { "port" } else { "address" };
+        format!("{bus} {:#x}, offset {offset:#x} of the device", self.base.wrapping_add(offset))
+    }
+
+    pub(super) fn raised(&self) -> &Raised {
+        &self.raised
+    }
+
+    fn flow(answer: Answer, data: &mut [u8]) -> Flow {
+        match answer {
+            Answer::Bytes(bytes) => {
+                // As many: it was checked.
+                data.iter_mut().zip(bytes).for_each(|(to, from)| *to = from);
+                Flow::Continue
+            }
+            Answer::Done => Flow::Continue,
+            Answer::Stop => Flow::Stop,
+        }
+    }
+
+    /// What its `save` or `restore` has raised, once.
+    pub(super) fn take_failure(&self) -> Option<PyErr> {
+        self.failed.lock().take()
+    }
+
+    fn at(&self) -> String {
+        let bus = if self.access == Access::Pio { "pio" } else { "mmio" };
+        format!("{bus} {:#x}", self.base)
+    }
+
+    /// Keep what a method raised, and say that it did.
+    fn keep<T>(&self, what: &str, result: PyResult<T>) -> Result<T> {
+        result.map_err(|error| {
+            let failed = Error::new(ErrorKind::State, self.at(), format!("{what} raised: {error}"));
+            *self.failed.lock() = Some(error);
+            failed
+        })
+    }
+
+    /// # Errors
+    /// [`ErrorKind::State`]: it cannot be in a snapshot.
+    fn stateless<T>(&self, lacking: &str) -> Result<T> {
+        let name = callback::class_of(&self.object);
+        let detail = format!("the {name} there has no {lacking}");
+        let error = Error::new(ErrorKind::State, self.at(), detail);
+        Err(error.hint("a device in a snapshot needs save() -> bytes and restore(bytes)"))
+    }
+
+    pub(super) fn traverse(&self, visit: &PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {
+        let Methods { read, write, read_many, write_many, save, restore } = &self.methods;
+        visit.call(&self.object)?;
+        [read, write, read_many, write_many, save, restore]
+            .into_iter()
+            .try_for_each(|method| visit.call(method))
+    }
+}
+
+impl Device for PythonDevice {
+    fn read(&self, offset: u64, data: &mut [u8]) -> Flow {
+        match (&self.methods.read, &self.methods.read_many) {
+            (Some(read), _) => Self::flow(callback::read(self, read, offset, data.len()), data),
+            (None, Some(_)) => self.read_many(offset, data, data.len()),
+            (None, None) => Flow::Continue,
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> Flow {
+        match (&self.methods.write, &self.methods.write_many) {
+            (Some(write), _) => Self::flow(callback::write(self, write, offset, data), &mut []),
+            (None, Some(_)) => self.write_many(offset, data, data.len()),
+            (None, None) => Flow::Continue,
+        }
+    }
+
+    fn read_many(&self, offset: u64, data: &mut [u8], size: usize) -> Flow {
+        let Some(read_many) = &self.methods.read_many else {
+            let mut elements = data.chunks_mut(size).map(|element| self.read(offset, element));
+            return elements.find(|flow| *flow != Flow::Continue).unwrap_or(Flow::Continue);
+        };
+        Self::flow(callback::read_many(self, read_many, offset, size, data.len()), data)
+    }
+
+    fn write_many(&self, offset: u64, data: &[u8], size: usize) -> Flow {
+        let Some(write_many) = &self.methods.write_many else {
+            let mut elements = data.chunks(size).map(|element| self.write(offset, element));
+            return elements.find(|flow| *flow != Flow::Continue).unwrap_or(Flow::Continue);
+        };
+        Self::flow(callback::write_many(self, write_many, offset, size, data), &mut [])
+    }
+
+    fn save(&self) -> Result<Vec<u8>> {
+        match (&self.methods.save, &self.methods.restore) {
+            (Some(save), Some(_)) => self.keep("save()", callback::save(save)),
+            (Some(_), None) => self.stateless("restore()"),
+            (None, _) => self.stateless("save()"),
+        }
+    }
+
+    fn restore(&self, state: &[u8]) -> Result<()> {
+        match &self.methods.restore {
+            Some(restore) => self.keep("restore()", callback::restore(restore, state)),
+            None => self.stateless("restore()"),
+        }
+    }
+
+    fn gathers(&self) -> bool {
+        self.methods.write_many.is_some()
+    }
+
+    fn calls_out(&self) -> bool {
+        true
+    }
+}
+
+/// What a device gave as the bytes of a read: an int in little-endian order, or bytes.
+pub(super) fn bytes_of(value: &Bound<'_, PyAny>, wanted: usize) -> PyResult<Data> {
+    if let Ok(number) = value.extract::<u64>() {
+        let all = number.to_le_bytes();
+        let (low, high) = all.split_at(wanted.min(all.len()));
+        if high.iter().all(|byte| *byte == 0) {
+            let mut data = Data::from_slice(low);
+            data.resize(wanted, 0);
+            return Ok(data);
+        }
+    }
+    if value.is_instance_of::<pyo3::types::PyInt>() {
+        let bits = 8 * wanted;
+        let text = format!("{} is not a number of {bits} bits", value.repr()?);
+        return Err(pyo3::exceptions::PyOverflowError::new_err(text));
+    }
+    let Ok(bytes) = value.extract::<std::borrow::Cow<'_, [u8]>>() else {
+        let class = value.get_type();
+        let text =
+            format!("an int or bytes are needed for what the guest reads, not {}", class.name()?);
+        return Err(PyTypeError::new_err(text));
+    };
+    if bytes.len() != wanted {
+        let text = format!("the guest reads {wanted} bytes, not {}", bytes.len());
+        return Err(pyo3::exceptions::PyValueError::new_err(text));
+    }
+    Ok(Data::from_slice(&bytes))
+}

@@ -1,0 +1,118 @@
+//! Exit hooks: Python functions that look at a machine's exits before they are answered. They are kept here, and called
+//! through `callback` on the thread of the vCPU that exited.
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use pyo3::gc::{PyTraverseError, PyVisit};
+use pyo3::prelude::*;
+
+use super::callback;
+use super::raised::Raised;
+use super::vcpu::PyVcpu;
+use crate::vcpu::{Cell, ExitHook, ExitKind, VcpuExit, Verdict};
+
+/// The hooks of one kind.
+type Functions = Arc<Vec<Py<PyAny>>>;
+
+/// The hooks of one machine. No Python code runs under its locks.
+#[derive(Debug, Default)]
+pub(super) struct Hooks {
+    functions: Mutex<[Functions; ExitKind::ALL.len()]>,
+    /// The objects that hooks are given, by number.
+    vcpus: Mutex<Vec<(u64, Py<PyVcpu>)>>,
+    /// Model-specific registers whose accesses come out.
+    msrs: Mutex<Vec<u32>>,
+    pub(super) raised: Arc<Raised>,
+}
+
+impl Hooks {
+    pub(super) fn over(raised: Arc<Raised>) -> Self {
+        Self { raised, ..Self::default() }
+    }
+
+    fn change(&self, kind: ExitKind, change: impl FnOnce(&[Py<PyAny>]) -> Vec<Py<PyAny>>) {
+        let mut functions = self.functions.lock();
+        let former = functions.get_mut(kind as usize).map(|of_kind| {
+            let changed = change(of_kind);
+            std::mem::replace(of_kind, Arc::new(changed))
+        });
+        drop(functions);
+        // Outside the lock: it may run Python code.
+        drop(former);
+    }
+
+    pub(super) fn add(&self, py: Python<'_>, kind: ExitKind, function: Py<PyAny>) {
+        self.change(kind, |known| {
+            known.iter().map(|known| known.clone_ref(py)).chain([function]).collect()
+        });
+    }
+
+    /// Remove a hook; whether it was there.
+    pub(super) fn remove(&self, kind: ExitKind, function: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let py = function.py();
+        let known = self.of(kind);
+        // Compared outside the lock, as Python compares: bound methods are made anew each time.
+        let mut at = None;
+        for (number, known) in known.iter().enumerate() {
+            if known.bind(py).eq(function)? {
+                at = Some(number);
+                break;
+            }
+        }
+        let Some(at) = at.and_then(|at| known.get(at)) else { return Ok(false) };
+        self.change(kind, |now| {
+            let others = now.iter().filter(|other| !other.is(at));
+            others.map(|other| other.clone_ref(py)).collect()
+        });
+        Ok(true)
+    }
+
+    /// Remember more registers to filter; all of them.
+    pub(super) fn filter(&self, more: Vec<u32>) -> Vec<u32> {
+        let mut msrs = self.msrs.lock();
+        msrs.extend(more);
+        msrs.sort_unstable();
+        msrs.dedup();
+        msrs.clone()
+    }
+
+    pub(super) fn kinds(&self) -> Vec<ExitKind> {
+        let functions = self.functions.lock();
+        let pairs = ExitKind::ALL.into_iter().zip(functions.iter());
+        pairs.filter(|(_, of_kind)| !of_kind.is_empty()).map(|(kind, _)| kind).collect()
+    }
+
+    pub(super) fn of(&self, kind: ExitKind) -> Functions {
+        self.functions.lock().get(kind as usize).cloned().unwrap_or_default()
+    }
+
+    /// The object for a vCPU.
+    pub(super) fn vcpu(&self, py: Python<'_>, cell: &Arc<Cell>) -> PyResult<Py<PyVcpu>> {
+        let known = self.vcpus.lock();
+        if let Some((_, vcpu)) = known.iter().find(|(known, _)| *known == cell.id()) {
+            return Ok(vcpu.clone_ref(py));
+        }
+        drop(known);
+        let vcpu = PyVcpu::of(py, cell)?;
+        self.vcpus.lock().push((cell.id(), vcpu.clone_ref(py)));
+        Ok(vcpu)
+    }
+
+    pub(super) fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
+        if let Some(functions) = self.functions.try_lock() {
+            // An Arc that a call holds too is visited too seldom: then the machine runs, and is no garbage.
+            functions.iter().flat_map(|of_kind| of_kind.iter()).try_for_each(|f| visit.call(f))?;
+        }
+        if let Some(vcpus) = self.vcpus.try_lock() {
+            vcpus.iter().try_for_each(|(_, vcpu)| visit.call(vcpu))?;
+        }
+        Ok(())
+    }
+}
+
+impl ExitHook for Hooks {
+    fn on_exit(&self, _vcpu: u64, exit: &VcpuExit) -> Verdict {
+        callback::on_exit(self, exit)
+    }
+}

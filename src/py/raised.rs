@@ -1,0 +1,74 @@
+//! What callbacks on vCPU threads leave for the thread that is in `run`: an exception, or the value of a `Stop`.
+
+use parking_lot::Mutex;
+use pyo3::exceptions::PyBaseException;
+use pyo3::gc::{PyTraverseError, PyVisit};
+use pyo3::intern;
+use pyo3::prelude::*;
+
+/// See the module. No Python code runs under its lock.
+#[derive(Debug, Default)]
+pub(super) struct Raised(Mutex<Left>);
+
+#[derive(Debug, Default)]
+struct Left {
+    error: Option<Py<PyBaseException>>,
+    stop: Option<(u64, Py<PyAny>)>,
+}
+
+impl Raised {
+    /// A callback has raised. The first exception comes out of the run; later ones are told in its notes.
+    pub(super) fn raise(&self, py: Python<'_>, error: PyErr) {
+        let error = error.into_value(py);
+        let mut left = self.0.lock();
+        match &left.error {
+            None => left.error = Some(error),
+            Some(first) => {
+                let first = first.clone_ref(py);
+                drop(left);
+                note(py, first.bind(py), error.bind(py));
+            }
+        }
+    }
+
+    /// A callback ends the run with a value.
+    pub(super) fn stop(&self, vcpu: u64, value: Py<PyAny>) {
+        // Kept until the lock is free: dropping one may run Python code.
+        let _later = self.0.lock().stop.replace((vcpu, value));
+    }
+
+    /// Raise what a callback has raised, once.
+    pub(super) fn check(&self, py: Python<'_>) -> PyResult<()> {
+        let error = self.0.lock().error.take();
+        error.map_or(Ok(()), |error| Err(PyErr::from_value(error.into_bound(py).into_any())))
+    }
+
+    /// A run ends with this error: one that a callback has raised besides is told in its notes.
+    pub(super) fn beside(&self, py: Python<'_>, error: PyErr) -> PyErr {
+        let other = self.0.lock().error.take();
+        if let Some(other) = other {
+            note(py, error.value(py), other.bind(py));
+        }
+        error
+    }
+
+    /// The vCPU and the value of a `Stop`, once.
+    pub(super) fn take_stop(&self) -> Option<(u64, Py<PyAny>)> {
+        self.0.lock().stop.take()
+    }
+
+    pub(super) fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
+        let Some(left) = self.0.try_lock() else { return Ok(()) };
+        visit.call(&left.error)?;
+        left.stop.as_ref().map_or(Ok(()), |(_, value)| visit.call(value))
+    }
+}
+
+fn note(py: Python<'_>, error: &Bound<'_, PyBaseException>, other: &Bound<'_, PyBaseException>) {
+    let text = match other.repr() {
+        Ok(repr) => format!("another callback raised {repr}"),
+        Err(_) => "another callback raised, too".to_owned(),
+    };
+    // Fails when memory is short: then the first exception alone has to do.
+    let _ = error.call_method1(intern!(py, "add_note"), (text,));
+}

@@ -1,0 +1,288 @@
+//! A repeated `OUTS` in one piece. KVM comes out for each element; a device that wants them together gets what follows the
+//! first from the guest's memory, and the guest's registers are moved on as the instruction would have moved them.
+//! On the vCPU's thread. Intel SDM volume 2, OUTS and REP.
+
+use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
+
+use super::registers::Vcpu;
+
+const PAGE: u64 = 4096;
+const DIRECTION: u64 = 1 << 10;
+const PROTECTED: u64 = 1;
+const VIRTUAL_8086: u64 = 1 << 17;
+/// The longest instruction.
+const LONGEST: usize = 15;
+
+/// Which segment the elements lie in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Segment {
+    Cs,
+    Ds,
+    Es,
+    Fs,
+    Gs,
+    Ss,
+}
+
+/// A decoded `REP OUTS`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Outs {
+    /// Bytes of an element.
+    size: usize,
+    /// RCX and RSI count with so many bits.
+    address_bits: u32,
+    segment: Segment,
+}
+
+/// All elements of the repeated `OUTS` that the vCPU is in, the first of which has come out with this exit; none where it
+/// is in no such instruction, or this was the last. The guest goes on behind them.
+///
+/// Elements beyond the page of the second are left to the guest: there its rights may be others.
+pub(super) fn gather(vcpu: &mut Vcpu, port: u16, size: usize, first: &[u8]) -> Option<Vec<u8>> {
+    // KVM's emulator has counted the first one already, and the registers came with the exit.
+    let regs = vcpu.general().ok()?;
+    if regs.rcx == 0 || regs.rdx & 0xffff != u64::from(port) {
+        return None;
+    }
+    let sregs = vcpu.fd.get_sregs().ok()?;
+    let bits = code_bits(&sregs, regs.rflags);
+    let code = read_code(vcpu, &regs, &sregs, bits)?;
+    let outs = decode(&code, bits).filter(|outs| outs.size == size)?;
+    let (start, bytes) = span(&outs, &regs, segment(&sregs, outs.segment), bits == 64)?;
+    let paging = crate::debug::Paging::of(&sregs);
+    let physical = vcpu.translate(&paging, start)?;
+    let mut data = vec![0; bytes];
+    vcpu.memory().read(physical, &mut data).ok()?;
+    let count = bytes / size;
+    let after = advance(&outs, &regs, count as u64);
+    vcpu.fd.set_regs(&after).ok()?;
+    vcpu.page.set_registers(&after);
+    // Downwards the bytes of the elements come in memory's order, the elements do not.
+    let is_down = regs.rflags & DIRECTION != 0;
+    let elements = data.chunks_exact(size);
+    let mut all = first.to_vec();
+    if is_down {
+        elements.rev().for_each(|element| all.extend_from_slice(element));
+    } else {
+        elements.for_each(|element| all.extend_from_slice(element));
+    }
+    Some(all)
+}
+
+fn code_bits(sregs: &kvm_sregs, rflags: u64) -> u32 {
+    match () {
+        () if sregs.cr0 & PROTECTED == 0 || rflags & VIRTUAL_8086 != 0 => 16,
+        () if sregs.cs.l != 0 => 64,
+        () if sregs.cs.db != 0 => 32,
+        () => 16,
+    }
+}
+
+fn read_code(vcpu: &Vcpu, regs: &kvm_regs, sregs: &kvm_sregs, bits: u32) -> Option<[u8; LONGEST]> {
+    let base = if bits == 64 { 0 } else { sregs.cs.base };
+    let at = base.checked_add(regs.rip)?;
+    let paging = crate::debug::Paging::of(sregs);
+    let mut code = [0; LONGEST];
+    // Up to the end of its page: a longer one is not gathered.
+    let here = usize::try_from((PAGE - at % PAGE).min(LONGEST as u64)).ok()?;
+    let physical = vcpu.translate(&paging, at)?;
+    vcpu.memory().read(physical, code.get_mut(..here)?).ok()?;
+    Some(code)
+}
+
+fn segment(sregs: &kvm_sregs, name: Segment) -> &kvm_segment {
+    match name {
+        Segment::Cs => &sregs.cs,
+        Segment::Ds => &sregs.ds,
+        Segment::Es => &sregs.es,
+        Segment::Fs => &sregs.fs,
+        Segment::Gs => &sregs.gs,
+        Segment::Ss => &sregs.ss,
+    }
+}
+
+fn decode(code: &[u8; LONGEST], bits: u32) -> Option<Outs> {
+    let (mut is_repeated, mut has_operand_size, mut has_address_size) = (false, false, false);
+    let mut segment = Segment::Ds;
+    for byte in code {
+        match byte {
+            0xf2 | 0xf3 => is_repeated = true,
+            0x66 => has_operand_size = true,
+            0x67 => has_address_size = true,
+            0x2e => segment = Segment::Cs,
+            0x36 => segment = Segment::Ss,
+            0x3e => segment = Segment::Ds,
+            0x26 => segment = Segment::Es,
+            0x64 => segment = Segment::Fs,
+            0x65 => segment = Segment::Gs,
+            0x40..=0x4f if bits == 64 => {} // REX changes nothing here
+            0x6e | 0x6f if is_repeated => {
+                let size = match (byte, bits == 16, has_operand_size) {
+                    (0x6e, _, _) => 1,
+                    (_, true, false) | (_, false, true) => 2,
+                    _ => 4,
+                };
+                let address_bits = match (bits, has_address_size) {
+                    (64, false) => 64,
+                    (16, false) | (32, true) => 16,
+                    _ => 32,
+                };
+                return Some(Outs { size, address_bits, segment });
+            }
+            _ => return None,
+        }
+    }
+    None
+}
+
+fn mask(bits: u32) -> u64 {
+    u64::MAX >> (64 - bits)
+}
+
+/// The linear address and the bytes of the elements left, as far as they lie whole in the page of the next one, and in its
+/// segment.
+fn span(
+    outs: &Outs,
+    regs: &kvm_regs,
+    segment: &kvm_segment,
+    is_long: bool,
+) -> Option<(u64, usize)> {
+    let mask = mask(outs.address_bits);
+    let (size, left, offset) = (outs.size as u64, regs.rcx & mask, regs.rsi & mask);
+    let is_fs_or_gs = matches!(outs.segment, Segment::Fs | Segment::Gs);
+    let base = if is_long && !is_fs_or_gs { 0 } else { segment.base };
+    let next = base.wrapping_add(offset);
+    let within = next % PAGE;
+    if within.checked_add(size).is_none_or(|end| end > PAGE) {
+        return None;
+    }
+    let is_down = regs.rflags & DIRECTION != 0;
+    let room = if is_down { within / size + 1 } else { (PAGE - within) / size };
+    // Up to where the offset would wrap around, or the segment ends.
+    let room = room.min(if is_down { offset / size + 1 } else { (mask - offset) / size });
+    let count = left.min(room);
+    if count == 0 {
+        return None;
+    }
+    if !is_long {
+        let last = if is_down { offset + size - 1 } else { offset + count * size - 1 };
+        // Segments that grow downwards, which nobody uses, are left to the guest.
+        let grows_down = segment.s != 0 && segment.type_ & 0b1100 == 0b0100;
+        if grows_down || last > u64::from(segment.limit) {
+            return None;
+        }
+    }
+    let start = if is_down { next - (count - 1) * size } else { next };
+    Some((start, usize::try_from(count * size).ok()?))
+}
+
+fn advance(outs: &Outs, regs: &kvm_regs, count: u64) -> kvm_regs {
+    let mask = mask(outs.address_bits);
+    let bytes = count * outs.size as u64;
+    let moved = if regs.rflags & DIRECTION != 0 {
+        regs.rsi.wrapping_sub(bytes)
+    } else {
+        regs.rsi.wrapping_add(bytes)
+    };
+    // Registers of 16 bits keep their upper halves; those of 32 bits do not.
+    let keep = if outs.address_bits == 16 { !mask } else { 0 };
+    kvm_regs {
+        rcx: regs.rcx & keep | regs.rcx.wrapping_sub(count) & mask,
+        rsi: regs.rsi & keep | moved & mask,
+        ..*regs
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn code(bytes: &[u8]) -> [u8; LONGEST] {
+        let mut code = [0x90; LONGEST];
+        code[..bytes.len()].copy_from_slice(bytes);
+        code
+    }
+
+    fn outs(size: usize, address_bits: u32, segment: Segment) -> Option<Outs> {
+        Some(Outs { size, address_bits, segment })
+    }
+
+    const FLAT: kvm_segment = kvm_segment {
+        base: 0,
+        limit: u32::MAX,
+        selector: 0,
+        type_: 3,
+        present: 1,
+        dpl: 0,
+        db: 1,
+        s: 1,
+        l: 0,
+        g: 1,
+        avl: 0,
+        unusable: 0,
+        padding: 0,
+    };
+
+    #[test]
+    fn widths_go_by_mode_and_prefixes() {
+        assert_eq!(decode(&code(&[0xf3, 0x6e]), 16), outs(1, 16, Segment::Ds));
+        assert_eq!(decode(&code(&[0xf3, 0x6f]), 16), outs(2, 16, Segment::Ds));
+        assert_eq!(decode(&code(&[0x66, 0xf3, 0x6f]), 16), outs(4, 16, Segment::Ds));
+        assert_eq!(decode(&code(&[0xf3, 0x6f]), 32), outs(4, 32, Segment::Ds));
+        assert_eq!(decode(&code(&[0x67, 0x26, 0xf3, 0x6f]), 32), outs(4, 16, Segment::Es));
+        assert_eq!(decode(&code(&[0xf3, 0x48, 0x6f]), 64), outs(4, 64, Segment::Ds));
+        assert_eq!(decode(&code(&[0xf3, 0x67, 0x6e]), 64), outs(1, 32, Segment::Ds));
+    }
+
+    #[test]
+    fn what_is_no_repeated_outs_is_left_alone() {
+        assert_eq!(decode(&code(&[0x6e]), 16), None);
+        assert_eq!(decode(&code(&[0xf3, 0x6c]), 16), None);
+        assert_eq!(decode(&[0xf3; LONGEST], 64), None);
+        assert_eq!(decode(&code(&[0x48, 0x6e]), 32), None);
+    }
+
+    #[test]
+    fn elements_are_taken_to_the_end_of_the_page() {
+        let elements = Outs { size: 2, address_bits: 32, segment: Segment::Ds };
+        let regs = kvm_regs { rcx: 100, rsi: 0x1ff8, ..Default::default() };
+        assert_eq!(span(&elements, &regs, &FLAT, false), Some((0x1ff8, 8)));
+        let across = kvm_regs { rsi: 0x1fff, ..regs };
+        assert_eq!(span(&elements, &across, &FLAT, false), None);
+        let down = kvm_regs { rsi: 0x1006, rflags: DIRECTION, ..regs };
+        assert_eq!(span(&elements, &down, &FLAT, false), Some((0x1000, 8)));
+        let small = kvm_segment { limit: 0x1ff9, ..FLAT };
+        assert_eq!(span(&elements, &regs, &small, false), None);
+    }
+
+    #[test]
+    fn registers_keep_what_the_width_does_not_reach() {
+        let elements = Outs { size: 1, address_bits: 16, segment: Segment::Ds };
+        let regs = kvm_regs { rcx: 0xabcd_0003, rsi: 0x1234_fffe, ..Default::default() };
+        let after = advance(&elements, &regs, 3);
+        assert_eq!((after.rcx, after.rsi), (0xabcd_0000, 0x1234_0001));
+        let wide = Outs { address_bits: 32, ..elements };
+        let after = advance(&wide, &kvm_regs { rcx: 0xff_0000_0003, ..regs }, 1);
+        assert_eq!(after.rcx, 2);
+    }
+
+    proptest! {
+        #[test]
+        fn a_span_lies_in_one_page_and_nothing_panics(
+            bytes in prop::array::uniform15(any::<u8>()), bits in prop_oneof![Just(16u32), Just(32), Just(64)],
+            rcx in any::<u64>(), rsi in any::<u64>(), rflags in any::<u64>(), base in any::<u64>(), limit in any::<u32>(),
+            size in prop_oneof![Just(1usize), Just(2), Just(4)],
+        ) {
+            let _ = decode(&bytes, bits);
+            let elements = Outs { size, address_bits: bits, segment: Segment::Gs };
+            let regs = kvm_regs { rcx, rsi, rflags, ..Default::default() };
+            let segment = kvm_segment { base, limit, ..FLAT };
+            if let Some((start, length)) = span(&elements, &regs, &segment, bits == 64) {
+                prop_assert!(length > 0 && length % size == 0);
+                prop_assert_eq!(start / PAGE, (start + (length as u64 - 1)) / PAGE);
+                let _ = advance(&elements, &regs, (length / size) as u64);
+            }
+        }
+    }
+}

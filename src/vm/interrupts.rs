@@ -1,0 +1,313 @@
+//! What a device has of a machine besides its bus: interrupt lines and messages, NMIs, eventfds in the kernel, and the
+//! filter of model-specific registers. From any thread.
+
+use kvm_bindings::{KVM_CAP_X86_USER_SPACE_MSR, kvm_enable_cap, kvm_msi};
+use kvm_ioctls::{
+    Cap, IoEventAddress, MsrExitReason, MsrFilterDefaultAction, MsrFilterRange,
+    MsrFilterRangeFlags, NoDatamatch,
+};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{KvmVm, layout};
+use crate::devices::Access;
+use crate::error::{Error, ErrorKind, Result};
+use crate::exit_handler::ExitHandler;
+use crate::vcpu::VmRunState;
+
+/// The pins of the I/O APIC; the first sixteen are the PICs' too.
+pub const IRQ_LINES: u32 = 24;
+
+/// MSI data of a non-maskable interrupt (Intel SDM volume 3, 11.11.2).
+const NMI_DELIVERY: u32 = 4 << 8;
+
+/// The writes that an ioeventfd is signalled by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IoEvent {
+    /// Which bus.
+    pub access: Access,
+    /// The port or guest-physical address.
+    pub address: u64,
+    /// Bytes of a write that matches: 1, 2, 4 or 8; 0 for all writes there.
+    pub length: usize,
+    /// The one value that matches; none for all writes.
+    pub datamatch: Option<u64>,
+}
+
+impl IoEvent {
+    fn check(&self) -> Result<()> {
+        let at = || format!("{:#x}", self.address);
+        let bad = |detail: String| Err(Error::new(ErrorKind::Config, at(), detail));
+        let widest = if self.access == Access::Pio { 4 } else { 8 };
+        if ![0, 1, 2, 4, 8].contains(&self.length) || self.length > widest {
+            return bad(format!("this bus has no writes of {} bytes", self.length));
+        }
+        if self.access == Access::Pio && self.address > 0xffff {
+            return bad("there is no such port".into());
+        }
+        match self.datamatch {
+            Some(_) if self.length == 0 => bad("datamatch needs a length".into()),
+            None if self.length != 0 => bad("a length needs a datamatch".into()),
+            Some(value) if self.length < 8 && value >> (8 * self.length) != 0 => {
+                bad(format!("{value:#x} does not fit into {} bytes", self.length))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
+    fn check_irqchip(&self, at: &str) -> Result<()> {
+        self.check_process()?;
+        if self.irqchip {
+            return Ok(());
+        }
+        let error = Error::new(ErrorKind::State, at, "the machine has no interrupt controller");
+        Err(error.hint("make it with irqchip=True"))
+    }
+
+    /// Check that the machine has an interrupt line.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] without an interrupt controller, [`ErrorKind::Config`] for a line that it has not.
+    pub fn check_irq_line(&self, line: u32) -> Result<()> {
+        self.check_irqchip("irq")?;
+        if line < IRQ_LINES {
+            return Ok(());
+        }
+        let detail = format!("{line} is not from 0 to {}", IRQ_LINES - 1);
+        Err(Error::new(ErrorKind::Config, "irq", detail))
+    }
+
+    /// First port and number of the ports that KVM answers itself.
+    #[must_use]
+    pub fn kernel_ports(&self) -> Vec<(u64, u64)> {
+        if self.irqchip { layout::KERNEL_PORTS.to_vec() } else { Vec::new() }
+    }
+
+    /// Start and bytes of the addresses that memory or KVM itself answers.
+    #[must_use]
+    pub fn kernel_addresses(&self) -> Vec<(u64, u64)> {
+        let mut taken = self.memory.ranges();
+        if self.irqchip {
+            let pages = [layout::IOAPIC, layout::LAPIC].map(|at| (u64::from(at), layout::PAGE));
+            taken.extend(pages);
+        }
+        taken
+    }
+
+    /// Set the level of an interrupt line: KVM_IRQ_LINE.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] without an interrupt controller, [`ErrorKind::Config`] for a line that it has not.
+    pub fn set_irq_line(&self, line: u32, is_high: bool) -> Result<()> {
+        self.check_irq_line(line)?;
+        self.fd.set_irq_line(line, is_high).map_err(|e| Error::kvm("KVM_IRQ_LINE", e))
+    }
+
+    /// Send a message-signalled interrupt: KVM_SIGNAL_MSI. Whether a vCPU took it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] without an interrupt controller; when KVM refuses it.
+    pub fn signal_msi(&self, address: u64, data: u32) -> Result<bool> {
+        self.check_irqchip("msi")?;
+        let [low, high] = [address, address >> 32]
+            .map(|half| u32::try_from(half & 0xffff_ffff).unwrap_or_default());
+        let msi = kvm_msi { address_lo: low, address_hi: high, data, ..Default::default() };
+        let delivered = self.fd.signal_msi(msi).map_err(|e| Error::kvm("KVM_SIGNAL_MSI", e))?;
+        Ok(delivered > 0)
+    }
+
+    /// Send a vCPU a non-maskable interrupt.
+    ///
+    /// # Errors
+    /// When there is no such vCPU, or KVM refuses.
+    pub fn nmi(&self, vcpu: u64) -> Result<()> {
+        self.check_process()?;
+        let found = self.cells().into_iter().find(|cell| cell.id() == vcpu);
+        let Some(cell) = found else {
+            let detail = format!("the machine has no vCPU {vcpu}");
+            return Err(Error::new(ErrorKind::Config, "nmi", detail));
+        };
+        if self.irqchip {
+            let address = u64::from(layout::LAPIC) | vcpu << 12;
+            return self.signal_msi(address, NMI_DELIVERY).map(drop);
+        }
+        // Without an interrupt controller only the vCPU itself takes one, out of its guest.
+        let inject = || cell.with_vcpu(|vcpu| vcpu.fd.nmi().map_err(|e| Error::kvm("KVM_NMI", e)));
+        let is_running = self.state() == VmRunState::Running;
+        match inject() {
+            Err(e) if e.kind == ErrorKind::State && is_running => {
+                self.pause()?;
+                let result = inject();
+                self.resume()?;
+                result
+            }
+            result => result,
+        }
+    }
+
+    /// Have each write of an eventfd pulse an interrupt line, in the kernel: KVM_IRQFD.
+    ///
+    /// # Errors
+    /// As for [`Self::set_irq_line`]; when KVM refuses it, as for an eventfd that does so already.
+    pub fn add_irqfd(&self, event: &EventFd, line: u32) -> Result<()> {
+        self.check_irq_line(line)?;
+        self.fd.register_irqfd(event, line).map_err(|e| Error::kvm("KVM_IRQFD", e))
+    }
+
+    /// Undo [`Self::add_irqfd`].
+    ///
+    /// # Errors
+    /// As for it.
+    pub fn remove_irqfd(&self, event: &EventFd, line: u32) -> Result<()> {
+        self.check_irq_line(line)?;
+        self.fd.unregister_irqfd(event, line).map_err(|e| Error::kvm("KVM_IRQFD", e))
+    }
+
+    /// Have writes of the guest's write an eventfd, in the kernel: KVM_IOEVENTFD. They are no exits.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Config`] for an impossible write; when KVM refuses it, as for one that is taken.
+    pub fn add_ioeventfd(&self, event: &EventFd, on: &IoEvent) -> Result<()> {
+        self.ioeventfd(event, on, true)
+    }
+
+    /// Undo [`Self::add_ioeventfd`].
+    ///
+    /// # Errors
+    /// As for it.
+    pub fn remove_ioeventfd(&self, event: &EventFd, on: &IoEvent) -> Result<()> {
+        self.ioeventfd(event, on, false)
+    }
+
+    fn ioeventfd(&self, event: &EventFd, on: &IoEvent, is_added: bool) -> Result<()> {
+        self.check_process()?;
+        on.check()?;
+        let value = on.datamatch.unwrap_or(0);
+        let result = match on.length {
+            0 => self.tell_ioeventfd(event, on, is_added, NoDatamatch),
+            1 => self.tell_ioeventfd(event, on, is_added, u8::try_from(value).unwrap_or(0)),
+            2 => self.tell_ioeventfd(event, on, is_added, u16::try_from(value).unwrap_or(0)),
+            4 => self.tell_ioeventfd(event, on, is_added, u32::try_from(value).unwrap_or(0)),
+            _ => self.tell_ioeventfd(event, on, is_added, value),
+        };
+        result.map_err(|e| Error::kvm("KVM_IOEVENTFD", e))
+    }
+
+    fn tell_ioeventfd<T: Into<u64>>(
+        &self,
+        event: &EventFd,
+        on: &IoEvent,
+        is_added: bool,
+        datamatch: T,
+    ) -> std::result::Result<(), kvm_ioctls::Error> {
+        let address = match on.access {
+            Access::Pio => IoEventAddress::Pio(on.address),
+            Access::Mmio => IoEventAddress::Mmio(on.address),
+        };
+        if is_added {
+            self.fd.register_ioevent(event, &address, datamatch)
+        } else {
+            self.fd.unregister_ioevent(event, &address, datamatch)
+        }
+    }
+
+    /// Have the accesses to these model-specific registers come out as exits, besides those that KVM does not know:
+    /// KVM_CAP_X86_USER_SPACE_MSR and KVM_X86_SET_MSR_FILTER.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Config`] for more than KVM can filter; [`ErrorKind::Unavailable`] where it cannot.
+    pub fn filter_msrs(&self, msrs: &[u32]) -> Result<()> {
+        self.check_process()?;
+        let has = |cap| self.fd.check_extension(cap);
+        if !has(Cap::X86UserSpaceMsr) || !has(Cap::X86MsrFilter) {
+            let detail = "this KVM has no KVM_CAP_X86_USER_SPACE_MSR and KVM_CAP_X86_MSR_FILTER";
+            return Err(Error::new(ErrorKind::Unavailable, "msrs", detail));
+        }
+        let blocks = blocks(msrs)?;
+        let reasons = MsrExitReason::Unknown | MsrExitReason::Inval | MsrExitReason::Filter;
+        let mut cap = kvm_enable_cap { cap: KVM_CAP_X86_USER_SPACE_MSR, ..Default::default() };
+        cap.args[0] = u64::from(reasons.bits());
+        self.fd.enable_cap(&cap).map_err(|e| Error::kvm("KVM_ENABLE_CAP", e))?;
+        let ranges: Vec<MsrFilterRange<'_>> = blocks
+            .iter()
+            .map(|block| MsrFilterRange {
+                flags: MsrFilterRangeFlags::READ | MsrFilterRangeFlags::WRITE,
+                base: block.base,
+                msr_count: BLOCK,
+                bitmap: &block.allowed,
+            })
+            .collect();
+        self.fd
+            .set_msr_filter(MsrFilterDefaultAction::ALLOW, &ranges)
+            .map_err(|e| Error::kvm("KVM_X86_SET_MSR_FILTER", e))
+    }
+}
+
+/// How many registers one range of the filter spans here, and its bitmap's bytes.
+const BLOCK: u32 = 0x2000;
+const BLOCK_BYTES: usize = 0x400;
+
+/// A range of the filter.
+struct Block {
+    base: u32,
+    /// A zero bit for each register whose accesses come out.
+    allowed: Vec<u8>,
+}
+
+fn blocks(msrs: &[u32]) -> Result<Vec<Block>> {
+    let mut blocks: Vec<Block> = Vec::new();
+    for msr in msrs {
+        let base = msr & !(BLOCK - 1);
+        let at = match blocks.iter().position(|block| block.base == base) {
+            Some(at) => at,
+            None => {
+                blocks.push(Block { base, allowed: vec![0xff; BLOCK_BYTES] });
+                blocks.len() - 1
+            }
+        };
+        let bit = msr - base;
+        let byte = usize::try_from(bit / 8).unwrap_or(0);
+        if let Some(allowed) = blocks.get_mut(at).and_then(|block| block.allowed.get_mut(byte)) {
+            *allowed &= !(1 << (bit % 8));
+        }
+    }
+    let most = usize::try_from(kvm_bindings::KVM_MSR_FILTER_MAX_RANGES).unwrap_or(0);
+    if blocks.len() > most {
+        let detail = format!("{} ranges of registers are more than KVM's {most}", blocks.len());
+        return Err(Error::new(ErrorKind::Config, "msrs", detail));
+    }
+    Ok(blocks)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn on(access: Access, address: u64, length: usize, datamatch: Option<u64>) -> Result<()> {
+        IoEvent { access, address, length, datamatch }.check()
+    }
+
+    #[test]
+    fn impossible_writes_are_refused() {
+        on(Access::Pio, 0x10, 0, None).unwrap();
+        on(Access::Pio, 0xffff, 4, Some(0xffff_ffff)).unwrap();
+        on(Access::Mmio, u64::MAX, 8, Some(u64::MAX)).unwrap();
+        assert!(on(Access::Pio, 0x1_0000, 0, None).is_err());
+        assert!(on(Access::Pio, 0x10, 8, Some(1)).is_err());
+        assert!(on(Access::Mmio, 0x10, 3, Some(1)).is_err());
+        assert!(on(Access::Mmio, 0x10, 1, Some(0x100)).is_err());
+        assert!(on(Access::Mmio, 0x10, 0, Some(1)).is_err());
+        assert!(on(Access::Mmio, 0x10, 1, None).is_err());
+    }
+
+    #[test]
+    fn registers_share_a_range_where_they_are_near() {
+        let found = blocks(&[0x10, 0x11, 0xc000_0080]).unwrap();
+        assert_eq!(found.len(), 2);
+        assert_eq!(found[0].allowed[2], 0b1111_1100);
+        assert_eq!((found[1].base, found[1].allowed[0x10]), (0xc000_0000, 0xfe));
+        let far: Vec<u32> = (0..17).map(|number| number << 16).collect();
+        assert!(blocks(&far).is_err());
+    }
+}

@@ -1,0 +1,401 @@
+"""Exit hooks: every kind of exit, what a hook may answer, and what it may not."""
+
+from __future__ import annotations
+
+import gc
+import struct
+import threading
+import weakref
+from typing import Any
+
+import pytest
+from guests import FWAIT_FOREVER, HALT, SPIN, TRIPLE_FAULT, exit_with, flat, out, read_in
+from pyvmm import (
+    ConfigError,
+    Exit,
+    ExitAction,
+    ExitKind,
+    ExitReason,
+    StateError,
+    Stop,
+    Vcpu,
+    VcpuExit,
+    Vmm,
+    VmRunState,
+    kvm_info,
+)
+
+pytestmark = pytest.mark.kvm
+
+DEADLINE_S = 60
+CONTINUE, RETRY = ExitAction.CONTINUE, ExitAction.RETRY
+
+
+def test_a_hook_sees_ports_before_the_device_and_answers_for_it() -> None:
+    seen: list[VcpuExit] = []
+
+    def hook(vcpu: Vcpu, exit: VcpuExit) -> int | ExitAction | None:
+        seen.append(exit)
+        match exit:
+            case VcpuExit.IoIn(port=0x3FD):
+                return 0x42
+            case VcpuExit.IoOut(port=0x3F8):
+                return CONTINUE
+        return None
+
+    with Vmm(flat(read_in(0x3FD) + b"\xba\xf8\x03\xee" + out(0x3F8, 7) + exit_with(1))) as vmm:
+        assert vmm.on_exit(ExitKind.IO, hook) is hook
+        assert vmm.run(DEADLINE_S) == Exit(ExitReason.CODE, 1, 0)
+        assert vmm.serial.read() == b""
+    shown = [repr(exit) for exit in seen]
+    assert shown == [
+        "VcpuExit.IoIn(port=0x3fd, size=1, count=1)",
+        "VcpuExit.IoOut(port=0x3f8, size=1, data=b'B')",
+        "VcpuExit.IoOut(port=0x3f8, size=1, data=b'\\x07')",
+        "VcpuExit.IoOut(port=0xf4, size=1, data=b'\\x01')",
+    ]
+
+
+def test_a_hook_sees_addresses_without_memory() -> None:
+    # 64 bits: mov rbx, 0xd0000000; mov rax, [rbx]; mov [rbx], ax
+    code = b"\x48\xbb" + struct.pack("<Q", 0xD000_0000) + b"\x48\x8b\x03\x66\x89\x03" + exit_with(1)
+    seen: list[VcpuExit] = []
+
+    def hook(_vcpu: Vcpu, exit: VcpuExit) -> bytes | None:
+        seen.append(exit)
+        return b"abcdefgh" if isinstance(exit, VcpuExit.MmioRead) else None
+
+    with Vmm(flat(code, "long64")) as vmm:
+        vmm.on_exit("mmio", hook)
+        assert vmm.run(DEADLINE_S).code == 1
+        assert [row.address for row in vmm.unanswered] == [0xD000_0000]
+    assert [repr(exit) for exit in seen] == [
+        "VcpuExit.MmioRead(address=0xd0000000, length=8)",
+        "VcpuExit.MmioWrite(address=0xd0000000, data=b'ab')",
+    ]
+
+
+def test_hlt_goes_on_or_ends_the_run() -> None:
+    answers: list[object] = [CONTINUE, Stop({"reason": "tired"}), None]
+    with Vmm(flat(HALT * 3 + exit_with(1))) as vmm:
+        vmm.on_exit("hlt", lambda _vcpu, _exit: answers.pop(0))
+        assert vmm.run(DEADLINE_S) == Exit(ExitReason.STOPPED, vcpu=0, value={"reason": "tired"})
+        assert vmm.state is VmRunState.PAUSED
+        assert vmm.run(DEADLINE_S) == Exit(ExitReason.HALT, vcpu=0)
+
+
+def test_hlt_is_executed_again() -> None:
+    rips: list[int] = []
+
+    def hook(vcpu: Vcpu, _exit: VcpuExit) -> ExitAction:
+        rips.append(vcpu.regs.rip)
+        return RETRY if len(rips) < 3 else CONTINUE
+
+    with Vmm(flat(HALT + exit_with(1))) as vmm:
+        vmm.on_exit("hlt", hook)
+        assert vmm.run(DEADLINE_S).code == 1
+    assert rips == [0x1001] * 3
+
+
+def test_a_read_is_executed_again_and_a_write_is_not() -> None:
+    answers: list[object] = [RETRY, RETRY, 0x33]
+    with Vmm(flat(read_in(0x80) + b"\xe6\xf4")) as vmm:  # out 0xf4, al
+
+        def hook(_vcpu: Vcpu, exit: VcpuExit) -> object:
+            return answers.pop(0) if isinstance(exit, VcpuExit.IoIn) else None
+
+        vmm.on_exit("io", hook)
+        assert vmm.run(DEADLINE_S).code == 0x33
+    with Vmm(flat(out(0x80, 1) + exit_with(1))) as vmm:
+        vmm.on_exit("io", lambda _vcpu, _exit: RETRY)
+        with pytest.raises(ValueError, match="cannot be taken back"):
+            vmm.run(DEADLINE_S)
+
+
+def test_a_triple_fault_is_survived_by_setting_registers() -> None:
+    def hook(vcpu: Vcpu, exit: VcpuExit) -> ExitAction:
+        assert isinstance(exit, VcpuExit.Shutdown)
+        vcpu.regs.rip = 0x2000
+        return CONTINUE
+
+    with Vmm(flat(TRIPLE_FAULT, "long64")) as vmm:
+        vmm.memory.write(0x2000, exit_with(6))
+        start = vmm.vcpus[0].sregs.cr3
+        vmm.on_exit("shutdown", hook)
+        exit = vmm.run(DEADLINE_S)
+        assert start
+    # Hardware KVM resets the processor on a triple fault; an emulating one leaves it as it was.
+    assert exit.code == 6 or exit.is_fault or exit.reason is ExitReason.HALT
+
+
+@pytest.mark.skipif(not kvm_info()["software_kvm"], reason="this KVM executes FWAIT")
+def test_an_emulation_failure_carries_its_bytes_and_is_survived() -> None:
+    seen: list[VcpuExit] = []
+
+    def hook(vcpu: Vcpu, exit: VcpuExit) -> ExitAction:
+        seen.append(exit)
+        vcpu.regs.rip += 1
+        vcpu.memory = None  # type: ignore[attr-defined]
+        return CONTINUE
+
+    def good(vcpu: Vcpu, exit: VcpuExit) -> ExitAction:
+        seen.append(exit)
+        vcpu.regs.update(rip=vcpu.regs.rip + 1)
+        return CONTINUE
+
+    with Vmm(flat(FWAIT_FOREVER[:1] + exit_with(8), "long64")) as vmm:
+        vmm.on_exit("internal-error", hook)
+        with pytest.raises(AttributeError):
+            vmm.run(DEADLINE_S)
+    with Vmm(flat(FWAIT_FOREVER[:1] + exit_with(8), "long64")) as vmm:
+        vmm.on_exit("internal-error", good)
+        assert vmm.run(DEADLINE_S).code == 8
+    exit = seen[-1]
+    assert isinstance(exit, VcpuExit.InternalError)
+    assert exit.suberror == 1
+    assert exit.instruction[:1] == b"\x9b"
+
+
+# 64 bits, ring 0: mov ecx, number; then rdmsr or wrmsr
+def msr(instruction: bytes, number: int) -> bytes:
+    """Access a model-specific register."""
+    return b"\xb9" + struct.pack("<I", number) + instruction
+
+
+RDMSR, WRMSR = b"\x0f\x32", b"\x0f\x30"
+
+
+def test_model_specific_registers_come_out_by_number() -> None:
+    seen: list[str] = []
+
+    def hook(_vcpu: Vcpu, exit: VcpuExit) -> object:
+        seen.append(repr(exit))
+        match exit:
+            case VcpuExit.Rdmsr(index=0x10):
+                return 0x1122334455667788
+            case VcpuExit.Wrmsr():
+                return CONTINUE
+        return None
+
+    # mov eax, 5; mov edx, 6; wrmsr 0x7777 (which KVM does not know); rdmsr 0x10 (which it does); leave
+    code = (
+        b"\xb8\x05\0\0\0\xba\x06\0\0\0"
+        + msr(WRMSR, 0x7777_0000)
+        + msr(RDMSR, 0x10)
+        + b"\x89\xc3\x89\xd1"
+        + exit_with(1)
+    )
+    with Vmm(flat(code, "long64")) as vmm:
+        vmm.on_exit("msr", hook, msrs=[0x10])
+        assert vmm.run(DEADLINE_S).code == 1
+        regs = vmm.vcpus[0].regs
+        assert (regs.rbx, regs.rcx) == (0x55667788, 0x11223344)
+    assert seen == [
+        "VcpuExit.Wrmsr(index=0x77770000, value=25769803781, reason='unknown')",
+        "VcpuExit.Rdmsr(index=0x10, reason='filter')",
+    ]
+
+
+def test_a_register_that_no_hook_answers_faults_as_before() -> None:
+    with Vmm(flat(msr(RDMSR, 0x7777_0000) + exit_with(1), "long64")) as vmm:
+        vmm.on_exit("msr", lambda _vcpu, _exit: None)
+        assert vmm.run(DEADLINE_S).reason is ExitReason.SHUTDOWN, "a fault without an IDT"
+
+
+def test_filters_of_several_hooks_add_up_and_have_a_bound() -> None:
+    seen: list[int] = []
+    code = msr(RDMSR, 0x10) + msr(RDMSR, 0xC000_0102) + exit_with(1)
+    with Vmm(flat(code, "long64")) as vmm:
+        vmm.on_exit("msr", lambda _vcpu, exit: seen.append(exit.index), msrs=[0x10])
+        vmm.on_exit("msr", lambda _vcpu, _exit: 0, msrs=[0xC000_0102])
+        assert vmm.run(DEADLINE_S).code == 1
+        with pytest.raises(ConfigError, match="ranges"):
+            vmm.on_exit("msr", print, msrs=[number << 16 for number in range(17)])
+        with pytest.raises(ValueError, match="msrs goes with"):
+            vmm.on_exit("io", print, msrs=[1])
+    assert seen == [0x10, 0xC000_0102]
+
+
+def test_single_steps_come_out_as_debug_exits() -> None:
+    rips: list[int] = []
+
+    def hook(vcpu: Vcpu, exit: VcpuExit) -> ExitAction:
+        assert isinstance(exit, VcpuExit.Debug)
+        rips.append(vcpu.regs.rip)
+        if len(rips) == 3:
+            vcpu.debug()
+        return CONTINUE
+
+    with Vmm(flat(b"\x90" * 5 + exit_with(1), "long64")) as vmm:
+        vmm.vcpus[0].debug(single_step=True)
+        vmm.on_exit(ExitKind.DEBUG, hook)
+        assert vmm.run(DEADLINE_S).code == 1
+    assert rips == [0x1001, 0x1002, 0x1003]
+
+
+def test_breakpoints_come_out_as_debug_exits() -> None:
+    stops: list[tuple[int, int]] = []
+
+    def hook(vcpu: Vcpu, exit: VcpuExit) -> ExitAction:
+        assert isinstance(exit, VcpuExit.Debug)
+        stops.append((exit.pc, vcpu.regs.rip))
+        vcpu.debug()
+        return CONTINUE
+
+    with Vmm(flat(b"\x90" * 5 + exit_with(1), "long64")) as vmm:
+        vmm.vcpus[0].debug(breakpoints=[0x1003])
+        vmm.on_exit("debug", hook)
+        assert vmm.run(DEADLINE_S).code == 1
+        with pytest.raises(ConfigError, match="four"):
+            vmm.vcpus[0].debug(breakpoints=range(5))
+    assert stops == [(0x1003, 0x1003)]
+
+
+def test_without_a_hook_a_debug_exit_ends_the_run_by_its_number() -> None:
+    with Vmm(flat(b"\x90" * 5 + exit_with(1), "long64")) as vmm:
+        vmm.vcpus[0].debug(single_step=True)
+        assert vmm.run(DEADLINE_S)[:2] == (ExitReason.UNKNOWN_EXIT, 4)
+
+
+def test_hooks_of_a_kind_are_asked_in_order_until_one_answers() -> None:
+    asked: list[str] = []
+
+    def first(_vcpu: Vcpu, _exit: VcpuExit) -> None:
+        asked.append("first")
+
+    def second(_vcpu: Vcpu, exit: VcpuExit) -> int | None:
+        asked.append("second")
+        return 9 if isinstance(exit, VcpuExit.IoIn) else None
+
+    def third(_vcpu: Vcpu, _exit: VcpuExit) -> None:
+        asked.append("third")
+
+    with Vmm(flat(read_in(0x80) + b"\xe6\xf4")) as vmm:
+        for hook in (first, second, third):
+            vmm.on_exit("io", hook)
+        assert vmm.run(DEADLINE_S).code == 9
+    assert asked == ["first", "second", "first", "second", "third"]
+
+
+def test_hooks_are_removed_also_bound_methods() -> None:
+    class Hooks:
+        def __init__(self) -> None:
+            self.seen = 0
+
+        def on_io(self, _vcpu: Vcpu, _exit: VcpuExit) -> None:
+            self.seen += 1
+
+    hooks = Hooks()
+    with Vmm(flat(out(0x80, 1) + out(0x80, 2) + exit_with(1))) as vmm:
+        vmm.on_exit("io", hooks.on_io)
+
+        @vmm.on_exit("io")
+        def last(_vcpu: Vcpu, _exit: VcpuExit) -> None:
+            vmm.off_exit("io", hooks.on_io)
+            vmm.off_exit("io", last)
+
+        assert vmm.run(DEADLINE_S).code == 1
+        with pytest.raises(ValueError, match="no hook"):
+            vmm.off_exit("io", last)
+    assert hooks.seen == 1
+
+
+def test_a_hook_added_while_the_guest_runs_takes_effect() -> None:
+    seen = threading.Event()
+    with Vmm(flat(b"\xe6\x80\xeb\xfc")) as vmm:  # out 0x80, al; jmp -4
+        vmm.start()
+        vmm.on_exit("io", lambda _vcpu, _exit: seen.set())
+        while not seen.is_set():
+            assert vmm.wait(0.001) is None
+        vmm.stop()
+        vmm.wait(DEADLINE_S)
+
+
+def test_an_exception_in_a_hook_ends_the_run_and_says_where() -> None:
+    def hook(_vcpu: Vcpu, _exit: VcpuExit) -> None:
+        raise LookupError("here")
+
+    with Vmm(flat(out(0x80, 1) + exit_with(1))) as vmm:
+        vmm.on_exit("io", hook)
+        with pytest.raises(LookupError, match="here") as raised:
+            vmm.run(DEADLINE_S)
+        assert raised.value.__notes__[0].startswith("in a hook of an exit of kind io, vCPU 0, guest RIP 0x100")
+        vmm.off_exit("io", hook)
+        assert vmm.run(DEADLINE_S).code == 1
+
+
+@pytest.mark.parametrize("answer", [7, b"", "x", object(), True], ids=repr)
+def test_what_a_hook_cannot_answer_is_an_error_of_the_run(answer: Any) -> None:
+    with Vmm(flat(HALT + exit_with(1))) as vmm:
+        vmm.on_exit("hlt", lambda _vcpu, _exit: answer)
+        with pytest.raises(TypeError, match="reads nothing"):
+            vmm.run(DEADLINE_S)
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"), [(256, OverflowError), (-1, OverflowError), (b"ab", ValueError), ("x", TypeError)]
+)
+def test_a_read_that_a_hook_answers_wrongly_is_an_error_of_the_run(answer: Any, error: type[Exception]) -> None:
+    with Vmm(flat(read_in(0x80) + exit_with(1))) as vmm:
+        vmm.on_exit("io", lambda _vcpu, _exit: answer)
+        with pytest.raises(error):
+            vmm.run(DEADLINE_S)
+
+
+def test_a_hook_answers_through_the_vcpu() -> None:
+    def hook(vcpu: Vcpu, exit: VcpuExit) -> ExitAction | None:
+        if isinstance(exit, VcpuExit.IoIn):
+            vcpu.answer(0x21)
+            return CONTINUE
+        return None
+
+    with Vmm(flat(read_in(0x80) + b"\xe6\xf4")) as vmm:
+        vmm.on_exit("io", hook)
+        assert vmm.run(DEADLINE_S).code == 0x21
+
+
+@pytest.mark.parametrize("kind", ["nonsense", "", "IO"])
+def test_kinds_that_there_are_not_are_refused(kind: str) -> None:
+    with Vmm(flat(HALT)) as vmm:
+        with pytest.raises(ValueError, match="is not one of io, mmio"):
+            vmm.on_exit(kind, print)
+        with pytest.raises(ValueError, match="is not one of io, mmio"):
+            vmm.off_exit(kind, print)
+
+
+@pytest.mark.parametrize(("kind", "function"), [(7, print), (None, print), ("io", 7), ("io", "x")])
+def test_arguments_of_the_wrong_type_are_refused(kind: Any, function: Any) -> None:
+    with Vmm(flat(HALT)) as vmm, pytest.raises(TypeError):
+        vmm.on_exit(kind, function)
+
+
+def test_a_closed_machine_takes_no_hooks() -> None:
+    vmm = Vmm(flat(HALT))
+    vmm.close()
+    with pytest.raises(StateError, match="closed"):
+        vmm.on_exit("io", print)
+
+
+def test_a_hook_that_stops_every_exit_does_not_hang_the_close() -> None:
+    with Vmm(flat(b"\xe6\x80\xeb\xfc")) as vmm:
+        vmm.on_exit("io", lambda _vcpu, _exit: Stop(1))
+        for _ in range(50):
+            assert vmm.run(DEADLINE_S).value == 1
+
+
+def test_retrying_for_ever_is_ended_by_the_host() -> None:
+    with Vmm(flat(read_in(0x80) + SPIN)) as vmm:
+        vmm.on_exit("io", lambda _vcpu, _exit: RETRY)
+        assert vmm.run(0.05).reason is ExitReason.TIMEOUT
+
+
+def test_machines_in_cycles_with_their_hooks_are_collected() -> None:
+    def cycle() -> weakref.ref[Vmm]:
+        vmm = Vmm(flat(out(0x80, 1) + exit_with(5)))
+        vmm.on_exit("io", lambda _vcpu, _exit: vmm.state and None)
+        assert vmm.run(DEADLINE_S).code == 5
+        return weakref.ref(vmm)
+
+    reference = cycle()
+    gc.collect()
+    assert reference() is None
