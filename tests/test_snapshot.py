@@ -260,10 +260,10 @@ def test_two_vcpus_go_on_together() -> None:
             machine.close()
 
 
-# Two vCPUs, 64 bits, ring 3: each counts to a million in a register and in memory of its own, and then both at 0x6000;
-# the second to come there ends the machine.
+# Two vCPUs, 64 bits, ring 3: each counts to 100 million in a register and in memory of its own, and then both meet at
+# 0x6000; the second to come there ends the machine.
 TWO_COUNT = (
-    b"\xb9\x40\x42\x0f\x00"  #  mov ecx, 1000000
+    b"\xb9\x00\xe1\xf5\x05"  #  mov ecx, 100000000
     b"\x89\xfe\xc1\xe6\x0c"  #  mov esi, edi; shl esi, 12
     # back:
     b"\xff\x86\x00\x70\x00\x00"  #  inc dword [rsi + 0x7000]
@@ -283,7 +283,7 @@ def test_two_vcpus_interrupted_count_to_the_same_end() -> None:
         for snapshot in snapshots:
             with snapshot.fork() as fork:
                 assert fork.run(DEADLINE_S).code == 3
-                assert [fork.memory.read(at, 4) for at in (0x7000, 0x8000)] == [struct.pack("<I", 1_000_000)] * 2
+                assert [fork.memory.read(at, 4) for at in (0x7000, 0x8000)] == [struct.pack("<I", 100_000_000)] * 2
 
 
 # Real mode with an interrupt controller: IRQ 4 at vector 0x24, whose handler sends back what the serial port received.

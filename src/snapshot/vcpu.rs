@@ -4,8 +4,8 @@ use std::sync::OnceLock;
 
 use kvm_bindings::{
     CpuId, KVM_CAP_SREGS2, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_debugregs,
-    kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_sregs2, kvm_vcpu_events,
-    kvm_xcrs, kvm_xsave,
+    kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_sregs, kvm_sregs2, kvm_vcpu_events, kvm_xcrs,
+    kvm_xsave,
 };
 use kvm_ioctls::{Cap, VmFd};
 use parking_lot::RwLock;
@@ -38,10 +38,13 @@ pub(crate) struct Classes {
 
 impl Classes {
     pub(crate) fn of(vm: &VmFd, has_lapic: bool) -> Self {
-        let xsave = usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
-        static HAS_SREGS2: OnceLock<bool> = OnceLock::new();
-        let has_sregs2 = *HAS_SREGS2
-            .get_or_init(|| vm.check_extension_raw(libc::c_ulong::from(KVM_CAP_SREGS2)) > 0);
+        // The same for all machines of a process: nothing here asks for permission to use more of xsave.
+        static ASKED: OnceLock<(usize, bool)> = OnceLock::new();
+        let (xsave, has_sregs2) = *ASKED.get_or_init(|| {
+            let xsave = usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
+            let sregs2 = vm.check_extension_raw(libc::c_ulong::from(KVM_CAP_SREGS2));
+            (xsave, sregs2 > 0)
+        });
         Self { has_sregs2, xsave_size: xsave.max(size_of::<kvm_xsave>()), has_lapic }
     }
 }
@@ -88,7 +91,7 @@ pub(crate) fn capture(vcpu: &Vcpu, number: u16, classes: Classes) -> Result<Reco
         cpuid.as_slice().iter().flat_map(|entry| bytes(entry).to_vec()).collect();
     keep(Kind::Cpuid, &entries);
     keep(Kind::MpState, bytes(&kvm("KVM_GET_MP_STATE", fd.get_mp_state())?));
-    keep(Kind::Regs, bytes(&kvm("KVM_GET_REGS", fd.get_regs())?));
+    keep(Kind::Regs, bytes(&vcpu.general()?));
     if classes.has_sregs2 {
         let mut sregs = kvm_sregs2::default();
         // SAFETY: KVM fills the structure it is given.
@@ -202,12 +205,13 @@ pub(crate) fn apply(
         }
     }
     let fd = &vcpu.fd;
-    kvm(
-        "KVM_SET_MP_STATE",
-        fd.set_mp_state(plain::<kvm_mp_state>("mp_state", one(Kind::MpState)?)?),
-    )?;
-    let regs: kvm_regs = plain("regs", one(Kind::Regs)?)?;
-    kvm("KVM_SET_REGS", fd.set_regs(&regs))?;
+    // Without a LAPIC a vCPU has no other.
+    if classes.has_lapic {
+        kvm(
+            "KVM_SET_MP_STATE",
+            fd.set_mp_state(plain::<kvm_mp_state>("mp_state", one(Kind::MpState)?)?),
+        )?;
+    }
     if let Some(sregs) = get(records, Kind::Sregs2, number).filter(|_| classes.has_sregs2) {
         let sregs: kvm_sregs2 = plain("sregs2", sregs)?;
         // SAFETY: KVM reads the structure it is given.
@@ -229,8 +233,8 @@ pub(crate) fn apply(
     set_msrs(vcpu, one(Kind::Msrs)?)?;
     let events: kvm_vcpu_events = plain("events", one(Kind::Events)?)?;
     kvm("KVM_SET_VCPU_EVENTS", fd.set_vcpu_events(&events))?;
-    vcpu.page.set_registers(&regs);
-    vcpu.has_page_registers = true;
+    // With the next entry: one call less.
+    vcpu.enter_with(&plain("regs", one(Kind::Regs)?)?);
     Ok(())
 }
 
@@ -305,6 +309,7 @@ fn set_msrs(vcpu: &Vcpu, state: &[u8]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use kvm_bindings::kvm_regs;
     use proptest::prelude::*;
 
     #[test]

@@ -174,6 +174,13 @@ impl Vcpu {
         self.waiting = result.ok();
     }
 
+    /// Have these general registers from the next entry on.
+    pub(crate) fn enter_with(&mut self, registers: &kvm_regs) {
+        self.page.set_registers(registers);
+        self.fd.set_sync_dirty_reg(SyncReg::Register);
+        self.has_page_registers = true;
+    }
+
     /// Its registers are others: what an access was to complete is no more.
     pub(crate) fn forget_access(&mut self) {
         (self.is_pending, self.awaits_answer) = (false, false);
