@@ -1459,7 +1459,8 @@ class Vmm:
     ) -> Callable[[_H], _H]:
         """Have a function look at each exit of a kind before it is answered: `function(vcpu, exit)`.
 
-        It is called on the vCPU's thread and takes effect at the next exit. It returns None for the usual answer, an `ExitAction`, a `Stop`, or for a read
+        It is called on the vCPU's thread and takes effect at the next exit. It returns None for the usual answer, an
+        `ExitAction`, a `Stop`, or for a read
         what the guest reads. Without a function this is a decorator. Hooks of a kind are asked in the order they were
         added.
 

@@ -20,6 +20,8 @@ from pyvmm.exceptions import StreamError
 from pyvmm.exits import Exit, ExitReason
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pyvmm.config import SerialConfig, VmmConfig
 
 STDIN, STDOUT, STDERR = 0, 1, 2
@@ -39,11 +41,20 @@ class Status(IntEnum):
 
 def run_machine(config: VmmConfig, timeout: float | None, as_json: bool) -> int:
     """Run to the end and return the exit status."""
-    typing = os.isatty(STDIN) and config.serial.input is None
+
+    def build(serial: SerialConfig) -> Vmm:
+        return _build(msgspec.structs.replace(config, serial=serial))
+
+    return run_with(config.serial, build, timeout, as_json)
+
+
+def run_with(serial: SerialConfig, build: Callable[[SerialConfig], Vmm], timeout: float | None, as_json: bool) -> int:
+    """Run the machine that `build` makes with its console at the terminal; the exit status."""
+    typing = os.isatty(STDIN) and serial.input is None
     with ExitStack() as stack:
         keys, pipe = _pipe(stack) if typing else (STDIN, -1)
-        serial = _console(config.serial, keys, STDERR if as_json else STDOUT)
-        vmm = stack.enter_context(_build(msgspec.structs.replace(config, serial=serial)))
+        console = _console(serial, keys, STDERR if as_json else STDOUT)
+        vmm = stack.enter_context(build(console))
         keyboard = terminal.Keyboard(STDIN, pipe, vmm.stop) if typing else None
         if keyboard:
             print(f"pyvmm: {terminal.HELP}", file=sys.stderr, flush=True)
