@@ -33,8 +33,8 @@ lint: setup ## Formatting, lints, types, stubs
 rust: setup ## The Rust tests, without Python
 	cargo test --quiet --no-default-features
 
-loom: setup ## The kick protocol in every order of its steps
-	RUSTFLAGS="--cfg loom" cargo test --quiet --release --no-default-features --lib --target-dir target/loom vcpu::kick
+loom: setup ## The kick protocols in every order of their steps
+	RUSTFLAGS="--cfg loom" cargo test --quiet --release --no-default-features --lib --target-dir target/loom -- vcpu::kick event::calls
 
 linux: ## Build the Linux that the tests boot, once, outside the checkout
 	@tests/linux/build.sh >/dev/null || echo "pyvmm: the tests that boot Linux are left out" >&2
@@ -49,7 +49,7 @@ bench: setup ## Benchmarks: ratios against the physical limit; BENCH_JSON=FILE w
 	python -m benches $(BENCH)
 
 stress: setup ## The long runs of the stress tests
-	PYVMM_STRESS_S=30 pytest --quiet tests/stress --timeout 3600
+	PYVMM_STRESS_S=30 pytest --quiet tests/stress tests/test_event_manager_model.py --timeout 3600
 
 audit: setup ## Known vulnerabilities and licences of the dependencies
 	@scripts/if_there cargo-deny cargo deny --log-level error check

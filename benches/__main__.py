@@ -6,18 +6,23 @@ import sys
 
 from pyvmm import VmmError
 
-from benches import control, footprint, imports, jitter, linux, loop, machines, memory, snapshot
+from benches import control, devices, footprint, imports, jitter, linux, loop, machines, memory, snapshot
 from benches.measure import Benchmark, Result, UnmeasurableError, report
 
 BENCHMARKS: dict[str, Benchmark] = {
     "pio-exit": machines.pio_exits,
     "create-run-close": machines.lives,
     "run-once": control.exits_by_hand,
+    "device": devices.accesses,
+    "hook": devices.hooks,
+    "hostcall": devices.hostcalls,
+    "doorbell": devices.doorbells,
     "pause": control.pauses,
     "registers": control.registers,
     "memory": memory.copies,
     "footprint": footprint.footprints,
     "loop": loop.dispatches,
+    "loop-floor": loop.floors,
     "loop-scaling": loop.scaling,
     "loop-calls": loop.calls,
     "asyncio": jitter.jitter,

@@ -12,7 +12,8 @@ from benches.measure import UnmeasurableError, compiled
 @cache
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(compiled(Path(__file__).with_name("bare_kvm.c")))
-    for function in (library.time_run, library.time_cycles, library.time_kicks, library.leave_machines):
+    for name in ("time_run", "time_cycles", "time_kicks", "time_rings", "leave_machines"):
+        function = getattr(library, name)
         function.restype = ctypes.c_double
     return library
 
@@ -32,6 +33,11 @@ def time_kicks(code: bytes, kicks: int, microseconds: int) -> list[float]:
     seconds = (ctypes.c_double * kicks)()
     _checked(_library().time_kicks(code, len(code), kicks, microseconds, seconds))
     return list(seconds)
+
+
+def time_rings(code: bytes, port: int, rings: int) -> float:
+    """Seconds of a run whose guest rings an ioeventfd so often, each answered by an epoll loop."""
+    return _checked(_library().time_rings(code, len(code), port, rings))
 
 
 def leave_machines(code: bytes, count: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import json
 import resource
 import select
@@ -33,24 +34,29 @@ FILES = 17_000
 
 
 class Links:
-    """Eventfds and the callbacks that read and write them."""
+    """Eventfds and the callbacks that read and write them; each is dispatched as often as the others."""
 
     def __init__(self, registered: int, ready: int, dispatches: int, stop: Callable[[], object]) -> None:
         gc.collect()  # the links of the run before are a cycle
-        self.fds = [EventFd() for _ in range(registered)]
-        self.left = dispatches
+        self.is_over = False
         self.stop = stop
-        self.callbacks = [self.link(fd) for fd in self.fds]
+        self.fds = [EventFd() for _ in range(registered)]
+        self.callbacks = [self.link(fd, dispatches // ready) for fd in self.fds]
         for fd in self.fds[:ready]:
             fd.write()
 
-    def link(self, fd: EventFd) -> Callable[..., None]:
+    def end(self) -> None:
+        self.is_over = True
+        self.stop()
+
+    def link(self, fd: EventFd, left: int) -> Callable[..., None]:
         def callback(_events: object = None, _ops: object = None) -> None:
+            nonlocal left
             fd.read()
             fd.write(1)
-            self.left -= 1
-            if self.left == 0:
-                self.stop()
+            left -= 1
+            if not left:
+                self.end()
 
         return callback
 
@@ -58,12 +64,13 @@ class Links:
 class DrainedLinks(Links):
     """Links whose eventfds the loop reads."""
 
-    def link(self, fd: EventFd) -> Callable[..., None]:
+    def link(self, fd: EventFd, left: int) -> Callable[..., None]:
         def callback(_events: object, _ops: object) -> None:
+            nonlocal left
             fd.write(1)
-            self.left -= 1
-            if self.left == 0:
-                self.stop()
+            left -= 1
+            if not left:
+                self.end()
 
         return callback
 
@@ -109,7 +116,7 @@ def selectors_loop(registered: int, ready: int, dispatches: int = DISPATCHES) ->
         for fd, callback in zip(links.fds, links.callbacks, strict=True):
             selector.register(fd, selectors.EVENT_READ, callback)
         start = time.perf_counter()
-        while links.left > 0:
+        while not links.is_over:
             for key, _ in selector.select():
                 key.data()
         return dispatches / (time.perf_counter() - start)
@@ -122,7 +129,7 @@ def epoll_loop(registered: int, ready: int, dispatches: int = DISPATCHES) -> flo
         for number in by_fd:
             epoll.register(number, select.EPOLLIN)
         start = time.perf_counter()
-        while links.left > 0:
+        while not links.is_over:
             for number, _ in epoll.poll():
                 by_fd[number]()
         return dispatches / (time.perf_counter() - start)
@@ -141,8 +148,8 @@ def rust_program() -> str:
     return f"{json.loads(metadata.stdout)['target_directory']}/release/examples/event_manager"
 
 
-def rust_loop(registered: int, ready: int, dispatches: int = 10 * DISPATCHES) -> float:
-    command = [rust_program(), str(registered), str(ready), str(dispatches)]
+def rust_loop(registered: int, ready: int, dispatches: int = 10 * DISPATCHES, *options: str) -> float:
+    command = [rust_program(), str(registered), str(ready), str(dispatches), *options]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -162,6 +169,35 @@ def dispatches() -> Iterator[Result]:
         undrained = partial(pyvmm_loop, registered, ready, drain=False)
         theirs = partial(asyncio_loop, uvloop.new_event_loop, registered, ready)
         yield compare(f"loop, {name}, read in Python", "dispatches/s", undrained, theirs, "uvloop", goal, RUNS)
+
+
+def least(registered: int, ready: int) -> float:
+    """What no binding can be faster than: event-manager in Rust, reading, and calls of the callback, which writes."""
+    with select.epoll() as epoll:
+        links = DrainedLinks(registered, ready, 2 * DISPATCHES, lambda: None)
+        for fd in links.fds:
+            epoll.register(fd, select.EPOLLIN)
+        callbacks = itertools.cycle(links.callbacks[:ready])
+        start = time.perf_counter()
+        for callback in itertools.islice(callbacks, DISPATCHES):
+            callback(None, None)
+        calls = time.perf_counter() - start
+        start = time.perf_counter()
+        for _ in itertools.islice(callbacks, DISPATCHES):
+            pass
+        calls -= time.perf_counter() - start
+    return 1 / (calls / DISPATCHES + 1 / rust_loop(registered, ready, 10 * DISPATCHES, "read"))
+
+
+def floors() -> Iterator[Result]:
+    """How near a dispatch is to the least it can cost, and what that would be against uvloop."""
+    for name, registered, ready, goal in PATTERNS:
+        limit = partial(least, registered, ready)
+        uvloops = partial(asyncio_loop, uvloop.new_event_loop, registered, ready)
+        yield compare(
+            f"loop, {name}", "dispatches/s", partial(pyvmm_loop, registered, ready), limit, "the least", 0.9, RUNS
+        )
+        yield compare(f"loop, {name}, the least", "dispatches/s", limit, uvloops, "uvloop", goal, RUNS)
 
 
 def scaling() -> Iterator[Result]:

@@ -61,11 +61,14 @@ pub struct CpuConfig {
     pub expose: Vec<String>,
     /// Which features are hidden besides.
     pub template: CpuTemplate,
+    /// Execute here what KVM's emulator refuses.
+    pub fixups: bool,
 }
 
 impl Default for CpuConfig {
     fn default() -> Self {
-        Self { vcpus: 1, hide: Vec::new(), expose: Vec::new(), template: CpuTemplate::default() }
+        let template = CpuTemplate::default();
+        Self { vcpus: 1, hide: Vec::new(), expose: Vec::new(), template, fixups: false }
     }
 }
 

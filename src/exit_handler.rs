@@ -11,6 +11,9 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use parking_lot::Mutex;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::error::Result;
+use crate::process::Birthplace;
+
 /// Something a vCPU tells that its guest has ended.
 pub trait ExitHandler {
     /// Make the owner of the run loop look. Called on the vCPU's thread; must not block.
@@ -25,6 +28,9 @@ pub trait ExitHandler {
 pub struct VmmExitHandler {
     exit_event: Arc<EventFd>,
     keep_running: bool,
+    /// How many loops it was registered in.
+    loops: usize,
+    birthplace: Birthplace,
 }
 
 impl VmmExitHandler {
@@ -33,7 +39,8 @@ impl VmmExitHandler {
     /// # Errors
     /// When no eventfd can be made.
     pub fn new() -> io::Result<Self> {
-        Ok(Self { exit_event: Arc::new(EventFd::new(EFD_NONBLOCK)?), keep_running: true })
+        let exit_event = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        Ok(Self { exit_event, keep_running: true, loops: 0, birthplace: Birthplace::here() })
     }
 
     /// The eventfd that a kick writes.
@@ -94,6 +101,7 @@ impl MutEventSubscriber for VmmExitHandler {
     }
 
     fn init(&mut self, ops: &mut EventOps) {
+        self.loops += 1;
         // Fails only for a handler that is registered already: it is kicked there all the same.
         let _ = ops.add(Events::new(&*self.exit_event, EventSet::IN));
     }
@@ -122,6 +130,18 @@ impl WrappedExitHandler {
     #[must_use]
     pub fn is_kicked(&self) -> bool {
         self.0.lock().is_kicked()
+    }
+
+    /// Whether another loop may process a kick, unseen by the first.
+    #[must_use]
+    pub fn is_in_several_loops(&self) -> bool {
+        self.0.lock().loops > 1
+    }
+
+    /// # Errors
+    /// In a forked child: a kick there would end its parent's run.
+    pub fn check_process(&self) -> Result<()> {
+        self.0.lock().birthplace.check("exit handler")
     }
 
     /// See [`VmmExitHandler::rearm`].

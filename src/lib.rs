@@ -25,6 +25,7 @@ pub mod devices;
 pub mod error;
 pub mod event;
 pub mod exit_handler;
+pub mod fixup;
 mod process;
 #[cfg(feature = "python")]
 pub mod py;

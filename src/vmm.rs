@@ -15,10 +15,11 @@ use crate::devices::{self, Access, Device, Serial};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
 use crate::exit_handler::{Exit, ExitHandler, ExitReason, WrappedExitHandler};
+use crate::fixup::Counts;
 use crate::vcpu::{Cell, Dispatch, VmRunState};
 use crate::vm::{GuestMemory, KvmVm, layout};
 
-/// The longest wait between two looks at signals: Ctrl-C is seen within 100 ms.
+/// The longest wait where another loop may take what this one waits for.
 const SLICE: Duration = Duration::from_millis(50);
 
 /// How long the end of a run waits for somebody to take the guest's last output.
@@ -33,6 +34,7 @@ pub struct Vmm {
     exit_handler: WrappedExitHandler,
     dispatch: Arc<Dispatch>,
     serial: Arc<Serial>,
+    fixups: Arc<Counts>,
     /// Where the vCPUs start.
     entry: u64,
     exit_port: ExitPort,
@@ -89,7 +91,10 @@ impl Vmm {
         config.validate()?;
         let memory = GuestMemory::new(config.memory.size_mib << 20)?;
         let entry = boot::load(&config, &memory)?;
-        let event_manager = shared.map_or_else(|| EventManager::new().map(Arc::new), Ok)?;
+        let event_manager = match shared {
+            Some(shared) => shared.share().map(|()| shared)?,
+            None => Arc::new(EventManager::new()?),
+        };
         let exit_handler =
             WrappedExitHandler::new().map_err(|e| Error::os(ErrorKind::Event, "eventfd", &e))?;
         let dispatch = Arc::new(Dispatch::default());
@@ -110,12 +115,14 @@ impl Vmm {
         let mut own_subscribers =
             vec![event_manager.add_subscriber(Box::new(exit_handler.clone()))];
         own_subscribers.extend(devices::connect(&serial, streams, &event_manager)?);
+        let fixups = Arc::clone(vm.fixups());
         Ok(Self {
             vm: Mutex::new(Some(Arc::new(vm))),
             event_manager,
             exit_handler,
             dispatch,
             serial,
+            fixups,
             entry,
             exit_port,
             is_paused: Mutex::new(false),
@@ -127,18 +134,18 @@ impl Vmm {
 }
 
 impl Vmm {
-    /// Run until the guest ends, `stop` is called, or the time passes. `between_turns` is called after each
-    /// turn of the event loop, at least every 50 ms; its error ends the run.
+    /// Run until the guest ends, `stop` is called, or the time passes. `turn` turns the event loop once, waiting until the
+    /// time it is given at most; its error ends the run.
     ///
     /// After a stop, a timeout or an error another `run` goes on where this one ended.
     ///
     /// # Errors
     /// [`ErrorKind::State`] when another thread is in `run`, the guest has ended or the machine is closed;
-    /// [`ErrorKind::Io`] when a stream of the serial port fails; what `between_turns` returns.
+    /// [`ErrorKind::Io`] when a stream of the serial port fails; what `turn` returns.
     pub fn run<E: From<Error>>(
         &self,
         timeout: Option<Duration>,
-        mut between_turns: impl FnMut() -> std::result::Result<(), E>,
+        mut turn: impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
     ) -> std::result::Result<Exit, E> {
         let vm = self.vm()?;
         let _running = self.enter_run("run", false)?;
@@ -146,9 +153,9 @@ impl Vmm {
         let ended = self
             .start_vcpus(&vm)
             .map_err(E::from)
-            .and_then(|()| self.turn_until(deadline, &mut between_turns));
+            .and_then(|()| self.turn_until(deadline, &mut turn));
         let reason = ended.map(|reason| reason.unwrap_or(ExitReason::Timeout));
-        self.finish(&vm, reason, deadline, &mut between_turns)
+        self.finish(&vm, reason, deadline, &mut turn)
     }
 
     /// Start the vCPUs and return; [`Self::wait`] turns the event loop for them.
@@ -171,18 +178,18 @@ impl Vmm {
     pub fn wait<E: From<Error>>(
         &self,
         timeout: Option<Duration>,
-        mut between_turns: impl FnMut() -> std::result::Result<(), E>,
+        mut turn: impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
     ) -> std::result::Result<Option<Exit>, E> {
         let vm = self.vm()?;
         let _running = self.enter_run("wait", true)?;
         let deadline = deadline_of(timeout);
-        let reason = match self.turn_until(deadline, &mut between_turns) {
+        let reason = match self.turn_until(deadline, &mut turn) {
             Ok(None) => return Ok(None),
             Ok(Some(reason)) => Ok(reason),
             Err(error) => Err(error),
         };
         self.runner.lock().is_started = false;
-        self.finish(&vm, reason, deadline, &mut between_turns).map(Some)
+        self.finish(&vm, reason, deadline, &mut turn).map(Some)
     }
 
     fn start_vcpus(&self, vm: &KvmVm<WrappedExitHandler>) -> Result<()> {
@@ -200,13 +207,13 @@ impl Vmm {
     fn turn_until<E: From<Error>>(
         &self,
         deadline: Option<Instant>,
-        between_turns: &mut impl FnMut() -> std::result::Result<(), E>,
+        turn: &mut impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
     ) -> std::result::Result<Option<ExitReason>, E> {
         while self.exit_handler.keep_running() {
             if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 return Ok(None);
             }
-            self.turn(deadline, between_turns)?;
+            self.turn(deadline, turn)?;
         }
         Ok(Some(ExitReason::Stopped))
     }
@@ -217,14 +224,14 @@ impl Vmm {
         vm: &KvmVm<WrappedExitHandler>,
         reason: std::result::Result<ExitReason, E>,
         deadline: Option<Instant>,
-        between_turns: &mut impl FnMut() -> std::result::Result<(), E>,
+        turn: &mut impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
     ) -> std::result::Result<Exit, E> {
         self.serial.release(true);
         vm.shutdown();
         self.exit_handler.rearm();
         let reason = reason?;
         if self.serial.backlog() > 0 {
-            self.drain_serial(deadline, between_turns)?;
+            self.drain_serial(deadline, turn)?;
             self.exit_handler.rearm();
         }
         Ok(vm.exit().unwrap_or_else(|| Exit::new(reason)))
@@ -234,13 +241,12 @@ impl Vmm {
     fn turn<E: From<Error>>(
         &self,
         deadline: Option<Instant>,
-        between_turns: &mut impl FnMut() -> std::result::Result<(), E>,
+        turn: &mut impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
     ) -> std::result::Result<(), E> {
-        let left =
-            deadline.map_or(SLICE, |deadline| deadline.saturating_duration_since(Instant::now()));
-        let milliseconds = left.min(SLICE).as_micros().div_ceil(1000);
-        self.event_manager.run_with_timeout(i32::try_from(milliseconds).unwrap_or(0))?;
-        between_turns()?;
+        let slice = self.exit_handler.is_in_several_loops().then(|| Instant::now() + SLICE);
+        let until = slice
+            .map_or(deadline, |slice| Some(deadline.map_or(slice, |deadline| deadline.min(slice))));
+        turn(until)?;
         self.serial.take_failure().map_or(Ok(()), |failure| Err(failure.into()))
     }
 
@@ -249,13 +255,13 @@ impl Vmm {
     fn drain_serial<E: From<Error>>(
         &self,
         deadline: Option<Instant>,
-        between_turns: &mut impl FnMut() -> std::result::Result<(), E>,
+        turn: &mut impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
     ) -> std::result::Result<(), E> {
         let mut left = self.serial.backlog();
         let mut patience = Instant::now() + PATIENCE;
         while left > 0 && self.exit_handler.keep_running() {
             let until = deadline.map_or(patience, |deadline| deadline.min(patience));
-            self.turn(Some(until), between_turns)?;
+            self.turn(Some(until), turn)?;
             let now = self.serial.backlog();
             if now < left {
                 patience = Instant::now() + PATIENCE;
@@ -270,8 +276,9 @@ impl Vmm {
     /// End the run in progress, or the next one if there is none. It may go on later. From any thread.
     ///
     /// # Errors
-    /// When the exit event cannot be written.
+    /// When the exit event cannot be written, or in a forked child.
     pub fn stop(&self) -> Result<()> {
+        self.exit_handler.check_process()?;
         self.exit_handler.kick().map_err(|e| Error::os(ErrorKind::Event, "stop", &e))
     }
 
@@ -414,6 +421,12 @@ impl Vmm {
     #[must_use]
     pub fn dispatch(&self) -> &Arc<Dispatch> {
         &self.dispatch
+    }
+
+    /// The instructions that KVM refused and that were executed here.
+    #[must_use]
+    pub fn fixups(&self) -> &Counts {
+        &self.fixups
     }
 
     /// The first serial port.

@@ -38,6 +38,7 @@ class Linux(NamedTuple):
     """The kernels that tests/linux/build.sh builds, and what they are started with."""
 
     vmlinux: Path
+    vmlinux_stock: Path
     vmlinux_smp: Path
     bzimage: Path
     initramfs: Path
@@ -77,8 +78,9 @@ def linux(linux_once: Linux) -> Linux:
 def linux_once() -> Linux:
     """The same, for what is made of it once."""
     directory = linux_directory()
-    vmlinux, smp, bzimage = (directory / name for name in ("vmlinux", "vmlinux-smp", "bzImage"))
-    return Linux(vmlinux, smp, bzimage, directory / "initramfs.cpio")
+    names = ("vmlinux", "vmlinux-stock", "vmlinux-smp", "bzImage")
+    vmlinux, stock, smp, bzimage = (directory / name for name in names)
+    return Linux(vmlinux, stock, smp, bzimage, directory / "initramfs.cpio")
 
 
 @pytest.fixture

@@ -182,3 +182,22 @@ def test_failed_coroutine_stops_the_machine(run: Any) -> None:
 
     with pytest.raises(LookupError, match="on purpose"):
         run(main())
+
+
+def test_manager_is_hosted_by_hand(run: Any) -> None:
+    """Whatever takes an object with `fileno` hosts it."""
+
+    async def main() -> int:
+        manager = EventManager()
+        loop = asyncio.get_running_loop()
+        turned: asyncio.Future[int] = loop.create_future()
+        manager.add_subscriber(Calls(lambda: None))
+
+        def turn() -> None:
+            loop.remove_reader(manager)
+            turned.set_result(manager.run_with_timeout(0))
+
+        loop.add_reader(manager, turn)
+        return await turned
+
+    assert run(main()) == 1

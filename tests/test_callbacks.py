@@ -88,3 +88,12 @@ def test_slow_callback_is_logged_with_its_name(caplog: pytest.LogCaptureFixture)
     assert caplog.text == ""
     with pytest.raises(ValueError, match="timeout"):
         manager.slow_callback_duration = -1
+
+
+def test_what_is_no_function_is_refused_at_once() -> None:
+    manager = EventManager()
+    with pytest.raises(TypeError, match="a function is needed here, not int"):
+        manager.on(EventFd())(5)  # type: ignore[type-var]
+    with pytest.raises(TypeError, match="a function is needed here, not str"):
+        manager.call_later(0, "x")  # type: ignore[arg-type]
+    assert repr(manager) == "EventManager(subscribers=0)"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 NONE: dict[str, Any] = {
     "kernel": None, "kernel_form": None, "initrd": None, "append": None, "memory": None, "vcpus": None, "hide": (),
-    "expose": (),
+    "expose": (), "fixups": False,
 }  # fmt: skip
 
 
@@ -124,10 +124,11 @@ def test_options_override_the_configuration() -> None:
         "memory": "64",
         "hide": ("xsave,avx2", "pcid"),
         "expose": ("x2apic",),
+        "fixups": True,
     }
     assert with_options(base, **options) == VmmConfig(
         memory=MemoryConfig(64),
-        cpu=CpuConfig(3, hide=("avx", "xsave", "avx2", "pcid"), expose=("x2apic",)),
+        cpu=CpuConfig(3, hide=("avx", "xsave", "avx2", "pcid"), expose=("x2apic",), fixups=True),
         boot=LinuxBoot("b", initrd="i", cmdline="quiet"),
     )
     assert with_options(base, **NONE) == base

@@ -82,7 +82,7 @@ def test_bad_json_is_refused(text: str | bytes) -> None:
 
 WHOLE = VmmConfig(
     memory=MemoryConfig(256),
-    cpu=CpuConfig(2, hide=("xsave", "avx"), expose=("popcnt",), template="host"),
+    cpu=CpuConfig(2, hide=("xsave", "avx"), expose=("popcnt",), template="host", fixups=True),
     boot=LinuxBoot("/vmlinux", initrd="/initrd", cmdline="quiet", load_address=0x200000),
     serial=SerialConfig(output="/console", input=0, input_eof=b""),
     exit_port=None,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from pyvmm import EventFd, EventManager, EventOps, Events
+from guests import SPIN, flat
+from pyvmm import EventFd, EventManager, EventOps, Events, Vmm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -152,3 +155,40 @@ def test_counters_tell_what_the_loop_did() -> None:
     assert (manager.turns, manager.dispatched) == (0, 0)
     manager.run()
     assert (manager.turns, manager.dispatched) == (1, 1)
+
+
+@pytest.mark.parametrize("copy", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_endpoint_is_shared_and_never_copied(copy: Callable[[object], object]) -> None:
+    with pytest.raises(TypeError, match="cannot pickle"):
+        copy(EventManager().remote_endpoint())
+
+
+@pytest.mark.parametrize("call", ["fire", "call_blocking"])
+def test_what_is_no_function_is_refused_at_once(call: str) -> None:
+    with pytest.raises(TypeError, match="a function is needed here, not int"):
+        getattr(EventManager().remote_endpoint(), call)(5)
+
+
+@pytest.mark.kvm
+def test_call_from_a_callback_of_a_shared_loop_is_made_at_once() -> None:
+    """Whichever of the threads that turn it the callback is on."""
+    manager = EventManager()
+    endpoint = manager.remote_endpoint()
+    seen: list[EventManager] = []
+    with Vmm(flat(SPIN), event_manager=manager) as vmm, Vmm(flat(SPIN), event_manager=manager) as other:
+
+        def call() -> None:
+            seen.append(endpoint.call_blocking(lambda manager: manager, timeout=DEADLINE_S))
+            vmm.stop()
+
+        runs = [threading.Thread(target=machine.run) for machine in (other, vmm)]
+        for run in runs:
+            run.start()
+        for _ in range(20):
+            manager.add_subscriber(Calls(call))
+        runs[1].join(DEADLINE_S)
+        other.stop()
+        runs[0].join(DEADLINE_S)
+        assert not any(run.is_alive() for run in runs)
+        manager.run_with_timeout(0)
+    assert seen == [manager] * 20

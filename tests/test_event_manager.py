@@ -326,3 +326,31 @@ def test_event_set_has_every_flag_of_the_crate() -> None:
     assert set(EventSet.__members__) == names
     for flag in EventSet:
         assert Events(0, flag).event_set is flag
+
+
+def test_forked_child_gets_an_error_from_each_call_and_the_parent_is_unharmed() -> None:
+    manager = EventManager()
+    fd = EventFd(1)
+    id = manager.add_subscriber(Recorder(Events(fd)))
+    ops, endpoint = manager.event_ops(id), manager.remote_endpoint()
+    calls: list[Callable[[], object]] = [
+        manager.run, manager.run_forever, lambda: manager.run_with_timeout(0), manager.stop, manager.fileno,
+        lambda: manager.add_subscriber(Recorder()), lambda: manager.remove_subscriber(id),
+        lambda: manager.event_ops(id), lambda: ops.add(Events(EventFd())), lambda: ops.modify(Events(fd)),
+        lambda: ops.remove(fd), endpoint.kick, lambda: endpoint.fire(print), lambda: endpoint.call_blocking(print),
+        lambda: manager.on(fd)(print), lambda: manager.call_later(0, print),
+    ]  # fmt: skip
+    child = os.fork()
+    if child == 0:
+        wrong = len(calls)
+        try:
+            for call in calls:
+                try:
+                    call()
+                except StateError as error:
+                    wrong -= "forked" in str(error)
+        finally:
+            os._exit(wrong)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert manager.run() == 1
+    assert manager.remove_subscriber(id) is not None

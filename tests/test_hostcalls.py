@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import struct
+import subprocess
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from conftest import ROOT
 from guests import HALT, exit_with, flat
 from hypothesis import given
 from hypothesis import strategies as st
-from pyvmm import ExitReason, HostcallError, HostcallStatus, StateError, Stop, Vmm
+from pyvmm import ExitReason, FlatBoot, HostcallError, HostcallStatus, StateError, Stop, Vmm, VmmConfig
 from pyvmm.hostcalls import PORT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 pytestmark = pytest.mark.kvm
 
@@ -234,3 +239,29 @@ def test_any_block_is_answered_and_harms_nothing(
     with machine(raw, call_at(address) + exit_with(1)) as vmm:
         vmm.hostcall(lambda *_: 1)
         assert vmm.run(DEADLINE_S).code == 1
+
+
+def built(source: str, directory: Path) -> bytes:
+    """The bytes of a guest in examples/guest."""
+    binary, flags = directory / "guest.bin", ["-O1", "-nostdlib", "-ffreestanding", "-static", "-fno-pie", "-no-pie"]
+    place = ["-Wl,--build-id=none,-Ttext=0x100000,-N,-e,0x100000,--no-warnings"]
+    path = ROOT / "examples" / "guest" / source
+    subprocess.run(["cc", *flags, *place, "-o", directory / "guest.elf", path], check=True, capture_output=True)
+    subprocess.run(["objcopy", "-O", "binary", directory / "guest.elf", binary], check=True)
+    return binary.read_bytes()
+
+
+@pytest.mark.skipif(not (shutil.which("cc") and shutil.which("objcopy")), reason="no C compiler")
+@pytest.mark.parametrize("source", ["ask.c", "ask.s"])
+def test_the_guests_in_the_examples_call(source: str, tmp_path: Path) -> None:
+    code = built(source, tmp_path)
+    said: list[bytes] = []
+    with Vmm(VmmConfig(boot=FlatBoot(code, address=0x10_0000, mode="user64"))) as vmm:
+        vmm.hostcall(1)(lambda prompt, _answer: prompt[::-1])
+        vmm.hostcall(2)(said.append)
+        assert vmm.run(DEADLINE_S).code == 0
+    assert said == [b"Who are you?"[::-1]]
+    if source == "ask.s":
+        example = (ROOT / "examples" / "hostcall.py").read_text()
+        digits = re.sub(r'[\s"]', "", example[example.index("fromhex(") + 8 : example.index(") + bytes(32)")])
+        assert code.startswith(bytes.fromhex(digits))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
-from guests import SPIN, exit_with, flat
+from guests import SPIN, exit_with, flat, out
 from pyvmm import (
     BootError,
     EventFd,
@@ -71,6 +71,25 @@ class Stays:
 
     def process(self, events: Events, ops: EventOps) -> None:
         self.fd.read()
+
+
+@pytest.mark.kvm
+def test_machines_with_python_devices_and_hooks_leave_nothing() -> None:
+    class Device:
+        def __init__(self, vmm: Vmm) -> None:
+            self.vmm, self.memory = vmm, vmm.memory
+
+        def write(self, _offset: int, _size: int, _value: int) -> None:
+            self.memory.read(0, 16)
+
+    def cycle() -> None:
+        vmm = Vmm(flat(out(0x500, 1) + exit_with(1)))
+        vmm.add_pio_device(0x500, 1, Device(vmm))
+        vmm.on_exit("io", lambda _vcpu, _exit: vmm.state and None)
+        vmm.hostcall(lambda: vmm)
+        assert vmm.run(60).code == 1
+
+    stays_flat(cycle, CYCLES)
 
 
 @pytest.mark.kvm

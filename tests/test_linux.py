@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
+import pyvmm
 from pyvmm import (
     CpuConfig,
     EventFd,
@@ -46,6 +47,25 @@ def test_bzimage_unpacks_itself_and_boots_to_userspace(linux: Linux) -> None:
         console = vmm.serial.read().decode()
     assert exit.reason is ExitReason.RESET, (exit, console[-2000:])
     assert USERSPACE in console
+
+
+def test_kernel_with_every_instruction_boots_by_fixups(linux: Linux) -> None:
+    """Its boot executes INT3 (and, on processors that do so, FWAIT), which a KVM that emulates ring 0 refuses."""
+    boot = LinuxBoot(linux.vmlinux_stock, initrd=linux.initramfs, cmdline=linux.cmdline)
+    with Vmm(VmmConfig(boot=boot, cpu=CpuConfig(fixups=True))) as vmm:
+        exit = vmm.run(DEADLINE_S)
+        console = vmm.serial.read().decode()
+        fixups = vmm.fixups
+    assert exit == Exit(ExitReason.RESET, vcpu=0), console[-2000:]
+    assert USERSPACE in console
+    if not pyvmm.kvm_info()["software_kvm"]:
+        return
+    assert fixups.get("int3", 0) > 0
+    with Vmm(VmmConfig(boot=boot)) as vmm:
+        exit = vmm.run(DEADLINE_S)
+    assert exit.reason is ExitReason.INTERNAL_ERROR
+    assert exit.fault is not None
+    assert ": int3\n" in exit.fault
 
 
 def test_smp_kernel_wakes_its_second_processor(linux: Linux) -> None:

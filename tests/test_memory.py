@@ -9,6 +9,7 @@ import os
 from array import array
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import pytest
 from guests import HALT, SPIN, flat
 from hypothesis import given
@@ -187,6 +188,14 @@ def test_ctypes_structure_lies_over_memory(memory: GuestMemory) -> None:
     for wrong in (int, None, Header()):
         with pytest.raises(TypeError):
             memory.overlay(0x6000, wrong)  # type: ignore[arg-type]
+
+
+def test_numpy_array_over_a_view_is_the_memory_itself(memory: GuestMemory) -> None:
+    array = numpy.frombuffer(memory.view(0x6000, 16), dtype=numpy.uint32)
+    array[1] = 0xDEADBEEF
+    assert memory.read_u32(0x6004) == 0xDEADBEEF
+    memory.write_u32(0x600C, 7)
+    assert (array[1], array[3]) == (0xDEADBEEF, 7)
 
 
 def test_view_outlives_its_machine_and_its_slot() -> None:

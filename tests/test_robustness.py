@@ -100,7 +100,7 @@ def test_what_kvm_cannot_emulate_ends_with_the_instruction_bytes() -> None:
         exit = vmm.run(DEADLINE_S)
     assert exit.reason is ExitReason.INTERNAL_ERROR
     assert exit.fault is not None
-    assert "instruction bytes: 9b" in exit.fault
+    assert "instruction at 0x1000: wait\ninstruction bytes: 9b" in exit.fault
     assert "rip 0x0000000000001000" in exit.fault
 
 
@@ -335,11 +335,19 @@ def test_interpreter_ends_with_machines_alive() -> None:
 def test_forked_child_gets_an_error_and_harms_nothing() -> None:
     with Vmm(flat(COUNT_IN_MEMORY)) as vmm:
         vmm.run(0.01)
+        (vcpu,) = vmm.vcpus
+        handler = vmm.exit_handler
+        calls: list[Callable[[], object]] = [
+            vmm.run, vmm.start, vmm.pause, vmm.resume, vmm.stop, vmm.event_manager.run, lambda: vmm.vcpus, vcpu.kick,
+            lambda: vcpu.regs.rip, lambda: vcpu.translate(0), lambda: vmm.memory.read(0, 1), handler.kick,
+            lambda: vmm.memory.add(1 << 32, 4096), lambda: vmm.memory.view(0, 1), handler.handler.kick, handler.rearm,
+            lambda: vmm.serial.send(b"x"), vmm.serial.read, lambda: pyvmm.EventManager().add_subscriber(handler),
+        ]  # fmt: skip
         child = os.fork()
         if child == 0:
             status = 1
             try:
-                for call in (vmm.run, vmm.event_manager.run, lambda: vmm.memory.read(0, 1)):
+                for call in calls:
                     try:
                         call()
                     except StateError as error:

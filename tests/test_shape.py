@@ -23,6 +23,8 @@ TESTED_BY = {
     "src/py/vmm_devices.rs": "tests/test_devices.py",
     "src/vcpu/access.rs": "tests/test_devices.py",
     "python/pyvmm/hostcalls.py": "tests/test_hostcalls.py",
+    "src/py/attached.rs": "tests/test_event_fd.py",
+    "src/py/watch.rs": "tests/test_callbacks.py",
     "src/py/batch.rs": "tests/test_event_manager.py",
     "src/py/callback.rs": "tests/test_event_manager.py",
     "src/py/config.rs": "tests/test_vmm.py",
@@ -33,6 +35,10 @@ TESTED_BY = {
     "src/py/live.rs": "tests/test_robustness.py",
     "src/py/serial.rs": "tests/test_streams.py",
     "src/vmm.rs": "tests/rust/seed.rs",
+    "src/event/calls.rs": "tests/test_endpoint.py",
+    "src/event/inner.rs": "tests/test_event_manager.py",
+    "src/py/turning.rs": "tests/test_event_manager.py",
+    "src/event/errors.rs": "tests/test_event_manager.py",
     "src/vm/vcpus.rs": "tests/test_vcpu.py",
     "src/vm/view.rs": "tests/test_memory.py",
     "src/vm/mod.rs": "tests/test_vm.py",
@@ -50,6 +56,9 @@ TESTED_BY = {
     "src/py/memory_parts.rs": "tests/test_memory.py",
     "src/vcpu/run_page.rs": "tests/test_robustness.py",
     "src/vcpu/thread.rs": "tests/test_robustness.py",
+    "src/fixup/bits.rs": "tests/test_fixups.py",
+    "src/fixup/sse.rs": "tests/test_fixups.py",
+    "src/fixup/cpu.rs": "tests/test_fixups.py",
     "src/boot/initrd.rs": "tests/test_boot.py",
     "src/boot/mod.rs": "tests/test_boot.py",
     "src/devices/mod.rs": "tests/test_vmm.py",
@@ -94,6 +103,7 @@ def test_only_callback_calls_into_python_from_other_threads() -> None:
         "src/py/errors.rs",  # makes an exception
         "src/py/vm.rs",  # lets the GIL go while a machine is dropped
         "src/py/vmm.rs",
+        "src/py/wakeup.rs",  # runs signal handlers, on the main thread
     }
     assert attaching == allowed
 

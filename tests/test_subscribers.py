@@ -227,3 +227,63 @@ def test_drained_source_closed_while_registered_stays_open_until_it_is_removed()
 def test_what_cannot_be_drained_is_refused(source: Any) -> None:
     with pytest.raises(TypeError, match="drained"):
         Events(source, drain=True)
+
+
+def test_hang_up_of_a_closed_source_with_a_duplicate_alive_is_dropped() -> None:
+    reading, writing = os.pipe()
+    copy = os.dup(reading)
+    seen: list[EventSet] = []
+    manager = EventManager()
+    manager.add_subscriber(Watch(Events(reading), lambda events: seen.append(events.event_set)))
+    os.close(reading)
+    os.close(writing)
+    assert [manager.run_with_timeout(0) for _ in range(3)] == [0, 0, 0]
+    assert seen == []
+    os.close(copy)
+
+
+@pytest.mark.parametrize("with_duplicate", [False, True])
+def test_number_that_was_closed_and_then_removed_can_be_added_again(with_duplicate: bool) -> None:
+    manager = EventManager()
+    fd = EventFd(1)
+    number = fd.fileno()
+    seen: list[int] = []
+    id = manager.add_subscriber(Watch(Events(fd), lambda events: seen.append(events.fd)))
+    copy = os.dup(number) if with_duplicate else None
+    fd.close()
+    ops = manager.event_ops(id)
+    ops.remove(number)
+    again = EventFd(1)
+    if again.fileno() != number:
+        os.dup2(again.fileno(), number)
+    ops.add(Events(number))
+    assert manager.run() == 1
+    assert seen == [number]
+    if again.fileno() != number:
+        os.close(number)
+    if copy is not None:
+        os.close(copy)
+
+
+def test_closed_number_that_a_regular_file_has_now_is_refused_in_words() -> None:
+    manager = EventManager()
+    fd = EventFd()
+    number = fd.fileno()
+    manager.add_subscriber(Watch(Events(fd), print))
+    fd.close()
+    with open(__file__) as file:
+        if file.fileno() != number:
+            os.dup2(file.fileno(), number)
+        with pytest.raises(EventError, match="regular file"):
+            manager.add_subscriber(Watch(Events(number), print))
+        if file.fileno() != number:
+            os.close(number)
+
+
+def test_managers_that_watch_each_other_in_a_circle_are_refused() -> None:
+    one, other = EventManager(), EventManager()
+    one.add_subscriber(Watch(Events(other), print))
+    with pytest.raises(EventError, match="circle"):
+        other.add_subscriber(Watch(Events(one), print))
+    with pytest.raises(EventError):
+        one.add_subscriber(Watch(Events(one), print))

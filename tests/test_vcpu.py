@@ -387,6 +387,11 @@ def test_vector_registers(vcpu: Vcpu) -> None:
         _ = fpu.xmm[16]
     with pytest.raises(OverflowError, match="128 bits"):
         fpu.xmm[0] = 1 << 128
+    for wrong in (1.5, "x", None):
+        with pytest.raises(TypeError, match="integer"):
+            fpu.xmm[0] = wrong  # type: ignore[assignment]
+        with pytest.raises(TypeError, match="integer"):
+            _ = fpu.xmm[wrong]  # type: ignore[index]
 
 
 def test_model_specific_registers_by_name_and_number(vcpu: Vcpu) -> None:
@@ -430,6 +435,7 @@ def test_views_are_readable(vcpu: Vcpu) -> None:
     assert "rflags=0x202 [IF]" in repr(vcpu.regs)
     assert "cs=Segment(base=" in repr(vcpu.sregs)
     html = vcpu.regs._repr_html_()
+    assert "<th>IA32_EFER</th><td><code>0x" in vcpu.msrs._repr_html_()
     assert html.startswith("<table>")
     assert "<th>r15</th>" in html
     assert "xmm" in repr(vcpu.fpu)

@@ -375,3 +375,38 @@ def test_machine_leaves_a_shared_loop_when_it_is_closed_or_dropped() -> None:
     del dropped
     handler.kick()
     assert manager.run_with_timeout(0) == 0
+
+
+def test_loop_that_waits_already_can_be_shared() -> None:
+    """The machine's run may take the kick that the other run waits for."""
+    manager = pyvmm.EventManager()
+    forever = threading.Thread(target=manager.run_forever)
+    forever.start()
+    manager.remote_endpoint().call_blocking(lambda _: None)
+    with Vmm(flat(SPIN), event_manager=manager) as spinning:
+        run = threading.Thread(target=spinning.run)
+        run.start()
+        with Vmm(flat(exit_with(7)), event_manager=manager) as vmm:
+            assert vmm.run(60).code == 7
+        manager.stop()
+        forever.join(60)
+        assert not forever.is_alive()
+        spinning.stop()
+        run.join(60)
+        assert not run.is_alive()
+
+
+def test_kick_that_another_loop_takes_ends_the_run_too() -> None:
+    with Vmm(flat(SPIN)) as vmm:
+        other = pyvmm.EventManager()
+        other.add_subscriber(vmm.exit_handler)
+        thief = threading.Thread(target=other.run_forever)
+        thief.start()
+        for _ in range(20):
+            kicker = threading.Thread(target=vmm.exit_handler.kick)
+            kicker.start()
+            assert vmm.run(60).reason is ExitReason.STOPPED
+            kicker.join()
+        other.stop()
+        thief.join(60)
+        assert not thief.is_alive()

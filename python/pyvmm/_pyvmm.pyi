@@ -1018,16 +1018,32 @@ class VcpuExit:
 
     @final
     class InternalError(VcpuExit):
-        """KVM could not go on."""
+        """KVM could not go on.
 
-        __match_args__ = ("suberror", "instruction", "data")
-        def __new__(cls, suberror: int, instruction: bytes, data: tuple[int, ...]) -> Self: ...
+        For suberror 1, an instruction that it cannot emulate: its bytes and perhaps some behind it, its text in the
+        syntax of nasm, and the registers it stood with by name: the general ones, rip, rflags, efer, cr0 to cr4 and
+        the selectors.
+        """
+
+        __match_args__ = ("suberror", "instruction", "data", "disassembly", "registers")
+        def __new__(
+            cls,
+            suberror: int,
+            instruction: bytes,
+            data: tuple[int, ...],
+            disassembly: str | None,
+            registers: dict[str, int],
+        ) -> Self: ...
         @property
         def suberror(self) -> int: ...
         @property
         def instruction(self) -> bytes: ...
         @property
         def data(self) -> tuple[int, ...]: ...
+        @property
+        def disassembly(self) -> str | None: ...
+        @property
+        def registers(self) -> dict[str, int]: ...
 
     @final
     class Debug(VcpuExit):
@@ -1199,6 +1215,10 @@ class KvmVm:
     def unanswered(self) -> list[Unanswered]:
         """Accesses that no device answered."""
 
+    @property
+    def fixups(self) -> dict[str, int]:
+        """The instructions that KVM refused and pyvmm executed: as for `Vmm`."""
+
     def __enter__(self) -> Self: ...
     def __exit__(
         self,
@@ -1352,6 +1372,13 @@ class Vmm:
     def unanswered(self) -> list[Unanswered]:
         """Accesses that no device answered, counted by address."""
 
+    @property
+    def fixups(self) -> dict[str, int]:
+        """The instructions that KVM refused and pyvmm executed, counted by mnemonic.
+
+        Empty without `CpuConfig(fixups=True)`. What they are is in docs/fixups.md.
+        """
+
     def __enter__(self) -> Self: ...
     def __exit__(
         self,
@@ -1460,9 +1487,8 @@ class Vmm:
         """Have a function look at each exit of a kind before it is answered: `function(vcpu, exit)`.
 
         It is called on the vCPU's thread and takes effect at the next exit. It returns None for the usual answer, an
-        `ExitAction`, a `Stop`, or for a read
-        what the guest reads. Without a function this is a decorator. Hooks of a kind are asked in the order they were
-        added.
+        `ExitAction`, a `Stop`, or for a read what the guest reads. Without a function this is a decorator. Hooks of a
+        kind are asked in the order they were added.
 
         Args:
             kind: an `ExitKind` or its name.

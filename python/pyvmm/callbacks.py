@@ -45,10 +45,17 @@ def warn_slow(name: str, seconds: float) -> None:
     logging.getLogger("pyvmm").warning("%s took %.3f s", name, seconds)
 
 
+def check_callable(function: object) -> None:
+    """Refuse what could only fail later."""
+    if not callable(function):
+        raise TypeError(f"a function is needed here, not {type(function).__qualname__}")
+
+
 def on(manager: EventManager, source: Any, event_set: int) -> Callable[[Any], Any]:
     """See `EventManager.on`."""
 
     def register(function: Any) -> Any:
+        check_callable(function)
         id = manager.add_subscriber(Function(source, event_set, function))
         with suppress(AttributeError):  # a method takes no attributes
             function.subscriber_id = id
@@ -86,4 +93,5 @@ class Later:
 
 def call_later(manager: EventManager, seconds: float, function: Callable[[], object]) -> Later:
     """See `EventManager.call_later`."""
+    check_callable(function)
     return Later(manager, seconds, function)

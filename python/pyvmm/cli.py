@@ -64,6 +64,7 @@ _MACHINE = (
     click.option("--vcpus", "--vcpu", metavar="N", help="How many vCPUs: a number, or num=N."),
     click.option("--hide", multiple=True, metavar="NAME", help="Hide a CPU feature; names as in /proc/cpuinfo."),
     click.option("--expose", multiple=True, metavar="NAME", help="Show a CPU feature that is hidden else."),
+    click.option("--fixups", is_flag=True, help="Execute what KVM's emulator refuses, and go on."),
     click.option("--config", "config_file", type=click.Path(), help="A TOML or JSON file; options override it."),
 )
 
@@ -179,6 +180,7 @@ def with_options(
     vcpus: str | None,
     hide: tuple[str, ...],
     expose: tuple[str, ...],
+    fixups: bool,
 ) -> VmmConfig:
     """The configuration with the options of the command line over it."""
     boot = _boot(base, kernel, kernel_form, initrd, append)
@@ -192,6 +194,8 @@ def with_options(
         cpu = msgspec.structs.replace(cpu, hide=(*cpu.hide, *_names(hide)))
     if expose:
         cpu = msgspec.structs.replace(cpu, expose=(*cpu.expose, *_names(expose)))
+    if fixups:
+        cpu = msgspec.structs.replace(cpu, fixups=True)
     return msgspec.structs.replace(base, boot=boot, cpu=cpu)
 
 

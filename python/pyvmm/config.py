@@ -55,12 +55,15 @@ class CpuConfig(_Part, frozen=True):
         template: what is hidden besides. "host" is nothing; "software-kvm" is what a KVM that emulates ring 0
             in software cannot execute, and an Intel vendor; "auto" is "software-kvm" where the host's
             processor has neither vmx nor svm, else "host".
+        fixups: execute in pyvmm what KVM's emulator refuses, as the processor would, and let the guest go on; which
+            instructions is in docs/fixups.md, how many `vmm.fixups` says. For a KVM that emulates ring 0.
     """
 
     vcpus: Annotated[int, Meta(ge=1, le=254)] = 1
     hide: tuple[str, ...] = ()
     expose: tuple[str, ...] = ()
     template: Literal["auto", "host", "software-kvm"] = "auto"
+    fixups: bool = False
 
 
 class EmbeddedBoot(_Part, frozen=True, tag_field="type", tag="embedded"):

@@ -38,7 +38,7 @@ class Exit(NamedTuple):
         reason: why the run ended.
         code: the guest's exit code; for an unknown exit, a failed entry or a failed KVM_RUN its number.
         vcpu: the vCPU that ended; None where the host ended the run.
-        fault: for a fault, KVM's words, the instruction bytes and the registers, as text.
+        fault: for a fault, KVM's words, the instruction, its bytes and the registers, as text.
         value: what a device or an exit hook has ended the run with: the value of its `Stop`.
     """
 

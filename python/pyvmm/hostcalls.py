@@ -29,14 +29,18 @@ from pyvmm.exceptions import GuestMemoryError
 from pyvmm.exits import Stop
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from pyvmm._pyvmm import GuestMemory, Vmm
 
 PORT = 0x7076
+# The longest block: what most calls read at once.
+_LONGEST = 120
 _HEAD = struct.Struct("<IIqII")
-_ARGUMENTS = [struct.Struct("<" + "IIQ" * count) for count in range(7)]
-_REPLY = [struct.Struct("<Iq"), struct.Struct("<IQ")]
+_ARGUMENT = struct.Struct("<IIQ")
+_SIGNED_REPLY = struct.Struct("<Iq")
+_UNSIGNED_REPLY = struct.Struct("<IQ")
+_MOST_ARGUMENTS = 6
 _UNSIGNED, _SIGNED, _BYTES, _BUFFER = range(4)
 
 
@@ -57,6 +61,10 @@ class HostcallStatus(IntEnum):
     """The function returned bytes that do not fit into the call's last buffer, or there is none."""
     FAILED = 6
     """The function raised `HostcallError`; the result is its code."""
+
+
+# Plain numbers: a member of an enum takes longer to look up.
+_OK, _BAD_BLOCK = int(HostcallStatus.OK), int(HostcallStatus.BAD_BLOCK)
 
 
 class HostcallError(Exception):
@@ -84,7 +92,7 @@ class Hostcalls:
     def __init__(self, memory: GuestMemory) -> None:
         self.functions: dict[int, Callable[..., Any]] = {}
         self._memory = memory
-        self._status = HostcallStatus.OK
+        self._status = _OK
 
     def read(self, _offset: int, size: int) -> int:
         """Give the status of the last call."""
@@ -92,55 +100,62 @@ class Hostcalls:
 
     def write(self, _offset: int, size: int, address: int) -> Stop | None:
         """Make the call of the block at an address."""
-        memory = self._memory
-        status, value, stop = HostcallStatus.OK, 0, None
         try:
             if size == 1:
                 raise _RefusedError(HostcallStatus.BAD_BLOCK)
-            try:
-                number, _, _, count, _ = _HEAD.unpack(memory.read(address, 24))
-            except GuestMemoryError:
-                raise _RefusedError(HostcallStatus.BAD_BLOCK) from None
+            number, count, words = self._block(address)
             function = self.functions.get(number)
             if function is None:
                 raise _RefusedError(HostcallStatus.NO_SUCH_FUNCTION)
-            arguments = self._arguments(address + 24, count) if count else []
+            arguments = [self._argument(*word) for word in words] if count else []
             returned = function(*arguments)
-            if isinstance(returned, Stop):
-                stop = returned
-            elif returned is not None:
+            if type(returned) is int:
+                value = returned
+            elif returned is None or isinstance(returned, Stop):
+                value = 0
+            else:
                 value = self._result(returned, arguments)
         except _RefusedError as refused:
-            status = refused.status
+            self._reply(address, refused.status, 0)
         except HostcallError as error:
-            status, value = HostcallStatus.FAILED, error.code
-        self._reply(address, status, value)
-        return stop
+            self._reply(address, HostcallStatus.FAILED, error.code)
+        else:
+            self._reply(address, _OK, value)
+            return returned if isinstance(returned, Stop) else None
+        return None
 
-    def _arguments(self, address: int, count: int) -> list[int | bytes | memoryview]:
-        if count >= len(_ARGUMENTS):
-            raise _RefusedError(HostcallStatus.BAD_ARGUMENT)
-        memory, arguments = self._memory, list[int | bytes | memoryview]()
+    def _block(self, address: int) -> tuple[int, int, Iterable[tuple[int, int, int]]]:
         try:
-            words = _ARGUMENTS[count].unpack(memory.read(address, 16 * count))
+            block = self._memory.read(address, _LONGEST)
+        except GuestMemoryError:
+            block = self._short_block(address)
+        number, _, _, count, _ = _HEAD.unpack_from(block)
+        if count > _MOST_ARGUMENTS:
+            raise _RefusedError(HostcallStatus.BAD_ARGUMENT)
+        return number, count, _ARGUMENT.iter_unpack(block[24 : 24 + 16 * count])
+
+    def _short_block(self, address: int) -> bytes:
+        """Read a block right below the end of memory."""
+        try:
+            head = self._memory.read(address, 24)
+            count = _HEAD.unpack(head)[3]
+            return head + (self._memory.read(address + 24, 16 * count) if count <= _MOST_ARGUMENTS else b"")
         except GuestMemoryError:
             raise _RefusedError(HostcallStatus.BAD_BLOCK) from None
-        for at in range(0, 3 * count, 3):
-            kind, length, value = words[at : at + 3]
-            try:
-                if kind == _BYTES:
-                    arguments.append(memory.read(value, length))
-                elif kind == _UNSIGNED:
-                    arguments.append(value)
-                elif kind == _SIGNED:
-                    arguments.append(value - (value >> 63 << 64))
-                elif kind == _BUFFER:
-                    arguments.append(memory.view(value, length))
-                else:
-                    raise _RefusedError(HostcallStatus.BAD_ARGUMENT)
-            except GuestMemoryError:
-                raise _RefusedError(HostcallStatus.BAD_MEMORY) from None
-        return arguments
+
+    def _argument(self, kind: int, length: int, value: int) -> int | bytes | memoryview:
+        try:
+            if kind == _BYTES:
+                return self._memory.read(value, length)
+            if kind == _UNSIGNED:
+                return value
+            if kind == _SIGNED:
+                return value - (value >> 63 << 64)
+            if kind == _BUFFER:
+                return self._memory.view(value, length)
+        except GuestMemoryError:
+            raise _RefusedError(HostcallStatus.BAD_MEMORY) from None
+        raise _RefusedError(HostcallStatus.BAD_ARGUMENT)
 
     @staticmethod
     def _result(returned: object, arguments: list[int | bytes | memoryview]) -> int:
@@ -155,12 +170,12 @@ class Hostcalls:
         buffers[-1][:length] = memoryview(returned).cast("B")
         return length
 
-    def _reply(self, address: int, status: HostcallStatus, value: int) -> None:
+    def _reply(self, address: int, status: int, value: int) -> None:
         self._status = status
-        if status is HostcallStatus.BAD_BLOCK:
+        if status == _BAD_BLOCK:
             return
         try:
-            reply = _REPLY[value > 0].pack(status, value)
+            reply = (_UNSIGNED_REPLY if value > 0 else _SIGNED_REPLY).pack(status, value)
         except struct.error:
             raise OverflowError(f"a hostcall's result has 64 bits, {value:#x} has more") from None
         self._memory.write(address + 4, reply)

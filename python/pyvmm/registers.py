@@ -6,14 +6,16 @@ that is too wide, and `KvmError` for one that KVM refuses.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from html import escape
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar, overload
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from typing import Self
 
     from pyvmm._pyvmm import MsrBytes, RegisterBytes
@@ -99,10 +101,13 @@ class View:
 
     def _repr_html_(self) -> str:
         """Return a table, for notebooks."""
-        rows = "".join(
-            f"<tr><th>{escape(name)}</th><td><code>{escape(text)}</code></td></tr>" for name, text in self._rows()
-        )
-        return f"<table><caption>{type(self).__name__}</caption>{rows}</table>"
+        return table(type(self).__name__, self._rows())
+
+
+def table(caption: str, rows: Iterable[tuple[str, str]]) -> str:
+    """Return names and values as HTML."""
+    cells = "".join(f"<tr><th>{escape(name)}</th><td><code>{escape(text)}</code></td></tr>" for name, text in rows)
+    return f"<table><caption>{caption}</caption>{cells}</table>"
 
 
 V = TypeVar("V", bound=View)
@@ -308,6 +313,7 @@ class Vectors:
         return 8 * sum(size for _, size in self._parts)
 
     def _index(self, index: int) -> int:
+        index = operator.index(index)
         if not -self._count <= index < self._count:
             raise IndexError(f"there are {self._count} of these registers")
         return index % self._count
@@ -325,7 +331,7 @@ class Vectors:
 
     def __setitem__(self, index: int, value: int) -> None:
         """Change one."""
-        index = self._index(index)
+        index, value = self._index(index), operator.index(value)
         try:
             data = value.to_bytes(self._bits // 8, "little")
         except OverflowError:
@@ -419,15 +425,18 @@ class Msrs:
         """Change one."""
         self._registers.store(self._index(msr), value)
 
+    def _rows(self) -> Iterator[tuple[str, str]]:
+        for msr in Msr:
+            with suppress(OSError):
+                yield msr.name, f"{self[msr]:#x}"
+
     def __repr__(self) -> str:
         """Those that have a name and that KVM knows."""
-        rows = []
-        for msr in Msr:
-            try:
-                rows.append(f"{msr.name}={self[msr]:#x}")
-            except OSError:
-                continue
-        return f"Msrs({', '.join(rows)})"
+        return f"Msrs({', '.join(f'{name}={text}' for name, text in self._rows())})"
+
+    def _repr_html_(self) -> str:
+        """Return a table of the same, for notebooks."""
+        return table("Msrs", self._rows())
 
 
 class MpState(IntEnum):

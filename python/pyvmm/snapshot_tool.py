@@ -84,7 +84,7 @@ def show(path: str, found: dict[str, Any]) -> None:
     table.add_row("id", found["id"])
     table.add_row("needs", found["base"] or "no other file")
     table.add_row("taken by", f"pyvmm {found.get('pyvmm', '?')} on {found.get('processor', '?')}")
-    chips = [name for name in ("irqchip", "pit") if found.get(name)]
+    chips = [name for name in ("irqchip", "pit", "fixups") if found.get(name)]
     table.add_row("machine", f"{found.get('vcpus', '?')} vCPUs{''.join(', ' + chip for chip in chips)}")
     for start, size, is_read_only in found["ranges"]:
         note = ", read-only" if is_read_only else ""

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from pyvmm.config import VmmConfig
 
 
-def config_of(memory: int, vcpus: int, exit_port: int | None, irqchip: bool, pit: bool) -> VmmConfig:
+def config_of(memory: int, vcpus: int, exit_port: int | None, irqchip: bool, pit: bool, fixups: bool) -> VmmConfig:
     """The configuration that can be told from a file: not what the machine was booted with."""
     from pyvmm.config import CpuConfig, MemoryConfig, VmmConfig
 
     mib = max(1, memory >> 20)
-    return VmmConfig(MemoryConfig(mib), CpuConfig(vcpus), exit_port=exit_port, irqchip=irqchip, pit=pit)
+    return VmmConfig(MemoryConfig(mib), CpuConfig(vcpus, fixups=fixups), exit_port=exit_port, irqchip=irqchip, pit=pit)
 
 
 def fork_many(snapshot: Snapshot, count: int, changes: Callable[[int], dict[str, Any]] | None) -> list[Vmm]:

@@ -17,7 +17,7 @@ use event_manager::{
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::BoxedSubscriber;
+use super::{BoxedSubscriber, wait_for_either};
 use crate::error::{Error, ErrorKind, Result};
 
 /// The manager's epoll set.
@@ -67,26 +67,11 @@ impl EpollSet {
         self.number
     }
 
-    /// Wait until an event is ready. False when the deadline passed or a signal came.
-    pub(super) fn wait(&self, deadline: Option<Instant>) -> Result<bool> {
-        let mut poll = libc::pollfd { fd: self.number, events: libc::POLLIN, revents: 0 };
-        let timeout = deadline.map(|deadline| {
-            let left = deadline.saturating_duration_since(Instant::now());
-            libc::timespec {
-                tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
-                tv_nsec: i64::from(left.subsec_nanos()),
-            }
-        });
-        let timeout = timeout.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
-        // SAFETY: one pollfd and, where not null, one timespec, both alive for the call.
-        match unsafe { libc::ppoll(&raw mut poll, 1, timeout, std::ptr::null()) } {
-            0 => Ok(false),
-            1 => Ok(true),
-            _ => match io::Error::last_os_error() {
-                e if e.kind() == io::ErrorKind::Interrupted => Ok(false),
-                e => Err(os("ppoll", &e)),
-            },
-        }
+    /// Wait until an event is ready. False when the deadline passed, a signal came, or `interrupt` is readable alone.
+    pub(super) fn wait(&self, deadline: Option<Instant>, interrupt: Option<RawFd>) -> Result<bool> {
+        let [is_ready, _] = wait_for_either([self.number, interrupt.unwrap_or(-1)], deadline)
+            .map_err(|e| os("ppoll", &e))?;
+        Ok(is_ready)
     }
 
     /// Wake whoever waits on this set. It is no event of a user's.
@@ -118,8 +103,8 @@ impl EpollSet {
     }
 
     /// Watch nothing of `fd`, so that upstream can delete it.
-    pub(super) fn add_placeholder(&self, fd: RawFd) -> Result<()> {
-        self.control(ControlOperation::Add, fd).map_err(|e| os("epoll_ctl", &e))
+    pub(super) fn add_placeholder(&self, fd: RawFd) -> io::Result<()> {
+        self.control(ControlOperation::Add, fd)
     }
 
     /// Remove registrations under these numbers that no number leads to any more.

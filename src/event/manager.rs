@@ -10,11 +10,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use event_manager::{
-    EventManager as Upstream, EventOps, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
+    EventManager as Upstream, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
 };
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::Mutex;
 
 use super::epoll_set::EpollSet;
+use super::errors::{at_fd, event_error};
+use super::inner::{Inner, Watched, ops};
+use super::waits::Waits;
 use crate::error::{Error, ErrorKind, Result};
 use crate::process::Birthplace;
 
@@ -31,18 +34,7 @@ pub struct EventManager {
     birthplace: Birthplace,
     /// Goes up, under the lock, with each registration that is taken back.
     removals: Arc<AtomicU64>,
-}
-
-struct Inner {
-    upstream: Upstream<BoxedSubscriber>,
-    /// What is watched, by fd, of what came through [`EventManager::add`].
-    watched: HashMap<RawFd, Watched>,
-}
-
-#[derive(Clone, Copy)]
-struct Watched {
-    owner: SubscriberId,
-    events: Events,
+    waits: Waits,
 }
 
 impl std::fmt::Debug for EventManager {
@@ -59,8 +51,9 @@ impl EventManager {
     pub fn new() -> Result<Self> {
         let mut upstream = Upstream::new().map_err(event_error)?;
         let epoll = EpollSet::of(&mut upstream)?;
-        let inner = Mutex::new(Inner { upstream, watched: HashMap::new() });
-        Ok(Self { inner, epoll, birthplace: Birthplace::here(), removals: Arc::default() })
+        let inner = Mutex::new(Inner { upstream, watched: HashMap::new(), closed: HashMap::new() });
+        let (birthplace, removals) = (Birthplace::here(), Arc::default());
+        Ok(Self { inner, epoll, birthplace, removals, waits: Waits::default() })
     }
 
     /// Register a subscriber; its `init` runs before this returns.
@@ -77,6 +70,7 @@ impl EventManager {
         let mut inner = self.inner.lock();
         let subscriber = inner.upstream.remove_subscriber(id).map_err(event_error)?;
         self.count_removal();
+        inner.closed.retain(|_, owner| *owner != id);
         let mut left: Vec<RawFd> = Vec::new();
         inner.watched.retain(|fd, watched| {
             let mine = watched.owner == id;
@@ -106,6 +100,8 @@ impl EventManager {
             }
             // The number's former file was closed while it was registered: forget that one.
             self.count_removal();
+            inner.forget_closed(&self.epoll, owner, fd)?;
+        } else if let Some(owner) = inner.closed.get(&fd).copied() {
             inner.forget_closed(&self.epoll, owner, fd)?;
         }
         ops(&mut inner.upstream, id)?.add(events).map_err(|e| at_fd("EventOps.add", fd, e))?;
@@ -148,9 +144,27 @@ impl EventManager {
         self.check_process()?;
         let mut inner = self.inner.lock();
         inner.check_owner("EventOps.remove", id, fd)?;
+        self.stop_watching(&mut inner, id, fd)
+    }
+
+    /// Stop watching an fd if its number was closed and a duplicate keeps the registration alive: nobody could handle the
+    /// hang-up that it reports for ever. Says whether that was so.
+    ///
+    /// # Errors
+    /// When the epoll set cannot be purged.
+    pub fn remove_if_closed(&self, id: SubscriberId, fd: RawFd) -> Result<bool> {
+        let mut inner = self.inner.lock();
+        if inner.check_owner("", id, fd).is_err() || self.epoll.watches(fd) {
+            return Ok(false);
+        }
+        self.stop_watching(&mut inner, id, fd).map(|()| true)
+    }
+
+    fn stop_watching(&self, inner: &mut Inner, id: SubscriberId, fd: RawFd) -> Result<()> {
         inner.watched.remove(&fd);
         self.count_removal();
         if ops(&mut inner.upstream, id)?.remove(Events::empty_raw(fd)).is_err() {
+            inner.closed.insert(fd, id);
             self.epoll.drop_ghosts(&[fd])?;
         }
         Ok(())
@@ -199,19 +213,50 @@ impl EventManager {
     /// # Errors
     /// When epoll fails.
     pub fn run_with_timeout(&self, milliseconds: i32) -> Result<usize> {
+        let limit = u64::try_from(milliseconds).ok().map(Duration::from_millis);
+        let dispatched = self.run_until(limit.map(|limit| Instant::now() + limit), None)?;
+        Ok(dispatched.unwrap_or(0))
+    }
+
+    /// [`Self::run`] until this time, none for no limit. After [`Self::kick`] it returns 0: who was kicked has something to
+    /// look at. None when the time passed, a signal interrupted the wait, `interrupt` turned readable, or, in a shared loop,
+    /// every 50 ms.
+    ///
+    /// # Errors
+    /// When epoll fails.
+    pub fn run_until(
+        &self,
+        deadline: Option<Instant>,
+        interrupt: Option<RawFd>,
+    ) -> Result<Option<usize>> {
         self.check_process()?;
-        let deadline = u64::try_from(milliseconds)
-            .ok()
-            .map(|limit| Instant::now() + Duration::from_millis(limit));
         loop {
-            let Dispatched { events, woken } = self.dispatch(self.inner.lock())?;
-            if events > 0 || woken || milliseconds == 0 {
-                return Ok(events);
+            let Dispatched { events, woken } = self.dispatch(&mut self.inner.lock())?;
+            if events > 0 || woken {
+                return Ok(Some(events));
             }
-            if !self.epoll.wait(deadline)? {
-                return Ok(0);
+            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                return Ok(None);
+            }
+            let slice = self.waits.begin();
+            let until = slice.map_or(deadline, |slice| {
+                Some(deadline.map_or(slice, |deadline| deadline.min(slice)))
+            });
+            let is_ready = self.epoll.wait(until, interrupt);
+            self.waits.end(slice);
+            if !is_ready? {
+                return Ok(None);
             }
         }
+    }
+
+    /// From here on several threads may turn this loop at once. One of them may take the event, or the kick, that another
+    /// waits for: so none waits for longer than 50 ms. Returns when no thread is in a longer wait any more.
+    ///
+    /// # Errors
+    /// When the wake-up cannot be written.
+    pub fn share(&self) -> Result<()> {
+        self.waits.share(|| self.kick())
     }
 
     /// End the wait of whoever is in `run_with_timeout`, or the next one. From any thread.
@@ -230,21 +275,28 @@ impl EventManager {
     }
 
     /// [`Self::run_with_timeout`] without waiting, not even for the manager's lock: none when another thread
-    /// holds it, or when nothing was ready.
+    /// holds it, or when nothing was ready. `take` is called after the dispatch, under the lock still.
     ///
     /// # Errors
     /// When epoll fails.
-    pub fn try_dispatch(&self) -> Result<Option<usize>> {
+    pub fn try_dispatch(&self, take: impl FnOnce()) -> Result<Option<usize>> {
         self.check_process()?;
-        let Some(inner) = self.inner.try_lock() else {
+        let Some(mut inner) = self.inner.try_lock() else {
             return Ok(None);
         };
-        let Dispatched { events, woken } = self.dispatch(inner)?;
+        let Dispatched { events, woken } = self.dispatch(&mut inner)?;
+        take();
         Ok((events > 0 || woken).then_some(events))
     }
 
+    /// Under the lock that subscribers are called with.
+    pub fn locked<T>(&self, f: impl FnOnce() -> T) -> T {
+        let _inner = self.inner.lock();
+        f()
+    }
+
     /// Dispatch what is ready now, without waiting.
-    fn dispatch(&self, mut inner: MutexGuard<'_, Inner>) -> Result<Dispatched> {
+    fn dispatch(&self, inner: &mut Inner) -> Result<Dispatched> {
         // Upstream's dispatch has an `unreachable!` for an fd it does not know. Ghosts are dropped when
         // they arise; this keeps one that got through, or a panic in a subscriber, from unwinding a run.
         match catch_unwind(AssertUnwindSafe(|| inner.upstream.run_with_timeout(0))) {
@@ -275,72 +327,10 @@ impl AsRawFd for EventManager {
     }
 }
 
-impl Inner {
-    fn check_owner(&self, at: &str, id: SubscriberId, fd: RawFd) -> Result<()> {
-        match self.watched.get(&fd) {
-            Some(watched) if watched.owner == id => Ok(()),
-            Some(_) => {
-                let detail = format!("file descriptor {fd} belongs to another subscriber");
-                Err(Error::new(ErrorKind::Event, at, detail))
-            }
-            None => {
-                let detail = format!("file descriptor {fd} is not registered");
-                Err(Error::new(ErrorKind::Event, at, detail))
-            }
-        }
-    }
-
-    /// Make upstream forget `fd`, whose registered file is gone and whose number names another file now.
-    fn forget_closed(&mut self, epoll: &EpollSet, owner: SubscriberId, fd: RawFd) -> Result<()> {
-        epoll.drop_ghosts(&[fd])?;
-        // Upstream forgets an fd only when epoll deletes it: so epoll must have it for a moment.
-        epoll.add_placeholder(fd)?;
-        self.watched.remove(&fd);
-        ops(&mut self.upstream, owner)?
-            .remove(Events::empty_raw(fd))
-            .map_err(|e| at_fd("EventOps.add", fd, e))
-    }
-}
-
-fn ops(upstream: &mut Upstream<BoxedSubscriber>, id: SubscriberId) -> Result<EventOps<'_>> {
-    upstream.event_ops(id).map_err(event_error)
-}
-
-fn event_error(error: event_manager::Error) -> Error {
-    Error {
-        errno: errno_of(&error),
-        ..Error::new(ErrorKind::Event, "EventManager", error.to_string())
-    }
-}
-
-fn errno_of(error: &event_manager::Error) -> Option<i32> {
-    match error {
-        event_manager::Error::Epoll(errno) | event_manager::Error::EventFd(errno) => {
-            Some(errno.errno())
-        }
-        _ => None,
-    }
-}
-
-fn at_fd(at: &str, fd: RawFd, error: event_manager::Error) -> Error {
-    let errno = errno_of(&error);
-    let detail = match errno {
-        Some(libc::EPERM) => format!(
-            "file descriptor {fd} is a regular file or a directory: these are always ready, epoll does \
-             not watch them"
-        ),
-        Some(libc::EBADF) => format!("file descriptor {fd} is not open"),
-        Some(libc::ENOENT) => format!("file descriptor {fd} was closed while it was registered"),
-        Some(libc::EINVAL) => format!("epoll refuses file descriptor {fd} with these events"),
-        _ => format!("file descriptor {fd}: {error}"),
-    };
-    Error { errno, ..Error::new(ErrorKind::Event, at, detail) }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use event_manager::EventSet;
+    use event_manager::{EventOps, EventSet};
     use std::sync::atomic::AtomicUsize;
     use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -459,6 +449,26 @@ mod tests {
         let file = std::fs::File::open("/proc/self/exe").unwrap();
         let error = manager.add(id, Events::new(&file, EventSet::IN)).unwrap_err();
         assert!(error.detail.contains("regular file"), "{error}");
+    }
+
+    #[test]
+    fn a_number_closed_before_it_was_removed_can_be_added_again() {
+        let (manager, id, _) = manager();
+        for keep_duplicate in [false, true] {
+            let fd = ready_eventfd();
+            let number = fd.as_raw_fd();
+            let _duplicate = keep_duplicate.then(|| fd.try_clone().unwrap());
+            manager.add(id, Events::new(&fd, EventSet::IN)).unwrap();
+            drop(fd);
+            manager.remove(id, number).unwrap();
+            assert_eq!(manager.run_with_timeout(0).unwrap(), 0);
+            let again = ready_eventfd();
+            // SAFETY: a number of ours, put where the closed one was; nothing owns it.
+            unsafe { libc::dup2(again.as_raw_fd(), number) };
+            manager.add(id, Events::new_raw(number, EventSet::IN)).unwrap();
+            assert_eq!(manager.run_with_timeout(1000).unwrap(), 1);
+            manager.remove(id, number).unwrap();
+        }
     }
 
     #[test]

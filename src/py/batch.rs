@@ -1,13 +1,13 @@
 //! What lies between a dispatch and its delivery to Python: the events fetched for Python objects, each by the token
 //! of its subscriber. Filled under the crate manager's lock, where no Python code may run.
 
+use std::cell::UnsafeCell;
 use std::hash::Hasher;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
-use parking_lot::Mutex;
 
 /// An event fetched for a Python subscriber and not yet delivered.
 #[derive(Clone, Copy, Debug)]
@@ -24,17 +24,46 @@ pub(super) trait Drain: Send + Sync + std::fmt::Debug {
     fn take(&self) -> io::Result<u64>;
 }
 
+/// The events that dispatches have fetched for Python. The crate manager's lock, under which its subscribers are called,
+/// guards them: another one would have to be taken for each event.
+#[derive(Debug, Default)]
+pub(super) struct Fetched(UnsafeCell<Vec<Ready>>);
+
+// SAFETY: the callers of both methods hold the same lock, so no two threads are at the vector at once.
+unsafe impl Sync for Fetched {}
+
+impl Fetched {
+    /// # Safety
+    /// The caller holds the lock of the manager whose events these are.
+    unsafe fn push(&self, ready: Ready) {
+        // SAFETY: by the lock nobody else has a reference to the vector.
+        unsafe { &mut *self.0.get() }.push(ready);
+    }
+
+    /// Take them, for an empty vector.
+    ///
+    /// # Safety
+    /// As for `push`.
+    pub(super) unsafe fn swap(&self, empty: &mut Vec<Ready>) {
+        // SAFETY: as in `push`.
+        std::mem::swap(unsafe { &mut *self.0.get() }, empty);
+    }
+}
+
 /// Stands for a Python object in the crate's manager.
 pub(super) struct Collector {
     pub(super) token: u64,
     pub(super) removals: Arc<AtomicU64>,
-    pub(super) fetched: Arc<Mutex<Vec<Ready>>>,
+    pub(super) fetched: Arc<Fetched>,
 }
 
 impl MutEventSubscriber for Collector {
     fn process(&mut self, events: Events, _ops: &mut EventOps) {
+        // Acquire: pairs with the release of who has taken a registration back.
         let removals = self.removals.load(Ordering::Acquire);
-        self.fetched.lock().push(Ready { token: self.token, events, removals });
+        let ready = Ready { token: self.token, events, removals };
+        // SAFETY: the crate's manager alone calls this, and is reached under its lock only.
+        unsafe { self.fetched.push(ready) };
     }
 
     fn init(&mut self, _ops: &mut EventOps) {}

@@ -20,6 +20,8 @@ use super::hooks::Hooks;
 use super::raised::Raised;
 use super::subscribers::Receiver;
 use super::vcpu_exit::PyVcpuExit;
+use super::wakeup;
+use crate::event::EventManager;
 use crate::vcpu::{Cell, Data, ExitKind, VcpuExit, Verdict, current};
 
 /// The arguments of `process`, used again for the next event unless a callback has kept one.
@@ -50,6 +52,14 @@ pub(super) struct Delivery {
     arguments: Option<Arguments>,
 }
 
+impl Delivery {
+    /// Room for the events of the next delivery.
+    pub(super) fn emptied(&mut self) -> &mut Vec<Ready> {
+        self.ready.clear();
+        &mut self.ready
+    }
+}
+
 /// Call a new subscriber's `init(ops)`. On the thread that adds it.
 pub(super) fn init(
     manager: &Bound<'_, PyEventManager>,
@@ -65,7 +75,7 @@ pub(super) fn init(
     result.map(drop)
 }
 
-/// Call `process(events, ops)` for what the last dispatch fetched, then make the calls that other threads have asked for.
+/// Call `process(events, ops)` for what was fetched, then make the calls that other threads have asked for.
 /// On the thread that turns the loop.
 /// Returns how many events were dropped: their subscriber, or its interest, had gone since.
 ///
@@ -85,8 +95,6 @@ pub(super) fn deliver(
 fn deliver_events(manager: &Bound<'_, PyEventManager>, delivery: &mut Delivery) -> PyResult<usize> {
     let this = manager.get();
     let Delivery { ready, arguments } = delivery;
-    ready.clear();
-    this.swap_fetched(ready);
     let mut dropped = 0;
     for (at, event) in ready.iter().enumerate() {
         let result = match this.receiver(manager.py(), event) {
@@ -98,7 +106,8 @@ fn deliver_events(manager: &Bound<'_, PyEventManager>, delivery: &mut Delivery) 
             Err(error) => Err(error),
         };
         if let Err(error) = result {
-            ready.iter().skip(at + 1).for_each(|event| this.rearm(event));
+            let rest = ready.iter().skip(at + 1);
+            rest.for_each(|event| this.rearm(manager.py(), event));
             return Err(error);
         }
     }
@@ -112,7 +121,7 @@ fn time(
     took: Duration,
     threshold: Duration,
 ) -> PyResult<()> {
-    let is_slowest = manager.slowest_so_far() < took;
+    let is_slowest = manager.watch().is_slowest(took);
     if !is_slowest && took <= threshold {
         return Ok(());
     }
@@ -122,7 +131,7 @@ fn time(
         callbacks.call_method1("warn_slow", (&name, took.as_secs_f64()))?;
     }
     if is_slowest {
-        manager.note_slowest(took, name);
+        manager.watch().note_slowest(took, name);
     }
     Ok(())
 }
@@ -130,8 +139,8 @@ fn time(
 /// Make the calls that other threads have asked for: those that were there when it began.
 fn make_calls(manager: &Bound<'_, PyEventManager>) -> PyResult<()> {
     let this = manager.get();
-    for _ in 0..this.waiting_calls() {
-        let Some(Call { function, reply }) = this.next_call() else {
+    for _ in 0..this.calls().waiting() {
+        let Some(Call { function, reply }) = this.calls().pop() else {
             break;
         };
         let result = function.call1(manager.py(), (manager,));
@@ -146,7 +155,7 @@ fn make_calls(manager: &Bound<'_, PyEventManager>) -> PyResult<()> {
 fn process(
     manager: &Bound<'_, PyEventManager>,
     ready: &Ready,
-    receiver: &Receiver,
+    receiver: &Receiver<'_>,
     spare: &mut Option<Arguments>,
 ) -> PyResult<()> {
     let py = manager.py();
@@ -157,17 +166,17 @@ fn process(
     };
     arguments.events.get().happened_next(ready.events, receiver.count);
     let parts = (arguments.events.bind(py), arguments.ops.bind(py));
-    let watch = manager.get().slow_callback().map(|threshold| (threshold, Instant::now()));
+    let watch = manager.get().watch().slow_callback().map(|threshold| (threshold, Instant::now()));
     let result = {
         let _call = arguments.ops.get().begin(manager, ready.token);
-        subscriber.bind(py).call_method1(intern!(py, "process"), parts)
+        subscriber.call_method1(intern!(py, "process"), parts)
     };
     if !arguments.is_kept() {
         *spare = Some(arguments);
     }
     let returned = result?;
     if let Some((threshold, start)) = watch {
-        time(manager.get(), subscriber.bind(py), start.elapsed(), threshold)?;
+        time(manager.get(), subscriber, start.elapsed(), threshold)?;
     }
     if returned.is_none() {
         return Ok(());
@@ -178,12 +187,28 @@ fn process(
     }
 }
 
-/// What a machine's run does after each turn: deliver events, raise what vCPU threads have left, then run Python's signal
-/// handlers.
-pub(super) fn between_turns(manager: &Py<PyEventManager>, raised: &Raised) -> PyResult<()> {
+/// Wait until this time at most and dispatch; returns how many events were fetched: none also after a kick or a signal.
+/// Without the GIL.
+pub(super) fn wait(core: &EventManager, deadline: Option<Instant>) -> PyResult<usize> {
+    let fetched =
+        wakeup::wait(deadline, |until, interrupt| core.run_until(until, interrupt).transpose())?;
+    Ok(fetched.unwrap_or(Ok(0))?)
+}
+
+/// A turn of a machine's loop: wait until this time at most, dispatch, deliver, raise what vCPU threads have left, and run
+/// Python's signal handlers. Without the GIL.
+pub(super) fn turn(
+    manager: &Py<PyEventManager>,
+    raised: &Raised,
+    deadline: Option<Instant>,
+) -> PyResult<()> {
+    let core = manager.get().core();
+    let fetched = match core.try_dispatch(|| ())? {
+        Some(count) => count,
+        None => wait(core, deadline)?,
+    };
     Python::attach(|py| {
-        let manager = manager.bind(py);
-        manager.get().with_delivery(|delivery| deliver(manager, delivery))?;
+        PyEventManager::deliver_fetched(manager.bind(py), fetched)?;
         raised.check(py)?;
         py.check_signals()
     })

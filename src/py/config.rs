@@ -108,6 +108,7 @@ fn cpu(part: &Part<'_>) -> PyResult<CpuConfig> {
         hide: part.get(intern!(py, "hide"))?,
         expose: part.get(intern!(py, "expose"))?,
         template,
+        fixups: part.get(intern!(py, "fixups"))?,
     })
 }
 

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
-use pyo3::exceptions::PyTimeoutError;
+use pyo3::exceptions::{PyTimeoutError, PyTypeError};
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 
@@ -75,6 +75,14 @@ impl PyRemoteEndpoint {
     }
 }
 
+fn check_callable(function: &Bound<'_, PyAny>) -> PyResult<()> {
+    if function.is_callable() {
+        return Ok(());
+    }
+    let class = function.get_type();
+    Err(PyTypeError::new_err(format!("a function is needed here, not {}", class.name()?)))
+}
+
 #[pymethods]
 impl PyRemoteEndpoint {
     /// Call a function with the manager, on the loop's thread; its value, or its exception, comes back here.
@@ -90,8 +98,9 @@ impl PyRemoteEndpoint {
         function: &Bound<'_, PyAny>,
         timeout: Option<f64>,
     ) -> PyResult<Py<PyAny>> {
+        check_callable(function)?;
         let manager = self.0.get();
-        if manager.is_turned_by_this_thread() {
+        if manager.turners().has_this_thread() {
             return function.call1((&self.0,)).map(Bound::unbind);
         }
         let deadline = as_timeout(timeout)?.and_then(|limit| Instant::now().checked_add(limit));
@@ -118,6 +127,7 @@ impl PyRemoteEndpoint {
 
     /// Have a function called with the manager on the loop's thread. Its exception ends the run there.
     fn fire(&self, function: &Bound<'_, PyAny>) -> PyResult<()> {
+        check_callable(function)?;
         self.0.get().queue(Call { function: function.clone().unbind(), reply: None })
     }
 

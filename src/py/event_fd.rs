@@ -5,11 +5,11 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-use parking_lot::Mutex;
 use pyo3::exceptions::{PyOSError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EFD_SEMAPHORE, EventFd};
 
+use super::attached::Attached;
 use super::batch::Drain;
 
 /// A counter that the kernel keeps behind a file descriptor: eventfd(2).
@@ -21,7 +21,7 @@ use super::batch::Drain;
 #[pyclass(frozen, weakref, name = "EventFd", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyEventFd {
-    fd: Mutex<Option<Arc<EventFd>>>,
+    fd: Attached<Option<Arc<EventFd>>>,
     /// Its calls return at once: the GIL is not worth letting go.
     nonblocking: bool,
 }
@@ -35,23 +35,23 @@ impl Drain for EventFd {
 impl PyEventFd {
     /// Over a nonblocking one of the crate's.
     pub(super) fn over(fd: Arc<EventFd>) -> Self {
-        Self { fd: Mutex::new(Some(fd)), nonblocking: true }
+        Self { fd: Attached::new(Some(fd)), nonblocking: true }
     }
 
     /// The crate's eventfd.
-    pub(super) fn shared(&self) -> PyResult<Arc<EventFd>> {
-        self.open()
+    pub(super) fn shared(&self, py: Python<'_>) -> PyResult<Arc<EventFd>> {
+        self.open(py)
     }
 
-    fn open(&self) -> PyResult<Arc<EventFd>> {
-        self.fd.lock().clone().ok_or_else(closed)
+    fn open(&self, py: Python<'_>) -> PyResult<Arc<EventFd>> {
+        self.fd.with(py, |fd| fd.clone()).ok_or_else(closed)
     }
 
-    pub(super) fn as_drain(&self) -> PyResult<Arc<dyn Drain>> {
+    pub(super) fn as_drain(&self, py: Python<'_>) -> PyResult<Arc<dyn Drain>> {
         if !self.nonblocking {
             return Err(PyTypeError::new_err("only a nonblocking EventFd can be drained"));
         }
-        Ok(self.open()?)
+        Ok(self.open(py)?)
     }
 
     /// Call; if it may wait, without the GIL. After a signal, run Python's handlers and call again.
@@ -61,11 +61,13 @@ impl PyEventFd {
         call: impl Fn(&EventFd) -> io::Result<T> + Sync,
     ) -> PyResult<T> {
         if self.nonblocking {
-            // Under the lock: the call returns at once, and a close meanwhile would take the number away.
-            let fd = self.fd.lock();
-            return call(fd.as_deref().ok_or_else(closed)?).map_err(|e| os_error(&e));
+            // The call returns at once, and no close comes meanwhile.
+            return self.fd.with(py, |fd| match fd.as_deref() {
+                Some(fd) => call(fd).map_err(|e| os_error(&e)),
+                None => Err(closed()),
+            });
         }
-        let fd = self.open()?;
+        let fd = self.open(py)?;
         loop {
             match py.detach(|| call(&fd)) {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => py.check_signals()?,
@@ -87,11 +89,11 @@ impl PyEventFd {
     fn new(initial: u64, nonblocking: bool, semaphore: bool) -> PyResult<Self> {
         let flag = |on, bit| if on { bit } else { 0 };
         let flags = EFD_CLOEXEC | flag(nonblocking, EFD_NONBLOCK) | flag(semaphore, EFD_SEMAPHORE);
-        let fd = EventFd::new(flags)?;
+        let fd = EventFd::new(flags).map_err(|e| os_error(&e))?;
         if initial > 0 {
-            fd.write(initial)?;
+            fd.write(initial).map_err(|e| os_error(&e))?;
         }
-        Ok(Self { fd: Mutex::new(Some(Arc::new(fd))), nonblocking })
+        Ok(Self { fd: Attached::new(Some(Arc::new(fd))), nonblocking })
     }
 
     /// Take the count, or one in semaphore mode.
@@ -116,38 +118,38 @@ impl PyEventFd {
     }
 
     /// The file descriptor's number.
-    fn fileno(&self) -> PyResult<i32> {
-        Ok(self.open()?.as_raw_fd())
+    fn fileno(&self, py: Python<'_>) -> PyResult<i32> {
+        Ok(self.open(py)?.as_raw_fd())
     }
 
     /// Close the descriptor. A `read` that waits in another thread keeps it until it returns.
-    fn close(&self) {
-        drop(self.fd.lock().take());
+    fn close(&self, py: Python<'_>) {
+        drop(self.fd.with(py, Option::take));
     }
 
     /// Whether it is closed.
     #[getter]
-    fn closed(&self) -> bool {
-        self.fd.lock().is_none()
+    fn closed(&self, py: Python<'_>) -> bool {
+        self.fd.with(py, |fd| fd.is_none())
     }
 
     fn __enter__(slf: Py<Self>) -> Py<Self> {
         slf
     }
 
-    fn __exit__(&self, _kind: Py<PyAny>, _error: Py<PyAny>, _traceback: Py<PyAny>) {
-        self.close();
+    fn __exit__(&self, py: Python<'_>, _kind: Py<PyAny>, _error: Py<PyAny>, _traceback: Py<PyAny>) {
+        self.close(py);
     }
 
     fn __aiter__<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
         slf.py().import("pyvmm.aio")?.call_method1("reads", (slf,))
     }
 
-    fn __repr__(&self) -> String {
-        match &*self.fd.lock() {
+    fn __repr__(&self, py: Python<'_>) -> String {
+        self.fd.with(py, |fd| match fd {
             Some(fd) => format!("EventFd(fileno={})", fd.as_raw_fd()),
             None => "EventFd(closed)".into(),
-        }
+        })
     }
 }
 

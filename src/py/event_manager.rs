@@ -1,11 +1,9 @@
 //! `EventManager` for Python: the crate's manager, the Python objects subscribed to it, and the queue between
 //! them. A dispatch only queues what is for Python; `callback::deliver` calls the objects after it.
 
-use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::ThreadId;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use event_manager::EventSet;
@@ -14,18 +12,17 @@ use pyo3::exceptions::PyTypeError;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 
-use super::batch::{Collector, Ready};
+use super::batch::{Collector, Fetched, Ready};
 use super::callback::{self, Delivery};
 use super::endpoint::{Call, PyRemoteEndpoint};
 use super::events::{PyEventOps, PySubscriberId};
 use super::exit::timeout as as_timeout;
 use super::exit_handler::as_native_subscriber;
 use super::subscribers::{Receiver, Subscribers};
+use super::turning::Turners;
+use super::watch::Watch;
 use crate::error::{Error, ErrorKind};
-use crate::event::EventManager;
-
-/// The longest wait between two looks at Python's signals.
-const SLICE_MS: i32 = 50;
+use crate::event::{Calls, EventManager};
 
 /// Subscribers, and the loop that dispatches events to them by file descriptor.
 ///
@@ -36,45 +33,18 @@ const SLICE_MS: i32 = 50;
 pub struct PyEventManager {
     core: Arc<EventManager>,
     /// What the last dispatch fetched for Python.
-    fetched: Arc<Mutex<Vec<Ready>>>,
+    fetched: Arc<Fetched>,
     delivery: Mutex<Delivery>,
     subscribers: Subscribers,
     next_token: AtomicU64,
     /// Tells this manager's ids from another's.
     number: u64,
-    /// The thread that turns the loop, while one does.
-    turner: Mutex<Option<ThreadId>>,
-    calls: Mutex<VecDeque<Call>>,
-    has_calls: AtomicBool,
-    /// `run_forever` is to end.
-    stopping: AtomicBool,
-    counters: Counters,
-    /// Nanoseconds above which a callback is logged; 0 for none.
-    slow_callback: AtomicU64,
-    slowest: Mutex<(Duration, String)>,
+    turners: Turners,
+    /// What other threads ask of the one that turns the loop.
+    calls: Calls<Call>,
+    watch: Watch,
     /// Takes what a subscriber's `process` returns, where an asyncio loop hosts this one.
     awaiter: Mutex<Option<Py<PyAny>>>,
-}
-
-/// What a loop has done so far.
-#[derive(Debug, Default)]
-struct Counters {
-    dispatched: AtomicU64,
-    turns: AtomicU64,
-}
-
-/// Relaxed, and not in one step: with the GIL held, and a figure for a person.
-fn count(counter: &AtomicU64, more: u64) {
-    counter.store(counter.load(Ordering::Relaxed) + more, Ordering::Relaxed);
-}
-
-/// While it lives, its thread is the one that turns the loop.
-pub(super) struct Turning<'a>(&'a Mutex<Option<ThreadId>>);
-
-impl Drop for Turning<'_> {
-    fn drop(&mut self) {
-        *self.0.lock() = None;
-    }
 }
 
 impl PyEventManager {
@@ -88,13 +58,9 @@ impl PyEventManager {
             next_token: AtomicU64::new(0),
             // Relaxed, here and below: all that matters is that no number is given twice.
             number: NUMBERS.fetch_add(1, Ordering::Relaxed),
-            turner: Mutex::new(None),
-            calls: Mutex::default(),
-            has_calls: AtomicBool::new(false),
-            stopping: AtomicBool::new(false),
-            counters: Counters::default(),
-            slow_callback: AtomicU64::new(0),
-            slowest: Mutex::default(),
+            turners: Turners::default(),
+            calls: Calls::default(),
+            watch: Watch::default(),
             awaiter: Mutex::new(None),
         }
     }
@@ -108,88 +74,70 @@ impl PyEventManager {
     }
 
     /// The subscriber an event is for, if it still wants it.
-    pub(super) fn receiver(&self, py: Python<'_>, ready: &Ready) -> PyResult<Option<Receiver>> {
+    pub(super) fn receiver<'py>(
+        &self,
+        py: Python<'py>,
+        ready: &Ready,
+    ) -> PyResult<Option<Receiver<'py>>> {
+        let hang_up = EventSet::HANG_UP | EventSet::ERROR;
+        if ready.events.event_set().intersects(hang_up) && self.drop_closed(py, ready)? {
+            return Ok(None);
+        }
         self.subscribers.receiver(py, ready, &self.core)
+    }
+
+    /// Drop a registration whose number was closed. Says whether it was one.
+    fn drop_closed(&self, py: Python<'_>, ready: &Ready) -> PyResult<bool> {
+        let fd = ready.events.fd();
+        let Some(id) = self.subscribers.id_of(py, ready.token) else {
+            return Ok(false);
+        };
+        let is_dropped = self.core.remove_if_closed(id, fd)?;
+        if is_dropped {
+            self.subscribers.forget_source(py, ready.token, fd);
+        }
+        Ok(is_dropped)
     }
 
     pub(super) fn core(&self) -> &EventManager {
         &self.core
     }
 
-    /// Become the one thread that turns this loop.
-    pub(super) fn claim(&self, what: &str) -> PyResult<Turning<'_>> {
-        let mut turner = self.turner.lock();
-        if turner.is_some() {
-            let detail = format!("{what} is running already: one run at a time");
-            return Err(Error::new(ErrorKind::State, "run", detail).into());
-        }
-        *turner = Some(std::thread::current().id());
-        Ok(Turning(&self.turner))
-    }
-
-    pub(super) fn is_turned_by_this_thread(&self) -> bool {
-        *self.turner.lock() == Some(std::thread::current().id())
+    pub(super) fn turners(&self) -> &Turners {
+        &self.turners
     }
 
     /// Have a call made by the thread that turns the loop.
     pub(super) fn queue(&self, call: Call) -> PyResult<()> {
         self.core.check_process()?;
-        self.calls.lock().push_back(call);
-        // Release: pairs with the acquire in `waiting_calls`, so that who sees the flag finds the call.
-        self.has_calls.store(true, Ordering::Release);
+        self.calls.push(call);
         Ok(self.core.kick()?)
     }
 
-    pub(super) fn slow_callback(&self) -> Option<Duration> {
-        match self.slow_callback.load(Ordering::Relaxed) {
-            0 => None,
-            nanoseconds => Some(Duration::from_nanos(nanoseconds)),
-        }
-    }
-
-    pub(super) fn slowest_so_far(&self) -> Duration {
-        self.slowest.lock().0
-    }
-
-    pub(super) fn note_slowest(&self, took: Duration, name: String) {
-        *self.slowest.lock() = (took, name);
+    pub(super) fn watch(&self) -> &Watch {
+        &self.watch
     }
 
     pub(super) fn awaiter(&self, py: Python<'_>) -> Option<Py<PyAny>> {
         self.awaiter.lock().as_ref().map(|awaiter| awaiter.clone_ref(py))
     }
 
-    fn take_stop(&self) -> bool {
-        // Acquire and release: what was done before stop() is seen here. Looked at before it is written: that is
-        // cheaper, and this is done each turn.
-        self.stopping.load(Ordering::Acquire) && self.stopping.swap(false, Ordering::AcqRel)
-    }
-
-    pub(super) fn waiting_calls(&self) -> usize {
-        if !self.has_calls.load(Ordering::Acquire) {
-            return 0;
-        }
-        // Cleared first: a call that comes now sets it again.
-        self.has_calls.store(false, Ordering::Release);
-        self.calls.lock().len()
-    }
-
-    pub(super) fn next_call(&self) -> Option<Call> {
-        self.calls.lock().pop_front()
+    pub(super) fn calls(&self) -> &Calls<Call> {
+        &self.calls
     }
 
     /// Calls that were not made have the next dispatch look at them.
     pub(super) fn keep_calls(&self) -> PyResult<()> {
-        if self.calls.lock().is_empty() {
-            return Ok(());
+        if self.calls.keep() {
+            self.core.kick()?;
         }
-        self.has_calls.store(true, Ordering::Release);
-        Ok(self.core.kick()?)
+        Ok(())
     }
 
     /// Take the events fetched and not yet delivered, for an empty vector.
-    pub(super) fn swap_fetched(&self, empty: &mut Vec<Ready>) {
-        std::mem::swap(&mut *self.fetched.lock(), empty);
+    fn swap_fetched(&self, empty: &mut Vec<Ready>) {
+        // SAFETY: under the lock that guards them.
+        self.core.locked(|| unsafe { self.fetched.swap(empty) });
     }
 
     /// With what the last delivery has left to be used again.
@@ -203,8 +151,8 @@ impl PyEventManager {
     }
 
     /// Have an event that was not delivered reported again.
-    pub(super) fn rearm(&self, ready: &Ready) {
-        if let Some(id) = self.subscribers.id_of(ready.token) {
+    pub(super) fn rearm(&self, py: Python<'_>, ready: &Ready) {
+        if let Some(id) = self.subscribers.id_of(py, ready.token) {
             self.core.rearm(id, ready.events.fd());
         }
     }
@@ -227,7 +175,7 @@ impl PyEventManager {
         };
         let kept = object.clone().unbind();
         let id = slf.py().detach(|| this.core.add_subscriber(Box::new(collector)));
-        this.subscribers.insert(token, id, kept);
+        this.subscribers.insert(slf.py(), token, id, kept);
         callback::init(slf, token, object).inspect_err(|_| {
             // What init() raised is what the caller should see.
             let _ = this.take_out(slf.py(), token);
@@ -242,23 +190,45 @@ impl PyEventManager {
     }
 
     fn take_out(&self, py: Python<'_>, token: u64) -> PyResult<Py<PyAny>> {
-        let subscriber = self.subscribers.remove(token)?;
+        self.core.check_process()?;
+        let subscriber = self.subscribers.remove(py, token)?;
         py.detach(|| self.core.remove_subscriber(subscriber.id).map(drop))?;
         Ok(subscriber.into_object())
     }
 
-    /// Dispatch once, waiting at most this long; returns how many events were dispatched.
-    fn turn(slf: &Bound<'_, Self>, milliseconds: i32, delivery: &mut Delivery) -> PyResult<usize> {
+    /// Dispatch once, waiting until this time at most; returns how many events were dispatched.
+    fn turn(
+        slf: &Bound<'_, Self>,
+        deadline: Option<Instant>,
+        delivery: &mut Delivery,
+    ) -> PyResult<usize> {
         let this = slf.get();
+        let ready = delivery.emptied();
+        // SAFETY: `try_dispatch` calls it under the lock that guards them.
+        let take = || unsafe { this.fetched.swap(ready) };
         // What is ready is fetched without letting the GIL go: that costs less than the fetching.
-        let fetched = match this.core.try_dispatch()? {
-            Some(count) => count,
-            None => slf.py().detach(|| this.core.run_with_timeout(milliseconds))?,
-        };
+        if let Some(fetched) = this.core.try_dispatch(take)? {
+            return Self::deliver(slf, fetched, delivery);
+        }
+        let fetched = slf.py().detach(|| callback::wait(&this.core, deadline))?;
+        this.swap_fetched(delivery.emptied());
+        Self::deliver(slf, fetched, delivery)
+    }
+
+    /// Deliver what a wait has fetched.
+    pub(super) fn deliver_fetched(slf: &Bound<'_, Self>, fetched: usize) -> PyResult<usize> {
+        let this = slf.get();
+        this.with_delivery(|delivery| {
+            this.swap_fetched(delivery.emptied());
+            Self::deliver(slf, fetched, delivery)
+        })
+    }
+
+    /// Hand over what was fetched; returns how many events were dispatched.
+    fn deliver(slf: &Bound<'_, Self>, fetched: usize, delivery: &mut Delivery) -> PyResult<usize> {
         let dropped = callback::deliver(slf, delivery)?;
         let delivered = fetched - dropped.min(fetched);
-        count(&this.counters.turns, 1);
-        count(&this.counters.dispatched, delivered as u64);
+        slf.get().watch.count_turn(delivered);
         Ok(delivered)
     }
 }
@@ -282,11 +252,11 @@ impl PyEventManager {
         let this = slf.get();
         this.core.check_process()?;
         let token = this.next_token.fetch_add(1, Ordering::Relaxed);
-        match as_native_subscriber(subscriber) {
+        match as_native_subscriber(subscriber)? {
             Some(native) => {
                 let object = subscriber.clone().unbind();
                 let id = slf.py().detach(|| this.core.add_subscriber(native));
-                this.subscribers.insert(token, id, object);
+                this.subscribers.insert(slf.py(), token, id, object);
             }
             None => Self::add_python(slf, token, subscriber)?,
         }
@@ -311,8 +281,9 @@ impl PyEventManager {
     /// Raises:
     ///     EventError: this manager has no such subscriber, or no longer.
     fn event_ops(slf: &Bound<'_, Self>, id: &PySubscriberId) -> PyResult<PyEventOps> {
+        slf.get().core.check_process()?;
         slf.get().check_id("EventManager.event_ops", id)?;
-        slf.get().subscribers.known_id(id.token)?;
+        slf.get().subscribers.known_id(slf.py(), id.token)?;
         Ok(PyEventOps::lasting(slf.clone().unbind(), id.token))
     }
 
@@ -329,18 +300,13 @@ impl PyEventManager {
 
     /// `run` for at most this long, 0 when the time passed. A negative number is no limit.
     fn run_with_timeout(slf: &Bound<'_, Self>, milliseconds: i32) -> PyResult<usize> {
-        let _turning = slf.get().claim("this event manager")?;
+        let _turning = slf.get().turners.claim("this event manager")?;
         let limit = u64::try_from(milliseconds).ok().map(Duration::from_millis);
         let deadline = limit.map(|limit| Instant::now() + limit);
         slf.get().with_delivery(|delivery| {
             loop {
-                let left =
-                    deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-                let left_ms = left.map_or(SLICE_MS, |left| {
-                    i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(SLICE_MS).min(SLICE_MS)
-                });
-                let dispatched = Self::turn(slf, left_ms, delivery)?;
-                if dispatched > 0 || left.is_some_and(|left| left.is_zero()) {
+                let dispatched = Self::turn(slf, deadline, delivery)?;
+                if dispatched > 0 || deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                     return Ok(dispatched);
                 }
                 slf.py().check_signals()?;
@@ -351,10 +317,10 @@ impl PyEventManager {
     /// Dispatch until `stop` is called or a callback raises; raises as `run` does.
     fn run_forever(slf: &Bound<'_, Self>) -> PyResult<()> {
         let this = slf.get();
-        let _turning = this.claim("this event manager")?;
+        let _turning = this.turners.claim("this event manager")?;
         this.with_delivery(|delivery| {
-            while !this.take_stop() {
-                if Self::turn(slf, SLICE_MS, delivery)? == 0 {
+            while !this.calls.take_stop() {
+                if Self::turn(slf, None, delivery)? == 0 {
                     slf.py().check_signals()?;
                 }
             }
@@ -364,7 +330,7 @@ impl PyEventManager {
 
     /// End `run_forever` or `run_async`, or at once the next one. From any thread or callback.
     fn stop(&self) -> PyResult<()> {
-        self.stopping.store(true, Ordering::Release);
+        self.calls.stop();
         Ok(self.core.kick()?)
     }
 
@@ -407,7 +373,7 @@ impl PyEventManager {
     }
 
     fn _take_stop(&self) -> bool {
-        self.take_stop()
+        self.calls.take_stop()
     }
 
     /// Seconds above which a callback is logged with its name, as a warning of the logger "pyvmm"; None for none.
@@ -416,16 +382,12 @@ impl PyEventManager {
     ///     ValueError: set to a negative number or NaN.
     #[getter(slow_callback_duration)]
     fn threshold(&self) -> Option<f64> {
-        self.slow_callback().map(|threshold| threshold.as_secs_f64())
+        self.watch.slow_callback().map(|threshold| threshold.as_secs_f64())
     }
 
     #[setter(slow_callback_duration)]
     fn set_threshold(&self, seconds: Option<f64>) -> PyResult<()> {
-        let nanoseconds = match as_timeout(seconds)? {
-            None => 0,
-            Some(threshold) => u64::try_from(threshold.as_nanos()).unwrap_or(u64::MAX).max(1),
-        };
-        self.slow_callback.store(nanoseconds, Ordering::Relaxed);
+        self.watch.set_slow_callback(as_timeout(seconds)?);
         Ok(())
     }
 
@@ -434,29 +396,33 @@ impl PyEventManager {
     /// Callbacks are timed while `slow_callback_duration` is set.
     #[getter]
     fn slowest_callback(&self) -> Option<(String, f64)> {
-        let (took, name) = self.slowest.lock().clone();
+        let (took, name) = self.watch.slowest();
         (!name.is_empty()).then_some((name, took.as_secs_f64()))
     }
 
     /// How often the loop has turned.
     #[getter]
     fn turns(&self) -> u64 {
-        self.counters.turns.load(Ordering::Relaxed)
+        self.watch.turns()
     }
 
     /// How many events it has dispatched.
     #[getter]
     fn dispatched(&self) -> u64 {
-        self.counters.dispatched.load(Ordering::Relaxed)
+        self.watch.dispatched()
     }
 
     /// The epoll set's file descriptor: readable when an event is ready.
-    fn fileno(&self) -> RawFd {
-        self.core.as_raw_fd()
+    ///
+    /// Raises:
+    ///     StateError: in a forked child, whose parent's it is.
+    fn fileno(&self) -> PyResult<RawFd> {
+        self.core.check_process()?;
+        Ok(self.core.as_raw_fd())
     }
 
-    fn __repr__(&self) -> String {
-        format!("EventManager(subscribers={})", self.subscribers.len())
+    fn __repr__(&self, py: Python<'_>) -> String {
+        format!("EventManager(subscribers={})", self.subscribers.len(py))
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
@@ -465,15 +431,12 @@ impl PyEventManager {
         if let Some(awaiter) = self.awaiter.try_lock() {
             visit.call(&*awaiter)?;
         }
-        if let Some(calls) = self.calls.try_lock() {
-            calls.iter().try_for_each(|call| visit.call(&call.function))?;
-        }
-        Ok(())
+        self.calls.try_for_each(|call| visit.call(&call.function))
     }
 
-    fn __clear__(&self) {
-        let subscribers = self.subscribers.take_all();
-        let calls = std::mem::take(&mut *self.calls.lock());
+    fn __clear__(&self, py: Python<'_>) {
+        let subscribers = self.subscribers.take_all(py);
+        let calls = self.calls.take_all();
         let awaiter = self.awaiter.lock().take();
         // Outside the locks: it may run Python code.
         drop((subscribers, calls, awaiter));

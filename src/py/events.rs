@@ -232,7 +232,7 @@ impl PyEventOps {
             Some(manager) => {
                 let manager = manager.unbind();
                 let token = self.token.load(Ordering::Relaxed);
-                let id = manager.get().subscribers().known_id(token)?;
+                let id = manager.get().subscribers().known_id(py, token)?;
                 Ok(Target { manager, token, id })
             }
             None => Err(PyRuntimeError::new_err(
@@ -252,7 +252,8 @@ impl PyEventOps {
         let Target { manager, token, id } = self.target(py)?;
         let (manager, events) = (manager.get(), as_events(events)?);
         py.detach(|| manager.core().add(id, events.events()))?;
-        manager.subscribers().keep_source(token, events.events().fd(), events.watched_source(py));
+        let (fd, source) = (events.events().fd(), events.watched_source(py));
+        manager.subscribers().keep_source(py, token, fd, source);
         Ok(())
     }
 
@@ -264,7 +265,8 @@ impl PyEventOps {
         let Target { manager, token, id } = self.target(py)?;
         let (manager, events) = (manager.get(), as_events(events)?);
         py.detach(|| manager.core().modify(id, events.events()))?;
-        manager.subscribers().keep_source(token, events.events().fd(), events.watched_source(py));
+        let (fd, source) = (events.events().fd(), events.watched_source(py));
+        manager.subscribers().keep_source(py, token, fd, source);
         Ok(())
     }
 
@@ -280,7 +282,7 @@ impl PyEventOps {
             Err(_) => descriptor(source)?,
         };
         py.detach(|| manager.core().remove(id, fd))?;
-        drop(manager.subscribers().forget_source(token, fd));
+        manager.subscribers().forget_source(py, token, fd);
         Ok(())
     }
 
@@ -291,7 +293,7 @@ impl PyEventOps {
 
 fn as_drain(source: &Bound<'_, PyAny>) -> PyResult<Arc<dyn Drain>> {
     if let Ok(fd) = source.cast::<PyEventFd>() {
-        return fd.get().as_drain();
+        return fd.get().as_drain(source.py());
     }
     match source.cast::<PyTimerFd>() {
         Ok(timer) => Ok(timer.get().open()?),

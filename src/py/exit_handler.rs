@@ -28,12 +28,16 @@ pub struct PyVmmExitHandler(WrappedExitHandler);
 pub struct PyWrappedExitHandler(WrappedExitHandler);
 
 /// The crate's own subscriber behind a Python object, if it is one: then no Python code runs for it.
-pub(super) fn as_native_subscriber(object: &Bound<'_, PyAny>) -> Option<BoxedSubscriber> {
-    let handler = match object.cast::<PyWrappedExitHandler>() {
-        Ok(wrapped) => wrapped.get().0.clone(),
-        Err(_) => object.cast::<PyVmmExitHandler>().ok()?.get().0.clone(),
+pub(super) fn as_native_subscriber(object: &Bound<'_, PyAny>) -> PyResult<Option<BoxedSubscriber>> {
+    let handler = if let Ok(wrapped) = object.cast::<PyWrappedExitHandler>() {
+        &wrapped.get().0
+    } else if let Ok(handler) = object.cast::<PyVmmExitHandler>() {
+        &handler.get().0
+    } else {
+        return Ok(None);
     };
-    Some(Box::new(handler))
+    handler.check_process()?;
+    Ok(Some(Box::new(handler.clone())))
 }
 
 fn exit_event(handler: &WrappedExitHandler) -> Arc<EventFd> {
@@ -94,12 +98,15 @@ impl PyVmmExitHandler {
 
     /// Write the exit event. From any thread.
     fn kick(&self) -> PyResult<()> {
+        self.0.check_process()?;
         Ok(self.0.kick()?)
     }
 
     /// Set the flag again and forget the kicks so far.
-    fn rearm(&self) {
+    fn rearm(&self) -> PyResult<()> {
+        self.0.check_process()?;
         self.0.rearm();
+        Ok(())
     }
 
     /// Register the exit event for IN.
@@ -141,12 +148,15 @@ impl PyWrappedExitHandler {
 
     /// Write the exit event. From any thread.
     fn kick(&self) -> PyResult<()> {
+        self.0.check_process()?;
         Ok(self.0.kick()?)
     }
 
     /// Set the flag again and forget the kicks so far.
-    fn rearm(&self) {
+    fn rearm(&self) -> PyResult<()> {
+        self.0.check_process()?;
         self.0.rearm();
+        Ok(())
     }
 
     /// Another object for the same handler.

@@ -1,6 +1,7 @@
 //! The Python binding: the only code that names pyo3. One file for each class or two; `callback` alone is
 //! where the loop and the vCPU threads enter Python.
 
+mod attached;
 mod batch;
 mod callback;
 mod config;
@@ -23,11 +24,14 @@ mod serial;
 mod snapshot;
 mod subscribers;
 mod timer_fd;
+mod turning;
 mod vcpu;
 mod vcpu_exit;
 mod vm;
 mod vmm;
 mod vmm_devices;
+mod wakeup;
+mod watch;
 
 pub use endpoint::PyRemoteEndpoint;
 pub use event_fd::PyEventFd;

@@ -181,7 +181,14 @@ impl PySnapshot {
         let shape = core.shape;
         let config = snapshots(py)?.call_method1(
             "config_of",
-            (core.memory_size(), shape.vcpus, shape.exit_port, shape.irqchip, shape.pit),
+            (
+                core.memory_size(),
+                shape.vcpus,
+                shape.exit_port,
+                shape.irqchip,
+                shape.pit,
+                shape.fixups,
+            ),
         )?;
         let path = std::path::absolute(&path).unwrap_or(path);
         Ok(Self { core: Arc::new(core), config: config.unbind(), path: Some(path), base })
@@ -209,6 +216,7 @@ impl PySnapshot {
                     found.set_item("vcpus", shape.vcpus)?;
                     found.set_item("irqchip", shape.irqchip)?;
                     found.set_item("pit", shape.pit)?;
+                    found.set_item("fixups", shape.fixups)?;
                     found.set_item("exit_port", shape.exit_port)?;
                 }
                 Kind::Host => {

@@ -7,10 +7,10 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use event_manager::SubscriberId;
-use parking_lot::Mutex;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 
+use super::attached::Attached;
 use super::batch::{Drain, Ready, TokenHasher};
 use super::event_fd::os_error;
 use crate::error::{Error, ErrorKind};
@@ -18,17 +18,17 @@ use crate::event::EventManager;
 
 type ByNumber<K, V> = HashMap<K, V, BuildHasherDefault<TokenHasher>>;
 
-/// See the module. No Python code runs under its lock.
+/// See the module. No Python code runs while it is looked at.
 #[derive(Debug, Default)]
-pub(super) struct Subscribers(Mutex<ByNumber<u64, Subscriber>>);
+pub(super) struct Subscribers(Attached<ByNumber<u64, Subscriber>>);
 
 #[derive(Debug)]
 pub(super) struct Subscriber {
     pub(super) id: SubscriberId,
     object: Py<PyAny>,
-    /// Sources stay alive while they are registered.
-    sources: HashMap<RawFd, Py<PyAny>>,
-    drained: ByNumber<RawFd, Arc<dyn Drain>>,
+    /// Sources stay alive while they are registered. Most subscribers have one.
+    first: Option<(RawFd, WatchedSource)>,
+    others: ByNumber<RawFd, WatchedSource>,
 }
 
 impl Subscriber {
@@ -38,12 +38,13 @@ impl Subscriber {
 }
 
 /// The subscriber an event is for, and what its source was drained of.
-pub(super) struct Receiver {
-    pub(super) object: Py<PyAny>,
+pub(super) struct Receiver<'py> {
+    pub(super) object: Bound<'py, PyAny>,
     pub(super) count: Option<u64>,
 }
 
 /// What is kept of a source while it is registered.
+#[derive(Debug)]
 pub(super) struct WatchedSource {
     pub(super) object: Option<Py<PyAny>>,
     pub(super) drain: Option<Arc<dyn Drain>>,
@@ -53,91 +54,124 @@ fn unknown_id(at: &str) -> PyErr {
     Error::new(ErrorKind::Event, at, "no subscriber has this id, or no longer").into()
 }
 
-impl Subscribers {
-    pub(super) fn insert(&self, token: u64, id: SubscriberId, object: Py<PyAny>) {
-        let (sources, drained) = (HashMap::new(), HashMap::default());
-        self.0.lock().insert(token, Subscriber { id, object, sources, drained });
+impl Subscriber {
+    fn new(id: SubscriberId, object: Py<PyAny>) -> Self {
+        Self { id, object, first: None, others: HashMap::default() }
     }
 
-    pub(super) fn remove(&self, token: u64) -> PyResult<Subscriber> {
-        let subscriber = self.0.lock().remove(&token);
+    fn source(&self, fd: RawFd) -> Option<&WatchedSource> {
+        match &self.first {
+            Some((first, source)) if *first == fd => Some(source),
+            _ => self.others.get(&fd),
+        }
+    }
+
+    /// The former one, to be dropped where Python code may run.
+    fn keep(&mut self, fd: RawFd, source: WatchedSource) -> Option<WatchedSource> {
+        match &mut self.first {
+            Some((first, former)) if *first == fd => Some(std::mem::replace(former, source)),
+            None if self.others.is_empty() => {
+                self.first = Some((fd, source));
+                None
+            }
+            _ => self.others.insert(fd, source),
+        }
+    }
+
+    fn forget(&mut self, fd: RawFd) -> Option<WatchedSource> {
+        match self.first.take_if(|(first, _)| *first == fd) {
+            Some((_, source)) => Some(source),
+            None => self.others.remove(&fd),
+        }
+    }
+
+    fn sources(&self) -> impl Iterator<Item = &WatchedSource> {
+        self.first.iter().map(|(_, source)| source).chain(self.others.values())
+    }
+}
+
+impl Subscribers {
+    pub(super) fn insert(&self, py: Python<'_>, token: u64, id: SubscriberId, object: Py<PyAny>) {
+        let subscriber = Subscriber::new(id, object);
+        self.0.with(py, |subscribers| subscribers.insert(token, subscriber));
+    }
+
+    pub(super) fn remove(&self, py: Python<'_>, token: u64) -> PyResult<Subscriber> {
+        let subscriber = self.0.with(py, |subscribers| subscribers.remove(&token));
         subscriber.ok_or_else(|| unknown_id("EventManager.remove_subscriber"))
     }
 
-    pub(super) fn len(&self) -> usize {
-        self.0.lock().len()
+    pub(super) fn len(&self, py: Python<'_>) -> usize {
+        self.0.with(py, |subscribers| subscribers.len())
     }
 
-    /// All of them, to be dropped outside the lock.
-    pub(super) fn take_all(&self) -> impl Sized {
-        std::mem::take(&mut *self.0.lock())
+    /// All of them, to be dropped where Python code may run.
+    pub(super) fn take_all(&self, py: Python<'_>) -> impl Sized + use<> {
+        self.0.with(py, std::mem::take)
     }
 
     /// The crate's id of a subscriber.
-    pub(super) fn id_of(&self, token: u64) -> Option<SubscriberId> {
-        self.0.lock().get(&token).map(|subscriber| subscriber.id)
+    pub(super) fn id_of(&self, py: Python<'_>, token: u64) -> Option<SubscriberId> {
+        self.0.with(py, |subscribers| subscribers.get(&token).map(|subscriber| subscriber.id))
     }
 
     /// The crate's id of the subscriber that uses an `EventOps`.
-    pub(super) fn known_id(&self, token: u64) -> PyResult<SubscriberId> {
-        self.id_of(token).ok_or_else(|| unknown_id("EventOps"))
+    pub(super) fn known_id(&self, py: Python<'_>, token: u64) -> PyResult<SubscriberId> {
+        self.id_of(py, token).ok_or_else(|| unknown_id("EventOps"))
     }
 
     /// The subscriber an event is for, if it is still there, still watches the event's fd, and that is still ready
     /// where it is to be drained.
-    pub(super) fn receiver(
+    pub(super) fn receiver<'py>(
         &self,
-        py: Python<'_>,
+        py: Python<'py>,
         ready: &Ready,
         core: &EventManager,
-    ) -> PyResult<Option<Receiver>> {
-        let subscribers = self.0.lock();
-        let Some(subscriber) = subscribers.get(&ready.token) else {
-            return Ok(None);
-        };
-        let fd = ready.events.fd();
-        if core.removals() != ready.removals && !core.is_watching(subscriber.id, fd) {
-            return Ok(None);
-        }
-        let count = match subscriber.drained.get(&fd).map(|source| source.take()) {
-            None => None,
-            Some(Ok(count)) => Some(count),
-            Some(Err(e)) if e.kind() == io::ErrorKind::WouldBlock => return Ok(None),
-            Some(Err(e)) => return Err(os_error(&e)),
-        };
-        Ok(Some(Receiver { object: subscriber.object.clone_ref(py), count }))
+    ) -> PyResult<Option<Receiver<'py>>> {
+        self.0.with(py, |subscribers| {
+            let Some(subscriber) = subscribers.get(&ready.token) else {
+                return Ok(None);
+            };
+            let fd = ready.events.fd();
+            if core.removals() != ready.removals && !core.is_watching(subscriber.id, fd) {
+                return Ok(None);
+            }
+            let drain = subscriber.source(fd).and_then(|source| source.drain.as_ref());
+            let count = match drain.map(|source| source.take()) {
+                None => None,
+                Some(Ok(count)) => Some(count),
+                Some(Err(e)) if e.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                Some(Err(e)) => return Err(os_error(&e)),
+            };
+            Ok(Some(Receiver { object: subscriber.object.bind(py).clone(), count }))
+        })
     }
 
-    pub(super) fn keep_source(&self, token: u64, fd: RawFd, source: WatchedSource) {
-        let WatchedSource { object, drain } = source;
-        let mut former = None;
-        if let Some(subscriber) = self.0.lock().get_mut(&token) {
-            former = object.and_then(|object| subscriber.sources.insert(fd, object));
-            match drain {
-                Some(drain) => drop(subscriber.drained.insert(fd, drain)),
-                None => drop(subscriber.drained.remove(&fd)),
-            }
-        }
-        // Dropping it may run Python code: not under the lock.
+    pub(super) fn keep_source(&self, py: Python<'_>, token: u64, fd: RawFd, source: WatchedSource) {
+        let former = self.0.with(py, |subscribers| match subscribers.get_mut(&token) {
+            Some(subscriber) => subscriber.keep(fd, source),
+            None => Some(source),
+        });
+        // Dropping it may run Python code: here it may.
         drop(former);
     }
 
-    /// The source, to be dropped outside the lock.
-    pub(super) fn forget_source(&self, token: u64, fd: RawFd) -> Option<Py<PyAny>> {
-        let mut subscribers = self.0.lock();
-        let subscriber = subscribers.get_mut(&token)?;
-        subscriber.drained.remove(&fd);
-        subscriber.sources.remove(&fd)
+    pub(super) fn forget_source(&self, py: Python<'_>, token: u64, fd: RawFd) {
+        let former = self.0.with(py, |subscribers| subscribers.get_mut(&token)?.forget(fd));
+        drop(former);
     }
 
+    /// For `__traverse__`.
     pub(super) fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
-        let Some(subscribers) = self.0.try_lock() else {
-            return Ok(());
+        // SAFETY: the collector holds the GIL.
+        let visited = unsafe {
+            self.0.peek(|subscribers| {
+                subscribers.values().try_for_each(|subscriber| {
+                    visit.call(&subscriber.object)?;
+                    subscriber.sources().try_for_each(|source| visit.call(&source.object))
+                })
+            })
         };
-        for subscriber in subscribers.values() {
-            visit.call(&subscriber.object)?;
-            subscriber.sources.values().try_for_each(|source| visit.call(source))?;
-        }
-        Ok(())
+        visited.unwrap_or(Ok(()))
     }
 }

@@ -239,6 +239,7 @@ impl PyVcpu {
     /// Bring `run_once` back with `VcpuExit.Interrupted`: the one in progress, else the next. From any thread.
     fn kick(&self, py: Python<'_>) -> PyResult<()> {
         let cell = self.processor.cell()?;
+        cell.check_process()?;
         py.detach(|| cell.kick());
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use kvm_bindings::{KVM_MSR_EXIT_REASON_FILTER, KVM_MSR_EXIT_REASON_INVAL};
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyString, PyTuple};
+use pyo3::types::{IntoPyDict, PyBytes, PyDict, PyString, PyTuple};
 
 use crate::vcpu::VcpuExit;
 
@@ -81,6 +81,10 @@ pub enum PyVcpuExit {
         instruction: Py<PyBytes>,
         /// What else it says.
         data: Py<PyTuple>,
+        /// That instruction as text, in the syntax of nasm; None where it is no instruction.
+        disassembly: Option<String>,
+        /// The registers it stood with, by name.
+        registers: Py<PyDict>,
     },
     /// A breakpoint or a single step.
     Debug {
@@ -138,11 +142,15 @@ impl PyVcpuExit {
             VcpuExit::Interrupted => Self::Interrupted(),
             VcpuExit::IrqWindowOpen => Self::IrqWindowOpen(),
             VcpuExit::FailEntry { reason, cpu } => Self::FailEntry { reason, cpu },
-            VcpuExit::InternalError { suberror, instruction, data } => Self::InternalError {
-                suberror,
-                instruction: bytes(&instruction),
-                data: numbers(data)?,
-            },
+            VcpuExit::InternalError { suberror, instruction, data, disassembly, registers } => {
+                Self::InternalError {
+                    suberror,
+                    instruction: bytes(&instruction),
+                    data: numbers(data)?,
+                    disassembly,
+                    registers: registers.into_py_dict(py)?.unbind(),
+                }
+            }
             VcpuExit::Debug { exception, pc, dr6, dr7 } => Self::Debug { exception, pc, dr6, dr7 },
             VcpuExit::SystemEvent { kind, data } => {
                 Self::SystemEvent { kind, data: numbers(data)? }

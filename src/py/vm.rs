@@ -1,7 +1,9 @@
 //! `KvmVm` for Python: the machine without an event loop, told of its guest's end through any exit handler.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Weak};
+use std::time::Instant;
 
 use parking_lot::Mutex;
 use pyo3::exceptions::PyTypeError;
@@ -14,11 +16,12 @@ use super::live::{self, Close};
 use super::memory::PyGuestMemory;
 use super::serial::PySerial;
 use super::vcpu::PyVcpu;
-use super::{callback, config, exit, vcpu, vmm};
+use super::{callback, config, exit, vcpu, vmm, wakeup};
 use crate::boot;
 use crate::devices::{self, Serial};
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::{ExitHandler, WrappedExitHandler};
+use crate::fixup::Counts;
 use crate::vcpu::{Dispatch, VmRunState};
 use crate::vm::{GuestMemory, KvmVm, layout};
 
@@ -92,6 +95,7 @@ pub struct PyKvmVm {
     machine: Option<Arc<Machine>>,
     python_handler: Option<Arc<PythonHandler>>,
     dispatch: Arc<Dispatch>,
+    fixups: Arc<Counts>,
     /// Where the configuration's code starts.
     #[pyo3(get)]
     entry: u64,
@@ -125,11 +129,12 @@ impl PyKvmVm {
         entry: u64,
         serial: Option<Arc<Serial>>,
     ) -> PyResult<Self> {
+        let fixups = Arc::clone(vm.fixups());
         let machine = Arc::new(Machine(Mutex::new(Some(Arc::new(vm)))));
         live::remember(Arc::downgrade(&machine) as Weak<dyn Close>);
         let memory = Py::new(py, PyGuestMemory::of(&machine, Machine::memory))?;
-        let serial = serial.map(|serial| Py::new(py, PySerial(serial))).transpose()?;
-        Ok(Self { machine: Some(machine), python_handler, dispatch, entry, memory, serial })
+        let serial = serial.map(|serial| Py::new(py, PySerial::over(serial))).transpose()?;
+        Ok(Self { machine: Some(machine), python_handler, dispatch, fixups, entry, memory, serial })
     }
 
     /// Raise what the exit handler's `kick()` raised, once.
@@ -230,16 +235,18 @@ impl PyKvmVm {
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
         let vm = self.vm()?;
         let limit = exit::timeout(timeout)?;
-        let deadline = limit.and_then(|limit| std::time::Instant::now().checked_add(limit));
+        let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
         let ends = [VmRunState::Exiting, VmRunState::Paused, VmRunState::Closed];
-        let slice = std::time::Duration::from_millis(50);
         loop {
-            let left = deadline.map(|d| d.saturating_duration_since(std::time::Instant::now()));
-            let found =
-                py.detach(|| vm.wait_for(&ends, Some(left.map_or(slice, |left| left.min(slice)))));
+            let found = py.detach(|| {
+                wakeup::wait(deadline, |until, interrupt| {
+                    vm.wait_for_or(&ends, until, interrupt).transpose()
+                })
+            })?;
+            let found = found.transpose()?;
             py.check_signals()?;
             self.check_kick()?;
-            if found.is_some() || left.is_some_and(|left| left.is_zero()) {
+            if found.is_some() || deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 return self.exit(py);
             }
         }
@@ -309,6 +316,12 @@ impl PyKvmVm {
     #[getter]
     fn unanswered<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
         vmm::unanswered(py, &self.dispatch.buses)
+    }
+
+    /// The instructions that KVM refused and pyvmm executed, counted by mnemonic; empty without `CpuConfig(fixups=True)`.
+    #[getter]
+    fn fixups(&self) -> BTreeMap<&'static str, u64> {
+        self.fixups.all()
     }
 
     fn __enter__(slf: Py<Self>) -> Py<Self> {

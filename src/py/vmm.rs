@@ -1,5 +1,6 @@
 //! `Vmm` for Python: the spine with the GIL let go where it waits.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
@@ -9,7 +10,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyList, PyTuple};
 
 use super::device::PythonDevice;
-use super::event_manager::{PyEventManager, Turning};
+use super::event_manager::PyEventManager;
 use super::events::PySubscriberId;
 use super::exit_handler::PyWrappedExitHandler;
 use super::hooks::Hooks;
@@ -17,6 +18,7 @@ use super::live::{self, Close};
 use super::memory::PyGuestMemory;
 use super::serial::PySerial;
 use super::snapshot::PySnapshot;
+use super::turning::Turning;
 use super::{callback, config, exit};
 use crate::devices::{Access, Buses};
 use crate::exit_handler::{Exit, ExitReason};
@@ -88,7 +90,7 @@ impl PyVmm {
             Some(shared) => shared,
             None => Py::new(py, PyEventManager::over(Arc::clone(vmm.event_manager())))?,
         };
-        let serial = Py::new(py, PySerial(Arc::clone(vmm.serial())))?;
+        let serial = Py::new(py, PySerial::over(Arc::clone(vmm.serial())))?;
         let streams = if has_python_streams {
             py.import("pyvmm.streams")?
                 .call_method1("connect", (&serial, &event_manager, config.getattr("serial")?))?
@@ -139,11 +141,9 @@ impl PyVmm {
     }
 
     /// Turn the loop on this thread. In a shared loop each machine's run turns it for all.
-    fn claim(&self) -> PyResult<Option<Turning<'_>>> {
-        match self.event_manager.get().claim("the machine") {
-            Err(_) if self.is_shared => Ok(None),
-            result => result.map(Some),
-        }
+    fn claim(&self) -> PyResult<Turning<'_>> {
+        let turners = self.event_manager.get().turners();
+        if self.is_shared { Ok(turners.share()) } else { turners.claim("the machine") }
     }
 }
 
@@ -234,7 +234,7 @@ impl PyVmm {
         let manager = &self.event_manager;
         let raised = &self.hooks.raised;
         let ended =
-            py.detach(|| self.vmm().run(timeout, || callback::between_turns(manager, raised)));
+            py.detach(|| self.vmm().run(timeout, |until| callback::turn(manager, raised, until)));
         let exit = self.finish(py, ended.map(Some))?;
         exit.ok_or_else(|| PyRuntimeError::new_err("a run ends with an exit"))
     }
@@ -263,7 +263,7 @@ impl PyVmm {
         let manager = &self.event_manager;
         let raised = &self.hooks.raised;
         let ended =
-            py.detach(|| self.vmm().wait(timeout, || callback::between_turns(manager, raised)));
+            py.detach(|| self.vmm().wait(timeout, |until| callback::turn(manager, raised, until)));
         self.finish(py, ended)
     }
 
@@ -332,6 +332,12 @@ impl PyVmm {
     #[getter]
     fn unanswered<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
         unanswered(py, &self.vmm().dispatch().buses)
+    }
+
+    /// The instructions that KVM refused and pyvmm executed, counted by mnemonic; empty without `CpuConfig(fixups=True)`.
+    #[getter]
+    fn fixups(&self) -> BTreeMap<&'static str, u64> {
+        self.vmm().fixups().all()
     }
 
     /// `run` inside a running asyncio loop, which stays responsive: the guest's loop turns in another thread.

@@ -49,6 +49,11 @@ impl PyVmm {
     }
 }
 
+fn io_event(address: u64, length: usize, datamatch: Option<u64>, pio: bool) -> IoEvent {
+    let access = if pio { Access::Pio } else { Access::Mmio };
+    IoEvent { access, address, length, datamatch }
+}
+
 fn kind_of(kind: &Bound<'_, PyAny>) -> PyResult<ExitKind> {
     let Ok(name) = kind.cast::<PyString>() else {
         let class = kind.get_type();
@@ -156,13 +161,13 @@ impl PyVmm {
     ///     StateError: the machine has no interrupt controller, or is closed.
     ///     KvmError: KVM refuses it: an eventfd pulses one line.
     fn add_irqfd(&self, py: Python<'_>, event_fd: &PyEventFd, line: u32) -> PyResult<()> {
-        let event = event_fd.shared()?;
+        let event = event_fd.shared(py)?;
         Ok(py.detach(|| self.vmm().vm()?.add_irqfd(&event, line))?)
     }
 
     /// Undo `add_irqfd`.
     fn remove_irqfd(&self, py: Python<'_>, event_fd: &PyEventFd, line: u32) -> PyResult<()> {
-        let event = event_fd.shared()?;
+        let event = event_fd.shared(py)?;
         Ok(py.detach(|| self.vmm().vm()?.remove_irqfd(&event, line))?)
     }
 
@@ -187,9 +192,7 @@ impl PyVmm {
         datamatch: Option<u64>,
         pio: bool,
     ) -> PyResult<()> {
-        let event = event_fd.shared()?;
-        let access = if pio { Access::Pio } else { Access::Mmio };
-        let on = IoEvent { access, address, length, datamatch };
+        let (event, on) = (event_fd.shared(slf.py())?, io_event(address, length, datamatch, pio));
         let vmm = slf.get().vmm();
         Ok(slf.py().detach(|| vmm.vm()?.add_ioeventfd(&event, &on))?)
     }
@@ -204,9 +207,7 @@ impl PyVmm {
         datamatch: Option<u64>,
         pio: bool,
     ) -> PyResult<()> {
-        let event = event_fd.shared()?;
-        let access = if pio { Access::Pio } else { Access::Mmio };
-        let on = IoEvent { access, address, length, datamatch };
+        let (event, on) = (event_fd.shared(slf.py())?, io_event(address, length, datamatch, pio));
         let vmm = slf.get().vmm();
         Ok(slf.py().detach(|| vmm.vm()?.remove_ioeventfd(&event, &on))?)
     }

@@ -68,7 +68,7 @@ mod tests {
     fn what_is_missing_is_named() {
         let Ok(kvm) = crate::vm::open_kvm() else { return };
         let vm = kvm.create_vm().unwrap();
-        let shape = Shape { vcpus: 1, irqchip: false, pit: false, exit_port: None };
+        let shape = Shape { vcpus: 1, irqchip: false, pit: false, fixups: false, exit_port: None };
         let error = apply(&vm, &shape, &[]).unwrap_err();
         assert_eq!((error.kind, error.at.as_str()), (ErrorKind::Snapshot, "clock"));
         apply(&vm, &shape, &capture(&vm, &shape).unwrap()).unwrap();

@@ -207,7 +207,13 @@ mod tests {
     }
 
     fn empty() -> Snapshot {
-        let shape = super::super::Shape { vcpus: 1, irqchip: false, pit: false, exit_port: None };
+        let shape = super::super::Shape {
+            vcpus: 1,
+            irqchip: false,
+            pit: false,
+            fixups: false,
+            exit_port: None,
+        };
         let (chips, vcpus, devices, ranges) = Default::default();
         Snapshot { id: [0; 16], shape, chips, vcpus, devices, ranges, host: None }
     }

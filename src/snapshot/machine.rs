@@ -43,9 +43,10 @@ impl Vmm {
             let rests = rests(&vm);
             // Without a lock: a device may be Python's.
             let devices = save_devices(&self.dispatch().buses)?;
+            let shape = self.shape(&vm);
             vm.at_rest(|fd, vcpus| {
                 check_rests(vcpus, &rests)?;
-                self.capture(&vm, fd, vcpus, devices)
+                capture(vm.memory(), shape, fd, vcpus, devices)
             })
         })
     }
@@ -133,32 +134,29 @@ impl Vmm {
     }
 
     fn shape(&self, vm: &Vm) -> Shape {
-        let (irqchip, pit) = vm.chips();
+        let (irqchip, pit, fixups) = vm.chips();
         let vcpus = u16::try_from(vm.cells().len()).unwrap_or(u16::MAX);
-        Shape { vcpus, irqchip, pit, exit_port: self.exit_port().0 }
+        Shape { vcpus, irqchip, pit, fixups, exit_port: self.exit_port().0 }
     }
+}
 
-    fn capture(
-        &self,
-        vm: &Vm,
-        fd: &VmFd,
-        vcpus: &mut [impl std::ops::DerefMut<Target = Vcpu>],
-        devices: Vec<DeviceState>,
-    ) -> Result<Snapshot> {
-        let (irqchip, pit) = vm.chips();
-        let count = u16::try_from(vcpus.len()).unwrap_or(u16::MAX);
-        let shape = Shape { vcpus: count, irqchip, pit, exit_port: self.exit_port().0 };
-        let classes = Classes::of(fd, irqchip);
-        let mut states = Vec::with_capacity(vcpus.len());
-        for (number, vcpu) in (0..).zip(vcpus.iter_mut()) {
-            states.push(vcpu::capture(vcpu, number, classes)?);
-        }
-        let chips = chips::capture(fd, &shape)?;
-        let frozen = vm.memory().kvm_slots().freeze()?;
-        let range = |(start, image, read_only)| Range { start, read_only, image };
-        let ranges = frozen.into_iter().map(range).collect();
-        Ok(Snapshot { id: new_id()?, shape, chips, vcpus: states, devices, ranges, host: None })
+fn capture(
+    memory: &GuestMemory,
+    shape: Shape,
+    fd: &VmFd,
+    vcpus: &mut [impl std::ops::DerefMut<Target = Vcpu>],
+    devices: Vec<DeviceState>,
+) -> Result<Snapshot> {
+    let classes = Classes::of(fd, shape.irqchip);
+    let mut states = Vec::with_capacity(vcpus.len());
+    for (number, vcpu) in (0..).zip(vcpus.iter_mut()) {
+        states.push(vcpu::capture(vcpu, number, classes)?);
     }
+    let chips = chips::capture(fd, &shape)?;
+    let frozen = memory.kvm_slots().freeze()?;
+    let range = |(start, image, read_only)| Range { start, read_only, image };
+    let ranges = frozen.into_iter().map(range).collect();
+    Ok(Snapshot { id: new_id()?, shape, chips, vcpus: states, devices, ranges, host: None })
 }
 
 fn rests(vm: &Vm) -> Vec<u64> {
@@ -342,7 +340,7 @@ mod tests {
     }
 
     fn finish(vmm: &Vmm) -> Vec<u8> {
-        let exit = vmm.run(Some(Duration::from_secs(60)), || Ok::<(), Error>(())).unwrap();
+        let exit = vmm.run(Some(Duration::from_secs(60)), |_| Ok::<(), Error>(())).unwrap();
         assert_eq!((exit.reason, exit.code), (ExitReason::Code, Some(42)));
         vmm.serial().take()
     }
@@ -357,7 +355,7 @@ mod tests {
         vmm.start().unwrap();
         parked.recv_timeout(Duration::from_secs(60)).unwrap();
         let snapshot = vmm.snapshot().unwrap();
-        let exit = vmm.wait(Some(Duration::from_secs(60)), || Ok::<(), Error>(())).unwrap();
+        let exit = vmm.wait(Some(Duration::from_secs(60)), |_| Ok::<(), Error>(())).unwrap();
         assert_eq!(exit.unwrap().code, Some(42));
         (snapshot, vmm.serial().take())
     }

@@ -14,6 +14,8 @@ pub struct Shape {
     pub irqchip: bool,
     /// An in-kernel PIT.
     pub pit: bool,
+    /// What KVM's emulator refuses is executed by pyvmm.
+    pub fixups: bool,
     /// The port whose write ends the run.
     pub exit_port: Option<u16>,
 }
@@ -23,13 +25,13 @@ impl Shape {
         ExitPort(self.exit_port)
     }
 
-    /// Its 8 bytes in a record: vCPUs, irqchip, PIT, whether there is an exit port, a byte of zero, the port.
+    /// Its 8 bytes in a record: vCPUs, irqchip, PIT, whether there is an exit port, fix-ups, the port.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let [low, high] = self.vcpus.to_le_bytes();
         let [port_low, port_high] = self.exit_port.unwrap_or(0).to_le_bytes();
-        let flags = [self.irqchip, self.pit, self.exit_port.is_some()].map(u8::from);
-        vec![low, high, flags[0], flags[1], flags[2], 0, port_low, port_high]
+        let flags = [self.irqchip, self.pit, self.exit_port.is_some(), self.fixups].map(u8::from);
+        vec![low, high, flags[0], flags[1], flags[2], flags[3], port_low, port_high]
     }
 
     /// From the bytes of a record.
@@ -39,15 +41,16 @@ impl Shape {
     pub fn decode(bytes: &[u8]) -> Result<Self> {
         let mut reader = Reader::new("shape", bytes);
         let vcpus = reader.u16()?;
-        let [irqchip, pit, has_port, zero] = reader.take()?;
+        let [irqchip, pit, has_port, fixups] = reader.take()?;
         let port = reader.u16()?;
         reader.end()?;
-        let is_known = [irqchip, pit, has_port].iter().all(|flag| *flag < 2) && zero == 0;
+        let is_known = [irqchip, pit, has_port, fixups].iter().all(|flag| *flag < 2);
         if !is_known || vcpus == 0 || u64::from(vcpus) > layout::MAX_VCPUS || pit > irqchip {
             return Err(bad("shape", "no machine of this pyvmm has it"));
         }
         let exit_port = (has_port == 1).then_some(port);
-        Ok(Self { vcpus, irqchip: irqchip == 1, pit: pit == 1, exit_port })
+        let [irqchip, pit, fixups] = [irqchip, pit, fixups].map(|flag| flag == 1);
+        Ok(Self { vcpus, irqchip, pit, fixups, exit_port })
     }
 
     /// # Errors
@@ -68,6 +71,9 @@ impl Shape {
             let port = |shape: &Self| format!("{:x?}", shape.exit_port);
             return differ("exit_port", port(self), port(other));
         }
+        if self.fixups != other.fixups {
+            return differ("fixups", self.fixups.to_string(), other.fixups.to_string());
+        }
         Ok(())
     }
 }
@@ -81,7 +87,7 @@ mod tests {
     fn a_shape_comes_back() {
         for (irqchip, pit) in [(false, false), (true, false), (true, true)] {
             for exit_port in [None, Some(0), Some(0xf4)] {
-                let shape = Shape { vcpus: 2, irqchip, pit, exit_port };
+                let shape = Shape { vcpus: 2, irqchip, pit, fixups: pit, exit_port };
                 assert_eq!(Shape::decode(&shape.encode()).unwrap(), shape);
             }
         }
@@ -89,7 +95,7 @@ mod tests {
 
     #[test]
     fn another_shape_is_named() {
-        let shape = Shape { vcpus: 1, irqchip: false, pit: false, exit_port: None };
+        let shape = Shape { vcpus: 1, irqchip: false, pit: false, fixups: false, exit_port: None };
         let error = shape.check_same(&Shape { vcpus: 2, ..shape }).unwrap_err();
         assert!(error.detail.contains("vcpus 1, the snapshot 2"), "{error}");
     }

@@ -109,7 +109,7 @@ impl Cell {
     /// # Errors
     /// [`ErrorKind::State`] while its guest runs, and in a forked child; what `look` returns.
     pub fn with_vcpu<T>(&self, look: impl FnOnce(&mut Vcpu) -> Result<T>) -> Result<T> {
-        self.birthplace.check("vCPU")?;
+        self.check_process()?;
         let mut slot = self.slot.lock();
         let is_held = slot.order != Order::Go;
         let is_own = slot.runner == Some(this_thread());
@@ -208,7 +208,7 @@ impl Cell {
     /// # Errors
     /// [`ErrorKind::State`] while its guest runs already; what KVM_RUN fails with.
     pub fn run_once(&self) -> Result<Option<VcpuExit>> {
-        self.birthplace.check("vCPU")?;
+        self.check_process()?;
         let mut vcpu = {
             let mut slot = self.slot.lock();
             if std::mem::take(&mut slot.is_kicked) {
@@ -283,6 +283,12 @@ impl Cell {
     /// How often the vCPU has come to rest by now.
     pub(crate) fn rests(&self) -> u64 {
         self.slot.lock().rests
+    }
+
+    /// # Errors
+    /// In a forked child: the run page is shared with its parent.
+    pub(crate) fn check_process(&self) -> Result<()> {
+        self.birthplace.check("vCPU")
     }
 
     /// Wait until the vCPU is at rest, or has been since it was counted: somebody may have sent it off again.

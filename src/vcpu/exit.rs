@@ -1,8 +1,11 @@
 //! An exit of KVM's as a value of its own, and the turn of those who drive a vCPU by hand.
 
+use kvm_bindings::KVM_INTERNAL_ERROR_EMULATION;
 use kvm_ioctls::{MsrExitReason, VcpuExit as Borrowed};
 use smallvec::SmallVec;
 
+use super::fault::{Instruction, named};
+use super::fixup::fix_up;
 use super::kick::StopWord;
 use super::registers::Vcpu;
 use super::run_page::RunPage;
@@ -85,6 +88,10 @@ pub enum VcpuExit {
         instruction: Vec<u8>,
         /// What else it says.
         data: Vec<u64>,
+        /// That instruction as text.
+        disassembly: Option<String>,
+        /// The registers it stood with, by name.
+        registers: Vec<(&'static str, u64)>,
     },
     /// A breakpoint or a single step.
     Debug {
@@ -275,13 +282,40 @@ pub(super) fn enter(vcpu: &mut Vcpu) -> std::result::Result<VcpuExit, kvm_ioctls
     vcpu.has_run = true;
     let result = match vcpu.waiting.take() {
         Some(exit) => Ok(exit),
-        None => vcpu.fd.run().map(|exit| owned(exit, &vcpu.page)),
+        None => run(vcpu),
     };
     vcpu.has_page_registers = true;
     let found = result.as_ref().ok();
     vcpu.is_pending = found.is_some_and(VcpuExit::is_access);
     vcpu.awaits_answer = found.is_some_and(VcpuExit::is_read);
     result
+}
+
+/// Run the guest to its next exit but those that a fix-up takes away. A kick ends it: it has the next KVM_RUN fail.
+fn run(vcpu: &mut Vcpu) -> std::result::Result<VcpuExit, kvm_ioctls::Error> {
+    loop {
+        let exit = vcpu.fd.run().map(|exit| owned(exit, &vcpu.page))?;
+        vcpu.has_page_registers = true;
+        match exit {
+            VcpuExit::InternalError { .. } if fix_up(vcpu) => {}
+            exit => return Ok(with_state(exit, vcpu)),
+        }
+    }
+}
+
+/// An emulation failure with the instruction and the registers.
+fn with_state(mut exit: VcpuExit, vcpu: &Vcpu) -> VcpuExit {
+    if let VcpuExit::InternalError { suberror, instruction, disassembly, registers, .. } = &mut exit
+    {
+        if let (Ok(regs), Ok(sregs)) = (vcpu.general(), vcpu.fd.get_sregs()) {
+            if *suberror == KVM_INTERNAL_ERROR_EMULATION {
+                let found = Instruction::at(vcpu, &regs, &sregs);
+                (*instruction, *disassembly) = (found.bytes, found.text);
+            }
+            *registers = named(&regs, &sregs);
+        }
+    }
+    exit
 }
 
 pub(super) fn owned(exit: Borrowed<'_>, page: &RunPage) -> VcpuExit {
@@ -323,6 +357,8 @@ pub(super) fn owned(exit: Borrowed<'_>, page: &RunPage) -> VcpuExit {
                 suberror: error.suberror,
                 instruction: instruction.to_vec(),
                 data: data.to_vec(),
+                disassembly: None,
+                registers: Vec::new(),
             }
         }
         Borrowed::Debug(debug) => VcpuExit::Debug {

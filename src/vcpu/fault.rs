@@ -1,18 +1,89 @@
 //! A fault as text a person can use: what KVM said, the instruction bytes, the registers.
 
-use std::fmt::Write;
+use std::fmt::{self, Write};
 
-use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
-use kvm_ioctls::VcpuFd;
+use kvm_bindings::{KVM_EXIT_INTERNAL_ERROR, kvm_regs, kvm_segment, kvm_sregs};
 
+use super::registers::Vcpu;
 use super::run_page::InternalError;
+use crate::debug::{Paging, bitness, disassemble};
 
-/// What happened, then the vCPU's state. On the vCPU's thread.
-pub(crate) fn describe(vcpu: &VcpuFd, what: &str) -> String {
-    match (vcpu.get_regs(), vcpu.get_sregs()) {
-        (Ok(regs), Ok(sregs)) => format!("{what}\n{}", registers(&regs, &sregs)),
+/// The longest instruction.
+const MOST_BYTES: u64 = 15;
+
+/// What happened, then the instruction and the vCPU's state. On the vCPU's thread.
+pub(crate) fn describe(vcpu: &Vcpu, what: &str) -> String {
+    match (vcpu.fd.get_regs(), vcpu.fd.get_sregs()) {
+        (Ok(regs), Ok(sregs)) => {
+            let instruction = Instruction::at(vcpu, &regs, &sregs);
+            format!("{what}\n{instruction}\n{}", registers(&regs, &sregs))
+        }
         (Err(e), _) | (_, Err(e)) => format!("{what}\nthe registers cannot be read: {e}"),
     }
+}
+
+/// The instruction that a vCPU stands at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Instruction {
+    /// Where it stands: CS's base and RIP.
+    pub(super) address: u64,
+    /// Its bytes, and perhaps some behind it; none where there is no memory.
+    pub(super) bytes: Vec<u8>,
+    /// As text; none where it is no instruction.
+    pub(super) text: Option<String>,
+}
+
+impl Instruction {
+    pub(super) fn at(vcpu: &Vcpu, regs: &kvm_regs, sregs: &kvm_sregs) -> Self {
+        let address = linear(regs, sregs);
+        let from_kvm = match vcpu.page.exit_reason() {
+            KVM_EXIT_INTERNAL_ERROR => emulation_bytes(&vcpu.page.internal_error()),
+            _ => Vec::new(),
+        };
+        let text = |bytes: &[u8]| disassemble(bytes, bitness(sregs), regs.rip);
+        if let Some(text) = text(&from_kvm) {
+            return Self { address, bytes: from_kvm, text: Some(text) };
+        }
+        let in_memory = fetch(vcpu, sregs, address);
+        let text = text(&in_memory);
+        let bytes = if in_memory.len() > from_kvm.len() { in_memory } else { from_kvm };
+        Self { address, bytes, text }
+    }
+}
+
+impl fmt::Display for Instruction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "instruction at {:#x}: ", self.address)?;
+        match &self.text {
+            Some(text) => f.write_str(text)?,
+            None if self.bytes.is_empty() => return f.write_str("there is no memory"),
+            None => f.write_str("no known one")?,
+        }
+        write!(f, "\ninstruction bytes: {}", hex(&self.bytes))
+    }
+}
+
+fn linear(regs: &kvm_regs, sregs: &kvm_sregs) -> u64 {
+    match bitness(sregs) {
+        64 => regs.rip,
+        _ => sregs.cs.base.wrapping_add(regs.rip) & 0xffff_ffff,
+    }
+}
+
+/// The bytes that KVM says it could not emulate.
+fn emulation_bytes(error: &InternalError) -> Vec<u8> {
+    error.instruction.get(..error.instruction_len).unwrap_or_default().to_vec()
+}
+
+/// The bytes at a linear address, as many as an instruction has at most and there are.
+fn fetch(vcpu: &Vcpu, sregs: &kvm_sregs, address: u64) -> Vec<u8> {
+    let paging = Paging::of(sregs);
+    (0..MOST_BYTES)
+        .map_while(|n| {
+            let at = vcpu.translate(&paging, address.wrapping_add(n))?;
+            vcpu.memory().load::<u8>(at).ok()
+        })
+        .collect()
 }
 
 /// KVM's internal error, by the kernel's `KVM_INTERNAL_ERROR_*` numbers.
@@ -25,9 +96,10 @@ pub(crate) fn internal_error(error: &InternalError) -> String {
         _ => "KVM internal error",
     };
     let mut text = format!("{name} (suberror {})", error.suberror);
-    if let Some(bytes) = error.instruction.get(..error.instruction_len).filter(|b| !b.is_empty()) {
-        let _ = write!(text, "\ninstruction bytes: {}", hex(bytes));
-    } else if let Some(data) = error.data.get(..error.ndata).filter(|d| !d.is_empty()) {
+    // Of an instruction the bytes are shown with it.
+    let data =
+        error.data.get(..error.ndata).filter(|d| !d.is_empty() && error.instruction_len == 0);
+    if let Some(data) = data {
         let words: Vec<String> = data.iter().map(|word| format!("{word:#x}")).collect();
         let _ = write!(text, "\ndata: {}", words.join(" "));
     }
@@ -38,16 +110,52 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect::<Vec<_>>().join(" ")
 }
 
-fn registers(r: &kvm_regs, s: &kvm_sregs) -> String {
-    let general = [
-        [("rax", r.rax), ("rbx", r.rbx), ("rcx", r.rcx), ("rdx", r.rdx)],
-        [("rsi", r.rsi), ("rdi", r.rdi), ("rbp", r.rbp), ("rsp", r.rsp)],
-        [("r8", r.r8), ("r9", r.r9), ("r10", r.r10), ("r11", r.r11)],
-        [("r12", r.r12), ("r13", r.r13), ("r14", r.r14), ("r15", r.r15)],
-        [("cr0", s.cr0), ("cr2", s.cr2), ("cr3", s.cr3), ("cr4", s.cr4)],
+/// The registers of an instruction that failed, by name.
+pub(super) fn named(r: &kvm_regs, s: &kvm_sregs) -> Vec<(&'static str, u64)> {
+    let selector = |segment: &kvm_segment| u64::from(segment.selector);
+    let general = general(r).into_iter().chain(control(s));
+    let rest = [
+        ("rip", r.rip),
+        ("rflags", r.rflags),
+        ("efer", s.efer),
+        ("cs", selector(&s.cs)),
+        ("ss", selector(&s.ss)),
+        ("ds", selector(&s.ds)),
+        ("es", selector(&s.es)),
+        ("fs", selector(&s.fs)),
+        ("gs", selector(&s.gs)),
     ];
+    general.chain(rest).collect()
+}
+
+fn general(r: &kvm_regs) -> [(&'static str, u64); 16] {
+    [
+        ("rax", r.rax),
+        ("rbx", r.rbx),
+        ("rcx", r.rcx),
+        ("rdx", r.rdx),
+        ("rsi", r.rsi),
+        ("rdi", r.rdi),
+        ("rbp", r.rbp),
+        ("rsp", r.rsp),
+        ("r8", r.r8),
+        ("r9", r.r9),
+        ("r10", r.r10),
+        ("r11", r.r11),
+        ("r12", r.r12),
+        ("r13", r.r13),
+        ("r14", r.r14),
+        ("r15", r.r15),
+    ]
+}
+
+fn control(s: &kvm_sregs) -> [(&'static str, u64); 4] {
+    [("cr0", s.cr0), ("cr2", s.cr2), ("cr3", s.cr3), ("cr4", s.cr4)]
+}
+
+fn registers(r: &kvm_regs, s: &kvm_sregs) -> String {
     let mut text = format!("rip {:#018x}  rflags {:#x}  efer {:#x}\n", r.rip, r.rflags, s.efer);
-    for row in general {
+    for row in general(r).chunks(4).chain([&control(s)[..]]) {
         let cells: Vec<String> =
             row.iter().map(|(name, v)| format!("{name:<3} {v:#018x}")).collect();
         let _ = writeln!(text, "{}", cells.join("  "));
@@ -87,11 +195,24 @@ mod tests {
     }
 
     #[test]
-    fn an_emulation_failure_shows_its_bytes() {
-        let mut failure = error();
-        failure.instruction[..2].copy_from_slice(&[0xcd, 0x80]);
-        failure.instruction_len = 2;
-        assert!(internal_error(&failure).ends_with("instruction bytes: cd 80"));
+    fn an_instruction_shows_its_address_text_and_bytes() {
+        let int =
+            Instruction { address: 0x7c00, bytes: vec![0xcd, 0x80], text: Some("int 0x80".into()) };
+        assert_eq!(int.to_string(), "instruction at 0x7c00: int 0x80\ninstruction bytes: cd 80");
+        let unknown = Instruction { text: None, ..int.clone() };
+        assert!(unknown.to_string().contains("no known one\ninstruction bytes: cd 80"));
+        let nowhere = Instruction { bytes: Vec::new(), ..unknown };
+        assert_eq!(nowhere.to_string(), "instruction at 0x7c00: there is no memory");
+    }
+
+    #[test]
+    fn the_address_is_the_segments_base_and_rip() {
+        let regs = kvm_regs { rip: 0x10, ..Default::default() };
+        let mut sregs = kvm_sregs::default();
+        sregs.cs.base = 0xffff_fff0;
+        assert_eq!(linear(&regs, &sregs), 0, "32 bits wrap");
+        (sregs.cs.l, sregs.efer) = (1, 1 << 10);
+        assert_eq!(linear(&regs, &sregs), 0x10, "64 bits have no base");
     }
 
     #[test]

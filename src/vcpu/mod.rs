@@ -5,6 +5,7 @@ mod cell;
 mod dispatch;
 mod exit;
 mod fault;
+mod fixup;
 mod kick;
 mod registers;
 mod run;

@@ -15,6 +15,7 @@ use super::kick::ImmediateExit;
 use super::run_page::RunPage;
 use crate::debug::Paging;
 use crate::error::{Error, ErrorKind, Result};
+use crate::fixup;
 use crate::vm::GuestMemory;
 
 /// One virtual processor. Its ioctls are made by its own thread, or by another while it is at rest.
@@ -25,7 +26,9 @@ pub struct Vcpu {
     pub(crate) page: Arc<RunPage>,
     pub(crate) dispatch: Arc<Dispatch>,
     /// After `fd`: as long as the guest can run, its memory is there.
-    memory: GuestMemory,
+    pub(super) memory: GuestMemory,
+    /// Instructions that KVM refuses are executed here and counted; none: they end the run.
+    pub(crate) fixups: Option<Arc<fixup::Counts>>,
     /// KVM_RUN has been called: what CPUID says cannot be changed any more.
     pub(crate) has_run: bool,
     /// The last exit was a read, and `answer` may still say what was read.
@@ -118,6 +121,7 @@ impl Vcpu {
             page,
             dispatch,
             memory,
+            fixups: None,
             has_run: false,
             awaits_answer: false,
             is_pending: false,
@@ -318,12 +322,7 @@ impl Vcpu {
     /// # Errors
     /// When KVM does not know it.
     pub fn msr(&self, index: u32) -> Result<u64> {
-        let mut msrs = one_msr(index, 0)?;
-        let found = kvm("KVM_GET_MSRS", self.fd.get_msrs(&mut msrs))?;
-        match msrs.as_slice() {
-            [entry] if found == 1 => Ok(entry.data),
-            _ => Err(Error::new(ErrorKind::Kvm, format!("MSR {index:#x}"), "KVM does not know it")),
-        }
+        msr_of(&self.fd, index)
     }
 
     /// Set a model-specific register.
@@ -407,6 +406,16 @@ impl Vcpu {
             4 => self.memory.load::<u32>(at).ok().map(u64::from),
             _ => self.memory.load(at).ok(),
         })
+    }
+}
+
+/// A model-specific register of a vCPU.
+pub(super) fn msr_of(fd: &VcpuFd, index: u32) -> Result<u64> {
+    let mut msrs = one_msr(index, 0)?;
+    let found = kvm("KVM_GET_MSRS", fd.get_msrs(&mut msrs))?;
+    match msrs.as_slice() {
+        [entry] if found == 1 => Ok(entry.data),
+        _ => Err(Error::new(ErrorKind::Kvm, format!("MSR {index:#x}"), "KVM does not know it")),
     }
 }
 

@@ -89,7 +89,7 @@ fn told(vcpu: &mut Vcpu, outcome: Outcome) -> Step {
     match outcome {
         Outcome::Done(step) => step,
         Outcome::Fault(exit, what) => {
-            let fault = fault::describe(&vcpu.fd, &what);
+            let fault = fault::describe(vcpu, &what);
             Step::End(Exit { fault: Some(fault), ..exit })
         }
     }
@@ -256,7 +256,13 @@ mod tests {
         assert_eq!(reason(outcome(&VcpuExit::Shutdown)), (ExitReason::Shutdown, None));
         let refused = VcpuExit::FailEntry { reason: 33, cpu: 0 };
         assert_eq!(reason(outcome(&refused)), (ExitReason::FailEntry, Some(33)));
-        let failed = VcpuExit::InternalError { suberror: 1, instruction: vec![], data: vec![] };
+        let failed = VcpuExit::InternalError {
+            suberror: 1,
+            instruction: vec![],
+            data: vec![],
+            disassembly: None,
+            registers: vec![],
+        };
         assert_eq!(reason(outcome(&failed)), (ExitReason::InternalError, None));
         let reset = VcpuExit::SystemEvent { kind: KVM_SYSTEM_EVENT_RESET, data: vec![] };
         assert_eq!(reason(outcome(&reset)), (ExitReason::Reset, None));

@@ -1,8 +1,14 @@
 //! The run state of a machine: a pure state machine, and the word with a condvar that threads share.
 
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::event::wait_for_either;
 
 /// Where a machine stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,15 +61,21 @@ impl VmRunState {
 pub struct RunState {
     state: Mutex<VmRunState>,
     changed: Condvar,
+    /// Written at each change, for who waits for something else too.
+    bells: Mutex<Vec<Arc<EventFd>>>,
 }
 
 impl Default for RunState {
     fn default() -> Self {
-        Self { state: Mutex::new(VmRunState::Created), changed: Condvar::new() }
+        Self::at(VmRunState::Created)
     }
 }
 
 impl RunState {
+    fn at(state: VmRunState) -> Self {
+        Self { state: Mutex::new(state), changed: Condvar::new(), bells: Mutex::default() }
+    }
+
     /// The state now.
     #[must_use]
     pub fn get(&self) -> VmRunState {
@@ -82,6 +94,8 @@ impl RunState {
         }
         *state = next;
         self.changed.notify_all();
+        // Fails when it is full: then it rings.
+        self.bells.lock().iter().for_each(|fd| drop(fd.write(1)));
         Ok(before)
     }
 
@@ -91,6 +105,7 @@ impl RunState {
         if *state == VmRunState::Exiting {
             *state = VmRunState::Paused;
             self.changed.notify_all();
+            self.bells.lock().iter().for_each(|fd| drop(fd.write(1)));
         }
     }
 
@@ -109,6 +124,33 @@ impl RunState {
         }
         Some(*state)
     }
+
+    /// [`Self::wait_for`] until a time, or until `interrupt` turns readable or a signal comes.
+    ///
+    /// # Errors
+    /// When the process has no file descriptor left.
+    pub fn wait_for_or(
+        &self,
+        wanted: &[VmRunState],
+        deadline: Option<Instant>,
+        interrupt: Option<RawFd>,
+    ) -> io::Result<Option<VmRunState>> {
+        let bell = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        self.bells.lock().push(Arc::clone(&bell));
+        let mut is_rung = true;
+        while is_rung && !wanted.contains(&self.get()) {
+            // Fails when it has not rung.
+            let _ = bell.read();
+            if wanted.contains(&self.get()) {
+                break;
+            }
+            is_rung = wait_for_either([bell.as_raw_fd(), interrupt.unwrap_or(-1)], deadline)
+                .is_ok_and(|[is_rung, _]| is_rung);
+        }
+        self.bells.lock().retain(|fd| !Arc::ptr_eq(fd, &bell));
+        let state = self.get();
+        Ok(wanted.contains(&state).then_some(state))
+    }
 }
 
 #[cfg(test)]
@@ -120,7 +162,7 @@ mod tests {
     fn only_the_tables_transitions_happen() {
         for from in VmRunState::ALL {
             for to in VmRunState::ALL {
-                let run_state = RunState { state: Mutex::new(from), changed: Condvar::new() };
+                let run_state = RunState::at(from);
                 let result = run_state.set_and_notify(to);
                 assert_eq!(result.is_ok(), from.may_become(to), "{from:?} to {to:?}");
                 let now = if from.may_become(to) { to } else { from };
@@ -137,7 +179,7 @@ mod tests {
     #[test]
     fn only_a_guest_that_has_ended_is_revived() {
         for from in VmRunState::ALL {
-            let run_state = RunState { state: Mutex::new(from), changed: Condvar::new() };
+            let run_state = RunState::at(from);
             run_state.revive();
             let is_ended = from == VmRunState::Exiting;
             assert_eq!(run_state.get(), if is_ended { VmRunState::Paused } else { from });
@@ -154,5 +196,21 @@ mod tests {
         run_state.set_and_notify(VmRunState::Running).unwrap();
         assert_eq!(waiter.join().unwrap(), Some(VmRunState::Running));
         assert_eq!(run_state.wait_for(&[VmRunState::Closed], Some(Duration::ZERO)), None);
+    }
+
+    #[test]
+    fn a_waiter_is_told_or_interrupted() {
+        let run_state = Arc::new(RunState::default());
+        let interrupt = EventFd::new(EFD_NONBLOCK).unwrap();
+        let fd = Some(interrupt.as_raw_fd());
+        let waiter = {
+            let run_state = Arc::clone(&run_state);
+            std::thread::spawn(move || run_state.wait_for_or(&[VmRunState::Running], None, fd))
+        };
+        run_state.set_and_notify(VmRunState::Running).unwrap();
+        assert_eq!(waiter.join().unwrap().unwrap(), Some(VmRunState::Running));
+        interrupt.write(1).unwrap();
+        assert_eq!(run_state.wait_for_or(&[VmRunState::Closed], None, fd).unwrap(), None);
+        assert!(run_state.bells.lock().is_empty());
     }
 }

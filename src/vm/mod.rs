@@ -12,11 +12,15 @@ mod view;
 
 use std::cell::Cell;
 use std::fmt;
+use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use kvm_bindings::{KVM_MP_STATE_RUNNABLE, KVM_PIT_SPEAKER_DUMMY, kvm_mp_state, kvm_pit_config};
+use kvm_bindings::{
+    KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_MP_STATE_RUNNABLE, KVM_PIT_SPEAKER_DUMMY,
+    kvm_enable_cap, kvm_mp_state, kvm_pit_config,
+};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use parking_lot::Mutex;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -33,6 +37,7 @@ use crate::config::{CpuMode, FlatBoot, VmmConfig};
 use crate::cpu::{cpuid, msrs, regs, tables};
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::{Exit, ExitHandler};
+use crate::fixup;
 use crate::process::Birthplace;
 use crate::vcpu::{self, Dispatch, Handle, RunState, Vcpu, VmRunState};
 
@@ -46,6 +51,8 @@ pub struct KvmVm<EH: ExitHandler> {
     mode: CpuMode,
     /// Where a flat guest's stacks end.
     code: Option<u64>,
+    fixups: Arc<fixup::Counts>,
+    has_fixups: bool,
     irqchip: bool,
     pit: bool,
     /// The vCPUs have the registers of a first start.
@@ -76,6 +83,10 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         memory.kvm_slots().attach(&fd)?;
         let table = cpuid::guest_cpuid(&kvm, &config.cpu)?;
         let vcpus = create_vcpus(&kvm, &fd, config, &table, &dispatch, &memory)?;
+        let fixups = Arc::default();
+        if config.cpu.fixups {
+            switch_fixups_on(&fd, &vcpus, &fixups)?;
+        }
         tables::write(&memory, config.mode(), || cpuid::has(&table, "pdpe1gb"))?;
         let shared =
             vcpu::Shared { exit_handler, run_state: RunState::default(), exit: Mutex::new(None) };
@@ -90,6 +101,8 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             shared: Arc::new(shared),
             mode: config.mode(),
             code,
+            fixups,
+            has_fixups: config.cpu.fixups,
             irqchip: config.has_irqchip(),
             pit: config.has_pit(),
             is_prepared: AtomicBool::new(false),
@@ -114,6 +127,8 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             shared: Arc::new(shared),
             mode: CpuMode::Real16,
             code: None,
+            fixups: Arc::default(),
+            has_fixups: false,
             irqchip: false,
             pit: false,
             // Whoever makes it sets its registers.
@@ -299,6 +314,20 @@ impl<EH: ExitHandler> KvmVm<EH> {
         self.shared.run_state.wait_for(wanted, timeout)
     }
 
+    /// [`Self::wait_for`] until a time, or until `interrupt` turns readable or a signal comes.
+    ///
+    /// # Errors
+    /// When the process has no file descriptor left.
+    pub fn wait_for_or(
+        &self,
+        wanted: &[VmRunState],
+        deadline: Option<Instant>,
+        interrupt: Option<RawFd>,
+    ) -> Result<Option<VmRunState>> {
+        let found = self.shared.run_state.wait_for_or(wanted, deadline, interrupt);
+        found.map_err(|e| Error::os(ErrorKind::Kvm, "eventfd", &e))
+    }
+
     /// The vCPUs, to be looked into while they are at rest.
     #[must_use]
     pub fn cells(&self) -> Vec<Arc<vcpu::Cell>> {
@@ -309,6 +338,12 @@ impl<EH: ExitHandler> KvmVm<EH> {
     #[must_use]
     pub fn exit(&self) -> Option<Exit> {
         self.shared.exit.lock().clone()
+    }
+
+    /// The instructions that KVM refused and that were executed here.
+    #[must_use]
+    pub fn fixups(&self) -> &Arc<fixup::Counts> {
+        &self.fixups
     }
 
     /// The machine's memory.
@@ -380,6 +415,22 @@ fn create_irqchip(fd: &VmFd, has_irqchip: bool, has_pit: bool) -> Result<()> {
         fd.create_pit2(pit).map_err(|e| Error::kvm("KVM_CREATE_PIT2", e))?;
     }
     Ok(())
+}
+
+/// Have KVM hand over every instruction it cannot emulate, also those of ring 3, before it raises #UD.
+fn switch_fixups_on(fd: &VmFd, vcpus: &[Handle], counts: &Arc<fixup::Counts>) -> Result<()> {
+    let mut cap = kvm_enable_cap { cap: KVM_CAP_EXIT_ON_EMULATION_FAILURE, ..Default::default() };
+    cap.args[0] = 1;
+    fd.enable_cap(&cap).map_err(|e| {
+        let error = Error::kvm("KVM_CAP_EXIT_ON_EMULATION_FAILURE", e);
+        Error { at: "cpu.fixups".into(), ..error }.hint("Linux has it since 5.14")
+    })?;
+    vcpus.iter().try_for_each(|handle| {
+        handle.cell().with_vcpu(|vcpu| {
+            vcpu.fixups = Some(Arc::clone(counts));
+            Ok(())
+        })
+    })
 }
 
 fn create_vcpus(

@@ -7,7 +7,7 @@ use kvm_ioctls::VmFd;
 use parking_lot::{MappedMutexGuard, Mutex};
 
 use super::vcpus::Vcpus;
-use super::{KvmVm, create_irqchip, create_vm, open_kvm};
+use super::{KvmVm, create_irqchip, create_vm, open_kvm, switch_fixups_on};
 use crate::config::CpuMode;
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::{Exit, ExitHandler};
@@ -41,10 +41,14 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             Handle::new(id, vcpu, Arc::clone(dispatch), memory.clone())
         };
         let vcpus: Result<Vec<Handle>> = (0..u64::from(shape.vcpus)).map(vcpu).collect();
+        let (vcpus, fixups) = (vcpus?, Arc::default());
+        if shape.fixups {
+            switch_fixups_on(&fd, &vcpus, &fixups)?;
+        }
         let shared =
             vcpu::Shared { exit_handler, run_state: RunState::default(), exit: Mutex::new(None) };
         Ok(Self {
-            vcpus: Vcpus::new(vcpus?),
+            vcpus: Vcpus::new(vcpus),
             fd,
             memory,
             shared: Arc::new(shared),
@@ -52,6 +56,8 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             code: None,
             irqchip: shape.irqchip,
             pit: shape.pit,
+            fixups,
+            has_fixups: shape.fixups,
             // The snapshot sets its registers.
             is_prepared: AtomicBool::new(true),
             birthplace: Birthplace::here(),
@@ -60,9 +66,9 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
 }
 
 impl<EH: ExitHandler> KvmVm<EH> {
-    /// Whether it has an in-kernel interrupt controller, and a PIT.
-    pub(crate) fn chips(&self) -> (bool, bool) {
-        (self.irqchip, self.pit)
+    /// Whether it has an in-kernel interrupt controller, a PIT, and fix-ups.
+    pub(crate) fn chips(&self) -> (bool, bool, bool) {
+        (self.irqchip, self.pit, self.has_fixups)
     }
 
     /// Hold every vCPU at rest while `act` looks at all of the machine, or changes it.

@@ -9,14 +9,17 @@ use pyvmm::error::Error;
 use pyvmm::exit_handler::{Exit, ExitReason};
 use pyvmm::vmm::Vmm;
 
+const LIMIT: Duration = Duration::from_secs(60);
+
 fn flat(code: &[u8]) -> VmmConfig {
     let code = Code::Bytes(code.to_vec());
     let boot = Boot::Flat(FlatBoot { code, address: 0x1000, entry: None, mode: CpuMode::Real16 });
     VmmConfig { boot, memory: MemoryConfig { size_mib: 1 }, ..VmmConfig::default() }
 }
 
-fn run(vmm: &Vmm) -> Exit {
-    vmm.run(Some(Duration::from_secs(60)), || Ok::<(), Error>(())).unwrap()
+fn run(vmm: &Vmm, limit: Duration) -> Exit {
+    let turn = |until| vmm.event_manager().run_until(until, None).map(drop);
+    vmm.run::<Error>(Some(limit), turn).unwrap()
 }
 
 /// A machine, unless this host has no KVM and nobody insists on it.
@@ -33,7 +36,7 @@ fn a_guest_ends_through_the_exit_port() {
     let Some(vmm) = machine(flat(&[0xb0, 42, 0xe6, 0xf4])) else {
         return;
     };
-    let exit = run(&vmm);
+    let exit = run(&vmm, LIMIT);
     assert_eq!((exit.reason, exit.code, exit.vcpu), (ExitReason::Code, Some(42), Some(0)));
     assert_eq!(exit.to_string(), "code 42 (vCPU 0)");
 }
@@ -44,7 +47,7 @@ fn the_embedded_guest_speaks_and_answers() {
         return;
     };
     vmm.serial().feed(b"hello\r\n\x04");
-    let exit = run(&vmm);
+    let exit = run(&vmm, LIMIT);
     let said = String::from_utf8(vmm.serial().take()).unwrap();
     assert_eq!((exit.reason, exit.code), (ExitReason::Code, Some(0)), "{exit}");
     assert!(said.contains("You typed: hello\r\n") && said.ends_with("Goodbye.\r\n"), "{said}");
@@ -57,7 +60,7 @@ fn a_stopped_run_goes_on_in_the_next() {
         return;
     };
     vmm.stop().unwrap();
-    assert_eq!(run(&vmm).reason, ExitReason::Stopped);
-    let exit = vmm.run(Some(Duration::from_millis(20)), || Ok::<(), Error>(())).unwrap();
+    assert_eq!(run(&vmm, LIMIT).reason, ExitReason::Stopped);
+    let exit = run(&vmm, Duration::from_millis(20));
     assert_eq!(exit.reason, ExitReason::Timeout);
 }

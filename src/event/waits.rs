@@ -1,0 +1,97 @@
+//! How long the threads that turn a loop may wait. Alone, as long as they like; in a shared loop in slices, because another
+//! thread may take what they wait for.
+
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+
+use crate::error::Result;
+
+/// The longest wait in a shared loop.
+const SLICE: Duration = Duration::from_millis(50);
+
+#[derive(Debug, Default)]
+pub(super) struct Waits {
+    state: Mutex<State>,
+    /// The last long wait is over.
+    ended: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    is_shared: bool,
+    /// Threads in a wait that began before the loop was shared.
+    long: usize,
+}
+
+impl Waits {
+    /// A wait begins; when it has to end, in a shared loop.
+    pub(super) fn begin(&self) -> Option<Instant> {
+        let mut state = self.state.lock();
+        if state.is_shared {
+            return Some(Instant::now() + SLICE);
+        }
+        state.long += 1;
+        None
+    }
+
+    /// The wait that began with this answer is over.
+    pub(super) fn end(&self, slice: Option<Instant>) {
+        if slice.is_none() {
+            self.state.lock().long -= 1;
+            self.ended.notify_all();
+        }
+    }
+
+    /// Have every wait be short from here on; `kick` ends one that is not.
+    pub(super) fn share(&self, kick: impl Fn() -> Result<()>) -> Result<()> {
+        let mut state = self.state.lock();
+        state.is_shared = true;
+        while state.long > 0 {
+            kick()?;
+            // Not for ever: a waiter that was woken for something else may have taken the kick.
+            self.ended.wait_for(&mut state, Duration::from_millis(1));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    #[test]
+    fn waits_are_short_once_the_loop_is_shared() {
+        let waits = Waits::default();
+        let long = waits.begin();
+        assert_eq!(long, None);
+        waits.end(long);
+        waits.share(|| Ok(())).unwrap();
+        assert!(waits.begin().unwrap() <= Instant::now() + SLICE);
+    }
+
+    #[test]
+    fn sharing_returns_when_the_long_wait_is_over() {
+        let (waits, kicked) = (Arc::new(Waits::default()), Arc::new(AtomicBool::new(false)));
+        let long = waits.begin();
+        let waiter = {
+            let (waits, kicked) = (Arc::clone(&waits), Arc::clone(&kicked));
+            std::thread::spawn(move || {
+                while !kicked.load(Ordering::SeqCst) {
+                    std::thread::yield_now();
+                }
+                waits.end(long);
+            })
+        };
+        waits
+            .share(|| {
+                kicked.store(true, Ordering::SeqCst);
+                Ok(())
+            })
+            .unwrap();
+        waiter.join().unwrap();
+        assert_eq!(waits.state.lock().long, 0);
+    }
+}

@@ -1,0 +1,370 @@
+//! The processor that a fix-up works on: a copy of its registers, and what else it may need through `Platform`. What an
+//! instruction changes in the copy counts only when it has come to its end.
+
+use iced_x86::{Instruction, MemorySize, OpKind, Register};
+use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
+
+use super::walk::Access;
+
+pub(crate) const CR0_PE: u64 = 1;
+pub(crate) const CR0_MP: u64 = 1 << 1;
+pub(crate) const CR0_EM: u64 = 1 << 2;
+pub(crate) const CR0_TS: u64 = 1 << 3;
+pub(crate) const CR0_NE: u64 = 1 << 5;
+pub(crate) const CR4_OSFXSR: u64 = 1 << 9;
+pub(crate) const CR4_FSGSBASE: u64 = 1 << 16;
+pub(crate) const CR4_PCIDE: u64 = 1 << 17;
+pub(crate) const CR4_OSXSAVE: u64 = 1 << 18;
+pub(crate) const CR4_CET: u64 = 1 << 23;
+pub(crate) const CR4_LA57: u64 = 1 << 12;
+pub(crate) const EFER_LMA: u64 = 1 << 10;
+
+pub(crate) const CF: u64 = 1;
+pub(crate) const PF: u64 = 1 << 2;
+pub(crate) const AF: u64 = 1 << 4;
+pub(crate) const ZF: u64 = 1 << 6;
+pub(crate) const SF: u64 = 1 << 7;
+pub(crate) const TF: u64 = 1 << 8;
+pub(crate) const IF: u64 = 1 << 9;
+pub(crate) const OF: u64 = 1 << 11;
+pub(crate) const NT: u64 = 1 << 14;
+pub(crate) const RF: u64 = 1 << 16;
+pub(crate) const VM: u64 = 1 << 17;
+pub(crate) const AC: u64 = 1 << 18;
+/// The flags of arithmetic.
+pub(crate) const ARITHMETIC: u64 = CF | PF | AF | ZF | SF | OF;
+
+pub(crate) const UD: u8 = 6;
+pub(crate) const NM: u8 = 7;
+pub(crate) const TS: u8 = 10;
+pub(crate) const NP: u8 = 11;
+pub(crate) const SS: u8 = 12;
+pub(crate) const GP: u8 = 13;
+pub(crate) const PAGE_FAULT: u8 = 14;
+pub(crate) const MF: u8 = 16;
+
+/// An exception that the instruction raises instead of being executed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Fault {
+    pub(crate) vector: u8,
+    pub(crate) code: Option<u32>,
+    /// What CR2 takes: the address of a page fault.
+    pub(crate) address: Option<u64>,
+}
+
+/// Why an instruction has not been executed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stop {
+    /// It faults, as on the processor.
+    Fault(Fault),
+    /// There is no fix-up for it, or for its operands.
+    Unknown,
+}
+
+pub(crate) type Done<T> = Result<T, Stop>;
+
+/// A fault without an error code.
+pub(crate) fn fault<T>(vector: u8) -> Done<T> {
+    Err(Stop::Fault(Fault { vector, code: None, address: None }))
+}
+
+/// A fault with an error code.
+pub(crate) fn fault_with<T>(vector: u8, code: u32) -> Done<T> {
+    Err(Stop::Fault(Fault { vector, code: Some(code), address: None }))
+}
+
+/// Where an instruction without an end of its own goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Flow {
+    /// Behind it.
+    Next,
+    /// Where RIP points now.
+    Jumped,
+}
+
+/// What is behind the registers: memory by guest-physical address, and the rarer state.
+pub(crate) trait Platform {
+    /// Fill `data`; false where it is not all memory.
+    fn read(&mut self, address: u64, data: &mut [u8]) -> bool;
+    /// Write `data`; false, and nothing written, where it is not all memory that can be written.
+    fn write(&mut self, address: u64, data: &[u8]) -> bool;
+    /// Set bits of an entry of a page table that is still what it was; false where it is not.
+    fn set_bits(&mut self, address: u64, size: u64, old: u64, bits: u64) -> bool;
+    /// A model-specific register.
+    fn msr(&mut self, index: u32) -> Option<u64>;
+    /// XCR0.
+    fn xcr0(&mut self) -> Option<u64>;
+    /// x87, SSE and what XCR0 enables, in the standard format of XSAVE.
+    fn xsave(&mut self) -> Option<Vec<u8>>;
+    /// Set those.
+    fn set_xsave(&mut self, image: &[u8]) -> bool;
+    /// Put `new` at an address of 16 bytes if `old` is there, in one access; what was there. None where there is no memory
+    /// that can be written.
+    fn exchange(&mut self, address: u64, old: u128, new: u128) -> Option<u128>;
+    /// Forget every translation.
+    fn flush_translations(&mut self) -> bool;
+}
+
+/// The processor.
+pub(crate) struct Cpu<'a> {
+    pub(crate) regs: kvm_regs,
+    pub(crate) sregs: kvm_sregs,
+    pub(crate) platform: &'a mut dyn Platform,
+}
+
+impl std::fmt::Debug for Cpu<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Cpu").field("regs", &self.regs).finish_non_exhaustive()
+    }
+}
+
+/// The number of a register among its kind, where it is one of `count` from `first`.
+fn number(register: Register, first: Register, count: usize) -> Option<usize> {
+    (register as usize).checked_sub(first as usize).filter(|number| *number < count)
+}
+
+/// The bytes of a memory operand that is a number; 0 where it is none.
+fn memory_bytes(instruction: &Instruction) -> usize {
+    match instruction.memory_size() {
+        MemorySize::UInt8 | MemorySize::Int8 => 1,
+        MemorySize::UInt16 | MemorySize::Int16 => 2,
+        MemorySize::UInt32 | MemorySize::Int32 => 4,
+        MemorySize::UInt64 | MemorySize::Int64 => 8,
+        _ => 0,
+    }
+}
+
+/// What a width in bytes leaves of a number.
+pub(crate) fn mask(size: usize) -> u64 {
+    match size {
+        0 => 0,
+        1..8 => (1 << (size * 8)) - 1,
+        _ => u64::MAX,
+    }
+}
+
+impl Cpu<'_> {
+    /// The privilege level.
+    pub(crate) fn cpl(&self) -> u8 {
+        match (self.is_protected(), self.regs.rflags & VM != 0) {
+            (false, _) => 0,
+            (true, true) => 3,
+            (true, false) => self.sregs.ss.dpl & 3,
+        }
+    }
+
+    pub(crate) fn is_protected(&self) -> bool {
+        self.sregs.cr0 & CR0_PE != 0
+    }
+
+    /// Long mode, its compatibility mode too.
+    pub(crate) fn is_long(&self) -> bool {
+        self.sregs.efer & EFER_LMA != 0
+    }
+
+    pub(crate) fn is_64_bit(&self) -> bool {
+        self.is_long() && self.sregs.cs.l != 0
+    }
+
+    /// Whether an address is one that can be formed.
+    pub(crate) fn is_canonical(&self, address: u64) -> bool {
+        let top = if self.sregs.cr4 & CR4_LA57 != 0 { 56 } else { 47 };
+        let sign = address >> top;
+        sign == 0 || sign == u64::MAX >> top
+    }
+
+    /// One of the sixteen, whole.
+    pub(crate) fn general(&mut self, number: usize) -> Option<&mut u64> {
+        let r = &mut self.regs;
+        Some(match number {
+            0 => &mut r.rax,
+            1 => &mut r.rcx,
+            2 => &mut r.rdx,
+            3 => &mut r.rbx,
+            4 => &mut r.rsp,
+            5 => &mut r.rbp,
+            6 => &mut r.rsi,
+            7 => &mut r.rdi,
+            8 => &mut r.r8,
+            9 => &mut r.r9,
+            10 => &mut r.r10,
+            11 => &mut r.r11,
+            12 => &mut r.r12,
+            13 => &mut r.r13,
+            14 => &mut r.r14,
+            15 => &mut r.r15,
+            _ => return None,
+        })
+    }
+
+    pub(crate) fn segment(&self, register: Register) -> Option<&kvm_segment> {
+        let s = &self.sregs;
+        Some(match register {
+            Register::ES => &s.es,
+            Register::CS => &s.cs,
+            Register::SS => &s.ss,
+            Register::DS => &s.ds,
+            Register::FS => &s.fs,
+            Register::GS => &s.gs,
+            _ => return None,
+        })
+    }
+
+    /// The value of a general register of 8 to 64 bits, and its width in bytes.
+    pub(crate) fn register(&mut self, register: Register) -> Done<(u64, usize)> {
+        let (number, size, is_high) = place(register)?;
+        let whole = *self.general(number).ok_or(Stop::Unknown)?;
+        let value = if is_high { whole >> 8 } else { whole };
+        Ok((value & mask(size), size))
+    }
+
+    /// Set a general register: 32 bits clear the upper half, fewer leave it.
+    pub(crate) fn set_register(&mut self, register: Register, value: u64) -> Done<()> {
+        let (number, size, is_high) = place(register)?;
+        let whole = self.general(number).ok_or(Stop::Unknown)?;
+        *whole = match (size, is_high) {
+            (8, _) => value,
+            (4, _) => value & mask(4),
+            (_, true) => *whole & !0xff00 | (value & 0xff) << 8,
+            _ => *whole & !mask(size) | value & mask(size),
+        };
+        Ok(())
+    }
+
+    /// The offset in its segment of a memory operand.
+    pub(crate) fn offset(&mut self, instruction: &Instruction, operand: u32) -> Done<u64> {
+        instruction
+            .virtual_address(operand, 0, |register, _, _| match self.segment(register) {
+                Some(_) => Some(0),
+                None => self.register(register).ok().map(|(value, _)| value),
+            })
+            .ok_or(Stop::Unknown)
+    }
+
+    /// The value of an operand of a register or memory, zero-extended.
+    pub(crate) fn load(&mut self, instruction: &Instruction, operand: u32) -> Done<(u64, usize)> {
+        match instruction.op_kind(operand) {
+            OpKind::Register => self.register(instruction.op_register(operand)),
+            OpKind::Memory => {
+                let size = memory_bytes(instruction);
+                let mut bytes = [0; 8];
+                let data = bytes.get_mut(..size).filter(|data| !data.is_empty());
+                let data = data.ok_or(Stop::Unknown)?;
+                self.read_operand(instruction, operand, data)?;
+                Ok((u64::from_le_bytes(bytes), size))
+            }
+            _ => Err(Stop::Unknown),
+        }
+    }
+
+    /// Set an operand of a register or memory.
+    pub(crate) fn store(
+        &mut self,
+        instruction: &Instruction,
+        operand: u32,
+        value: u64,
+    ) -> Done<()> {
+        match instruction.op_kind(operand) {
+            OpKind::Register => self.set_register(instruction.op_register(operand), value),
+            OpKind::Memory => {
+                let size = memory_bytes(instruction);
+                let bytes = value.to_le_bytes();
+                let data = bytes.get(..size).filter(|data| !data.is_empty());
+                let data = data.ok_or(Stop::Unknown)?;
+                self.write_operand(instruction, operand, data)
+            }
+            _ => Err(Stop::Unknown),
+        }
+    }
+
+    /// Read a memory operand as the guest's own privilege allows.
+    pub(crate) fn read_operand(
+        &mut self,
+        instruction: &Instruction,
+        operand: u32,
+        data: &mut [u8],
+    ) -> Done<()> {
+        let offset = self.offset(instruction, operand)?;
+        let linear = self.linear(instruction.memory_segment(), offset, data.len(), false)?;
+        self.read_linear(linear, data, Access::explicit(self.cpl(), false))
+    }
+
+    /// Write a memory operand as the guest's own privilege allows.
+    pub(crate) fn write_operand(
+        &mut self,
+        instruction: &Instruction,
+        operand: u32,
+        data: &[u8],
+    ) -> Done<()> {
+        let offset = self.offset(instruction, operand)?;
+        let linear = self.linear(instruction.memory_segment(), offset, data.len(), true)?;
+        self.write_linear(linear, data, Access::explicit(self.cpl(), true))
+    }
+
+    /// The linear address of `length` bytes of a segment, if the segment allows the access (Intel SDM volume 3, section
+    /// 5.3; AMD APM volume 2, section 4.12).
+    pub(crate) fn linear(
+        &self,
+        register: Register,
+        offset: u64,
+        length: usize,
+        is_write: bool,
+    ) -> Done<u64> {
+        let segment = *self.segment(register).ok_or(Stop::Unknown)?;
+        let vector = if register == Register::SS { SS } else { GP };
+        let last = u64::try_from(length.saturating_sub(1)).unwrap_or(u64::MAX);
+        if self.is_64_bit() {
+            let has_base = matches!(register, Register::FS | Register::GS);
+            let linear = offset.wrapping_add(if has_base { segment.base } else { 0 });
+            return match self.is_canonical(linear) && self.is_canonical(linear.wrapping_add(last)) {
+                true => Ok(linear),
+                false => fault_with(vector, 0),
+            };
+        }
+        if !allows(&segment, offset, last, is_write, self.is_protected()) {
+            return fault_with(vector, 0);
+        }
+        Ok(segment.base.wrapping_add(offset) & mask(4))
+    }
+}
+
+/// Whether a segment outside 64-bit mode allows an access.
+fn allows(s: &kvm_segment, offset: u64, last: u64, is_write: bool, is_protected: bool) -> bool {
+    let (is_code, second_bit) = (s.type_ & 8 != 0, s.type_ & 2 != 0);
+    if is_protected {
+        // The second bit: a code segment can be read, a data segment can be written.
+        let is_refused = if is_write { is_code || !second_bit } else { is_code && !second_bit };
+        if s.unusable != 0 || s.present == 0 || is_refused {
+            return false;
+        }
+    }
+    let Some(end) = offset.checked_add(last) else { return false };
+    let limit = u64::from(s.limit);
+    let is_expand_down = is_protected && !is_code && s.type_ & 4 != 0;
+    if is_expand_down {
+        let top = if s.db != 0 { mask(4) } else { mask(2) };
+        return offset > limit && end <= top;
+    }
+    end <= limit
+}
+
+/// The number of a general register, its bytes, and whether it is the second byte (AH to BH).
+fn place(register: Register) -> Done<(usize, usize, bool)> {
+    let among = |first, count| number(register, first, count);
+    if let Some(number) = among(Register::RAX, 16) {
+        return Ok((number, 8, false));
+    }
+    if let Some(number) = among(Register::EAX, 16) {
+        return Ok((number, 4, false));
+    }
+    if let Some(number) = among(Register::AX, 16) {
+        return Ok((number, 2, false));
+    }
+    // AL, CL, DL, BL, AH, CH, DH, BH, SPL, BPL, SIL, DIL, R8L to R15L.
+    match among(Register::AL, 20) {
+        Some(number @ 0..4) => Ok((number, 1, false)),
+        Some(number @ 4..8) => Ok((number - 4, 1, true)),
+        Some(number) => Ok((number - 4, 1, false)),
+        None => Err(Stop::Unknown),
+    }
+}

@@ -1,0 +1,346 @@
+//! Memory by linear address, as the processor reaches it: through the page tables with every permission checked, the
+//! accessed and dirty bits set, and page faults with their error code (Intel SDM volume 3, sections 5.6 to 5.8).
+
+use super::cpu::{AC, Cpu, Done, Fault, PAGE_FAULT, Stop, mask};
+
+const CR0_WP: u64 = 1 << 16;
+const CR0_PG: u64 = 1 << 31;
+const CR4_PSE: u64 = 1 << 4;
+const CR4_PAE: u64 = 1 << 5;
+const CR4_LA57: u64 = 1 << 12;
+const CR4_SMAP: u64 = 1 << 21;
+const CR4_PKE: u64 = 1 << 22;
+const EFER_NXE: u64 = 1 << 11;
+
+const PRESENT: u64 = 1;
+const WRITABLE: u64 = 1 << 1;
+const USER: u64 = 1 << 2;
+const ACCESSED: u64 = 1 << 5;
+const DIRTY: u64 = 1 << 6;
+const LARGE: u64 = 1 << 7;
+const NO_EXECUTE: u64 = 1 << 63;
+/// The address in an entry of 8 bytes.
+const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+const PAGE: u64 = 4096;
+
+/// How often a walk starts again because another processor changes an entry under it.
+const MOST_WALKS: u32 = 64;
+
+const CODE_PRESENT: u32 = 1;
+const CODE_WRITE: u32 = 1 << 1;
+const CODE_USER: u32 = 1 << 2;
+const CODE_RESERVED: u32 = 1 << 3;
+
+/// Who reaches for memory, and how.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Access {
+    is_write: bool,
+    is_user: bool,
+    /// The processor's own access to a table or a new stack: RFLAGS.AC does not open user pages for it.
+    is_implicit: bool,
+}
+
+impl Access {
+    /// An operand's, at a privilege level.
+    pub(crate) fn explicit(cpl: u8, is_write: bool) -> Self {
+        Self { is_write, is_user: cpl == 3, is_implicit: false }
+    }
+
+    /// The words that a delivery pushes, as the level that it enters would.
+    pub(crate) fn frame(level: u8) -> Self {
+        Self { is_write: true, is_user: level == 3, is_implicit: false }
+    }
+
+    /// The processor's own.
+    pub(crate) fn implicit(is_write: bool) -> Self {
+        Self { is_write, is_user: false, is_implicit: true }
+    }
+}
+
+/// The page tables of a mode: how many, bytes of an entry, where the top one is.
+struct Tables {
+    levels: u32,
+    entry: u64,
+    root: u64,
+}
+
+/// A page's rights, those of its tables taken together.
+struct Rights {
+    entry: u64,
+    may_write: bool,
+    is_user: bool,
+}
+
+impl Cpu<'_> {
+    /// Fill `data` from a linear address.
+    pub(crate) fn read_linear(&mut self, linear: u64, data: &mut [u8], access: Access) -> Done<()> {
+        let mut rest = data;
+        for (address, length) in self.pieces(linear, rest.len(), access)? {
+            let (piece, behind) = rest.split_at_mut_checked(length).ok_or(Stop::Unknown)?;
+            if !self.platform.read(address, piece) {
+                return Err(Stop::Unknown);
+            }
+            rest = behind;
+        }
+        Ok(())
+    }
+
+    /// Write `data` to a linear address: all of it, or nothing and a fault.
+    pub(crate) fn write_linear(&mut self, linear: u64, data: &[u8], access: Access) -> Done<()> {
+        let pieces = self.pieces(linear, data.len(), access)?;
+        let mut scratch = [0];
+        // Where there is no memory KVM's own exit stays: before anything is written.
+        if !pieces.iter().all(|(address, _)| self.platform.read(*address, &mut scratch)) {
+            return Err(Stop::Unknown);
+        }
+        let mut rest = data;
+        for (address, length) in pieces {
+            let (piece, behind) = rest.split_at_checked(length).ok_or(Stop::Unknown)?;
+            if !self.platform.write(address, piece) {
+                return Err(Stop::Unknown);
+            }
+            rest = behind;
+        }
+        Ok(())
+    }
+
+    /// The guest-physical pieces of a range, page by page.
+    fn pieces(&mut self, linear: u64, length: usize, access: Access) -> Done<Vec<(u64, usize)>> {
+        let mut pieces = Vec::with_capacity(2);
+        let (mut at, mut left) = (linear, length);
+        while left > 0 {
+            let here = usize::try_from(PAGE - at % PAGE).unwrap_or(left).min(left);
+            pieces.push((self.walk(at, access)?, here));
+            left -= here;
+            at = at.wrapping_add(u64::try_from(here).unwrap_or(0));
+            if !self.is_64_bit() {
+                at &= mask(4);
+            }
+        }
+        Ok(pieces)
+    }
+
+    fn tables(&self) -> Option<Tables> {
+        let s = &self.sregs;
+        if s.cr0 & CR0_PG == 0 {
+            return None;
+        }
+        let (levels, entry, root) = match (s.cr4 & CR4_PAE != 0, self.is_long()) {
+            (false, _) => (2, 4, s.cr3 & 0xffff_f000),
+            (true, false) => (3, 8, s.cr3 & 0xffff_ffe0),
+            (true, true) if s.cr4 & CR4_LA57 != 0 => (5, 8, s.cr3 & ADDRESS),
+            (true, true) => (4, 8, s.cr3 & ADDRESS),
+        };
+        Some(Tables { levels, entry, root })
+    }
+
+    /// The guest-physical address behind a linear one.
+    pub(crate) fn walk(&mut self, linear: u64, access: Access) -> Done<u64> {
+        for _ in 0..MOST_WALKS {
+            if let Some(address) = self.walk_once(linear, access)? {
+                return Ok(address);
+            }
+        }
+        Err(Stop::Unknown)
+    }
+
+    /// None when an entry has changed under the walk.
+    fn walk_once(&mut self, linear: u64, access: Access) -> Done<Option<u64>> {
+        let Some(tables) = self.tables() else { return Ok(Some(linear)) };
+        let index_bits = if tables.entry == 4 { 10 } else { 9 };
+        let mut rights = Rights { entry: 0, may_write: true, is_user: true };
+        let mut table = tables.root;
+        for level in (0..tables.levels).rev() {
+            let shift = 12 + level * index_bits;
+            let index = linear >> shift & ((1 << index_bits) - 1);
+            let at = table + index * tables.entry;
+            let entry = self.entry(at, tables.entry)?;
+            if entry & PRESENT == 0 {
+                return self.page_fault(linear, access, 0);
+            }
+            if tables.entry == 8 && self.sregs.efer & EFER_NXE == 0 && entry & NO_EXECUTE != 0 {
+                return self.page_fault(linear, access, CODE_PRESENT | CODE_RESERVED);
+            }
+            // The top table of PAE has no rights, and no accessed bit.
+            let is_pointer = tables.levels == 3 && level == 2;
+            if !is_pointer {
+                rights.may_write &= entry & WRITABLE != 0;
+                rights.is_user &= entry & USER != 0;
+            }
+            let may_be_large = level == 1 || (level == 2 && tables.levels > 3);
+            let has_large = tables.levels != 2 || self.sregs.cr4 & CR4_PSE != 0;
+            let is_leaf = level == 0 || (may_be_large && has_large && entry & LARGE != 0);
+            if is_leaf {
+                rights.entry = entry;
+                self.check(linear, access, &rights)?;
+                let dirty = if access.is_write { DIRTY } else { 0 };
+                if !self.note(at, tables.entry, entry, ACCESSED | dirty) {
+                    return Ok(None);
+                }
+                let within = (1 << shift) - 1;
+                let start = leaf_address(entry, tables.entry, level) & !within;
+                return Ok(Some(start | linear & within));
+            }
+            if !is_pointer && !self.note(at, tables.entry, entry, ACCESSED) {
+                return Ok(None);
+            }
+            table = entry & if tables.entry == 4 { 0xffff_f000 } else { ADDRESS };
+        }
+        Err(Stop::Unknown)
+    }
+
+    fn entry(&mut self, at: u64, size: u64) -> Done<u64> {
+        let mut bytes = [0; 8];
+        let data = bytes.get_mut(..usize::try_from(size).unwrap_or(8)).ok_or(Stop::Unknown)?;
+        if self.platform.read(at, data) {
+            Ok(u64::from_le_bytes(bytes))
+        } else {
+            Err(Stop::Unknown)
+        }
+    }
+
+    /// Set bits of an entry, if nobody has changed it since it was read.
+    fn note(&mut self, at: u64, size: u64, entry: u64, bits: u64) -> bool {
+        entry & bits == bits || self.platform.set_bits(at, size, entry, bits)
+    }
+
+    fn check(&self, linear: u64, access: Access, rights: &Rights) -> Done<()> {
+        let s = &self.sregs;
+        let is_open = !access.is_implicit && self.regs.rflags & AC != 0;
+        let is_smap = s.cr4 & CR4_SMAP != 0 && !is_open;
+        let is_refused = match access.is_user {
+            true => !rights.is_user || access.is_write && !rights.may_write,
+            false => {
+                rights.is_user && is_smap
+                    || access.is_write && !rights.may_write && s.cr0 & CR0_WP != 0
+            }
+        };
+        if is_refused {
+            return self.page_fault(linear, access, CODE_PRESENT);
+        }
+        // Protection keys but the first are not looked at here.
+        if s.cr4 & CR4_PKE != 0 && rights.is_user && rights.entry >> 59 & 15 != 0 {
+            return Err(Stop::Unknown);
+        }
+        Ok(())
+    }
+
+    fn page_fault<T>(&self, linear: u64, access: Access, code: u32) -> Done<T> {
+        let write = if access.is_write { CODE_WRITE } else { 0 };
+        let user = if access.is_user { CODE_USER } else { 0 };
+        let code = Some(code | write | user);
+        Err(Stop::Fault(Fault { vector: PAGE_FAULT, code, address: Some(linear) }))
+    }
+}
+
+fn leaf_address(entry: u64, size: u64, level: u32) -> u64 {
+    match (size, level) {
+        (4, 0) => entry & 0xffff_f000,
+        // PSE-36: bits 13 to 20 are the address's bits 32 to 39.
+        (4, _) => entry & 0xffc0_0000 | (entry >> 13 & 0xff) << 32,
+        _ => entry & ADDRESS,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixup::tests::{Ram, protected, run};
+    use kvm_bindings::{kvm_regs, kvm_sregs};
+
+    const POPCNT: [u8; 4] = [0xf3, 0x0f, 0xb8, 0x06]; // popcnt eax, [esi]
+    const MOVDIRI: [u8; 4] = [0x0f, 0x38, 0xf9, 0x06]; // movdiri [esi], eax
+
+    /// Two levels: a directory at 0x1000, a table at 0x2000 for the first 4 MiB, page n at its own address.
+    fn machine(ring: u8, entries: &[(usize, u32)]) -> (Ram, kvm_sregs) {
+        let mut ram = Ram::new(0x8000);
+        ram.put(0x1000, &0x2007_u32.to_le_bytes());
+        for (page, flags) in entries {
+            let entry = u32::try_from(page << 12).unwrap() | flags;
+            ram.put(0x2000 + 4 * page, &entry.to_le_bytes());
+        }
+        let sregs = kvm_sregs { cr0: CR0_PG | CR0_WP | 0x33, cr3: 0x1000, ..protected(ring) };
+        (ram, sregs)
+    }
+
+    fn outcome(ring: u8, entry: u32, code: &[u8], cr4: u64, rflags: u64) -> Option<(u32, u64)> {
+        let (mut ram, sregs) = machine(ring, &[(4, entry)]);
+        let regs = kvm_regs { rsi: 0x4010, rflags, ..Default::default() };
+        match run(&mut ram, regs, kvm_sregs { cr4, ..sregs }, code) {
+            Ok(_) => None,
+            Err(Stop::Fault(fault)) => Some((fault.code.unwrap(), fault.address.unwrap())),
+            Err(Stop::Unknown) => panic!("no fix-up"),
+        }
+    }
+
+    #[test]
+    fn permissions_are_those_of_the_ring() {
+        assert_eq!(outcome(0, 3, &POPCNT, 0, 2), None);
+        assert_eq!(outcome(0, 0, &POPCNT, 0, 2), Some((0, 0x4010)));
+        assert_eq!(outcome(0, 0, &MOVDIRI, 0, 2), Some((2, 0x4010)));
+        assert_eq!(outcome(3, 0, &MOVDIRI, 0, 2), Some((6, 0x4010)));
+        assert_eq!(outcome(3, 3, &POPCNT, 0, 2), Some((5, 0x4010)), "a supervisor's page");
+        assert_eq!(outcome(3, 5, &MOVDIRI, 0, 2), Some((7, 0x4010)), "a page for reading");
+        assert_eq!(outcome(0, 1, &MOVDIRI, 0, 2), Some((3, 0x4010)), "CR0.WP");
+        assert_eq!(outcome(3, 7, &MOVDIRI, 0, 2), None);
+    }
+
+    #[test]
+    fn user_pages_are_closed_to_the_kernel_by_smap_until_ac() {
+        assert_eq!(outcome(0, 7, &POPCNT, CR4_SMAP, 2), Some((1, 0x4010)));
+        assert_eq!(outcome(0, 7, &POPCNT, CR4_SMAP, 2 | AC), None);
+        assert_eq!(outcome(3, 7, &POPCNT, CR4_SMAP, 2), None);
+    }
+
+    #[test]
+    fn accessed_and_dirty_are_noted_in_the_tables() {
+        let (mut ram, sregs) = machine(0, &[(4, 3)]);
+        let regs = kvm_regs { rsi: 0x4010, ..Default::default() };
+        run(&mut ram, regs, sregs, &POPCNT).unwrap();
+        assert_eq!((ram.u32(0x1000), ram.u32(0x2010)), (0x2027, 0x4023));
+        run(&mut ram, regs, sregs, &MOVDIRI).unwrap();
+        assert_eq!((ram.u32(0x1000), ram.u32(0x2010)), (0x2027, 0x4063));
+    }
+
+    #[test]
+    fn a_write_across_pages_is_whole_or_a_fault() {
+        let (mut ram, sregs) = machine(0, &[(4, 3), (5, 0)]);
+        let regs = kvm_regs { rsi: 0x4ffe, rax: 0xffff_ffff, ..Default::default() };
+        let fault = Fault { vector: PAGE_FAULT, code: Some(2), address: Some(0x5000) };
+        assert_eq!(run(&mut ram, regs, sregs, &MOVDIRI).unwrap_err(), Stop::Fault(fault));
+        assert_eq!(ram.u32(0x4ffc), 0);
+        ram.put(0x2014, &0x6003_u32.to_le_bytes());
+        run(&mut ram, regs, sregs, &MOVDIRI).unwrap();
+        assert_eq!((ram.u32(0x4ffc), ram.u32(0x6000)), (0xffff_0000, 0xffff));
+    }
+
+    #[test]
+    fn where_there_is_no_memory_there_is_no_fix_up() {
+        let mut ram = Ram::new(0x1000);
+        let regs = kvm_regs { rsi: 0x1_0000, ..Default::default() };
+        assert_eq!(run(&mut ram, regs, protected(0), &POPCNT).unwrap_err(), Stop::Unknown);
+    }
+
+    #[test]
+    fn no_execute_is_a_reserved_bit_until_it_is_enabled() {
+        let mut ram = Ram::new(0x8000);
+        for (at, entry) in
+            [(0x1000, 0x2007_u64), (0x2000, 0x3007), (0x3000, 0x4007), (0x4028, 0x6003 | 1 << 63)]
+        {
+            ram.put(at, &entry.to_le_bytes());
+        }
+        let mut sregs = kvm_sregs {
+            cr0: CR0_PG | 0x33,
+            cr3: 0x1000,
+            cr4: CR4_PAE,
+            efer: 0x500,
+            ..protected(0)
+        };
+        (sregs.cs.l, sregs.cs.db) = (1, 0);
+        let regs = kvm_regs { rsi: 0x5010, ..Default::default() };
+        let fault = Fault { vector: PAGE_FAULT, code: Some(9), address: Some(0x5010) };
+        assert_eq!(run(&mut ram, regs, sregs, &POPCNT).unwrap_err(), Stop::Fault(fault));
+        let sregs = kvm_sregs { efer: 0x500 | EFER_NXE, ..sregs };
+        run(&mut ram, regs, sregs, &POPCNT).unwrap();
+    }
+}

@@ -1,0 +1,216 @@
+//! Signals that arrive while a thread waits in Rust. Python's own C handler writes each to the process's wake-up fd; on the
+//! main thread, a wait that lasts puts a pipe of ours there and waits for that too.
+
+use std::cell::Cell;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{Ordering, fence};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyCFunction, PyDict, PyTuple};
+
+use crate::process::Birthplace;
+
+/// How long a wait lasts before it is worth the pipe: to install that takes system calls, and the GIL.
+const BRIEF: Duration = Duration::from_millis(5);
+
+/// The longest wait between two looks at signals where the pipe cannot be had.
+const SLICE: Duration = Duration::from_millis(50);
+
+/// The pipe, and whose fd it has displaced. Locked with the GIL held, for no longer than it is: so a fork finds it free.
+static PIPE: Mutex<Option<Pipe>> = Mutex::new(None);
+
+struct Pipe {
+    reader: OwnedFd,
+    writer: OwnedFd,
+    /// Where it is installed, the program's own fd, or -1.
+    displaced: Option<RawFd>,
+}
+
+thread_local! {
+    /// Whether Python runs signal handlers on this thread, as found out in this process.
+    static RUNS_HANDLERS: Cell<Option<(Birthplace, bool)>> = const { Cell::new(None) };
+}
+
+/// Wait; on Python's main thread, until a signal arrives at most. `wait` gets the time when it has to end and what else to wait
+/// for, and gives none when nothing came. Handlers of signals from before it may run here; those of signals from meanwhile are
+/// left to the caller. Called, and waits, without the GIL.
+pub(super) fn wait<T: Send>(
+    deadline: Option<Instant>,
+    wait: impl Fn(Option<Instant>, Option<RawFd>) -> Option<T> + Send + Sync,
+) -> PyResult<Option<T>> {
+    if RUNS_HANDLERS.get() == Some((Birthplace::here(), false)) {
+        return Ok(wait(deadline, None));
+    }
+    let brief = Instant::now() + BRIEF;
+    let found = wait(Some(earlier(deadline, brief)), None);
+    // Before that time it was a signal, which this thread got itself.
+    let now = Instant::now();
+    if found.is_some() || now < brief || deadline.is_some_and(|deadline| now >= deadline) {
+        return Ok(found);
+    }
+    Python::attach(|py| wait_long(py, deadline, wait))
+}
+
+fn earlier(deadline: Option<Instant>, other: Instant) -> Instant {
+    deadline.map_or(other, |deadline| deadline.min(other))
+}
+
+fn wait_long<T: Send>(
+    py: Python<'_>,
+    deadline: Option<Instant>,
+    wait: impl Fn(Option<Instant>, Option<RawFd>) -> Option<T> + Send + Sync,
+) -> PyResult<Option<T>> {
+    if !runs_handlers(py)? {
+        return Ok(py.detach(|| wait(deadline, None)));
+    }
+    py.check_signals()?;
+    let Ok(wakeup) = Wakeup::install(py) else {
+        let slice = earlier(deadline, Instant::now() + SLICE);
+        return Ok(py.detach(|| wait(Some(slice), None)));
+    };
+    // A signal from before the pipe was there is noted, but not in the pipe.
+    py.check_signals()?;
+    let reader = wakeup.reader;
+    Ok(py.detach(|| wait(deadline, Some(reader))))
+}
+
+fn runs_handlers(py: Python<'_>) -> PyResult<bool> {
+    let here = Birthplace::here();
+    if let Some((birthplace, runs)) = RUNS_HANDLERS.get()
+        && birthplace == here
+    {
+        return Ok(runs);
+    }
+    // Python says so by letting it be set.
+    let runs = match set_wakeup_fd(py, -1) {
+        Ok(former) => {
+            // Fails when the program has closed it.
+            drop(set_wakeup_fd(py, former));
+            true
+        }
+        Err(error) if error.is_instance_of::<PyValueError>(py) => false,
+        Err(error) => return Err(error),
+    };
+    RUNS_HANDLERS.set(Some((here, runs)));
+    Ok(runs)
+}
+
+/// The pipe is the process's wake-up fd while this lives.
+struct Wakeup<'py> {
+    py: Python<'py>,
+    reader: RawFd,
+    /// It was installed already: by a wait in whose signal handlers this one is.
+    is_inner: bool,
+}
+
+impl<'py> Wakeup<'py> {
+    fn install(py: Python<'py>) -> PyResult<Self> {
+        let (reader, writer) = Pipe::numbers(py)?;
+        let former = set_wakeup_fd(py, writer)?;
+        // The handler notes a signal before it looks for the fd; we look for notes after this.
+        fence(Ordering::SeqCst);
+        let mut is_inner = false;
+        if let Some(pipe) = &mut *PIPE.lock() {
+            is_inner = pipe.displaced.is_some();
+            if former != writer {
+                pipe.displaced = Some(former);
+            } else if !is_inner {
+                pipe.displaced = Some(-1);
+            }
+        }
+        Ok(Self { py, reader, is_inner })
+    }
+}
+
+impl Drop for Wakeup<'_> {
+    /// Give the program its fd back, and what was written for it meanwhile.
+    fn drop(&mut self) {
+        if self.is_inner {
+            return;
+        }
+        let installed = PIPE
+            .lock()
+            .as_mut()
+            .and_then(|pipe| Some((pipe.writer.as_raw_fd(), pipe.displaced.take()?)));
+        if let Some((writer, displaced)) = installed {
+            restore(self.py, writer, displaced);
+            forward(self.reader, displaced);
+        }
+    }
+}
+
+/// Put the program's fd back where `writer` is.
+fn restore(py: Python<'_>, writer: RawFd, displaced: RawFd) {
+    match set_wakeup_fd(py, displaced) {
+        // The program has set another meanwhile: that is its choice.
+        Ok(found) if found != writer && found != displaced => drop(set_wakeup_fd(py, found)),
+        Ok(_) => {}
+        // The program has closed its fd.
+        Err(_) => drop(set_wakeup_fd(py, -1)),
+    }
+}
+
+/// Empty the pipe into the program's fd, as the C handler would have done.
+fn forward(reader: RawFd, to: RawFd) {
+    let mut signals = [0u8; 64];
+    loop {
+        // SAFETY: room for so many bytes.
+        let length = unsafe { libc::read(reader, signals.as_mut_ptr().cast(), signals.len()) };
+        let Ok(length @ 1..) = usize::try_from(length) else { return };
+        if to >= 0 {
+            // SAFETY: as many bytes as were read. A full or closed fd loses them, as it does from the C handler.
+            unsafe { libc::write(to, signals.as_ptr().cast(), length) };
+        }
+    }
+}
+
+impl Pipe {
+    fn new() -> io::Result<Self> {
+        let mut fds = [-1; 2];
+        // SAFETY: room for two numbers.
+        if unsafe { libc::pipe2(fds.as_mut_ptr(), libc::O_CLOEXEC | libc::O_NONBLOCK) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the kernel has just given us these numbers and nobody else knows them.
+        let [reader, writer] = fds.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
+        Ok(Self { reader, writer, displaced: None })
+    }
+
+    /// Reader and writer of the process's pipe.
+    fn numbers(py: Python<'_>) -> PyResult<(RawFd, RawFd)> {
+        static FORGET: PyOnceLock<()> = PyOnceLock::new();
+        FORGET.get_or_try_init(py, || forget_in_children(py))?;
+        let mut pipe = PIPE.lock();
+        let pipe = match &mut *pipe {
+            Some(pipe) => pipe,
+            none => none.insert(Self::new()?),
+        };
+        Ok((pipe.reader.as_raw_fd(), pipe.writer.as_raw_fd()))
+    }
+}
+
+/// In a child that another thread has forked off during a wait, nobody waits: the program gets its fd back there too. The
+/// parent's pipe is none of the child's.
+fn forget_in_children(py: Python<'_>) -> PyResult<()> {
+    let forget = |arguments: &Bound<'_, PyTuple>, _: Option<&Bound<'_, PyDict>>| {
+        let pipe = PIPE.lock().take();
+        if let Some(Pipe { writer, displaced: Some(displaced), .. }) = pipe {
+            restore(arguments.py(), writer.as_raw_fd(), displaced);
+        }
+    };
+    let forget = PyCFunction::new_closure(py, Some(c"forget"), None, forget)?;
+    let options = PyDict::new(py);
+    options.set_item("after_in_child", forget)?;
+    py.import("os")?.call_method("register_at_fork", (), Some(&options)).map(drop)
+}
+
+/// Sets it, and says what it was. On the main thread.
+fn set_wakeup_fd(py: Python<'_>, fd: RawFd) -> PyResult<RawFd> {
+    static FUNCTION: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    FUNCTION.import(py, "signal", "set_wakeup_fd")?.call1((fd,))?.extract()
+}

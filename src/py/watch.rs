@@ -1,0 +1,64 @@
+//! What a person can see of a loop: how often it has turned, and its slowest callback. On the thread that turns it, and read
+//! from any.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(super) struct Watch {
+    dispatched: AtomicU64,
+    turns: AtomicU64,
+    /// Nanoseconds above which a callback is logged; 0 for none.
+    slow_callback: AtomicU64,
+    slowest: Mutex<(Duration, String)>,
+}
+
+/// Relaxed, and not in one step: with the GIL held, and a figure for a person.
+fn count(counter: &AtomicU64, more: u64) {
+    counter.store(counter.load(Ordering::Relaxed) + more, Ordering::Relaxed);
+}
+
+impl Watch {
+    /// The loop has turned.
+    pub(super) fn count_turn(&self, dispatched: usize) {
+        count(&self.turns, 1);
+        count(&self.dispatched, dispatched as u64);
+    }
+
+    pub(super) fn turns(&self) -> u64 {
+        self.turns.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn dispatched(&self) -> u64 {
+        self.dispatched.load(Ordering::Relaxed)
+    }
+
+    /// How long a callback may take before it is logged.
+    pub(super) fn slow_callback(&self) -> Option<Duration> {
+        match self.slow_callback.load(Ordering::Relaxed) {
+            0 => None,
+            nanoseconds => Some(Duration::from_nanos(nanoseconds)),
+        }
+    }
+
+    pub(super) fn set_slow_callback(&self, threshold: Option<Duration>) {
+        let nanoseconds = threshold
+            .map_or(0, |threshold| u64::try_from(threshold.as_nanos()).unwrap_or(u64::MAX).max(1));
+        self.slow_callback.store(nanoseconds, Ordering::Relaxed);
+    }
+
+    pub(super) fn slowest(&self) -> (Duration, String) {
+        self.slowest.lock().clone()
+    }
+
+    pub(super) fn is_slowest(&self, took: Duration) -> bool {
+        self.slowest.lock().0 < took
+    }
+
+    pub(super) fn note_slowest(&self, took: Duration, name: String) {
+        *self.slowest.lock() = (took, name);
+    }
+}
