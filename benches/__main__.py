@@ -6,11 +6,12 @@ import sys
 
 from pyvmm import VmmError
 
-from benches import control, devices, footprint, imports, jitter, linux, loop, machines, memory, snapshot
+from benches import control, devices, footprint, imports, jitter, linux, loop, machines, memory, snapshot, watching
 from benches.measure import Benchmark, Result, UnmeasurableError, report
 
 BENCHMARKS: dict[str, Benchmark] = {
     "pio-exit": machines.pio_exits,
+    "watched-exits": watching.watched_exits,
     "create-run-close": machines.lives,
     "run-once": control.exits_by_hand,
     "device": devices.accesses,

@@ -26,7 +26,7 @@ from pyvmm import EventFd, EventManager, EventOps, Events
 from benches.measure import Result, UnmeasurableError, compare
 
 DISPATCHES = 20_000
-RUNS = 9
+RUNS = 21
 # Name, registered, ready at once, and the goal against uvloop.
 PATTERNS = [("one fd", 1, 1, 1.2), ("64 ready", 64, 64, 1.1), ("1 of 1,024", 1024, 1, 1.2)]
 CALLS = 2_000

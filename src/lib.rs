@@ -30,6 +30,7 @@ mod process;
 #[cfg(feature = "python")]
 pub mod py;
 pub mod snapshot;
+pub mod trace;
 pub mod vcpu;
 pub mod vm;
 pub mod vmm;
@@ -42,8 +43,8 @@ mod _pyvmm {
     use crate::py::{
         PyDirtyPages, PyEventFd, PyEventManager, PyEventOps, PyEvents, PyGuestMemory, PyIrqLine,
         PyKvm, PyKvmVm, PyMemorySlot, PyMsrBytes, PyRegisterBytes, PyRemoteEndpoint, PySerial,
-        PySnapshot, PySubscriberId, PyTimerFd, PyVcpu, PyVcpuExit, PyVmm, PyVmmExitHandler,
-        PyWrappedExitHandler, close_all, cpu_features, embedded_guest, kick_signal, kvm_info,
-        set_kick_signal,
+        PySnapshot, PyStats, PySubscriberId, PyTimerFd, PyTrace, PyVcpu, PyVcpuExit, PyVmm,
+        PyVmmExitHandler, PyWrappedExitHandler, close_all, cpu_features, embedded_guest,
+        kick_signal, kvm_info, set_kick_signal,
     };
 }

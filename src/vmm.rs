@@ -2,6 +2,7 @@
 //! handler says stop, and shuts the machine down. The caller's thread runs the loop; any thread may call
 //! the rest.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
@@ -16,6 +17,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
 use crate::exit_handler::{Exit, ExitHandler, ExitReason, WrappedExitHandler};
 use crate::fixup::Counts;
+use crate::snapshot::Parts;
+use crate::trace::{self, Trace, Watching};
 use crate::vcpu::{Cell, Dispatch, VmRunState};
 use crate::vm::{GuestMemory, KvmVm, layout};
 
@@ -33,13 +36,14 @@ pub struct Vmm {
     event_manager: Arc<EventManager>,
     exit_handler: WrappedExitHandler,
     dispatch: Arc<Dispatch>,
+    watching: Watching,
     serial: Arc<Serial>,
     fixups: Arc<Counts>,
     /// Where the vCPUs start.
-    entry: u64,
-    exit_port: ExitPort,
+    pub(crate) entry: u64,
+    pub(crate) exit_port: ExitPort,
     /// Somebody has paused the machine and not resumed it: whoever pauses it for a moment leaves it paused.
-    is_paused: Mutex<bool>,
+    pub(crate) is_paused: Mutex<bool>,
     /// Subscribers that are the machine's own and go with it.
     own_subscribers: Mutex<Vec<SubscriberId>>,
     runner: Mutex<Runner>,
@@ -48,17 +52,6 @@ pub struct Vmm {
 
 fn deadline_of(timeout: Option<Duration>) -> Option<Instant> {
     timeout.and_then(|timeout| Instant::now().checked_add(timeout))
-}
-
-/// What a machine is assembled of.
-#[derive(Debug)]
-pub(crate) struct Parts {
-    pub(crate) vm: KvmVm<WrappedExitHandler>,
-    pub(crate) event_manager: Arc<EventManager>,
-    pub(crate) exit_handler: WrappedExitHandler,
-    pub(crate) dispatch: Arc<Dispatch>,
-    pub(crate) serial: Arc<Serial>,
-    pub(crate) entry: u64,
 }
 
 /// Who is inside `run`.
@@ -116,11 +109,13 @@ impl Vmm {
             vec![event_manager.add_subscriber(Box::new(exit_handler.clone()))];
         own_subscribers.extend(devices::connect(&serial, streams, &event_manager)?);
         let fixups = Arc::clone(vm.fixups());
+        let watching = Watching::new(vm.cells().len() as u64, &dispatch, &event_manager);
         Ok(Self {
             vm: Mutex::new(Some(Arc::new(vm))),
             event_manager,
             exit_handler,
             dispatch,
+            watching,
             serial,
             fixups,
             entry,
@@ -246,7 +241,11 @@ impl Vmm {
         let slice = self.exit_handler.is_in_several_loops().then(|| Instant::now() + SLICE);
         let until = slice
             .map_or(deadline, |slice| Some(deadline.map_or(slice, |deadline| deadline.min(slice))));
+        let recording = self.event_manager.recorders.recording();
         turn(until)?;
+        if recording.is_some() {
+            trace::flush();
+        }
         self.serial.take_failure().map_or(Ok(()), |failure| Err(failure.into()))
     }
 
@@ -423,6 +422,21 @@ impl Vmm {
         &self.dispatch
     }
 
+    /// What it can be watched with: counters, and a trace.
+    #[must_use]
+    pub fn watching(&self) -> &Watching {
+        &self.watching
+    }
+
+    /// See [`Watching::start_trace`].
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] when the machine is closed, too.
+    pub fn start_trace(&self, path: &Path) -> Result<Arc<Trace>> {
+        self.vm()?.check_process()?;
+        self.watching.start_trace(path)
+    }
+
     /// The instructions that KVM refused and that were executed here.
     #[must_use]
     pub fn fixups(&self) -> &Counts {
@@ -433,25 +447,6 @@ impl Vmm {
     #[must_use]
     pub fn serial(&self) -> &Arc<Serial> {
         &self.serial
-    }
-
-    /// Where the vCPUs start.
-    pub(crate) fn entry(&self) -> u64 {
-        self.entry
-    }
-
-    pub(crate) fn exit_port(&self) -> ExitPort {
-        self.exit_port
-    }
-
-    /// Go on after a pause that was nobody's wish. Nothing to be done when somebody wants it paused now, or the guest
-    /// has ended.
-    pub(crate) fn resume_unless_paused(&self, vm: &KvmVm<WrappedExitHandler>) {
-        let is_paused = self.is_paused.lock();
-        if !*is_paused {
-            // Fails when the run has ended meanwhile.
-            let _ = vm.resume();
-        }
     }
 
     /// Whether vCPU threads are there, or somebody is inside `run`.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from benches import __main__ as benches
-from benches import machines, measure
+from benches import machines, measure, watching
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,6 +56,6 @@ def test_what_cannot_be_measured_is_left_out(
 
 @pytest.mark.kvm
 def test_small_real_run_gives_figures() -> None:
-    for result in [*machines.pio_exits(10, 1), *machines.lives(2, 1)]:
+    for result in [*machines.pio_exits(10, 1), *machines.lives(2, 1), *watching.watched_exits(10, 1)]:
         assert result.value > 0
         assert result.baseline > 0

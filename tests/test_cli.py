@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import select
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from guests import SPIN, TRIPLE_FAULT, exit_with, out, print_text
-from pyvmm import CpuConfig, LinuxBoot, MemoryConfig, VmmConfig
+from pyvmm import CpuConfig, LinuxBoot, MemoryConfig, VmmConfig, kvm_info
 from pyvmm.cli import with_options
 
 if TYPE_CHECKING:
@@ -65,6 +67,16 @@ def test_exit_status_tells_how_the_guest_ended(
 
 
 @pytest.mark.kvm
+def test_fixups_are_switched_on_by_an_option(tmp_path: Path) -> None:
+    code = b"\xbb\xff\x00\x00\x00\xf3\x0f\xb8\xc3\xe6\xf4"  # mov ebx, 255; popcnt eax, ebx; out 0xf4, al
+    config = flat_file(tmp_path, code, "long64")
+    assert pyvmm("run", "--fixups", "--config", config).returncode == 8
+    if kvm_info()["software_kvm"]:
+        done = pyvmm("run", "--config", config)
+        assert (done.returncode, b"popcnt eax, ebx" in done.stderr) == (120, True)
+
+
+@pytest.mark.kvm
 def test_json_tells_the_exit_and_the_console_goes_to_stderr(tmp_path: Path) -> None:
     code = print_text(b"hello") + out(0x80, 1) + exit_with(3)
     done = pyvmm("run", "--json", "--config", flat_file(tmp_path, code))
@@ -78,6 +90,73 @@ def test_json_tells_the_exit_and_the_console_goes_to_stderr(tmp_path: Path) -> N
         "unanswered": [{"bus": "pio", "address": 0x80, "reads": 0, "writes": 1}],
     }
     assert (done.returncode, done.stderr) == (3, b"hello")
+
+
+@pytest.mark.kvm
+def test_stats_are_a_table_on_stderr_however_the_run_ends(tmp_path: Path) -> None:
+    code = print_text(b"hello") + out(0x80, 1)
+    for end, option, timeout, status in [
+        (exit_with(3), "--stats", 60, 3),
+        (exit_with(4), "--live-stats", 60, 4),  # no terminal to show it on
+        (SPIN, "--stats", 1, 124),
+    ]:
+        file = flat_file(tmp_path, code + end)
+        done = pyvmm("run", "--config", file, option, "--timeout", timeout)
+        assert (done.returncode, done.stdout) == (status, b"hello")
+        lines = [line.split() for line in done.stderr.decode().splitlines()]
+        assert ["exits", "seconds", "inside", "outside"] in lines
+        assert ["vCPU", "0", "io", "write", "0x3f8", "5"] in [line[:6] for line in lines]
+        assert ["vCPU", "0", "io", "write", "0x80", "1"] in [line[:6] for line in lines]
+
+
+@pytest.mark.kvm
+def test_stats_are_in_the_json(tmp_path: Path) -> None:
+    done = pyvmm("run", "--json", "--stats", "--config", flat_file(tmp_path, out(0x80, 1) + exit_with(3)))
+    stats = json.loads(done.stdout)["stats"]
+    (vcpu,) = stats["vcpus"]
+    assert vcpu["exits"] == 2
+    assert vcpu["guest_s"] > 0
+    places = [(row["kind"], row["access"], row["address"], row["exits"]) for row in stats["exits"]]
+    assert places == [("io", "write", 0x80, 1), ("io", "write", 0xF4, 1)]
+    assert done.stderr == b""
+
+
+@pytest.mark.kvm
+def test_live_stats_are_renewed_on_a_terminal(tmp_path: Path) -> None:
+    write_for_ever = b"\xba\x80\x00\xee\xeb\xfd"  # mov dx, 0x80; out dx, al; jmp back
+    controller, end = pty.openpty()
+    command = [sys.executable, "-m", "pyvmm", "run", "--live-stats", "--config"]
+    command.append(str(flat_file(tmp_path, write_for_ever)))
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=end) as process:
+        seen = b""
+        while seen.count(b"0x80") < 3:
+            seen += os.read(controller, 4096)
+        assert process.poll() is None
+        process.terminate()
+        while process.poll() is None or select.select([controller], [], [], 0)[0]:
+            if select.select([controller], [], [], 0.1)[0]:
+                seen += os.read(controller, 4096)
+        assert process.returncode == 143
+    assert b"interrupted" in seen, "the last of them shows the end"
+    assert b"\n" not in seen.replace(b"\r\n", b"").replace(b"\r\r\n", b"")
+    os.close(controller)
+    os.close(end)
+
+
+@pytest.mark.kvm
+def test_trace_is_a_file_and_its_failure_no_harm_to_the_run(tmp_path: Path) -> None:
+    file, trace = flat_file(tmp_path, print_text(b"hello") + exit_with(3)), tmp_path / "trace.json"
+    done = pyvmm("run", "--config", file, "--trace", trace)
+    assert (done.returncode, done.stdout, done.stderr) == (3, b"hello", b"")
+    names = [event["name"] for event in json.loads(trace.read_text())]
+    assert names.count("io write 0x3f8") == 5
+    done = pyvmm("run", "--config", file, "--json", "--trace", "/dev/full")
+    assert done.returncode == 125
+    assert json.loads(done.stdout)["code"] == 3
+    assert b"pyvmm: error: [Errno 28] /dev/full: No space left" in done.stderr
+    done = pyvmm("run", "--config", file, "--trace", tmp_path / "no" / "file")
+    assert (done.returncode, done.stdout) == (125, b"")
+    assert b"No such file" in done.stderr
 
 
 @pytest.mark.parametrize(

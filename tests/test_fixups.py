@@ -7,7 +7,7 @@ import struct
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
-from guests import FWAIT_FOREVER, HALT, Mode, exit_with, flat
+from guests import FWAIT_FOREVER, HALT, TRIPLE_FAULT, Mode, exit_with, flat
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pyvmm import CpuConfig, Exit, ExitAction, ExitReason, KvmVm, Vcpu, VcpuExit, Vmm, kvm_info
@@ -275,6 +275,17 @@ def test_page_fault_of_an_operand_has_its_address_and_code() -> None:
     assert (found.vector, found.frame[0], found.frame[1], found.cr2) == (14, 0, CODE, 0x4_0000_0000)
 
 
+def test_page_fault_of_a_save_is_one_of_a_write() -> None:
+    cpu = CpuConfig(fixups=True, template="host")
+    with Vmm(flat(bytes.fromhex("0f ae 26"), "long64", address=CODE, cpu=cpu)) as vmm:  # xsave [rsi]
+        lay_out(vmm, "long64", {}, 0)
+        (vcpu,) = vmm.vcpus
+        vcpu.sregs.cr4 |= 1 << 18
+        vcpu.regs.update(rsi=0x4_0000_0000, rax=3)
+        assert vmm.run(10).code == 14
+        assert (vmm.memory.read_u64(vcpu.regs.rsp), vcpu.sregs.cr2) == (2, 0x4_0000_0000)
+
+
 def test_single_step_goes_over_a_fix_up() -> None:
     found = land(bytes.fromhex("f3 48 0f b8 c3 90"), "long64", rflags=TF | 2)  # popcnt rax, rbx; nop
     assert (found.vector, found.frame[0]) == (1, CODE + 5)
@@ -498,6 +509,30 @@ def test_what_has_no_fixup_stays_an_exit_and_changes_nothing(code: str, text: st
         assert exit.fault is not None
         assert text in exit.fault
         assert vmm.vcpus[0].regs.rip == 0x1000
+
+
+@pytest.mark.parametrize(
+    ("mode", "text"),
+    [
+        ("real16", "popcnt ax, [bx+si+0x66]"),
+        ("protected32", "popcnt eax, [eax+0x66]"),
+        ("long64", "popcnt eax, [rax+0x66]"),
+    ],
+)
+def test_instruction_is_read_with_the_bits_of_its_mode(mode: Mode, text: str) -> None:
+    needs_software_kvm()
+    with Vmm(flat(b"\xf3\x0f\xb8\x40\x66", mode)) as vmm:
+        exit = vmm.run(10)
+    assert exit.fault is not None
+    assert f"instruction at 0x1000: {text}\n" in exit.fault
+
+
+def test_other_faults_show_the_instruction_from_memory() -> None:
+    with Vmm(flat(TRIPLE_FAULT, "long64")) as vmm:
+        exit = vmm.run(10)
+    assert exit.reason is ExitReason.SHUTDOWN
+    assert exit.fault is not None
+    assert "instruction at 0x100a: mov [rax], al\ninstruction bytes: 88 00" in exit.fault
 
 
 def test_typed_exit_has_the_instruction_and_the_registers() -> None:

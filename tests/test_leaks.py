@@ -154,6 +154,17 @@ def test_pauses_leave_nothing() -> None:
     stays_flat(cycle, CYCLES)
 
 
+@pytest.mark.kvm
+def test_traces_and_counters_leave_nothing(tmp_path: Path) -> None:
+    def cycle() -> None:
+        with Vmm(flat(exit_with(1))) as vmm:
+            vmm.add_subscriber(Stays())
+            with vmm.stats, vmm.trace(tmp_path / "trace.json"):
+                assert vmm.run(60).reason is ExitReason.CODE
+
+    stays_flat(cycle, CYCLES)
+
+
 def test_event_managers_leave_nothing() -> None:
     def cycle() -> None:
         manager = EventManager()

@@ -50,7 +50,7 @@ def test_bzimage_unpacks_itself_and_boots_to_userspace(linux: Linux) -> None:
 
 
 def test_kernel_with_every_instruction_boots_by_fixups(linux: Linux) -> None:
-    """Its boot executes INT3 (and, on processors that do so, FWAIT), which a KVM that emulates ring 0 refuses."""
+    """Its boot executes INT3, and FWAIT where a task ends, which a KVM that emulates ring 0 refuses."""
     boot = LinuxBoot(linux.vmlinux_stock, initrd=linux.initramfs, cmdline=linux.cmdline)
     with Vmm(VmmConfig(boot=boot, cpu=CpuConfig(fixups=True))) as vmm:
         exit = vmm.run(DEADLINE_S)

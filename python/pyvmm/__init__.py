@@ -19,8 +19,10 @@ from pyvmm._pyvmm import (
     RemoteEndpoint,
     Serial,
     Snapshot,
+    Stats,
     SubscriberId,
     TimerFd,
+    Trace,
     Vcpu,
     VcpuExit,
     Vmm,
@@ -48,6 +50,7 @@ from pyvmm.exceptions import (
     VmmError,
 )
 from pyvmm.exits import Exit, ExitAction, ExitHandler, ExitKind, ExitReason, Stop, VmRunState
+from pyvmm.stats import ExitCount, VcpuTime
 
 if TYPE_CHECKING:
     from pyvmm.config import (
@@ -80,6 +83,7 @@ __all__ = [
     "Events",
     "Exit",
     "ExitAction",
+    "ExitCount",
     "ExitHandler",
     "ExitKind",
     "ExitReason",
@@ -104,14 +108,17 @@ __all__ = [
     "Snapshot",
     "SnapshotError",
     "StateError",
+    "Stats",
     "Stop",
     "StreamError",
     "Subscriber",
     "SubscriberId",
     "TimerFd",
+    "Trace",
     "Unanswered",
     "Vcpu",
     "VcpuExit",
+    "VcpuTime",
     "VmRunState",
     "Vmm",
     "VmmConfig",

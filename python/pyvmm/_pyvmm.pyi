@@ -17,6 +17,7 @@ from pyvmm.devices import Device, Unanswered
 from pyvmm.events import EventSet, Subscriber
 from pyvmm.exits import Exit, ExitHandler, ExitKind, VmRunState
 from pyvmm.registers import CpuidEntry, DebugRegs, Fpu, Lapic, MpState, Msrs, Regs, Sregs, VcpuEvents, Xcrs
+from pyvmm.stats import ExitCount, VcpuTime
 
 __all__ = [
     "DirtyPages",
@@ -34,8 +35,10 @@ __all__ = [
     "RemoteEndpoint",
     "Serial",
     "Snapshot",
+    "Stats",
     "SubscriberId",
     "TimerFd",
+    "Trace",
     "Vcpu",
     "VcpuExit",
     "Vmm",
@@ -1369,6 +1372,21 @@ class Vmm:
         """Where the machine stands."""
 
     @property
+    def stats(self) -> Stats:
+        """Counters of its exits and of the time inside the guest and outside; they count when they are told to."""
+
+    def trace(self, path: str | PathLike[str]) -> Trace:
+        """Write every hop of the machine with its times to a file that Perfetto opens: `with vmm.trace(path): ...`.
+
+        One track a thread: the time inside the guest, exits, calls of devices, events of the loop, calls of Python
+        code. A machine that runs already is recorded from each vCPU's next entry and the loop's next turn on.
+
+        Raises, when it is entered or left:
+            StateError: another trace of this machine is being written.
+            StreamError: the file cannot be made or written; a run is not ended by that.
+        """
+
+    @property
     def unanswered(self) -> list[Unanswered]:
         """Accesses that no device answered, counted by address."""
 
@@ -1541,6 +1559,54 @@ class IrqLine:
 
     def pulse(self) -> None:
         """Raise and lower it, for an edge-triggered interrupt."""
+
+@final
+class Stats:
+    """Counters of a machine's exits, and of the time its vCPUs spend inside the guest and outside: `Vmm.stats`.
+
+    They count between `enable` and `disable`, or inside `with vmm.stats:`, and can be read at any time, from any
+    thread, also when the machine is closed. In a forked child every call raises StateError.
+    """
+
+    def enable(self) -> None:
+        """Count, from each vCPU's next entry on. Also while the guest runs."""
+
+    def disable(self) -> None:
+        """Count no more. What was counted stays."""
+
+    def reset(self) -> None:
+        """Start from zero."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether they count."""
+
+    @property
+    def exits(self) -> list[ExitCount]:
+        """The exits by vCPU, kind, direction and address, as `ExitCount`s: the most frequent first."""
+
+    @property
+    def vcpus(self) -> list[VcpuTime]:
+        """The time of each vCPU, by number, as `VcpuTime`s."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
+    ) -> None: ...
+    def _repr_html_(self) -> str: ...
+
+@final
+class Trace:
+    """A trace of a machine, written while it is entered: `with vmm.trace(path): ...`. Made by `Vmm.trace`."""
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
+    ) -> None: ...
 
 def close_all() -> None:
     """Close every machine that is alive. Called at interpreter exit."""

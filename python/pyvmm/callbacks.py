@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from pyvmm._pyvmm import EventManager, EventOps, SubscriberId
 
 
+def _name(function: object) -> str:
+    return str(getattr(function, "__qualname__", function))
+
+
 class Function:
     """A subscriber that calls a function with each event of one source."""
 
@@ -24,7 +28,7 @@ class Function:
     @property
     def name(self) -> str:
         """The function's name."""
-        return str(getattr(self._function, "__qualname__", self._function))
+        return _name(self._function)
 
     def init(self, ops: EventOps) -> None:
         """Watch the source."""
@@ -37,7 +41,7 @@ class Function:
 
 def name_of(subscriber: object) -> str:
     """The name of what a subscriber calls."""
-    return subscriber.name if isinstance(subscriber, Function) else f"{type(subscriber).__qualname__}.process"
+    return subscriber.name if isinstance(subscriber, Function | Later) else f"{type(subscriber).__qualname__}.process"
 
 
 def warn_slow(name: str, seconds: float) -> None:
@@ -73,6 +77,11 @@ class Later:
         self._timer = TimerFd()
         self._timer.set(seconds)
         self._id: SubscriberId | None = manager.add_subscriber(self)
+
+    @property
+    def name(self) -> str:
+        """The function's name."""
+        return _name(self._function)
 
     def init(self, ops: EventOps) -> None:
         """Watch the timer."""

@@ -16,7 +16,7 @@ import pyvmm
 from pyvmm import keyvalue
 from pyvmm.config import LinuxBoot, MemoryConfig, SerialConfig, VmmConfig
 from pyvmm.exceptions import ConfigError, VmmError
-from pyvmm.runner import Status, run_machine, run_with
+from pyvmm.runner import Status, Watch, run_machine, run_with
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,13 +80,25 @@ def machine_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @machine_options
 @click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="End the run after this time.")
 @click.option("--json", "as_json", is_flag=True, help="Print how the run ended as JSON; the console goes to stderr.")
-def run(config_file: str | None, timeout: float | None, as_json: bool, **options: Any) -> int:
+@click.option("--stats", is_flag=True, help="Print a table of the exits and of the vCPUs' time at the end.")
+@click.option("--live-stats", is_flag=True, help="The same table, renewed while the guest runs, on a terminal.")
+@click.option("--trace", "trace_file", type=click.Path(), metavar="FILE", help="Write every hop, for Perfetto.")
+def run(
+    config_file: str | None,
+    timeout: float | None,
+    as_json: bool,
+    stats: bool,
+    live_stats: bool,
+    trace_file: str | None,
+    **options: Any,
+) -> int:
     """Run KERNEL, an ELF vmlinux or a bzImage; without one, the guest inside the package.
 
     The guest's serial port is connected to the terminal. Ctrl-A x ends the machine.
     """
     base = VmmConfig.from_file(config_file) if config_file else VmmConfig()
-    return run_machine(with_options(base, **options), timeout, as_json)
+    watch = Watch(stats or live_stats, live_stats, trace_file)
+    return run_machine(with_options(base, **options), timeout, as_json, watch)
 
 
 @cli.command()
@@ -117,7 +129,7 @@ def snapshot(config_file: str | None, **options: Any) -> int:
 def restore(file: str, base: str | None, force: bool, timeout: float | None, as_json: bool) -> int:
     """Go on with the machine that a snapshot's FILE holds, as `run` does."""
     loaded = pyvmm.Snapshot.load(file, base, force=force)
-    return run_with(SerialConfig(), lambda serial: loaded.fork(serial=serial), timeout, as_json)
+    return run_with(SerialConfig(), lambda serial: loaded.fork(serial=serial), timeout, as_json, Watch())
 
 
 @cli.command()

@@ -51,4 +51,4 @@ class EventError(VmmError, OSError):
 
 
 class StreamError(VmmError, OSError):
-    """A stream of the serial port, or a snapshot's file, cannot be read or written."""
+    """A stream of the serial port, or the file of a trace or a snapshot, cannot be read or written."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ import sys
 import time
 from contextlib import ExitStack
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 
 import msgspec
 
@@ -21,12 +22,14 @@ from pyvmm.exits import Exit, ExitReason
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from rich.live import Live
 
     from pyvmm.config import SerialConfig, VmmConfig
 
 STDIN, STDOUT, STDERR = 0, 1, 2
 MOST_GUEST_CODE = 99
 SLOW_S = 1.0
+LIVE_HZ = 2.0
 
 
 class Status(IntEnum):
@@ -39,22 +42,39 @@ class Status(IntEnum):
     TERMINATED = 143
 
 
-def run_machine(config: VmmConfig, timeout: float | None, as_json: bool) -> int:
+class Watch(NamedTuple):
+    """What a run is watched with: counters, shown at the end or live, and the file of a trace."""
+
+    stats: bool = False
+    live: bool = False
+    trace: str | None = None
+
+    @property
+    def is_live(self) -> bool:
+        """Whether there is a terminal to show the counters on."""
+        return self.live and os.isatty(STDERR)
+
+
+def run_machine(config: VmmConfig, timeout: float | None, as_json: bool, watch: Watch) -> int:
     """Run to the end and return the exit status."""
 
     def build(serial: SerialConfig) -> Vmm:
         return _build(msgspec.structs.replace(config, serial=serial))
 
-    return run_with(config.serial, build, timeout, as_json)
+    return run_with(config.serial, build, timeout, as_json, watch)
 
 
-def run_with(serial: SerialConfig, build: Callable[[SerialConfig], Vmm], timeout: float | None, as_json: bool) -> int:
+def run_with(
+    serial: SerialConfig, build: Callable[[SerialConfig], Vmm], timeout: float | None, as_json: bool, watch: Watch
+) -> int:
     """Run the machine that `build` makes with its console at the terminal; the exit status."""
     typing = os.isatty(STDIN) and serial.input is None
     with ExitStack() as stack:
         keys, pipe = _pipe(stack) if typing else (STDIN, -1)
         console = _console(serial, keys, STDERR if as_json else STDOUT)
         vmm = stack.enter_context(build(console))
+        if watch.stats and not as_json and not watch.is_live:
+            stack.callback(_print_stats, vmm)  # when the terminal is as it was, however the run ends
         keyboard = terminal.Keyboard(STDIN, pipe, vmm.stop) if typing else None
         if keyboard:
             print(f"pyvmm: {terminal.HELP}", file=sys.stderr, flush=True)
@@ -63,7 +83,7 @@ def run_with(serial: SerialConfig, build: Callable[[SerialConfig], Vmm], timeout
         terminated = _stop_on_sigterm(vmm, stack)
         start = time.monotonic()
         try:
-            exit = vmm.run(timeout)
+            exit, failure = _watched(vmm, watch, timeout)
         except KeyboardInterrupt:
             return Status.INTERRUPTED
         except StreamError as error:
@@ -71,11 +91,77 @@ def run_with(serial: SerialConfig, build: Callable[[SerialConfig], Vmm], timeout
                 return Status.ERROR
             raise
         seconds = time.monotonic() - start
-        unanswered = [count._asdict() for count in vmm.unanswered]
-    _report(exit, as_json, seconds, unanswered)
+        more: dict[str, Any] = {"unanswered": [count._asdict() for count in vmm.unanswered]}
+    if watch.stats and as_json:
+        more["stats"] = {
+            "vcpus": [time._asdict() for time in vmm.stats.vcpus],
+            "exits": [count._asdict() for count in vmm.stats.exits],
+        }
+    _report(exit, as_json, seconds, more)
+    if failure:
+        raise failure
     if terminated:
         return Status.TERMINATED
     return Status.INTERRUPTED if keyboard and keyboard.keys.quit else exit_status(exit)
+
+
+def _watched(vmm: Vmm, watch: Watch, timeout: float | None) -> tuple[Exit, StreamError | None]:
+    """Run with what watches; also what the trace's file failed with, which does not end the run."""
+    exit: Exit | None = None
+    try:
+        with ExitStack() as stack:
+            if watch.trace is not None:
+                stack.enter_context(vmm.trace(watch.trace))
+            if watch.stats:
+                stack.enter_context(vmm.stats)
+            if watch.is_live:
+                stack.enter_context(_live(vmm))
+            exit = vmm.run(timeout)
+    except StreamError as failure:
+        if exit is None:
+            raise
+        return exit, failure
+    return exit, None
+
+
+class _Lines(io.TextIOBase):
+    """Stderr, where it may be a terminal in raw mode."""
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(text.replace("\n", "\r\n"))
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+    def fileno(self) -> int:
+        return STDERR
+
+    def isatty(self) -> bool:
+        return os.isatty(STDERR)
+
+
+def _live(vmm: Vmm) -> Live:
+    """The counters on the terminal, renewed by a thread of their own; they stay there in the end."""
+    from rich.console import Console
+    from rich.live import Live
+
+    from pyvmm.stats import tables
+
+    return Live(
+        console=Console(file=cast("IO[str]", _Lines())),
+        refresh_per_second=LIVE_HZ,
+        redirect_stdout=False,
+        redirect_stderr=False,
+        get_renderable=lambda: tables(vmm.stats),
+    )
+
+
+def _print_stats(vmm: Vmm) -> None:
+    from rich.console import Console
+
+    from pyvmm.stats import tables
+
+    Console(stderr=True).print(tables(vmm.stats))
 
 
 def exit_status(exit: Exit) -> int:
@@ -154,10 +240,10 @@ def _stop_on_sigterm(vmm: Vmm, stack: ExitStack) -> list[int]:
     return terminated
 
 
-def _report(exit: Exit, as_json: bool, seconds: float, unanswered: list[dict[str, Any]]) -> None:
+def _report(exit: Exit, as_json: bool, seconds: float, more: dict[str, Any]) -> None:
     if as_json:
         values = {key: value for key, value in exit._asdict().items() if key != "value"}
-        print(json.dumps({**values, "seconds": round(seconds, 6), "unanswered": unanswered}))
+        print(json.dumps({**values, "seconds": round(seconds, 6), **more}))
     elif exit.is_fault or exit.reason is ExitReason.TIMEOUT:
         print(f"pyvmm: {exit}", file=sys.stderr)
     elif exit.code is not None and exit.code > MOST_GUEST_CODE:

@@ -41,6 +41,12 @@ pub trait Device: Send + Sync + fmt::Debug {
         elements.find_map(|element| end_of(self.write(offset, element))).unwrap_or(Flow::Continue)
     }
 
+    /// What a trace calls it.
+    fn name(&self) -> &str {
+        let name = std::any::type_name::<Self>();
+        name.rsplit("::").next().unwrap_or(name)
+    }
+
     /// Whether all the elements of a repeated `OUTS` are wanted in one call.
     fn gathers(&self) -> bool {
         false

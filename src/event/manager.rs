@@ -20,6 +20,7 @@ use super::inner::{Inner, Watched, ops};
 use super::waits::Waits;
 use crate::error::{Error, ErrorKind, Result};
 use crate::process::Birthplace;
+use crate::trace::{Recorded, Recorders};
 
 /// A subscriber as the manager owns it.
 pub type BoxedSubscriber = Box<dyn MutEventSubscriber + Send>;
@@ -35,6 +36,8 @@ pub struct EventManager {
     /// Goes up, under the lock, with each registration that is taken back.
     removals: Arc<AtomicU64>,
     waits: Waits,
+    /// Traces that see the loop's turns.
+    pub recorders: Recorders,
 }
 
 impl std::fmt::Debug for EventManager {
@@ -53,11 +56,17 @@ impl EventManager {
         let epoll = EpollSet::of(&mut upstream)?;
         let inner = Mutex::new(Inner { upstream, watched: HashMap::new(), closed: HashMap::new() });
         let (birthplace, removals) = (Birthplace::here(), Arc::default());
-        Ok(Self { inner, epoll, birthplace, removals, waits: Waits::default() })
+        let (waits, recorders) = (Waits::default(), Recorders::default());
+        Ok(Self { inner, epoll, birthplace, removals, waits, recorders })
     }
 
     /// Register a subscriber; its `init` runs before this returns.
     pub fn add_subscriber(&self, subscriber: BoxedSubscriber) -> SubscriberId {
+        self.add_unrecorded(Box::new(Recorded(subscriber)))
+    }
+
+    /// The same for one whose events are no events of a trace.
+    pub(crate) fn add_unrecorded(&self, subscriber: BoxedSubscriber) -> SubscriberId {
         self.inner.lock().upstream.add_subscriber(subscriber)
     }
 

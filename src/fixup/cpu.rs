@@ -289,6 +289,18 @@ impl Cpu<'_> {
         self.read_linear(linear, data, Access::explicit(self.cpl(), false))
     }
 
+    /// Fault as a write of a memory operand would, before anything is read of it.
+    pub(crate) fn check_write(
+        &mut self,
+        instruction: &Instruction,
+        operand: u32,
+        length: usize,
+    ) -> Done<()> {
+        let offset = self.offset(instruction, operand)?;
+        let linear = self.linear(instruction.memory_segment(), offset, length, true)?;
+        self.pieces(linear, length, Access::explicit(self.cpl(), true)).map(drop)
+    }
+
     /// Write a memory operand as the guest's own privilege allows.
     pub(crate) fn write_operand(
         &mut self,

@@ -51,24 +51,23 @@ impl Cpu<'_> {
         }
         let (selector, old) = (gate.selector & !3 | u16::from(new_cpl), self.cpl());
         let mut stack = self.stack_of(&gate, old, new_cpl)?;
-        let outer = new_cpl < old || gate.width == 8;
         let mut frame = Vec::with_capacity(5);
-        if outer {
+        if new_cpl < old || gate.width == 8 {
             frame.extend([u64::from(self.sregs.ss.selector), self.regs.rsp]);
         }
         frame.extend([self.regs.rflags & !RF, u64::from(self.sregs.cs.selector), next]);
-        let is_stack_new = outer && (gate.width != 8 || new_cpl < old);
+        let offset = gate.offset & mask(if gate.width == 8 { 8 } else { 4 });
+        let is_outside = match gate.width {
+            8 => !self.is_canonical(offset),
+            _ => offset > u64::from(code.limit()),
+        };
+        if is_outside {
+            return fault_with(GP, 0);
+        }
         self.push(&mut stack, &frame, gate.width, new_cpl)?;
         self.mark_accessed(&code)?;
-        let offset = gate.offset & mask(if gate.width == 8 { 8 } else { 4 });
-        if gate.width == 8 && !self.is_canonical(offset) {
-            return fault_with(GP, 0);
-        }
-        if gate.width != 8 && offset > u64::from(code.limit()) {
-            return fault_with(GP, 0);
-        }
         self.sregs.cs = segment_of(selector, &code, new_cpl);
-        if is_stack_new {
+        if new_cpl < old {
             self.sregs.ss = stack.segment;
         }
         self.regs.rsp = stack.pointer;

@@ -105,7 +105,12 @@ impl Cpu<'_> {
     }
 
     /// The guest-physical pieces of a range, page by page.
-    fn pieces(&mut self, linear: u64, length: usize, access: Access) -> Done<Vec<(u64, usize)>> {
+    pub(crate) fn pieces(
+        &mut self,
+        linear: u64,
+        length: usize,
+        access: Access,
+    ) -> Done<Vec<(u64, usize)>> {
         let mut pieces = Vec::with_capacity(2);
         let (mut at, mut left) = (linear, length);
         while left > 0 {

@@ -180,6 +180,7 @@ fn save(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<()> {
     let end = area_end(components, is_compact);
     // What is not saved stays as it was in memory.
     let mut area = vec![0; end];
+    cpu.check_write(i, 0, end)?;
     cpu.read_operand(i, 0, &mut area)?;
     // Only XSAVE itself writes components that are in their first state.
     let is_all = matches!(i.mnemonic(), Mnemonic::Xsave | Mnemonic::Xsave64);

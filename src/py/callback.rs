@@ -19,9 +19,12 @@ use super::events::{PyEventOps, PyEvents};
 use super::hooks::Hooks;
 use super::raised::Raised;
 use super::subscribers::Receiver;
+use super::trace::{name_of, record_process, recorded};
 use super::vcpu_exit::PyVcpuExit;
 use super::wakeup;
+use crate::devices::Device as _;
 use crate::event::EventManager;
+use crate::trace;
 use crate::vcpu::{Cell, Data, ExitKind, VcpuExit, Verdict, current};
 
 /// The arguments of `process`, used again for the next event unless a callback has kept one.
@@ -96,9 +99,10 @@ fn deliver_events(manager: &Bound<'_, PyEventManager>, delivery: &mut Delivery) 
     let this = manager.get();
     let Delivery { ready, arguments } = delivery;
     let mut dropped = 0;
+    let is_recorded = trace::is_recorded();
     for (at, event) in ready.iter().enumerate() {
         let result = match this.receiver(manager.py(), event) {
-            Ok(Some(receiver)) => process(manager, event, &receiver, arguments),
+            Ok(Some(receiver)) => process(manager, event, &receiver, arguments, is_recorded),
             Ok(None) => {
                 dropped += 1;
                 Ok(())
@@ -114,6 +118,11 @@ fn deliver_events(manager: &Bound<'_, PyEventManager>, delivery: &mut Delivery) 
     Ok(dropped)
 }
 
+fn subscriber_name(subscriber: &Bound<'_, PyAny>) -> PyResult<String> {
+    let callbacks = subscriber.py().import("pyvmm.callbacks")?;
+    callbacks.call_method1("name_of", (subscriber,))?.extract()
+}
+
 /// Note a callback that took the longest so far, and log one that took longer than the threshold.
 fn time(
     manager: &PyEventManager,
@@ -125,9 +134,9 @@ fn time(
     if !is_slowest && took <= threshold {
         return Ok(());
     }
-    let callbacks = subscriber.py().import("pyvmm.callbacks")?;
-    let name: String = callbacks.call_method1("name_of", (subscriber,))?.extract()?;
+    let name = subscriber_name(subscriber)?;
     if took > threshold {
+        let callbacks = subscriber.py().import("pyvmm.callbacks")?;
         callbacks.call_method1("warn_slow", (&name, took.as_secs_f64()))?;
     }
     if is_slowest {
@@ -143,7 +152,9 @@ fn make_calls(manager: &Bound<'_, PyEventManager>) -> PyResult<()> {
         let Some(Call { function, reply }) = this.calls().pop() else {
             break;
         };
-        let result = function.call1(manager.py(), (manager,));
+        let py = manager.py();
+        let name = || name_of(function.bind(py));
+        let result = recorded(name, || function.call1(py, (manager,)));
         match reply {
             Some(reply) => reply.give(result),
             None => drop(result?),
@@ -157,6 +168,7 @@ fn process(
     ready: &Ready,
     receiver: &Receiver<'_>,
     spare: &mut Option<Arguments>,
+    is_recorded: bool,
 ) -> PyResult<()> {
     let py = manager.py();
     let subscriber = &receiver.object;
@@ -167,10 +179,14 @@ fn process(
     arguments.events.get().happened_next(ready.events, receiver.count);
     let parts = (arguments.events.bind(py), arguments.ops.bind(py));
     let watch = manager.get().watch().slow_callback().map(|threshold| (threshold, Instant::now()));
+    let called = is_recorded.then(Instant::now);
     let result = {
         let _call = arguments.ops.get().begin(manager, ready.token);
         subscriber.call_method1(intern!(py, "process"), parts)
     };
+    if let Some(called) = called {
+        record_process(ready.events, called, || subscriber_name(subscriber));
+    }
     if !arguments.is_kept() {
         *spare = Some(arguments);
     }
@@ -202,11 +218,7 @@ pub(super) fn turn(
     raised: &Raised,
     deadline: Option<Instant>,
 ) -> PyResult<()> {
-    let core = manager.get().core();
-    let fetched = match core.try_dispatch(|| ())? {
-        Some(count) => count,
-        None => wait(core, deadline)?,
-    };
+    let fetched = wait(manager.get().core(), deadline)?;
     Python::attach(|py| {
         PyEventManager::deliver_fetched(manager.bind(py), fetched)?;
         raised.check(py)?;
@@ -268,7 +280,8 @@ fn call_device(
     offset: u64,
     call: impl FnOnce(Python<'_>) -> PyResult<Answer>,
 ) -> Answer {
-    on_vcpu_thread(|py| match call(py) {
+    let name = || Ok(format!("{}.{method}", device.name()));
+    on_vcpu_thread(|py| match recorded(name, || call(py)) {
         Ok(answer) => answer,
         Err(error) => {
             let text = format!("in {method}() at {}{}", device.place(offset), position());
@@ -383,7 +396,8 @@ fn ask(
     let vcpu = hooks.vcpu(py, cell)?;
     let shown = PyVcpuExit::of(py, exit.clone())?.into_pyobject(py)?;
     for function in functions.iter() {
-        let said = function.bind(py).call1((&vcpu, &shown))?;
+        let function = function.bind(py);
+        let said = recorded(|| name_of(function), || function.call1((&vcpu, &shown)))?;
         if !said.is_none() {
             return verdict(hooks, exit, &said);
         }
@@ -441,12 +455,4 @@ pub(super) fn save(method: &Py<PyAny>) -> PyResult<Vec<u8>> {
 /// `device.restore(state)`. On the thread that forks or resets.
 pub(super) fn restore(method: &Py<PyAny>, state: &[u8]) -> PyResult<()> {
     Python::attach(|py| method.bind(py).call1((PyBytes::new(py, state),)).map(drop))
-}
-
-/// The name of an object's class.
-pub(super) fn class_of(object: &Py<PyAny>) -> String {
-    Python::attach(|py| {
-        let name = object.bind(py).get_type().name();
-        name.map_or_else(|_| "object".into(), |name| name.to_string())
-    })
 }

@@ -19,6 +19,8 @@ pub(super) struct PythonDevice {
     object: Py<PyAny>,
     access: Access,
     base: u64,
+    /// The object's class.
+    name: String,
     methods: Methods,
     raised: Arc<Raised>,
     /// What its `save` or `restore` raised, for whoever has asked for it.
@@ -69,8 +71,9 @@ impl PythonDevice {
             let text = format!("a device needs read() or write(): {} has neither", class.name()?);
             return Err(PyTypeError::new_err(text));
         }
+        let name = object.get_type().qualname()?.to_string();
         let (object, raised) = (object.clone().unbind(), Arc::clone(raised));
-        Ok(Self { object, access, base, methods, raised, failed: Mutex::new(None) })
+        Ok(Self { object, access, base, name, methods, raised, failed: Mutex::new(None) })
     }
 
     pub(super) fn is_at(&self, access: Access, base: u64) -> bool {
@@ -125,7 +128,7 @@ impl PythonDevice {
     /// # Errors
     /// [`ErrorKind::State`]: it cannot be in a snapshot.
     fn stateless<T>(&self, lacking: &str) -> Result<T> {
-        let name = callback::class_of(&self.object);
+        let name = &self.name;
         let detail = format!("the {name} there has no {lacking}");
         let error = Error::new(ErrorKind::State, self.at(), detail);
         Err(error.hint("a device in a snapshot needs save() -> bytes and restore(bytes)"))
@@ -186,6 +189,10 @@ impl Device for PythonDevice {
             Some(restore) => self.keep("restore()", callback::restore(restore, state)),
             None => self.stateless("restore()"),
         }
+    }
+
+    fn name(&self) -> &str {
+        &self.name
     }
 
     fn gathers(&self) -> bool {

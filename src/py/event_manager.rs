@@ -23,6 +23,7 @@ use super::turning::Turners;
 use super::watch::Watch;
 use crate::error::{Error, ErrorKind};
 use crate::event::{Calls, EventManager};
+use crate::trace;
 
 /// Subscribers, and the loop that dispatches events to them by file descriptor.
 ///
@@ -174,7 +175,7 @@ impl PyEventManager {
             fetched: Arc::clone(&this.fetched),
         };
         let kept = object.clone().unbind();
-        let id = slf.py().detach(|| this.core.add_subscriber(Box::new(collector)));
+        let id = slf.py().detach(|| this.core.add_unrecorded(Box::new(collector)));
         this.subscribers.insert(slf.py(), token, id, kept);
         callback::init(slf, token, object).inspect_err(|_| {
             // What init() raised is what the caller should see.
@@ -198,6 +199,19 @@ impl PyEventManager {
 
     /// Dispatch once, waiting until this time at most; returns how many events were dispatched.
     fn turn(
+        slf: &Bound<'_, Self>,
+        deadline: Option<Instant>,
+        delivery: &mut Delivery,
+    ) -> PyResult<usize> {
+        let recording = slf.get().core.recorders.recording();
+        let result = Self::fetch_and_deliver(slf, deadline, delivery);
+        if recording.is_some() {
+            slf.py().detach(trace::flush);
+        }
+        result
+    }
+
+    fn fetch_and_deliver(
         slf: &Bound<'_, Self>,
         deadline: Option<Instant>,
         delivery: &mut Delivery,

@@ -8,15 +8,26 @@ use super::state::Device as DeviceState;
 use super::vcpu::Classes;
 use super::{Range, Shape, Snapshot, chips, new_id, vcpu};
 use crate::config::SerialConfig;
-use crate::devices::{self, Buses};
+use crate::devices::{self, Buses, Serial};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
 use crate::exit_handler::WrappedExitHandler;
 use crate::vcpu::{Dispatch, Vcpu, VmRunState};
 use crate::vm::{GuestMemory, KvmVm, layout};
-use crate::vmm::{Parts, Vmm};
+use crate::vmm::Vmm;
 
 type Vm = KvmVm<WrappedExitHandler>;
+
+/// What a machine is assembled of.
+#[derive(Debug)]
+pub(crate) struct Parts {
+    pub(crate) vm: KvmVm<WrappedExitHandler>,
+    pub(crate) event_manager: Arc<EventManager>,
+    pub(crate) exit_handler: WrappedExitHandler,
+    pub(crate) dispatch: Arc<Dispatch>,
+    pub(crate) serial: Arc<Serial>,
+    pub(crate) entry: u64,
+}
 
 /// What a fork has of its own.
 #[derive(Debug, Default)]
@@ -37,7 +48,7 @@ impl Vmm {
     pub fn snapshot(&self) -> Result<Snapshot> {
         let vm = self.vm()?;
         vm.check_process()?;
-        vm.prepare(self.entry())?;
+        vm.prepare(self.entry)?;
         self.stand_still(&vm, || {
             vm.settle(true)?;
             let rests = rests(&vm);
@@ -95,7 +106,10 @@ impl Vmm {
         for Range { start, read_only, image } in &snapshot.ranges {
             memory.add_image(*start, image, *read_only)?;
         }
-        let event_manager = event_manager.map_or_else(|| EventManager::new().map(Arc::new), Ok)?;
+        let event_manager = match event_manager {
+            Some(shared) => shared.share().map(|()| shared)?,
+            None => Arc::new(EventManager::new()?),
+        };
         let exit_handler =
             WrappedExitHandler::new().map_err(|e| Error::os(ErrorKind::Event, "eventfd", &e))?;
         let dispatch = Arc::new(Dispatch::default());
@@ -127,8 +141,10 @@ impl Vmm {
             }
         }
         let result = act();
-        if is_running {
-            self.resume_unless_paused(vm);
+        let is_paused = self.is_paused.lock();
+        if is_running && !*is_paused {
+            // Fails when the run has ended meanwhile.
+            let _ = vm.resume();
         }
         result
     }
@@ -136,7 +152,7 @@ impl Vmm {
     fn shape(&self, vm: &Vm) -> Shape {
         let (irqchip, pit, fixups) = vm.chips();
         let vcpus = u16::try_from(vm.cells().len()).unwrap_or(u16::MAX);
-        Shape { vcpus, irqchip, pit, fixups, exit_port: self.exit_port().0 }
+        Shape { vcpus, irqchip, pit, fixups, exit_port: self.exit_port.0 }
     }
 }
 

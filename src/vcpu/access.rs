@@ -1,10 +1,13 @@
 //! An access of the guest's on its way to a device and back. On the vCPU's thread.
 
+use std::time::Instant;
+
 use super::cell::Cell;
 use super::exit::Data;
 use super::registers::Vcpu;
 use super::string_io;
 use crate::devices::{Access, Device, Flow};
+use crate::trace::{self, Value};
 
 /// `IN` and `INS`: `count` elements of `size` bytes from one port.
 pub(super) fn port_in(vcpu: &mut Vcpu, cell: &Cell, port: u16, size: usize, count: usize) -> Flow {
@@ -70,6 +73,20 @@ fn reach(
 ) -> Flow {
     let buses = &vcpu.dispatch.buses;
     match buses.bus(bus).find(address, size) {
+        Some((device, offset)) if vcpu.is_recorded => {
+            let began = Instant::now();
+            let flow = call(vcpu, cell, &*device, offset);
+            let bus = if bus == Access::Pio { "pio" } else { "mmio" };
+            let access = if is_read { "read" } else { "write" };
+            let values = [
+                ("bus", Value::Text(bus)),
+                ("access", Value::Text(access)),
+                ("address", Value::Hex(address)),
+                ("size", Value::Number(size as u64)),
+            ];
+            trace::record("device", device.name(), (began, Instant::now()), &values);
+            flow
+        }
         Some((device, offset)) => call(vcpu, cell, &*device, offset),
         None => {
             buses.count_unanswered(bus, address, is_read);

@@ -9,6 +9,7 @@ use parking_lot::RwLock;
 
 use super::exit::{Data, ExitKind, VcpuExit};
 use crate::devices::Buses;
+use crate::trace::{Recording, Track};
 
 /// Looks at exits before they are answered. Called on the vCPU's thread, which lends the vCPU meanwhile.
 pub trait ExitHook: Send + Sync + std::fmt::Debug {
@@ -31,6 +32,14 @@ pub enum Verdict {
 
 /// Sees every exit after it has been answered. Called on the vCPU's thread; must be quick.
 pub trait Observer: Send + Sync + std::fmt::Debug {
+    /// A guest is about to be entered.
+    fn enters(&self, _vcpu: u64, _at: Instant) {}
+
+    /// Where the answer to an exit is recorded while it is made.
+    fn track(&self, _vcpu: u64) -> Option<Arc<Track>> {
+        None
+    }
+
     /// An exit has been answered.
     fn saw(&self, seen: &Seen);
 }
@@ -124,6 +133,15 @@ impl Dispatch {
 
     pub(super) fn hook(&self) -> Option<Arc<dyn ExitHook>> {
         self.hook.read().clone()
+    }
+
+    pub(super) fn enters(&self, vcpu: u64, at: Instant) {
+        self.observers.read().iter().for_each(|observer| observer.enters(vcpu, at));
+    }
+
+    /// Record this thread, which answers an exit, where an observer wants it.
+    pub(super) fn recording(&self, vcpu: u64) -> Option<Recording> {
+        Recording::on(self.observers.read().iter().filter_map(|observer| observer.track(vcpu)))
     }
 
     pub(super) fn saw(&self, seen: &Seen) {

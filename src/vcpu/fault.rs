@@ -6,7 +6,7 @@ use kvm_bindings::{KVM_EXIT_INTERNAL_ERROR, kvm_regs, kvm_segment, kvm_sregs};
 
 use super::registers::Vcpu;
 use super::run_page::InternalError;
-use crate::debug::{Paging, bitness, disassemble};
+use crate::debug::{Paging, bitness, decode, disassemble};
 
 /// The longest instruction.
 const MOST_BYTES: u64 = 15;
@@ -35,20 +35,24 @@ pub(super) struct Instruction {
 
 impl Instruction {
     pub(super) fn at(vcpu: &Vcpu, regs: &kvm_regs, sregs: &kvm_sregs) -> Self {
-        let address = linear(regs, sregs);
-        let from_kvm = match vcpu.page.exit_reason() {
-            KVM_EXIT_INTERNAL_ERROR => emulation_bytes(&vcpu.page.internal_error()),
-            _ => Vec::new(),
-        };
-        let text = |bytes: &[u8]| disassemble(bytes, bitness(sregs), regs.rip);
-        if let Some(text) = text(&from_kvm) {
-            return Self { address, bytes: from_kvm, text: Some(text) };
-        }
-        let in_memory = fetch(vcpu, sregs, address);
-        let text = text(&in_memory);
-        let bytes = if in_memory.len() > from_kvm.len() { in_memory } else { from_kvm };
-        Self { address, bytes, text }
+        let bytes = instruction_bytes(vcpu, regs, sregs);
+        let text = disassemble(&bytes, bitness(sregs), regs.rip);
+        Self { address: linear(regs, sregs), bytes, text }
     }
+}
+
+/// The bytes that a vCPU stands at: those that KVM says it could not emulate, if they are a whole instruction, else what is
+/// in memory.
+pub(super) fn instruction_bytes(vcpu: &Vcpu, regs: &kvm_regs, sregs: &kvm_sregs) -> Vec<u8> {
+    let from_kvm = match vcpu.page.exit_reason() {
+        KVM_EXIT_INTERNAL_ERROR => emulation_bytes(&vcpu.page.internal_error()),
+        _ => Vec::new(),
+    };
+    if decode(&from_kvm, bitness(sregs), regs.rip).is_some() {
+        return from_kvm;
+    }
+    let in_memory = fetch(vcpu, sregs, linear(regs, sregs));
+    if in_memory.len() > from_kvm.len() { in_memory } else { from_kvm }
 }
 
 impl fmt::Display for Instruction {

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use kvm_bindings::{KVM_VCPUEVENT_VALID_SHADOW, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xsave};
 use kvm_ioctls::VcpuFd;
 
-use super::fault::Instruction;
+use super::fault::instruction_bytes;
 use super::registers::Vcpu;
 use crate::debug::{bitness, decode};
 use crate::fixup::{Cpu, Fault, Flow, Platform, RF, Stop, TF, execute};
@@ -26,7 +26,7 @@ pub(super) fn fix_up(vcpu: &mut Vcpu) -> bool {
         return false;
     }
     let (Ok(regs), Ok(sregs)) = (vcpu.general(), vcpu.fd.get_sregs()) else { return false };
-    let bytes = Instruction::at(vcpu, &regs, &sregs).bytes;
+    let bytes = instruction_bytes(vcpu, &regs, &sregs);
     let Some(instruction) = decode(&bytes, bitness(&sregs), regs.rip) else {
         return refuse(vcpu, &regs, &sregs);
     };

@@ -12,6 +12,7 @@ mod run;
 mod run_page;
 mod signal;
 mod state;
+mod stats;
 mod string_io;
 mod thread;
 
@@ -22,4 +23,5 @@ pub use registers::{RegisterClass, Vcpu};
 pub(crate) use run::Step;
 pub use signal::{kick_signal, use_signal};
 pub use state::{RunState, VmRunState};
+pub use stats::{Count, Place, Stats, VcpuTime};
 pub(crate) use thread::{Handle, Shared};

@@ -45,6 +45,8 @@ pub struct Vcpu {
     pub(crate) is_lent: bool,
     /// General registers as they were at the exit, and as that code wants them behind the instruction.
     pub(crate) changed: Option<Box<Changed>>,
+    /// Calls of devices are recorded.
+    pub(crate) is_recorded: bool,
 }
 
 /// What [`Vcpu::changed`] keeps.
@@ -130,6 +132,7 @@ impl Vcpu {
             waiting: None,
             is_lent: false,
             changed: None,
+            is_recorded: false,
         }
     }
 

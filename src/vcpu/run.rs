@@ -49,11 +49,16 @@ pub(crate) fn step(vcpu: &mut Vcpu, cell: &Cell) -> Step {
 
 fn observed_step(vcpu: &mut Vcpu, cell: &Cell, watched: Watched) -> Step {
     let entered = Instant::now();
+    vcpu.dispatch.enters(vcpu.id, entered);
     let result = enter(vcpu);
     let left = Instant::now();
     match result {
         Ok(exit) => {
+            let recording = vcpu.dispatch.recording(vcpu.id);
+            vcpu.is_recorded = recording.is_some();
             let step = answer(vcpu, cell, &exit, watched);
+            vcpu.is_recorded = false;
+            drop(recording);
             let answered = Instant::now();
             vcpu.dispatch.saw(&Seen { vcpu: vcpu.id, exit: &exit, entered, left, answered });
             step

@@ -1,0 +1,49 @@
+"""What watching a machine costs: port exits with nobody watching, with counters, and with a trace."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+from pyvmm import Vmm
+
+from benches import bare
+from benches.machines import config, reading
+from benches.measure import Result, compare
+
+EXITS = 20_000
+RUNS = 11
+
+
+def watched_exits(exits: int = EXITS, runs: int = RUNS) -> Iterator[Result]:
+    """Port exits that a built-in device answers."""
+    code = reading(exits)
+
+    def rate(watch: Callable[[Vmm], AbstractContextManager[object]]) -> float:
+        with Vmm(config(code)) as vmm, watch(vmm):
+            start = time.perf_counter()
+            exit = vmm.run()
+            seconds = time.perf_counter() - start
+        assert exit.code == 0
+        return exits / seconds
+
+    with tempfile.TemporaryDirectory(prefix="pyvmm-bench-") as directory:
+        path = Path(directory) / "trace.json"
+        watches: list[tuple[str, Callable[[Vmm], AbstractContextManager[object]], float]] = [
+            ("nobody", lambda _: nullcontext(), 0.95),
+            ("counters", lambda vmm: vmm.stats, 0.85),
+            ("a trace", lambda vmm: vmm.trace(path), 0.6),
+        ]
+        for name, watch, goal in watches:
+            yield compare(
+                f"pio-exit, watched by {name}",
+                "exits/s",
+                lambda watch=watch: rate(watch),  # type: ignore[misc]
+                lambda: exits / bare.time_run(code),
+                "bare KVM loop",
+                goal,
+                runs,
+            )

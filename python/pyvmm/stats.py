@@ -1,0 +1,110 @@
+"""What `Vmm.stats` counts, and how it is shown: tables on a terminal, HTML in a notebook."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+    from pyvmm._pyvmm import Stats
+
+MOST_ROWS = 30
+
+
+class ExitCount(NamedTuple):
+    """How often a vCPU came out of its guest for one reason.
+
+    Attributes:
+        vcpu: the vCPU's number.
+        kind: the name of an `ExitKind`; "interrupted" for a kick or another signal; "other" for what came beyond the
+            first 1,024 addresses of a vCPU.
+        access: "read" or "write", of a port, an address or a register (kinds "io", "mmio" and "msr"); else None.
+        address: the port, guest-physical address or register; None where there is none.
+        exits: how many.
+        seconds: the time they took to answer, outside the guest.
+    """
+
+    vcpu: int
+    kind: str
+    access: str | None
+    address: int | None
+    exits: int
+    seconds: float
+
+
+class VcpuTime(NamedTuple):
+    """Where a vCPU's time went.
+
+    Attributes:
+        vcpu: its number.
+        exits: how often it came out of its guest.
+        guest_s: seconds inside KVM_RUN, also of a stay that still lasts; a guest that sleeps in KVM is inside, too.
+        host_s: seconds outside, to answer exits.
+    """
+
+    vcpu: int
+    exits: int
+    guest_s: float
+    host_s: float
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.6f}"
+
+
+def _vcpu_rows(stats: Stats) -> list[tuple[str, ...]]:
+    return [
+        (f"vCPU {time.vcpu}", f"{time.exits:,}", _seconds(time.guest_s), _seconds(time.host_s)) for time in stats.vcpus
+    ]
+
+
+def _exit_rows(stats: Stats) -> list[tuple[str, ...]]:
+    return [
+        (
+            f"vCPU {row.vcpu}",
+            row.kind,
+            row.access or "",
+            "" if row.address is None else f"{row.address:#x}",
+            f"{row.exits:,}",
+            _seconds(row.seconds),
+        )
+        for row in stats.exits
+    ]
+
+
+VCPU_HEAD = ("", "exits", "seconds inside", "outside")
+EXIT_HEAD = ("", "kind", "access", "address", "exits", "seconds")
+TEXTS = {"", "kind", "access"}
+
+
+def tables(stats: Stats) -> Group:
+    """Two tables for a terminal: the time of each vCPU, and its exits, the most frequent first."""
+    from rich.console import Group
+    from rich.table import Table
+
+    def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
+        made = Table(box=None, pad_edge=False)
+        for name in head:
+            made.add_column(name, justify="left" if name in TEXTS else "right")
+        for row in rows:
+            made.add_row(*row)
+        return made
+
+    rows = _exit_rows(stats)
+    parts: list[Any] = [table(VCPU_HEAD, _vcpu_rows(stats)), "", table(EXIT_HEAD, rows[:MOST_ROWS])]
+    if len(rows) > MOST_ROWS:
+        parts.append(f"and {len(rows) - MOST_ROWS} more")
+    return Group(*parts)
+
+
+def html(stats: Stats) -> str:
+    """The same two tables for a notebook."""
+    from html import escape
+
+    def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+        lines = ["".join(f"<th>{escape(name)}</th>" for name in head)]
+        lines += ["".join(f"<td>{escape(text)}</td>" for text in row) for row in rows]
+        return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+
+    return table(VCPU_HEAD, _vcpu_rows(stats)) + table(EXIT_HEAD, _exit_rows(stats))

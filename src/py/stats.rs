@@ -1,0 +1,121 @@
+//! The counters of a machine's exits for Python: `Vmm.stats`.
+
+use std::sync::{Arc, Weak};
+
+use pyo3::prelude::*;
+use pyo3::types::PyList;
+
+use super::vmm::PyVmm;
+use crate::error::{Error, ErrorKind};
+use crate::vcpu::{Dispatch, Stats};
+
+/// Counters of a machine's exits, and of the time its vCPUs spend inside the guest and outside: `Vmm.stats`.
+///
+/// They count between `enable` and `disable`, or inside `with vmm.stats:`, and can be read at any time, from any
+/// thread, also when the machine is closed. In a forked child every call raises StateError.
+#[pyclass(frozen, name = "Stats", module = "pyvmm")]
+#[derive(Debug)]
+pub struct PyStats {
+    stats: Arc<Stats>,
+    /// The machine's: the counters keep no device alive.
+    dispatch: Weak<Dispatch>,
+}
+
+impl PyStats {
+    fn dispatch(&self) -> PyResult<Arc<Dispatch>> {
+        let closed = || Error::new(ErrorKind::State, "stats", "the machine is closed");
+        Ok(self.dispatch.upgrade().ok_or_else(closed)?)
+    }
+}
+
+#[pymethods]
+impl PyStats {
+    /// Count, from each vCPU's next entry on. Also while the guest runs.
+    fn enable(&self, py: Python<'_>) -> PyResult<()> {
+        let dispatch = self.dispatch()?;
+        Ok(py.detach(|| self.stats.enable(&dispatch))?)
+    }
+
+    /// Count no more. What was counted stays.
+    fn disable(&self, py: Python<'_>) -> PyResult<()> {
+        let dispatch = self.dispatch()?;
+        Ok(py.detach(|| self.stats.disable(&dispatch))?)
+    }
+
+    /// Start from zero.
+    fn reset(&self, py: Python<'_>) -> PyResult<()> {
+        Ok(py.detach(|| self.stats.reset())?)
+    }
+
+    /// Whether they count.
+    #[getter]
+    fn enabled(&self, py: Python<'_>) -> PyResult<bool> {
+        Ok(py.detach(|| self.stats.is_enabled())?)
+    }
+
+    /// The exits by vCPU, kind, direction and address, as `ExitCount`s: the most frequent first.
+    #[getter]
+    fn exits<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+        let class = py.import("pyvmm.stats")?.getattr("ExitCount")?;
+        let list = PyList::empty(py);
+        for (vcpu, place, count) in py.detach(|| self.stats.exits())? {
+            let seconds = count.time.as_secs_f64();
+            let row = (vcpu, place.kind, place.access, place.address, count.count, seconds);
+            list.append(class.call1(row)?)?;
+        }
+        Ok(list)
+    }
+
+    /// The time of each vCPU, by number, as `VcpuTime`s.
+    #[getter]
+    fn vcpus<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+        let class = py.import("pyvmm.stats")?.getattr("VcpuTime")?;
+        let list = PyList::empty(py);
+        for time in py.detach(|| self.stats.vcpus())? {
+            let (guest, host) = (time.guest.as_secs_f64(), time.host.as_secs_f64());
+            list.append(class.call1((time.vcpu, time.exits, guest, host))?)?;
+        }
+        Ok(list)
+    }
+
+    fn __enter__<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, Self>> {
+        slf.get().enable(slf.py())?;
+        Ok(slf.clone())
+    }
+
+    fn __exit__(
+        &self,
+        py: Python<'_>,
+        _kind: &Bound<'_, PyAny>,
+        _error: &Bound<'_, PyAny>,
+        _traceback: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let Ok(dispatch) = self.dispatch() else { return Ok(()) };
+        // A forked child leaves the block that its parent has entered.
+        let _ = py.detach(|| self.stats.disable(&dispatch));
+        Ok(())
+    }
+
+    fn _repr_html_<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        slf.py().import("pyvmm.stats")?.call_method1("html", (slf,))
+    }
+
+    fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
+        let exits: u64 = py.detach(|| self.stats.vcpus())?.iter().map(|time| time.exits).sum();
+        let counting = if self.enabled(py)? { "enabled" } else { "disabled" };
+        Ok(format!("Stats({counting}, {exits} exits)"))
+    }
+}
+
+#[pymethods]
+impl PyVmm {
+    /// Counters of its exits and of the time inside the guest and outside; they count when they are told to.
+    #[getter]
+    fn stats(&self) -> PyStats {
+        let vmm = self.vmm();
+        PyStats {
+            stats: Arc::clone(&vmm.watching().stats),
+            dispatch: Arc::downgrade(vmm.dispatch()),
+        }
+    }
+}

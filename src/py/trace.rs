@@ -1,0 +1,133 @@
+//! Traces for Python: `Vmm.trace`, and calls of Python code as spans of a trace.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Weak};
+use std::time::Instant;
+
+use event_manager::Events;
+use parking_lot::Mutex;
+use pyo3::intern;
+use pyo3::prelude::*;
+
+use super::vmm::PyVmm;
+use crate::error::{Error, ErrorKind};
+use crate::trace::{Trace, is_recorded, record, record_event};
+use crate::vmm::Vmm;
+
+/// A callable that does not say its name.
+const UNNAMED: &str = "callback";
+
+/// Make a call of the program's code, and record it where this thread is recorded. The GIL is held.
+pub(super) fn recorded<T>(name: impl FnOnce() -> PyResult<String>, call: impl FnOnce() -> T) -> T {
+    if !is_recorded() {
+        return call();
+    }
+    let began = Instant::now();
+    let result = call();
+    let ended = Instant::now();
+    // Asking for a name may run the program's code, too, and what that raises is nothing to the run.
+    let name = name().unwrap_or_else(|_| UNNAMED.to_owned());
+    record("callback", &name, (began, ended), &[]);
+    result
+}
+
+/// Record that a subscriber has been called for an event. Apart from the call, which is made far more often unrecorded.
+#[cold]
+pub(super) fn record_process(
+    events: Events,
+    called: Instant,
+    name: impl FnOnce() -> PyResult<String>,
+) {
+    let returned = Instant::now();
+    // Before the callback: what begins at the same time is its child.
+    record_event(events, (called, Instant::now()));
+    let name = name().unwrap_or_else(|_| UNNAMED.to_owned());
+    record("callback", &name, (called, returned), &[]);
+}
+
+/// The name of a function, or of the class of another callable.
+pub(super) fn name_of(function: &Bound<'_, PyAny>) -> PyResult<String> {
+    match function.getattr_opt(intern!(function.py(), "__qualname__"))? {
+        Some(name) => name.extract(),
+        None => Ok(function.get_type().qualname()?.to_string()),
+    }
+}
+
+/// A trace of a machine, written while it is entered: `with vmm.trace(path): ...`. Made by `Vmm.trace`.
+#[pyclass(frozen, name = "Trace", module = "pyvmm")]
+#[derive(Debug)]
+pub struct PyTrace {
+    vmm: Weak<Vmm>,
+    /// The file.
+    #[pyo3(get)]
+    path: PathBuf,
+    current: Mutex<Option<Arc<Trace>>>,
+}
+
+impl PyTrace {
+    fn machine(&self) -> PyResult<Arc<Vmm>> {
+        let closed = || Error::new(ErrorKind::State, "trace", "the machine is closed");
+        Ok(self.vmm.upgrade().ok_or_else(closed)?)
+    }
+}
+
+#[pymethods]
+impl PyTrace {
+    fn __enter__<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, Self>> {
+        let this = slf.get();
+        let vmm = this.machine()?;
+        slf.py().detach(|| -> PyResult<()> {
+            let trace = vmm.start_trace(&this.path)?;
+            *this.current.lock() = Some(trace);
+            Ok(())
+        })?;
+        Ok(slf.clone())
+    }
+
+    fn __exit__(
+        &self,
+        py: Python<'_>,
+        _kind: &Bound<'_, PyAny>,
+        error: &Bound<'_, PyAny>,
+        _traceback: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let ended = py.detach(|| {
+            let current = self.current.lock().take();
+            match (current, self.vmm.upgrade()) {
+                (Some(trace), Some(vmm)) => vmm.watching().end_trace(&trace),
+                (Some(trace), None) => trace.finish(),
+                (None, _) => Ok(()),
+            }
+        });
+        match ended {
+            // What the block raised is what the caller should see.
+            Err(failure) if !error.is_none() => {
+                let text = format!("the trace is not complete: {failure}");
+                error.call_method1(intern!(py, "add_note"), (text,)).map(drop)
+            }
+            ended => Ok(ended?),
+        }
+    }
+
+    fn __repr__(&self) -> String {
+        format!("Trace({})", self.path.display())
+    }
+}
+
+#[pymethods]
+impl PyVmm {
+    /// Write every hop of the machine with its times to a file that Perfetto opens: `with vmm.trace(path): ...`.
+    ///
+    /// One track a thread: the time inside the guest, exits, calls of devices, events of the loop, calls of Python
+    /// code. A machine that runs already is recorded from each vCPU's next entry and the loop's next turn on.
+    ///
+    /// Raises, when it is entered or left:
+    ///     StateError: another trace of this machine is being written.
+    ///     StreamError: the file cannot be made or written; a run is not ended by that.
+    fn trace(&self, py: Python<'_>, path: PathBuf) -> PyResult<PyTrace> {
+        // What names callbacks: not to be imported between two of them.
+        py.import("pyvmm.callbacks")?;
+        let vmm = self.shared().map_or_else(Weak::new, Arc::downgrade);
+        Ok(PyTrace { vmm, path, current: Mutex::default() })
+    }
+}

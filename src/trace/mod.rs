@@ -1,0 +1,377 @@
+//! A trace: every hop of a machine (exit, device, event, callback) with its times, one track a thread. A thread is recorded
+//! while a [`Recording`] lives on it: a vCPU's during each exit, the loop's during each turn.
+
+mod sink;
+mod watching;
+
+use std::cell::RefCell;
+use std::marker::PhantomData;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::ThreadId;
+use std::time::Instant;
+
+use event_manager::{EventOps, Events, MutEventSubscriber};
+use parking_lot::{Mutex, RwLock};
+use smallvec::SmallVec;
+
+use crate::error::Result;
+use crate::event::BoxedSubscriber;
+use crate::vcpu::{Observer, Place, Seen};
+use sink::Sink;
+pub use sink::{Span, Value};
+pub use watching::Watching;
+
+/// What a track gathers before it is written.
+const BUFFER: usize = 64 << 10;
+
+/// The hops of one thread.
+#[derive(Debug)]
+pub struct Track {
+    number: u64,
+    sink: Arc<Sink>,
+    buffer: Mutex<Buffer>,
+}
+
+#[derive(Debug, Default)]
+struct Buffer {
+    text: String,
+    is_closed: bool,
+}
+
+impl Track {
+    fn new(number: u64, name: &str, sink: &Arc<Sink>) -> Arc<Self> {
+        let mut buffer = Buffer::default();
+        sink.put_name(&mut buffer.text, number, name);
+        Arc::new(Self { number, sink: Arc::clone(sink), buffer: Mutex::new(buffer) })
+    }
+
+    /// Does not write: it may be called with the GIL held.
+    fn record(&self, span: &Span) {
+        // In a forked child the lock may be held by a thread that is not there, and the file is the parent's.
+        if self.sink.birthplace.is_foreign() {
+            return;
+        }
+        let mut buffer = self.buffer.lock();
+        if !buffer.is_closed {
+            self.sink.put_span(&mut buffer.text, self.number, span);
+        }
+    }
+
+    /// Write what has been gathered, if that is much.
+    fn flush(&self) {
+        if self.sink.birthplace.is_foreign() {
+            return;
+        }
+        let mut buffer = self.buffer.lock();
+        if buffer.text.len() >= BUFFER {
+            // Under the lock, so that the end of the trace comes behind it.
+            self.sink.write(&buffer.text);
+            buffer.text.clear();
+        }
+    }
+
+    fn close(&self) {
+        let text = {
+            let mut buffer = self.buffer.lock();
+            buffer.is_closed = true;
+            std::mem::take(&mut buffer.text)
+        };
+        self.sink.write(&text);
+    }
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Trace {
+    sink: Arc<Sink>,
+    vcpus: Vec<Arc<Track>>,
+    loops: Mutex<Vec<(ThreadId, Arc<Track>)>>,
+}
+
+impl Trace {
+    /// A trace into a new file, of a machine with so many vCPUs.
+    ///
+    /// # Errors
+    /// [`crate::error::ErrorKind::Io`] when the file cannot be made.
+    pub fn create(path: &Path, vcpus: u64) -> Result<Self> {
+        let sink = Arc::new(Sink::create(path)?);
+        let track = |id| Track::new(id + 1, &format!("vcpu_{id}"), &sink);
+        let vcpus = (0..vcpus).map(track).collect();
+        Ok(Self { sink, vcpus, loops: Mutex::default() })
+    }
+
+    /// Record no more, and complete the file. Does nothing the second time, and in a forked child.
+    ///
+    /// # Errors
+    /// [`crate::error::ErrorKind::Io`] when the file could not be written: then the trace ends before.
+    pub fn finish(&self) -> Result<()> {
+        if self.sink.birthplace.is_foreign() {
+            return Ok(());
+        }
+        self.vcpus.iter().for_each(|track| track.close());
+        self.loops.lock().iter().for_each(|(_, track)| track.close());
+        self.sink.end()
+    }
+
+    fn vcpu(&self, vcpu: u64) -> Option<&Arc<Track>> {
+        usize::try_from(vcpu).ok().and_then(|vcpu| self.vcpus.get(vcpu))
+    }
+
+    /// The track of this thread, which turns a loop.
+    fn of_loop(&self) -> Arc<Track> {
+        let this = std::thread::current().id();
+        let mut loops = self.loops.lock();
+        if let Some((_, track)) = loops.iter().find(|(thread, _)| *thread == this) {
+            return Arc::clone(track);
+        }
+        let number = (self.vcpus.len() + loops.len() + 1) as u64;
+        let name = if loops.is_empty() { "loop".into() } else { format!("loop {number}") };
+        let track = Track::new(number, &name, &self.sink);
+        loops.push((this, Arc::clone(&track)));
+        track
+    }
+}
+
+impl Drop for Trace {
+    fn drop(&mut self) {
+        // Nobody is left to be told.
+        let _ = self.finish();
+    }
+}
+
+impl Observer for Trace {
+    fn track(&self, vcpu: u64) -> Option<Arc<Track>> {
+        self.vcpu(vcpu).cloned()
+    }
+
+    fn saw(&self, seen: &Seen) {
+        let Some(track) = self.vcpu(seen.vcpu) else { return };
+        let times = (seen.entered, seen.left);
+        track.record(&Span { category: "guest", name: "guest", times, values: &[] });
+        let Place { kind, access, address } = Place::of(seen.exit);
+        let mut name = kind.to_owned();
+        let mut values: SmallVec<[_; 2]> = SmallVec::new();
+        if let Some(access) = access {
+            name.push(' ');
+            name.push_str(access);
+            values.push(("access", Value::Text(access)));
+        }
+        if let Some(address) = address {
+            name.push_str(&format!(" {address:#x}"));
+            values.push(("address", Value::Hex(address)));
+        }
+        let times = (seen.left, seen.answered);
+        track.record(&Span { category: "exit", name: &name, times, values: &values });
+        track.flush();
+    }
+}
+
+type Tracks = SmallVec<[Arc<Track>; 1]>;
+
+thread_local! {
+    /// Where this thread is recorded.
+    static CURRENT: RefCell<Tracks> = RefCell::default();
+}
+
+/// While it lives, its thread is recorded.
+#[derive(Debug)]
+pub struct Recording {
+    former: Tracks,
+    /// It stays on its thread.
+    here: PhantomData<*const ()>,
+}
+
+impl Recording {
+    /// Record this thread on these tracks; none without one.
+    pub(crate) fn on(tracks: impl Iterator<Item = Arc<Track>>) -> Option<Self> {
+        let tracks: Tracks = tracks.collect();
+        if tracks.is_empty() {
+            return None;
+        }
+        Some(Self { former: CURRENT.replace(tracks), here: PhantomData })
+    }
+}
+
+impl Drop for Recording {
+    fn drop(&mut self) {
+        CURRENT.set(std::mem::take(&mut self.former));
+    }
+}
+
+/// Whether this thread is recorded.
+#[must_use]
+pub fn is_recorded() -> bool {
+    CURRENT.try_with(|tracks| !tracks.borrow().is_empty()).unwrap_or(false)
+}
+
+/// Record what has happened on this thread, from when to when, where it is recorded.
+pub fn record(category: &str, name: &str, times: (Instant, Instant), values: &[(&str, Value<'_>)]) {
+    let span = Span { category, name, times, values };
+    // Fails when the thread ends.
+    let _ = CURRENT.try_with(|tracks| tracks.borrow().iter().for_each(|track| track.record(&span)));
+}
+
+/// Write what this thread has recorded, if that is much. May wait for the disk.
+pub fn flush() {
+    let _ = CURRENT.try_with(|tracks| tracks.borrow().iter().for_each(|track| track.flush()));
+}
+
+/// The traces that see an event loop's turns.
+#[derive(Debug, Default)]
+pub struct Recorders {
+    is_any: AtomicBool,
+    traces: RwLock<Vec<Arc<Trace>>>,
+}
+
+impl Recorders {
+    /// Show a trace each turn, from the next on.
+    pub fn add(&self, trace: Arc<Trace>) {
+        let mut traces = self.traces.write();
+        traces.push(trace);
+        // Relaxed, here and below: the lock orders what it stands for, and a turn may come late to it.
+        self.is_any.store(true, Ordering::Relaxed);
+    }
+
+    /// Show it no more.
+    pub fn remove(&self, trace: &Arc<Trace>) {
+        let mut traces = self.traces.write();
+        traces.retain(|known| !Arc::ptr_eq(known, trace));
+        self.is_any.store(!traces.is_empty(), Ordering::Relaxed);
+    }
+
+    /// Record this thread, which turns the loop, where a trace wants it.
+    #[must_use]
+    pub fn recording(&self) -> Option<Recording> {
+        if !self.is_any.load(Ordering::Relaxed) {
+            return None;
+        }
+        Recording::on(self.traces.read().iter().map(|trace| trace.of_loop()))
+    }
+}
+
+/// A subscriber whose events are recorded.
+pub(crate) struct Recorded(pub(crate) BoxedSubscriber);
+
+impl MutEventSubscriber for Recorded {
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        if !is_recorded() {
+            return self.0.process(events, ops);
+        }
+        let began = Instant::now();
+        self.0.process(events, ops);
+        record_event(events, (began, Instant::now()));
+    }
+
+    fn init(&mut self, ops: &mut EventOps) {
+        self.0.init(ops);
+    }
+}
+
+/// Record that the event of a file descriptor has been dispatched to its subscriber.
+pub fn record_event(events: Events, times: (Instant, Instant)) {
+    let fd = events.fd().unsigned_abs();
+    let values = [
+        ("fd", Value::Number(u64::from(fd))),
+        ("events", Value::Hex(u64::from(events.event_set().bits()))),
+    ];
+    record("event", &format!("fd {fd}"), times, &values);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vcpu::VcpuExit;
+
+    fn traced(name: &str, work: impl FnOnce(&Arc<Trace>)) -> String {
+        let path = std::env::temp_dir().join(format!("pyvmm-{}-{name}.json", std::process::id()));
+        let trace = Arc::new(Trace::create(&path, 2).unwrap());
+        work(&trace);
+        trace.finish().unwrap();
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        assert!(text.starts_with("[{") && text.ends_with("\n]\n"), "{text}");
+        text
+    }
+
+    fn call(name: &str) {
+        record("callback", name, (Instant::now(), Instant::now()), &[]);
+    }
+
+    #[test]
+    fn an_exit_is_time_inside_and_time_outside() {
+        let text = traced("exit", |trace| {
+            let now = Instant::now();
+            let exit = VcpuExit::IoIn { port: 0x60, size: 1, count: 1 };
+            trace.saw(&Seen { vcpu: 1, exit: &exit, entered: now, left: now, answered: now });
+            let nobody = Seen { vcpu: 7, exit: &exit, entered: now, left: now, answered: now };
+            trace.saw(&nobody);
+        });
+        let lines: Vec<&str> = text.lines().collect();
+        assert!(lines[1].contains("vcpu_0") && lines[2].contains("vcpu_1"));
+        assert!(lines[3].contains(r#""tid":2"#) && lines[3].contains(r#""cat":"guest""#));
+        assert!(
+            lines[4].contains(r#""name":"io read 0x60","args":{"access":"read","address":"0x60"}"#)
+        );
+        assert_eq!(lines.len(), 6);
+    }
+
+    #[test]
+    fn a_thread_is_recorded_while_a_recording_lives() {
+        let text = traced("loop", |trace| {
+            let recorders = Recorders::default();
+            assert!(recorders.recording().is_none());
+            recorders.add(Arc::clone(trace));
+            call("before");
+            {
+                let _recording = recorders.recording().unwrap();
+                assert!(is_recorded());
+                call("during");
+            }
+            assert!(!is_recorded());
+            call("after");
+            recorders.remove(trace);
+            assert!(recorders.recording().is_none());
+        });
+        assert!(text.contains("during") && !text.contains("before") && !text.contains("after"));
+        assert_eq!(text.matches(r#"{"name":"loop"}"#).count(), 1);
+    }
+
+    #[test]
+    fn each_thread_that_turns_the_loop_has_its_track() {
+        let text = traced("threads", |trace| {
+            let recorders = Arc::new(Recorders::default());
+            recorders.add(Arc::clone(trace));
+            for _ in 0..2 {
+                let recorders = Arc::clone(&recorders);
+                let turn = move || {
+                    let _recording = recorders.recording();
+                    call("call");
+                };
+                std::thread::spawn(turn).join().unwrap();
+            }
+        });
+        assert!(text.contains(r#""tid":3,"args":{"name":"loop"}"#), "{text}");
+        assert!(text.contains(r#""tid":4,"args":{"name":"loop 4"}"#), "{text}");
+    }
+
+    #[test]
+    fn much_is_written_before_the_end_and_nothing_after_it() {
+        let text = traced("much", |trace| {
+            let recorders = Recorders::default();
+            recorders.add(Arc::clone(trace));
+            let _recording = recorders.recording();
+            for _ in 0..10_000 {
+                call("call");
+                flush();
+            }
+            let track = trace.of_loop();
+            assert!(track.buffer.lock().text.len() < BUFFER);
+            trace.finish().unwrap();
+            call("late");
+        });
+        assert_eq!(text.matches(r#""name":"call""#).count(), 10_000);
+        assert!(!text.contains("late"));
+    }
+}

@@ -1,0 +1,97 @@
+//! What a machine can be watched with: its counters, and the one trace that may be written. From any thread.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use super::Trace;
+use crate::error::{Error, ErrorKind, Result};
+use crate::event::EventManager;
+use crate::vcpu::{Dispatch, Observer, Stats};
+
+/// See the module.
+#[derive(Debug)]
+pub struct Watching {
+    /// The counters of its exits.
+    pub stats: Arc<Stats>,
+    dispatch: Arc<Dispatch>,
+    event_manager: Arc<EventManager>,
+    trace: Mutex<Option<Arc<Trace>>>,
+}
+
+impl Watching {
+    /// For a machine with so many vCPUs, whose exits go to this dispatch and whose events to this loop.
+    #[must_use]
+    pub fn new(vcpus: u64, dispatch: &Arc<Dispatch>, event_manager: &Arc<EventManager>) -> Self {
+        Self {
+            stats: Arc::new(Stats::new(vcpus)),
+            dispatch: Arc::clone(dispatch),
+            event_manager: Arc::clone(event_manager),
+            trace: Mutex::default(),
+        }
+    }
+
+    /// Write every hop to a new file, from each vCPU's next entry and the loop's next turn on.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] while another trace is written; [`ErrorKind::Io`] when the file cannot be made.
+    pub fn start_trace(&self, path: &Path) -> Result<Arc<Trace>> {
+        let mut current = self.trace.lock();
+        if current.is_some() {
+            let detail = "this machine is being traced: one trace at a time";
+            return Err(Error::new(ErrorKind::State, "trace", detail));
+        }
+        let trace = Arc::new(Trace::create(path, self.stats.vcpu_count())?);
+        self.dispatch.observe(Arc::clone(&trace) as Arc<dyn Observer>);
+        self.event_manager.recorders.add(Arc::clone(&trace));
+        // A loop that waits begins a new turn. If it cannot be told, it does so at its next event.
+        let _ = self.event_manager.kick();
+        *current = Some(Arc::clone(&trace));
+        Ok(trace)
+    }
+
+    /// Complete the trace that [`Self::start_trace`] began. In a forked child it is the parent's, and left alone.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`] when the file could not be written.
+    pub fn end_trace(&self, trace: &Arc<Trace>) -> Result<()> {
+        if self.event_manager.check_process().is_err() {
+            return Ok(());
+        }
+        self.trace.lock().take_if(|current| Arc::ptr_eq(current, trace));
+        self.dispatch.unobserve(&(Arc::clone(trace) as Arc<dyn Observer>));
+        self.event_manager.recorders.remove(trace);
+        trace.finish()
+    }
+}
+
+impl Drop for Watching {
+    /// In a loop that others use too, a trace must not outlive its machine.
+    fn drop(&mut self) {
+        if let Some(trace) = self.trace.get_mut().take() {
+            // Nobody is left to be told.
+            let _ = self.end_trace(&trace);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_trace_at_a_time_and_none_after_the_machine() {
+        let (dispatch, manager) = (Arc::default(), Arc::new(EventManager::new().unwrap()));
+        let watching = Watching::new(1, &dispatch, &manager);
+        let trace = watching.start_trace(Path::new("/dev/null")).unwrap();
+        let again = watching.start_trace(Path::new("/dev/null")).unwrap_err();
+        assert_eq!(again.kind, ErrorKind::State);
+        watching.end_trace(&trace).unwrap();
+        watching.end_trace(&trace).unwrap();
+        watching.start_trace(Path::new("/dev/null")).unwrap();
+        assert!(manager.recorders.recording().is_some());
+        drop(watching);
+        assert!(manager.recorders.recording().is_none());
+    }
+}

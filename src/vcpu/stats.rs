@@ -1,0 +1,329 @@
+//! Counts of a machine's exits by kind, port and address, and the time its vCPUs spend inside the guest and outside.
+//! Each vCPU counts on its own thread in a block of its own; any thread may read.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use super::dispatch::{Dispatch, Observer, Seen};
+use super::exit::{ExitKind, VcpuExit};
+use crate::error::Result;
+use crate::process::Birthplace;
+
+/// A guest can touch any number of addresses: of each vCPU the first so many are kept apart.
+const MOST_PLACES: usize = 1024;
+
+/// What exits are told apart by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Place {
+    /// The name of their kind; "interrupted" for a kick or another signal.
+    pub kind: &'static str,
+    /// "read" or "write", of an access to a port, an address or a register.
+    pub access: Option<&'static str>,
+    /// The port, address or register.
+    pub address: Option<u64>,
+}
+
+impl Place {
+    /// What this exit counts for.
+    #[must_use]
+    pub fn of(exit: &VcpuExit) -> Self {
+        let address = exit.place();
+        let access = match exit.kind() {
+            Some(ExitKind::Io | ExitKind::Mmio | ExitKind::Msr) => {
+                address.map(|(_, is_write)| if is_write { "write" } else { "read" })
+            }
+            _ => None,
+        };
+        let kind = exit.kind().map_or("interrupted", ExitKind::name);
+        Self { kind, access, address: address.map(|(address, _)| address) }
+    }
+
+    /// Exits at places beyond the first so many.
+    const OTHER: Self = Self { kind: "other", access: None, address: None };
+}
+
+/// How many exits, and how long they took to answer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Count {
+    /// Exits.
+    pub count: u64,
+    /// From leaving the guest to having the answer.
+    pub time: Duration,
+}
+
+impl Count {
+    fn add(&mut self, time: Duration) {
+        self.count += 1;
+        self.time += time;
+    }
+}
+
+/// What a vCPU has spent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VcpuTime {
+    /// Its number.
+    pub vcpu: u64,
+    /// Exits.
+    pub exits: u64,
+    /// Time inside the guest, also of a stay that still lasts.
+    pub guest: Duration,
+    /// Time outside, to answer exits.
+    pub host: Duration,
+}
+
+/// One vCPU's, on cache lines of its own.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+struct Block(Mutex<Counts>);
+
+#[derive(Debug, Default)]
+struct Counts {
+    exits: u64,
+    guest: Duration,
+    host: Duration,
+    /// Since when the guest has been inside, where that is counted.
+    inside: Option<Instant>,
+    places: HashMap<Place, Count>,
+    others: Count,
+}
+
+impl Counts {
+    /// Add the time inside so far, and go on from here.
+    fn settle(&mut self) {
+        if let Some(since) = &mut self.inside {
+            let now = Instant::now();
+            self.guest += now.saturating_duration_since(*since);
+            *since = now;
+        }
+    }
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Stats {
+    vcpus: Vec<Block>,
+    is_enabled: Mutex<bool>,
+    birthplace: Birthplace,
+}
+
+impl Stats {
+    /// Counters for so many vCPUs, which count nothing yet.
+    #[must_use]
+    pub fn new(vcpus: u64) -> Self {
+        let vcpus = (0..vcpus).map(|_| Block::default()).collect();
+        Self { vcpus, is_enabled: Mutex::default(), birthplace: Birthplace::here() }
+    }
+
+    /// How many vCPUs the machine has.
+    #[must_use]
+    pub fn vcpu_count(&self) -> u64 {
+        self.vcpus.len() as u64
+    }
+
+    /// Count, from each vCPU's next entry on.
+    ///
+    /// # Errors
+    /// [`crate::error::ErrorKind::State`] in a forked child, here and below.
+    pub fn enable(self: &Arc<Self>, dispatch: &Dispatch) -> Result<()> {
+        self.birthplace.check("machine")?;
+        let mut is_enabled = self.is_enabled.lock();
+        if !std::mem::replace(&mut *is_enabled, true) {
+            dispatch.observe(Arc::clone(self) as Arc<dyn Observer>);
+        }
+        Ok(())
+    }
+
+    /// Count no more; what was counted stays.
+    ///
+    /// # Errors
+    /// As for `enable`.
+    pub fn disable(self: &Arc<Self>, dispatch: &Dispatch) -> Result<()> {
+        self.birthplace.check("machine")?;
+        let mut is_enabled = self.is_enabled.lock();
+        if std::mem::replace(&mut *is_enabled, false) {
+            dispatch.unobserve(&(Arc::clone(self) as Arc<dyn Observer>));
+            for block in &self.vcpus {
+                let mut counts = block.0.lock();
+                counts.settle();
+                counts.inside = None;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether it counts.
+    ///
+    /// # Errors
+    /// As for `enable`.
+    pub fn is_enabled(&self) -> Result<bool> {
+        self.birthplace.check("machine")?;
+        Ok(*self.is_enabled.lock())
+    }
+
+    /// Start from zero.
+    ///
+    /// # Errors
+    /// As for `enable`.
+    pub fn reset(&self) -> Result<()> {
+        self.birthplace.check("machine")?;
+        for block in &self.vcpus {
+            let mut counts = block.0.lock();
+            let inside = counts.inside.map(|_| Instant::now());
+            *counts = Counts { inside, ..Counts::default() };
+        }
+        Ok(())
+    }
+
+    /// The exits of each vCPU by what they are told apart by; those with the most first.
+    ///
+    /// # Errors
+    /// As for `enable`.
+    pub fn exits(&self) -> Result<Vec<(u64, Place, Count)>> {
+        self.birthplace.check("machine")?;
+        let mut rows = Vec::new();
+        for (vcpu, block) in (0..).zip(&self.vcpus) {
+            let counts = block.0.lock();
+            rows.extend(counts.places.iter().map(|(place, count)| (vcpu, *place, *count)));
+            if counts.others.count > 0 {
+                rows.push((vcpu, Place::OTHER, counts.others));
+            }
+        }
+        rows.sort_unstable_by_key(|(vcpu, place, count)| {
+            (std::cmp::Reverse(count.count), *vcpu, *place)
+        });
+        Ok(rows)
+    }
+
+    /// The time of each vCPU, by number.
+    ///
+    /// # Errors
+    /// As for `enable`.
+    pub fn vcpus(&self) -> Result<Vec<VcpuTime>> {
+        self.birthplace.check("machine")?;
+        let times = (0..).zip(&self.vcpus).map(|(vcpu, block)| {
+            let mut counts = block.0.lock();
+            counts.settle();
+            VcpuTime { vcpu, exits: counts.exits, guest: counts.guest, host: counts.host }
+        });
+        Ok(times.collect())
+    }
+
+    fn with(&self, vcpu: u64, change: impl FnOnce(&mut Counts)) {
+        // In a forked child the lock may be held by a thread that is not there.
+        if self.birthplace.is_foreign() {
+            return;
+        }
+        let block = usize::try_from(vcpu).ok().and_then(|vcpu| self.vcpus.get(vcpu));
+        if let Some(block) = block {
+            change(&mut block.0.lock());
+        }
+    }
+}
+
+impl Observer for Stats {
+    fn enters(&self, vcpu: u64, at: Instant) {
+        self.with(vcpu, |counts| counts.inside = Some(at));
+    }
+
+    fn saw(&self, seen: &Seen) {
+        self.with(seen.vcpu, |counts| {
+            // None where counting began while the guest was inside.
+            if let Some(since) = counts.inside.take() {
+                counts.guest += seen.left.saturating_duration_since(since);
+            }
+            let time = seen.answered.saturating_duration_since(seen.left);
+            counts.exits += 1;
+            counts.host += time;
+            let place = Place::of(seen.exit);
+            let room = counts.places.len() < MOST_PLACES || place.address.is_none();
+            match counts.places.get_mut(&place) {
+                Some(count) => count.add(time),
+                None if room => counts.places.entry(place).or_default().add(time),
+                None => counts.others.add(time),
+            }
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn see(stats: &Stats, vcpu: u64, exit: &VcpuExit, (inside_us, outside_us): (u64, u64)) {
+        let entered = Instant::now();
+        let left = entered + Duration::from_micros(inside_us);
+        let answered = left + Duration::from_micros(outside_us);
+        stats.enters(vcpu, entered);
+        stats.saw(&Seen { vcpu, exit, entered, left, answered });
+    }
+
+    fn port(port: u16) -> VcpuExit {
+        VcpuExit::IoIn { port, size: 1, count: 1 }
+    }
+
+    #[test]
+    fn exits_are_told_apart_by_kind_direction_and_address() {
+        let stats = Stats::new(2);
+        see(&stats, 0, &port(0x60), (3, 5));
+        see(&stats, 0, &port(0x60), (4, 6));
+        see(&stats, 1, &VcpuExit::Hlt, (1, 2));
+        see(&stats, 1, &VcpuExit::Interrupted, (1, 0));
+        let rows = stats.exits().unwrap();
+        let read = Place { kind: "io", access: Some("read"), address: Some(0x60) };
+        assert_eq!(rows[0], (0, read, Count { count: 2, time: Duration::from_micros(11) }));
+        let kinds: Vec<&str> = rows.iter().map(|(_, place, _)| place.kind).collect();
+        assert_eq!(kinds, ["io", "hlt", "interrupted"]);
+        let times = stats.vcpus().unwrap();
+        let (guest, host) = (Duration::from_micros(7), Duration::from_micros(11));
+        assert_eq!(times[0], VcpuTime { vcpu: 0, exits: 2, guest, host });
+        assert_eq!(times[1].exits, 2);
+        stats.reset().unwrap();
+        assert!(stats.exits().unwrap().is_empty());
+    }
+
+    #[test]
+    fn places_are_bounded_and_the_rest_is_summed_up() {
+        let stats = Stats::new(1);
+        (0..2000).for_each(|number| see(&stats, 0, &port(number), (1, 1)));
+        see(&stats, 0, &VcpuExit::Hlt, (1, 1));
+        let rows = stats.exits().unwrap();
+        assert_eq!(rows.len(), MOST_PLACES + 2);
+        assert_eq!((rows[0].1, rows[0].2.count), (Place::OTHER, 2000 - 1024));
+        assert!(rows.iter().any(|(_, place, _)| place.kind == "hlt"));
+    }
+
+    #[test]
+    fn a_stay_that_lasts_is_counted_and_ends_with_the_counting() {
+        let (stats, dispatch) = (Arc::new(Stats::new(1)), Dispatch::default());
+        stats.enable(&dispatch).unwrap();
+        let long_ago = Instant::now().checked_sub(Duration::from_secs(5)).unwrap();
+        stats.enters(0, long_ago);
+        assert!(stats.vcpus().unwrap()[0].guest >= Duration::from_secs(5));
+        stats.disable(&dispatch).unwrap();
+        let before = stats.vcpus().unwrap();
+        assert_eq!(stats.vcpus().unwrap(), before);
+        // Its exit comes when counting is on again: its time is known no more.
+        stats.enable(&dispatch).unwrap();
+        let now = Instant::now();
+        let exit = VcpuExit::Hlt;
+        stats.saw(&Seen { vcpu: 0, exit: &exit, entered: long_ago, left: now, answered: now });
+        assert_eq!(stats.vcpus().unwrap()[0].guest, before[0].guest);
+    }
+
+    #[test]
+    fn enabling_twice_counts_once() {
+        let (stats, dispatch) = (Arc::new(Stats::new(1)), Dispatch::default());
+        assert!(!stats.is_enabled().unwrap());
+        stats.enable(&dispatch).unwrap();
+        stats.enable(&dispatch).unwrap();
+        let now = Instant::now();
+        let exit = VcpuExit::Hlt;
+        dispatch.saw(&Seen { vcpu: 0, exit: &exit, entered: now, left: now, answered: now });
+        stats.disable(&dispatch).unwrap();
+        dispatch.saw(&Seen { vcpu: 0, exit: &exit, entered: now, left: now, answered: now });
+        assert_eq!(stats.vcpus().unwrap()[0].exits, 1);
+    }
+}
