@@ -6,7 +6,7 @@ import sys
 
 from pyvmm import VmmError
 
-from benches import control, devices, footprint, imports, jitter, linux, loop, machines, memory, watching
+from benches import control, devices, footprint, imports, jitter, linux, loop, machines, memory, snapshot, watching
 from benches.measure import Benchmark, Result, UnmeasurableError, report
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -27,6 +27,11 @@ BENCHMARKS: dict[str, Benchmark] = {
     "loop-scaling": loop.scaling,
     "loop-calls": loop.calls,
     "asyncio": jitter.jitter,
+    "snapshot": snapshot.snapshots,
+    "snapshot-fork": snapshot.forks,
+    "snapshot-footprint": snapshot.footprints,
+    "snapshot-reset": snapshot.resets,
+    "snapshot-file": snapshot.files,
     "linux-userspace": linux.boots,
     "import": imports.imports,
 }

@@ -45,6 +45,46 @@ def leave_machines(code: bytes, count: int) -> None:
     _checked(_library().leave_machines(code, len(code), count))
 
 
+@cache
+def _snapshots() -> ctypes.CDLL:
+    library = ctypes.CDLL(compiled(Path(__file__).with_name("bare_snapshot.c")))
+    for function in (library.time_snapshot, library.time_copy, library.time_forks, library.time_resets):
+        function.restype = ctypes.c_double
+    return library
+
+
+def time_snapshot(code: bytes, memory: int, touched: int) -> float:
+    """Seconds of reading one vCPU's state and remapping so much memory, of which so much is touched."""
+    sizes = ctypes.c_uint64(memory), ctypes.c_uint64(touched)
+    return _checked(_snapshots().time_snapshot(code, len(code), *sizes))
+
+
+def time_copy(size: int) -> float:
+    """Seconds of a memcpy of so many bytes."""
+    return _checked(_snapshots().time_copy(ctypes.c_uint64(size)))
+
+
+def time_forks(code: bytes, memory: int, forks: int) -> float:
+    """The median seconds of so many machines made over the same frozen memory, given a state and run to an exit."""
+    return _checked(_snapshots().time_forks(code, len(code), ctypes.c_uint64(memory), forks))
+
+
+def time_resets(code: bytes, memory: int, resets: int, pages: int, how: int = 0) -> float:
+    """The median seconds of so many resets after runs that dirty so many pages.
+
+    By copying what has been written (0), by dropping it (1), or by the dirty log (2). The runs are not counted.
+    """
+    return time_resets_and_runs(code, memory, resets, pages, how)[0]
+
+
+def time_resets_and_runs(code: bytes, memory: int, resets: int, pages: int, how: int) -> tuple[float, float]:
+    """As `time_resets`, with the median seconds of a run."""
+    arguments = ctypes.c_uint64(memory), resets, how, pages
+    running = ctypes.c_double()
+    seconds = _checked(_snapshots().time_resets(code, len(code), *arguments, ctypes.byref(running)))
+    return seconds, running.value
+
+
 def _checked(seconds: float) -> float:
     if seconds < 0:
         raise UnmeasurableError("the bare KVM loop failed: is /dev/kvm usable?")

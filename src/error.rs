@@ -22,6 +22,8 @@ pub enum ErrorKind {
     Event,
     /// Input or output of a stream failed.
     Io,
+    /// A snapshot that cannot be used: damaged, of another machine, or no longer as it was.
+    Snapshot,
 }
 
 /// An error of this crate. `at` names the place: a configuration key, an ioctl, an address.

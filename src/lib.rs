@@ -29,6 +29,7 @@ pub mod fixup;
 mod process;
 #[cfg(feature = "python")]
 pub mod py;
+pub mod snapshot;
 pub mod trace;
 pub mod vcpu;
 pub mod vm;
@@ -42,8 +43,8 @@ mod _pyvmm {
     use crate::py::{
         PyDirtyPages, PyEventFd, PyEventManager, PyEventOps, PyEvents, PyGuestMemory, PyIrqLine,
         PyKvm, PyKvmVm, PyMemorySlot, PyMsrBytes, PyRegisterBytes, PyRemoteEndpoint, PySerial,
-        PyStats, PySubscriberId, PyTimerFd, PyTrace, PyVcpu, PyVcpuExit, PyVmm, PyVmmExitHandler,
-        PyWrappedExitHandler, close_all, cpu_features, embedded_guest, kick_signal, kvm_info,
-        set_kick_signal,
+        PySnapshot, PyStats, PySubscriberId, PyTimerFd, PyTrace, PyVcpu, PyVcpuExit, PyVmm,
+        PyVmmExitHandler, PyWrappedExitHandler, close_all, cpu_features, embedded_guest,
+        kick_signal, kvm_info, set_kick_signal,
     };
 }

@@ -11,12 +11,13 @@ use event_manager::SubscriberId;
 use parking_lot::{Condvar, Mutex};
 
 use crate::boot;
-use crate::config::VmmConfig;
+use crate::config::{ExitPort, SerialConfig, VmmConfig};
 use crate::devices::{self, Access, Device, Serial};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
 use crate::exit_handler::{Exit, ExitHandler, ExitReason, WrappedExitHandler};
 use crate::fixup::Counts;
+use crate::snapshot::Parts;
 use crate::trace::{self, Trace, Watching};
 use crate::vcpu::{Cell, Dispatch, VmRunState};
 use crate::vm::{GuestMemory, KvmVm, layout};
@@ -39,7 +40,10 @@ pub struct Vmm {
     serial: Arc<Serial>,
     fixups: Arc<Counts>,
     /// Where the vCPUs start.
-    entry: u64,
+    pub(crate) entry: u64,
+    pub(crate) exit_port: ExitPort,
+    /// Somebody has paused the machine and not resumed it: whoever pauses it for a moment leaves it paused.
+    pub(crate) is_paused: Mutex<bool>,
     /// Subscribers that are the machine's own and go with it.
     own_subscribers: Mutex<Vec<SubscriberId>>,
     runner: Mutex<Runner>,
@@ -87,13 +91,25 @@ impl Vmm {
         let exit_handler =
             WrappedExitHandler::new().map_err(|e| Error::os(ErrorKind::Event, "eventfd", &e))?;
         let dispatch = Arc::new(Dispatch::default());
-        let watching = Watching::new(config.cpu.vcpus, &dispatch, &event_manager);
         let vm = KvmVm::new(&config, memory, Arc::clone(&dispatch), exit_handler.clone())?;
-        let serial = devices::attach(&dispatch.buses, vm.irq(layout::COM1_IRQ)?, &config)?;
+        let irq = vm.irq(layout::COM1_IRQ)?;
+        let serial = devices::attach(&dispatch.buses, irq, &config.serial, config.exit_port)?;
+        let parts = Parts { vm, event_manager, exit_handler, dispatch, serial, entry };
+        Self::assemble(parts, config.serial, config.exit_port)
+    }
+
+    /// The machine of these parts, in its loop.
+    pub(crate) fn assemble(
+        parts: Parts,
+        streams: SerialConfig,
+        exit_port: ExitPort,
+    ) -> Result<Self> {
+        let Parts { vm, event_manager, exit_handler, dispatch, serial, entry } = parts;
         let mut own_subscribers =
             vec![event_manager.add_subscriber(Box::new(exit_handler.clone()))];
-        own_subscribers.extend(devices::connect(&serial, config.serial, &event_manager)?);
+        own_subscribers.extend(devices::connect(&serial, streams, &event_manager)?);
         let fixups = Arc::clone(vm.fixups());
+        let watching = Watching::new(vm.cells().len() as u64, &dispatch, &event_manager);
         Ok(Self {
             vm: Mutex::new(Some(Arc::new(vm))),
             event_manager,
@@ -103,6 +119,8 @@ impl Vmm {
             serial,
             fixups,
             entry,
+            exit_port,
+            is_paused: Mutex::new(false),
             own_subscribers: Mutex::new(own_subscribers),
             runner: Mutex::default(),
             run_ended: Condvar::new(),
@@ -171,6 +189,7 @@ impl Vmm {
 
     fn start_vcpus(&self, vm: &KvmVm<WrappedExitHandler>) -> Result<()> {
         vm.check_may_run()?;
+        *self.is_paused.lock() = false;
         self.serial.release(false);
         // After a stop from before this run the guest does not start for nothing.
         if !self.exit_handler.is_kicked() {
@@ -305,7 +324,9 @@ impl Vmm {
     /// # Errors
     /// [`ErrorKind::State`] when the machine is not running.
     pub fn pause(&self) -> Result<()> {
-        self.vm()?.pause()
+        let vm = self.vm()?;
+        *self.is_paused.lock() = true;
+        vm.pause()
     }
 
     /// Let the vCPUs that `pause` stopped go on.
@@ -313,7 +334,9 @@ impl Vmm {
     /// # Errors
     /// [`ErrorKind::State`] when no run is in progress, or the guest has ended.
     pub fn resume(&self) -> Result<()> {
-        self.vm()?.resume()
+        let vm = self.vm()?;
+        *self.is_paused.lock() = false;
+        vm.resume()
     }
 
     /// The vCPUs, to be looked into while they are at rest. Before the first run they stand where it will start.
@@ -326,7 +349,7 @@ impl Vmm {
         Ok(vm.cells())
     }
 
-    fn enter_run(&self, what: &str, for_started: bool) -> Result<Running<'_>> {
+    pub(crate) fn enter_run(&self, what: &str, for_started: bool) -> Result<Running<'_>> {
         let mut runner = self.runner.lock();
         let detail = match (&runner.thread, runner.is_started, for_started) {
             (Some(_), _, _) => "the machine is running already: one run at a time",
@@ -426,6 +449,12 @@ impl Vmm {
         &self.serial
     }
 
+    /// Whether vCPU threads are there, or somebody is inside `run`.
+    pub(crate) fn is_in_run(&self) -> bool {
+        let runner = self.runner.lock();
+        runner.thread.is_some() || runner.is_started
+    }
+
     /// Guest memory.
     ///
     /// # Errors
@@ -451,7 +480,7 @@ impl Drop for Vmm {
 }
 
 /// While it lives, its thread is the one inside `run`.
-struct Running<'a>(&'a Vmm);
+pub(crate) struct Running<'a>(&'a Vmm);
 
 impl Drop for Running<'_> {
     fn drop(&mut self) {

@@ -69,8 +69,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture
-def linux() -> Linux:
+def linux(linux_once: Linux) -> Linux:
     """The Linux of the tests."""
+    return linux_once
+
+
+@pytest.fixture(scope="session")
+def linux_once() -> Linux:
+    """The same, for what is made of it once."""
     directory = linux_directory()
     names = ("vmlinux", "vmlinux-stock", "vmlinux-smp", "bzImage")
     vmlinux, stock, smp, bzimage = (directory / name for name in names)

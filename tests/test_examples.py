@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NEED_NO_KVM = {"event_loop", "loop_from_threads", "loop_tour"}
 NEED_LINUX = {"boot_linux"}
+NEED_RAY = {"snapshot_ray"}
 
 
 def run(example: Path, *arguments: str) -> str:
@@ -35,10 +36,16 @@ def test_example_prints_what_it_says(example: Path) -> None:
 
 @pytest.mark.kvm
 @pytest.mark.parametrize(
-    "example", [e for e in EXAMPLES if e.stem not in NEED_NO_KVM | NEED_LINUX], ids=lambda e: e.stem
+    "example", [e for e in EXAMPLES if e.stem not in NEED_NO_KVM | NEED_LINUX | NEED_RAY], ids=lambda e: e.stem
 )
 def test_example_with_a_machine_prints_what_it_says(example: Path) -> None:
     test_example_prints_what_it_says(example)
+
+
+@pytest.mark.kvm
+def test_example_maps_on_ray() -> None:
+    pytest.importorskip("ray", reason="ray is not installed", exc_type=ImportError)
+    test_example_prints_what_it_says(ROOT / "examples" / "snapshot_ray.py")
 
 
 @pytest.mark.linux

@@ -18,6 +18,7 @@ from pyvmm._pyvmm import (
     MemorySlot,
     RemoteEndpoint,
     Serial,
+    Snapshot,
     Stats,
     SubscriberId,
     TimerFd,
@@ -43,6 +44,7 @@ from pyvmm.exceptions import (
     GuestMemoryError,
     KvmError,
     KvmUnavailableError,
+    SnapshotError,
     StateError,
     StreamError,
     VmmError,
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     )
     from pyvmm.hostcalls import HostcallError, HostcallStatus
     from pyvmm.kvm import Cap
+    from pyvmm.snapshots import ForkExecutor
 
 __version__ = "0.1.0"
 
@@ -85,6 +88,7 @@ __all__ = [
     "ExitKind",
     "ExitReason",
     "FlatBoot",
+    "ForkExecutor",
     "GuestMemory",
     "GuestMemoryError",
     "HostcallError",
@@ -101,6 +105,8 @@ __all__ = [
     "RemoteEndpoint",
     "Serial",
     "SerialConfig",
+    "Snapshot",
+    "SnapshotError",
     "StateError",
     "Stats",
     "Stop",
@@ -136,6 +142,7 @@ _LAZY = {
     **dict.fromkeys(_CONFIG, "pyvmm.config"),
     **dict.fromkeys(("HostcallError", "HostcallStatus"), "pyvmm.hostcalls"),
     "Cap": "pyvmm.kvm",
+    "ForkExecutor": "pyvmm.snapshots",
 }
 
 

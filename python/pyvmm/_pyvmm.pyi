@@ -3,7 +3,7 @@
 Everything here is exported by `pyvmm`, under the same name.
 """
 
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self, TypeVar, final, overload
 from typing_extensions import Buffer, disjoint_base
 
 from pyvmm.callbacks import Later
-from pyvmm.config import VmmConfig
+from pyvmm.config import SerialConfig, VmmConfig
 from pyvmm.devices import Device, Unanswered
 from pyvmm.events import EventSet, Subscriber
 from pyvmm.exits import Exit, ExitHandler, ExitKind, VmRunState
@@ -34,6 +34,7 @@ __all__ = [
     "RegisterBytes",
     "RemoteEndpoint",
     "Serial",
+    "Snapshot",
     "Stats",
     "SubscriberId",
     "TimerFd",
@@ -608,6 +609,163 @@ class Serial:
         """Readable when the guest has read all its input; readable at first, too."""
 
 @final
+class Snapshot:
+    """A machine as it was, made by `Vmm.snapshot` or `Snapshot.load`. Nothing changes it; threads may share it."""
+
+    def fork(
+        self,
+        *,
+        serial: SerialConfig | None = None,
+        event_manager: EventManager | None = None,
+        setup: Callable[[Vmm], object] | None = None,
+        entropy: Callable[[Vmm], object] | tuple[int, int] | None = None,
+    ) -> Vmm:
+        """A new machine that goes on from here.
+
+        The snapshot, the machine it was taken of and other forks see nothing of it.
+
+        Args:
+            serial: the streams of its serial port; None: its output is kept for `serial.read()`.
+            event_manager: a loop to share with others; None for one of its own.
+            setup: called with the machine before its devices are given their state: adds the Python devices that the
+                snapshot has, and what else is the program's own: hooks, eventfds in the kernel, subscribers.
+            entropy: writes new randomness into the guest before it runs: a callable that is given the machine, or a
+                guest-physical address and a number of bytes, which are filled from os.urandom. None: the fork draws the
+                same random numbers as every other.
+
+        Raises:
+            KvmError: KVM refused a part.
+            SnapshotError: the snapshot's file has been changed since it was loaded.
+            StateError: the snapshot has a device that this machine has not.
+        """
+
+    def fork_many(self, count: int, changes: Callable[[int], dict[str, Any]] | None = None) -> list[Vmm]:
+        """So many forks, made in parallel. When one cannot be made, none is left.
+
+        `changes`, if given, is called with each one's number for its arguments of `fork`, as a dict.
+        """
+
+    def save(
+        self,
+        path: str | PathLike[str],
+        base: Snapshot | None = None,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> None:
+        """Write it to a file, which `load` reads: see docs/snapshot-format.md.
+
+        Pages of zeros take no room. The file gets its name when all of it is on the disk: until then, and whatever
+        fails, a file of that name is as it was.
+
+        Args:
+            path: the file.
+            base: write only the pages that differ from those of this snapshot; loading needs it again.
+            progress: called with how many bytes of how many have been written; what it raises ends the writing.
+
+        Raises:
+            OSError: (a StreamError) the file cannot be written.
+            SnapshotError: the base's memory has another size, or a file under this snapshot has been changed.
+        """
+
+    @staticmethod
+    def load(
+        path: str | PathLike[str],
+        base: Snapshot | str | PathLike[str] | None = None,
+        *,
+        force: bool = False,
+        copy: bool = False,
+        verify: bool = False,
+    ) -> Snapshot:
+        """A snapshot from its file. Its pages are mapped when they are needed: it takes the same time for any size.
+
+        The file must stay as it is for as long as the snapshot or a fork of it lives; `save` to the same name does not
+        change it, but puts another in its place. What was written to it is noticed at the next fork or reset.
+
+        Args:
+            path: the file.
+            base: the snapshot that the file was saved against, or its file.
+            force: load it although this machine lacks something of the one it was taken on.
+            copy: read its pages into memory: then nothing that happens to the file matters.
+            verify: read all pages and check their checksum. That of the rest is always checked.
+
+        Raises:
+            SnapshotError: the file is damaged, of another version or machine, or needs another base.
+            OSError: (a StreamError) the file cannot be read.
+        """
+
+    @staticmethod
+    def inspect(path: str | PathLike[str]) -> dict[str, Any]:
+        """What a file holds, without loading it: sizes, ids, the machine, and each record's name, number and length.
+
+        Raises:
+            SnapshotError: the file is damaged, or of another version.
+        """
+
+    def map(
+        self,
+        function: Callable[[Vmm, Any], _T],
+        inputs: Iterable[Any],
+        *,
+        workers: int | None = None,
+        timeout: float | None = None,
+    ) -> list[_T]:
+        """`function(fork, input)` for each input, on so many forks at once: what they returned, in order.
+
+        Each fork is reset to here before each job. See `pyvmm.ForkExecutor`.
+
+        Raises:
+            TimeoutError: a job took longer than `timeout` seconds.
+            Exception: the first exception of a job.
+        """
+
+    def flatten(self) -> Snapshot:
+        """The same machine with its memory in one piece, which shares nothing with other snapshots.
+
+        Its forks need fewer mappings, and the snapshots under it may go.
+        """
+
+    @property
+    def config(self) -> VmmConfig:
+        """Of the machine it was taken of, as far as that is known."""
+
+    @property
+    def path(self) -> Path | None:
+        """The file it was loaded from, or None."""
+
+    @property
+    def id(self) -> str:
+        """32 hexadecimal digits that tell it from every other; a file keeps them."""
+
+    @property
+    def vcpus(self) -> int:
+        """How many vCPUs."""
+
+    @property
+    def memory_size(self) -> int:
+        """Bytes of guest memory."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of host memory that its pages take; other snapshots and machines may share them."""
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of files that its pages take."""
+
+    @property
+    def mappings(self) -> int:
+        """How many mappings each fork needs for its memory: one, and more for each layer of changes; see `flatten`."""
+
+    @property
+    def state(self) -> tuple[tuple[str, int, bytes], ...]:
+        """Its state beside the memory: what, of which vCPU or chip, and the bytes.
+
+        Two snapshots of machines that nothing tells apart have the same, but for what time changes: `clock`, `pit`, the
+        TSC in `msrs`, and what counts down in `lapic`.
+        """
+
+    def __reduce__(self) -> tuple[Any, ...]: ...
+
+@final
 class RegisterBytes:
     """One class of a vCPU's registers, as the bytes of the kernel's structure. `pyvmm.registers` names them."""
 
@@ -1164,6 +1322,27 @@ class Vmm:
 
     def add_subscriber(self, subscriber: Subscriber | WrappedExitHandler | VmmExitHandler) -> SubscriberId:
         """Register a subscriber with the machine's event manager; see `EventManager.add_subscriber`."""
+
+    def snapshot(self) -> Snapshot:
+        """Everything a guest can see of this machine, to be forked, reset to and saved: vCPUs, memory, devices, clock.
+
+        A running machine is paused for it and goes on. Memory is not copied: the machine goes on with private copies of
+        the pages that it writes from now on. Of a machine whose guest has ended the snapshot goes on behind that.
+
+        Raises:
+            StateError: the machine is closed, a device cannot be saved, memory is shared with others, or another thread
+                resumed it meanwhile.
+        """
+
+    def reset(self, snapshot: Snapshot) -> int:
+        """Be what the machine was at a snapshot, in place. Returns how many pages of memory were changed for it.
+
+        A machine whose guest has ended can be run again; one that is running goes on from there. What was printed since
+        and nobody has taken is dropped.
+
+        Raises:
+            StateError: the machine is closed or of another shape than the snapshot, or its run is ending.
+        """
 
     def remove_subscriber(self, id: SubscriberId) -> object:
         """Unregister a subscriber and return it; see `EventManager.remove_subscriber`."""

@@ -1,19 +1,25 @@
-"""The command line: ``pyvmm run``, ``pyvmm doctor``, ``pyvmm config``. Machines are run in `runner`."""
+"""The command line: ``pyvmm run``, ``snapshot``, ``restore``, ``inspect``, ``doctor``, ``config``.
+
+Machines are run in `runner`.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 import msgspec
 
 import pyvmm
 from pyvmm import keyvalue
-from pyvmm.config import LinuxBoot, MemoryConfig, VmmConfig
+from pyvmm.config import LinuxBoot, MemoryConfig, SerialConfig, VmmConfig
 from pyvmm.exceptions import ConfigError, VmmError
-from pyvmm.runner import Status, Watch, run_machine
+from pyvmm.runner import Status, Watch, run_machine, run_with
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 EXIT_STATUSES = """\b
 Exit status:
@@ -47,17 +53,31 @@ def cli() -> None:
     """Virtual machines by KVM, inside one process."""
 
 
+_MACHINE = (
+    click.argument("kernel", required=False, type=click.Path()),
+    click.option(
+        "--kernel", "kernel_form", metavar="path=FILE,cmdline=TEXT", help="The kernel, as rust-vmm's VMM has it."
+    ),
+    click.option("--initrd", type=click.Path(), help="The initial RAM disk."),
+    click.option("--append", metavar="TEXT", help="The kernel command line."),
+    click.option("--memory", metavar="MIB", help="Guest memory: a number of MiB, or size_mib=MIB."),
+    click.option("--vcpus", "--vcpu", metavar="N", help="How many vCPUs: a number, or num=N."),
+    click.option("--hide", multiple=True, metavar="NAME", help="Hide a CPU feature; names as in /proc/cpuinfo."),
+    click.option("--expose", multiple=True, metavar="NAME", help="Show a CPU feature that is hidden else."),
+    click.option("--fixups", is_flag=True, help="Execute what KVM's emulator refuses, and go on."),
+    click.option("--config", "config_file", type=click.Path(), help="A TOML or JSON file; options override it."),
+)
+
+
+def machine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The argument and options that say what a machine is made of."""
+    for option in reversed(_MACHINE):
+        command = option(command)
+    return command
+
+
 @cli.command(epilog=EXIT_STATUSES)
-@click.argument("kernel", required=False, type=click.Path())
-@click.option("--kernel", "kernel_form", metavar="path=FILE,cmdline=TEXT", help="The kernel, as rust-vmm's VMM has it.")
-@click.option("--initrd", type=click.Path(), help="The initial RAM disk.")
-@click.option("--append", metavar="TEXT", help="The kernel command line.")
-@click.option("--memory", metavar="MIB", help="Guest memory: a number of MiB, or size_mib=MIB.")
-@click.option("--vcpus", "--vcpu", metavar="N", help="How many vCPUs: a number, or num=N.")
-@click.option("--hide", multiple=True, metavar="NAME", help="Hide a CPU feature; names as in /proc/cpuinfo.")
-@click.option("--expose", multiple=True, metavar="NAME", help="Show a CPU feature that is hidden else.")
-@click.option("--fixups", is_flag=True, help="Execute what KVM's emulator refuses, and go on.")
-@click.option("--config", "config_file", type=click.Path(), help="A TOML or JSON file; options override it.")
+@machine_options
 @click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="End the run after this time.")
 @click.option("--json", "as_json", is_flag=True, help="Print how the run ended as JSON; the console goes to stderr.")
 @click.option("--stats", is_flag=True, help="Print a table of the exits and of the vCPUs' time at the end.")
@@ -79,6 +99,55 @@ def run(
     base = VmmConfig.from_file(config_file) if config_file else VmmConfig()
     watch = Watch(stats or live_stats, live_stats, trace_file)
     return run_machine(with_options(base, **options), timeout, as_json, watch)
+
+
+@cli.command()
+@machine_options
+@click.option("-o", "--output", required=True, type=click.Path(), help="The file to write.")
+@click.option("--base", type=click.Path(), help="Write only what differs from this file's snapshot.")
+@click.option("--text", metavar="TEXT", help="Take it when the console has said this.")
+@click.option("--after", type=click.FloatRange(min=0), metavar="SECONDS", help="Take it after this time.")
+@click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="Give up after this time.")
+def snapshot(config_file: str | None, **options: Any) -> int:
+    """Run KERNEL until its console says a text, a time has passed, or it ends, and write a snapshot of it.
+
+    A guest that ends by its exit port goes on behind that when it is restored.
+    """
+    from pyvmm import snapshot_tool
+
+    how = snapshot_tool.Taking(**{name: options.pop(name) for name in snapshot_tool.Taking._fields})
+    base = VmmConfig.from_file(config_file) if config_file else VmmConfig()
+    return snapshot_tool.take(with_options(base, **options), how)
+
+
+@cli.command(epilog=EXIT_STATUSES)
+@click.argument("file", type=click.Path())
+@click.option("--base", type=click.Path(), help="The file that this one was saved against.")
+@click.option("--force", is_flag=True, help="Also where this machine lacks something of the one it was taken on.")
+@click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="End the run after this time.")
+@click.option("--json", "as_json", is_flag=True, help="Print how the run ended as JSON; the console goes to stderr.")
+def restore(file: str, base: str | None, force: bool, timeout: float | None, as_json: bool) -> int:
+    """Go on with the machine that a snapshot's FILE holds, as `run` does."""
+    loaded = pyvmm.Snapshot.load(file, base, force=force)
+    return run_with(SerialConfig(), lambda serial: loaded.fork(serial=serial), timeout, as_json, Watch())
+
+
+@cli.command()
+@click.argument("file", type=click.Path())
+@click.option("--base", type=click.Path(), help="The file that this one was saved against, for --verify.")
+@click.option("--verify", is_flag=True, help="Read all pages and check their checksum, too.")
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def inspect(file: str, base: str | None, verify: bool, as_json: bool) -> None:
+    """Say what a snapshot's FILE holds."""
+    from pyvmm import snapshot_tool
+
+    if verify:
+        pyvmm.Snapshot.load(file, base, force=True, verify=True)
+    found = pyvmm.Snapshot.inspect(file)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        snapshot_tool.show(file, found)
 
 
 @cli.command()

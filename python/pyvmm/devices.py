@@ -39,6 +39,9 @@ Device = ReadableDevice | WritableDevice
 
 `read_many(offset, size, count) -> bytes` answers `REP INS` in one call, `write_many(offset, size, data)` takes
 `REP OUTS` in one call a page of guest memory. Without them each element is a call of `read` or `write`.
+
+`save() -> bytes` and `restore(state)` make it part of snapshots: called on the thread that takes one, forks or resets,
+while the guest is at rest. Without them `Vmm.snapshot` refuses and names the device.
 """
 
 

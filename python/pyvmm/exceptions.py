@@ -42,9 +42,13 @@ class StateError(VmmError, RuntimeError):
     """The call is not possible in the machine's present state."""
 
 
+class SnapshotError(VmmError, ValueError):
+    """A snapshot cannot be used: damaged, of another machine, or no longer as it was; `at` names the part."""
+
+
 class EventError(VmmError, OSError):
     """The event manager or an event source refused a call."""
 
 
 class StreamError(VmmError, OSError):
-    """A stream of the serial port, or the file of a trace, cannot be read or written."""
+    """A stream of the serial port, or the file of a trace or a snapshot, cannot be read or written."""

@@ -21,6 +21,7 @@ from pyvmm.exceptions import StreamError
 from pyvmm.exits import Exit, ExitReason
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from rich.live import Live
 
     from pyvmm.config import SerialConfig, VmmConfig
@@ -56,11 +57,22 @@ class Watch(NamedTuple):
 
 def run_machine(config: VmmConfig, timeout: float | None, as_json: bool, watch: Watch) -> int:
     """Run to the end and return the exit status."""
-    typing = os.isatty(STDIN) and config.serial.input is None
+
+    def build(serial: SerialConfig) -> Vmm:
+        return _build(msgspec.structs.replace(config, serial=serial))
+
+    return run_with(config.serial, build, timeout, as_json, watch)
+
+
+def run_with(
+    serial: SerialConfig, build: Callable[[SerialConfig], Vmm], timeout: float | None, as_json: bool, watch: Watch
+) -> int:
+    """Run the machine that `build` makes with its console at the terminal; the exit status."""
+    typing = os.isatty(STDIN) and serial.input is None
     with ExitStack() as stack:
         keys, pipe = _pipe(stack) if typing else (STDIN, -1)
-        serial = _console(config.serial, keys, STDERR if as_json else STDOUT)
-        vmm = stack.enter_context(_build(msgspec.structs.replace(config, serial=serial)))
+        console = _console(serial, keys, STDERR if as_json else STDOUT)
+        vmm = stack.enter_context(build(console))
         if watch.stats and not as_json and not watch.is_live:
             stack.callback(_print_stats, vmm)  # when the terminal is as it was, however the run ends
         keyboard = terminal.Keyboard(STDIN, pipe, vmm.stop) if typing else None

@@ -219,6 +219,20 @@ pub fn has(entries: &[kvm_cpuid_entry2], name: &str) -> bool {
     })
 }
 
+/// The vendor's twelve letters.
+#[must_use]
+pub fn vendor(entries: &[kvm_cpuid_entry2]) -> String {
+    let leaf = entries.iter().find(|entry| entry.function == 0).copied().unwrap_or_default();
+    let letters = [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes).concat();
+    String::from_utf8_lossy(&letters).into_owned()
+}
+
+/// Names of the features that one table has and the other has not.
+#[must_use]
+pub fn missing(has: &[kvm_cpuid_entry2], lacks: &[kvm_cpuid_entry2]) -> Vec<&'static str> {
+    feature_names().filter(|name| self::has(has, name) && !self::has(lacks, name)).collect()
+}
+
 fn register_mut(entry: &mut kvm_cpuid_entry2, register: Register) -> &mut u32 {
     match register {
         Register::Eax => &mut entry.eax,
@@ -312,6 +326,17 @@ mod tests {
         assert_eq!(entries[0].ebx, u32::from_le_bytes(*b"Genu"));
         assert_eq!(entries[0].edx, u32::from_le_bytes(*b"ineI"));
         assert_eq!(entries[0].ecx, u32::from_le_bytes(*b"ntel"));
+    }
+
+    #[test]
+    fn what_one_table_lacks_of_another_is_named() {
+        let entry = |ecx| kvm_cpuid_entry2 { function: 1, ecx, ..Default::default() };
+        let popcnt_and_aes = [entry(1 << 23 | 1 << 25)];
+        assert_eq!(missing(&popcnt_and_aes, &[entry(1 << 25)]), ["popcnt"]);
+        assert!(missing(&[], &popcnt_and_aes).is_empty());
+        let mut table = [kvm_cpuid_entry2::default()];
+        set_vendor(&mut table, *b"GenuineIntel");
+        assert_eq!(vendor(&table), "GenuineIntel");
     }
 
     #[test]

@@ -56,6 +56,25 @@ pub trait Device: Send + Sync + fmt::Debug {
     fn calls_out(&self) -> bool {
         false
     }
+
+    /// What a snapshot keeps of it. Nothing, for a device without state. The guest is at rest.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] when it cannot be kept.
+    fn save(&self) -> Result<Vec<u8>> {
+        Ok(Vec::new())
+    }
+
+    /// Become what was saved. The guest is at rest.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Snapshot`] when that is nothing `save` gives.
+    fn restore(&self, state: &[u8]) -> Result<()> {
+        if state.is_empty() {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::Snapshot, "device", "it has no state to bring back"))
+    }
 }
 
 fn end_of(flow: Flow) -> Option<Flow> {

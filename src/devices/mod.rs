@@ -20,7 +20,7 @@ pub(crate) use streams::connect;
 pub use streams::duplicate;
 use streams::has_taker;
 
-use crate::config::{ExitPort, VmmConfig};
+use crate::config::{ExitPort, SerialConfig};
 use crate::error::Result;
 use crate::vm::layout;
 
@@ -28,14 +28,15 @@ use crate::vm::layout;
 pub(crate) fn attach(
     buses: &Buses,
     irq: Option<EventFd>,
-    config: &VmmConfig,
+    config: &SerialConfig,
+    exit_port: ExitPort,
 ) -> Result<Arc<Serial>> {
-    let serial = Arc::new(Serial::new(irq, has_taker(&config.serial))?);
+    let serial = Arc::new(Serial::new(irq, has_taker(config))?);
     let port = |base: u16, length, device| buses.pio.add(u64::from(base), length, device);
     port(layout::COM1, 8, Arc::clone(&serial) as Arc<dyn Device>)?;
     port(layout::I8042, 5, Arc::new(I8042))?;
     port(layout::RTC, 2, Arc::new(Rtc::default()))?;
-    if let ExitPort(Some(base)) = config.exit_port {
+    if let ExitPort(Some(base)) = exit_port {
         port(base, 4, Arc::new(DebugExit))?;
     }
     Ok(serial)

@@ -5,6 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use parking_lot::Mutex;
 
 use super::{Device, Flow};
+use crate::error::{Error, ErrorKind, Result};
 
 const INDEX: u64 = 0;
 const STATUS_B: u8 = 0x0b;
@@ -81,6 +82,28 @@ impl Device for Rtc {
             }
         }
         Flow::Continue
+    }
+
+    /// The index, then the cells. The time is the host's.
+    fn save(&self) -> Result<Vec<u8>> {
+        let state = self.state.lock();
+        Ok([&[state.index][..], &state.ram].concat())
+    }
+
+    fn restore(&self, state: &[u8]) -> Result<()> {
+        let restored = State::from_bytes(state).ok_or_else(|| {
+            let detail = format!("{} bytes instead of 129", state.len());
+            Error::new(ErrorKind::Snapshot, "RTC", detail)
+        })?;
+        *self.state.lock() = restored;
+        Ok(())
+    }
+}
+
+impl State {
+    fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let (index, ram) = bytes.split_first()?;
+        Some(Self { index: *index, ram: ram.try_into().ok()? })
     }
 }
 

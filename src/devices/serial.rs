@@ -9,12 +9,13 @@ use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 use vm_superio::Trigger;
-use vm_superio::serial::{NoEvents, Serial as Uart};
+use vm_superio::serial::{NoEvents, Serial as Uart, SerialState};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::{Device, Flow};
 use crate::error::{Error, ErrorKind, Result};
+use crate::snapshot::Reader;
 
 /// Output kept where nobody takes it: the newest so many bytes.
 const CAPTURE_SIZE: usize = 1 << 20;
@@ -27,7 +28,7 @@ const GATHERED: usize = 4096;
 
 /// The port's interrupt line; nothing happens on a machine without an interrupt controller.
 #[derive(Debug)]
-struct Irq(Option<EventFd>);
+struct Irq(Option<Arc<EventFd>>);
 
 impl Trigger for Irq {
     type E = io::Error;
@@ -78,7 +79,7 @@ impl Serial {
     pub fn new(irq: Option<EventFd>, has_taker: bool) -> Result<Self> {
         let ready =
             if has_taker { Some(TimerFd::new().map_err(|e| failed(&e.into()))?) } else { None };
-        let uart = Uart::new(Irq(irq), Vec::new());
+        let uart = Uart::new(Irq(irq.map(Arc::new)), Vec::new());
         let bytes = VecDeque::new();
         Ok(Self {
             output_fd: ready.as_ref().map(AsRawFd::as_raw_fd),
@@ -259,6 +260,83 @@ impl Device for Serial {
         }
         Flow::Continue
     }
+
+    /// Nine registers; then, each behind its length, what the UART holds for the guest, what waits behind that, and the
+    /// output that nobody has taken.
+    fn save(&self) -> Result<Vec<u8>> {
+        let (state, queue) = {
+            let guest = self.guest.lock();
+            (guest.uart.state(), Vec::from(guest.queue.clone()))
+        };
+        let mut bytes = registers(&state).to_vec();
+        let output = Vec::from(self.output.lock().bytes.clone());
+        for part in [state.in_buffer, queue, output] {
+            bytes.extend(u32::try_from(part.len()).unwrap_or(u32::MAX).to_le_bytes());
+            bytes.extend(part);
+        }
+        Ok(bytes)
+    }
+
+    fn restore(&self, state: &[u8]) -> Result<()> {
+        let mut reader = Reader::new("serial", state);
+        let registers = reader.take::<9>()?;
+        let mut part = || {
+            let length = usize::try_from(reader.u32()?).unwrap_or(usize::MAX);
+            reader.bytes(length).map(<[u8]>::to_vec)
+        };
+        let (in_buffer, queue, bytes) = (part()?, part()?, part()?);
+        reader.end()?;
+        let mut guest = self.guest.lock();
+        let irq = Irq(guest.uart.interrupt_evt().0.clone());
+        let state = SerialState { in_buffer, ..with_registers(registers) };
+        // An interrupt that was pending is pulsed again: the first pulse may not have arrived.
+        guest.uart = Uart::from_state(&state, irq, NoEvents, Vec::new()).map_err(|e| {
+            Error::new(ErrorKind::Snapshot, "serial", format!("its UART cannot be so: {e:?}"))
+        })?;
+        guest.queue = queue.into();
+        if guest.queue.is_empty() && guest.uart.fifo_capacity() == FIFO_SIZE {
+            let _ = self.input_wanted.get().map(|wanted| wanted.write(1));
+        }
+        drop(guest);
+        let mut output = self.output.lock();
+        output.bytes = bytes.into();
+        if !output.bytes.is_empty() {
+            output.tell_in(Duration::from_nanos(1));
+        }
+        self.room.notify_all();
+        Ok(())
+    }
+}
+
+fn registers(state: &SerialState) -> [u8; 9] {
+    [
+        state.baud_divisor_low,
+        state.baud_divisor_high,
+        state.interrupt_enable,
+        state.interrupt_identification,
+        state.line_control,
+        state.line_status,
+        state.modem_control,
+        state.modem_status,
+        state.scratch,
+    ]
+}
+
+fn with_registers(registers: [u8; 9]) -> SerialState {
+    let [low, high, enable, identification, line, line_status, modem, modem_status, scratch] =
+        registers;
+    SerialState {
+        baud_divisor_low: low,
+        baud_divisor_high: high,
+        interrupt_enable: enable,
+        interrupt_identification: identification,
+        line_control: line,
+        line_status,
+        modem_control: modem,
+        modem_status,
+        scratch,
+        in_buffer: Vec::new(),
+    }
 }
 
 #[cfg(test)]
@@ -337,6 +415,25 @@ mod tests {
         serial.release(true);
         waiting.join().unwrap();
         assert_eq!(serial.take().len(), BACKLOG_SIZE + 4);
+    }
+
+    #[test]
+    fn what_is_saved_comes_back_with_input_and_output() {
+        let serial = Serial::new(None, false).unwrap();
+        serial.write(7, &[0x5a]);
+        print(&serial, b"printed");
+        serial.feed(&[b'i'; 100]);
+        let saved = serial.save().unwrap();
+        let other = Serial::new(None, false).unwrap();
+        other.restore(&saved).unwrap();
+        assert_eq!(other.save().unwrap(), saved);
+        let mut scratch = [0];
+        other.read(7, &mut scratch);
+        assert_eq!(scratch, [0x5a]);
+        assert_eq!((other.take(), other.input_waiting()), (b"printed".to_vec(), 100));
+        for length in 0..saved.len() {
+            assert_eq!(other.restore(&saved[..length]).unwrap_err().kind, ErrorKind::Snapshot);
+        }
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use event_manager::Events;
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedBytes;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBytes, PyInt, PyType};
 use pyo3::{ffi, intern};
@@ -444,4 +445,28 @@ fn verdict(hooks: &Hooks, exit: &VcpuExit, said: &Bound<'_, PyAny>) -> PyResult<
             )))
         }
     }
+}
+
+/// Tell a function how far a long call has come, and run Python's signal handlers. On the thread of that call.
+pub(super) fn progress(function: Option<&Py<PyAny>>, done: u64, total: u64) -> PyResult<()> {
+    Python::attach(|py| {
+        if let Some(function) = function {
+            function.bind(py).call1((done, total))?;
+        }
+        py.check_signals()
+    })
+}
+
+/// `device.save()`. On the thread that takes the snapshot.
+pub(super) fn save(method: &Py<PyAny>) -> PyResult<Vec<u8>> {
+    Python::attach(|py| {
+        let state = method.bind(py).call0()?;
+        let bytes: PyBackedBytes = state.extract()?;
+        Ok(bytes.to_vec())
+    })
+}
+
+/// `device.restore(state)`. On the thread that forks or resets.
+pub(super) fn restore(method: &Py<PyAny>, state: &[u8]) -> PyResult<()> {
+    Python::attach(|py| method.bind(py).call1((PyBytes::new(py, state),)).map(drop))
 }

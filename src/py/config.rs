@@ -190,6 +190,23 @@ fn serial(part: &Part<'_>) -> PyResult<SerialConfig> {
     Ok(SerialConfig { output, input, input_eof: part.get(intern!(py, "input_eof"))? })
 }
 
+/// The streams of a `SerialConfig`.
+pub(super) fn serial_from_python(config: Bound<'_, PyAny>) -> PyResult<SerialConfig> {
+    let py = config.py();
+    let class = py.import("pyvmm.config")?.getattr("SerialConfig")?;
+    if !config.is_instance(&class)? {
+        let name = config.get_type().name()?;
+        return Err(bad("serial", format!("a SerialConfig is needed, not {name}")));
+    }
+    serial(&Part { object: config, key: "serial" })
+}
+
+/// Whether Python objects are to be connected to the streams.
+pub(super) fn has_python_streams(serial: &SerialConfig) -> bool {
+    matches!(serial.output, Some(SerialOutput::Subscriber))
+        || matches!(serial.input, Some(SerialInput::Subscriber))
+}
+
 /// None: no stream. An inner none: a Python object, which `pyvmm.streams` connects.
 fn endpoint<'py>(
     part: &Part<'py>,

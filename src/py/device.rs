@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use parking_lot::Mutex;
 use pyo3::exceptions::PyTypeError;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
@@ -9,6 +10,7 @@ use pyo3::prelude::*;
 use super::callback::{self, Answer};
 use super::raised::Raised;
 use crate::devices::{Access, Device, Flow};
+use crate::error::{Error, ErrorKind, Result};
 use crate::vcpu::Data;
 
 /// A Python device, its methods looked up when it was added.
@@ -21,6 +23,8 @@ pub(super) struct PythonDevice {
     name: String,
     methods: Methods,
     raised: Arc<Raised>,
+    /// What its `save` or `restore` raised, for whoever has asked for it.
+    failed: Mutex<Option<PyErr>>,
 }
 
 #[derive(Debug)]
@@ -29,6 +33,8 @@ struct Methods {
     write: Option<Py<PyAny>>,
     read_many: Option<Py<PyAny>>,
     write_many: Option<Py<PyAny>>,
+    save: Option<Py<PyAny>>,
+    restore: Option<Py<PyAny>>,
 }
 
 fn method(object: &Bound<'_, PyAny>, name: &str) -> PyResult<Option<Py<PyAny>>> {
@@ -56,8 +62,10 @@ impl PythonDevice {
             write: method(object, "write")?,
             read_many: method(object, "read_many")?,
             write_many: method(object, "write_many")?,
+            save: method(object, "save")?,
+            restore: method(object, "restore")?,
         };
-        let Methods { read, write, read_many, write_many } = &methods;
+        let Methods { read, write, read_many, write_many, .. } = &methods;
         if [read, write, read_many, write_many].into_iter().all(Option::is_none) {
             let class = object.get_type();
             let text = format!("a device needs read() or write(): {} has neither", class.name()?);
@@ -65,7 +73,7 @@ impl PythonDevice {
         }
         let name = object.get_type().qualname()?.to_string();
         let (object, raised) = (object.clone().unbind(), Arc::clone(raised));
-        Ok(Self { object, access, base, name, methods, raised })
+        Ok(Self { object, access, base, name, methods, raised, failed: Mutex::new(None) })
     }
 
     pub(super) fn is_at(&self, access: Access, base: u64) -> bool {
@@ -98,10 +106,40 @@ impl PythonDevice {
         }
     }
 
-    pub(super) fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
-        let Methods { read, write, read_many, write_many } = &self.methods;
+    /// What its `save` or `restore` has raised, once.
+    pub(super) fn take_failure(&self) -> Option<PyErr> {
+        self.failed.lock().take()
+    }
+
+    fn at(&self) -> String {
+        let bus = if self.access == Access::Pio { "pio" } else { "mmio" };
+        format!("{bus} {:#x}", self.base)
+    }
+
+    /// Keep what a method raised, and say that it did.
+    fn keep<T>(&self, what: &str, result: PyResult<T>) -> Result<T> {
+        result.map_err(|error| {
+            let failed = Error::new(ErrorKind::State, self.at(), format!("{what} raised: {error}"));
+            *self.failed.lock() = Some(error);
+            failed
+        })
+    }
+
+    /// # Errors
+    /// [`ErrorKind::State`]: it cannot be in a snapshot.
+    fn stateless<T>(&self, lacking: &str) -> Result<T> {
+        let name = &self.name;
+        let detail = format!("the {name} there has no {lacking}");
+        let error = Error::new(ErrorKind::State, self.at(), detail);
+        Err(error.hint("a device in a snapshot needs save() -> bytes and restore(bytes)"))
+    }
+
+    pub(super) fn traverse(&self, visit: &PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {
+        let Methods { read, write, read_many, write_many, save, restore } = &self.methods;
         visit.call(&self.object)?;
-        [read, write, read_many, write_many].into_iter().try_for_each(|method| visit.call(method))
+        [read, write, read_many, write_many, save, restore]
+            .into_iter()
+            .try_for_each(|method| visit.call(method))
     }
 }
 
@@ -136,6 +174,21 @@ impl Device for PythonDevice {
             return elements.find(|flow| *flow != Flow::Continue).unwrap_or(Flow::Continue);
         };
         Self::flow(callback::write_many(self, write_many, offset, size, data), &mut [])
+    }
+
+    fn save(&self) -> Result<Vec<u8>> {
+        match (&self.methods.save, &self.methods.restore) {
+            (Some(save), Some(_)) => self.keep("save()", callback::save(save)),
+            (Some(_), None) => self.stateless("restore()"),
+            (None, _) => self.stateless("save()"),
+        }
+    }
+
+    fn restore(&self, state: &[u8]) -> Result<()> {
+        match &self.methods.restore {
+            Some(restore) => self.keep("restore()", callback::restore(restore, state)),
+            None => self.stateless("restore()"),
+        }
     }
 
     fn name(&self) -> &str {

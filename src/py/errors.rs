@@ -16,6 +16,7 @@ fn class_of(kind: ErrorKind) -> (&'static str, bool) {
         ErrorKind::State => ("StateError", false),
         ErrorKind::Event => ("EventError", true),
         ErrorKind::Io => ("StreamError", true),
+        ErrorKind::Snapshot => ("SnapshotError", false),
     }
 }
 

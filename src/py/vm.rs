@@ -191,7 +191,8 @@ impl PyKvmVm {
             let entry = boot::load(&config, &memory)?;
             let dispatch = Arc::new(Dispatch::default());
             let vm = KvmVm::new(&config, memory, Arc::clone(&dispatch), handler)?;
-            let serial = devices::attach(&dispatch.buses, vm.irq(layout::COM1_IRQ)?, &config)?;
+            let irq = vm.irq(layout::COM1_IRQ)?;
+            let serial = devices::attach(&dispatch.buses, irq, &config.serial, config.exit_port)?;
             Ok((vm, entry, dispatch, serial))
         })?;
         Self::of(py, vm, python_handler, dispatch, entry, Some(serial))

@@ -17,9 +17,9 @@ use super::hooks::Hooks;
 use super::live::{self, Close};
 use super::memory::PyGuestMemory;
 use super::serial::PySerial;
+use super::snapshot::PySnapshot;
 use super::turning::Turning;
 use super::{callback, config, exit};
-use crate::config::{SerialInput, SerialOutput};
 use crate::devices::{Access, Buses};
 use crate::exit_handler::{Exit, ExitReason};
 use crate::vcpu::VmRunState;
@@ -76,8 +76,50 @@ impl PyVmm {
         }
     }
 
+    /// The object for a machine.
+    pub(super) fn of(
+        config: &Bound<'_, PyAny>,
+        vmm: Arc<Vmm>,
+        event_manager: Option<Py<PyEventManager>>,
+        has_python_streams: bool,
+    ) -> PyResult<Self> {
+        let py = config.py();
+        live::remember(Arc::downgrade(&vmm) as Weak<dyn Close>);
+        let is_shared = event_manager.is_some();
+        let event_manager = match event_manager {
+            Some(shared) => shared,
+            None => Py::new(py, PyEventManager::over(Arc::clone(vmm.event_manager())))?,
+        };
+        let serial = Py::new(py, PySerial::over(Arc::clone(vmm.serial())))?;
+        let streams = if has_python_streams {
+            py.import("pyvmm.streams")?
+                .call_method1("connect", (&serial, &event_manager, config.getattr("serial")?))?
+                .extract()?
+        } else {
+            Vec::new()
+        };
+        Ok(Self {
+            config: config.clone().unbind(),
+            event_manager,
+            exit_handler: Py::new(py, PyWrappedExitHandler::over(vmm.exit_handler().clone()))?,
+            memory: Py::new(py, PyGuestMemory::of(&vmm, Vmm::memory))?,
+            serial,
+            vmm: Some(vmm),
+            is_shared,
+            hooks: Arc::new(Hooks::over(Arc::default())),
+            devices: Mutex::default(),
+            streams: Mutex::new(streams),
+        })
+    }
+
     pub(super) fn shared(&self) -> Option<&Arc<Vmm>> {
         self.vmm.as_ref()
+    }
+
+    /// An error, or in its place what a device's `save` or `restore` raised.
+    pub(super) fn device_failure(&self, error: PyErr) -> PyErr {
+        let devices = self.devices.lock().clone();
+        devices.iter().find_map(|device| device.take_failure()).unwrap_or(error)
     }
 
     /// What `run` and `wait` return or raise, with what callbacks on vCPU threads have left.
@@ -133,36 +175,36 @@ impl PyVmm {
             None => py.import("pyvmm.config")?.getattr("VmmConfig")?.call0()?,
         };
         let native = config::from_python(&config)?;
-        let has_python_streams = matches!(native.serial.output, Some(SerialOutput::Subscriber))
-            || matches!(native.serial.input, Some(SerialInput::Subscriber));
+        let has_python_streams = config::has_python_streams(&native.serial);
         let shared = event_manager.as_ref().map(|manager| manager.get().shared_core());
         let vmm = Arc::new(py.detach(|| Vmm::with_event_manager(native, shared))?);
-        live::remember(Arc::downgrade(&vmm) as Weak<dyn Close>);
-        let is_shared = event_manager.is_some();
-        let event_manager = match event_manager {
-            Some(shared) => shared,
-            None => Py::new(py, PyEventManager::over(Arc::clone(vmm.event_manager())))?,
-        };
-        let serial = Py::new(py, PySerial::over(Arc::clone(vmm.serial())))?;
-        let streams = if has_python_streams {
-            py.import("pyvmm.streams")?
-                .call_method1("connect", (&serial, &event_manager, config.getattr("serial")?))?
-                .extract()?
-        } else {
-            Vec::new()
-        };
-        Ok(Self {
-            config: config.unbind(),
-            event_manager,
-            exit_handler: Py::new(py, PyWrappedExitHandler::over(vmm.exit_handler().clone()))?,
-            memory: Py::new(py, PyGuestMemory::of(&vmm, Vmm::memory))?,
-            serial,
-            vmm: Some(vmm),
-            is_shared,
-            hooks: Arc::new(Hooks::over(Arc::default())),
-            devices: Mutex::default(),
-            streams: Mutex::new(streams),
-        })
+        Self::of(&config, vmm, event_manager, has_python_streams)
+    }
+
+    /// Everything a guest can see of this machine, to be forked, reset to and saved: vCPUs, memory, devices, clock.
+    ///
+    /// A running machine is paused for it and goes on. Memory is not copied: the machine goes on with private copies of
+    /// the pages that it writes from now on. Of a machine whose guest has ended the snapshot goes on behind that.
+    ///
+    /// Raises:
+    ///     StateError: the machine is closed, a device cannot be saved, memory is shared with others, or another thread
+    ///         resumed it meanwhile.
+    fn snapshot(&self, py: Python<'_>) -> PyResult<PySnapshot> {
+        let core =
+            py.detach(|| self.vmm().snapshot()).map_err(|e| self.device_failure(e.into()))?;
+        Ok(PySnapshot::of(core, self.config.clone_ref(py)))
+    }
+
+    /// Be what the machine was at a snapshot, in place. Returns how many pages of memory were changed for it.
+    ///
+    /// A machine whose guest has ended can be run again; one that is running goes on from there. What was printed since
+    /// and nobody has taken is dropped.
+    ///
+    /// Raises:
+    ///     StateError: the machine is closed or of another shape than the snapshot, or its run is ending.
+    fn reset(&self, py: Python<'_>, snapshot: &PySnapshot) -> PyResult<u64> {
+        let changed = py.detach(|| self.vmm().reset(snapshot.core()));
+        changed.map_err(|e| self.device_failure(e.into()))
     }
 
     /// Register a subscriber with the machine's event manager; see `EventManager.add_subscriber`.

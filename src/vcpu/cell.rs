@@ -4,11 +4,12 @@ use std::cell::RefCell;
 use std::ptr::NonNull;
 use std::sync::{Arc, Weak};
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, MappedMutexGuard, Mutex, MutexGuard};
 
 use super::exit::{VcpuExit, run_once};
 use super::kick::{StopWord, interrupt, this_thread};
 use super::registers::Vcpu;
+use super::run::{Step, settle_for_good};
 use super::run_page::RunPage;
 use crate::error::{Error, ErrorKind, Result};
 use crate::process::Birthplace;
@@ -121,6 +122,57 @@ impl Cell {
             }
             _ => Err(self.running()),
         }
+    }
+
+    /// The vCPU, which stays at rest for as long as this is held.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] while its guest runs or its exit is answered, and in a forked child.
+    pub(crate) fn at_rest(&self) -> Result<MappedMutexGuard<'_, Vcpu>> {
+        self.birthplace.check("vCPU")?;
+        let slot = self.slot.lock();
+        let is_held = slot.order != Order::Go;
+        MutexGuard::try_map(slot, |slot| slot.vcpu.as_mut().filter(|_| is_held))
+            .map_err(|_| self.running())
+    }
+
+    /// Bring a vCPU that is on its way to rest there, and complete for good what its last exit began: with all that a
+    /// repeated instruction does before it can be left. What that came to, which nobody has been told.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] while its guest runs, or when this thread is the one that answers its exit; when it reads and
+    /// nobody has answered.
+    pub(crate) fn settle(&self) -> Result<Step> {
+        self.birthplace.check("vCPU")?;
+        let mut vcpu = {
+            let mut slot = self.slot.lock();
+            while slot.vcpu.is_none() && slot.order != Order::Go && !slot.is_lost {
+                if slot.runner == Some(this_thread()) {
+                    let (at, detail) =
+                        (format!("vcpu_{}", self.id), "its exit is not answered yet");
+                    let error = Error::new(ErrorKind::State, at, detail);
+                    return Err(error.hint("let the callback return first"));
+                }
+                self.changed.wait(&mut slot);
+            }
+            let is_held = slot.order != Order::Go;
+            let vcpu = slot.vcpu.as_mut().filter(|_| is_held).ok_or_else(|| self.running())?;
+            if vcpu.awaits_answer {
+                let detail = "its guest reads, and nobody has answered";
+                return Err(Error::new(ErrorKind::State, format!("vcpu_{}", self.id), detail));
+            }
+            let is_settled = !vcpu.is_pending && vcpu.waiting.is_none();
+            match slot.vcpu.take_if(|_| !is_settled) {
+                Some(vcpu) => {
+                    slot.runner = Some(this_thread());
+                    vcpu
+                }
+                None => return Ok(Step::Continue),
+            }
+        };
+        let step = settle_for_good(&mut vcpu, self);
+        self.put_back(vcpu);
+        Ok(step)
     }
 
     /// Call the program's code from the thread that runs the vCPU. Meanwhile that code may look into the vCPU, and who pauses
@@ -270,10 +322,11 @@ impl Cell {
         self.rest(&mut slot, vcpu);
     }
 
-    fn rest(&self, slot: &mut Slot, vcpu: Vcpu) {
+    fn rest(&self, slot: &mut Slot, mut vcpu: Vcpu) {
+        slot.rests += 1;
+        vcpu.rests = slot.rests;
         slot.vcpu = Some(vcpu);
         slot.runner = None;
-        slot.rests += 1;
         self.changed.notify_all();
     }
 

@@ -20,6 +20,7 @@ pub use cell::{Cell, current};
 pub use dispatch::{Dispatch, ExitHook, Observer, Seen, Verdict};
 pub use exit::{Data, ExitKind, VcpuExit};
 pub use registers::{RegisterClass, Vcpu};
+pub(crate) use run::Step;
 pub use signal::{kick_signal, use_signal};
 pub use state::{RunState, VmRunState};
 pub use stats::{Count, Place, Stats, VcpuTime};

@@ -37,6 +37,8 @@ pub struct Vcpu {
     pub(crate) is_pending: bool,
     /// The run page has the general registers: each exit puts them there (KVM_CAP_SYNC_REGS), as does `store`.
     pub(crate) has_page_registers: bool,
+    /// How often it had come to rest when it did so last.
+    pub(crate) rests: u64,
     /// An exit that came when an instruction was completed, for the next to enter the guest.
     pub(crate) waiting: Option<VcpuExit>,
     /// Its exit is being answered by the program's code, which looks into it.
@@ -126,6 +128,7 @@ impl Vcpu {
             awaits_answer: false,
             is_pending: false,
             has_page_registers: false,
+            rests: 0,
             waiting: None,
             is_lent: false,
             changed: None,
@@ -176,6 +179,19 @@ impl Vcpu {
         self.is_pending = false;
         // Another access of the instruction, or an end, is left to the next entry.
         self.waiting = result.ok();
+    }
+
+    /// Have these general registers from the next entry on.
+    pub(crate) fn enter_with(&mut self, registers: &kvm_regs) {
+        self.page.set_registers(registers);
+        self.fd.set_sync_dirty_reg(SyncReg::Register);
+        self.has_page_registers = true;
+    }
+
+    /// Its registers are others: what an access was to complete is no more.
+    pub(crate) fn forget_access(&mut self) {
+        (self.is_pending, self.awaits_answer) = (false, false);
+        (self.waiting, self.changed) = (None, None);
     }
 
     /// Complete the instruction whose exit has been answered, and change the registers behind it as the program's code

@@ -20,7 +20,7 @@ pub enum VmRunState {
     /// The host has paused the vCPUs or ended the last run; they go on from there. A guest may turn out to have ended
     /// while the pause came.
     Paused,
-    /// The guest has ended; its memory can still be read.
+    /// The guest has ended; its memory can still be read, and a reset brings it back.
     Exiting,
     /// Everything is released.
     Closed,
@@ -31,7 +31,7 @@ impl VmRunState {
     pub const ALL: [Self; 5] =
         [Self::Created, Self::Running, Self::Paused, Self::Exiting, Self::Closed];
 
-    /// Whether a machine may go from this state to the next: the whole table.
+    /// Whether a machine may go from this state to the next: the whole table, but for a reset ([`RunState::revive`]).
     #[must_use]
     pub fn may_become(self, next: Self) -> bool {
         match self {
@@ -99,6 +99,16 @@ impl RunState {
         Ok(before)
     }
 
+    /// A guest that had ended has been brought back to what it was: from `Exiting` to `Paused`. Else nothing.
+    pub fn revive(&self) {
+        let mut state = self.state.lock();
+        if *state == VmRunState::Exiting {
+            *state = VmRunState::Paused;
+            self.changed.notify_all();
+            self.bells.lock().iter().for_each(|fd| drop(fd.write(1)));
+        }
+    }
+
     /// Wait until the state is one of `wanted`; the state then, or none when the time passed first.
     pub fn wait_for(&self, wanted: &[VmRunState], timeout: Option<Duration>) -> Option<VmRunState> {
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
@@ -164,6 +174,16 @@ mod tests {
     #[test]
     fn a_closed_machine_stays_closed() {
         assert!(VmRunState::ALL.iter().all(|next| !VmRunState::Closed.may_become(*next)));
+    }
+
+    #[test]
+    fn only_a_guest_that_has_ended_is_revived() {
+        for from in VmRunState::ALL {
+            let run_state = RunState::at(from);
+            run_state.revive();
+            let is_ended = from == VmRunState::Exiting;
+            assert_eq!(run_state.get(), if is_ended { VmRunState::Paused } else { from });
+        }
     }
 
     #[test]

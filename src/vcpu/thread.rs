@@ -32,7 +32,7 @@ pub(crate) struct Shared<EH> {
 
 impl<EH: ExitHandler> Shared<EH> {
     /// A vCPU's guest has ended, or the vCPU failed.
-    fn vcpu_ended(&self, exit: Exit) {
+    pub(crate) fn vcpu_ended(&self, exit: Exit) {
         self.exit.lock().get_or_insert(exit);
         // Its failure leaves nothing to tell: the state below is what the loop looks at next.
         let _ = self.exit_handler.kick();

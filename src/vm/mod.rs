@@ -5,6 +5,7 @@ mod interrupts;
 mod kvm;
 pub mod layout;
 mod memory;
+mod restore;
 mod slots;
 mod vcpus;
 mod view;
@@ -27,6 +28,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 pub use interrupts::{IRQ_LINES, IoEvent};
 pub use kvm::open_kvm;
 pub use memory::GuestMemory;
+pub(crate) use slots::host_memory;
 pub use slots::{Backing, DirtyPages, Slot, anonymous, shared};
 pub use view::View;
 
@@ -50,7 +52,9 @@ pub struct KvmVm<EH: ExitHandler> {
     /// Where a flat guest's stacks end.
     code: Option<u64>,
     fixups: Arc<fixup::Counts>,
+    has_fixups: bool,
     irqchip: bool,
+    pit: bool,
     /// The vCPUs have the registers of a first start.
     is_prepared: AtomicBool,
     birthplace: Birthplace,
@@ -75,7 +79,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     ) -> Result<Self> {
         let kvm = open_kvm()?;
         let fd = create_vm(&kvm)?;
-        create_irqchip(&fd, config)?;
+        create_irqchip(&fd, config.has_irqchip(), config.has_pit())?;
         memory.kvm_slots().attach(&fd)?;
         let table = cpuid::guest_cpuid(&kvm, &config.cpu)?;
         let vcpus = create_vcpus(&kvm, &fd, config, &table, &dispatch, &memory)?;
@@ -98,7 +102,9 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             mode: config.mode(),
             code,
             fixups,
+            has_fixups: config.cpu.fixups,
             irqchip: config.has_irqchip(),
+            pit: config.has_pit(),
             is_prepared: AtomicBool::new(false),
             birthplace: Birthplace::here(),
         })
@@ -122,7 +128,9 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             mode: CpuMode::Real16,
             code: None,
             fixups: Arc::default(),
+            has_fixups: false,
             irqchip: false,
+            pit: false,
             // Whoever makes it sets its registers.
             is_prepared: AtomicBool::new(true),
             birthplace: Birthplace::here(),
@@ -397,12 +405,12 @@ fn create_vm(kvm: &Kvm) -> Result<Arc<VmFd>> {
     Ok(Arc::new(fd))
 }
 
-fn create_irqchip(fd: &VmFd, config: &VmmConfig) -> Result<()> {
+fn create_irqchip(fd: &VmFd, has_irqchip: bool, has_pit: bool) -> Result<()> {
     // Before the memory slots: KVM waits for its readers at each slot that comes before a controller.
-    if config.has_irqchip() {
+    if has_irqchip {
         fd.create_irq_chip().map_err(|e| Error::kvm("KVM_CREATE_IRQCHIP", e))?;
     }
-    if config.has_pit() {
+    if has_pit {
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         fd.create_pit2(pit).map_err(|e| Error::kvm("KVM_CREATE_PIT2", e))?;
     }

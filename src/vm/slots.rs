@@ -13,6 +13,7 @@ use vm_memory::{FileOffset, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
 use super::layout::PAGE;
 use crate::error::{Error, ErrorKind, Result};
+use crate::snapshot::{Image, Ram, memfd};
 
 /// What stands behind a slot besides its mapping.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -71,6 +72,8 @@ impl DirtyPages {
 struct Entry {
     slot: Slot,
     host: u64,
+    /// None for memory that others may have too.
+    ram: Option<Ram>,
     /// Pages written by the host while the log is on.
     written: Vec<AtomicU64>,
 }
@@ -133,12 +136,17 @@ impl Slots {
             .try_for_each(|e| tell(Some(vm), e.region(e.slot.size, table.is_logging)))
     }
 
-    pub(crate) fn add(&self, mapping: &GuestRegionMmap, backing: Backing) -> Result<Slot> {
+    pub(crate) fn add(
+        &self,
+        mapping: &GuestRegionMmap,
+        backing: Backing,
+        ram: Option<Ram>,
+    ) -> Result<Slot> {
         let mut table = self.table.lock();
         let is_free = |number: &u32| table.entries.iter().all(|e| e.slot.number != *number);
         let number = (0..=u32::from(u16::MAX)).find(is_free).unwrap_or(u32::MAX);
         let slot = Slot { number, start: mapping.start_addr().0, size: mapping.len(), backing };
-        let mut entry = Entry { slot, host: mapping.as_ptr() as u64, written: Vec::new() };
+        let mut entry = Entry { slot, host: mapping.as_ptr() as u64, ram, written: Vec::new() };
         if table.is_logging {
             entry.start_log();
         }
@@ -199,6 +207,53 @@ impl Slots {
         }
     }
 
+    /// What every slot holds, for good: the guest is at rest. Start, image and whether the guest cannot write it.
+    pub(crate) fn freeze(&self) -> Result<Vec<(u64, Image, bool)>> {
+        let mut table = self.table.lock();
+        if let Some(entry) = table.entries.iter().find(|entry| entry.ram.is_none()) {
+            let at = format!("memory at {:#x}", entry.slot.start);
+            let detail = "it is shared with others, who go on writing it";
+            let error = Error::new(ErrorKind::State, at, detail);
+            return Err(error.hint("remove that slot before the snapshot, and add it to each fork"));
+        }
+        let mut all = Vec::new();
+        for Entry { slot, ram, .. } in &mut table.entries {
+            let image = ram.as_mut().map(Ram::freeze).transpose()?;
+            all.extend(image.map(|image| (slot.start, image, slot.backing.read_only)));
+        }
+        all.sort_by_key(|(start, ..)| *start);
+        Ok(all)
+    }
+
+    /// Whether a slot starts there, with this many bytes, that can be brought back.
+    pub(crate) fn has_ram(&self, start: u64, size: u64) -> bool {
+        let table = self.table.lock();
+        table
+            .entries
+            .iter()
+            .any(|e| e.ram.is_some() && (e.slot.start, e.slot.size) == (start, size))
+    }
+
+    /// Bring images back, each to the slot at its address; how many bytes were changed for it.
+    pub(crate) fn reset<'a>(&self, images: impl Iterator<Item = (u64, &'a Image)>) -> Result<u64> {
+        let mut changed = 0;
+        for (start, image) in images {
+            let ranges = {
+                let mut table = self.table.lock();
+                let entry = table.entries.iter_mut().find(|entry| entry.slot.start == start);
+                entry
+                    .and_then(|entry| entry.ram.as_mut())
+                    .map(|ram| ram.reset(image))
+                    .transpose()?
+            };
+            for (from, to) in ranges.into_iter().flatten() {
+                changed += to - from;
+                self.note_write(start + from, to - from);
+            }
+        }
+        Ok(changed)
+    }
+
     /// What has been written since the last look, and forget it.
     pub(crate) fn take_dirty(&self) -> Result<Vec<DirtyPages>> {
         let table = self.table.lock();
@@ -225,7 +280,7 @@ impl Slots {
     }
 }
 
-/// Private zeroed memory, for [`super::GuestMemory::add`].
+/// Zeroed memory of its own, for [`super::GuestMemory::add`]: a memfd, so that a snapshot need not copy it.
 ///
 /// # Errors
 /// When it is more than the host's memory, or the mapping fails.
@@ -235,7 +290,11 @@ pub fn anonymous(size: u64) -> Result<MmapRegion> {
         let detail = format!("{} MiB is more than the host's {} MiB", size >> 20, host >> 20);
         return Err(Error::new(ErrorKind::Config, "memory", detail));
     }
-    MmapRegion::new(whole(size)?).map_err(|e| refused(&e))
+    let length = whole(size)?;
+    let file = FileOffset::new(memfd(size)?, 0);
+    let access = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+    MmapRegion::build(Some(file), length, access, flags).map_err(|e| refused(&e))
 }
 
 /// Part of a file or memfd, shared with all who map it. One that is open for reading only can be memory that is
@@ -288,7 +347,8 @@ fn refused(error: &vm_memory::mmap::MmapRegionError) -> Error {
     Error::new(ErrorKind::Memory, "memory", error.to_string())
 }
 
-fn host_memory() -> u64 {
+/// Bytes of memory of this host.
+pub(crate) fn host_memory() -> u64 {
     static SIZE: OnceLock<u64> = OnceLock::new();
     *SIZE.get_or_init(|| {
         // SAFETY: sysconf takes no pointers.

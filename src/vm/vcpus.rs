@@ -3,10 +3,10 @@
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::{MappedMutexGuard, Mutex, MutexGuard};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::vcpu::{Cell, Handle};
+use crate::vcpu::{Cell, Handle, Vcpu};
 
 /// All vCPUs of a machine. The lock orders those who start and stop them; a vCPU's own thread never needs it to get out of
 /// its guest, and nobody waits for a thread with it held.
@@ -111,6 +111,19 @@ impl Vcpus {
     /// Do something to each, which nobody starts meanwhile.
     pub(super) fn each(&self, act: impl FnMut(&Handle) -> Result<()>) -> Result<()> {
         self.0.lock().handles.iter().try_for_each(act)
+    }
+
+    /// Hold all at rest for as long as `act` takes.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] when one is running; what `act` returns.
+    pub(super) fn at_rest<T>(
+        &self,
+        act: impl FnOnce(&mut [MappedMutexGuard<'_, Vcpu>]) -> Result<T>,
+    ) -> Result<T> {
+        let list = self.0.lock();
+        let held: Result<Vec<_>> = list.handles.iter().map(|h| h.cell().at_rest()).collect();
+        act(&mut held?)
     }
 
     /// Bring them out of their guests, have their threads end, and wait for that. All are kicked before any is waited

@@ -1,0 +1,327 @@
+/* The physical limits of snapshots: the same ioctls, mappings and copies by hand, in the same process. */
+
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <linux/kvm.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { START = 0x1000, EXIT_PORT = 0xf4, PAGE = 4096, MSRS = 256, ENTRIES = 256 };
+enum { MEMCPY, DROP, LOG };
+
+struct page_region {
+	uint64_t start, end, categories;
+};
+
+struct pm_scan {
+	uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages, inverted, mask, anyof, returned;
+};
+
+#define PAGEMAP_SCAN_IOCTL _IOWR('f', 16, struct pm_scan)
+
+static double now(void)
+{
+	struct timespec t;
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return t.tv_sec + t.tv_nsec * 1e-9;
+}
+
+static int compare(const void *a, const void *b)
+{
+	double x = *(const double *)a, y = *(const double *)b;
+	return (x > y) - (x < y);
+}
+
+static double median(double *values, int count)
+{
+	qsort(values, count, sizeof(*values), compare);
+	return values[count / 2];
+}
+
+struct state {
+	struct kvm_mp_state mp;
+	struct kvm_regs regs;
+	struct kvm_sregs sregs;
+	struct kvm_xsave xsave;
+	struct kvm_xcrs xcrs;
+	struct kvm_debugregs debug;
+	struct kvm_vcpu_events events;
+	struct kvm_clock_data clock;
+	struct {
+		struct kvm_msrs head;
+		struct kvm_msr_entry entries[MSRS];
+	} msrs;
+	struct {
+		struct kvm_cpuid2 head;
+		struct kvm_cpuid_entry2 entries[ENTRIES];
+	} cpuid;
+};
+
+struct machine {
+	int kvm, vm, vcpu, memfd;
+	char *memory;
+	uint64_t size;
+	struct kvm_run *run;
+	int run_size;
+};
+
+static struct {
+	struct kvm_cpuid2 head;
+	struct kvm_cpuid_entry2 entries[ENTRIES];
+} supported;
+
+static uint32_t msr_list[MSRS];
+static int msr_count;
+
+static int learn(int kvm)
+{
+	static struct {
+		struct kvm_msr_list head;
+		uint32_t indices[1024];
+	} list;
+	if (msr_count)
+		return 0;
+	supported.head.nent = ENTRIES;
+	list.head.nmsrs = 1024;
+	if (ioctl(kvm, KVM_GET_SUPPORTED_CPUID, &supported) < 0 || ioctl(kvm, KVM_GET_MSR_INDEX_LIST, &list) < 0)
+		return -1;
+	for (unsigned i = 0; i < list.head.nmsrs && msr_count < MSRS; i++)
+		msr_list[msr_count++] = list.indices[i];
+	return 0;
+}
+
+/* A machine over this memory. */
+static int build(struct machine *m, int run_cpuid)
+{
+	uint64_t identity = 0xfffbc000;
+	m->kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
+	if (m->kvm < 0 || learn(m->kvm) < 0)
+		return -1;
+	m->vm = ioctl(m->kvm, KVM_CREATE_VM, 0);
+	struct kvm_userspace_memory_region region = { .memory_size = m->size, .userspace_addr = (uint64_t)m->memory };
+	if (m->vm < 0 || ioctl(m->vm, KVM_SET_IDENTITY_MAP_ADDR, &identity) < 0 ||
+	    ioctl(m->vm, KVM_SET_TSS_ADDR, 0xfffbd000) < 0 || ioctl(m->vm, KVM_SET_USER_MEMORY_REGION, &region) < 0)
+		return -1;
+	m->vcpu = ioctl(m->vm, KVM_CREATE_VCPU, 0);
+	m->run_size = ioctl(m->kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
+	m->run = mmap(NULL, m->run_size, PROT_READ | PROT_WRITE, MAP_SHARED, m->vcpu, 0);
+	return m->run == MAP_FAILED || (run_cpuid && ioctl(m->vcpu, KVM_SET_CPUID2, &supported) < 0) ? -1 : 0;
+}
+
+static int create(struct machine *m, const void *code, int size, uint64_t memory)
+{
+	struct kvm_sregs sregs;
+	struct kvm_regs regs = { .rip = START, .rsp = START, .rflags = 2 };
+	m->size = memory;
+	m->memfd = memfd_create("bare", MFD_CLOEXEC);
+	if (m->memfd < 0 || ftruncate(m->memfd, memory) < 0)
+		return -1;
+	m->memory = mmap(NULL, memory, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, m->memfd, 0);
+	memcpy(m->memory + START, code, size);
+	if (build(m, 1) < 0 || ioctl(m->vcpu, KVM_GET_SREGS, &sregs) < 0)
+		return -1;
+	sregs.cs.base = 0;
+	sregs.cs.selector = 0;
+	return ioctl(m->vcpu, KVM_SET_SREGS, &sregs) < 0 || ioctl(m->vcpu, KVM_SET_REGS, &regs) < 0 ? -1 : 0;
+}
+
+static void destroy(struct machine *m)
+{
+	munmap(m->run, m->run_size);
+	close(m->vcpu);
+	close(m->vm);
+	close(m->kvm);
+	munmap(m->memory, m->size);
+	if (m->memfd >= 0)
+		close(m->memfd);
+}
+
+static int run(struct machine *m)
+{
+	for (;;) {
+		if (ioctl(m->vcpu, KVM_RUN, 0) < 0)
+			return -1;
+		if (m->run->exit_reason == KVM_EXIT_IO && m->run->io.port == EXIT_PORT)
+			break;
+		if (m->run->exit_reason != KVM_EXIT_IO)
+			return -1;
+	}
+	return 0;
+}
+
+/* Complete the last access, so that the registers are those behind it. */
+static void settle(struct machine *m)
+{
+	m->run->immediate_exit = 1;
+	ioctl(m->vcpu, KVM_RUN, 0);
+	m->run->immediate_exit = 0;
+}
+
+static int get(struct machine *m, struct state *s)
+{
+	s->cpuid.head.nent = ENTRIES;
+	if (ioctl(m->vcpu, KVM_GET_CPUID2, &s->cpuid) < 0 || ioctl(m->vcpu, KVM_GET_MP_STATE, &s->mp) < 0 ||
+	    ioctl(m->vcpu, KVM_GET_REGS, &s->regs) < 0 || ioctl(m->vcpu, KVM_GET_SREGS, &s->sregs) < 0 ||
+	    ioctl(m->vcpu, KVM_GET_XSAVE, &s->xsave) < 0 || ioctl(m->vcpu, KVM_GET_XCRS, &s->xcrs) < 0 ||
+	    ioctl(m->vcpu, KVM_GET_DEBUGREGS, &s->debug) < 0)
+		return -1;
+	for (;;) {
+		memset(&s->msrs.head, 0, sizeof(s->msrs.head));
+		s->msrs.head.nmsrs = msr_count;
+		for (int i = 0; i < msr_count; i++)
+			s->msrs.entries[i].index = msr_list[i];
+		int found = ioctl(m->vcpu, KVM_GET_MSRS, &s->msrs);
+		if (found < 0)
+			return -1;
+		if (found == msr_count)
+			break;
+		memmove(&msr_list[found], &msr_list[found + 1], (--msr_count - found) * sizeof(*msr_list));
+	}
+	return ioctl(m->vcpu, KVM_GET_VCPU_EVENTS, &s->events) < 0 || ioctl(m->vm, KVM_GET_CLOCK, &s->clock) < 0 ? -1 : 0;
+}
+
+static int set(struct machine *m, struct state *s)
+{
+	struct kvm_clock_data clock = { .clock = s->clock.clock };
+	if (ioctl(m->vcpu, KVM_SET_MP_STATE, &s->mp) < 0 || ioctl(m->vcpu, KVM_SET_REGS, &s->regs) < 0 ||
+	    ioctl(m->vcpu, KVM_SET_SREGS, &s->sregs) < 0 || ioctl(m->vcpu, KVM_SET_XSAVE, &s->xsave) < 0 ||
+	    ioctl(m->vcpu, KVM_SET_XCRS, &s->xcrs) < 0 || ioctl(m->vcpu, KVM_SET_DEBUGREGS, &s->debug) < 0 ||
+	    ioctl(m->vcpu, KVM_SET_MSRS, &s->msrs) < 0 || ioctl(m->vcpu, KVM_SET_VCPU_EVENTS, &s->events) < 0)
+		return -1;
+	return ioctl(m->vm, KVM_SET_CLOCK, &clock);
+}
+
+static int freeze(struct machine *m)
+{
+	int flags = MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE;
+	return mmap(m->memory, m->size, PROT_READ | PROT_WRITE, flags, m->memfd, 0) == MAP_FAILED ? -1 : 0;
+}
+
+/* Seconds of the GETs of one vCPU and the remapping of memory of which so much is touched. */
+double time_snapshot(const void *code, int size, uint64_t memory, uint64_t touched)
+{
+	struct machine m;
+	static struct state s;
+	if (create(&m, code, size, memory) < 0 || get(&m, &s) < 0)
+		return -1;
+	memset(m.memory + 2 * PAGE, 1, touched - 2 * PAGE);
+	double start = now();
+	int failed = get(&m, &s) < 0 || freeze(&m) < 0;
+	double seconds = now() - start;
+	destroy(&m);
+	return failed ? -1 : seconds;
+}
+
+/* Seconds of a memcpy of so much memory to where none was. */
+double time_copy(uint64_t size)
+{
+	int access = PROT_READ | PROT_WRITE, flags = MAP_PRIVATE | MAP_ANONYMOUS;
+	char *from = mmap(NULL, size, access, flags, -1, 0), *to = mmap(NULL, size, access, flags, -1, 0);
+	memset(from, 1, size);
+	double start = now();
+	memcpy(to, from, size);
+	double seconds = now() - start;
+	munmap(from, size);
+	munmap(to, size);
+	return seconds;
+}
+
+/* The median seconds of so many forks: a machine, its mapping, its state, its run to an exit, its end. */
+double time_forks(const void *code, int size, uint64_t memory, int forks)
+{
+	struct machine m;
+	static struct state s;
+	if (create(&m, code, size, memory) < 0 || run(&m) < 0)
+		return -1;
+	settle(&m);
+	if (get(&m, &s) < 0 || freeze(&m) < 0)
+		return -1;
+	double seconds[forks];
+	for (int i = 0; i < forks; i++) {
+		struct machine f = { .size = memory, .memfd = -1 };
+		double start = now();
+		f.memory = mmap(NULL, memory, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, m.memfd, 0);
+		if (build(&f, 0) < 0 || ioctl(f.vcpu, KVM_SET_CPUID2, &s.cpuid) < 0 || set(&f, &s) < 0 || run(&f) < 0)
+			return -1;
+		seconds[i] = now() - start;
+		destroy(&f);
+	}
+	destroy(&m);
+	return median(seconds, forks);
+}
+
+/* The guest writes its pages, and is brought back: by copying what has been written since the snapshot, by dropping it,
+ * or by the dirty log. The median seconds of the resets, and in `running` those of the guest. */
+double time_resets(const void *code, int size, uint64_t memory, int resets, int how, int pages, double *running)
+{
+	struct machine m;
+	static struct state s;
+	static struct page_region found[512];
+	static uint64_t bitmap[1 << 16];
+	int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+	if (create(&m, code, size, memory) < 0 || get(&m, &s) < 0 || freeze(&m) < 0 || pagemap < 0)
+		return -1;
+	char *golden = mmap(NULL, memory, PROT_READ, MAP_PRIVATE | MAP_NORESERVE, m.memfd, 0);
+	struct kvm_userspace_memory_region region = { .memory_size = memory, .userspace_addr = (uint64_t)m.memory,
+		.flags = how == LOG ? KVM_MEM_LOG_DIRTY_PAGES : 0 };
+	if (how == LOG && ioctl(m.vm, KVM_SET_USER_MEMORY_REGION, &region) < 0)
+		return -1;
+	double seconds[resets], runs[resets];
+	for (int i = -1; i < resets; i++) {
+		double start = now();
+		if (run(&m) < 0)
+			return -1;
+		/* What real mode does not reach. */
+		for (int page = 200; page < pages; page++)
+			m.memory[0x200000 + (uint64_t)page * PAGE] ^= 1;
+		double middle = now();
+		settle(&m);
+		if (how == LOG) {
+			struct kvm_dirty_log log = { .dirty_bitmap = bitmap };
+			if (ioctl(m.vm, KVM_GET_DIRTY_LOG, &log) < 0)
+				return -1;
+			for (uint64_t word = 0; word < memory / PAGE / 64; word++)
+				for (uint64_t left = bitmap[word]; left; left &= left - 1) {
+					uint64_t at = (word * 64 + __builtin_ctzll(left)) * PAGE;
+					memcpy(m.memory + at, golden + at, PAGE);
+				}
+		} else {
+			struct pm_scan scan = { .size = sizeof(scan), .start = (uint64_t)m.memory,
+				.end = (uint64_t)m.memory + memory, .vec = (uint64_t)found, .vec_len = 512,
+				.inverted = 4 | 32, .mask = 4 | 32, .anyof = 8 | 16 };
+			while (scan.start < scan.end) {
+				int count = ioctl(pagemap, PAGEMAP_SCAN_IOCTL, &scan);
+				if (count < 0)
+					return -1;
+				for (int r = 0; r < count; r++) {
+					uint64_t at = found[r].start - (uint64_t)m.memory, length = found[r].end - found[r].start;
+					if (how == DROP)
+						madvise(m.memory + at, length, MADV_DONTNEED);
+					else
+						for (uint64_t page = at; page < at + length; page += PAGE)
+							if (memcmp(m.memory + page, golden + page, PAGE))
+								memcpy(m.memory + page, golden + page, PAGE);
+				}
+				scan.start = scan.walk_end;
+			}
+		}
+		if (set(&m, &s) < 0)
+			return -1;
+		double end = now();
+		if (i >= 0) {
+			seconds[i] = end - middle;
+			runs[i] = middle - start;
+		}
+	}
+	munmap(golden, memory);
+	close(pagemap);
+	destroy(&m);
+	*running = median(runs, resets);
+	return median(seconds, resets);
+}

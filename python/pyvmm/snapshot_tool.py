@@ -1,0 +1,99 @@
+"""What ``pyvmm snapshot`` and ``pyvmm inspect`` do."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+
+from pyvmm._pyvmm import Snapshot, Vmm
+from pyvmm.exits import ExitReason
+from pyvmm.runner import STDERR, STDOUT, Status, exit_status
+
+if TYPE_CHECKING:
+    from pyvmm.config import VmmConfig
+
+# Shorter files are written before a bar is of use.
+SHOWN_FROM = 64 << 20
+
+
+class Taking(NamedTuple):
+    """When a snapshot is taken, and where it goes."""
+
+    output: str
+    base: str | None
+    text: str | None
+    after: float | None
+    timeout: float | None
+
+
+def take(config: VmmConfig, how: Taking) -> int:
+    """Run until it is time, and write the file; the exit status."""
+    wanted = None if how.text is None else how.text.encode()
+    seen = bytearray()
+    found = False
+
+    def look(piece: bytes) -> None:
+        nonlocal found
+        os.write(STDOUT, piece)
+        if wanted is None or found:
+            return
+        seen.extend(piece)
+        if wanted in seen:
+            found = True
+            vmm.stop()
+        del seen[: -len(wanted)]
+
+    serial = msgspec.structs.replace(config.serial, output=look)
+    base = None if how.base is None else Snapshot.load(how.base)
+    with Vmm(msgspec.structs.replace(config, serial=serial)) as vmm:
+        limits = [limit for limit in (how.after, how.timeout) if limit is not None]
+        exit = vmm.run(min(limits, default=None))
+        is_time = exit.reason is ExitReason.TIMEOUT and how.after is not None and how.after == min(limits)
+        if not (found or is_time or (wanted is None and how.after is None and exit.code is not None)):
+            print(f"pyvmm: no snapshot: {exit}", file=sys.stderr)
+            return exit_status(exit) or Status.ERROR
+        taken = vmm.snapshot()
+    save(taken, how.output, base)
+    return 0
+
+
+def save(snapshot: Snapshot, path: str, base: Snapshot | None) -> None:
+    """Write it; where that takes long, a terminal shows how far it has come."""
+    if snapshot.memory_bytes < SHOWN_FROM or not os.isatty(STDERR):
+        snapshot.save(path, base)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("writing {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(os.path.basename(path), total=None)
+        snapshot.save(path, base, lambda done, total: bar.update(task, completed=done, total=total))
+
+
+def show(path: str, found: dict[str, Any]) -> None:
+    """What a file holds, as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("what", "value", box=None, show_header=False)
+    table.add_row("file", f"{path}, {found['file_bytes']:,} bytes")
+    table.add_row("id", found["id"])
+    table.add_row("needs", found["base"] or "no other file")
+    table.add_row("taken by", f"pyvmm {found.get('pyvmm', '?')} on {found.get('processor', '?')}")
+    chips = [name for name in ("irqchip", "pit", "fixups") if found.get(name)]
+    table.add_row("machine", f"{found.get('vcpus', '?')} vCPUs{''.join(', ' + chip for chip in chips)}")
+    for start, size, is_read_only in found["ranges"]:
+        note = ", read-only" if is_read_only else ""
+        table.add_row("memory", f"{start:#x}, {size / 2**20:,g} MiB{note}")
+    table.add_row("pages", f"{found['page_bytes'] // 4096:,} of 4 KiB in the file")
+    table.add_row("devices", ", ".join(found["devices"]))
+    per_kind: dict[str, list[int]] = {}
+    for kind, _number, length in found["records"]:
+        per_kind.setdefault(kind, []).append(length)
+    for kind, lengths in per_kind.items():
+        table.add_row(f"  {kind}", f"{len(lengths)} of {', '.join(f'{n:,}' for n in sorted(set(lengths)))} bytes")
+    Console(highlight=False).print(table)

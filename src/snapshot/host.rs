@@ -1,0 +1,247 @@
+//! The processor and the KVM that a snapshot was taken on, and what of it is missing where it is to go on.
+
+use std::sync::OnceLock;
+
+use kvm_bindings::{KVM_CAP_SREGS2, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_ioctls::Kvm;
+
+use super::Snapshot;
+use super::state::{Kind, Reader, bad, get};
+use super::vcpu::{bytes, kvm, plain};
+use crate::cpu::cpuid;
+use crate::error::Result;
+use crate::vm::open_kvm;
+
+/// The capabilities that a machine's state depends on, by the kernel's numbers.
+const CAPABILITIES: [(u32, &str); 12] = [
+    (0, "KVM_CAP_IRQCHIP"),
+    (14, "KVM_CAP_MP_STATE"),
+    (33, "KVM_CAP_PIT2"),
+    (39, "KVM_CAP_ADJUST_CLOCK"),
+    (41, "KVM_CAP_VCPU_EVENTS"),
+    (50, "KVM_CAP_DEBUGREGS"),
+    (55, "KVM_CAP_XSAVE"),
+    (56, "KVM_CAP_XCRS"),
+    (60, "KVM_CAP_TSC_CONTROL"),
+    (61, "KVM_CAP_GET_TSC_KHZ"),
+    (KVM_CAP_SREGS2, "KVM_CAP_SREGS2"),
+    (kvm_bindings::KVM_CAP_XSAVE2, "KVM_CAP_XSAVE2"),
+];
+const TSC_CONTROL: u32 = 60;
+
+/// What a host is, as far as a guest's state depends on it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Host {
+    /// pyvmm's version.
+    pub version: String,
+    /// Number and answer of each capability.
+    pub capabilities: Vec<(u32, u32)>,
+    /// The model-specific registers that KVM lists.
+    pub msrs: Vec<u32>,
+    /// KVM_GET_SUPPORTED_CPUID.
+    pub cpuid: Vec<kvm_cpuid_entry2>,
+}
+
+impl Host {
+    /// This host.
+    ///
+    /// # Errors
+    /// When there is no usable KVM.
+    pub fn here() -> Result<&'static Self> {
+        static HERE: OnceLock<Host> = OnceLock::new();
+        if let Some(host) = HERE.get() {
+            return Ok(host);
+        }
+        let host = Self::of(&open_kvm()?)?;
+        Ok(HERE.get_or_init(|| host))
+    }
+
+    fn of(fd: &Kvm) -> Result<Self> {
+        let answer = |(number, _): &(u32, &str)| {
+            let answer = fd.check_extension_raw(libc::c_ulong::from(*number));
+            (*number, u32::try_from(answer).unwrap_or(0))
+        };
+        let msrs = kvm("KVM_GET_MSR_INDEX_LIST", fd.get_msr_index_list())?;
+        let cpuid = kvm("KVM_GET_SUPPORTED_CPUID", fd.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES))?;
+        let mut cpuid = cpuid.as_slice().to_vec();
+        cpuid.iter_mut().for_each(forget_place);
+        Ok(Self {
+            version: env!("CARGO_PKG_VERSION").into(),
+            capabilities: CAPABILITIES.iter().map(answer).collect(),
+            msrs: msrs.as_slice().to_vec(),
+            cpuid,
+        })
+    }
+
+    /// The processor's vendor.
+    #[must_use]
+    pub fn vendor(&self) -> String {
+        cpuid::vendor(&self.cpuid)
+    }
+
+    /// Its bytes in a record: each list behind its length, u32, little-endian.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let mut all = Vec::new();
+        let length = |all: &mut Vec<u8>, length: usize| {
+            all.extend(u32::try_from(length).unwrap_or(u32::MAX).to_le_bytes());
+        };
+        length(&mut all, self.version.len());
+        all.extend(self.version.as_bytes());
+        length(&mut all, self.capabilities.len());
+        for (number, answer) in &self.capabilities {
+            all.extend([number.to_le_bytes(), answer.to_le_bytes()].concat());
+        }
+        length(&mut all, self.msrs.len());
+        self.msrs.iter().for_each(|msr| all.extend(msr.to_le_bytes()));
+        length(&mut all, self.cpuid.len());
+        self.cpuid.iter().for_each(|entry| all.extend(bytes(entry)));
+        all
+    }
+
+    /// From the bytes of a record.
+    ///
+    /// # Errors
+    /// [`crate::error::ErrorKind::Snapshot`] when they are not a host's.
+    pub fn decode(record: &[u8]) -> Result<Self> {
+        let mut reader = Reader::new("host", record);
+        let length = |reader: &mut Reader<'_>| {
+            reader.u32().map(|length| usize::try_from(length).unwrap_or(usize::MAX))
+        };
+        let size = length(&mut reader)?;
+        let version = String::from_utf8_lossy(reader.bytes(size)?).into_owned();
+        let count = length(&mut reader)?;
+        let pairs = reader.bytes(count.saturating_mul(8))?;
+        let numbers = |bytes: &[u8]| -> Vec<u32> {
+            let number = |chunk: &[u8]| chunk.try_into().map_or(0, u32::from_le_bytes);
+            bytes.chunks_exact(4).map(number).collect()
+        };
+        let capabilities = numbers(pairs).chunks_exact(2).map(|pair| (pair[0], pair[1])).collect();
+        let count = length(&mut reader)?;
+        let msrs = numbers(reader.bytes(count.saturating_mul(4))?);
+        let (count, size) = (length(&mut reader)?, size_of::<kvm_cpuid_entry2>());
+        let entries = reader.bytes(count.saturating_mul(size))?.chunks_exact(size);
+        let cpuid: Result<Vec<_>> = entries.map(|entry| plain("host", entry)).collect();
+        reader.end()?;
+        Ok(Self { version, capabilities, msrs, cpuid: cpuid? })
+    }
+
+    /// What this host lacks for a snapshot that was taken on `there`, a line each.
+    #[must_use]
+    pub fn lacks(&self, there: &Self, snapshot: &Snapshot) -> Vec<String> {
+        let mut lines = self.lacking_capabilities(there);
+        let (ours, theirs) = (cpuid::vendor(&self.cpuid), cpuid::vendor(&there.cpuid));
+        if ours != theirs {
+            lines.push(format!("processor: {ours} here, {theirs} there"));
+        }
+        for name in cpuid::missing(&there.cpuid, &self.cpuid) {
+            lines.push(format!("cpuid: {name} is missing here"));
+        }
+        for (index, value) in snapshot.vcpus.iter().enumerate().flat_map(|(n, vcpu)| msrs(n, vcpu))
+        {
+            let line = format!("msr: {index:#x} is missing here");
+            if value != 0 && !self.msrs.contains(&index) && !lines.contains(&line) {
+                lines.push(line);
+            }
+        }
+        lines
+    }
+
+    fn lacking_capabilities(&self, there: &Self) -> Vec<String> {
+        let mut lines = Vec::new();
+        for (number, theirs) in &there.capabilities {
+            // That is no state: it is needed where the frequencies differ, and asked for then.
+            if *number == TSC_CONTROL {
+                continue;
+            }
+            let ours = self.capabilities.iter().find(|known| known.0 == *number);
+            let ours = ours.map_or(0, |known| known.1);
+            if ours < *theirs {
+                let name = CAPABILITIES.iter().find(|known| known.0 == *number);
+                let name = name.map_or_else(|| format!("capability {number}"), |n| n.1.to_owned());
+                lines.push(format!("{name}: {ours} here, {theirs} there"));
+            }
+        }
+        lines
+    }
+}
+
+/// Where KVM says on which of the host's processors it was asked.
+fn forget_place(entry: &mut kvm_cpuid_entry2) {
+    match entry.function {
+        1 => entry.ebx &= 0x00ff_ffff,
+        0xb | 0x1f => entry.edx = 0,
+        0x8000_001e => entry.eax = 0,
+        _ => {}
+    }
+}
+
+fn msrs(number: usize, records: &[super::Record]) -> Vec<(u32, u64)> {
+    let number = u16::try_from(number).unwrap_or(u16::MAX);
+    let mut reader = Reader::new("msrs", get(records, Kind::Msrs, number).unwrap_or(&[]));
+    let mut all = Vec::new();
+    while let (Ok(index), Ok(value)) = (reader.u32(), reader.u64()) {
+        all.push((index, value));
+    }
+    all
+}
+
+/// # Errors
+/// [`crate::error::ErrorKind::Snapshot`] with the differences, when this host lacks something.
+pub(super) fn check(snapshot: &Snapshot, there: &Host) -> Result<()> {
+    let lacks = Host::here()?.lacks(there, snapshot);
+    if lacks.is_empty() {
+        return Ok(());
+    }
+    let detail = format!("it was taken on another machine: {}", lacks.join("; "));
+    Err(bad("host", detail).hint("force=True loads it all the same"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn host() -> Option<&'static Host> {
+        Host::here().ok()
+    }
+
+    fn empty() -> Snapshot {
+        let shape = super::super::Shape {
+            vcpus: 1,
+            irqchip: false,
+            pit: false,
+            fixups: false,
+            exit_port: None,
+        };
+        let (chips, vcpus, devices, ranges) = Default::default();
+        Snapshot { id: [0; 16], shape, chips, vcpus, devices, ranges, host: None }
+    }
+
+    #[test]
+    fn a_host_comes_back_and_lacks_nothing_of_itself() {
+        let Some(host) = host() else { return };
+        let back = Host::decode(&host.encode()).unwrap();
+        assert_eq!(&back, host);
+        assert!(host.lacks(&back, &empty()).is_empty());
+    }
+
+    #[test]
+    fn what_another_host_has_more_is_listed() {
+        let Some(host) = host() else { return };
+        let mut there = host.clone();
+        for entry in there.cpuid.iter_mut().filter(|e| (e.function, e.index) == (7, 0)) {
+            entry.ecx |= 1 << 13; // tme, which KVM offers to no guest
+        }
+        there.capabilities.push((9999, 1));
+        let lines = host.lacks(&there, &empty());
+        assert_eq!(lines, ["capability 9999: 0 here, 1 there", "cpuid: tme is missing here"]);
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_a_host_panic(bytes in prop::collection::vec(any::<u8>(), 0..80)) {
+            let _ = Host::decode(&bytes);
+        }
+    }
+}

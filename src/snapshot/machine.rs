@@ -1,0 +1,414 @@
+//! From a machine to a snapshot and back: `snapshot`, `fork` and `reset` of a [`Vmm`]. Any thread but a vCPU's.
+
+use std::sync::Arc;
+
+use kvm_ioctls::VmFd;
+
+use super::state::Device as DeviceState;
+use super::vcpu::Classes;
+use super::{Range, Shape, Snapshot, chips, new_id, vcpu};
+use crate::config::SerialConfig;
+use crate::devices::{self, Buses, Serial};
+use crate::error::{Error, ErrorKind, Result};
+use crate::event::EventManager;
+use crate::exit_handler::WrappedExitHandler;
+use crate::vcpu::{Dispatch, Vcpu, VmRunState};
+use crate::vm::{GuestMemory, KvmVm, layout};
+use crate::vmm::Vmm;
+
+type Vm = KvmVm<WrappedExitHandler>;
+
+/// What a machine is assembled of.
+#[derive(Debug)]
+pub(crate) struct Parts {
+    pub(crate) vm: KvmVm<WrappedExitHandler>,
+    pub(crate) event_manager: Arc<EventManager>,
+    pub(crate) exit_handler: WrappedExitHandler,
+    pub(crate) dispatch: Arc<Dispatch>,
+    pub(crate) serial: Arc<Serial>,
+    pub(crate) entry: u64,
+}
+
+/// What a fork has of its own.
+#[derive(Debug, Default)]
+pub struct ForkConfig {
+    /// Its serial port's streams.
+    pub serial: SerialConfig,
+    /// A loop that others use too; none for one of its own.
+    pub event_manager: Option<Arc<EventManager>>,
+}
+
+impl Vmm {
+    /// Everything a guest can see of this machine. A running one is paused for it and goes on. Its memory is not
+    /// copied: it goes on with private copies of the pages that it writes from now on.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] when the machine is closed, a device's state cannot be kept, memory is shared with others,
+    /// or somebody resumes it meanwhile; when KVM refuses. The machine goes on as before then.
+    pub fn snapshot(&self) -> Result<Snapshot> {
+        let vm = self.vm()?;
+        vm.check_process()?;
+        vm.prepare(self.entry)?;
+        self.stand_still(&vm, || {
+            vm.settle(true)?;
+            let rests = rests(&vm);
+            // Without a lock: a device may be Python's.
+            let devices = save_devices(&self.dispatch().buses)?;
+            let shape = self.shape(&vm);
+            vm.at_rest(|fd, vcpus| {
+                check_rests(vcpus, &rests)?;
+                capture(vm.memory(), shape, fd, vcpus, devices)
+            })
+        })
+    }
+
+    /// Bring a snapshot back in place: memory, vCPUs, devices and clock. A guest that has ended lives again; a running
+    /// one goes on from there. How many pages of memory were changed for it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] when the machine is closed, a run is ending, or the snapshot is of a machine of another
+    /// shape: nothing is changed then. When KVM refuses or memory is missing the machine may be part one and part the
+    /// other: reset it again, or close it.
+    pub fn reset(&self, snapshot: &Snapshot) -> Result<u64> {
+        let vm = self.vm()?;
+        vm.check_process()?;
+        self.shape(&vm).check_same(&snapshot.shape)?;
+        check_memory(vm.memory(), snapshot)?;
+        snapshot.ranges.iter().try_for_each(|range| range.image.check())?;
+        // Nobody starts a run meanwhile; of a run in progress the vCPUs stand still.
+        let in_run = self.is_in_run();
+        let running = if in_run { None } else { Some(self.enter_run("reset", false)?) };
+        let result = self.stand_still(&vm, || {
+            if in_run && vm.state() == VmRunState::Exiting {
+                let detail = "the guest has ended, and its run is not over yet";
+                return Err(Error::new(ErrorKind::State, "reset", detail));
+            }
+            // What KVM would complete at the next entry belongs to the guest that goes.
+            vm.settle(false)?;
+            let changed = vm.at_rest(|fd, vcpus| bring_back(&vm, fd, vcpus, snapshot))?;
+            vm.revive();
+            restore_devices(&self.dispatch().buses, snapshot)?;
+            Ok(changed / layout::PAGE)
+        });
+        drop(running);
+        result
+    }
+
+    /// A new machine that goes on from a snapshot, which it leaves as it is. It shares every page that it does not
+    /// write.
+    ///
+    /// # Errors
+    /// When KVM refuses a part, there is no memory or descriptor left, or a device of the snapshot is missing.
+    pub fn fork(snapshot: &Snapshot, config: ForkConfig) -> Result<Self> {
+        let ForkConfig { serial: streams, event_manager } = config;
+        let shape = &snapshot.shape;
+        let memory = GuestMemory::empty();
+        for Range { start, read_only, image } in &snapshot.ranges {
+            memory.add_image(*start, image, *read_only)?;
+        }
+        let event_manager = match event_manager {
+            Some(shared) => shared.share().map(|()| shared)?,
+            None => Arc::new(EventManager::new()?),
+        };
+        let exit_handler =
+            WrappedExitHandler::new().map_err(|e| Error::os(ErrorKind::Event, "eventfd", &e))?;
+        let dispatch = Arc::new(Dispatch::default());
+        let vm = KvmVm::of_shape(shape, memory, &dispatch, exit_handler.clone())?;
+        vm.at_rest(|fd, vcpus| set_state(fd, vcpus, snapshot))?;
+        let irq = vm.irq(layout::COM1_IRQ)?;
+        let serial = devices::attach(&dispatch.buses, irq, &streams, shape.exit_port())?;
+        let parts = Parts { vm, event_manager, exit_handler, dispatch, serial, entry: 0 };
+        Self::assemble(parts, streams, shape.exit_port())
+    }
+
+    /// Give the devices what the snapshot kept of them: the last step of a fork, when all are attached.
+    ///
+    /// # Errors
+    /// When one is missing, or refuses its state.
+    pub fn restore_devices(&self, snapshot: &Snapshot) -> Result<()> {
+        restore_devices(&self.dispatch().buses, snapshot)
+    }
+
+    /// Do something while no vCPU runs: a running machine is paused for it, and goes on unless somebody has paused it
+    /// meanwhile.
+    fn stand_still<T>(&self, vm: &Vm, act: impl FnOnce() -> Result<T>) -> Result<T> {
+        let is_running = vm.state() == VmRunState::Running;
+        if is_running {
+            match vm.pause() {
+                // It has ended by itself.
+                Err(_) if vm.state() == VmRunState::Exiting => {}
+                result => result?,
+            }
+        }
+        let result = act();
+        let is_paused = self.is_paused.lock();
+        if is_running && !*is_paused {
+            // Fails when the run has ended meanwhile.
+            let _ = vm.resume();
+        }
+        result
+    }
+
+    fn shape(&self, vm: &Vm) -> Shape {
+        let (irqchip, pit, fixups) = vm.chips();
+        let vcpus = u16::try_from(vm.cells().len()).unwrap_or(u16::MAX);
+        Shape { vcpus, irqchip, pit, fixups, exit_port: self.exit_port.0 }
+    }
+}
+
+fn capture(
+    memory: &GuestMemory,
+    shape: Shape,
+    fd: &VmFd,
+    vcpus: &mut [impl std::ops::DerefMut<Target = Vcpu>],
+    devices: Vec<DeviceState>,
+) -> Result<Snapshot> {
+    let classes = Classes::of(fd, shape.irqchip);
+    let mut states = Vec::with_capacity(vcpus.len());
+    for (number, vcpu) in (0..).zip(vcpus.iter_mut()) {
+        states.push(vcpu::capture(vcpu, number, classes)?);
+    }
+    let chips = chips::capture(fd, &shape)?;
+    let frozen = memory.kvm_slots().freeze()?;
+    let range = |(start, image, read_only)| Range { start, read_only, image };
+    let ranges = frozen.into_iter().map(range).collect();
+    Ok(Snapshot { id: new_id()?, shape, chips, vcpus: states, devices, ranges, host: None })
+}
+
+fn rests(vm: &Vm) -> Vec<u64> {
+    vm.cells().iter().map(|cell| cell.rests()).collect()
+}
+
+/// # Errors
+/// [`ErrorKind::State`] when a vCPU has run since its rests were counted.
+fn check_rests(vcpus: &[impl std::ops::Deref<Target = Vcpu>], before: &[u64]) -> Result<()> {
+    if vcpus.iter().map(|vcpu| vcpu.rests).eq(before.iter().copied()) {
+        return Ok(());
+    }
+    let detail = "the machine was resumed while it was looked at";
+    Err(Error::new(ErrorKind::State, "snapshot", detail))
+}
+
+fn save_devices(buses: &Buses) -> Result<Vec<DeviceState>> {
+    let mut all = Vec::new();
+    for (is_mmio, bus) in [(false, &buses.pio), (true, &buses.mmio)] {
+        for (base, length, device) in bus.devices() {
+            all.push(DeviceState { is_mmio, base, length, state: device.save()? });
+        }
+    }
+    Ok(all)
+}
+
+fn restore_devices(buses: &Buses, snapshot: &Snapshot) -> Result<()> {
+    for saved in &snapshot.devices {
+        let bus = if saved.is_mmio { &buses.mmio } else { &buses.pio };
+        let mut there = bus.devices().into_iter();
+        match there.find(|(base, length, _)| (*base, *length) == (saved.base, saved.length)) {
+            Some((.., device)) => device.restore(&saved.state)?,
+            None => {
+                let at = saved.place();
+                let detail = "the snapshot has a device there, and this machine has none like it";
+                return Err(
+                    Error::new(ErrorKind::State, at, detail).hint("fork(setup=...) adds devices")
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+fn set_state(
+    fd: &VmFd,
+    vcpus: &mut [impl std::ops::DerefMut<Target = Vcpu>],
+    snapshot: &Snapshot,
+) -> Result<()> {
+    let classes = Classes::of(fd, snapshot.shape.irqchip);
+    for ((number, vcpu), state) in (0..).zip(vcpus.iter_mut()).zip(&snapshot.vcpus) {
+        vcpu::apply(vcpu, number, state, classes)?;
+    }
+    chips::apply(fd, &snapshot.shape, &snapshot.chips)
+}
+
+fn bring_back(
+    vm: &Vm,
+    fd: &VmFd,
+    vcpus: &mut [impl std::ops::DerefMut<Target = Vcpu>],
+    snapshot: &Snapshot,
+) -> Result<u64> {
+    let images = snapshot.ranges.iter().map(|range| (range.start, &range.image));
+    let changed = vm.memory().kvm_slots().reset(images)?;
+    set_state(fd, vcpus, snapshot)?;
+    Ok(changed)
+}
+
+/// # Errors
+/// [`ErrorKind::State`] when the machine's memory has not the slots of the snapshot.
+fn check_memory(memory: &GuestMemory, snapshot: &Snapshot) -> Result<()> {
+    let slots = memory.kvm_slots();
+    let all = snapshot.ranges.iter().all(|range| slots.has_ram(range.start, range.image.size()));
+    if all && slots.all().len() == snapshot.ranges.len() {
+        return Ok(());
+    }
+    let detail = "the machine's memory slots are others than the snapshot's";
+    Err(Error::new(ErrorKind::State, "reset", detail))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::sync::mpsc::{Sender, channel};
+    use std::time::Duration;
+
+    use parking_lot::Mutex;
+
+    use super::*;
+    use crate::config::{Boot, Code, CpuMode, FlatBoot, VmmConfig};
+    use crate::devices::{Device, Flow};
+    use crate::exit_handler::ExitReason;
+    use crate::vcpu::Cell;
+
+    /// At which access, which vCPU, and whom to tell.
+    type Park = (u64, Arc<Cell>, Sender<()>);
+
+    /// Counts accesses, reads as their number, and at one of them parks the vCPU behind that exit.
+    #[derive(Debug, Default)]
+    struct Counter {
+        seen: AtomicU64,
+        park: Mutex<Option<Park>>,
+    }
+
+    impl Counter {
+        fn count(&self) -> u64 {
+            let now = self.seen.fetch_add(1, Ordering::Relaxed) + 1;
+            if let Some((_, cell, told)) = self.park.lock().take_if(|(at, ..)| *at == now) {
+                cell.kick();
+                told.send(()).unwrap();
+            }
+            now
+        }
+    }
+
+    impl Device for Counter {
+        fn read(&self, _offset: u64, data: &mut [u8]) -> Flow {
+            data.fill(u8::try_from(self.count() & 0xff).unwrap());
+            Flow::Continue
+        }
+        fn write(&self, _offset: u64, _data: &[u8]) -> Flow {
+            self.count();
+            Flow::Continue
+        }
+        fn save(&self) -> Result<Vec<u8>> {
+            Ok(self.seen.load(Ordering::Relaxed).to_le_bytes().to_vec())
+        }
+        fn restore(&self, state: &[u8]) -> Result<()> {
+            self.seen.store(u64::from_le_bytes(state.try_into().unwrap()), Ordering::Relaxed);
+            Ok(())
+        }
+    }
+
+    /// Ports in and out by the byte and the word, repeated ones, and memory in and out where no memory is; what each read
+    /// gives is printed. 32 bits, at 0x1000.
+    const LIFE: &[u8] = &[
+        0xbb, 0x00, 0x00, 0x00, 0xd0, //       mov ebx, 0xd0000000
+        0xb9, 0x05, 0x00, 0x00, 0x00, //       mov ecx, 5
+        // back:
+        0xe6, 0x80, //                         out 0x80, al
+        0xe4, 0x80, //                         in al, 0x80
+        0x66, 0xba, 0xf8, 0x03, 0xee, //       mov dx, 0x3f8; out dx, al
+        0x88, 0x03, //                         mov [ebx], al
+        0x8a, 0x03, //                         mov al, [ebx]
+        0xee, //                               out dx, al
+        0x66, 0xe5, 0x80, 0xee, //             in ax, 0x80; out dx, al
+        0x51, //                               push ecx
+        0x66, 0xba, 0x80, 0x00, //             mov dx, 0x80
+        0xbe, 0x00, 0x10, 0x00, 0x00, //       mov esi, 0x1000
+        0xb9, 0x07, 0x00, 0x00, 0x00, //       mov ecx, 7
+        0xf3, 0x6e, //                         rep outsb
+        0xbf, 0x00, 0x30, 0x00, 0x00, //       mov edi, 0x3000
+        0xb9, 0x05, 0x00, 0x00, 0x00, //       mov ecx, 5
+        0xf3, 0x6c, //                         rep insb
+        0xbe, 0x00, 0x30, 0x00, 0x00, //       mov esi, 0x3000
+        0xb9, 0x05, 0x00, 0x00, 0x00, //       mov ecx, 5
+        0x66, 0xba, 0xf8, 0x03, 0xf3, 0x6e, // mov dx, 0x3f8; rep outsb
+        0x59, //                               pop ecx
+        0xe2, 0xb6, //                         loop back
+        0xb0, 0x2a, 0xe6, 0xf4, //             mov al, 42; out 0xf4, al
+    ];
+
+    fn life() -> VmmConfig {
+        let code = Code::Bytes(LIFE.to_vec());
+        let mode = CpuMode::Protected32;
+        let boot = Boot::Flat(FlatBoot { code, address: 0x1000, entry: None, mode });
+        let mut config = VmmConfig { boot, ..VmmConfig::default() };
+        config.memory.size_mib = 1;
+        config
+    }
+
+    fn with_counter(vmm: &Vmm) -> Arc<Counter> {
+        let counter = Arc::new(Counter::default());
+        vmm.dispatch().buses.pio.add(0x80, 2, Arc::clone(&counter) as Arc<dyn Device>).unwrap();
+        vmm.dispatch()
+            .buses
+            .mmio
+            .add(0xd000_0000, 4096, Arc::clone(&counter) as Arc<dyn Device>)
+            .unwrap();
+        counter
+    }
+
+    fn finish(vmm: &Vmm) -> Vec<u8> {
+        let exit = vmm.run(Some(Duration::from_secs(60)), |_| Ok::<(), Error>(())).unwrap();
+        assert_eq!((exit.reason, exit.code), (ExitReason::Code, Some(42)));
+        vmm.serial().take()
+    }
+
+    /// Run up to an access, snapshot right behind it, and finish.
+    fn snapshot_at(access: u64) -> (Snapshot, Vec<u8>) {
+        let vmm = Vmm::try_from(life()).unwrap();
+        let counter = with_counter(&vmm);
+        let (told, parked) = channel();
+        let cell = vmm.vcpus().unwrap().remove(0);
+        *counter.park.lock() = Some((access, cell, told));
+        vmm.start().unwrap();
+        parked.recv_timeout(Duration::from_secs(60)).unwrap();
+        let snapshot = vmm.snapshot().unwrap();
+        let exit = vmm.wait(Some(Duration::from_secs(60)), |_| Ok::<(), Error>(())).unwrap();
+        assert_eq!(exit.unwrap().code, Some(42));
+        (snapshot, vmm.serial().take())
+    }
+
+    #[test]
+    fn a_snapshot_at_every_exit_goes_on_to_the_same_output() {
+        if crate::vm::open_kvm().is_err() {
+            return;
+        }
+        let whole = Vmm::try_from(life()).unwrap();
+        let counter = with_counter(&whole);
+        let expected = finish(&whole);
+        assert_eq!(expected.len(), 5 * 8);
+        let accesses = counter.seen.load(Ordering::Relaxed);
+        assert_eq!(accesses, 5 * (2 + 2 + 1 + 7 + 5));
+        for access in 1..=accesses {
+            let (snapshot, output) = snapshot_at(access);
+            assert_eq!(output, expected, "the original, stopped at access {access}");
+            let fork = Vmm::fork(&snapshot, ForkConfig::default()).unwrap();
+            with_counter(&fork);
+            fork.restore_devices(&snapshot).unwrap();
+            assert_eq!(finish(&fork), expected, "the fork, from access {access}");
+            fork.reset(&snapshot).unwrap();
+            assert_eq!(finish(&fork), expected, "reset to access {access}");
+        }
+    }
+
+    #[test]
+    fn a_device_that_is_missing_is_named() {
+        if crate::vm::open_kvm().is_err() {
+            return;
+        }
+        let vmm = Vmm::try_from(life()).unwrap();
+        with_counter(&vmm);
+        let snapshot = vmm.snapshot().unwrap();
+        let fork = Vmm::fork(&snapshot, ForkConfig::default()).unwrap();
+        let error = fork.restore_devices(&snapshot).unwrap_err();
+        assert_eq!((error.kind, error.at.as_str()), (ErrorKind::State, "pio 0x80"));
+    }
+}

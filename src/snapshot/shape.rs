@@ -1,0 +1,111 @@
+//! The shape of a machine: what has to be created before its state can be set. Pure data.
+
+use super::state::{Reader, bad};
+use crate::config::ExitPort;
+use crate::error::{Error, ErrorKind, Result};
+use crate::vm::layout;
+
+/// What a machine consists of, beside its memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// How many vCPUs, numbered from 0.
+    pub vcpus: u16,
+    /// An in-kernel PIC, I/O APIC and LAPICs.
+    pub irqchip: bool,
+    /// An in-kernel PIT.
+    pub pit: bool,
+    /// What KVM's emulator refuses is executed by pyvmm.
+    pub fixups: bool,
+    /// The port whose write ends the run.
+    pub exit_port: Option<u16>,
+}
+
+impl Shape {
+    pub(crate) fn exit_port(&self) -> ExitPort {
+        ExitPort(self.exit_port)
+    }
+
+    /// Its 8 bytes in a record: vCPUs, irqchip, PIT, whether there is an exit port, fix-ups, the port.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let [low, high] = self.vcpus.to_le_bytes();
+        let [port_low, port_high] = self.exit_port.unwrap_or(0).to_le_bytes();
+        let flags = [self.irqchip, self.pit, self.exit_port.is_some(), self.fixups].map(u8::from);
+        vec![low, high, flags[0], flags[1], flags[2], flags[3], port_low, port_high]
+    }
+
+    /// From the bytes of a record.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Snapshot`] when they are not such a machine's.
+    pub fn decode(bytes: &[u8]) -> Result<Self> {
+        let mut reader = Reader::new("shape", bytes);
+        let vcpus = reader.u16()?;
+        let [irqchip, pit, has_port, fixups] = reader.take()?;
+        let port = reader.u16()?;
+        reader.end()?;
+        let is_known = [irqchip, pit, has_port, fixups].iter().all(|flag| *flag < 2);
+        if !is_known || vcpus == 0 || u64::from(vcpus) > layout::MAX_VCPUS || pit > irqchip {
+            return Err(bad("shape", "no machine of this pyvmm has it"));
+        }
+        let exit_port = (has_port == 1).then_some(port);
+        let [irqchip, pit, fixups] = [irqchip, pit, fixups].map(|flag| flag == 1);
+        Ok(Self { vcpus, irqchip, pit, fixups, exit_port })
+    }
+
+    /// # Errors
+    /// [`ErrorKind::State`], naming what differs, when they are not the same.
+    pub(crate) fn check_same(&self, other: &Self) -> Result<()> {
+        let differ = |what: &str, ours: String, theirs: String| {
+            let detail = format!("this machine has {what} {ours}, the snapshot {theirs}");
+            Err(Error::new(ErrorKind::State, "reset", detail))
+        };
+        if self.vcpus != other.vcpus {
+            return differ("vcpus", self.vcpus.to_string(), other.vcpus.to_string());
+        }
+        let chips = |shape: &Self| format!("{} and {}", shape.irqchip, shape.pit);
+        if chips(self) != chips(other) {
+            return differ("irqchip and pit", chips(self), chips(other));
+        }
+        if self.exit_port != other.exit_port {
+            let port = |shape: &Self| format!("{:x?}", shape.exit_port);
+            return differ("exit_port", port(self), port(other));
+        }
+        if self.fixups != other.fixups {
+            return differ("fixups", self.fixups.to_string(), other.fixups.to_string());
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_shape_comes_back() {
+        for (irqchip, pit) in [(false, false), (true, false), (true, true)] {
+            for exit_port in [None, Some(0), Some(0xf4)] {
+                let shape = Shape { vcpus: 2, irqchip, pit, fixups: pit, exit_port };
+                assert_eq!(Shape::decode(&shape.encode()).unwrap(), shape);
+            }
+        }
+    }
+
+    #[test]
+    fn another_shape_is_named() {
+        let shape = Shape { vcpus: 1, irqchip: false, pit: false, fixups: false, exit_port: None };
+        let error = shape.check_same(&Shape { vcpus: 2, ..shape }).unwrap_err();
+        assert!(error.detail.contains("vcpus 1, the snapshot 2"), "{error}");
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_a_shape_panic(bytes in prop::collection::vec(any::<u8>(), 0..12)) {
+            if let Ok(shape) = Shape::decode(&bytes) {
+                prop_assert!((1..=254).contains(&shape.vcpus));
+            }
+        }
+    }
+}

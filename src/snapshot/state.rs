@@ -1,0 +1,266 @@
+//! A machine's state beside its memory: records, each a kind, a number and bytes. Pure data, no KVM.
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// What a record holds. The numbers are those of the file format and do not change their meaning.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u16)]
+pub enum Kind {
+    /// The shape of the machine: see [`super::shape::Shape`].
+    Shape = 1,
+    /// The host's processor and KVM: see [`super::host::Host`].
+    Host = 2,
+    /// A device's state: see [`Device`].
+    Device = 3,
+    /// A range of memory: see the format of a file.
+    Range = 4,
+    /// `kvm_cpuid_entry2`, as many as there are.
+    Cpuid = 0x10,
+    /// `kvm_mp_state`
+    MpState = 0x11,
+    /// `kvm_regs`
+    Regs = 0x12,
+    /// `kvm_sregs2`
+    Sregs2 = 0x13,
+    /// `kvm_sregs`, where KVM has no `kvm_sregs2`
+    Sregs = 0x14,
+    /// `kvm_xsave`, 4 KiB or as much as KVM_CAP_XSAVE2 says
+    Xsave = 0x15,
+    /// `kvm_xcrs`
+    Xcrs = 0x16,
+    /// `kvm_debugregs`
+    DebugRegs = 0x17,
+    /// `kvm_lapic_state`
+    Lapic = 0x18,
+    /// Index (u32) and value (u64) of each model-specific register
+    Msrs = 0x19,
+    /// `kvm_vcpu_events`
+    Events = 0x1a,
+    /// The frequency of the time-stamp counter in kHz, u32
+    TscKhz = 0x1b,
+    /// `kvm_clock_data`
+    Clock = 0x20,
+    /// `kvm_pit_state2`
+    Pit = 0x21,
+    /// `kvm_irqchip`; the number is its chip's
+    Irqchip = 0x22,
+}
+
+impl Kind {
+    const ALL: [Self; 19] = [
+        Self::Shape,
+        Self::Host,
+        Self::Device,
+        Self::Range,
+        Self::Cpuid,
+        Self::MpState,
+        Self::Regs,
+        Self::Sregs2,
+        Self::Sregs,
+        Self::Xsave,
+        Self::Xcrs,
+        Self::DebugRegs,
+        Self::Lapic,
+        Self::Msrs,
+        Self::Events,
+        Self::TscKhz,
+        Self::Clock,
+        Self::Pit,
+        Self::Irqchip,
+    ];
+
+    /// The kind of this number.
+    #[must_use]
+    pub fn of(number: u16) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| *kind as u16 == number)
+    }
+
+    /// Its name, for people.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Shape => "shape",
+            Self::Host => "host",
+            Self::Device => "device",
+            Self::Range => "range",
+            Self::Cpuid => "cpuid",
+            Self::MpState => "mp_state",
+            Self::Regs => "regs",
+            Self::Sregs2 => "sregs2",
+            Self::Sregs => "sregs",
+            Self::Xsave => "xsave",
+            Self::Xcrs => "xcrs",
+            Self::DebugRegs => "debugregs",
+            Self::Lapic => "lapic",
+            Self::Msrs => "msrs",
+            Self::Events => "events",
+            Self::TscKhz => "tsc_khz",
+            Self::Clock => "clock",
+            Self::Pit => "pit",
+            Self::Irqchip => "irqchip",
+        }
+    }
+}
+
+/// One piece of state.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// What it is.
+    pub kind: Kind,
+    /// Of which vCPU or chip.
+    pub number: u16,
+    /// Its bytes.
+    pub bytes: Vec<u8>,
+}
+
+/// The records of one vCPU, or those of the whole machine.
+pub type Records = Vec<Record>;
+
+/// Add a record.
+pub(crate) fn put(records: &mut Records, kind: Kind, number: u16, bytes: impl Into<Vec<u8>>) {
+    records.push(Record { kind, number, bytes: bytes.into() });
+}
+
+/// The bytes of one record.
+pub(crate) fn get(records: &[Record], kind: Kind, number: u16) -> Option<&[u8]> {
+    let found = records.iter().find(|r| r.kind == kind && r.number == number);
+    found.map(|record| record.bytes.as_slice())
+}
+
+/// A device's state: where it stands and what it said.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Device {
+    /// `pio` or `mmio`.
+    pub is_mmio: bool,
+    /// Its first address.
+    pub base: u64,
+    /// How many addresses.
+    pub length: u64,
+    /// What it gave.
+    pub state: Vec<u8>,
+}
+
+impl Device {
+    /// Its bytes in a record.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let mut bytes = vec![u8::from(self.is_mmio), 0, 0, 0, 0, 0, 0, 0];
+        bytes.extend(self.base.to_le_bytes());
+        bytes.extend(self.length.to_le_bytes());
+        bytes.extend(&self.state);
+        bytes
+    }
+
+    /// From the bytes of a record.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Snapshot`] when they are too few.
+    pub fn decode(bytes: &[u8]) -> Result<Self> {
+        let mut reader = Reader::new("device", bytes);
+        let [is_mmio, ..] = reader.take::<8>()?;
+        let (base, length) = (reader.u64()?, reader.u64()?);
+        Ok(Self { is_mmio: is_mmio != 0, base, length, state: reader.rest().to_vec() })
+    }
+
+    /// Its place, for people.
+    #[must_use]
+    pub fn place(&self) -> String {
+        format!("{} {:#x}", if self.is_mmio { "mmio" } else { "pio" }, self.base)
+    }
+}
+
+/// Takes bytes from the front, with an error where there are too few.
+#[derive(Debug)]
+pub(crate) struct Reader<'a> {
+    what: &'a str,
+    left: &'a [u8],
+}
+
+impl<'a> Reader<'a> {
+    pub(crate) fn new(what: &'a str, bytes: &'a [u8]) -> Self {
+        Self { what, left: bytes }
+    }
+
+    pub(crate) fn take<const N: usize>(&mut self) -> Result<[u8; N]> {
+        let Some((first, left)) = self.left.split_first_chunk() else { return Err(self.short()) };
+        self.left = left;
+        Ok(*first)
+    }
+
+    pub(crate) fn u16(&mut self) -> Result<u16> {
+        self.take().map(u16::from_le_bytes)
+    }
+
+    pub(crate) fn u32(&mut self) -> Result<u32> {
+        self.take().map(u32::from_le_bytes)
+    }
+
+    pub(crate) fn u64(&mut self) -> Result<u64> {
+        self.take().map(u64::from_le_bytes)
+    }
+
+    /// So many bytes.
+    pub(crate) fn bytes(&mut self, length: usize) -> Result<&'a [u8]> {
+        let Some((first, left)) = self.left.split_at_checked(length) else {
+            return Err(self.short());
+        };
+        self.left = left;
+        Ok(first)
+    }
+
+    pub(crate) fn rest(&mut self) -> &'a [u8] {
+        std::mem::take(&mut self.left)
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.left.is_empty()
+    }
+
+    /// # Errors
+    /// When bytes are left.
+    pub(crate) fn end(self) -> Result<()> {
+        if self.is_empty() { Ok(()) } else { Err(bad(self.what, "it is longer than it should be")) }
+    }
+
+    fn short(&self) -> Error {
+        bad(self.what, "it is shorter than it should be")
+    }
+}
+
+/// An error of a snapshot's content.
+pub(crate) fn bad(at: &str, detail: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Snapshot, at, detail)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn every_kind_has_its_number_and_name() {
+        let mut names = Vec::new();
+        for kind in Kind::ALL {
+            assert_eq!(Kind::of(kind as u16), Some(kind));
+            names.push(kind.name());
+        }
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), Kind::ALL.len());
+        assert_eq!(Kind::of(0), None);
+    }
+
+    proptest! {
+        #[test]
+        fn devices_come_back(is_mmio in any::<bool>(), base in any::<u64>(), length in any::<u64>(),
+                             state in prop::collection::vec(any::<u8>(), 0..40)) {
+            let device = Device { is_mmio, base, length, state };
+            prop_assert_eq!(Device::decode(&device.encode()).unwrap(), device);
+        }
+
+        #[test]
+        fn no_bytes_make_a_device_panic(bytes in prop::collection::vec(any::<u8>(), 0..40)) {
+            let _ = Device::decode(&bytes);
+        }
+    }
+}

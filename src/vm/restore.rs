@@ -1,0 +1,124 @@
+//! A `KvmVm` as a snapshot needs it: made by its shape alone, held still as a whole, and brought back to life.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use kvm_ioctls::VmFd;
+use parking_lot::{MappedMutexGuard, Mutex};
+
+use super::vcpus::Vcpus;
+use super::{KvmVm, create_irqchip, create_vm, open_kvm, switch_fixups_on};
+use crate::config::CpuMode;
+use crate::error::{Error, ErrorKind, Result};
+use crate::exit_handler::{Exit, ExitHandler};
+use crate::process::Birthplace;
+use crate::snapshot::{Image, Ram, Shape};
+use crate::vcpu::{self, Dispatch, Handle, RunState, Step, Vcpu, VmRunState};
+use crate::vm::{Backing, GuestMemory, Slot};
+
+impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
+    /// A machine of this shape, whose vCPUs have no CPUID and no registers yet.
+    ///
+    /// # Errors
+    /// When KVM refuses a part.
+    pub(crate) fn of_shape(
+        shape: &Shape,
+        memory: GuestMemory,
+        dispatch: &Arc<Dispatch>,
+        exit_handler: EH,
+    ) -> Result<Self> {
+        let kvm = open_kvm()?;
+        let most = kvm.get_max_vcpus();
+        if usize::from(shape.vcpus) > most {
+            let detail = format!("{} is more than this KVM's {most}", shape.vcpus);
+            return Err(Error::new(ErrorKind::Snapshot, "vcpus", detail));
+        }
+        let fd = create_vm(&kvm)?;
+        create_irqchip(&fd, shape.irqchip, shape.pit)?;
+        memory.kvm_slots().attach(&fd)?;
+        let vcpu = |id| {
+            let vcpu = fd.create_vcpu(id).map_err(|e| Error::kvm("KVM_CREATE_VCPU", e))?;
+            Handle::new(id, vcpu, Arc::clone(dispatch), memory.clone())
+        };
+        let vcpus: Result<Vec<Handle>> = (0..u64::from(shape.vcpus)).map(vcpu).collect();
+        let (vcpus, fixups) = (vcpus?, Arc::default());
+        if shape.fixups {
+            switch_fixups_on(&fd, &vcpus, &fixups)?;
+        }
+        let shared =
+            vcpu::Shared { exit_handler, run_state: RunState::default(), exit: Mutex::new(None) };
+        Ok(Self {
+            vcpus: Vcpus::new(vcpus),
+            fd,
+            memory,
+            shared: Arc::new(shared),
+            mode: CpuMode::Real16,
+            code: None,
+            irqchip: shape.irqchip,
+            pit: shape.pit,
+            fixups,
+            has_fixups: shape.fixups,
+            // The snapshot sets its registers.
+            is_prepared: AtomicBool::new(true),
+            birthplace: Birthplace::here(),
+        })
+    }
+}
+
+impl<EH: ExitHandler> KvmVm<EH> {
+    /// Whether it has an in-kernel interrupt controller, a PIT, and fix-ups.
+    pub(crate) fn chips(&self) -> (bool, bool, bool) {
+        (self.irqchip, self.pit, self.has_fixups)
+    }
+
+    /// Hold every vCPU at rest while `act` looks at all of the machine, or changes it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] when one is running; what `act` returns.
+    pub(crate) fn at_rest<T>(
+        &self,
+        act: impl FnOnce(&VmFd, &mut [MappedMutexGuard<'_, Vcpu>]) -> Result<T>,
+    ) -> Result<T> {
+        self.check_process()?;
+        self.vcpus.at_rest(|vcpus| act(&self.fd, vcpus))
+    }
+
+    /// Complete for good what the vCPUs' last exits began. They are at rest, or on their way there. `tell`: a guest that
+    /// turns out to have ended has ended.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] when one is running, or its exit is not answered yet.
+    pub(crate) fn settle(&self, tell: bool) -> Result<()> {
+        for cell in self.cells() {
+            let step = cell.settle()?;
+            match step {
+                Step::End(exit) if tell && self.state() != VmRunState::Exiting => {
+                    self.shared.vcpu_ended(Exit { vcpu: Some(cell.id()), ..exit });
+                }
+                Step::Stop if tell => drop(self.shared.exit_handler.kick()),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// The vCPUs have other registers: the guest has not ended, and starts where they say.
+    pub(crate) fn revive(&self) {
+        // Release: whoever finds it prepared finds the registers.
+        self.is_prepared.store(true, Ordering::Release);
+        *self.shared.exit.lock() = None;
+        self.shared.run_state.revive();
+    }
+}
+
+impl GuestMemory {
+    /// Memory that holds what it held at a snapshot.
+    ///
+    /// # Errors
+    /// As for `add`, and when a file behind the snapshot has been changed.
+    pub(crate) fn add_image(&self, address: u64, image: &Image, read_only: bool) -> Result<Slot> {
+        let mapping = image.map()?;
+        let ram = Ram::over(mapping.as_ptr() as u64, image.clone());
+        self.add_ram(address, mapping, Backing { read_only, shared: false }, Some(ram))
+    }
+}
