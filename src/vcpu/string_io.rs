@@ -37,7 +37,7 @@ struct Outs {
 /// All elements of the repeated `OUTS` that the vCPU is in, the first of which has come out with this exit; none where it
 /// is in no such instruction, or this was the last. The guest goes on behind them.
 ///
-/// Elements beyond the page of the second are left to the guest: there its rights may be others.
+/// Elements beyond the page in which the first one ends are left to the guest: there its rights may be others.
 pub(super) fn gather(vcpu: &mut Vcpu, port: u16, size: usize, first: &[u8]) -> Option<Vec<u8>> {
     // KVM's emulator has counted the first one already, and the registers came with the exit.
     let regs = vcpu.general().ok()?;
@@ -80,7 +80,7 @@ fn code_bits(sregs: &kvm_sregs, rflags: u64) -> u32 {
 
 fn read_code(vcpu: &Vcpu, regs: &kvm_regs, sregs: &kvm_sregs, bits: u32) -> Option<[u8; LONGEST]> {
     let base = if bits == 64 { 0 } else { sregs.cs.base };
-    let at = base.checked_add(regs.rip)?;
+    let at = linear(base, regs.rip, bits == 64);
     let paging = crate::debug::Paging::of(sregs);
     let mut code = [0; LONGEST];
     // Up to the end of its page: a longer one is not gathered.
@@ -139,8 +139,14 @@ fn mask(bits: u32) -> u64 {
     u64::MAX >> (64 - bits)
 }
 
-/// The linear address and the bytes of the elements left, as far as they lie whole in the page of the next one, and in its
-/// segment.
+/// Outside 64 bits a linear address has 32.
+fn linear(base: u64, offset: u64, is_long: bool) -> u64 {
+    let address = base.wrapping_add(offset);
+    if is_long { address } else { address & mask(32) }
+}
+
+/// The linear address and the bytes of the elements left, as far as they lie whole in the page that the one before them,
+/// which KVM has read, reached last, and in its segment.
 fn span(
     outs: &Outs,
     regs: &kvm_regs,
@@ -151,12 +157,17 @@ fn span(
     let (size, left, offset) = (outs.size as u64, regs.rcx & mask, regs.rsi & mask);
     let is_fs_or_gs = matches!(outs.segment, Segment::Fs | Segment::Gs);
     let base = if is_long && !is_fs_or_gs { 0 } else { segment.base };
-    let next = base.wrapping_add(offset);
+    let next = linear(base, offset, is_long);
     let within = next % PAGE;
     if within.checked_add(size).is_none_or(|end| end > PAGE) {
         return None;
     }
     let is_down = regs.rflags & DIRECTION != 0;
+    let is_new_page = if is_down { within + size == PAGE } else { within == 0 };
+    let has_wrapped = if is_down { mask - offset < size } else { offset < size };
+    if is_new_page || has_wrapped {
+        return None;
+    }
     let room = if is_down { within / size + 1 } else { (PAGE - within) / size };
     // Up to where the offset would wrap around, or the segment ends.
     let room = room.min(if is_down { offset / size + 1 } else { (mask - offset) / size });
@@ -252,6 +263,14 @@ mod tests {
         assert_eq!(span(&elements, &across, &FLAT, false), None);
         let down = kvm_regs { rsi: 0x1006, rflags: DIRECTION, ..regs };
         assert_eq!(span(&elements, &down, &FLAT, false), Some((0x1000, 8)));
+        for new_page in
+            [kvm_regs { rsi: 0x2000, ..regs }, kvm_regs { rsi: 0x1ffe, rflags: DIRECTION, ..regs }]
+        {
+            assert_eq!(span(&elements, &new_page, &FLAT, false), None);
+        }
+        let high = kvm_segment { base: 0xffff_f000, ..FLAT };
+        let around = kvm_regs { rsi: 0x1010, ..regs };
+        assert_eq!(span(&elements, &around, &high, false), Some((0x10, 200)));
         let small = kvm_segment { limit: 0x1ff9, ..FLAT };
         assert_eq!(span(&elements, &regs, &small, false), None);
     }
