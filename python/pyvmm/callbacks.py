@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
+import traceback
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pyvmm._pyvmm import Events, TimerFd
 
@@ -47,6 +50,21 @@ def name_of(subscriber: object) -> str:
 def warn_slow(name: str, seconds: float) -> None:
     """Log a callback that took longer than `EventManager.slow_callback_duration`."""
     logging.getLogger("pyvmm").warning("%s took %.3f s", name, seconds)
+
+
+def leave_fork(error: BaseException | None) -> NoReturn:
+    """End a process that a callback on a vCPU's thread has forked and left: what it would return to is its parent's."""
+    status = 0 if error is None else 1
+    try:
+        if isinstance(error, SystemExit):
+            status = error.code & 0xFF if isinstance(error.code, int) else int(error.code is not None)
+        elif error is not None:
+            traceback.print_exception(error)
+        for stream in sys.stdout, sys.stderr:
+            with suppress(Exception):
+                stream.flush()
+    finally:
+        os._exit(status)
 
 
 def check_callable(function: object) -> None:

@@ -24,6 +24,7 @@ use super::vcpu_exit::PyVcpuExit;
 use super::wakeup;
 use crate::devices::Device as _;
 use crate::event::EventManager;
+use crate::process::Birthplace;
 use crate::trace;
 use crate::vcpu::{Cell, Data, ExitKind, VcpuExit, Verdict, current};
 
@@ -242,7 +243,10 @@ pub(super) fn turn(
 
 /// Call an exit handler's `kick()`. On the thread of the vCPU whose guest has ended.
 pub(super) fn kick(handler: &Py<PyAny>) -> PyResult<()> {
-    on_vcpu_thread(|py| handler.bind(py).call_method0(intern!(py, "kick")).map(drop))
+    on_vcpu_thread(
+        |py| handler.bind(py).call_method0(intern!(py, "kick")).map(|_| Ok(())),
+        |_, error| Err(error),
+    )
 }
 
 /// A vCPU thread's Python thread state, kept from one callback to the next: making one takes microseconds.
@@ -273,8 +277,29 @@ thread_local! {
     static KEPT: KeptState = KeptState::new();
 }
 
-fn on_vcpu_thread<T>(call: impl FnOnce(Python<'_>) -> T) -> T {
-    KEPT.with(|_kept| Python::attach(call))
+/// Call Python on a vCPU's thread; `otherwise` says what its exception comes to.
+fn on_vcpu_thread<T>(
+    call: impl FnOnce(Python<'_>) -> PyResult<T>,
+    otherwise: impl FnOnce(Python<'_>, PyErr) -> T,
+) -> T {
+    let process = Birthplace::here();
+    KEPT.with(|_kept| {
+        Python::attach(|py| {
+            let result = call(py);
+            if process.is_foreign() {
+                leave_fork(py, result.err());
+            }
+            result.unwrap_or_else(|error| otherwise(py, error))
+        })
+    })
+}
+
+/// End the process that a callback has forked and returned in: it has this thread alone, and the machine is its parent's.
+fn leave_fork(py: Python<'_>, error: Option<PyErr>) -> ! {
+    let callbacks = py.import("pyvmm.callbacks");
+    let left = callbacks.and_then(|callbacks| callbacks.call_method1("leave_fork", (error,)));
+    // It does not return.
+    std::process::exit(i32::from(left.is_err()))
 }
 
 /// What a call of a device comes to.
@@ -295,14 +320,14 @@ fn call_device(
     call: impl FnOnce(Python<'_>) -> PyResult<Answer>,
 ) -> Answer {
     let name = || Ok(format!("{}.{method}", device.name()));
-    on_vcpu_thread(|py| match recorded(name, || call(py)) {
-        Ok(answer) => answer,
-        Err(error) => {
+    on_vcpu_thread(
+        |py| recorded(name, || call(py)),
+        |py, error| {
             let text = format!("in {method}() at {}{}", device.place(offset), position());
             leave(py, device.raised(), error, &text);
             Answer::Stop
-        }
-    })
+        },
+    )
 }
 
 /// Where the vCPU of this thread stands, for a note.
@@ -390,13 +415,14 @@ pub(super) fn write_many(
 /// Ask the hooks of an exit's kind, in the order they were added, until one has something to say.
 pub(super) fn on_exit(hooks: &Hooks, exit: &VcpuExit) -> Verdict {
     let (Some(kind), Some(cell)) = (exit.kind(), current()) else { return Verdict::Pass };
-    on_vcpu_thread(|py| {
-        ask(py, hooks, kind, &cell, exit).unwrap_or_else(|error| {
+    on_vcpu_thread(
+        |py| ask(py, hooks, kind, &cell, exit),
+        |py, error| {
             let text = format!("in a hook of an exit of kind {}{}", kind.name(), position());
             leave(py, &hooks.raised, error, &text);
             Verdict::Stop
-        })
-    })
+        },
+    )
 }
 
 fn ask(
