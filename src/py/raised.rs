@@ -52,6 +52,13 @@ impl Raised {
         error
     }
 
+    /// The machine is closed, and nobody has waited for what a callback has raised: tell `sys.unraisablehook`.
+    pub(super) fn report(&self, py: Python<'_>) {
+        if let Err(error) = self.check(py) {
+            error.write_unraisable(py, None);
+        }
+    }
+
     /// The vCPU and the value of a `Stop`, once.
     pub(super) fn take_stop(&self) -> Option<(u64, Py<PyAny>)> {
         self.0.lock().stop.take()

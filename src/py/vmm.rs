@@ -129,10 +129,21 @@ impl PyVmm {
         ended: PyResult<Option<Exit>>,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
         let raised = &self.hooks.raised;
-        let exit = ended.map_err(|error| raised.beside(py, error))?;
-        let Some(exit) = exit else { return Ok(None) };
+        let exit = match ended {
+            Ok(None) => return Ok(None),
+            Ok(Some(exit)) => exit,
+            // What was left is for the run in progress, which another thread waits for.
+            Err(error) if self.vmm().is_in_run() => return Err(error),
+            Err(error) => {
+                let error = raised.beside(py, error);
+                // This run's, and no later one's.
+                drop(raised.take_stop());
+                return Err(error);
+            }
+        };
+        let stop = raised.take_stop();
         raised.check(py)?;
-        match raised.take_stop() {
+        match stop {
             Some((vcpu, value)) if exit.reason == ExitReason::Stopped => {
                 exit::stopped(py, vcpu, &value).map(Some)
             }
@@ -157,6 +168,7 @@ impl Drop for PyVmm {
                 vmm.iter().for_each(|vmm| vmm.close());
                 drop(vmm);
             });
+            self.hooks.raised.report(py);
         });
     }
 }
@@ -311,6 +323,7 @@ impl PyVmm {
             // Outside the lock: it may run Python code.
             let devices = std::mem::take(&mut *self.devices.lock());
             drop(devices);
+            self.hooks.raised.report(py);
         }
         // Called from a callback, the machine closes later, and its last output is still to be taken.
         if self.is_shared && self.vmm().state() == VmRunState::Closed {
