@@ -1519,7 +1519,7 @@ class Vmm:
         """
 
     def off_exit(self, kind: ExitKind | str, function: Callable[[Vcpu, Any], object]) -> None:
-        """Remove a hook.
+        """Remove a hook. With the last one of the kind "msr" the registers that its hooks asked for are KVM's again.
 
         Raises:
             ValueError: it is none of this kind.

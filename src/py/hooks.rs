@@ -62,19 +62,29 @@ impl Hooks {
         }
         let Some(at) = at.and_then(|at| known.get(at)) else { return Ok(false) };
         self.change(kind, |now| {
-            let others = now.iter().filter(|other| !other.is(at));
-            others.map(|other| other.clone_ref(py)).collect()
+            // By then another thread may have removed it. One that was added twice is asked once more.
+            let gone = now.iter().position(|other| other.is(at));
+            let others = now.iter().enumerate().filter(|(number, _)| Some(*number) != gone);
+            others.map(|(_, other)| other.clone_ref(py)).collect()
         });
         Ok(true)
     }
 
-    /// Remember more registers to filter; all of them.
-    pub(super) fn filter(&self, more: Vec<u32>) -> Vec<u32> {
+    /// Remember more registers to filter; all of them, and those that were not among them before.
+    pub(super) fn filter(&self, more: Vec<u32>) -> (Vec<u32>, Vec<u32>) {
         let mut msrs = self.msrs.lock();
-        msrs.extend(more);
-        msrs.sort_unstable();
-        msrs.dedup();
-        msrs.clone()
+        let mut added: Vec<u32> = more.into_iter().filter(|msr| !msrs.contains(msr)).collect();
+        added.sort_unstable();
+        added.dedup();
+        msrs.extend(&added);
+        (msrs.clone(), added)
+    }
+
+    /// Forget registers again: all of them when no hook of their kind is left. Whether that is so.
+    pub(super) fn unfilter(&self, added: &[u32]) -> bool {
+        let is_last = self.of(ExitKind::Msr).is_empty();
+        self.msrs.lock().retain(|msr| !is_last && !added.contains(msr));
+        is_last
     }
 
     pub(super) fn kinds(&self) -> Vec<ExitKind> {

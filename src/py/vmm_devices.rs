@@ -251,8 +251,10 @@ impl PyVmm {
         let vm = this.vmm().vm()?;
         match (of_kind, msrs) {
             (ExitKind::Msr, msrs) => {
-                let all = this.hooks.filter(msrs.unwrap_or_default());
-                py.detach(|| vm.filter_msrs(&all))?;
+                let (all, added) = this.hooks.filter(msrs.unwrap_or_default());
+                py.detach(|| vm.filter_msrs(&all)).inspect_err(|_| {
+                    this.hooks.unfilter(&added);
+                })?;
             }
             (_, Some(_)) => return Err(PyValueError::new_err("msrs goes with the kind msr")),
             (_, None) => vm.check_process()?,
@@ -278,15 +280,22 @@ impl PyVmm {
         slf.py().import("pyvmm.hostcalls")?.call_method1("hostcall", (slf, number))
     }
 
-    /// Remove a hook.
+    /// Remove a hook. With the last one of the kind "msr" the registers that its hooks asked for are KVM's again.
     ///
     /// Raises:
     ///     ValueError: it is none of this kind.
     fn off_exit(&self, kind: &Bound<'_, PyAny>, function: &Bound<'_, PyAny>) -> PyResult<()> {
-        if !self.hooks.remove(kind_of(kind)?, function)? {
+        let of_kind = kind_of(kind)?;
+        if !self.hooks.remove(of_kind, function)? {
             return Err(PyValueError::new_err("this function is no hook of this kind of exit"));
         }
         self.set_hooks();
+        if of_kind == ExitKind::Msr && self.hooks.unfilter(&[]) {
+            // A machine that is closed has none.
+            if let Ok(vm) = self.vmm().vm() {
+                kind.py().detach(|| vm.filter_msrs(&[]))?;
+            }
+        }
         Ok(())
     }
 }
