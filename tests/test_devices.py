@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import struct
+import sys
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,7 @@ import pytest
 from guests import COUNT_IN_MEMORY, HALT, exit_with, flat, out, read_in
 from hypothesis import given
 from hypothesis import strategies as st
-from pyvmm import ConfigError, CpuConfig, Exit, ExitReason, StateError, Stop, Vmm, VmRunState
+from pyvmm import ConfigError, CpuConfig, EventManager, Exit, ExitReason, StateError, Stop, Vcpu, Vmm, VmRunState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -165,6 +167,22 @@ def test_a_string_over_a_page_loses_nothing() -> None:
     pieces = [access[3] if access[0] == "write_many" else bytes([access[3]]) for access in device.accesses]  # type: ignore[list-item]
     assert b"".join(pieces) == data  # type: ignore[arg-type]
     assert len(pieces) < 10
+
+
+def test_a_string_does_not_reach_into_a_page_that_the_guests_ring_may_not_read() -> None:
+    device = Strings()
+    # mov esi, 0x1fffff; mov ecx, 16; mov dx, 0x500; rep outsb
+    code = bytes.fromhex("beffff1f00 b910000000 66ba0005 f36e") + exit_with(1)
+    with Vmm(flat(code, "user64", size_mib=8)) as vmm:
+        vmm.add_pio_device(0x500, 4, device)
+        table = vmm.vcpus[0].sregs.cr3
+        for _ in range(2):  # down to the directory of 2 MiB pages
+            table = vmm.memory.read_u64(table) & 0xFFFF_F000
+        vmm.memory.write_u64(table + 8, 0x20_0083)  # from 2 MiB on for the supervisor alone
+        vmm.memory.write(0x1F_FFFF, b"Asecret")
+        assert vmm.run(DEADLINE_S).reason is ExitReason.SHUTDOWN, "a page fault without an IDT"
+        assert (vmm.vcpus[0].regs.rcx, vmm.vcpus[0].regs.rsi) == (15, 0x20_0000)
+    assert device.accesses == [("write", 0, 1, ord("A"))]
 
 
 def test_a_string_downwards_comes_in_the_guests_order() -> None:
@@ -531,6 +549,89 @@ def test_of_two_exceptions_one_comes_out_and_notes_the_other() -> None:
             vmm.run(DEADLINE_S)
         notes = "\n".join(raised.value.__notes__)
         assert "another callback raised RuntimeError" in notes
+
+
+def test_of_an_exception_and_a_stop_the_stop_does_not_come_out_of_a_later_run() -> None:
+    both = threading.Barrier(2)
+
+    class Ends:
+        def write(self, offset: int, _size: int, _value: int) -> Stop:
+            both.wait(DEADLINE_S)
+            if offset == 0:
+                raise ValueError("mine")
+            return Stop("stale")
+
+    # 64 bits: mov edx, 0x500; add edx, edi; out dx, al; spin
+    code = bytes.fromhex("ba00050000 01fa ee ebfe")
+    with Vmm(flat(code, "long64", cpu=CpuConfig(vcpus=2))) as vmm:
+        vmm.add_pio_device(0x500, 2, Ends())
+        with pytest.raises(ValueError, match="mine"):
+            vmm.run(DEADLINE_S)
+        vmm.stop()
+        assert vmm.run(DEADLINE_S) == Exit(ExitReason.STOPPED)
+
+
+def is_at_rest(vcpu: Vcpu) -> bool:
+    """Whether its registers can be read."""
+    try:
+        return vcpu.regs.rip > 0
+    except StateError:
+        return False
+
+
+def test_a_run_that_is_refused_leaves_the_exception_to_the_one_in_progress() -> None:
+    class Raises:
+        def write(self, _offset: int, _size: int, _value: int) -> None:
+            raise ValueError("mine")
+
+    with Vmm(flat(out(0x500, 1) + HALT), event_manager=EventManager()) as vmm:
+        vmm.add_pio_device(0x500, 1, Raises())
+        (vcpu,) = vmm.vcpus
+        vmm.start()
+        while not is_at_rest(vcpu):
+            pass
+        with pytest.raises(StateError, match="started"):
+            vmm.run()
+        with pytest.raises(ValueError, match="mine"):
+            vmm.wait(DEADLINE_S)
+
+
+def test_what_a_device_raised_and_nobody_waited_for_is_told_at_the_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[BaseException | None] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: told.append(unraisable.exc_value))
+    called = threading.Event()
+
+    class Raises:
+        def write(self, _offset: int, _size: int, _value: int) -> None:
+            called.set()
+            raise ValueError("mine")
+
+    with Vmm(flat(out(0x500, 1) + HALT)) as vmm:
+        vmm.add_pio_device(0x500, 1, Raises())
+        vmm.start()
+        assert called.wait(DEADLINE_S)
+    assert [repr(error) for error in told] == ["ValueError('mine')"]
+
+
+@pytest.mark.parametrize(("leaves", "status"), [(None, 0), (ValueError("in the child"), 1), (SystemExit(5), 5)])
+def test_a_forked_child_that_leaves_its_callback_ends_and_harms_nothing(
+    leaves: BaseException | None, status: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    children: list[int] = []
+
+    class Forks:
+        def write(self, _offset: int, _size: int, _value: int) -> None:
+            child = os.fork()
+            if child == 0 and leaves is not None:
+                raise leaves
+            children.append(child)
+
+    with Vmm(flat(out(0x500, 1) + exit_with(3))) as vmm:
+        vmm.add_pio_device(0x500, 1, Forks())
+        assert vmm.run(DEADLINE_S).code == 3
+    (child,) = children
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
+    assert ("in the child" in capfd.readouterr().err) == (status == 1)
 
 
 def test_a_started_machine_raises_what_a_device_raised_when_it_is_waited_for() -> None:

@@ -213,7 +213,20 @@ def test_filters_of_several_hooks_add_up_and_have_a_bound() -> None:
             vmm.on_exit("msr", print, msrs=[number << 16 for number in range(17)])
         with pytest.raises(ValueError, match="msrs goes with"):
             vmm.on_exit("io", print, msrs=[1])
+        vmm.on_exit("msr", print, msrs=[0x11])  # what was refused is forgotten
     assert seen == [0x10, 0xC000_0102]
+
+
+def test_registers_are_kvms_again_when_their_hooks_are_gone() -> None:
+    def hook(_vcpu: Vcpu, _exit: VcpuExit) -> object:
+        raise AssertionError("a hook that was removed")
+
+    with Vmm(flat(msr(RDMSR, 0x10) + exit_with(1), "long64")) as vmm:
+        for _ in range(2):
+            vmm.on_exit("msr", hook, msrs=[0x10])
+        for _ in range(2):
+            vmm.off_exit("msr", hook)
+        assert vmm.run(DEADLINE_S).code == 1
 
 
 def test_single_steps_come_out_as_debug_exits() -> None:
