@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 import threading
@@ -192,3 +193,42 @@ def test_call_from_a_callback_of_a_shared_loop_is_made_at_once() -> None:
         assert not any(run.is_alive() for run in runs)
         manager.run_with_timeout(0)
     assert seen == [manager] * 20
+
+
+def test_machines_that_share_a_loop_deliver_each_event_once() -> None:
+    """Each source is ready until its callback reads it: a second delivery would find nothing there and raise."""
+    manager = EventManager()
+    left = 300
+    with contextlib.ExitStack() as stack:
+        machines = [stack.enter_context(Vmm(flat(SPIN), event_manager=manager)) for _ in range(4)]
+        errors: list[BaseException] = []
+
+        class Again(Calls):
+            def __init__(self) -> None:
+                super().__init__(self.again)
+
+            def again(self) -> None:
+                nonlocal left
+                left -= 1
+                if left > 0:
+                    self.fd.write(1)
+                else:
+                    for machine in machines:
+                        machine.stop()
+
+        def run(machine: Vmm) -> None:
+            try:
+                machine.run(DEADLINE_S)
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=run, args=(machine,)) for machine in machines]
+        for _ in range(3):
+            manager.add_subscriber(Again())
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(DEADLINE_S)
+        assert not any(thread.is_alive() for thread in threads)
+        assert errors == []
+    assert left <= 0

@@ -17,6 +17,8 @@ MOST_LINES = 500
 
 # Rooms whose test has another name: what a user sees first is tested there.
 TESTED_BY = {
+    "src/event/turns.rs": "tests/test_event_manager.py",
+    "src/py/lead.rs": "tests/test_endpoint.py",
     "src/py/device.rs": "tests/test_devices.py",
     "src/py/hooks.rs": "tests/test_hooks.py",
     "src/py/raised.rs": "tests/test_devices.py",

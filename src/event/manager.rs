@@ -7,7 +7,6 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
 
 use event_manager::{
     EventManager as Upstream, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
@@ -30,12 +29,12 @@ pub type BoxedSubscriber = Box<dyn MutEventSubscriber + Send>;
 /// One thread at a time turns the loop. Subscribers are called with the manager's lock held: they change what they watch through the
 /// `EventOps` they are given, and must not call the manager itself.
 pub struct EventManager {
-    inner: Mutex<Inner>,
-    epoll: EpollSet,
+    pub(super) inner: Mutex<Inner>,
+    pub(super) epoll: EpollSet,
     birthplace: Birthplace,
     /// Goes up, under the lock, with each registration that is taken back.
     removals: Arc<AtomicU64>,
-    waits: Waits,
+    pub(super) waits: Waits,
     /// Traces that see the loop's turns.
     pub recorders: Recorders,
 }
@@ -203,62 +202,6 @@ impl EventManager {
         self.inner.lock().watched.get(&fd).is_some_and(|watched| watched.owner == id)
     }
 
-    /// Wait for events and dispatch them once; returns how many were dispatched.
-    ///
-    /// # Errors
-    /// When epoll fails.
-    pub fn run(&self) -> Result<usize> {
-        loop {
-            let dispatched = self.run_with_timeout(-1)?;
-            if dispatched > 0 {
-                return Ok(dispatched);
-            }
-        }
-    }
-
-    /// [`Self::run`] for at most this long; -1 for no limit. Returns 0 when the time passed, a signal
-    /// interrupted the wait, or [`Self::kick`] was called.
-    ///
-    /// # Errors
-    /// When epoll fails.
-    pub fn run_with_timeout(&self, milliseconds: i32) -> Result<usize> {
-        let limit = u64::try_from(milliseconds).ok().map(Duration::from_millis);
-        let dispatched = self.run_until(limit.map(|limit| Instant::now() + limit), None)?;
-        Ok(dispatched.unwrap_or(0))
-    }
-
-    /// [`Self::run`] until this time, none for no limit. After [`Self::kick`] it returns 0: who was kicked has something to
-    /// look at. None when the time passed, a signal interrupted the wait, `interrupt` turned readable, or, in a shared loop,
-    /// every 50 ms.
-    ///
-    /// # Errors
-    /// When epoll fails.
-    pub fn run_until(
-        &self,
-        deadline: Option<Instant>,
-        interrupt: Option<RawFd>,
-    ) -> Result<Option<usize>> {
-        self.check_process()?;
-        loop {
-            let Dispatched { events, woken } = self.dispatch(&mut self.inner.lock())?;
-            if events > 0 || woken {
-                return Ok(Some(events));
-            }
-            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-                return Ok(None);
-            }
-            let slice = self.waits.begin();
-            let until = slice.map_or(deadline, |slice| {
-                Some(deadline.map_or(slice, |deadline| deadline.min(slice)))
-            });
-            let is_ready = self.epoll.wait(until, interrupt);
-            self.waits.end(slice);
-            if !is_ready? {
-                return Ok(None);
-            }
-        }
-    }
-
     /// From here on several threads may turn this loop at once. One of them may take the event, or the kick, that another
     /// waits for: so none waits for longer than 50 ms. Returns when no thread is in a longer wait any more.
     ///
@@ -305,7 +248,7 @@ impl EventManager {
     }
 
     /// Dispatch what is ready now, without waiting.
-    fn dispatch(&self, inner: &mut Inner) -> Result<Dispatched> {
+    pub(super) fn dispatch(&self, inner: &mut Inner) -> Result<Dispatched> {
         // Upstream's dispatch has an `unreachable!` for an fd it does not know. Ghosts are dropped when
         // they arise; this keeps one that got through, or a panic in a subscriber, from unwinding a run.
         match catch_unwind(AssertUnwindSafe(|| inner.upstream.run_with_timeout(0))) {
@@ -323,10 +266,10 @@ impl EventManager {
 }
 
 /// What a dispatch came to.
-struct Dispatched {
-    events: usize,
+pub(super) struct Dispatched {
+    pub(super) events: usize,
     /// Somebody wants the loop to look at something else.
-    woken: bool,
+    pub(super) woken: bool,
 }
 
 impl AsRawFd for EventManager {

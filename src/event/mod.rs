@@ -7,6 +7,7 @@ mod inner;
 mod manager;
 mod poll;
 mod timer;
+mod turns;
 mod waits;
 
 pub(crate) use poll::wait_for_either;

@@ -25,8 +25,21 @@ struct State {
 }
 
 impl Waits {
+    /// Wait until this time at most, as `wait` does it.
+    pub(super) fn wait<T>(
+        &self,
+        deadline: Option<Instant>,
+        wait: impl FnOnce(Option<Instant>) -> T,
+    ) -> T {
+        let slice = self.begin();
+        let until = [deadline, slice].into_iter().flatten().min();
+        let result = wait(until);
+        self.end(slice);
+        result
+    }
+
     /// A wait begins; when it has to end, in a shared loop.
-    pub(super) fn begin(&self) -> Option<Instant> {
+    fn begin(&self) -> Option<Instant> {
         let mut state = self.state.lock();
         if state.is_shared {
             return Some(Instant::now() + SLICE);
@@ -36,7 +49,7 @@ impl Waits {
     }
 
     /// The wait that began with this answer is over.
-    pub(super) fn end(&self, slice: Option<Instant>) {
+    fn end(&self, slice: Option<Instant>) {
         if slice.is_none() {
             self.state.lock().long -= 1;
             self.ended.notify_all();

@@ -211,16 +211,30 @@ pub(super) fn wait(core: &EventManager, deadline: Option<Instant>) -> PyResult<u
     Ok(fetched.unwrap_or(Ok(0))?)
 }
 
-/// A turn of a machine's loop: wait until this time at most, dispatch, deliver, raise what vCPU threads have left, and run
-/// Python's signal handlers. Without the GIL.
+/// A turn of a machine's loop: wait until this time at most, dispatch and deliver, or wait until the thread of another machine
+/// has done so; then raise what vCPU threads have left, and run Python's signal handlers. Without the GIL.
 pub(super) fn turn(
     manager: &Py<PyEventManager>,
     raised: &Raised,
     deadline: Option<Instant>,
 ) -> PyResult<()> {
-    let fetched = wait(manager.get().core(), deadline)?;
+    let this = manager.get();
+    let leading = this.lead().begin();
+    let fetched = match &leading {
+        Some(_) => wakeup::wait(deadline, |until, interrupt| {
+            this.core().wait_until(until, interrupt).transpose()
+        })?
+        .unwrap_or(Ok(0))?,
+        None => {
+            this.lead().wait(deadline);
+            0
+        }
+    };
     Python::attach(|py| {
-        PyEventManager::deliver_fetched(manager.bind(py), fetched)?;
+        if leading.is_some() {
+            PyEventManager::deliver_fetched(manager.bind(py), fetched)?;
+            drop(leading);
+        }
         raised.check(py)?;
         py.check_signals()
     })

@@ -18,6 +18,7 @@ use super::endpoint::{Call, PyRemoteEndpoint};
 use super::events::{PyEventOps, PySubscriberId};
 use super::exit::timeout as as_timeout;
 use super::exit_handler::as_native_subscriber;
+use super::lead::Lead;
 use super::subscribers::{Receiver, Subscribers};
 use super::turning::Turners;
 use super::watch::Watch;
@@ -41,6 +42,7 @@ pub struct PyEventManager {
     /// Tells this manager's ids from another's.
     number: u64,
     turners: Turners,
+    lead: Lead,
     /// What other threads ask of the one that turns the loop.
     calls: Calls<Call>,
     watch: Watch,
@@ -60,6 +62,7 @@ impl PyEventManager {
             // Relaxed, here and below: all that matters is that no number is given twice.
             number: NUMBERS.fetch_add(1, Ordering::Relaxed),
             turners: Turners::default(),
+            lead: Lead::default(),
             calls: Calls::default(),
             watch: Watch::default(),
             awaiter: Mutex::new(None),
@@ -102,6 +105,10 @@ impl PyEventManager {
 
     pub(super) fn core(&self) -> &EventManager {
         &self.core
+    }
+
+    pub(super) fn lead(&self) -> &Lead {
+        &self.lead
     }
 
     pub(super) fn turners(&self) -> &Turners {
@@ -221,6 +228,11 @@ impl PyEventManager {
         // SAFETY: `try_dispatch` calls it under the lock that guards them.
         let take = || unsafe { this.fetched.swap(ready) };
         // What is ready is fetched without letting the GIL go: that costs less than the fetching.
+        let Some(_leading) = this.lead.begin() else {
+            // A machine's thread makes a turn.
+            slf.py().detach(|| this.lead.wait(deadline));
+            return Ok(0);
+        };
         if let Some(fetched) = this.core.try_dispatch(take)? {
             return Self::deliver(slf, fetched, delivery);
         }

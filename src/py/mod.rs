@@ -16,6 +16,7 @@ mod exit_handler;
 mod hooks;
 mod host;
 mod kvm;
+mod lead;
 mod live;
 mod memory;
 mod memory_parts;
