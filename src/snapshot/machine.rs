@@ -356,7 +356,11 @@ mod tests {
     }
 
     fn finish(vmm: &Vmm) -> Vec<u8> {
-        let exit = vmm.run(Some(Duration::from_secs(60)), |_| Ok::<(), Error>(())).unwrap();
+        let exit = vmm
+            .run(Some(Duration::from_secs(60)), |until| {
+                vmm.event_manager().run_until(until, None).map(drop)
+            })
+            .unwrap();
         assert_eq!((exit.reason, exit.code), (ExitReason::Code, Some(42)));
         vmm.serial().take()
     }
@@ -371,7 +375,11 @@ mod tests {
         vmm.start().unwrap();
         parked.recv_timeout(Duration::from_secs(60)).unwrap();
         let snapshot = vmm.snapshot().unwrap();
-        let exit = vmm.wait(Some(Duration::from_secs(60)), |_| Ok::<(), Error>(())).unwrap();
+        let exit = vmm
+            .wait(Some(Duration::from_secs(60)), |until| {
+                vmm.event_manager().run_until(until, None).map(drop)
+            })
+            .unwrap();
         assert_eq!(exit.unwrap().code, Some(42));
         (snapshot, vmm.serial().take())
     }
