@@ -5,7 +5,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 SHELL := /bin/bash
 PYTHON_CODE := python tests benches examples
 
-.PHONY: help all run test setup lint rust loom linux pytest docs bench stress audit format clean
+.PHONY: help all run test setup lint rust loom linux pytest docs bench stress fuzz audit format clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,12 @@ bench: setup ## Benchmarks: ratios against the physical limit; BENCH_JSON=FILE w
 
 stress: setup ## The long runs of the stress tests
 	PYVMM_STRESS_S=30 pytest --quiet tests/stress tests/test_event_manager_model.py --timeout 3600
+
+FUZZ_S ?= 60
+FUZZ_SEED ?= 1
+fuzz: setup ## Snapshot files changed at random; FUZZ_S=SECONDS, FUZZ_SEED=NUMBER
+	@pyvmm snapshot --memory 1 -o target/fuzz-sample --text Hello >/dev/null </dev/null
+	cargo run --quiet --release --no-default-features --example fuzz_snapshot target/fuzz-sample $(FUZZ_S) $(FUZZ_SEED)
 
 audit: setup ## Known vulnerabilities and licences of the dependencies
 	@scripts/if_there cargo-deny cargo deny --log-level error check

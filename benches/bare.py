@@ -64,9 +64,9 @@ def time_copy(size: int) -> float:
     return _checked(_snapshots().time_copy(ctypes.c_uint64(size)))
 
 
-def time_forks(code: bytes, memory: int, forks: int) -> float:
+def time_forks(code: bytes, memory: int, forks: int, threads: bool = False) -> float:
     """The median seconds of so many machines made over the same frozen memory, given a state and run to an exit."""
-    return _checked(_snapshots().time_forks(code, len(code), ctypes.c_uint64(memory), forks))
+    return _checked(_snapshots().time_forks(code, len(code), ctypes.c_uint64(memory), forks, threads))
 
 
 def time_resets(code: bytes, memory: int, resets: int, pages: int, how: int = 0) -> float:

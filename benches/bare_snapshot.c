@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <linux/kvm.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -232,8 +233,15 @@ double time_copy(uint64_t size)
 	return seconds;
 }
 
-/* The median seconds of so many forks: a machine, its mapping, its state, its run to an exit, its end. */
-double time_forks(const void *code, int size, uint64_t memory, int forks)
+static void *run_in_thread(void *m)
+{
+	run(m);
+	return NULL;
+}
+
+/* The median seconds of so many forks: a machine, its mapping, its state, its run to an exit, in a thread
+ * of its own if so wished. */
+double time_forks(const void *code, int size, uint64_t memory, int forks, int threads)
 {
 	struct machine m;
 	static struct state s;
@@ -247,7 +255,10 @@ double time_forks(const void *code, int size, uint64_t memory, int forks)
 		struct machine f = { .size = memory, .memfd = -1 };
 		double start = now();
 		f.memory = mmap(NULL, memory, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, m.memfd, 0);
-		if (build(&f, 0) < 0 || ioctl(f.vcpu, KVM_SET_CPUID2, &s.cpuid) < 0 || set(&f, &s) < 0 || run(&f) < 0)
+		if (build(&f, 0) < 0 || ioctl(f.vcpu, KVM_SET_CPUID2, &s.cpuid) < 0 || set(&f, &s) < 0)
+			return -1;
+		pthread_t thread;
+		if (!threads ? run(&f) < 0 : pthread_create(&thread, NULL, run_in_thread, &f) || pthread_join(thread, NULL))
 			return -1;
 		seconds[i] = now() - start;
 		destroy(&f);

@@ -22,6 +22,7 @@ from pyvmm.exits import Exit, ExitReason
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
     from rich.live import Live
 
     from pyvmm.config import SerialConfig, VmmConfig

@@ -129,6 +129,9 @@ impl Host {
     /// What this host lacks for a snapshot that was taken on `there`, a line each.
     #[must_use]
     pub fn lacks(&self, there: &Self, snapshot: &Snapshot) -> Vec<String> {
+        if self == there {
+            return Vec::new(); // the usual case, at once
+        }
         let mut lines = self.lacking_capabilities(there);
         let (ours, theirs) = (cpuid::vendor(&self.cpuid), cpuid::vendor(&there.cpuid));
         if ours != theirs {

@@ -257,7 +257,7 @@ fn check_memory(memory: &GuestMemory, snapshot: &Snapshot) -> Result<()> {
 mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
     use std::sync::mpsc::{Sender, channel};
-    use std::time::Duration;
+    use std::time::{Duration, Instant};
 
     use parking_lot::Mutex;
 
@@ -355,8 +355,12 @@ mod tests {
         counter
     }
 
+    fn turn(vmm: &Vmm, until: Option<Instant>) -> Result<()> {
+        vmm.event_manager().run_until(until, None).map(drop)
+    }
+
     fn finish(vmm: &Vmm) -> Vec<u8> {
-        let exit = vmm.run(Some(Duration::from_secs(60)), |_| Ok::<(), Error>(())).unwrap();
+        let exit = vmm.run(Some(Duration::from_secs(60)), |until| turn(vmm, until)).unwrap();
         assert_eq!((exit.reason, exit.code), (ExitReason::Code, Some(42)));
         vmm.serial().take()
     }
@@ -371,7 +375,7 @@ mod tests {
         vmm.start().unwrap();
         parked.recv_timeout(Duration::from_secs(60)).unwrap();
         let snapshot = vmm.snapshot().unwrap();
-        let exit = vmm.wait(Some(Duration::from_secs(60)), |_| Ok::<(), Error>(())).unwrap();
+        let exit = vmm.wait(Some(Duration::from_secs(60)), |until| turn(&vmm, until)).unwrap();
         assert_eq!(exit.unwrap().code, Some(42));
         (snapshot, vmm.serial().take())
     }
