@@ -37,8 +37,9 @@ class WritableDevice(Protocol):
 Device = ReadableDevice | WritableDevice
 """Either half, or both. Two more methods are called where they are there, for string instructions:
 
-`read_many(offset, size, count) -> bytes` answers `REP INS` in one call a page of guest memory, of 1,024 elements at most,
-`write_many(offset, size, data)` takes `REP OUTS` in one call a page. Without them each element is a call of `read` or `write`.
+`read_many(offset, size, count) -> bytes` answers `REP INS` in one call a page of guest memory, of 1,024 elements at
+most, `write_many(offset, size, data)` takes `REP OUTS` in one call a page. Without them each element is a call of
+`read` or `write`.
 
 `save() -> bytes` and `restore(state)` make it part of snapshots: called on the thread that takes one, forks or resets,
 while the guest is at rest. Without them `Vmm.snapshot` refuses and names the device.
