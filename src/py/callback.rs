@@ -13,7 +13,7 @@ use pyo3::{ffi, intern};
 
 use super::batch::Ready;
 use super::device::{PythonDevice, bytes_of};
-use super::endpoint::Call;
+use super::endpoint::make_calls;
 use super::event_manager::PyEventManager;
 use super::events::{PyEventOps, PyEvents};
 use super::hooks::Hooks;
@@ -142,24 +142,6 @@ fn time(
     }
     if is_slowest {
         manager.watch().note_slowest(took, name);
-    }
-    Ok(())
-}
-
-/// Make the calls that other threads have asked for: those that were there when it began.
-fn make_calls(manager: &Bound<'_, PyEventManager>) -> PyResult<()> {
-    let this = manager.get();
-    for _ in 0..this.calls().waiting() {
-        let Some(Call { function, reply }) = this.calls().pop() else {
-            break;
-        };
-        let py = manager.py();
-        let name = || name_of(function.bind(py));
-        let result = recorded(name, || function.call1(py, (manager,)));
-        match reply {
-            Some(reply) => reply.give(result),
-            None => drop(result?),
-        }
     }
     Ok(())
 }

@@ -14,6 +14,7 @@ use pyo3::prelude::*;
 
 use super::event_manager::PyEventManager;
 use super::exit::timeout as as_timeout;
+use super::trace::{name_of, recorded};
 
 /// How long a caller looks for its result before it sleeps.
 const SPIN: Duration = Duration::from_micros(100);
@@ -23,7 +24,7 @@ const SPIN: Duration = Duration::from_micros(100);
 pub(super) struct Call {
     pub(super) function: Py<PyAny>,
     /// None: nobody waits, and an exception ends the run.
-    pub(super) reply: Option<Arc<Reply>>,
+    reply: Option<Arc<Reply>>,
 }
 
 /// Where a caller waits for its call.
@@ -62,6 +63,33 @@ impl Reply {
         }
         result.take()
     }
+}
+
+/// Make the calls that other threads have asked for: those that were there when it began.
+pub(super) fn make_calls(manager: &Bound<'_, PyEventManager>) -> PyResult<()> {
+    let (this, py) = (manager.get(), manager.py());
+    let mut replies = Vec::new();
+    let mut made = Ok(());
+    for _ in 0..this.calls().waiting() {
+        let Some(Call { function, reply }) = this.calls().pop() else {
+            break;
+        };
+        let name = || name_of(function.bind(py));
+        let result = recorded(name, || function.call1(py, (manager,)));
+        match (reply, result) {
+            (Some(reply), result) => replies.push((reply, result)),
+            (None, Ok(_)) => {}
+            (None, Err(error)) => {
+                made = Err(error);
+                break;
+            }
+        }
+    }
+    if !replies.is_empty() {
+        // Without the GIL, which those who wait for the answers take at once.
+        py.detach(|| replies.into_iter().for_each(|(reply, result)| reply.give(result)));
+    }
+    made
 }
 
 /// Reaches an event manager's loop from other threads. Made by `EventManager.remote_endpoint`.
@@ -106,8 +134,8 @@ impl PyRemoteEndpoint {
         let deadline = as_timeout(timeout)?.and_then(|limit| Instant::now().checked_add(limit));
         let reply = Arc::new(Reply::default());
         let call = Call { function: function.clone().unbind(), reply: Some(Arc::clone(&reply)) };
-        manager.queue(call)?;
-        if let Some(result) = py.detach(|| reply.spin()) {
+        // Without the GIL, which the loop needs for the call.
+        if let Some(result) = py.detach(|| manager.queue(call).map(|()| reply.spin()))? {
             return result;
         }
         loop {
