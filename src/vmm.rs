@@ -17,7 +17,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
 use crate::exit_handler::{Exit, ExitHandler, ExitReason, WrappedExitHandler};
 use crate::fixup::Counts;
-use crate::snapshot::Parts;
+use crate::snapshot::{Held, Parts};
 use crate::trace::{self, Trace, Watching};
 use crate::vcpu::{Cell, Dispatch, VmRunState};
 use crate::vm::{GuestMemory, KvmVm, layout};
@@ -44,6 +44,7 @@ pub struct Vmm {
     pub(crate) exit_port: ExitPort,
     /// Somebody has paused the machine and not resumed it: whoever pauses it for a moment leaves it paused.
     pub(crate) is_paused: Mutex<bool>,
+    pub(crate) held: Held,
     /// Subscribers that are the machine's own and go with it.
     own_subscribers: Mutex<Vec<SubscriberId>>,
     runner: Mutex<Runner>,
@@ -121,6 +122,7 @@ impl Vmm {
             entry,
             exit_port,
             is_paused: Mutex::new(false),
+            held: Held::default(),
             own_subscribers: Mutex::new(own_subscribers),
             runner: Mutex::default(),
             run_ended: Condvar::new(),

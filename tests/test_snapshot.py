@@ -6,6 +6,7 @@ import gc
 import os
 import struct
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -118,6 +119,33 @@ def test_snapshot_of_a_running_machine_lets_it_go_on() -> None:
     for fork in (snapshots[0].fork(), snapshots[-1].fork()):
         with fork:
             assert finish(fork) == counted(0x1234_5678)
+
+
+def test_snapshots_from_several_threads_at_once_all_succeed() -> None:
+    with Vmm(flat(SPIN, "user64", address=0x10000)) as vmm:
+        vmm.start()
+        with ThreadPoolExecutor(4) as pool:
+            taken = list(pool.map(lambda _: vmm.snapshot(), range(100)))
+        assert len({snapshot.id for snapshot in taken}) == 100
+        assert vmm.state is VmRunState.RUNNING
+
+
+def test_forked_child_resets_and_snapshots_its_own_machines() -> None:
+    with oracle() as vmm:
+        vmm.snapshot()
+        snapshot = vmm.snapshot()  # the second looks into the page tables
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                with snapshot.fork() as fork:
+                    fork.memory.write(RAM_AT, b"mine")
+                    with fork.snapshot().fork() as later:
+                        found = later.memory.read(RAM_AT, 4)
+                    status = int((found, fork.reset(snapshot)) != (b"mine", 1))
+            finally:
+                os._exit(status)
+        assert os.waitpid(child, 0)[1] == 0
 
 
 def test_snapshot_of_a_paused_machine_leaves_it_paused() -> None:
@@ -251,6 +279,41 @@ def test_reset_refuses_a_machine_of_another_shape_and_changes_nothing() -> None:
         with pytest.raises(StateError, match="closed"):
             vmm.snapshot()
         assert larger.memory.size == 4 << 20
+
+
+def test_reset_refuses_devices_that_are_missing_and_changes_nothing() -> None:
+    class Stateless:
+        def read(self, offset: int, size: int) -> int:
+            return 0
+
+    with oracle() as vmm, oracle() as other:
+        vmm.add_pio_device(0x80, 1, Tape(b""))
+        snapshot = vmm.snapshot()
+        other.memory.write(RAM_AT, b"mine")
+        with pytest.raises(StateError, match="pio 0x80: the snapshot has a device there"):
+            other.reset(snapshot)
+        other.add_pio_device(0x80, 1, Stateless())
+        with pytest.raises(StateError, match=r"has no restore\(\)"):
+            other.reset(snapshot)
+        assert (other.state, other.memory.read(RAM_AT, 4)) == (VmRunState.CREATED, b"mine")
+
+
+def test_reset_to_another_cpuid_is_refused_once_the_guest_has_run() -> None:
+    def machine(*hide: str) -> Vmm:
+        return Vmm(flat(exit_with(9), "long64", address=0x10000, cpu=CpuConfig(hide=hide)))
+
+    with machine("cx16") as vmm, machine() as fresh, machine() as other:
+        snapshot = vmm.snapshot()
+        cpuid = [part for part in snapshot.state if part[0] == "cpuid"]
+        fresh.reset(snapshot)
+        assert [part for part in fresh.snapshot().state if part[0] == "cpuid"] == cpuid
+        assert fresh.run(DEADLINE_S).code == 9
+        fresh.reset(snapshot)
+        assert other.run(DEADLINE_S).code == 9
+        other.memory.write(RAM_AT, b"mine")
+        with pytest.raises(StateError, match=r"another CPUID.*fork"):
+            other.reset(snapshot)
+        assert (other.state, other.memory.read(RAM_AT, 4)) == (VmRunState.EXITING, b"mine")
 
 
 def test_two_vcpus_go_on_together() -> None:

@@ -65,6 +65,33 @@ def test_saved_loaded_and_saved_again_is_the_same_byte_for_byte(file: Path, tmp_
     assert again.read_bytes() == file.read_bytes()
 
 
+def test_file_may_have_as_long_a_name_as_there_is(started: Snapshot, tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 255)
+    started.save(path)
+    assert Snapshot.load(path).id == started.id
+    with pytest.raises(StreamError):
+        started.save(tmp_path / ("x" * 256))
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_state_that_no_file_can_hold_is_refused_before_it_is_written(tmp_path: Path) -> None:
+    class Huge:
+        def read(self, offset: int, size: int) -> int:
+            return 0
+
+        def save(self) -> bytes:
+            return bytes(1 << 28)
+
+        def restore(self, state: bytes) -> None:
+            pass
+
+    with Vmm(flat(SPIN)) as vmm:
+        vmm.add_pio_device(0x80, 1, Huge())
+        with pytest.raises(SnapshotError, match="268435456 at most"):
+            vmm.snapshot().save(tmp_path / "huge")
+    assert os.listdir(tmp_path) == []
+
+
 def test_pages_of_zeros_cost_nothing(tmp_path: Path) -> None:
     with Vmm(flat(SPIN, size_mib=512)) as vmm:
         vmm.memory.write(0x100000, os.urandom(4096))
@@ -102,6 +129,17 @@ def test_snapshots_are_pickled_by_their_file(file: Path, started: Snapshot) -> N
     assert loaded.id == started.id
     with pytest.raises(TypeError, match="save"):
         pickle.dumps(started)
+
+
+def test_pickle_is_of_one_snapshot_and_not_of_another_in_its_file(file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "pickled"
+    Snapshot.load(file).save(path)
+    pickled = pickle.dumps(Snapshot.load(path))
+    assert pickle.loads(pickled).id == Snapshot.load(file).id
+    with Vmm(flat(SPIN)) as vmm:
+        vmm.snapshot().save(path)
+    with pytest.raises(SnapshotError, match="another snapshot"):
+        pickle.loads(pickled)
 
 
 def test_progress_is_told_and_can_end_the_writing(tmp_path: Path) -> None:

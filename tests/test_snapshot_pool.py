@@ -67,6 +67,31 @@ def test_job_that_takes_too_long_costs_only_that_job(ready: Snapshot) -> None:
                 late.result()
 
 
+def test_time_is_up_for_others_while_a_late_job_does_not_return(ready: Snapshot) -> None:
+    is_over = threading.Event()
+
+    def linger(vmm: Vmm) -> None:
+        with pytest.raises(StateError):
+            while True:
+                vmm.memory.read(INPUT_AT, 1)  # until its time is up
+        is_over.wait(DEADLINE_S)
+
+    with ForkExecutor(ready, 2, timeout=0.2) as pool:
+        lingering = pool.submit(linger)
+        try:
+            for _ in range(3):
+                with pytest.raises(TimeoutError, match=r"0\.2 seconds"):
+                    pool.submit(plus_one, 200).result(DEADLINE_S / 4)
+            assert not lingering.done()
+        finally:
+            is_over.set()
+
+
+@pytest.mark.parametrize("timeout", [1e12, float("inf")])
+def test_time_limit_may_be_as_long_as_one_likes(ready: Snapshot, timeout: float) -> None:
+    assert ready.map(plus_one, range(20), workers=2, timeout=timeout) == list(range(1, 21))
+
+
 def test_job_that_closes_its_machine_costs_only_that_job(ready: Snapshot) -> None:
     def close(vmm: Vmm) -> None:
         vmm.close()

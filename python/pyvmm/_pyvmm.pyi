@@ -663,7 +663,8 @@ class Snapshot:
 
         Raises:
             OSError: (a StreamError) the file cannot be written.
-            SnapshotError: the base's memory has another size, or a file under this snapshot has been changed.
+            SnapshotError: the base's memory has another size, a file under this snapshot has been changed, or
+                the state of devices is larger than 256 MiB.
         """
 
     @staticmethod
@@ -1341,7 +1342,7 @@ class Vmm:
         and nobody has taken is dropped.
 
         Raises:
-            StateError: the machine is closed or of another shape than the snapshot, or its run is ending.
+            StateError: the machine is closed, its run is ending, or the snapshot is of another shape, device or CPUID.
         """
 
     def remove_subscriber(self, id: SubscriberId) -> object:

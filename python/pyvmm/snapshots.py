@@ -9,10 +9,11 @@ import time
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pyvmm.exceptions import VmmError
+from pyvmm.exceptions import SnapshotError, VmmError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from pathlib import Path
 
     from pyvmm._pyvmm import Snapshot, Vmm
     from pyvmm.config import VmmConfig
@@ -24,6 +25,16 @@ def config_of(memory: int, vcpus: int, exit_port: int | None, irqchip: bool, pit
 
     mib = max(1, memory >> 20)
     return VmmConfig(MemoryConfig(mib), CpuConfig(vcpus, fixups=fixups), exit_port=exit_port, irqchip=irqchip, pit=pit)
+
+
+def unpickled(path: Path, base: Snapshot | None, id: str, force: bool) -> Snapshot:
+    """The snapshot that was pickled by its file, and no other that has taken the file's name."""
+    from pyvmm._pyvmm import Snapshot
+
+    loaded = Snapshot.load(path, base, force=force)
+    if loaded.id != id:
+        raise SnapshotError(f"file: {path} holds another snapshot than when this one was pickled", at="file")
+    return loaded
 
 
 def fork_many(snapshot: Snapshot, count: int, changes: Callable[[int], dict[str, Any]] | None) -> list[Vmm]:
@@ -221,6 +232,7 @@ class _Watch:
         self._watched: dict[int, _Watched] = {}
         self._is_over = False
         self._is_killed = False
+        self._is_idle = False  # no deadline lies before it
         self._thread: threading.Thread | None = None
         if timeout is not None:
             self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
@@ -234,7 +246,7 @@ class _Watch:
                 watched.is_late = True
                 vmm.close()
             self._watched[id(watched)] = watched
-            if deadline is not None and len(self._watched) == 1:
+            if deadline is not None and self._is_idle:
                 self._changed.notify()  # else the thread waits for one that is earlier
         return watched
 
@@ -272,7 +284,9 @@ class _Watch:
                     watched.is_late = True
                 if not late:
                     left = [deadline - now for deadline, w in deadlines if not w.is_late]
-                    self._changed.wait(max(0.0, min(left)) if left else None)
+                    self._is_idle = not left
+                    self._changed.wait(min(*left, threading.TIMEOUT_MAX) if left else None)
+                    self._is_idle = False
                     continue
             for watched in late:
                 watched.vmm.close()

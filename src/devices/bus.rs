@@ -65,6 +65,12 @@ pub trait Device: Send + Sync + fmt::Debug {
         Ok(Vec::new())
     }
 
+    /// # Errors
+    /// [`ErrorKind::State`] when it is none that can be given a state.
+    fn check_restorable(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Become what was saved. The guest is at rest.
     ///
     /// # Errors

@@ -184,6 +184,10 @@ impl Device for PythonDevice {
         }
     }
 
+    fn check_restorable(&self) -> Result<()> {
+        self.methods.restore.as_ref().map_or_else(|| self.stateless("restore()"), |_| Ok(()))
+    }
+
     fn restore(&self, state: &[u8]) -> Result<()> {
         match &self.methods.restore {
             Some(restore) => self.keep("restore()", callback::restore(restore, state)),

@@ -31,11 +31,13 @@ pub struct PySnapshot {
     path: Option<PathBuf>,
     /// What that file was saved against.
     base: Option<Py<Self>>,
+    /// It was loaded although this machine lacks something.
+    is_forced: bool,
 }
 
 impl PySnapshot {
     pub(super) fn of(core: Snapshot, config: Py<PyAny>) -> Self {
-        Self { core: Arc::new(core), config, path: None, base: None }
+        Self { core: Arc::new(core), config, path: None, base: None, is_forced: false }
     }
 
     pub(super) fn core(&self) -> &Snapshot {
@@ -131,7 +133,8 @@ impl PySnapshot {
     ///
     /// Raises:
     ///     OSError: (a StreamError) the file cannot be written.
-    ///     SnapshotError: the base's memory has another size, or a file under this snapshot has been changed.
+    ///     SnapshotError: the base's memory has another size, a file under this snapshot has been changed, or
+    ///         the state of devices is larger than 256 MiB.
     #[pyo3(signature = (path, base = None, progress = None))]
     fn save(
         &self,
@@ -192,7 +195,8 @@ impl PySnapshot {
             ),
         )?;
         let path = std::path::absolute(&path).unwrap_or(path);
-        Ok(Self { core: Arc::new(core), config: config.unbind(), path: Some(path), base })
+        let (core, config) = (Arc::new(core), config.unbind());
+        Ok(Self { core, config, path: Some(path), base, is_forced: force })
     }
 
     /// What a file holds, without loading it: sizes, ids, the machine, and each record's name, number and length.
@@ -261,8 +265,8 @@ impl PySnapshot {
             return Err(PyTypeError::new_err(text));
         };
         let base = self.base.as_ref().map(|base| base.clone_ref(py));
-        let load = py.get_type::<Self>().getattr("load")?;
-        (load, (path, base)).into_pyobject(py)
+        let arguments = (path, base, self.id(), self.is_forced);
+        (snapshots(py)?.getattr("unpickled")?, arguments).into_pyobject(py)
     }
 
     /// The same machine with its memory in one piece, which shares nothing with other snapshots.

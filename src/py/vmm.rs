@@ -213,7 +213,7 @@ impl PyVmm {
     /// and nobody has taken is dropped.
     ///
     /// Raises:
-    ///     StateError: the machine is closed or of another shape than the snapshot, or its run is ending.
+    ///     StateError: the machine is closed, its run is ending, or the snapshot is of another shape, device or CPUID.
     fn reset(&self, py: Python<'_>, snapshot: &PySnapshot) -> PyResult<u64> {
         let changed = py.detach(|| self.vmm().reset(snapshot.core()));
         changed.map_err(|e| self.device_failure(e.into()))

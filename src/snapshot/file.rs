@@ -26,7 +26,7 @@ pub(super) const HEADER_CRC: usize = 12;
 /// In a run's place in the file: the pages are those of the base.
 pub(super) const OF_BASE: u64 = u64::MAX;
 /// More than this no state has: 254 vCPUs with AMX and a million runs of pages.
-const MOST_STATE: u64 = 1 << 28;
+pub(super) const MOST_STATE: u64 = 1 << 28;
 
 /// What a file says of itself at its start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -1,14 +1,16 @@
 //! From a machine to a snapshot and back: `snapshot`, `fork` and `reset` of a [`Vmm`]. Any thread but a vCPU's.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvm_ioctls::VmFd;
+use parking_lot::Mutex;
 
 use super::state::Device as DeviceState;
 use super::vcpu::Classes;
 use super::{Range, Shape, Snapshot, chips, new_id, vcpu};
 use crate::config::SerialConfig;
-use crate::devices::{self, Buses, Serial};
+use crate::devices::{self, Buses, Device, Serial};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
 use crate::exit_handler::WrappedExitHandler;
@@ -27,6 +29,45 @@ pub(crate) struct Parts {
     pub(crate) dispatch: Arc<Dispatch>,
     pub(crate) serial: Arc<Serial>,
     pub(crate) entry: u64,
+}
+
+/// Who looks at a machine or changes it while its vCPUs stand still.
+#[derive(Debug, Default)]
+pub(crate) struct Held {
+    still: Mutex<Still>,
+    /// How many resets have begun, and how many of them are over.
+    resets: [AtomicU64; 2],
+}
+
+#[derive(Debug, Default)]
+struct Still {
+    by: u32,
+    /// It is to go on when nobody holds it any more.
+    was_running: bool,
+}
+
+impl Held {
+    /// # Errors
+    /// [`ErrorKind::State`] when a reset is under way, or has begun since there were so many.
+    fn check_resets(&self, before: Option<u64>) -> Result<u64> {
+        // Acquire: who finds a reset over finds what it did. The end first: one that ends in between counts as begun.
+        let [begun, over] = &self.resets;
+        let (over, begun) = (over.load(Ordering::Acquire), begun.load(Ordering::Acquire));
+        if begun == over && before.is_none_or(|before| before == begun) {
+            return Ok(begun);
+        }
+        let detail = "the machine was reset while it was looked at";
+        Err(Error::new(ErrorKind::State, "snapshot", detail))
+    }
+
+    fn reset<T>(&self, act: impl FnOnce() -> T) -> T {
+        // Release, as above.
+        let [begun, over] = &self.resets;
+        begun.fetch_add(1, Ordering::Release);
+        let result = act();
+        over.fetch_add(1, Ordering::Release);
+        result
+    }
 }
 
 /// What a fork has of its own.
@@ -51,12 +92,13 @@ impl Vmm {
         vm.prepare(self.entry)?;
         self.stand_still(&vm, || {
             vm.settle(true)?;
-            let rests = rests(&vm);
+            let (rests, resets) = (rests(&vm), self.held.check_resets(None)?);
             // Without a lock: a device may be Python's.
             let devices = save_devices(&self.dispatch().buses)?;
             let shape = self.shape(&vm);
             vm.at_rest(|fd, vcpus| {
                 check_rests(vcpus, &rests)?;
+                self.held.check_resets(Some(resets))?;
                 capture(vm.memory(), shape, fd, vcpus, devices)
             })
         })
@@ -67,14 +109,15 @@ impl Vmm {
     ///
     /// # Errors
     /// [`ErrorKind::State`] when the machine is closed, a run is ending, or the snapshot is of a machine of another
-    /// shape: nothing is changed then. When KVM refuses or memory is missing the machine may be part one and part the
-    /// other: reset it again, or close it.
+    /// shape or CPUID, or with a device that this one has not: nothing is changed then. When KVM or a device refuses or memory is
+    /// missing the machine may be part one and part the other: reset it again, or close it.
     pub fn reset(&self, snapshot: &Snapshot) -> Result<u64> {
         let vm = self.vm()?;
         vm.check_process()?;
         self.shape(&vm).check_same(&snapshot.shape)?;
         check_memory(vm.memory(), snapshot)?;
         snapshot.ranges.iter().try_for_each(|range| range.image.check())?;
+        let devices = devices_of(&self.dispatch().buses, snapshot)?;
         // Nobody starts a run meanwhile; of a run in progress the vCPUs stand still.
         let in_run = self.is_in_run();
         let running = if in_run { None } else { Some(self.enter_run("reset", false)?) };
@@ -85,10 +128,12 @@ impl Vmm {
             }
             // What KVM would complete at the next entry belongs to the guest that goes.
             vm.settle(false)?;
-            let changed = vm.at_rest(|fd, vcpus| bring_back(&vm, fd, vcpus, snapshot))?;
-            vm.revive();
-            restore_devices(&self.dispatch().buses, snapshot)?;
-            Ok(changed / layout::PAGE)
+            self.held.reset(|| {
+                let changed = vm.at_rest(|fd, vcpus| bring_back(&vm, fd, vcpus, snapshot))?;
+                vm.revive();
+                restore_devices(&devices)?;
+                Ok(changed / layout::PAGE)
+            })
         });
         drop(running);
         result
@@ -126,23 +171,30 @@ impl Vmm {
     /// # Errors
     /// When one is missing, or refuses its state.
     pub fn restore_devices(&self, snapshot: &Snapshot) -> Result<()> {
-        restore_devices(&self.dispatch().buses, snapshot)
+        restore_devices(&devices_of(&self.dispatch().buses, snapshot)?)
     }
 
     /// Do something while no vCPU runs: a running machine is paused for it, and goes on unless somebody has paused it
-    /// meanwhile.
+    /// meanwhile. Of several at once the last lets it go on.
     fn stand_still<T>(&self, vm: &Vm, act: impl FnOnce() -> Result<T>) -> Result<T> {
-        let is_running = vm.state() == VmRunState::Running;
-        if is_running {
-            match vm.pause() {
-                // It has ended by itself.
-                Err(_) if vm.state() == VmRunState::Exiting => {}
-                result => result?,
-            }
-        }
-        let result = act();
+        let is_running = {
+            let mut still = self.held.still.lock();
+            still.by += 1;
+            let is_running = vm.state() == VmRunState::Running;
+            still.was_running |= is_running;
+            is_running
+        };
+        let paused = match is_running.then(|| vm.pause()) {
+            // It has ended by itself.
+            Some(Err(_)) if vm.state() == VmRunState::Exiting => Ok(()),
+            Some(result) => result,
+            None => Ok(()),
+        };
+        let result = paused.and_then(|()| act());
+        let mut still = self.held.still.lock();
+        still.by -= 1;
         let is_paused = self.is_paused.lock();
-        if is_running && !*is_paused {
+        if still.by == 0 && std::mem::take(&mut still.was_running) && !*is_paused {
             // Fails when the run has ended meanwhile.
             let _ = vm.resume();
         }
@@ -199,22 +251,34 @@ fn save_devices(buses: &Buses) -> Result<Vec<DeviceState>> {
     Ok(all)
 }
 
-fn restore_devices(buses: &Buses, snapshot: &Snapshot) -> Result<()> {
-    for saved in &snapshot.devices {
+/// A device, and the state that it is to be given.
+type Restored<'a> = (Arc<dyn Device>, &'a [u8]);
+
+/// The device of each state that the snapshot has.
+///
+/// # Errors
+/// [`ErrorKind::State`] when one is missing, or cannot be given a state.
+fn devices_of<'a>(buses: &Buses, snapshot: &'a Snapshot) -> Result<Vec<Restored<'a>>> {
+    let find = |saved: &'a DeviceState| {
         let bus = if saved.is_mmio { &buses.mmio } else { &buses.pio };
         let mut there = bus.devices().into_iter();
         match there.find(|(base, length, _)| (*base, *length) == (saved.base, saved.length)) {
-            Some((.., device)) => device.restore(&saved.state)?,
+            Some((.., device)) => {
+                device.check_restorable()?;
+                Ok((device, saved.state.as_slice()))
+            }
             None => {
-                let at = saved.place();
                 let detail = "the snapshot has a device there, and this machine has none like it";
-                return Err(
-                    Error::new(ErrorKind::State, at, detail).hint("fork(setup=...) adds devices")
-                );
+                let error = Error::new(ErrorKind::State, saved.place(), detail);
+                Err(error.hint("fork(setup=...) adds devices"))
             }
         }
-    }
-    Ok(())
+    };
+    snapshot.devices.iter().map(find).collect()
+}
+
+fn restore_devices(devices: &[Restored<'_>]) -> Result<()> {
+    devices.iter().try_for_each(|(device, state)| device.restore(state))
 }
 
 fn set_state(
@@ -235,6 +299,9 @@ fn bring_back(
     vcpus: &mut [impl std::ops::DerefMut<Target = Vcpu>],
     snapshot: &Snapshot,
 ) -> Result<u64> {
+    for ((number, vcpu), state) in (0..).zip(vcpus.iter_mut()).zip(&snapshot.vcpus) {
+        vcpu::check_cpuid(vcpu, number, state)?;
+    }
     let images = snapshot.ranges.iter().map(|range| (range.start, &range.image));
     let changed = vm.memory().kvm_slots().reset(images)?;
     set_state(fd, vcpus, snapshot)?;
@@ -255,15 +322,12 @@ fn check_memory(memory: &GuestMemory, snapshot: &Snapshot) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicU64, Ordering};
     use std::sync::mpsc::{Sender, channel};
     use std::time::{Duration, Instant};
 
-    use parking_lot::Mutex;
-
     use super::*;
     use crate::config::{Boot, Code, CpuMode, FlatBoot, VmmConfig};
-    use crate::devices::{Device, Flow};
+    use crate::devices::Flow;
     use crate::exit_handler::ExitReason;
     use crate::vcpu::Cell;
 

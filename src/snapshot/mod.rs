@@ -20,7 +20,7 @@ pub use host::Host;
 pub(crate) use image::memfd;
 pub use image::{Image, Layer, Run};
 pub use machine::ForkConfig;
-pub(crate) use machine::Parts;
+pub(crate) use machine::{Held, Parts};
 pub(crate) use ram::Ram;
 pub use shape::Shape;
 pub(crate) use state::Reader;

@@ -5,9 +5,12 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
-use std::sync::OnceLock;
+use std::sync::Arc;
+
+use parking_lot::RwLock;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::process::Birthplace;
 use crate::vm::layout::PAGE;
 
 /// `struct page_region` of linux/fs.h.
@@ -55,15 +58,21 @@ const BATCH: usize = 512;
 /// Start and end of a run of pages, in bytes from the start of the mapping.
 pub(crate) type Range = (u64, u64);
 
-fn pagemap() -> Result<&'static File> {
-    // One a process: it speaks for the process that opened it, and machines do not outlive a fork.
-    static PAGEMAP: OnceLock<File> = OnceLock::new();
-    if let Some(file) = PAGEMAP.get() {
+/// The kernel answers for the process that opened the file: one that was forked needs its own.
+fn pagemap() -> Result<Arc<File>> {
+    static PAGEMAP: RwLock<Option<(Birthplace, Arc<File>)>> = RwLock::new(None);
+    // Never waited for: in a forked child another thread's lock is held for ever.
+    let known = PAGEMAP.try_read().and_then(|known| known.clone());
+    if let Some((_, file)) = known.filter(|(birthplace, _)| !birthplace.is_foreign()) {
         return Ok(file);
     }
     let file = File::open("/proc/self/pagemap")
         .map_err(|e| Error::os(ErrorKind::Memory, "/proc/self/pagemap", &e))?;
-    Ok(PAGEMAP.get_or_init(|| file))
+    let file = Arc::new(file);
+    if let Some(mut known) = PAGEMAP.try_write() {
+        *known = Some((Birthplace::here(), Arc::clone(&file)));
+    }
+    Ok(file)
 }
 
 /// The pages of the private mapping at `host` that have been written. Where the kernel is older than 6.7, pages of
@@ -72,7 +81,7 @@ pub(crate) fn written(host: u64, size: u64) -> Result<Vec<Range>> {
     let file = pagemap()?;
     match scan(file.as_raw_fd(), host, size) {
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => {
-            read(file, host, size)
+            read(&file, host, size)
         }
         result => result,
     }
@@ -168,7 +177,7 @@ mod tests {
         let expected = [(3 * PAGE, 6 * PAGE), (40 * PAGE, 41 * PAGE), (63 * PAGE, 64 * PAGE)];
         let host = mapping.as_ptr() as u64;
         assert_eq!(written(host, 64 * PAGE).unwrap(), expected);
-        assert_eq!(read(pagemap().unwrap(), host, 64 * PAGE).unwrap(), expected);
+        assert_eq!(read(&pagemap().unwrap(), host, 64 * PAGE).unwrap(), expected);
     }
 
     #[test]

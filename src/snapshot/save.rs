@@ -9,7 +9,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use super::file::{HEADER, Header, OF_BASE};
+use super::file::{HEADER, Header, MOST_STATE, OF_BASE};
 use super::host::Host;
 use super::image::Image;
 use super::pagemap::{self, Range};
@@ -27,7 +27,8 @@ impl Snapshot {
     /// base. `progress` is told how many bytes of how many have been written; its error ends the writing.
     ///
     /// # Errors
-    /// [`ErrorKind::Io`] when the file cannot be written, [`ErrorKind::Snapshot`] when the base is of another machine; what
+    /// [`ErrorKind::Io`] when the file cannot be written, [`ErrorKind::Snapshot`] when the base is of another machine or
+    /// the devices' state is larger than a file may have; what
     /// `progress` returns. A file of that name is as before then.
     pub fn save<E: From<Error>>(
         &self,
@@ -38,6 +39,10 @@ impl Snapshot {
         let plans = self.plans(base)?;
         let total = plans.iter().map(|plan| bytes(&plan.stored)).sum();
         let state = self.encode(&plans)?;
+        if state.len() as u64 > MOST_STATE {
+            let detail = format!("{} bytes, where a file has {MOST_STATE} at most", state.len());
+            return Err(Error::new(ErrorKind::Snapshot, "state", detail).into());
+        }
         let pages = (HEADER as u64 + state.len() as u64).next_multiple_of(PAGE);
         let new = NewFile::beside(path)?;
         let (mut at, mut crc) = (pages, crc32fast::Hasher::new());
@@ -252,15 +257,13 @@ impl Drop for NewFile {
 
 /// A name beside `path` that nobody uses.
 fn other_name(directory: &Path, path: &Path) -> Result<PathBuf> {
-    let base = path.file_name().ok_or_else(|| {
+    if path.file_name().is_none() {
         let detail = format!("{} names no file", path.display());
-        Error::new(ErrorKind::Io, "snapshot", detail)
-    })?;
+        return Err(Error::new(ErrorKind::Io, "snapshot", detail));
+    }
     let random: String = new_id()?.iter().take(6).map(|byte| format!("{byte:02x}")).collect();
-    let mut name = std::ffi::OsString::from(".");
-    name.push(base);
-    name.push(format!(".{random}.part"));
-    Ok(directory.join(name))
+    // Short: `path`'s own may have all the length that a name can have.
+    Ok(directory.join(format!(".pyvmm-{random}.part")))
 }
 
 /// Give a nameless file a name.

@@ -238,6 +238,37 @@ pub(crate) fn apply(
     Ok(())
 }
 
+/// What CPUID says is for good once a vCPU has run.
+///
+/// # Errors
+/// [`ErrorKind::State`] when that is not what the state has.
+pub(super) fn check_cpuid(vcpu: &mut Vcpu, number: u16, records: &[Record]) -> Result<()> {
+    let Some(table) = get(records, Kind::Cpuid, number) else { return Ok(()) };
+    if !vcpu.has_run || vcpu.known_cpuid.as_deref() == Some(table) {
+        return Ok(());
+    }
+    let here = kvm("KVM_GET_CPUID2", vcpu.fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES))?;
+    let lasting = |table: &CpuId| table.as_slice().iter().map(lasting).collect::<Vec<_>>();
+    if lasting(&here) != lasting(&cpuid(table)?) {
+        let detail = format!("the snapshot has another CPUID than vCPU {number}, which has run");
+        return Err(Error::new(ErrorKind::State, "reset", detail).hint("fork the snapshot"));
+    }
+    vcpu.known_cpuid = Some(table.to_vec());
+    Ok(())
+}
+
+/// An entry without what follows the guest's registers: MONITOR, OSXSAVE, APIC, OSPKE, and the size of xsave.
+fn lasting(entry: &kvm_cpuid_entry2) -> [u32; 6] {
+    let kvm_cpuid_entry2 { function, index, eax, mut ebx, mut ecx, mut edx, .. } = *entry;
+    match (function, index) {
+        (1, _) => (ecx, edx) = (ecx & !(1 << 3 | 1 << 27), edx & !(1 << 9)),
+        (7, 0) => ecx &= !(1 << 4),
+        (0xd, 0 | 1) => ebx = 0,
+        _ => {}
+    }
+    [function, index, eax, ebx, ecx, edx]
+}
+
 fn set_cpuid(vcpu: &Vcpu, table: &[u8]) -> Result<()> {
     kvm("KVM_SET_CPUID2", vcpu.fd.set_cpuid2(&cpuid(table)?))
 }

@@ -31,6 +31,8 @@ pub struct Vcpu {
     pub(crate) fixups: Option<Arc<fixup::Counts>>,
     /// KVM_RUN has been called: what CPUID says cannot be changed any more.
     pub(crate) has_run: bool,
+    /// A CPUID table, as snapshots keep it, that is known to be this one's.
+    pub(crate) known_cpuid: Option<Vec<u8>>,
     /// The last exit was a read, and `answer` may still say what was read.
     pub(crate) awaits_answer: bool,
     /// A port or memory access has been answered and not completed: the next entry does that.
@@ -125,6 +127,7 @@ impl Vcpu {
             memory,
             fixups: None,
             has_run: false,
+            known_cpuid: None,
             awaits_answer: false,
             is_pending: false,
             has_page_registers: false,
