@@ -31,14 +31,12 @@ pub trait Device: Send + Sync + fmt::Debug {
 
     /// `INS`: elements of `size` bytes, all from the same offset.
     fn read_many(&self, offset: u64, data: &mut [u8], size: usize) -> Flow {
-        let mut elements = data.chunks_mut(size);
-        elements.find_map(|element| end_of(self.read(offset, element))).unwrap_or(Flow::Continue)
+        each(data.chunks_mut(size), |element| self.read(offset, element))
     }
 
     /// `OUTS`: elements of `size` bytes, all to the same offset.
     fn write_many(&self, offset: u64, data: &[u8], size: usize) -> Flow {
-        let mut elements = data.chunks(size);
-        elements.find_map(|element| end_of(self.write(offset, element))).unwrap_or(Flow::Continue)
+        each(data.chunks(size), |element| self.write(offset, element))
     }
 
     /// What a trace calls it.
@@ -83,8 +81,9 @@ pub trait Device: Send + Sync + fmt::Debug {
     }
 }
 
-fn end_of(flow: Flow) -> Option<Flow> {
-    (flow != Flow::Continue).then_some(flow)
+/// One access after the other, up to one that does not go on.
+pub fn each<T>(elements: impl Iterator<Item = T>, access: impl FnMut(T) -> Flow) -> Flow {
+    elements.map(access).find(|flow| *flow != Flow::Continue).unwrap_or(Flow::Continue)
 }
 
 /// Which of a machine's two buses.

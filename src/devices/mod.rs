@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
-pub use bus::{Access, Bus, Buses, Device, Flow, Unanswered};
+pub use bus::{Access, Bus, Buses, Device, Flow, Unanswered, each};
 pub use debug_exit::DebugExit;
 pub use i8042::I8042;
 pub use rtc::Rtc;

@@ -49,10 +49,10 @@ pub(crate) fn execute(cpu: &mut Cpu<'_>, instruction: &Instruction) -> Done<Flow
             cpu.interrupt(4, instruction.next_ip(), true)?
         }
         Mnemonic::Into => Flow::Next,
-        mnemonic if bits::knows(mnemonic) => bits::execute(cpu, instruction)?,
-        mnemonic if sse::knows(mnemonic) => sse::execute(cpu, instruction)?,
-        mnemonic if x87::knows(mnemonic) => x87::execute(cpu, instruction)?,
-        mnemonic if xsave::knows(mnemonic) => xsave::execute(cpu, instruction)?,
+        mnemonic if bits::name(mnemonic).is_some() => bits::execute(cpu, instruction)?,
+        mnemonic if sse::name(mnemonic).is_some() => sse::execute(cpu, instruction)?,
+        mnemonic if x87::name(mnemonic).is_some() => x87::execute(cpu, instruction)?,
+        mnemonic if xsave::name(mnemonic).is_some() => xsave::execute(cpu, instruction)?,
         _ => system::execute(cpu, instruction)?,
     };
     if flow == Flow::Next {
@@ -61,6 +61,11 @@ pub(crate) fn execute(cpu: &mut Cpu<'_>, instruction: &Instruction) -> Done<Flow
         cpu.regs.rflags &= !RF;
     }
     Ok(flow)
+}
+
+/// The name of an instruction in a table of those that are executed.
+fn named(table: &[(Mnemonic, &'static str)], mnemonic: Mnemonic) -> Option<&'static str> {
+    table.iter().find(|(known, _)| *known == mnemonic).map(|(_, name)| *name)
 }
 
 /// The name of an instruction that has a fix-up, as its manual has it.

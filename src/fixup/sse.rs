@@ -105,10 +105,6 @@ enum Kind {
     Shift(u32, fn(u64, u64, u32) -> u64),
 }
 
-pub(super) fn knows(mnemonic: Mnemonic) -> bool {
-    name(mnemonic).is_some()
-}
-
 pub(super) fn name(mnemonic: Mnemonic) -> Option<&'static str> {
     TABLE.iter().find(|(known, ..)| *known == mnemonic).map(|(_, name, _)| *name)
 }

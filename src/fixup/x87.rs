@@ -23,12 +23,8 @@ const TABLE: [(Mnemonic, &str); 7] = [
     (Mnemonic::Stmxcsr, "stmxcsr"),
 ];
 
-pub(super) fn knows(mnemonic: Mnemonic) -> bool {
-    name(mnemonic).is_some()
-}
-
 pub(super) fn name(mnemonic: Mnemonic) -> Option<&'static str> {
-    TABLE.iter().find(|(known, _)| *known == mnemonic).map(|(_, name)| *name)
+    super::named(&TABLE, mnemonic)
 }
 
 pub(super) fn execute(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<Flow> {

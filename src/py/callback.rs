@@ -190,7 +190,7 @@ fn process(
 /// Without the GIL.
 pub(super) fn wait(core: &EventManager, deadline: Option<Instant>) -> PyResult<usize> {
     let fetched =
-        wakeup::wait(deadline, |until, interrupt| core.run_until(until, interrupt).transpose())?;
+        wakeup::wait(deadline, |until, interrupt| core.wait_until(until, interrupt).transpose())?;
     Ok(fetched.unwrap_or(Ok(0))?)
 }
 
@@ -204,10 +204,7 @@ pub(super) fn turn(
     let this = manager.get();
     let leading = this.lead().begin();
     let fetched = match &leading {
-        Some(_) => wakeup::wait(deadline, |until, interrupt| {
-            this.core().wait_until(until, interrupt).transpose()
-        })?
-        .unwrap_or(Ok(0))?,
+        Some(_) => wait(this.core(), deadline)?,
         None => {
             this.lead().wait(deadline);
             0

@@ -9,7 +9,7 @@ use pyo3::prelude::*;
 
 use super::callback::{self, Answer};
 use super::raised::Raised;
-use crate::devices::{Access, Device, Flow};
+use crate::devices::{Access, Device, Flow, each};
 use crate::error::{Error, ErrorKind, Result};
 use crate::vcpu::Data;
 
@@ -162,16 +162,14 @@ impl Device for PythonDevice {
 
     fn read_many(&self, offset: u64, data: &mut [u8], size: usize) -> Flow {
         let Some(read_many) = &self.methods.read_many else {
-            let mut elements = data.chunks_mut(size).map(|element| self.read(offset, element));
-            return elements.find(|flow| *flow != Flow::Continue).unwrap_or(Flow::Continue);
+            return each(data.chunks_mut(size), |element| self.read(offset, element));
         };
         Self::flow(callback::read_many(self, read_many, offset, size, data.len()), data)
     }
 
     fn write_many(&self, offset: u64, data: &[u8], size: usize) -> Flow {
         let Some(write_many) = &self.methods.write_many else {
-            let mut elements = data.chunks(size).map(|element| self.write(offset, element));
-            return elements.find(|flow| *flow != Flow::Continue).unwrap_or(Flow::Continue);
+            return each(data.chunks(size), |element| self.write(offset, element));
         };
         Self::flow(callback::write_many(self, write_many, offset, size, data), &mut [])
     }
