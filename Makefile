@@ -5,7 +5,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 SHELL := /bin/bash
 PYTHON_CODE := python tests benches examples
 
-.PHONY: help all run test setup lint rust loom linux pytest docs bench stress fuzz audit format clean
+.PHONY: help all run test setup lint rust loom linux pytest checked docs bench stress fuzz audit format clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -16,7 +16,7 @@ run: ## Set everything up and boot the guest inside the package
 	@scripts/setup.sh kvm
 	@pyvmm run
 
-test: setup lint rust loom linux pytest docs ## Set everything up and pass the tests
+test: setup lint rust loom linux pytest checked docs ## Set everything up and pass the tests
 
 setup: ## Make .venv with pyvmm in it, built in release
 	@scripts/setup.sh
@@ -41,6 +41,11 @@ linux: ## Build the Linux that the tests boot, once, outside the checkout
 
 pytest: setup linux ## The Python tests
 	pytest --quiet
+
+CHECKED ?= tests/stress tests/test_vmm.py tests/test_vm.py tests/test_devices.py tests/test_hooks.py tests/test_robustness.py
+checked: setup ## Python tests with a module that checks the order of locks; CHECKED=ARGUMENTS of pytest
+	@scripts/checked.sh
+	PYTHONPATH=target/checked/python pytest --quiet $(CHECKED)
 
 docs: setup ## The Rust documentation, every link checked
 	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps --document-private-items

@@ -8,11 +8,11 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use parking_lot::Mutex;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::error::Result;
 use crate::process::Birthplace;
+use crate::sync::{Mutex, rank};
 
 /// Something a vCPU tells that its guest has ended.
 pub trait ExitHandler {
@@ -109,7 +109,7 @@ impl MutEventSubscriber for VmmExitHandler {
 
 /// The handler as the loop, the VM and every vCPU share it.
 #[derive(Clone, Debug)]
-pub struct WrappedExitHandler(Arc<Mutex<VmmExitHandler>>);
+pub struct WrappedExitHandler(Arc<Mutex<VmmExitHandler, rank::ExitHandler>>);
 
 impl WrappedExitHandler {
     /// A new handler, not yet shared.
@@ -151,7 +151,7 @@ impl WrappedExitHandler {
 
     /// The shared handler.
     #[must_use]
-    pub fn inner(&self) -> &Arc<Mutex<VmmExitHandler>> {
+    pub fn inner(&self) -> &Arc<Mutex<VmmExitHandler, rank::ExitHandler>> {
         &self.0
     }
 }

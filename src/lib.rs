@@ -30,6 +30,7 @@ mod process;
 #[cfg(feature = "python")]
 pub mod py;
 pub mod snapshot;
+pub mod sync;
 pub mod trace;
 pub mod vcpu;
 pub mod vm;

@@ -25,6 +25,7 @@ TESTED_BY = {
     "src/py/vmm_devices.rs": "tests/test_devices.py",
     "src/vcpu/access.rs": "tests/test_devices.py",
     "python/pyvmm/hostcalls.py": "tests/test_hostcalls.py",
+    "src/py/attach.rs": "tests/test_callbacks.py",
     "src/py/attached.rs": "tests/test_event_fd.py",
     "src/py/watch.rs": "tests/test_callbacks.py",
     "src/py/batch.rs": "tests/test_event_manager.py",
@@ -36,11 +37,15 @@ TESTED_BY = {
     "src/py/host.rs": "tests/test_doctor.py",
     "src/py/live.rs": "tests/test_robustness.py",
     "src/py/serial.rs": "tests/test_streams.py",
-    "src/vmm.rs": "tests/rust/seed.rs",
+    "src/vmm/mod.rs": "tests/rust/seed.rs",
+    "src/vmm/run.rs": "tests/rust/seed.rs",
+    "src/vmm/life.rs": "tests/test_vmm.py",
     "src/event/calls.rs": "tests/test_endpoint.py",
     "src/event/inner.rs": "tests/test_event_manager.py",
     "src/py/turning.rs": "tests/test_event_manager.py",
     "src/event/errors.rs": "tests/test_event_manager.py",
+    "src/sync/held.rs": "src/sync/mod.rs",
+    "src/sync/rank.rs": "src/sync/mod.rs",
     "src/vm/vcpus.rs": "tests/test_vcpu.py",
     "src/vm/view.rs": "tests/test_memory.py",
     "src/vm/mod.rs": "tests/test_vm.py",
@@ -98,7 +103,8 @@ def test_pyo3_is_named_only_in_the_binding() -> None:
 
 
 def test_only_callback_calls_into_python_from_other_threads() -> None:
-    attaching = {name(path) for path in RUST if "Python::attach" in code(path)}
+    assert {name(path) for path in RUST if "Python::attach" in code(path)} == {"src/py/attach.rs"}
+    attaching = {name(path) for path in RUST if "use super::attach::attach;" in code(path)}
     allowed = {
         "src/py/callback.rs",
         "src/py/memory.rs",  # lets the GIL go while a machine is dropped
@@ -123,6 +129,12 @@ def test_files_open_with_what_lives_there_and_are_short(path: Path) -> None:
     lines = path.read_text().splitlines()
     assert lines[0].startswith(("//!", '"""'))
     assert len(lines) <= MOST_LINES
+
+
+def test_every_lock_has_a_rank() -> None:
+    unranked = re.compile(r"parking_lot|std::sync::\{?[^;]*\b(Mutex|RwLock|Condvar)\b")
+    without = {name(path) for path in RUST if unranked.search(code(path).replace("\n", " "))}
+    assert {path for path in without if not path.startswith("src/sync/")} == set()
 
 
 def test_every_export_of_the_native_module_is_public_documented_and_in_the_stub() -> None:

@@ -5,10 +5,9 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
-use parking_lot::{Mutex, RwLock};
-
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::Exit;
+use crate::sync::{Mutex, RwLock, rank};
 
 /// What becomes of the vCPU after an access.
 #[derive(Debug, PartialEq, Eq)]
@@ -115,7 +114,7 @@ struct Entry {
 #[derive(Debug, Default)]
 pub struct Bus {
     /// Sorted by base, without overlap.
-    entries: RwLock<Vec<Entry>>,
+    entries: RwLock<Vec<Entry>, rank::Bus>,
 }
 
 impl Bus {
@@ -185,7 +184,7 @@ pub struct Buses {
     pub pio: Bus,
     /// Memory-mapped devices.
     pub mmio: Bus,
-    unanswered: Mutex<Counts>,
+    unanswered: Mutex<Counts, rank::Unanswered>,
 }
 
 /// A guest can touch any number of addresses: the first so many are kept apart.

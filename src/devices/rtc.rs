@@ -2,10 +2,9 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use parking_lot::Mutex;
-
 use super::{Device, Flow};
 use crate::error::{Error, ErrorKind, Result};
+use crate::sync::{Mutex, rank};
 
 const INDEX: u64 = 0;
 const STATUS_B: u8 = 0x0b;
@@ -18,7 +17,7 @@ const RAM_AND_TIME_VALID: u8 = 0x80;
 /// Answers at an index port and the data port behind it.
 #[derive(Debug)]
 pub struct Rtc {
-    state: Mutex<State>,
+    state: Mutex<State, rank::Rtc>,
     now: fn() -> i64,
 }
 

@@ -7,7 +7,6 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use parking_lot::{Condvar, Mutex};
 use vm_superio::Trigger;
 use vm_superio::serial::{NoEvents, Serial as Uart, SerialState};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -16,6 +15,7 @@ use vmm_sys_util::timerfd::TimerFd;
 use super::{Device, Flow};
 use crate::error::{Error, ErrorKind, Result};
 use crate::snapshot::Reader;
+use crate::sync::{Condvar, Mutex, rank};
 
 /// Output kept where nobody takes it: the newest so many bytes.
 const CAPTURE_SIZE: usize = 1 << 20;
@@ -41,8 +41,8 @@ impl Trigger for Irq {
 /// A serial port.
 #[derive(Debug)]
 pub struct Serial {
-    guest: Mutex<GuestSide>,
-    output: Mutex<Output>,
+    guest: Mutex<GuestSide, rank::SerialGuest>,
+    output: Mutex<Output, rank::SerialOutput>,
     /// Output was taken, or nobody waits for it any more.
     room: Condvar,
     /// Where `Output::ready` can be watched.

@@ -8,14 +8,24 @@ use loom::sync::atomic::{AtomicBool, Ordering};
 #[cfg(loom)]
 use loom::sync::{Mutex, MutexGuard};
 #[cfg(not(loom))]
-use parking_lot::{Mutex, MutexGuard};
-#[cfg(not(loom))]
 use std::sync::atomic::{AtomicBool, Ordering};
+
+#[cfg(not(loom))]
+use crate::sync::{Mutex, MutexGuard, rank};
+
+#[cfg(not(loom))]
+type Queue<T> = Mutex<VecDeque<T>, rank::Calls>;
+#[cfg(not(loom))]
+type QueueGuard<'a, T> = MutexGuard<'a, VecDeque<T>, rank::Calls>;
+#[cfg(loom)]
+type Queue<T> = Mutex<VecDeque<T>>;
+#[cfg(loom)]
+type QueueGuard<'a, T> = MutexGuard<'a, VecDeque<T>>;
 
 /// Calls that wait to be made, and whether the loop is to stop.
 #[derive(Debug)]
 pub struct Calls<T> {
-    queue: Mutex<VecDeque<T>>,
+    queue: Queue<T>,
     has_calls: AtomicBool,
     stopping: AtomicBool,
 }
@@ -32,13 +42,13 @@ impl<T> Default for Calls<T> {
 
 impl<T> Calls<T> {
     #[cfg(not(loom))]
-    fn lock(&self) -> MutexGuard<'_, VecDeque<T>> {
+    fn lock(&self) -> QueueGuard<'_, T> {
         self.queue.lock()
     }
 
     #[cfg(loom)]
     #[allow(clippy::unwrap_used, reason = "in a test")]
-    fn lock(&self) -> MutexGuard<'_, VecDeque<T>> {
+    fn lock(&self) -> QueueGuard<'_, T> {
         self.queue.lock().unwrap()
     }
 

@@ -11,7 +11,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use event_manager::{
     EventManager as Upstream, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
 };
-use parking_lot::Mutex;
 
 use super::epoll_set::EpollSet;
 use super::errors::{at_fd, event_error};
@@ -19,6 +18,7 @@ use super::inner::{Inner, Watched, ops};
 use super::waits::Waits;
 use crate::error::{Error, ErrorKind, Result};
 use crate::process::Birthplace;
+use crate::sync::{Mutex, rank};
 use crate::trace::{Recorded, Recorders};
 
 /// A subscriber as the manager owns it.
@@ -29,7 +29,7 @@ pub type BoxedSubscriber = Box<dyn MutEventSubscriber + Send>;
 /// One thread at a time turns the loop. Subscribers are called with the manager's lock held: they change what they watch through the
 /// `EventOps` they are given, and must not call the manager itself.
 pub struct EventManager {
-    pub(super) inner: Mutex<Inner>,
+    pub(super) inner: Mutex<Inner, rank::EventManager>,
     pub(super) epoll: EpollSet,
     birthplace: Birthplace,
     /// Goes up, under the lock, with each registration that is taken back.

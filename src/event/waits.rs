@@ -3,16 +3,15 @@
 
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
-
 use crate::error::Result;
+use crate::sync::{Condvar, Mutex, rank};
 
 /// The longest wait in a shared loop.
 const SLICE: Duration = Duration::from_millis(50);
 
 #[derive(Debug, Default)]
 pub(super) struct Waits {
-    state: Mutex<State>,
+    state: Mutex<State, rank::LoopWaits>,
     /// The last long wait is over.
     ended: Condvar,
 }

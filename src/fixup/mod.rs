@@ -14,15 +14,15 @@ mod xsave;
 use std::collections::BTreeMap;
 
 use iced_x86::{Code, Instruction, Mnemonic};
-use parking_lot::Mutex;
 
 pub(crate) use cpu::{Cpu, Done, Fault, Flow, Platform, RF, Stop, TF};
 
+use crate::sync::{Mutex, rank};
 use cpu::{OF, UD, fault, mask};
 
 /// How often each instruction was executed here, by mnemonic. What a machine's vCPUs share.
 #[derive(Debug, Default)]
-pub struct Counts(Mutex<BTreeMap<&'static str, u64>>);
+pub struct Counts(Mutex<BTreeMap<&'static str, u64>, rank::FixupCounts>);
 
 impl Counts {
     pub(crate) fn add(&self, mnemonic: Mnemonic) {

@@ -9,7 +9,7 @@ pub(super) struct Attached<T>(Inner<T>);
 #[cfg(not(Py_GIL_DISABLED))]
 type Inner<T> = std::cell::RefCell<T>;
 #[cfg(Py_GIL_DISABLED)]
-type Inner<T> = parking_lot::Mutex<T>;
+type Inner<T> = crate::sync::Mutex<T, crate::sync::rank::Attached>;
 
 // SAFETY: the cell is reached through `with`, which asks for the GIL, and `peek`, whose caller has it. So no two threads are at
 // the cell, its flag included, at once, and what one leaves there the next one sees: the GIL's handover is a lock's. A closure

@@ -11,6 +11,7 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBytes, PyInt, PyType};
 use pyo3::{ffi, intern};
 
+use super::attach::attach;
 use super::batch::Ready;
 use super::device::{PythonDevice, bytes_of};
 use super::endpoint::make_calls;
@@ -210,7 +211,7 @@ pub(super) fn turn(
             0
         }
     };
-    Python::attach(|py| {
+    attach(|py| {
         if leading.is_some() {
             PyEventManager::deliver_fetched(manager.bind(py), fetched)?;
             drop(leading);
@@ -263,7 +264,7 @@ fn on_vcpu_thread<T>(
 ) -> T {
     let process = Birthplace::here();
     KEPT.with(|_kept| {
-        Python::attach(|py| {
+        attach(|py| {
             let result = call(py);
             if process.is_foreign() {
                 leave_fork(py, result.err());
@@ -454,7 +455,7 @@ fn verdict(hooks: &Hooks, exit: &VcpuExit, said: &Bound<'_, PyAny>) -> PyResult<
 
 /// Tell a function how far a long call has come, and run Python's signal handlers. On the thread of that call.
 pub(super) fn progress(function: Option<&Py<PyAny>>, done: u64, total: u64) -> PyResult<()> {
-    Python::attach(|py| {
+    attach(|py| {
         if let Some(function) = function {
             function.bind(py).call1((done, total))?;
         }
@@ -464,7 +465,7 @@ pub(super) fn progress(function: Option<&Py<PyAny>>, done: u64, total: u64) -> P
 
 /// `device.save()`. On the thread that takes the snapshot.
 pub(super) fn save(method: &Py<PyAny>) -> PyResult<Vec<u8>> {
-    Python::attach(|py| {
+    attach(|py| {
         let state = method.bind(py).call0()?;
         let bytes: PyBackedBytes = state.extract()?;
         Ok(bytes.to_vec())
@@ -473,5 +474,5 @@ pub(super) fn save(method: &Py<PyAny>) -> PyResult<Vec<u8>> {
 
 /// `device.restore(state)`. On the thread that forks or resets.
 pub(super) fn restore(method: &Py<PyAny>, state: &[u8]) -> PyResult<()> {
-    Python::attach(|py| method.bind(py).call1((PyBytes::new(py, state),)).map(drop))
+    attach(|py| method.bind(py).call1((PyBytes::new(py, state),)).map(drop))
 }

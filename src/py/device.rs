@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use parking_lot::Mutex;
 use pyo3::exceptions::PyTypeError;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
@@ -11,6 +10,7 @@ use super::callback::{self, Answer};
 use super::raised::Raised;
 use crate::devices::{Access, Device, Flow, each};
 use crate::error::{Error, ErrorKind, Result};
+use crate::sync::{Mutex, rank};
 use crate::vcpu::Data;
 
 /// A Python device, its methods looked up when it was added.
@@ -24,7 +24,7 @@ pub(super) struct PythonDevice {
     methods: Methods,
     raised: Arc<Raised>,
     /// What its `save` or `restore` raised, for whoever has asked for it.
-    failed: Mutex<Option<PyErr>>,
+    failed: Mutex<Option<PyErr>, rank::DeviceFailure>,
 }
 
 #[derive(Debug)]

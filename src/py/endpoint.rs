@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
 use pyo3::exceptions::{PyTimeoutError, PyTypeError};
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
@@ -15,6 +14,7 @@ use pyo3::prelude::*;
 use super::event_manager::PyEventManager;
 use super::exit::timeout as as_timeout;
 use super::trace::{name_of, recorded};
+use crate::sync::{Condvar, Mutex, rank};
 
 /// How long a caller looks for its result before it sleeps.
 const SPIN: Duration = Duration::from_micros(100);
@@ -30,7 +30,7 @@ pub(super) struct Call {
 /// Where a caller waits for its call.
 #[derive(Debug, Default)]
 pub(super) struct Reply {
-    result: Mutex<Option<PyResult<Py<PyAny>>>>,
+    result: Mutex<Option<PyResult<Py<PyAny>>>, rank::Reply>,
     is_made: AtomicBool,
     made: Condvar,
 }

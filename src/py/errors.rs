@@ -3,6 +3,7 @@
 use pyo3::prelude::*;
 use pyo3::types::{IntoPyDict, PyTuple};
 
+use super::attach::attach;
 use crate::error::{Error, ErrorKind};
 
 /// The class of a kind, and whether it is an `OSError` that takes an errno.
@@ -34,6 +35,6 @@ fn exception(py: Python<'_>, error: &Error) -> PyResult<PyErr> {
 
 impl From<Error> for PyErr {
     fn from(error: Error) -> Self {
-        Python::attach(|py| exception(py, &error).unwrap_or_else(|failure| failure))
+        attach(|py| exception(py, &error).unwrap_or_else(|failure| failure))
     }
 }

@@ -7,7 +7,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use event_manager::EventSet;
-use parking_lot::Mutex;
 use pyo3::exceptions::PyTypeError;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
@@ -24,6 +23,7 @@ use super::turning::Turners;
 use super::watch::Watch;
 use crate::error::{Error, ErrorKind};
 use crate::event::{Calls, EventManager};
+use crate::sync::{Mutex, rank};
 use crate::trace;
 
 /// Subscribers, and the loop that dispatches events to them by file descriptor.
@@ -36,7 +36,7 @@ pub struct PyEventManager {
     core: Arc<EventManager>,
     /// What the last dispatch fetched for Python.
     fetched: Arc<Fetched>,
-    delivery: Mutex<Delivery>,
+    delivery: Mutex<Delivery, rank::Delivery>,
     subscribers: Subscribers,
     next_token: AtomicU64,
     /// Tells this manager's ids from another's.
@@ -47,7 +47,7 @@ pub struct PyEventManager {
     calls: Calls<Call>,
     watch: Watch,
     /// Takes what a subscriber's `process` returns, where an asyncio loop hosts this one.
-    awaiter: Mutex<Option<Py<PyAny>>>,
+    awaiter: Mutex<Option<Py<PyAny>>, rank::Awaiter>,
 }
 
 impl PyEventManager {

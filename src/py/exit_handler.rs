@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use event_manager::{EventSet, Events};
-use parking_lot::Mutex;
 use pyo3::prelude::*;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -11,6 +10,7 @@ use super::event_fd::PyEventFd;
 use super::events::{PyEventOps, PyEvents};
 use crate::event::BoxedSubscriber;
 use crate::exit_handler::{ExitHandler, VmmExitHandler, WrappedExitHandler};
+use crate::sync::{Mutex, rank};
 
 /// Stops a run loop: an `exit_event` that a kick writes and a `keep_running` flag that the loop reads.
 ///
@@ -184,7 +184,7 @@ impl PyWrappedExitHandler {
     }
 
     fn __hash__(&self) -> u64 {
-        Arc::<Mutex<VmmExitHandler>>::as_ptr(self.0.inner()) as u64
+        Arc::<Mutex<VmmExitHandler, rank::ExitHandler>>::as_ptr(self.0.inner()) as u64
     }
 
     fn __repr__(&self) -> String {

@@ -3,13 +3,13 @@
 
 use std::sync::Arc;
 
-use parking_lot::Mutex;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 
 use super::callback;
 use super::raised::Raised;
 use super::vcpu::PyVcpu;
+use crate::sync::{Mutex, rank};
 use crate::vcpu::{Cell, ExitHook, ExitKind, VcpuExit, Verdict};
 
 /// The hooks of one kind.
@@ -18,11 +18,11 @@ type Functions = Arc<Vec<Py<PyAny>>>;
 /// The hooks of one machine. No Python code runs under its locks.
 #[derive(Debug, Default)]
 pub(super) struct Hooks {
-    functions: Mutex<[Functions; ExitKind::ALL.len()]>,
+    functions: Mutex<[Functions; ExitKind::ALL.len()], rank::HookFunctions>,
     /// The objects that hooks are given, by number.
-    vcpus: Mutex<Vec<(u64, Py<PyVcpu>)>>,
+    vcpus: Mutex<Vec<(u64, Py<PyVcpu>)>, rank::HookVcpus>,
     /// Model-specific registers whose accesses come out.
-    msrs: Mutex<Vec<u32>>,
+    msrs: Mutex<Vec<u32>, rank::HookMsrs>,
     pub(super) raised: Arc<Raised>,
 }
 

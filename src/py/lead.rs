@@ -4,7 +4,7 @@
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
+use crate::sync::{Condvar, Mutex, rank};
 
 /// How long a thread waits for another's turn at most: then it looks at signals.
 const SLICE: Duration = Duration::from_millis(50);
@@ -15,7 +15,7 @@ pub(super) struct Lead {
     /// The leader's number, 0 without one.
     leader: AtomicU64,
     waiting: AtomicUsize,
-    lock: Mutex<()>,
+    lock: Mutex<(), rank::Lead>,
     changed: Condvar,
 }
 

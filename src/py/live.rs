@@ -3,15 +3,16 @@
 
 use std::sync::{Arc, Weak};
 
-use parking_lot::Mutex;
 use pyo3::prelude::*;
+
+use crate::sync::{Mutex, rank};
 
 /// Something that can be closed from any thread, any number of times.
 pub(super) trait Close: Send + Sync {
     fn close(&self);
 }
 
-static LIVE: Mutex<Vec<Weak<dyn Close>>> = Mutex::new(Vec::new());
+static LIVE: Mutex<Vec<Weak<dyn Close>>, rank::Live> = Mutex::new(Vec::new());
 
 /// Remember a machine for as long as it lives.
 pub(super) fn remember(machine: Weak<dyn Close>) {

@@ -8,6 +8,7 @@ use pyo3::exceptions::{PyBufferError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyMemoryView, PyTuple};
 
+use super::attach::attach;
 use super::memory_parts::{PyDirtyPages, PyMemorySlot, PyMemoryView as Exporter};
 use super::vcpu::PyVcpu;
 use crate::error::{Error, ErrorKind, Result};
@@ -30,7 +31,7 @@ impl Drop for PyGuestMemory {
         let closed = || Err(Error::new(ErrorKind::State, "memory", "the machine is closed"));
         let get = std::mem::replace(&mut self.get, Box::new(closed));
         // The last to hold a machine ends its threads, which may need the GIL for that.
-        Python::attach(|py| py.detach(|| drop(get)));
+        attach(|py| py.detach(|| drop(get)));
     }
 }
 

@@ -1,6 +1,7 @@
 //! The Python binding: the only code that names pyo3. One file for each class or two; `callback` alone is
 //! where the loop and the vCPU threads enter Python.
 
+mod attach;
 mod attached;
 mod batch;
 mod callback;

@@ -1,14 +1,15 @@
 //! What callbacks on vCPU threads leave for the thread that is in `run`: an exception, or the value of a `Stop`.
 
-use parking_lot::Mutex;
 use pyo3::exceptions::PyBaseException;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::intern;
 use pyo3::prelude::*;
 
+use crate::sync::{Mutex, rank};
+
 /// See the module. No Python code runs under its lock.
 #[derive(Debug, Default)]
-pub(super) struct Raised(Mutex<Left>);
+pub(super) struct Raised(Mutex<Left, rank::Raised>);
 
 #[derive(Debug, Default)]
 struct Left {

@@ -5,18 +5,18 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use parking_lot::Mutex;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use super::batch::Drain;
 use super::event_fd::os_error;
 use crate::event::{Expiry, TimerFd};
+use crate::sync::{Mutex, rank};
 
 /// A timer behind a file descriptor, on the monotonic clock: timerfd_create(2). A source of events.
 #[pyclass(frozen, weakref, name = "TimerFd", module = "pyvmm")]
 #[derive(Debug)]
-pub struct PyTimerFd(Mutex<Option<Arc<TimerFd>>>);
+pub struct PyTimerFd(Mutex<Option<Arc<TimerFd>>, rank::TimerObject>);
 
 impl Drain for TimerFd {
     fn take(&self) -> io::Result<u64> {

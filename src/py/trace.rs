@@ -5,12 +5,12 @@ use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use event_manager::Events;
-use parking_lot::Mutex;
 use pyo3::intern;
 use pyo3::prelude::*;
 
 use super::vmm::PyVmm;
 use crate::error::{Error, ErrorKind};
+use crate::sync::{Mutex, rank};
 use crate::trace::{Trace, is_recorded, record, record_event};
 use crate::vmm::Vmm;
 
@@ -61,7 +61,7 @@ pub struct PyTrace {
     /// The file.
     #[pyo3(get)]
     path: PathBuf,
-    current: Mutex<Option<Arc<Trace>>>,
+    current: Mutex<Option<Arc<Trace>>, rank::TraceObject>,
 }
 
 impl PyTrace {

@@ -2,14 +2,12 @@
 
 use std::thread::ThreadId;
 
-use parking_lot::Mutex;
-use pyo3::PyResult;
-
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, Result};
+use crate::sync::{Mutex, rank};
 
 /// See the module.
 #[derive(Debug, Default)]
-pub(super) struct Turners(Mutex<Vec<Turner>>);
+pub(super) struct Turners(Mutex<Vec<Turner>, rank::Turners>);
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Turner {
@@ -35,12 +33,12 @@ impl Drop for Turning<'_> {
 
 impl Turners {
     /// Become the one thread that turns the loop; machines that share it may turn it beside.
-    pub(super) fn claim(&self, what: &str) -> PyResult<Turning<'_>> {
+    pub(super) fn claim(&self, what: &str) -> Result<Turning<'_>> {
         let turner = Turner { thread: std::thread::current().id(), is_sharer: false };
         let mut turners = self.0.lock();
         if turners.iter().any(|other| !other.is_sharer || other.thread == turner.thread) {
             let detail = format!("{what} is running already: one run at a time");
-            return Err(Error::new(ErrorKind::State, "run", detail).into());
+            return Err(Error::new(ErrorKind::State, "run", detail));
         }
         turners.push(turner);
         Ok(Turning { turners: self, turner })

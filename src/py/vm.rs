@@ -5,12 +5,12 @@ use std::io;
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
-use parking_lot::Mutex;
 use pyo3::exceptions::PyTypeError;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyTuple};
 
+use super::attach::attach;
 use super::exit_handler::PyWrappedExitHandler;
 use super::live::{self, Close};
 use super::memory::PyGuestMemory;
@@ -22,6 +22,7 @@ use crate::devices::{self, Serial};
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::{ExitHandler, WrappedExitHandler};
 use crate::fixup::Counts;
+use crate::sync::{Mutex, rank};
 use crate::vcpu::{Dispatch, VmRunState};
 use crate::vm::{GuestMemory, KvmVm, layout};
 
@@ -36,7 +37,7 @@ enum Handler {
 #[derive(Debug)]
 struct PythonHandler {
     object: Py<PyAny>,
-    raised: Mutex<Option<PyErr>>,
+    raised: Mutex<Option<PyErr>, rank::KickRaised>,
 }
 
 impl ExitHandler for Handler {
@@ -53,7 +54,7 @@ impl ExitHandler for Handler {
 
 /// The machine, none once it is closed.
 #[derive(Debug)]
-struct Machine(Mutex<Option<Arc<KvmVm<Handler>>>>);
+struct Machine(Mutex<Option<Arc<KvmVm<Handler>>>, rank::Machine>);
 
 impl Machine {
     fn get(&self) -> Result<Arc<KvmVm<Handler>>> {
@@ -109,7 +110,7 @@ impl Drop for PyKvmVm {
     fn drop(&mut self) {
         let machine = self.machine.take();
         // Its vCPUs may be running, and may need the GIL to end.
-        Python::attach(|py| py.detach(|| machine.iter().for_each(|machine| machine.close())));
+        attach(|py| py.detach(|| machine.iter().for_each(|machine| machine.close())));
     }
 }
 

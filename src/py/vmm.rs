@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
 
-use parking_lot::Mutex;
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyTuple};
 
+use super::attach::attach;
 use super::device::PythonDevice;
 use super::event_manager::PyEventManager;
 use super::events::PySubscriberId;
@@ -22,6 +22,7 @@ use super::turning::Turning;
 use super::{callback, config, exit};
 use crate::devices::{Access, Buses};
 use crate::exit_handler::{Exit, ExitReason};
+use crate::sync::{Mutex, rank};
 use crate::vcpu::VmRunState;
 use crate::vmm::Vmm;
 
@@ -47,9 +48,9 @@ pub struct PyVmm {
     /// Exit hooks, and what they and Python devices leave for the run.
     pub(super) hooks: Arc<Hooks>,
     /// The Python devices on its buses.
-    pub(super) devices: Mutex<Vec<Arc<PythonDevice>>>,
+    pub(super) devices: Mutex<Vec<Arc<PythonDevice>>, rank::PythonDevices>,
     /// Subscribers that serve the serial port's Python streams.
-    streams: Mutex<Vec<Py<PySubscriberId>>>,
+    streams: Mutex<Vec<Py<PySubscriberId>>, rank::PythonStreams>,
     #[pyo3(get)]
     config: Py<PyAny>,
     #[pyo3(get)]
@@ -154,7 +155,7 @@ impl PyVmm {
     /// Turn the loop on this thread. In a shared loop each machine's run turns it for all.
     fn claim(&self) -> PyResult<Turning<'_>> {
         let turners = self.event_manager.get().turners();
-        if self.is_shared { Ok(turners.share()) } else { turners.claim("the machine") }
+        if self.is_shared { Ok(turners.share()) } else { Ok(turners.claim("the machine")?) }
     }
 }
 
@@ -163,7 +164,7 @@ impl Drop for PyVmm {
         let vmm = self.vmm.take();
         // Its devices and hooks may hold parts of it, so it is closed, not only let go. That may sleep in the kernel, and
         // its threads may need the GIL to end.
-        Python::attach(|py| {
+        attach(|py| {
             py.detach(|| {
                 vmm.iter().for_each(|vmm| vmm.close());
                 drop(vmm);

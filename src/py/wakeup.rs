@@ -7,13 +7,14 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyCFunction, PyDict, PyTuple};
 
+use super::attach::attach;
 use crate::process::Birthplace;
+use crate::sync::{Mutex, rank};
 
 /// How long a wait lasts before it is worth the pipe: to install that takes system calls, and the GIL.
 const BRIEF: Duration = Duration::from_millis(5);
@@ -22,7 +23,7 @@ const BRIEF: Duration = Duration::from_millis(5);
 const SLICE: Duration = Duration::from_millis(50);
 
 /// The pipe, and whose fd it has displaced. Locked with the GIL held, for no longer than it is: so a fork finds it free.
-static PIPE: Mutex<Option<Pipe>> = Mutex::new(None);
+static PIPE: Mutex<Option<Pipe>, rank::WakeupPipe> = Mutex::new(None);
 
 struct Pipe {
     reader: OwnedFd,
@@ -53,7 +54,7 @@ pub(super) fn wait<T: Send>(
     if found.is_some() || now < brief || deadline.is_some_and(|deadline| now >= deadline) {
         return Ok(found);
     }
-    Python::attach(|py| wait_long(py, deadline, wait))
+    attach(|py| wait_long(py, deadline, wait))
 }
 
 fn earlier(deadline: Option<Instant>, other: Instant) -> Instant {

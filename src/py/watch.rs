@@ -4,7 +4,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use parking_lot::Mutex;
+use crate::sync::{Mutex, rank};
 
 /// See the module.
 #[derive(Debug, Default)]
@@ -13,7 +13,7 @@ pub(super) struct Watch {
     turns: AtomicU64,
     /// Nanoseconds above which a callback is logged; 0 for none.
     slow_callback: AtomicU64,
-    slowest: Mutex<(Duration, String)>,
+    slowest: Mutex<(Duration, String), rank::SlowestCallback>,
 }
 
 /// Relaxed, and not in one step: with the GIL held, and a figure for a person.

@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvm_ioctls::VmFd;
-use parking_lot::Mutex;
 
 use super::state::Device as DeviceState;
 use super::vcpu::Classes;
@@ -14,6 +13,7 @@ use crate::devices::{self, Buses, Device, Serial};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
 use crate::exit_handler::WrappedExitHandler;
+use crate::sync::{Mutex, rank};
 use crate::vcpu::{Dispatch, Vcpu, VmRunState};
 use crate::vm::{GuestMemory, KvmVm, layout};
 use crate::vmm::Vmm;
@@ -34,7 +34,7 @@ pub(crate) struct Parts {
 /// Who looks at a machine or changes it while its vCPUs stand still.
 #[derive(Debug, Default)]
 pub(crate) struct Held {
-    still: Mutex<Still>,
+    still: Mutex<Still, rank::Still>,
     /// How many resets have begun, and how many of them are over.
     resets: [AtomicU64; 2],
 }
@@ -193,8 +193,10 @@ impl Vmm {
         let result = paused.and_then(|()| act());
         let mut still = self.held.still.lock();
         still.by -= 1;
-        let is_paused = self.is_paused.lock();
-        if still.by == 0 && std::mem::take(&mut still.was_running) && !*is_paused {
+        let is_last = still.by == 0;
+        let goes_on = is_last && std::mem::take(&mut still.was_running) && !*self.is_paused.lock();
+        drop(still);
+        if goes_on {
             // Fails when the run has ended meanwhile.
             let _ = vm.resume();
         }
@@ -338,13 +340,14 @@ mod tests {
     #[derive(Debug, Default)]
     struct Counter {
         seen: AtomicU64,
-        park: Mutex<Option<Park>>,
+        park: Mutex<Option<Park>, rank::Test>,
     }
 
     impl Counter {
         fn count(&self) -> u64 {
             let now = self.seen.fetch_add(1, Ordering::Relaxed) + 1;
-            if let Some((_, cell, told)) = self.park.lock().take_if(|(at, ..)| *at == now) {
+            let park = self.park.lock().take_if(|(at, ..)| *at == now);
+            if let Some((_, cell, told)) = park {
                 cell.kick();
                 told.send(()).unwrap();
             }

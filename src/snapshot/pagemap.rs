@@ -7,10 +7,9 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use parking_lot::RwLock;
-
 use crate::error::{Error, ErrorKind, Result};
 use crate::process::Birthplace;
+use crate::sync::{RwLock, rank};
 use crate::vm::layout::PAGE;
 
 /// `struct page_region` of linux/fs.h.
@@ -60,7 +59,7 @@ pub(crate) type Range = (u64, u64);
 
 /// The kernel answers for the process that opened the file: one that was forked needs its own.
 fn pagemap() -> Result<Arc<File>> {
-    static PAGEMAP: RwLock<Option<(Birthplace, Arc<File>)>> = RwLock::new(None);
+    static PAGEMAP: RwLock<Option<(Birthplace, Arc<File>)>, rank::Pagemap> = RwLock::new(None);
     // Never waited for: in a forked child another thread's lock is held for ever.
     let known = PAGEMAP.try_read().and_then(|known| known.clone());
     if let Some((_, file)) = known.filter(|(birthplace, _)| !birthplace.is_foreign()) {

@@ -8,12 +8,12 @@ use kvm_bindings::{
     kvm_xsave,
 };
 use kvm_ioctls::{Cap, VmFd};
-use parking_lot::RwLock;
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
 use vmm_sys_util::{ioctl_ior_nr, ioctl_iow_nr};
 
 use super::state::{Kind, Reader, Record, Records, bad, get, put};
 use crate::error::{Error, ErrorKind, Result};
+use crate::sync::{RwLock, rank};
 use crate::vcpu::Vcpu;
 use crate::vm::open_kvm;
 
@@ -139,7 +139,7 @@ fn vcpu_fd(vcpu: &Vcpu) -> std::os::fd::RawFd {
 }
 
 /// The registers that KVM lists and gives: learnt once.
-static MSR_LIST: RwLock<Vec<u32>> = RwLock::new(Vec::new());
+static MSR_LIST: RwLock<Vec<u32>, rank::MsrList> = RwLock::new(Vec::new());
 
 /// Index and value of each model-specific register that KVM lists and gives.
 fn msrs(vcpu: &Vcpu) -> Result<Vec<u8>> {

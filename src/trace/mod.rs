@@ -13,11 +13,11 @@ use std::thread::ThreadId;
 use std::time::Instant;
 
 use event_manager::{EventOps, Events, MutEventSubscriber};
-use parking_lot::{Mutex, RwLock};
 use smallvec::SmallVec;
 
 use crate::error::Result;
 use crate::event::BoxedSubscriber;
+use crate::sync::{Mutex, RwLock, rank};
 use crate::vcpu::{Observer, Place, Seen};
 use sink::Sink;
 pub use sink::{Span, Value};
@@ -31,7 +31,7 @@ const BUFFER: usize = 64 << 10;
 pub struct Track {
     number: u64,
     sink: Arc<Sink>,
-    buffer: Mutex<Buffer>,
+    buffer: Mutex<Buffer, rank::Track>,
 }
 
 #[derive(Debug, Default)]
@@ -87,7 +87,7 @@ impl Track {
 pub struct Trace {
     sink: Arc<Sink>,
     vcpus: Vec<Arc<Track>>,
-    loops: Mutex<Vec<(ThreadId, Arc<Track>)>>,
+    loops: Mutex<Vec<(ThreadId, Arc<Track>)>, rank::LoopTracks>,
 }
 
 impl Trace {
@@ -222,7 +222,7 @@ pub fn flush() {
 #[derive(Debug, Default)]
 pub struct Recorders {
     is_any: AtomicBool,
-    traces: RwLock<Vec<Arc<Trace>>>,
+    traces: RwLock<Vec<Arc<Trace>>, rank::Recorders>,
 }
 
 impl Recorders {

@@ -8,10 +8,9 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::Instant;
 
-use parking_lot::Mutex;
-
 use crate::error::{Error, ErrorKind, Result};
 use crate::process::Birthplace;
+use crate::sync::{Mutex, rank};
 
 /// A value beside an event.
 #[derive(Clone, Copy, Debug)]
@@ -43,7 +42,7 @@ pub(super) struct Sink {
     start: Instant,
     process: u32,
     pub(super) birthplace: Birthplace,
-    output: Mutex<Output>,
+    output: Mutex<Output, rank::TraceFile>,
 }
 
 #[derive(Debug)]

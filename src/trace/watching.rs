@@ -3,11 +3,10 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use parking_lot::Mutex;
-
 use super::Trace;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
+use crate::sync::{Mutex, rank};
 use crate::vcpu::{Dispatch, Observer, Stats};
 
 /// See the module.
@@ -17,7 +16,7 @@ pub struct Watching {
     pub stats: Arc<Stats>,
     dispatch: Arc<Dispatch>,
     event_manager: Arc<EventManager>,
-    trace: Mutex<Option<Arc<Trace>>>,
+    trace: Mutex<Option<Arc<Trace>>, rank::MachineTrace>,
 }
 
 impl Watching {

@@ -4,8 +4,6 @@ use std::cell::RefCell;
 use std::ptr::NonNull;
 use std::sync::{Arc, Weak};
 
-use parking_lot::{Condvar, MappedMutexGuard, Mutex, MutexGuard};
-
 use super::exit::{VcpuExit, run_once};
 use super::kick::{StopWord, interrupt, this_thread};
 use super::registers::Vcpu;
@@ -13,6 +11,7 @@ use super::run::{Step, settle_for_good};
 use super::run_page::RunPage;
 use crate::error::{Error, ErrorKind, Result};
 use crate::process::Birthplace;
+use crate::sync::{Condvar, MappedMutexGuard, Mutex, MutexGuard, rank};
 
 /// A vCPU, at rest here or out with the thread that runs it.
 #[derive(Debug)]
@@ -20,7 +19,7 @@ pub struct Cell {
     id: u64,
     page: Arc<RunPage>,
     pub(super) stop: StopWord,
-    slot: Mutex<Slot>,
+    slot: Mutex<Slot, rank::Vcpu>,
     changed: Condvar,
     birthplace: Birthplace,
 }
@@ -95,7 +94,14 @@ impl Cell {
             rests: 0,
         };
         let (stop, changed) = (StopWord::default(), Condvar::new());
-        Self { id, page, stop, slot: Mutex::new(slot), changed, birthplace: Birthplace::here() }
+        Self {
+            id,
+            page,
+            stop,
+            slot: Mutex::numbered(id, slot),
+            changed,
+            birthplace: Birthplace::here(),
+        }
     }
 
     /// The vCPU's number.
@@ -128,12 +134,12 @@ impl Cell {
     ///
     /// # Errors
     /// [`ErrorKind::State`] while its guest runs or its exit is answered, and in a forked child.
-    pub(crate) fn at_rest(&self) -> Result<MappedMutexGuard<'_, Vcpu>> {
+    pub(crate) fn at_rest(&self) -> Result<MappedMutexGuard<'_, Vcpu, rank::Vcpu>> {
         self.birthplace.check("vCPU")?;
         let slot = self.slot.lock();
         let is_held = slot.order != Order::Go;
         MutexGuard::try_map(slot, |slot| slot.vcpu.as_mut().filter(|_| is_held))
-            .map_err(|_| self.running())
+            .ok_or_else(|| self.running())
     }
 
     /// Bring a vCPU that is on its way to rest there, and complete for good what its last exit began: with all that a

@@ -5,10 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use parking_lot::RwLock;
-
 use super::exit::{Data, ExitKind, VcpuExit};
 use crate::devices::Buses;
+use crate::sync::{RwLock, rank};
 use crate::trace::{Recording, Track};
 
 /// Looks at exits before they are answered. Called on the vCPU's thread, which lends the vCPU meanwhile.
@@ -69,8 +68,8 @@ pub struct Dispatch {
     pub buses: Buses,
     /// A bit for each kind of exit that a hook wants to see, and [`OBSERVED`]. Zero costs one look an exit.
     watched: AtomicU64,
-    hook: RwLock<Option<Arc<dyn ExitHook>>>,
-    observers: RwLock<Vec<Arc<dyn Observer>>>,
+    hook: RwLock<Option<Arc<dyn ExitHook>>, rank::ExitHook>,
+    observers: RwLock<Vec<Arc<dyn Observer>>, rank::Observers>,
 }
 
 /// What is watched at one exit.
@@ -152,10 +151,10 @@ impl Dispatch {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use parking_lot::Mutex;
+    use crate::sync::Mutex;
 
     #[derive(Debug, Default)]
-    struct Log(Mutex<Vec<u64>>);
+    struct Log(Mutex<Vec<u64>, rank::Test>);
 
     impl ExitHook for Log {
         fn on_exit(&self, _vcpu: u64, _exit: &VcpuExit) -> Verdict {

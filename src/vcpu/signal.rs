@@ -4,9 +4,8 @@
 
 use std::sync::OnceLock;
 
-use parking_lot::Mutex;
-
 use crate::error::{Error, ErrorKind, Result};
+use crate::sync::{Mutex, rank};
 
 /// What tells a kick from the same signal sent by somebody else: the address of this.
 static COOKIE: u8 = 0;
@@ -26,7 +25,7 @@ impl Claim {
 /// Read by the signal handler: a `OnceLock` that is set is one atomic load.
 static CLAIM: OnceLock<Option<Claim>> = OnceLock::new();
 /// One claim at a time, made before the handler can be called.
-static CLAIMING: Mutex<()> = Mutex::new(());
+static CLAIMING: Mutex<(), rank::KickSignal> = Mutex::new(());
 
 const FAULTS: [libc::c_int; 6] =
     [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP, libc::SIGSYS];

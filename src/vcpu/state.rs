@@ -5,10 +5,10 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::event::wait_for_either;
+use crate::sync::{Condvar, Mutex, rank};
 
 /// Where a machine stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,10 +59,10 @@ impl VmRunState {
 /// The state that the machine's threads share.
 #[derive(Debug)]
 pub struct RunState {
-    state: Mutex<VmRunState>,
+    state: Mutex<VmRunState, rank::RunState>,
     changed: Condvar,
     /// Written at each change, for who waits for something else too.
-    bells: Mutex<Vec<Arc<EventFd>>>,
+    bells: Mutex<Vec<Arc<EventFd>>, rank::RunStateBells>,
 }
 
 impl Default for RunState {
@@ -116,7 +116,7 @@ impl RunState {
         while !wanted.contains(&state) {
             match deadline {
                 None => self.changed.wait(&mut state),
-                Some(deadline) if self.changed.wait_until(&mut state, deadline).timed_out() => {
+                Some(deadline) if self.changed.wait_until(&mut state, deadline) => {
                     return wanted.contains(&state).then_some(*state);
                 }
                 Some(_) => {}

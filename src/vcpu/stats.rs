@@ -5,12 +5,11 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
-
 use super::dispatch::{Dispatch, Observer, Seen};
 use super::exit::{ExitKind, VcpuExit};
 use crate::error::Result;
 use crate::process::Birthplace;
+use crate::sync::{Mutex, rank};
 
 /// A guest can touch any number of addresses: of each vCPU the first so many are kept apart.
 const MOST_PLACES: usize = 1024;
@@ -77,7 +76,7 @@ pub struct VcpuTime {
 /// One vCPU's, on cache lines of its own.
 #[derive(Debug, Default)]
 #[repr(align(128))]
-struct Block(Mutex<Counts>);
+struct Block(Mutex<Counts, rank::ExitCounts>);
 
 #[derive(Debug, Default)]
 struct Counts {
@@ -105,7 +104,7 @@ impl Counts {
 #[derive(Debug)]
 pub struct Stats {
     vcpus: Vec<Block>,
-    is_enabled: Mutex<bool>,
+    is_enabled: Mutex<bool, rank::StatsSwitch>,
     birthplace: Birthplace,
 }
 

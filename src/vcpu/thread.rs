@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use kvm_ioctls::VcpuFd;
-use parking_lot::Mutex;
 
 use super::cell::{Cell, Order, set_current};
 use super::dispatch::Dispatch;
@@ -16,6 +15,7 @@ use super::signal::block_other_signals;
 use super::state::{RunState, VmRunState};
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::{Exit, ExitHandler, ExitReason};
+use crate::sync::{Mutex, rank};
 use crate::vm::GuestMemory;
 
 /// How many accesses of a repeated instruction a stop completes at most.
@@ -27,7 +27,7 @@ pub(crate) struct Shared<EH> {
     pub(crate) exit_handler: EH,
     pub(crate) run_state: RunState,
     /// How the guest ended: the first vCPU to say so.
-    pub(crate) exit: Mutex<Option<Exit>>,
+    pub(crate) exit: Mutex<Option<Exit>, rank::GuestExit>,
 }
 
 impl<EH: ExitHandler> Shared<EH> {

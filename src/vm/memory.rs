@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use memchr::memmem;
-use parking_lot::RwLock;
 use vm_memory::{
     Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
     MmapRegion,
@@ -18,6 +17,7 @@ use super::slots::{Backing, DirtyPages, Slot, Slots, anonymous};
 use super::view::{View, is_writable};
 use crate::error::{Error, ErrorKind, Result};
 use crate::snapshot::Ram;
+use crate::sync::{RwLock, rank};
 
 /// How much of guest memory a search copies at a time.
 const SEARCH_CHUNK: usize = 1 << 20;
@@ -29,7 +29,7 @@ pub struct GuestMemory(Arc<Inner>);
 struct Inner {
     /// First: KVM lets go of the mappings before they go.
     slots: Slots,
-    mmap: RwLock<Arc<GuestMemoryMmap>>,
+    mmap: RwLock<Arc<GuestMemoryMmap>, rank::MemoryMap>,
     /// Writes from here are noted as the guest's are.
     is_logging: AtomicBool,
 }

@@ -22,7 +22,6 @@ use kvm_bindings::{
     kvm_enable_cap, kvm_mp_state, kvm_pit_config,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
-use parking_lot::Mutex;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 pub use interrupts::{IRQ_LINES, IoEvent};
@@ -39,6 +38,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::{Exit, ExitHandler};
 use crate::fixup;
 use crate::process::Birthplace;
+use crate::sync::Mutex;
 use crate::vcpu::{self, Dispatch, Handle, RunState, Vcpu, VmRunState};
 
 /// A KVM virtual machine whose vCPUs tell `EH` when their guest ends.

@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use kvm_ioctls::VmFd;
-use parking_lot::{MappedMutexGuard, Mutex};
 
 use super::vcpus::Vcpus;
 use super::{KvmVm, create_irqchip, create_vm, open_kvm, switch_fixups_on};
@@ -13,6 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::{Exit, ExitHandler};
 use crate::process::Birthplace;
 use crate::snapshot::{Image, Ram, Shape};
+use crate::sync::{MappedMutexGuard, Mutex, rank};
 use crate::vcpu::{self, Dispatch, Handle, RunState, Step, Vcpu, VmRunState};
 use crate::vm::{Backing, GuestMemory, Slot};
 
@@ -77,7 +77,7 @@ impl<EH: ExitHandler> KvmVm<EH> {
     /// [`ErrorKind::State`] when one is running; what `act` returns.
     pub(crate) fn at_rest<T>(
         &self,
-        act: impl FnOnce(&VmFd, &mut [MappedMutexGuard<'_, Vcpu>]) -> Result<T>,
+        act: impl FnOnce(&VmFd, &mut [MappedMutexGuard<'_, Vcpu, rank::Vcpu>]) -> Result<T>,
     ) -> Result<T> {
         self.check_process()?;
         self.vcpus.at_rest(|vcpus| act(&self.fd, vcpus))

@@ -8,12 +8,12 @@ use std::sync::{Arc, OnceLock};
 
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
-use parking_lot::Mutex;
 use vm_memory::{FileOffset, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
 use super::layout::PAGE;
 use crate::error::{Error, ErrorKind, Result};
 use crate::snapshot::{Image, Ram, memfd};
+use crate::sync::{Mutex, rank};
 
 /// What stands behind a slot besides its mapping.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -104,7 +104,7 @@ impl Entry {
 #[derive(Debug, Default)]
 pub(crate) struct Slots {
     vm: OnceLock<Arc<VmFd>>,
-    table: Mutex<Table>,
+    table: Mutex<Table, rank::MemorySlots>,
 }
 
 #[derive(Debug, Default)]

@@ -3,15 +3,14 @@
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use parking_lot::{MappedMutexGuard, Mutex, MutexGuard};
-
 use crate::error::{Error, ErrorKind, Result};
+use crate::sync::{MappedMutexGuard, Mutex, MutexGuard, assert_unlocked, rank};
 use crate::vcpu::{Cell, Handle, Vcpu};
 
 /// All vCPUs of a machine. The lock orders those who start and stop them; a vCPU's own thread never needs it to get out of
 /// its guest, and nobody waits for a thread with it held.
 #[derive(Debug, Default)]
-pub(super) struct Vcpus(Mutex<List>);
+pub(super) struct Vcpus(Mutex<List, rank::Vcpus>);
 
 #[derive(Debug, Default)]
 struct List {
@@ -28,6 +27,7 @@ fn awaited(handle: &Handle) -> Awaited {
 }
 
 fn join(thread: JoinHandle<()>) {
+    assert_unlocked("the end of a vCPU's thread is waited for");
     // A panic there has been told by its guard.
     let _ = thread.join();
 }
@@ -119,7 +119,7 @@ impl Vcpus {
     /// [`ErrorKind::State`] when one is running; what `act` returns.
     pub(super) fn at_rest<T>(
         &self,
-        act: impl FnOnce(&mut [MappedMutexGuard<'_, Vcpu>]) -> Result<T>,
+        act: impl FnOnce(&mut [MappedMutexGuard<'_, Vcpu, rank::Vcpu>]) -> Result<T>,
     ) -> Result<T> {
         let list = self.0.lock();
         let held: Result<Vec<_>> = list.handles.iter().map(|h| h.cell().at_rest()).collect();

@@ -1,0 +1,144 @@
+//! The ranks of all locks, in the order in which they are taken. docs/threads.md shows the same table with what each lock
+//! guards and who takes it; a test compares the two.
+
+/// A place in the order of locks: a thread takes a lock only while every lock that it holds has a lower rank.
+pub trait Rank {
+    /// Goes up in the order in which locks are taken.
+    const NUMBER: usize;
+    /// As the table names it.
+    const NAME: &'static str;
+}
+
+macro_rules! ranks {
+    ($($(#[$doc:meta])* $name:ident,)*) => {
+        #[allow(clippy::enum_variant_names)]
+        enum Number { $($name,)* }
+
+        $(
+            $(#[$doc])*
+            #[derive(Debug)]
+            pub struct $name;
+
+            impl Rank for $name {
+                const NUMBER: usize = Number::$name as usize;
+                const NAME: &'static str = stringify!($name);
+            }
+        )*
+
+        /// The names of all ranks, in order.
+        pub const ALL: &[&str] = &[$($name::NAME,)*];
+    };
+}
+
+ranks! {
+    /// Who is inside `run`, and whether the machine has been started or is to be closed.
+    Runner,
+    /// How many hold the machine still, and what happens when the last one lets go.
+    Still,
+    /// Whether somebody has paused the machine.
+    Paused,
+    /// The KVM side of a machine with a loop, until it is closed.
+    VmmParts,
+    /// The subscribers that are the machine's own.
+    OwnSubscribers,
+    /// The KVM side of a bare machine, until it is closed.
+    Machine,
+    /// The trace of a Python `Trace` object.
+    TraceObject,
+    /// The one trace of a machine.
+    MachineTrace,
+    /// Whether exits are counted.
+    StatsSwitch,
+    /// The vCPUs of a machine and their threads.
+    Vcpus,
+    /// One vCPU: at rest here, or out with its thread. Numbered: several are taken in rising order.
+    Vcpu,
+    /// The map of guest memory.
+    MemoryMap,
+    /// KVM's memory slots.
+    MemorySlots,
+    /// The numbers of the registers that a snapshot keeps.
+    MsrList,
+    /// The process's pagemap.
+    Pagemap,
+    /// How long threads that turn a loop may wait.
+    LoopWaits,
+    /// The event manager, with its subscribers, which are called under it.
+    EventManager,
+    /// The exit handler of a machine.
+    ExitHandler,
+    /// The run state of a machine.
+    RunState,
+    /// Descriptors that are written when the run state changes.
+    RunStateBells,
+    /// How the guest ended.
+    GuestExit,
+    /// The hook that looks at exits first.
+    ExitHook,
+    /// What looks at exits afterwards; called under it.
+    Observers,
+    /// The devices of a bus.
+    Bus,
+    /// Accesses that nobody answered.
+    Unanswered,
+    /// The guest's side of a serial port.
+    SerialGuest,
+    /// The output of a serial port.
+    SerialOutput,
+    /// The registers of the clock.
+    Rtc,
+    /// Counts of executed instructions.
+    FixupCounts,
+    /// Counts of one vCPU's exits.
+    ExitCounts,
+    /// The traces that see a loop's turns.
+    Recorders,
+    /// The tracks of threads that turn loops.
+    LoopTracks,
+    /// What a thread's track has gathered.
+    Track,
+    /// The file of a trace.
+    TraceFile,
+    /// The choice of the kick's signal.
+    KickSignal,
+    /// Which threads turn a loop.
+    Turners,
+    /// The wait for another thread's turn.
+    Lead,
+    /// What a delivery leaves for the next.
+    Delivery,
+    /// What takes the results of a loop's callbacks.
+    Awaiter,
+    /// Calls that wait for a loop's thread.
+    Calls,
+    /// The answer to such a call.
+    Reply,
+    /// The slowest callback so far.
+    SlowestCallback,
+    /// A timer that Python holds, until it is closed.
+    TimerObject,
+    /// Exit hooks by kind.
+    HookFunctions,
+    /// The vCPU objects that hooks are given.
+    HookVcpus,
+    /// The registers that hooks have filtered.
+    HookMsrs,
+    /// The Python devices of a machine.
+    PythonDevices,
+    /// The subscribers behind a machine's Python streams.
+    PythonStreams,
+    /// What a Python device's `save` or `restore` has raised.
+    DeviceFailure,
+    /// What callbacks on vCPU threads leave for the run.
+    Raised,
+    /// What a Python exit handler's `kick` has raised.
+    KickRaised,
+    /// The machines that are alive.
+    Live,
+    /// The pipe behind Python's wake-up descriptor.
+    WakeupPipe,
+    /// State that the GIL guards where there is one.
+    Attached,
+    /// Locks of tests.
+    Test,
+}

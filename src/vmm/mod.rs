@@ -1,0 +1,233 @@
+//! The spine: a configuration becomes a machine, top to bottom. `run` turns its event loop on the caller's thread; `life` has what
+//! any thread may do to it meanwhile.
+
+mod life;
+mod run;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use event_manager::SubscriberId;
+
+use self::life::Runner;
+use crate::boot;
+use crate::config::{ExitPort, SerialConfig, VmmConfig};
+use crate::devices::{self, Access, Device, Serial};
+use crate::error::{Error, ErrorKind, Result};
+use crate::event::EventManager;
+use crate::exit_handler::WrappedExitHandler;
+use crate::fixup::Counts;
+use crate::snapshot::{Held, Parts};
+use crate::sync::{Condvar, Mutex, rank};
+use crate::trace::{Trace, Watching};
+use crate::vcpu::{Cell, Dispatch, VmRunState};
+use crate::vm::{GuestMemory, KvmVm, layout};
+
+/// A machine: its KVM side, its devices, and the event loop they share.
+#[derive(Debug)]
+pub struct Vmm {
+    /// None once it is closed.
+    vm: Mutex<Option<Arc<KvmVm<WrappedExitHandler>>>, rank::VmmParts>,
+    event_manager: Arc<EventManager>,
+    exit_handler: WrappedExitHandler,
+    dispatch: Arc<Dispatch>,
+    watching: Watching,
+    serial: Arc<Serial>,
+    fixups: Arc<Counts>,
+    /// Where the vCPUs start.
+    pub(crate) entry: u64,
+    pub(crate) exit_port: ExitPort,
+    /// Somebody has paused the machine and not resumed it: whoever pauses it for a moment leaves it paused.
+    pub(crate) is_paused: Mutex<bool, rank::Paused>,
+    pub(crate) held: Held,
+    /// Subscribers that are the machine's own and go with it.
+    own_subscribers: Mutex<Vec<SubscriberId>, rank::OwnSubscribers>,
+    runner: Mutex<Runner, rank::Runner>,
+    run_ended: Condvar,
+}
+
+impl TryFrom<VmmConfig> for Vmm {
+    type Error = Error;
+
+    fn try_from(config: VmmConfig) -> Result<Self> {
+        Self::with_event_manager(config, None)
+    }
+}
+
+impl Vmm {
+    /// A machine in a loop that others use too; none for one of its own.
+    ///
+    /// # Errors
+    /// When a value cannot be used, a file cannot be loaded, or KVM refuses a part.
+    pub fn with_event_manager(
+        config: VmmConfig,
+        shared: Option<Arc<EventManager>>,
+    ) -> Result<Self> {
+        config.validate()?;
+        let memory = GuestMemory::new(config.memory.size_mib << 20)?;
+        let entry = boot::load(&config, &memory)?;
+        let event_manager = match shared {
+            Some(shared) => shared.share().map(|()| shared)?,
+            None => Arc::new(EventManager::new()?),
+        };
+        let exit_handler =
+            WrappedExitHandler::new().map_err(|e| Error::os(ErrorKind::Event, "eventfd", &e))?;
+        let dispatch = Arc::new(Dispatch::default());
+        let vm = KvmVm::new(&config, memory, Arc::clone(&dispatch), exit_handler.clone())?;
+        let irq = vm.irq(layout::COM1_IRQ)?;
+        let serial = devices::attach(&dispatch.buses, irq, &config.serial, config.exit_port)?;
+        let parts = Parts { vm, event_manager, exit_handler, dispatch, serial, entry };
+        Self::assemble(parts, config.serial, config.exit_port)
+    }
+
+    /// The machine of these parts, in its loop.
+    pub(crate) fn assemble(
+        parts: Parts,
+        streams: SerialConfig,
+        exit_port: ExitPort,
+    ) -> Result<Self> {
+        let Parts { vm, event_manager, exit_handler, dispatch, serial, entry } = parts;
+        let mut own_subscribers =
+            vec![event_manager.add_subscriber(Box::new(exit_handler.clone()))];
+        own_subscribers.extend(devices::connect(&serial, streams, &event_manager)?);
+        let fixups = Arc::clone(vm.fixups());
+        let watching = Watching::new(vm.cells().len() as u64, &dispatch, &event_manager);
+        Ok(Self {
+            vm: Mutex::new(Some(Arc::new(vm))),
+            event_manager,
+            exit_handler,
+            dispatch,
+            watching,
+            serial,
+            fixups,
+            entry,
+            exit_port,
+            is_paused: Mutex::new(false),
+            held: Held::default(),
+            own_subscribers: Mutex::new(own_subscribers),
+            runner: Mutex::default(),
+            run_ended: Condvar::new(),
+        })
+    }
+}
+
+impl Vmm {
+    /// The vCPUs, to be looked into while they are at rest. Before the first run they stand where it will start.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] when the machine is closed.
+    pub fn vcpus(&self) -> Result<Vec<Arc<Cell>>> {
+        let vm = self.vm()?;
+        vm.prepare(self.entry)?;
+        Ok(vm.cells())
+    }
+
+    /// The KVM side of the machine.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] when it is closed.
+    pub fn vm(&self) -> Result<Arc<KvmVm<WrappedExitHandler>>> {
+        self.vm
+            .lock()
+            .clone()
+            .ok_or_else(|| Error::new(ErrorKind::State, "vmm", "the machine is closed"))
+    }
+
+    /// The event manager whose loop `run` turns.
+    #[must_use]
+    pub fn event_manager(&self) -> &Arc<EventManager> {
+        &self.event_manager
+    }
+
+    /// Put a device on one of the buses, at any time.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Config`] when the range is no such bus's, or something else answers there.
+    pub fn add_device(
+        &self,
+        access: Access,
+        base: u64,
+        length: u64,
+        device: Arc<dyn Device>,
+    ) -> Result<()> {
+        let vm = self.vm()?;
+        vm.check_process()?;
+        let bad = |detail: String| Err(Error::new(ErrorKind::Config, format!("{base:#x}"), detail));
+        let end = base.saturating_add(length);
+        if access == Access::Pio && end > 0x1_0000 {
+            return bad("ports go from 0 to 0xffff".into());
+        }
+        let taken = match access {
+            Access::Pio => vm.kernel_ports(),
+            Access::Mmio => vm.kernel_addresses(),
+        };
+        if let Some((start, _)) =
+            taken.iter().find(|(start, size)| base < start + size && *start < end)
+        {
+            return bad(format!("overlaps what KVM or memory answers at {start:#x}"));
+        }
+        self.dispatch.buses.bus(access).add(base, length, device)
+    }
+
+    /// The handler that ends a run.
+    #[must_use]
+    pub fn exit_handler(&self) -> &WrappedExitHandler {
+        &self.exit_handler
+    }
+
+    /// Where the vCPUs' exits go: the buses, hooks and observers.
+    #[must_use]
+    pub fn dispatch(&self) -> &Arc<Dispatch> {
+        &self.dispatch
+    }
+
+    /// What it can be watched with: counters, and a trace.
+    #[must_use]
+    pub fn watching(&self) -> &Watching {
+        &self.watching
+    }
+
+    /// See [`Watching::start_trace`].
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] when the machine is closed, too.
+    pub fn start_trace(&self, path: &Path) -> Result<Arc<Trace>> {
+        self.vm()?.check_process()?;
+        self.watching.start_trace(path)
+    }
+
+    /// The instructions that KVM refused and that were executed here.
+    #[must_use]
+    pub fn fixups(&self) -> &Counts {
+        &self.fixups
+    }
+
+    /// The first serial port.
+    #[must_use]
+    pub fn serial(&self) -> &Arc<Serial> {
+        &self.serial
+    }
+
+    /// Guest memory.
+    ///
+    /// # Errors
+    /// When the machine is closed, or in a forked child.
+    pub fn memory(&self) -> Result<GuestMemory> {
+        let vm = self.vm()?;
+        vm.check_process()?;
+        Ok(vm.memory().clone())
+    }
+
+    /// Where the machine stands.
+    #[must_use]
+    pub fn state(&self) -> VmRunState {
+        self.vm().map_or(VmRunState::Closed, |vm| vm.state())
+    }
+}
+
+impl Drop for Vmm {
+    /// In a loop that others use too, the machine's subscribers must not outlive it.
+    fn drop(&mut self) {
+        self.close();
+    }
+}

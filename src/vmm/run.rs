@@ -1,0 +1,151 @@
+//! `run` and `wait`: turn the event loop until the exit handler says stop, and shut the machine down. On the caller's thread.
+
+use std::time::{Duration, Instant};
+
+use super::Vmm;
+use crate::error::{Error, Result};
+use crate::exit_handler::{Exit, ExitReason, WrappedExitHandler};
+use crate::trace;
+use crate::vm::KvmVm;
+
+/// The longest wait where another loop may take what this one waits for.
+const SLICE: Duration = Duration::from_millis(50);
+
+/// How long the end of a run waits for somebody to take the guest's last output.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+fn deadline_of(timeout: Option<Duration>) -> Option<Instant> {
+    timeout.and_then(|timeout| Instant::now().checked_add(timeout))
+}
+
+impl Vmm {
+    /// Run until the guest ends, `stop` is called, or the time passes. `turn` turns the event loop once, waiting until the
+    /// time it is given at most; its error ends the run.
+    ///
+    /// After a stop, a timeout or an error another `run` goes on where this one ended.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] when another thread is in `run`, the guest has ended or the machine is closed;
+    /// [`ErrorKind::Io`] when a stream of the serial port fails; what `turn` returns.
+    pub fn run<E: From<Error>>(
+        &self,
+        timeout: Option<Duration>,
+        mut turn: impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
+    ) -> std::result::Result<Exit, E> {
+        let vm = self.vm()?;
+        let _running = self.enter_run("run", false)?;
+        let deadline = deadline_of(timeout);
+        let ended = self
+            .start_vcpus(&vm)
+            .map_err(E::from)
+            .and_then(|()| self.turn_until(deadline, &mut turn));
+        let reason = ended.map(|reason| reason.unwrap_or(ExitReason::Timeout));
+        self.finish(&vm, reason, deadline, &mut turn)
+    }
+
+    /// What `run` does, for a machine that has been started; none when the time passed: then the guest goes on.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] when the machine has not been started, or another thread waits; else as for `run`.
+    pub fn wait<E: From<Error>>(
+        &self,
+        timeout: Option<Duration>,
+        mut turn: impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
+    ) -> std::result::Result<Option<Exit>, E> {
+        let vm = self.vm()?;
+        let _running = self.enter_run("wait", true)?;
+        let deadline = deadline_of(timeout);
+        let reason = match self.turn_until(deadline, &mut turn) {
+            Ok(None) => return Ok(None),
+            Ok(Some(reason)) => Ok(reason),
+            Err(error) => Err(error),
+        };
+        self.runner.lock().is_started = false;
+        self.finish(&vm, reason, deadline, &mut turn).map(Some)
+    }
+
+    pub(super) fn start_vcpus(&self, vm: &KvmVm<WrappedExitHandler>) -> Result<()> {
+        vm.check_may_run()?;
+        *self.is_paused.lock() = false;
+        self.serial.release(false);
+        // After a stop from before this run the guest does not start for nothing.
+        if !self.exit_handler.is_kicked() {
+            vm.run(vm.first_address(self.entry))?;
+        }
+        Ok(())
+    }
+
+    /// Turn the loop until the exit handler says stop; none when the deadline came first.
+    fn turn_until<E: From<Error>>(
+        &self,
+        deadline: Option<Instant>,
+        turn: &mut impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
+    ) -> std::result::Result<Option<ExitReason>, E> {
+        while self.exit_handler.keep_running() {
+            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                return Ok(None);
+            }
+            self.turn(deadline, turn)?;
+        }
+        Ok(Some(ExitReason::Stopped))
+    }
+
+    /// The end of a run: shut the machine down and bring out what the guest printed last.
+    fn finish<E: From<Error>>(
+        &self,
+        vm: &KvmVm<WrappedExitHandler>,
+        reason: std::result::Result<ExitReason, E>,
+        deadline: Option<Instant>,
+        turn: &mut impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
+    ) -> std::result::Result<Exit, E> {
+        self.serial.release(true);
+        vm.shutdown();
+        self.exit_handler.rearm();
+        let reason = reason?;
+        if self.serial.backlog() > 0 {
+            self.drain_serial(deadline, turn)?;
+            self.exit_handler.rearm();
+        }
+        Ok(vm.exit().unwrap_or_else(|| Exit::new(reason)))
+    }
+
+    /// One turn of the event loop.
+    fn turn<E: From<Error>>(
+        &self,
+        deadline: Option<Instant>,
+        turn: &mut impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
+        let slice = self.exit_handler.is_in_several_loops().then(|| Instant::now() + SLICE);
+        let until = slice
+            .map_or(deadline, |slice| Some(deadline.map_or(slice, |deadline| deadline.min(slice))));
+        let recording = self.event_manager.recorders.recording();
+        turn(until)?;
+        if recording.is_some() {
+            trace::flush();
+        }
+        self.serial.take_failure().map_or(Ok(()), |failure| Err(failure.into()))
+    }
+
+    /// Bring out what the guest printed last. A stop, the deadline, or a taker that takes nothing for a while
+    /// leaves the rest for another run or [`Serial::take`](crate::devices::Serial::take).
+    fn drain_serial<E: From<Error>>(
+        &self,
+        deadline: Option<Instant>,
+        turn: &mut impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
+        let mut left = self.serial.backlog();
+        let mut patience = Instant::now() + PATIENCE;
+        while left > 0 && self.exit_handler.keep_running() {
+            let until = deadline.map_or(patience, |deadline| deadline.min(patience));
+            self.turn(Some(until), turn)?;
+            let now = self.serial.backlog();
+            if now < left {
+                patience = Instant::now() + PATIENCE;
+            } else if Instant::now() >= until {
+                break;
+            }
+            left = now;
+        }
+        Ok(())
+    }
+}
