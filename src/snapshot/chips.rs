@@ -2,15 +2,20 @@
 
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip,
+    kvm_pit_state2,
 };
 use kvm_ioctls::VmFd;
 
 use super::shape::Shape;
-use super::state::{Kind, Record, Records, bad, get, put};
+use super::state::{Kind, Reader, Record, Records, bad, get, put};
 use super::vcpu::{bytes, kvm, plain};
 use crate::error::Result;
 
-const CHIPS: [u16; 3] = [0, 1, 2];
+/// The chips in the order in which they are set: KVM hands what waits at the slave on to the master, which is set after it.
+const CHIPS: [u16; 3] = [1, 0, 2];
+
+/// Interrupt lines of the I/O APIC.
+const LINES: u32 = 24;
 
 /// KVM's number of a chip.
 fn chip(number: u16) -> u32 {
@@ -21,8 +26,9 @@ fn chip(number: u16) -> u32 {
     }
 }
 
-/// The clock, and with an interrupt controller the chips.
-pub(super) fn capture(vm: &VmFd, shape: &Shape) -> Result<Records> {
+/// The clock, and with an interrupt controller the chips. `lines` has a bit for each interrupt line that the host holds high,
+/// which KVM does not tell.
+pub(super) fn capture(vm: &VmFd, shape: &Shape, lines: u32) -> Result<Records> {
     let mut all = Records::new();
     let clock = kvm("KVM_GET_CLOCK", vm.get_clock())?;
     put(&mut all, Kind::Clock, 0, bytes(&clock));
@@ -30,31 +36,62 @@ pub(super) fn capture(vm: &VmFd, shape: &Shape) -> Result<Records> {
         put(&mut all, Kind::Pit, 0, bytes(&kvm("KVM_GET_PIT2", vm.get_pit2())?));
     }
     if shape.irqchip {
-        for number in CHIPS {
+        for number in 0..3 {
             let mut state = kvm_irqchip { chip_id: chip(number), ..Default::default() };
             kvm("KVM_GET_IRQCHIP", vm.get_irqchip(&mut state))?;
             put(&mut all, Kind::Irqchip, number, bytes(&state));
         }
     }
+    if lines != 0 {
+        put(&mut all, Kind::IrqLines, 0, lines.to_le_bytes());
+    }
     Ok(all)
 }
 
-/// Set what a capture found. The clock goes on from where it stood.
-pub(super) fn apply(vm: &VmFd, shape: &Shape, records: &[Record]) -> Result<()> {
-    let one = |kind: Kind, number| {
-        get(records, kind, number).ok_or_else(|| bad(kind.name(), "the state has none"))
-    };
-    if shape.irqchip {
-        for number in CHIPS {
-            let mut state: kvm_irqchip = plain("irqchip", one(Kind::Irqchip, number)?)?;
-            state.chip_id = chip(number);
-            kvm("KVM_SET_IRQCHIP", vm.set_irqchip(&state))?;
-        }
-    }
+fn one(records: &[Record], kind: Kind, number: u16) -> Result<&[u8]> {
+    get(records, kind, number).ok_or_else(|| bad(kind.name(), "the state has none"))
+}
+
+/// Set the interrupt controllers that a capture found, and the lines into them. Before the vCPUs: the I/O APIC sends what waits
+/// there to the LAPICs once more, which have it already.
+pub(super) fn apply_controllers(
+    vm: &VmFd,
+    shape: &Shape,
+    records: &[Record],
+    lines: &mut u32,
+) -> Result<()> {
     if shape.pit {
-        kvm("KVM_SET_PIT2", vm.set_pit2(&plain("pit", one(Kind::Pit, 0)?)?))?;
+        // Without a mode its timer is off: no tick of the former guest comes behind this.
+        let mut off: kvm_pit_state2 = plain("pit", one(records, Kind::Pit, 0)?)?;
+        off.channels.iter_mut().for_each(|channel| channel.mode = 0xff);
+        kvm("KVM_SET_PIT2", vm.set_pit2(&off))?;
     }
-    let saved: kvm_clock_data = plain("clock", one(Kind::Clock, 0)?)?;
+    if !shape.irqchip {
+        return Ok(());
+    }
+    let wanted = match get(records, Kind::IrqLines, 0) {
+        Some(bytes) => Reader::new("irq_lines", bytes).u32()?,
+        None => 0,
+    };
+    let changed = *lines ^ wanted;
+    for line in (0..LINES).filter(|line| changed & 1 << line != 0) {
+        kvm("KVM_IRQ_LINE", vm.set_irq_line(line, wanted & 1 << line != 0))?;
+        *lines ^= 1 << line;
+    }
+    for number in CHIPS {
+        let mut state: kvm_irqchip = plain("irqchip", one(records, Kind::Irqchip, number)?)?;
+        state.chip_id = chip(number);
+        kvm("KVM_SET_IRQCHIP", vm.set_irqchip(&state))?;
+    }
+    Ok(())
+}
+
+/// Set the timers that a capture found, behind all else: the PIT ticks from here on, and the clock goes on from where it stood.
+pub(super) fn apply_timers(vm: &VmFd, shape: &Shape, records: &[Record]) -> Result<()> {
+    if shape.pit {
+        kvm("KVM_SET_PIT2", vm.set_pit2(&plain("pit", one(records, Kind::Pit, 0)?)?))?;
+    }
+    let saved: kvm_clock_data = plain("clock", one(records, Kind::Clock, 0)?)?;
     let clock = kvm_clock_data { clock: saved.clock, ..Default::default() };
     kvm("KVM_SET_CLOCK", vm.set_clock(&clock))
 }
@@ -69,8 +106,10 @@ mod tests {
         let Ok(kvm) = crate::vm::open_kvm() else { return };
         let vm = kvm.create_vm().unwrap();
         let shape = Shape { vcpus: 1, irqchip: false, pit: false, fixups: false, exit_port: None };
-        let error = apply(&vm, &shape, &[]).unwrap_err();
+        let error = apply_timers(&vm, &shape, &[]).unwrap_err();
         assert_eq!((error.kind, error.at.as_str()), (ErrorKind::Snapshot, "clock"));
-        apply(&vm, &shape, &capture(&vm, &shape).unwrap()).unwrap();
+        let captured = capture(&vm, &shape, 0).unwrap();
+        apply_controllers(&vm, &shape, &captured, &mut 0).unwrap();
+        apply_timers(&vm, &shape, &captured).unwrap();
     }
 }

@@ -91,7 +91,7 @@ impl Vmm {
         vm.check_process()?;
         vm.prepare(self.entry)?;
         self.stand_still(&vm, || {
-            vm.settle(true)?;
+            vm.settle()?;
             let (rests, resets) = (rests(&vm), self.held.check_resets(None)?);
             // Without a lock: a device may be Python's.
             let devices = save_devices(&self.dispatch().buses)?;
@@ -99,7 +99,7 @@ impl Vmm {
             vm.at_rest(|fd, vcpus| {
                 check_rests(vcpus, &rests)?;
                 self.held.check_resets(Some(resets))?;
-                capture(vm.memory(), shape, fd, vcpus, devices)
+                capture(&vm, shape, fd, vcpus, devices)
             })
         })
     }
@@ -126,11 +126,14 @@ impl Vmm {
                 let detail = "the guest has ended, and its run is not over yet";
                 return Err(Error::new(ErrorKind::State, "reset", detail));
             }
-            // What KVM would complete at the next entry belongs to the guest that goes.
-            vm.settle(false)?;
+            vm.cells().iter().try_for_each(|cell| cell.wait_while_leaving())?;
             self.held.reset(|| {
                 let changed = vm.at_rest(|fd, vcpus| bring_back(&vm, fd, vcpus, snapshot))?;
                 vm.revive();
+                if !in_run {
+                    // A stop that came before this was for a run of the guest that went.
+                    self.exit_handler().rearm();
+                }
                 restore_devices(&devices)?;
                 Ok(changed / layout::PAGE)
             })
@@ -159,7 +162,7 @@ impl Vmm {
             WrappedExitHandler::new().map_err(|e| Error::os(ErrorKind::Event, "eventfd", &e))?;
         let dispatch = Arc::new(Dispatch::default());
         let vm = KvmVm::of_shape(shape, memory, &dispatch, exit_handler.clone())?;
-        vm.at_rest(|fd, vcpus| set_state(fd, vcpus, snapshot))?;
+        vm.at_rest(|fd, vcpus| set_state(&vm, fd, vcpus, snapshot))?;
         let irq = vm.irq(layout::COM1_IRQ)?;
         let serial = devices::attach(&dispatch.buses, irq, &streams, shape.exit_port())?;
         let parts = Parts { vm, event_manager, exit_handler, dispatch, serial, entry: 0 };
@@ -211,7 +214,7 @@ impl Vmm {
 }
 
 fn capture(
-    memory: &GuestMemory,
+    vm: &Vm,
     shape: Shape,
     fd: &VmFd,
     vcpus: &mut [impl std::ops::DerefMut<Target = Vcpu>],
@@ -222,8 +225,8 @@ fn capture(
     for (number, vcpu) in (0..).zip(vcpus.iter_mut()) {
         states.push(vcpu::capture(vcpu, number, classes)?);
     }
-    let chips = chips::capture(fd, &shape)?;
-    let frozen = memory.kvm_slots().freeze()?;
+    let chips = chips::capture(fd, &shape, *vm.lines())?;
+    let frozen = vm.memory().kvm_slots().freeze()?;
     let range = |(start, image, read_only)| Range { start, read_only, image };
     let ranges = frozen.into_iter().map(range).collect();
     Ok(Snapshot { id: new_id()?, shape, chips, vcpus: states, devices, ranges, host: None })
@@ -283,16 +286,21 @@ fn restore_devices(devices: &[Restored<'_>]) -> Result<()> {
     devices.iter().try_for_each(|(device, state)| device.restore(state))
 }
 
+/// Everything but memory and devices, in the order that docs/snapshots.md gives with its reasons.
 fn set_state(
+    vm: &Vm,
     fd: &VmFd,
     vcpus: &mut [impl std::ops::DerefMut<Target = Vcpu>],
     snapshot: &Snapshot,
 ) -> Result<()> {
-    let classes = Classes::of(fd, snapshot.shape.irqchip);
+    let Snapshot { shape, chips, .. } = snapshot;
+    let classes = Classes::of(fd, shape.irqchip);
+    let mut lines = vm.lines();
+    chips::apply_controllers(fd, shape, chips, &mut lines)?;
     for ((number, vcpu), state) in (0..).zip(vcpus.iter_mut()).zip(&snapshot.vcpus) {
         vcpu::apply(vcpu, number, state, classes)?;
     }
-    chips::apply(fd, &snapshot.shape, &snapshot.chips)
+    chips::apply_timers(fd, shape, chips)
 }
 
 fn bring_back(
@@ -304,9 +312,11 @@ fn bring_back(
     for ((number, vcpu), state) in (0..).zip(vcpus.iter_mut()).zip(&snapshot.vcpus) {
         vcpu::check_cpuid(vcpu, number, state)?;
     }
+    // What KVM would complete at the next entry belongs to the guest that goes. It may write memory.
+    vcpus.iter_mut().for_each(|vcpu| vcpu.abandon());
     let images = snapshot.ranges.iter().map(|range| (range.start, &range.image));
     let changed = vm.memory().kvm_slots().reset(images)?;
-    set_state(fd, vcpus, snapshot)?;
+    set_state(vm, fd, vcpus, snapshot)?;
     Ok(changed)
 }
 

@@ -6,6 +6,7 @@ mod file;
 mod host;
 mod image;
 mod machine;
+mod msrs;
 mod pagemap;
 mod ram;
 mod save;

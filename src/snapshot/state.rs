@@ -44,10 +44,12 @@ pub enum Kind {
     Pit = 0x21,
     /// `kvm_irqchip`; the number is its chip's
     Irqchip = 0x22,
+    /// A bit for each interrupt line that the host holds high, u32; none where it holds none
+    IrqLines = 0x23,
 }
 
 impl Kind {
-    const ALL: [Self; 19] = [
+    const ALL: [Self; 20] = [
         Self::Shape,
         Self::Host,
         Self::Device,
@@ -67,6 +69,7 @@ impl Kind {
         Self::Clock,
         Self::Pit,
         Self::Irqchip,
+        Self::IrqLines,
     ];
 
     /// The kind of this number.
@@ -98,6 +101,7 @@ impl Kind {
             Self::Clock => "clock",
             Self::Pit => "pit",
             Self::Irqchip => "irqchip",
+            Self::IrqLines => "irq_lines",
         }
     }
 }

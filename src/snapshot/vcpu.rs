@@ -3,29 +3,22 @@
 use std::sync::OnceLock;
 
 use kvm_bindings::{
-    CpuId, KVM_CAP_SREGS2, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_debugregs,
-    kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_sregs, kvm_sregs2, kvm_vcpu_events, kvm_xcrs,
-    kvm_xsave,
+    CpuId, KVM_CAP_SREGS2, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state,
+    kvm_mp_state, kvm_sregs, kvm_sregs2, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Cap, VmFd};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
 use vmm_sys_util::{ioctl_ior_nr, ioctl_iow_nr};
 
+use super::msrs;
 use super::state::{Kind, Reader, Record, Records, bad, get, put};
 use crate::error::{Error, ErrorKind, Result};
-use crate::sync::{RwLock, rank};
 use crate::vcpu::Vcpu;
-use crate::vm::open_kvm;
 
 const KVMIO: u32 = 0xae;
 ioctl_ior_nr!(kvm_get_sregs2, KVMIO, 0xcc, kvm_sregs2);
 ioctl_iow_nr!(kvm_set_sregs2, KVMIO, 0xcd, kvm_sregs2);
 ioctl_ior_nr!(kvm_get_xsave2, KVMIO, 0xcf, kvm_xsave);
-
-const IA32_TSC: u32 = 0x10;
-const IA32_TSC_DEADLINE: u32 = 0x6e0;
-/// Bit 0 says that the guest uses KVM's clock.
-const KVM_SYSTEM_TIME: [u32; 2] = [0x12, 0x4b56_4d01];
 
 /// What the state of a machine's vCPUs consists of.
 #[derive(Clone, Copy, Debug)]
@@ -106,7 +99,7 @@ pub(crate) fn capture(vcpu: &Vcpu, number: u16, classes: Classes) -> Result<Reco
     if classes.has_lapic {
         keep(Kind::Lapic, bytes(&kvm("KVM_GET_LAPIC", fd.get_lapic())?));
     }
-    keep(Kind::Msrs, &msrs(vcpu)?);
+    keep(Kind::Msrs, &msrs::capture(vcpu)?);
     keep(Kind::Events, bytes(&kvm("KVM_GET_VCPU_EVENTS", fd.get_vcpu_events())?));
     if let Ok(khz) = fd.get_tsc_khz() {
         keep(Kind::TscKhz, &khz.to_le_bytes());
@@ -138,51 +131,6 @@ fn vcpu_fd(vcpu: &Vcpu) -> std::os::fd::RawFd {
     std::os::fd::AsRawFd::as_raw_fd(&vcpu.fd)
 }
 
-/// The registers that KVM lists and gives: learnt once.
-static MSR_LIST: RwLock<Vec<u32>, rank::MsrList> = RwLock::new(Vec::new());
-
-/// Index and value of each model-specific register that KVM lists and gives.
-fn msrs(vcpu: &Vcpu) -> Result<Vec<u8>> {
-    let mut list = MSR_LIST.read().clone();
-    if list.is_empty() {
-        let all = kvm("KVM_GET_MSR_INDEX_LIST", open_kvm()?.get_msr_index_list())?;
-        list = all.as_slice().to_vec();
-        // A deadline is one of the counter, which has to be set first.
-        list.sort_by_key(|index| match *index {
-            IA32_TSC => 0,
-            IA32_TSC_DEADLINE => 2,
-            _ => 1,
-        });
-    }
-    let known = list.len();
-    let mut found = Vec::with_capacity(12 * list.len());
-    // KVM stops at one that it lists and does not give.
-    let msrs = loop {
-        let entries: Vec<kvm_msr_entry> = list
-            .iter()
-            .map(|index| kvm_msr_entry { index: *index, ..Default::default() })
-            .collect();
-        let mut msrs = wrap(&entries)?;
-        let count = kvm("KVM_GET_MSRS", vcpu.fd.get_msrs(&mut msrs))?;
-        if count >= list.len() {
-            break msrs;
-        }
-        list.remove(count);
-    };
-    if list.len() != known || MSR_LIST.read().is_empty() {
-        *MSR_LIST.write() = list;
-    }
-    for entry in msrs.as_slice() {
-        found.extend(entry.index.to_le_bytes());
-        found.extend(entry.data.to_le_bytes());
-    }
-    Ok(found)
-}
-
-fn wrap(entries: &[kvm_msr_entry]) -> Result<Msrs> {
-    Msrs::from_entries(entries).map_err(|e| bad("msrs", format!("{e:?}")))
-}
-
 /// Set what a capture found. Before the vCPU has run, or else with the same CPUID.
 ///
 /// # Errors
@@ -205,36 +153,69 @@ pub(crate) fn apply(
         }
     }
     let fd = &vcpu.fd;
-    // Without a LAPIC a vCPU has no other.
     if classes.has_lapic {
-        kvm(
-            "KVM_SET_MP_STATE",
-            fd.set_mp_state(plain::<kvm_mp_state>("mp_state", one(Kind::MpState)?)?),
-        )?;
+        // Has KVM take an INIT or SIPI that waits, which would else come to the guest that is set.
+        kvm("KVM_GET_MP_STATE", fd.get_mp_state())?;
     }
-    if let Some(sregs) = get(records, Kind::Sregs2, number).filter(|_| classes.has_sregs2) {
-        let sregs: kvm_sregs2 = plain("sregs2", sregs)?;
-        // SAFETY: KVM reads the structure it is given.
-        done("KVM_SET_SREGS2", unsafe { ioctl_with_ref(fd, kvm_set_sregs2(), &sregs) })?;
-    } else {
-        let sregs: kvm_sregs = match get(records, Kind::Sregs2, number) {
-            Some(sregs2) => plain("sregs", sregs2.get(..size_of::<kvm_sregs>()).unwrap_or(&[]))?,
-            None => plain("sregs", one(Kind::Sregs)?)?,
-        };
-        kvm("KVM_SET_SREGS", fd.set_sregs(&sregs))?;
-    }
+    set_sregs(vcpu, records, number, classes)?;
     set_xsave(vcpu, one(Kind::Xsave)?, classes)?;
+    let fd = &vcpu.fd;
     kvm("KVM_SET_XCRS", fd.set_xcrs(&plain::<kvm_xcrs>("xcrs", one(Kind::Xcrs)?)?))?;
     let debug: kvm_debugregs = plain("debugregs", one(Kind::DebugRegs)?)?;
     kvm("KVM_SET_DEBUGREGS", fd.set_debug_regs(&debug))?;
     if classes.has_lapic {
-        kvm("KVM_SET_LAPIC", fd.set_lapic(&plain::<kvm_lapic_state>("lapic", one(Kind::Lapic)?)?))?;
+        set_lapic(vcpu, &plain("lapic", one(Kind::Lapic)?)?)?;
     }
-    set_msrs(vcpu, one(Kind::Msrs)?)?;
+    msrs::apply(vcpu, one(Kind::Msrs)?)?;
+    let fd = &vcpu.fd;
     let events: kvm_vcpu_events = plain("events", one(Kind::Events)?)?;
     kvm("KVM_SET_VCPU_EVENTS", fd.set_vcpu_events(&events))?;
+    // Without a LAPIC a vCPU has no other. Last: it depends on whether the vCPU is in system management mode.
+    if classes.has_lapic {
+        let state: kvm_mp_state = plain("mp_state", one(Kind::MpState)?)?;
+        kvm("KVM_SET_MP_STATE", fd.set_mp_state(state))?;
+    }
     // With the next entry: one call less.
     vcpu.enter_with(&plain("regs", one(Kind::Regs)?)?);
+    Ok(())
+}
+
+/// The special registers. Before the LAPIC: its base is one of them, and says in which form its registers are.
+fn set_sregs(vcpu: &Vcpu, records: &[Record], number: u16, classes: Classes) -> Result<()> {
+    let sregs2 = get(records, Kind::Sregs2, number);
+    if let Some(sregs) = sregs2.filter(|_| classes.has_sregs2) {
+        let sregs: kvm_sregs2 = plain("sregs2", sregs)?;
+        // SAFETY: KVM reads the structure it is given.
+        let result = unsafe { ioctl_with_ref(&vcpu.fd, kvm_set_sregs2(), &sregs) };
+        return done("KVM_SET_SREGS2", result);
+    }
+    let sregs = match sregs2 {
+        // The structures begin alike.
+        Some(sregs2) => sregs2.get(..size_of::<kvm_sregs>()),
+        None => get(records, Kind::Sregs, number),
+    };
+    let sregs: kvm_sregs = plain("sregs", sregs.unwrap_or(&[]))?;
+    kvm("KVM_SET_SREGS", vcpu.fd.set_sregs(&sregs))
+}
+
+/// Offsets of the LAPIC's timer: its vector and mode, and the count it starts from. Intel SDM volume 3, 11.4.1.
+const LVT_TIMER: usize = 0x320;
+const TIMER_INITIAL_COUNT: usize = 0x380;
+/// The bits of its mode.
+const TIMER_MODE: u32 = 3 << 17;
+const TIMER_MODE_DEADLINE: u32 = 2 << 17;
+
+/// The LAPIC. When that takes the timer from deadlines to counting, KVM forgets the count: then again.
+fn set_lapic(vcpu: &Vcpu, lapic: &kvm_lapic_state) -> Result<()> {
+    let word = |at: usize| {
+        let bytes = lapic.regs.get(at..at + 4).and_then(|bytes| <[i8; 4]>::try_from(bytes).ok());
+        bytes.map_or(0, |bytes| u32::from_le_bytes(bytes.map(i8::cast_unsigned)))
+    };
+    kvm("KVM_SET_LAPIC", vcpu.fd.set_lapic(lapic))?;
+    let counts = word(LVT_TIMER) & TIMER_MODE != TIMER_MODE_DEADLINE;
+    if counts && word(TIMER_INITIAL_COUNT) != 0 {
+        kvm("KVM_SET_LAPIC", vcpu.fd.set_lapic(lapic))?;
+    }
     Ok(())
 }
 
@@ -305,36 +286,6 @@ fn set_xsave(vcpu: &Vcpu, state: &[u8], classes: Classes) -> Result<()> {
     let Some(first) = buffer.first() else { return Ok(()) };
     // SAFETY: KVM reads as much as KVM_CAP_XSAVE2 says, which the buffer behind this reference has.
     kvm("KVM_SET_XSAVE", unsafe { vcpu.fd.set_xsave(first) })
-}
-
-fn set_msrs(vcpu: &Vcpu, state: &[u8]) -> Result<()> {
-    let mut reader = Reader::new("msrs", state);
-    let mut entries = Vec::with_capacity(state.len() / 12);
-    while !reader.is_empty() {
-        let (index, data) = (reader.u32()?, reader.u64()?);
-        entries.push(kvm_msr_entry { index, data, ..Default::default() });
-    }
-    let mut left = entries.as_slice();
-    while !left.is_empty() {
-        let set = kvm("KVM_SET_MSRS", vcpu.fd.set_msrs(&wrap(left)?))?;
-        let Some(refused) = left.get(set) else { break };
-        // One that cannot be set and has the value already needs no setting.
-        let mut now = wrap(&[kvm_msr_entry { index: refused.index, ..Default::default() }])?;
-        let known = kvm("KVM_GET_MSRS", vcpu.fd.get_msrs(&mut now))?;
-        let has = known == 1 && now.as_slice().iter().all(|entry| entry.data == refused.data);
-        if !has && (known == 1 || refused.data != 0) {
-            let detail = format!("KVM refuses {:#x} for MSR {:#x}", refused.data, refused.index);
-            return Err(Error::new(ErrorKind::Snapshot, "KVM_SET_MSRS", detail));
-        }
-        left = left.get(set + 1..).unwrap_or(&[]);
-    }
-    let uses_clock =
-        |entry: &kvm_msr_entry| KVM_SYSTEM_TIME.contains(&entry.index) && entry.data & 1 != 0;
-    if entries.iter().any(uses_clock) {
-        // Tells the guest's watchdogs that it was away. A guest that has not said where to put it is told nothing.
-        let _ = vcpu.fd.kvmclock_ctrl();
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -53,6 +53,8 @@ ranks! {
     Vcpus,
     /// One vCPU: at rest here, or out with its thread. Numbered: several are taken in rising order.
     Vcpu,
+    /// The interrupt lines that the host holds high.
+    IrqLines,
     /// The map of guest memory.
     MemoryMap,
     /// KVM's memory slots.

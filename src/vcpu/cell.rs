@@ -149,26 +149,12 @@ impl Cell {
     /// [`ErrorKind::State`] while its guest runs, or when this thread is the one that answers its exit; when it reads and
     /// nobody has answered.
     pub(crate) fn settle(&self) -> Result<Step> {
-        self.birthplace.check("vCPU")?;
         let mut vcpu = {
-            let mut slot = self.slot.lock();
-            while slot.vcpu.is_none() && slot.order != Order::Go && !slot.is_lost {
-                if slot.runner == Some(this_thread()) {
-                    let (at, detail) =
-                        (format!("vcpu_{}", self.id), "its exit is not answered yet");
-                    let error = Error::new(ErrorKind::State, at, detail);
-                    return Err(error.hint("let the callback return first"));
-                }
-                self.changed.wait(&mut slot);
-            }
+            let mut slot = self.rested()?;
             let is_held = slot.order != Order::Go;
             let vcpu = slot.vcpu.as_mut().filter(|_| is_held).ok_or_else(|| self.running())?;
-            if vcpu.awaits_answer {
-                let detail = "its guest reads, and nobody has answered";
-                return Err(Error::new(ErrorKind::State, format!("vcpu_{}", self.id), detail));
-            }
-            let is_settled = !vcpu.is_pending && vcpu.waiting.is_none();
-            match slot.vcpu.take_if(|_| !is_settled) {
+            vcpu.check_answered()?;
+            match slot.vcpu.take_if(|vcpu| vcpu.has_pending_access()) {
                 Some(vcpu) => {
                     slot.runner = Some(this_thread());
                     vcpu
@@ -179,6 +165,28 @@ impl Cell {
         let step = settle_for_good(&mut vcpu, self);
         self.put_back(vcpu);
         Ok(step)
+    }
+
+    /// Wait for a vCPU that is on its way to rest.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] when this thread is the one that answers its exit.
+    pub(crate) fn wait_while_leaving(&self) -> Result<()> {
+        self.rested().map(drop)
+    }
+
+    fn rested(&self) -> Result<MutexGuard<'_, Slot, rank::Vcpu>> {
+        self.birthplace.check("vCPU")?;
+        let mut slot = self.slot.lock();
+        while slot.vcpu.is_none() && slot.order != Order::Go && !slot.is_lost {
+            if slot.runner == Some(this_thread()) {
+                let (at, detail) = (format!("vcpu_{}", self.id), "its exit is not answered yet");
+                let error = Error::new(ErrorKind::State, at, detail);
+                return Err(error.hint("let the callback return first"));
+            }
+            self.changed.wait(&mut slot);
+        }
+        Ok(slot)
     }
 
     /// Call the program's code from the thread that runs the vCPU. Meanwhile that code may look into the vCPU, and who pauses

@@ -33,6 +33,8 @@ pub struct Vcpu {
     pub(crate) has_run: bool,
     /// A CPUID table, as snapshots keep it, that is known to be this one's.
     pub(crate) known_cpuid: Option<Vec<u8>>,
+    /// Model-specific registers with values that they have and that KVM does not take.
+    pub(crate) constant_msrs: Vec<(u32, u64)>,
     /// The last exit was a read, and `answer` may still say what was read.
     pub(crate) awaits_answer: bool,
     /// A port or memory access has been answered and not completed: the next entry does that.
@@ -50,6 +52,9 @@ pub struct Vcpu {
     /// Calls of devices are recorded.
     pub(crate) is_recorded: bool,
 }
+
+/// An instruction makes at most so many accesses of eight bytes: those of XSAVE, with room.
+const ABANDONED_PARTS: usize = 4096;
 
 /// What [`Vcpu::changed`] keeps.
 #[derive(Clone, Copy, Debug)]
@@ -128,6 +133,7 @@ impl Vcpu {
             fixups: None,
             has_run: false,
             known_cpuid: None,
+            constant_msrs: Vec::new(),
             awaits_answer: false,
             is_pending: false,
             has_page_registers: false,
@@ -189,6 +195,40 @@ impl Vcpu {
         self.page.set_registers(registers);
         self.fd.set_sync_dirty_reg(SyncReg::Register);
         self.has_page_registers = true;
+    }
+
+    /// Whether an access of its guest is still to be completed.
+    pub(super) fn has_pending_access(&self) -> bool {
+        self.is_pending || self.waiting.is_some()
+    }
+
+    /// # Errors
+    /// [`ErrorKind::State`] when its guest reads and nobody has answered.
+    pub(super) fn check_answered(&self) -> Result<()> {
+        if self.awaits_answer {
+            let detail = "its guest reads, and nobody has answered";
+            return Err(Error::new(ErrorKind::State, format!("vcpu_{}", self.id), detail));
+        }
+        Ok(())
+    }
+
+    /// Have KVM forget the access that it would complete at the next entry: reads give ones, what is written goes nowhere, and
+    /// a repeated instruction ends with the element that it is at.
+    pub(crate) fn abandon(&mut self) {
+        let mut is_pending = self.is_pending || self.waiting.take().is_some_and(|e| e.is_access());
+        let mut left = ABANDONED_PARTS;
+        while is_pending && left > 0 {
+            if let Ok(regs) = self.fd.get_regs() {
+                // Else KVM would come out for each of its elements. Zero would leave the one at hand behind.
+                let _ = self.fd.set_regs(&kvm_regs { rcx: 1, ..regs });
+            }
+            self.page.set(true);
+            let exit = self.fd.run().map(|exit| owned(exit, &self.page));
+            is_pending = exit.is_ok_and(|exit| exit.is_access());
+            left -= 1;
+        }
+        self.has_page_registers = false;
+        self.forget_access();
     }
 
     /// Its registers are others: what an access was to complete is no more.
@@ -365,6 +405,7 @@ impl Vcpu {
         }
         let table = CpuId::from_entries(entries)
             .map_err(|e| Error::new(ErrorKind::Config, at, format!("{e:?}")))?;
+        self.constant_msrs.clear();
         kvm(at, self.fd.set_cpuid2(&table))
     }
 

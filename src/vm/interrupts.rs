@@ -101,7 +101,10 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     /// [`ErrorKind::State`] without an interrupt controller, [`ErrorKind::Config`] for a line that it has not.
     pub fn set_irq_line(&self, line: u32, is_high: bool) -> Result<()> {
         self.check_irq_line(line)?;
-        self.fd.set_irq_line(line, is_high).map_err(|e| Error::kvm("KVM_IRQ_LINE", e))
+        let mut lines = self.lines.lock();
+        self.fd.set_irq_line(line, is_high).map_err(|e| Error::kvm("KVM_IRQ_LINE", e))?;
+        *lines = *lines & !(1 << line) | u32::from(is_high) << line;
+        Ok(())
     }
 
     /// Send a message-signalled interrupt: KVM_SIGNAL_MSI. Whether a vCPU took it.

@@ -38,7 +38,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::{Exit, ExitHandler};
 use crate::fixup;
 use crate::process::Birthplace;
-use crate::sync::Mutex;
+use crate::sync::{Mutex, rank};
 use crate::vcpu::{self, Dispatch, Handle, RunState, Vcpu, VmRunState};
 
 /// A KVM virtual machine whose vCPUs tell `EH` when their guest ends.
@@ -55,6 +55,8 @@ pub struct KvmVm<EH: ExitHandler> {
     has_fixups: bool,
     irqchip: bool,
     pit: bool,
+    /// A bit for each interrupt line that [`Self::set_irq_line`] holds high.
+    lines: Mutex<u32, rank::IrqLines>,
     /// The vCPUs have the registers of a first start.
     is_prepared: AtomicBool,
     birthplace: Birthplace,
@@ -105,6 +107,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             has_fixups: config.cpu.fixups,
             irqchip: config.has_irqchip(),
             pit: config.has_pit(),
+            lines: Mutex::default(),
             is_prepared: AtomicBool::new(false),
             birthplace: Birthplace::here(),
         })
@@ -131,6 +134,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             has_fixups: false,
             irqchip: false,
             pit: false,
+            lines: Mutex::default(),
             // Whoever makes it sets its registers.
             is_prepared: AtomicBool::new(true),
             birthplace: Birthplace::here(),

@@ -12,7 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::{Exit, ExitHandler};
 use crate::process::Birthplace;
 use crate::snapshot::{Image, Ram, Shape};
-use crate::sync::{MappedMutexGuard, Mutex, rank};
+use crate::sync::{MappedMutexGuard, Mutex, MutexGuard, rank};
 use crate::vcpu::{self, Dispatch, Handle, RunState, Step, Vcpu, VmRunState};
 use crate::vm::{Backing, GuestMemory, Slot};
 
@@ -56,6 +56,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             code: None,
             irqchip: shape.irqchip,
             pit: shape.pit,
+            lines: Mutex::default(),
             fixups,
             has_fixups: shape.fixups,
             // The snapshot sets its registers.
@@ -71,6 +72,11 @@ impl<EH: ExitHandler> KvmVm<EH> {
         (self.irqchip, self.pit, self.has_fixups)
     }
 
+    /// The interrupt lines that the host holds high, which nobody changes meanwhile.
+    pub(crate) fn lines(&self) -> MutexGuard<'_, u32, rank::IrqLines> {
+        self.lines.lock()
+    }
+
     /// Hold every vCPU at rest while `act` looks at all of the machine, or changes it.
     ///
     /// # Errors
@@ -83,19 +89,18 @@ impl<EH: ExitHandler> KvmVm<EH> {
         self.vcpus.at_rest(|vcpus| act(&self.fd, vcpus))
     }
 
-    /// Complete for good what the vCPUs' last exits began. They are at rest, or on their way there. `tell`: a guest that
-    /// turns out to have ended has ended.
+    /// Complete for good what the vCPUs' last exits began. They are at rest, or on their way there. A guest that turns out to
+    /// have ended has ended.
     ///
     /// # Errors
     /// [`ErrorKind::State`] when one is running, or its exit is not answered yet.
-    pub(crate) fn settle(&self, tell: bool) -> Result<()> {
+    pub(crate) fn settle(&self) -> Result<()> {
         for cell in self.cells() {
-            let step = cell.settle()?;
-            match step {
-                Step::End(exit) if tell && self.state() != VmRunState::Exiting => {
+            match cell.settle()? {
+                Step::End(exit) if self.state() != VmRunState::Exiting => {
                     self.shared.vcpu_ended(Exit { vcpu: Some(cell.id()), ..exit });
                 }
-                Step::Stop if tell => drop(self.shared.exit_handler.kick()),
+                Step::Stop => drop(self.shared.exit_handler.kick()),
                 _ => {}
             }
         }

@@ -1,0 +1,151 @@
+//! A vCPU's model-specific registers: those that KVM lists, and those that a guest can change and KVM does not list. On
+//! whatever thread has the vCPU at rest.
+
+use kvm_bindings::{Msrs, kvm_msr_entry};
+
+use super::state::{Reader, bad};
+use super::vcpu::kvm;
+use crate::error::{Error, ErrorKind, Result};
+use crate::sync::{RwLock, rank};
+use crate::vcpu::Vcpu;
+use crate::vm::open_kvm;
+
+const IA32_TSC: u32 = 0x10;
+const IA32_TSC_DEADLINE: u32 = 0x6e0;
+/// Bit 0 says that the guest uses KVM's clock.
+const KVM_SYSTEM_TIME: [u32; 2] = [0x12, 0x4b56_4d01];
+
+/// The registers that this KVM gives, in the order in which they are set: learnt once a process.
+static LIST: RwLock<Vec<u32>, rank::MsrList> = RwLock::new(Vec::new());
+
+/// Registers that KVM keeps for a guest and KVM_GET_MSR_INDEX_LIST leaves out: Intel SDM volume 4, AMD APM volume 2.
+/// EFER, the bases of FS, GS and the LAPIC come with the special registers.
+pub(super) fn unlisted() -> impl Iterator<Item = u32> {
+    let mtrrs = [0x2ff, 0x250, 0x258, 0x259].into_iter().chain(0x268..0x270).chain(0x200..0x210);
+    // Of each of 32 machine-check banks: control, status, address and miscellaneous; and its second control.
+    let machine_check = (0x400..0x480).chain(0x280..0x2a0);
+    // DEBUGCTL, TSC_AUX, and the errata that AMD's processors name to the guest.
+    let others = [0x1d9, 0xc000_0103, 0xc001_0140, 0xc001_0141];
+    // Of KVM's own: those that its newer versions, or others of its kind, have added.
+    mtrrs.chain(machine_check).chain(others).chain(0x4b56_4d00..0x4b56_4d20)
+}
+
+/// Index and value of each model-specific register that KVM lists and gives.
+pub(super) fn capture(vcpu: &Vcpu) -> Result<Vec<u8>> {
+    let mut list = LIST.read().clone();
+    if list.is_empty() {
+        list = learn(vcpu)?;
+    }
+    let known = list.len();
+    let values = values(vcpu, &mut list)?;
+    if list.len() != known || LIST.read().is_empty() {
+        *LIST.write() = list;
+    }
+    let mut found = Vec::with_capacity(12 * values.len());
+    for entry in &values {
+        found.extend(entry.index.to_le_bytes());
+        found.extend(entry.data.to_le_bytes());
+    }
+    Ok(found)
+}
+
+/// The registers of this KVM, in the order in which they are set.
+fn learn(vcpu: &Vcpu) -> Result<Vec<u32>> {
+    let listed = kvm("KVM_GET_MSR_INDEX_LIST", open_kvm()?.get_msr_index_list())?;
+    let mut list = listed.as_slice().to_vec();
+    let mut more: Vec<u32> = unlisted().filter(|index| !list.contains(index)).collect();
+    // What KVM gives and does not take, a guest cannot change either.
+    let mut left = values(vcpu, &mut more)?;
+    while !left.is_empty() {
+        let set = kvm("KVM_SET_MSRS", vcpu.fd.set_msrs(&wrap(&left)?))?;
+        list.extend(left.iter().take(set).map(|entry| entry.index));
+        left.drain(..left.len().min(set + 1));
+    }
+    // A deadline is one of the counter, which has to be set first.
+    list.sort_by_key(|index| match *index {
+        IA32_TSC => 0,
+        IA32_TSC_DEADLINE => 2,
+        _ => 1,
+    });
+    Ok(list)
+}
+
+/// The registers of a list with their values. Those that KVM does not give are taken off the list.
+fn values(vcpu: &Vcpu, list: &mut Vec<u32>) -> Result<Vec<kvm_msr_entry>> {
+    loop {
+        let entries: Vec<kvm_msr_entry> = list
+            .iter()
+            .map(|index| kvm_msr_entry { index: *index, ..Default::default() })
+            .collect();
+        let mut msrs = wrap(&entries)?;
+        // KVM stops at the first that it does not give.
+        let count = kvm("KVM_GET_MSRS", vcpu.fd.get_msrs(&mut msrs))?;
+        if count >= list.len() {
+            return Ok(msrs.as_slice().to_vec());
+        }
+        list.remove(count);
+    }
+}
+
+fn wrap(entries: &[kvm_msr_entry]) -> Result<Msrs> {
+    Msrs::from_entries(entries).map_err(|e| bad("msrs", format!("{e:?}")))
+}
+
+/// Set what a capture found.
+///
+/// # Errors
+/// [`ErrorKind::Snapshot`] when KVM refuses a value that the register does not have; when KVM fails.
+pub(super) fn apply(vcpu: &mut Vcpu, state: &[u8]) -> Result<()> {
+    let mut reader = Reader::new("msrs", state);
+    let mut entries = Vec::with_capacity(state.len() / 12);
+    while !reader.is_empty() {
+        let (index, data) = (reader.u32()?, reader.u64()?);
+        if !vcpu.constant_msrs.contains(&(index, data)) {
+            entries.push(kvm_msr_entry { index, data, ..Default::default() });
+        }
+    }
+    let mut left = entries.as_slice();
+    while !left.is_empty() {
+        let set = kvm("KVM_SET_MSRS", vcpu.fd.set_msrs(&wrap(left)?))?;
+        let Some(refused) = left.get(set) else { break };
+        check_refused(vcpu, refused)?;
+        left = left.get(set + 1..).unwrap_or(&[]);
+    }
+    let uses_clock =
+        |entry: &kvm_msr_entry| KVM_SYSTEM_TIME.contains(&entry.index) && entry.data & 1 != 0;
+    if entries.iter().any(uses_clock) {
+        // Tells the guest's watchdogs that it was away. A guest that has not said where to put it is told nothing.
+        let _ = vcpu.fd.kvmclock_ctrl();
+    }
+    Ok(())
+}
+
+/// A register that cannot be set and has the value already needs no setting.
+fn check_refused(vcpu: &mut Vcpu, refused: &kvm_msr_entry) -> Result<()> {
+    let mut now = wrap(&[kvm_msr_entry { index: refused.index, ..Default::default() }])?;
+    let known = kvm("KVM_GET_MSRS", vcpu.fd.get_msrs(&mut now))?;
+    let has = known == 1 && now.as_slice().iter().all(|entry| entry.data == refused.data);
+    // One that no KVM lists, and that another kind of KVM or processor has, means nothing here.
+    let is_foreign = known == 0 && unlisted().any(|index| index == refused.index);
+    if !has && !is_foreign && (known == 1 || refused.data != 0) {
+        let detail = format!("KVM refuses {:#x} for MSR {:#x}", refused.data, refused.index);
+        return Err(Error::new(ErrorKind::Snapshot, "KVM_SET_MSRS", detail));
+    }
+    // Asked once: each refusal costs three calls.
+    vcpu.constant_msrs.push((refused.index, refused.data));
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_register_is_listed_twice() {
+        let all: Vec<u32> = unlisted().collect();
+        let mut once = all.clone();
+        once.sort_unstable();
+        once.dedup();
+        assert_eq!(once.len(), all.len());
+    }
+}
