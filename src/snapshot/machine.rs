@@ -295,8 +295,7 @@ fn set_state(
 ) -> Result<()> {
     let Snapshot { shape, chips, .. } = snapshot;
     let classes = Classes::of(fd, shape.irqchip);
-    let mut lines = vm.lines();
-    chips::apply_controllers(fd, shape, chips, &mut lines)?;
+    chips::apply_controllers(fd, shape, chips, &mut vm.lines())?;
     for ((number, vcpu), state) in (0..).zip(vcpus.iter_mut()).zip(&snapshot.vcpus) {
         vcpu::apply(vcpu, number, state, classes)?;
     }
