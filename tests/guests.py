@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import struct
+from pathlib import Path
 from typing import Any, Literal
 
+import pytest
 from pyvmm import FlatBoot, MemoryConfig, VmmConfig
 
 Mode = Literal["real16", "protected32", "long64", "user64"]
@@ -66,6 +69,28 @@ TRIPLE_FAULT = (
     + struct.pack("<Q", 0xFFFF_8000_0000_0000)  # mov rax, an address that nothing maps
     + b"\x88\x00"  # mov [rax], al: a page fault without an IDT
 )
+
+
+@functools.cache
+def host_features() -> frozenset[str]:
+    """What the host's processor can do, by the names in /proc/cpuinfo."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return frozenset(next(line for line in lines if line.startswith("flags")).split(":")[1].split())
+
+
+def needs_processor(*features: str) -> None:
+    """Skip where the host's processor cannot execute what a test has it execute."""
+    if missing := set(features) - host_features():
+        pytest.skip(f"the processor has no {', '.join(sorted(missing))}")
+
+
+def keeps_fault_state(fault: str | None) -> bool:
+    """Whether a triple fault's text shows the vCPU as it was: kvm-amd resets it, and then the text says so."""
+    assert fault is not None
+    assert fault.startswith("triple fault\n")
+    is_lost = "are lost" in fault
+    assert is_lost == ("rip 0x000000000000fff0" in fault)
+    return not is_lost
 
 
 # Every vCPU adds itself to a counter at 0x3000 and leaves its number at 0x4000 + 8 * number; the one that

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -127,20 +128,60 @@ def test_live_stats_are_renewed_on_a_terminal(tmp_path: Path) -> None:
     controller, end = pty.openpty()
     command = [sys.executable, "-m", "pyvmm", "run", "--live-stats", "--config"]
     command.append(str(flat_file(tmp_path, write_for_ever)))
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=end) as process:
+    environment = {**os.environ, "TERM": "xterm"}
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=end, env=environment
+    )
+    try:
+        os.close(end)  # so that the last byte is followed by an error
         seen = b""
         while seen.count(b"0x80") < 3:
-            seen += os.read(controller, 4096)
+            seen += read_within(controller, 60)
         assert process.poll() is None
         process.terminate()
-        while process.poll() is None or select.select([controller], [], [], 0)[0]:
-            if select.select([controller], [], [], 0.1)[0]:
-                seen += os.read(controller, 4096)
-        assert process.returncode == 143
+        with contextlib.suppress(OSError):  # EIO: nobody has the terminal any more
+            while True:
+                seen += read_within(controller, 60)
+        assert process.wait(60) == 143
+    finally:
+        process.kill()
+        process.wait()
+        os.close(controller)
     assert b"interrupted" in seen, "the last of them shows the end"
     assert b"\n" not in seen.replace(b"\r\n", b"").replace(b"\r\r\n", b"")
-    os.close(controller)
+
+
+def read_within(descriptor: int, deadline_s: float) -> bytes:
+    """What comes next from a terminal, at the deadline an error."""
+    assert select.select([descriptor], [], [], deadline_s)[0], f"nothing came within {deadline_s} s"
+    return os.read(descriptor, 4096)
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("term", ["dumb", "unknown"])
+def test_live_stats_come_at_the_end_where_a_terminal_cannot_renew_them(tmp_path: Path, term: str) -> None:
+    controller, end = pty.openpty()
+    command = [sys.executable, "-m", "pyvmm", "run", "--live-stats", "--config"]
+    command.append(str(flat_file(tmp_path, out(0x80, 1) + exit_with(4))))
+    environment = {**os.environ, "TERM": term}
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=end,
+        env=environment,
+        timeout=60,
+        check=False,
+    )
     os.close(end)
+    seen = b""
+    with contextlib.suppress(OSError):
+        while True:
+            seen += read_within(controller, 60)
+    os.close(controller)
+    assert done.returncode == 4
+    assert seen.count(b"0x80") == 1
+    assert b"\x1b" not in seen, "no escape sequence"
 
 
 @pytest.mark.kvm

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import pyvmm
-from pyvmm import KvmUnavailableError, doctor
+from pyvmm import KvmError, KvmUnavailableError, Vmm, VmmConfig, doctor
 
 
 def test_report_is_the_same_as_json() -> None:
@@ -51,3 +51,36 @@ def test_missing_capability_is_said_with_what_is_lost(monkeypatch: pytest.Monkey
     assert by_name["KVM irqfd"].status == "warning"
     assert by_name["KVM irqfd"].detail == "no interrupts from event sources"
     assert by_name["KVM immediate-exit"].status == "missing"
+
+
+@pytest.mark.kvm
+def test_every_cpu_template_is_tried_and_the_default_one_works() -> None:
+    by_name = {check.name: check for check in doctor.examine()}
+    assert {f"CPU template {template}" for template in doctor.TEMPLATES} <= set(by_name)
+    assert by_name["CPU template auto"].status == "ok", by_name["CPU template auto"].detail
+
+
+@pytest.mark.kvm
+def test_template_that_kvm_refuses_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(config: VmmConfig) -> Vmm:
+        if config.cpu.template != "host":
+            raise KvmError(22, "Invalid argument", at="KVM_SET_CPUID2")
+        return Vmm(config)
+
+    monkeypatch.setattr(doctor, "Vmm", refuse)
+    by_name = {check.name: check for check in doctor.examine()}
+    auto, software = by_name["CPU template auto"], by_name["CPU template software-kvm"]
+    assert (auto.status, software.status) == ("missing", "warning")
+    assert "real16: " in auto.detail
+    assert "Invalid argument" in auto.detail
+    assert auto.fix is not None
+    assert 'CpuConfig(template="host")' in auto.fix
+    assert software.fix is not None
+    assert "auto" in software.fix
+
+
+@pytest.mark.kvm
+def test_guest_that_ends_otherwise_under_a_template_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "TRIAL_CODE", b"\xf4\x01")  # hlt
+    by_name = {check.name: check for check in doctor.examine()}
+    assert "long64: the guest ended with halt" in by_name["CPU template host"].detail

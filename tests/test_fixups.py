@@ -7,10 +7,10 @@ import struct
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
-from guests import FWAIT_FOREVER, HALT, TRIPLE_FAULT, Mode, exit_with, flat
+from guests import FWAIT_FOREVER, HALT, TRIPLE_FAULT, Mode, exit_with, flat, keeps_fault_state, needs_processor
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from pyvmm import CpuConfig, Exit, ExitAction, ExitReason, KvmVm, Vcpu, VcpuExit, Vmm, kvm_info
+from pyvmm import CpuConfig, Exit, ExitAction, ExitReason, Kvm, KvmVm, Vcpu, VcpuExit, Vmm, kvm_info
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -89,6 +89,18 @@ NUMBERS = st.one_of(
 )
 
 
+FEATURES = {
+    "popcnt": "popcnt", "crc32": "sse4_2", "adcx": "adx", "adox": "adx", "andn": "bmi1", "blsi": "bmi1", "blsr": "bmi1",
+    "blsmsk": "bmi1", "bextr": "bmi1", "bzhi": "bmi2", "mulx": "bmi2", "pdep": "bmi2", "pext": "bmi2", "rorx": "bmi2",
+    "sarx": "bmi2", "shlx": "bmi2", "shrx": "bmi2", "cmpxchg16b": "cx16", "pshufb": "ssse3", "palignr": "ssse3",
+}  # fmt: skip
+
+
+def needed(name: str) -> set[str]:
+    """The features of the processor behind the instructions of a case."""
+    return {feature for mnemonic, feature in FEATURES.items() if mnemonic in name.split()}
+
+
 @pytest.mark.parametrize("name", ARITHMETIC_CODE)
 @settings(max_examples=25)
 @given(
@@ -102,6 +114,7 @@ def test_arithmetic_comes_to_what_the_processor_makes_of_it(
     name: str, numbers: list[int], flags: int, data: bytes
 ) -> None:
     """64-bit ring 3 runs on the processor itself, ring 0 through the fix-ups where KVM refuses."""
+    needs_processor(*needed(name))
     code, defined = ARITHMETIC_CODE[name]
     registers = {**dict(zip(GENERAL, numbers, strict=True)), "rsi": DATA, "rdi": 1, "rflags": flags | 2}
     native = run_once(code, "user64", registers, data)
@@ -407,6 +420,7 @@ def with_xmm(code: str, mode: Mode, xmm: list[int], data: bytes, **cpu: Any) -> 
 @example([2**128 - 1, 1], b"\x05" + bytes(15))
 @example([0x0123456789ABCDEF_FEDCBA9876543210, 0x80FF_7F01_0203_0405_0607_0809_0A0B_0C0D], bytes(range(0x7A, 0x8A)))
 def test_sse_comes_to_what_the_processor_makes_of_it(name: str, xmm: list[int], data: bytes) -> None:
+    needs_processor(*needed(name))
     native = with_xmm(SSE_CODE[name], "user64", xmm, data)
     assert with_xmm(SSE_CODE[name], "long64", xmm, data, fixups=True) == native
 
@@ -422,9 +436,17 @@ AREA = 4096
 
 
 @functools.cache
-def host_xcr0() -> int:
-    """What ring 3 finds in XCR0 here: where ring 0 is emulated that is the host's."""
-    return run_once("31 c9 0f 01 d0", "user64", {}, b"", template="host")["rax"]  # xor ecx, ecx; xgetbv
+def common_xcr0() -> int:
+    """The bits of XCR0 that ring 3 finds and that KVM lets a guest set.
+
+    Where ring 0 is emulated ring 3 finds the host's, which may be more than KVM offers.
+    """
+    (offered,) = (
+        leaf.edx << 32 | leaf.eax for leaf in Kvm().supported_cpuid if (leaf.function, leaf.index) == (0xD, 0)
+    )
+    if not kvm_info()["software_kvm"]:
+        return offered
+    return offered & run_once("31 c9 0f 01 d0", "user64", {}, b"", template="host")["rax"]  # xor ecx, ecx; xgetbv
 
 
 def with_extended_state(
@@ -437,7 +459,7 @@ def with_extended_state(
     with Vmm(config) as vmm:
         (vcpu,) = vmm.vcpus
         vcpu.sregs.cr4 |= 1 << 18
-        vcpu.xcrs.xcr0 = host_xcr0()
+        vcpu.xcrs.xcr0 = common_xcr0()
         vmm.memory.write(DATA, area)
         vcpu.fpu.ymm[3] = xmm
         vcpu.fpu.ymm[15] = xmm >> 128
@@ -454,6 +476,8 @@ def with_extended_state(
 @pytest.mark.parametrize("wanted", [0, 1, 2, 3, 4, 7, 0xE7, 0xFFFF])
 @pytest.mark.parametrize("xmm", [0, 0x1234567890ABCDEF << 192 | 0xFEDC])
 def test_xsave_leaves_what_the_processor_leaves(name: str, wanted: int, xmm: int) -> None:
+    needs_processor("xsave", name.removesuffix("64"))
+    wanted &= common_xcr0()
     before = b"\xa5" * 512 + bytes(64) + b"\x5a" * (AREA - 576)
     native, _ = with_extended_state(XSAVE_MODES[name], "user64", before, xmm, wanted)
     fixed, _ = with_extended_state(XSAVE_MODES[name], "long64", before, xmm, wanted, fixups=True)
@@ -464,6 +488,7 @@ def test_xsave_leaves_what_the_processor_leaves(name: str, wanted: int, xmm: int
 @pytest.mark.parametrize("wanted", [0, 1, 2, 4, 7])
 @pytest.mark.parametrize("kept", [7, 3, 0])
 def test_xrstor_loads_what_the_processor_loads(save: str, wanted: int, kept: int) -> None:
+    needs_processor("xsave", save.removesuffix("64"))
     value = 0x1234567890ABCDEF << 192 | 0xFEDC
     area, _ = with_extended_state(XSAVE_MODES[save], "user64", bytes(AREA), value, kept)
     _, native = with_extended_state("48 0f ae 2e", "user64", area, 77, wanted)  # xrstor64 [rsi]
@@ -532,7 +557,8 @@ def test_other_faults_show_the_instruction_from_memory() -> None:
         exit = vmm.run(10)
     assert exit.reason is ExitReason.SHUTDOWN
     assert exit.fault is not None
-    assert "instruction at 0x100a: mov [rax], al\ninstruction bytes: 88 00" in exit.fault
+    if keeps_fault_state(exit.fault):
+        assert "instruction at 0x100a: mov [rax], al\ninstruction bytes: 88 00" in exit.fault
 
 
 def test_typed_exit_has_the_instruction_and_the_registers() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import pyvmm
@@ -26,6 +26,8 @@ from pyvmm import (
     CpuConfig,
     ExitReason,
     FlatBoot,
+    Kvm,
+    KvmError,
     MemoryConfig,
     StateError,
     Unanswered,
@@ -66,6 +68,33 @@ def test_halt_ends_the_run() -> None:
     with Vmm(flat(HALT)) as vmm:
         exit = vmm.run(60)
     assert (exit.reason, exit.code, exit.vcpu) == (ExitReason.HALT, None, 0)
+
+
+ASKS_KEYBOARD_CONTROLLER = (
+    b"\xe6\x64"  #         out 0x64, al: the command
+    b"\xb9\x64\x00"  #     mov cx, 100
+    b"\xe4\x64\xa8\x01"  # in al, 0x64; test al, 1
+    b"\x75\x06"  #         jnz there
+    b"\xe2\xf8" + exit_with(0xEE) + b"\xe4\x60\xe6\xf4"  #         loop back  # there: in al, 0x60; out 0xf4, al
+)
+
+
+@pytest.mark.parametrize(
+    ("command", "answer"),
+    [(0x20, 0x64), (0xAA, 0x55), (0xAB, 0), (0xA9, 1), (0xD0, 0xCF), (0xAE, 0xEE)],
+    ids=["command byte", "self-test", "first port", "no second port", "output port", "one without an answer"],
+)
+def test_keyboard_controller_answers_its_commands(command: int, answer: int) -> None:
+    with Vmm(flat(bytes([0xB0, command]) + ASKS_KEYBOARD_CONTROLLER)) as vmm:
+        assert vmm.run(60).code == answer
+
+
+def test_keyboard_controller_is_in_snapshots() -> None:
+    code = out(0x64, 0x60) + out(0x60, 0x03) + HALT + bytes([0xB0, 0x20]) + ASKS_KEYBOARD_CONTROLLER
+    with Vmm(flat(code)) as vmm:
+        assert vmm.run(60).reason is ExitReason.HALT
+        with vmm.snapshot().fork() as fork:
+            assert fork.run(60).code == 0x23, "what was written; the second port, which is not there, stays off"
 
 
 def test_keyboard_controller_resets() -> None:
@@ -319,8 +348,47 @@ def test_hidden_feature_is_not_seen_by_the_guest() -> None:
     assert seen == [1, 0]
 
 
+def has_feature(vmm: Vmm, function: int, register: str, bit: int) -> bool:
+    return any(getattr(leaf, register) >> bit & 1 for leaf in vmm.vcpus[0].cpuid if leaf.function == function)
+
+
+@pytest.mark.parametrize("template", ["auto", "host", "software-kvm"])
+def test_hardware_virtualization_is_offered_to_no_guest_that_was_not_promised_it(template: Any) -> None:
+    with Vmm(flat(HALT, cpu=CpuConfig(template=template))) as vmm:
+        assert not has_feature(vmm, 1, "ecx", 5), "vmx"
+        assert not has_feature(vmm, 0x8000_0001, "ecx", 2), "svm"
+
+
+def test_a_guest_that_is_a_hypervisor_has_no_snapshot() -> None:
+    """Its own guests' state would be lost."""
+    with Vmm(flat(HALT, "long64", cpu=CpuConfig(expose=("svm",)))) as vmm:
+        (vcpu,) = vmm.vcpus
+        vmm.snapshot()
+        try:
+            vcpu.sregs.efer |= 1 << 12  # SVME
+        except KvmError:
+            pytest.skip("this KVM has no nesting of SVM")
+        with pytest.raises(StateError, match="hardware virtualization switched on"):
+            vmm.snapshot()
+        vcpu.sregs.efer &= ~(1 << 12)
+        with vmm.snapshot().fork() as fork:
+            assert fork.run(60).reason is ExitReason.HALT
+
+
+def test_hypercalls_that_a_kvm_in_software_does_not_answer_are_hidden() -> None:
+    unanswered = 1 << 7 | 1 << 11 | 1 << 13  # PV_UNHALT, PV_SEND_IPI, PV_SCHED_YIELD
+    with Vmm(flat(HALT, cpu=CpuConfig(2, template="software-kvm"))) as vmm:
+        for vcpu in vmm.vcpus:
+            (features,) = (leaf.eax for leaf in vcpu.cpuid if leaf.function == 0x4000_0001)
+            assert not features & unanswered
+    with Vmm(flat(HALT, cpu=CpuConfig(template="host"))) as vmm:
+        (features,) = (leaf.eax for leaf in vmm.vcpus[0].cpuid if leaf.function == 0x4000_0001)
+        (supported,) = (leaf.eax for leaf in Kvm().supported_cpuid if leaf.function == 0x4000_0001)
+        assert features & unanswered == supported & unanswered
+
+
 def test_exposed_feature_is_seen_by_the_guest() -> None:
-    """The bit of vmx, which no template offers a guest here: mov eax, 1; cpuid; shr ecx, 5; and ecx, 1; exit."""
+    """The bit of vmx, which no template offers: mov eax, 1; cpuid; shr ecx, 5; and ecx, 1; exit."""
     code = bytes.fromhex("b801000000 0fa2 c1e905 83e101 88c8 e6f4")
     with Vmm(flat(code, "long64", cpu=CpuConfig(template="software-kvm", expose=("popcnt",)))) as vmm:
         popcnt = [entry.ecx >> 23 & 1 for entry in vmm.vcpus[0].cpuid if entry.function == 1]

@@ -527,6 +527,8 @@ class GuestMemory:
     def dirty(self) -> DirtyPages:
         """The pages written since `log_dirty` was set or since the last call, by the guest and by calls of this object.
 
+        No written page is left out. KVM may add pages that the guest has only read.
+
         What is written through a view is not noted.
 
         Raises:

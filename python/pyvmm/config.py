@@ -52,9 +52,9 @@ class CpuConfig(_Part, frozen=True):
             them.
         expose: names of features to show it, also where the template hides them or KVM does not offer them: whether
             they work is up to the processor and KVM.
-        template: what is hidden besides. "host" is nothing; "software-kvm" is what a KVM that emulates ring 0
-            in software cannot execute, and an Intel vendor; "auto" is "software-kvm" where the host's
-            processor has neither vmx nor svm, else "host".
+        template: what is hidden besides. "host" is vmx and svm, whose state no snapshot keeps; "software-kvm" is also
+            what a KVM that emulates ring 0 in software cannot execute or answer, and an Intel vendor; "auto" is
+            "software-kvm" where the host's processor has neither vmx nor svm, else "host".
         fixups: execute in pyvmm what KVM's emulator refuses, as the processor would, and let the guest go on; which
             instructions is in docs/fixups.md, how many `vmm.fixups` says. For a KVM that emulates ring 0.
     """

@@ -6,12 +6,16 @@ import os
 import platform
 import resource
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from pyvmm._pyvmm import kvm_info
+from pyvmm._pyvmm import Vmm, kvm_info
+from pyvmm.config import CpuConfig, FlatBoot, MemoryConfig, VmmConfig
 from pyvmm.exceptions import VmmError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # What is lost without a capability of KVM.
 CAPABILITIES = {
@@ -34,6 +38,10 @@ CAPABILITIES = {
 }
 NEEDED = {"user-memory", "immediate-exit", "ext-cpuid", "set-tss-addr"}
 FEW_FILES = 1024
+Template = Literal["auto", "host", "software-kvm"]
+TEMPLATES: tuple[Template, ...] = ("auto", "host", "software-kvm")
+TRIAL_S = 10.0
+TRIAL_CODE = bytes.fromhex("b0 2a e6 f4")  # mov al, 42; out 0xf4, al: in every mode
 
 
 class Check(msgspec.Struct, frozen=True):
@@ -54,6 +62,7 @@ def examine() -> list[Check]:
         return [*checks, Check("KVM", "missing", str(error), error.hint)]
     checks.append(Check("/dev/kvm", "ok", f"opens, API version {info['api_version']}"))
     checks.append(_kind(info))
+    checks += [_template(template) for template in TEMPLATES]
     return checks + [_capability(name, has) for name, has in info["capabilities"].items()]
 
 
@@ -94,6 +103,48 @@ def _kind(info: dict[str, Any]) -> Check:
         f"The auto template hides {len(hidden)} CPU features: {', '.join(hidden)}"
     )
     return Check("virtualization", "warning", detail, "use a machine with vmx or svm for speed")
+
+
+def _template(template: Template) -> Check:
+    """Try a CPU template: KVM may refuse its CPUID, XCR0, the registers that a fork sets, or the first run."""
+    name = f"CPU template {template}"
+    failed = [f"{what}: {problem}" for what, problem in _trials(template) if problem]
+    if not failed:
+        return Check(name, "ok", "runs, and forks")
+    if template == "auto":
+        return Check(name, "missing", "; ".join(failed), 'try another: CpuConfig(template="host") or "software-kvm"')
+    return Check(
+        name, "warning", "; ".join(failed), f'do without CpuConfig(template="{template}"); "auto" is the default'
+    )
+
+
+def _trials(template: Template) -> Iterator[tuple[str, str | None]]:
+    """What was tried, and how it failed if it did."""
+    for mode in ("real16", "long64", "user64"):
+        yield mode, _trial(template, mode, irqchip=False)
+    yield "two processors with interrupt controllers", _trial(template, "long64", irqchip=True)
+
+
+def _trial(template: Template, mode: Any, *, irqchip: bool) -> str | None:
+    """Run a guest and a fork of it; the reason when either does not end as it should."""
+    config = VmmConfig(
+        boot=FlatBoot(TRIAL_CODE, mode=mode),
+        memory=MemoryConfig(1),
+        cpu=CpuConfig(2 if irqchip else 1, template=template),
+        irqchip=irqchip,
+    )
+    try:
+        with Vmm(config) as vmm:
+            vcpu = vmm.vcpus[0]
+            offered = [entry.edx << 32 | entry.eax for entry in vcpu.cpuid if (entry.function, entry.index) == (0xD, 0)]
+            if offered and offered[0]:
+                vcpu.xcrs.xcr0 = offered[0]
+            with vmm.snapshot().fork() as fork:
+                exits = vmm.run(TRIAL_S), fork.run(TRIAL_S)
+    except VmmError as error:
+        return str(error)
+    wrong = [exit for exit in exits if exit.code != TRIAL_CODE[1]]
+    return f"the guest ended with {wrong[0]}" if wrong else None
 
 
 def _capability(name: str, has: bool) -> Check:

@@ -43,6 +43,10 @@ class Status(IntEnum):
     TERMINATED = 143
 
 
+# Terminals whose cursor cannot be moved.
+NO_CURSOR = ("dumb", "unknown")
+
+
 class Watch(NamedTuple):
     """What a run is watched with: counters, shown at the end or live, and the file of a trace."""
 
@@ -52,8 +56,8 @@ class Watch(NamedTuple):
 
     @property
     def is_live(self) -> bool:
-        """Whether there is a terminal to show the counters on."""
-        return self.live and os.isatty(STDERR)
+        """Whether there is a terminal to renew the counters on."""
+        return self.live and os.isatty(STDERR) and os.environ.get("TERM", "").lower() not in NO_CURSOR
 
 
 def run_machine(config: VmmConfig, timeout: float | None, as_json: bool, watch: Watch) -> int:

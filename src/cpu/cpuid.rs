@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use kvm_bindings::{
     CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2,
 };
-use kvm_ioctls::Kvm;
+use kvm_ioctls::{Kvm, VcpuFd};
 
 use crate::config::{CpuConfig, CpuTemplate};
 use crate::error::{Error, Result};
@@ -41,7 +41,7 @@ struct Word {
     names: &'static str,
 }
 
-const WORDS: [Word; 9] = [
+const WORDS: [Word; 10] = [
     Word {
         leaf: (1, 0),
         register: Register::Edx,
@@ -97,14 +97,25 @@ const WORDS: [Word; 9] = [
                 skinit wdt - lwp fma4 tce - nodeid_msr - tbm topoext perfctr_core perfctr_nb - bpext ptsc \
                 perfctr_llc mwaitx - -",
     },
+    // KVM's own: the kernel's Documentation/virt/kvm/x86/cpuid.rst, with QEMU's names for the bits.
+    Word {
+        leaf: (0x4000_0001, 0),
+        register: Register::Eax,
+        names: "kvmclock_old kvm_nopiodelay kvm_mmu kvmclock kvm_asyncpf kvm_steal_time kvm_pv_eoi \
+                kvm_pv_unhalt - kvm_pv_tlb_flush kvm_asyncpf_vmexit kvm_pv_ipi kvm_poll_control \
+                kvm_pv_sched_yield kvm_asyncpf_int kvm_msi_ext_dest_id - - - - - - - - kvmclock_stable_bit",
+    },
 ];
 
-/// What a KVM that emulates ring 0 in software refuses to execute, or runs for long. Its guests see an Intel
-/// processor besides; see [`set_vendor`].
+/// Hardware virtualization, which no template offers: a guest that uses it has state that no snapshot keeps.
+const NESTING: &str = "vmx svm";
+
+/// What a KVM that emulates ring 0 in software refuses to execute, or runs for long, and the hypercalls that it does not
+/// answer. Its guests see an Intel processor besides; see [`set_vendor`].
 const SOFTWARE_KVM: &str = "xsave smap smep popcnt fsgsbase umip pcid invpcid rdpid erms fsrm avx f16c fma avx2 \
     vaes vpclmulqdq avx_vnni avx512f avx512dq avx512ifma avx512cd avx512bw avx512vl avx512vbmi avx512_vbmi2 \
     avx512_vnni avx512_bitalg avx512_vpopcntdq avx512_bf16 avx512_vp2intersect xsaveopt xsavec xgetbv1 xsaves \
-    arch_capabilities";
+    arch_capabilities kvm_pv_unhalt kvm_pv_ipi kvm_pv_sched_yield";
 
 /// The feature of this name.
 #[must_use]
@@ -146,8 +157,8 @@ fn templated(kvm: &Kvm, is_software: bool) -> Result<&'static [kvm_cpuid_entry2]
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(|e| Error::kvm("KVM_GET_SUPPORTED_CPUID", e))?;
     let mut entries = supported.as_slice().to_vec();
+    hidden(is_software).filter_map(feature).for_each(|f| hide(&mut entries, f));
     if is_software {
-        SOFTWARE_KVM.split_whitespace().filter_map(feature).for_each(|f| hide(&mut entries, f));
         set_vendor(&mut entries, *b"GenuineIntel");
     }
     Ok(table.get_or_init(|| entries))
@@ -167,8 +178,12 @@ pub fn guest_cpuid(kvm: &Kvm, config: &CpuConfig) -> Result<Vec<kvm_cpuid_entry2
 /// What [`CpuTemplate::Auto`] hides on this host.
 #[must_use]
 pub fn hidden_by_default() -> Vec<&'static str> {
-    let hidden = if is_software(CpuTemplate::Auto) { SOFTWARE_KVM } else { "" };
-    hidden.split_whitespace().collect()
+    hidden(is_software(CpuTemplate::Auto)).collect()
+}
+
+fn hidden(is_software: bool) -> impl Iterator<Item = &'static str> {
+    let software = if is_software { SOFTWARE_KVM } else { "" };
+    NESTING.split_whitespace().chain(software.split_whitespace())
 }
 
 fn is_software(template: CpuTemplate) -> bool {
@@ -217,6 +232,32 @@ pub fn has(entries: &[kvm_cpuid_entry2], name: &str) -> bool {
         (e.function, e.index) == feature.leaf
             && *register_mut(&mut entry, feature.register) & 1 << feature.bit != 0
     })
+}
+
+/// The table that KVM has for a vCPU.
+///
+/// # Errors
+/// When KVM refuses to tell.
+pub fn of_vcpu(fd: &VcpuFd) -> Result<Vec<kvm_cpuid_entry2>> {
+    let table =
+        fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(|e| Error::kvm("KVM_GET_CPUID2", e))?;
+    Ok(without_tail(table.as_slice().to_vec()))
+}
+
+/// Linux 6.1 does not say how many entries it fills in. The rest stays as the caller had it, which is zeros.
+#[must_use]
+pub fn without_tail(mut entries: Vec<kvm_cpuid_entry2>) -> Vec<kvm_cpuid_entry2> {
+    while entries.last() == Some(&kvm_cpuid_entry2::default()) {
+        entries.pop();
+    }
+    entries
+}
+
+/// The bits of XCR0 that KVM lets a guest set, by a table of what it supports.
+#[must_use]
+pub fn xcr0_mask(supported: &[kvm_cpuid_entry2]) -> u64 {
+    let leaf = supported.iter().find(|entry| (entry.function, entry.index) == (0xd, 0));
+    leaf.map_or(0, |entry| u64::from(entry.edx) << 32 | u64::from(entry.eax))
 }
 
 /// The vendor's twelve letters.
@@ -284,12 +325,31 @@ mod tests {
         assert_eq!(at("avx_vnni"), Some((7, 4)));
         assert_eq!(at("lm"), Some((0x8000_0001, 29)));
         assert_eq!(at("mwaitx"), Some((0x8000_0001, 29)));
+        assert_eq!(at("kvm_pv_unhalt"), Some((0x4000_0001, 7)));
+        assert_eq!(at("kvm_pv_ipi"), Some((0x4000_0001, 11)));
+        assert_eq!(at("kvm_pv_sched_yield"), Some((0x4000_0001, 13)));
+        assert_eq!(at("kvmclock_stable_bit"), Some((0x4000_0001, 24)));
         assert_eq!(at("-"), None);
     }
 
     #[test]
+    fn the_tail_that_kvm_leaves_alone_is_no_part_of_a_table() {
+        let zeros = kvm_cpuid_entry2::default();
+        let leaf = kvm_cpuid_entry2 { function: 1, ..zeros };
+        assert_eq!(without_tail(vec![zeros, leaf, zeros, zeros]), [zeros, leaf]);
+        assert_eq!(without_tail(vec![zeros; 3]), []);
+    }
+
+    #[test]
+    fn xcr0_may_have_what_leaf_0xd_says() {
+        let leaf = kvm_cpuid_entry2 { function: 0xd, eax: 7, edx: 1, ..Default::default() };
+        assert_eq!(xcr0_mask(&[leaf]), 0x1_0000_0007);
+        assert_eq!(xcr0_mask(&[]), 0, "a processor without XSAVE");
+    }
+
+    #[test]
     fn every_template_name_is_known_and_no_name_stands_twice() {
-        assert!(SOFTWARE_KVM.split_whitespace().all(|name| feature(name).is_some()));
+        assert!(hidden(true).all(|name| feature(name).is_some()));
         let mut names: Vec<_> = feature_names().collect();
         let all = names.len();
         names.sort_unstable();

@@ -34,7 +34,7 @@ pub(crate) fn attach(
     let serial = Arc::new(Serial::new(irq, has_taker(config))?);
     let port = |base: u16, length, device| buses.pio.add(u64::from(base), length, device);
     port(layout::COM1, 8, Arc::clone(&serial) as Arc<dyn Device>)?;
-    port(layout::I8042, 5, Arc::new(I8042))?;
+    port(layout::I8042, 5, Arc::new(I8042::default()))?;
     port(layout::RTC, 2, Arc::new(Rtc::default()))?;
     if let ExitPort(Some(base)) = exit_port {
         port(base, 4, Arc::new(DebugExit))?;

@@ -3,8 +3,8 @@
 use std::sync::OnceLock;
 
 use kvm_bindings::{
-    CpuId, KVM_CAP_SREGS2, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state,
-    kvm_mp_state, kvm_sregs, kvm_sregs2, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    CpuId, KVM_CAP_SREGS2, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state,
+    kvm_sregs, kvm_sregs2, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Cap, VmFd};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
@@ -12,6 +12,7 @@ use vmm_sys_util::{ioctl_ior_nr, ioctl_iow_nr};
 
 use super::msrs;
 use super::state::{Kind, Reader, Record, Records, bad, get, put};
+use crate::cpu::cpuid;
 use crate::error::{Error, ErrorKind, Result};
 use crate::vcpu::Vcpu;
 
@@ -19,6 +20,9 @@ const KVMIO: u32 = 0xae;
 ioctl_ior_nr!(kvm_get_sregs2, KVMIO, 0xcc, kvm_sregs2);
 ioctl_iow_nr!(kvm_set_sregs2, KVMIO, 0xcd, kvm_sregs2);
 ioctl_ior_nr!(kvm_get_xsave2, KVMIO, 0xcf, kvm_xsave);
+
+const EFER_SVME: u64 = 1 << 12;
+const CR4_VMXE: u64 = 1 << 13;
 
 /// What the state of a machine's vCPUs consists of.
 #[derive(Clone, Copy, Debug)]
@@ -79,9 +83,8 @@ fn done(at: &str, result: libc::c_int) -> Result<()> {
 pub(crate) fn capture(vcpu: &Vcpu, number: u16, classes: Classes) -> Result<Records> {
     let (mut all, fd) = (Records::with_capacity(12), &vcpu.fd);
     let mut keep = |kind, bytes: &[u8]| put(&mut all, kind, number, bytes);
-    let cpuid = kvm("KVM_GET_CPUID2", fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES))?;
-    let entries: Vec<u8> =
-        cpuid.as_slice().iter().flat_map(|entry| bytes(entry).to_vec()).collect();
+    let cpuid = cpuid::of_vcpu(fd)?;
+    let entries: Vec<u8> = cpuid.iter().flat_map(|entry| bytes(entry).to_vec()).collect();
     keep(Kind::Cpuid, &entries);
     keep(Kind::MpState, bytes(&kvm("KVM_GET_MP_STATE", fd.get_mp_state())?));
     keep(Kind::Regs, bytes(&vcpu.general()?));
@@ -89,9 +92,12 @@ pub(crate) fn capture(vcpu: &Vcpu, number: u16, classes: Classes) -> Result<Reco
         let mut sregs = kvm_sregs2::default();
         // SAFETY: KVM fills the structure it is given.
         done("KVM_GET_SREGS2", unsafe { ioctl_with_mut_ref(fd, kvm_get_sregs2(), &mut sregs) })?;
+        refuse_nesting(number, sregs.efer, sregs.cr4)?;
         keep(Kind::Sregs2, bytes(&sregs));
     } else {
-        keep(Kind::Sregs, bytes(&kvm("KVM_GET_SREGS", fd.get_sregs())?));
+        let sregs = kvm("KVM_GET_SREGS", fd.get_sregs())?;
+        refuse_nesting(number, sregs.efer, sregs.cr4)?;
+        keep(Kind::Sregs, bytes(&sregs));
     }
     keep(Kind::Xsave, &xsave(vcpu, classes)?);
     keep(Kind::Xcrs, bytes(&kvm("KVM_GET_XCRS", fd.get_xcrs())?));
@@ -105,6 +111,16 @@ pub(crate) fn capture(vcpu: &Vcpu, number: u16, classes: Classes) -> Result<Reco
         keep(Kind::TscKhz, &khz.to_le_bytes());
     }
     Ok(all)
+}
+
+/// A guest that is a hypervisor itself has state of its own guests in the processor, which no record keeps.
+fn refuse_nesting(number: u16, efer: u64, cr4: u64) -> Result<()> {
+    if efer & EFER_SVME == 0 && cr4 & CR4_VMXE == 0 {
+        return Ok(());
+    }
+    let detail = format!("vCPU {number} has hardware virtualization switched on (SVM or VMX)");
+    Err(Error::new(ErrorKind::State, "snapshot", detail)
+        .hint("take the snapshot before the guest becomes a hypervisor"))
 }
 
 /// Memory that KVM may read or write as a whole xsave.
@@ -160,7 +176,11 @@ pub(crate) fn apply(
     set_sregs(vcpu, records, number, classes)?;
     set_xsave(vcpu, one(Kind::Xsave)?, classes)?;
     let fd = &vcpu.fd;
-    kvm("KVM_SET_XCRS", fd.set_xcrs(&plain::<kvm_xcrs>("xcrs", one(Kind::Xcrs)?)?))?;
+    let xcrs: kvm_xcrs = plain("xcrs", one(Kind::Xcrs)?)?;
+    // A processor without XSAVE has none, and KVM refuses to set none.
+    if xcrs.nr_xcrs > 0 {
+        kvm("KVM_SET_XCRS", fd.set_xcrs(&xcrs))?;
+    }
     let debug: kvm_debugregs = plain("debugregs", one(Kind::DebugRegs)?)?;
     kvm("KVM_SET_DEBUGREGS", fd.set_debug_regs(&debug))?;
     if classes.has_lapic {
@@ -228,9 +248,9 @@ pub(super) fn check_cpuid(vcpu: &mut Vcpu, number: u16, records: &[Record]) -> R
     if !vcpu.has_run || vcpu.known_cpuid.as_deref() == Some(table) {
         return Ok(());
     }
-    let here = kvm("KVM_GET_CPUID2", vcpu.fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES))?;
-    let lasting = |table: &CpuId| table.as_slice().iter().map(lasting).collect::<Vec<_>>();
-    if lasting(&here) != lasting(&cpuid(table)?) {
+    let here = cpuid::of_vcpu(&vcpu.fd)?;
+    let lasting = |table: &[kvm_cpuid_entry2]| table.iter().map(lasting).collect::<Vec<_>>();
+    if lasting(&here) != lasting(&entries(table)?) {
         let detail = format!("the snapshot has another CPUID than vCPU {number}, which has run");
         return Err(Error::new(ErrorKind::State, "reset", detail).hint("fork the snapshot"));
     }
@@ -256,10 +276,13 @@ fn set_cpuid(vcpu: &Vcpu, table: &[u8]) -> Result<()> {
 
 /// The table of a record.
 pub(super) fn cpuid(table: &[u8]) -> Result<CpuId> {
+    CpuId::from_entries(&entries(table)?).map_err(|e| bad("cpuid", format!("{e:?}")))
+}
+
+fn entries(table: &[u8]) -> Result<Vec<kvm_cpuid_entry2>> {
     let size = size_of::<kvm_cpuid_entry2>();
-    let entries: Result<Vec<kvm_cpuid_entry2>> =
-        table.chunks(size).map(|entry| plain("cpuid", entry)).collect();
-    CpuId::from_entries(&entries?).map_err(|e| bad("cpuid", format!("{e:?}")))
+    let entries: Result<Vec<_>> = table.chunks(size).map(|entry| plain("cpuid", entry)).collect();
+    Ok(cpuid::without_tail(entries?))
 }
 
 /// Only where it is not so already: most KVMs cannot change it.

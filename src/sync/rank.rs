@@ -87,6 +87,8 @@ ranks! {
     SerialGuest,
     /// The output of a serial port.
     SerialOutput,
+    /// The registers of the keyboard controller.
+    KeyboardController,
     /// The registers of the clock.
     Rtc,
     /// Counts of executed instructions.

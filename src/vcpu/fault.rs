@@ -10,16 +10,30 @@ use crate::debug::{Paging, bitness, decode, disassemble};
 
 /// The longest instruction.
 const MOST_BYTES: u64 = 15;
+const CR0_PE: u64 = 1;
 
 /// What happened, then the instruction and the vCPU's state. On the vCPU's thread.
 pub(crate) fn describe(vcpu: &Vcpu, what: &str) -> String {
     match (vcpu.fd.get_regs(), vcpu.fd.get_sregs()) {
+        (Ok(regs), Ok(sregs)) if is_after_init(&regs, &sregs) => {
+            format!("{what}\n{LOST}\n{}", registers(&regs, &sregs))
+        }
         (Ok(regs), Ok(sregs)) => {
             let instruction = Instruction::at(vcpu, &regs, &sregs);
             format!("{what}\n{instruction}\n{}", registers(&regs, &sregs))
         }
         (Err(e), _) | (_, Err(e)) => format!("{what}\nthe registers cannot be read: {e}"),
     }
+}
+
+/// What stands in place of the instruction.
+const LOST: &str = "the instruction and the registers of the fault are lost: kvm-amd resets a vCPU that shuts down, and it is \
+    in its state after INIT";
+
+/// Whether a vCPU stands at the reset vector with the registers that INIT leaves: Intel SDM volume 3, table 10-1.
+fn is_after_init(regs: &kvm_regs, sregs: &kvm_sregs) -> bool {
+    let is_at_vector = regs.rip == 0xfff0 && sregs.cs.base == 0xffff_0000;
+    is_at_vector && regs.rflags == 2 && regs.rsp == 0 && sregs.cr0 & CR0_PE == 0
 }
 
 /// The instruction that a vCPU stands at.
@@ -207,6 +221,17 @@ mod tests {
         assert!(unknown.to_string().contains("no known one\ninstruction bytes: cd 80"));
         let nowhere = Instruction { bytes: Vec::new(), ..unknown };
         assert_eq!(nowhere.to_string(), "instruction at 0x7c00: there is no memory");
+    }
+
+    #[test]
+    fn only_a_vcpu_as_init_leaves_it_has_lost_its_fault() {
+        let regs = kvm_regs { rip: 0xfff0, rflags: 2, rdx: 0x600, ..Default::default() };
+        let mut sregs = kvm_sregs { cr0: 0x6000_0010, ..Default::default() };
+        sregs.cs.base = 0xffff_0000;
+        assert!(is_after_init(&regs, &sregs));
+        assert!(!is_after_init(&kvm_regs { rsp: 8, ..regs }, &sregs), "it has run on");
+        assert!(!is_after_init(&regs, &kvm_sregs { cr0: CR0_PE, ..sregs }));
+        assert!(!is_after_init(&kvm_regs { rip: 0x1000, ..regs }, &sregs));
     }
 
     #[test]

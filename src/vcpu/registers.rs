@@ -1,11 +1,12 @@
 //! A vCPU and its registers, class by class, as the bytes of the kernel's structures.
 
+use std::fmt::Write;
 use std::sync::Arc;
 
 use kvm_bindings::{
-    CpuId, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP,
-    KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_guest_debug, kvm_lapic_state,
-    kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    CpuId, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP, Msrs,
+    kvm_cpuid_entry2, kvm_debugregs, kvm_guest_debug, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
+    kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{SyncReg, VcpuFd};
 
@@ -13,10 +14,11 @@ use super::dispatch::Dispatch;
 use super::exit::{VcpuExit, owned};
 use super::kick::ImmediateExit;
 use super::run_page::RunPage;
+use crate::cpu::cpuid;
 use crate::debug::Paging;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fixup;
-use crate::vm::GuestMemory;
+use crate::vm::{GuestMemory, open_kvm};
 
 /// One virtual processor. Its ioctls are made by its own thread, or by another while it is at rest.
 #[derive(Debug)]
@@ -336,7 +338,7 @@ impl Vcpu {
             RegisterClass::Xcrs => {
                 let mut xcrs: kvm_xcrs = kvm("KVM_GET_XCRS", self.fd.get_xcrs())?;
                 change(bytes_mut(&mut xcrs));
-                kvm("KVM_SET_XCRS", self.fd.set_xcrs(&xcrs))
+                self.fd.set_xcrs(&xcrs).map_err(|e| xcrs_refused(&xcrs, e))
             }
             RegisterClass::Xsave => {
                 let mut xsave: kvm_xsave = kvm("KVM_GET_XSAVE", self.fd.get_xsave())?;
@@ -390,8 +392,7 @@ impl Vcpu {
     /// # Errors
     /// When KVM refuses it.
     pub fn cpuid(&self) -> Result<Vec<kvm_cpuid_entry2>> {
-        let table: CpuId = kvm("KVM_GET_CPUID2", self.fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES))?;
-        Ok(table.as_slice().to_vec())
+        cpuid::of_vcpu(&self.fd)
     }
 
     /// Change what CPUID says to the guest.
@@ -454,6 +455,19 @@ impl Vcpu {
             _ => self.memory.load(at).ok(),
         })
     }
+}
+
+/// Says which bits KVM would have taken: of what the processor has it may offer a guest less.
+fn xcrs_refused(xcrs: &kvm_xcrs, error: kvm_ioctls::Error) -> Error {
+    let mut refused = Error::kvm("KVM_SET_XCRS", error);
+    let supported = open_kvm()
+        .ok()
+        .and_then(|kvm| kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES).ok());
+    if let (Some(table), [xcr0, ..]) = (supported, &xcrs.xcrs) {
+        let mask = cpuid::xcr0_mask(table.as_slice());
+        let _ = write!(refused.detail, ": XCR0 {:#x}, of which KVM offers {mask:#x}", xcr0.value);
+    }
+    refused
 }
 
 /// A model-specific register of a vCPU.
