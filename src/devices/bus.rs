@@ -14,6 +14,8 @@ use crate::sync::{Mutex, RwLock, rank};
 pub enum Flow {
     /// It goes on.
     Continue,
+    /// The access is done. It goes on when the device has room for more: see [`Device::wait_for_room`].
+    Wait,
     /// The run is to end, for a reason that the device has told its owner; the guest could go on.
     Stop,
     /// The guest has ended.
@@ -48,6 +50,15 @@ pub trait Device: Send + Sync + fmt::Debug {
     fn gathers(&self) -> bool {
         false
     }
+
+    /// Wait, on the vCPU's thread and before it enters its guest again, until the device has room for more, or until
+    /// `is_called_out` says so after a [`Self::wake`]. Whether it has room.
+    fn wait_for_room(&self, _is_called_out: &dyn Fn() -> bool) -> bool {
+        true
+    }
+
+    /// Have the vCPUs' threads that wait for room look again at what calls them out.
+    fn wake(&self) {}
 
     /// Whether it calls code of the program's, which may look into the vCPU meanwhile.
     fn calls_out(&self) -> bool {

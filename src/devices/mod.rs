@@ -1,24 +1,29 @@
 //! The buses and the devices a PC needs to boot. Devices are called on the vCPU's thread that exited.
 
+mod backlog;
 mod bus;
 mod debug_exit;
 mod i8042;
+mod open;
 mod rtc;
 mod serial;
 mod streams;
+mod text_stop;
+mod uart;
 
 use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
+pub use backlog::Piece;
 pub use bus::{Access, Bus, Buses, Device, Flow, Unanswered, each};
 pub use debug_exit::DebugExit;
 pub use i8042::I8042;
+pub use open::{Direction, duplicate, input_file};
 pub use rtc::Rtc;
 pub use serial::Serial;
 pub(crate) use streams::connect;
-pub use streams::duplicate;
-use streams::has_taker;
+use streams::has_consumer;
 
 use crate::config::{ExitPort, SerialConfig};
 use crate::error::Result;
@@ -31,7 +36,7 @@ pub(crate) fn attach(
     config: &SerialConfig,
     exit_port: ExitPort,
 ) -> Result<Arc<Serial>> {
-    let serial = Arc::new(Serial::new(irq, has_taker(config))?);
+    let serial = Arc::new(Serial::new(irq, has_consumer(config))?);
     let port = |base: u16, length, device| buses.pio.add(u64::from(base), length, device);
     port(layout::COM1, 8, Arc::clone(&serial) as Arc<dyn Device>)?;
     port(layout::I8042, 5, Arc::new(I8042::default()))?;

@@ -1,91 +1,57 @@
-//! The 16550 serial port: vm-superio's UART with a queue on each side.
+//! The first serial port: a 16550A with a queue on each side.
 //! The guest's side runs on vCPU threads; the host's side on the loop's thread or any other.
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::RawFd;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use vm_superio::Trigger;
-use vm_superio::serial::{NoEvents, Serial as Uart, SerialState};
+use parking_lot::Mutex;
+use smallvec::SmallVec;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-use vmm_sys_util::timerfd::TimerFd;
 
+use super::backlog::{Backlog, Piece, Printed};
+use super::uart::Uart;
 use super::{Device, Flow};
 use crate::error::{Error, ErrorKind, Result};
 use crate::snapshot::Reader;
-use crate::sync::{Condvar, Mutex, rank};
-
-/// Output kept where nobody takes it: the newest so many bytes.
-const CAPTURE_SIZE: usize = 1 << 20;
-/// A guest that prints more than this ahead of its taker waits.
-const BACKLOG_SIZE: usize = 1 << 16;
-/// Guests print byte by byte: the taker is told of the first one this much later, to find more with it,
-const GATHER: Duration = Duration::from_millis(2);
-/// or at once when so many have come together.
-const GATHERED: usize = 4096;
-
-/// The port's interrupt line; nothing happens on a machine without an interrupt controller.
-#[derive(Debug)]
-struct Irq(Option<Arc<EventFd>>);
-
-impl Trigger for Irq {
-    type E = io::Error;
-
-    fn trigger(&self) -> io::Result<()> {
-        self.0.as_ref().map_or(Ok(()), |line| line.write(1))
-    }
-}
 
 /// A serial port.
 #[derive(Debug)]
 pub struct Serial {
-    guest: Mutex<GuestSide, rank::SerialGuest>,
-    output: Mutex<Output, rank::SerialOutput>,
-    /// Output was taken, or nobody waits for it any more.
-    room: Condvar,
-    /// Where `Output::ready` can be watched.
-    output_fd: Option<RawFd>,
+    guest: Mutex<GuestSide>,
+    /// Nothing happens at an interrupt on a machine without an interrupt controller.
+    irq: Option<EventFd>,
+    output: Backlog,
     /// Made when somebody asks for it.
     input_wanted: OnceLock<Arc<EventFd>>,
 }
 
 /// What the guest's accesses change.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct GuestSide {
-    uart: Uart<Irq, NoEvents, Vec<u8>>,
-    /// Input that the UART's FIFO has no room for yet.
+    uart: Uart,
+    /// Input that the UART has no room for yet.
     queue: VecDeque<u8>,
 }
 
-#[derive(Debug)]
-struct Output {
-    bytes: VecDeque<u8>,
-    /// Somebody takes the output, so none is dropped and the guest may have to wait.
-    has_taker: bool,
-    /// The guest does not wait: the run is ending.
-    released: bool,
-    failed: Option<Error>,
-    /// Expires when there is output to take; none without a taker.
-    ready: Option<TimerFd>,
+impl GuestSide {
+    fn waiting(&self) -> usize {
+        self.queue.len() + self.uart.waiting()
+    }
 }
 
 impl Serial {
-    /// A port with an interrupt line, if there is one. `has_taker`: somebody will call [`Self::take`].
+    /// A port with an interrupt line, if there is one. `has_consumer`: somebody takes the output as it comes.
     ///
     /// # Errors
-    /// When no eventfd can be made.
-    pub fn new(irq: Option<EventFd>, has_taker: bool) -> Result<Self> {
-        let ready =
-            if has_taker { Some(TimerFd::new().map_err(|e| failed(&e.into()))?) } else { None };
-        let uart = Uart::new(Irq(irq.map(Arc::new)), Vec::new());
-        let bytes = VecDeque::new();
+    /// When no descriptor can be made.
+    pub fn new(irq: Option<EventFd>, has_consumer: bool) -> Result<Self> {
         Ok(Self {
-            output_fd: ready.as_ref().map(AsRawFd::as_raw_fd),
-            guest: Mutex::new(GuestSide { uart, queue: VecDeque::new() }),
-            output: Mutex::new(Output { bytes, released: false, failed: None, has_taker, ready }),
-            room: Condvar::new(),
+            guest: Mutex::default(),
+            irq,
+            output: Backlog::new(has_consumer)?,
             input_wanted: OnceLock::new(),
         })
     }
@@ -98,179 +64,157 @@ impl Serial {
         if let Some(wanted) = self.input_wanted.get() {
             return Ok(wanted);
         }
-        let wanted = EventFd::new(EFD_NONBLOCK).map_err(|e| failed(&e))?;
-        wanted.write(1).map_err(|e| failed(&e))?;
+        let failed = |e: io::Error| Error::os(ErrorKind::Io, "serial", &e);
+        let wanted = EventFd::new(EFD_NONBLOCK).map_err(failed)?;
+        wanted.write(1).map_err(failed)?;
         Ok(self.input_wanted.get_or_init(|| Arc::new(wanted)))
     }
 
-    /// Readable when there is output to take, for as long as it is not taken; none without a taker.
+    /// Readable when there is output to take, for as long as it is not taken; none without a consumer.
     #[must_use]
     pub fn output_fd(&self) -> Option<RawFd> {
-        self.output_fd
+        self.output.fd()
     }
 
     /// Give the guest input. Takes any amount; the guest reads it at its own pace.
     pub fn feed(&self, bytes: &[u8]) {
-        let mut guest = self.guest.lock();
-        guest.queue.extend(bytes);
-        guest.top_up();
+        self.change(|guest| guest.queue.extend(bytes));
     }
 
     /// Bytes of input that the guest has not read yet.
     #[must_use]
     pub fn input_waiting(&self) -> usize {
-        let guest = self.guest.lock();
-        guest.queue.len() + (FIFO_SIZE - guest.uart.fifo_capacity().min(FIFO_SIZE))
+        self.guest.lock().waiting()
     }
 
     /// Take the output there is.
     #[must_use]
     pub fn take(&self) -> Vec<u8> {
-        let mut output = self.output.lock();
-        output.told();
-        let bytes = std::mem::take(&mut output.bytes);
-        self.room.notify_all();
-        bytes.into()
+        let piece = self.output.take(usize::MAX);
+        self.output.settle(&piece, piece.bytes.len());
+        piece.bytes
     }
 
-    /// A copy of at most `most` bytes of the output, which stays until [`Self::consume`].
-    #[must_use]
-    pub fn peek(&self, most: usize) -> Vec<u8> {
-        let mut output = self.output.lock();
-        output.told();
-        output.bytes.iter().take(most).copied().collect()
+    /// Take at most `most` bytes of the output, to be told to [`Self::settle`].
+    pub fn take_piece(&self, most: usize) -> Piece {
+        self.output.take(most)
     }
 
-    /// Drop the oldest `count` bytes of the output: they have been written.
-    pub fn consume(&self, count: usize) {
-        let mut output = self.output.lock();
-        let count = count.min(output.bytes.len());
-        output.bytes.drain(..count);
-        self.room.notify_all();
+    /// The first `written` bytes of a piece have gone out; the others are output again.
+    pub fn settle(&self, piece: &Piece, written: usize) {
+        self.output.settle(piece, written);
     }
 
-    /// The output cannot be written: say so at the end of the turn, and drop what comes.
+    /// Tell the consumer in a while that there is output, if there is.
+    pub fn tell_in(&self, delay: Duration) {
+        self.output.tell_in(delay);
+    }
+
+    /// The output cannot be written: the turn ends with this, and what comes is kept as if nobody took it.
     pub fn fail(&self, error: Error) {
-        let mut output = self.output.lock();
-        output.bytes.clear();
-        output.has_taker = false;
-        output.failed.get_or_insert(error);
-        self.room.notify_all();
+        self.output.fail(error);
+    }
+
+    /// The input cannot be read: the turn ends with this.
+    pub fn fail_input(&self, error: Error) {
+        self.output.report(error);
     }
 
     /// The failure, once.
     #[must_use]
     pub fn take_failure(&self) -> Option<Error> {
-        self.output.lock().failed.take()
+        self.output.take_failure()
     }
 
-    /// Bytes of output that a taker has not taken yet; 0 without a taker.
+    /// Bytes of output that a consumer has not written yet; 0 without one.
     #[must_use]
     pub fn backlog(&self) -> usize {
-        let output = self.output.lock();
-        if output.has_taker { output.bytes.len() } else { 0 }
+        self.output.waiting()
     }
 
-    /// Whether the guest waits for its output to be taken, or goes on because the run is ending.
-    pub fn release(&self, released: bool) {
-        self.output.lock().released = released;
-        self.room.notify_all();
+    /// End the run, once, at the byte that completes this text in what the guest prints from now on; an empty text never
+    /// does.
+    pub fn stop_at(&self, text: Vec<u8>) {
+        self.output.stop_at(text);
     }
 
-    fn send(&self, bytes: &[u8]) {
-        let mut output = self.output.lock();
-        while output.has_taker && !output.released && output.bytes.len() >= BACKLOG_SIZE {
-            self.room.wait(&mut output);
+    /// The text that has ended a run, once.
+    #[must_use]
+    pub fn take_found(&self) -> Option<Vec<u8>> {
+        self.output.take_found()
+    }
+
+    /// Change the guest's side, give the UART the input that it has room for, and tell what comes of that.
+    fn change<T>(&self, change: impl FnOnce(&mut GuestSide) -> T) -> T {
+        let mut guest = self.guest.lock();
+        let had_input = guest.waiting() > 0;
+        let result = change(&mut guest);
+        let GuestSide { uart, queue } = &mut *guest;
+        let room = uart.room().min(queue.len());
+        if room > 0 {
+            uart.receive(queue.drain(..room));
         }
-        let before = output.bytes.len();
-        output.bytes.extend(bytes);
-        let now = output.bytes.len();
-        if !output.has_taker {
-            output.bytes.drain(..now.saturating_sub(CAPTURE_SIZE));
-        } else if before < GATHERED && now >= GATHERED {
-            output.tell_in(Duration::from_nanos(1));
-        } else if before == 0 {
-            output.tell_in(GATHER);
+        if had_input && guest.waiting() == 0 {
+            let _ = self.input_wanted.get().map(|wanted| wanted.write(1));
         }
-    }
-}
-
-impl Output {
-    fn tell_in(&mut self, delay: Duration) {
-        // Cannot fail: the descriptor is a timer's and the time is in range.
-        let _ = self.ready.as_mut().map(|ready| ready.reset(delay, None));
-    }
-
-    /// The taker looks: not readable until there is more.
-    fn told(&mut self) {
-        // Cannot fail, as above.
-        let _ = self.ready.as_mut().map(TimerFd::clear);
-    }
-}
-
-fn failed(error: &io::Error) -> Error {
-    Error::os(ErrorKind::Io, "serial", error)
-}
-
-const FIFO_SIZE: usize = 0x40;
-
-impl GuestSide {
-    /// Move queued input into the UART's FIFO.
-    fn top_up(&mut self) {
-        let room = self.uart.fifo_capacity().min(self.queue.len());
-        if room == 0 {
-            return;
+        if guest.uart.take_edge() {
+            // Fails when the line does: nothing that a guest could be told.
+            let _ = self.irq.as_ref().map(|irq| irq.write(1));
         }
-        let chunk: Vec<u8> = self.queue.iter().take(room).copied().collect();
-        // In loop-back mode the UART takes nothing; a failed interrupt leaves the bytes in the FIFO.
-        let taken = match self.uart.enqueue_raw_bytes(&chunk) {
-            Ok(taken) => taken,
-            Err(_) => room,
-        };
-        self.queue.drain(..taken.min(self.queue.len()));
+        result
+    }
+
+    fn print(&self, sent: &[u8]) -> Flow {
+        // Outside the lock of the guest's side: input goes on while output is slow.
+        match self.output.print(sent) {
+            Printed::Taken => Flow::Continue,
+            Printed::Full => Flow::Wait,
+            Printed::Found => Flow::Stop,
+        }
     }
 }
 
 impl Device for Serial {
     fn read(&self, offset: u64, data: &mut [u8]) -> Flow {
-        let mut guest = self.guest.lock();
         for (register, byte) in (offset..).zip(data.iter_mut()) {
-            *byte = guest.uart.read(u8::try_from(register).unwrap_or(u8::MAX));
-        }
-        if offset == 0 {
-            guest.top_up();
-            if guest.queue.is_empty() && guest.uart.fifo_capacity() == FIFO_SIZE {
-                let _ = self.input_wanted.get().map(|wanted| wanted.write(1));
-            }
+            *byte = self.change(|guest| guest.uart.read(register));
         }
         Flow::Continue
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Flow {
-        let mut guest = self.guest.lock();
-        for (register, byte) in (offset..).zip(data) {
-            // Fails only when the interrupt line does: nothing a guest could be told.
-            let _ = guest.uart.write(u8::try_from(register).unwrap_or(u8::MAX), *byte);
+        self.write_many(offset, data, data.len())
+    }
+
+    /// All elements, however full the output is: the guest waits behind the instruction.
+    fn write_many(&self, offset: u64, data: &[u8], size: usize) -> Flow {
+        let mut sent = SmallVec::<[u8; 16]>::new();
+        for element in data.chunks(size.max(1)) {
+            for (register, byte) in (offset..).zip(element) {
+                sent.extend(self.change(|guest| guest.uart.write(register, *byte)));
+            }
         }
-        let sent = std::mem::take(guest.uart.writer_mut());
-        drop(guest);
-        // Outside the UART's lock: the guest may wait here, and input must go on.
-        if !sent.is_empty() {
-            self.send(&sent);
-        }
-        Flow::Continue
+        if sent.is_empty() { Flow::Continue } else { self.print(&sent) }
+    }
+
+    fn wait_for_room(&self, is_called_out: &dyn Fn() -> bool) -> bool {
+        self.output.wait_for_room(is_called_out)
+    }
+
+    fn wake(&self) {
+        self.output.wake();
     }
 
     /// Nine registers; then, each behind its length, what the UART holds for the guest, what waits behind that, and the
     /// output that nobody has taken.
     fn save(&self) -> Result<Vec<u8>> {
-        let (state, queue) = {
+        let (registers, received, queue) = {
             let guest = self.guest.lock();
-            (guest.uart.state(), Vec::from(guest.queue.clone()))
+            let received: Vec<u8> = guest.uart.received().collect();
+            (guest.uart.registers(), received, Vec::from(guest.queue.clone()))
         };
-        let mut bytes = registers(&state).to_vec();
-        let output = Vec::from(self.output.lock().bytes.clone());
-        for part in [state.in_buffer, queue, output] {
+        let mut bytes = registers.to_vec();
+        for part in [received, queue, self.output.copy()] {
             bytes.extend(u32::try_from(part.len()).unwrap_or(u32::MAX).to_le_bytes());
             bytes.extend(part);
         }
@@ -284,70 +228,23 @@ impl Device for Serial {
             let length = usize::try_from(reader.u32()?).unwrap_or(usize::MAX);
             reader.bytes(length).map(<[u8]>::to_vec)
         };
-        let (in_buffer, queue, bytes) = (part()?, part()?, part()?);
+        let (received, queue, output) = (part()?, part()?, part()?);
         reader.end()?;
-        let mut guest = self.guest.lock();
-        let irq = Irq(guest.uart.interrupt_evt().0.clone());
-        let state = SerialState { in_buffer, ..with_registers(registers) };
-        // An interrupt that was pending is pulsed again: the first pulse may not have arrived.
-        guest.uart = Uart::from_state(&state, irq, NoEvents, Vec::new()).map_err(|e| {
-            Error::new(ErrorKind::Snapshot, "serial", format!("its UART cannot be so: {e:?}"))
-        })?;
-        guest.queue = queue.into();
-        if guest.queue.is_empty() && guest.uart.fifo_capacity() == FIFO_SIZE {
+        self.change(|guest| {
+            guest.queue = guest.uart.restore(registers, received);
+            guest.queue.extend(queue);
+        });
+        if self.input_waiting() == 0 {
             let _ = self.input_wanted.get().map(|wanted| wanted.write(1));
         }
-        drop(guest);
-        let mut output = self.output.lock();
-        output.bytes = bytes.into();
-        if !output.bytes.is_empty() {
-            output.tell_in(Duration::from_nanos(1));
-        }
-        self.room.notify_all();
+        self.output.restore(output);
         Ok(())
-    }
-}
-
-fn registers(state: &SerialState) -> [u8; 9] {
-    [
-        state.baud_divisor_low,
-        state.baud_divisor_high,
-        state.interrupt_enable,
-        state.interrupt_identification,
-        state.line_control,
-        state.line_status,
-        state.modem_control,
-        state.modem_status,
-        state.scratch,
-    ]
-}
-
-fn with_registers(registers: [u8; 9]) -> SerialState {
-    let [low, high, enable, identification, line, line_status, modem, modem_status, scratch] =
-        registers;
-    SerialState {
-        baud_divisor_low: low,
-        baud_divisor_high: high,
-        interrupt_enable: enable,
-        interrupt_identification: identification,
-        line_control: line,
-        line_status,
-        modem_control: modem,
-        modem_status,
-        scratch,
-        in_buffer: Vec::new(),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn print(serial: &Serial, text: &[u8]) {
-        for byte in text {
-            serial.write(0, &[*byte]);
-        }
-    }
 
     fn is_ready(serial: &Serial, milliseconds: i32) -> bool {
         let mut poll =
@@ -356,92 +253,85 @@ mod tests {
         unsafe { libc::poll(&raw mut poll, 1, milliseconds) > 0 }
     }
 
-    fn read(serial: &Serial) -> u8 {
+    fn read(serial: &Serial, register: u64) -> u8 {
         let mut data = [0];
-        serial.read(0, &mut data);
+        assert_eq!(serial.read(register, &mut data), Flow::Continue);
         data[0]
     }
 
     #[test]
     fn what_the_guest_prints_can_be_taken() {
         let serial = Serial::new(None, true).unwrap();
-        print(&serial, b"hello");
+        serial.write_many(0, b"hello", 1);
         assert!(is_ready(&serial, 60_000));
-        assert_eq!(serial.peek(2), b"he");
-        serial.consume(2);
-        assert_eq!(serial.take(), b"llo");
-        assert_eq!(serial.backlog(), 0);
+        let piece = serial.take_piece(3);
+        assert_eq!(piece.bytes, b"hel");
+        serial.settle(&piece, 2);
+        assert_eq!((serial.take().as_slice(), serial.backlog()), (&b"llo"[..], 0));
         assert!(!is_ready(&serial, 0));
     }
 
     #[test]
-    fn without_a_taker_the_newest_output_is_kept() {
-        let serial = Serial::new(None, false).unwrap();
-        for _ in 0..CAPTURE_SIZE / 1024 {
-            serial.send(&[b'a'; 1024]);
-        }
-        serial.send(b"end");
-        let kept = serial.take();
-        assert_eq!(kept.len(), CAPTURE_SIZE);
-        assert!(kept.ends_with(b"aend"));
-    }
-
-    #[test]
     fn input_longer_than_the_fifo_arrives_whole() {
-        let serial = Serial::new(None, false).unwrap();
+        let irq = EventFd::new(EFD_NONBLOCK).unwrap();
+        let serial = Serial::new(Some(irq.try_clone().unwrap()), false).unwrap();
         serial.input_wanted().unwrap().read().unwrap();
+        serial.write(1, &[1]);
         let sent: Vec<u8> = (0..=255).collect();
         serial.feed(&sent);
-        let received: Vec<u8> = (0..=255).map(|_| read(&serial)).collect();
+        let received: Vec<u8> = (0..=255).map(|_| read(&serial, 0)).collect();
         assert_eq!(received, sent);
         assert_eq!(
             (serial.input_waiting(), serial.input_wanted().unwrap().read().unwrap()),
             (0, 1)
         );
+        assert_eq!(irq.read().unwrap(), 256, "an interrupt for each byte");
     }
 
     #[test]
-    fn a_guest_waits_for_its_taker_and_is_released() {
-        let serial = Arc::new(Serial::new(None, true).unwrap());
-        let guest = {
-            let serial = Arc::clone(&serial);
-            std::thread::spawn(move || serial.send(&vec![b'x'; BACKLOG_SIZE]))
-        };
-        guest.join().unwrap();
-        let waiting = {
-            let serial = Arc::clone(&serial);
-            std::thread::spawn(move || serial.send(b"more"))
-        };
-        serial.release(true);
-        waiting.join().unwrap();
-        assert_eq!(serial.take().len(), BACKLOG_SIZE + 4);
+    fn input_that_a_driver_clears_away_is_read_by_it() {
+        let serial = Serial::new(None, false).unwrap();
+        serial.input_wanted().unwrap().read().unwrap();
+        serial.feed(b"x");
+        serial.write(2, &[7]);
+        assert_eq!((serial.input_waiting(), read(&serial, 5) & 1), (0, 0));
+        assert_eq!(serial.input_wanted().unwrap().read().unwrap(), 1);
+    }
+
+    #[test]
+    fn input_waits_for_the_end_of_loop_back_mode() {
+        let serial = Serial::new(None, false).unwrap();
+        serial.write(4, &[0x10]);
+        serial.feed(b"A");
+        assert_eq!(read(&serial, 5) & 1, 0);
+        serial.write(4, &[0x0b]);
+        assert_eq!((read(&serial, 5) & 1, read(&serial, 0)), (1, b'A'));
+    }
+
+    #[test]
+    fn a_guest_waits_behind_the_instruction_that_left_no_room() {
+        let serial = Serial::new(None, true).unwrap();
+        assert_eq!(serial.write_many(0, &vec![b'x'; 1 << 17], 1), Flow::Wait);
+        assert!(!serial.wait_for_room(&|| true));
+        assert_eq!(serial.take().len(), 1 << 17, "nothing is lost");
+        assert!(serial.wait_for_room(&|| true));
     }
 
     #[test]
     fn what_is_saved_comes_back_with_input_and_output() {
         let serial = Serial::new(None, false).unwrap();
         serial.write(7, &[0x5a]);
-        print(&serial, b"printed");
+        serial.write(2, &[1]);
+        serial.write_many(0, b"printed", 1);
         serial.feed(&[b'i'; 100]);
         let saved = serial.save().unwrap();
         let other = Serial::new(None, false).unwrap();
         other.restore(&saved).unwrap();
         assert_eq!(other.save().unwrap(), saved);
-        let mut scratch = [0];
-        other.read(7, &mut scratch);
-        assert_eq!(scratch, [0x5a]);
+        assert_eq!(read(&other, 7), 0x5a);
         assert_eq!((other.take(), other.input_waiting()), (b"printed".to_vec(), 100));
         for length in 0..saved.len() {
             assert_eq!(other.restore(&saved[..length]).unwrap_err().kind, ErrorKind::Snapshot);
         }
-    }
-
-    #[test]
-    fn a_failure_is_told_once_and_the_guest_goes_on() {
-        let serial = Serial::new(None, true).unwrap();
-        serial.fail(Error::new(ErrorKind::Io, "serial.output", "broken"));
-        serial.send(&vec![b'x'; 2 * BACKLOG_SIZE]);
-        assert_eq!(serial.take_failure().unwrap().detail, "broken");
-        assert!(serial.take_failure().is_none());
     }
 }

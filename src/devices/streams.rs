@@ -1,27 +1,33 @@
-//! File descriptors at the serial port's two ends, as subscribers of the event manager: on the loop's thread.
-//! Neither end's blocking mode is changed (a terminal's is shared with others), and neither ever blocks.
+//! File descriptors at the serial port's two ends, as subscribers of the event manager: on the loop's thread, which never
+//! waits in one.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
-use std::path::Path;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber, SubscriberId};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Serial;
+use super::open::{Direction, Kind, is_ready, output_file, unblocked};
 use crate::config::{SerialConfig, SerialInput, SerialOutput};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
 
-/// A write of this size to a pipe or terminal that is ready does not block.
-const CHUNK: usize = 256;
-/// A socket says itself how much it takes.
-const SOCKET_CHUNK: usize = 1 << 16;
+/// Written at a time.
+const CHUNK: usize = 1 << 16;
+/// A message of this size goes through every kind of socket.
+const MESSAGE: usize = 1024;
+/// What polls ready has room for this much, even if a terminal makes eight columns of each byte.
+const POLLED_CHUNK: usize = 32;
+/// After a write that took nothing although there was room: how soon it is tried again.
+const RETRY: Duration = Duration::from_millis(10);
 /// Input is read ahead of the guest up to here.
 const READ_AHEAD: usize = 4096;
+/// No message is cut off.
+const LONGEST_MESSAGE: usize = 1 << 16;
 
 /// Connect the port's ends; returns the subscribers that were added for them.
 pub(crate) fn connect(
@@ -32,20 +38,21 @@ pub(crate) fn connect(
     let mut ids = Vec::new();
     let output = match config.output {
         Some(SerialOutput::Fd(fd)) => Some(File::from(fd)),
-        Some(SerialOutput::File(path)) => Some(create(&path)?),
+        Some(SerialOutput::File(path)) => Some(output_file(&path)?),
         Some(SerialOutput::Subscriber) | None => None,
     };
     if let Some(file) = output {
-        let is_socket = file.metadata().is_ok_and(|metadata| metadata.file_type().is_socket());
-        let pump =
-            OutputPump { serial: Arc::clone(serial), file, is_socket, waits_for_room: false };
+        let (file, kind) = unblocked(file, Direction::Output);
+        let pump = OutputPump { serial: Arc::clone(serial), file, kind, waits_for_room: false };
         ids.push(manager.add_subscriber(Box::new(pump)));
     }
     if let Some(SerialInput::Fd(fd)) = config.input {
+        let (file, kind) = unblocked(File::from(fd), Direction::Input);
         ids.push(manager.add_subscriber(Box::new(InputPump {
             serial: Arc::clone(serial),
             wanted: Arc::clone(serial.input_wanted()?),
-            file: File::from(fd),
+            file,
+            kind,
             eof: config.input_eof,
             source: Source::Idle,
         })));
@@ -53,62 +60,78 @@ pub(crate) fn connect(
     Ok(ids)
 }
 
-/// Whether somebody will take the output that goes here.
-pub(crate) fn has_taker(config: &SerialConfig) -> bool {
+/// Whether somebody takes the output as it comes.
+pub(crate) fn has_consumer(config: &SerialConfig) -> bool {
     config.output.is_some()
-}
-
-fn create(path: &Path) -> Result<File> {
-    File::create(path).map_err(|e| {
-        let mut error = Error::os(ErrorKind::Io, "serial.output", &e);
-        error.detail = format!("{}: {}", path.display(), error.detail);
-        error
-    })
 }
 
 /// Writes what the guest prints.
 struct OutputPump {
     serial: Arc<Serial>,
     file: File,
-    is_socket: bool,
+    kind: Kind,
     /// The file is watched for room.
     waits_for_room: bool,
 }
 
 impl OutputPump {
-    fn pump(&mut self, ops: &mut EventOps) {
+    /// Write all there is room for. `has_room`: the file was found ready for more.
+    fn pump(&mut self, has_room: bool, ops: &mut EventOps) {
+        let mut is_first = true;
         loop {
-            let chunk = self.serial.peek(if self.is_socket { SOCKET_CHUNK } else { CHUNK });
-            if chunk.is_empty() {
+            let piece = self.serial.take_piece(self.chunk());
+            if piece.bytes.is_empty() {
                 return self.watch(false, ops);
             }
-            match self.write(&chunk) {
-                Ok(written) => self.serial.consume(written),
+            let result = self.write(&piece.bytes);
+            self.serial.settle(&piece, *result.as_ref().unwrap_or(&0));
+            match result {
+                // No file should do so, and asking it again at once would spin.
+                Ok(0) => return self.retry(ops),
+                Ok(_) => {}
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return self.watch(true, ops),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    // A terminal with room for one column takes no newline that becomes two.
+                    let lies = has_room && is_first;
+                    return if lies { self.retry(ops) } else { self.watch(true, ops) };
+                }
                 Err(e) => {
-                    self.serial.fail(Error::os(ErrorKind::Io, "serial.output", &e));
+                    self.serial.fail(Error::os(ErrorKind::Io, Direction::Output.key(), &e));
                     return self.watch(false, ops);
                 }
             }
+            is_first = false;
+        }
+    }
+
+    fn chunk(&self) -> usize {
+        match self.kind {
+            Kind::Socket { has_messages: true } => MESSAGE,
+            Kind::Socket { .. } | Kind::NonBlocking | Kind::File => CHUNK,
+            Kind::Polled => POLLED_CHUNK,
         }
     }
 
     /// Write what there is room for, without waiting.
     fn write(&mut self, chunk: &[u8]) -> io::Result<usize> {
-        if self.is_socket {
-            let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
-            // SAFETY: the pointer and the length are those of one slice, which is only read.
-            let sent = unsafe {
-                libc::send(self.file.as_raw_fd(), chunk.as_ptr().cast(), chunk.len(), flags)
-            };
-            return usize::try_from(sent).map_err(|_| io::Error::last_os_error());
+        match self.kind {
+            Kind::Socket { .. } => {
+                let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+                // SAFETY: the pointer and the length are those of one slice, which is only read.
+                let sent = unsafe {
+                    libc::send(self.file.as_raw_fd(), chunk.as_ptr().cast(), chunk.len(), flags)
+                };
+                usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+            }
+            Kind::NonBlocking | Kind::File => self.file.write(chunk),
+            Kind::Polled if is_ready(&self.file, libc::POLLOUT) => self.file.write(chunk),
+            Kind::Polled => Err(io::ErrorKind::WouldBlock.into()),
         }
-        if is_writable(&self.file) {
-            self.file.write(chunk)
-        } else {
-            Err(io::ErrorKind::WouldBlock.into())
-        }
+    }
+
+    fn retry(&mut self, ops: &mut EventOps) {
+        self.watch(false, ops);
+        self.serial.tell_in(RETRY);
     }
 
     fn watch(&mut self, for_room: bool, ops: &mut EventOps) {
@@ -120,21 +143,16 @@ impl OutputPump {
         };
         match changed {
             Ok(()) => self.waits_for_room = for_room,
-            Err(e) => self.serial.fail(Error::new(ErrorKind::Io, "serial.output", e.to_string())),
+            Err(e) => {
+                self.serial.fail(Error::new(ErrorKind::Io, Direction::Output.key(), e.to_string()))
+            }
         }
     }
 }
 
-/// Room for a chunk, or an error that a write will tell. A regular file is always writable.
-fn is_writable(file: &File) -> bool {
-    let mut poll = libc::pollfd { fd: file.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
-    // SAFETY: one pollfd that lives through the call, which does not wait.
-    unsafe { libc::poll(&raw mut poll, 1, 0) > 0 }
-}
-
 impl MutEventSubscriber for OutputPump {
-    fn process(&mut self, _events: Events, ops: &mut EventOps) {
-        self.pump(ops);
+    fn process(&mut self, events: Events, ops: &mut EventOps) {
+        self.pump(events.fd() == self.file.as_raw_fd(), ops);
     }
 
     fn init(&mut self, ops: &mut EventOps) {
@@ -162,6 +180,7 @@ struct InputPump {
     serial: Arc<Serial>,
     wanted: Arc<EventFd>,
     file: File,
+    kind: Kind,
     eof: Vec<u8>,
     source: Source,
 }
@@ -184,11 +203,14 @@ impl InputPump {
     }
 
     fn read(&mut self, ops: &mut EventOps) {
-        let mut buffer = [0; 1024];
-        match self.file.read(&mut buffer) {
-            Ok(0) => self.end(ops),
-            Ok(count) => {
-                self.serial.feed(buffer.get(..count).unwrap_or(&[]));
+        match self.read_some() {
+            Ok(piece) if piece.is_empty() => {
+                if self.kind != (Kind::Socket { has_messages: true }) {
+                    self.end(ops);
+                }
+            }
+            Ok(piece) => {
+                self.serial.feed(&piece);
                 if self.source == Source::Watched && self.serial.input_waiting() >= READ_AHEAD {
                     let _ = ops.remove(Events::new(&self.file, EventSet::IN));
                     self.source = Source::Idle;
@@ -196,8 +218,40 @@ impl InputPump {
             }
             Err(e)
                 if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
-            Err(_) => self.end(ops),
+            // The other end of the terminal has been closed.
+            Err(e) if e.raw_os_error() == Some(libc::EIO) && self.kind != Kind::File => {
+                self.end(ops);
+            }
+            Err(e) => {
+                self.serial.fail_input(Error::os(ErrorKind::Io, Direction::Input.key(), &e));
+                self.end(ops);
+            }
         }
+    }
+
+    /// What there is, without waiting. Nothing: the end, or an empty message.
+    fn read_some(&mut self) -> io::Result<Vec<u8>> {
+        let size = match self.kind {
+            Kind::Socket { has_messages: true } => LONGEST_MESSAGE,
+            _ => 1024,
+        };
+        let mut buffer = vec![0; size];
+        let count = match self.kind {
+            Kind::Socket { .. } => {
+                // SAFETY: the pointer and the length are those of one buffer, which lives through the call.
+                let received = unsafe {
+                    let start = buffer.as_mut_ptr().cast();
+                    libc::recv(self.file.as_raw_fd(), start, buffer.len(), libc::MSG_DONTWAIT)
+                };
+                usize::try_from(received).map_err(|_| io::Error::last_os_error())?
+            }
+            Kind::Polled if !is_ready(&self.file, libc::POLLIN) => {
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+            Kind::NonBlocking | Kind::File | Kind::Polled => self.file.read(&mut buffer)?,
+        };
+        buffer.truncate(count);
+        Ok(buffer)
     }
 
     fn end(&mut self, ops: &mut EventOps) {
@@ -224,27 +278,11 @@ impl MutEventSubscriber for InputPump {
     }
 }
 
-/// A second descriptor of the same open file, for a stream that its owner may close.
-///
-/// # Errors
-/// When `fd` is not open or the process has no number left.
-pub fn duplicate(fd: std::os::fd::RawFd, at: &str) -> Result<OwnedFd> {
-    use std::os::fd::FromRawFd;
-    // SAFETY: a plain fcntl; the result is checked.
-    let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 0) };
-    if copy < 0 {
-        let mut error = Error::os(ErrorKind::Config, at, &io::Error::last_os_error());
-        error.detail = format!("file descriptor {fd}: {}", error.detail);
-        return Err(error);
-    }
-    // SAFETY: fcntl has just given us this number and nobody else knows it.
-    Ok(unsafe { OwnedFd::from_raw_fd(copy) })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::devices::Device;
+    use std::os::fd::OwnedFd;
     use std::os::unix::net::UnixStream;
 
     /// Turn until nothing has come for longer than output is gathered.

@@ -1,7 +1,6 @@
 //! From the Python configuration objects to the crate's `VmmConfig`: by attribute, with the place of what is
 //! wrong in the error.
 
-use std::fs::File;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
@@ -15,7 +14,7 @@ use crate::config::{
     Boot, Code, CpuConfig, CpuMode, CpuTemplate, ExitPort, FlatBoot, LinuxBoot, MemoryConfig,
     SerialConfig, SerialInput, SerialOutput, VmmConfig,
 };
-use crate::devices::duplicate;
+use crate::devices::{Direction, duplicate, input_file};
 use crate::error::{Error, ErrorKind};
 
 /// An object of the configuration and the key that leads to it.
@@ -174,18 +173,14 @@ fn serial(part: &Part<'_>) -> PyResult<SerialConfig> {
     let output = match endpoint(part, intern!(py, "output"))? {
         None => None,
         Some(None) => Some(SerialOutput::Subscriber),
-        Some(Some(Endpoint::Fd(fd))) => Some(SerialOutput::Fd(duplicate(fd, "serial.output")?)),
+        Some(Some(Endpoint::Fd(fd))) => Some(SerialOutput::Fd(duplicate(fd, Direction::Output)?)),
         Some(Some(Endpoint::Path(path))) => Some(SerialOutput::File(path.into())),
     };
     let input = match endpoint(part, intern!(py, "input"))? {
         None => None,
         Some(None) => Some(SerialInput::Subscriber),
-        Some(Some(Endpoint::Fd(fd))) => Some(SerialInput::Fd(duplicate(fd, "serial.input")?)),
-        Some(Some(Endpoint::Path(path))) => {
-            let file =
-                File::open(&path).map_err(|e| bad("serial.input", format!("{path}: {e}")))?;
-            Some(SerialInput::Fd(file.into()))
-        }
+        Some(Some(Endpoint::Fd(fd))) => Some(SerialInput::Fd(duplicate(fd, Direction::Input)?)),
+        Some(Some(Endpoint::Path(path))) => Some(SerialInput::Fd(input_file(path.as_ref())?)),
     };
     Ok(SerialConfig { output, input, input_eof: part.get(intern!(py, "input_eof"))? })
 }

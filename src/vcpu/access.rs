@@ -1,5 +1,6 @@
 //! An access of the guest's on its way to a device and back. On the vCPU's thread.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::cell::Cell;
@@ -85,14 +86,26 @@ fn reach(
                 ("size", Value::Number(size as u64)),
             ];
             trace::record("device", device.name(), (began, Instant::now()), &values);
-            flow
+            waits(vcpu, device, flow)
         }
-        Some((device, offset)) => call(vcpu, cell, &*device, offset),
+        Some((device, offset)) => {
+            let flow = call(vcpu, cell, &*device, offset);
+            waits(vcpu, device, flow)
+        }
         None => {
             buses.count_unanswered(bus, address, is_read);
             Flow::Continue
         }
     }
+}
+
+/// Note the device that the vCPU waits for before it enters its guest again.
+fn waits(vcpu: &mut Vcpu, device: Arc<dyn Device>, flow: Flow) -> Flow {
+    if flow != Flow::Wait {
+        return flow;
+    }
+    vcpu.waits_for = Some(device);
+    Flow::Continue
 }
 
 /// Call a device, and where that calls the program's code, lend the vCPU meanwhile.

@@ -9,6 +9,7 @@ use super::kick::{StopWord, interrupt, this_thread};
 use super::registers::Vcpu;
 use super::run::{Step, settle_for_good};
 use super::run_page::RunPage;
+use crate::devices::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::process::Birthplace;
 use crate::sync::{Condvar, MappedMutexGuard, Mutex, MutexGuard, rank};
@@ -32,6 +33,8 @@ struct Slot {
     lent: Option<Lent>,
     /// The thread that has it.
     runner: Option<libc::pthread_t>,
+    /// The device whose room that thread waits for.
+    waits_for: Option<Arc<dyn Device>>,
     /// A panic on the thread took it along.
     is_lost: bool,
     order: Order,
@@ -88,6 +91,7 @@ impl Cell {
             vcpu: Some(vcpu),
             lent: None,
             runner: None,
+            waits_for: None,
             is_lost: false,
             order: Order::Rest,
             is_kicked: false,
@@ -256,6 +260,20 @@ impl Cell {
             // The runner needs this lock before it can end.
             slot.runner.into_iter().for_each(interrupt);
         });
+        slot.waits_for.iter().for_each(|device| device.wake());
+    }
+
+    /// Before the guest is entered: wait for the room that its last access has left none of. False when the vCPU is called
+    /// out first; then it waits again the next time.
+    pub(super) fn wait_for_room(&self, vcpu: &mut Vcpu) -> bool {
+        let Some(device) = vcpu.waits_for.take() else { return true };
+        self.slot.lock().waits_for = Some(Arc::clone(&device));
+        let has_room = device.wait_for_room(&|| self.stop.is_set());
+        self.slot.lock().waits_for = None;
+        if !has_room {
+            vcpu.waits_for = Some(device);
+        }
+        has_room
     }
 
     /// Have the thread enter the guest, at once or when it comes up. One that is to end stays away.

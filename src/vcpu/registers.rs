@@ -16,6 +16,7 @@ use super::kick::ImmediateExit;
 use super::run_page::RunPage;
 use crate::cpu::cpuid;
 use crate::debug::Paging;
+use crate::devices::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fixup;
 use crate::vm::{GuestMemory, open_kvm};
@@ -39,6 +40,8 @@ pub struct Vcpu {
     pub(crate) constant_msrs: Vec<(u32, u64)>,
     /// The last exit was a read, and `answer` may still say what was read.
     pub(crate) awaits_answer: bool,
+    /// The device that its last access left without room, where it waits before it enters its guest.
+    pub(super) waits_for: Option<Arc<dyn Device>>,
     /// A port or memory access has been answered and not completed: the next entry does that.
     pub(crate) is_pending: bool,
     /// The run page has the general registers: each exit puts them there (KVM_CAP_SYNC_REGS), as does `store`.
@@ -137,6 +140,7 @@ impl Vcpu {
             known_cpuid: None,
             constant_msrs: Vec::new(),
             awaits_answer: false,
+            waits_for: None,
             is_pending: false,
             has_page_registers: false,
             rests: 0,

@@ -217,7 +217,7 @@ fn on_error(error: kvm_ioctls::Error) -> Outcome {
 
 fn flow(flow: Flow) -> Outcome {
     match flow {
-        Flow::Continue => Outcome::Done(Step::Continue),
+        Flow::Continue | Flow::Wait => Outcome::Done(Step::Continue),
         Flow::Stop => Outcome::Done(Step::Stop),
         Flow::End(exit) => end(exit),
     }

@@ -152,6 +152,9 @@ fn serve<EH: ExitHandler>(cell: &Cell, shared: &Shared<EH>) {
 fn turn_until_end(vcpu: &mut Vcpu, cell: &Cell) -> Step {
     let mut last = Step::Continue;
     while !cell.stop.is_set() {
+        if !cell.wait_for_room(vcpu) {
+            continue; // called out: the stop word is set
+        }
         last = step(vcpu, cell);
         match last {
             Step::Continue | Step::Interrupted => {}

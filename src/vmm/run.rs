@@ -67,7 +67,6 @@ impl Vmm {
     pub(super) fn start_vcpus(&self, vm: &KvmVm<WrappedExitHandler>) -> Result<()> {
         vm.check_may_run()?;
         *self.is_paused.lock() = false;
-        self.serial.release(false);
         // After a stop from before this run the guest does not start for nothing.
         if !self.exit_handler.is_kicked() {
             vm.run(vm.first_address(self.entry))?;
@@ -98,7 +97,6 @@ impl Vmm {
         deadline: Option<Instant>,
         turn: &mut impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
     ) -> std::result::Result<Exit, E> {
-        self.serial.release(true);
         vm.shutdown();
         self.exit_handler.rearm();
         let reason = reason?;

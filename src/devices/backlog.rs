@@ -1,0 +1,310 @@
+//! What a serial port's guest has printed and nobody has taken. vCPU threads add to it, and wait where it is full; the
+//! loop's thread, or any other, takes from it.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::time::Duration;
+
+use parking_lot::{Condvar, Mutex};
+use vmm_sys_util::timerfd::TimerFd;
+
+use super::text_stop::TextStop;
+use crate::error::{Error, ErrorKind, Result};
+
+/// Output kept where nobody takes it: the newest so many bytes.
+const CAPTURE_SIZE: usize = 1 << 20;
+/// A guest that is this far ahead of its consumer waits.
+const BACKLOG_SIZE: usize = 1 << 16;
+/// Guests print byte by byte: the consumer is told of the first one this much later, to find more with it,
+const GATHER: Duration = Duration::from_millis(2);
+/// or at once when so many have come together.
+const GATHERED: usize = 4096;
+const AT_ONCE: Duration = Duration::from_nanos(1);
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Backlog {
+    state: Mutex<State>,
+    /// There is room, or somebody calls a vCPU out that waits for it.
+    room: Condvar,
+    /// Where `State::ready` can be watched.
+    fd: Option<RawFd>,
+}
+
+#[derive(Debug)]
+struct State {
+    bytes: VecDeque<u8>,
+    /// How many bytes a consumer is just writing.
+    in_flight: usize,
+    /// Somebody takes the output, so none is dropped and the guest may have to wait.
+    has_consumer: bool,
+    failed: Option<Error>,
+    /// Expires when there is output to take; none without a consumer.
+    ready: Option<TimerFd>,
+    /// How often the output has become another guest's: what was taken before is not put back.
+    epoch: u64,
+    stop: TextStop,
+}
+
+/// Output on its way out, to be given to [`Backlog::settle`].
+#[derive(Debug)]
+#[must_use]
+pub struct Piece {
+    /// The bytes.
+    pub bytes: Vec<u8>,
+    epoch: u64,
+}
+
+/// What printing came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Printed {
+    /// The guest goes on.
+    Taken,
+    /// It goes on when there is room.
+    Full,
+    /// It has printed the text that somebody waits for.
+    Found,
+}
+
+impl Backlog {
+    /// `has_consumer`: somebody will take the output.
+    ///
+    /// # Errors
+    /// When no timer can be made.
+    pub(super) fn new(has_consumer: bool) -> Result<Self> {
+        let ready = has_consumer
+            .then(TimerFd::new)
+            .transpose()
+            .map_err(|e| Error::os(ErrorKind::Io, "serial", &io::Error::from(e)))?;
+        Ok(Self {
+            fd: ready.as_ref().map(AsRawFd::as_raw_fd),
+            state: Mutex::new(State {
+                bytes: VecDeque::new(),
+                in_flight: 0,
+                has_consumer,
+                failed: None,
+                ready,
+                epoch: 0,
+                stop: TextStop::default(),
+            }),
+            room: Condvar::new(),
+        })
+    }
+
+    /// Readable when there is output to take; none without a consumer.
+    pub(super) fn fd(&self) -> Option<RawFd> {
+        self.fd
+    }
+
+    /// Take what the guest prints, all of it. Never waits.
+    pub(super) fn print(&self, bytes: &[u8]) -> Printed {
+        let mut state = self.state.lock();
+        let before = state.bytes.len();
+        state.bytes.extend(bytes);
+        let now = state.bytes.len();
+        if !state.has_consumer {
+            state.bytes.drain(..now.saturating_sub(CAPTURE_SIZE));
+        } else if before < GATHERED && now >= GATHERED {
+            state.tell_in(AT_ONCE);
+        } else if before == 0 {
+            state.tell_in(GATHER);
+        }
+        if bytes.iter().any(|byte| state.stop.feed(*byte)) {
+            return Printed::Found;
+        }
+        if state.is_full() { Printed::Full } else { Printed::Taken }
+    }
+
+    /// Wait until there is room, or until `is_called_out` after a [`Self::wake`]. Whether there is room.
+    pub(super) fn wait_for_room(&self, is_called_out: &dyn Fn() -> bool) -> bool {
+        let mut state = self.state.lock();
+        while state.is_full() {
+            if is_called_out() {
+                return false;
+            }
+            self.room.wait(&mut state);
+        }
+        true
+    }
+
+    /// Have those that wait look again at what calls them out.
+    pub(super) fn wake(&self) {
+        // With the lock: one that has looked already waits by now.
+        let _state = self.state.lock();
+        self.room.notify_all();
+    }
+
+    /// Take at most `most` bytes. What is taken so is not in a snapshot, and not given to anybody else.
+    pub(super) fn take(&self, most: usize) -> Piece {
+        let mut state = self.state.lock();
+        // Not readable until there is more. Cannot fail: the descriptor is a timer's.
+        let _ = state.ready.as_mut().map(TimerFd::clear);
+        let count = most.min(state.bytes.len());
+        let bytes = if count == state.bytes.len() {
+            std::mem::take(&mut state.bytes).into()
+        } else {
+            state.bytes.drain(..count).collect()
+        };
+        state.in_flight += count;
+        self.room.notify_all();
+        Piece { bytes, epoch: state.epoch }
+    }
+
+    /// The first `written` bytes of a piece have gone out. The others come first the next time.
+    pub(super) fn settle(&self, piece: &Piece, written: usize) {
+        let mut state = self.state.lock();
+        if piece.epoch != state.epoch {
+            return;
+        }
+        state.in_flight = state.in_flight.saturating_sub(piece.bytes.len());
+        let left = piece.bytes.get(written..).unwrap_or(&[]);
+        left.iter().rev().for_each(|byte| state.bytes.push_front(*byte));
+    }
+
+    /// Tell the consumer again, after this time, if there is something to take.
+    pub(super) fn tell_in(&self, delay: Duration) {
+        let mut state = self.state.lock();
+        if !state.bytes.is_empty() {
+            state.tell_in(delay);
+        }
+    }
+
+    /// The output cannot be written: from here on it is kept as if there were no consumer.
+    pub(super) fn fail(&self, error: Error) {
+        let mut state = self.state.lock();
+        state.has_consumer = false;
+        state.failed.get_or_insert(error);
+        self.room.notify_all();
+    }
+
+    /// A failure of the port that does not concern the output.
+    pub(super) fn report(&self, error: Error) {
+        self.state.lock().failed.get_or_insert(error);
+    }
+
+    /// The failure, once.
+    pub(super) fn take_failure(&self) -> Option<Error> {
+        self.state.lock().failed.take()
+    }
+
+    /// Bytes that a consumer has not written yet; 0 without one.
+    pub(super) fn waiting(&self) -> usize {
+        let state = self.state.lock();
+        if state.has_consumer { state.bytes.len() + state.in_flight } else { 0 }
+    }
+
+    /// See [`TextStop`].
+    pub(super) fn stop_at(&self, text: Vec<u8>) {
+        self.state.lock().stop = TextStop::at(text);
+    }
+
+    /// The text that has been found since it was last asked for.
+    pub(super) fn take_found(&self) -> Option<Vec<u8>> {
+        self.state.lock().stop.take_found()
+    }
+
+    /// A copy of what nobody has taken.
+    pub(super) fn copy(&self) -> Vec<u8> {
+        self.state.lock().bytes.clone().into()
+    }
+
+    /// Be what was saved.
+    pub(super) fn restore(&self, bytes: Vec<u8>) {
+        let mut state = self.state.lock();
+        state.bytes = bytes.into();
+        state.in_flight = 0;
+        state.epoch += 1;
+        if !state.bytes.is_empty() {
+            state.tell_in(AT_ONCE);
+        }
+        self.room.notify_all();
+    }
+}
+
+impl State {
+    fn is_full(&self) -> bool {
+        self.has_consumer && self.bytes.len() >= BACKLOG_SIZE
+    }
+
+    fn tell_in(&mut self, delay: Duration) {
+        // Cannot fail: the descriptor is a timer's and the time is in range.
+        let _ = self.ready.as_mut().map(|ready| ready.reset(delay, None));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    fn all(backlog: &Backlog) -> Vec<u8> {
+        let piece = backlog.take(usize::MAX);
+        backlog.settle(&piece, piece.bytes.len());
+        piece.bytes
+    }
+
+    #[test]
+    fn without_a_consumer_the_newest_output_is_kept() {
+        let backlog = Backlog::new(false).unwrap();
+        for _ in 0..CAPTURE_SIZE / 1024 {
+            assert_eq!(backlog.print(&[b'a'; 1024]), Printed::Taken);
+        }
+        backlog.print(b"end");
+        let kept = all(&backlog);
+        assert_eq!(kept.len(), CAPTURE_SIZE);
+        assert!(kept.ends_with(b"aend"));
+    }
+
+    #[test]
+    fn what_could_not_be_written_comes_first_the_next_time() {
+        let backlog = Backlog::new(true).unwrap();
+        backlog.print(b"hello");
+        let piece = backlog.take(4);
+        backlog.print(b" there");
+        assert_eq!((piece.bytes.as_slice(), backlog.waiting()), (&b"hell"[..], 11));
+        backlog.settle(&piece, 1);
+        assert_eq!((backlog.waiting(), all(&backlog)), (10, b"ello there".to_vec()));
+    }
+
+    #[test]
+    fn what_was_taken_before_a_restore_is_not_put_back() {
+        let backlog = Backlog::new(true).unwrap();
+        backlog.print(b"gone");
+        let piece = backlog.take(4);
+        backlog.restore(b"new".to_vec());
+        backlog.settle(&piece, 0);
+        assert_eq!(all(&backlog), b"new");
+    }
+
+    #[test]
+    fn a_vcpu_that_waits_for_room_is_called_out_and_woken_by_room() {
+        let backlog = Arc::new(Backlog::new(true).unwrap());
+        assert_eq!(backlog.print(&[b'x'; BACKLOG_SIZE]), Printed::Full);
+        let called_out = Arc::new(AtomicBool::new(false));
+        let wait = || {
+            let (backlog, called_out) = (Arc::clone(&backlog), Arc::clone(&called_out));
+            std::thread::spawn(move || backlog.wait_for_room(&|| called_out.load(Ordering::SeqCst)))
+        };
+        let waiting = wait();
+        called_out.store(true, Ordering::SeqCst);
+        backlog.wake();
+        assert!(!waiting.join().unwrap());
+        called_out.store(false, Ordering::SeqCst);
+        let waiting = wait();
+        assert_eq!(all(&backlog).len(), BACKLOG_SIZE);
+        assert!(waiting.join().unwrap());
+    }
+
+    #[test]
+    fn a_failure_is_told_once_and_what_was_not_written_is_kept() {
+        let backlog = Backlog::new(true).unwrap();
+        backlog.print(b"left");
+        backlog.fail(Error::new(ErrorKind::Io, "serial.output", "broken"));
+        assert_eq!(backlog.print(&[b'x'; 2 * BACKLOG_SIZE]), Printed::Taken);
+        assert_eq!(backlog.take_failure().unwrap().detail, "broken");
+        assert!(backlog.take_failure().is_none());
+        assert!(all(&backlog).starts_with(b"leftx"));
+    }
+}

@@ -1,0 +1,527 @@
+//! The registers of a 16550A: what the guest reads and writes, what it has been sent, and when the interrupt line rises.
+//! Transmission takes no time. No locks and no I/O here: [`super::Serial`] has both.
+
+use std::collections::VecDeque;
+
+/// What the receiver holds with its FIFO on. Off, it holds one byte.
+const FIFO_SIZE: usize = 16;
+/// The receiver's trigger levels, by the two top bits of FCR.
+const TRIGGERS: [usize; 4] = [1, 4, 8, 14];
+
+mod ier {
+    pub(super) const RECEIVED: u8 = 1;
+    pub(super) const THR_EMPTY: u8 = 1 << 1;
+    pub(super) const LINE_STATUS: u8 = 1 << 2;
+    pub(super) const MODEM_STATUS: u8 = 1 << 3;
+    pub(super) const ALL: u8 = 0xf;
+}
+
+/// What an interrupt is for, the most urgent first.
+mod iir {
+    pub(super) const LINE_STATUS: u8 = 6;
+    pub(super) const RECEIVED: u8 = 4;
+    pub(super) const TIMEOUT: u8 = 0xc;
+    pub(super) const THR_EMPTY: u8 = 2;
+    pub(super) const MODEM_STATUS: u8 = 0;
+    pub(super) const NONE: u8 = 1;
+    pub(super) const FIFO_ON: u8 = 0xc0;
+}
+
+mod fcr {
+    pub(super) const ENABLE: u8 = 1;
+    pub(super) const CLEAR_RECEIVER: u8 = 1 << 1;
+    pub(super) const CLEAR_TRANSMITTER: u8 = 1 << 2;
+    /// What a write leaves behind: the enable bit and the trigger level.
+    pub(super) const KEPT: u8 = 0xc1;
+}
+
+const LCR_DIVISOR: u8 = 1 << 7;
+
+mod mcr {
+    pub(super) const DTR: u8 = 1;
+    pub(super) const RTS: u8 = 1 << 1;
+    pub(super) const OUT1: u8 = 1 << 2;
+    pub(super) const OUT2: u8 = 1 << 3;
+    pub(super) const LOOP: u8 = 1 << 4;
+    pub(super) const ALL: u8 = 0x1f;
+}
+
+mod lsr {
+    pub(super) const DATA_READY: u8 = 1;
+    pub(super) const OVERRUN: u8 = 1 << 1;
+    /// Overrun, parity, framing, break: a read of the register clears them.
+    pub(super) const ERRORS: u8 = 0x1e;
+    /// The holding register and the shift register are empty.
+    pub(super) const IDLE: u8 = 0x60;
+}
+
+mod msr {
+    pub(super) const DELTAS: u8 = 0xf;
+    pub(super) const RING_ENDED: u8 = 1 << 2;
+    pub(super) const CTS: u8 = 1 << 4;
+    pub(super) const DSR: u8 = 1 << 5;
+    pub(super) const RING: u8 = 1 << 6;
+    pub(super) const DCD: u8 = 1 << 7;
+    /// A modem that is there and ready.
+    pub(super) const READY: u8 = CTS | DSR | DCD;
+}
+
+/// See the module.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Uart {
+    divisor: [u8; 2],
+    ier: u8,
+    fcr: u8,
+    lcr: u8,
+    mcr: u8,
+    msr: u8,
+    scratch: u8,
+    /// The error bits of LSR.
+    errors: u8,
+    received: VecDeque<u8>,
+    /// The holding register has become empty, and the guest has not seen that in IIR.
+    is_thr_pending: bool,
+    /// The receiver has just been cleared, and the guest is to find it so: nothing comes in until its next access.
+    is_cleared: bool,
+    is_line_high: bool,
+    has_risen: bool,
+}
+
+impl Default for Uart {
+    /// As after a reset, at 9600 baud.
+    fn default() -> Self {
+        Self {
+            divisor: [12, 0],
+            ier: 0,
+            fcr: 0,
+            lcr: 3,
+            mcr: 0,
+            msr: msr::READY,
+            scratch: 0,
+            errors: 0,
+            received: VecDeque::new(),
+            is_thr_pending: false,
+            is_cleared: false,
+            is_line_high: false,
+            has_risen: false,
+        }
+    }
+}
+
+impl Uart {
+    /// What the guest reads from one of the eight registers.
+    pub(super) fn read(&mut self, register: u64) -> u8 {
+        self.is_cleared = false;
+        match (register, self.lcr & LCR_DIVISOR != 0) {
+            (0, true) => self.divisor[0],
+            (1, true) => self.divisor[1],
+            (0, false) => {
+                let byte = self.received.pop_front().unwrap_or(0);
+                // With more to read the line falls and rises again: an interrupt controller that looks for edges gives
+                // an interrupt for each byte to a handler that reads one.
+                self.update(true);
+                byte
+            }
+            (1, false) => self.ier,
+            (2, _) => self.read_identification(),
+            (3, _) => self.lcr,
+            (4, _) => self.mcr,
+            (5, _) => {
+                let value = self.line_status();
+                let had_errors = std::mem::take(&mut self.errors) != 0;
+                self.update(had_errors);
+                value
+            }
+            (6, _) => {
+                let value = self.msr;
+                self.msr &= !msr::DELTAS;
+                self.update(value & msr::DELTAS != 0);
+                value
+            }
+            (7, _) => self.scratch,
+            _ => 0xff,
+        }
+    }
+
+    /// Take what the guest writes to a register; the byte that it sends, if it sends one.
+    pub(super) fn write(&mut self, register: u64, value: u8) -> Option<u8> {
+        self.is_cleared = false;
+        match (register, self.lcr & LCR_DIVISOR != 0) {
+            (0, true) => self.divisor[0] = value,
+            (1, true) => self.divisor[1] = value,
+            (0, false) => return self.transmit(value),
+            (1, false) => {
+                let changed = (self.ier ^ value) & ier::THR_EMPTY != 0;
+                self.ier = value & ier::ALL;
+                if changed {
+                    self.is_thr_pending = value & ier::THR_EMPTY != 0;
+                }
+                self.update(false);
+            }
+            (2, _) => self.control_fifo(value),
+            (3, _) => self.lcr = value,
+            (4, _) => {
+                self.mcr = value & mcr::ALL;
+                self.set_modem_lines(self.modem_lines());
+                self.update(false);
+            }
+            (7, _) => self.scratch = value,
+            _ => {}
+        }
+        None
+    }
+
+    /// How many bytes the receiver takes from the line now. In loop-back mode it is not connected to it.
+    pub(super) fn room(&self) -> usize {
+        if self.is_cleared || self.mcr & mcr::LOOP != 0 {
+            return 0;
+        }
+        self.capacity().saturating_sub(self.received.len())
+    }
+
+    /// Bytes arrive, no more than there is room for.
+    pub(super) fn receive(&mut self, bytes: impl IntoIterator<Item = u8>) {
+        self.received.extend(bytes);
+        // What arrives ends the receiver's time-out before it begins again.
+        self.update(self.ier & ier::RECEIVED != 0);
+    }
+
+    /// Bytes that the guest has not read.
+    pub(super) fn waiting(&self) -> usize {
+        self.received.len()
+    }
+
+    /// Whether the interrupt line has risen since this was last asked.
+    pub(super) fn take_edge(&mut self) -> bool {
+        std::mem::take(&mut self.has_risen)
+    }
+
+    fn is_fifo_on(&self) -> bool {
+        self.fcr & fcr::ENABLE != 0
+    }
+
+    fn capacity(&self) -> usize {
+        if self.is_fifo_on() { FIFO_SIZE } else { 1 }
+    }
+
+    fn trigger(&self) -> usize {
+        match TRIGGERS.get(usize::from(self.fcr >> 6)) {
+            Some(level) if self.is_fifo_on() => *level,
+            _ => 1,
+        }
+    }
+
+    fn line_status(&self) -> u8 {
+        let ready = if self.received.is_empty() { 0 } else { lsr::DATA_READY };
+        lsr::IDLE | self.errors | ready
+    }
+
+    /// The most urgent of the interrupts that are enabled and pending.
+    fn cause(&self) -> u8 {
+        let is_enabled = |bit| self.ier & bit != 0;
+        if is_enabled(ier::LINE_STATUS) && self.errors != 0 {
+            return iir::LINE_STATUS;
+        }
+        if is_enabled(ier::RECEIVED) && !self.received.is_empty() {
+            // Nothing more is on its way, so what is below the trigger level has waited long enough.
+            return if self.received.len() >= self.trigger() {
+                iir::RECEIVED
+            } else {
+                iir::TIMEOUT
+            };
+        }
+        if is_enabled(ier::THR_EMPTY) && self.is_thr_pending {
+            return iir::THR_EMPTY;
+        }
+        if is_enabled(ier::MODEM_STATUS) && self.msr & msr::DELTAS != 0 {
+            return iir::MODEM_STATUS;
+        }
+        iir::NONE
+    }
+
+    /// Work out the line. After the guest has `served` a cause it is low for a moment, whatever else is pending.
+    fn update(&mut self, served: bool) {
+        let is_high = self.cause() != iir::NONE;
+        self.has_risen |= is_high && (served || !self.is_line_high);
+        self.is_line_high = is_high;
+    }
+
+    fn read_identification(&mut self) -> u8 {
+        let cause = self.cause();
+        if cause == iir::THR_EMPTY {
+            self.is_thr_pending = false;
+            self.update(true);
+        }
+        cause | if self.is_fifo_on() { iir::FIFO_ON } else { 0 }
+    }
+
+    fn transmit(&mut self, byte: u8) -> Option<u8> {
+        self.is_thr_pending = true;
+        let sent = if self.mcr & mcr::LOOP == 0 {
+            Some(byte)
+        } else {
+            self.loop_back(byte);
+            None
+        };
+        self.update(true);
+        sent
+    }
+
+    fn loop_back(&mut self, byte: u8) {
+        if self.received.len() >= self.capacity() {
+            self.errors |= lsr::OVERRUN;
+            if self.is_fifo_on() {
+                return; // the FIFO keeps what it has, and this byte is lost
+            }
+            self.received.clear();
+        }
+        self.received.push_back(byte);
+    }
+
+    fn control_fifo(&mut self, mut value: u8) {
+        if (value ^ self.fcr) & fcr::ENABLE != 0 {
+            value |= fcr::CLEAR_RECEIVER | fcr::CLEAR_TRANSMITTER;
+        }
+        if value & fcr::CLEAR_RECEIVER != 0 {
+            self.received.clear();
+            self.errors &= lsr::OVERRUN;
+            // A driver that waits for interrupts may make no access before one comes.
+            self.is_cleared = self.ier & ier::RECEIVED == 0;
+        }
+        if value & fcr::CLEAR_TRANSMITTER != 0 {
+            self.is_thr_pending = true;
+        }
+        self.fcr = value & fcr::KEPT;
+        self.update(false);
+    }
+
+    /// What MSR's upper half shows: in loop-back mode the outputs of MCR.
+    fn modem_lines(&self) -> u8 {
+        if self.mcr & mcr::LOOP == 0 {
+            return msr::READY;
+        }
+        let pairs = [
+            (mcr::RTS, msr::CTS),
+            (mcr::DTR, msr::DSR),
+            (mcr::OUT1, msr::RING),
+            (mcr::OUT2, msr::DCD),
+        ];
+        let is_set = |(output, _): &(u8, u8)| self.mcr & output != 0;
+        pairs.into_iter().filter(is_set).fold(0, |lines, (_, line)| lines | line)
+    }
+
+    fn set_modem_lines(&mut self, lines: u8) {
+        let before = self.msr;
+        let changed = (before ^ lines) & !msr::DELTAS;
+        // Of the ring indicator only the end is told.
+        let is_told = changed & !(msr::RING & lines);
+        self.msr = lines | before & msr::DELTAS | is_told >> 4;
+        debug_assert_eq!(msr::RING >> 4, msr::RING_ENDED);
+    }
+
+    /// Nine bytes for a snapshot. FCR cannot be read, so its place has room for the pending interrupt of the transmitter.
+    pub(super) fn registers(&self) -> [u8; 9] {
+        let thr = if self.is_thr_pending { THR_PENDING } else { 0 };
+        let [low, high] = self.divisor;
+        let (control, status) = (self.fcr | thr, self.line_status());
+        [low, high, self.ier, control, self.lcr, status, self.mcr, self.msr, self.scratch]
+    }
+
+    /// The bytes the receiver holds.
+    pub(super) fn received(&self) -> impl Iterator<Item = u8> {
+        self.received.iter().copied()
+    }
+
+    /// Be what was saved. An interrupt that was pending is given again: the first may not have arrived. The bytes that the
+    /// receiver has no place for.
+    pub(super) fn restore(&mut self, registers: [u8; 9], received: Vec<u8>) -> VecDeque<u8> {
+        let [low, high, ier, control, lcr, status, mcr, msr, scratch] = registers;
+        let mut received = VecDeque::from(received);
+        *self = Self {
+            divisor: [low, high],
+            ier: ier & ier::ALL,
+            fcr: control & fcr::KEPT,
+            lcr,
+            mcr: mcr & mcr::ALL,
+            msr,
+            scratch,
+            errors: status & lsr::ERRORS,
+            is_thr_pending: control & THR_PENDING != 0,
+            ..Self::default()
+        };
+        let rest = received.split_off(received.len().min(self.capacity()));
+        self.received = received;
+        self.update(false);
+        rest
+    }
+}
+
+/// See [`Uart::registers`].
+const THR_PENDING: u8 = 1 << 1;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Set, one after the other.
+    fn with(writes: &[(u64, u8)]) -> Uart {
+        let mut uart = Uart::default();
+        for (register, value) in writes {
+            uart.write(*register, *value);
+        }
+        uart.take_edge();
+        uart
+    }
+
+    fn fill(uart: &mut Uart, bytes: &[u8]) -> usize {
+        let count = uart.room().min(bytes.len());
+        uart.receive(bytes[..count].iter().copied());
+        count
+    }
+
+    #[test]
+    fn a_handler_that_reads_one_byte_an_interrupt_gets_all() {
+        for fcr in [0, 1, 0xc1] {
+            let mut uart = with(&[(2, fcr), (1, 1)]);
+            let sent: Vec<u8> = (0..100).collect();
+            let (mut at, mut received) = (fill(&mut uart, &sent), Vec::new());
+            while uart.take_edge() {
+                assert_eq!(uart.read(2) & 1, 0, "an interrupt is pending");
+                received.push(uart.read(0));
+                at += fill(&mut uart, &sent[at..]);
+            }
+            assert_eq!(received, sent, "FCR {fcr:#x}");
+            assert_eq!(uart.read(2) & 0xf, iir::NONE);
+        }
+    }
+
+    #[test]
+    fn the_fifo_holds_sixteen_and_without_it_one() {
+        assert_eq!(fill(&mut with(&[(2, 1), (1, 0)]), &[0; 99]), 16);
+        assert_eq!(fill(&mut with(&[]), &[0; 99]), 1);
+    }
+
+    #[test]
+    fn the_identification_tells_trigger_level_and_fifo() {
+        let mut uart = with(&[(2, 0x81), (1, 1)]);
+        fill(&mut uart, &[0; 7]);
+        assert_eq!(uart.read(2), 0xc0 | iir::TIMEOUT);
+        fill(&mut uart, &[0]);
+        assert_eq!(uart.read(2), 0xc0 | iir::RECEIVED);
+        uart.write(2, 0);
+        assert_eq!(uart.read(2), iir::NONE, "FIFOs off, and emptied by that");
+    }
+
+    #[test]
+    fn a_cleared_receiver_is_found_empty_although_more_waits() {
+        let mut uart = with(&[(2, 1), (1, 0)]);
+        assert_eq!(fill(&mut uart, &[1; 16]), 16);
+        uart.write(2, 7);
+        assert_eq!((uart.room(), uart.read(5) & 1), (0, 0));
+        assert_eq!(uart.room(), 16, "from the next access on");
+        // With the interrupt on there may be no access before it comes.
+        uart.write(1, 1);
+        uart.write(2, 7);
+        assert_eq!(uart.room(), 16);
+    }
+
+    #[test]
+    fn the_empty_transmitter_interrupts_when_enabled_and_after_each_byte() {
+        let mut uart = with(&[]);
+        uart.write(1, 2);
+        assert!(uart.take_edge());
+        assert_eq!((uart.read(2), uart.read(2)), (iir::THR_EMPTY, iir::NONE));
+        assert_eq!(uart.write(0, b'x'), Some(b'x'));
+        assert!(uart.take_edge());
+        assert_eq!(uart.read(2), iir::THR_EMPTY);
+        uart.write(1, 0);
+        uart.write(1, 2);
+        assert_eq!(uart.read(2), iir::THR_EMPTY, "enabled again");
+    }
+
+    #[test]
+    fn the_most_urgent_cause_comes_first_and_the_next_has_its_own_edge() {
+        let mut uart = with(&[(4, mcr::LOOP), (6, 0), (1, 0xf)]);
+        uart.write(0, 1);
+        uart.write(0, 2); // an overrun: one byte is held without the FIFO
+        let mut causes = Vec::new();
+        while uart.take_edge() {
+            let cause = uart.read(2);
+            causes.push(cause);
+            match cause {
+                iir::LINE_STATUS => assert_eq!(uart.read(5) & lsr::OVERRUN, lsr::OVERRUN),
+                iir::RECEIVED => assert_eq!(uart.read(0), 2),
+                iir::MODEM_STATUS => assert_ne!(uart.read(6) & msr::DELTAS, 0),
+                _ => {}
+            }
+        }
+        let all = [iir::LINE_STATUS, iir::RECEIVED, iir::THR_EMPTY, iir::MODEM_STATUS];
+        assert_eq!(causes, all);
+    }
+
+    #[test]
+    fn loop_back_connects_outputs_to_inputs_and_nothing_to_the_line() {
+        let mut uart = with(&[(2, 1), (4, mcr::LOOP | mcr::RTS | mcr::OUT2)]);
+        assert_eq!(uart.read(6) & 0xf0, msr::CTS | msr::DCD);
+        assert_eq!((uart.room(), uart.write(0, b'x'), uart.read(0)), (0, None, b'x'));
+        for byte in 0..17 {
+            uart.write(0, byte);
+        }
+        assert_eq!(uart.read(5) & lsr::OVERRUN, lsr::OVERRUN);
+        assert_eq!(uart.read(5) & lsr::OVERRUN, 0, "reading clears it");
+        assert!((0..16).all(|byte| uart.read(0) == byte));
+        uart.write(4, mcr::LOOP | mcr::OUT1);
+        uart.read(6);
+        uart.write(4, mcr::LOOP);
+        assert_eq!(uart.read(6), msr::RING_ENDED);
+        uart.write(4, 0);
+        assert_eq!((uart.read(6) & 0xf0, uart.room()), (msr::READY, 16));
+    }
+
+    #[test]
+    fn input_that_came_while_interrupts_were_off_is_told_when_they_are_on() {
+        let mut uart = with(&[]);
+        fill(&mut uart, b"x");
+        assert!(!uart.take_edge());
+        uart.write(1, 1);
+        assert!(uart.take_edge());
+    }
+
+    #[test]
+    fn the_divisor_latch_hides_two_registers() {
+        let mut uart = with(&[(1, 5), (3, 0x83), (0, 0x34), (1, 0x12)]);
+        assert_eq!((uart.read(0), uart.read(1)), (0x34, 0x12));
+        uart.write(3, 3);
+        assert_eq!((uart.read(1), uart.read(0)), (5, 0));
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_saved_comes_back(writes in prop::collection::vec((0u64..9, any::<u8>()), 0..40),
+                                    input in prop::collection::vec(any::<u8>(), 0..20)) {
+            let mut uart = with(&writes);
+            fill(&mut uart, &input);
+            let mut other = Uart::default();
+            let rest = other.restore(uart.registers(), uart.received().collect());
+            prop_assert!(rest.is_empty());
+            prop_assert_eq!(other.take_edge(), uart.cause() != iir::NONE);
+            (uart.has_risen, uart.is_cleared) = (false, false);
+            prop_assert_eq!(other, uart);
+        }
+
+        #[test]
+        fn nothing_is_pending_without_an_edge_that_told_of_it(
+            accesses in prop::collection::vec((any::<bool>(), 0u64..9, any::<u8>()), 0..60)
+        ) {
+            let mut uart = Uart::default();
+            let mut is_told = false;
+            for (is_write, register, value) in accesses {
+                if is_write { uart.write(register, value); } else { uart.read(register); }
+                fill(&mut uart, &[value]);
+                is_told = (is_told || uart.take_edge()) && uart.cause() != iir::NONE;
+                prop_assert_eq!(is_told, uart.cause() != iir::NONE);
+            }
+        }
+    }
+}
