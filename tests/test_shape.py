@@ -36,6 +36,7 @@ TESTED_BY = {
     "src/py/exit.rs": "tests/test_vmm.py",
     "src/py/host.rs": "tests/test_doctor.py",
     "src/py/live.rs": "tests/test_robustness.py",
+    "src/py/interrupt.rs": "tests/test_boot.py",
     "src/py/serial.rs": "tests/test_streams.py",
     "src/vmm/mod.rs": "tests/rust/seed.rs",
     "src/vmm/run.rs": "tests/rust/seed.rs",
@@ -69,6 +70,7 @@ TESTED_BY = {
     "src/boot/initrd.rs": "tests/test_boot.py",
     "src/boot/mod.rs": "tests/test_boot.py",
     "src/devices/mod.rs": "tests/test_vmm.py",
+    "src/devices/uart_bits.rs": "src/devices/uart.rs",
     "python/pyvmm/devices.py": "tests/test_vmm.py",
     "python/pyvmm/events.py": "tests/test_event_manager.py",
     "python/pyvmm/exceptions.py": "tests/test_vmm.py",
@@ -109,6 +111,7 @@ def test_only_callback_calls_into_python_from_other_threads() -> None:
         "src/py/callback.rs",
         "src/py/memory.rs",  # lets the GIL go while a machine is dropped
         "src/py/errors.rs",  # makes an exception
+        "src/py/interrupt.rs",  # runs signal handlers, on the caller's thread
         "src/py/vm.rs",  # lets the GIL go while a machine is dropped
         "src/py/vmm.rs",
         "src/py/wakeup.rs",  # runs signal handlers, on the main thread

@@ -595,6 +595,16 @@ class Serial:
     def read(self) -> bytes:
         """Take the output there is. Without a configured output, at most the newest MiB."""
 
+    def stop_at(self, text: bytes | bytearray) -> None:
+        """End the run in progress or the next one, once, at the byte that completes this text.
+
+        What the guest has printed before does not count. The run ends with `Exit(reason="stopped", value=text)`, and
+        the guest stands behind the instruction that printed the byte; the next run goes on from there. An empty text
+        takes the request back.
+        """
+
+    def _take(self, most: int) -> bytes: ...
+    def _settle(self, written: int, again_s: float | None) -> None: ...
     @property
     def input_waiting(self) -> int:
         """Bytes of input that the guest has not read yet."""

@@ -7,7 +7,12 @@ way the error is a `ConfigError` that starts with the key: ``memory.size_mib: ..
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 import re
+import select
+import stat
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
@@ -26,6 +31,9 @@ else:
 STREAM_SCHEMA = {"type": ["string", "integer", "null"]}
 Stream: TypeAlias = Annotated[Any, Meta(extra_json_schema=STREAM_SCHEMA)]
 
+# Of a configuration in a file.
+MOST_FILE = 1 << 24
+WRITER_COMES_S = 0.5
 DEFAULT_CMDLINE = "console=ttyS0 panic=-1 reboot=k"
 
 
@@ -179,7 +187,7 @@ class VmmConfig(_Part, frozen=True):
         if load is None:
             raise _error(str(path), "the name of a configuration ends in .toml or .json")
         try:
-            text = path.read_bytes()
+            text = _read(path)
         except OSError as error:
             raise _error(str(path), error.strerror or str(error)) from error
         config = load(text)
@@ -206,6 +214,28 @@ class VmmConfig(_Part, frozen=True):
                 raise _error(f"serial.{end}", f"{type(stream).__name__} cannot be written to a file")
         plain: dict[str, Any] = msgspec.to_builtins(self, enc_hook=str)
         return plain
+
+
+def _read(path: Path) -> bytes:
+    """A whole file; a FIFO's writer has a moment to come."""
+    flags = os.O_NONBLOCK | os.O_NOCTTY
+    with open(path, "rb", buffering=0, opener=lambda name, mode: os.open(name, mode | flags)) as file:
+        is_fifo = stat.S_ISFIFO(os.fstat(file.fileno()).st_mode)
+        deadline = time.monotonic() + WRITER_COMES_S
+        text = bytearray()
+        while len(text) <= MOST_FILE:
+            piece = file.read(1 << 16)
+            if piece:
+                text += piece
+            elif piece is None:
+                select.select([file], [], [])
+            elif text or not is_fifo:
+                return bytes(text)
+            elif time.monotonic() > deadline:
+                raise OSError(errno.ENXIO, "a FIFO that nobody writes")
+            else:
+                time.sleep(0.005)
+        raise OSError(errno.EFBIG, f"more than {MOST_FILE} bytes")
 
 
 def _beside(part: Any, directory: Path, *names: str) -> Any:

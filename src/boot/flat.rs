@@ -1,17 +1,17 @@
 //! Flat code: bytes at an address.
 
-use super::read_file;
+use super::files::Files;
 use crate::config::{Code, CpuMode, FlatBoot};
 use crate::error::{Error, ErrorKind, Result};
 use crate::vm::{GuestMemory, layout};
 
 /// Write the code and return its entry.
-pub(super) fn load(flat: &FlatBoot, memory: &GuestMemory) -> Result<u64> {
+pub(super) fn load(flat: &FlatBoot, memory: &GuestMemory, files: &Files<'_>) -> Result<u64> {
     let read;
     let code = match &flat.code {
         Code::Bytes(bytes) => bytes,
         Code::File(path) => {
-            read = read_file(path, "boot.path", memory.size())?;
+            read = files.read(path, "boot.path", files.most)?;
             &read
         }
     };
@@ -42,6 +42,10 @@ fn keep_off_tables(address: u64, length: u64) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn load(flat: &FlatBoot, memory: &GuestMemory) -> Result<u64> {
+        super::load(flat, memory, &Files { most: memory.size(), interrupted: &|| Ok(()) })
+    }
 
     fn flat(address: u64, code: &[u8], mode: CpuMode) -> FlatBoot {
         FlatBoot { code: Code::Bytes(code.to_vec()), address, entry: None, mode }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::read_file;
+use super::files::Files;
 use crate::error::{Error, ErrorKind, Result};
 use crate::vm::{GuestMemory, layout};
 
@@ -12,11 +12,12 @@ const PAGE: u64 = 4096;
 pub(super) fn load(
     path: &Path,
     memory: &GuestMemory,
+    files: &Files<'_>,
     floor: u64,
     ceiling: u64,
 ) -> Result<(u32, u32)> {
     let top = memory.size().min(layout::MMIO_GAP_START).min(ceiling);
-    let bytes = read_file(path, "boot.initrd", top)?;
+    let bytes = files.read(path, "boot.initrd", top)?;
     let size = bytes.len() as u64;
     let address = top.checked_sub(size).map(|a| a & !(PAGE - 1)).filter(|a| *a >= floor);
     let fits = address.and_then(|a| Some((u32::try_from(a).ok()?, u32::try_from(size).ok()?)));

@@ -5,7 +5,8 @@ use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header
 use vm_memory::ByteValued;
 
 use super::elf::{self, u16_at, u32_at};
-use super::{initrd, read_file};
+use super::files::Files;
+use super::initrd;
 use crate::config::LinuxBoot;
 use crate::error::{Error, ErrorKind, Result};
 use crate::vm::{GuestMemory, layout};
@@ -35,12 +36,12 @@ struct Kernel {
 }
 
 /// Load kernel, RAM disk and command line; returns the 64-bit entry.
-pub(super) fn load(config: &LinuxBoot, memory: &GuestMemory) -> Result<u64> {
-    let image = read_file(&config.kernel, "boot.kernel", memory.size())?;
+pub(super) fn load(config: &LinuxBoot, memory: &GuestMemory, files: &Files<'_>) -> Result<u64> {
+    let image = files.read(&config.kernel, "boot.kernel", files.most)?;
     let kernel = load_kernel(&image, config, memory)?;
     let mut params = boot_params { hdr: kernel.header, ..Default::default() };
     if let Some(path) = &config.initrd {
-        let (address, size) = initrd::load(path, memory, kernel.end, kernel.initrd_ceiling)?;
+        let (address, size) = initrd::load(path, memory, files, kernel.end, kernel.initrd_ceiling)?;
         params.hdr.ramdisk_image = address;
         params.hdr.ramdisk_size = size;
     }

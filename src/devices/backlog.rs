@@ -6,11 +6,11 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::time::Duration;
 
-use parking_lot::{Condvar, Mutex};
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::text_stop::TextStop;
 use crate::error::{Error, ErrorKind, Result};
+use crate::sync::{Condvar, Mutex, rank};
 
 /// Output kept where nobody takes it: the newest so many bytes.
 const CAPTURE_SIZE: usize = 1 << 20;
@@ -25,7 +25,7 @@ const AT_ONCE: Duration = Duration::from_nanos(1);
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Backlog {
-    state: Mutex<State>,
+    state: Mutex<State, rank::SerialOutput>,
     /// There is room, or somebody calls a vCPU out that waits for it.
     room: Condvar,
     /// Where `State::ready` can be watched.
@@ -158,16 +158,15 @@ impl Backlog {
             return;
         }
         state.in_flight = state.in_flight.saturating_sub(piece.bytes.len());
-        let left = piece.bytes.get(written..).unwrap_or(&[]);
-        left.iter().rev().for_each(|byte| state.bytes.push_front(*byte));
+        if let Some(left) = piece.bytes.get(written..).filter(|left| !left.is_empty()) {
+            let later = std::mem::replace(&mut state.bytes, left.to_vec().into());
+            state.bytes.extend(later);
+        }
     }
 
-    /// Tell the consumer again, after this time, if there is something to take.
+    /// Tell the consumer again, after this time.
     pub(super) fn tell_in(&self, delay: Duration) {
-        let mut state = self.state.lock();
-        if !state.bytes.is_empty() {
-            state.tell_in(delay);
-        }
+        self.state.lock().tell_in(delay);
     }
 
     /// The output cannot be written: from here on it is kept as if there were no consumer.

@@ -10,6 +10,7 @@ mod serial;
 mod streams;
 mod text_stop;
 mod uart;
+mod uart_bits;
 
 use std::sync::Arc;
 

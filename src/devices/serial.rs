@@ -7,7 +7,6 @@ use std::os::fd::RawFd;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use parking_lot::Mutex;
 use smallvec::SmallVec;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -16,11 +15,12 @@ use super::uart::Uart;
 use super::{Device, Flow};
 use crate::error::{Error, ErrorKind, Result};
 use crate::snapshot::Reader;
+use crate::sync::{Mutex, rank};
 
 /// A serial port.
 #[derive(Debug)]
 pub struct Serial {
-    guest: Mutex<GuestSide>,
+    guest: Mutex<GuestSide, rank::SerialGuest>,
     /// Nothing happens at an interrupt on a machine without an interrupt controller.
     irq: Option<EventFd>,
     output: Backlog,
@@ -105,7 +105,7 @@ impl Serial {
         self.output.settle(piece, written);
     }
 
-    /// Tell the consumer in a while that there is output, if there is.
+    /// Have the consumer look again after this time.
     pub fn tell_in(&self, delay: Duration) {
         self.output.tell_in(delay);
     }

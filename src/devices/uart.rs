@@ -3,68 +3,12 @@
 
 use std::collections::VecDeque;
 
+use super::uart_bits::{LCR_DIVISOR, fcr, ier, iir, lsr, mcr, msr};
+
 /// What the receiver holds with its FIFO on. Off, it holds one byte.
 const FIFO_SIZE: usize = 16;
 /// The receiver's trigger levels, by the two top bits of FCR.
 const TRIGGERS: [usize; 4] = [1, 4, 8, 14];
-
-mod ier {
-    pub(super) const RECEIVED: u8 = 1;
-    pub(super) const THR_EMPTY: u8 = 1 << 1;
-    pub(super) const LINE_STATUS: u8 = 1 << 2;
-    pub(super) const MODEM_STATUS: u8 = 1 << 3;
-    pub(super) const ALL: u8 = 0xf;
-}
-
-/// What an interrupt is for, the most urgent first.
-mod iir {
-    pub(super) const LINE_STATUS: u8 = 6;
-    pub(super) const RECEIVED: u8 = 4;
-    pub(super) const TIMEOUT: u8 = 0xc;
-    pub(super) const THR_EMPTY: u8 = 2;
-    pub(super) const MODEM_STATUS: u8 = 0;
-    pub(super) const NONE: u8 = 1;
-    pub(super) const FIFO_ON: u8 = 0xc0;
-}
-
-mod fcr {
-    pub(super) const ENABLE: u8 = 1;
-    pub(super) const CLEAR_RECEIVER: u8 = 1 << 1;
-    pub(super) const CLEAR_TRANSMITTER: u8 = 1 << 2;
-    /// What a write leaves behind: the enable bit and the trigger level.
-    pub(super) const KEPT: u8 = 0xc1;
-}
-
-const LCR_DIVISOR: u8 = 1 << 7;
-
-mod mcr {
-    pub(super) const DTR: u8 = 1;
-    pub(super) const RTS: u8 = 1 << 1;
-    pub(super) const OUT1: u8 = 1 << 2;
-    pub(super) const OUT2: u8 = 1 << 3;
-    pub(super) const LOOP: u8 = 1 << 4;
-    pub(super) const ALL: u8 = 0x1f;
-}
-
-mod lsr {
-    pub(super) const DATA_READY: u8 = 1;
-    pub(super) const OVERRUN: u8 = 1 << 1;
-    /// Overrun, parity, framing, break: a read of the register clears them.
-    pub(super) const ERRORS: u8 = 0x1e;
-    /// The holding register and the shift register are empty.
-    pub(super) const IDLE: u8 = 0x60;
-}
-
-mod msr {
-    pub(super) const DELTAS: u8 = 0xf;
-    pub(super) const RING_ENDED: u8 = 1 << 2;
-    pub(super) const CTS: u8 = 1 << 4;
-    pub(super) const DSR: u8 = 1 << 5;
-    pub(super) const RING: u8 = 1 << 6;
-    pub(super) const DCD: u8 = 1 << 7;
-    /// A modem that is there and ready.
-    pub(super) const READY: u8 = CTS | DSR | DCD;
-}
 
 /// See the module.
 #[derive(Clone, Debug, PartialEq, Eq)]

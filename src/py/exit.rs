@@ -23,13 +23,13 @@ pub(super) fn to_python<'py>(py: Python<'py>, exit: &Exit) -> PyResult<Bound<'py
     ))
 }
 
-/// A `pyvmm.Exit` of a run that a callback has ended with `Stop(value)`.
+/// A `pyvmm.Exit` of a run that a callback has ended with `Stop(value)`, or the text that the port was to stop at.
 pub(super) fn stopped<'py>(
     py: Python<'py>,
-    vcpu: u64,
+    vcpu: Option<u64>,
     value: &Py<PyAny>,
 ) -> PyResult<Bound<'py, PyAny>> {
-    let exit = Exit { vcpu: Some(vcpu), ..Exit::new(ExitReason::Stopped) };
+    let exit = Exit { vcpu, ..Exit::new(ExitReason::Stopped) };
     let keywords = [("value", value)].into_py_dict(py)?;
     to_python(py, &exit)?.call_method("_replace", (), Some(&keywords))
 }

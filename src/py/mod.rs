@@ -16,6 +16,7 @@ mod exit;
 mod exit_handler;
 mod hooks;
 mod host;
+mod interrupt;
 mod kvm;
 mod lead;
 mod live;

@@ -9,20 +9,24 @@ use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::PyBytes;
 
 use super::event_fd::PyEventFd;
-use crate::devices::Serial;
+use super::exit;
+use crate::devices::{Piece, Serial};
 use crate::process::Birthplace;
+use crate::sync::{Mutex, rank};
 
 /// The host's side of the first serial port, a 16550A.
 #[pyclass(frozen, weakref, name = "Serial", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PySerial {
     serial: Arc<Serial>,
+    /// What the writer of `pyvmm.streams` has taken and not settled.
+    taken: Mutex<Option<Piece>, rank::TakenOutput>,
     birthplace: Birthplace,
 }
 
 impl PySerial {
     pub(super) fn over(serial: Arc<Serial>) -> Self {
-        Self { serial, birthplace: Birthplace::here() }
+        Self { serial, taken: Mutex::default(), birthplace: Birthplace::here() }
     }
 
     /// The port; not in a forked child, whose parent's guest would be interrupted.
@@ -46,6 +50,36 @@ impl PySerial {
         let port = self.port()?;
         let bytes = py.detach(|| port.take());
         Ok(PyBytes::new(py, &bytes))
+    }
+
+    /// End the run in progress or the next one, once, at the byte that completes this text in what the guest prints from
+    /// now on: `Exit(reason="stopped", value=text)`. Empty: not any more.
+    fn stop_at(&self, py: Python<'_>, text: PyBackedBytes) -> PyResult<()> {
+        let port = self.port()?;
+        py.detach(|| port.stop_at(text.to_vec()));
+        Ok(())
+    }
+
+    /// For `pyvmm.streams`: take so many bytes of the output at most, to be settled.
+    fn _take<'py>(&self, py: Python<'py>, most: usize) -> PyResult<Bound<'py, PyBytes>> {
+        let port = self.port()?;
+        let piece = py.detach(|| port.take_piece(most));
+        let bytes = PyBytes::new(py, &piece.bytes);
+        *self.taken.lock() = Some(piece);
+        Ok(bytes)
+    }
+
+    /// For `pyvmm.streams`: so many of the bytes that were taken have been written. The others are output again, of which
+    /// the loop is told after this time.
+    fn _settle(&self, py: Python<'_>, written: usize, again_s: Option<f64>) -> PyResult<()> {
+        let port = self.port()?;
+        let taken = self.taken.lock().take();
+        let again = exit::timeout(again_s)?;
+        py.detach(|| {
+            taken.iter().for_each(|piece| port.settle(piece, written));
+            again.into_iter().for_each(|delay| port.tell_in(delay));
+        });
+        Ok(())
     }
 
     /// Bytes of input that the guest has not read yet.

@@ -16,7 +16,7 @@ use super::live::{self, Close};
 use super::memory::PyGuestMemory;
 use super::serial::PySerial;
 use super::vcpu::PyVcpu;
-use super::{callback, config, exit, vcpu, vmm, wakeup};
+use super::{callback, config, exit, interrupt, vcpu, vmm, wakeup};
 use crate::boot;
 use crate::devices::{self, Serial};
 use crate::error::{Error, ErrorKind, Result};
@@ -186,10 +186,10 @@ impl PyKvmVm {
                 "a KvmVm has no event loop to serve streams; use Vmm, or serial.send() and read()";
             return Err(Error::new(ErrorKind::Config, "serial", detail).into());
         }
-        let (vm, entry, dispatch, serial) = py.detach(|| -> Result<_> {
+        let (vm, entry, dispatch, serial) = interrupt::interruptible(py, |interrupted| {
             config.validate()?;
             let memory = GuestMemory::new(config.memory.size_mib << 20)?;
-            let entry = boot::load(&config, &memory)?;
+            let entry = boot::load(&config, &memory, interrupted)?;
             let dispatch = Arc::new(Dispatch::default());
             let vm = KvmVm::new(&config, memory, Arc::clone(&dispatch), handler)?;
             let irq = vm.irq(layout::COM1_IRQ)?;

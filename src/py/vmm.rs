@@ -6,7 +6,7 @@ use std::sync::{Arc, Weak};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
-use pyo3::types::{PyList, PyTuple};
+use pyo3::types::{PyBytes, PyList, PyTuple};
 
 use super::attach::attach;
 use super::device::PythonDevice;
@@ -19,7 +19,7 @@ use super::memory::PyGuestMemory;
 use super::serial::PySerial;
 use super::snapshot::PySnapshot;
 use super::turning::Turning;
-use super::{callback, config, exit};
+use super::{callback, config, exit, interrupt};
 use crate::devices::{Access, Buses};
 use crate::exit_handler::{Exit, ExitReason};
 use crate::sync::{Mutex, rank};
@@ -146,8 +146,14 @@ impl PyVmm {
         raised.check(py)?;
         match stop {
             Some((vcpu, value)) if exit.reason == ExitReason::Stopped => {
-                exit::stopped(py, vcpu, &value).map(Some)
+                exit::stopped(py, Some(vcpu), &value).map(Some)
             }
+            None if exit.reason == ExitReason::Stopped => match self.vmm().serial().take_found() {
+                Some(text) => {
+                    exit::stopped(py, None, PyBytes::new(py, &text).as_any().as_unbound()).map(Some)
+                }
+                None => exit::to_python(py, &exit).map(Some),
+            },
             _ => exit::to_python(py, &exit).map(Some),
         }
     }
@@ -190,7 +196,9 @@ impl PyVmm {
         let native = config::from_python(&config)?;
         let has_python_streams = config::has_python_streams(&native.serial);
         let shared = event_manager.as_ref().map(|manager| manager.get().shared_core());
-        let vmm = Arc::new(py.detach(|| Vmm::with_event_manager(native, shared))?);
+        let vmm = Arc::new(interrupt::interruptible(py, |interrupted| {
+            Vmm::build(native, shared, interrupted)
+        })?);
         Self::of(&config, vmm, event_manager, has_python_streams)
     }
 

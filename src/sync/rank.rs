@@ -105,6 +105,10 @@ ranks! {
     TraceFile,
     /// The choice of the kick's signal.
     KickSignal,
+    /// What a signal handler raised during a long call.
+    Interruption,
+    /// Output that the writer of a Python stream has taken and not settled.
+    TakenOutput,
     /// Which threads turn a loop.
     Turners,
     /// The wait for another thread's turn.

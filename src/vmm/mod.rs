@@ -50,7 +50,7 @@ impl TryFrom<VmmConfig> for Vmm {
     type Error = Error;
 
     fn try_from(config: VmmConfig) -> Result<Self> {
-        Self::with_event_manager(config, None)
+        Self::build(config, None, &|| Ok(()))
     }
 }
 
@@ -58,14 +58,16 @@ impl Vmm {
     /// A machine in a loop that others use too; none for one of its own.
     ///
     /// # Errors
-    /// When a value cannot be used, a file cannot be loaded, or KVM refuses a part.
-    pub fn with_event_manager(
+    /// When a value cannot be used, a file cannot be loaded, or KVM refuses a part;
+    /// when `interrupted`, which is asked while a file has to be waited for, says so.
+    pub fn build(
         config: VmmConfig,
         shared: Option<Arc<EventManager>>,
+        interrupted: &dyn Fn() -> Result<()>,
     ) -> Result<Self> {
         config.validate()?;
         let memory = GuestMemory::new(config.memory.size_mib << 20)?;
-        let entry = boot::load(&config, &memory)?;
+        let entry = boot::load(&config, &memory, interrupted)?;
         let event_manager = match shared {
             Some(shared) => shared.share().map(|()| shared)?,
             None => Arc::new(EventManager::new()?),

@@ -1,0 +1,140 @@
+//! The files that a machine starts with: read whole, without waiting where nobody writes.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// A FIFO may be opened a moment before its writer comes.
+const WRITER_COMES: Duration = Duration::from_millis(500);
+/// How often a wait asks whether it is interrupted.
+const SLICE: Duration = Duration::from_millis(50);
+const CHUNK: usize = 1 << 20;
+
+/// See the module.
+pub(super) struct Files<'a> {
+    /// What guest memory could hold: larger files are refused, and endless ones not read on.
+    pub(super) most: u64,
+    pub(super) interrupted: &'a dyn Fn() -> Result<()>,
+}
+
+impl Files<'_> {
+    /// A whole file of `most` bytes at most.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Boot`], with `at` as the place, when it cannot be read, is too large, or is a FIFO without a writer;
+    /// what `interrupted` returns.
+    pub(super) fn read(&self, path: &Path, at: &str, most: u64) -> Result<Vec<u8>> {
+        let failed = |e: io::Error| {
+            let mut error = Error::os(ErrorKind::Boot, at, &e);
+            error.detail = format!("{}: {}", path.display(), error.detail);
+            error
+        };
+        let refused = |why| Error::new(ErrorKind::Boot, at, format!("{}: {why}", path.display()));
+        let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+        let opened = OpenOptions::new().read(true).custom_flags(flags).open(path);
+        let mut file = opened.map_err(failed)?;
+        let is_fifo = file.metadata().map_err(failed)?.file_type().is_fifo();
+        let began = Instant::now();
+        let mut bytes = Vec::new();
+        loop {
+            // One byte more than fits: an endless file, such as a device, is found out without reading on.
+            let left = most.saturating_add(1).saturating_sub(bytes.len() as u64);
+            let count = CHUNK.min(usize::try_from(left).unwrap_or(CHUNK));
+            match read_some(&mut file, &mut bytes, count) {
+                Ok(0) if bytes.is_empty() && is_fifo => {
+                    if began.elapsed() >= WRITER_COMES {
+                        return Err(refused("a FIFO that nobody writes"));
+                    }
+                    (self.interrupted)()?;
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                Ok(0) => return Ok(bytes),
+                Ok(_) if bytes.len() as u64 > most => {
+                    return Err(refused("larger than guest memory"));
+                }
+                Ok(_) => {}
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => (self.interrupted)()?,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    wait(&file);
+                    (self.interrupted)()?;
+                }
+                Err(e) => return Err(failed(e)),
+            }
+        }
+    }
+}
+
+fn read_some(file: &mut File, bytes: &mut Vec<u8>, count: usize) -> io::Result<usize> {
+    let length = bytes.len();
+    bytes.resize(length + count, 0);
+    let result = file.read(bytes.get_mut(length..).unwrap_or(&mut []));
+    bytes.truncate(length + *result.as_ref().unwrap_or(&0));
+    result
+}
+
+/// Until there is something to read, or a while has passed, or a signal came.
+fn wait(file: &File) {
+    let mut poll = libc::pollfd { fd: file.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    let milliseconds = i32::try_from(SLICE.as_millis()).unwrap_or(i32::MAX);
+    // SAFETY: one pollfd that lives through the call.
+    unsafe { libc::poll(&raw mut poll, 1, milliseconds) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::ffi::CString;
+    use std::io::Write;
+    use std::os::unix::ffi::OsStrExt;
+    use std::path::PathBuf;
+
+    fn read(path: &Path, interrupted: &dyn Fn() -> Result<()>) -> Result<Vec<u8>> {
+        Files { most: 1 << 20, interrupted }.read(path, "boot.kernel", 1 << 20)
+    }
+
+    fn fifo(name: &str) -> PathBuf {
+        let path = std::env::temp_dir().join(format!("pyvmm-{name}-{}", std::process::id()));
+        let text = CString::new(path.as_os_str().as_bytes()).unwrap();
+        // SAFETY: a path that ends in zero.
+        assert_eq!(unsafe { libc::mkfifo(text.as_ptr(), 0o600) }, 0);
+        path
+    }
+
+    #[test]
+    fn a_fifo_is_read_to_the_end_of_its_writers() {
+        let path = fifo("written");
+        let name = path.clone();
+        let writer = std::thread::spawn(move || {
+            let mut fifo = OpenOptions::new().write(true).open(name).unwrap();
+            fifo.write_all(&[7; 100_000]).unwrap();
+        });
+        assert_eq!(read(&path, &|| Ok(())).unwrap(), [7; 100_000]);
+        writer.join().unwrap();
+        std::fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn a_fifo_without_a_writer_and_an_endless_file_are_refused() {
+        let path = fifo("alone");
+        assert!(read(&path, &|| Ok(())).unwrap_err().detail.ends_with("nobody writes"));
+        std::fs::remove_file(path).unwrap();
+        let endless = read(Path::new("/dev/zero"), &|| Ok(())).unwrap_err();
+        assert!(endless.detail.ends_with("larger than guest memory"));
+        assert_eq!(read(Path::new("/"), &|| Ok(())).unwrap_err().errno, Some(libc::EISDIR));
+    }
+
+    #[test]
+    fn a_wait_for_a_silent_writer_can_be_interrupted() {
+        let path = fifo("silent");
+        let both = OpenOptions::new().read(true).write(true).open(&path).unwrap();
+        let stop = || Err(Error::new(ErrorKind::State, "test", "interrupted"));
+        assert_eq!(read(&path, &stop).unwrap_err().detail, "interrupted");
+        drop(both);
+        std::fs::remove_file(path).unwrap();
+    }
+}
