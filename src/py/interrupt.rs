@@ -2,6 +2,7 @@
 
 use pyo3::prelude::*;
 
+use super::attach::attach;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::{Mutex, rank};
 
@@ -13,7 +14,7 @@ pub(super) fn interruptible<T: Send>(
     let raised = Mutex::<_, rank::Interruption>::new(None);
     let result = py.detach(|| {
         call(&|| {
-            let Err(error) = Python::attach(|py| py.check_signals()) else { return Ok(()) };
+            let Err(error) = attach(|py| py.check_signals()) else { return Ok(()) };
             *raised.lock() = Some(error);
             Err(Error::new(ErrorKind::State, "signal", "a signal handler raised"))
         })
