@@ -36,10 +36,16 @@ pub mod vcpu;
 pub mod vm;
 pub mod vmm;
 
-/// Everything that Python sees of this crate.
+/// Everything that Python sees of this crate. Python's import calls `PyInit__pyvmm`, which is `py/interpreter.rs`'s.
 #[cfg(feature = "python")]
 #[pyo3::pymodule]
+#[pyo3(name = "_native")]
 mod _pyvmm {
+    #[pymodule_init]
+    fn prepare() -> pyo3::PyResult<()> {
+        crate::py::prepare()
+    }
+
     #[pymodule_export]
     use crate::py::{
         PyDirtyPages, PyEventFd, PyEventManager, PyEventOps, PyEvents, PyGuestMemory, PyIrqLine,

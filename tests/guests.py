@@ -114,3 +114,9 @@ def flat(code: bytes, mode: Mode = "real16", *, address: int = 0x1000, size_mib:
     """A machine that runs the code."""
     boot = FlatBoot(code, address=address, mode=mode)
     return VmmConfig(boot=boot, memory=MemoryConfig(size_mib), **rest)
+
+OUT_FOR_EVER = (
+    b"\xba\x00\x05"  # mov dx, 0x500
+    b"\xee"  #         out dx, al
+    b"\xeb\xfd"  #     jmp back
+)

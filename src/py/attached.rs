@@ -18,7 +18,7 @@ type Inner<T> = crate::sync::Mutex<T, crate::sync::rank::Attached>;
 unsafe impl<T: Send> Sync for Attached<T> {}
 
 impl<T> Attached<T> {
-    pub(super) fn new(value: T) -> Self {
+    pub(super) const fn new(value: T) -> Self {
         Self(Inner::new(value))
     }
 

@@ -14,6 +14,7 @@ use pyo3::{ffi, intern};
 use super::attach::attach;
 use super::batch::Ready;
 use super::device::{PythonDevice, bytes_of};
+use super::ending::{guard_thread, import};
 use super::endpoint::make_calls;
 use super::event_manager::PyEventManager;
 use super::events::{PyEventOps, PyEvents};
@@ -121,7 +122,7 @@ fn deliver_events(manager: &Bound<'_, PyEventManager>, delivery: &mut Delivery) 
 }
 
 fn subscriber_name(subscriber: &Bound<'_, PyAny>) -> PyResult<String> {
-    let callbacks = subscriber.py().import("pyvmm.callbacks")?;
+    let callbacks = import(subscriber.py(), "pyvmm.callbacks")?;
     callbacks.call_method1("name_of", (subscriber,))?.extract()
 }
 
@@ -138,7 +139,7 @@ fn time(
     }
     let name = subscriber_name(subscriber)?;
     if took > threshold {
-        let callbacks = subscriber.py().import("pyvmm.callbacks")?;
+        let callbacks = import(subscriber.py(), "pyvmm.callbacks")?;
         callbacks.call_method1("warn_slow", (&name, took.as_secs_f64()))?;
     }
     if is_slowest {
@@ -234,8 +235,9 @@ struct KeptState(ffi::PyGILState_STATE, *mut ffi::PyThreadState);
 
 impl KeptState {
     fn new() -> Self {
-        // SAFETY: a machine's threads end before the interpreter does, so it is there; the GIL is let go again by the
-        // same thread.
+        guard_thread();
+        // SAFETY: the interpreter is there: this is a callback of one of its objects. If it ends meanwhile the thread sleeps
+        // in here. The GIL is let go again by the same thread.
         unsafe {
             let state = ffi::PyGILState_Ensure();
             Self(state, ffi::PyEval_SaveThread())
@@ -276,7 +278,7 @@ fn on_vcpu_thread<T>(
 
 /// End the process that a callback has forked and returned in: it has this thread alone, and the machine is its parent's.
 fn leave_fork(py: Python<'_>, error: Option<PyErr>) -> ! {
-    let callbacks = py.import("pyvmm.callbacks");
+    let callbacks = import(py, "pyvmm.callbacks");
     let left = callbacks.and_then(|callbacks| callbacks.call_method1("leave_fork", (error,)));
     // It does not return.
     std::process::exit(i32::from(left.is_err()))
@@ -413,7 +415,7 @@ fn ask(
     exit: &VcpuExit,
 ) -> PyResult<Verdict> {
     let functions = hooks.of(kind);
-    let vcpu = hooks.vcpu(py, cell)?;
+    let vcpu = hooks.vcpu(py, cell).into_pyobject(py)?;
     let shown = PyVcpuExit::of(py, exit.clone())?.into_pyobject(py)?;
     for function in functions.iter() {
         let function = function.bind(py);

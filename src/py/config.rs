@@ -10,6 +10,7 @@ use pyo3::pybacked::PyBackedBytes;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyString;
 
+use super::ending::import;
 use crate::config::{
     Boot, Code, CpuConfig, CpuMode, CpuTemplate, ExitPort, FlatBoot, LinuxBoot, MemoryConfig,
     SerialConfig, SerialInput, SerialOutput, VmmConfig,
@@ -56,7 +57,7 @@ struct Classes {
 fn classes(py: Python<'_>) -> PyResult<&'static Classes> {
     static CLASSES: PyOnceLock<Classes> = PyOnceLock::new();
     CLASSES.get_or_try_init(py, || {
-        let module = py.import("pyvmm.config")?;
+        let module = import(py, "pyvmm.config")?;
         let class = |name: &str| module.getattr(name).map(Bound::unbind);
         Ok(Classes {
             config: class("VmmConfig")?,
@@ -188,7 +189,7 @@ fn serial(part: &Part<'_>) -> PyResult<SerialConfig> {
 /// The streams of a `SerialConfig`.
 pub(super) fn serial_from_python(config: Bound<'_, PyAny>) -> PyResult<SerialConfig> {
     let py = config.py();
-    let class = py.import("pyvmm.config")?.getattr("SerialConfig")?;
+    let class = import(py, "pyvmm.config")?.getattr("SerialConfig")?;
     if !config.is_instance(&class)? {
         let name = config.get_type().name()?;
         return Err(bad("serial", format!("a SerialConfig is needed, not {name}")));
@@ -211,7 +212,7 @@ fn endpoint<'py>(
     if value.is_none() {
         return Ok(None);
     }
-    let streams = part.object.py().import("pyvmm.streams")?;
+    let streams = import(part.object.py(), "pyvmm.streams")?;
     let found = streams.call_method1("endpoint", (&value, part.at(&name.to_string())))?;
     Ok(Some(found.extract()?))
 }

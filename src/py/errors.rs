@@ -4,6 +4,7 @@ use pyo3::prelude::*;
 use pyo3::types::{IntoPyDict, PyTuple};
 
 use super::attach::attach;
+use super::ending::import;
 use crate::error::{Error, ErrorKind};
 
 /// The class of a kind, and whether it is an `OSError` that takes an errno.
@@ -23,7 +24,7 @@ fn class_of(kind: ErrorKind) -> (&'static str, bool) {
 
 fn exception(py: Python<'_>, error: &Error) -> PyResult<PyErr> {
     let (name, is_os_error) = class_of(error.kind);
-    let class = py.import("pyvmm.exceptions")?.getattr(name)?;
+    let class = import(py, "pyvmm.exceptions")?.getattr(name)?;
     let text = error.to_string();
     let arguments = match error.errno {
         Some(errno) if is_os_error => (errno, text).into_pyobject(py)?,

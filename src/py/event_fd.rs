@@ -11,6 +11,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EFD_SEMAPHORE, EventFd};
 
 use super::attached::Attached;
 use super::batch::Drain;
+use super::ending::import;
 
 /// A counter that the kernel keeps behind a file descriptor: eventfd(2).
 ///
@@ -142,7 +143,7 @@ impl PyEventFd {
     }
 
     fn __aiter__<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
-        slf.py().import("pyvmm.aio")?.call_method1("reads", (slf,))
+        import(slf.py(), "pyvmm.aio")?.call_method1("reads", (slf,))
     }
 
     fn __repr__(&self, py: Python<'_>) -> String {

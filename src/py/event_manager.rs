@@ -13,6 +13,7 @@ use pyo3::prelude::*;
 
 use super::batch::{Collector, Fetched, Ready};
 use super::callback::{self, Delivery};
+use super::ending::import;
 use super::endpoint::{Call, PyRemoteEndpoint};
 use super::events::{PyEventOps, PySubscriberId};
 use super::exit::timeout as as_timeout;
@@ -374,7 +375,7 @@ impl PyEventManager {
         source: &Bound<'py, PyAny>,
         event_set: u32,
     ) -> PyResult<Bound<'py, PyAny>> {
-        slf.py().import("pyvmm.callbacks")?.call_method1("on", (slf, source, event_set))
+        import(slf.py(), "pyvmm.callbacks")?.call_method1("on", (slf, source, event_set))
     }
 
     /// Call a function once, so many seconds later. The result has `cancel()`.
@@ -383,14 +384,14 @@ impl PyEventManager {
         seconds: f64,
         function: &Bound<'py, PyAny>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        slf.py().import("pyvmm.callbacks")?.call_method1("call_later", (slf, seconds, function))
+        import(slf.py(), "pyvmm.callbacks")?.call_method1("call_later", (slf, seconds, function))
     }
 
     /// `run_forever` inside a running asyncio loop, which stays responsive.
     ///
     /// A subscriber's `process` may be a coroutine function: it runs as a task, and its exception ends the run.
     fn run_async<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
-        slf.py().import("pyvmm.aio")?.call_method1("run_manager", (slf,))
+        import(slf.py(), "pyvmm.aio")?.call_method1("run_manager", (slf,))
     }
 
     fn _set_awaiter(&self, awaiter: Option<Py<PyAny>>) {

@@ -13,6 +13,7 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::PyDict;
 
 use super::batch::Drain;
+use super::ending::guard_thread;
 use super::event_fd::PyEventFd;
 use super::event_manager::PyEventManager;
 use super::subscribers::WatchedSource;
@@ -20,6 +21,7 @@ use super::timer_fd::PyTimerFd;
 
 /// The file descriptor of an int or of an object with `fileno()`.
 pub(super) fn descriptor(source: &Bound<'_, PyAny>) -> PyResult<RawFd> {
+    guard_thread();
     // SAFETY: a borrowed reference to a live object, with the GIL held.
     let fd = unsafe { ffi::PyObject_AsFileDescriptor(source.as_ptr()) };
     if fd < 0 { Err(PyErr::fetch(source.py())) } else { Ok(fd) }
@@ -133,6 +135,7 @@ impl PyEvents {
         // A Flag is looked up by its value in Python code: a dict is ten times as quick.
         static KNOWN: PyOnceLock<Py<PyDict>> = PyOnceLock::new();
         static CLASS: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+        guard_thread();
         let bits = self.events().event_set().bits();
         let known = KNOWN.get_or_init(py, || PyDict::new(py).unbind()).bind(py);
         if let Some(set) = known.get_item(bits)? {

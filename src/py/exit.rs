@@ -7,6 +7,7 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::IntoPyDict;
 
+use super::ending::guard_thread;
 use crate::exit_handler::{Exit, ExitReason};
 use crate::vcpu::VmRunState;
 
@@ -14,6 +15,7 @@ use crate::vcpu::VmRunState;
 pub(super) fn to_python<'py>(py: Python<'py>, exit: &Exit) -> PyResult<Bound<'py, PyAny>> {
     static EXIT: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     static REASON: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    guard_thread();
     let reason = REASON.import(py, "pyvmm.exits", "ExitReason")?.call1((exit.reason.name(),))?;
     EXIT.import(py, "pyvmm.exits", "Exit")?.call1((
         reason,
@@ -37,6 +39,7 @@ pub(super) fn stopped<'py>(
 /// A `pyvmm.VmRunState`.
 pub(super) fn state(py: Python<'_>, state: VmRunState) -> PyResult<Bound<'_, PyAny>> {
     static STATE: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    guard_thread();
     STATE.import(py, "pyvmm.exits", "VmRunState")?.call1((state.name(),))
 }
 

@@ -5,10 +5,13 @@ use std::sync::Arc;
 
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
+use pyo3::types::PyWeakrefReference;
 
+use super::attached::Attached;
 use super::callback;
 use super::raised::Raised;
 use super::vcpu::PyVcpu;
+use super::vmm::PyVmm;
 use crate::sync::{Mutex, rank};
 use crate::vcpu::{Cell, ExitHook, ExitKind, VcpuExit, Verdict};
 
@@ -19,8 +22,8 @@ type Functions = Arc<Vec<Py<PyAny>>>;
 #[derive(Debug, Default)]
 pub(super) struct Hooks {
     functions: Mutex<[Functions; ExitKind::ALL.len()], rank::HookFunctions>,
-    /// The objects that hooks are given, by number.
-    vcpus: Mutex<Vec<(u64, Py<PyVcpu>)>, rank::HookVcpus>,
+    /// The machine's object, weakly: it holds these hooks.
+    machine: Attached<Option<Py<PyWeakrefReference>>>,
     /// Model-specific registers whose accesses come out.
     msrs: Mutex<Vec<u32>, rank::HookMsrs>,
     pub(super) raised: Arc<Raised>,
@@ -97,25 +100,25 @@ impl Hooks {
         self.functions.lock().get(kind as usize).cloned().unwrap_or_default()
     }
 
-    /// The object for a vCPU.
-    pub(super) fn vcpu(&self, py: Python<'_>, cell: &Arc<Cell>) -> PyResult<Py<PyVcpu>> {
-        let known = self.vcpus.lock();
-        if let Some((_, vcpu)) = known.iter().find(|(known, _)| *known == cell.id()) {
-            return Ok(vcpu.clone_ref(py));
-        }
-        drop(known);
-        let vcpu = PyVcpu::of(py, cell)?;
-        self.vcpus.lock().push((cell.id(), vcpu.clone_ref(py)));
-        Ok(vcpu)
+    /// Remember whose hooks they are, for the vCPUs that they are given.
+    pub(super) fn belong_to(&self, machine: &Bound<'_, PyVmm>) -> PyResult<()> {
+        let new = PyWeakrefReference::new(machine.as_any())?.unbind();
+        let former = self.machine.with(machine.py(), |known| known.replace(new));
+        drop(former);
+        Ok(())
+    }
+
+    /// The object for a vCPU, which keeps the machine unless that is being dropped.
+    pub(super) fn vcpu(&self, py: Python<'_>, cell: &Arc<Cell>) -> PyVcpu {
+        let machine = self.machine.with(py, |machine| machine.as_ref().map(|m| m.clone_ref(py)));
+        let machine = machine.and_then(|machine| machine.bind(py).upgrade());
+        PyVcpu::of(cell, machine.map(Bound::unbind))
     }
 
     pub(super) fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
         if let Some(functions) = self.functions.try_lock() {
             // An Arc that a call holds too is visited too seldom: then the machine runs, and is no garbage.
             functions.iter().flat_map(|of_kind| of_kind.iter()).try_for_each(|f| visit.call(f))?;
-        }
-        if let Some(vcpus) = self.vcpus.try_lock() {
-            vcpus.iter().try_for_each(|(_, vcpu)| visit.call(vcpu))?;
         }
         Ok(())
     }

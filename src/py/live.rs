@@ -1,35 +1,71 @@
-//! The machines that are alive, so that none is when the interpreter ends: a vCPU's thread must not meet a
-//! Python that is going down.
+//! The machines that are alive, so that they are closed in order before the interpreter ends.
 
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use pyo3::prelude::*;
 
-use crate::sync::{Mutex, rank};
+use super::attached::Attached;
+use crate::process::Birthplace;
 
-/// Something that can be closed from any thread, any number of times.
+/// How long the end of the interpreter waits for callbacks that are in progress.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// The longest wait between two looks at signals.
+const SLICE: Duration = Duration::from_millis(50);
+
+/// Something that can be stopped and closed from any thread, any number of times.
 pub(super) trait Close: Send + Sync {
+    /// Ask a run in progress to end. Waits for nobody.
+    fn stop(&self);
+    /// End the run and release everything, once the callbacks in progress have returned.
     fn close(&self);
 }
 
-static LIVE: Mutex<Vec<Weak<dyn Close>>, rank::Live> = Mutex::new(Vec::new());
+/// The machines of this process, and whose copies a forked child finds here.
+static LIVE: Attached<Vec<(Birthplace, Weak<dyn Close>)>> = Attached::new(Vec::new());
 
 /// Remember a machine for as long as it lives.
-pub(super) fn remember(machine: Weak<dyn Close>) {
-    let mut live = LIVE.lock();
-    if live.len() == live.capacity() {
-        live.retain(|known| known.strong_count() > 0);
-    }
-    live.push(machine);
+pub(super) fn remember(py: Python<'_>, machine: Weak<dyn Close>) {
+    LIVE.with(py, |live| {
+        if live.len() == live.capacity() {
+            live.retain(|(_, known)| known.strong_count() > 0);
+        }
+        live.push((Birthplace::here(), machine));
+    });
 }
 
 /// Close every machine that is alive. `pyvmm` has this called at interpreter exit.
+///
+/// It waits a second at most for callbacks in progress. The thread of one that takes longer goes to sleep when it asks for the
+/// GIL after that, as a daemon thread of Python's does.
 #[pyfunction]
-pub(crate) fn close_all(py: Python<'_>) {
-    let live = std::mem::take(&mut *LIVE.lock());
-    let machines: Vec<Arc<dyn Close>> = live.iter().filter_map(Weak::upgrade).collect();
-    py.detach(|| {
+pub(crate) fn close_all(py: Python<'_>) -> PyResult<()> {
+    let live = LIVE.with(py, std::mem::take);
+    let own = live.iter().filter(|(birthplace, _)| !birthplace.is_foreign());
+    let machines: Vec<Arc<dyn Close>> = own.filter_map(|(_, machine)| machine.upgrade()).collect();
+    if machines.is_empty() {
+        return Ok(());
+    }
+    machines.iter().for_each(|machine| machine.stop());
+    let deadline = Instant::now() + PATIENCE;
+    let (done, mut closed) = channel();
+    let close = move || {
         machines.iter().for_each(|machine| machine.close());
         drop(machines);
-    });
+        // Nobody listens any more when the time has passed.
+        let _ = done.send(());
+    };
+    // The thread that closes may have to wait for a callback that never returns: this one does not.
+    thread::Builder::new().name("pyvmm-close".into()).spawn(close)?;
+    while Instant::now() < deadline {
+        let closed = &mut closed;
+        match py.detach(move || closed.recv_timeout(SLICE)) {
+            Err(RecvTimeoutError::Timeout) => py.check_signals()?,
+            Ok(()) | Err(RecvTimeoutError::Disconnected) => break,
+        }
+    }
+    Ok(())
 }

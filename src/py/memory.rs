@@ -5,11 +5,13 @@ use std::sync::Arc;
 
 use pyo3::buffer::PyUntypedBuffer;
 use pyo3::exceptions::{PyBufferError, PyTypeError, PyValueError};
+use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyMemoryView, PyTuple};
 
-use super::attach::attach;
+use super::ending::import;
 use super::memory_parts::{PyDirtyPages, PyMemorySlot, PyMemoryView as Exporter};
+use super::owned::Owned;
 use super::vcpu::PyVcpu;
 use crate::error::{Error, ErrorKind, Result};
 use crate::vm::{Backing, GuestMemory, Slot, anonymous, shared};
@@ -23,17 +25,12 @@ const LARGE: usize = 1 << 16;
 #[pyclass(frozen, weakref, name = "GuestMemory", module = "pyvmm")]
 pub struct PyGuestMemory {
     /// Asked each time, so that the memory goes when the machine is closed.
-    get: Box<dyn Fn() -> Result<GuestMemory> + Send + Sync>,
+    ask: Owned<Ask>,
+    /// The machine, which is not closed for as long as somebody has its memory.
+    machine: Py<PyAny>,
 }
 
-impl Drop for PyGuestMemory {
-    fn drop(&mut self) {
-        let closed = || Err(Error::new(ErrorKind::State, "memory", "the machine is closed"));
-        let get = std::mem::replace(&mut self.get, Box::new(closed));
-        // The last to hold a machine ends its threads, which may need the GIL for that.
-        attach(|py| py.detach(|| drop(get)));
-    }
-}
+type Ask = Box<dyn Fn() -> Result<GuestMemory> + Send + Sync>;
 
 impl std::fmt::Debug for PyGuestMemory {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -42,12 +39,24 @@ impl std::fmt::Debug for PyGuestMemory {
 }
 
 impl PyGuestMemory {
-    pub(super) fn of<T>(machine: &Arc<T>, get: fn(&T) -> Result<GuestMemory>) -> Self
+    /// The memory of a machine's object, whose core is `core`.
+    pub(super) fn of<T>(
+        machine: &Bound<'_, PyAny>,
+        core: &Arc<T>,
+        ask: fn(&T) -> Result<GuestMemory>,
+    ) -> Self
     where
         T: Send + Sync + 'static,
     {
-        let machine = Arc::clone(machine);
-        Self { get: Box::new(move || get(&machine)) }
+        // The object holds the core: to be the last to do so is for it alone.
+        let core = Arc::downgrade(core);
+        let closed = || Error::new(ErrorKind::State, "memory", "the machine is closed");
+        let ask: Ask = Box::new(move || ask(&*core.upgrade().ok_or_else(closed)?));
+        Self { ask: Owned::new("machine", ask), machine: machine.clone().unbind() }
+    }
+
+    fn get(&self) -> Result<GuestMemory> {
+        self.ask.get()?()
     }
 }
 
@@ -151,7 +160,7 @@ impl PyGuestMemory {
         length: u64,
         vcpu: Option<&PyVcpu>,
     ) -> PyResult<Bound<'py, PyBytes>> {
-        let memory = (self.get)()?;
+        let memory = self.get()?;
         // First, so that a length out of range allocates nothing.
         let pieces = pieces(&memory, address, length, vcpu)?;
         let length = usize::try_from(length)?;
@@ -176,7 +185,7 @@ impl PyGuestMemory {
         buffer: &Bound<'_, PyAny>,
         vcpu: Option<&PyVcpu>,
     ) -> PyResult<()> {
-        let memory = (self.get)()?;
+        let memory = self.get()?;
         let buffer = PyUntypedBuffer::get(buffer)?;
         if buffer.readonly() {
             return Err(PyBufferError::new_err("the buffer must be writable"));
@@ -198,7 +207,7 @@ impl PyGuestMemory {
         data: &Bound<'_, PyAny>,
         vcpu: Option<&PyVcpu>,
     ) -> PyResult<()> {
-        let memory = (self.get)()?;
+        let memory = self.get()?;
         let buffer = PyUntypedBuffer::get(data)?;
         let (from, length) = contiguous(&buffer)?;
         let mut done = 0;
@@ -213,48 +222,48 @@ impl PyGuestMemory {
 
     /// The number of 8 bits at an address.
     fn read_u8(&self, address: u64) -> PyResult<u8> {
-        Ok((self.get)()?.load(address)?)
+        Ok(self.get()?.load(address)?)
     }
 
     /// The number of 16 bits at an address; in one access where it is aligned.
     fn read_u16(&self, address: u64) -> PyResult<u16> {
-        Ok((self.get)()?.load(address)?)
+        Ok(self.get()?.load(address)?)
     }
 
     /// The number of 32 bits at an address; in one access where it is aligned.
     fn read_u32(&self, address: u64) -> PyResult<u32> {
-        Ok((self.get)()?.load(address)?)
+        Ok(self.get()?.load(address)?)
     }
 
     /// The number of 64 bits at an address; in one access where it is aligned.
     fn read_u64(&self, address: u64) -> PyResult<u64> {
-        Ok((self.get)()?.load(address)?)
+        Ok(self.get()?.load(address)?)
     }
 
     /// Put a number of 8 bits at an address.
     fn write_u8(&self, address: u64, value: u8) -> PyResult<()> {
-        Ok((self.get)()?.store(address, value)?)
+        Ok(self.get()?.store(address, value)?)
     }
 
     /// Put a number of 16 bits at an address; in one access where it is aligned.
     fn write_u16(&self, address: u64, value: u16) -> PyResult<()> {
-        Ok((self.get)()?.store(address, value)?)
+        Ok(self.get()?.store(address, value)?)
     }
 
     /// Put a number of 32 bits at an address; in one access where it is aligned.
     fn write_u32(&self, address: u64, value: u32) -> PyResult<()> {
-        Ok((self.get)()?.store(address, value)?)
+        Ok(self.get()?.store(address, value)?)
     }
 
     /// Put a number of 64 bits at an address; in one access where it is aligned.
     fn write_u64(&self, address: u64, value: u64) -> PyResult<()> {
-        Ok((self.get)()?.store(address, value)?)
+        Ok(self.get()?.store(address, value)?)
     }
 
     /// Set every byte of a range; raises as `write` does.
     #[pyo3(signature = (address, length, value = 0))]
     fn fill(&self, py: Python<'_>, address: u64, length: u64, value: u8) -> PyResult<()> {
-        let memory = (self.get)()?;
+        let memory = self.get()?;
         copy(py, usize::try_from(length)?, || memory.fill(address, length, value))
     }
 
@@ -274,7 +283,7 @@ impl PyGuestMemory {
         if data.is_empty() {
             return Err(PyValueError::new_err("there is nothing to look for: data is empty"));
         }
-        let memory = (self.get)()?;
+        let memory = self.get()?;
         Ok(py.detach(|| memory.find(&data, start, end.unwrap_or(u64::MAX)))?)
     }
 
@@ -291,7 +300,7 @@ impl PyGuestMemory {
         address: u64,
         length: u64,
     ) -> PyResult<Bound<'py, PyMemoryView>> {
-        let view = (self.get)()?.view(address, length)?;
+        let view = self.get()?.view(address, length)?;
         PyMemoryView::from(Bound::new(py, Exporter::of(view))?.as_any())
     }
 
@@ -310,7 +319,7 @@ impl PyGuestMemory {
             let text = "a ctypes type is needed: a Structure, Union or array class";
             return Err(PyTypeError::new_err(text));
         };
-        let size = py.import("ctypes")?.getattr("sizeof")?.call1((r#type,))?;
+        let size = import(py, "ctypes")?.getattr("sizeof")?.call1((r#type,))?;
         from_buffer.call1((self.view(py, address, size.extract()?)?,))
     }
 
@@ -337,7 +346,7 @@ impl PyGuestMemory {
         offset: u64,
         read_only: bool,
     ) -> PyResult<PyMemorySlot> {
-        let memory = (slf.get().get)()?;
+        let memory = slf.get().get()?;
         let mapping = match (source, size) {
             (Some(source), _) => {
                 let fd: RawFd = super::events::descriptor(source)?;
@@ -361,7 +370,7 @@ impl PyGuestMemory {
     ///     GuestMemoryError: the machine has no such slot, or no longer.
     ///     StateError: the machine is closed.
     fn remove(&self, py: Python<'_>, slot: &PyMemorySlot) -> PyResult<()> {
-        let memory = (self.get)()?;
+        let memory = self.get()?;
         let slot: Slot = slot.slot();
         Ok(py.detach(|| memory.remove(&slot))?)
     }
@@ -369,18 +378,18 @@ impl PyGuestMemory {
     /// The memory slots, by address.
     #[getter]
     fn slots<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
-        PyTuple::new(py, (self.get)()?.slots().into_iter().map(PyMemorySlot::of))
+        PyTuple::new(py, self.get()?.slots().into_iter().map(PyMemorySlot::of))
     }
 
     /// Whether written pages are noted for `dirty`: KVM_MEM_LOG_DIRTY_PAGES. It costs the guest time.
     #[getter]
     fn log_dirty(&self) -> PyResult<bool> {
-        Ok((self.get)()?.is_logging_dirty())
+        Ok(self.get()?.is_logging_dirty())
     }
 
     #[setter]
     fn set_log_dirty(&self, py: Python<'_>, is_on: bool) -> PyResult<()> {
-        let memory = (self.get)()?;
+        let memory = self.get()?;
         Ok(py.detach(|| memory.log_dirty(is_on))?)
     }
 
@@ -391,26 +400,31 @@ impl PyGuestMemory {
     /// Raises:
     ///     StateError: `log_dirty` is not set, or the machine is closed.
     fn dirty(&self, py: Python<'_>) -> PyResult<PyDirtyPages> {
-        let memory = (self.get)()?;
+        let memory = self.get()?;
         Ok(PyDirtyPages::of(py.detach(|| memory.take_dirty())?))
     }
 
     /// Bytes of memory.
     #[getter]
     fn size(&self) -> PyResult<u64> {
-        Ok((self.get)()?.size())
+        Ok(self.get()?.size())
     }
 
     /// Start and length of each range of memory, by address.
     #[getter]
     fn ranges(&self) -> PyResult<Vec<(u64, u64)>> {
-        Ok((self.get)()?.ranges())
+        Ok(self.get()?.ranges())
     }
 
     fn __repr__(&self) -> String {
-        match (self.get)() {
-            Ok(memory) => format!("GuestMemory(size={:#x})", memory.size()),
-            Err(_) => "GuestMemory(closed)".into(),
+        match self.ask.peek().map(|ask| ask()) {
+            Some(Ok(memory)) => format!("GuestMemory(size={:#x})", memory.size()),
+            Some(Err(_)) => "GuestMemory(closed)".into(),
+            None => "GuestMemory(unreachable)".into(),
         }
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {
+        visit.call(&self.machine)
     }
 }

@@ -4,35 +4,36 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use pyo3::exceptions::PyValueError;
+use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::PyBytes;
 
 use super::event_fd::PyEventFd;
 use super::exit;
+use super::owned::Owned;
 use crate::devices::{Piece, Serial};
-use crate::process::Birthplace;
 use crate::sync::{Mutex, rank};
 
 /// The host's side of the first serial port, a 16550A.
 #[pyclass(frozen, weakref, name = "Serial", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PySerial {
-    serial: Arc<Serial>,
+    serial: Owned<Arc<Serial>>,
     /// What the writer of `pyvmm.streams` has taken and not settled.
     taken: Mutex<Option<Piece>, rank::TakenOutput>,
-    birthplace: Birthplace,
+    /// The machine, which is not closed for as long as somebody has its port; none for the loop's own use.
+    machine: Option<Py<PyAny>>,
 }
 
 impl PySerial {
-    pub(super) fn over(serial: Arc<Serial>) -> Self {
-        Self { serial, taken: Mutex::default(), birthplace: Birthplace::here() }
+    pub(super) fn over(serial: Arc<Serial>, machine: Option<Py<PyAny>>) -> Self {
+        Self { serial: Owned::new("serial port", serial), taken: Mutex::default(), machine }
     }
 
     /// The port; not in a forked child, whose parent's guest would be interrupted.
     fn port(&self) -> PyResult<&Arc<Serial>> {
-        self.birthplace.check("serial port")?;
-        Ok(&self.serial)
+        Ok(self.serial.get()?)
     }
 }
 
@@ -99,5 +100,9 @@ impl PySerial {
     #[getter]
     fn input_wanted(&self) -> PyResult<PyEventFd> {
         Ok(PyEventFd::over(Arc::clone(self.port()?.input_wanted()?)))
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.machine)
     }
 }

@@ -9,9 +9,10 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyTuple};
 
+use super::ending::import;
 use super::event_manager::PyEventManager;
 use super::vmm::PyVmm;
-use super::{callback, config};
+use super::{callback, config, ending};
 use crate::config::SerialConfig;
 use crate::snapshot::{
     Device, ForkConfig, Host, Kind, Load, Shape, Snapshot, described, inspect, load,
@@ -40,8 +41,12 @@ impl PySnapshot {
         Self { core: Arc::new(core), config, path: None, base: None, is_forced: false }
     }
 
-    pub(super) fn core(&self) -> &Snapshot {
-        &self.core
+    /// # Errors
+    /// [`ErrorKind::State`](crate::error::ErrorKind::State) where the interpreter ends. A forked child may use it: nothing
+    /// changes it, and nothing of it waits for another thread.
+    pub(super) fn core(&self) -> PyResult<&Snapshot> {
+        ending::check()?;
+        Ok(&self.core)
     }
 }
 
@@ -73,6 +78,7 @@ impl PySnapshot {
         setup: Option<Bound<'_, PyAny>>,
         entropy: Option<Bound<'_, PyAny>>,
     ) -> PyResult<Py<PyVmm>> {
+        let core = self.core()?;
         let streams = match &serial {
             Some(serial) => config::serial_from_python(serial.clone())?,
             None => SerialConfig::default(),
@@ -80,10 +86,10 @@ impl PySnapshot {
         let has_python_streams = config::has_python_streams(&streams);
         let shared = event_manager.as_ref().map(|manager| manager.get().shared_core());
         let changes = ForkConfig { serial: streams, event_manager: shared };
-        let vmm = Arc::new(py.detach(|| Vmm::fork(&self.core, changes))?);
+        let vmm = Arc::new(py.detach(|| Vmm::fork(core, changes))?);
         let config = match &serial {
             Some(serial) => {
-                let replace = py.import("msgspec.structs")?.getattr("replace")?;
+                let replace = import(py, "msgspec.structs")?.getattr("replace")?;
                 let changes = PyDict::new(py);
                 changes.set_item(intern!(py, "serial"), serial)?;
                 replace.call((&self.config,), Some(&changes))?
@@ -95,7 +101,8 @@ impl PySnapshot {
             if let Some(setup) = setup {
                 setup.call1((&fork,))?;
             }
-            py.detach(|| fork.get().vmm().restore_devices(&self.core))
+            let vmm = fork.get().vmm()?;
+            py.detach(|| vmm.restore_devices(core))
                 .map_err(|e| fork.get().device_failure(e.into()))?;
             entropy.map_or(Ok(()), |entropy| stir(&fork, &entropy))
         };
@@ -103,7 +110,9 @@ impl PySnapshot {
             Ok(()) => Ok(fork),
             Err(error) => {
                 // Not when the last traceback that names it goes.
-                py.detach(|| fork.get().vmm().close());
+                if let Ok(vmm) = fork.get().vmm() {
+                    py.detach(|| vmm.close());
+                }
                 Err(error)
             }
         }
@@ -143,9 +152,9 @@ impl PySnapshot {
         base: Option<&Self>,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<()> {
-        let base = base.map(Self::core);
+        let (core, base) = (self.core()?, base.map(Self::core).transpose()?);
         let tell = |done, total| callback::progress(progress.as_ref(), done, total);
-        py.detach(|| self.core.save(&path, base, tell))
+        py.detach(|| core.save(&path, base, tell))
     }
 
     /// A snapshot from its file. Its pages are mapped when they are needed: it takes the same time for any size.
@@ -173,6 +182,7 @@ impl PySnapshot {
         copy: bool,
         verify: bool,
     ) -> PyResult<Self> {
+        ending::check()?;
         let base: Option<Py<Self>> = match base {
             None => None,
             Some(base) => Some(match base.cast::<Self>() {
@@ -180,7 +190,7 @@ impl PySnapshot {
                 Err(_) => Py::new(py, Self::load(py, base.extract()?, None, force, copy, verify)?)?,
             }),
         };
-        let of = base.as_ref().map(|base| base.get().core());
+        let of = base.as_ref().map(|base| base.get().core()).transpose()?;
         let core = py.detach(|| load(&path, &Load { base: of, force, copy, verify }))?;
         let shape = core.shape;
         let config = snapshots(py)?.call_method1(
@@ -273,7 +283,8 @@ impl PySnapshot {
     ///
     /// Its forks need fewer mappings, and the snapshots under it may go.
     fn flatten(&self, py: Python<'_>) -> PyResult<Self> {
-        let core = py.detach(|| self.core.flatten())?;
+        let core = self.core()?;
+        let core = py.detach(|| core.flatten())?;
         Ok(Self::of(core, self.config.clone_ref(py)))
     }
 
@@ -355,10 +366,10 @@ fn stir(fork: &Py<PyVmm>, entropy: &Bound<'_, PyAny>) -> PyResult<()> {
         return entropy.call1((fork,)).map(drop);
     }
     let (address, count): (u64, usize) = entropy.extract()?;
-    let random = py.import("os")?.call_method1("urandom", (count,))?.cast_into::<PyBytes>()?;
-    Ok(fork.get().vmm().memory()?.write(address, random.as_bytes())?)
+    let random = import(py, "os")?.call_method1("urandom", (count,))?.cast_into::<PyBytes>()?;
+    Ok(fork.get().vmm()?.memory()?.write(address, random.as_bytes())?)
 }
 
 fn snapshots(py: Python<'_>) -> PyResult<Bound<'_, PyModule>> {
-    py.import("pyvmm.snapshots")
+    import(py, "pyvmm.snapshots")
 }

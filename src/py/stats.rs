@@ -1,12 +1,13 @@
 //! The counters of a machine's exits for Python: `Vmm.stats`.
 
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
+use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::PyList;
 
+use super::ending::import;
 use super::vmm::PyVmm;
-use crate::error::{Error, ErrorKind};
 use crate::vcpu::{Dispatch, Stats};
 
 /// Counters of a machine's exits, and of the time its vCPUs spend inside the guest and outside: `Vmm.stats`.
@@ -16,15 +17,17 @@ use crate::vcpu::{Dispatch, Stats};
 #[pyclass(frozen, name = "Stats", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyStats {
-    stats: Arc<Stats>,
-    /// The machine's: the counters keep no device alive.
-    dispatch: Weak<Dispatch>,
+    vmm: Py<PyVmm>,
 }
 
 impl PyStats {
-    fn dispatch(&self) -> PyResult<Arc<Dispatch>> {
-        let closed = || Error::new(ErrorKind::State, "stats", "the machine is closed");
-        Ok(self.dispatch.upgrade().ok_or_else(closed)?)
+    fn parts(&self) -> PyResult<(&Arc<Stats>, &Arc<Dispatch>)> {
+        let vmm = self.vmm.get().vmm()?;
+        Ok((&vmm.watching().stats, vmm.dispatch()))
+    }
+
+    fn stats(&self) -> PyResult<&Arc<Stats>> {
+        Ok(self.parts()?.0)
     }
 }
 
@@ -32,33 +35,36 @@ impl PyStats {
 impl PyStats {
     /// Count, from each vCPU's next entry on. Also while the guest runs.
     fn enable(&self, py: Python<'_>) -> PyResult<()> {
-        let dispatch = self.dispatch()?;
-        Ok(py.detach(|| self.stats.enable(&dispatch))?)
+        let (stats, dispatch) = self.parts()?;
+        Ok(py.detach(|| stats.enable(dispatch))?)
     }
 
     /// Count no more. What was counted stays.
     fn disable(&self, py: Python<'_>) -> PyResult<()> {
-        let dispatch = self.dispatch()?;
-        Ok(py.detach(|| self.stats.disable(&dispatch))?)
+        let (stats, dispatch) = self.parts()?;
+        Ok(py.detach(|| stats.disable(dispatch))?)
     }
 
     /// Start from zero.
     fn reset(&self, py: Python<'_>) -> PyResult<()> {
-        Ok(py.detach(|| self.stats.reset())?)
+        let stats = self.stats()?;
+        Ok(py.detach(|| stats.reset())?)
     }
 
     /// Whether they count.
     #[getter]
     fn enabled(&self, py: Python<'_>) -> PyResult<bool> {
-        Ok(py.detach(|| self.stats.is_enabled())?)
+        let stats = self.stats()?;
+        Ok(py.detach(|| stats.is_enabled())?)
     }
 
     /// The exits by vCPU, kind, direction and address, as `ExitCount`s: the most frequent first.
     #[getter]
     fn exits<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
-        let class = py.import("pyvmm.stats")?.getattr("ExitCount")?;
+        let stats = self.stats()?;
+        let class = import(py, "pyvmm.stats")?.getattr("ExitCount")?;
         let list = PyList::empty(py);
-        for (vcpu, place, count) in py.detach(|| self.stats.exits())? {
+        for (vcpu, place, count) in py.detach(|| stats.exits())? {
             let seconds = count.time.as_secs_f64();
             let row = (vcpu, place.kind, place.access, place.address, count.count, seconds);
             list.append(class.call1(row)?)?;
@@ -69,9 +75,10 @@ impl PyStats {
     /// The time of each vCPU, by number, as `VcpuTime`s.
     #[getter]
     fn vcpus<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
-        let class = py.import("pyvmm.stats")?.getattr("VcpuTime")?;
+        let stats = self.stats()?;
+        let class = import(py, "pyvmm.stats")?.getattr("VcpuTime")?;
         let list = PyList::empty(py);
-        for time in py.detach(|| self.stats.vcpus())? {
+        for time in py.detach(|| stats.vcpus())? {
             let (guest, host) = (time.guest.as_secs_f64(), time.host.as_secs_f64());
             list.append(class.call1((time.vcpu, time.exits, guest, host))?)?;
         }
@@ -90,20 +97,25 @@ impl PyStats {
         _error: &Bound<'_, PyAny>,
         _traceback: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
-        let Ok(dispatch) = self.dispatch() else { return Ok(()) };
         // A forked child leaves the block that its parent has entered.
-        let _ = py.detach(|| self.stats.disable(&dispatch));
+        let Ok((stats, dispatch)) = self.parts() else { return Ok(()) };
+        let _ = py.detach(|| stats.disable(dispatch));
         Ok(())
     }
 
     fn _repr_html_<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
-        slf.py().import("pyvmm.stats")?.call_method1("html", (slf,))
+        import(slf.py(), "pyvmm.stats")?.call_method1("html", (slf,))
     }
 
     fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
-        let exits: u64 = py.detach(|| self.stats.vcpus())?.iter().map(|time| time.exits).sum();
+        let Ok(stats) = self.stats() else { return Ok("Stats(unreachable)".into()) };
+        let exits: u64 = py.detach(|| stats.vcpus())?.iter().map(|time| time.exits).sum();
         let counting = if self.enabled(py)? { "enabled" } else { "disabled" };
         Ok(format!("Stats({counting}, {exits} exits)"))
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.vmm)
     }
 }
 
@@ -111,11 +123,7 @@ impl PyStats {
 impl PyVmm {
     /// Counters of its exits and of the time inside the guest and outside; they count when they are told to.
     #[getter]
-    fn stats(&self) -> PyStats {
-        let vmm = self.vmm();
-        PyStats {
-            stats: Arc::clone(&vmm.watching().stats),
-            dispatch: Arc::downgrade(vmm.dispatch()),
-        }
+    fn stats(slf: Py<Self>) -> PyStats {
+        PyStats { vmm: slf }
     }
 }

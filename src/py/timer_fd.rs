@@ -9,6 +9,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use super::batch::Drain;
+use super::ending::import;
 use super::event_fd::os_error;
 use crate::event::{Expiry, TimerFd};
 use crate::sync::{Mutex, rank};
@@ -95,7 +96,7 @@ impl PyTimerFd {
     }
 
     fn __aiter__<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
-        slf.py().import("pyvmm.aio")?.call_method1("reads", (slf,))
+        import(slf.py(), "pyvmm.aio")?.call_method1("reads", (slf,))
     }
 
     fn __repr__(&self) -> String {

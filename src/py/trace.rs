@@ -1,18 +1,18 @@
 //! Traces for Python: `Vmm.trace`, and calls of Python code as spans of a trace.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::Instant;
 
 use event_manager::Events;
+use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::intern;
 use pyo3::prelude::*;
 
+use super::ending::import;
 use super::vmm::PyVmm;
-use crate::error::{Error, ErrorKind};
 use crate::sync::{Mutex, rank};
 use crate::trace::{Trace, is_recorded, record, record_event};
-use crate::vmm::Vmm;
 
 /// A callable that does not say its name.
 const UNNAMED: &str = "callback";
@@ -57,25 +57,18 @@ pub(super) fn name_of(function: &Bound<'_, PyAny>) -> PyResult<String> {
 #[pyclass(frozen, name = "Trace", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyTrace {
-    vmm: Weak<Vmm>,
+    vmm: Py<PyVmm>,
     /// The file.
     #[pyo3(get)]
     path: PathBuf,
     current: Mutex<Option<Arc<Trace>>, rank::TraceObject>,
 }
 
-impl PyTrace {
-    fn machine(&self) -> PyResult<Arc<Vmm>> {
-        let closed = || Error::new(ErrorKind::State, "trace", "the machine is closed");
-        Ok(self.vmm.upgrade().ok_or_else(closed)?)
-    }
-}
-
 #[pymethods]
 impl PyTrace {
     fn __enter__<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, Self>> {
         let this = slf.get();
-        let vmm = this.machine()?;
+        let vmm = this.vmm.get().vmm()?;
         slf.py().detach(|| -> PyResult<()> {
             let trace = vmm.start_trace(&this.path)?;
             *this.current.lock() = Some(trace);
@@ -91,13 +84,11 @@ impl PyTrace {
         error: &Bound<'_, PyAny>,
         _traceback: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
+        // A forked child leaves the block that its parent has entered.
+        let Ok(vmm) = self.vmm.get().vmm() else { return Ok(()) };
         let ended = py.detach(|| {
             let current = self.current.lock().take();
-            match (current, self.vmm.upgrade()) {
-                (Some(trace), Some(vmm)) => vmm.watching().end_trace(&trace),
-                (Some(trace), None) => trace.finish(),
-                (None, _) => Ok(()),
-            }
+            current.map_or(Ok(()), |trace| vmm.watching().end_trace(&trace))
         });
         match ended {
             // What the block raised is what the caller should see.
@@ -112,6 +103,10 @@ impl PyTrace {
     fn __repr__(&self) -> String {
         format!("Trace({})", self.path.display())
     }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.vmm)
+    }
 }
 
 #[pymethods]
@@ -124,10 +119,10 @@ impl PyVmm {
     /// Raises, when it is entered or left:
     ///     StateError: another trace of this machine is being written.
     ///     StreamError: the file cannot be made or written; a run is not ended by that.
-    fn trace(&self, py: Python<'_>, path: PathBuf) -> PyResult<PyTrace> {
+    fn trace(slf: Bound<'_, Self>, path: PathBuf) -> PyResult<PyTrace> {
+        slf.get().vmm()?;
         // What names callbacks: not to be imported between two of them.
-        py.import("pyvmm.callbacks")?;
-        let vmm = self.shared().map_or_else(Weak::new, Arc::downgrade);
-        Ok(PyTrace { vmm, path, current: Mutex::default() })
+        import(slf.py(), "pyvmm.callbacks")?;
+        Ok(PyTrace { vmm: slf.unbind(), path, current: Mutex::default() })
     }
 }

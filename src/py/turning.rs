@@ -2,6 +2,7 @@
 
 use std::thread::ThreadId;
 
+use super::ending;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::{Mutex, rank};
 
@@ -34,6 +35,7 @@ impl Drop for Turning<'_> {
 impl Turners {
     /// Become the one thread that turns the loop; machines that share it may turn it beside.
     pub(super) fn claim(&self, what: &str) -> Result<Turning<'_>> {
+        ending::check()?;
         let turner = Turner { thread: std::thread::current().id(), is_sharer: false };
         let mut turners = self.0.lock();
         if turners.iter().any(|other| !other.is_sharer || other.thread == turner.thread) {
@@ -45,10 +47,11 @@ impl Turners {
     }
 
     /// Become one of the threads that turn the loop for a machine each.
-    pub(super) fn share(&self) -> Turning<'_> {
+    pub(super) fn share(&self) -> Result<Turning<'_>> {
+        ending::check()?;
         let turner = Turner { thread: std::thread::current().id(), is_sharer: true };
         self.0.lock().push(turner);
-        Turning { turners: self, turner }
+        Ok(Turning { turners: self, turner })
     }
 
     pub(super) fn has_this_thread(&self) -> bool {

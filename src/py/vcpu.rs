@@ -4,17 +4,25 @@ use std::sync::{Arc, Weak};
 
 use kvm_bindings::kvm_cpuid_entry2;
 use pyo3::exceptions::{PyOverflowError, PyValueError};
+use pyo3::gc::{PyTraverseError, PyVisit};
+use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyInt, PyTuple};
+use pyo3::types::{PyBytes, PyInt, PyString, PyTuple};
 
+use super::ending::import;
+use super::owned::Owned;
 use super::vcpu_exit::PyVcpuExit;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::vcpu::{Cell, RegisterClass, Vcpu};
 
 /// A virtual processor, as long as its machine is not closed.
-#[derive(Clone, Debug)]
-struct Processor(Weak<Cell>);
+#[derive(Debug)]
+struct Processor {
+    cell: Owned<Weak<Cell>>,
+    /// The machine's object, which does not close it for as long as somebody has a vCPU or its registers.
+    machine: Option<Py<PyAny>>,
+}
 
 impl Processor {
     fn look<T>(&self, look: impl FnOnce(&mut Vcpu) -> Result<T>) -> Result<T> {
@@ -23,7 +31,20 @@ impl Processor {
 
     fn cell(&self) -> Result<Arc<Cell>> {
         let closed = || Error::new(ErrorKind::State, "vcpu", "the machine is closed");
-        self.0.upgrade().ok_or_else(closed)
+        self.cell.get()?.upgrade().ok_or_else(closed)
+    }
+
+    fn of(cell: Weak<Cell>, machine: Option<Py<PyAny>>) -> Self {
+        Self { cell: Owned::new("vCPU", cell), machine }
+    }
+
+    fn another(&self, py: Python<'_>) -> Result<Self> {
+        let machine = self.machine.as_ref().map(|machine| machine.clone_ref(py));
+        Ok(Self::of(Weak::clone(self.cell.get()?), machine))
+    }
+
+    fn traverse(&self, visit: &PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {
+        visit.call(&self.machine)
     }
 }
 
@@ -97,6 +118,10 @@ impl PyRegisterBytes {
         })?;
         if is_inside { Ok(()) } else { Err(outside()) }
     }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {
+        self.processor.traverse(&visit)
+    }
 }
 
 /// A virtual processor of a machine. While its guest does not run its state can be read and changed.
@@ -109,23 +134,6 @@ pub struct PyVcpu {
     /// The vCPU's number.
     #[pyo3(get)]
     id: u64,
-    #[pyo3(get)]
-    regs: Py<PyAny>,
-    #[pyo3(get)]
-    sregs: Py<PyAny>,
-    #[pyo3(get)]
-    fpu: Py<PyAny>,
-    #[pyo3(get)]
-    xcrs: Py<PyAny>,
-    #[pyo3(get)]
-    debugregs: Py<PyAny>,
-    #[pyo3(get)]
-    events: Py<PyAny>,
-    #[pyo3(get)]
-    lapic: Py<PyAny>,
-    #[pyo3(get)]
-    msrs: Py<PyAny>,
-    mp_state: PyRegisterBytes,
 }
 
 impl PyVcpu {
@@ -133,27 +141,21 @@ impl PyVcpu {
         self.processor.look(look)
     }
 
-    pub(super) fn of(py: Python<'_>, cell: &Arc<Cell>) -> PyResult<Py<Self>> {
-        let processor = Processor(Arc::downgrade(cell));
-        let classes = py.import("pyvmm.registers")?;
-        let registers = |class| PyRegisterBytes { processor: processor.clone(), class };
-        let view =
-            |name, class| classes.getattr(name)?.call1((registers(class),)).map(Bound::unbind);
-        let msrs = PyMsrBytes { processor: processor.clone() };
-        let vcpu = Self {
-            id: cell.id(),
-            regs: view("Regs", RegisterClass::General)?,
-            sregs: view("Sregs", RegisterClass::Special)?,
-            fpu: view("Fpu", RegisterClass::Xsave)?,
-            xcrs: view("Xcrs", RegisterClass::Xcrs)?,
-            debugregs: view("DebugRegs", RegisterClass::Debug)?,
-            events: view("VcpuEvents", RegisterClass::Events)?,
-            lapic: view("Lapic", RegisterClass::Lapic)?,
-            msrs: classes.getattr("Msrs")?.call1((msrs,))?.unbind(),
-            mp_state: registers(RegisterClass::MpState),
-            processor,
-        };
-        Py::new(py, vcpu)
+    /// The object for a vCPU of a machine's object.
+    pub(super) fn of(cell: &Arc<Cell>, machine: Option<Py<PyAny>>) -> Self {
+        Self { id: cell.id(), processor: Processor::of(Arc::downgrade(cell), machine) }
+    }
+
+    /// A view of one class of its registers: made when it is asked for, it keeps the machine.
+    fn view<'py>(
+        &self,
+        py: Python<'py>,
+        name: &Bound<'py, PyString>,
+        class: RegisterClass,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let processor = self.processor.another(py)?;
+        let bytes = PyRegisterBytes { processor, class };
+        import(py, intern!(py, "pyvmm.registers"))?.getattr(name)?.call1((bytes,))
     }
 }
 
@@ -162,7 +164,7 @@ pub(super) fn cpuid_entries<'py>(
     py: Python<'py>,
     table: &[kvm_cpuid_entry2],
 ) -> PyResult<Bound<'py, PyTuple>> {
-    let class = py.import("pyvmm.registers")?.getattr("CpuidEntry")?;
+    let class = import(py, "pyvmm.registers")?.getattr("CpuidEntry")?;
     let entries: Vec<_> = table
         .iter()
         .map(|e| class.call1((e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx)))
@@ -184,27 +186,78 @@ fn cpuid_entry(entry: &Bound<'_, PyAny>) -> PyResult<kvm_cpuid_entry2> {
     })
 }
 
-/// The vCPUs of a machine.
+/// The vCPUs of a machine's object.
 pub(super) fn to_python<'py>(
-    py: Python<'py>,
+    machine: &Bound<'py, PyAny>,
     cells: &[Arc<Cell>],
 ) -> PyResult<Bound<'py, PyTuple>> {
-    let vcpus: Vec<_> = cells.iter().map(|cell| PyVcpu::of(py, cell)).collect::<PyResult<_>>()?;
-    PyTuple::new(py, vcpus)
+    let of = |cell| PyVcpu::of(cell, Some(machine.clone().unbind()));
+    PyTuple::new(machine.py(), cells.iter().map(of))
 }
 
 #[pymethods]
 impl PyVcpu {
+    /// The general registers, RIP and RFLAGS: a `Regs`.
+    #[getter]
+    fn regs<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        self.view(py, intern!(py, "Regs"), RegisterClass::General)
+    }
+
+    /// Segments, control registers and descriptor tables: a `Sregs`.
+    #[getter]
+    fn sregs<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        self.view(py, intern!(py, "Sregs"), RegisterClass::Special)
+    }
+
+    /// The x87, SSE and extended state: a `Fpu`.
+    #[getter]
+    fn fpu<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        self.view(py, intern!(py, "Fpu"), RegisterClass::Xsave)
+    }
+
+    /// The extended control registers: a `Xcrs`.
+    #[getter]
+    fn xcrs<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        self.view(py, intern!(py, "Xcrs"), RegisterClass::Xcrs)
+    }
+
+    /// The debug registers: a `DebugRegs`.
+    #[getter]
+    fn debugregs<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        self.view(py, intern!(py, "DebugRegs"), RegisterClass::Debug)
+    }
+
+    /// Exceptions, interrupts and NMIs that are pending or blocked: a `VcpuEvents`.
+    #[getter]
+    fn events<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        self.view(py, intern!(py, "VcpuEvents"), RegisterClass::Events)
+    }
+
+    /// The local APIC, of a machine with an interrupt controller: a `Lapic`.
+    #[getter]
+    fn lapic<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        self.view(py, intern!(py, "Lapic"), RegisterClass::Lapic)
+    }
+
+    /// The model-specific registers: a `Msrs`.
+    #[getter]
+    fn msrs<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let msrs = PyMsrBytes { processor: self.processor.another(py)? };
+        import(py, intern!(py, "pyvmm.registers"))?.getattr(intern!(py, "Msrs"))?.call1((msrs,))
+    }
+
     /// Whether it runs, waits for INIT and SIPI, or is halted: KVM_GET_MP_STATE.
     #[getter]
     fn mp_state<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        let number = self.mp_state.load(0, 4)?;
-        py.import("pyvmm.registers")?.getattr("MpState")?.call1((number,))
+        let processor = self.processor.another(py)?;
+        let number = PyRegisterBytes { processor, class: RegisterClass::MpState }.load(0, 4)?;
+        import(py, "pyvmm.registers")?.getattr("MpState")?.call1((number,))
     }
 
     #[setter]
-    fn set_mp_state(&self, state: u64) -> PyResult<()> {
-        self.mp_state.store(0, 4, state)
+    fn set_mp_state(&self, py: Python<'_>, state: u64) -> PyResult<()> {
+        let processor = self.processor.another(py)?;
+        PyRegisterBytes { processor, class: RegisterClass::MpState }.store(0, 4, state)
     }
 
     /// What CPUID says to the guest: a tuple of `CpuidEntry`. It can be changed until the vCPU has run.
@@ -292,6 +345,21 @@ impl PyVcpu {
     fn __repr__(&self) -> String {
         format!("Vcpu({})", self.id)
     }
+
+    fn __eq__(&self, other: &Self) -> bool {
+        match (self.processor.cell.peek(), other.processor.cell.peek()) {
+            (Some(cell), Some(other)) => cell.ptr_eq(other),
+            _ => std::ptr::eq(self, other),
+        }
+    }
+
+    fn __hash__(&self) -> u64 {
+        self.id
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {
+        self.processor.traverse(&visit)
+    }
 }
 
 /// Model-specific registers by number. `pyvmm.registers` names them.
@@ -315,5 +383,9 @@ impl PyMsrBytes {
     /// Change the register; raises as `load` does.
     fn store(&self, index: u32, value: u64) -> PyResult<()> {
         Ok(self.processor.look(|vcpu| vcpu.set_msr(index, value))?)
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {
+        self.processor.traverse(&visit)
     }
 }

@@ -11,9 +11,11 @@ use pyo3::prelude::*;
 use pyo3::types::{PyList, PyTuple};
 
 use super::attach::attach;
+use super::ending::guard_thread;
 use super::exit_handler::PyWrappedExitHandler;
 use super::live::{self, Close};
 use super::memory::PyGuestMemory;
+use super::owned::Owned;
 use super::serial::PySerial;
 use super::vcpu::PyVcpu;
 use super::{callback, config, exit, interrupt, vcpu, vmm, wakeup};
@@ -65,13 +67,19 @@ impl Machine {
     }
 
     fn memory(&self) -> Result<GuestMemory> {
-        let vm = self.get()?;
-        vm.check_process()?;
-        Ok(vm.memory().clone())
+        Ok(self.get()?.memory().clone())
+    }
+
+    fn state(&self) -> VmRunState {
+        self.get().map_or(VmRunState::Closed, |vm| vm.state())
     }
 }
 
 impl Close for Machine {
+    fn stop(&self) {
+        // There is no loop: closing ends it.
+    }
+
     fn close(&self) {
         let vm = self.0.lock().take();
         if let Some(vm) = vm {
@@ -93,33 +101,33 @@ impl Close for Machine {
 #[pyclass(frozen, weakref, name = "KvmVm", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyKvmVm {
-    machine: Option<Arc<Machine>>,
+    machine: Owned<Arc<Machine>>,
     python_handler: Option<Arc<PythonHandler>>,
     dispatch: Arc<Dispatch>,
     fixups: Arc<Counts>,
     /// Where the configuration's code starts.
     #[pyo3(get)]
     entry: u64,
-    #[pyo3(get)]
-    memory: Py<PyGuestMemory>,
     /// None of a bare machine.
-    serial: Option<Py<PySerial>>,
+    serial: Option<Arc<Serial>>,
 }
 
 impl Drop for PyKvmVm {
     fn drop(&mut self) {
-        let machine = self.machine.take();
+        let Some(machine) = self.machine.take() else { return };
         // Its vCPUs may be running, and may need the GIL to end.
-        attach(|py| py.detach(|| machine.iter().for_each(|machine| machine.close())));
+        attach(|py| {
+            py.detach(|| {
+                machine.close();
+                drop(machine);
+            });
+        });
     }
 }
 
 impl PyKvmVm {
     fn vm(&self) -> Result<Arc<KvmVm<Handler>>> {
-        match &self.machine {
-            Some(machine) => machine.get(),
-            None => Err(Error::new(ErrorKind::State, "vm", "the machine is closed")),
-        }
+        self.machine.get()?.get()
     }
 
     fn of(
@@ -129,13 +137,12 @@ impl PyKvmVm {
         dispatch: Arc<Dispatch>,
         entry: u64,
         serial: Option<Arc<Serial>>,
-    ) -> PyResult<Self> {
+    ) -> Self {
         let fixups = Arc::clone(vm.fixups());
         let machine = Arc::new(Machine(Mutex::new(Some(Arc::new(vm)))));
-        live::remember(Arc::downgrade(&machine) as Weak<dyn Close>);
-        let memory = Py::new(py, PyGuestMemory::of(&machine, Machine::memory))?;
-        let serial = serial.map(|serial| Py::new(py, PySerial::over(serial))).transpose()?;
-        Ok(Self { machine: Some(machine), python_handler, dispatch, fixups, entry, memory, serial })
+        live::remember(py, Arc::downgrade(&machine) as Weak<dyn Close>);
+        let machine = Owned::new("machine", machine);
+        Self { machine, python_handler, dispatch, fixups, entry, serial }
     }
 
     /// Raise what the exit handler's `kick()` raised, once.
@@ -168,6 +175,7 @@ impl PyKvmVm {
         config: Option<&Bound<'_, PyAny>>,
         exit_handler: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
+        guard_thread();
         let (handler, python_handler) = match exit_handler {
             Some(object) => handler(object)?,
             None => {
@@ -178,7 +186,7 @@ impl PyKvmVm {
         };
         let Some(config) = config else {
             let vm = py.detach(|| KvmVm::bare(handler))?;
-            return Self::of(py, vm, python_handler, Arc::default(), 0, None);
+            return Ok(Self::of(py, vm, python_handler, Arc::default(), 0, None));
         };
         let config = config::from_python(config)?;
         if config.serial.output.is_some() || config.serial.input.is_some() {
@@ -196,7 +204,7 @@ impl PyKvmVm {
             let serial = devices::attach(&dispatch.buses, irq, &config.serial, config.exit_port)?;
             Ok((vm, entry, dispatch, serial))
         })?;
-        Self::of(py, vm, python_handler, dispatch, entry, Some(serial))
+        Ok(Self::of(py, vm, python_handler, dispatch, entry, Some(serial)))
     }
 
     /// Add a vCPU to a machine that has not run. It is as KVM makes it: at the reset vector, with an empty `cpuid`.
@@ -205,10 +213,10 @@ impl PyKvmVm {
     ///     KvmError: there is one of this number, or KVM refuses it.
     ///     StateError: the machine has run, or is closed.
     #[pyo3(signature = (id = 0))]
-    fn create_vcpu(&self, py: Python<'_>, id: u64) -> PyResult<Py<PyVcpu>> {
-        let vm = self.vm()?;
-        let cell = py.detach(|| vm.create_vcpu(id))?;
-        PyVcpu::of(py, &cell)
+    fn create_vcpu(slf: &Bound<'_, Self>, id: u64) -> PyResult<PyVcpu> {
+        let vm = slf.get().vm()?;
+        let cell = slf.py().detach(|| vm.create_vcpu(id))?;
+        Ok(PyVcpu::of(&cell, Some(slf.as_any().clone().unbind())))
     }
 
     /// Start a thread `vcpu_{id}` for each vCPU and return.
@@ -273,10 +281,16 @@ impl PyKvmVm {
 
     /// The vCPUs, by number. Before the first run they stand at `entry`.
     #[getter]
-    fn vcpus<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
-        let vm = self.vm()?;
-        py.detach(|| vm.prepare(self.entry))?;
-        vcpu::to_python(py, &vm.cells())
+    fn vcpus<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyTuple>> {
+        let (this, vm) = (slf.get(), slf.get().vm()?);
+        slf.py().detach(|| vm.prepare(this.entry))?;
+        vcpu::to_python(slf.as_any(), &vm.cells())
+    }
+
+    /// Guest memory, by guest-physical address.
+    #[getter]
+    fn memory(slf: &Bound<'_, Self>) -> PyResult<PyGuestMemory> {
+        Ok(PyGuestMemory::of(slf.as_any(), slf.get().machine.get()?, Machine::memory))
     }
 
     /// Stop the vCPUs and wait for their threads. A guest that had not ended can go on with `run`.
@@ -288,13 +302,14 @@ impl PyKvmVm {
 
     /// Shut down and release everything. Does nothing the second time.
     fn close(&self, py: Python<'_>) {
-        py.detach(|| self.machine.iter().for_each(|machine| machine.close()));
+        let Some(machine) = self.machine.peek() else { return };
+        py.detach(|| machine.close());
     }
 
     /// Where the machine stands.
     #[getter]
     fn state<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        exit::state(py, self.vm().map_or(VmRunState::Closed, |vm| vm.state()))
+        exit::state(py, self.machine.get()?.state())
     }
 
     /// How the guest ended; None while it has not.
@@ -308,21 +323,25 @@ impl PyKvmVm {
     /// Raises:
     ///     StateError: the machine was made without a configuration.
     #[getter]
-    fn serial(&self, py: Python<'_>) -> PyResult<Py<PySerial>> {
+    fn serial(slf: &Bound<'_, Self>) -> PyResult<PySerial> {
         let none = || Error::new(ErrorKind::State, "serial", "a bare machine has no devices");
-        Ok(self.serial.as_ref().map(|serial| serial.clone_ref(py)).ok_or_else(none)?)
+        slf.get().machine.get()?;
+        let serial = slf.get().serial.clone().ok_or_else(none)?;
+        Ok(PySerial::over(serial, Some(slf.as_any().clone().unbind())))
     }
 
     /// Accesses that no device answered.
     #[getter]
     fn unanswered<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+        self.machine.get()?;
         vmm::unanswered(py, &self.dispatch.buses)
     }
 
     /// The instructions that KVM refused and pyvmm executed, counted by mnemonic; empty without `CpuConfig(fixups=True)`.
     #[getter]
-    fn fixups(&self) -> BTreeMap<&'static str, u64> {
-        self.fixups.all()
+    fn fixups(&self) -> PyResult<BTreeMap<&'static str, u64>> {
+        self.machine.get()?;
+        Ok(self.fixups.all())
     }
 
     fn __enter__(slf: Py<Self>) -> Py<Self> {
@@ -334,8 +353,10 @@ impl PyKvmVm {
     }
 
     fn __repr__(&self) -> String {
-        let state = self.vm().map_or(VmRunState::Closed, |vm| vm.state());
-        format!("KvmVm(state={:?})", state.name())
+        match self.machine.peek() {
+            Some(machine) => format!("KvmVm(state={:?})", machine.state().name()),
+            None => "KvmVm(unreachable)".into(),
+        }
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {

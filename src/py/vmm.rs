@@ -10,17 +10,20 @@ use pyo3::types::{PyBytes, PyList, PyTuple};
 
 use super::attach::attach;
 use super::device::PythonDevice;
+use super::ending::{guard_thread, import};
 use super::event_manager::PyEventManager;
 use super::events::PySubscriberId;
 use super::exit_handler::PyWrappedExitHandler;
 use super::hooks::Hooks;
 use super::live::{self, Close};
 use super::memory::PyGuestMemory;
+use super::owned::Owned;
 use super::serial::PySerial;
 use super::snapshot::PySnapshot;
 use super::turning::Turning;
-use super::{callback, config, exit, interrupt};
+use super::{callback, config, exit, interrupt, vcpu};
 use crate::devices::{Access, Buses};
+use crate::error::Result;
 use crate::exit_handler::{Exit, ExitReason};
 use crate::sync::{Mutex, rank};
 use crate::vcpu::VmRunState;
@@ -41,8 +44,7 @@ use crate::vmm::Vmm;
 #[pyclass(frozen, weakref, name = "Vmm", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyVmm {
-    /// None only while it is dropped.
-    vmm: Option<Arc<Vmm>>,
+    vmm: Owned<Arc<Vmm>>,
     /// Other machines may be in the same loop.
     is_shared: bool,
     /// Exit hooks, and what they and Python devices leave for the run.
@@ -51,30 +53,27 @@ pub struct PyVmm {
     pub(super) devices: Mutex<Vec<Arc<PythonDevice>>, rank::PythonDevices>,
     /// Subscribers that serve the serial port's Python streams.
     streams: Mutex<Vec<Py<PySubscriberId>>, rank::PythonStreams>,
-    #[pyo3(get)]
     config: Py<PyAny>,
-    #[pyo3(get)]
     event_manager: Py<PyEventManager>,
-    #[pyo3(get)]
     exit_handler: Py<PyWrappedExitHandler>,
-    #[pyo3(get)]
-    memory: Py<PyGuestMemory>,
-    #[pyo3(get)]
-    serial: Py<PySerial>,
 }
 
 impl Close for Vmm {
+    fn stop(&self) {
+        // Fails only in a forked child.
+        let _ = Vmm::stop(self);
+    }
+
     fn close(&self) {
         Vmm::close(self);
     }
 }
 
 impl PyVmm {
-    pub(super) fn vmm(&self) -> &Vmm {
-        match &self.vmm {
-            Some(vmm) => vmm,
-            None => std::process::abort(), // nobody can call a method of an object that is being dropped
-        }
+    /// # Errors
+    /// [`ErrorKind::State`](crate::error::ErrorKind::State) in a forked child, and where the interpreter ends.
+    pub(super) fn vmm(&self) -> Result<&Arc<Vmm>> {
+        self.vmm.get()
     }
 
     /// The object for a machine.
@@ -85,16 +84,17 @@ impl PyVmm {
         has_python_streams: bool,
     ) -> PyResult<Self> {
         let py = config.py();
-        live::remember(Arc::downgrade(&vmm) as Weak<dyn Close>);
+        live::remember(py, Arc::downgrade(&vmm) as Weak<dyn Close>);
         let is_shared = event_manager.is_some();
         let event_manager = match event_manager {
             Some(shared) => shared,
             None => Py::new(py, PyEventManager::over(Arc::clone(vmm.event_manager())))?,
         };
-        let serial = Py::new(py, PySerial::over(Arc::clone(vmm.serial())))?;
         let streams = if has_python_streams {
-            py.import("pyvmm.streams")?
-                .call_method1("connect", (&serial, &event_manager, config.getattr("serial")?))?
+            // The loop holds them, so they hold no machine.
+            let serial = Py::new(py, PySerial::over(Arc::clone(vmm.serial()), None))?;
+            import(py, "pyvmm.streams")?
+                .call_method1("connect", (serial, &event_manager, config.getattr("serial")?))?
                 .extract()?
         } else {
             Vec::new()
@@ -103,18 +103,12 @@ impl PyVmm {
             config: config.clone().unbind(),
             event_manager,
             exit_handler: Py::new(py, PyWrappedExitHandler::over(vmm.exit_handler().clone()))?,
-            memory: Py::new(py, PyGuestMemory::of(&vmm, Vmm::memory))?,
-            serial,
-            vmm: Some(vmm),
+            vmm: Owned::new("machine", vmm),
             is_shared,
             hooks: Arc::new(Hooks::over(Arc::default())),
             devices: Mutex::default(),
             streams: Mutex::new(streams),
         })
-    }
-
-    pub(super) fn shared(&self) -> Option<&Arc<Vmm>> {
-        self.vmm.as_ref()
     }
 
     /// An error, or in its place what a device's `save` or `restore` raised.
@@ -134,7 +128,7 @@ impl PyVmm {
             Ok(None) => return Ok(None),
             Ok(Some(exit)) => exit,
             // What was left is for the run in progress, which another thread waits for.
-            Err(error) if self.vmm().is_in_run() => return Err(error),
+            Err(error) if self.vmm()?.is_in_run() => return Err(error),
             Err(error) => {
                 let error = raised.beside(py, error);
                 // This run's, and no later one's.
@@ -148,7 +142,7 @@ impl PyVmm {
             Some((vcpu, value)) if exit.reason == ExitReason::Stopped => {
                 exit::stopped(py, Some(vcpu), &value).map(Some)
             }
-            None if exit.reason == ExitReason::Stopped => match self.vmm().serial().take_found() {
+            None if exit.reason == ExitReason::Stopped => match self.vmm()?.serial().take_found() {
                 Some(text) => {
                     exit::stopped(py, None, PyBytes::new(py, &text).as_any().as_unbound()).map(Some)
                 }
@@ -161,18 +155,18 @@ impl PyVmm {
     /// Turn the loop on this thread. In a shared loop each machine's run turns it for all.
     fn claim(&self) -> PyResult<Turning<'_>> {
         let turners = self.event_manager.get().turners();
-        if self.is_shared { Ok(turners.share()) } else { Ok(turners.claim("the machine")?) }
+        Ok(if self.is_shared { turners.share()? } else { turners.claim("the machine")? })
     }
 }
 
 impl Drop for PyVmm {
     fn drop(&mut self) {
-        let vmm = self.vmm.take();
+        let Some(vmm) = self.vmm.take() else { return };
         // Its devices and hooks may hold parts of it, so it is closed, not only let go. That may sleep in the kernel, and
         // its threads may need the GIL to end.
         attach(|py| {
             py.detach(|| {
-                vmm.iter().for_each(|vmm| vmm.close());
+                vmm.close();
                 drop(vmm);
             });
             self.hooks.raised.report(py);
@@ -191,8 +185,9 @@ impl PyVmm {
     ) -> PyResult<Self> {
         let config = match config {
             Some(config) => config,
-            None => py.import("pyvmm.config")?.getattr("VmmConfig")?.call0()?,
+            None => import(py, "pyvmm.config")?.getattr("VmmConfig")?.call0()?,
         };
+        guard_thread();
         let native = config::from_python(&config)?;
         let has_python_streams = config::has_python_streams(&native.serial);
         let shared = event_manager.as_ref().map(|manager| manager.get().shared_core());
@@ -211,8 +206,8 @@ impl PyVmm {
     ///     StateError: the machine is closed, a device cannot be saved, memory is shared with others, or another thread
     ///         resumed it meanwhile.
     fn snapshot(&self, py: Python<'_>) -> PyResult<PySnapshot> {
-        let core =
-            py.detach(|| self.vmm().snapshot()).map_err(|e| self.device_failure(e.into()))?;
+        let vmm = self.vmm()?;
+        let core = py.detach(|| vmm.snapshot()).map_err(|e| self.device_failure(e.into()))?;
         Ok(PySnapshot::of(core, self.config.clone_ref(py)))
     }
 
@@ -224,7 +219,8 @@ impl PyVmm {
     /// Raises:
     ///     StateError: the machine is closed, its run is ending, or the snapshot is of another shape, device or CPUID.
     fn reset(&self, py: Python<'_>, snapshot: &PySnapshot) -> PyResult<u64> {
-        let changed = py.detach(|| self.vmm().reset(snapshot.core()));
+        let (vmm, snapshot) = (self.vmm()?, snapshot.core()?);
+        let changed = py.detach(|| vmm.reset(snapshot));
         changed.map_err(|e| self.device_failure(e.into()))
     }
 
@@ -250,12 +246,12 @@ impl PyVmm {
     ///     Exception: the first exception of a callback.
     #[pyo3(signature = (timeout = None))]
     fn run<'py>(&self, py: Python<'py>, timeout: Option<f64>) -> PyResult<Bound<'py, PyAny>> {
+        let vmm = self.vmm()?;
         let timeout = exit::timeout(timeout)?;
         let _turning = self.claim()?;
         let manager = &self.event_manager;
         let raised = &self.hooks.raised;
-        let ended =
-            py.detach(|| self.vmm().run(timeout, |until| callback::turn(manager, raised, until)));
+        let ended = py.detach(|| vmm.run(timeout, |until| callback::turn(manager, raised, until)));
         let exit = self.finish(py, ended.map(Some))?;
         exit.ok_or_else(|| PyRuntimeError::new_err("a run ends with an exit"))
     }
@@ -265,7 +261,8 @@ impl PyVmm {
     /// Raises:
     ///     StateError: a run is in progress, the guest has ended, or the machine is closed.
     fn start(&self, py: Python<'_>) -> PyResult<()> {
-        Ok(py.detach(|| self.vmm().start())?)
+        let vmm = self.vmm()?;
+        Ok(py.detach(|| vmm.start())?)
     }
 
     /// What `run` does, for a machine that was started; None when the time passed: then the guest goes on.
@@ -279,12 +276,12 @@ impl PyVmm {
         py: Python<'py>,
         timeout: Option<f64>,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let vmm = self.vmm()?;
         let timeout = exit::timeout(timeout)?;
         let _turning = self.claim()?;
         let manager = &self.event_manager;
         let raised = &self.hooks.raised;
-        let ended =
-            py.detach(|| self.vmm().wait(timeout, |until| callback::turn(manager, raised, until)));
+        let ended = py.detach(|| vmm.wait(timeout, |until| callback::turn(manager, raised, until)));
         self.finish(py, ended)
     }
 
@@ -295,7 +292,8 @@ impl PyVmm {
     /// Raises:
     ///     StateError: the machine is not running.
     fn pause(&self, py: Python<'_>) -> PyResult<()> {
-        Ok(py.detach(|| self.vmm().pause())?)
+        let vmm = self.vmm()?;
+        Ok(py.detach(|| vmm.pause())?)
     }
 
     /// Let the vCPUs that `pause` stopped go on. Does nothing when they are running.
@@ -303,7 +301,8 @@ impl PyVmm {
     /// Raises:
     ///     StateError: no run is in progress, or the guest has ended.
     fn resume(&self, py: Python<'_>) -> PyResult<()> {
-        Ok(py.detach(|| self.vmm().resume())?)
+        let vmm = self.vmm()?;
+        Ok(py.detach(|| vmm.resume())?)
     }
 
     /// The vCPUs, by number. Before the first run they stand where it will start.
@@ -311,31 +310,62 @@ impl PyVmm {
     /// Raises:
     ///     StateError: the machine is closed.
     #[getter]
-    fn vcpus<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
-        let cells = py.detach(|| self.vmm().vcpus())?;
-        let vcpus: Vec<_> =
-            cells.iter().map(|cell| self.hooks.vcpu(py, cell)).collect::<PyResult<_>>()?;
-        PyTuple::new(py, vcpus)
+    fn vcpus<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyTuple>> {
+        let (py, vmm) = (slf.py(), slf.get().vmm()?);
+        let cells = py.detach(|| vmm.vcpus())?;
+        vcpu::to_python(slf.as_any(), &cells)
+    }
+
+    /// Guest memory, by guest-physical address.
+    #[getter]
+    fn memory(slf: &Bound<'_, Self>) -> PyResult<PyGuestMemory> {
+        Ok(PyGuestMemory::of(slf.as_any(), slf.get().vmm()?, Vmm::memory))
+    }
+
+    /// The host's side of the first serial port.
+    #[getter]
+    fn serial(slf: &Bound<'_, Self>) -> PyResult<PySerial> {
+        let serial = Arc::clone(slf.get().vmm()?.serial());
+        Ok(PySerial::over(serial, Some(slf.as_any().clone().unbind())))
+    }
+
+    /// What the machine is made of.
+    #[getter]
+    fn config(&self, py: Python<'_>) -> Py<PyAny> {
+        self.config.clone_ref(py)
+    }
+
+    /// The event manager whose loop `run` turns.
+    #[getter]
+    fn event_manager(&self, py: Python<'_>) -> Py<PyEventManager> {
+        self.event_manager.clone_ref(py)
+    }
+
+    /// The handler that ends a run.
+    #[getter]
+    fn exit_handler(&self, py: Python<'_>) -> Py<PyWrappedExitHandler> {
+        self.exit_handler.clone_ref(py)
     }
 
     /// End the run in progress, or at once the next one if there is none. From any thread or callback.
     fn stop(&self) -> PyResult<()> {
-        Ok(self.vmm().stop()?)
+        Ok(self.vmm()?.stop()?)
     }
 
     /// Stop, wait for the run in progress to end, and release everything. Does nothing the second time.
     ///
-    /// In a callback it takes effect when the run ends.
+    /// In a callback it takes effect when the run ends. In a forked child it does nothing.
     fn close(&self, py: Python<'_>) {
-        py.detach(|| self.vmm().close());
-        if self.vmm().state() == VmRunState::Closed {
+        let Some(vmm) = self.vmm.peek() else { return };
+        py.detach(|| vmm.close());
+        if vmm.state() == VmRunState::Closed {
             // Outside the lock: it may run Python code.
             let devices = std::mem::take(&mut *self.devices.lock());
             drop(devices);
             self.hooks.raised.report(py);
         }
         // Called from a callback, the machine closes later, and its last output is still to be taken.
-        if self.is_shared && self.vmm().state() == VmRunState::Closed {
+        if self.is_shared && vmm.state() == VmRunState::Closed {
             let streams = std::mem::take(&mut *self.streams.lock());
             for id in streams {
                 // Fails when the program has removed it already.
@@ -347,19 +377,19 @@ impl PyVmm {
     /// Where the machine stands.
     #[getter]
     fn state<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        exit::state(py, self.vmm().state())
+        exit::state(py, self.vmm()?.state())
     }
 
     /// Accesses that no device answered, counted by address.
     #[getter]
     fn unanswered<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
-        unanswered(py, &self.vmm().dispatch().buses)
+        unanswered(py, &self.vmm()?.dispatch().buses)
     }
 
     /// The instructions that KVM refused and pyvmm executed, counted by mnemonic; empty without `CpuConfig(fixups=True)`.
     #[getter]
-    fn fixups(&self) -> BTreeMap<&'static str, u64> {
-        self.vmm().fixups().all()
+    fn fixups(&self) -> PyResult<BTreeMap<&'static str, u64>> {
+        Ok(self.vmm()?.fixups().all())
     }
 
     /// `run` inside a running asyncio loop, which stays responsive: the guest's loop turns in another thread.
@@ -368,11 +398,11 @@ impl PyVmm {
     /// the asyncio loop, and its exception ends the run.
     #[pyo3(signature = (timeout = None))]
     fn run_async<'py>(slf: &Bound<'py, Self>, timeout: Option<f64>) -> PyResult<Bound<'py, PyAny>> {
-        slf.py().import("pyvmm.aio")?.call_method1("run_vmm", (slf, timeout))
+        import(slf.py(), "pyvmm.aio")?.call_method1("run_vmm", (slf, timeout))
     }
 
     fn __aenter__<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
-        slf.py().import("pyvmm.aio")?.call_method1("give", (slf,))
+        import(slf.py(), "pyvmm.aio")?.call_method1("give", (slf,))
     }
 
     fn __aexit__<'py>(
@@ -381,7 +411,7 @@ impl PyVmm {
         _error: Py<PyAny>,
         _traceback: Py<PyAny>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        slf.py().import("pyvmm.aio")?.call_method1("close_vmm", (slf,))
+        import(slf.py(), "pyvmm.aio")?.call_method1("close_vmm", (slf,))
     }
 
     fn __enter__(slf: Py<Self>) -> Py<Self> {
@@ -393,12 +423,18 @@ impl PyVmm {
     }
 
     fn __repr__(&self) -> String {
-        format!("Vmm(state={:?})", self.vmm().state().name())
+        match self.vmm.peek() {
+            Some(vmm) => format!("Vmm(state={:?})", vmm.state().name()),
+            None => "Vmm(unreachable)".into(),
+        }
     }
 
-    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+    fn __traverse__(&self, visit: PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {
         visit.call(&self.config)?;
         visit.call(&self.event_manager)?;
+        if self.vmm.peek().is_none() {
+            return Ok(());
+        }
         self.hooks.traverse(&visit)?;
         self.hooks.raised.traverse(&visit)?;
         match self.devices.try_lock() {
@@ -410,7 +446,7 @@ impl PyVmm {
 
 /// A list of `pyvmm.Unanswered`.
 pub(super) fn unanswered<'py>(py: Python<'py>, buses: &Buses) -> PyResult<Bound<'py, PyList>> {
-    let class = py.import("pyvmm.devices")?.getattr("Unanswered")?;
+    let class = import(py, "pyvmm.devices")?.getattr("Unanswered")?;
     let (rows, others) = buses.unanswered();
     let list = PyList::empty(py);
     for (access, address, counts) in rows {

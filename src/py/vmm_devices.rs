@@ -1,19 +1,20 @@
 //! `Vmm` for Python, continued: devices on its buses, interrupts, eventfds in the kernel, and exit hooks.
 
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
 use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::PyString;
 
 use super::device::PythonDevice;
+use super::ending::import;
 use super::event_fd::PyEventFd;
 use super::vmm::PyVmm;
 use crate::devices::{Access, Device};
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, Result};
 use crate::vcpu::{ExitHook, ExitKind};
 use crate::vm::IoEvent;
-use crate::vmm::Vmm;
 
 impl PyVmm {
     fn add_device(
@@ -23,29 +24,32 @@ impl PyVmm {
         (base, length): (u64, u64),
         object: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
+        let vmm = self.vmm()?;
         let device = PythonDevice::new(object, access, base, &self.hooks.raised)?;
         let device = Arc::new(device);
         let added = Arc::clone(&device) as Arc<dyn Device>;
-        py.detach(|| self.vmm().add_device(access, base, length, added))?;
+        py.detach(|| vmm.add_device(access, base, length, added))?;
         self.devices.lock().push(device);
         Ok(())
     }
 
     fn remove_device(&self, py: Python<'_>, access: Access, base: u64) -> PyResult<Py<PyAny>> {
+        let vmm = self.vmm()?;
         let is_it = |device: &Arc<PythonDevice>| device.is_at(access, base);
         let Some(device) = self.devices.lock().iter().find(|device| is_it(device)).cloned() else {
             let detail = "no device that was added starts here";
             return Err(Error::new(ErrorKind::Config, format!("{base:#x}"), detail).into());
         };
-        py.detach(|| self.vmm().dispatch().buses.bus(access).remove(base).map(drop))?;
+        py.detach(|| vmm.dispatch().buses.bus(access).remove(base).map(drop))?;
         self.devices.lock().retain(|known| !Arc::ptr_eq(known, &device));
         Ok(device.object().clone_ref(py))
     }
 
-    fn set_hooks(&self) {
+    fn set_hooks(&self) -> Result<()> {
         let kinds = self.hooks.kinds();
         let hook = Arc::clone(&self.hooks) as Arc<dyn ExitHook>;
-        self.vmm().dispatch().set_hook(hook, &kinds);
+        self.vmm()?.dispatch().set_hook(hook, &kinds);
+        Ok(())
     }
 }
 
@@ -74,7 +78,7 @@ fn kind_of(kind: &Bound<'_, PyAny>) -> PyResult<ExitKind> {
 impl PyVmm {
     /// Answer the guest's accesses to ports by an object with `read(offset, size)`, `write(offset, size, value)` or both.
     ///
-    /// Also while the guest runs and from callbacks. Its methods are called on the thread of the vCPU; see `PioDevice`.
+    /// Also while the guest runs and from callbacks. Its methods are called on the thread of the vCPU; see `ReadableDevice` and `WritableDevice`.
     ///
     /// Raises:
     ///     ConfigError: the range is not one of ports, or overlaps another device's.
@@ -117,10 +121,11 @@ impl PyVmm {
         self.remove_device(py, Access::Mmio, base)
     }
 
-    fn _pio_device(&self, py: Python<'_>, base: u64) -> Option<Py<PyAny>> {
+    fn _pio_device(&self, py: Python<'_>, base: u64) -> PyResult<Option<Py<PyAny>>> {
+        self.vmm()?;
         let devices = self.devices.lock();
         let device = devices.iter().find(|device| device.is_at(Access::Pio, base));
-        device.map(|device| device.object().clone_ref(py))
+        Ok(device.map(|device| device.object().clone_ref(py)))
     }
 
     /// An interrupt line: pin 0 to 23 of the I/O APIC, of which the PICs have the first sixteen.
@@ -128,10 +133,9 @@ impl PyVmm {
     /// Raises:
     ///     StateError: the machine has no interrupt controller, or is closed.
     ///     ConfigError: it has no such line.
-    fn irq(&self, line: u32) -> PyResult<PyIrqLine> {
-        self.vmm().vm()?.check_irq_line(line)?;
-        let vmm = self.shared().map_or_else(Weak::new, Arc::downgrade);
-        Ok(PyIrqLine { vmm, line })
+    fn irq(slf: Bound<'_, Self>, line: u32) -> PyResult<PyIrqLine> {
+        slf.get().vmm()?.vm()?.check_irq_line(line)?;
+        Ok(PyIrqLine { vmm: slf.unbind(), line })
     }
 
     /// Send a message-signalled interrupt (KVM_SIGNAL_MSI); whether a vCPU took it.
@@ -143,7 +147,8 @@ impl PyVmm {
     /// Raises:
     ///     StateError: the machine has no interrupt controller, or is closed.
     fn msi(&self, py: Python<'_>, address: u64, data: u32) -> PyResult<bool> {
-        Ok(py.detach(|| self.vmm().vm()?.signal_msi(address, data))?)
+        let vmm = self.vmm()?;
+        Ok(py.detach(|| vmm.vm()?.signal_msi(address, data))?)
     }
 
     /// Send a vCPU a non-maskable interrupt. From any thread.
@@ -152,7 +157,8 @@ impl PyVmm {
     ///     ConfigError: there is no such vCPU.
     #[pyo3(signature = (vcpu = 0))]
     fn nmi(&self, py: Python<'_>, vcpu: u64) -> PyResult<()> {
-        Ok(py.detach(|| self.vmm().vm()?.nmi(vcpu))?)
+        let vmm = self.vmm()?;
+        Ok(py.detach(|| vmm.vm()?.nmi(vcpu))?)
     }
 
     /// Have each write of an eventfd pulse an interrupt line, in the kernel: KVM_IRQFD.
@@ -161,14 +167,14 @@ impl PyVmm {
     ///     StateError: the machine has no interrupt controller, or is closed.
     ///     KvmError: KVM refuses it: an eventfd pulses one line.
     fn add_irqfd(&self, py: Python<'_>, event_fd: &PyEventFd, line: u32) -> PyResult<()> {
-        let event = event_fd.shared(py)?;
-        Ok(py.detach(|| self.vmm().vm()?.add_irqfd(&event, line))?)
+        let (vmm, event) = (self.vmm()?, event_fd.shared(py)?);
+        Ok(py.detach(|| vmm.vm()?.add_irqfd(&event, line))?)
     }
 
     /// Undo `add_irqfd`.
     fn remove_irqfd(&self, py: Python<'_>, event_fd: &PyEventFd, line: u32) -> PyResult<()> {
-        let event = event_fd.shared(py)?;
-        Ok(py.detach(|| self.vmm().vm()?.remove_irqfd(&event, line))?)
+        let (vmm, event) = (self.vmm()?, event_fd.shared(py)?);
+        Ok(py.detach(|| vmm.vm()?.remove_irqfd(&event, line))?)
     }
 
     /// Have the guest's writes to an address add one to an eventfd, in the kernel: KVM_IOEVENTFD. They are no exits.
@@ -193,7 +199,7 @@ impl PyVmm {
         pio: bool,
     ) -> PyResult<()> {
         let (event, on) = (event_fd.shared(slf.py())?, io_event(address, length, datamatch, pio));
-        let vmm = slf.get().vmm();
+        let vmm = slf.get().vmm()?;
         Ok(slf.py().detach(|| vmm.vm()?.add_ioeventfd(&event, &on))?)
     }
 
@@ -208,7 +214,7 @@ impl PyVmm {
         pio: bool,
     ) -> PyResult<()> {
         let (event, on) = (event_fd.shared(slf.py())?, io_event(address, length, datamatch, pio));
-        let vmm = slf.get().vmm();
+        let vmm = slf.get().vmm()?;
         Ok(slf.py().detach(|| vmm.vm()?.remove_ioeventfd(&event, &on))?)
     }
 
@@ -238,7 +244,7 @@ impl PyVmm {
             let keywords = pyo3::types::PyDict::new(py);
             keywords.set_item("msrs", msrs)?;
             let bound = slf.getattr("on_exit")?;
-            let partial = py.import("functools")?.getattr("partial")?;
+            let partial = import(py, "functools")?.getattr("partial")?;
             return partial.call((bound, kind), Some(&keywords));
         };
         if !function.is_callable() {
@@ -248,7 +254,7 @@ impl PyVmm {
                 class.name()?
             )));
         }
-        let vm = this.vmm().vm()?;
+        let vm = this.vmm()?.vm()?;
         match (of_kind, msrs) {
             (ExitKind::Msr, msrs) => {
                 let (all, added) = this.hooks.filter(msrs.unwrap_or_default());
@@ -259,8 +265,9 @@ impl PyVmm {
             (_, Some(_)) => return Err(PyValueError::new_err("msrs goes with the kind msr")),
             (_, None) => vm.check_process()?,
         }
+        this.hooks.belong_to(slf)?;
         this.hooks.add(py, of_kind, function.clone().unbind());
-        this.set_hooks();
+        this.set_hooks()?;
         Ok(function.clone())
     }
 
@@ -277,7 +284,7 @@ impl PyVmm {
         slf: &Bound<'py, Self>,
         number: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        slf.py().import("pyvmm.hostcalls")?.call_method1("hostcall", (slf, number))
+        import(slf.py(), "pyvmm.hostcalls")?.call_method1("hostcall", (slf, number))
     }
 
     /// Remove a hook. With the last one of the kind "msr" the registers that its hooks asked for are KVM's again.
@@ -285,14 +292,15 @@ impl PyVmm {
     /// Raises:
     ///     ValueError: it is none of this kind.
     fn off_exit(&self, kind: &Bound<'_, PyAny>, function: &Bound<'_, PyAny>) -> PyResult<()> {
+        self.vmm()?;
         let of_kind = kind_of(kind)?;
         if !self.hooks.remove(of_kind, function)? {
             return Err(PyValueError::new_err("this function is no hook of this kind of exit"));
         }
-        self.set_hooks();
+        self.set_hooks()?;
         if of_kind == ExitKind::Msr && self.hooks.unfilter(&[]) {
             // A machine that is closed has none.
-            if let Ok(vm) = self.vmm().vm() {
+            if let Ok(vm) = self.vmm()?.vm() {
                 kind.py().detach(|| vm.filter_msrs(&[]))?;
             }
         }
@@ -304,7 +312,7 @@ impl PyVmm {
 #[pyclass(frozen, name = "IrqLine", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyIrqLine {
-    vmm: Weak<Vmm>,
+    vmm: Py<PyVmm>,
     /// Its number.
     #[pyo3(get)]
     line: u32,
@@ -312,8 +320,7 @@ pub struct PyIrqLine {
 
 impl PyIrqLine {
     fn set_levels(&self, py: Python<'_>, levels: &[bool]) -> PyResult<()> {
-        let closed = || Error::new(ErrorKind::State, "irq", "the machine is closed");
-        let vmm = self.vmm.upgrade().ok_or_else(closed)?;
+        let vmm = self.vmm.get().vmm()?;
         Ok(py.detach(|| {
             let vm = vmm.vm()?;
             levels.iter().try_for_each(|level| vm.set_irq_line(self.line, *level))
@@ -344,5 +351,9 @@ impl PyIrqLine {
 
     fn __repr__(&self) -> String {
         format!("IrqLine({})", self.line)
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {
+        visit.call(&self.vmm)
     }
 }

@@ -13,6 +13,7 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyCFunction, PyDict, PyTuple};
 
 use super::attach::attach;
+use super::ending::import;
 use crate::process::Birthplace;
 use crate::sync::{Mutex, rank};
 
@@ -207,7 +208,7 @@ fn forget_in_children(py: Python<'_>) -> PyResult<()> {
     let forget = PyCFunction::new_closure(py, Some(c"forget"), None, forget)?;
     let options = PyDict::new(py);
     options.set_item("after_in_child", forget)?;
-    py.import("os")?.call_method("register_at_fork", (), Some(&options)).map(drop)
+    import(py, "os")?.call_method("register_at_fork", (), Some(&options)).map(drop)
 }
 
 /// Sets it, and says what it was. On the main thread.

@@ -127,8 +127,6 @@ ranks! {
     TimerObject,
     /// Exit hooks by kind.
     HookFunctions,
-    /// The vCPU objects that hooks are given.
-    HookVcpus,
     /// The registers that hooks have filtered.
     HookMsrs,
     /// The Python devices of a machine.
@@ -141,8 +139,6 @@ ranks! {
     Raised,
     /// What a Python exit handler's `kick` has raised.
     KickRaised,
-    /// The machines that are alive.
-    Live,
     /// The pipe behind Python's wake-up descriptor.
     WakeupPipe,
     /// State that the GIL guards where there is one.
