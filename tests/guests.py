@@ -115,6 +115,7 @@ def flat(code: bytes, mode: Mode = "real16", *, address: int = 0x1000, size_mib:
     boot = FlatBoot(code, address=address, mode=mode)
     return VmmConfig(boot=boot, memory=MemoryConfig(size_mib), **rest)
 
+
 OUT_FOR_EVER = (
     b"\xba\x00\x05"  # mov dx, 0x500
     b"\xee"  #         out dx, al

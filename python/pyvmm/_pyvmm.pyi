@@ -828,8 +828,11 @@ class Vcpu:
     """A virtual processor of a machine. While its guest does not run its state can be read and changed.
 
     The registers are views: each access reads or changes the vCPU itself. While the guest runs they raise StateError.
+    Objects for the same vCPU are equal.
     """
 
+    def __eq__(self, other: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
     @property
     def id(self) -> int:
         """The vCPU's number."""

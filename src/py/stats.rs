@@ -36,6 +36,8 @@ impl PyStats {
     /// Count, from each vCPU's next entry on. Also while the guest runs.
     fn enable(&self, py: Python<'_>) -> PyResult<()> {
         let (stats, dispatch) = self.parts()?;
+        // A machine that is closed has no more exits to count.
+        self.vmm.get().vmm()?.vm()?;
         Ok(py.detach(|| stats.enable(dispatch))?)
     }
 

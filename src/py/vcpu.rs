@@ -127,6 +127,7 @@ impl PyRegisterBytes {
 /// A virtual processor of a machine. While its guest does not run its state can be read and changed.
 ///
 /// The registers are views: each access reads or changes the vCPU itself. While the guest runs they raise StateError.
+/// Objects for the same vCPU are equal.
 #[pyclass(frozen, weakref, name = "Vcpu", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyVcpu {
