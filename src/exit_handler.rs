@@ -11,6 +11,7 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::error::Result;
+use crate::event::take_count;
 use crate::process::Birthplace;
 use crate::sync::{Mutex, rank};
 
@@ -77,15 +78,15 @@ impl VmmExitHandler {
 
     /// A kick is processed: drained, so that it ends this run and no later one, and the flag cleared.
     pub fn stop(&mut self) {
-        // Fails when there was no kick.
-        let _ = self.exit_event.read();
+        // Fails when there was no kick. Not a plain read: a duplicate's holder may have made the eventfd blocking.
+        let _ = take_count(self.exit_event.as_raw_fd());
         self.keep_running = false;
     }
 
     /// Ready for another run: the kicks so far belonged to the last one.
     pub fn rearm(&mut self) {
-        // Fails when there was no kick.
-        let _ = self.exit_event.read();
+        // As in `stop`.
+        let _ = take_count(self.exit_event.as_raw_fd());
         self.keep_running = true;
     }
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -95,3 +97,53 @@ def test_it_is_a_plain_descriptor_not_inherited() -> None:
     with EventFd(1) as fd:
         assert select.select([fd], [], [], 0)[0] == [fd]
         assert not os.get_inheritable(fd.fileno())
+
+
+@pytest.mark.parametrize("kind", ["EventFd", "TimerFd", "full EventFd"])
+def test_descriptor_made_blocking_later_holds_up_only_its_caller(kind: str) -> None:
+    """Any holder of a duplicate can do that. Where the wait held the GIL nobody could end it."""
+    code = f"""
+import os, threading
+from pyvmm import EventFd, TimerFd
+if {kind!r} == "TimerFd":
+    source = TimerFd()
+    go_on, wait = (lambda: source.set(0)), source.read
+elif {kind!r} == "EventFd":
+    source = EventFd()
+    go_on, wait = source.write, source.read
+else:
+    source = EventFd(2**64 - 2)
+    go_on, wait = (lambda: os.read(source.fileno(), 8)), source.write
+os.set_blocking(source.fileno(), True)
+waiting = threading.Thread(target=wait)
+waiting.start()
+while "S" not in open(f"/proc/self/task/{{waiting.native_id}}/stat").read().split(") ")[1][:1]:
+    pass
+go_on()
+waiting.join()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_drained_source_made_blocking_later_does_not_hold_up_its_loop() -> None:
+    """What was fetched may have been read by somebody else since."""
+    code = """
+import os, select
+from pyvmm import EventFd, EventManager, Events, TimerFd
+manager, bell, timer = EventManager(), EventFd(1), TimerFd()
+timer.set(0)
+class Thief:
+    def __init__(self, source): self.source = source
+    def init(self, ops): ops.add(Events(self.source))
+    def process(self, events, ops): os.read(bell.fileno(), 8), os.read(timer.fileno(), 8)
+class Robbed(Thief):
+    def init(self, ops): ops.add(Events(self.source, drain=True))
+    def process(self, events, ops): raise AssertionError("it was read already")
+assert select.select([timer], [], [], 60)[0]
+manager.add_subscriber(Thief(EventFd(1)))
+for source in bell, timer:
+    manager.add_subscriber(Robbed(source))
+    os.set_blocking(source.fileno(), True)
+assert manager.run_with_timeout(0) == 1
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

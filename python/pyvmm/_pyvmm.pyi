@@ -88,13 +88,19 @@ class EventFd:
         """The file descriptor's number."""
 
     def close(self) -> None:
-        """Close the descriptor. A `read` that waits in another thread keeps it until it returns."""
+        """Close the descriptor, which ends an `async for` over it.
+
+        A `read` that waits in another thread keeps it until it returns.
+        """
 
     @property
     def closed(self) -> bool:
         """Whether it is closed."""
 
     def __aiter__(self) -> AsyncIterator[int]: ...
+    def _take(self) -> int: ...
+    def _begin_wait(self, waiter: object) -> int: ...
+    def _end_wait(self) -> None: ...
     def __enter__(self) -> Self: ...
     def __exit__(
         self,
@@ -133,13 +139,16 @@ class TimerFd:
         """The file descriptor's number."""
 
     def close(self) -> None:
-        """Close the descriptor."""
+        """Close the descriptor, which ends an `async for` over it."""
 
     @property
     def closed(self) -> bool:
         """Whether it is closed."""
 
     def __aiter__(self) -> AsyncIterator[int]: ...
+    def _take(self) -> int: ...
+    def _begin_wait(self, waiter: object) -> int: ...
+    def _end_wait(self) -> None: ...
     def __enter__(self) -> Self: ...
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
@@ -286,6 +295,13 @@ class EventManager:
         """`run_forever` inside a running asyncio loop, which stays responsive.
 
         A subscriber's `process` may be a coroutine function: it runs as a task, and its exception ends the run.
+        Coroutines that still run after `stop` have a second to come to their end; those that do not are cancelled, and
+        the asyncio loop's exception handler is told which.
+
+        Raises:
+            StateError: the manager is hosted or in a run already.
+            Exception: the first exception of a callback or a coroutine. The others are in its notes and go to the
+                asyncio loop's exception handler.
         """
 
     @property
@@ -313,10 +329,24 @@ class EventManager:
     def dispatched(self) -> int:
         """How many events it has dispatched."""
 
-    def _set_awaiter(self, awaiter: Callable[[Any], object] | None) -> None: ...
+    def _begin_hosting(self, awaiter: Callable[[Any, str], None]) -> None: ...
+    def _end_hosting(self) -> None: ...
     def _take_stop(self) -> bool: ...
     def fileno(self) -> int:
-        """The epoll set's file descriptor: readable when an event is ready."""
+        """A file descriptor for other loops to wait on: readable when an event is ready.
+
+        It is the same as long as the manager lives.
+
+        Raises:
+            StateError: in a forked child, whose parent's it is.
+        """
+
+@final
+class _Cancel:
+    """Ends one run of a machine and no other."""
+
+    def set(self) -> None:
+        """From any thread, at any time."""
 
 @final
 class RemoteEndpoint:
@@ -1278,12 +1308,17 @@ class Vmm:
         """
 
     def run_async(self, timeout: float | None = None) -> Coroutine[Any, Any, Exit]:
-        """`run` inside a running asyncio loop, which stays responsive: the guest's loop turns in another thread.
+        """`run` inside a running asyncio loop, which stays responsive: the guest's loop turns in a thread of its own.
 
-        Cancelling it stops the guest. A subscriber's `process` may be a coroutine function: it runs as a task of
-        the asyncio loop, and its exception ends the run.
+        Cancelling it stops the guest. A subscriber's `process` may be a coroutine function: it runs as a task of the
+        asyncio loop, and its exception ends the run. Coroutines that still run when the guest has ended have a second
+        to come to their end; those that do not are cancelled, and the asyncio loop's exception handler is told which.
         """
 
+    def _new_cancel(self) -> _Cancel: ...
+    def _run_cancellable(
+        self, timeout: float | None, cancel: _Cancel, awaiter: Callable[[Any, str], None]
+    ) -> Exit | None: ...
     def __aenter__(self) -> Coroutine[Any, Any, Self]: ...
     def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /

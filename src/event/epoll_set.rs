@@ -1,14 +1,14 @@
-//! The epoll set that `event_manager` keeps to itself: found, shared, and purged of ghosts.
+//! The epoll set that `event_manager` keeps to itself: found, shared, and purged of stale registrations.
 //!
 //! Why: with the set's fd a thread can wait outside the manager's lock, another loop can host this one, and
-//! a registration whose fd number was closed (a ghost) can be removed. The crate does not hand the fd out.
+//! a registration whose fd number was closed (a stale one) can be removed. The crate does not hand the fd out.
 //! How: register an eventfd of our own, then look for the one epoll set that knows it.
 
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use event_manager::{
@@ -25,6 +25,9 @@ use crate::error::{Error, ErrorKind, Result};
 pub(super) struct EpollSet {
     /// The number that the manager itself uses; it stays open as long as the manager lives.
     number: RawFd,
+    /// What other loops wait on: it watches the set, and is the same file as long as the manager lives. Made when it is
+    /// asked for: each event takes a step more through it.
+    host: OnceLock<Epoll>,
     /// Written to wake a waiter.
     wake: Arc<EventFd>,
     /// Whether `Waker` has drained it since `take_woken` was called.
@@ -60,11 +63,22 @@ impl EpollSet {
         let number = find_set_with(&wake).map_err(|e| {
             os("/proc/self/fd", &e).hint("pyvmm's event manager needs /proc mounted")
         })?;
-        Ok(Self { number, wake, woken })
+        Ok(Self { number, host: OnceLock::new(), wake, woken })
     }
 
-    pub(super) fn as_raw_fd(&self) -> RawFd {
-        self.number
+    /// The number for other loops to wait on. For the holder of the manager's lock.
+    pub(super) fn host_number(&self) -> Result<RawFd> {
+        if let Some(host) = self.host.get() {
+            return Ok(host.as_raw_fd());
+        }
+        let host = Epoll::new().map_err(|e| os("epoll_create1", &e))?;
+        self.watch_from(&host)?;
+        Ok(self.host.get_or_init(|| host).as_raw_fd())
+    }
+
+    fn watch_from(&self, host: &Epoll) -> Result<()> {
+        let event = EpollEvent::new(EventSet::IN, 0);
+        host.ctl(ControlOperation::Add, self.number, event).map_err(|e| os("epoll_ctl", &e))
     }
 
     /// Wait until an event is ready. False when the deadline passed, a signal came, or `interrupt` is readable alone.
@@ -107,13 +121,18 @@ impl EpollSet {
         self.control(ControlOperation::Add, fd)
     }
 
-    /// Remove registrations under these numbers that no number leads to any more.
+    /// Take a number's registration back. False when epoll has none of the file that the number leads to now.
+    pub(super) fn forget(&self, fd: RawFd) -> bool {
+        self.control(ControlOperation::Delete, fd).is_ok()
+    }
+
+    /// Remove registrations under these numbers that no number leads to any more. For the holder of the manager's lock.
     ///
     /// Epoll knows a registration by file and number. When the number was closed but the file lives on
     /// through a duplicate, no call can name it: the set is rebuilt without it and put in the old one's
     /// place, at the same number, so that the manager goes on with it unaware.
-    pub(super) fn drop_ghosts(&self, fds: &[RawFd]) -> Result<()> {
-        if fds.is_empty() {
+    pub(super) fn drop_stale(&self, fds: &[RawFd]) -> Result<()> {
+        if !fds.iter().any(|fd| may_watch(self.number, *fd)) {
             return Ok(());
         }
         let registered = registrations(self.number).map_err(|e| os("/proc/self/fdinfo", &e))?;
@@ -123,14 +142,22 @@ impl EpollSet {
         let fresh = Epoll::new().map_err(|e| os("epoll_create1", &e))?;
         for r in registered.iter().filter(|r| !fds.contains(&r.fd)) {
             let event = EpollEvent::new(EventSet::from_bits_truncate(r.events), r.data);
-            // A registration whose number has been closed since is a ghost too, and stays behind.
+            // A registration whose number has been closed since is stale too, and stays behind.
             let _ = fresh.ctl(ControlOperation::Add, r.fd, event);
+        }
+        if let Some(host) = self.host.get() {
+            // A thread that waits keeps the old set alive: it must not be what makes the host readable.
+            let _ = host.ctl(ControlOperation::Delete, self.number, EpollEvent::default());
         }
         // SAFETY: the number is open and stays its owner's; dup3 swaps the file behind it in one step, so that no
         // other thread can be given the number in between.
-        if unsafe { libc::dup3(fresh.as_raw_fd(), self.number, libc::O_CLOEXEC) } < 0 {
-            return Err(os("dup3", &io::Error::last_os_error()));
+        let swapped = unsafe { libc::dup3(fresh.as_raw_fd(), self.number, libc::O_CLOEXEC) };
+        let swapped =
+            if swapped < 0 { Err(os("dup3", &io::Error::last_os_error())) } else { Ok(()) };
+        if let Some(host) = self.host.get() {
+            self.watch_from(host)?;
         }
+        swapped?;
         // A thread that waits on the old set sees what was registered there, but nothing added from here on.
         self.wake()
     }
@@ -144,6 +171,30 @@ impl EpollSet {
         let result = unsafe { libc::epoll_ctl(self.number, operation as i32, fd, &raw mut event) };
         if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
+}
+
+/// `struct kcmp_epoll_slot` of the kernel.
+#[repr(C)]
+struct KcmpEpollSlot {
+    epoll: u32,
+    target: u32,
+    offset: u32,
+}
+
+const KCMP_EPOLL_TFD: libc::c_long = 7;
+
+/// Whether a set may have a registration under this number, whatever the number leads to now. It costs no descriptor, and
+/// less than reading the list; where the kernel does not answer, the list has to be read.
+fn may_watch(epoll: RawFd, fd: RawFd) -> bool {
+    let (Ok(set), Ok(target)) = (u32::try_from(epoll), u32::try_from(fd)) else { return false };
+    let slot = KcmpEpollSlot { epoll: set, target, offset: 0 };
+    // SAFETY: kcmp reads the slot, which lives through the call, and compares two files of this process.
+    let compared = unsafe {
+        let this = libc::c_long::from(libc::getpid());
+        let with = &raw const slot;
+        libc::syscall(libc::SYS_kcmp, this, this, KCMP_EPOLL_TFD, libc::c_long::from(epoll), with)
+    };
+    compared >= 0 || io::Error::last_os_error().raw_os_error() != Some(libc::ENOENT)
 }
 
 /// One line of an epoll set's fdinfo.
@@ -214,5 +265,6 @@ mod tests {
         let set = EpollSet::of(&mut upstream).unwrap();
         let listed = registrations(set.number).unwrap();
         assert!(listed.iter().any(|r| r.fd == set.wake.as_raw_fd()));
+        assert!(may_watch(set.number, set.wake.as_raw_fd()));
     }
 }

@@ -12,10 +12,14 @@ use crate::error::{Error, ErrorKind, Result};
 
 pub(super) struct Inner {
     pub(super) upstream: Upstream<BoxedSubscriber>,
-    /// What is watched, by fd, of what came through [`add`](super::EventManager::add)(super::EventManager::add).
-    pub(super) watched: HashMap<RawFd, Watched>,
+    /// What is watched, by fd, of what came through [`add`](super::EventManager::add).
+    watched: HashMap<RawFd, Watched>,
+    /// The fds among them by their owner: removing one subscriber does not look at the others'.
+    owned: HashMap<SubscriberId, Vec<RawFd>>,
     /// What was closed before it was removed: upstream still takes these numbers for their owners'.
     pub(super) closed: HashMap<RawFd, SubscriberId>,
+    /// Numbers whose stale registrations could not be dropped yet, for want of descriptors.
+    pub(super) stale: Vec<RawFd>,
 }
 
 #[derive(Clone, Copy)]
@@ -25,6 +29,49 @@ pub(super) struct Watched {
 }
 
 impl Inner {
+    pub(super) fn new(upstream: Upstream<BoxedSubscriber>) -> Self {
+        let (watched, owned) = (HashMap::new(), HashMap::new());
+        Self { upstream, watched, owned, closed: HashMap::new(), stale: Vec::new() }
+    }
+
+    /// What an fd is watched for, and by whom.
+    pub(super) fn watched(&self, fd: RawFd) -> Option<Watched> {
+        self.watched.get(&fd).copied()
+    }
+
+    pub(super) fn watch(&mut self, owner: SubscriberId, events: Events) {
+        if self.watched.insert(events.fd(), Watched { owner, events }).is_none() {
+            self.owned.entry(owner).or_default().push(events.fd());
+        }
+    }
+
+    pub(super) fn unwatch(&mut self, fd: RawFd) {
+        let owner = self.watched.remove(&fd).map(|watched| watched.owner);
+        let Some(owned) = owner.and_then(|owner| self.owned.get_mut(&owner)) else { return };
+        if let Some(at) = owned.iter().position(|owned| *owned == fd) {
+            owned.swap_remove(at);
+        }
+    }
+
+    /// Forget all that a subscriber watches, and say what that was.
+    pub(super) fn unwatch_all(&mut self, owner: SubscriberId) -> Vec<RawFd> {
+        let fds = self.owned.remove(&owner).unwrap_or_default();
+        for fd in &fds {
+            self.watched.remove(fd);
+        }
+        fds
+    }
+
+    /// Drop the stale registrations that are left. Until that is done nothing may be dispatched: upstream knows no receiver
+    /// of their events.
+    pub(super) fn drop_stale(&mut self, epoll: &EpollSet) -> Result<()> {
+        if !self.stale.is_empty() {
+            epoll.drop_stale(&self.stale)?;
+            self.stale.clear();
+        }
+        Ok(())
+    }
+
     pub(super) fn check_owner(&self, at: &str, id: SubscriberId, fd: RawFd) -> Result<()> {
         match self.watched.get(&fd) {
             Some(watched) if watched.owner == id => Ok(()),
@@ -46,10 +93,10 @@ impl Inner {
         owner: SubscriberId,
         fd: RawFd,
     ) -> Result<()> {
-        epoll.drop_ghosts(&[fd])?;
+        epoll.drop_stale(&[fd])?;
         // Upstream forgets an fd only when epoll deletes it: so epoll must have it for a moment.
         epoll.add_placeholder(fd).map_err(|e| refused("EventOps.add", fd, &e))?;
-        self.watched.remove(&fd);
+        self.unwatch(fd);
         self.closed.remove(&fd);
         ops(&mut self.upstream, owner)?
             .remove(Events::empty_raw(fd))

@@ -2,8 +2,7 @@
 //! subscribers while another waits. The wait happens outside the lock, on the manager's own epoll set;
 //! only the dispatch of what is ready takes it. Subscribers run on the thread that turns the loop.
 
-use std::collections::HashMap;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::RawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,7 +13,7 @@ use event_manager::{
 
 use super::epoll_set::EpollSet;
 use super::errors::{at_fd, event_error};
-use super::inner::{Inner, Watched, ops};
+use super::inner::{Inner, ops};
 use super::waits::Waits;
 use crate::error::{Error, ErrorKind, Result};
 use crate::process::Birthplace;
@@ -53,7 +52,7 @@ impl EventManager {
     pub fn new() -> Result<Self> {
         let mut upstream = Upstream::new().map_err(event_error)?;
         let epoll = EpollSet::of(&mut upstream)?;
-        let inner = Mutex::new(Inner { upstream, watched: HashMap::new(), closed: HashMap::new() });
+        let inner = Mutex::new(Inner::new(upstream));
         let (birthplace, removals) = (Birthplace::here(), Arc::default());
         let (waits, recorders) = (Waits::default(), Recorders::default());
         Ok(Self { inner, epoll, birthplace, removals, waits, recorders })
@@ -76,20 +75,16 @@ impl EventManager {
     pub fn remove_subscriber(&self, id: SubscriberId) -> Result<BoxedSubscriber> {
         self.check_process()?;
         let mut inner = self.inner.lock();
+        ops(&mut inner.upstream, id)?;
+        // One that its owner closed while a duplicate of it lives on cannot be forgotten by number, and would reach upstream
+        // as an fd it does not know.
+        let left = inner.unwatch_all(id);
+        inner.stale.extend(left.into_iter().filter(|fd| !self.epoll.forget(*fd)));
         let subscriber = inner.upstream.remove_subscriber(id).map_err(event_error)?;
         self.count_removal();
         inner.closed.retain(|_, owner| *owner != id);
-        let mut left: Vec<RawFd> = Vec::new();
-        inner.watched.retain(|fd, watched| {
-            let mine = watched.owner == id;
-            if mine {
-                left.push(*fd);
-            }
-            !mine
-        });
-        // Upstream has asked epoll to forget each fd. One that its owner closed while a duplicate of it
-        // lives on cannot be forgotten by number, and would reach upstream as an fd it does not know.
-        self.epoll.drop_ghosts(&left)?;
+        // Without descriptors it is tried again before the next dispatch, which says so: the subscriber is gone by now.
+        let _ = inner.drop_stale(&self.epoll);
         Ok(subscriber)
     }
 
@@ -101,7 +96,10 @@ impl EventManager {
         self.check_process()?;
         let mut inner = self.inner.lock();
         let fd = events.fd();
-        if let Some(Watched { owner, .. }) = inner.watched.get(&fd).copied() {
+        if inner.stale.contains(&fd) {
+            inner.drop_stale(&self.epoll)?;
+        }
+        if let Some(owner) = inner.watched(fd).map(|watched| watched.owner) {
             if self.epoll.watches(fd) {
                 let detail = format!("file descriptor {fd} is registered already");
                 return Err(Error::new(ErrorKind::Event, "EventOps.add", detail));
@@ -113,7 +111,7 @@ impl EventManager {
             inner.forget_closed(&self.epoll, owner, fd)?;
         }
         ops(&mut inner.upstream, id)?.add(events).map_err(|e| at_fd("EventOps.add", fd, e))?;
-        inner.watched.insert(fd, Watched { owner: id, events });
+        inner.watch(id, events);
         Ok(())
     }
 
@@ -129,7 +127,7 @@ impl EventManager {
         ops(&mut inner.upstream, id)?
             .modify(events)
             .map_err(|e| at_fd("EventOps.modify", fd, e))?;
-        inner.watched.insert(fd, Watched { owner: id, events });
+        inner.watch(id, events);
         Ok(())
     }
 
@@ -137,7 +135,7 @@ impl EventManager {
     /// not handled. Does nothing for an fd that the subscriber does not watch any more.
     pub fn rearm(&self, id: SubscriberId, fd: RawFd) {
         let mut inner = self.inner.lock();
-        let watched = inner.watched.get(&fd).filter(|watched| watched.owner == id).copied();
+        let watched = inner.watched(fd).filter(|watched| watched.owner == id);
         if let (Some(watched), Ok(ops)) = (watched, ops(&mut inner.upstream, id)) {
             // Fails only for an fd that was closed since: then there is nothing to report.
             let _ = ops.modify(watched.events);
@@ -169,11 +167,13 @@ impl EventManager {
     }
 
     fn stop_watching(&self, inner: &mut Inner, id: SubscriberId, fd: RawFd) -> Result<()> {
-        inner.watched.remove(&fd);
+        inner.unwatch(fd);
         self.count_removal();
         if ops(&mut inner.upstream, id)?.remove(Events::empty_raw(fd)).is_err() {
             inner.closed.insert(fd, id);
-            self.epoll.drop_ghosts(&[fd])?;
+            inner.stale.push(fd);
+            // As in `remove_subscriber`.
+            let _ = inner.drop_stale(&self.epoll);
         }
         Ok(())
     }
@@ -199,7 +199,7 @@ impl EventManager {
     /// Whether this subscriber still watches this fd: what a queued event is checked against.
     #[must_use]
     pub fn is_watching(&self, id: SubscriberId, fd: RawFd) -> bool {
-        self.inner.lock().watched.get(&fd).is_some_and(|watched| watched.owner == id)
+        self.inner.lock().watched(fd).is_some_and(|watched| watched.owner == id)
     }
 
     /// From here on several threads may turn this loop at once. One of them may take the event, or the kick, that another
@@ -241,6 +241,16 @@ impl EventManager {
         Ok((events > 0 || woken).then_some(events))
     }
 
+    /// A number for other loops to wait on: readable when an event is ready. It is the same file as long as the manager lives.
+    ///
+    /// # Errors
+    /// When the process has no file descriptor left, or in a forked child.
+    pub fn host_fd(&self) -> Result<RawFd> {
+        self.check_process()?;
+        let _inner = self.inner.lock();
+        self.epoll.host_number()
+    }
+
     /// Under the lock that subscribers are called with.
     pub fn locked<T>(&self, f: impl FnOnce() -> T) -> T {
         let _inner = self.inner.lock();
@@ -249,7 +259,8 @@ impl EventManager {
 
     /// Dispatch what is ready now, without waiting.
     pub(super) fn dispatch(&self, inner: &mut Inner) -> Result<Dispatched> {
-        // Upstream's dispatch has an `unreachable!` for an fd it does not know. Ghosts are dropped when
+        inner.drop_stale(&self.epoll)?;
+        // Upstream's dispatch has an `unreachable!` for an fd it does not know. Stale registrations are dropped when
         // they arise; this keeps one that got through, or a panic in a subscriber, from unwinding a run.
         match catch_unwind(AssertUnwindSafe(|| inner.upstream.run_with_timeout(0))) {
             Ok(result) => {
@@ -272,18 +283,13 @@ pub(super) struct Dispatched {
     pub(super) woken: bool,
 }
 
-impl AsRawFd for EventManager {
-    /// The epoll set: readable when an event is ready.
-    fn as_raw_fd(&self) -> RawFd {
-        self.epoll.as_raw_fd()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use event_manager::{EventOps, EventSet};
+    use std::os::fd::AsRawFd;
     use std::sync::atomic::AtomicUsize;
+    use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent};
     use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
     #[derive(Default)]
@@ -371,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn dropping_a_ghost_keeps_the_others_and_wakes_who_waits() {
+    fn dropping_a_stale_registration_keeps_the_others_and_wakes_who_waits() {
         let (manager, id, count) = manager();
         let kept = EventFd::new(EFD_NONBLOCK).unwrap();
         manager.add(id, Events::new(&kept, EventSet::IN)).unwrap();
@@ -393,6 +399,28 @@ mod tests {
         kept.write(1).unwrap();
         assert_eq!(manager.run_with_timeout(1000).unwrap(), 1);
         assert_eq!(count.load(Ordering::SeqCst), 2);
+    }
+
+    #[test]
+    fn a_host_goes_on_hearing_after_a_stale_registration_was_dropped() {
+        let (manager, id, _) = manager();
+        let kept = EventFd::new(EFD_NONBLOCK).unwrap();
+        manager.add(id, Events::new(&kept, EventSet::IN)).unwrap();
+        let host = Epoll::new().unwrap();
+        let event = EpollEvent::new(EventSet::IN, 0);
+        host.ctl(ControlOperation::Add, manager.host_fd().unwrap(), event).unwrap();
+        let is_ready = || host.wait(0, &mut [EpollEvent::default()]).unwrap() == 1;
+        let gone = ready_eventfd();
+        let _duplicate = gone.try_clone().unwrap();
+        let other = manager.add_subscriber(Box::new(Counter::default()));
+        manager.add(other, Events::new(&gone, EventSet::IN)).unwrap();
+        assert!(is_ready());
+        drop(gone);
+        manager.remove_subscriber(other).map(drop).unwrap();
+        manager.run_with_timeout(0).unwrap();
+        assert!(!is_ready());
+        kept.write(1).unwrap();
+        assert!(is_ready());
     }
 
     #[test]

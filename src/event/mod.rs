@@ -10,7 +10,9 @@ mod timer;
 mod turns;
 mod waits;
 
-pub(crate) use poll::wait_for_either;
+#[cfg(feature = "python")]
+pub(crate) use poll::{is_blocking, read_count};
+pub(crate) use poll::{take_count, wait_for_either};
 
 pub use calls::Calls;
 pub use manager::{BoxedSubscriber, EventManager};

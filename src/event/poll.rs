@@ -1,4 +1,4 @@
-//! A wait for one of two file descriptors, on whichever thread calls.
+//! Waits for file descriptors, and reads of counters that never wait. On whichever thread calls.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -26,6 +26,50 @@ pub(crate) fn wait_for_either(fds: [RawFd; 2], deadline: Option<Instant>) -> io:
     }
 }
 
+#[cfg(feature = "python")]
+/// Whether the descriptor's own flag has its reads and writes wait. False when it is not open.
+pub(crate) fn is_blocking(fd: RawFd) -> bool {
+    // SAFETY: no pointers; the result is checked.
+    let flags = unsafe { libc::fcntl(fd, libc::F_GETFL) };
+    flags >= 0 && flags & libc::O_NONBLOCK == 0
+}
+
+/// Take the count of an eventfd or a timer without waiting, whatever its flag says: any holder of a duplicate may change that.
+///
+/// # Errors
+/// `WouldBlock` when the count is zero.
+pub(crate) fn take_count(fd: RawFd) -> io::Result<u64> {
+    let mut count = 0u64;
+    let part = libc::iovec { iov_base: (&raw mut count).cast(), iov_len: 8 };
+    // SAFETY: one part, the eight bytes of a local. -1 is for files without a position.
+    let length = unsafe { libc::preadv2(fd, &raw const part, 1, -1, libc::RWF_NOWAIT) };
+    if length >= 0 {
+        return Ok(count);
+    }
+    match io::Error::last_os_error() {
+        // Timers know the flag only since Linux 6.10.
+        e if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS)) => read_if_ready(fd),
+        e => Err(e),
+    }
+}
+
+fn read_if_ready(fd: RawFd) -> io::Result<u64> {
+    let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    // SAFETY: one pollfd that lives through the call, which does not wait.
+    if unsafe { libc::poll(&raw mut poll, 1, 0) } <= 0 {
+        return Err(io::ErrorKind::WouldBlock.into());
+    }
+    read_count(fd)
+}
+
+/// Read a count as the descriptor's flag says: it may wait.
+pub(crate) fn read_count(fd: RawFd) -> io::Result<u64> {
+    let mut count = 0u64;
+    // SAFETY: eight bytes of a local.
+    let length = unsafe { libc::read(fd, (&raw mut count).cast(), 8) };
+    if length < 0 { Err(io::Error::last_os_error()) } else { Ok(count) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -41,5 +85,15 @@ mod tests {
         other.write(1).unwrap();
         assert_eq!(wait_for_either(fds, None).unwrap(), [false, true]);
         assert_eq!(wait_for_either([-1, fds[1]], None).unwrap(), [false, true]);
+    }
+
+    #[test]
+    fn a_count_is_taken_without_waiting_also_where_the_descriptor_blocks() {
+        let fd = EventFd::new(0).unwrap();
+        for take in [take_count, read_if_ready] {
+            assert_eq!(take(fd.as_raw_fd()).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+            fd.write(3).unwrap();
+            assert_eq!(take(fd.as_raw_fd()).unwrap(), 3);
+        }
     }
 }

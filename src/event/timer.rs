@@ -4,6 +4,8 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::time::Duration;
 
+use super::poll::take_count;
+
 /// A timer behind a file descriptor, readable when it has expired.
 #[derive(Debug)]
 pub struct TimerFd(OwnedFd);
@@ -64,15 +66,12 @@ impl TimerFd {
         if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
-    /// How often it has expired since the last read or set.
+    /// How often it has expired since the last read or set. Does not wait.
     ///
     /// # Errors
     /// `WouldBlock` when it has not.
     pub fn read(&self) -> io::Result<u64> {
-        let mut count = 0u64;
-        // SAFETY: eight bytes of a local.
-        let length = unsafe { libc::read(self.as_raw_fd(), (&raw mut count).cast(), 8) };
-        if length < 0 { Err(io::Error::last_os_error()) } else { Ok(count) }
+        take_count(self.as_raw_fd())
     }
 }
 

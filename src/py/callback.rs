@@ -12,6 +12,7 @@ use pyo3::types::{PyBytes, PyInt, PyType};
 use pyo3::{ffi, intern};
 
 use super::attach::attach;
+use super::awaiting::{refuse_awaitable, take_returned};
 use super::batch::Ready;
 use super::device::{PythonDevice, bytes_of};
 use super::ending::{guard_thread, import};
@@ -74,11 +75,11 @@ pub(super) fn init(
 ) -> PyResult<()> {
     let py = manager.py();
     let ops = Bound::new(py, PyEventOps::new())?;
-    let result = {
+    let returned = {
         let _call = ops.get().begin(manager, token);
         subscriber.call_method1(intern!(py, "init"), (&ops,))
     };
-    result.map(drop)
+    refuse_awaitable(&returned?, || Ok(format!("{}.init", subscriber.get_type().qualname()?)))
 }
 
 /// Call `process(events, ops)` for what was fetched, then make the calls that other threads have asked for.
@@ -179,13 +180,7 @@ fn process(
     if let Some((threshold, start)) = watch {
         time(manager.get(), subscriber, start.elapsed(), threshold)?;
     }
-    if returned.is_none() {
-        return Ok(());
-    }
-    match manager.get().awaiter(py) {
-        Some(awaiter) => awaiter.call1(py, (returned,)).map(drop),
-        None => Ok(()),
-    }
+    take_returned(manager.get(), &returned, || subscriber_name(subscriber))
 }
 
 /// Wait until this time at most and dispatch; returns how many events were fetched: none also after a kick or a signal.
@@ -225,7 +220,11 @@ pub(super) fn turn(
 /// Call an exit handler's `kick()`. On the thread of the vCPU whose guest has ended.
 pub(super) fn kick(handler: &Py<PyAny>) -> PyResult<()> {
     on_vcpu_thread(
-        |py| handler.bind(py).call_method0(intern!(py, "kick")).map(|_| Ok(())),
+        |py| {
+            let handler = handler.bind(py);
+            let name = || Ok(format!("{}.kick", handler.get_type().qualname()?));
+            refuse_awaitable(&handler.call_method0(intern!(py, "kick"))?, name).map(|()| Ok(()))
+        },
         |_, error| Err(error),
     )
 }
@@ -347,9 +346,15 @@ fn answer_of(device: &PythonDevice, value: &Bound<'_, PyAny>, wanted: usize) -> 
     bytes_of(value, wanted).map(Answer::Bytes)
 }
 
-fn done(device: &PythonDevice, value: &Bound<'_, PyAny>) -> PyResult<Answer> {
-    let is_stop = !value.is_none() && is_stop(value, device.raised())?;
-    Ok(if is_stop { Answer::Stop } else { Answer::Done })
+fn done(device: &PythonDevice, method: &Py<PyAny>, value: &Bound<'_, PyAny>) -> PyResult<Answer> {
+    if value.is_none() {
+        return Ok(Answer::Done);
+    }
+    if is_stop(value, device.raised())? {
+        return Ok(Answer::Stop);
+    }
+    refuse_awaitable(value, || name_of(method.bind(value.py())))?;
+    Ok(Answer::Done)
 }
 
 /// `device.read(offset, size)`
@@ -363,7 +368,7 @@ pub(super) fn read(device: &PythonDevice, method: &Py<PyAny>, offset: u64, size:
 pub(super) fn write(device: &PythonDevice, method: &Py<PyAny>, offset: u64, data: &[u8]) -> Answer {
     let number = data.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte));
     call_device(device, "write", offset, |py| {
-        done(device, &method.bind(py).call1((offset, data.len(), number))?)
+        done(device, method, &method.bind(py).call1((offset, data.len(), number))?)
     })
 }
 
@@ -390,7 +395,7 @@ pub(super) fn write_many(
     data: &[u8],
 ) -> Answer {
     call_device(device, "write_many", offset, |py| {
-        done(device, &method.bind(py).call1((offset, size, PyBytes::new(py, data)))?)
+        done(device, method, &method.bind(py).call1((offset, size, PyBytes::new(py, data)))?)
     })
 }
 
@@ -459,7 +464,8 @@ fn verdict(hooks: &Hooks, exit: &VcpuExit, said: &Bound<'_, PyAny>) -> PyResult<
 pub(super) fn progress(function: Option<&Py<PyAny>>, done: u64, total: u64) -> PyResult<()> {
     attach(|py| {
         if let Some(function) = function {
-            function.bind(py).call1((done, total))?;
+            let function = function.bind(py);
+            refuse_awaitable(&function.call1((done, total))?, || name_of(function))?;
         }
         py.check_signals()
     })
@@ -476,5 +482,8 @@ pub(super) fn save(method: &Py<PyAny>) -> PyResult<Vec<u8>> {
 
 /// `device.restore(state)`. On the thread that forks or resets.
 pub(super) fn restore(method: &Py<PyAny>, state: &[u8]) -> PyResult<()> {
-    attach(|py| method.bind(py).call1((PyBytes::new(py, state),)).map(drop))
+    attach(|py| {
+        let method = method.bind(py);
+        refuse_awaitable(&method.call1((PyBytes::new(py, state),))?, || name_of(method))
+    })
 }

@@ -11,6 +11,7 @@ use pyo3::exceptions::{PyTimeoutError, PyTypeError};
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 
+use super::awaiting::take_returned;
 use super::event_manager::PyEventManager;
 use super::exit::timeout as as_timeout;
 use super::trace::{name_of, recorded};
@@ -78,10 +79,12 @@ pub(super) fn make_calls(manager: &Bound<'_, PyEventManager>) -> PyResult<()> {
         let result = recorded(name, || function.call1(py, (manager,)));
         match (reply, result) {
             (Some(reply), result) => replies.push((reply, result)),
-            (None, Ok(_)) => {}
-            (None, Err(error)) => {
-                made = Err(error);
-                break;
+            (None, result) => {
+                let name = || name_of(function.bind(py));
+                made = result.and_then(|value| take_returned(this, value.bind(py), name));
+                if made.is_err() {
+                    break;
+                }
             }
         }
     }

@@ -4,6 +4,7 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use pyo3::exceptions::{PyOSError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -12,6 +13,8 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EFD_SEMAPHORE, EventFd};
 use super::attached::Attached;
 use super::batch::Drain;
 use super::ending::import;
+use super::reader::Reader;
+use crate::event::{is_blocking, read_count, take_count};
 
 /// A counter that the kernel keeps behind a file descriptor: eventfd(2).
 ///
@@ -25,18 +28,30 @@ pub struct PyEventFd {
     fd: Attached<Option<Arc<EventFd>>>,
     /// Its calls return at once: the GIL is not worth letting go.
     nonblocking: bool,
+    /// So much was written that a write may have to wait, where somebody has made the descriptor blocking.
+    may_be_full: AtomicBool,
+    /// The task that iterates it.
+    reader: Reader,
 }
+
+/// Less than this at a time fills no counter within a century.
+const MUCH: u64 = 1 << 32;
 
 impl Drain for EventFd {
     fn take(&self) -> io::Result<u64> {
-        self.read()
+        take_count(self.as_raw_fd())
     }
 }
 
 impl PyEventFd {
     /// Over a nonblocking one of the crate's.
     pub(super) fn over(fd: Arc<EventFd>) -> Self {
-        Self { fd: Attached::new(Some(fd)), nonblocking: true }
+        Self::of(fd, true, false)
+    }
+
+    fn of(fd: Arc<EventFd>, nonblocking: bool, may_be_full: bool) -> Self {
+        let (fd, may_be_full) = (Attached::new(Some(fd)), AtomicBool::new(may_be_full));
+        Self { fd, nonblocking, may_be_full, reader: Reader::default() }
     }
 
     /// The crate's eventfd.
@@ -55,19 +70,22 @@ impl PyEventFd {
         Ok(self.open(py)?)
     }
 
-    /// Call; if it may wait, without the GIL. After a signal, run Python's handlers and call again.
-    fn call<T: Send>(
+    /// Call what returns at once.
+    fn call_now<T>(
+        &self,
+        py: Python<'_>,
+        call: impl FnOnce(&EventFd) -> io::Result<T>,
+    ) -> PyResult<io::Result<T>> {
+        // No close comes meanwhile.
+        self.fd.with(py, |fd| fd.as_deref().map(call)).ok_or_else(closed)
+    }
+
+    /// Call what may wait, without the GIL. After a signal, run Python's handlers and call again.
+    fn call_waiting<T: Send>(
         &self,
         py: Python<'_>,
         call: impl Fn(&EventFd) -> io::Result<T> + Sync,
     ) -> PyResult<T> {
-        if self.nonblocking {
-            // The call returns at once, and no close comes meanwhile.
-            return self.fd.with(py, |fd| match fd.as_deref() {
-                Some(fd) => call(fd).map_err(|e| os_error(&e)),
-                None => Err(closed()),
-            });
-        }
         let fd = self.open(py)?;
         loop {
             match py.detach(|| call(&fd)) {
@@ -94,7 +112,7 @@ impl PyEventFd {
         if initial > 0 {
             fd.write(initial).map_err(|e| os_error(&e))?;
         }
-        Ok(Self { fd: Attached::new(Some(Arc::new(fd))), nonblocking })
+        Ok(Self::of(Arc::new(fd), nonblocking, initial >= MUCH))
     }
 
     /// Take the count, or one in semaphore mode.
@@ -103,7 +121,16 @@ impl PyEventFd {
     ///     BlockingIOError: the count is zero and the EventFd is nonblocking.
     ///     ValueError: it is closed.
     fn read(&self, py: Python<'_>) -> PyResult<u64> {
-        self.call(py, EventFd::read)
+        if self.nonblocking {
+            match self.call_now(py, |fd| take_count(fd.as_raw_fd()))? {
+                Ok(count) => return Ok(count),
+                // Somebody may have made the descriptor blocking since: then it waits as one that was made so.
+                Err(e) if e.kind() != io::ErrorKind::WouldBlock => return Err(os_error(&e)),
+                Err(e) if !is_blocking(self.open(py)?.as_raw_fd()) => return Err(os_error(&e)),
+                Err(_) => {}
+            }
+        }
+        self.call_waiting(py, |fd| read_count(fd.as_raw_fd()))
     }
 
     /// Add to the count.
@@ -115,7 +142,15 @@ impl PyEventFd {
     ///     ValueError: it is closed.
     #[pyo3(signature = (value = 1))]
     fn write(&self, py: Python<'_>, value: u64) -> PyResult<()> {
-        self.call(py, |fd| fd.write(value))
+        if value >= MUCH {
+            // Relaxed, here and below: with the GIL held.
+            self.may_be_full.store(true, Ordering::Relaxed);
+        }
+        let may_wait = || Ok::<_, PyErr>(is_blocking(self.open(py)?.as_raw_fd()));
+        if self.nonblocking && !(self.may_be_full.load(Ordering::Relaxed) && may_wait()?) {
+            return self.call_now(py, |fd| fd.write(value))?.map_err(|e| os_error(&e));
+        }
+        self.call_waiting(py, |fd| fd.write(value))
     }
 
     /// The file descriptor's number.
@@ -123,9 +158,27 @@ impl PyEventFd {
         Ok(self.open(py)?.as_raw_fd())
     }
 
-    /// Close the descriptor. A `read` that waits in another thread keeps it until it returns.
-    fn close(&self, py: Python<'_>) {
+    /// Close the descriptor, which ends an `async for` over it. A `read` that waits in another thread keeps it until it returns.
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
         drop(self.fd.with(py, Option::take));
+        self.reader.end(py)
+    }
+
+    fn _take(&self, py: Python<'_>) -> PyResult<u64> {
+        self.call_now(py, |fd| take_count(fd.as_raw_fd()))?.map_err(|e| os_error(&e))
+    }
+
+    fn _begin_wait(&self, waiter: &Bound<'_, PyAny>) -> PyResult<i32> {
+        let fd = self.open(waiter.py())?.as_raw_fd();
+        if !self.nonblocking || is_blocking(fd) {
+            return Err(PyTypeError::new_err("only a nonblocking EventFd can be iterated"));
+        }
+        self.reader.begin(waiter, "EventFd")?;
+        Ok(fd)
+    }
+
+    fn _end_wait(&self, py: Python<'_>) {
+        self.reader.forget(py);
     }
 
     /// Whether it is closed.
@@ -138,12 +191,22 @@ impl PyEventFd {
         slf
     }
 
-    fn __exit__(&self, py: Python<'_>, _kind: Py<PyAny>, _error: Py<PyAny>, _traceback: Py<PyAny>) {
-        self.close(py);
+    fn __exit__(
+        &self,
+        py: Python<'_>,
+        _kind: Py<PyAny>,
+        _error: Py<PyAny>,
+        _traceback: Py<PyAny>,
+    ) -> PyResult<()> {
+        self.close(py)
     }
 
     fn __aiter__<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
-        import(slf.py(), "pyvmm.aio")?.call_method1("reads", (slf,))
+        if !slf.get().nonblocking {
+            return Err(PyTypeError::new_err("only a nonblocking EventFd can be iterated"));
+        }
+        slf.get().open(slf.py())?;
+        import(slf.py(), "pyvmm.aio")?.call_method1("Reads", (slf,))
     }
 
     fn __repr__(&self, py: Python<'_>) -> String {

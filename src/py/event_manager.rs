@@ -1,7 +1,7 @@
 //! `EventManager` for Python: the crate's manager, the Python objects subscribed to it, and the queue between
 //! them. A dispatch only queues what is for Python; `callback::deliver` calls the objects after it.
 
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -47,8 +47,6 @@ pub struct PyEventManager {
     /// What other threads ask of the one that turns the loop.
     calls: Calls<Call>,
     watch: Watch,
-    /// Takes what a subscriber's `process` returns, where an asyncio loop hosts this one.
-    awaiter: Mutex<Option<Py<PyAny>>, rank::Awaiter>,
 }
 
 impl PyEventManager {
@@ -66,7 +64,6 @@ impl PyEventManager {
             lead: Lead::default(),
             calls: Calls::default(),
             watch: Watch::default(),
-            awaiter: Mutex::new(None),
         }
     }
 
@@ -125,10 +122,6 @@ impl PyEventManager {
 
     pub(super) fn watch(&self) -> &Watch {
         &self.watch
-    }
-
-    pub(super) fn awaiter(&self, py: Python<'_>) -> Option<Py<PyAny>> {
-        self.awaiter.lock().as_ref().map(|awaiter| awaiter.clone_ref(py))
     }
 
     pub(super) fn calls(&self) -> &Calls<Call> {
@@ -327,7 +320,7 @@ impl PyEventManager {
 
     /// `run` for at most this long, 0 when the time passed. A negative number is no limit.
     fn run_with_timeout(slf: &Bound<'_, Self>, milliseconds: i32) -> PyResult<usize> {
-        let _turning = slf.get().turners.claim("this event manager")?;
+        let _turning = slf.get().turners.claim("this event manager", None)?;
         let limit = u64::try_from(milliseconds).ok().map(Duration::from_millis);
         let deadline = limit.map(|limit| Instant::now() + limit);
         slf.get().with_delivery(|delivery| {
@@ -344,7 +337,7 @@ impl PyEventManager {
     /// Dispatch until `stop` is called or a callback raises; raises as `run` does.
     fn run_forever(slf: &Bound<'_, Self>) -> PyResult<()> {
         let this = slf.get();
-        let _turning = this.turners.claim("this event manager")?;
+        let _turning = this.turners.claim("this event manager", None)?;
         this.with_delivery(|delivery| {
             while !this.calls.take_stop() {
                 if Self::turn(slf, None, delivery)? == 0 {
@@ -389,14 +382,25 @@ impl PyEventManager {
 
     /// `run_forever` inside a running asyncio loop, which stays responsive.
     ///
-    /// A subscriber's `process` may be a coroutine function: it runs as a task, and its exception ends the run.
+    /// A subscriber's `process` may be a coroutine function: it runs as a task, and its exception ends the run. Coroutines
+    /// that still run after `stop` have a second to come to their end; those that do not are cancelled, and the asyncio
+    /// loop's exception handler is told which.
+    ///
+    /// Raises:
+    ///     StateError: the manager is hosted or in a run already.
+    ///     Exception: the first exception of a callback or a coroutine. The others are in its notes and go to the asyncio
+    ///         loop's exception handler.
     fn run_async<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
         import(slf.py(), "pyvmm.aio")?.call_method1("run_manager", (slf,))
     }
 
-    fn _set_awaiter(&self, awaiter: Option<Py<PyAny>>) {
-        let former = std::mem::replace(&mut *self.awaiter.lock(), awaiter);
-        drop(former);
+    fn _begin_hosting(&self, awaiter: Py<PyAny>) -> PyResult<()> {
+        self.core.check_process()?;
+        self.turners.host(awaiter)
+    }
+
+    fn _end_hosting(&self) {
+        self.turners.end_hosting();
     }
 
     fn _take_stop(&self) -> bool {
@@ -439,13 +443,12 @@ impl PyEventManager {
         self.watch.dispatched()
     }
 
-    /// The epoll set's file descriptor: readable when an event is ready.
+    /// A file descriptor for other loops to wait on: readable when an event is ready. The same as long as the manager lives.
     ///
     /// Raises:
     ///     StateError: in a forked child, whose parent's it is.
-    fn fileno(&self) -> PyResult<RawFd> {
-        self.core.check_process()?;
-        Ok(self.core.as_raw_fd())
+    fn fileno(&self, py: Python<'_>) -> PyResult<RawFd> {
+        Ok(py.detach(|| self.core.host_fd())?)
     }
 
     fn __repr__(&self, py: Python<'_>) -> String {
@@ -455,17 +458,15 @@ impl PyEventManager {
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         // A lock is held by another thread only while that one has let the GIL go, and for no Python object's sake.
         self.subscribers.traverse(&visit)?;
-        if let Some(awaiter) = self.awaiter.try_lock() {
-            visit.call(&*awaiter)?;
-        }
+        self.turners.traverse(&visit)?;
         self.calls.try_for_each(|call| visit.call(&call.function))
     }
 
     fn __clear__(&self, py: Python<'_>) {
         let subscribers = self.subscribers.take_all(py);
         let calls = self.calls.take_all();
-        let awaiter = self.awaiter.lock().take();
+        let awaiters = self.turners.take_awaiters();
         // Outside the locks: it may run Python code.
-        drop((subscribers, calls, awaiter));
+        drop((subscribers, calls, awaiters));
     }
 }

@@ -3,6 +3,7 @@
 
 mod attach;
 mod attached;
+mod awaiting;
 mod batch;
 mod callback;
 mod config;
@@ -26,6 +27,8 @@ mod memory;
 mod memory_parts;
 mod owned;
 mod raised;
+mod reader;
+mod run;
 mod serial;
 mod snapshot;
 mod stats;
@@ -52,6 +55,7 @@ pub use kvm::PyKvm;
 pub(crate) use live::close_all;
 pub use memory::PyGuestMemory;
 pub use memory_parts::{PyDirtyPages, PyMemorySlot};
+pub use run::PyCancel;
 pub use serial::PySerial;
 pub use snapshot::PySnapshot;
 pub use stats::PyStats;

@@ -5,19 +5,24 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use pyo3::exceptions::PyValueError;
+use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
 use super::batch::Drain;
 use super::ending::import;
 use super::event_fd::os_error;
-use crate::event::{Expiry, TimerFd};
+use super::reader::Reader;
+use crate::event::{Expiry, TimerFd, is_blocking, read_count};
 use crate::sync::{Mutex, rank};
 
 /// A timer behind a file descriptor, on the monotonic clock: timerfd_create(2). A source of events.
 #[pyclass(frozen, weakref, name = "TimerFd", module = "pyvmm")]
 #[derive(Debug)]
-pub struct PyTimerFd(Mutex<Option<Arc<TimerFd>>, rank::TimerObject>);
+pub struct PyTimerFd {
+    timer: Mutex<Option<Arc<TimerFd>>, rank::TimerObject>,
+    /// The task that iterates it.
+    reader: Reader,
+}
 
 impl Drain for TimerFd {
     fn take(&self) -> io::Result<u64> {
@@ -27,7 +32,7 @@ impl Drain for TimerFd {
 
 impl PyTimerFd {
     pub(super) fn open(&self) -> PyResult<Arc<TimerFd>> {
-        self.0.lock().clone().ok_or_else(|| PyValueError::new_err("this TimerFd is closed"))
+        self.timer.lock().clone().ok_or_else(|| PyValueError::new_err("this TimerFd is closed"))
     }
 
     fn start(&self, first: Expiry, interval: f64) -> PyResult<()> {
@@ -40,7 +45,7 @@ impl PyTimerFd {
     #[new]
     fn new() -> PyResult<Self> {
         let timer = TimerFd::new().map_err(|e| os_error(&e))?;
-        Ok(Self(Mutex::new(Some(Arc::new(timer)))))
+        Ok(Self { timer: Mutex::new(Some(Arc::new(timer))), reader: Reader::default() })
     }
 
     /// Expire so many seconds later, and with an interval again and again. Expirations so far are forgotten.
@@ -67,8 +72,36 @@ impl PyTimerFd {
     ///
     /// Raises:
     ///     BlockingIOError: it has not.
-    fn read(&self) -> PyResult<u64> {
+    fn read(&self, py: Python<'_>) -> PyResult<u64> {
+        let timer = self.open()?;
+        let mut count = timer.read();
+        // Somebody may have made the descriptor blocking: then it waits, without the GIL.
+        while let Err(e) = &count {
+            match e.kind() {
+                io::ErrorKind::WouldBlock if is_blocking(timer.as_raw_fd()) => {}
+                io::ErrorKind::Interrupted => py.check_signals()?,
+                _ => return Err(os_error(e)),
+            }
+            count = py.detach(|| read_count(timer.as_raw_fd()));
+        }
+        count.map_err(|e| os_error(&e))
+    }
+
+    fn _take(&self) -> PyResult<u64> {
         self.open()?.read().map_err(|e| os_error(&e))
+    }
+
+    fn _begin_wait(&self, waiter: &Bound<'_, PyAny>) -> PyResult<RawFd> {
+        let fd = self.open()?.as_raw_fd();
+        if is_blocking(fd) {
+            return Err(PyTypeError::new_err("only a nonblocking TimerFd can be iterated"));
+        }
+        self.reader.begin(waiter, "TimerFd")?;
+        Ok(fd)
+    }
+
+    fn _end_wait(&self, py: Python<'_>) {
+        self.reader.forget(py);
     }
 
     /// The file descriptor's number.
@@ -76,31 +109,39 @@ impl PyTimerFd {
         Ok(self.open()?.as_raw_fd())
     }
 
-    /// Close the descriptor.
-    fn close(&self) {
-        drop(self.0.lock().take());
+    /// Close the descriptor, which ends an `async for` over it.
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        drop(self.timer.lock().take());
+        self.reader.end(py)
     }
 
     /// Whether it is closed.
     #[getter]
     fn closed(&self) -> bool {
-        self.0.lock().is_none()
+        self.timer.lock().is_none()
     }
 
     fn __enter__(slf: Py<Self>) -> Py<Self> {
         slf
     }
 
-    fn __exit__(&self, _kind: Py<PyAny>, _error: Py<PyAny>, _traceback: Py<PyAny>) {
-        self.close();
+    fn __exit__(
+        &self,
+        py: Python<'_>,
+        _kind: Py<PyAny>,
+        _error: Py<PyAny>,
+        _traceback: Py<PyAny>,
+    ) -> PyResult<()> {
+        self.close(py)
     }
 
     fn __aiter__<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
-        import(slf.py(), "pyvmm.aio")?.call_method1("reads", (slf,))
+        slf.get().open()?;
+        import(slf.py(), "pyvmm.aio")?.call_method1("Reads", (slf,))
     }
 
     fn __repr__(&self) -> String {
-        match &*self.0.lock() {
+        match &*self.timer.lock() {
             Some(timer) => format!("TimerFd(fileno={})", timer.as_raw_fd()),
             None => "TimerFd(closed)".into(),
         }

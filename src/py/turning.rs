@@ -1,9 +1,13 @@
-//! Which threads turn a loop: one, and beside it one for each machine that shares it.
+//! Which threads turn a loop: one, and beside it one for each machine that shares it; or an asyncio loop, which hosts it. And who
+//! takes what callbacks return to be awaited.
 
 use std::thread::ThreadId;
 
+use pyo3::gc::{PyTraverseError, PyVisit};
+use pyo3::prelude::*;
+
 use super::ending;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind};
 use crate::sync::{Mutex, rank};
 
 /// See the module.
@@ -11,51 +15,129 @@ use crate::sync::{Mutex, rank};
 pub(super) struct Turners(Mutex<Vec<Turner>, rank::Turners>);
 
 #[derive(Clone, Copy, Debug, PartialEq)]
+enum Role {
+    /// Inside a run of the loop's own.
+    Runner,
+    /// Inside the run of one machine of several, which turn the loop at once.
+    Sharer,
+    /// Runs an asyncio loop that turns this one when it is ready.
+    Host,
+}
+
+#[derive(Debug)]
 struct Turner {
     thread: ThreadId,
-    /// For one machine of several, which turn the loop at once.
-    is_sharer: bool,
+    role: Role,
+    /// Called with what a callback returns to be awaited, and its name. From any thread.
+    awaiter: Option<Py<PyAny>>,
 }
 
 /// While it lives, its thread is one that turns the loop.
 pub(super) struct Turning<'a> {
     turners: &'a Turners,
-    turner: Turner,
+    role: Role,
 }
 
 impl Drop for Turning<'_> {
     fn drop(&mut self) {
-        let mut turners = self.turners.0.lock();
-        if let Some(at) = turners.iter().rposition(|turner| *turner == self.turner) {
-            turners.remove(at);
-        }
+        self.turners.leave(self.role);
     }
 }
 
 impl Turners {
-    /// Become the one thread that turns the loop; machines that share it may turn it beside.
-    pub(super) fn claim(&self, what: &str) -> Result<Turning<'_>> {
+    /// Be one of them, unless `refuse` has something against one that is there.
+    fn enter_unless(
+        &self,
+        role: Role,
+        awaiter: Option<Py<PyAny>>,
+        refuse: impl FnMut(&Turner) -> Option<String>,
+    ) -> PyResult<Turning<'_>> {
         ending::check()?;
-        let turner = Turner { thread: std::thread::current().id(), is_sharer: false };
+        let thread = std::thread::current().id();
         let mut turners = self.0.lock();
-        if turners.iter().any(|other| !other.is_sharer || other.thread == turner.thread) {
-            let detail = format!("{what} is running already: one run at a time");
-            return Err(Error::new(ErrorKind::State, "run", detail));
+        let refused = turners.iter().find_map(refuse);
+        if let Some(detail) = refused {
+            drop(turners);
+            return Err(Error::new(ErrorKind::State, "run", detail).into());
         }
-        turners.push(turner);
-        Ok(Turning { turners: self, turner })
+        turners.push(Turner { thread, role, awaiter });
+        Ok(Turning { turners: self, role })
+    }
+
+    fn leave(&self, role: Role) {
+        let thread = std::thread::current().id();
+        let mut turners = self.0.lock();
+        let at = turners.iter().rposition(|turner| turner.thread == thread && turner.role == role);
+        let left = at.map(|at| turners.remove(at));
+        drop(turners);
+        // Outside the lock: its awaiter may run Python code as it goes.
+        drop(left);
+    }
+
+    /// Become the one thread that turns the loop; machines that share it may turn it beside. The host's thread may, too: that
+    /// is how it hosts.
+    pub(super) fn claim(&self, what: &str, awaiter: Option<Py<PyAny>>) -> PyResult<Turning<'_>> {
+        let thread = std::thread::current().id();
+        self.enter_unless(Role::Runner, awaiter, |other| {
+            let refused = match other.role {
+                Role::Runner => "is running already: one run at a time",
+                Role::Sharer if other.thread == thread => "is running already: one run at a time",
+                Role::Host if other.thread != thread => {
+                    "is hosted by an asyncio loop in another thread: one run at a time"
+                }
+                Role::Sharer | Role::Host => return None,
+            };
+            Some(format!("{what} {refused}"))
+        })
     }
 
     /// Become one of the threads that turn the loop for a machine each.
-    pub(super) fn share(&self) -> Result<Turning<'_>> {
-        ending::check()?;
-        let turner = Turner { thread: std::thread::current().id(), is_sharer: true };
-        self.0.lock().push(turner);
-        Ok(Turning { turners: self, turner })
+    pub(super) fn share(&self, awaiter: Option<Py<PyAny>>) -> PyResult<Turning<'_>> {
+        self.enter_unless(Role::Sharer, awaiter, |_| None)
+    }
+
+    /// Have this thread's asyncio loop turn the loop, until [`Self::end_hosting`].
+    pub(super) fn host(&self, awaiter: Py<PyAny>) -> PyResult<()> {
+        let hosting = self.enter_unless(Role::Host, Some(awaiter), |other| {
+            let detail = "this event manager is running or hosted already: one run at a time";
+            (other.role != Role::Sharer).then(|| detail.to_owned())
+        })?;
+        std::mem::forget(hosting);
+        Ok(())
+    }
+
+    /// This thread's asyncio loop hosts the loop no longer.
+    pub(super) fn end_hosting(&self) {
+        let mut turners = self.0.lock();
+        let at = turners.iter().position(|turner| turner.role == Role::Host);
+        let left = at.map(|at| turners.remove(at));
+        drop(turners);
+        drop(left);
     }
 
     pub(super) fn has_this_thread(&self) -> bool {
         let thread = std::thread::current().id();
         self.0.lock().iter().any(|turner| turner.thread == thread)
+    }
+
+    /// Who takes what a callback on this thread returns to be awaited: whoever turns the loop here, otherwise any of those
+    /// that turn it elsewhere.
+    pub(super) fn awaiter(&self, py: Python<'_>) -> Option<Py<PyAny>> {
+        let thread = std::thread::current().id();
+        let turners = self.0.lock();
+        let awaiters = || turners.iter().rev().filter(|turner| turner.awaiter.is_some());
+        let chosen =
+            awaiters().find(|turner| turner.thread == thread).or_else(|| awaiters().next());
+        chosen?.awaiter.as_ref().map(|awaiter| awaiter.clone_ref(py))
+    }
+
+    pub(super) fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
+        let Some(turners) = self.0.try_lock() else { return Ok(()) };
+        turners.iter().try_for_each(|turner| visit.call(&turner.awaiter))
+    }
+
+    /// All awaiters, to be dropped where Python code may run.
+    pub(super) fn take_awaiters(&self) -> Vec<Py<PyAny>> {
+        self.0.lock().iter_mut().filter_map(|turner| turner.awaiter.take()).collect()
     }
 }

@@ -118,7 +118,7 @@ impl PyVmm {
     }
 
     /// What `run` and `wait` return or raise, with what callbacks on vCPU threads have left.
-    fn finish<'py>(
+    pub(super) fn finish<'py>(
         &self,
         py: Python<'py>,
         ended: PyResult<Option<Exit>>,
@@ -153,9 +153,15 @@ impl PyVmm {
     }
 
     /// Turn the loop on this thread. In a shared loop each machine's run turns it for all.
-    fn claim(&self) -> PyResult<Turning<'_>> {
+    ///
+    /// `awaiter` takes what callbacks on this thread return to be awaited.
+    pub(super) fn claim(&self, awaiter: Option<Py<PyAny>>) -> PyResult<Turning<'_>> {
         let turners = self.event_manager.get().turners();
-        Ok(if self.is_shared { turners.share()? } else { turners.claim("the machine")? })
+        if self.is_shared { turners.share(awaiter) } else { turners.claim("the machine", awaiter) }
+    }
+
+    pub(super) fn manager(&self) -> &Py<PyEventManager> {
+        &self.event_manager
     }
 }
 
@@ -248,7 +254,7 @@ impl PyVmm {
     fn run<'py>(&self, py: Python<'py>, timeout: Option<f64>) -> PyResult<Bound<'py, PyAny>> {
         let vmm = self.vmm()?;
         let timeout = exit::timeout(timeout)?;
-        let _turning = self.claim()?;
+        let _turning = self.claim(None)?;
         let manager = &self.event_manager;
         let raised = &self.hooks.raised;
         let ended = py.detach(|| vmm.run(timeout, |until| callback::turn(manager, raised, until)));
@@ -278,7 +284,7 @@ impl PyVmm {
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
         let vmm = self.vmm()?;
         let timeout = exit::timeout(timeout)?;
-        let _turning = self.claim()?;
+        let _turning = self.claim(None)?;
         let manager = &self.event_manager;
         let raised = &self.hooks.raised;
         let ended = py.detach(|| vmm.wait(timeout, |until| callback::turn(manager, raised, until)));
@@ -390,15 +396,6 @@ impl PyVmm {
     #[getter]
     fn fixups(&self) -> PyResult<BTreeMap<&'static str, u64>> {
         Ok(self.vmm()?.fixups().all())
-    }
-
-    /// `run` inside a running asyncio loop, which stays responsive: the guest's loop turns in another thread.
-    ///
-    /// Cancelling it stops the guest. A subscriber's `process` may be a coroutine function: it runs as a task of
-    /// the asyncio loop, and its exception ends the run.
-    #[pyo3(signature = (timeout = None))]
-    fn run_async<'py>(slf: &Bound<'py, Self>, timeout: Option<f64>) -> PyResult<Bound<'py, PyAny>> {
-        import(slf.py(), "pyvmm.aio")?.call_method1("run_vmm", (slf, timeout))
     }
 
     fn __aenter__<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {

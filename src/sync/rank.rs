@@ -109,14 +109,12 @@ ranks! {
     Interruption,
     /// Output that the writer of a Python stream has taken and not settled.
     TakenOutput,
-    /// Which threads turn a loop.
+    /// Which threads turn a loop, and what takes the results of its callbacks.
     Turners,
     /// The wait for another thread's turn.
     Lead,
     /// What a delivery leaves for the next.
     Delivery,
-    /// What takes the results of a loop's callbacks.
-    Awaiter,
     /// Calls that wait for a loop's thread.
     Calls,
     /// The answer to such a call.

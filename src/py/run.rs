@@ -1,0 +1,94 @@
+//! A machine's run that an asyncio task awaits, and can cancel. On a thread of its own.
+
+use std::cell::Cell;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use pyo3::exceptions::PyRuntimeError;
+use pyo3::prelude::*;
+
+use super::ending::import;
+use super::vmm::PyVmm;
+use super::{callback, exit};
+use crate::event::EventManager;
+
+/// Ends one run of a machine and no other: unlike a stop, none is left for the next.
+#[pyclass(frozen, name = "_Cancel", module = "pyvmm")]
+#[derive(Debug)]
+pub struct PyCancel {
+    core: Arc<EventManager>,
+    is_set: AtomicBool,
+}
+
+#[pymethods]
+impl PyCancel {
+    /// From any thread, at any time.
+    fn set(&self) -> PyResult<()> {
+        // Release: pairs with the acquire of the turn that the kick wakes.
+        self.is_set.store(true, Ordering::Release);
+        Ok(self.core.kick()?)
+    }
+}
+
+impl PyCancel {
+    fn is_set(&self) -> bool {
+        self.is_set.load(Ordering::Acquire)
+    }
+}
+
+#[pymethods]
+impl PyVmm {
+    /// What ends one `_run_cancellable`.
+    fn _new_cancel(&self) -> PyCancel {
+        PyCancel { core: self.manager().get().shared_core(), is_set: AtomicBool::new(false) }
+    }
+
+    /// `run` for `pyvmm.aio`; None after it was cancelled. `awaiter` is called with what callbacks return to be awaited.
+    fn _run_cancellable<'py>(
+        &self,
+        py: Python<'py>,
+        timeout: Option<f64>,
+        cancel: &PyCancel,
+        awaiter: Py<PyAny>,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let vmm = self.vmm()?;
+        let timeout = exit::timeout(timeout)?;
+        let _turning = self.claim(Some(awaiter))?;
+        if cancel.is_set() {
+            return Ok(None);
+        }
+        let (manager, raised) = (self.manager(), &self.hooks.raised);
+        let (ended, is_cancelled) = py.detach(|| {
+            let is_cancelled = Cell::new(false);
+            let check = || {
+                is_cancelled.set(cancel.is_set());
+                let error = || PyRuntimeError::new_err("the run was cancelled");
+                if is_cancelled.get() { Err(error()) } else { Ok(()) }
+            };
+            let ended = vmm.run(timeout, |until| {
+                check()?;
+                callback::turn(manager, raised, until)?;
+                check()
+            });
+            (ended, is_cancelled.get())
+        });
+        match ended {
+            Err(_) if is_cancelled => {
+                // This run's, and no later one's.
+                drop(raised.take_stop());
+                raised.check(py).map(|()| None)
+            }
+            ended => self.finish(py, ended.map(Some)),
+        }
+    }
+
+    /// `run` inside a running asyncio loop, which stays responsive: the guest's loop turns in a thread of its own.
+    ///
+    /// Cancelling it stops the guest. A subscriber's `process` may be a coroutine function: it runs as a task of the
+    /// asyncio loop, and its exception ends the run. Coroutines that still run when the guest has ended have a second to
+    /// come to their end; those that do not are cancelled, and the asyncio loop's exception handler is told which.
+    #[pyo3(signature = (timeout = None))]
+    fn run_async<'py>(slf: &Bound<'py, Self>, timeout: Option<f64>) -> PyResult<Bound<'py, PyAny>> {
+        import(slf.py(), "pyvmm.aio")?.call_method1("run_vmm", (slf, timeout))
+    }
+}

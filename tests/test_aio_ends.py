@@ -1,0 +1,464 @@
+"""How runs inside asyncio end: with any exception, with all failures heard, and with no coroutine lost in silence."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import subprocess
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import uvloop
+from guests import SPIN, exit_with, flat
+from pyvmm import EventFd, EventManager, EventOps, Events, ExitReason, StateError, Vmm, VmRunState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+DEADLINE = 60.0
+
+
+class OwnError(BaseException):
+    pass
+
+
+EXCEPTIONS = [
+    StopIteration("on purpose"),
+    StopAsyncIteration("on purpose"),
+    GeneratorExit("on purpose"),
+    KeyboardInterrupt("on purpose"),
+    SystemExit("on purpose"),
+    asyncio.CancelledError("on purpose"),
+    OwnError("on purpose"),
+    BaseExceptionGroup("on purpose", [OwnError(), ValueError()]),
+    ExceptionGroup("on purpose", [ValueError()]),
+]
+
+
+def name_of(error: BaseException) -> str:
+    return type(error).__name__
+
+
+@pytest.fixture(params=["asyncio", "uvloop", "debug"])
+def run(request: pytest.FixtureRequest) -> Callable[[Coroutine[Any, Any, Any]], Any]:
+    """Run a coroutine in a fresh loop, with a deadline."""
+
+    def run_it(main: Coroutine[Any, Any, Any]) -> Any:
+        factory = uvloop.new_event_loop if request.param == "uvloop" else asyncio.new_event_loop
+        with asyncio.Runner(loop_factory=factory, debug=request.param == "debug") as runner:
+            return runner.run(asyncio.wait_for(main, DEADLINE))
+
+    return run_it
+
+
+class Once:
+    """Calls a function once."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self.fd = EventFd(1)
+        self.function = function
+
+    def init(self, ops: EventOps) -> None:
+        ops.add(Events(self.fd, drain=True))
+
+    def process(self, events: Events, ops: EventOps) -> Any:
+        return self.function()
+
+
+def raising(error: BaseException) -> Callable[..., Any]:
+    def function(*_: object) -> None:
+        raise error
+
+    return function
+
+
+def out_of(call: Callable[[], Any]) -> BaseException:
+    try:
+        call()
+    except BaseException as error:
+        return error
+    raise AssertionError("it raised nothing")
+
+
+def is_same(found: BaseException, error: BaseException) -> bool:
+    """StopIteration cannot come out of a coroutine: Python makes a RuntimeError of it, with the cause."""
+    return found is error or (
+        isinstance(error, StopIteration) and isinstance(found, RuntimeError) and found.__cause__ is error
+    )
+
+
+@pytest.mark.parametrize("error", EXCEPTIONS, ids=name_of)
+def test_any_exception_of_a_callback_comes_out_of_run(error: BaseException) -> None:
+    manager = EventManager()
+    manager.add_subscriber(Once(raising(error)))
+    assert out_of(manager.run) is error
+
+
+@pytest.mark.parametrize("error", EXCEPTIONS, ids=name_of)
+def test_any_exception_of_init_comes_out_of_add_subscriber(error: BaseException) -> None:
+    class Subscriber:
+        init = staticmethod(raising(error))
+
+        def process(self, events: Events, ops: EventOps) -> None: ...
+
+    assert out_of(lambda: EventManager().add_subscriber(Subscriber())) is error
+
+
+@pytest.mark.parametrize("error", EXCEPTIONS, ids=name_of)
+def test_any_exception_of_a_callback_comes_out_of_run_async(error: BaseException) -> None:
+    async def main() -> BaseException:
+        manager = EventManager()
+        manager.add_subscriber(Once(raising(error)))
+        try:
+            await manager.run_async()
+        except BaseException as found:
+            return found
+        raise AssertionError("it raised nothing")
+
+    assert is_same(asyncio.run(asyncio.wait_for(main(), DEADLINE)), error)
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("error", EXCEPTIONS, ids=name_of)
+@pytest.mark.parametrize("place", ["device", "hook"])
+def test_any_exception_on_a_vcpus_thread_comes_out_of_run_async(error: BaseException, place: str) -> None:
+    async def main() -> BaseException:
+        async with Vmm(flat(b"\xba\x00\x05\xee\xeb\xfe")) as vmm:  # out dx, al; and spin
+            if place == "hook":
+                vmm.on_exit("io", raising(error))
+            else:
+                device = type("Device", (), {"write": staticmethod(raising(error))})()
+                vmm.add_pio_device(0x500, 1, device)
+            try:
+                await vmm.run_async(DEADLINE)
+            except BaseException as found:
+                return found
+        raise AssertionError("it raised nothing")
+
+    assert is_same(asyncio.run(asyncio.wait_for(main(), DEADLINE)), error)
+
+
+def test_every_failure_is_heard(run: Any) -> None:
+    heard: list[BaseException] = []
+
+    async def fail(error: BaseException) -> None:
+        raise error
+
+    async def fail_to_clean_up() -> None:
+        try:
+            await asyncio.sleep(DEADLINE)
+        finally:
+            raise OSError("not cleaned up")
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: heard.append(context["exception"]))
+        manager = EventManager()
+        first, second = LookupError("first"), ValueError("second")
+        for work in fail_to_clean_up, lambda: fail(first), lambda: fail(second), lambda: asyncio.sleep(DEADLINE):
+            manager.add_subscriber(Once(work))
+        await manager.run_async()
+
+    with pytest.raises(LookupError, match="first") as raised:
+        run(main())
+    notes = "\n".join(raised.value.__notes__)
+    assert "ValueError('second')" in notes
+    assert "OSError('not cleaned up')" in notes
+    assert "Once.process was cancelled" in notes
+    assert sorted(map(str, heard)) == ["not cleaned up", "second"]
+
+
+def test_a_clean_up_that_fails_after_a_stop_comes_out(run: Any) -> None:
+    async def main() -> None:
+        manager = EventManager()
+
+        async def work() -> None:
+            manager.stop()
+            try:
+                await asyncio.sleep(DEADLINE)
+            finally:
+                raise OSError("not cleaned up")
+
+        manager.add_subscriber(Once(work))
+        await manager.run_async()
+
+    with pytest.raises(OSError, match="not cleaned up"):
+        run(main())
+
+
+def test_a_cancelled_run_tells_of_clean_ups_that_fail(run: Any) -> None:
+    heard: list[str] = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: heard.append(str(context["exception"])))
+        manager = EventManager()
+        begun = asyncio.Event()
+
+        async def work() -> None:
+            begun.set()
+            try:
+                await asyncio.sleep(DEADLINE)
+            finally:
+                raise OSError("not cleaned up")
+
+        manager.add_subscriber(Once(work))
+        running = asyncio.ensure_future(manager.run_async())
+        await begun.wait()
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+
+    run(main())
+    assert heard == ["not cleaned up"]
+
+
+def test_coroutines_in_flight_come_to_their_end(run: Any) -> None:
+    async def main() -> list[str]:
+        done: list[str] = []
+        manager = EventManager()
+
+        async def work() -> None:
+            manager.stop()
+            for _ in range(20):
+                await asyncio.sleep(0.001)
+            done.append("done")
+
+        manager.add_subscriber(Once(work))
+        await manager.run_async()
+        return done
+
+    assert run(main()) == ["done"]
+
+
+def test_a_coroutine_that_goes_on_is_cancelled_and_said(run: Any) -> None:
+    heard: list[str] = []
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: heard.append(context["message"]))
+        manager = EventManager()
+
+        async def work() -> None:
+            manager.stop()
+            await asyncio.sleep(DEADLINE)
+
+        manager.add_subscriber(Once(work))
+        await manager.run_async()
+
+    run(main())
+    assert len(heard) == 1
+    assert "Once.process was cancelled" in heard[0]
+
+
+@pytest.mark.kvm
+def test_coroutines_of_a_guest_that_has_ended_come_to_their_end(run: Any) -> None:
+    ring_and_exit = b"\xba\x00\x05\xb0\x01\xee" + exit_with(3)
+
+    async def main() -> list[int]:
+        got: list[int] = []
+        fd = EventFd()
+
+        class Bell:
+            def init(self, ops: EventOps) -> None:
+                ops.add(Events(fd, drain=True))
+
+            async def process(self, events: Events, ops: EventOps) -> None:
+                for _ in range(20):
+                    await asyncio.sleep(0.001)
+                got.append(events.count or 0)
+
+        async with Vmm(flat(ring_and_exit)) as vmm:
+            vmm.add_ioeventfd(0x500, fd, length=1, datamatch=1, pio=True)
+            vmm.add_subscriber(Bell())
+            assert (await vmm.run_async(DEADLINE)).code == 3
+        return got
+
+    assert run(main()) == [1]
+
+
+@pytest.mark.parametrize("kind", ["future", "task", "awaitable", "async callable", "method"])
+def test_whatever_can_be_awaited_is(run: Any, kind: str) -> None:
+    async def main() -> None:
+        async def work() -> None:
+            raise LookupError("heard")
+
+        class Awaitable:
+            def __await__(self) -> Any:
+                return work().__await__()
+
+        class Work:
+            async def __call__(self) -> None:
+                await work()
+
+        makers: dict[str, Callable[[], Any]] = {
+            "future": lambda: asyncio.gather(work()),
+            "task": lambda: asyncio.get_running_loop().create_task(work()),
+            "awaitable": Awaitable,
+            "async callable": Work(),
+            "method": work,
+        }
+        manager = EventManager()
+        manager.add_subscriber(Once(makers[kind]))
+        await manager.run_async()
+
+    with pytest.raises(LookupError, match="heard"):
+        run(main())
+
+
+async def nothing(*_: object) -> None:
+    raise AssertionError("never awaited")
+
+
+async def no_items(*_: object) -> Any:
+    yield 5
+
+
+@pytest.mark.parametrize("function", [nothing, no_items])
+def test_a_coroutine_that_nobody_awaits_is_refused(function: Callable[..., Any]) -> None:
+    manager = EventManager()
+    manager.add_subscriber(Once(function))
+    with pytest.raises(StateError, match=r"Once\.process returned an? .*, which nobody awaits"):
+        manager.run()
+    with pytest.raises(TypeError, match="cannot be a coroutine function"):
+        manager.add_subscriber(type("Subscriber", (), {"init": function, "process": print})())
+    assert repr(manager) == "EventManager(subscribers=1)"
+    manager.remote_endpoint().fire(function)
+    with pytest.raises(StateError, match="nobody awaits"):
+        manager.run_with_timeout(0)
+
+
+@pytest.mark.kvm
+def test_a_device_that_is_a_coroutine_function_is_refused() -> None:
+    with Vmm(flat(b"\xba\x00\x05\xee\xeb\xfe")) as vmm:
+        vmm.add_pio_device(0x500, 1, type("Device", (), {"write": nothing})())
+        with pytest.raises(TypeError, match="cannot be a coroutine function"):
+            vmm.run(DEADLINE)
+
+
+@pytest.mark.kvm
+def test_many_machines_run_at_once_and_leave_the_executor_alone(run: Any) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        machines = [Vmm(flat(SPIN)) for _ in range(12)]
+        running = [asyncio.ensure_future(machine.run_async()) for machine in machines]
+        while any(machine.state is not VmRunState.RUNNING for machine in machines):
+            await asyncio.sleep(0.001)
+        assert await loop.getaddrinfo("127.0.0.1", 80)
+        async with Vmm(flat(SPIN)) as another:
+            assert (await another.run_async(0.01)).reason is ExitReason.TIMEOUT
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(another.run_async(), 0.01)
+        async with asyncio.TaskGroup() as group:
+            for each in running:
+                each.cancel()
+            for machine in machines:
+                group.create_task(machine.__aexit__(None, None, None))
+
+    run(main())
+
+
+@pytest.mark.kvm
+def test_a_cancellation_that_meets_the_end_stops_no_later_run(run: Any) -> None:
+    async def main() -> None:
+        async with Vmm(flat(SPIN)) as vmm:
+            for _ in range(5):
+                running = asyncio.ensure_future(vmm.run_async(0.01))
+                while vmm.state is not VmRunState.RUNNING:
+                    await asyncio.sleep(0)
+                # The run ends in its thread; here nobody has heard of it when the cancellation comes.
+                while vmm.state is VmRunState.RUNNING:
+                    time.sleep(0.001)
+                running.cancel()
+                await asyncio.wait({running})
+                assert (await vmm.run_async(0.01)).reason is ExitReason.TIMEOUT
+
+    run(main())
+
+
+@pytest.mark.kvm
+def test_machines_that_share_a_loop_await_all_coroutines(run: Any) -> None:
+    async def main() -> list[int]:
+        manager, ran, fd = EventManager(), [], EventFd()
+        heard = asyncio.Event()
+
+        class Bell:
+            def init(self, ops: EventOps) -> None:
+                ops.add(Events(fd, drain=True))
+
+            async def process(self, events: Events, ops: EventOps) -> None:
+                await asyncio.sleep(0)
+                ran.append(events.count or 0)
+                heard.set()
+
+        async def ring(count: int) -> None:
+            heard.clear()
+            fd.write(count)
+            await heard.wait()
+
+        manager.add_subscriber(Bell())
+        one, other = (Vmm(flat(SPIN), event_manager=manager) for _ in range(2))
+        async with one, other:
+            first = asyncio.ensure_future(one.run_async())
+            await ring(1)
+            second = asyncio.ensure_future(other.run_async())
+            await ring(2)
+            other.stop()
+            await second
+            await ring(3)
+            one.stop()
+            await first
+        return ran
+
+    assert run(main()) == [1, 2, 3]
+
+
+@pytest.mark.kvm
+def test_a_loop_that_is_closed_early_stops_the_guest() -> None:
+    manager = EventManager()
+    with Vmm(flat(SPIN)) as vmm:
+        loop = asyncio.new_event_loop()
+        tasks = [loop.create_task(vmm.run_async()), loop.create_task(manager.run_async())]
+        while vmm.state is not VmRunState.RUNNING:
+            loop.run_until_complete(asyncio.sleep(0.001))
+        loop.close()
+        for task in tasks:
+            task._log_destroy_pending = False  # type: ignore[attr-defined]
+        del tasks, task, loop
+        gc.collect()
+        end = time.monotonic() + DEADLINE / 2
+        while vmm.state is VmRunState.RUNNING and time.monotonic() < end:
+            time.sleep(0.001)
+        assert str(vmm.state) == str(VmRunState.PAUSED)
+        while any(thread.name == "pyvmm run_async" for thread in threading.enumerate()) and time.monotonic() < end:
+            time.sleep(0.001)
+        assert vmm.run(0.01).reason is ExitReason.TIMEOUT
+    assert manager.run_with_timeout(0) == 0, "it is hosted no more"
+
+
+def test_a_manager_that_is_hosted_by_hand_may_be_forgotten() -> None:
+    async def main() -> None:
+        manager = EventManager()
+        asyncio.get_running_loop().add_reader(manager.fileno(), print)
+        number = manager.fileno()
+        del manager
+        gc.collect()
+        await asyncio.sleep(0.01)
+        asyncio.get_running_loop().remove_reader(number)
+
+    asyncio.run(asyncio.wait_for(main(), DEADLINE))
+
+
+@pytest.mark.kvm
+def test_a_run_in_progress_does_not_hold_up_the_interpreters_end() -> None:
+    code = (
+        "import asyncio\n"
+        "from pyvmm import FlatBoot, Vmm, VmmConfig\n"
+        "vmm = Vmm(VmmConfig(boot=FlatBoot(b'\\xeb\\xfe')))\n"
+        "loop = asyncio.new_event_loop()\n"
+        "task = loop.create_task(vmm.run_async())\n"
+        "loop.run_until_complete(asyncio.sleep(0.1))\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=DEADLINE, capture_output=True)
