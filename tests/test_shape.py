@@ -55,6 +55,7 @@ TESTED_BY = {
     "src/vm/vcpus.rs": "tests/test_vcpu.py",
     "src/vm/view.rs": "tests/test_memory.py",
     "src/vm/mod.rs": "tests/test_vm.py",
+    "src/vmm/renew.rs": "tests/test_pool.py",
     "src/vm/restore.rs": "tests/test_snapshot.py",
     "src/snapshot/save.rs": "tests/test_snapshot_file.py",
     "src/snapshot/file.rs": "tests/test_snapshot_file.py",

@@ -681,10 +681,17 @@ class Snapshot:
             StateError: the snapshot has a device that this machine has not.
         """
 
-    def fork_many(self, count: int, changes: Callable[[int], dict[str, Any]] | None = None) -> list[Vmm]:
+    def fork_many(
+        self,
+        count: int,
+        changes: Callable[[int], dict[str, Any]] | None = None,
+        *,
+        entropy: Callable[[Vmm], object] | tuple[int, int] | None = None,
+    ) -> list[Vmm]:
         """So many forks, made in parallel. When one cannot be made, none is left.
 
-        `changes`, if given, is called with each one's number for its arguments of `fork`, as a dict.
+        `changes`, if given, is called with each one's number for its arguments of `fork`, as a dict; `entropy` is that
+        of all whose arguments have none.
         """
 
     def save(
@@ -750,10 +757,13 @@ class Snapshot:
         *,
         workers: int | None = None,
         timeout: float | None = None,
+        entropy: Callable[[Vmm], object] | tuple[int, int] | None = None,
     ) -> list[_T]:
         """`function(fork, input)` for each input, on so many forks at once: what they returned, in order.
 
-        Each fork is reset to here before each job. See `pyvmm.ForkExecutor`.
+        Each job finds a machine that stands here, of which no other job has a part. See `pyvmm.ForkExecutor`.
+
+        `entropy` is that of `fork`, new for each job. Without it a job's result depends on its input alone.
 
         Raises:
             TimeoutError: a job took longer than `timeout` seconds.
@@ -1488,6 +1498,12 @@ class Vmm:
         """Take the device away whose addresses start here, and return it; as `remove_pio_device` does."""
 
     def _pio_device(self, base: int) -> object: ...
+    def _lend(self) -> Vmm: ...
+    def _settle(self) -> None: ...
+    def _is_clean(self) -> bool: ...
+    def _is_running(self) -> bool: ...
+    def _renew(self, snapshot: Snapshot, /) -> bool: ...
+    def _stir(self, entropy: Callable[[Vmm], object] | tuple[int, int], /) -> None: ...
     def irq(self, line: int) -> IrqLine:
         """An interrupt line: pin 0 to 23 of the I/O APIC, of which the PICs have the first sixteen.
 

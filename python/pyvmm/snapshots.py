@@ -9,14 +9,17 @@ import time
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pyvmm.exceptions import SnapshotError, VmmError
+from pyvmm.exceptions import SnapshotError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
+    from typing import TypeAlias
 
     from pyvmm._pyvmm import Snapshot, Vmm
     from pyvmm.config import VmmConfig
+
+    Entropy: TypeAlias = "Callable[[Vmm], object] | tuple[int, int]"
 
 
 def config_of(memory: int, vcpus: int, exit_port: int | None, irqchip: bool, pit: bool, fixups: bool) -> VmmConfig:
@@ -37,11 +40,13 @@ def unpickled(path: Path, base: Snapshot | None, id: str, force: bool) -> Snapsh
     return loaded
 
 
-def fork_many(snapshot: Snapshot, count: int, changes: Callable[[int], dict[str, Any]] | None) -> list[Vmm]:
+def fork_many(
+    snapshot: Snapshot, count: int, changes: Callable[[int], dict[str, Any]] | None, entropy: Entropy | None
+) -> list[Vmm]:
     """`Snapshot.fork_many`."""
 
     def fork(number: int) -> Vmm:
-        return snapshot.fork(**(changes(number) if changes else {}))
+        return snapshot.fork(**{"entropy": entropy, **(changes(number) if changes else {})})
 
     with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="fork") as pool:
         made = [pool.submit(fork, number) for number in range(count)]
@@ -61,9 +66,10 @@ def map_inputs(
     inputs: Iterable[Any],
     workers: int | None,
     timeout: float | None,
+    entropy: Entropy | None,
 ) -> list[Any]:
     """`Snapshot.map`."""
-    pool = ForkExecutor(snapshot, workers, timeout=timeout)
+    pool = ForkExecutor(snapshot, workers, timeout=timeout, entropy=entropy)
     try:
         futures = [pool.submit(function, value) for value in inputs]
         return [future.result() for future in futures]
@@ -84,15 +90,21 @@ class _Job(NamedTuple):
 class ForkExecutor(Executor):
     """A `concurrent.futures` executor whose workers are forks of a snapshot.
 
-    A job is a function that is given a machine, which stands at the snapshot, and the arguments of `submit`. It runs
-    the machine as it likes; whatever becomes of the guest, the next job finds the snapshot again. A job that takes
-    longer than `timeout` seconds gets its machine closed under it and its future a TimeoutError; the others go on.
+    A job is a function that is given a machine, which stands at the snapshot, and the arguments of `submit`. It does
+    with the machine what it likes: the next job finds nothing of it. A worker's fork is reset for the next job when the
+    last one has left nothing that a reset does not take back; otherwise it is closed and made anew. The machine that a
+    job was given, and whatever it got from it, belongs to that job alone: whoever uses it later finds it closed.
+
+    A job that takes longer than `timeout` seconds gets its machine closed under it and its future a TimeoutError; the
+    others go on.
 
     Args:
         snapshot: what each job starts from.
         workers: how many forks run at once; None: as many as the host has processors.
         timeout: seconds for each job, counted from its start; None: no limit.
-        changes: called with each worker's number for the arguments of its `Snapshot.fork`, as a dict.
+        changes: called with a worker's number for the arguments of `Snapshot.fork`, as a dict, whenever its fork is
+            made. What `setup` adds is there for each job.
+        entropy: as for `Snapshot.fork`, written before each job; None: jobs draw the same random numbers.
     """
 
     def __init__(
@@ -102,6 +114,7 @@ class ForkExecutor(Executor):
         *,
         timeout: float | None = None,
         changes: Callable[[int], dict[str, Any]] | None = None,
+        entropy: Entropy | None = None,
     ) -> None:
         count = (os.cpu_count() or 1) if workers is None else workers
         if count < 1:
@@ -110,6 +123,7 @@ class ForkExecutor(Executor):
             raise ValueError(f"timeout: {timeout} is not a number of seconds from 0")
         self._snapshot = snapshot
         self._changes = changes
+        self._entropy = entropy
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._is_shut = False
@@ -169,45 +183,104 @@ class ForkExecutor(Executor):
             self._jobs.put(None)
 
     def _work(self, number: int) -> None:
-        vmm: Vmm | None = None
+        worker = _Worker(self._snapshot, self._arguments, number, self._watch.close_soon)
         while (job := self._jobs.get()) is not None:
-            if not job.future.set_running_or_notify_cancel():
-                continue
-            try:
-                vmm = self._ready(vmm, number)
-                vmm = self._do(job, vmm)
-            except BaseException as error:  # what a job raises belongs to its future
-                job.future.set_exception(error)
+            if job.future.set_running_or_notify_cancel():
+                self._do(job, worker)
             del job
-        if vmm is not None:
-            vmm.close()
+        worker.close()
 
-    def _ready(self, vmm: Vmm | None, number: int) -> Vmm:
-        """A machine that stands at the snapshot: the worker's own, if it can be brought back."""
-        if vmm is not None:
-            try:
-                vmm.reset(self._snapshot)
-                return vmm
-            except VmmError:
-                vmm.close()
-        return self._snapshot.fork(**(self._changes(number) if self._changes else {}))
+    def _arguments(self, number: int) -> dict[str, Any]:
+        return {"entropy": self._entropy, **(self._changes(number) if self._changes else {})}
 
-    def _do(self, job: _Job, vmm: Vmm) -> Vmm | None:
-        """Do the job; the machine, unless it was closed because the time was up."""
-        watched = self._watch.begin(vmm)
+    def _do(self, job: _Job, worker: _Worker) -> None:
         try:
-            result = job.function(vmm, *job.arguments, **job.keywords)
-        except BaseException as error:
-            if self._watch.end(watched):
-                job.future.set_exception(_late(self._watch.timeout))
-                return None
+            fork = worker.ready()
+        except BaseException as error:  # what a fork raises belongs to the job
             job.future.set_exception(error)
-            return vmm
-        if self._watch.end(watched):
+            return
+        watched = self._watch.begin(fork)
+        try:
+            # Held by nobody but the job: whether somebody still holds it tells what the fork is good for.
+            result = job.function(fork._lend(), *job.arguments, **job.keywords)
+        except BaseException as error:
+            self._put_away(worker, watched)
+            job.future.set_exception(_late(self._watch.timeout) if watched.is_late else error)
+            return
+        self._put_away(worker, watched)
+        if watched.is_late:
             job.future.set_exception(_late(self._watch.timeout))
-            return None
-        job.future.set_result(result)
-        return vmm
+        else:
+            job.future.set_result(result)
+
+    def _put_away(self, worker: _Worker, watched: _Watched) -> None:
+        if self._watch.end(watched):
+            worker.take()  # it is being closed
+        elif watched.vmm._is_running():
+            # Nobody is to hear of it any more, and a callback that does not return keeps no other job waiting.
+            self._watch.close_soon(worker.take())
+
+
+class _Worker:
+    """A fork that is given to one job after another."""
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        arguments: Callable[[int], dict[str, Any]],
+        number: int,
+        close_soon: Callable[[Vmm], None],
+    ) -> None:
+        self._snapshot = snapshot
+        self._arguments = arguments
+        self._number = number
+        self._close_soon = close_soon
+        self._fork: Vmm | None = None
+        self._entropy: Entropy | None = None
+        self._reads_input = False
+
+    def ready(self) -> Vmm:
+        """A machine that stands at the snapshot, of which nobody else holds a part."""
+        fork = self.take()
+        if fork is not None:
+            if self._renew(fork):
+                self._fork = fork
+                return fork
+            if fork._is_running():
+                self._close_soon(fork)
+            else:
+                fork.close()
+        arguments = self._arguments(self._number)
+        fork = self._snapshot.fork(**arguments)
+        fork._settle()
+        serial = arguments.get("serial")
+        # What a job has read of an input is gone: the next one's begins where that begins.
+        self._reads_input = serial is not None and serial.input is not None
+        self._entropy = arguments["entropy"]
+        self._fork = fork
+        return fork
+
+    def _renew(self, fork: Vmm) -> bool:
+        try:
+            if self._reads_input or not fork._renew(self._snapshot):
+                return False
+            if self._entropy is None:
+                return True
+            fork._stir(self._entropy)
+            # Done again, it would have done twice what it does besides.
+            return fork._is_clean()
+        except Exception:  # a new fork raises it too, unless that helps
+            return False
+
+    def take(self) -> Vmm | None:
+        """The fork, which is not the worker's any more."""
+        fork, self._fork = self._fork, None
+        return fork
+
+    def close(self) -> None:
+        fork = self.take()
+        if fork is not None:
+            fork.close()
 
 
 def _late(timeout: float | None) -> TimeoutError:
@@ -224,15 +297,19 @@ class _Watched:
 
 
 class _Watch:
-    """One thread that closes the machines of jobs whose time is up."""
+    """One thread that has the machines of jobs closed whose time is up.
+
+    Each is closed by a thread of its own, which waits for the callbacks that still run.
+    """
 
     def __init__(self, timeout: float | None) -> None:
         self.timeout = timeout
-        self._changed = threading.Condition()
+        self._changed = threading.Condition(threading.RLock())
         self._watched: dict[int, _Watched] = {}
         self._is_over = False
         self._is_killed = False
         self._is_idle = False  # no deadline lies before it
+        self._closing: list[threading.Thread] = []
         self._thread: threading.Thread | None = None
         if timeout is not None:
             self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
@@ -244,7 +321,7 @@ class _Watch:
         with self._changed:
             if self._is_killed:
                 watched.is_late = True
-                vmm.close()
+                self.close_soon(vmm)
             self._watched[id(watched)] = watched
             if deadline is not None and self._is_idle:
                 self._changed.notify()  # else the thread waits for one that is earlier
@@ -263,7 +340,17 @@ class _Watch:
             for watched in late:
                 watched.is_late = True
         for watched in late:
-            watched.vmm.close()
+            self.close_soon(watched.vmm)
+
+    def close_soon(self, vmm: Vmm | None) -> None:
+        """Close a machine without waiting for that."""
+        if vmm is None:
+            return
+        closing = threading.Thread(target=vmm.close, name="close", daemon=True)
+        with self._changed:
+            self._closing = [thread for thread in self._closing if thread.is_alive()]
+            closing.start()
+            self._closing.append(closing)
 
     def stop(self) -> None:
         with self._changed:
@@ -271,6 +358,10 @@ class _Watch:
             self._changed.notify()
         if self._thread is not None:
             self._thread.join()
+        with self._changed:
+            closing, self._closing = self._closing, []
+        for thread in closing:
+            thread.join()
 
     def _look(self) -> None:
         while True:
@@ -289,4 +380,4 @@ class _Watch:
                     self._is_idle = False
                     continue
             for watched in late:
-                watched.vmm.close()
+                self.close_soon(watched.vmm)

@@ -216,6 +216,11 @@ impl Buses {
         (rows.collect(), counts.others)
     }
 
+    /// Count from nothing again.
+    pub(crate) fn forget_unanswered(&self) {
+        *self.unanswered.lock() = Counts::default();
+    }
+
     /// One of the two.
     #[must_use]
     pub fn bus(&self, access: Access) -> &Bus {

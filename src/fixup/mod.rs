@@ -29,6 +29,11 @@ impl Counts {
         *self.0.lock().entry(name(mnemonic)).or_default() += 1;
     }
 
+    /// Count from nothing again.
+    pub(crate) fn clear(&self) {
+        self.0.lock().clear();
+    }
+
     /// The counts by now.
     #[must_use]
     pub fn all(&self) -> BTreeMap<&'static str, u64> {

@@ -113,6 +113,11 @@ impl PyEventManager {
         &self.turners
     }
 
+    /// What its turns have counted is forgotten.
+    pub(super) fn forget_counts(&self) {
+        self.watch.forget();
+    }
+
     /// Have a call made by the thread that turns the loop.
     pub(super) fn queue(&self, call: Call) -> PyResult<()> {
         self.core.check_process()?;

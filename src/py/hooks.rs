@@ -9,6 +9,7 @@ use pyo3::types::PyWeakrefReference;
 
 use super::attached::Attached;
 use super::callback;
+use super::lease::Tie;
 use super::raised::Raised;
 use super::vcpu::PyVcpu;
 use super::vmm::PyVmm;
@@ -27,11 +28,12 @@ pub(super) struct Hooks {
     /// Model-specific registers whose accesses come out.
     msrs: Mutex<Vec<u32>, rank::HookMsrs>,
     pub(super) raised: Arc<Raised>,
+    tie: Tie,
 }
 
 impl Hooks {
-    pub(super) fn over(raised: Arc<Raised>) -> Self {
-        Self { raised, ..Self::default() }
+    pub(super) fn over(raised: Arc<Raised>, tie: &Tie) -> Self {
+        Self { raised, tie: tie.clone(), ..Self::default() }
     }
 
     fn change(&self, kind: ExitKind, change: impl FnOnce(&[Py<PyAny>]) -> Vec<Py<PyAny>>) {
@@ -112,7 +114,7 @@ impl Hooks {
     pub(super) fn vcpu(&self, py: Python<'_>, cell: &Arc<Cell>) -> PyVcpu {
         let machine = self.machine.with(py, |machine| machine.as_ref().map(|m| m.clone_ref(py)));
         let machine = machine.and_then(|machine| machine.bind(py).upgrade());
-        PyVcpu::of(cell, machine.map(Bound::unbind))
+        PyVcpu::of(cell, machine.map(Bound::unbind), &self.tie)
     }
 
     pub(super) fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {

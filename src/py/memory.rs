@@ -10,6 +10,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyMemoryView, PyTuple};
 
 use super::ending::import;
+use super::lease::Tie;
 use super::memory_parts::{PyDirtyPages, PyMemorySlot, PyMemoryView as Exporter};
 use super::owned::Owned;
 use super::vcpu::PyVcpu;
@@ -28,6 +29,7 @@ pub struct PyGuestMemory {
     ask: Owned<Ask>,
     /// The machine, which is not closed for as long as somebody has its memory.
     machine: Py<PyAny>,
+    tie: Tie,
 }
 
 type Ask = Box<dyn Fn() -> Result<GuestMemory> + Send + Sync>;
@@ -44,6 +46,7 @@ impl PyGuestMemory {
         machine: &Bound<'_, PyAny>,
         core: &Arc<T>,
         ask: fn(&T) -> Result<GuestMemory>,
+        tie: &Tie,
     ) -> Self
     where
         T: Send + Sync + 'static,
@@ -52,10 +55,24 @@ impl PyGuestMemory {
         let core = Arc::downgrade(core);
         let closed = || Error::new(ErrorKind::State, "memory", "the machine is closed");
         let ask: Ask = Box::new(move || ask(&*core.upgrade().ok_or_else(closed)?));
-        Self { ask: Owned::new("machine", ask), machine: machine.clone().unbind() }
+        let (ask, machine) = (Owned::new("machine", ask), machine.clone().unbind());
+        Self { ask, machine, tie: tie.clone() }
     }
 
+    /// The memory, for what a reset does not take back.
     fn get(&self) -> Result<GuestMemory> {
+        self.tie.hand_out();
+        self.bytes()
+    }
+
+    /// The memory, for a change that a reset does not take back, and that is over when the call returns.
+    fn changing(&self) -> Result<GuestMemory> {
+        self.tie.change();
+        self.bytes()
+    }
+
+    /// The memory, to read and write what it holds.
+    fn bytes(&self) -> Result<GuestMemory> {
         self.ask.get()?()
     }
 }
@@ -160,7 +177,7 @@ impl PyGuestMemory {
         length: u64,
         vcpu: Option<&PyVcpu>,
     ) -> PyResult<Bound<'py, PyBytes>> {
-        let memory = self.get()?;
+        let memory = self.bytes()?;
         // First, so that a length out of range allocates nothing.
         let pieces = pieces(&memory, address, length, vcpu)?;
         let length = usize::try_from(length)?;
@@ -185,7 +202,7 @@ impl PyGuestMemory {
         buffer: &Bound<'_, PyAny>,
         vcpu: Option<&PyVcpu>,
     ) -> PyResult<()> {
-        let memory = self.get()?;
+        let memory = self.bytes()?;
         let buffer = PyUntypedBuffer::get(buffer)?;
         if buffer.readonly() {
             return Err(PyBufferError::new_err("the buffer must be writable"));
@@ -207,7 +224,7 @@ impl PyGuestMemory {
         data: &Bound<'_, PyAny>,
         vcpu: Option<&PyVcpu>,
     ) -> PyResult<()> {
-        let memory = self.get()?;
+        let memory = self.bytes()?;
         let buffer = PyUntypedBuffer::get(data)?;
         let (from, length) = contiguous(&buffer)?;
         let mut done = 0;
@@ -222,48 +239,48 @@ impl PyGuestMemory {
 
     /// The number of 8 bits at an address.
     fn read_u8(&self, address: u64) -> PyResult<u8> {
-        Ok(self.get()?.load(address)?)
+        Ok(self.bytes()?.load(address)?)
     }
 
     /// The number of 16 bits at an address; in one access where it is aligned.
     fn read_u16(&self, address: u64) -> PyResult<u16> {
-        Ok(self.get()?.load(address)?)
+        Ok(self.bytes()?.load(address)?)
     }
 
     /// The number of 32 bits at an address; in one access where it is aligned.
     fn read_u32(&self, address: u64) -> PyResult<u32> {
-        Ok(self.get()?.load(address)?)
+        Ok(self.bytes()?.load(address)?)
     }
 
     /// The number of 64 bits at an address; in one access where it is aligned.
     fn read_u64(&self, address: u64) -> PyResult<u64> {
-        Ok(self.get()?.load(address)?)
+        Ok(self.bytes()?.load(address)?)
     }
 
     /// Put a number of 8 bits at an address.
     fn write_u8(&self, address: u64, value: u8) -> PyResult<()> {
-        Ok(self.get()?.store(address, value)?)
+        Ok(self.bytes()?.store(address, value)?)
     }
 
     /// Put a number of 16 bits at an address; in one access where it is aligned.
     fn write_u16(&self, address: u64, value: u16) -> PyResult<()> {
-        Ok(self.get()?.store(address, value)?)
+        Ok(self.bytes()?.store(address, value)?)
     }
 
     /// Put a number of 32 bits at an address; in one access where it is aligned.
     fn write_u32(&self, address: u64, value: u32) -> PyResult<()> {
-        Ok(self.get()?.store(address, value)?)
+        Ok(self.bytes()?.store(address, value)?)
     }
 
     /// Put a number of 64 bits at an address; in one access where it is aligned.
     fn write_u64(&self, address: u64, value: u64) -> PyResult<()> {
-        Ok(self.get()?.store(address, value)?)
+        Ok(self.bytes()?.store(address, value)?)
     }
 
     /// Set every byte of a range; raises as `write` does.
     #[pyo3(signature = (address, length, value = 0))]
     fn fill(&self, py: Python<'_>, address: u64, length: u64, value: u8) -> PyResult<()> {
-        let memory = self.get()?;
+        let memory = self.bytes()?;
         copy(py, usize::try_from(length)?, || memory.fill(address, length, value))
     }
 
@@ -283,7 +300,7 @@ impl PyGuestMemory {
         if data.is_empty() {
             return Err(PyValueError::new_err("there is nothing to look for: data is empty"));
         }
-        let memory = self.get()?;
+        let memory = self.bytes()?;
         Ok(py.detach(|| memory.find(&data, start, end.unwrap_or(u64::MAX)))?)
     }
 
@@ -346,7 +363,7 @@ impl PyGuestMemory {
         offset: u64,
         read_only: bool,
     ) -> PyResult<PyMemorySlot> {
-        let memory = slf.get().get()?;
+        let memory = slf.get().changing()?;
         let mapping = match (source, size) {
             (Some(source), _) => {
                 let fd: RawFd = super::events::descriptor(source)?;
@@ -370,7 +387,7 @@ impl PyGuestMemory {
     ///     GuestMemoryError: the machine has no such slot, or no longer.
     ///     StateError: the machine is closed.
     fn remove(&self, py: Python<'_>, slot: &PyMemorySlot) -> PyResult<()> {
-        let memory = self.get()?;
+        let memory = self.changing()?;
         let slot: Slot = slot.slot();
         Ok(py.detach(|| memory.remove(&slot))?)
     }
@@ -378,18 +395,18 @@ impl PyGuestMemory {
     /// The memory slots, by address.
     #[getter]
     fn slots<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
-        PyTuple::new(py, self.get()?.slots().into_iter().map(PyMemorySlot::of))
+        PyTuple::new(py, self.bytes()?.slots().into_iter().map(PyMemorySlot::of))
     }
 
     /// Whether written pages are noted for `dirty`: KVM_MEM_LOG_DIRTY_PAGES. It costs the guest time.
     #[getter]
     fn log_dirty(&self) -> PyResult<bool> {
-        Ok(self.get()?.is_logging_dirty())
+        Ok(self.bytes()?.is_logging_dirty())
     }
 
     #[setter]
     fn set_log_dirty(&self, py: Python<'_>, is_on: bool) -> PyResult<()> {
-        let memory = self.get()?;
+        let memory = self.changing()?;
         Ok(py.detach(|| memory.log_dirty(is_on))?)
     }
 
@@ -400,20 +417,20 @@ impl PyGuestMemory {
     /// Raises:
     ///     StateError: `log_dirty` is not set, or the machine is closed.
     fn dirty(&self, py: Python<'_>) -> PyResult<PyDirtyPages> {
-        let memory = self.get()?;
+        let memory = self.changing()?;
         Ok(PyDirtyPages::of(py.detach(|| memory.take_dirty())?))
     }
 
     /// Bytes of memory.
     #[getter]
     fn size(&self) -> PyResult<u64> {
-        Ok(self.get()?.size())
+        Ok(self.bytes()?.size())
     }
 
     /// Start and length of each range of memory, by address.
     #[getter]
     fn ranges(&self) -> PyResult<Vec<(u64, u64)>> {
-        Ok(self.get()?.ranges())
+        Ok(self.bytes()?.ranges())
     }
 
     fn __repr__(&self) -> String {

@@ -60,6 +60,12 @@ impl Raised {
         }
     }
 
+    /// Whether something waits to be taken.
+    pub(super) fn is_left(&self) -> bool {
+        let left = self.0.lock();
+        left.error.is_some() || left.stop.is_some()
+    }
+
     /// The vCPU and the value of a `Stop`, once.
     pub(super) fn take_stop(&self) -> Option<(u64, Py<PyAny>)> {
         self.0.lock().stop.take()

@@ -11,6 +11,7 @@ use pyo3::types::PyBytes;
 
 use super::event_fd::PyEventFd;
 use super::exit;
+use super::lease::Tie;
 use super::owned::Owned;
 use crate::devices::{Piece, Serial};
 use crate::sync::{Mutex, rank};
@@ -24,15 +25,23 @@ pub struct PySerial {
     taken: Mutex<Option<Piece>, rank::TakenOutput>,
     /// The machine, which is not closed for as long as somebody has its port; none for the loop's own use.
     machine: Option<Py<PyAny>>,
+    tie: Tie,
 }
 
 impl PySerial {
-    pub(super) fn over(serial: Arc<Serial>, machine: Option<Py<PyAny>>) -> Self {
-        Self { serial: Owned::new("serial port", serial), taken: Mutex::default(), machine }
+    pub(super) fn over(serial: Arc<Serial>, machine: Option<Py<PyAny>>, tie: &Tie) -> Self {
+        let (serial, taken) = (Owned::new("serial port", serial), Mutex::default());
+        Self { serial, taken, machine, tie: tie.clone() }
     }
 
-    /// The port; not in a forked child, whose parent's guest would be interrupted.
+    /// The port, for what a reset does not take back.
     fn port(&self) -> PyResult<&Arc<Serial>> {
+        self.tie.hand_out();
+        self.bytes()
+    }
+
+    /// The port, for its input and output, which a reset takes back; not in a forked child, whose parent's guest would be interrupted.
+    fn bytes(&self) -> PyResult<&Arc<Serial>> {
         Ok(self.serial.get()?)
     }
 }
@@ -41,14 +50,14 @@ impl PySerial {
 impl PySerial {
     /// Give the guest input; it reads it at its own pace.
     fn send(&self, py: Python<'_>, data: PyBackedBytes) -> PyResult<()> {
-        let port = self.port()?;
+        let port = self.bytes()?;
         py.detach(|| port.feed(&data));
         Ok(())
     }
 
     /// Take the output there is. Without a configured output, at most the newest MiB.
     fn read<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
-        let port = self.port()?;
+        let port = self.bytes()?;
         let bytes = py.detach(|| port.take());
         Ok(PyBytes::new(py, &bytes))
     }
@@ -86,7 +95,7 @@ impl PySerial {
     /// Bytes of input that the guest has not read yet.
     #[getter]
     fn input_waiting(&self, py: Python<'_>) -> PyResult<usize> {
-        let port = self.port()?;
+        let port = self.bytes()?;
         Ok(py.detach(|| port.input_waiting()))
     }
 

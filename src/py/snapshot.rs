@@ -101,16 +101,17 @@ impl PySnapshot {
             if let Some(setup) = setup {
                 setup.call1((&fork,))?;
             }
-            let vmm = fork.get().vmm()?;
+            let vmm = fork.get().core()?;
             py.detach(|| vmm.restore_devices(core))
                 .map_err(|e| fork.get().device_failure(e.into()))?;
-            entropy.map_or(Ok(()), |entropy| stir(&fork, &entropy))
+            let stir = |entropy| fork.bind(py).call_method1(intern!(py, "_stir"), (entropy,));
+            entropy.map_or(Ok(()), |entropy| stir(entropy).map(drop))
         };
         match complete() {
             Ok(()) => Ok(fork),
             Err(error) => {
                 // Not when the last traceback that names it goes.
-                if let Ok(vmm) = fork.get().vmm() {
+                if let Ok(vmm) = fork.get().core() {
                     py.detach(|| vmm.close());
                 }
                 Err(error)
@@ -120,14 +121,16 @@ impl PySnapshot {
 
     /// So many forks, made in parallel. When one cannot be made, none is left.
     ///
-    /// `changes`, if given, is called with each one's number for its arguments of `fork`, as a dict.
-    #[pyo3(signature = (count, changes = None))]
+    /// `changes`, if given, is called with each one's number for its arguments of `fork`, as a dict; `entropy` is that
+    /// of all whose arguments have none.
+    #[pyo3(signature = (count, changes = None, *, entropy = None))]
     fn fork_many<'py>(
         slf: &Bound<'py, Self>,
         count: usize,
         changes: Option<Bound<'py, PyAny>>,
+        entropy: Option<Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        snapshots(slf.py())?.call_method1("fork_many", (slf, count, changes))
+        snapshots(slf.py())?.call_method1("fork_many", (slf, count, changes, entropy))
     }
 
     /// Write it to a file, which `load` reads: see docs/snapshot-format.md.
@@ -252,20 +255,23 @@ impl PySnapshot {
 
     /// `function(fork, input)` for each input, on so many forks at once: what they returned, in order.
     ///
-    /// Each fork is reset to here before each job. See `pyvmm.ForkExecutor`.
+    /// Each job finds a machine that stands here, of which no other job has a part. See `pyvmm.ForkExecutor`.
+    ///
+    /// `entropy` is that of `fork`, new for each job. Without it a job's result depends on its input alone.
     ///
     /// Raises:
     ///     TimeoutError: a job took longer than `timeout` seconds.
     ///     Exception: the first exception of a job.
-    #[pyo3(signature = (function, inputs, *, workers = None, timeout = None))]
+    #[pyo3(signature = (function, inputs, *, workers = None, timeout = None, entropy = None))]
     fn map<'py>(
         slf: &Bound<'py, Self>,
         function: Bound<'py, PyAny>,
         inputs: Bound<'py, PyAny>,
         workers: Option<usize>,
         timeout: Option<f64>,
+        entropy: Option<Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let arguments = (slf, function, inputs, workers, timeout);
+        let arguments = (slf, function, inputs, workers, timeout, entropy);
         snapshots(slf.py())?.call_method1("map_inputs", arguments)
     }
 
@@ -357,17 +363,6 @@ impl PySnapshot {
 
 fn hex(id: [u8; 16]) -> String {
     id.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// Write randomness into a fork: by the callable, or at an address and of a length.
-fn stir(fork: &Py<PyVmm>, entropy: &Bound<'_, PyAny>) -> PyResult<()> {
-    let py = entropy.py();
-    if entropy.is_callable() {
-        return entropy.call1((fork,)).map(drop);
-    }
-    let (address, count): (u64, usize) = entropy.extract()?;
-    let random = import(py, "os")?.call_method1("urandom", (count,))?.cast_into::<PyBytes>()?;
-    Ok(fork.get().vmm()?.memory()?.write(address, random.as_bytes())?)
 }
 
 fn snapshots(py: Python<'_>) -> PyResult<Bound<'_, PyModule>> {

@@ -10,6 +10,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyInt, PyString, PyTuple};
 
 use super::ending::import;
+use super::lease::Tie;
 use super::owned::Owned;
 use super::vcpu_exit::PyVcpuExit;
 
@@ -22,25 +23,39 @@ struct Processor {
     cell: Owned<Weak<Cell>>,
     /// The machine's object, which does not close it for as long as somebody has a vCPU or its registers.
     machine: Option<Py<PyAny>>,
+    tie: Tie,
 }
 
 impl Processor {
+    /// Look into the vCPU, and change what a reset takes back.
     fn look<T>(&self, look: impl FnOnce(&mut Vcpu) -> Result<T>) -> Result<T> {
-        self.cell()?.with_vcpu(look)
+        self.upgrade()?.with_vcpu(look)
     }
 
+    /// Change what a reset does not take back.
+    fn change<T>(&self, change: impl FnOnce(&mut Vcpu) -> Result<T>) -> Result<T> {
+        self.tie.change();
+        self.look(change)
+    }
+
+    /// The vCPU, to drive it by hand.
     fn cell(&self) -> Result<Arc<Cell>> {
+        self.tie.hand_out();
+        self.upgrade()
+    }
+
+    fn upgrade(&self) -> Result<Arc<Cell>> {
         let closed = || Error::new(ErrorKind::State, "vcpu", "the machine is closed");
         self.cell.get()?.upgrade().ok_or_else(closed)
     }
 
-    fn of(cell: Weak<Cell>, machine: Option<Py<PyAny>>) -> Self {
-        Self { cell: Owned::new("vCPU", cell), machine }
+    fn of(cell: Weak<Cell>, machine: Option<Py<PyAny>>, tie: &Tie) -> Self {
+        Self { cell: Owned::new("vCPU", cell), machine, tie: tie.clone() }
     }
 
     fn another(&self, py: Python<'_>) -> Result<Self> {
         let machine = self.machine.as_ref().map(|machine| machine.clone_ref(py));
-        Ok(Self::of(Weak::clone(self.cell.get()?), machine))
+        Ok(Self::of(Weak::clone(self.cell.get()?), machine, &self.tie))
     }
 
     fn traverse(&self, visit: &PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {
@@ -143,8 +158,8 @@ impl PyVcpu {
     }
 
     /// The object for a vCPU of a machine's object.
-    pub(super) fn of(cell: &Arc<Cell>, machine: Option<Py<PyAny>>) -> Self {
-        Self { id: cell.id(), processor: Processor::of(Arc::downgrade(cell), machine) }
+    pub(super) fn of(cell: &Arc<Cell>, machine: Option<Py<PyAny>>, tie: &Tie) -> Self {
+        Self { id: cell.id(), processor: Processor::of(Arc::downgrade(cell), machine, tie) }
     }
 
     /// A view of one class of its registers: made when it is asked for, it keeps the machine.
@@ -191,8 +206,9 @@ fn cpuid_entry(entry: &Bound<'_, PyAny>) -> PyResult<kvm_cpuid_entry2> {
 pub(super) fn to_python<'py>(
     machine: &Bound<'py, PyAny>,
     cells: &[Arc<Cell>],
+    tie: &Tie,
 ) -> PyResult<Bound<'py, PyTuple>> {
-    let of = |cell| PyVcpu::of(cell, Some(machine.clone().unbind()));
+    let of = |cell| PyVcpu::of(cell, Some(machine.clone().unbind()), tie);
     PyTuple::new(machine.py(), cells.iter().map(of))
 }
 
@@ -270,7 +286,12 @@ impl PyVcpu {
     #[setter]
     fn set_cpuid(&self, entries: Vec<Bound<'_, PyAny>>) -> PyResult<()> {
         let entries: Vec<_> = entries.iter().map(cpuid_entry).collect::<PyResult<_>>()?;
-        Ok(self.processor.look(|vcpu| vcpu.set_cpuid(&entries))?)
+        if self.processor.tie.is_lent() {
+            let detail = "the job's machine has run for other jobs, or may: it keeps its processor";
+            let error = Error::new(ErrorKind::State, "cpuid", detail);
+            return Err(error.hint("change it in the setup of the pool's forks").into());
+        }
+        Ok(self.processor.change(|vcpu| vcpu.set_cpuid(&entries))?)
     }
 
     /// Enter the guest on this thread until its next exit, and return that. No device answers it.
@@ -306,7 +327,7 @@ impl PyVcpu {
     ///     OverflowError: the number has more bits, or is negative.
     fn answer(&self, data: &Bound<'_, PyAny>) -> PyResult<()> {
         let Some(wanted) = self.processor.look(|vcpu| Ok(vcpu.wanted()))? else {
-            return Ok(self.processor.look(|vcpu| vcpu.answer(&[]))?);
+            return Ok(self.processor.change(|vcpu| vcpu.answer(&[]))?);
         };
         let bytes: Vec<u8> = match data.cast::<PyInt>() {
             Ok(number) => number.call_method1("to_bytes", (wanted, "little"))?.extract()?,
@@ -316,7 +337,7 @@ impl PyVcpu {
             let text = format!("the guest reads {wanted} bytes, not {}", bytes.len());
             return Err(PyValueError::new_err(text));
         }
-        Ok(self.processor.look(|vcpu| vcpu.answer(&bytes))?)
+        Ok(self.processor.change(|vcpu| vcpu.answer(&bytes))?)
     }
 
     /// The guest-physical address behind a guest-virtual one, by the vCPU's page tables; None where none is mapped.
@@ -340,7 +361,7 @@ impl PyVcpu {
     #[pyo3(signature = (*, single_step = false, breakpoints = None))]
     fn debug(&self, single_step: bool, breakpoints: Option<Vec<u64>>) -> PyResult<()> {
         let breakpoints = breakpoints.unwrap_or_default();
-        Ok(self.processor.look(|vcpu| vcpu.debug(single_step, &breakpoints))?)
+        Ok(self.processor.change(|vcpu| vcpu.debug(single_step, &breakpoints))?)
     }
 
     fn __repr__(&self) -> String {
@@ -383,7 +404,7 @@ impl PyMsrBytes {
 
     /// Change the register; raises as `load` does.
     fn store(&self, index: u32, value: u64) -> PyResult<()> {
-        Ok(self.processor.look(|vcpu| vcpu.set_msr(index, value))?)
+        Ok(self.processor.change(|vcpu| vcpu.set_msr(index, value))?)
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {

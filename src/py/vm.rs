@@ -13,6 +13,7 @@ use pyo3::types::{PyList, PyTuple};
 use super::attach::attach;
 use super::ending::guard_thread;
 use super::exit_handler::PyWrappedExitHandler;
+use super::lease::Tie;
 use super::live::{self, Close};
 use super::memory::PyGuestMemory;
 use super::owned::Owned;
@@ -216,7 +217,7 @@ impl PyKvmVm {
     fn create_vcpu(slf: &Bound<'_, Self>, id: u64) -> PyResult<PyVcpu> {
         let vm = slf.get().vm()?;
         let cell = slf.py().detach(|| vm.create_vcpu(id))?;
-        Ok(PyVcpu::of(&cell, Some(slf.as_any().clone().unbind())))
+        Ok(PyVcpu::of(&cell, Some(slf.as_any().clone().unbind()), &Tie::default()))
     }
 
     /// Start a thread `vcpu_{id}` for each vCPU and return.
@@ -284,13 +285,18 @@ impl PyKvmVm {
     fn vcpus<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyTuple>> {
         let (this, vm) = (slf.get(), slf.get().vm()?);
         slf.py().detach(|| vm.prepare(this.entry))?;
-        vcpu::to_python(slf.as_any(), &vm.cells())
+        vcpu::to_python(slf.as_any(), &vm.cells(), &Tie::default())
     }
 
     /// Guest memory, by guest-physical address.
     #[getter]
     fn memory(slf: &Bound<'_, Self>) -> PyResult<PyGuestMemory> {
-        Ok(PyGuestMemory::of(slf.as_any(), slf.get().machine.get()?, Machine::memory))
+        Ok(PyGuestMemory::of(
+            slf.as_any(),
+            slf.get().machine.get()?,
+            Machine::memory,
+            &Tie::default(),
+        ))
     }
 
     /// Stop the vCPUs and wait for their threads. A guest that had not ended can go on with `run`.
@@ -327,7 +333,7 @@ impl PyKvmVm {
         let none = || Error::new(ErrorKind::State, "serial", "a bare machine has no devices");
         slf.get().machine.get()?;
         let serial = slf.get().serial.clone().ok_or_else(none)?;
-        Ok(PySerial::over(serial, Some(slf.as_any().clone().unbind())))
+        Ok(PySerial::over(serial, Some(slf.as_any().clone().unbind()), &Tie::default()))
     }
 
     /// Accesses that no device answered.

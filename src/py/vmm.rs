@@ -15,6 +15,7 @@ use super::event_manager::PyEventManager;
 use super::events::PySubscriberId;
 use super::exit_handler::PyWrappedExitHandler;
 use super::hooks::Hooks;
+use super::lease::{Lease, Tie};
 use super::live::{self, Close};
 use super::memory::PyGuestMemory;
 use super::owned::Owned;
@@ -44,19 +45,25 @@ use crate::vmm::Vmm;
 #[pyclass(frozen, weakref, name = "Vmm", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyVmm {
-    vmm: Owned<Arc<Vmm>>,
+    pub(super) vmm: Owned<Arc<Vmm>>,
     /// Other machines may be in the same loop.
-    is_shared: bool,
+    pub(super) is_shared: bool,
     /// Exit hooks, and what they and Python devices leave for the run.
     pub(super) hooks: Arc<Hooks>,
     /// The Python devices on its buses.
-    pub(super) devices: Mutex<Vec<Arc<PythonDevice>>, rank::PythonDevices>,
+    pub(super) devices: Devices,
     /// Subscribers that serve the serial port's Python streams.
-    streams: Mutex<Vec<Py<PySubscriberId>>, rank::PythonStreams>,
-    config: Py<PyAny>,
-    event_manager: Py<PyEventManager>,
-    exit_handler: Py<PyWrappedExitHandler>,
+    pub(super) streams: Mutex<Vec<Py<PySubscriberId>>, rank::PythonStreams>,
+    pub(super) config: Py<PyAny>,
+    pub(super) event_manager: Py<PyEventManager>,
+    pub(super) exit_handler: Py<PyWrappedExitHandler>,
+    pub(super) tie: Tie,
+    /// What the job of a pool was given that the machine was lent to last.
+    pub(super) lent: Mutex<Option<Lease>, rank::Lease>,
 }
+
+/// The Python devices on a machine's buses.
+type Devices = Arc<Mutex<Vec<Arc<PythonDevice>>, rank::PythonDevices>>;
 
 impl Close for Vmm {
     fn stop(&self) {
@@ -70,9 +77,23 @@ impl Close for Vmm {
 }
 
 impl PyVmm {
+    /// The machine, for whatever a reset does not take back: a pool closes it behind the job.
+    ///
     /// # Errors
     /// [`ErrorKind::State`](crate::error::ErrorKind::State) in a forked child, and where the interpreter ends.
     pub(super) fn vmm(&self) -> Result<&Arc<Vmm>> {
+        self.tie.hand_out();
+        self.core()
+    }
+
+    /// The machine, for a change that a reset does not take back, and that is over when the call returns.
+    pub(super) fn changing(&self) -> Result<&Arc<Vmm>> {
+        self.tie.change();
+        self.core()
+    }
+
+    /// The machine, for what changes nothing, or nothing that [`Vmm::renew`] does not take back or find.
+    pub(super) fn core(&self) -> Result<&Arc<Vmm>> {
         self.vmm.get()
     }
 
@@ -83,7 +104,7 @@ impl PyVmm {
         event_manager: Option<Py<PyEventManager>>,
         has_python_streams: bool,
     ) -> PyResult<Self> {
-        let py = config.py();
+        let (py, tie) = (config.py(), Tie::default());
         live::remember(py, Arc::downgrade(&vmm) as Weak<dyn Close>);
         let is_shared = event_manager.is_some();
         let event_manager = match event_manager {
@@ -92,7 +113,7 @@ impl PyVmm {
         };
         let streams = if has_python_streams {
             // The loop holds them, so they hold no machine.
-            let serial = Py::new(py, PySerial::over(Arc::clone(vmm.serial()), None))?;
+            let serial = Py::new(py, PySerial::over(Arc::clone(vmm.serial()), None, &tie))?;
             import(py, "pyvmm.streams")?
                 .call_method1("connect", (serial, &event_manager, config.getattr("serial")?))?
                 .extract()?
@@ -105,9 +126,11 @@ impl PyVmm {
             exit_handler: Py::new(py, PyWrappedExitHandler::over(vmm.exit_handler().clone()))?,
             vmm: Owned::new("machine", vmm),
             is_shared,
-            hooks: Arc::new(Hooks::over(Arc::default())),
-            devices: Mutex::default(),
+            hooks: Arc::new(Hooks::over(Arc::default(), &tie)),
+            devices: Arc::default(),
             streams: Mutex::new(streams),
+            lent: Mutex::default(),
+            tie,
         })
     }
 
@@ -128,7 +151,7 @@ impl PyVmm {
             Ok(None) => return Ok(None),
             Ok(Some(exit)) => exit,
             // What was left is for the run in progress, which another thread waits for.
-            Err(error) if self.vmm()?.is_in_run() => return Err(error),
+            Err(error) if self.core()?.is_in_run() => return Err(error),
             Err(error) => {
                 let error = raised.beside(py, error);
                 // This run's, and no later one's.
@@ -142,12 +165,15 @@ impl PyVmm {
             Some((vcpu, value)) if exit.reason == ExitReason::Stopped => {
                 exit::stopped(py, Some(vcpu), &value).map(Some)
             }
-            None if exit.reason == ExitReason::Stopped => match self.vmm()?.serial().take_found() {
-                Some(text) => {
-                    exit::stopped(py, None, PyBytes::new(py, &text).as_any().as_unbound()).map(Some)
+            None if exit.reason == ExitReason::Stopped => {
+                match self.core()?.serial().take_found() {
+                    Some(text) => {
+                        exit::stopped(py, None, PyBytes::new(py, &text).as_any().as_unbound())
+                            .map(Some)
+                    }
+                    None => exit::to_python(py, &exit).map(Some),
                 }
-                None => exit::to_python(py, &exit).map(Some),
-            },
+            }
             _ => exit::to_python(py, &exit).map(Some),
         }
     }
@@ -168,6 +194,10 @@ impl PyVmm {
 impl Drop for PyVmm {
     fn drop(&mut self) {
         let Some(vmm) = self.vmm.take() else { return };
+        if self.tie.is_lent() {
+            // The machine goes on to the next job, or is closed by the pool.
+            return attach(|py| py.detach(|| drop(vmm)));
+        }
         // Its devices and hooks may hold parts of it, so it is closed, not only let go. That may sleep in the kernel, and
         // its threads may need the GIL to end.
         attach(|py| {
@@ -225,18 +255,20 @@ impl PyVmm {
     /// Raises:
     ///     StateError: the machine is closed, its run is ending, or the snapshot is of another shape, device or CPUID.
     fn reset(&self, py: Python<'_>, snapshot: &PySnapshot) -> PyResult<u64> {
-        let (vmm, snapshot) = (self.vmm()?, snapshot.core()?);
+        let (vmm, snapshot) = (self.core()?, snapshot.core()?);
         let changed = py.detach(|| vmm.reset(snapshot));
         changed.map_err(|e| self.device_failure(e.into()))
     }
 
     /// Register a subscriber with the machine's event manager; see `EventManager.add_subscriber`.
     fn add_subscriber(&self, subscriber: &Bound<'_, PyAny>) -> PyResult<PySubscriberId> {
+        self.tie.hand_out();
         PyEventManager::add_subscriber(self.event_manager.bind(subscriber.py()), subscriber)
     }
 
     /// Unregister a subscriber and return it; see `EventManager.remove_subscriber`.
     fn remove_subscriber(&self, py: Python<'_>, id: &PySubscriberId) -> PyResult<Py<PyAny>> {
+        self.tie.hand_out();
         self.event_manager.get().remove_subscriber(py, id)
     }
 
@@ -252,7 +284,7 @@ impl PyVmm {
     ///     Exception: the first exception of a callback.
     #[pyo3(signature = (timeout = None))]
     fn run<'py>(&self, py: Python<'py>, timeout: Option<f64>) -> PyResult<Bound<'py, PyAny>> {
-        let vmm = self.vmm()?;
+        let vmm = self.core()?;
         let timeout = exit::timeout(timeout)?;
         let _turning = self.claim(None)?;
         let manager = &self.event_manager;
@@ -267,7 +299,7 @@ impl PyVmm {
     /// Raises:
     ///     StateError: a run is in progress, the guest has ended, or the machine is closed.
     fn start(&self, py: Python<'_>) -> PyResult<()> {
-        let vmm = self.vmm()?;
+        let vmm = self.changing()?;
         Ok(py.detach(|| vmm.start())?)
     }
 
@@ -282,7 +314,7 @@ impl PyVmm {
         py: Python<'py>,
         timeout: Option<f64>,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
-        let vmm = self.vmm()?;
+        let vmm = self.core()?;
         let timeout = exit::timeout(timeout)?;
         let _turning = self.claim(None)?;
         let manager = &self.event_manager;
@@ -298,7 +330,7 @@ impl PyVmm {
     /// Raises:
     ///     StateError: the machine is not running.
     fn pause(&self, py: Python<'_>) -> PyResult<()> {
-        let vmm = self.vmm()?;
+        let vmm = self.changing()?;
         Ok(py.detach(|| vmm.pause())?)
     }
 
@@ -307,7 +339,7 @@ impl PyVmm {
     /// Raises:
     ///     StateError: no run is in progress, or the guest has ended.
     fn resume(&self, py: Python<'_>) -> PyResult<()> {
-        let vmm = self.vmm()?;
+        let vmm = self.changing()?;
         Ok(py.detach(|| vmm.resume())?)
     }
 
@@ -317,22 +349,24 @@ impl PyVmm {
     ///     StateError: the machine is closed.
     #[getter]
     fn vcpus<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyTuple>> {
-        let (py, vmm) = (slf.py(), slf.get().vmm()?);
+        let (py, vmm) = (slf.py(), slf.get().core()?);
         let cells = py.detach(|| vmm.vcpus())?;
-        vcpu::to_python(slf.as_any(), &cells)
+        vcpu::to_python(slf.as_any(), &cells, &slf.get().tie)
     }
 
     /// Guest memory, by guest-physical address.
     #[getter]
     fn memory(slf: &Bound<'_, Self>) -> PyResult<PyGuestMemory> {
-        Ok(PyGuestMemory::of(slf.as_any(), slf.get().vmm()?, Vmm::memory))
+        let this = slf.get();
+        Ok(PyGuestMemory::of(slf.as_any(), this.core()?, Vmm::memory, &this.tie))
     }
 
     /// The host's side of the first serial port.
     #[getter]
     fn serial(slf: &Bound<'_, Self>) -> PyResult<PySerial> {
-        let serial = Arc::clone(slf.get().vmm()?.serial());
-        Ok(PySerial::over(serial, Some(slf.as_any().clone().unbind())))
+        let this = slf.get();
+        let serial = Arc::clone(this.core()?.serial());
+        Ok(PySerial::over(serial, Some(slf.as_any().clone().unbind()), &this.tie))
     }
 
     /// What the machine is made of.
@@ -344,18 +378,20 @@ impl PyVmm {
     /// The event manager whose loop `run` turns.
     #[getter]
     fn event_manager(&self, py: Python<'_>) -> Py<PyEventManager> {
+        self.tie.hand_out();
         self.event_manager.clone_ref(py)
     }
 
     /// The handler that ends a run.
     #[getter]
     fn exit_handler(&self, py: Python<'_>) -> Py<PyWrappedExitHandler> {
+        self.tie.hand_out();
         self.exit_handler.clone_ref(py)
     }
 
     /// End the run in progress, or at once the next one if there is none. From any thread or callback.
     fn stop(&self) -> PyResult<()> {
-        Ok(self.vmm()?.stop()?)
+        Ok(self.core()?.stop()?)
     }
 
     /// Stop, wait for the run in progress to end, and release everything. Does nothing the second time.
@@ -383,19 +419,19 @@ impl PyVmm {
     /// Where the machine stands.
     #[getter]
     fn state<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        exit::state(py, self.vmm()?.state())
+        exit::state(py, self.core()?.state())
     }
 
     /// Accesses that no device answered, counted by address.
     #[getter]
     fn unanswered<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
-        unanswered(py, &self.vmm()?.dispatch().buses)
+        unanswered(py, &self.core()?.dispatch().buses)
     }
 
     /// The instructions that KVM refused and pyvmm executed, counted by mnemonic; empty without `CpuConfig(fixups=True)`.
     #[getter]
     fn fixups(&self) -> PyResult<BTreeMap<&'static str, u64>> {
-        Ok(self.vmm()?.fixups().all())
+        Ok(self.core()?.fixups().all())
     }
 
     fn __aenter__<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
@@ -429,7 +465,8 @@ impl PyVmm {
     fn __traverse__(&self, visit: PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {
         visit.call(&self.config)?;
         visit.call(&self.event_manager)?;
-        if self.vmm.peek().is_none() {
+        // The others are shared by the objects of one machine, and visited by the one that it belongs to.
+        if self.vmm.peek().is_none() || self.tie.is_lent() {
             return Ok(());
         }
         self.hooks.traverse(&visit)?;

@@ -24,7 +24,7 @@ impl PyVmm {
         (base, length): (u64, u64),
         object: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
-        let vmm = self.vmm()?;
+        let vmm = self.changing()?;
         let device = PythonDevice::new(object, access, base, &self.hooks.raised)?;
         let device = Arc::new(device);
         let added = Arc::clone(&device) as Arc<dyn Device>;
@@ -34,7 +34,7 @@ impl PyVmm {
     }
 
     fn remove_device(&self, py: Python<'_>, access: Access, base: u64) -> PyResult<Py<PyAny>> {
-        let vmm = self.vmm()?;
+        let vmm = self.changing()?;
         let is_it = |device: &Arc<PythonDevice>| device.is_at(access, base);
         let Some(device) = self.devices.lock().iter().find(|device| is_it(device)).cloned() else {
             let detail = "no device that was added starts here";
@@ -48,7 +48,7 @@ impl PyVmm {
     fn set_hooks(&self) -> Result<()> {
         let kinds = self.hooks.kinds();
         let hook = Arc::clone(&self.hooks) as Arc<dyn ExitHook>;
-        self.vmm()?.dispatch().set_hook(hook, &kinds);
+        self.changing()?.dispatch().set_hook(hook, &kinds);
         Ok(())
     }
 }
@@ -122,7 +122,7 @@ impl PyVmm {
     }
 
     fn _pio_device(&self, py: Python<'_>, base: u64) -> PyResult<Option<Py<PyAny>>> {
-        self.vmm()?;
+        self.core()?;
         let devices = self.devices.lock();
         let device = devices.iter().find(|device| device.is_at(Access::Pio, base));
         Ok(device.map(|device| device.object().clone_ref(py)))
@@ -134,7 +134,7 @@ impl PyVmm {
     ///     StateError: the machine has no interrupt controller, or is closed.
     ///     ConfigError: it has no such line.
     fn irq(slf: Bound<'_, Self>, line: u32) -> PyResult<PyIrqLine> {
-        slf.get().vmm()?.vm()?.check_irq_line(line)?;
+        slf.get().core()?.vm()?.check_irq_line(line)?;
         Ok(PyIrqLine { vmm: slf.unbind(), line })
     }
 
@@ -147,7 +147,7 @@ impl PyVmm {
     /// Raises:
     ///     StateError: the machine has no interrupt controller, or is closed.
     fn msi(&self, py: Python<'_>, address: u64, data: u32) -> PyResult<bool> {
-        let vmm = self.vmm()?;
+        let vmm = self.core()?;
         Ok(py.detach(|| vmm.vm()?.signal_msi(address, data))?)
     }
 
@@ -157,7 +157,7 @@ impl PyVmm {
     ///     ConfigError: there is no such vCPU.
     #[pyo3(signature = (vcpu = 0))]
     fn nmi(&self, py: Python<'_>, vcpu: u64) -> PyResult<()> {
-        let vmm = self.vmm()?;
+        let vmm = self.core()?;
         Ok(py.detach(|| vmm.vm()?.nmi(vcpu))?)
     }
 
@@ -167,13 +167,13 @@ impl PyVmm {
     ///     StateError: the machine has no interrupt controller, or is closed.
     ///     KvmError: KVM refuses it: an eventfd pulses one line.
     fn add_irqfd(&self, py: Python<'_>, event_fd: &PyEventFd, line: u32) -> PyResult<()> {
-        let (vmm, event) = (self.vmm()?, event_fd.shared(py)?);
+        let (vmm, event) = (self.changing()?, event_fd.shared(py)?);
         Ok(py.detach(|| vmm.vm()?.add_irqfd(&event, line))?)
     }
 
     /// Undo `add_irqfd`.
     fn remove_irqfd(&self, py: Python<'_>, event_fd: &PyEventFd, line: u32) -> PyResult<()> {
-        let (vmm, event) = (self.vmm()?, event_fd.shared(py)?);
+        let (vmm, event) = (self.changing()?, event_fd.shared(py)?);
         Ok(py.detach(|| vmm.vm()?.remove_irqfd(&event, line))?)
     }
 
@@ -199,7 +199,7 @@ impl PyVmm {
         pio: bool,
     ) -> PyResult<()> {
         let (event, on) = (event_fd.shared(slf.py())?, io_event(address, length, datamatch, pio));
-        let vmm = slf.get().vmm()?;
+        let vmm = slf.get().changing()?;
         Ok(slf.py().detach(|| vmm.vm()?.add_ioeventfd(&event, &on))?)
     }
 
@@ -214,7 +214,7 @@ impl PyVmm {
         pio: bool,
     ) -> PyResult<()> {
         let (event, on) = (event_fd.shared(slf.py())?, io_event(address, length, datamatch, pio));
-        let vmm = slf.get().vmm()?;
+        let vmm = slf.get().changing()?;
         Ok(slf.py().detach(|| vmm.vm()?.remove_ioeventfd(&event, &on))?)
     }
 
@@ -254,7 +254,7 @@ impl PyVmm {
                 class.name()?
             )));
         }
-        let vm = this.vmm()?.vm()?;
+        let vm = this.changing()?.vm()?;
         match (of_kind, msrs) {
             (ExitKind::Msr, msrs) => {
                 let (all, added) = this.hooks.filter(msrs.unwrap_or_default());
@@ -292,7 +292,7 @@ impl PyVmm {
     /// Raises:
     ///     ValueError: it is none of this kind.
     fn off_exit(&self, kind: &Bound<'_, PyAny>, function: &Bound<'_, PyAny>) -> PyResult<()> {
-        self.vmm()?;
+        self.changing()?;
         let of_kind = kind_of(kind)?;
         if !self.hooks.remove(of_kind, function)? {
             return Err(PyValueError::new_err("this function is no hook of this kind of exit"));
@@ -300,7 +300,7 @@ impl PyVmm {
         self.set_hooks()?;
         if of_kind == ExitKind::Msr && self.hooks.unfilter(&[]) {
             // A machine that is closed has none.
-            if let Ok(vm) = self.vmm()?.vm() {
+            if let Ok(vm) = self.changing()?.vm() {
                 kind.py().detach(|| vm.filter_msrs(&[]))?;
             }
         }
@@ -320,7 +320,7 @@ pub struct PyIrqLine {
 
 impl PyIrqLine {
     fn set_levels(&self, py: Python<'_>, levels: &[bool]) -> PyResult<()> {
-        let vmm = self.vmm.get().vmm()?;
+        let vmm = self.vmm.get().core()?;
         Ok(py.detach(|| {
             let vm = vmm.vm()?;
             levels.iter().try_for_each(|level| vm.set_irq_line(self.line, *level))

@@ -28,6 +28,13 @@ impl Watch {
         count(&self.dispatched, dispatched as u64);
     }
 
+    /// Count from nothing again.
+    pub(super) fn forget(&self) {
+        self.turns.store(0, Ordering::Relaxed);
+        self.dispatched.store(0, Ordering::Relaxed);
+        *self.slowest.lock() = Default::default();
+    }
+
     pub(super) fn turns(&self) -> u64 {
         self.turns.load(Ordering::Relaxed)
     }

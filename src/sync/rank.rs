@@ -131,6 +131,8 @@ ranks! {
     PythonDevices,
     /// The subscribers behind a machine's Python streams.
     PythonStreams,
+    /// What the last job of a pool was given of a machine.
+    Lease,
     /// What a Python device's `save` or `restore` has raised.
     DeviceFailure,
     /// What callbacks on vCPU threads leave for the run.

@@ -101,9 +101,18 @@ impl RunState {
 
     /// A guest that had ended has been brought back to what it was: from `Exiting` to `Paused`. Else nothing.
     pub fn revive(&self) {
+        self.change(VmRunState::Exiting, VmRunState::Paused);
+    }
+
+    /// A machine that nobody runs has been made new: from `Paused` to `Created`. Otherwise nothing.
+    pub fn renew(&self) {
+        self.change(VmRunState::Paused, VmRunState::Created);
+    }
+
+    fn change(&self, from: VmRunState, to: VmRunState) {
         let mut state = self.state.lock();
-        if *state == VmRunState::Exiting {
-            *state = VmRunState::Paused;
+        if *state == from {
+            *state = to;
             self.changed.notify_all();
             self.bells.lock().iter().for_each(|fd| drop(fd.write(1)));
         }

@@ -107,6 +107,11 @@ impl<EH: ExitHandler> KvmVm<EH> {
         Ok(())
     }
 
+    /// The machine is as it was before its first run.
+    pub(crate) fn renew(&self) {
+        self.shared.run_state.renew();
+    }
+
     /// The vCPUs have other registers: the guest has not ended, and starts where they say.
     pub(crate) fn revive(&self) {
         // Release: whoever finds it prepared finds the registers.

@@ -2,10 +2,12 @@
 //! any thread may do to it meanwhile.
 
 mod life;
+mod renew;
 mod run;
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use event_manager::SubscriberId;
 
@@ -40,6 +42,8 @@ pub struct Vmm {
     /// Somebody has paused the machine and not resumed it: whoever pauses it for a moment leaves it paused.
     pub(crate) is_paused: Mutex<bool, rank::Paused>,
     pub(crate) held: Held,
+    /// A stream of the console has failed, and what comes is dropped.
+    has_failed: AtomicBool,
     /// Subscribers that are the machine's own and go with it.
     own_subscribers: Mutex<Vec<SubscriberId>, rank::OwnSubscribers>,
     runner: Mutex<Runner, rank::Runner>,
@@ -106,6 +110,7 @@ impl Vmm {
             exit_port,
             is_paused: Mutex::new(false),
             held: Held::default(),
+            has_failed: AtomicBool::new(false),
             own_subscribers: Mutex::new(own_subscribers),
             runner: Mutex::default(),
             run_ended: Condvar::new(),

@@ -1,5 +1,6 @@
 //! `run` and `wait`: turn the event loop until the exit handler says stop, and shut the machine down. On the caller's thread.
 
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::Vmm;
@@ -121,7 +122,10 @@ impl Vmm {
         if recording.is_some() {
             trace::flush();
         }
-        self.serial.take_failure().map_or(Ok(()), |failure| Err(failure.into()))
+        let Some(failure) = self.serial.take_failure() else { return Ok(()) };
+        // Relaxed: looked at when this run is over.
+        self.has_failed.store(true, Ordering::Relaxed);
+        Err(failure.into())
     }
 
     /// Bring out what the guest printed last. A stop, the deadline, or a taker that takes nothing for a while

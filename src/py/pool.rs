@@ -1,0 +1,85 @@
+//! `Vmm` for the pool of `pyvmm.snapshots`: a machine that is lent to one job after another. With the GIL held.
+
+use std::sync::Arc;
+
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+
+use super::ending::import;
+use super::lease::Lease;
+use super::owned::Owned;
+use super::snapshot::PySnapshot;
+use super::vmm::PyVmm;
+use crate::sync::Mutex;
+
+impl PyVmm {
+    /// An object of its own for the same machine.
+    fn handle(&self, py: Python<'_>, lease: &Lease) -> PyResult<Self> {
+        Ok(Self {
+            vmm: Owned::new("machine", Arc::clone(self.core()?)),
+            is_shared: self.is_shared,
+            hooks: Arc::clone(&self.hooks),
+            devices: Arc::clone(&self.devices),
+            streams: Mutex::default(),
+            config: self.config.clone_ref(py),
+            event_manager: self.event_manager.clone_ref(py),
+            exit_handler: self.exit_handler.clone_ref(py),
+            lent: Mutex::default(),
+            tie: self.tie.lend(lease),
+        })
+    }
+}
+
+#[pymethods]
+impl PyVmm {
+    /// An object for one job of a pool. The machine stays this object's, whose `_renew` finds out what the job has left.
+    fn _lend(&self, py: Python<'_>) -> PyResult<Py<Self>> {
+        let lease = Lease::default();
+        let handle = Py::new(py, self.handle(py, &lease)?)?;
+        *self.lent.lock() = Some(lease);
+        Ok(handle)
+    }
+
+    /// What has been done to the machine so far is how each job is to find it.
+    fn _settle(&self) {
+        self.tie.settle();
+    }
+
+    /// Whether its vCPUs run, or somebody is in a call that runs them.
+    fn _is_running(&self) -> PyResult<bool> {
+        Ok(self.core()?.is_in_run())
+    }
+
+    /// Whether a reset takes back all that has been done to the machine since it was settled.
+    fn _is_clean(&self) -> bool {
+        self.tie.is_clean()
+    }
+
+    /// Bring the machine back to a snapshot for the next job, as a new fork would be. False where something of the last job is
+    /// left that a reset does not take back, or somebody holds an object that the job was given: then it is to be closed.
+    fn _renew(&self, py: Python<'_>, snapshot: &PySnapshot) -> PyResult<bool> {
+        let is_held = self.lent.lock().as_ref().is_some_and(|lease| !lease.is_over());
+        if is_held || !self.tie.is_clean() || self.hooks.raised.is_left() {
+            return Ok(false);
+        }
+        let (vmm, snapshot) = (self.core()?, snapshot.core()?);
+        let renewed = py.detach(|| vmm.renew(snapshot));
+        let is_renewed = renewed.map_err(|e| self.device_failure(e.into()))?;
+        if !self.is_shared {
+            self.event_manager.get().forget_counts();
+        }
+        // A device's `restore` may have done something to the machine.
+        Ok(is_renewed && self.tie.is_clean())
+    }
+
+    /// Write randomness into the guest: by the callable, or at an address and of a length.
+    fn _stir(slf: &Bound<'_, Self>, entropy: &Bound<'_, PyAny>) -> PyResult<()> {
+        let py = slf.py();
+        if entropy.is_callable() {
+            return entropy.call1((slf,)).map(drop);
+        }
+        let (address, count): (u64, usize) = entropy.extract()?;
+        let random = import(py, "os")?.call_method1("urandom", (count,))?.cast_into::<PyBytes>()?;
+        Ok(slf.get().core()?.memory()?.write(address, random.as_bytes())?)
+    }
+}
