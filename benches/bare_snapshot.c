@@ -100,14 +100,14 @@ static int learn(int kvm)
 /* A machine over this memory. */
 static int build(struct machine *m, int run_cpuid)
 {
-	uint64_t identity = 0xfffbc000;
+	uint64_t identity = 0xfeffc000;
 	m->kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
 	if (m->kvm < 0 || learn(m->kvm) < 0)
 		return -1;
 	m->vm = ioctl(m->kvm, KVM_CREATE_VM, 0);
 	struct kvm_userspace_memory_region region = { .memory_size = m->size, .userspace_addr = (uint64_t)m->memory };
 	if (m->vm < 0 || ioctl(m->vm, KVM_SET_IDENTITY_MAP_ADDR, &identity) < 0 ||
-	    ioctl(m->vm, KVM_SET_TSS_ADDR, 0xfffbd000) < 0 || ioctl(m->vm, KVM_SET_USER_MEMORY_REGION, &region) < 0)
+	    ioctl(m->vm, KVM_SET_TSS_ADDR, 0xfeffd000) < 0 || ioctl(m->vm, KVM_SET_USER_MEMORY_REGION, &region) < 0)
 		return -1;
 	m->vcpu = ioctl(m->vm, KVM_CREATE_VCPU, 0);
 	m->run_size = ioctl(m->kvm, KVM_GET_VCPU_MMAP_SIZE, 0);

@@ -143,7 +143,9 @@ def test_files_open_with_what_lives_there_and_are_short(path: Path) -> None:
 def test_every_lock_has_a_rank() -> None:
     unranked = re.compile(r"parking_lot|std::sync::\{?[^;]*\b(Mutex|RwLock|Condvar)\b")
     without = {name(path) for path in RUST if unranked.search(code(path).replace("\n", " "))}
-    assert {path for path in without if not path.startswith("src/sync/")} == set()
+    # Held over each fork, whatever its thread holds, and let go in a child whose parent's waiters are gone: a lock of std,
+    # under which no other is taken.
+    assert {path for path in without if not path.startswith("src/sync/")} == {"src/vm/mapping.rs"}
 
 
 def test_every_export_of_the_native_module_is_public_documented_and_in_the_stub() -> None:

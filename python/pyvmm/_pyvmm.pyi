@@ -496,7 +496,8 @@ class GuestMemory:
     def view(self, address: int, length: int) -> memoryview:
         """A memoryview of guest memory itself, without a copy. It has to lie in one memory slot.
 
-        The memory stays mapped as long as the view lives, also when the slot is removed or the machine closed.
+        The memory stays mapped as long as the view lives, also when the slot is removed or the machine closed. In a forked
+        child a view shows what the memory held, and what the child writes is the child's own.
 
         Raises:
             GuestMemoryError: a byte of the range is not memory, or the range lies in several slots.
@@ -530,8 +531,8 @@ class GuestMemory:
             read_only: the guest cannot write; what it writes is an MMIO access.
 
         Raises:
-            GuestMemoryError: it overlaps other memory, is no whole number of pages, or the source is shorter or open
-                for reading only.
+            GuestMemoryError: it overlaps other memory, a device, or what KVM itself has there; it is no whole number of
+                pages, or the source is shorter or open for reading only. Nothing is changed then.
             KvmError: KVM refuses it.
             StateError: the machine is closed.
         """

@@ -178,6 +178,11 @@ impl Bus {
         entries.iter().map(|e| (e.base, e.length, Arc::clone(&e.device))).collect()
     }
 
+    /// The range of every device.
+    pub(crate) fn ranges(&self) -> Vec<(u64, u64)> {
+        self.entries.read().iter().map(|e| (e.base, e.length)).collect()
+    }
+
     /// The device that answers all of this access, and the offset in it.
     pub(crate) fn find(&self, address: u64, length: usize) -> Option<(Arc<dyn Device>, u64)> {
         let entries = self.entries.read();

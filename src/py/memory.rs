@@ -306,7 +306,8 @@ impl PyGuestMemory {
 
     /// A memoryview of guest memory itself, without a copy. It has to lie in one memory slot.
     ///
-    /// The memory stays mapped as long as the view lives, also when the slot is removed or the machine closed.
+    /// The memory stays mapped as long as the view lives, also when the slot is removed or the machine closed. In a forked
+    /// child a view shows what the memory held, and what the child writes is the child's own.
     ///
     /// Raises:
     ///     GuestMemoryError: a byte of the range is not memory, or the range lies in several slots.
@@ -350,8 +351,8 @@ impl PyGuestMemory {
     ///     read_only: the guest cannot write; what it writes is an MMIO access.
     ///
     /// Raises:
-    ///     GuestMemoryError: it overlaps other memory, is no whole number of pages, or the source is shorter or open for
-    ///         reading only.
+    ///     GuestMemoryError: it overlaps other memory, a device, or what KVM itself has there; it is no whole number of
+    ///         pages, or the source is shorter or open for reading only. Nothing is changed then.
     ///     KvmError: KVM refuses it.
     ///     StateError: the machine is closed.
     #[pyo3(signature = (address, size = None, *, source = None, offset = 0, read_only = false))]
@@ -395,7 +396,9 @@ impl PyGuestMemory {
     /// The memory slots, by address.
     #[getter]
     fn slots<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
-        PyTuple::new(py, self.bytes()?.slots().into_iter().map(PyMemorySlot::of))
+        let memory = self.bytes()?;
+        let slots = py.detach(|| memory.slots());
+        PyTuple::new(py, slots.into_iter().map(PyMemorySlot::of))
     }
 
     /// Whether written pages are noted for `dirty`: KVM_MEM_LOG_DIRTY_PAGES. It costs the guest time.

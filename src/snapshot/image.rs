@@ -4,13 +4,14 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, OnceLock};
 
 use vm_memory::MmapRegion;
 
 use super::pagemap::Range;
 use crate::error::{Error, ErrorKind, Result};
+use crate::vm::{Mapping, part};
 
 /// Pages that no longer change: a sealed memfd, or a snapshot's file.
 #[derive(Debug)]
@@ -32,22 +33,29 @@ impl Layer {
     /// When it refuses its seals.
     pub(crate) fn sealed(file: File) -> Result<Arc<Self>> {
         let layer = Self::of_memfd(Arc::new(file));
-        layer.seal()?;
-        Ok(layer)
+        if layer.seal()? {
+            return Ok(layer);
+        }
+        Err(os("F_ADD_SEALS", &io::Error::from_raw_os_error(libc::EBUSY)))
     }
 
-    /// Refuse every change of a memfd from now on. Nobody maps it shared and writable any more: those mappings could
-    /// still write.
+    /// Refuse every change of a memfd from now on. False: somebody else maps it so that it can be written, or the kernel
+    /// writes into its pages; it is not to be relied on then.
     ///
     /// # Errors
-    /// When it refuses its seals.
-    pub(crate) fn seal(&self) -> Result<()> {
-        let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | F_SEAL_FUTURE_WRITE;
+    /// When it refuses its seals for another reason.
+    pub(crate) fn seal(&self) -> Result<bool> {
+        let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_WRITE;
         // SAFETY: no pointers.
         let sealed = unsafe {
             libc::fcntl(self.file.as_raw_fd(), libc::F_ADD_SEALS, seals | libc::F_SEAL_SEAL)
         };
-        if sealed < 0 { Err(os("F_ADD_SEALS", &io::Error::last_os_error())) } else { Ok(()) }
+        let error = io::Error::last_os_error();
+        match (sealed, error.raw_os_error()) {
+            (0.., _) => Ok(true),
+            (_, Some(libc::EBUSY)) => Ok(false),
+            _ => Err(os("F_ADD_SEALS", &error)),
+        }
     }
 
     /// A file that is to stay as it is: [`Self::check`] tells when it did not.
@@ -81,9 +89,6 @@ impl Layer {
         &self.file
     }
 }
-
-/// Writes and new writable mappings are refused; since Linux 5.1.
-const F_SEAL_FUTURE_WRITE: libc::c_int = 0x10;
 
 fn stamp(file: &File) -> Result<[i128; 4]> {
     let m = file.metadata().map_err(|e| os("fstat", &e))?;
@@ -144,14 +149,19 @@ impl Run {
         }
     }
 
-    fn map_at(&self, host: *mut libc::c_void, access: libc::c_int) -> Result<()> {
-        let Some(layer) = &self.layer else { return Ok(()) };
-        let length = usize::try_from(self.range.1 - self.range.0).unwrap_or(0);
-        let offset = i64::try_from(self.offset).unwrap_or(i64::MAX);
-        let at = host.wrapping_byte_add(usize::try_from(self.range.0).unwrap_or(usize::MAX));
-        // SAFETY: the caller of `Image::map_over` vouches for the whole range, of which this is a part.
+    /// Map it in its place of a region: private pages over the layer's, or zeros.
+    fn map_in(&self, region: &MmapRegion, access: libc::c_int) -> Result<()> {
+        let place = part(region, self.range)?;
+        let start = place.ptr_guard_mut();
+        let (flags, fd, offset) = match &self.layer {
+            Some(layer) => (FLAGS, layer.file.as_raw_fd(), self.offset),
+            None => (FLAGS | libc::MAP_ANONYMOUS, -1, 0),
+        };
+        let offset = i64::try_from(offset).unwrap_or(i64::MAX);
+        // SAFETY: a part of a region of guest memory, or of one that was made for this image. Nobody holds a Rust reference
+        // to its bytes, and its end is where the region's is: nothing else is mapped over.
         let mapped =
-            unsafe { libc::mmap(at, length, access, FLAGS, layer.file.as_raw_fd(), offset) };
+            unsafe { libc::mmap(start.as_ptr().cast(), place.len(), access, flags, fd, offset) };
         if mapped == libc::MAP_FAILED {
             return Err(os("mmap of a snapshot", &io::Error::last_os_error()));
         }
@@ -272,37 +282,26 @@ impl Image {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         let region = MmapRegion::build(None, size, access, flags)
             .map_err(|e| Error::new(ErrorKind::Memory, "memory", e.to_string()))?;
-        for run in &self.0.runs {
-            run.map_at(region.as_ptr().cast(), access)?;
-        }
+        // What was just mapped is zeros already.
+        self.0
+            .runs
+            .iter()
+            .filter(|run| run.layer.is_some())
+            .try_for_each(|run| run.map_in(&region, access))?;
         Ok(region)
     }
 
-    /// Put it in the place of what is mapped at `host`.
+    /// Put it in the place of what a mapping of guest memory holds.
     ///
     /// # Errors
-    /// When the kernel refuses; each run has been replaced or not.
-    ///
-    /// # Safety
-    /// `size` bytes at `host` must be a mapping of guest memory, in which nobody relies on the bytes to stay.
-    pub(crate) unsafe fn map_over(&self, host: u64) -> Result<()> {
-        let at = std::ptr::with_exposed_provenance_mut::<libc::c_void>(
-            usize::try_from(host).unwrap_or(0),
-        );
-        for run in &self.0.runs {
-            if run.layer.is_some() {
-                run.map_at(at, READ_WRITE)?;
-                continue;
-            }
-            let length = usize::try_from(run.range.1 - run.range.0).unwrap_or(0);
-            let at = at.wrapping_byte_add(usize::try_from(run.range.0).unwrap_or(usize::MAX));
-            let flags = FLAGS | libc::MAP_ANONYMOUS;
-            // SAFETY: a part of the range that the caller vouches for.
-            if unsafe { libc::mmap(at, length, READ_WRITE, flags, -1, 0) } == libc::MAP_FAILED {
-                return Err(os("mmap of zeros", &io::Error::last_os_error()));
-            }
+    /// When the mapping has another size, or the kernel refuses: then each run has been replaced or not.
+    pub(crate) fn map_over(&self, mapping: &Mapping) -> Result<()> {
+        if mapping.size() != self.0.size {
+            let detail =
+                format!("{:#x} bytes, the snapshot has {:#x}", mapping.size(), self.0.size);
+            return Err(Error::new(ErrorKind::State, "memory", detail));
         }
-        Ok(())
+        self.0.runs.iter().try_for_each(|run| run.map_in(mapping.region(), READ_WRITE))
     }
 
     /// Its bytes, for reading.
@@ -349,19 +348,34 @@ fn next_data(file: &File, at: u64, behind: u64) -> Option<Range> {
     (start < behind).then(|| (start.max(at), end.min(behind)))
 }
 
-/// Copy guest memory at `host + range` to the same place in a memfd.
-pub(crate) fn copy_to(file: &File, host: u64, range: Range) -> Result<()> {
-    let length = usize::try_from(range.1 - range.0).unwrap_or(0);
-    let at = usize::try_from(host + range.0).unwrap_or(0);
-    // SAFETY: the caller's mapping has these bytes. A guest at rest does not change them; a host thread that does at the
-    // same time changes bytes of no Rust object, and any of them is a valid u8: the kernel reads them, not this slice.
-    let bytes =
-        unsafe { std::slice::from_raw_parts(std::ptr::with_exposed_provenance::<u8>(at), length) };
-    file.write_all_at(bytes, range.0).map_err(|e| os("write to a memfd", &e))
+/// Copy a range of guest memory to the same place in a memfd.
+pub(crate) fn copy_to(file: &File, region: &MmapRegion, range: Range) -> Result<()> {
+    let mut done = 0;
+    while range.0 + done < range.1 {
+        let piece = part(region, (range.0 + done, range.1))?;
+        let start = piece.ptr_guard();
+        let offset = i64::try_from(range.0 + done).unwrap_or(i64::MAX);
+        // SAFETY: the kernel reads the slice's bytes, which a host thread may change at the same time: any are right.
+        let written =
+            unsafe { libc::pwrite(file.as_raw_fd(), start.as_ptr().cast(), piece.len(), offset) };
+        match u64::try_from(written) {
+            Ok(0) => return Err(os("write to a memfd", &io::ErrorKind::WriteZero.into())),
+            Ok(written) => done += written,
+            Err(_) => {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(os("write to a memfd", &error));
+                }
+            }
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
     use super::*;
     use proptest::prelude::*;
 
@@ -373,8 +387,9 @@ mod tests {
 
     fn bytes(image: &Image) -> Vec<u8> {
         let mapping = image.mapping().unwrap();
-        // SAFETY: the mapping's own bytes, which nobody changes.
-        unsafe { std::slice::from_raw_parts(mapping.as_ptr(), mapping.size()) }.to_vec()
+        let mut bytes = vec![0; mapping.size()];
+        part(mapping, (0, mapping.size() as u64)).unwrap().copy_to(&mut bytes);
+        bytes
     }
 
     #[test]

@@ -115,7 +115,7 @@ impl Vmm {
         let vm = self.vm()?;
         vm.check_process()?;
         self.shape(&vm).check_same(&snapshot.shape)?;
-        check_memory(vm.memory(), snapshot)?;
+        vm.memory().kvm_slots().check(&snapshot.ranges)?;
         snapshot.ranges.iter().try_for_each(|range| range.image.check())?;
         let devices = devices_of(&self.dispatch().buses, snapshot)?;
         // Nobody starts a run meanwhile; of a run in progress the vCPUs stand still.
@@ -226,9 +226,7 @@ fn capture(
         states.push(vcpu::capture(vcpu, number, classes)?);
     }
     let chips = chips::capture(fd, &shape, *vm.lines())?;
-    let frozen = vm.memory().kvm_slots().freeze()?;
-    let range = |(start, image, read_only)| Range { start, read_only, image };
-    let ranges = frozen.into_iter().map(range).collect();
+    let ranges = vm.memory().kvm_slots().freeze()?;
     Ok(Snapshot { id: new_id()?, shape, chips, vcpus: states, devices, ranges, host: None })
 }
 
@@ -313,22 +311,10 @@ fn bring_back(
     }
     // What KVM would complete at the next entry belongs to the guest that goes. It may write memory.
     vcpus.iter_mut().for_each(|vcpu| vcpu.abandon());
-    let images = snapshot.ranges.iter().map(|range| (range.start, &range.image));
-    let changed = vm.memory().kvm_slots().reset(images)?;
+    // Checks the slots again, which may have changed meanwhile.
+    let changed = vm.memory().kvm_slots().reset(&snapshot.ranges)?;
     set_state(vm, fd, vcpus, snapshot)?;
     Ok(changed)
-}
-
-/// # Errors
-/// [`ErrorKind::State`] when the machine's memory has not the slots of the snapshot.
-fn check_memory(memory: &GuestMemory, snapshot: &Snapshot) -> Result<()> {
-    let slots = memory.kvm_slots();
-    let all = snapshot.ranges.iter().all(|range| slots.has_ram(range.start, range.image.size()));
-    if all && slots.all().len() == snapshot.ranges.len() {
-        return Ok(());
-    }
-    let detail = "the machine's memory slots are others than the snapshot's";
-    Err(Error::new(ErrorKind::State, "reset", detail))
 }
 
 #[cfg(test)]

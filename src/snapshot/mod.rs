@@ -105,7 +105,7 @@ impl Snapshot {
     pub fn flatten(&self) -> Result<Self> {
         let mut flat = Self { id: new_id()?, ..self.clone() };
         for range in &mut flat.ranges {
-            let (from, to) = (range.image.mapping()?.as_ptr() as u64, memfd(range.image.size())?);
+            let (from, to) = (range.image.mapping()?, memfd(range.image.size())?);
             range.image.data().iter().try_for_each(|data| image::copy_to(&to, from, *data))?;
             range.image = Image::whole(range.image.size(), Layer::sealed(to)?);
         }

@@ -4,10 +4,13 @@
 use std::fs::File;
 use std::sync::Arc;
 
+use vm_memory::MmapRegion;
+
 use super::image::{Image, Layer, copy_to, memfd};
 use super::pagemap::{self, Range};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::vm::layout::PAGE;
+use crate::vm::{Mapping, part};
 
 /// More runs of changed pages than this are joined, with pages between them that have not changed: each run is one
 /// mapping of every fork, and the kernel allows a process 65,530.
@@ -19,11 +22,10 @@ const IDLE_RESETS: u32 = 8;
 /// if there are more of them than this and than eight times those that change.
 const IDLE_PAGES: u64 = 1024;
 
-/// RAM at an address of this process.
+/// RAM that is one machine's own. It keeps its mapping, so that what it puts over it never lies over anything else.
 #[derive(Debug)]
 pub(crate) struct Ram {
-    host: u64,
-    size: u64,
+    mapping: Arc<Mapping>,
     under: Under,
     idle_resets: u32,
 }
@@ -40,18 +42,23 @@ enum Under {
         /// What the pages are compared with: the last snapshot or reset.
         last: Image,
     },
+    /// Parts of two images: a reset has failed halfway.
+    Torn,
 }
 
 impl Ram {
-    /// RAM that is this memfd, mapped shared at `host`.
-    pub(crate) fn own(host: u64, size: u64, file: Arc<File>) -> Self {
-        Self { host, size, under: Under::Own(file), idle_resets: 0 }
+    /// RAM that is this memfd, mapped shared.
+    pub(crate) fn own(mapping: Arc<Mapping>, file: Arc<File>) -> Self {
+        Self { mapping, under: Under::Own(file), idle_resets: 0 }
     }
 
     /// RAM over a private mapping of an image.
-    pub(crate) fn over(host: u64, image: Image) -> Self {
-        let under = Under::Copy { mapped: image.clone(), last: image.clone() };
-        Self { host, size: image.size(), under, idle_resets: 0 }
+    pub(crate) fn over(mapping: Arc<Mapping>, image: Image) -> Self {
+        Self { mapping, under: Under::Copy { mapped: image.clone(), last: image }, idle_resets: 0 }
+    }
+
+    fn region(&self) -> &MmapRegion {
+        self.mapping.region()
     }
 
     /// What it holds now, for good. The machine goes on with private copies of what it writes.
@@ -62,27 +69,42 @@ impl Ram {
         match &mut self.under {
             Under::Own(file) => {
                 let layer = Layer::of_memfd(Arc::clone(file));
-                let image = Image::whole(self.size, Arc::clone(&layer));
-                // SAFETY: the mapping is this RAM's. It is replaced in one step by the same bytes: an access from
-                // another thread finds one or the other.
-                unsafe { image.map_over(self.host)? };
-                self.under = Under::Copy { mapped: image.clone(), last: image.clone() };
-                layer.seal()?;
-                Ok(image)
+                let image = Image::whole(self.mapping.size(), Arc::clone(&layer));
+                // Replaced in one step by the same bytes: an access from another thread finds one or the other.
+                self.mapping.make_private(|| image.map_over(&self.mapping))?;
+                let last = if layer.seal()? { image.clone() } else { self.copy(&image)? };
+                self.under = Under::Copy { mapped: image, last: last.clone() };
+                Ok(last)
             }
             Under::Copy { mapped, last } => {
-                let maybe = union(pagemap::written(self.host, self.size)?, mapped.differing(last));
-                let found = compare(self.host, last, &maybe)?;
+                let (host, region) = (self.mapping.host(), self.mapping.region());
+                let written = pagemap::written(host, self.mapping.size())?;
+                let found = compare(region, last, &union(written, mapped.differing(last)))?;
                 if found.other.is_empty() {
                     return Ok(last.clone());
                 }
                 let changed = joined(found.other);
-                let file = memfd(self.size)?;
-                changed.iter().try_for_each(|range| copy_to(&file, self.host, *range))?;
+                let file = memfd(self.mapping.size())?;
+                changed.iter().try_for_each(|range| copy_to(&file, region, *range))?;
                 *last = last.overlaid(&changed, &Layer::sealed(file)?);
                 Ok(last.clone())
             }
+            Under::Torn => {
+                let detail = "a reset of this memory has failed halfway";
+                let error = Error::new(ErrorKind::State, "snapshot", detail);
+                Err(error.hint("reset the machine again first"))
+            }
         }
+    }
+
+    /// A copy of what it holds over an image that somebody else may still write: a child that was forked past the C
+    /// library, or a transfer of the kernel's that has begun.
+    fn copy(&self, image: &Image) -> Result<Image> {
+        let (host, size) = (self.mapping.host(), self.mapping.size());
+        let file = memfd(size)?;
+        let data = union(pagemap::written(host, size)?, image.data());
+        data.iter().try_for_each(|range| copy_to(&file, self.region(), *range))?;
+        Ok(Image::whole(size, Layer::sealed(file)?))
     }
 
     /// Have it hold an image of its size again; the ranges that were changed for it.
@@ -91,32 +113,34 @@ impl Ram {
     /// When memory or a mapping is missing: then it holds some of both. Another reset can still bring it back.
     pub(crate) fn reset(&mut self, image: &Image) -> Result<Vec<Range>> {
         image.check()?;
+        let (host, size) = (self.mapping.host(), self.mapping.size());
         let Under::Copy { mapped, last } = &mut self.under else {
-            return self.replace(image, vec![(0, self.size)]);
+            return self.replace(image, vec![(0, size)]);
         };
-        let (written, elsewhere) =
-            (pagemap::written(self.host, self.size)?, mapped.differing(image));
-        if bytes(&elsewhere) > self.size / REMAP_ABOVE {
+        let (written, elsewhere) = (pagemap::written(host, size)?, mapped.differing(image));
+        if bytes(&elsewhere) > size / REMAP_ABOVE {
             return self.replace(image, union(written, elsewhere));
         }
-        let maybe = union(written, elsewhere.clone());
-        let found = compare(self.host, image, &maybe)?;
-        let golden = image.mapping()?.as_ptr() as u64;
-        found.other.iter().for_each(|range| copy(golden, self.host, *range));
+        let (region, golden) = (self.mapping.region(), image.mapping()?);
+        let found = compare(region, image, &union(written, elsewhere.clone()))?;
+        for range in &found.other {
+            part(golden, *range)?.copy_to_volatile_slice(part(region, *range)?);
+        }
         *last = image.clone();
         let (same, other) = (bytes(&found.same), bytes(&found.other));
         let is_idle = same > (IDLE_PAGES * PAGE).max(8 * other);
         self.idle_resets = if is_idle { self.idle_resets + 1 } else { 0 };
         if self.idle_resets > IDLE_RESETS && elsewhere.is_empty() {
-            found.same.iter().for_each(|range| give_back(self.host, *range));
+            found.same.iter().try_for_each(|range| give_back(region, *range))?;
             self.idle_resets = 0;
         }
         Ok(found.other)
     }
 
     fn replace(&mut self, image: &Image, changed: Vec<Range>) -> Result<Vec<Range>> {
-        // SAFETY: the mapping is this RAM's, and its bytes are to be those of the image.
-        unsafe { image.map_over(self.host)? };
+        // Until all of it is there, nobody knows what is mapped.
+        self.under = Under::Torn;
+        self.mapping.make_private(|| image.map_over(&self.mapping))?;
         self.under = Under::Copy { mapped: image.clone(), last: image.clone() };
         Ok(changed)
     }
@@ -128,47 +152,41 @@ struct Found {
     other: Vec<Range>,
 }
 
-fn compare(host: u64, image: &Image, ranges: &[Range]) -> Result<Found> {
+fn compare(region: &MmapRegion, image: &Image, ranges: &[Range]) -> Result<Found> {
     let (mut same, mut other) = (Vec::new(), Vec::new());
     if ranges.is_empty() {
         return Ok(Found { same, other });
     }
-    let golden = image.mapping()?.as_ptr() as u64;
+    let golden = image.mapping()?;
     for (start, end) in ranges {
         let mut at = *start;
         while at < *end {
             let page = (at, at + PAGE);
-            pagemap::push(if is_same(golden, host, page) { &mut same } else { &mut other }, page);
+            let is_same = is_same(golden, region, page)?;
+            pagemap::push(if is_same { &mut same } else { &mut other }, page);
             at += PAGE;
         }
     }
     Ok(Found { same, other })
 }
 
-fn pointer(base: u64, offset: u64) -> *mut libc::c_void {
-    std::ptr::with_exposed_provenance_mut(usize::try_from(base + offset).unwrap_or(0))
-}
-
-fn length(range: Range) -> usize {
-    usize::try_from(range.1 - range.0).unwrap_or(0)
-}
-
-fn is_same(a: u64, b: u64, range: Range) -> bool {
-    // SAFETY: both mappings have these bytes, as the callers' ranges lie in both. They are of no Rust object: a thread
-    // that writes them meanwhile makes the answer old, not wrong.
-    unsafe { libc::memcmp(pointer(a, range.0), pointer(b, range.0), length(range)) == 0 }
-}
-
-fn copy(from: u64, to: u64, range: Range) {
-    // SAFETY: as above; two mappings, which do not overlap.
-    unsafe { libc::memcpy(pointer(to, range.0), pointer(from, range.0), length(range)) };
+/// Whether two regions have the same bytes in a range.
+pub(super) fn is_same(a: &MmapRegion, b: &MmapRegion, range: Range) -> Result<bool> {
+    let (a, b) = (part(a, range)?, part(b, range)?);
+    let (from, to) = (a.ptr_guard(), b.ptr_guard());
+    // SAFETY: both slices have these bytes, and both are of the same length. They are of no Rust object, and compared
+    // outside of Rust: a thread that writes them meanwhile makes the answer old, not wrong.
+    Ok(unsafe { libc::memcmp(from.as_ptr().cast(), to.as_ptr().cast(), a.len()) == 0 })
 }
 
 /// Let the private copies go: the image's pages show again.
-fn give_back(host: u64, range: Range) {
-    // SAFETY: a part of the private mapping of this RAM, whose pages are as those under it. That a kernel refuses it
-    // changes nothing.
-    unsafe { libc::madvise(pointer(host, range.0), length(range), libc::MADV_DONTNEED) };
+fn give_back(region: &MmapRegion, range: Range) -> Result<()> {
+    let slice = part(region, range)?;
+    let start = slice.ptr_guard_mut();
+    // SAFETY: a part of the private mapping of a RAM, whose pages are as those under it: no byte changes. That a kernel
+    // refuses it changes nothing.
+    unsafe { libc::madvise(start.as_ptr().cast(), slice.len(), libc::MADV_DONTNEED) };
+    Ok(())
 }
 
 /// Bytes of these ranges.
@@ -212,31 +230,29 @@ pub(crate) fn joined(mut ranges: Vec<Range>) -> Vec<Range> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vm::anonymous;
     use proptest::prelude::*;
-    use vm_memory::{FileOffset, MmapRegion};
 
     const PAGES: u64 = 64;
 
     /// RAM and its mapping.
-    fn ram() -> (Ram, MmapRegion) {
-        let file = FileOffset::new(memfd(PAGES * PAGE).unwrap(), 0);
-        let memfd = Arc::clone(file.arc());
-        let access = libc::PROT_READ | libc::PROT_WRITE;
-        let size = usize::try_from(PAGES * PAGE).unwrap();
-        let mapping = MmapRegion::build(Some(file), size, access, libc::MAP_SHARED).unwrap();
-        (Ram::own(mapping.as_ptr() as u64, PAGES * PAGE, memfd), mapping)
+    fn ram() -> (Ram, Arc<Mapping>) {
+        let mapping = Mapping::of_own(anonymous(PAGES * PAGE).unwrap());
+        let file = mapping.own_file().unwrap();
+        (Ram::own(Arc::clone(&mapping), file), mapping)
     }
 
-    fn set(mapping: &MmapRegion, page: u64, value: u8) {
-        let at = usize::try_from(page * PAGE).unwrap();
-        // SAFETY: a byte of the mapping.
-        unsafe { mapping.as_ptr().add(at).write_volatile(value) };
+    fn set(mapping: &Mapping, page: u64, value: u8) {
+        part(mapping.region(), (page * PAGE, page * PAGE + 1)).unwrap().copy_from(&[value]);
     }
 
-    fn all(mapping: &MmapRegion) -> Vec<u8> {
-        let at = |page: u64| usize::try_from(page * PAGE).unwrap();
-        // SAFETY: bytes of the mapping.
-        (0..PAGES).map(|page| unsafe { mapping.as_ptr().add(at(page)).read_volatile() }).collect()
+    fn all(region: &MmapRegion) -> Vec<u8> {
+        let get = |page: u64| {
+            let mut value = [0u8];
+            part(region, (page * PAGE, page * PAGE + 1)).unwrap().copy_to(&mut value);
+            value[0]
+        };
+        (0..PAGES).map(get).collect()
     }
 
     #[derive(Clone, Debug)]
@@ -270,22 +286,22 @@ mod tests {
                         set(&machines[at].1, page, value);
                     }
                     Step::Freeze => {
-                        let held = all(&machines[last].1);
+                        let held = all(machines[last].1.region());
                         let image = machines[last].0.freeze().unwrap();
-                        prop_assert_eq!(&all(&machines[last].1), &held);
+                        prop_assert_eq!(&all(machines[last].1.region()), &held);
                         images.push((image, held));
                     }
                     Step::Reset(which) => if let Some((image, held)) = images.get(which) {
-                        let before = all(&machines[last].1);
+                        let before = all(machines[last].1.region());
                         let changed = bytes(&machines[last].0.reset(image).unwrap()) / PAGE;
-                        prop_assert_eq!(&all(&machines[last].1), held);
+                        prop_assert_eq!(&all(machines[last].1.region()), held);
                         let differ = before.iter().zip(held).filter(|(a, b)| a != b).count() as u64;
                         prop_assert!(changed >= differ);
                     },
                     Step::Fork(which) => if let Some((image, held)) = images.get(which) {
-                        let mapping = image.map().unwrap();
-                        prop_assert_eq!(&all(&mapping), held);
-                        machines.push((Ram::over(mapping.as_ptr() as u64, image.clone()), mapping));
+                        let mapping = Mapping::new(image.map().unwrap());
+                        prop_assert_eq!(&all(mapping.region()), held);
+                        machines.push((Ram::over(Arc::clone(&mapping), image.clone()), mapping));
                     },
                 }
             }
@@ -328,5 +344,38 @@ mod tests {
         assert_eq!(second.differing(&first), [(7 * PAGE, 8 * PAGE)]);
         assert_eq!(second.layers().iter().map(|layer| layer.allocated()).sum::<u64>(), 65 * PAGE);
         assert!(ram.freeze().unwrap().is(&second), "nothing has changed since");
+    }
+
+    #[test]
+    fn memory_that_somebody_else_can_still_write_is_copied() {
+        let (mut ram, mapping) = ram();
+        set(&mapping, 3, 7);
+        let file = mapping.own_file().unwrap();
+        let offset = vm_memory::FileOffset::new(file.try_clone().unwrap(), 0);
+        // As a child has it that was forked by a bare system call.
+        let elsewhere =
+            Mapping::new(MmapRegion::from_file(offset, mapping.region().size()).unwrap());
+        let image = ram.freeze().unwrap();
+        let held = all(image.mapping().unwrap());
+        set(&elsewhere, 3, 9);
+        set(&elsewhere, 4, 9);
+        assert_eq!((all(image.mapping().unwrap()), held[3], held[4]), (held.clone(), 7, 0));
+        ram.reset(&image).unwrap();
+        set(&elsewhere, 3, 8);
+        assert_eq!(all(mapping.region()), held, "and a reset parts the machine from it");
+    }
+
+    #[test]
+    fn a_reset_that_fails_halfway_is_made_good_by_the_next() {
+        let (mut ram, mapping) = ram();
+        set(&mapping, 3, 7);
+        let image = ram.freeze().unwrap();
+        set(&mapping, 3, 9);
+        let short = Image::whole(PAGE, Layer::sealed(memfd(PAGE).unwrap()).unwrap());
+        assert!(ram.replace(&short, Vec::new()).is_err());
+        assert_eq!(ram.freeze().unwrap_err().kind, ErrorKind::State);
+        ram.reset(&image).unwrap();
+        assert_eq!(all(mapping.region())[3], 7);
+        assert!(ram.freeze().unwrap().is(&image));
     }
 }

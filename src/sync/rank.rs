@@ -55,10 +55,10 @@ ranks! {
     Vcpu,
     /// The interrupt lines that the host holds high.
     IrqLines,
+    /// The memory slots of a machine, and what they hold.
+    MemorySlots,
     /// The map of guest memory.
     MemoryMap,
-    /// KVM's memory slots.
-    MemorySlots,
     /// The numbers of the registers that a snapshot keeps.
     MsrList,
     /// The process's pagemap.

@@ -78,21 +78,35 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         Err(Error::new(ErrorKind::Config, "irq", detail))
     }
 
-    /// First port and number of the ports that KVM answers itself.
-    #[must_use]
-    pub fn kernel_ports(&self) -> Vec<(u64, u64)> {
-        if self.irqchip { layout::KERNEL_PORTS.to_vec() } else { Vec::new() }
-    }
-
-    /// Start and bytes of the addresses that memory or KVM itself answers.
-    #[must_use]
-    pub fn kernel_addresses(&self) -> Vec<(u64, u64)> {
-        let mut taken = self.memory.ranges();
-        if self.irqchip {
-            let pages = [layout::IOAPIC, layout::LAPIC].map(|at| (u64::from(at), layout::PAGE));
-            taken.extend(pages);
+    /// `add` a device at these addresses, if neither memory nor KVM answers there. No memory is added meanwhile.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Config`] when one does; what `add` returns.
+    pub(crate) fn beside_others(
+        &self,
+        access: Access,
+        (start, length): (u64, u64),
+        add: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let of_kvm: Vec<(u64, u64)> = match access {
+            Access::Pio if self.irqchip => layout::KERNEL_PORTS.to_vec(),
+            Access::Pio => Vec::new(),
+            Access::Mmio => {
+                layout::kernel_addresses(self.irqchip).map(|(range, _)| range).collect()
+            }
+        };
+        let end = start.saturating_add(length);
+        let add = || match of_kvm.iter().find(|(at, size)| start < at + size && *at < end) {
+            Some((at, _)) => {
+                let detail = format!("overlaps what KVM answers at {at:#x}");
+                Err(Error::new(ErrorKind::Config, format!("{start:#x}"), detail))
+            }
+            None => add(),
+        };
+        match access {
+            Access::Pio => add(),
+            Access::Mmio => self.memory.kvm_slots().beside((start, length), add),
         }
-        taken
     }
 
     /// Set the level of an interrupt line: KVM_IRQ_LINE.

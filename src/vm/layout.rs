@@ -41,10 +41,13 @@ pub const MP_TABLE: u64 = EBDA_START;
 pub const IOAPIC: u32 = 0xfec0_0000;
 /// The local APICs.
 pub const LAPIC: u32 = 0xfee0_0000;
-/// One page for KVM's identity map, which Intel's real mode needs.
-pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
+/// One page for KVM's identity map, which Intel's real mode needs. Below the last 16 MiB under 4 GiB, where a PC has its
+/// firmware.
+pub const KVM_IDENTITY_MAP: u64 = 0xfeff_c000;
 /// Three pages for KVM's TSS, right behind it.
-pub const KVM_TSS: usize = 0xfffb_d000;
+pub const KVM_TSS: usize = 0xfeff_d000;
+/// Bytes of both.
+pub const KVM_OWN_SIZE: u64 = 4 * PAGE;
 
 /// COM1.
 pub const COM1: u16 = 0x3f8;
@@ -68,6 +71,14 @@ pub const BUILT_IN_PORTS: [(&str, RangeInclusive<u16>); 6] = [
 
 /// Ports that KVM answers itself where it has an interrupt controller and a PIT.
 pub const KERNEL_PORTS: [(u64, u64); 5] = [(0x20, 2), (0x40, 4), (0x61, 1), (0xa0, 2), (0x4d0, 2)];
+
+/// Guest-physical addresses that are KVM's own, as start and bytes, and what for.
+pub fn kernel_addresses(irqchip: bool) -> impl Iterator<Item = ((u64, u64), &'static str)> {
+    let page = |at: u32, what| ((u64::from(at), PAGE), what);
+    let chips = [page(IOAPIC, "the I/O APIC"), page(LAPIC, "the local APICs")];
+    let own = ((KVM_IDENTITY_MAP, KVM_OWN_SIZE), "pages that KVM keeps for itself");
+    chips.into_iter().filter(move |_| irqchip).chain([own])
+}
 
 /// The most vCPUs an xAPIC can number, less the I/O APIC's id.
 pub const MAX_VCPUS: u64 = 254;

@@ -2,37 +2,28 @@
 //! A running guest may change the bytes at the same time; all accesses here allow for that.
 
 use std::fmt;
-use std::ptr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 
 use memchr::memmem;
-use vm_memory::{
-    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
-    MmapRegion,
-};
+use vm_memory::volatile_memory::VolatileMemory;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, MmapRegion, VolatileSlice};
 
+use super::backing::{Backing, anonymous};
 use super::layout;
-use super::slots::{Backing, DirtyPages, Slot, Slots, anonymous};
+use super::map::{Map, Placed};
+use super::mapping::Mapping;
+use super::slots::{DirtyPages, Slot, Slots};
 use super::view::{View, is_writable};
 use crate::error::{Error, ErrorKind, Result};
 use crate::snapshot::Ram;
-use crate::sync::{RwLock, rank};
 
 /// How much of guest memory a search copies at a time.
 const SEARCH_CHUNK: usize = 1 << 20;
 
 /// The memory of one machine, shared by all who hold it; unmapped when the last one lets go.
 #[derive(Clone)]
-pub struct GuestMemory(Arc<Inner>);
-
-struct Inner {
-    /// First: KVM lets go of the mappings before they go.
-    slots: Slots,
-    mmap: RwLock<Arc<GuestMemoryMmap>, rank::MemoryMap>,
-    /// Writes from here are noted as the guest's are.
-    is_logging: AtomicBool,
-}
+pub struct GuestMemory(Arc<Slots>);
 
 impl fmt::Debug for GuestMemory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -44,11 +35,7 @@ impl GuestMemory {
     /// No memory at all; [`Self::add`] adds some.
     #[must_use]
     pub fn empty() -> Self {
-        Self(Arc::new(Inner {
-            slots: Slots::default(),
-            mmap: RwLock::default(),
-            is_logging: AtomicBool::new(false),
-        }))
+        Self(Arc::default())
     }
 
     /// Zeroed memory of this many bytes around the MMIO gap. Pages cost nothing until they are touched.
@@ -67,13 +54,13 @@ impl GuestMemory {
 
     /// What tells KVM of this memory.
     pub(crate) fn kvm_slots(&self) -> &Slots {
-        &self.0.slots
+        &self.0
     }
 
-    /// Its memory slots, by address.
+    /// Its memory slots, by address. Waits for a reset or snapshot.
     #[must_use]
     pub fn slots(&self) -> Vec<Slot> {
-        self.0.slots.all()
+        self.0.all()
     }
 
     /// Whether this is the same machine's memory.
@@ -85,39 +72,23 @@ impl GuestMemory {
     /// Map memory at a guest-physical address, at once for a machine that has been made.
     ///
     /// # Errors
-    /// When it overlaps other memory, is no whole number of pages, or KVM refuses it.
+    /// When it overlaps other memory or what else the machine has, is no whole number of pages, or KVM refuses it.
     pub fn add(&self, address: u64, mapping: MmapRegion, backing: Backing) -> Result<Slot> {
-        let file = mapping.file_offset().filter(|_| !backing.shared).map(|file| file.arc().clone());
-        let (host, size) = (mapping.as_ptr() as u64, mapping.size() as u64);
-        self.add_ram(address, mapping, backing, file.map(|file| Ram::own(host, size, file)))
+        let is_own = !backing.shared && mapping.flags() & libc::MAP_SHARED != 0;
+        let mapping = if is_own { Mapping::of_own(mapping) } else { Mapping::new(mapping) };
+        let ram = mapping.own_file().map(|file| Ram::own(Arc::clone(&mapping), file));
+        self.0.add(address, mapping, backing, ram)
     }
 
+    /// Map a private mapping over the image that it holds.
     pub(super) fn add_ram(
         &self,
         address: u64,
-        mapping: MmapRegion,
+        mapping: Arc<Mapping>,
         backing: Backing,
-        ram: Option<Ram>,
+        ram: Ram,
     ) -> Result<Slot> {
-        let at = || format!("{address:#x}");
-        if !address.is_multiple_of(layout::PAGE) || mapping.size() % 4096 != 0 {
-            let detail = "memory starts and ends at whole pages of 4 KiB";
-            return Err(Error::new(ErrorKind::Memory, at(), detail));
-        }
-        let size = mapping.size();
-        let Some(region) = GuestRegionMmap::new(mapping, GuestAddress(address)) else {
-            let detail = format!("{size:#x} bytes there reach beyond the last address");
-            return Err(Error::new(ErrorKind::Memory, at(), detail));
-        };
-        let mut mmap = self.0.mmap.write();
-        let region = Arc::new(region);
-        let more = mmap.insert_region(Arc::clone(&region)).map_err(|_| {
-            let detail = format!("{size:#x} bytes there overlap other memory ({})", shown(&mmap));
-            Error::new(ErrorKind::Memory, at(), detail)
-        })?;
-        let slot = self.0.slots.add(&region, backing, ram)?;
-        *mmap = Arc::new(more);
-        Ok(slot)
+        self.0.add(address, mapping, backing, Some(ram))
     }
 
     /// Take memory away. Views of it keep their mapping.
@@ -125,28 +96,21 @@ impl GuestMemory {
     /// # Errors
     /// When there is no such slot, or KVM refuses.
     pub fn remove(&self, slot: &Slot) -> Result<()> {
-        let mut mmap = self.0.mmap.write();
-        self.0.slots.remove(slot)?;
-        if let Ok((less, _)) = mmap.remove_region(GuestAddress(slot.start), slot.size) {
-            *mmap = Arc::new(less);
-        }
-        Ok(())
+        self.0.remove(slot)
     }
 
     /// Have KVM note the pages that the guest writes, and note those written from here; or stop that.
     ///
     /// # Errors
-    /// When KVM refuses.
+    /// When KVM refuses; the log is as before then.
     pub fn log_dirty(&self, is_on: bool) -> Result<()> {
-        self.0.slots.log_dirty(is_on)?;
-        self.0.is_logging.store(is_on, Ordering::Release);
-        Ok(())
+        self.0.log_dirty(is_on)
     }
 
     /// Whether dirty pages are noted.
     #[must_use]
     pub fn is_logging_dirty(&self) -> bool {
-        self.0.is_logging.load(Ordering::Acquire)
+        self.0.map().is_logging
     }
 
     /// The pages written since the last look, slot by slot, and forget them.
@@ -154,32 +118,31 @@ impl GuestMemory {
     /// # Errors
     /// [`ErrorKind::State`] when they are not noted; when KVM refuses.
     pub fn take_dirty(&self) -> Result<Vec<DirtyPages>> {
-        self.0.slots.take_dirty()
+        self.0.take_dirty()
     }
 
     /// A write that went past the calls here.
     pub(crate) fn note_write(&self, address: u64, length: u64) {
-        if self.is_logging_dirty() {
-            self.0.slots.note_write(address, length);
-        }
+        self.0.map().note_write(address, length);
     }
 
     /// Bytes of memory.
     #[must_use]
     pub fn size(&self) -> u64 {
-        self.mmap().iter().map(GuestMemoryRegion::len).sum()
+        self.0.map().size()
     }
 
     /// The mapping itself, for loaders.
     #[must_use]
     pub fn mmap(&self) -> Arc<GuestMemoryMmap> {
-        Arc::clone(&self.0.mmap.read())
+        Arc::clone(&self.0.map().mmap)
     }
 
     /// Guest-physical start and bytes of each range of memory.
     #[must_use]
     pub fn ranges(&self) -> Vec<(u64, u64)> {
-        self.mmap().iter().map(|region| (region.start_addr().0, region.len())).collect()
+        let placed = |placed: &Placed| (placed.start, placed.mapping.size());
+        self.0.map().placed.iter().map(placed).collect()
     }
 
     /// Check that a whole range is memory.
@@ -187,43 +150,7 @@ impl GuestMemory {
     /// # Errors
     /// [`ErrorKind::Memory`], with what memory there is.
     pub fn check(&self, address: u64, length: u64) -> Result<()> {
-        self.pieces(address, length, |_, _, _| Ok(()))
-    }
-
-    /// Call `piece` with each mapping under a range: the region, where the piece starts in it, and its bytes. All of the
-    /// range is checked before the first call.
-    fn pieces(
-        &self,
-        address: u64,
-        length: u64,
-        mut piece: impl FnMut(&GuestRegionMmap, usize, usize) -> Result<()>,
-    ) -> Result<()> {
-        let mmap = self.mmap();
-        // The usual access lies in one piece: found once.
-        if let Some(region) = mmap.find_region(GuestAddress(address)) {
-            let offset = address - region.start_addr().0;
-            if length <= region.len() - offset {
-                return piece(region, to_usize(offset)?, to_usize(length)?);
-            }
-        }
-        let each = |found: &mut dyn FnMut(&GuestRegionMmap, u64, u64) -> Result<()>| {
-            let (mut at, mut left) = (address, length);
-            loop {
-                let Some(region) = mmap.find_region(GuestAddress(at)) else {
-                    return Err(outside(&mmap, address, length));
-                };
-                let offset = at - region.start_addr().0;
-                let here = left.min(region.len() - offset);
-                found(region, offset, here)?;
-                left -= here;
-                if left == 0 {
-                    return Ok(());
-                }
-                at = at.checked_add(here).ok_or_else(|| outside(&mmap, address, length))?;
-            }
-        };
-        each(&mut |_, _, _| Ok(()))?;
-        each(&mut |region, offset, here| piece(region, to_usize(offset)?, to_usize(here)?))
+        pieces(&self.0.map(), address, length, |_, _| Ok(()))
     }
 
     /// Fill `data` from guest memory at `address`.
@@ -244,12 +171,12 @@ impl GuestMemory {
     /// `data` must be valid for writes of `length` bytes.
     pub unsafe fn read_raw(&self, address: u64, data: *mut u8, length: usize) -> Result<()> {
         let mut done = 0;
-        self.pieces(address, length as u64, |region, offset, here| {
-            // SAFETY: `pieces` hands out a piece inside the mapping, which the Arc keeps; the caller vouches for `data`,
-            // of which the pieces fill one part after the other. A guest may write the source meanwhile: its bytes are
-            // of no Rust object, and any of them is a valid u8.
-            unsafe { ptr::copy_nonoverlapping(region.as_ptr().add(offset), data.add(done), here) };
-            done += here;
+        pieces(&self.0.map(), address, length as u64, |_, piece| {
+            // SAFETY: the caller vouches for `data`, of which the pieces fill one part after the other. It may be guest
+            // memory itself: what overlaps is copied right.
+            let to = unsafe { VolatileSlice::new(data.add(done), piece.len()) };
+            piece.copy_to_volatile_slice(to);
+            done += piece.len();
             Ok(())
         })
     }
@@ -272,10 +199,11 @@ impl GuestMemory {
     /// `data` must be valid for reads of `length` bytes.
     pub unsafe fn write_raw(&self, address: u64, data: *const u8, length: usize) -> Result<()> {
         let mut done = 0;
-        self.change(address, length as u64, |place, here| {
-            // SAFETY: as in `read_raw`, with source and destination exchanged.
-            unsafe { ptr::copy_nonoverlapping(data.add(done), place, here) };
-            done += here;
+        self.change(address, length as u64, |place| {
+            // SAFETY: as in `read_raw`. It is read only: that the slice could be written is not used.
+            let from = unsafe { VolatileSlice::new(data.add(done).cast_mut(), place.len()) };
+            from.copy_to_volatile_slice(place);
+            done += place.len();
         })
     }
 
@@ -284,9 +212,10 @@ impl GuestMemory {
     /// # Errors
     /// As for `write`.
     pub fn fill(&self, address: u64, length: u64, value: u8) -> Result<()> {
-        self.change(address, length, |place, here| {
-            // SAFETY: `change` hands out a piece inside a mapping.
-            unsafe { ptr::write_bytes(place, value, here) };
+        self.change(address, length, |place| {
+            let start = place.ptr_guard_mut();
+            // SAFETY: the slice has these bytes, which are of no Rust object.
+            unsafe { std::ptr::write_bytes(start.as_ptr(), value, place.len()) };
         })
     }
 
@@ -294,17 +223,15 @@ impl GuestMemory {
         &self,
         address: u64,
         length: u64,
-        mut piece: impl FnMut(*mut u8, usize),
+        mut piece: impl FnMut(VolatileSlice<'_>),
     ) -> Result<()> {
-        self.pieces(address, length, |region, _, _| match is_writable(region) {
-            true => Ok(()),
-            false => Err(read_only(address)),
-        })?;
-        self.pieces(address, length, |region, offset, here| {
-            piece(region.as_ptr().wrapping_add(offset), here);
+        let map = self.0.map();
+        pieces(&map, address, length, |placed, _| check_writable(placed, address))?;
+        pieces(&map, address, length, |_, place| {
+            piece(place);
             Ok(())
         })?;
-        self.note_write(address, length);
+        map.note_write(address, length);
         Ok(())
     }
 
@@ -313,14 +240,15 @@ impl GuestMemory {
     /// # Errors
     /// As for `read`.
     pub fn load<T: vm_memory::AtomicAccess>(&self, address: u64) -> Result<T> {
-        let (mmap, at) = (self.mmap(), GuestAddress(address));
+        let (map, at) = (self.0.map(), GuestAddress(address));
         let length = size_of::<T>() as u64;
         let found = if address.is_multiple_of(length) {
-            mmap.load(at, Ordering::SeqCst)
+            // SeqCst: as the guest's own locked accesses.
+            map.mmap.load(at, Ordering::SeqCst)
         } else {
-            mmap.read_obj(at)
+            map.mmap.read_obj(at)
         };
-        found.map_err(|_| outside(&mmap, address, length))
+        found.map_err(|_| map.outside(address, length))
     }
 
     /// Put a number at an address; in one access where it is aligned.
@@ -329,16 +257,18 @@ impl GuestMemory {
     /// As for `write`.
     pub fn store<T: vm_memory::AtomicAccess>(&self, address: u64, value: T) -> Result<()> {
         let length = size_of::<T>() as u64;
-        if !address.is_multiple_of(length) || self.is_logging_dirty() {
+        if !address.is_multiple_of(length) {
             return self.write(address, value.as_slice());
         }
-        let mmap = self.mmap();
-        match mmap.find_region(GuestAddress(address)) {
-            Some(region) if !is_writable(region) => Err(read_only(address)),
-            _ => mmap
-                .store(value, GuestAddress(address), Ordering::SeqCst)
-                .map_err(|_| outside(&mmap, address, length)),
+        let map = self.0.map();
+        if let Some(placed) = map.find(address) {
+            check_writable(placed, address)?;
         }
+        // SeqCst: as in `load`.
+        let stored = map.mmap.store(value, GuestAddress(address), Ordering::SeqCst);
+        stored.map_err(|_| map.outside(address, length))?;
+        map.note_write(address, length);
+        Ok(())
     }
 
     /// A piece of memory without a copy. It has to lie in one slot.
@@ -346,17 +276,17 @@ impl GuestMemory {
     /// # Errors
     /// When it does not.
     pub fn view(&self, address: u64, length: u64) -> Result<View> {
-        let mmap = self.mmap();
-        let Some(region) = mmap.find_region(GuestAddress(address)) else {
-            return Err(outside(&mmap, address, length));
+        let map = self.0.map();
+        let Some(placed) = map.find(address) else {
+            return Err(map.outside(address, length));
         };
-        let offset = address - region.start_addr().0;
-        if length > region.len() - offset {
+        let offset = address - placed.start;
+        if length > placed.mapping.size() - offset {
             self.check(address, length)?;
             let detail = format!("{length} bytes there lie in more than one memory slot");
             return Err(Error::new(ErrorKind::Memory, format!("{address:#x}"), detail));
         }
-        Ok(View::of(region.get_mmap(), to_usize(offset)?, to_usize(length)?))
+        Ok(View::of(Arc::clone(&placed.mapping), to_usize(offset)?, to_usize(length)?))
     }
 
     /// Where some bytes first stand at or after `start` and wholly before `end`.
@@ -401,17 +331,46 @@ fn connected(ranges: &[(u64, u64)]) -> Vec<(u64, u64)> {
     all
 }
 
-fn shown(mmap: &GuestMemoryMmap) -> String {
-    let ranges: Vec<String> = mmap
-        .iter()
-        .map(|region| format!("{:#x} to {:#x}", region.start_addr().0, region.last_addr().0))
-        .collect();
-    if ranges.is_empty() { "there is none".into() } else { ranges.join(", ") }
+/// Call `piece` with each mapping under a range, and the bytes of the range in it. All of the range is checked before the
+/// first call.
+fn pieces(
+    map: &Map,
+    address: u64,
+    length: u64,
+    mut piece: impl FnMut(&Placed, VolatileSlice<'_>) -> Result<()>,
+) -> Result<()> {
+    let outside = || map.outside(address, length);
+    let mut call = |placed: &Placed, offset: u64, here: u64| {
+        let slice = placed.mapping.region().get_slice(to_usize(offset)?, to_usize(here)?);
+        piece(placed, slice.map_err(|_| outside())?)
+    };
+    // The usual access lies in one piece: found once.
+    if let Some(placed) = map.find(address) {
+        let offset = address - placed.start;
+        if length <= placed.mapping.size() - offset {
+            return call(placed, offset, length);
+        }
+    }
+    let each = |found: &mut dyn FnMut(&Placed, u64, u64) -> Result<()>| {
+        let (mut at, mut left) = (address, length);
+        loop {
+            let placed = map.find(at).ok_or_else(outside)?;
+            let offset = at - placed.start;
+            let here = left.min(placed.mapping.size() - offset);
+            found(placed, offset, here)?;
+            left -= here;
+            if left == 0 {
+                return Ok(());
+            }
+            at = at.checked_add(here).ok_or_else(outside)?;
+        }
+    };
+    each(&mut |_, _, _| Ok(()))?;
+    each(&mut call)
 }
 
-fn outside(mmap: &GuestMemoryMmap, address: u64, length: u64) -> Error {
-    let detail = format!("{length} bytes there are not all in guest memory ({})", shown(mmap));
-    Error::new(ErrorKind::Memory, format!("{address:#x}"), detail)
+fn check_writable(placed: &Placed, address: u64) -> Result<()> {
+    if is_writable(placed.mapping.region()) { Ok(()) } else { Err(read_only(address)) }
 }
 
 fn read_only(address: u64) -> Error {

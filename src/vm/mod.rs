@@ -1,12 +1,16 @@
 //! `KvmVm`: one KVM virtual machine with its memory slots, interrupt controller and vCPUs.
 //! Any thread may call it; each vCPU's ioctls run on its own thread while that thread lives.
 
+mod backing;
 mod interrupts;
 mod kvm;
 pub mod layout;
+mod map;
+mod mapping;
 mod memory;
 mod restore;
 mod slots;
+mod taken;
 mod vcpus;
 mod view;
 
@@ -24,13 +28,16 @@ use kvm_bindings::{
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+pub(crate) use backing::host_memory;
+pub use backing::{Backing, anonymous, shared};
 pub use interrupts::{IRQ_LINES, IoEvent};
 pub use kvm::open_kvm;
+pub(crate) use mapping::{Mapping, part};
 pub use memory::GuestMemory;
-pub(crate) use slots::host_memory;
-pub use slots::{Backing, DirtyPages, Slot, anonymous, shared};
+pub use slots::{DirtyPages, Slot};
 pub use view::View;
 
+use self::taken::Taken;
 use self::vcpus::Vcpus;
 use crate::config::{CpuMode, FlatBoot, VmmConfig};
 use crate::cpu::{cpuid, msrs, regs, tables};
@@ -82,7 +89,9 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         let kvm = open_kvm()?;
         let fd = create_vm(&kvm)?;
         create_irqchip(&fd, config.has_irqchip(), config.has_pit())?;
-        memory.kvm_slots().attach(&fd)?;
+        let irqchip = config.has_irqchip();
+        let taken = Taken { irqchip, dispatch: Some(Arc::clone(&dispatch)) };
+        memory.kvm_slots().attach(&fd, taken)?;
         let table = cpuid::guest_cpuid(&kvm, &config.cpu)?;
         let vcpus = create_vcpus(&kvm, &fd, config, &table, &dispatch, &memory)?;
         let fixups = Arc::default();
@@ -120,7 +129,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     pub fn bare(exit_handler: EH) -> Result<Self> {
         let fd = create_vm(&open_kvm()?)?;
         let memory = GuestMemory::empty();
-        memory.kvm_slots().attach(&fd)?;
+        memory.kvm_slots().attach(&fd, Taken::default())?;
         let shared =
             vcpu::Shared { exit_handler, run_state: RunState::default(), exit: Mutex::new(None) };
         Ok(Self {

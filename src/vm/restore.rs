@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use kvm_ioctls::VmFd;
 
+use super::taken::Taken;
 use super::vcpus::Vcpus;
 use super::{KvmVm, create_irqchip, create_vm, open_kvm, switch_fixups_on};
 use crate::config::CpuMode;
@@ -14,7 +15,7 @@ use crate::process::Birthplace;
 use crate::snapshot::{Image, Ram, Shape};
 use crate::sync::{MappedMutexGuard, Mutex, MutexGuard, rank};
 use crate::vcpu::{self, Dispatch, Handle, RunState, Step, Vcpu, VmRunState};
-use crate::vm::{Backing, GuestMemory, Slot};
+use crate::vm::{Backing, GuestMemory, Mapping, Slot};
 
 impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     /// A machine of this shape, whose vCPUs have no CPUID and no registers yet.
@@ -35,7 +36,8 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         }
         let fd = create_vm(&kvm)?;
         create_irqchip(&fd, shape.irqchip, shape.pit)?;
-        memory.kvm_slots().attach(&fd)?;
+        let taken = Taken { irqchip: shape.irqchip, dispatch: Some(Arc::clone(dispatch)) };
+        memory.kvm_slots().attach(&fd, taken)?;
         let vcpu = |id| {
             let vcpu = fd.create_vcpu(id).map_err(|e| Error::kvm("KVM_CREATE_VCPU", e))?;
             Handle::new(id, vcpu, Arc::clone(dispatch), memory.clone())
@@ -127,8 +129,8 @@ impl GuestMemory {
     /// # Errors
     /// As for `add`, and when a file behind the snapshot has been changed.
     pub(crate) fn add_image(&self, address: u64, image: &Image, read_only: bool) -> Result<Slot> {
-        let mapping = image.map()?;
-        let ram = Ram::over(mapping.as_ptr() as u64, image.clone());
-        self.add_ram(address, mapping, Backing { read_only, shared: false }, Some(ram))
+        let mapping = Mapping::new(image.map()?);
+        let ram = Ram::over(Arc::clone(&mapping), image.clone());
+        self.add_ram(address, mapping, Backing { read_only, shared: false }, ram)
     }
 }

@@ -1,28 +1,20 @@
 //! Memory slots: what KVM is told of guest memory, one mapping a slot, and the log of written pages.
 
-use std::fs::File;
-use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
-use vm_memory::{FileOffset, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
+use super::backing::Backing;
 use super::layout::PAGE;
+use super::map::{Map, Placed, Written, check_place};
+use super::mapping::Mapping;
+use super::taken::Taken;
 use crate::error::{Error, ErrorKind, Result};
-use crate::snapshot::{Image, Ram, memfd};
-use crate::sync::{Mutex, rank};
-
-/// What stands behind a slot besides its mapping.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Backing {
-    /// The guest cannot write it: its writes are MMIO exits.
-    pub read_only: bool,
-    /// A file or memfd, whose pages others may map too.
-    pub shared: bool,
-}
+use crate::snapshot::{Ram, Range};
+use crate::sync::{Mutex, RwLock, rank};
 
 /// A memory slot of a machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,11 +63,11 @@ impl DirtyPages {
 #[derive(Debug)]
 struct Entry {
     slot: Slot,
-    host: u64,
+    mapping: Arc<Mapping>,
     /// None for memory that others may have too.
     ram: Option<Ram>,
     /// Pages written by the host while the log is on.
-    written: Vec<AtomicU64>,
+    written: Option<Written>,
 }
 
 impl Entry {
@@ -87,7 +79,7 @@ impl Entry {
             flags: log | read_only,
             guest_phys_addr: self.slot.start,
             memory_size: size,
-            userspace_addr: self.host,
+            userspace_addr: self.mapping.host(),
         }
     }
 
@@ -95,120 +87,205 @@ impl Entry {
         (self.slot.size / PAGE).div_ceil(64)
     }
 
-    fn start_log(&mut self) {
-        self.written = (0..self.words()).map(|_| AtomicU64::new(0)).collect();
+    fn set_log(&mut self, is_on: bool) {
+        let words = || (0..self.words()).map(|_| AtomicU64::new(0)).collect();
+        self.written = is_on.then(words);
+    }
+
+    fn placed(&self) -> Placed {
+        let (mapping, written) = (Arc::clone(&self.mapping), self.written.clone());
+        Placed { start: self.slot.start, mapping, written }
+    }
+
+    /// Whether it has the place of a snapshot's range, and can be brought back to it.
+    fn is_at(&self, range: &Range) -> bool {
+        let Slot { start, size, backing, .. } = self.slot;
+        self.ram.is_some()
+            && (start, size, backing.read_only)
+                == (range.start, range.image.size(), range.read_only)
     }
 }
 
 /// The slots of one machine. KVM is told once the machine is there.
+///
+/// One lock is held from the check to the end of every change: of slots, of the log, and of what the slots hold. So a
+/// snapshot is frozen, and a reset put in place, over the mappings that were found. Reading and writing need it not: they
+/// work on a map that a change replaces.
 #[derive(Debug, Default)]
 pub(crate) struct Slots {
     vm: OnceLock<Arc<VmFd>>,
     table: Mutex<Table, rank::MemorySlots>,
+    /// Changed with the table's lock held.
+    map: RwLock<Arc<Map>, rank::MemoryMap>,
 }
 
 #[derive(Debug, Default)]
 struct Table {
+    /// By address.
     entries: Vec<Entry>,
     is_logging: bool,
+    taken: Taken,
+}
+
+impl Table {
+    /// # Errors
+    /// [`ErrorKind::State`] when the slots are not those of the snapshot. Memory shared with others is in no snapshot.
+    fn check(&self, ranges: &[Range]) -> Result<()> {
+        let own = self.entries.iter().filter(|entry| entry.ram.is_some());
+        if own.clone().count() == ranges.len()
+            && own.zip(ranges).all(|(entry, range)| entry.is_at(range))
+        {
+            return Ok(());
+        }
+        let detail = "the machine's memory slots are others than the snapshot's";
+        let error = Error::new(ErrorKind::State, "reset", detail);
+        Err(error.hint("add and remove memory so that they are the same, or fork the snapshot"))
+    }
+
+    fn map(&self, mmap: Arc<GuestMemoryMmap>) -> Arc<Map> {
+        let placed = self.entries.iter().map(Entry::placed).collect();
+        Arc::new(Map { mmap, placed, is_logging: self.is_logging })
+    }
 }
 
 fn tell(vm: Option<&Arc<VmFd>>, region: kvm_userspace_memory_region) -> Result<()> {
     let Some(vm) = vm else { return Ok(()) };
-    // SAFETY: the range is a mapping that the GuestMemory owns for as long as the slot stands: it is taken out of the
-    // memory's map after this has told KVM so, and all of them after the last hold on the VM descriptor has gone.
-    // Ranges do not overlap: the map has checked that.
-    unsafe { vm.set_user_memory_region(region) }
-        .map_err(|e| Error::kvm("KVM_SET_USER_MEMORY_REGION", e))
+    // SAFETY: the range is a mapping that its entry owns: the entry goes after this has told KVM that the slot is gone, and
+    // all of them after the last hold on the VM descriptor. Ranges do not overlap: the table's owner has checked that.
+    unsafe { vm.set_user_memory_region(region) }.map_err(|e| {
+        let error = Error::kvm("KVM_SET_USER_MEMORY_REGION", e);
+        let (start, size) = (region.guest_phys_addr, region.memory_size);
+        Error { detail: format!("{} ({size:#x} bytes at {start:#x})", error.detail), ..error }
+            .hint("addresses end with the processor's physical ones, and KVM has a number of slots")
+    })
 }
 
 impl Slots {
-    /// Tell a new machine of every slot.
-    pub(crate) fn attach(&self, vm: &Arc<VmFd>) -> Result<()> {
-        let table = self.table.lock();
+    /// Tell a new machine of every slot; `taken` is what they must keep off.
+    ///
+    /// # Errors
+    /// When a slot is where the machine has something else, or KVM refuses it.
+    pub(crate) fn attach(&self, vm: &Arc<VmFd>, taken: Taken) -> Result<()> {
+        let mut table = self.table.lock();
         if self.vm.set(Arc::clone(vm)).is_err() {
             let detail = "this memory is another machine's already";
             return Err(Error::new(ErrorKind::State, "memory", detail));
         }
-        table
-            .entries
-            .iter()
-            .try_for_each(|e| tell(Some(vm), e.region(e.slot.size, table.is_logging)))
+        table.entries.iter().try_for_each(|e| taken.check(e.slot.start, e.slot.size))?;
+        table.taken = taken;
+        let region = |entry: &Entry| entry.region(entry.slot.size, table.is_logging);
+        table.entries.iter().try_for_each(|entry| tell(Some(vm), region(entry)))
     }
 
-    pub(crate) fn add(
+    /// What memory there is now.
+    pub(super) fn map(&self) -> Arc<Map> {
+        Arc::clone(&self.map.read())
+    }
+
+    /// # Errors
+    /// When it overlaps something, or KVM refuses it; nothing is changed then.
+    pub(super) fn add(
         &self,
-        mapping: &GuestRegionMmap,
+        address: u64,
+        mapping: Arc<Mapping>,
         backing: Backing,
         ram: Option<Ram>,
     ) -> Result<Slot> {
+        let (at, size) = (|| format!("{address:#x}"), mapping.size());
+        check_place(address, size)?;
+        let region = GuestRegionMmap::with_arc(Arc::clone(mapping.region()), GuestAddress(address));
         let mut table = self.table.lock();
+        table.taken.check(address, size)?;
+        let map = self.map();
+        let more = region.and_then(|region| map.mmap.insert_region(Arc::new(region)).ok());
+        let Some(mmap) = more else {
+            let detail = format!("{size:#x} bytes there overlap other memory ({})", map.shown());
+            return Err(Error::new(ErrorKind::Memory, at(), detail));
+        };
         let is_free = |number: &u32| table.entries.iter().all(|e| e.slot.number != *number);
         let number = (0..=u32::from(u16::MAX)).find(is_free).unwrap_or(u32::MAX);
-        let slot = Slot { number, start: mapping.start_addr().0, size: mapping.len(), backing };
-        let mut entry = Entry { slot, host: mapping.as_ptr() as u64, ram, written: Vec::new() };
-        if table.is_logging {
-            entry.start_log();
-        }
-        tell(self.vm.get(), entry.region(slot.size, table.is_logging))?;
-        table.entries.push(entry);
+        let slot = Slot { number, start: address, size, backing };
+        let mut entry = Entry { slot, mapping, ram, written: None };
+        entry.set_log(table.is_logging);
+        tell(self.vm.get(), entry.region(size, table.is_logging))?;
+        let place = table.entries.partition_point(|entry| entry.slot.start < address);
+        table.entries.insert(place, entry);
+        *self.map.write() = table.map(Arc::new(mmap));
         Ok(slot)
     }
 
-    pub(crate) fn remove(&self, slot: &Slot) -> Result<()> {
+    pub(super) fn remove(&self, slot: &Slot) -> Result<()> {
         let mut table = self.table.lock();
         let Some(at) = table.entries.iter().position(|e| e.slot == *slot) else {
             let detail = "the machine has no such memory slot, or no longer";
             return Err(Error::new(ErrorKind::Memory, format!("{:#x}", slot.start), detail));
         };
         tell(self.vm.get(), table.entries[at].region(0, false))?;
-        table.entries.remove(at);
+        let removed = table.entries.remove(at);
+        let left = self.map().mmap.remove_region(GuestAddress(slot.start), slot.size);
+        let mmap = left.map(|(mmap, _)| mmap).unwrap_or_default();
+        let before = std::mem::replace(&mut *self.map.write(), table.map(Arc::new(mmap)));
+        drop(table);
+        // Unmapping takes its time: without the lock.
+        drop((removed, before));
         Ok(())
     }
 
-    pub(crate) fn all(&self) -> Vec<Slot> {
-        let mut slots: Vec<Slot> = self.table.lock().entries.iter().map(|e| e.slot).collect();
-        slots.sort_by_key(|slot| slot.start);
-        slots
+    pub(super) fn all(&self) -> Vec<Slot> {
+        self.table.lock().entries.iter().map(|e| e.slot).collect()
     }
 
-    pub(crate) fn log_dirty(&self, is_on: bool) -> Result<()> {
+    /// Do something that no memory may lie under, if none does; none is added meanwhile.
+    ///
+    /// # Errors
+    /// When there is memory; what `act` returns.
+    pub(crate) fn beside(
+        &self,
+        (start, size): (u64, u64),
+        act: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let table = self.table.lock();
+        let last = start.saturating_add(size);
+        let slots = table.entries.iter().map(|entry| entry.slot);
+        if let Some(slot) = slots.into_iter().find(|s| start < s.start + s.size && s.start < last) {
+            let detail = format!("overlaps the memory at {:#x}", slot.start);
+            return Err(Error::new(ErrorKind::Config, format!("{start:#x}"), detail));
+        }
+        act()
+    }
+
+    pub(super) fn log_dirty(&self, is_on: bool) -> Result<()> {
         let mut table = self.table.lock();
         if table.is_logging == is_on {
             return Ok(());
         }
-        for entry in &mut table.entries {
-            if is_on {
-                entry.start_log();
-            } else {
-                entry.written = Vec::new();
-            }
-            tell(self.vm.get(), entry.region(entry.slot.size, is_on))?;
+        let tell_all = |table: &Table, is_on| {
+            let mut all = table.entries.iter();
+            all.try_for_each(|e| tell(self.vm.get(), e.region(e.slot.size, is_on)))
+        };
+        let set = |table: &mut Table, is_on| {
+            table.entries.iter_mut().for_each(|entry| entry.set_log(is_on));
+            table.is_logging = is_on;
+            let mmap = Arc::clone(&self.map().mmap);
+            *self.map.write() = table.map(mmap);
+        };
+        // The host's writes are noted for as long as the guest's may be.
+        if is_on {
+            set(&mut table, true);
         }
-        table.is_logging = is_on;
+        if let Err(error) = tell_all(&table, is_on) {
+            let _ = tell_all(&table, !is_on);
+            set(&mut table, !is_on);
+            return Err(error);
+        }
+        if !is_on {
+            set(&mut table, false);
+        }
         Ok(())
     }
 
-    /// The host has written these bytes, which are memory.
-    pub(crate) fn note_write(&self, address: u64, length: u64) {
-        let table = self.table.lock();
-        let last = address.saturating_add(length);
-        for entry in table.entries.iter().filter(|entry| !entry.written.is_empty()) {
-            let end = entry.slot.start.saturating_add(entry.slot.size);
-            let (from, to) = (address.max(entry.slot.start), last.min(end));
-            if from >= to {
-                continue;
-            }
-            let pages = (from - entry.slot.start) / PAGE..(to - entry.slot.start).div_ceil(PAGE);
-            for page in pages {
-                let word = usize::try_from(page / 64).ok().and_then(|at| entry.written.get(at));
-                word.map(|word| word.fetch_or(1 << (page % 64), Ordering::Relaxed));
-            }
-        }
-    }
-
     /// What every slot holds, for good: the guest is at rest. Start, image and whether the guest cannot write it.
-    pub(crate) fn freeze(&self) -> Result<Vec<(u64, Image, bool)>> {
+    pub(crate) fn freeze(&self) -> Result<Vec<Range>> {
         let mut table = self.table.lock();
         if let Some(entry) = table.entries.iter().find(|entry| entry.ram.is_none()) {
             let at = format!("memory at {:#x}", entry.slot.start);
@@ -219,43 +296,44 @@ impl Slots {
         let mut all = Vec::new();
         for Entry { slot, ram, .. } in &mut table.entries {
             let image = ram.as_mut().map(Ram::freeze).transpose()?;
-            all.extend(image.map(|image| (slot.start, image, slot.backing.read_only)));
+            let range =
+                |image| Range { start: slot.start, read_only: slot.backing.read_only, image };
+            all.extend(image.map(range));
         }
-        all.sort_by_key(|(start, ..)| *start);
         Ok(all)
     }
 
-    /// Whether a slot starts there, with this many bytes, that can be brought back.
-    pub(crate) fn has_ram(&self, start: u64, size: u64) -> bool {
-        let table = self.table.lock();
-        table
-            .entries
-            .iter()
-            .any(|e| e.ram.is_some() && (e.slot.start, e.slot.size) == (start, size))
+    /// Check that ranges can be brought back now.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] when the machine's slots are others.
+    pub(crate) fn check(&self, ranges: &[Range]) -> Result<()> {
+        self.table.lock().check(ranges)
     }
 
-    /// Bring images back, each to the slot at its address; how many bytes were changed for it.
-    pub(crate) fn reset<'a>(&self, images: impl Iterator<Item = (u64, &'a Image)>) -> Result<u64> {
+    /// Bring ranges back, each to the slot at its address; how many bytes were changed for it.
+    ///
+    /// # Errors
+    /// As for `check`, and when a file behind them was changed: nothing is changed then. When memory or a mapping is missing
+    /// some of the machine's memory is as before.
+    pub(crate) fn reset(&self, ranges: &[Range]) -> Result<u64> {
+        let mut table = self.table.lock();
+        table.check(ranges)?;
+        ranges.iter().try_for_each(|range| range.image.check())?;
         let mut changed = 0;
-        for (start, image) in images {
-            let ranges = {
-                let mut table = self.table.lock();
-                let entry = table.entries.iter_mut().find(|entry| entry.slot.start == start);
-                entry
-                    .and_then(|entry| entry.ram.as_mut())
-                    .map(|ram| ram.reset(image))
-                    .transpose()?
-            };
-            for (from, to) in ranges.into_iter().flatten() {
+        let own = table.entries.iter_mut().filter(|entry| entry.ram.is_some());
+        for (entry, range) in own.zip(ranges) {
+            let Some(ram) = &mut entry.ram else { continue };
+            for (from, to) in ram.reset(&range.image)? {
                 changed += to - from;
-                self.note_write(start + from, to - from);
+                entry.placed().note_write(range.start + from, to - from);
             }
         }
         Ok(changed)
     }
 
     /// What has been written since the last look, and forget it.
-    pub(crate) fn take_dirty(&self) -> Result<Vec<DirtyPages>> {
+    pub(super) fn take_dirty(&self) -> Result<Vec<DirtyPages>> {
         let table = self.table.lock();
         if !table.is_logging {
             let error = Error::new(ErrorKind::State, "dirty", "dirty pages are not logged");
@@ -264,98 +342,21 @@ impl Slots {
         let mut all = Vec::new();
         for entry in &table.entries {
             let size = usize::try_from(entry.slot.size).unwrap_or(0);
+            let written = entry.written.as_deref().unwrap_or(&[]);
             let mut bitmap = match self.vm.get() {
                 Some(vm) => vm
                     .get_dirty_log(entry.slot.number, size)
                     .map_err(|e| Error::kvm("KVM_GET_DIRTY_LOG", e))?,
-                None => vec![0; entry.written.len()],
+                None => vec![0; written.len()],
             };
-            for (word, written) in bitmap.iter_mut().zip(&entry.written) {
+            for (word, written) in bitmap.iter_mut().zip(written) {
+                // Relaxed: as where it is set.
                 *word |= written.swap(0, Ordering::Relaxed);
             }
             all.push(DirtyPages { start: entry.slot.start, bitmap });
         }
-        all.sort_by_key(|pages| pages.start);
         Ok(all)
     }
-}
-
-/// Zeroed memory of its own, for [`super::GuestMemory::add`]: a memfd, so that a snapshot need not copy it.
-///
-/// # Errors
-/// When it is more than the host's memory, or the mapping fails.
-pub fn anonymous(size: u64) -> Result<MmapRegion> {
-    let host = host_memory();
-    if size > host {
-        let detail = format!("{} MiB is more than the host's {} MiB", size >> 20, host >> 20);
-        return Err(Error::new(ErrorKind::Config, "memory", detail));
-    }
-    let length = whole(size)?;
-    let file = FileOffset::new(memfd(size)?, 0);
-    let access = libc::PROT_READ | libc::PROT_WRITE;
-    let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
-    MmapRegion::build(Some(file), length, access, flags).map_err(|e| refused(&e))
-}
-
-/// Part of a file or memfd, shared with all who map it. One that is open for reading only can be memory that is
-/// `read_only`. A memfd is sealed against shrinking if it can be; a file must not shrink while it is mapped.
-///
-/// # Errors
-/// When the file is shorter, or cannot be mapped so.
-pub fn shared(
-    file: BorrowedFd<'_>,
-    offset: u64,
-    size: Option<u64>,
-    read_only: bool,
-) -> Result<MmapRegion> {
-    let failed = |e: &io::Error| Error::os(ErrorKind::Memory, "the memory's file", e);
-    let file = File::from(file.try_clone_to_owned().map_err(|e| failed(&e))?);
-    // SAFETY: no pointers; a file that is no memfd refuses.
-    unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_SHRINK) };
-    let length = file.metadata().map_err(|e| failed(&e))?.len();
-    let most = length.checked_next_multiple_of(PAGE).and_then(|length| length.checked_sub(offset));
-    let size = size.or(most).unwrap_or(0);
-    if size == 0 || most.is_none_or(|most| size > most) {
-        let detail =
-            format!("{size} bytes from offset {offset} are not all in it: it has {length}");
-        return Err(Error::new(ErrorKind::Memory, "the memory's file", detail));
-    }
-    // SAFETY: no pointers.
-    let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
-    let can_write = flags & libc::O_ACCMODE == libc::O_RDWR;
-    if !can_write && !read_only {
-        let detail = "it is open for reading only: the memory has to be read-only too";
-        return Err(Error::new(ErrorKind::Memory, "the memory's file", detail));
-    }
-    let access = libc::PROT_READ | if can_write { libc::PROT_WRITE } else { 0 };
-    let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
-    MmapRegion::build(Some(FileOffset::new(file, offset)), whole(size)?, access, flags)
-        .map_err(|e| refused(&e))
-}
-
-fn whole(size: u64) -> Result<usize> {
-    match usize::try_from(size) {
-        Ok(size) if size > 0 && size % 4096 == 0 => Ok(size),
-        _ => {
-            let detail = format!("{size:#x} bytes are no whole pages of 4 KiB");
-            Err(Error::new(ErrorKind::Memory, "memory", detail))
-        }
-    }
-}
-
-fn refused(error: &vm_memory::mmap::MmapRegionError) -> Error {
-    Error::new(ErrorKind::Memory, "memory", error.to_string())
-}
-
-/// Bytes of memory of this host.
-pub(crate) fn host_memory() -> u64 {
-    static SIZE: OnceLock<u64> = OnceLock::new();
-    *SIZE.get_or_init(|| {
-        // SAFETY: sysconf takes no pointers.
-        let (pages, size) =
-            unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
-        u64::try_from(pages).unwrap_or(0).saturating_mul(u64::try_from(size).unwrap_or(0))
-    })
 }
 
 #[cfg(test)]

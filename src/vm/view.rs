@@ -4,23 +4,25 @@ use std::sync::Arc;
 
 use vm_memory::MmapRegion;
 
+use super::mapping::Mapping;
+
 /// A piece of one mapping, which stays mapped as long as this lives.
 #[derive(Debug)]
 pub struct View {
-    mapping: Arc<MmapRegion>,
+    mapping: Arc<Mapping>,
     offset: usize,
     length: usize,
 }
 
 impl View {
-    pub(super) fn of(mapping: Arc<MmapRegion>, offset: usize, length: usize) -> Self {
+    pub(super) fn of(mapping: Arc<Mapping>, offset: usize, length: usize) -> Self {
         Self { mapping, offset, length }
     }
 
     /// Where it starts in this process.
     #[must_use]
     pub fn as_ptr(&self) -> *mut u8 {
-        self.mapping.as_ptr().wrapping_add(self.offset)
+        self.mapping.region().as_ptr().wrapping_add(self.offset)
     }
 
     /// Its bytes.
@@ -38,7 +40,7 @@ impl View {
     /// Whether the host may write it.
     #[must_use]
     pub fn is_writable(&self) -> bool {
-        is_writable(&self.mapping)
+        is_writable(self.mapping.region())
     }
 }
 

@@ -159,21 +159,13 @@ impl Vmm {
     ) -> Result<()> {
         let vm = self.vm()?;
         vm.check_process()?;
-        let bad = |detail: String| Err(Error::new(ErrorKind::Config, format!("{base:#x}"), detail));
-        let end = base.saturating_add(length);
-        if access == Access::Pio && end > 0x1_0000 {
-            return bad("ports go from 0 to 0xffff".into());
+        if access == Access::Pio && base.saturating_add(length) > 0x1_0000 {
+            let detail = "ports go from 0 to 0xffff";
+            return Err(Error::new(ErrorKind::Config, format!("{base:#x}"), detail));
         }
-        let taken = match access {
-            Access::Pio => vm.kernel_ports(),
-            Access::Mmio => vm.kernel_addresses(),
-        };
-        if let Some((start, _)) =
-            taken.iter().find(|(start, size)| base < start + size && *start < end)
-        {
-            return bad(format!("overlaps what KVM or memory answers at {start:#x}"));
-        }
-        self.dispatch.buses.bus(access).add(base, length, device)
+        vm.beside_others(access, (base, length), || {
+            self.dispatch.buses.bus(access).add(base, length, device)
+        })
     }
 
     /// The handler that ends a run.

@@ -1,0 +1,134 @@
+//! What memory there is at one moment: each slot's mapping by guest-physical address, for those who read and write it.
+//! A change of slots publishes another one; whoever holds this one goes on with it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+
+use super::layout::PAGE;
+use super::mapping::Mapping;
+use crate::error::{Error, ErrorKind, Result};
+
+/// One bit a page of a slot: whether the host has written it since the last look.
+pub(super) type Written = Arc<[AtomicU64]>;
+
+/// A slot's mapping at its address.
+#[derive(Clone, Debug)]
+pub(super) struct Placed {
+    pub(super) start: u64,
+    pub(super) mapping: Arc<Mapping>,
+    /// None while the log is off.
+    pub(super) written: Option<Written>,
+}
+
+impl Placed {
+    /// Note a write of the host to a range, as far as it is in here.
+    pub(super) fn note_write(&self, address: u64, length: u64) {
+        let Some(written) = &self.written else { return };
+        let end = self.start.saturating_add(self.mapping.size());
+        let (from, to) = (address.max(self.start), address.saturating_add(length).min(end));
+        if from >= to {
+            return;
+        }
+        for page in (from - self.start) / PAGE..(to - self.start).div_ceil(PAGE) {
+            let word = usize::try_from(page / 64).ok().and_then(|at| written.get(at));
+            // Relaxed: the bit alone matters. Whoever looks for it takes it in the same way.
+            word.map(|word| word.fetch_or(1 << (page % 64), Ordering::Relaxed));
+        }
+    }
+}
+
+/// All memory at one moment.
+#[derive(Debug, Default)]
+pub(super) struct Map {
+    pub(super) mmap: Arc<GuestMemoryMmap>,
+    /// By address.
+    pub(super) placed: Vec<Placed>,
+    pub(super) is_logging: bool,
+}
+
+impl Map {
+    /// The mapping that has an address.
+    pub(super) fn find(&self, address: u64) -> Option<&Placed> {
+        let at = self.placed.partition_point(|placed| placed.start <= address).checked_sub(1)?;
+        self.placed.get(at).filter(|placed| address - placed.start < placed.mapping.size())
+    }
+
+    /// Note a write of the host.
+    pub(super) fn note_write(&self, address: u64, length: u64) {
+        if self.is_logging {
+            self.placed.iter().for_each(|placed| placed.note_write(address, length));
+        }
+    }
+
+    /// The error for a range that is not all memory.
+    pub(super) fn outside(&self, address: u64, length: u64) -> Error {
+        let detail = format!("{length} bytes there are not all in guest memory ({})", self.shown());
+        Error::new(ErrorKind::Memory, format!("{address:#x}"), detail)
+    }
+
+    /// Its ranges, for people.
+    pub(super) fn shown(&self) -> String {
+        const MOST: usize = 8;
+        let range = |region: &vm_memory::GuestRegionMmap| {
+            format!("{:#x} to {:#x}", region.start_addr().0, region.last_addr().0)
+        };
+        let ranges: Vec<String> = self.mmap.iter().take(MOST).map(range).collect();
+        match self.placed.len() {
+            0 => "there is none".into(),
+            all if all > MOST => format!("{} and {} more", ranges.join(", "), all - MOST),
+            _ => ranges.join(", "),
+        }
+    }
+
+    /// Bytes of memory.
+    pub(super) fn size(&self) -> u64 {
+        self.placed.iter().map(|placed| placed.mapping.size()).sum()
+    }
+}
+
+/// Check that a slot can be there.
+///
+/// # Errors
+/// When the address or the size is no whole number of pages, or the end lies behind the last address.
+pub(super) fn check_place(address: u64, size: u64) -> Result<()> {
+    let refuse =
+        |detail: String| Err(Error::new(ErrorKind::Memory, format!("{address:#x}"), detail));
+    if !address.is_multiple_of(PAGE) || !size.is_multiple_of(PAGE) {
+        return refuse("memory starts and ends at whole pages of 4 KiB".into());
+    }
+    if address.checked_add(size).is_none() {
+        return refuse(format!("{size:#x} bytes there reach beyond the last address"));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vm::anonymous;
+
+    #[test]
+    fn a_write_is_noted_in_the_slots_that_it_touches() {
+        let place = |start: u64| {
+            let written = Some((0..1).map(|_| AtomicU64::new(0)).collect());
+            Placed { start, mapping: Mapping::of_own(anonymous(2 * PAGE).unwrap()), written }
+        };
+        let map =
+            Map { placed: vec![place(0), place(2 * PAGE)], is_logging: true, ..Map::default() };
+        map.note_write(2 * PAGE - 1, 2);
+        let bits = |at: usize| map.placed[at].written.as_ref().unwrap()[0].load(Ordering::Relaxed);
+        assert_eq!((bits(0), bits(1)), (0b10, 0b01));
+        assert_eq!(map.find(4 * PAGE - 1).unwrap().start, 2 * PAGE);
+        assert!(map.find(4 * PAGE).is_none());
+    }
+
+    #[test]
+    fn a_place_that_wraps_or_is_no_page_is_refused() {
+        check_place(0, 4096).unwrap();
+        for (address, size) in [(1, 4096), (0, 100), (u64::MAX - 4095, 4096), (1 << 63, 1 << 63)] {
+            assert!(check_place(address, size).is_err(), "{address:#x} {size:#x}");
+        }
+    }
+}
