@@ -309,10 +309,10 @@ fn bring_back(
     for ((number, vcpu), state) in (0..).zip(vcpus.iter_mut()).zip(&snapshot.vcpus) {
         vcpu::check_cpuid(vcpu, number, state)?;
     }
-    // What KVM would complete at the next entry belongs to the guest that goes. It may write memory.
-    vcpus.iter_mut().for_each(|vcpu| vcpu.abandon());
-    // Checks the slots again, which may have changed meanwhile.
-    let changed = vm.memory().kvm_slots().reset(&snapshot.ranges)?;
+    let changed = vm.memory().kvm_slots().reset(&snapshot.ranges, || {
+        // What KVM would complete at the next entry belongs to the guest that goes. It may write memory.
+        vcpus.iter_mut().for_each(|vcpu| vcpu.abandon());
+    })?;
     set_state(vm, fd, vcpus, snapshot)?;
     Ok(changed)
 }

@@ -311,15 +311,17 @@ impl Slots {
         self.table.lock().check(ranges)
     }
 
-    /// Bring ranges back, each to the slot at its address; how many bytes were changed for it.
+    /// Bring ranges back, each to the slot at its address, once `begin` has been called; how many bytes were changed for it.
+    /// The slots are checked here: they may have changed since somebody looked.
     ///
     /// # Errors
     /// As for `check`, and when a file behind them was changed: nothing is changed then. When memory or a mapping is missing
     /// some of the machine's memory is as before.
-    pub(crate) fn reset(&self, ranges: &[Range]) -> Result<u64> {
+    pub(crate) fn reset(&self, ranges: &[Range], begin: impl FnOnce()) -> Result<u64> {
         let mut table = self.table.lock();
         table.check(ranges)?;
         ranges.iter().try_for_each(|range| range.image.check())?;
+        begin();
         let mut changed = 0;
         let own = table.entries.iter_mut().filter(|entry| entry.ram.is_some());
         for (entry, range) in own.zip(ranges) {
