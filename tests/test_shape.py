@@ -143,7 +143,7 @@ def test_files_open_with_what_lives_there_and_are_short(path: Path) -> None:
 def test_every_lock_has_a_rank() -> None:
     unranked = re.compile(r"parking_lot|std::sync::\{?[^;]*\b(Mutex|RwLock|Condvar)\b")
     without = {name(path) for path in RUST if unranked.search(code(path).replace("\n", " "))}
-    # Held over each fork, whatever its thread holds, and let go in a child whose parent's waiters are gone: a lock of std,
+    # Held over each fork, whatever its thread holds, and let go in a child without its parent's waiters: a lock of std,
     # under which no other is taken.
     assert {path for path in without if not path.startswith("src/sync/")} == {"src/vm/mapping.rs"}
 
