@@ -496,8 +496,8 @@ class GuestMemory:
     def view(self, address: int, length: int) -> memoryview:
         """A memoryview of guest memory itself, without a copy. It has to lie in one memory slot.
 
-        The memory stays mapped as long as the view lives, also when the slot is removed or the machine closed. In a forked
-        child a view shows what the memory held, and what the child writes is the child's own.
+        The memory stays mapped as long as the view lives, also when the slot is removed or the machine closed. In a
+        forked child a view shows what the memory held, and what the child writes is the child's own.
 
         Raises:
             GuestMemoryError: a byte of the range is not memory, or the range lies in several slots.
