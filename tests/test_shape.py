@@ -76,6 +76,7 @@ TESTED_BY = {
     "src/boot/initrd.rs": "tests/test_boot.py",
     "src/boot/mod.rs": "tests/test_boot.py",
     "src/devices/mod.rs": "tests/test_vmm.py",
+    "src/snapshot/new_file.rs": "tests/test_snapshot_save.py",
     "src/devices/uart_bits.rs": "src/devices/uart.rs",
     "python/pyvmm/devices.py": "tests/test_vmm.py",
     "python/pyvmm/events.py": "tests/test_event_manager.py",

@@ -175,11 +175,15 @@ pub fn inspect(path: &Path) -> Result<(Header, Records)> {
 }
 
 fn open(path: &Path) -> Result<File> {
-    // A pipe of that name would have the opener wait for a writer.
-    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
-    let file = file.map_err(|e| io_error(path, &e))?;
-    if file.metadata().map_err(|e| io_error(path, &e))?.is_file() {
-        return Ok(file);
+    // Before it is opened, which devices may notice; and behind that, in case it has changed.
+    if path.metadata().map_err(|e| io_error(path, &e))?.is_file() {
+        // A pipe of that name would have the opener wait for a writer.
+        let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+        let file = OpenOptions::new().read(true).custom_flags(flags).open(path);
+        let file = file.map_err(|e| io_error(path, &e))?;
+        if file.metadata().map_err(|e| io_error(path, &e))?.is_file() {
+            return Ok(file);
+        }
     }
     Err(bad("file", format!("{} is no regular file", path.display())))
 }

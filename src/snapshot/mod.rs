@@ -7,6 +7,7 @@ mod host;
 mod image;
 mod machine;
 mod msrs;
+mod new_file;
 mod pagemap;
 mod ram;
 mod save;

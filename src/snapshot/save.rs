@@ -1,21 +1,15 @@
-//! Writing a snapshot's file: beside the old one, synced, and put in its place in one step. Whatever fails, and whenever
-//! the process is killed, the old file stays whole and nothing is left behind.
+//! Writing a snapshot's file; `new_file` puts it in its place.
 
-use std::ffi::CString;
-use std::fs::{File, OpenOptions};
-use std::io;
-use std::os::fd::AsRawFd;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use super::Snapshot;
 use super::file::{HEADER, Header, MOST_STATE, OF_BASE};
 use super::host::Host;
 use super::image::Image;
+use super::new_file::NewFile;
 use super::pagemap::{self, Range};
 use super::ram::{bytes, joined};
 use super::state::{Kind, Record};
-use super::{Snapshot, new_id};
 use crate::error::{Error, ErrorKind, Result};
 use crate::vm::layout::PAGE;
 
@@ -29,7 +23,7 @@ impl Snapshot {
     /// # Errors
     /// [`ErrorKind::Io`] when the file cannot be written, [`ErrorKind::Snapshot`] when the base is of another machine or
     /// the devices' state is larger than a file may have; what
-    /// `progress` returns. A file of that name is as before then.
+    /// `progress` returns. A file of that name is as before then. What is no regular file is refused.
     pub fn save<E: From<Error>>(
         &self,
         path: &Path,
@@ -44,7 +38,7 @@ impl Snapshot {
             return Err(Error::new(ErrorKind::Snapshot, "state", detail).into());
         }
         let pages = (HEADER as u64 + state.len() as u64).next_multiple_of(PAGE);
-        let new = NewFile::beside(path)?;
+        let new = NewFile::to_replace(path)?;
         let (mut at, mut crc) = (pages, crc32fast::Hasher::new());
         for plan in &plans {
             let mapping = plan.image.mapping()?;
@@ -72,7 +66,7 @@ impl Snapshot {
         new.write(&header.encode(), 0)?;
         // A state that ends before its page does, and no page behind it: the file has that length all the same.
         new.set_length(at)?;
-        Ok(new.replace(path)?)
+        Ok(new.replace()?)
     }
 
     fn plans(&self, base: Option<&Self>) -> Result<Vec<Plan>> {
@@ -190,94 +184,4 @@ fn is_zero(page: &[u8]) -> bool {
         unsafe { page.align_to::<u128>() }
     };
     words.iter().all(|word| *word == 0) && head.iter().chain(tail).all(|byte| *byte == 0)
-}
-
-/// A file without a name, or where the file system cannot have such, with a name of its own.
-struct NewFile {
-    file: File,
-    directory: PathBuf,
-    /// To be removed unless it has got its final name.
-    name: Option<PathBuf>,
-}
-
-impl NewFile {
-    fn beside(path: &Path) -> Result<Self> {
-        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-        let directory = parent.unwrap_or(Path::new(".")).to_owned();
-        let nameless = OpenOptions::new()
-            .write(true)
-            .mode(0o666)
-            .custom_flags(libc::O_TMPFILE)
-            .open(&directory);
-        match nameless {
-            Ok(file) => Ok(Self { file, directory, name: None }),
-            Err(e) if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::EISDIR)) => {
-                let name = other_name(&directory, path)?;
-                let file = OpenOptions::new().write(true).create_new(true).open(&name);
-                let file = file.map_err(|e| failed(&name, &e))?;
-                Ok(Self { file, directory, name: Some(name) })
-            }
-            Err(e) => Err(failed(path, &e)),
-        }
-    }
-
-    fn write(&self, bytes: &[u8], at: u64) -> Result<()> {
-        self.file.write_all_at(bytes, at).map_err(|e| failed(&self.directory, &e))
-    }
-
-    fn set_length(&self, length: u64) -> Result<()> {
-        self.file.set_len(length).map_err(|e| failed(&self.directory, &e))
-    }
-
-    /// Bring it to the disk and give it its name.
-    fn replace(mut self, path: &Path) -> Result<()> {
-        self.file.sync_all().map_err(|e| failed(path, &e))?;
-        if self.name.is_none() {
-            let name = other_name(&self.directory, path)?;
-            link(&self.file, &name).map_err(|e| failed(&name, &e))?;
-            self.name = Some(name);
-        }
-        if let Some(name) = &self.name {
-            std::fs::rename(name, path).map_err(|e| failed(path, &e))?;
-        }
-        self.name = None;
-        // The name too is to be there after a crash. Some file systems cannot sync a directory: theirs is the risk.
-        let _ = File::open(&self.directory).and_then(|directory| directory.sync_all());
-        Ok(())
-    }
-}
-
-impl Drop for NewFile {
-    fn drop(&mut self) {
-        if let Some(name) = &self.name {
-            let _ = std::fs::remove_file(name);
-        }
-    }
-}
-
-/// A name beside `path` that nobody uses.
-fn other_name(directory: &Path, path: &Path) -> Result<PathBuf> {
-    if path.file_name().is_none() {
-        let detail = format!("{} names no file", path.display());
-        return Err(Error::new(ErrorKind::Io, "snapshot", detail));
-    }
-    let random: String = new_id()?.iter().take(6).map(|byte| format!("{byte:02x}")).collect();
-    // Short: `path`'s own may have all the length that a name can have.
-    Ok(directory.join(format!(".pyvmm-{random}.part")))
-}
-
-/// Give a nameless file a name.
-fn link(file: &File, name: &Path) -> io::Result<()> {
-    let from = CString::new(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
-    let to = CString::new(name.as_os_str().as_bytes())?;
-    let (here, follow) = (libc::AT_FDCWD, libc::AT_SYMLINK_FOLLOW);
-    // SAFETY: two paths that end in zero and live through the call.
-    let result = unsafe { libc::linkat(here, from.as_ptr(), here, to.as_ptr(), follow) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-}
-
-fn failed(path: &Path, error: &io::Error) -> Error {
-    let mut failed = Error::os(ErrorKind::Io, "snapshot", error);
-    failed.detail = format!("{}: {}", path.display(), failed.detail);
-    failed
 }
