@@ -83,6 +83,7 @@ TESTED_BY = {
     "python/pyvmm/exceptions.py": "tests/test_vmm.py",
     "python/pyvmm/exits.py": "tests/test_vmm.py",
     "python/pyvmm/runner.py": "tests/test_cli.py",
+    "python/pyvmm/signals.py": "tests/test_cli_hostile.py",
     "python/pyvmm/__main__.py": "tests/test_cli.py",
 }
 # Nothing but a list of what the folder holds.

@@ -6,6 +6,7 @@ Machines are run in `runner`.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -16,7 +17,7 @@ import pyvmm
 from pyvmm import keyvalue
 from pyvmm.config import LinuxBoot, MemoryConfig, SerialConfig, VmmConfig
 from pyvmm.exceptions import ConfigError, VmmError
-from pyvmm.runner import Status, Watch, run_machine, run_with
+from pyvmm.runner import STDERR, Status, Watch, run_machine, run_with
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,6 +28,7 @@ Exit status:
    120  the guest failed: a triple fault, or what KVM cannot execute
    124  the time given by --timeout passed
    125  pyvmm could not run the machine
+   129  ended by SIGHUP
    130  ended by Ctrl-A x or Ctrl-C
    143  ended by SIGTERM
 """
@@ -34,17 +36,58 @@ Exit status:
 
 def main() -> NoReturn:
     """Run the command line and exit with its status."""
+    _open_standard_streams()
     try:
         status = cli.main(prog_name="pyvmm", standalone_mode=False)
     except click.exceptions.Abort:
         status = Status.INTERRUPTED
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         status = Status.ERROR
-    except VmmError as error:
-        click.echo(f"pyvmm: error: {error}", err=True)
+    except click.ClickException as error:
+        click.echo(f"Error: {_one_line(error.format_message())}", err=True)
         status = Status.ERROR
+    except (VmmError, OSError) as error:
+        if not isinstance(error, BrokenPipeError):
+            click.echo(f"pyvmm: error: {_one_line(str(error))}", err=True)
+        status = Status.ERROR
+    except SystemExit:
+        status = Status.ERROR  # the reader of the output has gone
+    _flush()
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _one_line(text: str) -> str:
+    """A text from who knows where, without line ends, control characters and what no terminal can show."""
+    line = "; ".join(part.strip() for part in text.splitlines() if part.strip())
+    shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+    return shown.encode(errors="backslashreplace").decode()
+
+
+def _open_standard_streams() -> None:
+    """Have 0 to 2 open, so that no other file becomes the console."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= STDERR:
+        pass
+    os.close(fd)
+
+
+def _flush() -> None:
+    """Write out what is left; nobody is told that nobody reads it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            # What is still in its buffer would be tried again at the end of the process.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+
+
+def _check_seconds(_context: click.Context, _option: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not value >= 0:
+        raise click.BadParameter(f"{value} is not a number of seconds from 0.")
+    return value
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -78,7 +121,7 @@ def machine_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @cli.command(epilog=EXIT_STATUSES)
 @machine_options
-@click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="End the run after this time.")
+@click.option("--timeout", type=float, callback=_check_seconds, metavar="SECONDS", help="End the run after this time.")
 @click.option("--json", "as_json", is_flag=True, help="Print how the run ended as JSON; the console goes to stderr.")
 @click.option("--stats", is_flag=True, help="Print a table of the exits and of the vCPUs' time at the end.")
 @click.option("--live-stats", is_flag=True, help="The same table, renewed while the guest runs, on a terminal.")
@@ -106,8 +149,8 @@ def run(
 @click.option("-o", "--output", required=True, type=click.Path(), help="The file to write.")
 @click.option("--base", type=click.Path(), help="Write only what differs from this file's snapshot.")
 @click.option("--text", metavar="TEXT", help="Take it when the console has said this.")
-@click.option("--after", type=click.FloatRange(min=0), metavar="SECONDS", help="Take it after this time.")
-@click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="Give up after this time.")
+@click.option("--after", type=float, callback=_check_seconds, metavar="SECONDS", help="Take it after this time.")
+@click.option("--timeout", type=float, callback=_check_seconds, metavar="SECONDS", help="Give up after this time.")
 def snapshot(config_file: str | None, **options: Any) -> int:
     """Run KERNEL until its console says a text, a time has passed, or it ends, and write a snapshot of it.
 
@@ -124,7 +167,7 @@ def snapshot(config_file: str | None, **options: Any) -> int:
 @click.argument("file", type=click.Path())
 @click.option("--base", type=click.Path(), help="The file that this one was saved against.")
 @click.option("--force", is_flag=True, help="Also where this machine lacks something of the one it was taken on.")
-@click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="End the run after this time.")
+@click.option("--timeout", type=float, callback=_check_seconds, metavar="SECONDS", help="End the run after this time.")
 @click.option("--json", "as_json", is_flag=True, help="Print how the run ended as JSON; the console goes to stderr.")
 def restore(file: str, base: str | None, force: bool, timeout: float | None, as_json: bool) -> int:
     """Go on with the machine that a snapshot's FILE holds, as `run` does."""

@@ -6,7 +6,6 @@ import errno
 import io
 import json
 import os
-import signal
 import sys
 import time
 from contextlib import ExitStack
@@ -17,8 +16,9 @@ import msgspec
 
 from pyvmm import terminal
 from pyvmm._pyvmm import Vmm
-from pyvmm.exceptions import StreamError
+from pyvmm.exceptions import StreamError, VmmError
 from pyvmm.exits import Exit, ExitReason
+from pyvmm.signals import Ending
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,7 +40,6 @@ class Status(IntEnum):
     TIMEOUT = 124
     ERROR = 125
     INTERRUPTED = 130
-    TERMINATED = 143
 
 
 # Terminals whose cursor cannot be moved.
@@ -73,6 +72,33 @@ def run_with(
     serial: SerialConfig, build: Callable[[SerialConfig], Vmm], timeout: float | None, as_json: bool, watch: Watch
 ) -> int:
     """Run the machine that `build` makes with its console at the terminal; the exit status."""
+    start = time.monotonic()
+    try:
+        return _run(serial, build, timeout, as_json, watch)
+    except KeyboardInterrupt:
+        if as_json:
+            _print_json(Exit(ExitReason.STOPPED), time.monotonic() - start, {})
+        return Status.INTERRUPTED
+    except _TraceError as failed:
+        raise failed.failure from None
+    except VmmError as error:
+        if as_json:
+            _print_json(None, time.monotonic() - start, {"error": str(error)})
+        if isinstance(error, StreamError) and error.errno == errno.EPIPE:  # the reader has seen enough
+            return Status.ERROR
+        raise
+
+
+class _TraceError(Exception):
+    """The run has been told of, but its trace could not be written."""
+
+    def __init__(self, failure: StreamError) -> None:
+        self.failure = failure
+
+
+def _run(
+    serial: SerialConfig, build: Callable[[SerialConfig], Vmm], timeout: float | None, as_json: bool, watch: Watch
+) -> int:
     typing = os.isatty(STDIN) and serial.input is None
     with ExitStack() as stack:
         keys, pipe = _pipe(stack) if typing else (STDIN, -1)
@@ -80,21 +106,14 @@ def run_with(
         vmm = stack.enter_context(build(console))
         if watch.stats and not as_json and not watch.is_live:
             stack.callback(_print_stats, vmm)  # when the terminal is as it was, however the run ends
+        ending = stack.enter_context(Ending(vmm.stop))
         keyboard = terminal.Keyboard(STDIN, pipe, vmm.stop) if typing else None
         if keyboard:
             print(f"pyvmm: {terminal.HELP}", file=sys.stderr, flush=True)
             vmm.add_subscriber(keyboard)
             stack.enter_context(terminal.raw(STDIN))
-        terminated = _stop_on_sigterm(vmm, stack)
         start = time.monotonic()
-        try:
-            exit, failure = _watched(vmm, watch, timeout)
-        except KeyboardInterrupt:
-            return Status.INTERRUPTED
-        except StreamError as error:
-            if error.errno == errno.EPIPE:  # the reader has seen enough
-                return Status.ERROR
-            raise
+        exit, failure = _watched(vmm, watch, timeout)
         seconds = time.monotonic() - start
         more: dict[str, Any] = {"unanswered": [count._asdict() for count in vmm.unanswered]}
     if watch.stats and as_json:
@@ -104,9 +123,9 @@ def run_with(
         }
     _report(exit, as_json, seconds, more)
     if failure:
-        raise failure
-    if terminated:
-        return Status.TERMINATED
+        raise _TraceError(failure)
+    if ending.status is not None:
+        return ending.status
     return Status.INTERRUPTED if keyboard and keyboard.keys.quit else exit_status(exit)
 
 
@@ -232,24 +251,18 @@ def _build(config: VmmConfig) -> Vmm:
         teller.join()
 
 
-def _stop_on_sigterm(vmm: Vmm, stack: ExitStack) -> list[int]:
-    """Stop the machine at SIGTERM; the list is not empty then."""
-    terminated: list[int] = []
-
-    def stop(number: int, _frame: object) -> None:
-        terminated.append(number)
-        vmm.stop()
-
-    before = signal.signal(signal.SIGTERM, stop)
-    stack.callback(signal.signal, signal.SIGTERM, before)
-    return terminated
-
-
 def _report(exit: Exit, as_json: bool, seconds: float, more: dict[str, Any]) -> None:
     if as_json:
-        values = {key: value for key, value in exit._asdict().items() if key != "value"}
-        print(json.dumps({**values, "seconds": round(seconds, 6), **more}))
+        _print_json(exit, seconds, more)
     elif exit.is_fault or exit.reason is ExitReason.TIMEOUT:
         print(f"pyvmm: {exit}", file=sys.stderr)
     elif exit.code is not None and exit.code > MOST_GUEST_CODE:
         print(f"pyvmm: the guest's exit code is {exit.code}; status {MOST_GUEST_CODE}", file=sys.stderr)
+
+
+def _print_json(exit: Exit | None, seconds: float, more: dict[str, Any]) -> None:
+    """How a run ended; without an exit, it could not be run to its end."""
+    keys = [key for key in Exit._fields if key != "value"]
+    values = {key: getattr(exit, key, None) for key in keys}
+    values["reason"] = exit.reason if exit else "error"
+    print(json.dumps({**values, "seconds": round(seconds, 6), **more}), flush=True)

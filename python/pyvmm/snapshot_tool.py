@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from pyvmm._pyvmm import Snapshot, Vmm
+from pyvmm.exceptions import ConfigError, StreamError
 from pyvmm.exits import ExitReason
 from pyvmm.runner import STDERR, STDOUT, Status, exit_status
 
@@ -31,33 +32,34 @@ class Taking(NamedTuple):
 
 def take(config: VmmConfig, how: Taking) -> int:
     """Run until it is time, and write the file; the exit status."""
-    wanted = None if how.text is None else how.text.encode()
-    seen = bytearray()
-    found = False
-
-    def look(piece: bytes) -> None:
-        nonlocal found
-        os.write(STDOUT, piece)
-        if wanted is None or found:
-            return
-        seen.extend(piece)
-        if wanted in seen:
-            found = True
-            vmm.stop()
-        del seen[: -len(wanted)]
-
-    serial = msgspec.structs.replace(config.serial, output=look)
+    text = None if how.text is None else os.fsencode(how.text)
+    if text == b"":
+        raise ConfigError("--text: it is empty, so that nothing would be waited for", at="--text")
+    _check_output(how.output)
     base = None if how.base is None else Snapshot.load(how.base)
+    serial = config.serial
+    if serial.output is None:
+        serial = msgspec.structs.replace(serial, output=STDOUT)
     with Vmm(msgspec.structs.replace(config, serial=serial)) as vmm:
+        vmm.serial.stop_at(text or b"")
         limits = [limit for limit in (how.after, how.timeout) if limit is not None]
         exit = vmm.run(min(limits, default=None))
+        is_found = text is not None and exit.value == text
         is_time = exit.reason is ExitReason.TIMEOUT and how.after is not None and how.after == min(limits)
-        if not (found or is_time or (wanted is None and how.after is None and exit.code is not None)):
+        if not (is_found or is_time or (text is None and how.after is None and exit.code is not None)):
             print(f"pyvmm: no snapshot: {exit}", file=sys.stderr)
             return exit_status(exit) or Status.ERROR
         taken = vmm.snapshot()
     save(taken, how.output, base)
     return 0
+
+
+def _check_output(path: str) -> None:
+    """Refuse at once what could not be written after a long run."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise StreamError(f"snapshot: {path}: only a regular file is replaced", at="snapshot")
+    if not os.path.isdir(os.path.dirname(os.path.realpath(path))):
+        raise StreamError(f"snapshot: {path}: there is no such directory", at="snapshot")
 
 
 def save(snapshot: Snapshot, path: str, base: Snapshot | None) -> None:

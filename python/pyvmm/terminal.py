@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import termios
 import tty
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pyvmm._pyvmm import Events
 from pyvmm.events import EventSet
@@ -61,7 +62,10 @@ class Keyboard:
 
     def process(self, events: Events, ops: EventOps) -> None:
         """Pass on what was typed; end the run at Ctrl-A x or when the terminal is gone."""
-        typed = os.read(self._fd, 1024) if events.event_set & EventSet.IN else b""
+        try:
+            typed = os.read(self._fd, 1024) if events.event_set & EventSet.IN else b""
+        except OSError:  # EIO: it has been hung up
+            typed = b""
         if for_guest := self.keys.feed(typed):
             # As on a real line: what comes while the guest's buffers are full is lost, and the way out is not.
             with suppress(BlockingIOError):
@@ -73,10 +77,33 @@ class Keyboard:
 
 @contextmanager
 def raw(fd: int) -> Iterator[None]:
-    """The terminal in raw mode; as it was before, afterwards."""
+    """The terminal in raw mode; as it was before, afterwards, and while the process is suspended."""
     before = termios.tcgetattr(fd)
+
+    def suspend(_number: int, _frame: object) -> None:
+        restore(fd, before)
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGTSTP)
+        # Here again after SIGCONT.
+        signal.signal(signal.SIGTSTP, suspend)
+        tty.setraw(fd, termios.TCSANOW)
+
+    handler = signal.signal(signal.SIGTSTP, suspend)
     try:
         tty.setraw(fd, termios.TCSANOW)
         yield
     finally:
-        termios.tcsetattr(fd, termios.TCSADRAIN, before)
+        restore(fd, before)
+        signal.signal(signal.SIGTSTP, handler)
+
+
+def restore(fd: int, modes: list[Any]) -> None:
+    """Give a terminal its modes back, at once and from the background too; one that is gone needs none."""
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
+    try:
+        # Not behind its output, which nobody may read.
+        termios.tcsetattr(fd, termios.TCSANOW, modes)
+    except termios.error:
+        pass
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)

@@ -1,0 +1,46 @@
+"""Signals that end a run on the command line, so that its report comes and the terminal is as it was."""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType
+
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Ending:
+    """While it is entered, the first of the signals calls a function, and a second SIGINT is a KeyboardInterrupt.
+
+    What the process ignores, as under nohup, it goes on ignoring.
+    """
+
+    def __init__(self, stop: Callable[[], object]) -> None:
+        self.number: int | None = None
+        self._stop = stop
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> Ending:
+        for number in ENDING:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._end)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)  # type: ignore[arg-type]
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        if self.number is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.number is None:
+            self.number = number
+        self._stop()
+
+    @property
+    def status(self) -> int | None:
+        """The exit status of a process that such a signal has ended; None without one."""
+        return None if self.number is None else 128 + self.number
