@@ -96,7 +96,7 @@ class ExitAction(Enum):
     CONTINUE = "continue"
     """It has been answered: the guest goes on. A read gives ones, unless `Vcpu.answer` was called; RDMSR gives 0."""
     RETRY = "retry"
-    """The guest executes the instruction again. A write has been executed and cannot be."""
+    """The guest executes the instruction again, of which nothing is left. A write has been executed and cannot be."""
 
 
 class Stop(NamedTuple):

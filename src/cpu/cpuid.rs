@@ -7,6 +7,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Kvm, VcpuFd};
 
+use super::topology::Place;
 use crate::config::{CpuConfig, CpuTemplate};
 use crate::error::{Error, Result};
 
@@ -283,24 +284,17 @@ fn register_mut(entry: &mut kvm_cpuid_entry2, register: Register) -> &mut u32 {
     }
 }
 
-/// The table of one vCPU: its APIC id and the number of vCPUs put in.
+/// The table of one vCPU: its place among the machine's put in.
 ///
 /// # Errors
 /// Never in practice: the table is no longer than what KVM gave.
 pub fn for_vcpu(table: &[kvm_cpuid_entry2], id: u8, vcpus: u8) -> Result<CpuId> {
     let mut entries = table.to_vec();
-    for entry in &mut entries {
-        match entry.function {
-            1 => {
-                entry.ebx = entry.ebx & 0xffff | u32::from(vcpus) << 16 | u32::from(id) << 24;
-                entry.ecx |= 1 << 31; // hypervisor
-                entry.edx = entry.edx & !(1 << 28) | u32::from(vcpus > 1) << 28; // ht
-            }
-            0xb | 0x1f => entry.edx = u32::from(id),
-            0x8000_001e => entry.eax = u32::from(id),
-            _ => {}
-        }
-    }
+    entries.iter_mut().filter(|entry| entry.function == 1).for_each(|entry| {
+        entry.ecx |= 1 << 31; // hypervisor
+    });
+    let is_amd = matches!(vendor(table).as_str(), "AuthenticAMD" | "HygonGenuine");
+    Place { id: id.into(), vcpus: vcpus.max(1).into(), is_amd }.put(&mut entries);
     CpuId::from_entries(&entries).map_err(|_| {
         Error::new(crate::error::ErrorKind::Kvm, "KVM_SET_CPUID2", "the CPUID table is too long")
     })

@@ -4,3 +4,4 @@ pub mod cpuid;
 pub mod msrs;
 pub mod regs;
 pub mod tables;
+mod topology;

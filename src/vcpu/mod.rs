@@ -8,6 +8,7 @@ mod fault;
 mod fixup;
 mod kick;
 mod registers;
+mod retry;
 mod run;
 mod run_page;
 mod signal;

@@ -56,6 +56,8 @@ pub struct Vcpu {
     pub(crate) changed: Option<Box<Changed>>,
     /// Calls of devices are recorded.
     pub(crate) is_recorded: bool,
+    /// The instruction at hand reads memory that came when it had exited.
+    pub(super) has_found_memory: bool,
 }
 
 /// An instruction makes at most so many accesses of eight bytes: those of XSAVE, with room.
@@ -148,6 +150,7 @@ impl Vcpu {
             is_lent: false,
             changed: None,
             is_recorded: false,
+            has_found_memory: false,
         }
     }
 
@@ -241,6 +244,7 @@ impl Vcpu {
     pub(crate) fn forget_access(&mut self) {
         (self.is_pending, self.awaits_answer) = (false, false);
         (self.waiting, self.changed) = (None, None);
+        self.has_found_memory = false;
     }
 
     /// Complete the instruction whose exit has been answered, and change the registers behind it as the program's code
@@ -254,22 +258,6 @@ impl Vcpu {
         // KVM takes any general registers.
         if self.fd.set_regs(&after).is_ok() {
             self.page.set_registers(&after);
-        }
-    }
-
-    /// Have the guest execute the instruction of this exit again.
-    pub(super) fn go_back(&mut self, exit: &VcpuExit) {
-        let Ok(mut to) = self.general() else { return };
-        if exit.is_read() {
-            // All of them, and none as the instruction leaves it.
-            let mut from = to;
-            bytes_mut(&mut from).iter_mut().for_each(|byte| *byte = !*byte);
-            self.changed = Some(Box::new(Changed { from, to }));
-        } else if *exit == VcpuExit::Hlt {
-            to.rip = to.rip.wrapping_sub(1);
-            if self.fd.set_regs(&to).is_ok() {
-                self.page.set_registers(&to);
-            }
         }
     }
 

@@ -72,7 +72,9 @@ fn observed_step(vcpu: &mut Vcpu, cell: &Cell, watched: Watched) -> Step {
 }
 
 fn answer(vcpu: &mut Vcpu, cell: &Cell, exit: &VcpuExit, watched: Watched) -> Step {
+    let is_memory = std::mem::take(&mut vcpu.has_found_memory) && vcpu.answer_from_memory(exit);
     let hooked = match exit.kind() {
+        _ if is_memory => Some(Step::Continue),
         Some(kind) if watched.has_hook(kind) => ask_hook(vcpu, cell, exit),
         _ => None,
     };
@@ -144,7 +146,7 @@ fn ask_hook(vcpu: &mut Vcpu, cell: &Cell, exit: &VcpuExit) -> Option<Step> {
             }
             vcpu.page.allow_msr();
         }
-        Verdict::Retry => vcpu.go_back(exit),
+        Verdict::Retry => vcpu.execute_again(exit, &cell.stop),
         Verdict::Stop => return Some(Step::Stop),
     }
     Some(Step::Continue)

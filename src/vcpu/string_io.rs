@@ -69,6 +69,54 @@ pub(super) fn gather(vcpu: &mut Vcpu, port: u16, size: usize, first: &[u8]) -> O
     Some(all)
 }
 
+/// The guest-physical pieces that the string instruction at RIP, an `INS` or a `MOVS`, writes with its next elements, which are
+/// so many bytes; none where it is no such instruction.
+pub(super) fn target(
+    vcpu: &Vcpu,
+    regs: &kvm_regs,
+    sregs: &kvm_sregs,
+    length: u64,
+) -> Option<Vec<(u64, usize)>> {
+    let bits = code_bits(sregs, regs.rflags);
+    let code = read_code(vcpu, regs, sregs, bits)?;
+    let address_bits = string_target(&code, bits)?;
+    let base = if bits == 64 { 0 } else { sregs.es.base };
+    let paging = crate::debug::Paging::of(sregs);
+    let mut pieces = Vec::new();
+    let mut done = 0;
+    while done < length {
+        // Downwards there is one element at a time.
+        let at = linear(base, regs.rdi.wrapping_add(done) & mask(address_bits), bits == 64);
+        let here = (PAGE - at % PAGE).min(length - done);
+        if let Some(physical) = vcpu.translate(&paging, at) {
+            pieces.push((physical, usize::try_from(here).ok()?));
+        }
+        done += here;
+    }
+    Some(pieces)
+}
+
+/// With how many bits `INS` or `MOVS` counts; none for another instruction.
+fn string_target(code: &[u8; LONGEST], bits: u32) -> Option<u32> {
+    let mut has_address_size = false;
+    for byte in code {
+        match byte {
+            0x67 => has_address_size = true,
+            0xf2 | 0xf3 | 0x66 | 0x2e | 0x36 | 0x3e | 0x26 | 0x64 | 0x65 => {}
+            0x40..=0x4f if bits == 64 => {}
+            0x6c | 0x6d | 0xa4 | 0xa5 => {
+                return Some(match (bits, has_address_size) {
+                    (64, false) => 64,
+                    (16, false) | (32, true) => 16,
+                    _ => 32,
+                });
+            }
+            _ => return None,
+        }
+    }
+    None
+}
+
 fn code_bits(sregs: &kvm_sregs, rflags: u64) -> u32 {
     match () {
         () if sregs.cr0 & PROTECTED == 0 || rflags & VIRTUAL_8086 != 0 => 16,
@@ -252,6 +300,16 @@ mod tests {
         assert_eq!(decode(&code(&[0xf3, 0x6c]), 16), None);
         assert_eq!(decode(&[0xf3; LONGEST], 64), None);
         assert_eq!(decode(&code(&[0x48, 0x6e]), 32), None);
+    }
+
+    #[test]
+    fn where_a_string_goes_is_told_by_its_opcode_and_prefixes() {
+        assert_eq!(string_target(&code(&[0xf3, 0x6c]), 16), Some(16));
+        assert_eq!(string_target(&code(&[0x67, 0xf3, 0x66, 0xa5]), 16), Some(32));
+        assert_eq!(string_target(&code(&[0xf3, 0x48, 0xa5]), 64), Some(64));
+        assert_eq!(string_target(&code(&[0x67, 0x6d]), 32), Some(16));
+        assert_eq!(string_target(&code(&[0xf3, 0x6e]), 64), None);
+        assert_eq!(string_target(&[0x66; LONGEST], 32), None);
     }
 
     #[test]

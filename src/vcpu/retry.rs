@@ -1,0 +1,95 @@
+//! A guest executes the instruction of an exit again: what KVM has begun of it is finished without effect. On the vCPU's
+//! thread.
+
+use kvm_bindings::{kvm_fpu, kvm_regs, kvm_sregs};
+
+use super::exit::VcpuExit;
+use super::kick::{ImmediateExit, StopWord};
+use super::registers::Vcpu;
+use super::string_io;
+use crate::vm::GuestMemory;
+
+/// Bytes of guest-physical memory as they were.
+type Kept = Vec<(u64, Vec<u8>)>;
+
+impl Vcpu {
+    /// Have the guest execute the instruction of this exit again, with the registers that the program's code left.
+    pub(super) fn execute_again(&mut self, exit: &VcpuExit, stop: &StopWord) {
+        if exit.is_read() {
+            let is_changed =
+                self.changed.as_ref().is_some_and(|changed| changed.from != changed.to);
+            if is_changed || !self.answer_from_memory(exit) {
+                self.undo(exit, stop);
+            }
+        } else if *exit == VcpuExit::Hlt {
+            let Ok(mut regs) = self.general() else { return };
+            regs.rip = regs.rip.wrapping_sub(1);
+            if self.fd.set_regs(&regs).is_ok() {
+                self.page.set_registers(&regs);
+            }
+        }
+    }
+
+    /// Where memory is now, the instruction reads that: KVM completes it as if it had begun after the memory came. False:
+    /// there is none.
+    pub(super) fn answer_from_memory(&mut self, exit: &VcpuExit) -> bool {
+        let VcpuExit::MmioRead { address, length } = exit else { return false };
+        let Some(data) = read(&self.memory, *address, *length) else { return false };
+        self.page.answer(&data);
+        // Another part of the same access, beyond the end of a page, comes out though memory may be there.
+        self.has_found_memory = true;
+        true
+    }
+
+    /// Have KVM complete the read with ones, and put back what that has changed: registers, and memory where the instruction
+    /// writes what it read.
+    fn undo(&mut self, exit: &VcpuExit, stop: &StopWord) {
+        let Ok(to) = self.general() else { return };
+        let from = self.changed.take().map_or(to, |changed| changed.from);
+        let (sregs, fpu) = (self.fd.get_sregs().ok(), self.fd.get_fpu().ok());
+        let kept = self.written_by(exit, &from, sregs.as_ref());
+        self.abandon();
+        // Kick, point 8: one that came meanwhile has set the word first, and that is looked at before the next entry.
+        self.page.set(stop.is_set());
+        for (address, bytes) in kept {
+            // It was there before, and a slot that has gone since has taken the bytes along.
+            let _ = self.memory.write(address, &bytes);
+        }
+        self.put_back(sregs, fpu);
+        // KVM takes any general registers, and forgets an exception that waits.
+        if self.fd.set_regs(&to).is_ok() {
+            self.page.set_registers(&to);
+            self.has_page_registers = true;
+        }
+    }
+
+    /// Ones may have gone to a segment, a table's address or a vector register.
+    fn put_back(&self, sregs: Option<kvm_sregs>, fpu: Option<kvm_fpu>) {
+        if let Some(sregs) = sregs.filter(|sregs| self.fd.get_sregs().ok() != Some(*sregs)) {
+            // They were the vCPU's a moment ago.
+            let _ = self.fd.set_sregs(&sregs);
+        }
+        if let Some(fpu) = fpu.filter(|fpu| self.fd.get_fpu().ok() != Some(*fpu)) {
+            let _ = self.fd.set_fpu(&fpu);
+        }
+    }
+
+    /// What stands where the instruction writes: at the address that it reads, or where a string goes.
+    fn written_by(&self, exit: &VcpuExit, regs: &kvm_regs, sregs: Option<&kvm_sregs>) -> Kept {
+        let mut kept = Kept::new();
+        if let VcpuExit::MmioRead { address, length } = exit {
+            kept.extend(read(&self.memory, *address, *length).map(|bytes| (*address, bytes)));
+        }
+        let size = exit.wanted().unwrap_or(0);
+        let target = sregs.and_then(|sregs| string_io::target(self, regs, sregs, size as u64));
+        for (address, length) in target.unwrap_or_default() {
+            kept.extend(read(&self.memory, address, length).map(|bytes| (address, bytes)));
+        }
+        kept
+    }
+}
+
+fn read(memory: &GuestMemory, address: u64, length: usize) -> Option<Vec<u8>> {
+    let mut bytes = vec![0; length];
+    memory.read(address, &mut bytes).ok().map(|()| bytes)
+}
