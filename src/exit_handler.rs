@@ -31,7 +31,6 @@ pub struct VmmExitHandler {
     keep_running: bool,
     /// How many loops it was registered in.
     loops: usize,
-    birthplace: Birthplace,
 }
 
 impl VmmExitHandler {
@@ -41,7 +40,7 @@ impl VmmExitHandler {
     /// When no eventfd can be made.
     pub fn new() -> io::Result<Self> {
         let exit_event = Arc::new(EventFd::new(EFD_NONBLOCK)?);
-        Ok(Self { exit_event, keep_running: true, loops: 0, birthplace: Birthplace::here() })
+        Ok(Self { exit_event, keep_running: true, loops: 0 })
     }
 
     /// The eventfd that a kick writes.
@@ -110,7 +109,11 @@ impl MutEventSubscriber for VmmExitHandler {
 
 /// The handler as the loop, the VM and every vCPU share it.
 #[derive(Clone, Debug)]
-pub struct WrappedExitHandler(Arc<Mutex<VmmExitHandler, rank::ExitHandler>>);
+pub struct WrappedExitHandler {
+    handler: Arc<Mutex<VmmExitHandler, rank::ExitHandler>>,
+    /// Beside the lock, which another thread may have held at the fork.
+    birthplace: Birthplace,
+}
 
 impl WrappedExitHandler {
     /// A new handler, not yet shared.
@@ -118,58 +121,65 @@ impl WrappedExitHandler {
     /// # Errors
     /// When no eventfd can be made.
     pub fn new() -> io::Result<Self> {
-        Ok(Self(Arc::new(Mutex::new(VmmExitHandler::new()?))))
+        let handler = Arc::new(Mutex::new(VmmExitHandler::new()?));
+        Ok(Self { handler, birthplace: Birthplace::here() })
     }
 
     /// False once a kick has been processed by the loop.
     #[must_use]
     pub fn keep_running(&self) -> bool {
-        self.0.lock().keep_running()
+        self.handler.lock().keep_running()
     }
 
     /// Whether a kick waits to be processed by the loop.
     #[must_use]
     pub fn is_kicked(&self) -> bool {
-        self.0.lock().is_kicked()
+        self.handler.lock().is_kicked()
     }
 
     /// Whether another loop may process a kick, unseen by the first.
     #[must_use]
     pub fn is_in_several_loops(&self) -> bool {
-        self.0.lock().loops > 1
+        self.handler.lock().loops > 1
     }
 
     /// # Errors
     /// In a forked child: a kick there would end its parent's run.
     pub fn check_process(&self) -> Result<()> {
-        self.0.lock().birthplace.check("exit handler")
+        self.birthplace.check("exit handler")
+    }
+
+    /// Whether this is a forked child's copy.
+    #[must_use]
+    pub fn is_foreign(&self) -> bool {
+        self.birthplace.is_foreign()
     }
 
     /// See [`VmmExitHandler::rearm`].
     pub fn rearm(&self) {
-        self.0.lock().rearm();
+        self.handler.lock().rearm();
     }
 
     /// The shared handler.
     #[must_use]
     pub fn inner(&self) -> &Arc<Mutex<VmmExitHandler, rank::ExitHandler>> {
-        &self.0
+        &self.handler
     }
 }
 
 impl ExitHandler for WrappedExitHandler {
     fn kick(&self) -> io::Result<()> {
-        self.0.lock().kick()
+        self.handler.lock().kick()
     }
 }
 
 impl MutEventSubscriber for WrappedExitHandler {
     fn process(&mut self, events: Events, ops: &mut EventOps) {
-        self.0.lock().process(events, ops);
+        self.handler.lock().process(events, ops);
     }
 
     fn init(&mut self, ops: &mut EventOps) {
-        self.0.lock().init(ops);
+        self.handler.lock().init(ops);
     }
 }
 

@@ -1,10 +1,14 @@
 //! Telling a forked child from its parent: KVM ties a machine to the process that made it, and an epoll set is
 //! shared with the parent, so objects remember where they were made.
 
+use std::convert::Infallible;
+use std::fmt;
+use std::marker::PhantomData;
+use std::ptr;
 use std::sync::Once;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result as Checked};
 
 static FORKS: AtomicU64 = AtomicU64::new(0);
 
@@ -28,6 +32,12 @@ impl Birthplace {
         Self(FORKS.load(Ordering::Relaxed))
     }
 
+    /// How many forks lie before it.
+    #[cfg(debug_assertions)]
+    pub(crate) fn number(self) -> u64 {
+        self.0
+    }
+
     /// Whether this is a forked child's copy of what its parent made.
     pub(crate) fn is_foreign(self) -> bool {
         self != Self::here()
@@ -35,7 +45,7 @@ impl Birthplace {
 
     /// # Errors
     /// [`ErrorKind::State`] in a forked child.
-    pub(crate) fn check(self, what: &str) -> Result<()> {
+    pub(crate) fn check(self, what: &str) -> Checked<()> {
         if !self.is_foreign() {
             return Ok(());
         }
@@ -44,9 +54,98 @@ impl Birthplace {
     }
 }
 
+/// Something that is learnt once and never changes. Whoever finds it unknown learns it, several threads at once if need be, and
+/// the first one's answer stays. So nobody waits for anybody: a lock that another thread held at a fork, or a `Once` that it
+/// was running, would be waited for in the child for ever.
+pub(crate) struct Learnt<T>(AtomicPtr<T>, PhantomData<Box<T>>);
+
+impl<T> Learnt<T> {
+    pub(crate) const fn unknown() -> Self {
+        Self(AtomicPtr::new(ptr::null_mut()), PhantomData)
+    }
+
+    pub(crate) fn get(&self) -> Option<&T> {
+        // Acquire: pairs with the release in `get_or`, so that the value is seen whole.
+        let known = self.0.load(Ordering::Acquire);
+        // SAFETY: null, or a value that `get_or` has leaked, which lives until this is dropped and is never changed.
+        unsafe { known.as_ref() }
+    }
+
+    /// The value; `learn` finds it out.
+    ///
+    /// # Errors
+    /// Those of `learn`.
+    pub(crate) fn get_or<E>(&self, learn: impl FnOnce() -> Result<T, E>) -> Result<&T, E>
+    where
+        T: Send,
+    {
+        if let Some(known) = self.get() {
+            return Ok(known);
+        }
+        let new = Box::into_raw(Box::new(learn()?));
+        let (success, failure) = (Ordering::AcqRel, Ordering::Acquire);
+        // Acquire and release: as in `get`; another thread may have been first.
+        let known = match self.0.compare_exchange(ptr::null_mut(), new, success, failure) {
+            Ok(_) => new,
+            Err(first) => {
+                // SAFETY: it was leaked above, and nobody else has seen it.
+                drop(unsafe { Box::from_raw(new) });
+                first
+            }
+        };
+        // SAFETY: as in `get`, and not null.
+        Ok(unsafe { &*known })
+    }
+}
+
+impl<T> Learnt<T> {
+    /// The value; `learn` makes it, which cannot fail.
+    pub(crate) fn get_or_make(&self, learn: impl FnOnce() -> T) -> &T
+    where
+        T: Send,
+    {
+        match self.get_or(|| Ok::<_, Infallible>(learn())) {
+            Ok(known) => known,
+            Err(never) => match never {},
+        }
+    }
+}
+
+impl<T> Drop for Learnt<T> {
+    fn drop(&mut self) {
+        let known = *self.0.get_mut();
+        if !known.is_null() {
+            // SAFETY: it was leaked by `get_or`, and by the exclusive reference nobody refers to it.
+            drop(unsafe { Box::from_raw(known) });
+        }
+    }
+}
+
+impl<T: fmt::Debug> fmt::Debug for Learnt<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Learnt").field(&self.get()).finish()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_first_answer_stays() {
+        let learnt = Learnt::unknown();
+        assert_eq!(learnt.get(), None);
+        assert_eq!(learnt.get_or(|| Err(1)), Err(1));
+        assert_eq!(learnt.get_or(|| Ok::<_, ()>(String::from("first"))).unwrap(), "first");
+        assert_eq!(learnt.get_or(|| Ok::<_, ()>(String::from("second"))).unwrap(), "first");
+        let shared = &Learnt::unknown();
+        std::thread::scope(|scope| {
+            let learn = |number: usize| shared.get_or(|| Ok::<_, ()>(number)).unwrap();
+            let all: Vec<_> = (0..8).map(|number| scope.spawn(move || learn(number))).collect();
+            let all: Vec<_> = all.into_iter().map(|thread| thread.join().unwrap()).collect();
+            assert!(all.iter().all(|found| std::ptr::eq(*found, all[0])));
+        });
+    }
 
     #[test]
     fn a_forked_child_is_told_from_its_parent() {

@@ -41,7 +41,7 @@ TESTED_BY = {
     "src/py/live.rs": "tests/test_ending.py",
     "src/py/interpreter.rs": "tests/test_ending.py",
     "src/py/interrupt.rs": "tests/test_boot.py",
-    "src/py/owned.rs": "tests/test_ending.py",
+    "src/py/owned.rs": "tests/test_forked.py",
     "src/py/serial.rs": "tests/test_streams.py",
     "src/vmm/mod.rs": "tests/rust/seed.rs",
     "src/vmm/run.rs": "tests/rust/seed.rs",

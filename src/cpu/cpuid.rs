@@ -1,7 +1,5 @@
 //! What CPUID tells the guest: all that KVM supports, less what is hidden by name, with each vCPU's own id.
 
-use std::sync::OnceLock;
-
 use kvm_bindings::{
     CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2,
 };
@@ -10,6 +8,7 @@ use kvm_ioctls::{Kvm, VcpuFd};
 use super::topology::Place;
 use crate::config::{CpuConfig, CpuTemplate};
 use crate::error::{Error, Result};
+use crate::process::Learnt;
 
 /// A register of a CPUID leaf.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -137,8 +136,8 @@ pub fn feature_names() -> impl Iterator<Item = &'static str> {
 #[must_use]
 pub fn host_is_software_kvm() -> bool {
     // Asked once: where the host is itself a guest, CPUID costs an exit.
-    static ANSWER: OnceLock<bool> = OnceLock::new();
-    *ANSWER.get_or_init(|| {
+    static ANSWER: Learnt<bool> = Learnt::unknown();
+    *ANSWER.get_or_make(|| {
         // CPUID leaves 1 and 0x80000001: VMX is ECX bit 5, SVM is ECX bit 2.
         let vmx = std::arch::x86_64::__cpuid(1).ecx & 1 << 5 != 0;
         let svm = std::arch::x86_64::__cpuid(0x8000_0001).ecx & 1 << 2 != 0;
@@ -148,7 +147,7 @@ pub fn host_is_software_kvm() -> bool {
 
 /// What KVM supports, less what a template hides: made once a process for each template.
 fn templated(kvm: &Kvm, is_software: bool) -> Result<&'static [kvm_cpuid_entry2]> {
-    static TABLES: [OnceLock<Vec<kvm_cpuid_entry2>>; 2] = [const { OnceLock::new() }; 2];
+    static TABLES: [Learnt<Vec<kvm_cpuid_entry2>>; 2] = [const { Learnt::unknown() }; 2];
     let [host, software] = &TABLES;
     let table = if is_software { software } else { host };
     if let Some(entries) = table.get() {
@@ -162,7 +161,7 @@ fn templated(kvm: &Kvm, is_software: bool) -> Result<&'static [kvm_cpuid_entry2]
     if is_software {
         set_vendor(&mut entries, *b"GenuineIntel");
     }
-    Ok(table.get_or_init(|| entries))
+    Ok(table.get_or_make(|| entries))
 }
 
 /// The CPUID table of one machine, before the vCPUs put their ids in.

@@ -93,7 +93,7 @@ pub(super) fn deliver(
 ) -> PyResult<usize> {
     let result =
         deliver_events(manager, delivery).and_then(|dropped| make_calls(manager).map(|()| dropped));
-    if result.is_err() {
+    if result.is_err() && manager.get().core().check_process().is_ok() {
         manager.get().keep_calls()?;
     }
     result
@@ -113,6 +113,10 @@ fn deliver_events(manager: &Bound<'_, PyEventManager>, delivery: &mut Delivery) 
             }
             Err(error) => Err(error),
         };
+        // A child that the callback has forked: the rest of the events is its parent's.
+        if let Err(refused) = this.core().check_process() {
+            return Err(result.err().unwrap_or_else(|| refused.into()));
+        }
         if let Err(error) = result {
             let rest = ready.iter().skip(at + 1);
             rest.for_each(|event| this.rearm(manager.py(), event));
@@ -263,16 +267,18 @@ fn on_vcpu_thread<T>(
     call: impl FnOnce(Python<'_>) -> PyResult<T>,
     otherwise: impl FnOnce(Python<'_>, PyErr) -> T,
 ) -> T {
+    KEPT.with(|_kept| attach(|py| call_out(py, call).unwrap_or_else(|error| otherwise(py, error))))
+}
+
+/// Make a call of the program's in the midst of native work. A child that it has forked ends where it returns: the work, and
+/// what it has locked, is the parent's.
+fn call_out<T>(py: Python<'_>, call: impl FnOnce(Python<'_>) -> PyResult<T>) -> PyResult<T> {
     let process = Birthplace::here();
-    KEPT.with(|_kept| {
-        attach(|py| {
-            let result = call(py);
-            if process.is_foreign() {
-                leave_fork(py, result.err());
-            }
-            result.unwrap_or_else(|error| otherwise(py, error))
-        })
-    })
+    let result = call(py);
+    if process.is_foreign() {
+        leave_fork(py, result.err());
+    }
+    result
 }
 
 /// End the process that a callback has forked and returned in: it has this thread alone, and the machine is its parent's.
@@ -465,7 +471,8 @@ pub(super) fn progress(function: Option<&Py<PyAny>>, done: u64, total: u64) -> P
     attach(|py| {
         if let Some(function) = function {
             let function = function.bind(py);
-            refuse_awaitable(&function.call1((done, total))?, || name_of(function))?;
+            let said = call_out(py, |_| function.call1((done, total)))?;
+            refuse_awaitable(&said, || name_of(function))?;
         }
         py.check_signals()
     })
@@ -474,8 +481,8 @@ pub(super) fn progress(function: Option<&Py<PyAny>>, done: u64, total: u64) -> P
 /// `device.save()`. On the thread that takes the snapshot.
 pub(super) fn save(method: &Py<PyAny>) -> PyResult<Vec<u8>> {
     attach(|py| {
-        let state = method.bind(py).call0()?;
-        let bytes: PyBackedBytes = state.extract()?;
+        let state = call_out(py, |py| method.call0(py))?;
+        let bytes: PyBackedBytes = state.extract(py)?;
         Ok(bytes.to_vec())
     })
 }
@@ -484,6 +491,8 @@ pub(super) fn save(method: &Py<PyAny>) -> PyResult<Vec<u8>> {
 pub(super) fn restore(method: &Py<PyAny>, state: &[u8]) -> PyResult<()> {
     attach(|py| {
         let method = method.bind(py);
-        refuse_awaitable(&method.call1((PyBytes::new(py, state),))?, || name_of(method))
+        let state = PyBytes::new(py, state);
+        let said = call_out(py, |_| method.call1((state,)))?;
+        refuse_awaitable(&said, || name_of(method))
     })
 }

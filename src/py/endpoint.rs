@@ -77,6 +77,11 @@ pub(super) fn make_calls(manager: &Bound<'_, PyEventManager>) -> PyResult<()> {
         };
         let name = || name_of(function.bind(py));
         let result = recorded(name, || function.call1(py, (manager,)));
+        if let Err(refused) = this.core().check_process() {
+            // A child that the function has forked: whoever waits is its parent's.
+            std::mem::forget((reply, replies));
+            return result.and(Err(refused.into()));
+        }
         match (reply, result) {
             (Some(reply), result) => replies.push((reply, result)),
             (None, result) => {
@@ -131,6 +136,7 @@ impl PyRemoteEndpoint {
     ) -> PyResult<Py<PyAny>> {
         check_callable(function)?;
         let manager = self.0.get();
+        manager.check()?;
         if manager.turners().has_this_thread() {
             return function.call1((&self.0,)).map(Bound::unbind);
         }
@@ -158,12 +164,14 @@ impl PyRemoteEndpoint {
 
     /// Have a function called with the manager on the loop's thread. Its exception ends the run there.
     fn fire(&self, function: &Bound<'_, PyAny>) -> PyResult<()> {
+        self.0.get().check()?;
         check_callable(function)?;
         self.0.get().queue(Call { function: function.clone().unbind(), reply: None })
     }
 
     /// Have the loop turn once.
     fn kick(&self) -> PyResult<()> {
+        self.0.get().check()?;
         Ok(self.0.get().core().kick()?)
     }
 

@@ -13,16 +13,15 @@ use pyo3::prelude::*;
 
 use super::batch::{Collector, Fetched, Ready};
 use super::callback::{self, Delivery};
-use super::ending::import;
+use super::ending::{self, import};
 use super::endpoint::{Call, PyRemoteEndpoint};
 use super::events::{PyEventOps, PySubscriberId};
-use super::exit::timeout as as_timeout;
 use super::exit_handler::as_native_subscriber;
 use super::lead::Lead;
 use super::subscribers::{Receiver, Subscribers};
 use super::turning::Turners;
 use super::watch::Watch;
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Calls, EventManager};
 use crate::sync::{Mutex, rank};
 use crate::trace;
@@ -101,6 +100,15 @@ impl PyEventManager {
         Ok(is_dropped)
     }
 
+    /// Before anything else, a lock above all: see `owned`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] in a forked child, and where the interpreter ends.
+    pub(super) fn check(&self) -> Result<()> {
+        self.core.check_process()?;
+        ending::check()
+    }
+
     pub(super) fn core(&self) -> &EventManager {
         &self.core
     }
@@ -120,7 +128,7 @@ impl PyEventManager {
 
     /// Have a call made by the thread that turns the loop.
     pub(super) fn queue(&self, call: Call) -> PyResult<()> {
-        self.core.check_process()?;
+        self.check()?;
         self.calls.push(call);
         Ok(self.core.kick()?)
     }
@@ -151,6 +159,10 @@ impl PyEventManager {
     pub(super) fn with_delivery<T>(&self, f: impl FnOnce(&mut Delivery) -> T) -> T {
         let mut delivery = std::mem::take(&mut *self.delivery.lock());
         let result = f(&mut delivery);
+        // In a child that a callback has forked, the lock is its parent's.
+        if self.core.check_process().is_err() {
+            return result;
+        }
         let former = std::mem::replace(&mut *self.delivery.lock(), delivery);
         // Outside the lock: it may hold Python objects.
         drop(former);
@@ -258,6 +270,16 @@ impl PyEventManager {
     }
 }
 
+impl Drop for PyEventManager {
+    /// What another thread may have been changing at the fork is left as it is.
+    fn drop(&mut self) {
+        if self.check().is_err() {
+            std::mem::forget(Arc::clone(&self.core));
+            std::mem::forget(std::mem::take(&mut self.calls));
+        }
+    }
+}
+
 #[pymethods]
 impl PyEventManager {
     #[new]
@@ -275,7 +297,7 @@ impl PyEventManager {
         subscriber: &Bound<'_, PyAny>,
     ) -> PyResult<PySubscriberId> {
         let this = slf.get();
-        this.core.check_process()?;
+        this.check()?;
         let token = this.next_token.fetch_add(1, Ordering::Relaxed);
         match as_native_subscriber(subscriber)? {
             Some(native) => {
@@ -297,6 +319,7 @@ impl PyEventManager {
         py: Python<'_>,
         id: &PySubscriberId,
     ) -> PyResult<Py<PyAny>> {
+        self.check()?;
         self.check_id("EventManager.remove_subscriber", id)?;
         self.take_out(py, id.token)
     }
@@ -306,7 +329,7 @@ impl PyEventManager {
     /// Raises:
     ///     EventError: this manager has no such subscriber, or no longer.
     fn event_ops(slf: &Bound<'_, Self>, id: &PySubscriberId) -> PyResult<PyEventOps> {
-        slf.get().core.check_process()?;
+        slf.get().check()?;
         slf.get().check_id("EventManager.event_ops", id)?;
         slf.get().subscribers.known_id(slf.py(), id.token)?;
         Ok(PyEventOps::lasting(slf.clone().unbind(), id.token))
@@ -325,6 +348,7 @@ impl PyEventManager {
 
     /// `run` for at most this long, 0 when the time passed. A negative number is no limit.
     fn run_with_timeout(slf: &Bound<'_, Self>, milliseconds: i32) -> PyResult<usize> {
+        slf.get().check()?;
         let _turning = slf.get().turners.claim("this event manager", None)?;
         let limit = u64::try_from(milliseconds).ok().map(Duration::from_millis);
         let deadline = limit.map(|limit| Instant::now() + limit);
@@ -342,6 +366,7 @@ impl PyEventManager {
     /// Dispatch until `stop` is called or a callback raises; raises as `run` does.
     fn run_forever(slf: &Bound<'_, Self>) -> PyResult<()> {
         let this = slf.get();
+        this.check()?;
         let _turning = this.turners.claim("this event manager", None)?;
         this.with_delivery(|delivery| {
             while !this.calls.take_stop() {
@@ -355,6 +380,7 @@ impl PyEventManager {
 
     /// End `run_forever` or `run_async`, or at once the next one. From any thread or callback.
     fn stop(&self) -> PyResult<()> {
+        self.check()?;
         self.calls.stop();
         Ok(self.core.kick()?)
     }
@@ -373,6 +399,7 @@ impl PyEventManager {
         source: &Bound<'py, PyAny>,
         event_set: u32,
     ) -> PyResult<Bound<'py, PyAny>> {
+        slf.get().check()?;
         import(slf.py(), "pyvmm.callbacks")?.call_method1("on", (slf, source, event_set))
     }
 
@@ -382,6 +409,7 @@ impl PyEventManager {
         seconds: f64,
         function: &Bound<'py, PyAny>,
     ) -> PyResult<Bound<'py, PyAny>> {
+        slf.get().check()?;
         import(slf.py(), "pyvmm.callbacks")?.call_method1("call_later", (slf, seconds, function))
     }
 
@@ -396,6 +424,7 @@ impl PyEventManager {
     ///     Exception: the first exception of a callback or a coroutine. The others are in its notes and go to the asyncio
     ///         loop's exception handler.
     fn run_async<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        slf.get().check()?;
         import(slf.py(), "pyvmm.aio")?.call_method1("run_manager", (slf,))
     }
 
@@ -412,47 +441,12 @@ impl PyEventManager {
         self.calls.take_stop()
     }
 
-    /// Seconds above which a callback is logged with its name, as a warning of the logger "pyvmm"; None for none.
-    ///
-    /// Raises:
-    ///     ValueError: set to a negative number or NaN.
-    #[getter(slow_callback_duration)]
-    fn threshold(&self) -> Option<f64> {
-        self.watch.slow_callback().map(|threshold| threshold.as_secs_f64())
-    }
-
-    #[setter(slow_callback_duration)]
-    fn set_threshold(&self, seconds: Option<f64>) -> PyResult<()> {
-        self.watch.set_slow_callback(as_timeout(seconds)?);
-        Ok(())
-    }
-
-    /// The name of the callback that took longest and its seconds; None before one was timed.
-    ///
-    /// Callbacks are timed while `slow_callback_duration` is set.
-    #[getter]
-    fn slowest_callback(&self) -> Option<(String, f64)> {
-        let (took, name) = self.watch.slowest();
-        (!name.is_empty()).then_some((name, took.as_secs_f64()))
-    }
-
-    /// How often the loop has turned.
-    #[getter]
-    fn turns(&self) -> u64 {
-        self.watch.turns()
-    }
-
-    /// How many events it has dispatched.
-    #[getter]
-    fn dispatched(&self) -> u64 {
-        self.watch.dispatched()
-    }
-
     /// A file descriptor for other loops to wait on: readable when an event is ready. The same as long as the manager lives.
     ///
     /// Raises:
     ///     StateError: in a forked child, whose parent's it is.
     fn fileno(&self, py: Python<'_>) -> PyResult<RawFd> {
+        self.check()?;
         Ok(py.detach(|| self.core.host_fd())?)
     }
 
@@ -460,15 +454,21 @@ impl PyEventManager {
         format!("EventManager(subscribers={})", self.subscribers.len(py))
     }
 
-    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+    fn __traverse__(&self, visit: PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {
         // A lock is held by another thread only while that one has let the GIL go, and for no Python object's sake.
         self.subscribers.traverse(&visit)?;
+        if self.core.check_process().is_err() {
+            return Ok(());
+        }
         self.turners.traverse(&visit)?;
         self.calls.try_for_each(|call| visit.call(&call.function))
     }
 
     fn __clear__(&self, py: Python<'_>) {
         let subscribers = self.subscribers.take_all(py);
+        if self.core.check_process().is_err() {
+            return;
+        }
         let calls = self.calls.take_all();
         let awaiters = self.turners.take_awaiters();
         // Outside the locks: it may run Python code.

@@ -233,6 +233,7 @@ impl PyEventOps {
         let called = called.map(Bound::cast_into::<PyEventManager>).transpose()?;
         match called.or_else(|| self.own.as_ref().map(|own| own.bind(py).clone())) {
             Some(manager) => {
+                manager.get().check()?;
                 let manager = manager.unbind();
                 let token = self.token.load(Ordering::Relaxed);
                 let id = manager.get().subscribers().known_id(py, token)?;

@@ -8,6 +8,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::event_fd::PyEventFd;
 use super::events::{PyEventOps, PyEvents};
+use super::owned::Owned;
+use crate::error::Result;
 use crate::event::BoxedSubscriber;
 use crate::exit_handler::{ExitHandler, VmmExitHandler, WrappedExitHandler};
 use crate::sync::{Mutex, rank};
@@ -17,7 +19,7 @@ use crate::sync::{Mutex, rank};
 /// A subscriber: on IN it clears the flag, on ERROR it removes itself.
 #[pyclass(frozen, weakref, name = "VmmExitHandler", module = "pyvmm")]
 #[derive(Debug)]
-pub struct PyVmmExitHandler(WrappedExitHandler);
+pub struct PyVmmExitHandler(Shared);
 
 /// A `VmmExitHandler` as the loop, the machine and its vCPUs share it. A clone is the same handler.
 ///
@@ -25,18 +27,48 @@ pub struct PyVmmExitHandler(WrappedExitHandler);
 ///     handler: the handler to share; None for a new one.
 #[pyclass(frozen, weakref, name = "WrappedExitHandler", module = "pyvmm")]
 #[derive(Debug)]
-pub struct PyWrappedExitHandler(WrappedExitHandler);
+pub struct PyWrappedExitHandler(Shared);
+
+/// The handler that an object shares.
+#[derive(Debug)]
+struct Shared {
+    handler: Owned<WrappedExitHandler>,
+    /// Its address: the same for all that share it.
+    key: u64,
+}
+
+impl Shared {
+    fn over(handler: WrappedExitHandler) -> Self {
+        let key = Arc::<Mutex<VmmExitHandler, rank::ExitHandler>>::as_ptr(handler.inner()) as u64;
+        Self { handler: Owned::new("exit handler", handler), key }
+    }
+
+    fn get(&self) -> Result<&WrappedExitHandler> {
+        self.handler.get()
+    }
+
+    fn another(&self) -> PyResult<Self> {
+        Ok(Self::over(self.get()?.clone()))
+    }
+
+    fn repr(&self, class: &str) -> String {
+        match self.handler.peek().map(WrappedExitHandler::keep_running) {
+            Some(true) => format!("{class}(keep_running=True)"),
+            Some(false) => format!("{class}(keep_running=False)"),
+            None => format!("{class}(unreachable)"),
+        }
+    }
+}
 
 /// The crate's own subscriber behind a Python object, if it is one: then no Python code runs for it.
 pub(super) fn as_native_subscriber(object: &Bound<'_, PyAny>) -> PyResult<Option<BoxedSubscriber>> {
     let handler = if let Ok(wrapped) = object.cast::<PyWrappedExitHandler>() {
-        &wrapped.get().0
+        wrapped.get().0.get()?
     } else if let Ok(handler) = object.cast::<PyVmmExitHandler>() {
-        &handler.get().0
+        handler.get().0.get()?
     } else {
         return Ok(None);
     };
-    handler.check_process()?;
     Ok(Some(Box::new(handler.clone())))
 }
 
@@ -69,11 +101,11 @@ fn process(
 
 impl PyWrappedExitHandler {
     pub(super) fn over(handler: WrappedExitHandler) -> Self {
-        Self(handler)
+        Self(Shared::over(handler))
     }
 
-    pub(super) fn handler(&self) -> &WrappedExitHandler {
-        &self.0
+    pub(super) fn handler(&self) -> Result<&WrappedExitHandler> {
+        self.0.get()
     }
 }
 
@@ -81,46 +113,44 @@ impl PyWrappedExitHandler {
 impl PyVmmExitHandler {
     #[new]
     fn new() -> PyResult<Self> {
-        Ok(Self(WrappedExitHandler::new()?))
+        Ok(Self(Shared::over(WrappedExitHandler::new()?)))
     }
 
     /// The eventfd that a kick writes.
     #[getter]
-    fn exit_event(&self) -> PyEventFd {
-        PyEventFd::over(exit_event(&self.0))
+    fn exit_event(&self) -> PyResult<PyEventFd> {
+        Ok(PyEventFd::over(exit_event(self.0.get()?)))
     }
 
     /// False once the loop has processed a kick.
     #[getter]
-    fn keep_running(&self) -> bool {
-        self.0.keep_running()
+    fn keep_running(&self) -> PyResult<bool> {
+        Ok(self.0.get()?.keep_running())
     }
 
     /// Write the exit event. From any thread.
     fn kick(&self) -> PyResult<()> {
-        self.0.check_process()?;
-        Ok(self.0.kick()?)
+        Ok(self.0.get()?.kick()?)
     }
 
     /// Set the flag again and forget the kicks so far.
     fn rearm(&self) -> PyResult<()> {
-        self.0.check_process()?;
-        self.0.rearm();
+        self.0.get()?.rearm();
         Ok(())
     }
 
     /// Register the exit event for IN.
     fn init(&self, ops: &Bound<'_, PyEventOps>) -> PyResult<()> {
-        init(&self.0, ops)
+        init(self.0.get()?, ops)
     }
 
     /// Handle an event of the exit event.
     fn process(&self, events: &PyEvents, ops: &Bound<'_, PyEventOps>) -> PyResult<()> {
-        process(&self.0, events, ops)
+        process(self.0.get()?, events, ops)
     }
 
     fn __repr__(&self) -> String {
-        format!("VmmExitHandler(keep_running={})", literal(self.keep_running()))
+        self.0.repr("VmmExitHandler")
     }
 }
 
@@ -130,68 +160,62 @@ impl PyWrappedExitHandler {
     #[pyo3(signature = (handler = None))]
     fn new(handler: Option<&PyVmmExitHandler>) -> PyResult<Self> {
         match handler {
-            Some(PyVmmExitHandler(shared)) => Ok(Self(shared.clone())),
-            None => Ok(Self(WrappedExitHandler::new()?)),
+            Some(PyVmmExitHandler(shared)) => Ok(Self(shared.another()?)),
+            None => Ok(Self(Shared::over(WrappedExitHandler::new()?))),
         }
     }
 
     /// The shared handler.
     #[getter(handler)]
-    fn shared(&self) -> PyVmmExitHandler {
-        PyVmmExitHandler(self.0.clone())
+    fn shared(&self) -> PyResult<PyVmmExitHandler> {
+        Ok(PyVmmExitHandler(self.0.another()?))
     }
 
     /// False once the loop has processed a kick.
-    fn keep_running(&self) -> bool {
-        self.0.keep_running()
+    fn keep_running(&self) -> PyResult<bool> {
+        Ok(self.0.get()?.keep_running())
     }
 
     /// Write the exit event. From any thread.
     fn kick(&self) -> PyResult<()> {
-        self.0.check_process()?;
-        Ok(self.0.kick()?)
+        Ok(self.0.get()?.kick()?)
     }
 
     /// Set the flag again and forget the kicks so far.
     fn rearm(&self) -> PyResult<()> {
-        self.0.check_process()?;
-        self.0.rearm();
+        self.0.get()?.rearm();
         Ok(())
     }
 
     /// Another object for the same handler.
     #[pyo3(name = "clone")]
-    fn another(&self) -> Self {
-        Self(self.0.clone())
+    fn another(&self) -> PyResult<Self> {
+        Ok(Self(self.0.another()?))
     }
 
-    fn __copy__(&self) -> Self {
+    fn __copy__(&self) -> PyResult<Self> {
         self.another()
     }
 
     /// Register the exit event for IN.
     fn init(&self, ops: &Bound<'_, PyEventOps>) -> PyResult<()> {
-        init(&self.0, ops)
+        init(self.0.get()?, ops)
     }
 
     /// Handle an event of the exit event.
     fn process(&self, events: &PyEvents, ops: &Bound<'_, PyEventOps>) -> PyResult<()> {
-        process(&self.0, events, ops)
+        process(self.0.get()?, events, ops)
     }
 
     fn __eq__(&self, other: &Self) -> bool {
-        Arc::ptr_eq(self.0.inner(), other.0.inner())
+        self.0.key == other.0.key
     }
 
     fn __hash__(&self) -> u64 {
-        Arc::<Mutex<VmmExitHandler, rank::ExitHandler>>::as_ptr(self.0.inner()) as u64
+        self.0.key
     }
 
     fn __repr__(&self) -> String {
-        format!("WrappedExitHandler(keep_running={})", literal(self.keep_running()))
+        self.0.repr("WrappedExitHandler")
     }
-}
-
-fn literal(value: bool) -> &'static str {
-    if value { "True" } else { "False" }
 }

@@ -4,6 +4,7 @@
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::process::Birthplace;
 use crate::sync::{Condvar, Mutex, rank};
 
 /// How long a thread waits for another's turn at most: then it looks at signals.
@@ -24,6 +25,7 @@ pub(super) struct Leading<'a> {
     lead: &'a Lead,
     /// Begun in a callback of another turn of this thread's, which stays the leader.
     is_inner: bool,
+    birthplace: Birthplace,
 }
 
 /// A number of this thread's own: the address of something that it alone has.
@@ -37,11 +39,13 @@ fn this_thread() -> u64 {
 impl Lead {
     /// Begin a turn, unless another thread makes one.
     pub(super) fn begin(&self) -> Option<Leading<'_>> {
-        let this = this_thread();
+        let (this, birthplace) = (this_thread(), Birthplace::here());
         // Acquire: what the last leader has done is seen. SeqCst besides, for one order with `waiting`.
         match self.leader.compare_exchange(0, this, Ordering::SeqCst, Ordering::SeqCst) {
-            Ok(_) => Some(Leading { lead: self, is_inner: false }),
-            Err(leader) if leader == this => Some(Leading { lead: self, is_inner: true }),
+            Ok(_) => Some(Leading { lead: self, is_inner: false, birthplace }),
+            Err(leader) if leader == this => {
+                Some(Leading { lead: self, is_inner: true, birthplace })
+            }
             Err(_) => None,
         }
     }
@@ -62,7 +66,8 @@ impl Lead {
 
 impl Drop for Leading<'_> {
     fn drop(&mut self) {
-        if self.is_inner {
+        // In a child that a callback has forked, those who wait are its parent's.
+        if self.is_inner || self.birthplace.is_foreign() {
             return;
         }
         self.lead.leader.store(0, Ordering::SeqCst);

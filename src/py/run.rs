@@ -89,6 +89,7 @@ impl PyVmm {
     /// come to their end; those that do not are cancelled, and the asyncio loop's exception handler is told which.
     #[pyo3(signature = (timeout = None))]
     fn run_async<'py>(slf: &Bound<'py, Self>, timeout: Option<f64>) -> PyResult<Bound<'py, PyAny>> {
+        slf.get().core()?;
         import(slf.py(), "pyvmm.aio")?.call_method1("run_vmm", (slf, timeout))
     }
 }

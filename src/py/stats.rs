@@ -125,7 +125,8 @@ impl PyStats {
 impl PyVmm {
     /// Counters of its exits and of the time inside the guest and outside; they count when they are told to.
     #[getter]
-    fn stats(slf: Py<Self>) -> PyStats {
-        PyStats { vmm: slf }
+    fn stats(slf: Py<Self>) -> PyResult<PyStats> {
+        slf.get().core()?;
+        Ok(PyStats { vmm: slf })
     }
 }

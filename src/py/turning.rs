@@ -8,6 +8,7 @@ use pyo3::prelude::*;
 
 use super::ending;
 use crate::error::{Error, ErrorKind};
+use crate::process::Birthplace;
 use crate::sync::{Mutex, rank};
 
 /// See the module.
@@ -36,11 +37,15 @@ struct Turner {
 pub(super) struct Turning<'a> {
     turners: &'a Turners,
     role: Role,
+    birthplace: Birthplace,
 }
 
 impl Drop for Turning<'_> {
     fn drop(&mut self) {
-        self.turners.leave(self.role);
+        // In a child that a callback has forked, the loop is its parent's.
+        if !self.birthplace.is_foreign() {
+            self.turners.leave(self.role);
+        }
     }
 }
 
@@ -61,7 +66,7 @@ impl Turners {
             return Err(Error::new(ErrorKind::State, "run", detail).into());
         }
         turners.push(Turner { thread, role, awaiter });
-        Ok(Turning { turners: self, role })
+        Ok(Turning { turners: self, role, birthplace: Birthplace::here() })
     }
 
     fn leave(&self, role: Role) {

@@ -155,7 +155,7 @@ impl PyKvmVm {
 
 fn handler(object: &Bound<'_, PyAny>) -> PyResult<(Handler, Option<Arc<PythonHandler>>)> {
     if let Ok(native) = object.cast::<PyWrappedExitHandler>() {
-        return Ok((Handler::Native(native.get().handler().clone()), None));
+        return Ok((Handler::Native(native.get().handler()?.clone()), None));
     }
     if !object.getattr_opt("kick")?.is_some_and(|kick| kick.is_callable()) {
         let class = object.get_type();

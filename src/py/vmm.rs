@@ -150,8 +150,8 @@ impl PyVmm {
         let exit = match ended {
             Ok(None) => return Ok(None),
             Ok(Some(exit)) => exit,
-            // What was left is for the run in progress, which another thread waits for.
-            Err(error) if self.core()?.is_in_run() => return Err(error),
+            // What was left is for the run in progress, which another thread waits for; or a forked child's parent does.
+            Err(error) if self.core().map_or(true, |vmm| vmm.is_in_run()) => return Err(error),
             Err(error) => {
                 let error = raised.beside(py, error);
                 // This run's, and no later one's.

@@ -239,6 +239,7 @@ impl PyVmm {
         msrs: Option<Vec<u32>>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let (py, this) = (slf.py(), slf.get());
+        this.core()?;
         let of_kind = kind_of(kind)?;
         let Some(function) = function else {
             let keywords = pyo3::types::PyDict::new(py);
@@ -284,6 +285,7 @@ impl PyVmm {
         slf: &Bound<'py, Self>,
         number: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
+        slf.get().core()?;
         import(slf.py(), "pyvmm.hostcalls")?.call_method1("hostcall", (slf, number))
     }
 

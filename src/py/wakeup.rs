@@ -13,9 +13,9 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyCFunction, PyDict, PyTuple};
 
 use super::attach::attach;
+use super::attached::Attached;
 use super::ending::import;
 use crate::process::Birthplace;
-use crate::sync::{Mutex, rank};
 
 /// How long a wait lasts before it is worth the pipe: to install that takes system calls, and the GIL.
 const BRIEF: Duration = Duration::from_millis(5);
@@ -23,8 +23,8 @@ const BRIEF: Duration = Duration::from_millis(5);
 /// The longest wait between two looks at signals where the pipe cannot be had.
 const SLICE: Duration = Duration::from_millis(50);
 
-/// The pipe, and whose fd it has displaced. Locked with the GIL held, for no longer than it is: so a fork finds it free.
-static PIPE: Mutex<Option<Pipe>, rank::WakeupPipe> = Mutex::new(None);
+/// The pipe, and whose fd it has displaced.
+static PIPE: Attached<Option<Pipe>> = Attached::new(None);
 
 struct Pipe {
     reader: OwnedFd,
@@ -116,15 +116,16 @@ impl<'py> Wakeup<'py> {
         let former = set_wakeup_fd(py, writer)?;
         // The handler notes a signal before it looks for the fd; we look for notes after this.
         fence(Ordering::SeqCst);
-        let mut is_inner = false;
-        if let Some(pipe) = &mut *PIPE.lock() {
-            is_inner = pipe.displaced.is_some();
+        let is_inner = PIPE.with(py, |pipe| {
+            let Some(pipe) = pipe else { return false };
+            let is_inner = pipe.displaced.is_some();
             if former != writer {
                 pipe.displaced = Some(former);
             } else if !is_inner {
                 pipe.displaced = Some(-1);
             }
-        }
+            is_inner
+        });
         Ok(Self { py, reader, is_inner })
     }
 }
@@ -135,10 +136,10 @@ impl Drop for Wakeup<'_> {
         if self.is_inner {
             return;
         }
-        let installed = PIPE
-            .lock()
-            .as_mut()
-            .and_then(|pipe| Some((pipe.writer.as_raw_fd(), pipe.displaced.take()?)));
+        let installed = PIPE.with(self.py, |pipe| {
+            let pipe = pipe.as_mut()?;
+            Some((pipe.writer.as_raw_fd(), pipe.displaced.take()?))
+        });
         if let Some((writer, displaced)) = installed {
             restore(self.py, writer, displaced);
             forward(self.reader, displaced);
@@ -187,12 +188,13 @@ impl Pipe {
     fn numbers(py: Python<'_>) -> PyResult<(RawFd, RawFd)> {
         static FORGET: PyOnceLock<()> = PyOnceLock::new();
         FORGET.get_or_try_init(py, || forget_in_children(py))?;
-        let mut pipe = PIPE.lock();
-        let pipe = match &mut *pipe {
-            Some(pipe) => pipe,
-            none => none.insert(Self::new()?),
-        };
-        Ok((pipe.reader.as_raw_fd(), pipe.writer.as_raw_fd()))
+        PIPE.with(py, |pipe| {
+            let pipe = match pipe {
+                Some(pipe) => pipe,
+                none => none.insert(Self::new()?),
+            };
+            Ok((pipe.reader.as_raw_fd(), pipe.writer.as_raw_fd()))
+        })
     }
 }
 
@@ -200,7 +202,7 @@ impl Pipe {
 /// parent's pipe is none of the child's.
 fn forget_in_children(py: Python<'_>) -> PyResult<()> {
     let forget = |arguments: &Bound<'_, PyTuple>, _: Option<&Bound<'_, PyDict>>| {
-        let pipe = PIPE.lock().take();
+        let pipe = PIPE.with(arguments.py(), Option::take);
         if let Some(Pipe { writer, displaced: Some(displaced), .. }) = pipe {
             restore(arguments.py(), writer.as_raw_fd(), displaced);
         }

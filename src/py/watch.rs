@@ -4,6 +4,10 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use pyo3::prelude::*;
+
+use super::event_manager::PyEventManager;
+use super::exit::timeout as as_timeout;
 use crate::sync::{Mutex, rank};
 
 /// See the module.
@@ -67,5 +71,49 @@ impl Watch {
 
     pub(super) fn note_slowest(&self, took: Duration, name: String) {
         *self.slowest.lock() = (took, name);
+    }
+}
+
+#[pymethods]
+impl PyEventManager {
+    /// Seconds above which a callback is logged with its name, as a warning of the logger "pyvmm"; None for none.
+    ///
+    /// Raises:
+    ///     ValueError: set to a negative number or NaN.
+    #[getter(slow_callback_duration)]
+    fn threshold(&self) -> PyResult<Option<f64>> {
+        self.check()?;
+        Ok(self.watch().slow_callback().map(|threshold| threshold.as_secs_f64()))
+    }
+
+    #[setter(slow_callback_duration)]
+    fn set_threshold(&self, seconds: Option<f64>) -> PyResult<()> {
+        self.check()?;
+        self.watch().set_slow_callback(as_timeout(seconds)?);
+        Ok(())
+    }
+
+    /// The name of the callback that took longest and its seconds; None before one was timed.
+    ///
+    /// Callbacks are timed while `slow_callback_duration` is set.
+    #[getter]
+    fn slowest_callback(&self) -> PyResult<Option<(String, f64)>> {
+        self.check()?;
+        let (took, name) = self.watch().slowest();
+        Ok((!name.is_empty()).then_some((name, took.as_secs_f64())))
+    }
+
+    /// How often the loop has turned.
+    #[getter]
+    fn turns(&self) -> PyResult<u64> {
+        self.check()?;
+        Ok(self.watch().turns())
+    }
+
+    /// How many events it has dispatched.
+    #[getter]
+    fn dispatched(&self) -> PyResult<u64> {
+        self.check()?;
+        Ok(self.watch().dispatched())
     }
 }

@@ -1,7 +1,5 @@
 //! The processor and the KVM that a snapshot was taken on, and what of it is missing where it is to go on.
 
-use std::sync::OnceLock;
-
 use kvm_bindings::{KVM_CAP_SREGS2, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::Kvm;
 
@@ -11,6 +9,7 @@ use super::state::{Kind, Reader, bad, get};
 use super::vcpu::{bytes, kvm, plain};
 use crate::cpu::cpuid;
 use crate::error::Result;
+use crate::process::Learnt;
 use crate::vm::open_kvm;
 
 /// The capabilities that a machine's state depends on, by the kernel's numbers.
@@ -49,12 +48,8 @@ impl Host {
     /// # Errors
     /// When there is no usable KVM.
     pub fn here() -> Result<&'static Self> {
-        static HERE: OnceLock<Host> = OnceLock::new();
-        if let Some(host) = HERE.get() {
-            return Ok(host);
-        }
-        let host = Self::of(&open_kvm()?)?;
-        Ok(HERE.get_or_init(|| host))
+        static HERE: Learnt<Host> = Learnt::unknown();
+        HERE.get_or(|| Self::of(&open_kvm()?))
     }
 
     fn of(fd: &Kvm) -> Result<Self> {

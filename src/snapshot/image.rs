@@ -5,12 +5,13 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::MetadataExt;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use vm_memory::MmapRegion;
 
 use super::pagemap::Range;
 use crate::error::{Error, ErrorKind, Result};
+use crate::process::Learnt;
 use crate::vm::{Mapping, part};
 
 /// Pages that no longer change: a sealed memfd, or a snapshot's file.
@@ -182,13 +183,13 @@ struct Inner {
     /// By address, without a gap.
     runs: Vec<Run>,
     /// For comparing and copying, made when it is first needed.
-    mapping: OnceLock<MmapRegion>,
+    mapping: Learnt<MmapRegion>,
 }
 
 impl Image {
     /// An image of these runs, which cover `size` bytes from zero without a gap.
     pub(crate) fn new(size: u64, runs: Vec<Run>) -> Self {
-        Self(Arc::new(Inner { size, runs, mapping: OnceLock::new() }))
+        Self(Arc::new(Inner { size, runs, mapping: Learnt::unknown() }))
     }
 
     /// An image that one layer holds, page by page.
@@ -309,11 +310,7 @@ impl Image {
     /// # Errors
     /// As for `map`.
     pub(crate) fn mapping(&self) -> Result<&MmapRegion> {
-        if let Some(mapping) = self.0.mapping.get() {
-            return Ok(mapping);
-        }
-        let new = self.map_with(libc::PROT_READ)?;
-        Ok(self.0.mapping.get_or_init(|| new))
+        self.0.mapping.get_or(|| self.map_with(libc::PROT_READ))
     }
 
     /// The ranges that may hold anything but zeros.

@@ -6,7 +6,7 @@ use kvm_bindings::{Msrs, kvm_msr_entry};
 use super::state::{Reader, bad};
 use super::vcpu::kvm;
 use crate::error::{Error, ErrorKind, Result};
-use crate::sync::{RwLock, rank};
+use crate::process::Learnt;
 use crate::vcpu::Vcpu;
 use crate::vm::open_kvm;
 
@@ -16,7 +16,7 @@ const IA32_TSC_DEADLINE: u32 = 0x6e0;
 const KVM_SYSTEM_TIME: [u32; 2] = [0x12, 0x4b56_4d01];
 
 /// The registers that this KVM gives, in the order in which they are set: learnt once a process.
-static LIST: RwLock<Vec<u32>, rank::MsrList> = RwLock::new(Vec::new());
+static LIST: Learnt<Vec<u32>> = Learnt::unknown();
 
 /// Registers that KVM keeps for a guest and KVM_GET_MSR_INDEX_LIST leaves out: Intel SDM volume 4, AMD APM volume 2.
 /// EFER, the bases of FS, GS and the LAPIC come with the special registers.
@@ -32,15 +32,8 @@ pub(super) fn unlisted() -> impl Iterator<Item = u32> {
 
 /// Index and value of each model-specific register that KVM lists and gives.
 pub(super) fn capture(vcpu: &Vcpu) -> Result<Vec<u8>> {
-    let mut list = LIST.read().clone();
-    if list.is_empty() {
-        list = learn(vcpu)?;
-    }
-    let known = list.len();
+    let mut list = LIST.get_or(|| learn(vcpu))?.clone();
     let values = values(vcpu, &mut list)?;
-    if list.len() != known || LIST.read().is_empty() {
-        *LIST.write() = list;
-    }
     let mut found = Vec::with_capacity(12 * values.len());
     for entry in &values {
         found.extend(entry.index.to_le_bytes());

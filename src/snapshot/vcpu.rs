@@ -1,7 +1,5 @@
 //! One vCPU's state by KVM's ioctls, in the order that KVM needs. On whatever thread has the vCPU at rest.
 
-use std::sync::OnceLock;
-
 use kvm_bindings::{
     CpuId, KVM_CAP_SREGS2, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state,
     kvm_sregs, kvm_sregs2, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
@@ -14,6 +12,7 @@ use super::msrs;
 use super::state::{Kind, Reader, Record, Records, bad, get, put};
 use crate::cpu::cpuid;
 use crate::error::{Error, ErrorKind, Result};
+use crate::process::Learnt;
 use crate::vcpu::Vcpu;
 
 const KVMIO: u32 = 0xae;
@@ -36,8 +35,8 @@ pub(crate) struct Classes {
 impl Classes {
     pub(crate) fn of(vm: &VmFd, has_lapic: bool) -> Self {
         // The same for all machines of a process: nothing here asks for permission to use more of xsave.
-        static ASKED: OnceLock<(usize, bool)> = OnceLock::new();
-        let (xsave, has_sregs2) = *ASKED.get_or_init(|| {
+        static ASKED: Learnt<(usize, bool)> = Learnt::unknown();
+        let (xsave, has_sregs2) = *ASKED.get_or_make(|| {
             let xsave = usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
             let sregs2 = vm.check_extension_raw(libc::c_ulong::from(KVM_CAP_SREGS2));
             (xsave, sregs2 > 0)

@@ -13,8 +13,10 @@ pub(super) use self::unchecked::{Held, Place};
 mod checked {
     use std::cell::RefCell;
     use std::marker::PhantomData;
+    use std::sync::atomic::{AtomicU64, Ordering};
 
     use super::super::rank::Rank;
+    use crate::process::Birthplace;
 
     /// A lock's place in the order.
     #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -76,15 +78,17 @@ mod checked {
     pub(in super::super) struct Place<R> {
         number: Option<u64>,
         rank: PhantomData<R>,
+        /// The process that took it first, or 0: one more than the forks before it.
+        process: AtomicU64,
     }
 
     impl<R> Place<R> {
         pub(in super::super) const fn new() -> Self {
-            Self { number: None, rank: PhantomData }
+            Self { number: None, rank: PhantomData, process: AtomicU64::new(0) }
         }
 
         pub(in super::super) const fn numbered(number: u64) -> Self {
-            Self { number: Some(number), rank: PhantomData }
+            Self { number: Some(number), rank: PhantomData, process: AtomicU64::new(0) }
         }
     }
 
@@ -95,7 +99,19 @@ mod checked {
 
         /// The lock may be waited for now.
         pub(in super::super) fn check(&self) {
+            self.check_process();
             check(self.entry());
+        }
+
+        /// In a forked child a lock of the parent's may be held for ever, by a thread that the child does not have.
+        fn check_process(&self) {
+            let here = Birthplace::here().number() + 1;
+            // Relaxed: a number that is compared, and guards nothing.
+            let (success, failure) = (Ordering::Relaxed, Ordering::Relaxed);
+            let first = self.process.compare_exchange(0, here, success, failure);
+            if first.is_err_and(|first| first != here) {
+                violated(&format!("{}, of the parent's, is taken in a forked child", R::NAME));
+            }
         }
     }
 

@@ -59,8 +59,6 @@ ranks! {
     MemorySlots,
     /// The map of guest memory.
     MemoryMap,
-    /// The numbers of the registers that a snapshot keeps.
-    MsrList,
     /// The process's pagemap.
     Pagemap,
     /// How long threads that turn a loop may wait.
@@ -103,8 +101,6 @@ ranks! {
     Track,
     /// The file of a trace.
     TraceFile,
-    /// The choice of the kick's signal.
-    KickSignal,
     /// What a signal handler raised during a long call.
     Interruption,
     /// Output that the writer of a Python stream has taken and not settled.
@@ -139,8 +135,6 @@ ranks! {
     Raised,
     /// What a Python exit handler's `kick` has raised.
     KickRaised,
-    /// The pipe behind Python's wake-up descriptor.
-    WakeupPipe,
     /// State that the GIL guards where there is one.
     Attached,
     /// Locks of tests.

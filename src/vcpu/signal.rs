@@ -2,10 +2,10 @@
 //!
 //! The program's own use of the signal goes on: what comes from elsewhere reaches the handler that was there before.
 
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::sync::{Mutex, rank};
+use crate::process::Learnt;
 
 /// What tells a kick from the same signal sent by somebody else: the address of this.
 static COOKIE: u8 = 0;
@@ -22,10 +22,10 @@ impl Claim {
     }
 }
 
-/// Read by the signal handler: a `OnceLock` that is set is one atomic load.
-static CLAIM: OnceLock<Option<Claim>> = OnceLock::new();
-/// One claim at a time, made before the handler can be called.
-static CLAIMING: Mutex<(), rank::KickSignal> = Mutex::new(());
+/// Read by the signal handler: that is one atomic load.
+static CLAIM: Learnt<Option<Claim>> = Learnt::unknown();
+/// Whether the handler of the claim is in place.
+static IS_INSTALLED: AtomicBool = AtomicBool::new(false);
 
 const FAULTS: [libc::c_int; 6] =
     [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP, libc::SIGSYS];
@@ -40,8 +40,7 @@ fn cookie() -> *mut libc::c_void {
 /// # Errors
 /// When every real-time signal has a handler of the program's.
 pub fn kick_signal() -> Result<libc::c_int> {
-    let claim = CLAIM.get().map_or_else(|| claim(None), |claim| Ok(claim.as_ref()))?;
-    claim.map(|claim| claim.signal).ok_or_else(|| {
+    claim(None)?.map(|claim| claim.signal).ok_or_else(|| {
         let detail = "every real-time signal is in use by this program";
         Error::new(ErrorKind::State, "sigaction", detail)
             .hint("choose one: pyvmm.set_kick_signal()")
@@ -71,27 +70,26 @@ pub fn use_signal(signal: libc::c_int) -> Result<()> {
     }
 }
 
+/// The claim, made by whoever is first. It is known before the handler is in place, which several threads may put there: one
+/// that was forked off in between does so too.
 fn claim(chosen: Option<libc::c_int>) -> Result<Option<&'static Claim>> {
-    let _claiming = CLAIMING.lock();
-    if let Some(present) = CLAIM.get() {
-        return Ok(present.as_ref());
+    let claim = CLAIM.get_or(|| {
+        Ok(match chosen {
+            Some(signal) => Some(Claim { signal, previous: present(signal)? }),
+            None => (libc::SIGRTMIN()..=libc::SIGRTMAX()).find_map(|signal| {
+                let previous = present(signal).ok()?;
+                (previous.sa_sigaction == libc::SIG_DFL).then_some(Claim { signal, previous })
+            }),
+        })
+    })?;
+    // Acquire and release: who sees the flag finds the handler in place.
+    if let Some(claim) = claim
+        && !IS_INSTALLED.load(Ordering::Acquire)
+    {
+        install(claim.signal)?;
+        IS_INSTALLED.store(true, Ordering::Release);
     }
-    let found = match chosen {
-        Some(signal) => Some(Claim { signal, previous: present(signal)? }),
-        None => (libc::SIGRTMIN()..=libc::SIGRTMAX()).find_map(|signal| {
-            let previous = present(signal).ok()?;
-            (previous.sa_sigaction == libc::SIG_DFL).then_some(Claim { signal, previous })
-        }),
-    };
-    if let Some(claim) = &found {
-        let (signal, previous) = (claim.signal, claim.previous);
-        // Known before the first signal can come.
-        let _ = CLAIM.set(Some(Claim { signal, previous }));
-        install(signal)?;
-    } else {
-        let _ = CLAIM.set(None);
-    }
-    Ok(CLAIM.get().and_then(Option::as_ref))
+    Ok(claim.as_ref())
 }
 
 fn failed() -> Error {
@@ -125,10 +123,7 @@ fn install(signal: libc::c_int) -> Result<()> {
 
 /// Send the kick signal to a thread that has not ended.
 pub(super) fn send(thread: libc::pthread_t) {
-    let Ok(Some(claim)) = CLAIM.get().map_or_else(|| claim(None), |claim| Ok(claim.as_ref()))
-    else {
-        return;
-    };
+    let Ok(Some(claim)) = claim(None) else { return };
     let value = libc::sigval { sival_ptr: cookie() };
     // SAFETY: by the caller the thread has not ended. A queued signal, which arrives 10 us later, is sent only where a
     // handler has to tell it from others; when the queue is full it goes without the cookie.

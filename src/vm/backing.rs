@@ -3,12 +3,12 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::sync::OnceLock;
 
 use vm_memory::{FileOffset, MmapRegion};
 
 use super::layout::PAGE;
 use crate::error::{Error, ErrorKind, Result};
+use crate::process::Learnt;
 use crate::snapshot::memfd;
 
 /// What stands behind a slot besides its mapping.
@@ -104,8 +104,8 @@ fn refused(error: &vm_memory::mmap::MmapRegionError) -> Error {
 
 /// Bytes of memory of this host.
 pub(crate) fn host_memory() -> u64 {
-    static SIZE: OnceLock<u64> = OnceLock::new();
-    *SIZE.get_or_init(|| {
+    static SIZE: Learnt<u64> = Learnt::unknown();
+    *SIZE.get_or_make(|| {
         // SAFETY: sysconf takes no pointers.
         let (pages, size) =
             unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };

@@ -1,11 +1,11 @@
 //! /dev/kvm itself: opening it, with an error that says what to do.
 
 use std::io;
-use std::sync::OnceLock;
 
 use kvm_ioctls::{Cap, Kvm};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::process::Learnt;
 
 /// KVM's API has been at this version since 2007.
 const API_VERSION: i32 = 12;
@@ -15,12 +15,9 @@ const API_VERSION: i32 = 12;
 /// # Errors
 /// [`ErrorKind::Unavailable`] with what to do, when it is missing, forbidden, or lacks what pyvmm needs.
 pub fn open_kvm() -> Result<Kvm> {
-    static CHECKED: OnceLock<()> = OnceLock::new();
+    static CHECKED: Learnt<()> = Learnt::unknown();
     let kvm = Kvm::new().map_err(|e| unavailable(e.errno()))?;
-    if CHECKED.get().is_none() {
-        check(&kvm)?;
-        let _ = CHECKED.set(());
-    }
+    CHECKED.get_or(|| check(&kvm))?;
     Ok(kvm)
 }
 

@@ -44,10 +44,10 @@ impl Vmm {
     /// Stop, wait for the run to end, and release everything. Does nothing the second time. Called from
     /// inside a run, it takes effect when that run ends.
     pub fn close(&self) {
-        let Ok(vm) = self.vm() else { return };
-        if vm.is_foreign() {
+        if self.exit_handler.is_foreign() {
             return; // the run in progress, if any, is the parent's
         }
+        let Ok(vm) = self.vm() else { return };
         let is_inside = vm.has_this_thread();
         drop(vm);
         let mut runner = self.runner.lock();
@@ -128,6 +128,9 @@ pub(crate) struct Running<'a>(&'a Vmm);
 
 impl Drop for Running<'_> {
     fn drop(&mut self) {
+        if self.0.exit_handler.is_foreign() {
+            return;
+        }
         let mut runner = self.0.runner.lock();
         runner.thread = None;
         let is_closing = std::mem::take(&mut runner.close_at_end);

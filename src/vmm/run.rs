@@ -40,7 +40,11 @@ impl Vmm {
             .start_vcpus(&vm)
             .map_err(E::from)
             .and_then(|()| self.turn_until(deadline, &mut turn));
-        let reason = ended.map(|reason| reason.unwrap_or(ExitReason::Timeout));
+        let reason = match ended {
+            // A child that a callback has forked: the run is its parent's.
+            Err(error) if vm.is_foreign() => return Err(error),
+            ended => ended.map(|reason| reason.unwrap_or(ExitReason::Timeout)),
+        };
         self.finish(&vm, reason, deadline, &mut turn)
     }
 
@@ -59,6 +63,7 @@ impl Vmm {
         let reason = match self.turn_until(deadline, &mut turn) {
             Ok(None) => return Ok(None),
             Ok(Some(reason)) => Ok(reason),
+            Err(error) if vm.is_foreign() => return Err(error),
             Err(error) => Err(error),
         };
         self.runner.lock().is_started = false;
