@@ -110,6 +110,7 @@ pub(super) fn apply(vcpu: &mut Vcpu, state: &[u8]) -> Result<()> {
         // Tells the guest's watchdogs that it was away. A guest that has not said where to put it is told nothing.
         let _ = vcpu.fd.kvmclock_ctrl();
     }
+    vcpu.is_told_of_pause = true;
     Ok(())
 }
 

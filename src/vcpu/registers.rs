@@ -34,6 +34,8 @@ pub struct Vcpu {
     pub(crate) fixups: Option<Arc<fixup::Counts>>,
     /// KVM_RUN has been called: what CPUID says cannot be changed any more.
     pub(crate) has_run: bool,
+    /// The guest has been told of the pause that it is in, or has never run.
+    pub(crate) is_told_of_pause: bool,
     /// A CPUID table, as snapshots keep it, that is known to be this one's.
     pub(crate) known_cpuid: Option<Vec<u8>>,
     /// Model-specific registers with values that they have and that KVM does not take.
@@ -139,6 +141,7 @@ impl Vcpu {
             memory,
             fixups: None,
             has_run: false,
+            is_told_of_pause: true,
             known_cpuid: None,
             constant_msrs: Vec::new(),
             awaits_answer: false,
@@ -197,6 +200,15 @@ impl Vcpu {
         self.is_pending = false;
         // Another access of the instruction, or an end, is left to the next entry.
         self.waiting = result.ok();
+    }
+
+    /// It goes on from a pause: tell its watchdogs, which would take the time for a hang. A guest that does not use KVM's clock
+    /// is told nothing.
+    pub(super) fn tell_of_pause(&mut self) {
+        if !std::mem::replace(&mut self.is_told_of_pause, false) {
+            // KVM refuses it for such a guest.
+            let _ = self.fd.kvmclock_ctrl();
+        }
     }
 
     /// Have these general registers from the next entry on.

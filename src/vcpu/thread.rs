@@ -136,6 +136,7 @@ impl Handle {
 fn serve<EH: ExitHandler>(cell: &Cell, shared: &Shared<EH>) {
     while let Some(mut vcpu) = cell.next() {
         let guard = PanicGuard { cell, shared };
+        vcpu.tell_of_pause();
         let end = turn_until_end(&mut vcpu, cell);
         std::mem::forget(guard);
         cell.put_back(vcpu);
