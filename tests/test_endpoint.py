@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
+import subprocess
+import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -232,3 +234,66 @@ def test_machines_that_share_a_loop_deliver_each_event_once() -> None:
         assert not any(thread.is_alive() for thread in threads)
         assert errors == []
     assert left <= 0
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_an_exception_that_is_everyones_ends_the_run_too(error: type[BaseException]) -> None:
+    """Ctrl-C comes in whatever the main thread does, also in a call that it makes for another thread."""
+    manager = EventManager()
+    endpoint = manager.remote_endpoint()
+    got: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            endpoint.call_blocking(fail)
+        except BaseException as raised:
+            got.append(raised)
+
+    def fail(_: EventManager) -> None:
+        raise error("on purpose")
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    with pytest.raises(error, match="on purpose"):
+        manager.run_forever()
+    asking.join(60)
+    assert [type(each) for each in got] == [error]
+
+
+def test_an_exception_that_its_caller_did_not_wait_for_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = EventManager()
+    heard: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: heard.append(unraisable.exc_type))
+    with pytest.raises(TimeoutError):
+        manager.remote_endpoint().call_blocking(lambda _: 1 // 0, 0.0)
+    manager.run_with_timeout(0)
+    assert heard == [ZeroDivisionError]
+
+
+@pytest.mark.parametrize("process", ["{}.setdefault", "functools.partial(max, 0, 0, key=id)", "lambda e, o: None"])
+def test_a_busy_loop_hears_signals_and_lets_other_threads_run(process: str) -> None:
+    """Callables written in C run no Python code, where the interpreter would see to both."""
+    code = f"""
+import functools, operator, os, signal, threading
+from pyvmm import EventFd, EventManager, Events
+manager, fd = EventManager(), EventFd(1)
+class Subscriber: pass
+subscriber = Subscriber()
+subscriber.init = operator.methodcaller("add", Events(fd))
+subscriber.process = {process}
+manager.add_subscriber(subscriber)
+def interrupt():
+    for _ in range(10): beats.acquire()
+    os.kill(os.getpid(), signal.SIGINT)
+beats = threading.Semaphore(0)
+def beat():
+    while True:
+        beats.release()
+        threading.Event().wait(0.001)
+threading.Thread(target=beat, daemon=True).start()
+threading.Thread(target=interrupt, daemon=True).start()
+try: manager.run_forever()
+except KeyboardInterrupt: os._exit(0)
+os._exit(1)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -28,6 +28,7 @@ TESTED_BY = {
     "src/py/attach.rs": "tests/test_callbacks.py",
     "src/py/attached.rs": "tests/test_event_fd.py",
     "src/py/awaiting.rs": "tests/test_aio_ends.py",
+    "src/py/timers.rs": "tests/test_timers.py",
     "src/py/reader.rs": "tests/test_async_for.py",
     "src/py/run.rs": "tests/test_aio_ends.py",
     "src/py/watch.rs": "tests/test_callbacks.py",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import socket
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from guests import echo_until, exit_with, flat, print_text
-from pyvmm import ConfigError, ExitReason, SerialConfig, Vmm, VmmConfig
+from pyvmm import ConfigError, EventManager, ExitReason, SerialConfig, Vmm, VmmConfig
 from pyvmm.streams import endpoint
 
 if TYPE_CHECKING:
@@ -148,3 +149,29 @@ def test_text_written_by_a_reader_that_returns_text_is_an_error(make: Callable[[
 def test_send_takes_bytes_only(data: object, make: Callable[[VmmConfig], Vmm]) -> None:
     with pytest.raises(TypeError):
         make(flat(exit_with(0))).serial.send(data)  # type: ignore[arg-type]
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("end", ["dropped", "closed", "closed in a callback"])
+def test_a_machine_leaves_nothing_in_a_loop_that_it_shared(end: str) -> None:
+    manager = EventManager()
+
+    def live() -> None:
+        config = flat(b"\xba\x00\x05\xee" + exit_with(1), serial=SerialConfig(output=lambda _: None))
+        vmm = Vmm(config, event_manager=manager)
+        if end == "closed in a callback":
+            once = iter([vmm.close])
+            device = type("Device", (), {"write": lambda *_: next(once, lambda: None)()})()
+            vmm.add_pio_device(0x500, 1, device)
+        vmm.run(60)
+        if end == "closed":
+            vmm.close()
+
+    live()
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        live()
+    gc.collect()
+    assert repr(manager) == "EventManager(subscribers=0)"
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -171,7 +171,7 @@ def test_hooks_and_functions_of_the_loop_are_named(tmp_path: Path) -> None:
             vmm.run(60)
     callbacks = of(hops(path), "callback")
     assert [hop.name.rsplit(".", 1)[-1] for hop in callbacks] == ["look", "call", "later"]
-    assert [hop.parent.category if hop.parent else None for hop in callbacks] == ["exit", None, "event"]
+    assert [hop.parent.category if hop.parent else None for hop in callbacks] == ["exit", None, None]
 
 
 @settings(max_examples=20)

@@ -4,6 +4,7 @@ Everything here is exported by `pyvmm`, under the same name.
 """
 
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from contextvars import Context
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -282,14 +283,26 @@ class EventManager:
     def remote_endpoint(self) -> RemoteEndpoint:
         """A way to reach this loop from other threads."""
 
-    def on(self, source: int | _HasFileno, event_set: EventSet | int = ...) -> Callable[[_F], _F]:
-        """Decorate a function to be called with each event of a source.
+    def on(
+        self, source: int | _HasFileno, event_set: EventSet | int = ..., data: int = 0, *, drain: bool = False
+    ) -> Callable[[_F], _F]:
+        """Decorate a function to be called with each event of a source; `data` and `drain` are as for `Events`.
 
-        The function gets an attribute `subscriber_id`, for `remove_subscriber`.
+        The function gets the attributes `subscriber_id`, for `remove_subscriber`, and `subscriber_ids`, which has those
+        of the decorators beneath too. In place of what takes no attributes, as a method, comes a callable that does.
         """
 
-    def call_later(self, seconds: float, function: Callable[[], object]) -> Later:
-        """Call a function once, so many seconds later. The result has `cancel()`."""
+    def call_later(
+        self, seconds: float, function: Callable[..., object], *arguments: object, context: Context | None = None
+    ) -> Later:
+        """Call a function once with these arguments, so many seconds later. The result has `cancel()`.
+
+        A time that has passed is at once, in the next turn. Calls are made in the order of their times. All share one
+        file descriptor. The function runs in this context, or in a copy of the caller's.
+
+        Raises:
+            ValueError: the time is NaN.
+        """
 
     def run_async(self) -> Coroutine[Any, Any, None]:
         """`run_forever` inside a running asyncio loop, which stays responsive.
@@ -329,6 +342,9 @@ class EventManager:
     def dispatched(self) -> int:
         """How many events it has dispatched."""
 
+    def _cancel_later(self, number: int) -> bool: ...
+    def _has_removed(self, id: SubscriberId) -> bool: ...
+    def _note_callback(self, name: str, seconds: float) -> None: ...
     def _begin_hosting(self, awaiter: Callable[[Any, str], None]) -> None: ...
     def _end_hosting(self) -> None: ...
     def _take_stop(self) -> bool: ...

@@ -8,14 +8,17 @@ import inspect
 import os
 import sys
 import threading
+import time
+import types
 import weakref
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pyvmm.exceptions import StateError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
 
     from pyvmm._pyvmm import EventFd, EventManager, TimerFd, Vmm
     from pyvmm.exits import Exit
@@ -88,7 +91,8 @@ def forget_reader(loop: asyncio.AbstractEventLoop, fd: int) -> None:
 class Tasks:
     """What the callbacks of one run return to be awaited, as tasks; the first that fails ends the run."""
 
-    def __init__(self, end: Callable[[], None]) -> None:
+    def __init__(self, manager: EventManager, end: Callable[[], None]) -> None:
+        self._manager = manager
         self._end_run = end
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
@@ -117,7 +121,10 @@ class Tasks:
         if asyncio.isfuture(awaitable):
             task = awaitable
         else:
-            coroutine = awaitable if inspect.iscoroutine(awaitable) else wait_for(awaitable)
+            if self._manager.slow_callback_duration is not None:
+                coroutine = wait_for(timed(awaitable, name, self._manager))
+            else:
+                coroutine = awaitable if inspect.iscoroutine(awaitable) else wait_for(awaitable)
             task = self._loop.create_task(coroutine, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._finish)
@@ -176,6 +183,31 @@ async def wait_for(awaitable: Any) -> Any:
     return await awaitable
 
 
+@types.coroutine
+def timed(awaitable: Any, name: str, manager: EventManager) -> Generator[Any, Any, Any]:
+    """Await what a callback returned and time each of its steps, as the callback itself was timed."""
+    steps = awaitable.__await__() if hasattr(awaitable, "__await__") else awaitable
+    step = partial(next, steps)
+    while True:
+        start = time.perf_counter()
+        try:
+            waits_for = step()
+        except StopIteration as end:
+            return end.value
+        finally:
+            manager._note_callback(name, time.perf_counter() - start)
+        try:
+            value = yield waits_for
+        except GeneratorExit:
+            if hasattr(steps, "close"):
+                steps.close()
+            raise
+        except BaseException as error:
+            step = partial(steps.throw, error)
+        else:
+            step = partial(steps.send, value) if value is not None else partial(next, steps)
+
+
 def needs_await(value: Any) -> bool:
     """Whether a value does nothing unless it is awaited. A future runs by itself."""
     if "asyncio" in sys.modules and asyncio.isfuture(value):
@@ -229,7 +261,7 @@ async def run_manager(manager: EventManager) -> None:
         else:
             end()
 
-    tasks = Tasks(end)
+    tasks = Tasks(manager, end)
     manager._begin_hosting(tasks.take)
     try:
         # A number of its own: the program may host the manager by hand beside.
@@ -300,7 +332,7 @@ def run_for(background: weakref.ref[Background], call: Callable[[], Any]) -> Non
 async def run_vmm(vmm: Vmm, timeout: float | None) -> Exit:
     """See `Vmm.run_async`."""
     cancel = vmm._new_cancel()
-    tasks = Tasks(cancel.set)
+    tasks = Tasks(vmm.event_manager, cancel.set)
     run = Background(lambda: vmm._run_cancellable(timeout, cancel, tasks.take), "pyvmm run_async")
     cancelled: BaseException | None = None
     while not run.ended.done():

@@ -1,4 +1,4 @@
-"""Functions as subscribers: `EventManager.on` and `EventManager.call_later`."""
+"""Functions as subscribers: `EventManager.on`. What `EventManager.call_later` gives."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import os
 import sys
 import traceback
 from contextlib import suppress
+from functools import update_wrapper
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pyvmm._pyvmm import Events, TimerFd
+from pyvmm._pyvmm import Events
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,8 +25,8 @@ def _name(function: object) -> str:
 class Function:
     """A subscriber that calls a function with each event of one source."""
 
-    def __init__(self, source: Any, event_set: int, function: Callable[[Events], object]) -> None:
-        self._events = Events(source, event_set)
+    def __init__(self, events: Events, function: Callable[[Events], object]) -> None:
+        self._events = events
         self._function = function
 
     @property
@@ -44,7 +45,7 @@ class Function:
 
 def name_of(subscriber: object) -> str:
     """The name of what a subscriber calls."""
-    return subscriber.name if isinstance(subscriber, Function | Later) else f"{type(subscriber).__qualname__}.process"
+    return subscriber.name if isinstance(subscriber, Function) else f"{type(subscriber).__qualname__}.process"
 
 
 def warn_slow(name: str, seconds: float) -> None:
@@ -73,52 +74,58 @@ def check_callable(function: object) -> None:
         raise TypeError(f"a function is needed here, not {type(function).__qualname__}")
 
 
-def on(manager: EventManager, source: Any, event_set: int) -> Callable[[Any], Any]:
+class Registered:
+    """In place of a callable that takes no attributes, as a method: called it calls that one."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        update_wrapper(self, function)
+        self._function = function
+        self.subscriber_id: SubscriberId | None = None
+        self.subscriber_ids: tuple[SubscriberId, ...] = ()
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """Call the function."""
+        return self._function(*arguments, **named)
+
+
+def on(manager: EventManager, source: Any, event_set: int, data: int, drain: bool) -> Callable[[Any], Any]:
     """See `EventManager.on`."""
+    events = Events(source, event_set, data, drain=drain)
 
     def register(function: Any) -> Any:
         check_callable(function)
-        id = manager.add_subscriber(Function(source, event_set, function))
-        with suppress(AttributeError):  # a method takes no attributes
+        id = manager.add_subscriber(Function(events, function))
+        former = getattr(function, "subscriber_ids", ())
+        # Of a function that is registered again and again, those of this manager that were removed since go.
+        kept = [known for known in former if not manager._has_removed(known)]
+        try:
             function.subscriber_id = id
+        except AttributeError:
+            function = Registered(function)
+            function.subscriber_id = id
+        function.subscriber_ids = (*kept, id)
         return function
 
     return register
 
 
 class Later:
-    """A call that is due at a time; `cancel` takes it back."""
+    """A call that is due at a time; `cancel` takes it back. Made by `EventManager.call_later`."""
 
-    def __init__(self, manager: EventManager, seconds: float, function: Callable[[], object]) -> None:
+    def __init__(self, manager: EventManager, number: int, when: float) -> None:
         self._manager = manager
-        self._function = function
-        self._timer = TimerFd()
-        self._timer.set(seconds)
-        self._id: SubscriberId | None = manager.add_subscriber(self)
-
-    @property
-    def name(self) -> str:
-        """The function's name."""
-        return _name(self._function)
-
-    def init(self, ops: EventOps) -> None:
-        """Watch the timer."""
-        ops.add(Events(self._timer))
-
-    def process(self, events: Events, ops: EventOps) -> object:
-        """Call the function, once."""
-        self.cancel()
-        return self._function()
+        self._number = number
+        self._when = when
+        self._is_cancelled = False
 
     def cancel(self) -> None:
         """Do not call. Does nothing when it was called or cancelled before."""
-        id, self._id = self._id, None
-        if id is not None:
-            self._manager.remove_subscriber(id)
-            self._timer.close()
+        self._is_cancelled |= self._manager._cancel_later(self._number)
 
+    def cancelled(self) -> bool:
+        """Whether it was cancelled before it was called."""
+        return self._is_cancelled
 
-def call_later(manager: EventManager, seconds: float, function: Callable[[], object]) -> Later:
-    """See `EventManager.call_later`."""
-    check_callable(function)
-    return Later(manager, seconds, function)
+    def when(self) -> float:
+        """When it is due, as a time of `time.monotonic()`."""
+        return self._when

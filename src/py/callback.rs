@@ -1,7 +1,7 @@
 //! The only place where the loop and the vCPU threads enter Python. No Rust lock is held here.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use event_manager::Events;
 use pyo3::exceptions::{PyTypeError, PyValueError};
@@ -22,6 +22,7 @@ use super::events::{PyEventOps, PyEvents};
 use super::hooks::Hooks;
 use super::raised::Raised;
 use super::subscribers::Receiver;
+use super::timers::Timers;
 use super::trace::{name_of, record_process, recorded};
 use super::vcpu_exit::PyVcpuExit;
 use super::wakeup;
@@ -82,21 +83,36 @@ pub(super) fn init(
     refuse_awaitable(&returned?, || Ok(format!("{}.init", subscriber.get_type().qualname()?)))
 }
 
-/// Call `process(events, ops)` for what was fetched, then make the calls that other threads have asked for.
-/// On the thread that turns the loop.
-/// Returns how many events were dropped: their subscriber, or its interest, had gone since.
+/// Call `process(events, ops)` for what was fetched, then make the calls that are due and those that other threads have asked
+/// for. On the thread that turns the loop.
+/// Returns how many events and calls that were due there were, of so many fetched. Those whose subscriber, or its interest, had
+/// gone since are none.
 ///
 /// The first exception ends the delivery. What was fetched behind it is reported again by the next dispatch.
 pub(super) fn deliver(
     manager: &Bound<'_, PyEventManager>,
     delivery: &mut Delivery,
+    fetched: usize,
 ) -> PyResult<usize> {
-    let result =
-        deliver_events(manager, delivery).and_then(|dropped| make_calls(manager).map(|()| dropped));
+    let result = deliver_all(manager, delivery, fetched);
     if result.is_err() && manager.get().core().check_process().is_ok() {
         manager.get().keep_calls()?;
     }
     result
+}
+
+fn deliver_all(
+    manager: &Bound<'_, PyEventManager>,
+    delivery: &mut Delivery,
+    fetched: usize,
+) -> PyResult<usize> {
+    let delivered = fetched.saturating_sub(deliver_events(manager, delivery)?);
+    let delivered = match manager.get().timers().take_expired() {
+        // The timer's own event is none.
+        true => delivered.saturating_sub(1) + Timers::make_due(manager)?,
+        false => delivered,
+    };
+    make_calls(manager).map(|()| delivered)
 }
 
 fn deliver_events(manager: &Bound<'_, PyEventManager>, delivery: &mut Delivery) -> PyResult<usize> {
@@ -106,7 +122,9 @@ fn deliver_events(manager: &Bound<'_, PyEventManager>, delivery: &mut Delivery) 
     let is_recorded = trace::is_recorded();
     for (at, event) in ready.iter().enumerate() {
         let result = match this.receiver(manager.py(), event) {
-            Ok(Some(receiver)) => process(manager, event, &receiver, arguments, is_recorded),
+            // A callback written in C does not look for signals itself.
+            Ok(Some(receiver)) => process(manager, event, &receiver, arguments, is_recorded)
+                .and_then(|()| manager.py().check_signals()),
             Ok(None) => {
                 dropped += 1;
                 Ok(())
@@ -131,28 +149,6 @@ fn subscriber_name(subscriber: &Bound<'_, PyAny>) -> PyResult<String> {
     callbacks.call_method1("name_of", (subscriber,))?.extract()
 }
 
-/// Note a callback that took the longest so far, and log one that took longer than the threshold.
-fn time(
-    manager: &PyEventManager,
-    subscriber: &Bound<'_, PyAny>,
-    took: Duration,
-    threshold: Duration,
-) -> PyResult<()> {
-    let is_slowest = manager.watch().is_slowest(took);
-    if !is_slowest && took <= threshold {
-        return Ok(());
-    }
-    let name = subscriber_name(subscriber)?;
-    if took > threshold {
-        let callbacks = import(subscriber.py(), "pyvmm.callbacks")?;
-        callbacks.call_method1("warn_slow", (&name, took.as_secs_f64()))?;
-    }
-    if is_slowest {
-        manager.watch().note_slowest(took, name);
-    }
-    Ok(())
-}
-
 fn process(
     manager: &Bound<'_, PyEventManager>,
     ready: &Ready,
@@ -168,23 +164,22 @@ fn process(
     };
     arguments.events.get().happened_next(ready.events, receiver.count);
     let parts = (arguments.events.bind(py), arguments.ops.bind(py));
-    let watch = manager.get().watch().slow_callback().map(|threshold| (threshold, Instant::now()));
     let called = is_recorded.then(Instant::now);
-    let result = {
-        let _call = arguments.ops.get().begin(manager, ready.token);
-        subscriber.call_method1(intern!(py, "process"), parts)
-    };
-    if let Some(called) = called {
-        record_process(ready.events, called, || subscriber_name(subscriber));
-    }
+    let name = || subscriber_name(subscriber);
+    let result = receiver.context.run(py, || {
+        let returned = manager.get().watch().timed(py, name, || {
+            let _call = arguments.ops.get().begin(manager, ready.token);
+            subscriber.call_method1(intern!(py, "process"), parts)
+        });
+        if let Some(called) = called {
+            record_process(ready.events, called, name);
+        }
+        take_returned(manager.get(), &returned?, name)
+    });
     if !arguments.is_kept() {
         *spare = Some(arguments);
     }
-    let returned = result?;
-    if let Some((threshold, start)) = watch {
-        time(manager.get(), subscriber, start.elapsed(), threshold)?;
-    }
-    take_returned(manager.get(), &returned, || subscriber_name(subscriber))
+    result
 }
 
 /// Wait until this time at most and dispatch; returns how many events were fetched: none also after a kick or a signal.

@@ -7,11 +7,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use pyo3::exceptions::{PyTimeoutError, PyTypeError};
+use pyo3::exceptions::{PyKeyboardInterrupt, PySystemExit, PyTimeoutError, PyTypeError};
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 
 use super::awaiting::take_returned;
+use super::context::Context;
 use super::event_manager::PyEventManager;
 use super::exit::timeout as as_timeout;
 use super::trace::{name_of, recorded};
@@ -23,9 +24,42 @@ const SPIN: Duration = Duration::from_micros(100);
 /// A call that waits for the loop's thread.
 #[derive(Debug)]
 pub(super) struct Call {
-    pub(super) function: Py<PyAny>,
+    function: Py<PyAny>,
+    /// That of whoever asks.
+    context: Context,
     /// None: nobody waits, and an exception ends the run.
     reply: Option<Arc<Reply>>,
+}
+
+impl Call {
+    fn new(function: &Bound<'_, PyAny>, reply: Option<Arc<Reply>>) -> PyResult<Self> {
+        let context = Context::copy_current(function.py())?;
+        Ok(Self { function: function.clone().unbind(), context, reply })
+    }
+
+    pub(super) fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.function)?;
+        visit.call(self.context.object())
+    }
+
+    fn make(&self, manager: &Bound<'_, PyEventManager>) -> PyResult<Py<PyAny>> {
+        let (this, py) = (manager.get(), manager.py());
+        let name = || name_of(self.function.bind(py));
+        self.context.run(py, || {
+            let call = || recorded(name, || self.function.call1(py, (manager,)));
+            let value = this.watch().timed(py, name, call)?;
+            if self.reply.is_none() {
+                take_returned(this, value.bind(py), name)?;
+            }
+            Ok(value)
+        })
+    }
+}
+
+/// Whether an exception is the whole program's to hear, and not only that of whoever asked for the call: Ctrl-C, for one, comes
+/// in whatever the main thread does.
+fn is_everyones(py: Python<'_>, error: &PyErr) -> bool {
+    error.is_instance_of::<PyKeyboardInterrupt>(py) || error.is_instance_of::<PySystemExit>(py)
 }
 
 /// Where a caller waits for its call.
@@ -72,25 +106,30 @@ pub(super) fn make_calls(manager: &Bound<'_, PyEventManager>) -> PyResult<()> {
     let mut replies = Vec::new();
     let mut made = Ok(());
     for _ in 0..this.calls().waiting() {
-        let Some(Call { function, reply }) = this.calls().pop() else {
+        let Some(call) = this.calls().pop() else {
             break;
         };
-        let name = || name_of(function.bind(py));
-        let result = recorded(name, || function.call1(py, (manager,)));
+        let result = call.make(manager);
         if let Err(refused) = this.core().check_process() {
             // A child that the function has forked: whoever waits is its parent's.
-            std::mem::forget((reply, replies));
+            std::mem::forget((call.reply, replies));
             return result.and(Err(refused.into()));
         }
-        match (reply, result) {
-            (Some(reply), result) => replies.push((reply, result)),
-            (None, result) => {
-                let name = || name_of(function.bind(py));
-                made = result.and_then(|value| take_returned(this, value.bind(py), name));
-                if made.is_err() {
-                    break;
-                }
+        if let Err(error) = &result
+            && (call.reply.is_none() || is_everyones(py, error))
+        {
+            made = Err(error.clone_ref(py));
+        }
+        match (call.reply, result) {
+            // The caller has waited long enough: nobody else hears of it.
+            (Some(reply), Err(error)) if Arc::strong_count(&reply) == 1 && made.is_ok() => {
+                error.write_unraisable(py, None);
             }
+            (Some(reply), result) => replies.push((reply, result)),
+            (None, _) => {}
+        }
+        if made.is_err() {
+            break;
         }
     }
     if !replies.is_empty() {
@@ -111,7 +150,7 @@ impl PyRemoteEndpoint {
     }
 }
 
-fn check_callable(function: &Bound<'_, PyAny>) -> PyResult<()> {
+pub(super) fn check_callable(function: &Bound<'_, PyAny>) -> PyResult<()> {
     if function.is_callable() {
         return Ok(());
     }
@@ -142,7 +181,7 @@ impl PyRemoteEndpoint {
         }
         let deadline = as_timeout(timeout)?.and_then(|limit| Instant::now().checked_add(limit));
         let reply = Arc::new(Reply::default());
-        let call = Call { function: function.clone().unbind(), reply: Some(Arc::clone(&reply)) };
+        let call = Call::new(function, Some(Arc::clone(&reply)))?;
         // Without the GIL, which the loop needs for the call.
         if let Some(result) = py.detach(|| manager.queue(call).map(|()| reply.spin()))? {
             return result;
@@ -166,7 +205,7 @@ impl PyRemoteEndpoint {
     fn fire(&self, function: &Bound<'_, PyAny>) -> PyResult<()> {
         self.0.get().check()?;
         check_callable(function)?;
-        self.0.get().queue(Call { function: function.clone().unbind(), reply: None })
+        self.0.get().queue(Call::new(function, None)?)
     }
 
     /// Have the loop turn once.

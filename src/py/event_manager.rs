@@ -13,14 +13,16 @@ use pyo3::prelude::*;
 
 use super::batch::{Collector, Fetched, Ready};
 use super::callback::{self, Delivery};
+use super::context::Context;
 use super::ending::{self, import};
 use super::endpoint::{Call, PyRemoteEndpoint};
 use super::events::{PyEventOps, PySubscriberId};
 use super::exit_handler::as_native_subscriber;
 use super::lead::Lead;
 use super::subscribers::{Receiver, Subscribers};
+use super::timers::Timers;
 use super::turning::Turners;
-use super::watch::Watch;
+use super::watch::{Pace, Watch};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Calls, EventManager};
 use crate::sync::{Mutex, rank};
@@ -46,6 +48,7 @@ pub struct PyEventManager {
     /// What other threads ask of the one that turns the loop.
     calls: Calls<Call>,
     watch: Watch,
+    timers: Timers,
 }
 
 impl PyEventManager {
@@ -63,6 +66,7 @@ impl PyEventManager {
             lead: Lead::default(),
             calls: Calls::default(),
             watch: Watch::default(),
+            timers: Timers::default(),
         }
     }
 
@@ -137,6 +141,10 @@ impl PyEventManager {
         &self.watch
     }
 
+    pub(super) fn timers(&self) -> &Timers {
+        &self.timers
+    }
+
     pub(super) fn calls(&self) -> &Calls<Call> {
         &self.calls
     }
@@ -192,9 +200,9 @@ impl PyEventManager {
             removals: this.core.removal_counter(),
             fetched: Arc::clone(&this.fetched),
         };
-        let kept = object.clone().unbind();
+        let (kept, context) = (object.clone().unbind(), Context::copy_current(slf.py())?);
         let id = slf.py().detach(|| this.core.add_unrecorded(Box::new(collector)));
-        this.subscribers.insert(slf.py(), token, id, kept);
+        this.subscribers.insert(slf.py(), token, id, kept, context);
         callback::init(slf, token, object).inspect_err(|_| {
             // What init() raised is what the caller should see.
             let _ = this.take_out(slf.py(), token);
@@ -263,8 +271,7 @@ impl PyEventManager {
 
     /// Hand over what was fetched; returns how many events were dispatched.
     fn deliver(slf: &Bound<'_, Self>, fetched: usize, delivery: &mut Delivery) -> PyResult<usize> {
-        let dropped = callback::deliver(slf, delivery)?;
-        let delivered = fetched - dropped.min(fetched);
+        let delivered = callback::deliver(slf, delivery, fetched)?;
         slf.get().watch.count_turn(delivered);
         Ok(delivered)
     }
@@ -301,9 +308,10 @@ impl PyEventManager {
         let token = this.next_token.fetch_add(1, Ordering::Relaxed);
         match as_native_subscriber(subscriber)? {
             Some(native) => {
+                let context = Context::copy_current(slf.py())?;
                 let object = subscriber.clone().unbind();
                 let id = slf.py().detach(|| this.core.add_subscriber(native));
-                this.subscribers.insert(slf.py(), token, id, object);
+                this.subscribers.insert(slf.py(), token, id, object, context);
             }
             None => Self::add_python(slf, token, subscriber)?,
         }
@@ -368,11 +376,13 @@ impl PyEventManager {
         let this = slf.get();
         this.check()?;
         let _turning = this.turners.claim("this event manager", None)?;
+        let mut pace = Pace::default();
         this.with_delivery(|delivery| {
             while !this.calls.take_stop() {
                 if Self::turn(slf, None, delivery)? == 0 {
                     slf.py().check_signals()?;
                 }
+                pace.let_others_run(slf.py());
             }
             Ok(())
         })
@@ -390,51 +400,31 @@ impl PyEventManager {
         PyRemoteEndpoint::of(slf)
     }
 
-    /// Decorate a function to be called with each event of a source.
+    /// Decorate a function to be called with each event of a source; `data` and `drain` are as for `Events`.
     ///
-    /// The function gets an attribute `subscriber_id`, for `remove_subscriber`.
-    #[pyo3(signature = (source, event_set = EventSet::IN.bits()))]
+    /// The function gets the attributes `subscriber_id`, for `remove_subscriber`, and `subscriber_ids`, which has those of
+    /// the decorators beneath too. In place of what takes no attributes, as a method, comes a callable that does.
+    #[pyo3(signature = (source, event_set = EventSet::IN.bits(), data = 0, *, drain = false))]
     fn on<'py>(
         slf: &Bound<'py, Self>,
         source: &Bound<'py, PyAny>,
         event_set: u32,
+        data: u32,
+        drain: bool,
     ) -> PyResult<Bound<'py, PyAny>> {
         slf.get().check()?;
-        import(slf.py(), "pyvmm.callbacks")?.call_method1("on", (slf, source, event_set))
+        let callbacks = import(slf.py(), "pyvmm.callbacks")?;
+        callbacks.call_method1("on", (slf, source, event_set, data, drain))
     }
 
-    /// Call a function once, so many seconds later. The result has `cancel()`.
-    fn call_later<'py>(
-        slf: &Bound<'py, Self>,
-        seconds: f64,
-        function: &Bound<'py, PyAny>,
-    ) -> PyResult<Bound<'py, PyAny>> {
-        slf.get().check()?;
-        import(slf.py(), "pyvmm.callbacks")?.call_method1("call_later", (slf, seconds, function))
+    /// Whether it names a subscriber of this manager that is registered no longer.
+    fn _has_removed(&self, py: Python<'_>, id: &PySubscriberId) -> bool {
+        id.manager == self.number && self.subscribers.id_of(py, id.token).is_none()
     }
 
-    /// `run_forever` inside a running asyncio loop, which stays responsive.
-    ///
-    /// A subscriber's `process` may be a coroutine function: it runs as a task, and its exception ends the run. Coroutines
-    /// that still run after `stop` have a second to come to their end; those that do not are cancelled, and the asyncio
-    /// loop's exception handler is told which.
-    ///
-    /// Raises:
-    ///     StateError: the manager is hosted or in a run already.
-    ///     Exception: the first exception of a callback or a coroutine. The others are in its notes and go to the asyncio
-    ///         loop's exception handler.
-    fn run_async<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
-        slf.get().check()?;
-        import(slf.py(), "pyvmm.aio")?.call_method1("run_manager", (slf,))
-    }
-
-    fn _begin_hosting(&self, awaiter: Py<PyAny>) -> PyResult<()> {
-        self.core.check_process()?;
-        self.turners.host(awaiter)
-    }
-
-    fn _end_hosting(&self) {
-        self.turners.end_hosting();
+    fn _note_callback(&self, py: Python<'_>, name: &str, seconds: f64) -> PyResult<()> {
+        let took = Duration::try_from_secs_f64(seconds).unwrap_or_default();
+        self.watch.note(py, || Ok(name.to_owned()), took)
     }
 
     fn _take_stop(&self) -> bool {
@@ -461,7 +451,8 @@ impl PyEventManager {
             return Ok(());
         }
         self.turners.traverse(&visit)?;
-        self.calls.try_for_each(|call| visit.call(&call.function))
+        self.timers.traverse(&visit)?;
+        self.calls.try_for_each(|call| call.traverse(&visit))
     }
 
     fn __clear__(&self, py: Python<'_>) {
@@ -472,6 +463,6 @@ impl PyEventManager {
         let calls = self.calls.take_all();
         let awaiters = self.turners.take_awaiters();
         // Outside the locks: it may run Python code.
-        drop((subscribers, calls, awaiters));
+        drop((subscribers, calls, awaiters, self.timers.take_all(py)));
     }
 }

@@ -8,6 +8,8 @@ use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 
 use super::ending::import;
+use super::event_manager::PyEventManager;
+use super::turning::Turning;
 use super::vmm::PyVmm;
 use super::{callback, exit};
 use crate::event::EventManager;
@@ -33,6 +35,20 @@ impl PyCancel {
 impl PyCancel {
     fn is_set(&self) -> bool {
         self.is_set.load(Ordering::Acquire)
+    }
+}
+
+impl PyVmm {
+    /// Turn the loop on this thread. In a shared loop each machine's run turns it for all.
+    ///
+    /// `awaiter` takes what callbacks on this thread return to be awaited.
+    pub(super) fn claim(&self, awaiter: Option<Py<PyAny>>) -> PyResult<Turning<'_>> {
+        let turners = self.event_manager.get().turners();
+        if self.is_shared { turners.share(awaiter) } else { turners.claim("the machine", awaiter) }
+    }
+
+    pub(super) fn manager(&self) -> &Py<PyEventManager> {
+        &self.event_manager
     }
 }
 
@@ -74,6 +90,7 @@ impl PyVmm {
         });
         match ended {
             Err(_) if is_cancelled => {
+                self.let_go_if_closed(py, vmm);
                 // This run's, and no later one's.
                 drop(raised.take_stop());
                 raised.check(py).map(|()| None)

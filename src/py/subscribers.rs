@@ -12,6 +12,7 @@ use pyo3::prelude::*;
 
 use super::attached::Attached;
 use super::batch::{Drain, Ready, TokenHasher};
+use super::context::Context;
 use super::event_fd::os_error;
 use crate::error::{Error, ErrorKind};
 use crate::event::EventManager;
@@ -26,6 +27,8 @@ pub(super) struct Subscribers(Attached<ByNumber<u64, Subscriber>>);
 pub(super) struct Subscriber {
     pub(super) id: SubscriberId,
     object: Py<PyAny>,
+    /// That in which it was added.
+    context: Context,
     /// Sources stay alive while they are registered. Most subscribers have one.
     first: Option<(RawFd, WatchedSource)>,
     others: ByNumber<RawFd, WatchedSource>,
@@ -40,6 +43,7 @@ impl Subscriber {
 /// The subscriber an event is for, and what its source was drained of.
 pub(super) struct Receiver<'py> {
     pub(super) object: Bound<'py, PyAny>,
+    pub(super) context: Context,
     pub(super) count: Option<u64>,
 }
 
@@ -55,8 +59,8 @@ fn unknown_id(at: &str) -> PyErr {
 }
 
 impl Subscriber {
-    fn new(id: SubscriberId, object: Py<PyAny>) -> Self {
-        Self { id, object, first: None, others: HashMap::default() }
+    fn new(id: SubscriberId, object: Py<PyAny>, context: Context) -> Self {
+        Self { id, object, context, first: None, others: HashMap::default() }
     }
 
     fn source(&self, fd: RawFd) -> Option<&WatchedSource> {
@@ -91,8 +95,15 @@ impl Subscriber {
 }
 
 impl Subscribers {
-    pub(super) fn insert(&self, py: Python<'_>, token: u64, id: SubscriberId, object: Py<PyAny>) {
-        let subscriber = Subscriber::new(id, object);
+    pub(super) fn insert(
+        &self,
+        py: Python<'_>,
+        token: u64,
+        id: SubscriberId,
+        object: Py<PyAny>,
+        context: Context,
+    ) {
+        let subscriber = Subscriber::new(id, object, context);
         self.0.with(py, |subscribers| subscribers.insert(token, subscriber));
     }
 
@@ -143,7 +154,8 @@ impl Subscribers {
                 Some(Err(e)) if e.kind() == io::ErrorKind::WouldBlock => return Ok(None),
                 Some(Err(e)) => return Err(os_error(&e)),
             };
-            Ok(Some(Receiver { object: subscriber.object.bind(py).clone(), count }))
+            let context = subscriber.context.clone_ref(py);
+            Ok(Some(Receiver { object: subscriber.object.bind(py).clone(), context, count }))
         })
     }
 
@@ -168,6 +180,7 @@ impl Subscribers {
             self.0.peek(|subscribers| {
                 subscribers.values().try_for_each(|subscriber| {
                     visit.call(&subscriber.object)?;
+                    visit.call(subscriber.context.object())?;
                     subscriber.sources().try_for_each(|source| visit.call(&source.object))
                 })
             })

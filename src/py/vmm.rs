@@ -21,7 +21,6 @@ use super::memory::PyGuestMemory;
 use super::owned::Owned;
 use super::serial::PySerial;
 use super::snapshot::PySnapshot;
-use super::turning::Turning;
 use super::{callback, config, exit, interrupt, vcpu};
 use crate::devices::{Access, Buses};
 use crate::error::Result;
@@ -147,6 +146,7 @@ impl PyVmm {
         ended: PyResult<Option<Exit>>,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
         let raised = &self.hooks.raised;
+        self.let_go_if_closed(py, self.vmm()?);
         let exit = match ended {
             Ok(None) => return Ok(None),
             Ok(Some(exit)) => exit,
@@ -178,16 +178,25 @@ impl PyVmm {
         }
     }
 
-    /// Turn the loop on this thread. In a shared loop each machine's run turns it for all.
-    ///
-    /// `awaiter` takes what callbacks on this thread return to be awaited.
-    pub(super) fn claim(&self, awaiter: Option<Py<PyAny>>) -> PyResult<Turning<'_>> {
-        let turners = self.event_manager.get().turners();
-        if self.is_shared { turners.share(awaiter) } else { turners.claim("the machine", awaiter) }
+    /// Let go of what a closed machine does not need: its devices, and the subscribers of its streams, which a loop that others
+    /// use would keep. Whether it is closed.
+    pub(super) fn let_go_if_closed(&self, py: Python<'_>, vmm: &Vmm) -> bool {
+        let is_closed = vmm.state() == VmRunState::Closed;
+        if is_closed {
+            self.let_go(py);
+        }
+        is_closed
     }
 
-    pub(super) fn manager(&self) -> &Py<PyEventManager> {
-        &self.event_manager
+    fn let_go(&self, py: Python<'_>) {
+        // Outside the locks: it may run Python code.
+        let devices = std::mem::take(&mut *self.devices.lock());
+        drop(devices);
+        let streams = std::mem::take(&mut *self.streams.lock());
+        for id in streams {
+            // Fails when the program has removed it already.
+            let _ = self.event_manager.get().remove_subscriber(py, id.get());
+        }
     }
 }
 
@@ -205,6 +214,7 @@ impl Drop for PyVmm {
                 vmm.close();
                 drop(vmm);
             });
+            self.let_go(py);
             self.hooks.raised.report(py);
         });
     }
@@ -400,19 +410,9 @@ impl PyVmm {
     fn close(&self, py: Python<'_>) {
         let Some(vmm) = self.vmm.peek() else { return };
         py.detach(|| vmm.close());
-        if vmm.state() == VmRunState::Closed {
-            // Outside the lock: it may run Python code.
-            let devices = std::mem::take(&mut *self.devices.lock());
-            drop(devices);
+        // Called from a callback, the machine closes at the end of the run: its last output is still to be taken.
+        if self.let_go_if_closed(py, vmm) {
             self.hooks.raised.report(py);
-        }
-        // Called from a callback, the machine closes later, and its last output is still to be taken.
-        if self.is_shared && vmm.state() == VmRunState::Closed {
-            let streams = std::mem::take(&mut *self.streams.lock());
-            for id in streams {
-                // Fails when the program has removed it already.
-                let _ = self.event_manager.get().remove_subscriber(py, id.get());
-            }
         }
     }
 

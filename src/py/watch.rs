@@ -2,13 +2,20 @@
 //! from any.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pyo3::prelude::*;
 
+use super::ending::import;
 use super::event_manager::PyEventManager;
 use super::exit::timeout as as_timeout;
 use crate::sync::{Mutex, rank};
+
+/// How long a loop keeps the GIL from other threads: as long as Python's own switch interval.
+const INTERVAL: Duration = Duration::from_millis(5);
+
+/// Turns from one look at the clock to the next.
+const TURNS: u32 = 16;
 
 /// See the module.
 #[derive(Debug, Default)]
@@ -65,12 +72,78 @@ impl Watch {
         self.slowest.lock().clone()
     }
 
-    pub(super) fn is_slowest(&self, took: Duration) -> bool {
-        self.slowest.lock().0 < took
+    /// Call, and time that where callbacks are timed; also a call that raises.
+    pub(super) fn timed<T>(
+        &self,
+        py: Python<'_>,
+        name: impl FnOnce() -> PyResult<String>,
+        call: impl FnOnce() -> PyResult<T>,
+    ) -> PyResult<T> {
+        if self.slow_callback().is_none() {
+            return call();
+        }
+        let start = Instant::now();
+        let result = call();
+        let noted = self.note(py, name, start.elapsed());
+        match (result, noted) {
+            (Ok(value), noted) => noted.map(|()| value),
+            (Err(error), Ok(())) => Err(error),
+            (Err(error), Err(failure)) => {
+                failure.write_unraisable(py, None);
+                Err(error)
+            }
+        }
     }
 
-    pub(super) fn note_slowest(&self, took: Duration, name: String) {
-        *self.slowest.lock() = (took, name);
+    /// Note a callback that took the longest so far, and log one that took longer than the threshold.
+    pub(super) fn note(
+        &self,
+        py: Python<'_>,
+        name: impl FnOnce() -> PyResult<String>,
+        took: Duration,
+    ) -> PyResult<()> {
+        let is_slow = self.slow_callback().is_some_and(|threshold| took > threshold);
+        let is_slowest = self.slowest.lock().0 < took;
+        if !is_slow && !is_slowest {
+            return Ok(());
+        }
+        let name = name()?;
+        if is_slowest {
+            *self.slowest.lock() = (took, name.clone());
+        }
+        if is_slow {
+            let callbacks = import(py, "pyvmm.callbacks")?;
+            callbacks.call_method1("warn_slow", (&name, took.as_secs_f64()))?;
+        }
+        Ok(())
+    }
+}
+
+/// How a loop that never waits leaves other threads their turn, though its callbacks may run no Python code.
+#[derive(Debug)]
+pub(super) struct Pace {
+    turns: u32,
+    since: Instant,
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        Self { turns: 0, since: Instant::now() }
+    }
+}
+
+impl Pace {
+    /// After a turn: let the GIL go if it was kept for long.
+    pub(super) fn let_others_run(&mut self, py: Python<'_>) {
+        self.turns += 1;
+        if self.turns < TURNS {
+            return;
+        }
+        self.turns = 0;
+        if self.since.elapsed() > INTERVAL {
+            py.detach(|| ());
+            self.since = Instant::now();
+        }
     }
 }
 
