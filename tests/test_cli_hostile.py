@@ -10,6 +10,7 @@ import subprocess
 import sys
 import termios
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,6 +19,8 @@ from pyvmm import Snapshot
 from test_cli import flat_file, pyvmm
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
 COMMAND = [sys.executable, "-m", "pyvmm"]
@@ -101,9 +104,15 @@ def test_what_is_no_time_is_refused(text: str, option: str, tmp_path: Path) -> N
     assert done.stderr.count(b"\n") == 1
 
 
-def started(*arguments: object, **streams: Any) -> subprocess.Popen[bytes]:
+@contextmanager
+def started(*arguments: object, **streams: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """The command in a process of its own, which does not outlive the test."""
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
-    return subprocess.Popen([*COMMAND, *map(str, arguments)], **streams)
+    with subprocess.Popen([*COMMAND, *map(str, arguments)], **streams) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 @pytest.mark.kvm
@@ -197,8 +206,9 @@ def test_a_snapshot_that_nothing_may_be_written_to_is_refused_before_the_run(tmp
         assert (done.returncode, done.stderr.count(b"\n")) == (125, 1)
 
 
-def on_terminal(controller: int, end: int, *arguments: object) -> subprocess.Popen[bytes]:
-    return started(*arguments, stdin=end, stdout=end, stderr=end, start_new_session=True)
+def on_terminal(controller: int, end: int, *arguments: object) -> AbstractContextManager[subprocess.Popen[bytes]]:
+    # In a group of its own, but in the session of the test: a group without a parent there is never suspended.
+    return started(*arguments, stdin=end, stdout=end, stderr=end, process_group=0)
 
 
 @pytest.fixture
@@ -231,7 +241,10 @@ def test_a_suspended_process_leaves_the_terminal_as_it_was(terminal: tuple[int, 
             seen += os.read(terminal[0], 1024)
         assert termios.tcgetattr(terminal[1]) != before
         process.send_signal(signal.SIGTSTP)
-        assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
+        deadline = time.monotonic() + DEADLINE_S
+        while os.waitpid(process.pid, os.WUNTRACED | os.WNOHANG) == (0, 0):
+            assert time.monotonic() < deadline, "it is not suspended"
+            time.sleep(0.01)
         assert termios.tcgetattr(terminal[1]) == before
         process.send_signal(signal.SIGCONT)
         process.send_signal(signal.SIGTERM)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import gzip
 import io
 import os
 import socket
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from guests import echo_until, exit_with, flat, print_text
-from pyvmm import ConfigError, EventManager, ExitReason, SerialConfig, Vmm, VmmConfig
+from pyvmm import ConfigError, EventManager, ExitReason, SerialConfig, StreamError, Vmm, VmmConfig
 from pyvmm.streams import endpoint
 
 if TYPE_CHECKING:
@@ -120,6 +121,197 @@ def test_input_arrives_and_its_end_is_told(kind: str, tmp_path: Path, make: Call
         assert vmm.run(60).reason is ExitReason.CODE
         assert vmm.serial.read() == TEXT + b"\x04"
         assert vmm.serial.input_waiting == 0
+
+
+def listening() -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind("")  # a name that the kernel chooses
+    listener.listen()
+    return listener
+
+
+def closed() -> socket.socket:
+    one = socket.socket()
+    one.close()
+    return one
+
+
+def closed_file() -> Any:
+    with open(os.devnull, "r+b", 0) as file:
+        return file
+
+
+async def coroutine(piece: bytes = b"") -> bytes:
+    return piece
+
+
+BOTH = ("serial.input", "serial.output")
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize(
+    ("make_stream", "ends", "text"),
+    [
+        (lambda: -1, BOTH, "no file descriptor"),
+        (lambda: 2**31, BOTH, "no file descriptor"),
+        (lambda: 2**70, BOTH, "no file descriptor"),
+        (lambda: 2**31 - 1, BOTH, "Bad file descriptor"),
+        (lambda: os.open("/", os.O_RDONLY), BOTH, "directory|not open for writing"),
+        (lambda: os.open("/", os.O_PATH), BOTH, "not open for"),
+        (lambda: os.open(os.devnull, os.O_WRONLY), ("serial.input",), "not open for reading"),
+        (lambda: os.open(os.devnull, os.O_RDONLY), ("serial.output",), "not open for writing"),
+        (lambda: io.FileIO(os.devnull), ("serial.output",), "not open for writing"),
+        (listening, BOTH, "listens"),
+        (socket.socket, BOTH, "not connected"),
+        (lambda: socket.socket(type=socket.SOCK_DGRAM), ("serial.output",), "not connected"),
+        (closed, BOTH, "closed"),
+        (closed_file, BOTH, "closed"),
+        (lambda: "/", ("serial.input",), "directory"),
+        (lambda: coroutine, BOTH, "coroutine"),
+    ],
+)
+def test_what_can_be_no_stream_is_refused_when_it_is_configured(
+    make_stream: Callable[[], Any], ends: tuple[str, ...], text: str
+) -> None:
+    stream = make_stream()
+    try:
+        for end in ends:
+            serial = SerialConfig(**{end.partition(".")[2]: stream})
+            with pytest.raises(ConfigError, match=rf"^{end}: .*({text})") as refusal:
+                Vmm(flat(exit_with(0), serial=serial))
+            assert refusal.value.at == end
+    finally:
+        if isinstance(stream, int) and 2 < stream < 1000:
+            os.close(stream)
+        elif hasattr(stream, "close"):
+            stream.close()
+
+
+@pytest.mark.kvm
+def test_a_fifo_needs_a_reader_as_output_and_waits_for_its_writer_as_input(tmp_path: Path) -> None:
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    with pytest.raises(StreamError, match="nobody reads"):
+        Vmm(printing(path))
+    with Vmm(echoing(input=path)) as vmm:
+        assert vmm.run(0.05).reason is ExitReason.TIMEOUT
+        path.write_bytes(TEXT)
+        assert vmm.run(60).reason is ExitReason.CODE
+        assert vmm.serial.read() == TEXT + b"\x04"
+
+
+@pytest.mark.kvm
+def test_a_compressed_file_is_read_and_written_through_itself(tmp_path: Path) -> None:
+    with gzip.open(tmp_path / "file", "wb") as file:
+        run(printing(file))
+    with gzip.open(tmp_path / "file", "rb") as file:
+        assert file.read() == TEXT
+        file.seek(0)
+        with Vmm(echoing(input=file)) as vmm:
+            vmm.run(60)
+            assert vmm.serial.read() == TEXT + b"\x04"
+
+
+@pytest.mark.kvm
+def test_a_file_object_is_written_behind_what_it_holds_already(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("w+b") as file:
+        file.write(b"before ")
+        run(printing(file))
+        file.write(b"after")
+        file.seek(0)
+        assert file.read() == b"before " + TEXT + b"after"
+    with (tmp_path / "file").open("wb") as file:
+        run(printing(file.write))
+    assert (tmp_path / "file").read_bytes() == TEXT
+
+
+@pytest.mark.kvm
+def test_an_empty_datagram_is_no_end_and_none_is_cut_off() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with ours, theirs, Vmm(echoing(input=theirs, output=theirs)) as vmm:
+        for message in (b"a", b"", b"b" * 3000, b"\x04"):
+            ours.send(message)
+        assert vmm.run(60).reason is ExitReason.CODE
+        got = b""
+        while not got.endswith(b"\x04"):
+            got += ours.recv(65536)
+    assert got == b"a" + b"b" * 3000 + b"\x04"
+
+
+class Odd(io.RawIOBase):
+    """A file object whose `write` returns what it is told, one after the other."""
+
+    def __init__(self, *returned: Any) -> None:
+        self.returned = list(returned)
+        self.got = b""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, piece: Any) -> Any:
+        result = self.returned.pop(0) if self.returned else len(piece)
+        if isinstance(result, BaseException):
+            raise result
+        if type(result) is int and 0 < result <= len(piece):
+            self.got += bytes(piece[:result])
+        return result
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("returned", [(None,) * 3, (0, 1, 0), (1, 2, 3), (BlockingIOError(11, "full"), 5)])
+def test_what_a_file_object_does_not_take_is_given_again(returned: tuple[Any, ...]) -> None:
+    file = Odd(*returned)
+    run(printing(file))
+    assert file.got == TEXT
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("returned", [-1, 10**9, "x", True, OSError(28, "full"), KeyError("own")])
+def test_a_write_that_fails_ends_the_run_and_loses_nothing(returned: Any) -> None:
+    file = Odd(3, returned)
+    with Vmm(printing(file)) as vmm:
+        error = type(returned) if isinstance(returned, BaseException) else StreamError
+        with pytest.raises(error):
+            vmm.run(60)
+        assert file.got == TEXT[:3]
+        assert vmm.run(60).reason is ExitReason.CODE
+    assert file.got == TEXT
+
+
+@pytest.mark.kvm
+def test_a_write_that_takes_nothing_for_ever_is_an_error() -> None:
+    with Vmm(printing(Odd(*[0] * 10_000))) as vmm, pytest.raises(StreamError, match="0 again and again"):
+        while True:
+            vmm.run(60)
+
+
+@pytest.mark.kvm
+def test_a_raw_file_object_that_has_nothing_to_read_yet_is_asked_again() -> None:
+    class Slow(io.RawIOBase):
+        def __init__(self) -> None:
+            self.pieces: list[bytes | BaseException | None] = [None, b"a", None, BlockingIOError(), b"b\x04"]
+
+        def read(self, size: int = -1) -> bytes | None:
+            piece = self.pieces.pop(0)
+            if isinstance(piece, BaseException):
+                raise piece
+            return piece
+
+    with Vmm(echoing(input=Slow())) as vmm:
+        assert vmm.run(60).reason is ExitReason.CODE
+        assert vmm.serial.read() == b"ab\x04"
+
+
+@pytest.mark.kvm
+def test_an_input_that_fails_ends_the_run_with_its_error() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs, Vmm(echoing(input=theirs)) as vmm:
+        # What we have not read when we close is a reset for the other end.
+        theirs.send(b"unread")
+        ours.close()
+        with pytest.raises(StreamError, match=r"serial\.input: Connection reset"):
+            vmm.run(60)
+        assert vmm.run(60).reason is ExitReason.CODE
 
 
 @pytest.mark.parametrize(
