@@ -292,7 +292,7 @@ def test_a_raw_file_object_that_has_nothing_to_read_yet_is_asked_again() -> None
             self.pieces: list[bytes | BaseException | None] = [None, b"a", None, BlockingIOError(), b"b\x04"]
 
         def read(self, size: int = -1) -> bytes | None:
-            piece = self.pieces.pop(0)
+            piece = self.pieces.pop(0) if self.pieces else b""
             if isinstance(piece, BaseException):
                 raise piece
             return piece
@@ -311,6 +311,7 @@ def test_an_input_that_fails_ends_the_run_with_its_error() -> None:
         ours.close()
         with pytest.raises(StreamError, match=r"serial\.input: Connection reset"):
             vmm.run(60)
+        vmm.serial.send(b"\x04")
         assert vmm.run(60).reason is ExitReason.CODE
 
 

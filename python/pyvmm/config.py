@@ -188,8 +188,8 @@ class VmmConfig(_Part, frozen=True):
             raise _error(str(path), "the name of a configuration ends in .toml or .json")
         try:
             text = _read(path)
-        except OSError as error:
-            raise _error(str(path), error.strerror or str(error)) from error
+        except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+            raise _error(str(path), getattr(error, "strerror", None) or str(error)) from error
         config = load(text)
         return msgspec.structs.replace(
             config,

@@ -224,7 +224,7 @@ impl InputPump {
             }
             Err(e) => {
                 self.serial.fail_input(Error::os(ErrorKind::Io, Direction::Input.key(), &e));
-                self.end(ops);
+                self.unwatch(ops);
             }
         }
     }
@@ -255,11 +255,16 @@ impl InputPump {
     }
 
     fn end(&mut self, ops: &mut EventOps) {
+        self.unwatch(ops);
+        self.serial.feed(&self.eof);
+    }
+
+    /// Read no more.
+    fn unwatch(&mut self, ops: &mut EventOps) {
         if self.source == Source::Watched {
             let _ = ops.remove(Events::new(&self.file, EventSet::IN));
         }
         self.source = Source::Ended;
-        self.serial.feed(&self.eof);
     }
 }
 
