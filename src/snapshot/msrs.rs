@@ -12,6 +12,8 @@ use crate::vm::open_kvm;
 
 const IA32_TSC: u32 = 0x10;
 const IA32_TSC_DEADLINE: u32 = 0x6e0;
+/// One call of KVM's takes fewer than its MAX_IO_MSRS, which is 256.
+const MOST_AT_ONCE: usize = 255;
 /// Bit 0 says that the guest uses KVM's clock.
 const KVM_SYSTEM_TIME: [u32; 2] = [0x12, 0x4b56_4d01];
 
@@ -48,11 +50,12 @@ fn learn(vcpu: &Vcpu) -> Result<Vec<u32>> {
     let mut list = listed.as_slice().to_vec();
     let mut more: Vec<u32> = unlisted().filter(|index| !list.contains(index)).collect();
     // What KVM gives and does not take, a guest cannot change either.
-    let mut left = values(vcpu, &mut more)?;
+    let given = values(vcpu, &mut more)?;
+    let mut left = given.as_slice();
     while !left.is_empty() {
-        let set = kvm("KVM_SET_MSRS", vcpu.fd.set_msrs(&wrap(&left)?))?;
-        list.extend(left.iter().take(set).map(|entry| entry.index));
-        left.drain(..left.len().min(set + 1));
+        let (count, refused) = set(vcpu, left)?;
+        list.extend(left.iter().take(count).map(|entry| entry.index));
+        left = left.get(count + usize::from(refused.is_some())..).unwrap_or(&[]);
     }
     // A deadline is one of the counter, which has to be set first.
     list.sort_by_key(|index| match *index {
@@ -65,19 +68,33 @@ fn learn(vcpu: &Vcpu) -> Result<Vec<u32>> {
 
 /// The registers of a list with their values. Those that KVM does not give are taken off the list.
 fn values(vcpu: &Vcpu, list: &mut Vec<u32>) -> Result<Vec<kvm_msr_entry>> {
-    loop {
+    let mut all = Vec::with_capacity(list.len());
+    while all.len() < list.len() {
         let entries: Vec<kvm_msr_entry> = list
             .iter()
+            .skip(all.len())
+            .take(MOST_AT_ONCE)
             .map(|index| kvm_msr_entry { index: *index, ..Default::default() })
             .collect();
         let mut msrs = wrap(&entries)?;
-        // KVM stops at the first that it does not give.
         let count = kvm("KVM_GET_MSRS", vcpu.fd.get_msrs(&mut msrs))?;
-        if count >= list.len() {
-            return Ok(msrs.as_slice().to_vec());
+        all.extend(msrs.as_slice().iter().take(count));
+        if count < entries.len() {
+            // KVM stops at the first that it does not give.
+            list.remove(all.len());
         }
-        list.remove(count);
     }
+    Ok(all)
+}
+
+/// Set as many as KVM takes at once, up to the first that it refuses: how many are set, and that one.
+fn set<'a>(
+    vcpu: &Vcpu,
+    entries: &'a [kvm_msr_entry],
+) -> Result<(usize, Option<&'a kvm_msr_entry>)> {
+    let part = entries.get(..MOST_AT_ONCE).unwrap_or(entries);
+    let count = kvm("KVM_SET_MSRS", vcpu.fd.set_msrs(&wrap(part)?))?;
+    Ok((count, part.get(count)))
 }
 
 fn wrap(entries: &[kvm_msr_entry]) -> Result<Msrs> {
@@ -99,10 +116,11 @@ pub(super) fn apply(vcpu: &mut Vcpu, state: &[u8]) -> Result<()> {
     }
     let mut left = entries.as_slice();
     while !left.is_empty() {
-        let set = kvm("KVM_SET_MSRS", vcpu.fd.set_msrs(&wrap(left)?))?;
-        let Some(refused) = left.get(set) else { break };
-        check_refused(vcpu, refused)?;
-        left = left.get(set + 1..).unwrap_or(&[]);
+        let (count, refused) = set(vcpu, left)?;
+        if let Some(refused) = refused {
+            check_refused(vcpu, refused)?;
+        }
+        left = left.get(count + usize::from(refused.is_some())..).unwrap_or(&[]);
     }
     let uses_clock =
         |entry: &kvm_msr_entry| KVM_SYSTEM_TIME.contains(&entry.index) && entry.data & 1 != 0;
