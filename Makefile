@@ -3,9 +3,9 @@
 export PATH := $(CURDIR)/.venv/bin:$(HOME)/.cargo/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 SHELL := /bin/bash
-PYTHON_CODE := python tests benches examples
+PYTHON_CODE := python tests benches examples scripts
 
-.PHONY: help all run test setup lint rust loom linux pytest checked docs bench stress fuzz audit format clean
+.PHONY: help all run test setup lint rust loom linux pytest checked hardware docs bench stress fuzz audit format clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,10 @@ CHECKED ?= tests/stress tests/test_vmm.py tests/test_vm.py tests/test_devices.py
 checked: setup ## Python tests with a module that checks the order of locks; CHECKED=ARGUMENTS of pytest
 	@scripts/checked.sh
 	PYTHONPATH=target/checked/python pytest --quiet $(CHECKED)
+
+TESTS ?= all
+hardware: setup linux ## The Python tests on a hardware KVM, which QEMU emulates; TESTS=subset: the most useful
+	@python scripts/hardware $(TESTS)
 
 docs: setup ## The Rust documentation, every link checked
 	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps --document-private-items

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,9 +15,10 @@ from hypothesis import HealthCheck, settings
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from pyvmm import Vmm, VmmConfig
+    from pyvmm import Snapshot, Vmm, VmmConfig
 
 ROOT = Path(__file__).parent.parent
+LINUX_DEADLINE_S = 200
 REQUIRED = bool(os.environ.get("PYVMM_REQUIRE_KVM"))
 
 settings.register_profile(
@@ -54,6 +56,35 @@ def linux_directory() -> Path:
     return Path(os.environ.get("PYVMM_CACHE") or default) / f"linux-{key}"
 
 
+class LeftOut(NamedTuple):
+    """Tests that `make hardware` does not run, and why."""
+
+    tests: list[str]
+    reason: str
+
+
+def left_out() -> list[LeftOut]:
+    """The entries of tests/hardware.toml."""
+    entries = tomllib.loads((ROOT / "tests" / "hardware.toml").read_text())["left_out"]
+    return [LeftOut(**entry) for entry in entries]
+
+
+def is_named(name: str, test: str) -> bool:
+    """Whether an entry's name is that of the test, of its function, of its file or of a folder above."""
+    return test == name or (test.startswith(name) and test[len(name)] in "[:/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On the emulated processor of `make hardware`, skip what tests/hardware.toml names."""
+    if not os.environ.get("PYVMM_HARDWARE"):
+        return
+    for entry in left_out():
+        mark = pytest.mark.skip(reason=f"left out by tests/hardware.toml: {entry.reason}")
+        for item in items:
+            if any(is_named(name, item.nodeid) for name in entry.tests):
+                item.add_marker(mark)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what cannot run here; fail it where it must."""
     needs_linux = item.get_closest_marker("linux") is not None
@@ -81,6 +112,30 @@ def linux_once() -> Linux:
     names = ("vmlinux", "vmlinux-stock", "vmlinux-smp", "bzImage")
     vmlinux, stock, smp, bzimage = (directory / name for name in names)
     return Linux(vmlinux, stock, smp, bzimage, directory / "initramfs.cpio")
+
+
+class BootedLinux(NamedTuple):
+    """A Linux that has booted, and waits in its userspace for a line to be typed."""
+
+    snapshot: Snapshot
+    console: str
+
+
+@pytest.fixture(scope="session")
+def booted_linux(linux_once: Linux) -> BootedLinux:
+    """One boot for all tests that need a running Linux: they fork it."""
+    seen = bytearray()
+
+    def look(piece: bytes) -> None:
+        seen.extend(piece)
+        if b"type a line" in seen:
+            vmm.stop()
+
+    boot = pyvmm.LinuxBoot(linux_once.vmlinux, initrd=linux_once.initramfs, cmdline=f"{linux_once.cmdline} pyvmm.echo")
+    with pyvmm.Vmm(pyvmm.VmmConfig(boot=boot, serial=pyvmm.SerialConfig(output=look))) as vmm:
+        exit = vmm.run(LINUX_DEADLINE_S)
+        assert exit.reason is pyvmm.ExitReason.STOPPED, (exit, bytes(seen)[-2000:])
+        return BootedLinux(vmm.snapshot(), seen.decode())
 
 
 @pytest.fixture

@@ -23,21 +23,23 @@ from pyvmm import (
 )
 
 if TYPE_CHECKING:
-    from conftest import Linux
+    from conftest import BootedLinux, Linux
 
 pytestmark = [pytest.mark.linux, pytest.mark.timeout(300)]
 DEADLINE_S = 200
 USERSPACE = "pyvmm: userspace reached, processors: 1"
 
 
-def test_vmlinux_boots_to_userspace_and_resets(linux: Linux) -> None:
-    boot = LinuxBoot(linux.vmlinux, initrd=linux.initramfs, cmdline=linux.cmdline)
-    with Vmm(VmmConfig(boot=boot)) as vmm:
-        exit = vmm.run(DEADLINE_S)
-        console = vmm.serial.read().decode()
-    assert exit == Exit(ExitReason.RESET, vcpu=0), console[-2000:]
-    assert USERSPACE in console
-    assert linux.cmdline in console
+def test_vmlinux_boots_to_userspace_and_resets(linux: Linux, booted_linux: BootedLinux) -> None:
+    assert USERSPACE in booted_linux.console
+    assert f"Kernel command line: {linux.cmdline} pyvmm.echo" in booted_linux.console
+    with booted_linux.snapshot.fork() as fork:
+        fork.serial.send(b"hello\n")
+        exit = fork.run(DEADLINE_S)
+        console = fork.serial.read().decode()
+    assert exit == Exit(ExitReason.RESET, vcpu=0), console
+    assert "pyvmm: you typed hello" in console
+    assert "reboot: Restarting system" in console
 
 
 def test_bzimage_unpacks_itself_and_boots_to_userspace(linux: Linux) -> None:
@@ -68,35 +70,15 @@ def test_kernel_with_every_instruction_boots_by_fixups(linux: Linux) -> None:
     assert ": int3\n" in exit.fault
 
 
-def test_smp_kernel_wakes_its_second_processor(linux: Linux) -> None:
-    """The second one prints after INIT and SIPI. Where ring 0 is emulated the two get no further."""
+@pytest.mark.parametrize("vcpus", [2, 4])
+def test_smp_kernel_comes_to_userspace_with_all_its_processors(linux: Linux, vcpus: int) -> None:
     console = bytearray()
-
-    def look(piece: bytes) -> None:
-        console.extend(piece)
-        if b"CPU 1 Converting" in console or b"Brought up 1 node, 2 CPUs" in console:
-            vmm.stop()
-
     boot = LinuxBoot(linux.vmlinux_smp, initrd=linux.initramfs, cmdline=linux.cmdline)
-    config = VmmConfig(boot=boot, cpu=CpuConfig(2), serial=SerialConfig(output=look))
+    config = VmmConfig(boot=boot, cpu=CpuConfig(vcpus), serial=SerialConfig(output=console.extend))
     with Vmm(config) as vmm:
         exit = vmm.run(DEADLINE_S)
-    assert exit.reason is ExitReason.STOPPED, (exit, bytes(console)[-2000:])
-
-
-def test_userspace_reads_what_is_sent(linux: Linux) -> None:
-    console = bytearray()
-
-    def answer(piece: bytes) -> None:
-        if b"type a line" not in console and b"type a line" in console + piece:
-            vmm.serial.send(b"hello\n")
-        console.extend(piece)
-
-    boot = LinuxBoot(linux.vmlinux, initrd=linux.initramfs, cmdline=f"{linux.cmdline} pyvmm.echo")
-    with Vmm(VmmConfig(boot=boot, serial=SerialConfig(output=answer))) as vmm:
-        exit = vmm.run(DEADLINE_S)
-    assert exit.reason is ExitReason.RESET
-    assert b"pyvmm: you typed hello" in console
+    assert exit.reason is ExitReason.RESET, (exit, bytes(console)[-2000:])
+    assert f"userspace reached, processors: {vcpus}\r\n".encode() in console, bytes(console)[-2000:]
 
 
 def test_subscriber_of_ones_own_is_called_while_linux_boots(linux: Linux) -> None:

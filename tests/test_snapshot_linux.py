@@ -8,30 +8,13 @@ import pytest
 from pyvmm import ExitReason, LinuxBoot, SerialConfig, Snapshot, Vmm, VmmConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
-    from conftest import Linux
+    from conftest import BootedLinux, Linux
 
 pytestmark = [pytest.mark.linux, pytest.mark.timeout(300)]
 DEADLINE_S = 200
 FORKS = 20
-
-
-@pytest.fixture(scope="module")
-def at_userspace(linux_once: Linux) -> Iterator[Snapshot]:
-    """Linux that waits for a line to be typed."""
-    seen = bytearray()
-
-    def look(piece: bytes) -> None:
-        seen.extend(piece)
-        if b"type a line" in seen:
-            vmm.stop()
-
-    boot = LinuxBoot(linux_once.vmlinux, initrd=linux_once.initramfs, cmdline=f"{linux_once.cmdline} pyvmm.echo")
-    with Vmm(VmmConfig(boot=boot, serial=SerialConfig(output=look))) as vmm:
-        assert vmm.run(DEADLINE_S).reason is ExitReason.STOPPED, bytes(seen)[-2000:]
-        yield vmm.snapshot()
 
 
 def answers(fork: Vmm, line: str) -> str:
@@ -41,8 +24,8 @@ def answers(fork: Vmm, line: str) -> str:
     return fork.serial.read().decode()
 
 
-def test_twenty_forks_each_print_their_own_line_and_reset(at_userspace: Snapshot) -> None:
-    forks = at_userspace.fork_many(FORKS)
+def test_twenty_forks_each_print_their_own_line_and_reset(booted_linux: BootedLinux) -> None:
+    forks = booted_linux.snapshot.fork_many(FORKS)
     for number, fork in enumerate(forks):
         with fork:
             printed = answers(fork, f"fork {number}")
@@ -50,29 +33,38 @@ def test_twenty_forks_each_print_their_own_line_and_reset(at_userspace: Snapshot
         assert "userspace reached" not in printed, "it has not booted again"
 
 
-def test_one_fork_is_reset_and_asked_again(at_userspace: Snapshot) -> None:
-    with at_userspace.fork() as fork:
+def test_one_fork_is_reset_and_asked_again(booted_linux: BootedLinux) -> None:
+    with booted_linux.snapshot.fork() as fork:
         for number in range(5):
             assert f"you typed reset {number}" in answers(fork, f"reset {number}")
-            assert fork.reset(at_userspace) > 0
+            assert fork.reset(booted_linux.snapshot) > 0
 
 
-def test_linux_goes_on_from_a_file(at_userspace: Snapshot, tmp_path: Path) -> None:
-    at_userspace.save(tmp_path / "linux")
+def test_linux_goes_on_from_a_file(booted_linux: BootedLinux, tmp_path: Path) -> None:
+    booted_linux.snapshot.save(tmp_path / "linux")
     assert (tmp_path / "linux").stat().st_size < 64 << 20
     with Snapshot.load(tmp_path / "linux").fork() as fork:
         assert "you typed from a file" in answers(fork, "from a file")
         later = fork.snapshot()
-    later.save(tmp_path / "diff", at_userspace)
+    later.save(tmp_path / "diff", booted_linux.snapshot)
     assert (tmp_path / "diff").stat().st_size < (tmp_path / "linux").stat().st_size / 2
 
 
 def test_snapshot_of_a_booting_linux_boots_on(linux_once: Linux) -> None:
-    """Paused, copied and gone on, again and again: the last copy still comes to userspace."""
+    """Stopped at marks on its console, copied and gone on: the last copy still comes to userspace."""
+    marks = [b"Zone ranges:", b"Memory: ", b"pid_max:", b"Unpacking initramfs"]
+    seen = bytearray()
+
+    def look(piece: bytes) -> None:
+        seen.extend(piece)
+        if marks and marks[0] in seen:
+            marks.pop(0)
+            vmm.stop()
+
     boot = LinuxBoot(linux_once.vmlinux, initrd=linux_once.initramfs, cmdline=linux_once.cmdline)
-    with Vmm(VmmConfig(boot=boot)) as vmm:
-        for _ in range(4):
-            assert vmm.run(0.5).reason is ExitReason.TIMEOUT
+    with Vmm(VmmConfig(boot=boot, serial=SerialConfig(output=look))) as vmm:
+        while marks:
+            assert vmm.run(DEADLINE_S).reason is ExitReason.STOPPED, bytes(seen)[-2000:]
             snapshot = vmm.snapshot()
     with snapshot.fork() as fork:
         assert fork.run(DEADLINE_S).reason is ExitReason.RESET
