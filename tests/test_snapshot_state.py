@@ -30,8 +30,9 @@ MSR_RANGES = (
     range(0xC001_0000, 0xC001_0400),
     range(0xC001_1000, 0xC001_1100),
 )
-# They come with the special registers: EFER, the bases of FS, GS and the LAPIC.
-IN_SREGS = {0x1B, 0xC000_0080, 0xC000_0100, 0xC000_0101}
+# What comes with other classes, or under another number: EFER and the bases of FS, GS and the LAPIC are special
+# registers; Hyper-V's of the APIC are the LAPIC's; full-width counters are those that KVM lists.
+ELSEWHERE = {0x1B, 0xC000_0080, 0xC000_0100, 0xC000_0101, 0x4000_0070, 0x4000_0071, 0x4000_0072, *range(0x4C1, 0x4C9)}
 
 
 def msrs(snapshot: Snapshot, vcpu: int = 0) -> dict[int, int]:
@@ -104,7 +105,7 @@ def settable(vcpu: Vcpu) -> dict[int, int]:
     for index in itertools.chain(*MSR_RANGES):
         with suppress(KvmError):
             value = vcpu.msrs[index]
-            if index in TIMES or index in IN_SREGS:
+            if index in TIMES or index in ELSEWHERE:
                 continue
             for other in (value ^ 1, value ^ 0x1000, value ^ 6, 0 if value else ALL_ONES, value ^ 0xC00):
                 with suppress(KvmError):

@@ -26,8 +26,8 @@ pub(super) fn unlisted() -> impl Iterator<Item = u32> {
     let mtrrs = [0x2ff, 0x250, 0x258, 0x259].into_iter().chain(0x268..0x270).chain(0x200..0x210);
     // Of each of 32 machine-check banks: control, status, address and miscellaneous; and its second control.
     let machine_check = (0x400..0x480).chain(0x280..0x2a0);
-    // DEBUGCTL, TSC_AUX, and the errata that AMD's processors name to the guest.
-    let others = [0x1d9, 0xc000_0103, 0xc001_0140, 0xc001_0141];
+    // DEBUGCTL, TSC_AUX, VM_CR, and the errata that AMD's processors name to the guest.
+    let others = [0x1d9, 0xc000_0103, 0xc001_0114, 0xc001_0140, 0xc001_0141];
     // Of KVM's own: those that its newer versions, or others of its kind, have added.
     mtrrs.chain(machine_check).chain(others).chain(0x4b56_4d00..0x4b56_4d20)
 }
