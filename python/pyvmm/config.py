@@ -14,7 +14,7 @@ import select
 import stat
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -23,11 +23,15 @@ from pyvmm.exceptions import ConfigError
 
 Address: TypeAlias = Annotated[int, Meta(ge=0, extra_json_schema={"maximum": 2**64 - 1})]
 Port: TypeAlias = Annotated[int, Meta(ge=0, le=0xFFFC)]
-# A path is a string in a file; an object built in Python may have a Path.
+# A path is a string in a file; an object built in Python may have a Path, and any sequence of names.
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     FilePath: TypeAlias = str | Path
+    Names: TypeAlias = Sequence[str]
 else:
     FilePath = str
+    Names = tuple[str, ...]
 STREAM_SCHEMA = {"type": ["string", "integer", "null"]}
 Stream: TypeAlias = Annotated[Any, Meta(extra_json_schema=STREAM_SCHEMA)]
 
@@ -68,8 +72,8 @@ class CpuConfig(_Part, frozen=True):
     """
 
     vcpus: Annotated[int, Meta(ge=1, le=254)] = 1
-    hide: tuple[str, ...] = ()
-    expose: tuple[str, ...] = ()
+    hide: Names = ()
+    expose: Names = ()
     template: Literal["auto", "host", "software-kvm"] = "auto"
     fixups: bool = False
 
@@ -183,14 +187,14 @@ class VmmConfig(_Part, frozen=True):
             ConfigError: as for `from_dict`, or the file cannot be read.
         """
         path = Path(path)
-        load = {".toml": cls.from_toml, ".json": cls.from_json}.get(path.suffix)
-        if load is None:
+        decode: Any = {".toml": msgspec.toml.decode, ".json": msgspec.json.decode}.get(path.suffix)
+        if decode is None:
             raise _error(str(path), "the name of a configuration ends in .toml or .json")
         try:
             text = _read(path)
         except (OSError, ValueError) as error:  # ValueError: a null byte in the name
             raise _error(str(path), getattr(error, "strerror", None) or str(error)) from error
-        config = load(text)
+        config = _checked(lambda: decode(text, type=cls), str(path))
         return msgspec.structs.replace(
             config,
             boot=_beside(config.boot, path.parent, "path", "kernel", "initrd"),
@@ -249,7 +253,7 @@ def _error(at: str, detail: str) -> ConfigError:
     return ConfigError(f"{at or 'config'}: {detail}", at=at or "config")
 
 
-def _checked(load: Any) -> VmmConfig:
+def _checked(load: Any, source: str = "config") -> VmmConfig:
     """Turn msgspec's errors into ours: "... - at `$.memory.size_mib`" becomes "memory.size_mib: ..."."""
     try:
         config: VmmConfig = load()
@@ -258,10 +262,21 @@ def _checked(load: Any) -> VmmConfig:
         key = path.strip("`.").replace("[...]", "")
         if unknown := re.search(r"unknown field `(.*)`", detail):
             raise _unknown_key(key, unknown[1]) from None
-        raise _error(key, detail) from None
+        raise _error(key or source, detail + _choices(key, detail)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise _error("config", str(error)) from None
+        raise _error(source, str(error)) from None
     return config
+
+
+def _choices(key: str, detail: str) -> str:
+    """What a key with few values may be, for a value that is none of them."""
+    tags = [str(boot.__struct_config__.tag) for boot in (EmbeddedBoot, FlatBoot, LinuxBoot)]
+    values: dict[str, Sequence[str]] = {
+        "boot.type": tags,
+        "boot.mode": get_args(get_type_hints(FlatBoot)["mode"]),
+        "cpu.template": get_args(get_type_hints(CpuConfig)["template"]),
+    }
+    return f"; one of {', '.join(values[key])}" if key in values and detail.startswith("Invalid") else ""
 
 
 def _unknown_key(parent: str, name: str) -> ConfigError:

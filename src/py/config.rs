@@ -29,26 +29,39 @@ impl<'py> Part<'py> {
         if self.key.is_empty() { name.to_owned() } else { format!("{}.{name}", self.key) }
     }
 
-    fn get<T>(&self, name: &Bound<'py, PyString>) -> PyResult<T>
+    /// The value of a key, of which the error says what is `needed`.
+    fn get<T>(&self, name: &Bound<'py, PyString>, needed: &str) -> PyResult<T>
     where
-        T: for<'a> FromPyObject<'a, 'py, Error: Into<PyErr>>,
+        T: for<'a> FromPyObject<'a, 'py>,
     {
         let value = self.object.getattr(name)?;
-        value.extract().map_err(|e: <T as FromPyObject<'_, 'py>>::Error| {
-            let error: PyErr = e.into();
-            let reason = error.value(self.object.py()).to_string();
-            bad(self.at(&name.to_string()), reason)
-        })
+        value.extract().map_err(|_| bad(self.at(&name.to_string()), unlike(&value, needed)))
     }
 
-    fn part(&self, name: &Bound<'py, PyString>, key: &'static str) -> PyResult<Self> {
-        Ok(Self { object: self.object.getattr(name)?, key })
+    /// The part of this class, or of any that is looked at later.
+    fn part(
+        &self,
+        name: &Bound<'py, PyString>,
+        key: &'static str,
+        class: Option<&Py<PyAny>>,
+    ) -> PyResult<Self> {
+        let object = self.object.getattr(name)?;
+        if let Some(class) = class.map(|class| class.bind(object.py()))
+            && !object.is_instance(class)?
+        {
+            let needed = format!("a {}", class.getattr("__name__")?);
+            return Err(bad(key, unlike(&object, &needed)));
+        }
+        Ok(Self { object, key })
     }
 }
 
 /// The classes of `pyvmm.config` that decide what is read.
 struct Classes {
     config: Py<PyAny>,
+    memory: Py<PyAny>,
+    cpu: Py<PyAny>,
+    serial: Py<PyAny>,
     embedded: Py<PyAny>,
     flat: Py<PyAny>,
     linux: Py<PyAny>,
@@ -61,11 +74,24 @@ fn classes(py: Python<'_>) -> PyResult<&'static Classes> {
         let class = |name: &str| module.getattr(name).map(Bound::unbind);
         Ok(Classes {
             config: class("VmmConfig")?,
+            memory: class("MemoryConfig")?,
+            cpu: class("CpuConfig")?,
+            serial: class("SerialConfig")?,
             embedded: class("EmbeddedBoot")?,
             flat: class("FlatBoot")?,
             linux: class("LinuxBoot")?,
         })
     })
+}
+
+/// That something else is needed than this value, in the words of an error.
+fn unlike(value: &Bound<'_, PyAny>, needed: &str) -> String {
+    /// Characters of a value that are shown.
+    const SHOWN: usize = 60;
+    let shown = value.repr().map(|shown| shown.to_string()).unwrap_or_default();
+    let class = value.get_type().name().map(|name| name.to_string()).unwrap_or_default();
+    let is_short = (1..=SHOWN).contains(&shown.chars().count());
+    format!("{needed} is needed, not {}", if is_short { shown } else { class })
 }
 
 fn bad(at: impl Into<String>, detail: impl Into<String>) -> PyErr {
@@ -76,25 +102,28 @@ fn bad(at: impl Into<String>, detail: impl Into<String>) -> PyErr {
 pub(super) fn from_python(config: &Bound<'_, PyAny>) -> PyResult<VmmConfig> {
     let py = config.py();
     if !config.is_instance(classes(py)?.config.bind(py))? {
-        let class = config.get_type().name()?;
-        return Err(bad("config", format!("a VmmConfig is needed, not {class}")));
+        return Err(bad("config", unlike(config, "a VmmConfig")));
     }
     let all = Part { object: config.clone(), key: "" };
-    let memory = all.part(intern!(py, "memory"), "memory")?;
+    let classes = classes(py)?;
+    let memory = all.part(intern!(py, "memory"), "memory", Some(&classes.memory))?;
+    let size_mib = memory.get(intern!(py, "size_mib"), "a number of MiB from 1 to 8388607")?;
+    let port = "a port from 0 to 0xfffc, or None";
     Ok(VmmConfig {
-        memory: MemoryConfig { size_mib: memory.get(intern!(py, "size_mib"))? },
-        cpu: cpu(&all.part(intern!(py, "cpu"), "cpu")?)?,
-        boot: boot(&all.part(intern!(py, "boot"), "boot")?)?,
-        serial: serial(&all.part(intern!(py, "serial"), "serial")?)?,
-        exit_port: ExitPort(all.get(intern!(py, "exit_port"))?),
-        irqchip: all.get(intern!(py, "irqchip"))?,
-        pit: all.get(intern!(py, "pit"))?,
+        memory: MemoryConfig { size_mib },
+        cpu: cpu(&all.part(intern!(py, "cpu"), "cpu", Some(&classes.cpu))?)?,
+        boot: boot(&all.part(intern!(py, "boot"), "boot", None)?)?,
+        serial: serial(&all.part(intern!(py, "serial"), "serial", Some(&classes.serial))?)?,
+        exit_port: ExitPort(all.get(intern!(py, "exit_port"), port)?),
+        irqchip: all.get(intern!(py, "irqchip"), "True, False or None")?,
+        pit: all.get(intern!(py, "pit"), "True, False or None")?,
     })
 }
 
 fn cpu(part: &Part<'_>) -> PyResult<CpuConfig> {
     let py = part.object.py();
-    let template = match part.get::<String>(intern!(py, "template"))?.as_str() {
+    let templates = "one of auto, host, software-kvm";
+    let template = match part.get::<String>(intern!(py, "template"), templates)?.as_str() {
         "auto" => CpuTemplate::Auto,
         "host" => CpuTemplate::Host,
         "software-kvm" => CpuTemplate::SoftwareKvm,
@@ -103,12 +132,13 @@ fn cpu(part: &Part<'_>) -> PyResult<CpuConfig> {
             return Err(bad("cpu.template", detail));
         }
     };
+    let names = "a sequence of names, as in [\"avx2\"],";
     Ok(CpuConfig {
-        vcpus: part.get(intern!(py, "vcpus"))?,
-        hide: part.get(intern!(py, "hide"))?,
-        expose: part.get(intern!(py, "expose"))?,
+        vcpus: part.get(intern!(py, "vcpus"), "a number from 1 to 254")?,
+        hide: part.get(intern!(py, "hide"), names)?,
+        expose: part.get(intern!(py, "expose"), names)?,
         template,
-        fixups: part.get(intern!(py, "fixups"))?,
+        fixups: part.get(intern!(py, "fixups"), "True or False")?,
     })
 }
 
@@ -118,10 +148,10 @@ fn boot(part: &Part<'_>) -> PyResult<Boot> {
     let is = |class: &Py<PyAny>| part.object.is_instance(class.bind(py));
     if is(&classes.linux)? {
         return Ok(Boot::Linux(LinuxBoot {
-            kernel: part.get(intern!(py, "kernel"))?,
-            initrd: part.get(intern!(py, "initrd"))?,
-            cmdline: part.get(intern!(py, "cmdline"))?,
-            load_address: part.get(intern!(py, "load_address"))?,
+            kernel: part.get(intern!(py, "kernel"), "a path")?,
+            initrd: part.get(intern!(py, "initrd"), "a path, or None")?,
+            cmdline: part.get(intern!(py, "cmdline"), "a str")?,
+            load_address: part.get(intern!(py, "load_address"), "an address, or None")?,
         }));
     }
     if is(&classes.flat)? {
@@ -130,13 +160,13 @@ fn boot(part: &Part<'_>) -> PyResult<Boot> {
     if is(&classes.embedded)? {
         return Ok(Boot::Embedded);
     }
-    Err(bad("boot", "an EmbeddedBoot, FlatBoot or LinuxBoot is needed"))
+    Err(bad("boot", unlike(&part.object, "an EmbeddedBoot, FlatBoot or LinuxBoot")))
 }
 
 fn flat(part: &Part<'_>) -> PyResult<FlatBoot> {
     let py = part.object.py();
-    let code: PyBackedBytes = part.get(intern!(py, "code"))?;
-    let path: Option<PathBuf> = part.get(intern!(py, "path"))?;
+    let code: PyBackedBytes = part.get(intern!(py, "code"), "bytes")?;
+    let path: Option<PathBuf> = part.get(intern!(py, "path"), "a path, or None")?;
     let code = match path {
         Some(_) if !code.is_empty() => {
             return Err(bad("boot.path", "code is given too: one of them is enough"));
@@ -144,7 +174,8 @@ fn flat(part: &Part<'_>) -> PyResult<FlatBoot> {
         Some(path) => Code::File(path),
         None => Code::Bytes(code.to_vec()),
     };
-    let mode = match part.get::<String>(intern!(py, "mode"))?.as_str() {
+    let modes = "one of real16, protected32, long64, user64";
+    let mode = match part.get::<String>(intern!(py, "mode"), modes)?.as_str() {
         "real16" => CpuMode::Real16,
         "protected32" => CpuMode::Protected32,
         "long64" => CpuMode::Long64,
@@ -156,8 +187,8 @@ fn flat(part: &Part<'_>) -> PyResult<FlatBoot> {
     };
     Ok(FlatBoot {
         code,
-        address: part.get(intern!(py, "address"))?,
-        entry: part.get(intern!(py, "entry"))?,
+        address: part.get(intern!(py, "address"), "an address from 0 to 2^64 - 1")?,
+        entry: part.get(intern!(py, "entry"), "an address from 0 to 2^64 - 1, or None")?,
         mode,
     })
 }
@@ -183,16 +214,14 @@ fn serial(part: &Part<'_>) -> PyResult<SerialConfig> {
         Some(Some(Endpoint::Fd(fd))) => Some(SerialInput::Fd(duplicate(fd, Direction::Input)?)),
         Some(Some(Endpoint::Path(path))) => Some(SerialInput::Fd(input_file(path.as_ref())?)),
     };
-    Ok(SerialConfig { output, input, input_eof: part.get(intern!(py, "input_eof"))? })
+    Ok(SerialConfig { output, input, input_eof: part.get(intern!(py, "input_eof"), "bytes")? })
 }
 
 /// The streams of a `SerialConfig`.
 pub(super) fn serial_from_python(config: Bound<'_, PyAny>) -> PyResult<SerialConfig> {
     let py = config.py();
-    let class = import(py, "pyvmm.config")?.getattr("SerialConfig")?;
-    if !config.is_instance(&class)? {
-        let name = config.get_type().name()?;
-        return Err(bad("serial", format!("a SerialConfig is needed, not {name}")));
+    if !config.is_instance(classes(py)?.serial.bind(py))? {
+        return Err(bad("serial", unlike(&config, "a SerialConfig")));
     }
     serial(&Part { object: config, key: "serial" })
 }

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use kvm_bindings::{KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
+use kvm_bindings::{KVM_EXIT_DEBUG, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 
 use super::access;
 use super::cell::Cell;
@@ -235,7 +235,13 @@ fn fault(exit: Exit, what: String) -> Outcome {
 
 fn unknown(number: u32) -> Outcome {
     let exit = Exit::with_code(ExitReason::UnknownExit, u64::from(number));
-    fault(exit, format!("KVM exit number {number}, which pyvmm does not handle"))
+    let what = match number {
+        KVM_EXIT_DEBUG => {
+            "a breakpoint or a single step, which only a hook of the kind \"debug\" answers".into()
+        }
+        _ => format!("KVM exit number {number}, which pyvmm does not handle"),
+    };
+    fault(exit, what)
 }
 
 fn errno_code(errno: i32) -> u64 {

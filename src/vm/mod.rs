@@ -402,7 +402,11 @@ fn not_running(what: &str, state: VmRunState) -> Error {
 
 fn refused(state: VmRunState) -> Error {
     let detail = match state {
-        VmRunState::Exiting => "its guest has ended; make a new machine",
+        VmRunState::Exiting => {
+            let detail = "its guest has ended";
+            let hint = "reset() it to a snapshot, or make a new machine";
+            return Error::new(ErrorKind::State, "run", detail).hint(hint);
+        }
         VmRunState::Running => "the machine is running already",
         _ => "the machine is closed",
     };

@@ -6,6 +6,7 @@ use std::thread::ThreadId;
 use super::Vmm;
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::{ExitHandler, WrappedExitHandler};
+use crate::vcpu::VmRunState;
 use crate::vm::KvmVm;
 
 /// Who is inside `run`.
@@ -107,6 +108,9 @@ impl Vmm {
         let detail = match (&runner.thread, runner.is_started, for_started) {
             (Some(_), _, _) => "the machine is running already: one run at a time",
             (None, true, false) => "the machine has been started: wait() for it",
+            (None, false, true) if self.state() == VmRunState::Exiting => {
+                "its guest has ended, and the run is over: reset() it to a snapshot, or make a new machine"
+            }
             (None, false, true) => "the machine has not been started: start() or run() it",
             (None, _, _) => {
                 runner.thread = Some(std::thread::current().id());

@@ -1,0 +1,227 @@
+"""What is said to a program that gives the wrong thing: a typed error that names the place, and what it may be."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+import os
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import pyvmm
+from guests import COUNT_IN_MEMORY, HALT, flat
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyvmm import (
+    ConfigError,
+    CpuConfig,
+    EventFd,
+    EventManager,
+    Events,
+    ExitReason,
+    FlatBoot,
+    LinuxBoot,
+    MemoryConfig,
+    SerialConfig,
+    StateError,
+    TimerFd,
+    Vmm,
+    VmmConfig,
+    VmmError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from pyvmm import Snapshot
+
+kvm = pytest.mark.kvm
+
+# A configuration built in Python with one wrong value, and what the error says.
+WRONG: list[tuple[Callable[[Any], VmmConfig], Any, str]] = [
+    (lambda v: VmmConfig(memory=v), 128, "memory: a MemoryConfig is needed, not 128"),
+    (lambda v: VmmConfig(memory=v), None, "memory: a MemoryConfig is needed, not None"),
+    (lambda v: VmmConfig(cpu=v), 2, "cpu: a CpuConfig is needed, not 2"),
+    (lambda v: VmmConfig(serial=v), "out.txt", "serial: a SerialConfig is needed, not 'out.txt'"),
+    (lambda v: VmmConfig(boot=v), b"\xf4", "boot: an EmbeddedBoot, FlatBoot or LinuxBoot is needed, not b'\\xf4'"),
+    (lambda v: VmmConfig(exit_port=v), 0x10000, "exit_port: a port from 0 to 0xfffc, or None is needed, not 65536"),
+    (lambda v: VmmConfig(exit_port=v), -1, "exit_port: a port from 0 to 0xfffc, or None is needed, not -1"),
+    (lambda v: VmmConfig(irqchip=v), "yes", "irqchip: True, False or None is needed, not 'yes'"),
+    (lambda v: VmmConfig(memory=MemoryConfig(v)), 1.5, "memory.size_mib: a number of MiB from 1 to 8388607 is needed"),
+    (
+        lambda v: VmmConfig(memory=MemoryConfig(v)),
+        10**30,
+        "memory.size_mib: a number of MiB from 1 to 8388607 is needed",
+    ),
+    (lambda v: VmmConfig(cpu=CpuConfig(v)), "2", "cpu.vcpus: a number from 1 to 254 is needed, not '2'"),
+    (lambda v: VmmConfig(cpu=CpuConfig(hide=v)), "avx2", 'cpu.hide: a sequence of names, as in ["avx2"], is needed'),
+    (lambda v: VmmConfig(cpu=CpuConfig(expose=v)), [1], 'cpu.expose: a sequence of names, as in ["avx2"], is needed'),
+    (lambda v: VmmConfig(cpu=CpuConfig(template=v)), "intel", "cpu.template: 'intel' is not one of auto, host"),
+    (
+        lambda v: VmmConfig(cpu=CpuConfig(template=v)),
+        3,
+        "cpu.template: one of auto, host, software-kvm is needed, not 3",
+    ),
+    (lambda v: VmmConfig(cpu=CpuConfig(fixups=v)), 1, "cpu.fixups: True or False is needed, not 1"),
+    (lambda v: VmmConfig(boot=FlatBoot(v)), "\xf4", "boot.code: bytes is needed, not 'ô'"),
+    (lambda v: VmmConfig(boot=FlatBoot(HALT, address=v)), -1, "boot.address: an address from 0 to 2^64 - 1 is needed"),
+    (lambda v: VmmConfig(boot=FlatBoot(HALT, entry=v)), 2**64, "boot.entry: an address from 0 to 2^64 - 1, or None"),
+    (lambda v: VmmConfig(boot=FlatBoot(HALT, mode=v)), None, "boot.mode: one of real16, protected32, long64, user64"),
+    (lambda v: VmmConfig(boot=LinuxBoot(v)), 3, "boot.kernel: a path is needed, not 3"),
+    (lambda v: VmmConfig(boot=LinuxBoot("/k", cmdline=v)), b"quiet", "boot.cmdline: a str is needed, not b'quiet'"),
+    (lambda v: VmmConfig(serial=SerialConfig(input_eof=v)), "x", "serial.input_eof: bytes is needed, not 'x'"),
+    (lambda v: VmmConfig(serial=SerialConfig(output=v)), object(), "serial.output: a path, a file descriptor"),
+]
+
+
+@pytest.mark.parametrize(("build", "value", "message"), WRONG)
+def test_wrong_value_of_a_configuration_is_named_with_what_it_may_be(
+    build: Callable[[Any], VmmConfig], value: Any, message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Vmm(build(value))
+    assert str(caught.value).startswith(message)
+
+
+def test_what_is_no_configuration_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"config: a VmmConfig is needed, not 'vm\.toml'"):
+        Vmm("vm.toml")  # type: ignore[arg-type]
+
+
+@kvm
+def test_names_are_any_sequence() -> None:
+    with Vmm(flat(HALT, cpu=CpuConfig(hide=["avx2"], expose=("avx",)))) as vmm:
+        assert vmm.run(60).reason is ExitReason.HALT
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ('boot = {type = "elf"}', "boot.type: Invalid value 'elf'; one of embedded, flat, linux"),
+        ('boot = {type = "flat", mode = "real"}', "one of real16, protected32, long64, user64"),
+        ('cpu = {template = "intel"}', "one of auto, host, software-kvm"),
+    ],
+)
+def test_value_in_a_file_is_refused_with_the_choices(toml: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        VmmConfig.from_toml(toml)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "text"), [("vm.toml", "memory = ["), ("vm.json", '{"memory":')])
+def test_syntax_error_names_the_file(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        VmmConfig.from_file(tmp_path / name)
+    assert str(caught.value).startswith(f"{tmp_path / name}: ")
+
+
+@kvm
+def test_a_guest_that_has_ended_can_be_reset() -> None:
+    with Vmm(flat(HALT)) as vmm:
+        vmm.run(60)
+        for call in vmm.run, vmm.start, vmm.wait:
+            with pytest.raises(StateError, match=r"guest has ended.*reset\(\)"):
+                call()
+
+
+@kvm
+def test_breakpoint_that_nobody_takes_says_what_it_is() -> None:
+    with Vmm(flat(COUNT_IN_MEMORY)) as vmm:
+        vmm.vcpus[0].debug(breakpoints=[0x1000])
+        exit = vmm.run(60)
+        if exit.reason is ExitReason.UNKNOWN_EXIT:  # not where KVM gives it to the guest
+            assert exit.fault is not None
+            assert 'a hook of the kind "debug"' in exit.fault
+
+
+def classes() -> Iterator[type]:
+    for name in pyvmm.__all__:
+        found = getattr(pyvmm, name)
+        if inspect.isclass(found) and found.__module__.startswith("pyvmm"):
+            yield found
+
+
+def test_every_public_member_has_a_docstring() -> None:
+    for kind in classes():
+        described = set(getattr(kind, "__struct_fields__", ())) | set(getattr(kind, "_fields", ()))
+        for name, member in vars(kind).items():
+            if name.startswith("_") or name in described or isinstance(member, int | str):
+                continue
+            if inspect.isclass(member) or type(member) is kind:
+                continue  # variants, and the values of an enum
+            assert inspect.getdoc(getattr(member, "__func__", member)), f"{kind.__name__}.{name}"
+
+
+def test_listing_has_what_is_public_and_nothing_else() -> None:
+    assert [name for name in dir(pyvmm) if not name.startswith("__")] == sorted(pyvmm.__all__)
+
+
+# Every public function and class, called with what it does not expect.
+
+ODD = st.one_of(
+    st.none(), st.booleans(), st.text(max_size=4), st.binary(max_size=4), st.lists(st.integers(), max_size=2),
+    st.sampled_from([-1, 2**31, 2**32, 2**63, 2**64, 10**40, math.nan, math.inf, -math.inf, 1e300, "\udc80", object()]),
+    st.builds(EventFd), st.builds(EventManager), st.builds(object),
+)  # fmt: skip
+# What waits, what ends the process's own things, and what is tried elsewhere.
+LEFT_OUT = {"set_kick_signal", "run", "run_forever", "call_blocking", "wait", "map", "fork_many"}
+TYPED = (TypeError, ValueError, OverflowError, VmmError, BlockingIOError, OSError, AttributeError, LookupError)
+
+
+@contextlib.contextmanager
+def objects() -> Iterator[list[Any]]:
+    """One of each class that has methods."""
+    with Vmm(flat(COUNT_IN_MEMORY)) as vmm, Vmm(flat(COUNT_IN_MEMORY)) as other:
+        manager = EventManager()
+        snapshot: Snapshot = other.snapshot()
+        yield [
+            vmm, vmm.memory, vmm.serial, vmm.vcpus[0], vmm.stats, vmm.exit_handler, manager, snapshot,
+            manager.remote_endpoint(), EventFd(), TimerFd(), pyvmm.Kvm(), Events(EventFd().fileno()),
+        ]  # fmt: skip
+
+
+@kvm
+@settings(max_examples=150)
+@given(data=st.data())
+def test_wrong_types_and_values_get_a_typed_error(data: st.DataObject) -> None:
+    with objects() as all_objects:
+        thing = data.draw(st.sampled_from(all_objects))
+        names = [n for n in dir(type(thing)) if not n.startswith("_") and n not in LEFT_OUT]
+        name = data.draw(st.sampled_from(names))
+        if not callable(inspect.getattr_static(type(thing), name)):
+            return
+        arguments = data.draw(st.lists(ODD, max_size=3))
+        with contextlib.suppress(*TYPED):
+            result = getattr(thing, name)(*arguments)
+            if inspect.iscoroutine(result):
+                result.close()
+
+
+@settings(max_examples=150)
+@given(data=st.data())
+def test_constructors_refuse_with_a_typed_error(data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from([EventFd, TimerFd, Events, MemoryConfig, CpuConfig, VmmConfig, Vmm, pyvmm.KvmVm]))
+    with contextlib.suppress(*TYPED):
+        made: Any = kind(*data.draw(st.lists(ODD, min_size=1, max_size=3)))
+        getattr(made, "close", lambda: None)()
+
+
+@pytest.mark.parametrize("fd", [-1, 2**31 - 1, 2**40])
+def test_descriptor_that_is_not_open_is_refused_by_number(fd: int) -> None:
+    manager = EventManager()
+    with pytest.raises((VmmError, ValueError, OverflowError, TypeError)):
+        manager.on(fd)(print)
+    with pytest.raises(ConfigError, match=r"serial\.output"):
+        Vmm(VmmConfig(serial=SerialConfig(output=fd)))
+
+
+def test_closed_descriptor_is_named() -> None:
+    manager = EventManager()
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.close(writer)
+    with pytest.raises(pyvmm.EventError, match=f"file descriptor {reader} is not open"):
+        manager.on(reader)(print)
