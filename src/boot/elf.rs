@@ -24,7 +24,7 @@ pub(super) fn load(image: &[u8], memory: &GuestMemory) -> Result<(u64, u64)> {
     Ok((entry, end))
 }
 
-/// The highest end of a segment, if every segment lies in the file and in memory, above the first MiB.
+/// The highest end of a segment, if every segment lies in the file and in memory, above the first MiB, and none over another.
 fn check(image: &[u8], memory: &GuestMemory) -> Result<u64> {
     if image.get(4) != Some(&2) || image.get(5) != Some(&1) {
         return Err(bad("not a 64-bit little-endian ELF file"));
@@ -40,20 +40,44 @@ fn check(image: &[u8], memory: &GuestMemory) -> Result<u64> {
     else {
         return Err(bad("the ELF header is cut off"));
     };
-    let mut end = 0;
+    let (mut segments, mut left) = (Vec::new(), memory.size());
     for n in 0..u64::from(count) {
         let at = offset.checked_add(n * u64::from(size)).and_then(|at| usize::try_from(at).ok());
         let header = at.and_then(|at| image.get(at..at.checked_add(56)?));
         let header =
             header.ok_or_else(|| bad(format!("program header {n} is outside the file")))?;
         if u32_at(header, 0) == Some(PT_LOAD) {
-            end = end.max(check_segment(n, header, image, memory)?);
+            let (start, end) = check_segment(n, header, image, memory)?;
+            // Segments that do not overlap are no more than memory. More than that is not even sorted.
+            left = left.checked_sub(end - start).ok_or_else(|| {
+                bad(format!("segments 0 to {n} overlap: together they are more than memory"))
+            })?;
+            segments.push((start, end, n));
         }
     }
-    if end == 0 { Err(bad("the ELF file has nothing to load")) } else { Ok(end) }
+    check_overlap(&mut segments)?;
+    match segments.last() {
+        Some((_, end, _)) => Ok(*end),
+        None => Err(bad("the ELF file has nothing to load")),
+    }
 }
 
-fn check_segment(n: u64, header: &[u8], image: &[u8], memory: &GuestMemory) -> Result<u64> {
+/// Sort segments, each with its start, its end and its number, by address. Each byte is loaded once at most: the work is
+/// bounded by memory, whatever the headers say.
+fn check_overlap(segments: &mut Vec<(u64, u64, u64)>) -> Result<()> {
+    segments.retain(|(start, end, _)| start < end);
+    segments.sort_unstable();
+    for pair in segments.windows(2) {
+        if let [(_, end, first), (start, _, second)] = pair
+            && start < end
+        {
+            return Err(bad(format!("segments {first} and {second} overlap at {start:#x}")));
+        }
+    }
+    Ok(())
+}
+
+fn check_segment(n: u64, header: &[u8], image: &[u8], memory: &GuestMemory) -> Result<(u64, u64)> {
     let field = |at| u64_at(header, at).ok_or_else(|| bad("a program header is cut off"));
     let (offset, address, in_file, in_memory) = (field(8)?, field(24)?, field(32)?, field(40)?);
     let file_end = offset.checked_add(in_file);
@@ -70,7 +94,7 @@ fn check_segment(n: u64, header: &[u8], image: &[u8], memory: &GuestMemory) -> R
         bad(format!("segment {n}: {}", e.detail))
             .hint("give the machine more memory (memory.size_mib)")
     })?;
-    Ok(address + in_memory)
+    Ok((address, address + in_memory))
 }
 
 pub(super) fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
@@ -124,6 +148,40 @@ pub(super) mod tests {
         let mut data = [0; 4];
         memory.read(entry, &mut data).unwrap();
         assert_eq!((entry, end, &data), (0x10_0000, 0x10_0004, b"code"));
+    }
+
+    /// An ELF whose segments, each with address and size, are the same bytes of the file.
+    fn with_segments(segments: &[(u64, u64)]) -> Vec<u8> {
+        let header = 64 + 56 * segments.len();
+        let mut image = elf(0x10_0000, &[]);
+        image[56..58].copy_from_slice(&u16::try_from(segments.len()).unwrap().to_le_bytes());
+        image.truncate(64);
+        for (address, size) in segments {
+            let mut segment = [0; 56];
+            segment[0] = 1;
+            segment[8..16].copy_from_slice(&(header as u64).to_le_bytes());
+            segment[24..32].copy_from_slice(&address.to_le_bytes());
+            segment[32..40].copy_from_slice(&size.to_le_bytes());
+            segment[40..48].copy_from_slice(&size.to_le_bytes());
+            image.extend(segment);
+        }
+        let most = segments.iter().map(|(_, size)| *size).max().unwrap_or(0);
+        image.resize(header + usize::try_from(most).unwrap(), 0x90);
+        image
+    }
+
+    #[test]
+    fn segments_that_overlap_are_refused_and_those_that_touch_are_not() {
+        let touching = [(0x10_1000, 0x1000), (0x10_0000, 0x1000), (0x10_1000, 0)];
+        assert_eq!(load(&with_segments(&touching), &memory()).unwrap().1, 0x10_2000);
+        for overlapping in [
+            vec![(0x10_0000, 0x1001), (0x10_1000, 0x1000)],
+            vec![(0x10_0000, 0x4000), (0x10_1000, 0x10)],
+            vec![(0x10_0000, 0x20_0000); 60_000],
+        ] {
+            let error = load(&with_segments(&overlapping), &memory()).unwrap_err();
+            assert!(error.detail.contains("overlap"), "{error}");
+        }
     }
 
     #[test]
