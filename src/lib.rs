@@ -38,7 +38,8 @@ pub mod vmm;
 
 /// Everything that Python sees of this crate. Python's import calls `PyInit__pyvmm`, which is `py/interpreter.rs`'s.
 #[cfg(feature = "python")]
-#[pyo3::pymodule]
+// What only the GIL guards (`py/attached.rs`, `py/batch.rs`, `py/events.rs`) is not sound without one.
+#[pyo3::pymodule(gil_used = true)]
 #[pyo3(name = "_native")]
 mod _pyvmm {
     #[pymodule_init]

@@ -68,9 +68,8 @@ fn check_overlap(segments: &mut Vec<(u64, u64, u64)>) -> Result<()> {
     segments.retain(|(start, end, _)| start < end);
     segments.sort_unstable();
     for pair in segments.windows(2) {
-        if let [(_, end, first), (start, _, second)] = pair
-            && start < end
-        {
+        let [(_, end, first), (start, _, second)] = pair else { continue };
+        if start < end {
             return Err(bad(format!("segments {first} and {second} overlap at {start:#x}")));
         }
     }

@@ -2,16 +2,19 @@
 
 use std::path::Path;
 
+use vm_memory::MmapRegion;
+
 use super::Snapshot;
 use super::file::{HEADER, Header, MOST_STATE, OF_BASE};
 use super::host::Host;
 use super::image::Image;
 use super::new_file::NewFile;
 use super::pagemap::{self, Range};
-use super::ram::{bytes, joined};
+use super::ram::{bytes, is_same, joined};
 use super::state::{Kind, Record};
 use crate::error::{Error, ErrorKind, Result};
 use crate::vm::layout::PAGE;
+use crate::vm::part;
 
 /// Written at a time.
 const CHUNK: u64 = 1 << 20;
@@ -39,15 +42,15 @@ impl Snapshot {
         }
         let pages = (HEADER as u64 + state.len() as u64).next_multiple_of(PAGE);
         let new = NewFile::to_replace(path)?;
-        let (mut at, mut crc) = (pages, crc32fast::Hasher::new());
+        let (mut at, mut crc, mut piece) = (pages, crc32fast::Hasher::new(), Vec::new());
         for plan in &plans {
             let mapping = plan.image.mapping()?;
             for (start, end) in &plan.stored {
                 for first in (*start..*end).step_by(1 << 20) {
                     let last = (first + CHUNK).min(*end);
-                    let piece = slice(mapping, (first, last));
-                    crc.update(piece);
-                    new.write(piece, at)?;
+                    copy(mapping, (first, last), &mut piece)?;
+                    crc.update(&piece);
+                    new.write(&piece, at)?;
                     at += last - first;
                     progress(at - pages, total)?;
                 }
@@ -130,14 +133,16 @@ impl Plan {
         let candidates = base.map_or_else(|| image.data(), |base| image.differing(base));
         let mut stored: Vec<Range> = Vec::new();
         let mut zeros: Vec<Range> = Vec::new();
+        let mut bytes = Vec::new();
         for (start, end) in candidates {
             for at in (start..end).step_by(4096) {
                 let page = (at, at + PAGE);
-                let bytes = slice(ours, page);
-                if theirs.is_some_and(|theirs| slice(theirs, page) == bytes) {
+                let is_of_base = theirs.map(|theirs| is_same(theirs, ours, page)).transpose()?;
+                if is_of_base == Some(true) {
                     continue;
                 }
-                let is_zero = is_zero(bytes);
+                copy(ours, page, &mut bytes)?;
+                let is_zero = is_zero(&bytes);
                 pagemap::push(if is_zero { &mut zeros } else { &mut stored }, page);
             }
         }
@@ -169,19 +174,18 @@ impl Plan {
     }
 }
 
-fn slice(mapping: &vm_memory::MmapRegion, range: Range) -> &[u8] {
-    let index = |at: u64| usize::try_from(at).unwrap_or(usize::MAX);
-    let (start, length) = (index(range.0), index(range.1 - range.0));
-    debug_assert!(start + length <= mapping.size());
-    // SAFETY: the callers' ranges lie in the image and so in its mapping, which lives as long as the slice, is mapped for
-    // reading only, and whose layers are sealed. A file that is changed against the rule gives other bytes.
-    unsafe { std::slice::from_raw_parts(mapping.as_ptr().add(start), length) }
+/// Copy a range of an image. A file behind it that is changed against the rule may change while it is read: so nothing
+/// looks at the image's own bytes twice.
+fn copy(mapping: &MmapRegion, range: Range, to: &mut Vec<u8>) -> Result<()> {
+    let source = part(mapping, range)?;
+    to.resize(source.len(), 0);
+    source.copy_to(to.as_mut_slice());
+    Ok(())
 }
 
 fn is_zero(page: &[u8]) -> bool {
-    let (head, words, tail) = {
-        // SAFETY: any bytes are a valid u128.
-        unsafe { page.align_to::<u128>() }
-    };
-    words.iter().all(|word| *word == 0) && head.iter().chain(tail).all(|byte| *byte == 0)
+    let words = page.chunks_exact(16);
+    let is_word_zero =
+        |word: &[u8]| word.try_into().is_ok_and(|word| u128::from_ne_bytes(word) == 0);
+    words.remainder().iter().all(|byte| *byte == 0) && words.into_iter().all(is_word_zero)
 }

@@ -7,6 +7,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, VmFd};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
 use vmm_sys_util::{ioctl_ior_nr, ioctl_iow_nr};
+use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::msrs;
 use super::state::{Kind, Reader, Record, Records, bad, get, put};
@@ -46,29 +47,19 @@ impl Classes {
 }
 
 /// The bytes of a structure of KVM's.
-pub(super) fn bytes<T>(value: &T) -> &[u8] {
-    // SAFETY: called for KVM's plain structures of integers, whose padding is spelled out as fields; borrowed for as
-    // long as the value.
-    unsafe { std::slice::from_raw_parts(std::ptr::from_ref(value).cast(), size_of::<T>()) }
+pub(super) fn bytes<T: IntoBytes + Immutable>(value: &T) -> &[u8] {
+    value.as_bytes()
 }
 
 /// A structure of KVM's from its bytes.
-pub(super) fn plain<T: Default>(what: &str, bytes: &[u8]) -> Result<T> {
-    if bytes.len() != size_of::<T>() {
-        let detail = format!("{} bytes instead of {}", bytes.len(), size_of::<T>());
-        return Err(bad(what, detail));
-    }
-    let mut value = T::default();
-    // SAFETY: as many bytes as the structure has; every bit pattern is a value of KVM's plain structures.
-    unsafe {
-        std::ptr::copy_nonoverlapping(
-            bytes.as_ptr(),
-            std::ptr::from_mut(&mut value).cast(),
-            size_of::<T>(),
-        );
-    }
-    Ok(value)
+pub(super) fn plain<T: FromBytes>(what: &str, bytes: &[u8]) -> Result<T> {
+    T::read_from_bytes(bytes)
+        .map_err(|_| bad(what, format!("{} bytes instead of {}", bytes.len(), size_of::<T>())))
 }
+
+/// `kvm_sregs2` as the words that it consists of: the structure has no padding, and no traits that would say so.
+type Sregs2 = [u64; SREGS2_WORDS];
+const SREGS2_WORDS: usize = size_of::<kvm_sregs2>() / size_of::<u64>();
 
 pub(super) fn kvm<T>(at: &str, result: std::result::Result<T, kvm_ioctls::Error>) -> Result<T> {
     result.map_err(|e| Error::kvm(at, e))
@@ -88,11 +79,12 @@ pub(crate) fn capture(vcpu: &Vcpu, number: u16, classes: Classes) -> Result<Reco
     keep(Kind::MpState, bytes(&kvm("KVM_GET_MP_STATE", fd.get_mp_state())?));
     keep(Kind::Regs, bytes(&vcpu.general()?));
     if classes.has_sregs2 {
-        let mut sregs = kvm_sregs2::default();
-        // SAFETY: KVM fills the structure it is given.
-        done("KVM_GET_SREGS2", unsafe { ioctl_with_mut_ref(fd, kvm_get_sregs2(), &mut sregs) })?;
+        let mut words: Sregs2 = [0; SREGS2_WORDS];
+        // SAFETY: KVM fills as many bytes as the structure has, aligned as it is.
+        done("KVM_GET_SREGS2", unsafe { ioctl_with_mut_ref(fd, kvm_get_sregs2(), &mut words) })?;
+        let sregs = first_of_sregs2(bytes(&words))?;
         refuse_nesting(number, sregs.efer, sregs.cr4)?;
-        keep(Kind::Sregs2, bytes(&sregs));
+        keep(Kind::Sregs2, bytes(&words));
     } else {
         let sregs = kvm("KVM_GET_SREGS", fd.get_sregs())?;
         refuse_nesting(number, sregs.efer, sregs.cr4)?;
@@ -137,7 +129,7 @@ fn xsave(vcpu: &Vcpu, classes: Classes) -> Result<Vec<u8>> {
     } else if let Some(first) = buffer.first_mut() {
         *first = kvm("KVM_GET_XSAVE", vcpu.fd.get_xsave())?;
     }
-    let mut all: Vec<u8> = buffer.iter().flat_map(|part| bytes(part).to_vec()).collect();
+    let mut all = buffer.as_bytes().to_vec();
     all.truncate(classes.xsave_size);
     Ok(all)
 }
@@ -203,18 +195,22 @@ pub(crate) fn apply(
 fn set_sregs(vcpu: &Vcpu, records: &[Record], number: u16, classes: Classes) -> Result<()> {
     let sregs2 = get(records, Kind::Sregs2, number);
     if let Some(sregs) = sregs2.filter(|_| classes.has_sregs2) {
-        let sregs: kvm_sregs2 = plain("sregs2", sregs)?;
-        // SAFETY: KVM reads the structure it is given.
+        let sregs: Sregs2 = plain("sregs2", sregs)?;
+        // SAFETY: KVM reads as many bytes as the structure has, aligned as it is.
         let result = unsafe { ioctl_with_ref(&vcpu.fd, kvm_set_sregs2(), &sregs) };
         return done("KVM_SET_SREGS2", result);
     }
-    let sregs = match sregs2 {
-        // The structures begin alike.
-        Some(sregs2) => sregs2.get(..size_of::<kvm_sregs>()),
-        None => get(records, Kind::Sregs, number),
+    let sregs: kvm_sregs = match sregs2 {
+        Some(sregs2) => first_of_sregs2(sregs2)?,
+        None => plain("sregs", get(records, Kind::Sregs, number).unwrap_or(&[]))?,
     };
-    let sregs: kvm_sregs = plain("sregs", sregs.unwrap_or(&[]))?;
     kvm("KVM_SET_SREGS", vcpu.fd.set_sregs(&sregs))
+}
+
+/// What both structures begin with: all but the interrupt bitmap, in whose place the flags stand.
+fn first_of_sregs2(sregs2: &[u8]) -> Result<kvm_sregs> {
+    let first: kvm_sregs = plain("sregs", sregs2.get(..size_of::<kvm_sregs>()).unwrap_or(&[]))?;
+    Ok(kvm_sregs { interrupt_bitmap: [0; 4], ..first })
 }
 
 /// Offsets of the LAPIC's timer: its vector and mode, and the count it starts from. Intel SDM volume 3, 11.4.1.
@@ -301,10 +297,7 @@ fn set_xsave(vcpu: &Vcpu, state: &[u8], classes: Classes) -> Result<()> {
         return Err(bad("xsave", format!("{} bytes, where this KVM has {most}", state.len())));
     }
     let mut buffer = xsave_buffer(classes);
-    // SAFETY: the buffer has at least `most` bytes, and every bit pattern is a value of it.
-    unsafe {
-        std::ptr::copy_nonoverlapping(state.as_ptr(), buffer.as_mut_ptr().cast(), state.len());
-    }
+    buffer.as_mut_bytes().iter_mut().zip(state).for_each(|(byte, value)| *byte = *value);
     let Some(first) = buffer.first() else { return Ok(()) };
     // SAFETY: KVM reads as much as KVM_CAP_XSAVE2 says, which the buffer behind this reference has.
     kvm("KVM_SET_XSAVE", unsafe { vcpu.fd.set_xsave(first) })

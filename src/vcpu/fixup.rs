@@ -168,14 +168,15 @@ impl Platform for Host<'_> {
         };
         let ((mut high, mut low), (new_high, new_low)) = (halves(old), halves(new));
         // SAFETY: the processor has the instruction; `place` is 16 aligned bytes of a mapping that it keeps. RBX, which the
-        // compiler keeps for itself, is put back.
+        // compiler keeps for itself, is put back. The operands have registers of their own: RBX can be among those of the
+        // class `reg`, and what it is given there is lost at the exchange.
         unsafe {
             std::arch::asm!(
-                "xchg {new_low}, rbx",
-                "lock cmpxchg16b [{place}]",
-                "mov rbx, {new_low}",
-                new_low = inout(reg) new_low => _,
-                place = in(reg) place.as_ptr(),
+                "xchg rsi, rbx",
+                "lock cmpxchg16b [rdi]",
+                "mov rbx, rsi",
+                inout("rsi") new_low => _,
+                in("rdi") place.as_ptr(),
                 inout("rax") low,
                 inout("rdx") high,
                 in("rcx") new_high,

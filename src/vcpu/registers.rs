@@ -9,6 +9,7 @@ use kvm_bindings::{
     kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{SyncReg, VcpuFd};
+use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::dispatch::Dispatch;
 use super::exit::{VcpuExit, owned};
@@ -109,15 +110,12 @@ pub enum RegisterClass {
 }
 
 /// The bytes of a structure of KVM's.
-fn bytes<T>(value: &T) -> &[u8] {
-    // SAFETY: called for the plain structures of integers above, whose padding is spelled out as fields; borrowed for as
-    // long as the value.
-    unsafe { std::slice::from_raw_parts(std::ptr::from_ref(value).cast(), size_of::<T>()) }
+fn bytes<T: IntoBytes + Immutable>(value: &T) -> &[u8] {
+    value.as_bytes()
 }
 
-fn bytes_mut<T>(value: &mut T) -> &mut [u8] {
-    // SAFETY: as above; every bit pattern is a value of such a structure.
-    unsafe { std::slice::from_raw_parts_mut(std::ptr::from_mut(value).cast(), size_of::<T>()) }
+fn bytes_mut<T: FromBytes + IntoBytes>(value: &mut T) -> &mut [u8] {
+    value.as_mut_bytes()
 }
 
 fn kvm<T>(at: &str, result: std::result::Result<T, kvm_ioctls::Error>) -> Result<T> {
