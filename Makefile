@@ -5,7 +5,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 SHELL := /bin/bash
 PYTHON_CODE := python tests benches examples scripts
 
-.PHONY: help all run test setup lint rust loom linux pytest checked hardware docs bench stress fuzz audit format clean
+.PHONY: help all run test setup lint rust loom linux pytest checked asan miri hardware docs bench stress fuzz audit format clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,17 @@ checked: setup ## Python tests with a module that checks the order of locks; CHE
 TESTS ?= all
 hardware: setup linux ## The Python tests on a hardware KVM, which QEMU emulates; TESTS=subset: the most useful
 	@python scripts/hardware $(TESTS)
+
+# What copies, maps and hands out memory, and what entered Python.
+ASAN := tests/test_memory.py tests/test_memory_slots.py tests/test_memory_forks.py tests/test_snapshot.py \
+	tests/test_snapshot_file.py tests/test_fixups.py tests/test_devices.py tests/test_hostcalls.py tests/stress/test_memory_stress.py
+asan: setup ## Python tests with AddressSanitizer, where the toolchain allows it; ASAN=ARGUMENTS of pytest
+	@scripts/asan.sh $(ASAN)
+
+# What makes no system calls; file:: reads bytes that anybody may have written.
+MIRI := fixup:: cpu:: debug:: boot::mptable config:: vcpu::string_io snapshot::state snapshot::file
+miri: ## The Rust tests that need no kernel, interpreted by Miri
+	@scripts/miri.sh $(MIRI)
 
 docs: setup ## The Rust documentation, every link checked
 	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps --document-private-items
