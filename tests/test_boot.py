@@ -43,6 +43,15 @@ def test_bad_kernel_is_refused_with_the_reason(image: bytes, reason: str, tmp_pa
     assert raised.value.at == "boot.kernel"
 
 
+def test_kernel_whose_many_segments_overlap_is_refused_at_once(tmp_path: Path) -> None:
+    count, size = 60_000, 4 << 20
+    segment = struct.pack("<IIQQQQQQ", 1, 7, 64 + 56 * count, 0, 0x100000, size, size, 4096)
+    header = bytearray(elf(0x100000, b"")[:64])
+    header[56:58] = struct.pack("<H", count)
+    with pytest.raises(BootError, match="overlap"):
+        Vmm(kernel(tmp_path / "kernel", bytes(header) + segment * count + bytes(size)))
+
+
 def test_kernel_of_unusual_kind_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, "/dev/zero", "/no/such/kernel", "\0"):
         with pytest.raises((BootError, ConfigError, ValueError)):

@@ -258,7 +258,10 @@ impl Cell {
     fn bring_out(&self, slot: &Slot) {
         self.stop.kick(&*self.page, || {
             // The runner needs this lock before it can end.
-            slot.runner.into_iter().for_each(interrupt);
+            if let Some(thread) = slot.runner {
+                // SAFETY: the thread takes itself out of the slot before it ends, and we hold the slot's lock.
+                unsafe { interrupt(thread) };
+            }
         });
         slot.waits_for.iter().for_each(|device| device.wake());
     }

@@ -63,10 +63,13 @@ pub(crate) fn this_thread() -> libc::pthread_t {
     unsafe { libc::pthread_self() }
 }
 
-/// Interrupt the thread that runs a vCPU: point 3. It must not have ended: whoever calls this holds a lock that the
-/// thread needs to end.
-pub(crate) fn interrupt(thread: libc::pthread_t) {
-    signal::send(thread);
+/// Interrupt the thread that runs a vCPU: point 3.
+///
+/// # Safety
+/// The thread must not have ended: whoever calls this holds a lock that the thread needs to end.
+pub(crate) unsafe fn interrupt(thread: libc::pthread_t) {
+    // SAFETY: as the caller has it.
+    unsafe { signal::send(thread) };
 }
 
 #[cfg(all(test, loom))]

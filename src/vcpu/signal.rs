@@ -121,8 +121,11 @@ fn install(signal: libc::c_int) -> Result<()> {
     }
 }
 
-/// Send the kick signal to a thread that has not ended.
-pub(super) fn send(thread: libc::pthread_t) {
+/// Send the kick signal to a thread.
+///
+/// # Safety
+/// The thread must not have ended.
+pub(super) unsafe fn send(thread: libc::pthread_t) {
     let Ok(Some(claim)) = claim(None) else { return };
     let value = libc::sigval { sival_ptr: cookie() };
     // SAFETY: by the caller the thread has not ended. A queued signal, which arrives 10 us later, is sent only where a
