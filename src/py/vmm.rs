@@ -146,7 +146,7 @@ impl PyVmm {
         ended: PyResult<Option<Exit>>,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
         let raised = &self.hooks.raised;
-        self.let_go_if_closed(py, self.vmm()?);
+        self.let_go_if_closed(py, self.core()?);
         let exit = match ended {
             Ok(None) => return Ok(None),
             Ok(Some(exit)) => exit,
