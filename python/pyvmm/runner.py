@@ -77,13 +77,13 @@ def run_with(
         return _run(serial, build, timeout, as_json, watch)
     except KeyboardInterrupt:
         if as_json:
-            _print_json(Exit(ExitReason.STOPPED), time.monotonic() - start, {})
+            _print_json(Exit(ExitReason.STOPPED), time.monotonic() - start, {"unanswered": []})
         return Status.INTERRUPTED
     except _TraceError as failed:
         raise failed.failure from None
     except VmmError as error:
         if as_json:
-            _print_json(None, time.monotonic() - start, {"error": str(error)})
+            _print_json(None, time.monotonic() - start, {"unanswered": [], "error": str(error)})
         if isinstance(error, StreamError) and error.errno == errno.EPIPE:  # the reader has seen enough
             return Status.ERROR
         raise

@@ -90,7 +90,7 @@ impl Sink {
             .write(true)
             .create(true)
             .truncate(true)
-            .custom_flags(libc::O_NONBLOCK)
+            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
             .open(path)
             .map_err(|e| Error::os(ErrorKind::Io, name.as_str(), &e))?;
         let process = std::process::id();

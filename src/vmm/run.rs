@@ -133,7 +133,7 @@ impl Vmm {
         Err(failure.into())
     }
 
-    /// Bring out what the guest printed last. A stop, the deadline, or a taker that takes nothing for a while
+    /// Bring out what the guest printed last. A stop, the deadline, or a reader that takes nothing for a while
     /// leaves the rest for another run or [`Serial::take`](crate::devices::Serial::take).
     fn drain_serial<E: From<Error>>(
         &self,
