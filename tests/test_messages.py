@@ -167,7 +167,7 @@ ODD = st.one_of(
     st.builds(EventFd), st.builds(EventManager), st.builds(object),
 )  # fmt: skip
 # What waits, what ends the process's own things, and what is tried elsewhere.
-LEFT_OUT = {"set_kick_signal", "run", "run_forever", "call_blocking", "wait", "map", "fork_many"}
+LEFT_OUT = {"set_kick_signal", "run", "run_once", "run_forever", "call_blocking", "wait", "map", "fork_many"}
 TYPED = (TypeError, ValueError, OverflowError, VmmError, BlockingIOError, OSError, AttributeError, LookupError)
 
 
