@@ -53,6 +53,7 @@ TESTED_BY = {
     "src/event/errors.rs": "tests/test_event_manager.py",
     "src/sync/held.rs": "src/sync/mod.rs",
     "src/sync/rank.rs": "src/sync/mod.rs",
+    "src/vm/life.rs": "tests/test_vm.py",
     "src/vm/vcpus.rs": "tests/test_vcpu.py",
     "src/vm/view.rs": "tests/test_memory.py",
     "src/vm/mod.rs": "tests/test_vm.py",

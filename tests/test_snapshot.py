@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import struct
@@ -608,8 +609,11 @@ def test_snapshot_from_a_devices_own_callback_is_refused_and_from_another_thread
         assert entered.wait(DEADLINE_S)
         other = threading.Thread(target=lambda: snapshots.append(vmm.snapshot()))
         other.start()
-        while vmm.state is not VmRunState.PAUSED:
-            pass
+        # While the machine is held for the snapshot, its vCPU can be looked into.
+        is_held = False
+        while not is_held:
+            with contextlib.suppress(StateError):
+                is_held = vmm.vcpus[0].regs.rip > 0
         go.set()
         other.join()
         exit = vmm.wait(DEADLINE_S)

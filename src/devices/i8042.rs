@@ -271,7 +271,8 @@ mod tests {
         with_byte(&controller, 0x61, 7);
         controller.write(COMMAND, &[0xaa]);
         other.restore(&controller.save().unwrap()).unwrap();
-        assert_eq!(*other.0.lock(), *controller.0.lock());
+        let state = *controller.0.lock();
+        assert_eq!(*other.0.lock(), state);
         other.restore(&[]).unwrap();
         assert_eq!(*other.0.lock(), State::default());
         for wrong in [&[0; STATE_BYTES - 1][..], &[0; STATE_BYTES + 1], &[2; STATE_BYTES]] {

@@ -9,6 +9,7 @@ use pyo3::prelude::*;
 
 use super::attached::Attached;
 use crate::process::Birthplace;
+use crate::vcpu::left;
 
 /// How long the end of the interpreter waits for callbacks that are in progress.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -46,7 +47,7 @@ pub(crate) fn close_all(py: Python<'_>) -> PyResult<()> {
     let live = LIVE.with(py, std::mem::take);
     let own = live.iter().filter(|(birthplace, _)| !birthplace.is_foreign());
     let machines: Vec<Arc<dyn Close>> = own.filter_map(|(_, machine)| machine.upgrade()).collect();
-    if machines.is_empty() {
+    if machines.is_empty() && left::is_empty() {
         return Ok(());
     }
     machines.iter().for_each(|machine| machine.stop());
@@ -55,6 +56,7 @@ pub(crate) fn close_all(py: Python<'_>) -> PyResult<()> {
     let close = move || {
         machines.iter().for_each(|machine| machine.close());
         drop(machines);
+        left::join_all();
         // Nobody listens any more when the time has passed.
         let _ = done.send(());
     };

@@ -82,9 +82,13 @@ impl Close for Machine {
     }
 
     fn close(&self) {
-        let vm = self.0.lock().take();
-        if let Some(vm) = vm {
-            vm.shutdown();
+        // Taken only when it is closed: another thread that closes it waits for the same.
+        let vm = self.0.lock().clone();
+        if let Some(vm) = vm.filter(|vm| !vm.is_foreign()) {
+            vm.close();
+            drop(vm);
+            let gone = self.0.lock().take();
+            drop(gone);
         }
     }
 }

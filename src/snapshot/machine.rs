@@ -13,7 +13,6 @@ use crate::devices::{self, Buses, Device, Serial};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
 use crate::exit_handler::WrappedExitHandler;
-use crate::sync::{Mutex, rank};
 use crate::vcpu::{Dispatch, Vcpu, VmRunState};
 use crate::vm::{GuestMemory, KvmVm, layout};
 use crate::vmm::Vmm;
@@ -34,16 +33,8 @@ pub(crate) struct Parts {
 /// Who looks at a machine or changes it while its vCPUs stand still.
 #[derive(Debug, Default)]
 pub(crate) struct Held {
-    still: Mutex<Still, rank::Still>,
     /// How many resets have begun, and how many of them are over.
     resets: [AtomicU64; 2],
-}
-
-#[derive(Debug, Default)]
-struct Still {
-    by: u32,
-    /// It is to go on when nobody holds it any more.
-    was_running: bool,
 }
 
 impl Held {
@@ -90,17 +81,16 @@ impl Vmm {
         let vm = self.vm()?;
         vm.check_process()?;
         vm.prepare(self.entry)?;
-        self.stand_still(&vm, || {
-            vm.settle()?;
-            let (rests, resets) = (rests(&vm), self.held.check_resets(None)?);
-            // Without a lock: a device may be Python's.
-            let devices = save_devices(&self.dispatch().buses)?;
-            let shape = self.shape(&vm);
-            vm.at_rest(|fd, vcpus| {
-                check_rests(vcpus, &rests)?;
-                self.held.check_resets(Some(resets))?;
-                capture(&vm, shape, fd, vcpus, devices)
-            })
+        let _hold = vm.hold()?;
+        vm.settle()?;
+        let (rests, resets) = (rests(&vm), self.held.check_resets(None)?);
+        // Without a lock: a device may be Python's.
+        let devices = save_devices(&self.dispatch().buses)?;
+        let shape = self.shape(&vm);
+        vm.at_rest(|fd, vcpus| {
+            check_rests(vcpus, &rests)?;
+            self.held.check_resets(Some(resets))?;
+            capture(&vm, shape, fd, vcpus, devices)
         })
     }
 
@@ -120,26 +110,23 @@ impl Vmm {
         let devices = devices_of(&self.dispatch().buses, snapshot)?;
         // Nobody starts a run meanwhile; of a run in progress the vCPUs stand still.
         let in_run = self.is_in_run();
-        let running = if in_run { None } else { Some(self.enter_run("reset", false)?) };
-        let result = self.stand_still(&vm, || {
-            if in_run && vm.state() == VmRunState::Exiting {
-                let detail = "the guest has ended, and its run is not over yet";
-                return Err(Error::new(ErrorKind::State, "reset", detail));
+        let _running = if in_run { None } else { Some(self.enter_run("reset", false)?) };
+        let _hold = vm.hold()?;
+        if in_run && vm.state() == VmRunState::Exiting {
+            let detail = "the guest has ended, and its run is not over yet";
+            return Err(Error::new(ErrorKind::State, "reset", detail));
+        }
+        vm.cells().iter().try_for_each(|cell| cell.wait_while_leaving())?;
+        self.held.reset(|| {
+            let changed = vm.at_rest(|fd, vcpus| bring_back(&vm, fd, vcpus, snapshot))?;
+            vm.revive();
+            if !in_run {
+                // A stop that came before this was for a run of the guest that went.
+                self.exit_handler().rearm();
             }
-            vm.cells().iter().try_for_each(|cell| cell.wait_while_leaving())?;
-            self.held.reset(|| {
-                let changed = vm.at_rest(|fd, vcpus| bring_back(&vm, fd, vcpus, snapshot))?;
-                vm.revive();
-                if !in_run {
-                    // A stop that came before this was for a run of the guest that went.
-                    self.exit_handler().rearm();
-                }
-                restore_devices(&devices)?;
-                Ok(changed / layout::PAGE)
-            })
-        });
-        drop(running);
-        result
+            restore_devices(&devices)?;
+            Ok(changed / layout::PAGE)
+        })
     }
 
     /// A new machine that goes on from a snapshot, which it leaves as it is. It shares every page that it does not
@@ -175,35 +162,6 @@ impl Vmm {
     /// When one is missing, or refuses its state.
     pub fn restore_devices(&self, snapshot: &Snapshot) -> Result<()> {
         restore_devices(&devices_of(&self.dispatch().buses, snapshot)?)
-    }
-
-    /// Do something while no vCPU runs: a running machine is paused for it, and goes on unless somebody has paused it
-    /// meanwhile. Of several at once the last lets it go on.
-    fn stand_still<T>(&self, vm: &Vm, act: impl FnOnce() -> Result<T>) -> Result<T> {
-        let is_running = {
-            let mut still = self.held.still.lock();
-            still.by += 1;
-            let is_running = vm.state() == VmRunState::Running;
-            still.was_running |= is_running;
-            is_running
-        };
-        let paused = match is_running.then(|| vm.pause()) {
-            // It has ended by itself.
-            Some(Err(_)) if vm.state() == VmRunState::Exiting => Ok(()),
-            Some(result) => result,
-            None => Ok(()),
-        };
-        let result = paused.and_then(|()| act());
-        let mut still = self.held.still.lock();
-        still.by -= 1;
-        let is_last = still.by == 0;
-        let goes_on = is_last && std::mem::take(&mut still.was_running) && !*self.is_paused.lock();
-        drop(still);
-        if goes_on {
-            // Fails when the run has ended meanwhile.
-            let _ = vm.resume();
-        }
-        result
     }
 
     fn shape(&self, vm: &Vm) -> Shape {
@@ -326,6 +284,7 @@ mod tests {
     use crate::config::{Boot, Code, CpuMode, FlatBoot, VmmConfig};
     use crate::devices::Flow;
     use crate::exit_handler::ExitReason;
+    use crate::sync::{Mutex, rank};
     use crate::vcpu::Cell;
 
     /// At which access, which vCPU, and whom to tell.
@@ -343,7 +302,7 @@ mod tests {
             let now = self.seen.fetch_add(1, Ordering::Relaxed) + 1;
             let park = self.park.lock().take_if(|(at, ..)| *at == now);
             if let Some((_, cell, told)) = park {
-                cell.kick();
+                cell.park();
                 told.send(()).unwrap();
             }
             now

@@ -33,10 +33,6 @@ macro_rules! ranks {
 ranks! {
     /// Who is inside `run`, and whether the machine has been started or is to be closed.
     Runner,
-    /// How many hold the machine still, and what happens when the last one lets go.
-    Still,
-    /// Whether somebody has paused the machine.
-    Paused,
     /// The KVM side of a machine with a loop, until it is closed.
     VmmParts,
     /// The subscribers that are the machine's own.
@@ -135,6 +131,8 @@ ranks! {
     Raised,
     /// What a Python exit handler's `kick` has raised.
     KickRaised,
+    /// Threads of vCPUs that nobody has joined yet.
+    LeftThreads,
     /// State that the GIL guards where there is one.
     Attached,
     /// Locks of tests.

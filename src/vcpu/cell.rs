@@ -42,6 +42,13 @@ struct Slot {
     is_kicked: bool,
     /// How often the vCPU has come to rest.
     rests: u64,
+    /// How often it has come to rest, or has been sent off from there: a count that has gone up since somebody asked it to
+    /// stop says that it was at rest meanwhile.
+    stays: u64,
+    /// It was on its way when it was held, and goes on when it is let go.
+    goes_on: bool,
+    /// Its machine is closed.
+    is_closed: bool,
 }
 
 #[derive(Debug)]
@@ -53,6 +60,14 @@ unsafe impl Send for Lent {}
 thread_local! {
     /// The vCPU whose thread this is.
     static CURRENT: RefCell<Weak<Cell>> = RefCell::default();
+    /// The machine that this thread runs a vCPU of: what `Shared::id` says of it.
+    static MACHINE: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
+}
+
+/// Whether this thread runs a vCPU of that machine: it is in one of its callbacks then.
+pub(crate) fn is_thread_of(machine: usize) -> bool {
+    // Fails when the thread's own values are gone: then it runs no callback any more.
+    MACHINE.try_with(|current| current.get() == machine).unwrap_or(false)
 }
 
 /// The vCPU whose exit is answered on this thread.
@@ -62,8 +77,9 @@ pub fn current() -> Option<Arc<Cell>> {
 }
 
 /// This thread is the vCPU's from here on.
-pub(super) fn set_current(cell: &Arc<Cell>) {
+pub(super) fn set_current(cell: &Arc<Cell>, machine: usize) {
     CURRENT.set(Arc::downgrade(cell));
+    MACHINE.set(machine);
 }
 
 /// What its own thread is to do with a vCPU at rest.
@@ -77,11 +93,15 @@ pub(super) enum Order {
     Leave,
 }
 
+fn closed() -> Error {
+    Error::new(ErrorKind::State, "vcpu", "the machine is closed")
+}
+
 impl Slot {
     /// Nobody has to wait for it: it is out of its guest, and will not go back by itself.
     fn is_at_rest(&self) -> bool {
         let is_held = self.lent.is_some() && self.order != Order::Go;
-        self.vcpu.is_some() || is_held || self.is_lost
+        self.vcpu.is_some() || is_held || self.is_lost || self.is_closed
     }
 }
 
@@ -96,6 +116,9 @@ impl Cell {
             order: Order::Rest,
             is_kicked: false,
             rests: 0,
+            stays: 0,
+            goes_on: false,
+            is_closed: false,
         };
         let (stop, changed) = (StopWord::default(), Condvar::new());
         Self {
@@ -120,10 +143,34 @@ impl Cell {
     /// [`ErrorKind::State`] while its guest runs, and in a forked child; what `look` returns.
     pub fn with_vcpu<T>(&self, look: impl FnOnce(&mut Vcpu) -> Result<T>) -> Result<T> {
         self.check_process()?;
-        let mut slot = self.slot.lock();
+        self.look_in(&mut self.slot.lock(), look)
+    }
+
+    /// [`Self::with_vcpu`] for a thread that must not wait.
+    ///
+    /// # Errors
+    /// Gives `look` back when another thread looks into the vCPU.
+    pub fn try_with_vcpu<T, F>(&self, look: F) -> std::result::Result<Result<T>, F>
+    where
+        F: FnOnce(&mut Vcpu) -> Result<T>,
+    {
+        // In a forked child the lock may be held by a thread that is not there.
+        if let Err(error) = self.check_process() {
+            return Ok(Err(error));
+        }
+        match self.slot.try_lock() {
+            Some(mut slot) => Ok(self.look_in(&mut slot, look)),
+            None => Err(look),
+        }
+    }
+
+    fn look_in<T>(&self, slot: &mut Slot, look: impl FnOnce(&mut Vcpu) -> Result<T>) -> Result<T> {
         let is_held = slot.order != Order::Go;
         let is_own = slot.runner == Some(this_thread());
-        match &mut *slot {
+        if slot.is_closed {
+            return Err(closed());
+        }
+        match slot {
             // One that has been sent off is running, even if its thread has not come for it yet.
             Slot { vcpu: Some(vcpu), .. } if is_held => look(vcpu),
             Slot { lent: Some(Lent(vcpu)), .. } if is_held || is_own => {
@@ -167,7 +214,7 @@ impl Cell {
             }
         };
         let step = settle_for_good(&mut vcpu, self);
-        self.put_back(vcpu);
+        self.put_back(vcpu, matches!(step, Step::Stop | Step::End(_)));
         Ok(step)
     }
 
@@ -182,7 +229,7 @@ impl Cell {
     fn rested(&self) -> Result<MutexGuard<'_, Slot, rank::Vcpu>> {
         self.birthplace.check("vCPU")?;
         let mut slot = self.slot.lock();
-        while slot.vcpu.is_none() && slot.order != Order::Go && !slot.is_lost {
+        while slot.vcpu.is_none() && slot.order != Order::Go && !slot.is_lost && !slot.is_closed {
             if slot.runner == Some(this_thread()) {
                 let (at, detail) = (format!("vcpu_{}", self.id), "its exit is not answered yet");
                 let error = Error::new(ErrorKind::State, at, detail);
@@ -190,7 +237,7 @@ impl Cell {
             }
             self.changed.wait(&mut slot);
         }
-        Ok(slot)
+        if slot.is_closed { Err(closed()) } else { Ok(slot) }
     }
 
     /// Call the program's code from the thread that runs the vCPU. Meanwhile that code may look into the vCPU, and who pauses
@@ -232,6 +279,9 @@ impl Cell {
             if std::mem::take(&mut slot.is_kicked) {
                 return Ok(Some(VcpuExit::Interrupted));
             }
+            if slot.is_closed {
+                return Err(closed());
+            }
             let is_sent_off = slot.order == Order::Go;
             let vcpu = slot.vcpu.take_if(|_| !is_sent_off).ok_or_else(|| self.running())?;
             self.stop.clear(&*self.page); // Kick, point 7.
@@ -251,7 +301,17 @@ impl Cell {
     pub fn kick(&self) {
         let mut slot = self.slot.lock();
         slot.is_kicked = true;
-        self.bring_out(&slot);
+        // One that a thread of its own runs is no business of `run_once`, and would stay at rest.
+        if slot.order != Order::Go {
+            self.bring_out(&slot);
+        }
+    }
+
+    /// Have a vCPU that its thread runs come to rest behind the exit that is answered now, until somebody holds it and lets
+    /// it go.
+    #[cfg(test)]
+    pub(crate) fn park(&self) {
+        self.bring_out(&self.slot.lock());
     }
 
     /// Points 1 to 3 of the kick.
@@ -287,12 +347,28 @@ impl Cell {
         }
         self.stop.clear(&*self.page); // Kick, point 7.
         slot.order = Order::Go;
+        slot.goes_on = false;
+        slot.stays += 1;
         self.changed.notify_all();
+    }
+
+    /// Have a vCPU that [`Self::hold`] has brought to rest enter its guest again. One that rested before goes on resting.
+    pub(super) fn let_go(&self) {
+        let goes_on = self.slot.lock().goes_on;
+        if goes_on {
+            self.go();
+        }
+    }
+
+    /// Have the vCPU enter its guest when it is let go.
+    pub(super) fn go_when_let_go(&self) {
+        self.slot.lock().goes_on = true;
     }
 
     /// Bring the vCPU out of the guest and take back an order that the thread has not followed yet.
     pub(super) fn hold(&self, order: Order) {
         let mut slot = self.slot.lock();
+        slot.goes_on |= slot.order == Order::Go;
         if slot.order != Order::Leave {
             slot.order = order;
         }
@@ -302,7 +378,21 @@ impl Cell {
 
     /// There is no thread: the next one waits for its first order.
     pub(super) fn reset(&self) {
-        self.slot.lock().order = Order::Rest;
+        let mut slot = self.slot.lock();
+        slot.order = Order::Rest;
+        slot.goes_on = false;
+    }
+
+    /// The machine is closed: nobody looks into the vCPU any more, and its descriptor goes, at once or when its thread is done
+    /// with it.
+    pub(crate) fn close(&self) {
+        let vcpu = {
+            let mut slot = self.slot.lock();
+            slot.is_closed = true;
+            self.changed.notify_all();
+            slot.vcpu.take()
+        };
+        drop(vcpu);
     }
 
     /// Whether its thread is to end.
@@ -326,10 +416,15 @@ impl Cell {
         self.birthplace.check("vCPU")
     }
 
+    /// How often it has been at rest by now, for [`Self::wait_for_rest`].
+    pub(crate) fn stays(&self) -> u64 {
+        self.slot.lock().stays
+    }
+
     /// Wait until the vCPU is at rest, or has been since it was counted: somebody may have sent it off again.
     pub(crate) fn wait_for_rest(&self, counted: u64) {
         let mut slot = self.slot.lock();
-        while !slot.is_at_rest() && slot.rests == counted {
+        while !slot.is_at_rest() && slot.stays == counted {
             self.changed.wait(&mut slot);
         }
     }
@@ -349,19 +444,23 @@ impl Cell {
         }
     }
 
-    pub(super) fn put_back(&self, vcpu: Vcpu) {
+    /// The vCPU comes to rest. `by_itself`: it stays there until the next run, whoever pauses and resumes meanwhile.
+    pub(super) fn put_back(&self, vcpu: Vcpu, by_itself: bool) {
         let mut slot = self.slot.lock();
         if slot.order == Order::Go {
             slot.order = Order::Rest;
+            slot.goes_on = true;
         }
+        slot.goes_on &= !by_itself;
         self.rest(&mut slot, vcpu);
     }
 
     fn rest(&self, slot: &mut Slot, mut vcpu: Vcpu) {
         slot.rests += 1;
+        slot.stays += 1;
+        slot.runner = None;
         vcpu.rests = slot.rests;
         slot.vcpu = Some(vcpu);
-        slot.runner = None;
         self.changed.notify_all();
     }
 

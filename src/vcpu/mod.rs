@@ -7,6 +7,7 @@ mod exit;
 mod fault;
 mod fixup;
 mod kick;
+pub(crate) mod left;
 mod registers;
 mod retry;
 mod run;
@@ -17,6 +18,7 @@ mod stats;
 mod string_io;
 mod thread;
 
+pub(crate) use cell::is_thread_of;
 pub use cell::{Cell, current};
 pub use dispatch::{Dispatch, ExitHook, Observer, Seen, Verdict};
 pub use exit::{Data, ExitKind, VcpuExit};

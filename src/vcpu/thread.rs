@@ -30,6 +30,13 @@ pub(crate) struct Shared<EH> {
     pub(crate) exit: Mutex<Option<Exit>, rank::GuestExit>,
 }
 
+impl<EH> Shared<EH> {
+    /// Tells its machine from every other for as long as one of its threads lives.
+    pub(crate) fn id(&self) -> usize {
+        std::ptr::from_ref(self).addr()
+    }
+}
+
 impl<EH: ExitHandler> Shared<EH> {
     /// A vCPU's guest has ended, or the vCPU failed.
     pub(crate) fn vcpu_ended(&self, exit: Exit) {
@@ -67,10 +74,12 @@ impl Handle {
         self.thread.is_some()
     }
 
-    /// Start the thread, and `prepare` the vCPU while it comes up. When that fails the vCPU stays at rest.
+    /// Start the thread, and `prepare` the vCPU while it comes up. When that fails the vCPU stays at rest, as it does for as
+    /// long as `is_held` says so.
     pub(crate) fn start<EH>(
         &mut self,
         shared: &Arc<Shared<EH>>,
+        is_held: bool,
         prepare: impl FnOnce(&mut Vcpu) -> Result<()>,
     ) -> Result<()>
     where
@@ -79,7 +88,11 @@ impl Handle {
         self.cell.reset();
         self.thread = Some(self.spawn(Arc::clone(shared))?);
         self.cell.with_vcpu(prepare)?;
-        self.cell.go();
+        if is_held {
+            self.cell.go_when_let_go();
+        } else {
+            self.cell.go();
+        }
         Ok(())
     }
 
@@ -91,7 +104,7 @@ impl Handle {
         let name = format!("vcpu_{}", cell.id());
         let run = move || {
             block_other_signals();
-            set_current(&cell);
+            set_current(&cell, shared.id());
             serve(&cell, &shared);
         };
         std::thread::Builder::new()
@@ -107,7 +120,7 @@ impl Handle {
 
     /// Enter the guest again, from rest.
     pub(crate) fn resume(&self) {
-        self.cell.go();
+        self.cell.let_go();
     }
 
     /// Have the thread end. Returns before it has.
@@ -115,15 +128,9 @@ impl Handle {
         self.cell.hold(Order::Leave);
     }
 
-    /// Whether the caller runs on it.
-    pub(crate) fn is_this_thread(&self) -> bool {
-        let this = std::thread::current().id();
-        self.thread.as_ref().is_some_and(|thread| thread.thread().id() == this)
-    }
-
-    /// A thread that has been told to end and was not joined, because it told so itself.
+    /// A thread that has been told to end and was not joined, because a thread of the machine's own told it.
     pub(crate) fn take_ending(&mut self) -> Option<JoinHandle<()>> {
-        if self.cell.is_leaving() && !self.is_this_thread() { self.take_thread() } else { None }
+        if self.cell.is_leaving() { self.take_thread() } else { None }
     }
 
     /// The thread, to be joined; in a forked child it does not exist and is to be forgotten.
@@ -139,7 +146,7 @@ fn serve<EH: ExitHandler>(cell: &Cell, shared: &Shared<EH>) {
         vcpu.tell_of_pause();
         let end = turn_until_end(&mut vcpu, cell);
         std::mem::forget(guard);
-        cell.put_back(vcpu);
+        cell.put_back(vcpu, matches!(end, Step::Stop | Step::End(_)));
         match end {
             Step::End(exit) => shared.vcpu_ended(Exit { vcpu: Some(cell.id()), ..exit }),
             // Its failure leaves nothing to tell: the loop looks at what stopped it within a turn.

@@ -12,7 +12,6 @@ use super::{KvmVm, layout};
 use crate::devices::Access;
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::ExitHandler;
-use crate::vcpu::VmRunState;
 
 /// The pins of the I/O APIC; the first sixteen are the PICs' too.
 pub const IRQ_LINES: u32 = 24;
@@ -150,17 +149,8 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             return self.signal_msi(address, NMI_DELIVERY).map(drop);
         }
         // Without an interrupt controller only the vCPU itself takes one, out of its guest.
-        let inject = || cell.with_vcpu(|vcpu| vcpu.fd.nmi().map_err(|e| Error::kvm("KVM_NMI", e)));
-        let is_running = self.state() == VmRunState::Running;
-        match inject() {
-            Err(e) if e.kind == ErrorKind::State && is_running => {
-                self.pause()?;
-                let result = inject();
-                self.resume()?;
-                result
-            }
-            result => result,
-        }
+        let _hold = self.hold()?;
+        cell.with_vcpu(|vcpu| vcpu.fd.nmi().map_err(|e| Error::kvm("KVM_NMI", e)))
     }
 
     /// Have each write of an eventfd pulse an interrupt line, in the kernel: KVM_IRQFD.

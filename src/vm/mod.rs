@@ -5,6 +5,7 @@ mod backing;
 mod interrupts;
 mod kvm;
 pub mod layout;
+mod life;
 mod map;
 mod mapping;
 mod memory;
@@ -14,7 +15,6 @@ mod taken;
 mod vcpus;
 mod view;
 
-use std::cell::Cell;
 use std::fmt;
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -166,70 +166,6 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         })
     }
 
-    /// Start a thread `vcpu_{id}` for each vCPU. With an address the vCPUs start there, in the mode of the
-    /// configuration; without one they go on where they were stopped.
-    ///
-    /// When a guest ends, its vCPU kicks the exit handler and the state becomes `Exiting`.
-    ///
-    /// # Errors
-    /// When the machine is running, has ended or is closed, or a thread cannot be started: then none runs.
-    pub fn run(&self, vcpu_run_addr: Option<u64>) -> Result<()> {
-        self.check_process()?;
-        let is_started = Cell::new(false);
-        let enter = |has_threads| {
-            if has_threads && self.state() == VmRunState::Paused {
-                let error = Error::new(ErrorKind::State, "run", "the machine is paused");
-                return Err(error.hint("resume it"));
-            }
-            self.enter(VmRunState::Running)?;
-            is_started.set(true);
-            Ok(())
-        };
-        let start = |handle: &mut Handle| {
-            handle.start(&self.shared, |vcpu| match vcpu_run_addr {
-                Some(address) => self.set_start_state(vcpu, address),
-                None => Ok(()),
-            })
-        };
-        self.vcpus.start(enter, start).inspect_err(|_| {
-            if is_started.get() {
-                self.vcpus.stop();
-                // From Running a machine leaves to Paused; a first run that failed may be tried again.
-                let _ = self.shared.run_state.set_and_notify(VmRunState::Paused);
-            }
-        })
-    }
-
-    /// Bring the vCPUs of the run in progress out of the guest and wait until they are at rest. Does nothing when they
-    /// are paused already.
-    ///
-    /// # Errors
-    /// [`ErrorKind::State`] when the machine is not running.
-    pub fn pause(&self) -> Result<()> {
-        self.check_process()?;
-        self.vcpus.pause(|| match self.shared.run_state.set_and_notify(VmRunState::Paused) {
-            Ok(_) | Err(VmRunState::Paused) => Ok(()),
-            Err(state) => Err(not_running("pause", state)),
-        })
-    }
-
-    /// Let the vCPUs that `pause` stopped go on. Does nothing when they are running.
-    ///
-    /// # Errors
-    /// [`ErrorKind::State`] when no run is in progress, or the guest has ended.
-    pub fn resume(&self) -> Result<()> {
-        self.check_process()?;
-        let is_running = || self.state() == VmRunState::Running;
-        self.vcpus.resume(is_running, |has_threads| {
-            let state = if self.exit().is_some() { VmRunState::Exiting } else { self.state() };
-            if !has_threads || state == VmRunState::Exiting {
-                return Err(not_running("resume", state));
-            }
-            let entered = self.shared.run_state.set_and_notify(VmRunState::Running);
-            entered.map(|_| ()).map_err(|state| not_running("resume", state))
-        })
-    }
-
     /// Put the vCPUs where a first run would start them, so that they can be looked into and changed before.
     ///
     /// # Errors
@@ -249,20 +185,6 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         let is_first =
             self.state() == VmRunState::Created && !self.is_prepared.load(Ordering::Acquire);
         is_first.then_some(address)
-    }
-
-    fn enter(&self, next: VmRunState) -> Result<()> {
-        self.shared.run_state.set_and_notify(next).map(|_| ()).map_err(refused)
-    }
-
-    /// Whether a `run` would start now.
-    ///
-    /// # Errors
-    /// [`ErrorKind::State`], with the reason, when it would not.
-    pub fn check_may_run(&self) -> Result<()> {
-        self.check_process()?;
-        let state = self.state();
-        if state.may_become(VmRunState::Running) { Ok(()) } else { Err(refused(state)) }
     }
 
     /// Registers of a first start.
@@ -300,19 +222,15 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
 }
 
 impl<EH: ExitHandler> KvmVm<EH> {
-    /// Stop the vCPUs and wait for their threads. A guest that had not ended can go on with `run(None)`.
-    pub fn shutdown(&self) {
-        if self.is_foreign() {
-            return;
-        }
-        self.vcpus.stop();
-        let _ = self.shared.run_state.set_and_notify(VmRunState::Paused);
+    /// Tells its vCPUs' threads from all others.
+    pub(crate) fn id(&self) -> usize {
+        self.shared.id()
     }
 
     /// Whether this is the thread of one of its vCPUs, in a callback.
     #[must_use]
     pub fn has_this_thread(&self) -> bool {
-        self.vcpus.has_this_thread()
+        vcpu::is_thread_of(self.shared.id())
     }
 
     /// Where the machine stands.
@@ -384,33 +302,9 @@ impl<EH: ExitHandler> Drop for KvmVm<EH> {
             self.vcpus.forget();
             return;
         }
-        self.vcpus.stop();
-        let _ = self.shared.run_state.set_and_notify(VmRunState::Paused);
-        let _ = self.shared.run_state.set_and_notify(VmRunState::Closed);
+        self.close();
+        self.vcpus.leave();
     }
-}
-
-fn not_running(what: &str, state: VmRunState) -> Error {
-    let detail = match state {
-        VmRunState::Created => "the machine has not been started",
-        VmRunState::Exiting => "the guest has ended",
-        VmRunState::Closed => "the machine is closed",
-        VmRunState::Running | VmRunState::Paused => "no run is in progress",
-    };
-    Error::new(ErrorKind::State, what, detail)
-}
-
-fn refused(state: VmRunState) -> Error {
-    let detail = match state {
-        VmRunState::Exiting => {
-            let detail = "its guest has ended";
-            let hint = "reset() it to a snapshot, or make a new machine";
-            return Error::new(ErrorKind::State, "run", detail).hint(hint);
-        }
-        VmRunState::Running => "the machine is running already",
-        _ => "the machine is closed",
-    };
-    Error::new(ErrorKind::State, "run", detail)
 }
 
 /// A VM with the pages that KVM itself needs on some processors.

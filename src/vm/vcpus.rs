@@ -1,29 +1,32 @@
-//! The vCPUs of one machine and their threads: started, paused, resumed and stopped together.
+//! The vCPUs of one machine and their threads: started, held, let go and stopped together.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::sync::{MappedMutexGuard, Mutex, MutexGuard, assert_unlocked, rank};
-use crate::vcpu::{Cell, Handle, Vcpu};
+use crate::sync::{Condvar, MappedMutexGuard, Mutex, MutexGuard, assert_unlocked, rank};
+use crate::vcpu::{Cell, Handle, Vcpu, VmRunState, left};
 
 /// All vCPUs of a machine. The lock orders those who start and stop them; a vCPU's own thread never needs it to get out of
 /// its guest, and nobody waits for a thread with it held.
 #[derive(Debug, Default)]
-pub(super) struct Vcpus(Mutex<List, rank::Vcpus>);
+pub(super) struct Vcpus(Mutex<List, rank::Vcpus>, Condvar);
 
 #[derive(Debug, Default)]
 struct List {
     handles: Vec<Handle>,
     /// How many callers of `stop` wait for threads to end.
     stopping: usize,
+    /// How many hold the vCPUs at rest for a moment; who pauses the machine is told by its state.
+    holds: usize,
+    is_closed: bool,
 }
 
-/// A vCPU that somebody waits for, and how often it had come to rest before.
+/// A vCPU that somebody waits for, and how often it had been at rest before.
 type Awaited = (Arc<Cell>, u64);
 
 fn awaited(handle: &Handle) -> Awaited {
-    (Arc::clone(handle.cell()), handle.cell().rests())
+    (Arc::clone(handle.cell()), handle.cell().stays())
 }
 
 fn join(thread: JoinHandle<()>) {
@@ -36,9 +39,20 @@ fn wait_for(vcpus: &[Awaited]) {
     vcpus.iter().for_each(|(cell, counted)| cell.wait_for_rest(*counted));
 }
 
+impl List {
+    fn check_open(&self, what: &str) -> Result<()> {
+        let detail = match (self.is_closed, self.stopping) {
+            (true, _) => "the machine is closed",
+            (false, 1..) => "the machine is being shut down",
+            (false, 0) => return Ok(()),
+        };
+        Err(Error::new(ErrorKind::State, what, detail))
+    }
+}
+
 impl Vcpus {
     pub(super) fn new(handles: Vec<Handle>) -> Self {
-        Self(Mutex::new(List { handles, stopping: 0 }))
+        Self(Mutex::new(List { handles, ..List::default() }), Condvar::new())
     }
 
     pub(super) fn cells(&self) -> Vec<Arc<Cell>> {
@@ -48,29 +62,29 @@ impl Vcpus {
     /// Add the vCPU that `make` makes.
     pub(super) fn add(&self, make: impl FnOnce() -> Result<Handle>) -> Result<Arc<Cell>> {
         let mut list = self.0.lock();
+        list.check_open("create_vcpu")?;
         let handle = make()?;
         let cell = Arc::clone(handle.cell());
         list.handles.push(handle);
         Ok(cell)
     }
 
-    /// `start` each, once `enter` has found that they may be, given whether they have threads. Nobody else starts, pauses or
-    /// resumes them meanwhile.
+    /// `start` each, once `enter` has found that they may be, given whether they have threads. `start` is told whether they
+    /// are held. Nobody else starts, pauses or resumes them meanwhile.
     pub(super) fn start(
         &self,
         enter: impl FnOnce(bool) -> Result<()>,
-        start: impl FnMut(&mut Handle) -> Result<()>,
+        mut start: impl FnMut(&mut Handle, bool) -> Result<()>,
     ) -> Result<()> {
         let mut list = self.0.lock();
-        if list.stopping > 0 {
-            let detail = "the machine is being shut down";
-            return Err(Error::new(ErrorKind::State, "run", detail));
-        }
-        // Shut down from a callback of its own, a thread has not been waited for.
+        list.check_open("run")?;
+        // Shut down from a callback of the machine's own, they have not been waited for.
         let ending: Vec<_> = list.handles.iter_mut().filter_map(Handle::take_ending).collect();
         MutexGuard::unlocked(&mut list, || ending.into_iter().for_each(join));
+        list.check_open("run")?;
         enter(list.handles.iter().any(Handle::has_thread))?;
-        list.handles.iter_mut().try_for_each(start)
+        let is_held = list.holds > 0;
+        list.handles.iter_mut().try_for_each(|handle| start(handle, is_held))
     }
 
     /// Bring them out of their guests, once `enter` allows it, and wait until each has been out.
@@ -87,25 +101,52 @@ impl Vcpus {
         Ok(())
     }
 
-    /// Let them go on where they rest, once `enter` allows it, given whether each has its thread; nothing when they run.
-    pub(super) fn resume(
-        &self,
-        is_running: impl Fn() -> bool,
-        enter: impl FnOnce(bool) -> Result<()>,
-    ) -> Result<()> {
+    /// Let those that a pause has stopped go on, unless somebody holds them: then they go on when that one lets go. `enter`
+    /// says whether they may, given whether each has its thread, and that nothing is to be done where they run already.
+    pub(super) fn resume(&self, mut enter: impl FnMut(bool, bool) -> Result<bool>) -> Result<()> {
         let mut list = self.0.lock();
-        while !is_running() {
+        loop {
+            let has_threads = list.handles.iter().all(Handle::has_thread);
             // A pause from another thread may not have seen them at rest yet.
-            let Some(handle) = list.handles.iter().find(|handle| !handle.cell().is_at_rest())
-            else {
-                enter(list.handles.iter().all(Handle::has_thread))?;
-                list.handles.iter().for_each(Handle::resume);
-                break;
-            };
-            let one = [awaited(handle)];
-            MutexGuard::unlocked(&mut list, || wait_for(&one));
+            let late = list.handles.iter().find(|handle| !handle.cell().is_at_rest()).map(awaited);
+            if !enter(has_threads, late.is_none())? {
+                return Ok(());
+            }
+            let Some(late) = late else { break };
+            MutexGuard::unlocked(&mut list, || wait_for(&[late]));
+        }
+        if list.holds == 0 {
+            list.handles.iter().for_each(Handle::resume);
         }
         Ok(())
+    }
+
+    /// Bring them out of their guests for as long as somebody needs that, and wait until each is out. A pause and a resume
+    /// meanwhile count when the last hold ends.
+    pub(super) fn hold(&self) -> Result<()> {
+        let all: Vec<Awaited> = {
+            let mut list = self.0.lock();
+            if list.is_closed {
+                return Err(Error::new(ErrorKind::State, "vm", "the machine is closed"));
+            }
+            list.holds += 1;
+            // One without a thread is at rest, or driven by hand.
+            let threads = list.handles.iter().filter(|handle| handle.has_thread());
+            let all: Vec<Awaited> = threads.clone().map(awaited).collect();
+            threads.for_each(Handle::pause);
+            all
+        };
+        wait_for(&all);
+        Ok(())
+    }
+
+    /// The end of a hold: the last one lets the vCPUs go, if the machine is running.
+    pub(super) fn let_go(&self, state: impl FnOnce() -> VmRunState) {
+        let mut list = self.0.lock();
+        list.holds -= 1;
+        if list.holds == 0 && list.stopping == 0 && state() == VmRunState::Running {
+            list.handles.iter().filter(|handle| handle.has_thread()).for_each(Handle::resume);
+        }
     }
 
     /// Do something to each, which nobody starts meanwhile.
@@ -113,7 +154,7 @@ impl Vcpus {
         self.0.lock().handles.iter().try_for_each(act)
     }
 
-    /// Hold all at rest for as long as `act` takes.
+    /// Keep all at rest for as long as `act` takes.
     ///
     /// # Errors
     /// [`ErrorKind::State`] when one is running; what `act` returns.
@@ -127,25 +168,39 @@ impl Vcpus {
     }
 
     /// Bring them out of their guests, have their threads end, and wait for that. All are kicked before any is waited
-    /// for: their ways out overlap.
-    pub(super) fn stop(&self) {
+    /// for: their ways out overlap. A thread of the machine's own (`is_own`) waits for none of them to end: two would wait for
+    /// each other.
+    pub(super) fn stop(&self, is_own: bool) {
         let (all, threads): (Vec<Awaited>, Vec<_>) = {
             let mut list = self.0.lock();
             list.stopping += 1;
             let all = list.handles.iter().map(awaited).collect();
             list.handles.iter().for_each(Handle::leave);
-            let others = list.handles.iter_mut().filter(|handle| !handle.is_this_thread());
-            (all, others.filter_map(Handle::take_thread).collect())
+            let ends = list.handles.iter_mut().filter(|_| !is_own);
+            (all, ends.filter_map(Handle::take_thread).collect())
         };
-        // One that is driven by hand has another thread.
+        // One that is driven by hand has another thread. One in a callback of the program's is at rest.
         wait_for(&all);
         threads.into_iter().for_each(join);
-        self.0.lock().stopping -= 1;
+        let mut list = self.0.lock();
+        list.stopping -= 1;
+        self.1.notify_all();
+        // Another caller may have taken the threads.
+        while list.stopping > 0 && !is_own {
+            self.1.wait(&mut list);
+        }
     }
 
-    /// Whether this is the thread of one of them.
-    pub(super) fn has_this_thread(&self) -> bool {
-        self.0.lock().handles.iter().any(Handle::is_this_thread)
+    /// Stop them for good, and give back what they hold of KVM.
+    pub(super) fn close(&self, is_own: bool) {
+        self.0.lock().is_closed = true;
+        self.stop(is_own);
+        self.cells().iter().for_each(|cell| cell.close());
+    }
+
+    /// The machine goes. A thread that was not joined is one of its own, in a callback, or knows of one.
+    pub(super) fn leave(&mut self) {
+        self.0.get_mut().handles.iter_mut().filter_map(Handle::take_thread).for_each(left::leave);
     }
 
     /// In a forked child the threads do not exist.

@@ -6,7 +6,7 @@ use std::thread::ThreadId;
 use super::Vmm;
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::{ExitHandler, WrappedExitHandler};
-use crate::vcpu::VmRunState;
+use crate::vcpu::{self, VmRunState};
 use crate::vm::KvmVm;
 
 /// Who is inside `run`.
@@ -17,6 +17,21 @@ pub(super) struct Runner {
     pub(super) is_started: bool,
     /// `close` was called from inside: it happens when the run ends.
     close_at_end: bool,
+    life: Life,
+}
+
+/// Whether the machine is still there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Life {
+    #[default]
+    Open,
+    /// This thread closes it.
+    Closing(ThreadId),
+    Closed,
+}
+
+pub(super) fn closed() -> Error {
+    Error::new(ErrorKind::State, "vmm", "the machine is closed")
 }
 
 impl Vmm {
@@ -25,9 +40,8 @@ impl Vmm {
     /// # Errors
     /// [`ErrorKind::State`] as for `run`.
     pub fn start(&self) -> Result<()> {
-        let vm = self.vm()?;
         let running = self.enter_run("start", false)?;
-        self.start_vcpus(&vm)?;
+        self.start_vcpus(&running.vm)?;
         self.runner.lock().is_started = true;
         drop(running);
         Ok(())
@@ -42,44 +56,67 @@ impl Vmm {
         self.exit_handler.kick().map_err(|e| Error::os(ErrorKind::Event, "stop", &e))
     }
 
-    /// Stop, wait for the run to end, and release everything. Does nothing the second time. Called from
-    /// inside a run, it takes effect when that run ends.
+    /// Stop, wait for the run to end, and release everything. No guest and no callback goes on behind it. Does nothing the
+    /// second time, but wait for the first. Called from inside a run, it takes effect when that run ends; from a callback of
+    /// a machine that was started and that nobody waits for, the vCPUs stop, and the rest is up to the next `wait` or `close`.
     pub fn close(&self) {
         if self.exit_handler.is_foreign() {
             return; // the run in progress, if any, is the parent's
         }
-        let Ok(vm) = self.vm() else { return };
-        let is_inside = vm.has_this_thread();
-        drop(vm);
+        let this = std::thread::current().id();
+        let is_on_vcpu = vcpu::is_thread_of(self.vm_id);
         let mut runner = self.runner.lock();
-        if is_inside {
-            // Of a machine that was started, whoever waits for it closes it.
-            runner.close_at_end = true;
-            let _ = self.stop();
-            return;
-        }
-        while let Some(thread) = runner.thread {
-            let _ = self.stop();
-            if thread == std::thread::current().id() {
-                runner.close_at_end = true;
-                return;
+        loop {
+            match (runner.life, runner.thread) {
+                (Life::Closed, _) => return,
+                // Whoever closes it waits for this callback.
+                (Life::Closing(_), _) if is_on_vcpu => return,
+                (Life::Closing(closer), _) if closer == this => return,
+                (Life::Open, None) if !is_on_vcpu => break,
+                (Life::Open, Some(thread)) if thread == this || is_on_vcpu => {
+                    runner.close_at_end = true;
+                    let _ = self.stop();
+                    return;
+                }
+                (Life::Open, None) => {
+                    runner.close_at_end = true;
+                    let _ = self.stop();
+                    drop(runner);
+                    self.vm().iter().for_each(|vm| vm.shutdown());
+                    return;
+                }
+                (Life::Open, Some(_)) => drop(self.stop()),
+                (Life::Closing(_), _) => {}
             }
             self.run_ended.wait(&mut runner);
         }
-        let vm = self.vm.lock().take();
+        runner.life = Life::Closing(this);
         drop(runner);
-        self.release(vm);
+        self.release();
     }
 
     /// Release what the machine was made of. Without a lock: its threads are waited for, and devices may be the program's.
-    fn release(&self, vm: Option<Arc<KvmVm<WrappedExitHandler>>>) {
+    fn release(&self) {
         let subscribers = std::mem::take(&mut *self.own_subscribers.lock());
         for id in subscribers {
             // Fails when the program has removed it already.
             let _ = self.event_manager.remove_subscriber(id);
         }
+        let vm = self.vm.lock().take();
+        // Others may hold it for as long as a call of theirs takes.
+        vm.iter().for_each(|vm| vm.close());
         drop(vm);
         self.dispatch.close();
+        self.runner.lock().life = Life::Closed;
+        self.run_ended.notify_all();
+    }
+
+    /// Nobody is left to use it: a callback of its own that holds the last reference does not wait for itself.
+    pub(super) fn release_last(&self) {
+        if self.exit_handler.is_foreign() || self.runner.lock().life == Life::Closed {
+            return;
+        }
+        self.release();
     }
 
     /// Bring the vCPUs of the run in progress out of the guest and wait until they are at rest. From any thread or
@@ -88,9 +125,7 @@ impl Vmm {
     /// # Errors
     /// [`ErrorKind::State`] when the machine is not running.
     pub fn pause(&self) -> Result<()> {
-        let vm = self.vm()?;
-        *self.is_paused.lock() = true;
-        vm.pause()
+        self.vm()?.pause()
     }
 
     /// Let the vCPUs that `pause` stopped go on.
@@ -98,23 +133,30 @@ impl Vmm {
     /// # Errors
     /// [`ErrorKind::State`] when no run is in progress, or the guest has ended.
     pub fn resume(&self) -> Result<()> {
-        let vm = self.vm()?;
-        *self.is_paused.lock() = false;
-        vm.resume()
+        self.vm()?.resume()
     }
 
+    /// Become the thread that is inside `run`, with the machine to run.
     pub(crate) fn enter_run(&self, what: &str, for_started: bool) -> Result<Running<'_>> {
         let mut runner = self.runner.lock();
-        let detail = match (&runner.thread, runner.is_started, for_started) {
+        let vm = match runner.life {
+            Life::Open => self.vm()?,
+            Life::Closing(_) | Life::Closed => return Err(closed()),
+        };
+        let detail = match (runner.thread, runner.is_started, for_started) {
+            _ if vm.has_this_thread() => {
+                "a callback on a vCPU's thread cannot run the machine it belongs to"
+            }
             (Some(_), _, _) => "the machine is running already: one run at a time",
             (None, true, false) => "the machine has been started: wait() for it",
-            (None, false, true) if self.state() == VmRunState::Exiting => {
-                "its guest has ended, and the run is over: reset() it to a snapshot, or make a new machine"
-            }
-            (None, false, true) => "the machine has not been started: start() or run() it",
+            (None, false, true) => match vm.state() {
+                VmRunState::Exiting => return Err(vm.has_ended(what)),
+                VmRunState::Paused => "its last run is over: start() or run() it again",
+                _ => "the machine has not been started: start() or run() it",
+            },
             (None, _, _) => {
                 runner.thread = Some(std::thread::current().id());
-                return Ok(Running(self));
+                return Ok(Running { vmm: self, vm });
             }
         };
         Err(Error::new(ErrorKind::State, what, detail))
@@ -128,21 +170,30 @@ impl Vmm {
 }
 
 /// While it lives, its thread is the one inside `run`.
-pub(crate) struct Running<'a>(&'a Vmm);
+pub(crate) struct Running<'a> {
+    vmm: &'a Vmm,
+    /// The machine, which is not closed meanwhile.
+    pub(super) vm: Arc<KvmVm<WrappedExitHandler>>,
+}
 
 impl Drop for Running<'_> {
     fn drop(&mut self) {
-        if self.0.exit_handler.is_foreign() {
+        if self.vmm.exit_handler.is_foreign() {
             return;
         }
-        let mut runner = self.0.runner.lock();
-        runner.thread = None;
-        let is_closing = std::mem::take(&mut runner.close_at_end);
-        let vm = if is_closing { self.0.vm.lock().take() } else { None };
-        drop(runner);
+        let is_closing = {
+            let mut runner = self.vmm.runner.lock();
+            runner.thread = None;
+            let is_closing = std::mem::take(&mut runner.close_at_end);
+            if is_closing {
+                runner.life = Life::Closing(std::thread::current().id());
+            }
+            is_closing
+        };
         if is_closing {
-            self.0.release(vm);
+            self.vmm.release();
+        } else {
+            self.vmm.run_ended.notify_all();
         }
-        self.0.run_ended.notify_all();
     }
 }

@@ -39,8 +39,8 @@ pub struct Vmm {
     /// Where the vCPUs start.
     pub(crate) entry: u64,
     pub(crate) exit_port: ExitPort,
-    /// Somebody has paused the machine and not resumed it: whoever pauses it for a moment leaves it paused.
-    pub(crate) is_paused: Mutex<bool, rank::Paused>,
+    /// Tells a thread of one of its vCPUs.
+    vm_id: usize,
     pub(crate) held: Held,
     /// A stream of the console has failed, and what comes is dropped.
     has_failed: AtomicBool,
@@ -97,6 +97,7 @@ impl Vmm {
             vec![event_manager.add_subscriber(Box::new(exit_handler.clone()))];
         own_subscribers.extend(devices::connect(&serial, streams, &event_manager)?);
         let fixups = Arc::clone(vm.fixups());
+        let vm_id = vm.id();
         let watching = Watching::new(vm.cells().len() as u64, &dispatch, &event_manager);
         Ok(Self {
             vm: Mutex::new(Some(Arc::new(vm))),
@@ -108,7 +109,7 @@ impl Vmm {
             fixups,
             entry,
             exit_port,
-            is_paused: Mutex::new(false),
+            vm_id,
             held: Held::default(),
             has_failed: AtomicBool::new(false),
             own_subscribers: Mutex::new(own_subscribers),
@@ -134,10 +135,7 @@ impl Vmm {
     /// # Errors
     /// [`ErrorKind::State`] when it is closed.
     pub fn vm(&self) -> Result<Arc<KvmVm<WrappedExitHandler>>> {
-        self.vm
-            .lock()
-            .clone()
-            .ok_or_else(|| Error::new(ErrorKind::State, "vmm", "the machine is closed"))
+        self.vm.lock().clone().ok_or_else(life::closed)
     }
 
     /// The event manager whose loop `run` turns.
@@ -227,6 +225,6 @@ impl Vmm {
 impl Drop for Vmm {
     /// In a loop that others use too, the machine's subscribers must not outlive it.
     fn drop(&mut self) {
-        self.close();
+        self.release_last();
     }
 }

@@ -26,18 +26,18 @@ impl Vmm {
     /// After a stop, a timeout or an error another `run` goes on where this one ended.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] when another thread is in `run`, the guest has ended or the machine is closed;
-    /// [`ErrorKind::Io`] when a stream of the serial port fails; what `turn` returns.
+    /// [`ErrorKind::State`](crate::error::ErrorKind::State) when another thread is in `run`, the guest has ended or the machine is closed;
+    /// [`ErrorKind::Io`](crate::error::ErrorKind::Io) when a stream of the serial port fails; what `turn` returns.
     pub fn run<E: From<Error>>(
         &self,
         timeout: Option<Duration>,
         mut turn: impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
     ) -> std::result::Result<Exit, E> {
-        let vm = self.vm()?;
-        let _running = self.enter_run("run", false)?;
+        let running = self.enter_run("run", false)?;
+        let vm = &running.vm;
         let deadline = deadline_of(timeout);
         let ended = self
-            .start_vcpus(&vm)
+            .start_vcpus(vm)
             .map_err(E::from)
             .and_then(|()| self.turn_until(deadline, &mut turn));
         let reason = match ended {
@@ -45,34 +45,32 @@ impl Vmm {
             Err(error) if vm.is_foreign() => return Err(error),
             ended => ended.map(|reason| reason.unwrap_or(ExitReason::Timeout)),
         };
-        self.finish(&vm, reason, deadline, &mut turn)
+        self.finish(vm, reason, deadline, &mut turn)
     }
 
     /// What `run` does, for a machine that has been started; none when the time passed: then the guest goes on.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] when the machine has not been started, or another thread waits; else as for `run`.
+    /// [`ErrorKind::State`](crate::error::ErrorKind::State) when the machine has not been started, or another thread waits; else as for `run`.
     pub fn wait<E: From<Error>>(
         &self,
         timeout: Option<Duration>,
         mut turn: impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
     ) -> std::result::Result<Option<Exit>, E> {
-        let vm = self.vm()?;
-        let _running = self.enter_run("wait", true)?;
+        let running = self.enter_run("wait", true)?;
         let deadline = deadline_of(timeout);
         let reason = match self.turn_until(deadline, &mut turn) {
             Ok(None) => return Ok(None),
             Ok(Some(reason)) => Ok(reason),
-            Err(error) if vm.is_foreign() => return Err(error),
+            Err(error) if running.vm.is_foreign() => return Err(error),
             Err(error) => Err(error),
         };
         self.runner.lock().is_started = false;
-        self.finish(&vm, reason, deadline, &mut turn).map(Some)
+        self.finish(&running.vm, reason, deadline, &mut turn).map(Some)
     }
 
     pub(super) fn start_vcpus(&self, vm: &KvmVm<WrappedExitHandler>) -> Result<()> {
         vm.check_may_run()?;
-        *self.is_paused.lock() = false;
         // After a stop from before this run the guest does not start for nothing.
         if !self.exit_handler.is_kicked() {
             vm.run(vm.first_address(self.entry))?;

@@ -1,0 +1,61 @@
+//! Threads of vCPUs whose machine went while they were in one of its callbacks. They end when that returns, and whoever ends the
+//! process waits for them before. On any thread.
+
+use std::thread::JoinHandle;
+
+use crate::process::Birthplace;
+use crate::sync::{Mutex, assert_unlocked, rank};
+
+type Left = Vec<(Birthplace, JoinHandle<()>)>;
+
+static LEFT: Mutex<Left, rank::LeftThreads> = Mutex::new(Vec::new());
+
+/// A thread that nobody joins: its machine goes, and this thread is it or must not wait for it.
+pub(crate) fn leave(thread: JoinHandle<()>) {
+    let mut left = LEFT.lock();
+    left.retain(|(birthplace, thread)| !birthplace.is_foreign() && !thread.is_finished());
+    left.push((Birthplace::here(), thread));
+}
+
+/// Whether there is none.
+#[cfg_attr(not(feature = "python"), allow(dead_code, reason = "for the end of the interpreter"))]
+pub(crate) fn is_empty() -> bool {
+    LEFT.lock().is_empty()
+}
+
+/// Wait for all of them. In a forked child those of its parent do not exist.
+#[cfg_attr(not(feature = "python"), allow(dead_code, reason = "for the end of the interpreter"))]
+pub(crate) fn join_all() {
+    assert_unlocked("threads that were left are waited for");
+    let left = std::mem::take(&mut *LEFT.lock());
+    for (birthplace, thread) in left {
+        if birthplace.is_foreign() {
+            std::mem::forget(thread);
+        } else {
+            // A panic there has been told by its guard.
+            let _ = thread.join();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::mpsc::channel;
+
+    #[test]
+    fn a_thread_that_was_left_is_waited_for() {
+        let (go, gone) = channel::<()>();
+        let is_over = Arc::new(AtomicBool::new(false));
+        let over = Arc::clone(&is_over);
+        leave(std::thread::spawn(move || {
+            gone.recv().unwrap();
+            over.store(true, Ordering::SeqCst);
+        }));
+        go.send(()).unwrap();
+        join_all();
+        assert!(is_over.load(Ordering::SeqCst));
+    }
+}
