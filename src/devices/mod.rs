@@ -14,8 +14,6 @@ mod uart_bits;
 
 use std::sync::Arc;
 
-use vmm_sys_util::eventfd::EventFd;
-
 pub use backlog::Piece;
 pub use bus::{Access, Bus, Buses, Device, Flow, Unanswered, each};
 pub use debug_exit::DebugExit;
@@ -30,10 +28,17 @@ use crate::config::{ExitPort, SerialConfig};
 use crate::error::Result;
 use crate::vm::layout;
 
+/// A line to a machine's interrupt controllers, as a device sees it.
+pub trait InterruptLine: Send + Sync + std::fmt::Debug {
+    /// Raise the line and lower it again. The interrupt is pending when this returns: a guest that goes on takes it before it
+    /// can end. An irqfd gives no such promise, because the kernel injects from a work queue.
+    fn pulse(&self);
+}
+
 /// Put the built-in devices on the buses; returns the serial port, whose interrupt line this is.
 pub(crate) fn attach(
     buses: &Buses,
-    irq: Option<EventFd>,
+    irq: Option<Box<dyn InterruptLine>>,
     config: &SerialConfig,
     exit_port: ExitPort,
 ) -> Result<Arc<Serial>> {

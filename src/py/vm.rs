@@ -205,7 +205,7 @@ impl PyKvmVm {
             let entry = boot::load(&config, &memory, interrupted)?;
             let dispatch = Arc::new(Dispatch::default());
             let vm = KvmVm::new(&config, memory, Arc::clone(&dispatch), handler)?;
-            let irq = vm.irq(layout::COM1_IRQ)?;
+            let irq = vm.irq(layout::COM1_IRQ);
             let serial = devices::attach(&dispatch.buses, irq, &config.serial, config.exit_port)?;
             Ok((vm, entry, dispatch, serial))
         })?;

@@ -150,7 +150,7 @@ impl Vmm {
         let dispatch = Arc::new(Dispatch::default());
         let vm = KvmVm::of_shape(shape, memory, &dispatch, exit_handler.clone())?;
         vm.at_rest(|fd, vcpus| set_state(&vm, fd, vcpus, snapshot))?;
-        let irq = vm.irq(layout::COM1_IRQ)?;
+        let irq = vm.irq(layout::COM1_IRQ);
         let serial = devices::attach(&dispatch.buses, irq, &streams, shape.exit_port())?;
         let parts = Parts { vm, event_manager, exit_handler, dispatch, serial, entry: 0 };
         Self::assemble(parts, streams, shape.exit_port())

@@ -1,15 +1,17 @@
 //! What a device has of a machine besides its bus: interrupt lines and messages, NMIs, eventfds in the kernel, and the
 //! filter of model-specific registers. From any thread.
 
+use std::sync::{Arc, Weak};
+
 use kvm_bindings::{KVM_CAP_X86_USER_SPACE_MSR, kvm_enable_cap, kvm_msi};
 use kvm_ioctls::{
     Cap, IoEventAddress, MsrExitReason, MsrFilterDefaultAction, MsrFilterRange,
-    MsrFilterRangeFlags, NoDatamatch,
+    MsrFilterRangeFlags, NoDatamatch, VmFd,
 };
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{KvmVm, layout};
-use crate::devices::Access;
+use crate::devices::{Access, InterruptLine};
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::ExitHandler;
 
@@ -50,6 +52,23 @@ impl IoEvent {
                 bad(format!("{value:#x} does not fit into {} bytes", self.length))
             }
             _ => Ok(()),
+        }
+    }
+}
+
+/// A line to the interrupt controllers of a machine, which it does not keep from being closed.
+#[derive(Debug)]
+struct Line {
+    fd: Weak<VmFd>,
+    number: u32,
+}
+
+impl InterruptLine for Line {
+    fn pulse(&self) {
+        let Some(fd) = self.fd.upgrade() else { return };
+        for is_high in [true, false] {
+            // Fails in a forked child alone, whose machine this is not.
+            let _ = fd.set_irq_line(self.number, is_high);
         }
     }
 }
@@ -106,6 +125,13 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             Access::Pio => add(),
             Access::Mmio => self.memory.kvm_slots().beside((start, length), add),
         }
+    }
+
+    /// An interrupt line for a device of the machine's; none without an interrupt controller.
+    #[must_use]
+    pub fn irq(&self, line: u32) -> Option<Box<dyn InterruptLine>> {
+        let line = Line { fd: Arc::downgrade(&self.fd), number: line };
+        self.irqchip.then(|| Box::new(line) as Box<dyn InterruptLine>)
     }
 
     /// Set the level of an interrupt line: KVM_IRQ_LINE.

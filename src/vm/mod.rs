@@ -26,7 +26,6 @@ use kvm_bindings::{
     kvm_enable_cap, kvm_mp_state, kvm_pit_config,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 pub(crate) use backing::host_memory;
 pub use backing::{Backing, anonymous, shared};
@@ -204,20 +203,6 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             vcpu.fd.set_mp_state(state).map_err(|e| Error::kvm("KVM_SET_MP_STATE", e))?;
         }
         Ok(())
-    }
-
-    /// An eventfd whose write pulses an interrupt line; none without an interrupt controller.
-    ///
-    /// # Errors
-    /// When KVM refuses it.
-    pub fn irq(&self, line: u32) -> Result<Option<EventFd>> {
-        if !self.irqchip {
-            return Ok(None);
-        }
-        let event =
-            EventFd::new(EFD_NONBLOCK).map_err(|e| Error::os(ErrorKind::Kvm, "eventfd", &e))?;
-        self.fd.register_irqfd(&event, line).map_err(|e| Error::kvm("KVM_IRQFD", e))?;
-        Ok(Some(event))
     }
 }
 

@@ -80,7 +80,7 @@ impl Vmm {
             WrappedExitHandler::new().map_err(|e| Error::os(ErrorKind::Event, "eventfd", &e))?;
         let dispatch = Arc::new(Dispatch::default());
         let vm = KvmVm::new(&config, memory, Arc::clone(&dispatch), exit_handler.clone())?;
-        let irq = vm.irq(layout::COM1_IRQ)?;
+        let irq = vm.irq(layout::COM1_IRQ);
         let serial = devices::attach(&dispatch.buses, irq, &config.serial, config.exit_port)?;
         let parts = Parts { vm, event_manager, exit_handler, dispatch, serial, entry };
         Self::assemble(parts, config.serial, config.exit_port)
