@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-from typing import Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -49,6 +49,15 @@ class Model(RuleBasedStateMachine):
         self.epoll = select.epoll()
         self.alive: dict[int, object] = {}
         self.opened: list[EventFd | TimerFd] = []
+        self.duplicates: list[int] = []
+        self.flags: dict[int, EventSet] = {}
+        # Another loop that watches this one from the first to the last step.
+        self.host = select.poll()
+        self.host.register(self.manager, select.POLLIN)
+        self.calls: dict[int, Any] = {}
+        self.due: list[int] = []
+        self.called: list[int] = []
+        self.number = 0
 
     @rule(target=subscribers, flags=st.sampled_from(FLAGS))
     def add(self, flags: EventSet) -> Entry:
@@ -56,6 +65,7 @@ class Model(RuleBasedStateMachine):
         self.opened.append(watched.fd)
         id = self.manager.add_subscriber(watched)
         self.epoll.register(watched.fd, int(flags))
+        self.flags[watched.fd.fileno()] = flags
         self.alive[watched.fd.fileno()] = id
         return watched, id
 
@@ -65,6 +75,7 @@ class Model(RuleBasedStateMachine):
         self.opened.append(timer)
         self.alive[timer.fileno()] = self.manager.add_subscriber(Watched(self.log, flags, timer))
         self.epoll.register(timer, int(flags))
+        self.flags[timer.fileno()] = flags
         return timer
 
     @rule(entry=consumes(subscribers), close_first=st.booleans())
@@ -76,6 +87,63 @@ class Model(RuleBasedStateMachine):
             watched.fd.close()
         assert self.manager.remove_subscriber(id) is watched
         watched.fd.close()
+
+    def registrations_are_made_anew(self) -> None:
+        """What is edge-triggered and ready is reported once more then."""
+        for number in self.alive:
+            if self.flags[number] & EventSet.EDGE_TRIGGERED:
+                self.epoll.modify(number, int(self.flags[number]))
+
+    @rule(entry=consumes(subscribers), how=st.sampled_from(["subscriber", "number"]), ready=st.booleans())
+    def close_while_a_duplicate_lives(self, entry: Entry, how: str, ready: bool) -> None:
+        """No number leads to the source any more, and the kernel goes on watching it."""
+        watched, id = entry
+        number = watched.fd.fileno()
+        del self.alive[number]
+        self.epoll.unregister(watched.fd)
+        self.duplicates.append(os.dup(number))
+        if ready:
+            watched.fd.write()
+        watched.fd.close()
+        if how == "number":
+            self.manager.event_ops(id).remove(number)
+        assert self.manager.remove_subscriber(id) is watched
+        self.registrations_are_made_anew()
+
+    @rule(entry=subscribers, flags=st.sampled_from(FLAGS))
+    def give_the_number_to_another(self, entry: Entry, flags: EventSet) -> None:
+        """The source is closed, with a duplicate alive, and its number is registered again before it was removed."""
+        watched, id = entry
+        number = watched.fd.fileno()
+        self.epoll.unregister(watched.fd)
+        self.duplicates.append(os.dup(number))
+        watched.fd.close()
+        watched.fd = EventFd()
+        self.opened.append(watched.fd)
+        if watched.fd.fileno() == number:
+            self.manager.event_ops(id).add(Events(watched.fd, flags))
+        else:  # an older number was free
+            self.manager.event_ops(id).remove(number)
+            self.manager.event_ops(id).add(Events(watched.fd, flags))
+            self.alive[watched.fd.fileno()] = self.alive.pop(number)
+        self.epoll.register(watched.fd, int(flags))
+        self.flags[watched.fd.fileno()] = flags
+        self.registrations_are_made_anew()
+
+    @rule(due=st.booleans())
+    def call_later(self, due: bool) -> None:
+        self.number += 1
+        number = self.number
+        self.calls[number] = self.manager.call_later(-1 if due else 3600, self.called.append, number)
+        if due:
+            self.due.append(number)
+
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        if self.calls:
+            number = data.draw(st.sampled_from(sorted(self.calls)))
+            self.calls.pop(number).cancel()
+            self.due = [each for each in self.due if each != number]
 
     @rule(entry=subscribers, value=st.integers(1, 3))
     def write(self, entry: Entry, value: int) -> None:
@@ -90,6 +158,7 @@ class Model(RuleBasedStateMachine):
     def modify(self, entry: Entry, flags: EventSet) -> None:
         self.manager.event_ops(entry[1]).modify(Events(entry[0].fd, flags))
         self.epoll.modify(entry[0].fd, int(flags))
+        self.flags[entry[0].fd.fileno()] = flags
 
     @rule(timer=timers, expired=st.booleans())
     def set(self, timer: TimerFd, expired: bool) -> None:
@@ -107,10 +176,17 @@ class Model(RuleBasedStateMachine):
     @rule()
     def run(self) -> None:
         self.log.clear()
-        count = self.manager.run_with_timeout(0)
+        self.called.clear()
         expected = sorted(self.epoll.poll(0))
+        if expected or self.due:
+            assert self.host.poll(0), "the host does not hear of it"
+        count = self.manager.run_with_timeout(0)
         assert sorted(self.log) == expected
-        assert count == len(expected)
+        assert self.called == self.due
+        assert count == len(expected) + len(self.due)
+        for number in self.due:
+            del self.calls[number]
+        self.due = []
 
     @rule()
     def stop(self) -> None:
@@ -125,9 +201,11 @@ class Model(RuleBasedStateMachine):
         self.epoll.close()
         for source in self.opened:
             source.close()
+        for number in self.duplicates:
+            os.close(number)
 
 
 TestModel = Model.TestCase
-# 50,000 steps, and ten times as many under `make stress`.
-EXAMPLES = 5000 if "PYVMM_STRESS_S" in os.environ else 500
+# 10,000 steps, and fifty times as many under `make stress`.
+EXAMPLES = 5000 if "PYVMM_STRESS_S" in os.environ else 100
 TestModel.settings = settings(max_examples=EXAMPLES, stateful_step_count=100, deadline=None)
