@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import threading
@@ -309,3 +310,43 @@ def test_a_device_that_has_stopped_the_run_is_not_called_again_by_a_hold() -> No
         exit = vmm.wait(DEADLINE_S)
         assert exit is not None
         assert (exit.value, device.writes) == (1, 1)
+
+
+def descriptors() -> list[str]:
+    """What each descriptor of this process refers to."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # that of the listing itself
+            found.append(os.readlink(f"/proc/self/fd/{name}"))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("how", ["made", "run", "forked", "watched"])
+def test_close_releases_every_descriptor_though_the_machine_is_held(how: str) -> None:
+    with Vmm(flat(exit_with(0))) as first:
+        snapshot = first.snapshot()
+    gc.collect()
+    before = descriptors()
+    vmm = snapshot.fork() if how == "forked" else Vmm(flat(exit_with(0)))
+    if how == "watched":
+        vmm.event_manager.call_later(3600, int)
+        vmm.event_manager.fileno()
+        vmm.stats.enable()
+    if how != "made":
+        vmm.run(DEADLINE_S)
+    assert descriptors() != before
+    vmm.close()
+    assert descriptors() == before
+    assert vmm.state is VmRunState.CLOSED
+    with pytest.raises(StateError, match="closed"):
+        _ = vmm.event_manager
+    vmm.stop()  # of a machine that is closed, there is nothing to stop
+
+
+def test_whoever_holds_an_event_manager_has_it_after_its_machine_is_closed() -> None:
+    called: list[int] = []
+    with Vmm(flat(exit_with(0))) as vmm:
+        manager = vmm.event_manager
+    manager.call_later(0, lambda: called.append(1))
+    manager.run_with_timeout(60_000)
+    assert called == [1]

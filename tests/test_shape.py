@@ -20,6 +20,7 @@ TESTED_BY = {
     "src/event/turns.rs": "tests/test_event_manager.py",
     "src/py/lead.rs": "tests/test_endpoint.py",
     "src/py/device.rs": "tests/test_devices.py",
+    "src/py/in_loop.rs": "tests/test_life.py",
     "src/py/hooks.rs": "tests/test_hooks.py",
     "src/py/raised.rs": "tests/test_devices.py",
     "src/py/vmm_devices.rs": "tests/test_devices.py",

@@ -1431,11 +1431,19 @@ class Vmm:
 
     @property
     def event_manager(self) -> EventManager:
-        """The event manager whose loop `run` turns."""
+        """The event manager whose loop `run` turns.
+
+        Raises:
+            StateError: the machine is closed. A manager that was asked for before goes on.
+        """
 
     @property
     def exit_handler(self) -> WrappedExitHandler:
-        """The handler that ends a run."""
+        """The handler that ends a run.
+
+        Raises:
+            StateError: the machine is closed.
+        """
 
     @property
     def memory(self) -> GuestMemory:

@@ -19,6 +19,7 @@ mod exit;
 mod exit_handler;
 mod hooks;
 mod host;
+mod in_loop;
 mod interpreter;
 mod interrupt;
 mod kvm;

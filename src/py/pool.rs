@@ -5,6 +5,7 @@ use std::sync::Arc;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
+use super::attached::Attached;
 use super::ending::import;
 use super::lease::Lease;
 use super::owned::Owned;
@@ -22,8 +23,9 @@ impl PyVmm {
             devices: Arc::clone(&self.devices),
             streams: Mutex::default(),
             config: self.config.clone_ref(py),
-            event_manager: self.event_manager.clone_ref(py),
-            exit_handler: self.exit_handler.clone_ref(py),
+            in_loop: Attached::new(
+                self.in_loop.with(py, |own| own.as_ref().map(|own| own.clone_ref(py))),
+            ),
             lent: Mutex::default(),
             tie: self.tie.lend(lease),
         })
@@ -66,7 +68,7 @@ impl PyVmm {
         let renewed = py.detach(|| vmm.renew(snapshot));
         let is_renewed = renewed.map_err(|e| self.device_failure(e.into()))?;
         if !self.is_shared {
-            self.event_manager.get().forget_counts();
+            self.manager(py)?.get().forget_counts();
         }
         // A device's `restore` may have done something to the machine.
         Ok(is_renewed && self.tie.is_clean())

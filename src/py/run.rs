@@ -42,21 +42,22 @@ impl PyVmm {
     /// Turn the loop on this thread. In a shared loop each machine's run turns it for all.
     ///
     /// `awaiter` takes what callbacks on this thread return to be awaited.
-    pub(super) fn claim(&self, awaiter: Option<Py<PyAny>>) -> PyResult<Turning<'_>> {
-        let turners = self.event_manager.get().turners();
+    pub(super) fn claim<'a>(
+        &self,
+        manager: &'a Py<PyEventManager>,
+        awaiter: Option<Py<PyAny>>,
+    ) -> PyResult<Turning<'a>> {
+        let turners = manager.get().turners();
         if self.is_shared { turners.share(awaiter) } else { turners.claim("the machine", awaiter) }
-    }
-
-    pub(super) fn manager(&self) -> &Py<PyEventManager> {
-        &self.event_manager
     }
 }
 
 #[pymethods]
 impl PyVmm {
     /// What ends one `_run_cancellable`.
-    fn _new_cancel(&self) -> PyCancel {
-        PyCancel { core: self.manager().get().shared_core(), is_set: AtomicBool::new(false) }
+    fn _new_cancel(&self, py: Python<'_>) -> PyResult<PyCancel> {
+        let core = self.manager(py)?.get().shared_core();
+        Ok(PyCancel { core, is_set: AtomicBool::new(false) })
     }
 
     /// `run` for `pyvmm.aio`; None after it was cancelled. `awaiter` is called with what callbacks return to be awaited.
@@ -69,11 +70,12 @@ impl PyVmm {
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
         let vmm = self.vmm()?;
         let timeout = exit::timeout(timeout)?;
-        let _turning = self.claim(Some(awaiter))?;
+        let manager = &self.manager(py)?;
+        let _turning = self.claim(manager, Some(awaiter))?;
         if cancel.is_set() {
             return Ok(None);
         }
-        let (manager, raised) = (self.manager(), &self.hooks.raised);
+        let raised = &self.hooks.raised;
         let (ended, is_cancelled) = py.detach(|| {
             let is_cancelled = Cell::new(false);
             let check = || {

@@ -9,12 +9,14 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList, PyTuple};
 
 use super::attach::attach;
+use super::attached::Attached;
 use super::device::PythonDevice;
 use super::ending::{guard_thread, import};
 use super::event_manager::PyEventManager;
 use super::events::PySubscriberId;
 use super::exit_handler::PyWrappedExitHandler;
 use super::hooks::Hooks;
+use super::in_loop::InLoop;
 use super::lease::{Lease, Tie};
 use super::live::{self, Close};
 use super::memory::PyGuestMemory;
@@ -54,8 +56,8 @@ pub struct PyVmm {
     /// Subscribers that serve the serial port's Python streams.
     pub(super) streams: Mutex<Vec<Py<PySubscriberId>>, rank::PythonStreams>,
     pub(super) config: Py<PyAny>,
-    pub(super) event_manager: Py<PyEventManager>,
-    pub(super) exit_handler: Py<PyWrappedExitHandler>,
+    /// None once it is closed: then their descriptors go, unless the program holds them.
+    pub(super) in_loop: Attached<Option<InLoop>>,
     pub(super) tie: Tie,
     /// What the job of a pool was given that the machine was lent to last.
     pub(super) lent: Mutex<Option<Lease>, rank::Lease>,
@@ -108,7 +110,7 @@ impl PyVmm {
         let is_shared = event_manager.is_some();
         let event_manager = match event_manager {
             Some(shared) => shared,
-            None => Py::new(py, PyEventManager::over(Arc::clone(vmm.event_manager())))?,
+            None => Py::new(py, PyEventManager::over(vmm.event_manager()?))?,
         };
         let streams = if has_python_streams {
             // The loop holds them, so they hold no machine.
@@ -119,10 +121,10 @@ impl PyVmm {
         } else {
             Vec::new()
         };
+        let exit_handler = Py::new(py, PyWrappedExitHandler::over(vmm.exit_handler()?))?;
         Ok(Self {
             config: config.clone().unbind(),
-            event_manager,
-            exit_handler: Py::new(py, PyWrappedExitHandler::over(vmm.exit_handler().clone()))?,
+            in_loop: Attached::new(Some(InLoop { event_manager, exit_handler })),
             vmm: Owned::new("machine", vmm),
             is_shared,
             hooks: Arc::new(Hooks::over(Arc::default(), &tie)),
@@ -193,9 +195,10 @@ impl PyVmm {
         let devices = std::mem::take(&mut *self.devices.lock());
         drop(devices);
         let streams = std::mem::take(&mut *self.streams.lock());
+        let Some(own) = self.in_loop.with(py, Option::take) else { return };
         for id in streams {
             // Fails when the program has removed it already.
-            let _ = self.event_manager.get().remove_subscriber(py, id.get());
+            let _ = own.event_manager.get().remove_subscriber(py, id.get());
         }
     }
 }
@@ -270,18 +273,6 @@ impl PyVmm {
         changed.map_err(|e| self.device_failure(e.into()))
     }
 
-    /// Register a subscriber with the machine's event manager; see `EventManager.add_subscriber`.
-    fn add_subscriber(&self, subscriber: &Bound<'_, PyAny>) -> PyResult<PySubscriberId> {
-        self.tie.hand_out();
-        PyEventManager::add_subscriber(self.event_manager.bind(subscriber.py()), subscriber)
-    }
-
-    /// Unregister a subscriber and return it; see `EventManager.remove_subscriber`.
-    fn remove_subscriber(&self, py: Python<'_>, id: &PySubscriberId) -> PyResult<Py<PyAny>> {
-        self.tie.hand_out();
-        self.event_manager.get().remove_subscriber(py, id)
-    }
-
     /// Run the guest until it ends, `stop` is called, or the time passes, in seconds.
     ///
     /// Turns the event manager's loop meanwhile: subscribers are called on this thread, devices and exit hooks on those
@@ -296,8 +287,8 @@ impl PyVmm {
     fn run<'py>(&self, py: Python<'py>, timeout: Option<f64>) -> PyResult<Bound<'py, PyAny>> {
         let vmm = self.core()?;
         let timeout = exit::timeout(timeout)?;
-        let _turning = self.claim(None)?;
-        let manager = &self.event_manager;
+        let manager = &self.manager(py)?;
+        let _turning = self.claim(manager, None)?;
         let raised = &self.hooks.raised;
         let ended = py.detach(|| vmm.run(timeout, |until| callback::turn(manager, raised, until)));
         let exit = self.finish(py, ended.map(Some))?;
@@ -326,8 +317,8 @@ impl PyVmm {
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
         let vmm = self.core()?;
         let timeout = exit::timeout(timeout)?;
-        let _turning = self.claim(None)?;
-        let manager = &self.event_manager;
+        let manager = &self.manager(py)?;
+        let _turning = self.claim(manager, None)?;
         let raised = &self.hooks.raised;
         let ended = py.detach(|| vmm.wait(timeout, |until| callback::turn(manager, raised, until)));
         self.finish(py, ended)
@@ -383,20 +374,6 @@ impl PyVmm {
     #[getter]
     fn config(&self, py: Python<'_>) -> Py<PyAny> {
         self.config.clone_ref(py)
-    }
-
-    /// The event manager whose loop `run` turns.
-    #[getter]
-    fn event_manager(&self, py: Python<'_>) -> Py<PyEventManager> {
-        self.tie.hand_out();
-        self.event_manager.clone_ref(py)
-    }
-
-    /// The handler that ends a run.
-    #[getter]
-    fn exit_handler(&self, py: Python<'_>) -> Py<PyWrappedExitHandler> {
-        self.tie.hand_out();
-        self.exit_handler.clone_ref(py)
     }
 
     /// End the run in progress, or at once the next one if there is none. From any thread or callback.
@@ -464,7 +441,11 @@ impl PyVmm {
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {
         visit.call(&self.config)?;
-        visit.call(&self.event_manager)?;
+        // SAFETY: the collector has the GIL.
+        let visited = unsafe {
+            self.in_loop.peek(|own| own.iter().try_for_each(|own| visit.call(&own.event_manager)))
+        };
+        visited.unwrap_or(Ok(()))?;
         // The others are shared by the objects of one machine, and visited by the one that it belongs to.
         if self.vmm.peek().is_none() || self.tie.is_lent() {
             return Ok(());

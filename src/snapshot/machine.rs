@@ -122,7 +122,7 @@ impl Vmm {
             vm.revive();
             if !in_run {
                 // A stop that came before this was for a run of the guest that went.
-                self.exit_handler().rearm();
+                self.exit_handler()?.rearm();
             }
             restore_devices(&devices)?;
             Ok(changed / layout::PAGE)
@@ -377,7 +377,7 @@ mod tests {
     }
 
     fn turn(vmm: &Vmm, until: Option<Instant>) -> Result<()> {
-        vmm.event_manager().run_until(until, None).map(drop)
+        vmm.event_manager()?.run_until(until, None).map(drop)
     }
 
     fn finish(vmm: &Vmm) -> Vec<u8> {

@@ -1,11 +1,12 @@
 //! What a machine can be watched with: its counters, and the one trace that may be written. From any thread.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use super::Trace;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
+use crate::process::Birthplace;
 use crate::sync::{Mutex, rank};
 use crate::vcpu::{Dispatch, Observer, Stats};
 
@@ -15,7 +16,9 @@ pub struct Watching {
     /// The counters of its exits.
     pub stats: Arc<Stats>,
     dispatch: Arc<Dispatch>,
-    event_manager: Arc<EventManager>,
+    /// Gone when the machine is closed, unless others have it.
+    event_manager: Weak<EventManager>,
+    birthplace: Birthplace,
     trace: Mutex<Option<Arc<Trace>>, rank::MachineTrace>,
 }
 
@@ -26,7 +29,8 @@ impl Watching {
         Self {
             stats: Arc::new(Stats::new(vcpus)),
             dispatch: Arc::clone(dispatch),
-            event_manager: Arc::clone(event_manager),
+            event_manager: Arc::downgrade(event_manager),
+            birthplace: Birthplace::here(),
             trace: Mutex::default(),
         }
     }
@@ -43,9 +47,11 @@ impl Watching {
         }
         let trace = Arc::new(Trace::create(path, self.stats.vcpu_count())?);
         self.dispatch.observe(Arc::clone(&trace) as Arc<dyn Observer>);
-        self.event_manager.recorders.add(Arc::clone(&trace));
-        // A loop that waits begins a new turn. If it cannot be told, it does so at its next event.
-        let _ = self.event_manager.kick();
+        if let Some(event_manager) = self.event_manager.upgrade() {
+            event_manager.recorders.add(Arc::clone(&trace));
+            // A loop that waits begins a new turn. If it cannot be told, it does so at its next event.
+            let _ = event_manager.kick();
+        }
         *current = Some(Arc::clone(&trace));
         Ok(trace)
     }
@@ -55,12 +61,14 @@ impl Watching {
     /// # Errors
     /// [`ErrorKind::Io`] when the file could not be written.
     pub fn end_trace(&self, trace: &Arc<Trace>) -> Result<()> {
-        if self.event_manager.check_process().is_err() {
+        if self.birthplace.is_foreign() {
             return Ok(());
         }
         self.trace.lock().take_if(|current| Arc::ptr_eq(current, trace));
         self.dispatch.unobserve(&(Arc::clone(trace) as Arc<dyn Observer>));
-        self.event_manager.recorders.remove(trace);
+        if let Some(event_manager) = self.event_manager.upgrade() {
+            event_manager.recorders.remove(trace);
+        }
         trace.finish()
     }
 }

@@ -3,8 +3,9 @@
 use std::sync::Arc;
 use std::thread::ThreadId;
 
-use super::Vmm;
+use super::{InLoop, Vmm};
 use crate::error::{Error, ErrorKind, Result};
+use crate::event::EventManager;
 use crate::exit_handler::{ExitHandler, WrappedExitHandler};
 use crate::vcpu::{self, VmRunState};
 use crate::vm::KvmVm;
@@ -30,7 +31,7 @@ enum Life {
     Closed,
 }
 
-pub(super) fn closed() -> Error {
+pub(crate) fn closed() -> Error {
     Error::new(ErrorKind::State, "vmm", "the machine is closed")
 }
 
@@ -41,7 +42,7 @@ impl Vmm {
     /// [`ErrorKind::State`] as for `run`.
     pub fn start(&self) -> Result<()> {
         let running = self.enter_run("start", false)?;
-        self.start_vcpus(&running.vm)?;
+        running.start_vcpus()?;
         self.runner.lock().is_started = true;
         drop(running);
         Ok(())
@@ -52,15 +53,16 @@ impl Vmm {
     /// # Errors
     /// When the exit event cannot be written, or in a forked child.
     pub fn stop(&self) -> Result<()> {
-        self.exit_handler.check_process()?;
-        self.exit_handler.kick().map_err(|e| Error::os(ErrorKind::Event, "stop", &e))
+        self.birthplace.check("vmm")?;
+        let Ok(exit_handler) = self.exit_handler() else { return Ok(()) }; // closed: nothing runs
+        exit_handler.kick().map_err(|e| Error::os(ErrorKind::Event, "stop", &e))
     }
 
     /// Stop, wait for the run to end, and release everything. No guest and no callback goes on behind it. Does nothing the
     /// second time, but wait for the first. Called from inside a run, it takes effect when that run ends; from a callback of
     /// a machine that was started and that nobody waits for, the vCPUs stop, and the rest is up to the next `wait` or `close`.
     pub fn close(&self) {
-        if self.exit_handler.is_foreign() {
+        if self.birthplace.is_foreign() {
             return; // the run in progress, if any, is the parent's
         }
         let this = std::thread::current().id();
@@ -97,15 +99,17 @@ impl Vmm {
 
     /// Release what the machine was made of. Without a lock: its threads are waited for, and devices may be the program's.
     fn release(&self) {
-        let subscribers = std::mem::take(&mut *self.own_subscribers.lock());
-        for id in subscribers {
-            // Fails when the program has removed it already.
-            let _ = self.event_manager.remove_subscriber(id);
+        let in_loop = self.in_loop.lock().take();
+        for InLoop { event_manager, subscribers, .. } in in_loop.iter() {
+            for id in subscribers {
+                // Fails when the program has removed it already.
+                let _ = event_manager.remove_subscriber(*id);
+            }
         }
         let vm = self.vm.lock().take();
         // Others may hold it for as long as a call of theirs takes.
         vm.iter().for_each(|vm| vm.close());
-        drop(vm);
+        drop((vm, in_loop));
         self.dispatch.close();
         self.runner.lock().life = Life::Closed;
         self.run_ended.notify_all();
@@ -113,7 +117,7 @@ impl Vmm {
 
     /// Nobody is left to use it: a callback of its own that holds the last reference does not wait for itself.
     pub(super) fn release_last(&self) {
-        if self.exit_handler.is_foreign() || self.runner.lock().life == Life::Closed {
+        if self.birthplace.is_foreign() || self.runner.lock().life == Life::Closed {
             return;
         }
         self.release();
@@ -143,6 +147,7 @@ impl Vmm {
             Life::Open => self.vm()?,
             Life::Closing(_) | Life::Closed => return Err(closed()),
         };
+        let (event_manager, exit_handler) = (self.event_manager()?, self.exit_handler()?);
         let detail = match (runner.thread, runner.is_started, for_started) {
             _ if vm.has_this_thread() => {
                 "a callback on a vCPU's thread cannot run the machine it belongs to"
@@ -156,7 +161,7 @@ impl Vmm {
             },
             (None, _, _) => {
                 runner.thread = Some(std::thread::current().id());
-                return Ok(Running { vmm: self, vm });
+                return Ok(Running { vmm: self, vm, event_manager, exit_handler });
             }
         };
         Err(Error::new(ErrorKind::State, what, detail))
@@ -171,14 +176,16 @@ impl Vmm {
 
 /// While it lives, its thread is the one inside `run`.
 pub(crate) struct Running<'a> {
-    vmm: &'a Vmm,
+    pub(super) vmm: &'a Vmm,
     /// The machine, which is not closed meanwhile.
     pub(super) vm: Arc<KvmVm<WrappedExitHandler>>,
+    pub(super) event_manager: Arc<EventManager>,
+    pub(super) exit_handler: WrappedExitHandler,
 }
 
 impl Drop for Running<'_> {
     fn drop(&mut self) {
-        if self.vmm.exit_handler.is_foreign() {
+        if self.vmm.birthplace.is_foreign() {
             return;
         }
         let is_closing = {

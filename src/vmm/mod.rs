@@ -12,6 +12,8 @@ use std::sync::atomic::AtomicBool;
 use event_manager::SubscriberId;
 
 use self::life::Runner;
+#[cfg(feature = "python")]
+pub(crate) use self::life::closed;
 use crate::boot;
 use crate::config::{ExitPort, SerialConfig, VmmConfig};
 use crate::devices::{self, Access, Device, Serial};
@@ -19,6 +21,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
 use crate::exit_handler::WrappedExitHandler;
 use crate::fixup::Counts;
+use crate::process::Birthplace;
 use crate::snapshot::{Held, Parts};
 use crate::sync::{Condvar, Mutex, rank};
 use crate::trace::{Trace, Watching};
@@ -30,8 +33,9 @@ use crate::vm::{GuestMemory, KvmVm, layout};
 pub struct Vmm {
     /// None once it is closed.
     vm: Mutex<Option<Arc<KvmVm<WrappedExitHandler>>>, rank::VmmParts>,
-    event_manager: Arc<EventManager>,
-    exit_handler: WrappedExitHandler,
+    /// None once it is closed: then whoever else holds its parts has them.
+    in_loop: Mutex<Option<InLoop>, rank::OwnSubscribers>,
+    birthplace: Birthplace,
     dispatch: Arc<Dispatch>,
     watching: Watching,
     serial: Arc<Serial>,
@@ -44,10 +48,17 @@ pub struct Vmm {
     pub(crate) held: Held,
     /// A stream of the console has failed, and what comes is dropped.
     has_failed: AtomicBool,
-    /// Subscribers that are the machine's own and go with it.
-    own_subscribers: Mutex<Vec<SubscriberId>, rank::OwnSubscribers>,
     runner: Mutex<Runner, rank::Runner>,
     run_ended: Condvar,
+}
+
+/// What a machine has in the event loop that its runs turn.
+#[derive(Debug)]
+struct InLoop {
+    event_manager: Arc<EventManager>,
+    exit_handler: WrappedExitHandler,
+    /// Subscribers that are the machine's own and go with it.
+    subscribers: Vec<SubscriberId>,
 }
 
 impl TryFrom<VmmConfig> for Vmm {
@@ -93,16 +104,15 @@ impl Vmm {
         exit_port: ExitPort,
     ) -> Result<Self> {
         let Parts { vm, event_manager, exit_handler, dispatch, serial, entry } = parts;
-        let mut own_subscribers =
-            vec![event_manager.add_subscriber(Box::new(exit_handler.clone()))];
-        own_subscribers.extend(devices::connect(&serial, streams, &event_manager)?);
+        let mut subscribers = vec![event_manager.add_subscriber(Box::new(exit_handler.clone()))];
+        subscribers.extend(devices::connect(&serial, streams, &event_manager)?);
         let fixups = Arc::clone(vm.fixups());
         let vm_id = vm.id();
         let watching = Watching::new(vm.cells().len() as u64, &dispatch, &event_manager);
         Ok(Self {
             vm: Mutex::new(Some(Arc::new(vm))),
-            event_manager,
-            exit_handler,
+            in_loop: Mutex::new(Some(InLoop { event_manager, exit_handler, subscribers })),
+            birthplace: Birthplace::here(),
             dispatch,
             watching,
             serial,
@@ -112,7 +122,6 @@ impl Vmm {
             vm_id,
             held: Held::default(),
             has_failed: AtomicBool::new(false),
-            own_subscribers: Mutex::new(own_subscribers),
             runner: Mutex::default(),
             run_ended: Condvar::new(),
         })
@@ -139,9 +148,12 @@ impl Vmm {
     }
 
     /// The event manager whose loop `run` turns.
-    #[must_use]
-    pub fn event_manager(&self) -> &Arc<EventManager> {
-        &self.event_manager
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] when the machine is closed.
+    pub fn event_manager(&self) -> Result<Arc<EventManager>> {
+        let in_loop = self.in_loop.lock();
+        in_loop.as_ref().map(|own| Arc::clone(&own.event_manager)).ok_or_else(life::closed)
     }
 
     /// Put a device on one of the buses, at any time.
@@ -167,9 +179,12 @@ impl Vmm {
     }
 
     /// The handler that ends a run.
-    #[must_use]
-    pub fn exit_handler(&self) -> &WrappedExitHandler {
-        &self.exit_handler
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] when the machine is closed.
+    pub fn exit_handler(&self) -> Result<WrappedExitHandler> {
+        let in_loop = self.in_loop.lock();
+        in_loop.as_ref().map(|own| own.exit_handler.clone()).ok_or_else(life::closed)
     }
 
     /// Where the vCPUs' exits go: the buses, hooks and observers.

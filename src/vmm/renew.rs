@@ -18,7 +18,8 @@ impl Vmm {
         if self.is_in_run() || has_failed || self.serial().take_failure().is_some() {
             return Ok(false);
         }
-        if self.exit_handler().is_kicked() || !self.exit_handler().keep_running() {
+        let exit_handler = self.exit_handler()?;
+        if exit_handler.is_kicked() || !exit_handler.keep_running() {
             return Ok(false);
         }
         self.reset(snapshot)?;

@@ -4,10 +4,10 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::Vmm;
+use super::life::Running;
 use crate::error::{Error, Result};
-use crate::exit_handler::{Exit, ExitReason, WrappedExitHandler};
+use crate::exit_handler::{Exit, ExitReason};
 use crate::trace;
-use crate::vm::KvmVm;
 
 /// The longest wait where another loop may take what this one waits for.
 const SLICE: Duration = Duration::from_millis(50);
@@ -34,18 +34,17 @@ impl Vmm {
         mut turn: impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
     ) -> std::result::Result<Exit, E> {
         let running = self.enter_run("run", false)?;
-        let vm = &running.vm;
         let deadline = deadline_of(timeout);
-        let ended = self
-            .start_vcpus(vm)
+        let ended = running
+            .start_vcpus()
             .map_err(E::from)
-            .and_then(|()| self.turn_until(deadline, &mut turn));
+            .and_then(|()| running.turn_until(deadline, &mut turn));
         let reason = match ended {
             // A child that a callback has forked: the run is its parent's.
-            Err(error) if vm.is_foreign() => return Err(error),
+            Err(error) if running.vm.is_foreign() => return Err(error),
             ended => ended.map(|reason| reason.unwrap_or(ExitReason::Timeout)),
         };
-        self.finish(vm, reason, deadline, &mut turn)
+        running.finish(reason, deadline, &mut turn)
     }
 
     /// What `run` does, for a machine that has been started; none when the time passed: then the guest goes on.
@@ -59,21 +58,24 @@ impl Vmm {
     ) -> std::result::Result<Option<Exit>, E> {
         let running = self.enter_run("wait", true)?;
         let deadline = deadline_of(timeout);
-        let reason = match self.turn_until(deadline, &mut turn) {
+        let reason = match running.turn_until(deadline, &mut turn) {
             Ok(None) => return Ok(None),
             Ok(Some(reason)) => Ok(reason),
             Err(error) if running.vm.is_foreign() => return Err(error),
             Err(error) => Err(error),
         };
         self.runner.lock().is_started = false;
-        self.finish(&running.vm, reason, deadline, &mut turn).map(Some)
+        running.finish(reason, deadline, &mut turn).map(Some)
     }
+}
 
-    pub(super) fn start_vcpus(&self, vm: &KvmVm<WrappedExitHandler>) -> Result<()> {
+impl Running<'_> {
+    pub(super) fn start_vcpus(&self) -> Result<()> {
+        let vm = &self.vm;
         vm.check_may_run()?;
         // After a stop from before this run the guest does not start for nothing.
         if !self.exit_handler.is_kicked() {
-            vm.run(vm.first_address(self.entry))?;
+            vm.run(vm.first_address(self.vmm.entry))?;
         }
         Ok(())
     }
@@ -96,19 +98,18 @@ impl Vmm {
     /// The end of a run: shut the machine down and bring out what the guest printed last.
     fn finish<E: From<Error>>(
         &self,
-        vm: &KvmVm<WrappedExitHandler>,
         reason: std::result::Result<ExitReason, E>,
         deadline: Option<Instant>,
         turn: &mut impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
     ) -> std::result::Result<Exit, E> {
-        vm.shutdown();
+        self.vm.shutdown();
         self.exit_handler.rearm();
         let reason = reason?;
-        if self.serial.backlog() > 0 {
+        if self.vmm.serial.backlog() > 0 {
             self.drain_serial(deadline, turn)?;
             self.exit_handler.rearm();
         }
-        Ok(vm.exit().unwrap_or_else(|| Exit::new(reason)))
+        Ok(self.vm.exit().unwrap_or_else(|| Exit::new(reason)))
     }
 
     /// One turn of the event loop.
@@ -125,9 +126,9 @@ impl Vmm {
         if recording.is_some() {
             trace::flush();
         }
-        let Some(failure) = self.serial.take_failure() else { return Ok(()) };
+        let Some(failure) = self.vmm.serial.take_failure() else { return Ok(()) };
         // Relaxed: looked at when this run is over.
-        self.has_failed.store(true, Ordering::Relaxed);
+        self.vmm.has_failed.store(true, Ordering::Relaxed);
         Err(failure.into())
     }
 
@@ -138,12 +139,12 @@ impl Vmm {
         deadline: Option<Instant>,
         turn: &mut impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
     ) -> std::result::Result<(), E> {
-        let mut left = self.serial.backlog();
+        let mut left = self.vmm.serial.backlog();
         let mut patience = Instant::now() + PATIENCE;
         while left > 0 && self.exit_handler.keep_running() {
             let until = deadline.map_or(patience, |deadline| deadline.min(patience));
             self.turn(Some(until), turn)?;
-            let now = self.serial.backlog();
+            let now = self.vmm.serial.backlog();
             if now < left {
                 patience = Instant::now() + PATIENCE;
             } else if Instant::now() >= until {

@@ -18,7 +18,7 @@ fn flat(code: &[u8]) -> VmmConfig {
 }
 
 fn run(vmm: &Vmm, limit: Duration) -> Exit {
-    let turn = |until| vmm.event_manager().run_until(until, None).map(drop);
+    let turn = |until| vmm.event_manager()?.run_until(until, None).map(drop);
     vmm.run::<Error>(Some(limit), turn).unwrap()
 }
 
