@@ -1,8 +1,8 @@
 //! A machine's run that an asyncio task awaits, and can cancel. On a thread of its own.
 
 use std::cell::Cell;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
@@ -18,7 +18,8 @@ use crate::event::EventManager;
 #[pyclass(frozen, name = "_Cancel", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyCancel {
-    core: Arc<EventManager>,
+    /// Gone when the machine is closed: then the run is over.
+    core: Weak<EventManager>,
     is_set: AtomicBool,
 }
 
@@ -28,7 +29,8 @@ impl PyCancel {
     fn set(&self) -> PyResult<()> {
         // Release: pairs with the acquire of the turn that the kick wakes.
         self.is_set.store(true, Ordering::Release);
-        Ok(self.core.kick()?)
+        let Some(core) = self.core.upgrade() else { return Ok(()) };
+        Ok(core.kick()?)
     }
 }
 
@@ -56,7 +58,7 @@ impl PyVmm {
 impl PyVmm {
     /// What ends one `_run_cancellable`.
     fn _new_cancel(&self, py: Python<'_>) -> PyResult<PyCancel> {
-        let core = self.manager(py)?.get().shared_core();
+        let core = Arc::downgrade(&self.manager(py)?.get().shared_core());
         Ok(PyCancel { core, is_set: AtomicBool::new(false) })
     }
 
