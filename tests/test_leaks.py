@@ -1,4 +1,4 @@
-"""Hundreds of create-run-close cycles leave descriptors, threads, mappings and resident memory flat."""
+"""A thousand create-run-close cycles leave descriptors, threads, mappings and resident memory flat."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pyvmm import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-CYCLES = 300
+CYCLES = 1000
 
 
 class Held(NamedTuple):
@@ -51,6 +51,7 @@ def held() -> Held:
 
 def stays_flat(cycle: Callable[[], object], cycles: int) -> None:
     """After the first fifty, which fill what is made once a process."""
+    EventManager().run_with_timeout(100)  # the first wait that lasts makes the process's wake-up pipe
     for _ in range(50):
         cycle()
     before = held()
@@ -59,7 +60,7 @@ def stays_flat(cycle: Callable[[], object], cycles: int) -> None:
     after = held()
     assert (after.descriptors, after.threads) == (before.descriptors, before.threads)
     assert after.mappings <= before.mappings + 8, "the allocator's own"
-    assert after.resident_kib <= before.resident_kib + 1024, "less than four KiB a cycle"
+    assert after.resident_kib <= before.resident_kib + 2048, "less than two KiB a cycle"
 
 
 class Stays:
@@ -118,7 +119,7 @@ def test_machines_that_nobody_closes_leave_nothing() -> None:
         vm.run()
         handler.kicked.wait(60)
 
-    stays_flat(cycle, 200)
+    stays_flat(cycle, CYCLES)
 
 
 @pytest.mark.kvm
