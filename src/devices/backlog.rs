@@ -47,7 +47,7 @@ struct State {
     stop: TextStop,
 }
 
-/// Output on its way out, to be given to [`Backlog::settle`].
+/// Output on its way out, to be given to `Backlog::settle`.
 #[derive(Debug)]
 #[must_use]
 pub struct Piece {
