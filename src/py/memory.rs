@@ -100,11 +100,11 @@ fn copy(py: Python<'_>, length: usize, work: impl FnOnce() -> Result<()> + Send)
 type Pieces = Vec<(u64, usize)>;
 
 fn pieces(
+    py: Python<'_>,
     memory: &GuestMemory,
-    address: u64,
-    length: u64,
+    (address, length): (u64, u64),
     vcpu: Option<&PyVcpu>,
-) -> Result<Pieces> {
+) -> PyResult<Pieces> {
     let too_long = || {
         let detail = format!("{length} bytes are more than all of guest memory");
         Error::new(ErrorKind::Memory, format!("{address:#x}"), detail)
@@ -114,9 +114,9 @@ fn pieces(
         return Ok(vec![(address, usize::try_from(length).map_err(|_| too_long())?)]);
     };
     if length > memory.size() {
-        return Err(too_long());
+        return Err(too_long().into());
     }
-    vcpu.look(|vcpu| {
+    vcpu.look(py, |vcpu| {
         if !vcpu.memory().is(memory) {
             let detail = "the vCPU is another machine's";
             return Err(Error::new(ErrorKind::State, "memory", detail));
@@ -179,7 +179,7 @@ impl PyGuestMemory {
     ) -> PyResult<Bound<'py, PyBytes>> {
         let memory = self.bytes()?;
         // First, so that a length out of range allocates nothing.
-        let pieces = pieces(&memory, address, length, vcpu)?;
+        let pieces = pieces(py, &memory, (address, length), vcpu)?;
         let length = usize::try_from(length)?;
         // SAFETY: a new bytes object that nobody else knows, filled before anybody can. A length over isize::MAX cannot
         // be: the range has been found in memory.
@@ -208,7 +208,7 @@ impl PyGuestMemory {
             return Err(PyBufferError::new_err("the buffer must be writable"));
         }
         let (to, length) = contiguous(&buffer)?;
-        read_pieces(py, &memory, &pieces(&memory, address, length as u64, vcpu)?, to)
+        read_pieces(py, &memory, &pieces(py, &memory, (address, length as u64), vcpu)?, to)
     }
 
     /// Copy a buffer's bytes into guest memory.
@@ -228,7 +228,7 @@ impl PyGuestMemory {
         let buffer = PyUntypedBuffer::get(data)?;
         let (from, length) = contiguous(&buffer)?;
         let mut done = 0;
-        for (address, length) in pieces(&memory, address, length as u64, vcpu)? {
+        for (address, length) in pieces(py, &memory, (address, length as u64), vcpu)? {
             let place = Place(from.at(done));
             // SAFETY: the pieces are as long as the buffer, which is held.
             copy(py, length, || unsafe { memory.write_raw(address, place.at(0), length) })?;

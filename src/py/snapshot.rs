@@ -314,14 +314,14 @@ impl PySnapshot {
 
     /// Bytes of host memory that its pages take; other snapshots and machines may share them.
     #[getter]
-    fn memory_bytes(&self) -> u64 {
-        self.core.allocated().0
+    fn memory_bytes(&self, py: Python<'_>) -> u64 {
+        py.detach(|| self.core.allocated().0)
     }
 
     /// Bytes of files that its pages take.
     #[getter]
-    fn file_bytes(&self) -> u64 {
-        self.core.allocated().1
+    fn file_bytes(&self, py: Python<'_>) -> u64 {
+        py.detach(|| self.core.allocated().1)
     }
 
     /// How many mappings each fork needs for its memory: one, and more for each layer of changes; see `flatten`.

@@ -1,6 +1,7 @@
 //! `Vcpu` for Python: a virtual processor at rest, looked into by its classes of registers.
 
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use kvm_bindings::kvm_cpuid_entry2;
 use pyo3::exceptions::{PyOverflowError, PyValueError};
@@ -13,6 +14,7 @@ use super::ending::import;
 use super::lease::Tie;
 use super::owned::Owned;
 use super::vcpu_exit::PyVcpuExit;
+use super::wakeup;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::vcpu::{Cell, RegisterClass, Vcpu};
@@ -27,15 +29,33 @@ struct Processor {
 }
 
 impl Processor {
-    /// Look into the vCPU, and change what a reset takes back.
-    fn look<T>(&self, look: impl FnOnce(&mut Vcpu) -> Result<T>) -> Result<T> {
-        self.upgrade()?.with_vcpu(look)
+    /// Look into the vCPU, and change what a reset takes back. Where another thread looks into it for long, as a snapshot does,
+    /// this waits without the GIL, and a signal handler that raises ends the wait.
+    fn look<T: Send>(
+        &self,
+        py: Python<'_>,
+        look: impl FnOnce(&mut Vcpu) -> Result<T> + Send,
+    ) -> PyResult<T> {
+        let cell = self.upgrade()?;
+        let mut tried = cell.try_with_vcpu(Duration::ZERO, look);
+        loop {
+            let look = match tried {
+                Ok(result) => return Ok(result?),
+                Err(look) => look,
+            };
+            py.check_signals()?;
+            tried = py.detach(|| cell.try_with_vcpu(wakeup::SLICE, look));
+        }
     }
 
     /// Change what a reset does not take back.
-    fn change<T>(&self, change: impl FnOnce(&mut Vcpu) -> Result<T>) -> Result<T> {
+    fn change<T: Send>(
+        &self,
+        py: Python<'_>,
+        change: impl FnOnce(&mut Vcpu) -> Result<T> + Send,
+    ) -> PyResult<T> {
         self.tie.change();
-        self.look(change)
+        self.look(py, change)
     }
 
     /// The vCPU, to drive it by hand.
@@ -81,8 +101,8 @@ impl PyRegisterBytes {
     ///
     /// Raises:
     ///     StateError: the guest is running, or the machine is closed.
-    fn load(&self, offset: usize, size: usize) -> PyResult<u64> {
-        let number = self.processor.look(|vcpu| {
+    fn load(&self, py: Python<'_>, offset: usize, size: usize) -> PyResult<u64> {
+        let number = self.processor.look(py, |vcpu| {
             vcpu.load(self.class, |bytes| {
                 let from = bytes.get(offset..)?.get(..size)?;
                 let mut number = [0; 8];
@@ -99,7 +119,7 @@ impl PyRegisterBytes {
     ///     OverflowError: the number has more bits.
     ///     KvmError: KVM refuses it; nothing has changed.
     ///     StateError: the guest is running, or the machine is closed.
-    fn store(&self, offset: usize, size: usize, value: u64) -> PyResult<()> {
+    fn store(&self, py: Python<'_>, offset: usize, size: usize, value: u64) -> PyResult<()> {
         let number = value.to_le_bytes();
         let Some((low, high)) = number.split_at_checked(size) else {
             return Err(outside());
@@ -108,7 +128,7 @@ impl PyRegisterBytes {
             let detail = format!("{value:#x} does not fit into {} bits", 8 * size);
             return Err(PyOverflowError::new_err(detail));
         }
-        self.replace(offset, low)
+        self.replace(py, offset, low)
     }
 
     /// All of them.
@@ -116,13 +136,14 @@ impl PyRegisterBytes {
     /// Raises:
     ///     StateError: the guest is running, or the machine is closed.
     fn read<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
-        Ok(self.processor.look(|vcpu| vcpu.load(self.class, |bytes| PyBytes::new(py, bytes)))?)
+        let bytes = self.processor.look(py, |vcpu| vcpu.load(self.class, <[u8]>::to_vec))?;
+        Ok(PyBytes::new(py, &bytes))
     }
 
     /// Put bytes at an offset; raises as `store` does.
-    fn replace(&self, offset: usize, bytes: &[u8]) -> PyResult<()> {
+    fn replace(&self, py: Python<'_>, offset: usize, bytes: &[u8]) -> PyResult<()> {
         let mut is_inside = false;
-        self.processor.look(|vcpu| {
+        self.processor.look(py, |vcpu| {
             vcpu.store(self.class, |all| {
                 let end = offset.saturating_add(bytes.len());
                 if let Some(to) = all.get_mut(offset..end) {
@@ -153,8 +174,12 @@ pub struct PyVcpu {
 }
 
 impl PyVcpu {
-    pub(super) fn look<T>(&self, look: impl FnOnce(&mut Vcpu) -> Result<T>) -> Result<T> {
-        self.processor.look(look)
+    pub(super) fn look<T: Send>(
+        &self,
+        py: Python<'_>,
+        look: impl FnOnce(&mut Vcpu) -> Result<T> + Send,
+    ) -> PyResult<T> {
+        self.processor.look(py, look)
     }
 
     /// The object for a vCPU of a machine's object.
@@ -267,31 +292,31 @@ impl PyVcpu {
     #[getter]
     fn mp_state<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let processor = self.processor.another(py)?;
-        let number = PyRegisterBytes { processor, class: RegisterClass::MpState }.load(0, 4)?;
+        let number = PyRegisterBytes { processor, class: RegisterClass::MpState }.load(py, 0, 4)?;
         import(py, "pyvmm.registers")?.getattr("MpState")?.call1((number,))
     }
 
     #[setter]
     fn set_mp_state(&self, py: Python<'_>, state: u64) -> PyResult<()> {
         let processor = self.processor.another(py)?;
-        PyRegisterBytes { processor, class: RegisterClass::MpState }.store(0, 4, state)
+        PyRegisterBytes { processor, class: RegisterClass::MpState }.store(py, 0, 4, state)
     }
 
     /// What CPUID says to the guest: a tuple of `CpuidEntry`. It can be changed until the vCPU has run.
     #[getter]
     fn cpuid<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
-        cpuid_entries(py, &self.processor.look(|vcpu| vcpu.cpuid())?)
+        cpuid_entries(py, &self.processor.look(py, |vcpu| vcpu.cpuid())?)
     }
 
     #[setter]
-    fn set_cpuid(&self, entries: Vec<Bound<'_, PyAny>>) -> PyResult<()> {
+    fn set_cpuid(&self, py: Python<'_>, entries: Vec<Bound<'_, PyAny>>) -> PyResult<()> {
         let entries: Vec<_> = entries.iter().map(cpuid_entry).collect::<PyResult<_>>()?;
         if self.processor.tie.is_lent() {
             let detail = "the job's machine has run for other jobs, or may: it keeps its processor";
             let error = Error::new(ErrorKind::State, "cpuid", detail);
             return Err(error.hint("change it in the setup of the pool's forks").into());
         }
-        Ok(self.processor.change(|vcpu| vcpu.set_cpuid(&entries))?)
+        self.processor.change(py, |vcpu| vcpu.set_cpuid(&entries))
     }
 
     /// Enter the guest on this thread until its next exit, and return that. No device answers it.
@@ -326,8 +351,9 @@ impl PyVcpu {
     ///     ValueError: it is another number of bytes than the guest reads.
     ///     OverflowError: the number has more bits, or is negative.
     fn answer(&self, data: &Bound<'_, PyAny>) -> PyResult<()> {
-        let Some(wanted) = self.processor.look(|vcpu| Ok(vcpu.wanted()))? else {
-            return Ok(self.processor.change(|vcpu| vcpu.answer(&[]))?);
+        let py = data.py();
+        let Some(wanted) = self.processor.look(py, |vcpu| Ok(vcpu.wanted()))? else {
+            return self.processor.change(py, |vcpu| vcpu.answer(&[]));
         };
         let bytes: Vec<u8> = match data.cast::<PyInt>() {
             Ok(number) => number.call_method1("to_bytes", (wanted, "little"))?.extract()?,
@@ -337,18 +363,18 @@ impl PyVcpu {
             let text = format!("the guest reads {wanted} bytes, not {}", bytes.len());
             return Err(PyValueError::new_err(text));
         }
-        Ok(self.processor.change(|vcpu| vcpu.answer(&bytes))?)
+        self.processor.change(py, |vcpu| vcpu.answer(&bytes))
     }
 
     /// The guest-physical address behind a guest-virtual one, by the vCPU's page tables; None where none is mapped.
     ///
     /// Raises:
     ///     StateError: the guest is running, or the machine is closed.
-    fn translate(&self, address: u64) -> PyResult<Option<u64>> {
-        Ok(self.processor.look(|vcpu| {
+    fn translate(&self, py: Python<'_>, address: u64) -> PyResult<Option<u64>> {
+        self.processor.look(py, |vcpu| {
             let paging = vcpu.paging()?;
             Ok(vcpu.translate(&paging, address))
-        })?)
+        })
     }
 
     /// Have each instruction, or execution at up to four linear addresses, come out as an exit of kind "debug".
@@ -359,9 +385,14 @@ impl PyVcpu {
     ///     StateError: the guest is running, or the machine is closed.
     ///     ConfigError: more than four breakpoints.
     #[pyo3(signature = (*, single_step = false, breakpoints = None))]
-    fn debug(&self, single_step: bool, breakpoints: Option<Vec<u64>>) -> PyResult<()> {
+    fn debug(
+        &self,
+        py: Python<'_>,
+        single_step: bool,
+        breakpoints: Option<Vec<u64>>,
+    ) -> PyResult<()> {
         let breakpoints = breakpoints.unwrap_or_default();
-        Ok(self.processor.change(|vcpu| vcpu.debug(single_step, &breakpoints))?)
+        self.processor.change(py, |vcpu| vcpu.debug(single_step, &breakpoints))
     }
 
     fn __repr__(&self) -> String {
@@ -398,13 +429,13 @@ impl PyMsrBytes {
     /// Raises:
     ///     KvmError: KVM does not know it.
     ///     StateError: the guest is running, or the machine is closed.
-    fn load(&self, index: u32) -> PyResult<u64> {
-        Ok(self.processor.look(|vcpu| vcpu.msr(index))?)
+    fn load(&self, py: Python<'_>, index: u32) -> PyResult<u64> {
+        self.processor.look(py, |vcpu| vcpu.msr(index))
     }
 
     /// Change the register; raises as `load` does.
-    fn store(&self, index: u32, value: u64) -> PyResult<()> {
-        Ok(self.processor.change(|vcpu| vcpu.set_msr(index, value))?)
+    fn store(&self, py: Python<'_>, index: u32, value: u64) -> PyResult<()> {
+        self.processor.change(py, |vcpu| vcpu.set_msr(index, value))
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {

@@ -288,8 +288,8 @@ impl PyKvmVm {
     #[getter]
     fn vcpus<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyTuple>> {
         let (this, vm) = (slf.get(), slf.get().vm()?);
-        slf.py().detach(|| vm.prepare(this.entry))?;
-        vcpu::to_python(slf.as_any(), &vm.cells(), &Tie::default())
+        let cells = slf.py().detach(|| vm.prepare(this.entry).map(|()| vm.cells()))?;
+        vcpu::to_python(slf.as_any(), &cells, &Tie::default())
     }
 
     /// Guest memory, by guest-physical address.

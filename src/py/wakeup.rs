@@ -21,7 +21,7 @@ use crate::process::Birthplace;
 const BRIEF: Duration = Duration::from_millis(5);
 
 /// The longest wait between two looks at signals where the pipe cannot be had.
-const SLICE: Duration = Duration::from_millis(50);
+pub(super) const SLICE: Duration = Duration::from_millis(50);
 
 /// The pipe, and whose fd it has displaced.
 static PIPE: Attached<Option<Pipe>> = Attached::new(None);

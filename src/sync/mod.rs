@@ -56,6 +56,13 @@ impl<T, R: Rank> Mutex<T, R> {
         MutexGuard { guard: self.lock.lock(), held: Held::new(&self.place) }
     }
 
+    /// Take it, if others let it go within this time.
+    pub fn try_lock_for(&self, limit: Duration) -> Option<MutexGuard<'_, T, R>> {
+        self.place.check();
+        let guard = self.lock.try_lock_for(limit)?;
+        Some(MutexGuard { guard, held: Held::new(&self.place) })
+    }
+
     /// Take it if nobody has it. That waits for nobody, so its rank does not matter.
     pub fn try_lock(&self) -> Option<MutexGuard<'_, T, R>> {
         let guard = self.lock.try_lock()?;

@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::ptr::NonNull;
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use super::exit::{VcpuExit, run_once};
 use super::kick::{StopWord, interrupt, this_thread};
@@ -146,11 +147,11 @@ impl Cell {
         self.look_in(&mut self.slot.lock(), look)
     }
 
-    /// [`Self::with_vcpu`] for a thread that must not wait.
+    /// [`Self::with_vcpu`] for a thread that must not wait for longer than this.
     ///
     /// # Errors
-    /// Gives `look` back when another thread looks into the vCPU.
-    pub fn try_with_vcpu<T, F>(&self, look: F) -> std::result::Result<Result<T>, F>
+    /// Gives `look` back when another thread looks into the vCPU for that long.
+    pub fn try_with_vcpu<T, F>(&self, limit: Duration, look: F) -> std::result::Result<Result<T>, F>
     where
         F: FnOnce(&mut Vcpu) -> Result<T>,
     {
@@ -158,7 +159,9 @@ impl Cell {
         if let Err(error) = self.check_process() {
             return Ok(Err(error));
         }
-        match self.slot.try_lock() {
+        let slot =
+            if limit.is_zero() { self.slot.try_lock() } else { self.slot.try_lock_for(limit) };
+        match slot {
             Some(mut slot) => Ok(self.look_in(&mut slot, look)),
             None => Err(look),
         }
