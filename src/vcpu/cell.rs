@@ -399,7 +399,7 @@ impl Cell {
     }
 
     /// Whether its thread is to end.
-    pub(super) fn is_leaving(&self) -> bool {
+    pub(crate) fn is_leaving(&self) -> bool {
         self.slot.lock().order == Order::Leave
     }
 

@@ -39,9 +39,8 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         };
         self.vcpus.start(enter, start).inspect_err(|_| {
             if is_started.get() {
-                self.vcpus.stop(false);
                 // From Running a machine leaves to Paused; a first run that failed may be tried again.
-                let _ = self.shared.run_state.set_and_notify(VmRunState::Paused);
+                self.vcpus.stop(false, || self.set_stopped());
             }
         })
     }
@@ -99,13 +98,17 @@ impl<EH: ExitHandler> KvmVm<EH> {
         not_running(what, VmRunState::Exiting)
     }
 
+    /// The vCPUs are stopped, and nobody starts them meanwhile: a state that came later would be a next run's.
+    fn set_stopped(&self) {
+        let _ = self.shared.run_state.set_and_notify(VmRunState::Paused);
+    }
+
     /// Stop the vCPUs and wait for their threads. A guest that had not ended can go on with `run(None)`.
     pub fn shutdown(&self) {
         if self.is_foreign() {
             return;
         }
-        self.vcpus.stop(self.has_this_thread());
-        let _ = self.shared.run_state.set_and_notify(VmRunState::Paused);
+        self.vcpus.stop(self.has_this_thread(), || self.set_stopped());
     }
 
     /// Stop the vCPUs for good: no guest and no callback goes on behind this, but the callback that calls it. Everything else
@@ -114,8 +117,9 @@ impl<EH: ExitHandler> KvmVm<EH> {
         if self.is_foreign() {
             return;
         }
-        self.vcpus.close(self.has_this_thread());
-        let _ = self.shared.run_state.set_and_notify(VmRunState::Paused);
+        self.vcpus.close(self.has_this_thread(), || self.set_stopped());
+        // A callback that closes does not wait for the last to stop them.
+        self.set_stopped();
         let _ = self.shared.run_state.set_and_notify(VmRunState::Closed);
     }
 

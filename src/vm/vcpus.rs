@@ -106,7 +106,8 @@ impl Vcpus {
     pub(super) fn resume(&self, mut enter: impl FnMut(bool, bool) -> Result<bool>) -> Result<()> {
         let mut list = self.0.lock();
         loop {
-            let has_threads = list.handles.iter().all(Handle::has_thread);
+            let stays = |handle: &Handle| handle.has_thread() && !handle.cell().is_leaving();
+            let has_threads = list.handles.iter().all(stays);
             // A pause from another thread may not have seen them at rest yet.
             let late = list.handles.iter().find(|handle| !handle.cell().is_at_rest()).map(awaited);
             if !enter(has_threads, late.is_none())? {
@@ -169,8 +170,8 @@ impl Vcpus {
 
     /// Bring them out of their guests, have their threads end, and wait for that. All are kicked before any is waited
     /// for: their ways out overlap. A thread of the machine's own (`is_own`) waits for none of them to end: two would wait for
-    /// each other.
-    pub(super) fn stop(&self, is_own: bool) {
+    /// each other. `stopped` is called when the last caller is done, before anybody can start them again.
+    pub(super) fn stop(&self, is_own: bool, stopped: impl FnOnce()) {
         let (all, threads): (Vec<Awaited>, Vec<_>) = {
             let mut list = self.0.lock();
             list.stopping += 1;
@@ -184,6 +185,9 @@ impl Vcpus {
         threads.into_iter().for_each(join);
         let mut list = self.0.lock();
         list.stopping -= 1;
+        if list.stopping == 0 {
+            stopped();
+        }
         self.1.notify_all();
         // Another caller may have taken the threads.
         while list.stopping > 0 && !is_own {
@@ -192,9 +196,9 @@ impl Vcpus {
     }
 
     /// Stop them for good, and give back what they hold of KVM.
-    pub(super) fn close(&self, is_own: bool) {
+    pub(super) fn close(&self, is_own: bool, stopped: impl FnOnce()) {
         self.0.lock().is_closed = true;
-        self.stop(is_own);
+        self.stop(is_own, stopped);
         self.cells().iter().for_each(|cell| cell.close());
     }
 

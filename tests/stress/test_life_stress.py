@@ -1,0 +1,177 @@
+"""Any calls from any threads and callbacks, in any order: each returns or raises a typed error; `close` ends it all.
+
+The scenario runs in a process of its own, which shows every thread's stack when a call hangs. Two seconds in CI;
+PYVMM_STRESS_S sets another time, thirty under `make stress`. PYVMM_STRESS_SEED repeats the seed that a failure shows.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+
+SECONDS = float(os.environ.get("PYVMM_STRESS_S", "2"))
+SEED = int(os.environ.get("PYVMM_STRESS_SEED", str(random.SystemRandom().getrandbits(32))))
+
+COMMON = """
+import contextlib, faulthandler, random, sys, threading, time
+from pathlib import Path
+from guests import flat
+from pyvmm import CpuConfig, KvmVm, Vmm, VmmError
+
+SEED, SECONDS, VCPUS = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
+DEADLINE = 60
+# Counts in BX, and writes and reads port 0x500 each time.
+LOOP = b"\\x43\\xba\\x00\\x05\\xee\\xec\\xeb\\xf8"
+END = time.monotonic() + SECONDS
+failures = []
+
+def workers_left():
+    names = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):
+            names.append((task / "comm").read_text().strip())
+    return [name for name in names if name.startswith("vcpu_")]
+
+def attempt(call):
+    try:
+        call()
+    except VmmError:
+        pass
+
+def several(count, life, seed):
+    def work(number):
+        chance = random.Random(seed * 1000 + number)
+        try:
+            life(chance)
+        except BaseException as error:
+            failures.append(error)
+            raise
+    threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+def no_worker_is_left():
+    give_up = time.monotonic() + DEADLINE
+    while workers_left():
+        assert time.monotonic() < give_up, workers_left()
+        time.sleep(0.001)
+"""
+
+MACHINE = """
+class Machine:
+    def __init__(self, seed):
+        self.chance = random.Random(seed)
+        self.vmm = Vmm(flat(LOOP, irqchip=True, cpu=CpuConfig(vcpus=VCPUS)))
+        self.vmm.add_pio_device(0x500, 4, self)
+        self.kept = self.vmm.snapshot()
+        self.vmm.on_exit("io", self.hook)
+
+    def read(self, offset, size):
+        self.in_callback()
+        return 1
+
+    def write(self, offset, size, value):
+        pass
+
+    def save(self):
+        return b""
+
+    def restore(self, state):
+        pass
+
+    def hook(self, vcpu, exit):
+        self.in_callback()
+
+    def in_callback(self):
+        if self.chance.random() < 0.05:
+            attempt(self.chance.choice(self.from_callbacks()))
+
+    def keep(self):
+        self.kept = self.vmm.snapshot()
+
+    def slots(self):
+        memory = self.vmm.memory
+        memory.remove(memory.add(0x4000_0000, 0x1000))
+
+    def registers(self):
+        vcpu = self.vmm.vcpus[0]
+        vcpu.regs.rbx = vcpu.regs.rbx + 1
+
+    def from_callbacks(self):
+        vmm = self.vmm
+        return [vmm.stop, vmm.pause, vmm.resume, vmm.nmi, lambda: vmm.state, lambda: vmm.irq(5).pulse(), self.slots,
+            self.registers, vmm.snapshot, lambda: vmm.reset(self.kept), lambda: vmm.run(0.01), vmm.start,
+            lambda: vmm.wait(0.01), lambda: repr(vmm)]
+
+    def life(self, chance):
+        often = [lambda: self.vmm.run(0.01), lambda: self.vmm.wait(0.01), self.vmm.start]
+        calls = often * 3 + self.from_callbacks() + [self.keep]
+        for _ in range(chance.randrange(5, 40)):
+            attempt(chance.choice(calls))
+        if chance.random() < 0.3:
+            attempt(self.vmm.close)
+
+seed = SEED
+while time.monotonic() < END and not failures:
+    faulthandler.dump_traceback_later(DEADLINE, exit=True)
+    machine = Machine(seed)
+    several(3, machine.life, seed)
+    machine.vmm.close()
+    assert machine.vmm.state == "closed"
+    no_worker_is_left()
+    seed += 1
+assert not failures, (seed, failures)
+"""
+
+BY_HAND = """
+def life_of(vm):
+    vcpus = vm.vcpus
+    def registers(vcpu):
+        vcpu.regs.rbx = vcpu.regs.rbx + 1
+    def life(chance):
+        vcpu = chance.choice(vcpus)
+        calls = [vcpu.run_once, vcpu.run_once, vcpu.kick, lambda: registers(vcpu), vm.run, vm.pause, vm.resume,
+            lambda: vm.wait(0.01), vm.shutdown, lambda: vm.state, lambda: vm.exit, lambda: repr(vm),
+            lambda: vcpu.answer(b"\\0")]
+        for _ in range(chance.randrange(5, 40)):
+            attempt(chance.choice(calls))
+        if chance.random() < 0.3:
+            vm.close()
+    return life
+
+seed = SEED
+while time.monotonic() < END and not failures:
+    faulthandler.dump_traceback_later(DEADLINE, exit=True)
+    vm = KvmVm(flat(LOOP, cpu=CpuConfig(vcpus=VCPUS)))
+    several(3, life_of(vm), seed)
+    vm.close()
+    assert vm.state == "closed"
+    no_worker_is_left()
+    seed += 1
+assert not failures, (seed, failures)
+"""
+
+
+def survives(scenario: str, vcpus: int) -> None:
+    arguments = [sys.executable, "-c", COMMON + scenario, str(SEED), str(SECONDS), str(vcpus)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run(
+        arguments, env=environment, capture_output=True, text=True, timeout=SECONDS + 180, check=False
+    )
+    assert done.returncode == 0, f"PYVMM_STRESS_SEED={SEED}, {vcpus} vCPUs\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("vcpus", [1, 3])
+def test_a_machine_survives_any_calls(vcpus: int) -> None:
+    survives(MACHINE, vcpus)
+
+
+@pytest.mark.parametrize("vcpus", [1, 3])
+def test_a_bare_machine_survives_any_calls(vcpus: int) -> None:
+    survives(BY_HAND, vcpus)
