@@ -7,6 +7,7 @@ use std::sync::{Arc, Weak};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 
+use super::attach::adopt_stack_size;
 use super::ending::import;
 use super::event_manager::PyEventManager;
 use super::turning::Turning;
@@ -78,6 +79,7 @@ impl PyVmm {
             return Ok(None);
         }
         let raised = &self.hooks.raised;
+        adopt_stack_size(py);
         let (ended, is_cancelled) = py.detach(|| {
             let is_cancelled = Cell::new(false);
             let check = || {

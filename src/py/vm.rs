@@ -10,7 +10,7 @@ use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyTuple};
 
-use super::attach::attach;
+use super::attach::{adopt_stack_size, attach};
 use super::ending::guard_thread;
 use super::exit_handler::PyWrappedExitHandler;
 use super::lease::Tie;
@@ -234,6 +234,7 @@ impl PyKvmVm {
     fn run(&self, py: Python<'_>, vcpu_run_addr: Option<u64>) -> PyResult<()> {
         let vm = self.vm()?;
         let address = vcpu_run_addr.or_else(|| vm.first_address(self.entry));
+        adopt_stack_size(py);
         Ok(py.detach(|| vm.run(address))?)
     }
 

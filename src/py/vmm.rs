@@ -8,7 +8,7 @@ use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList, PyTuple};
 
-use super::attach::attach;
+use super::attach::{adopt_stack_size, attach};
 use super::attached::Attached;
 use super::device::PythonDevice;
 use super::ending::{guard_thread, import};
@@ -290,6 +290,7 @@ impl PyVmm {
         let manager = &self.manager(py)?;
         let _turning = self.claim(manager, None)?;
         let raised = &self.hooks.raised;
+        adopt_stack_size(py);
         let ended = py.detach(|| vmm.run(timeout, |until| callback::turn(manager, raised, until)));
         let exit = self.finish(py, ended.map(Some))?;
         exit.ok_or_else(|| PyRuntimeError::new_err("a run ends with an exit"))
@@ -301,6 +302,7 @@ impl PyVmm {
     ///     StateError: a run is in progress, the guest has ended, or the machine is closed.
     fn start(&self, py: Python<'_>) -> PyResult<()> {
         let vmm = self.changing()?;
+        adopt_stack_size(py);
         Ok(py.detach(|| vmm.start())?)
     }
 

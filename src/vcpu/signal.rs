@@ -18,9 +18,43 @@ struct Claim {
 impl Claim {
     /// Whether the program had a handler of its own.
     fn has_handler(&self) -> bool {
-        ![libc::SIG_DFL, libc::SIG_IGN].contains(&self.previous.sa_sigaction)
+        has_handler(&self.previous)
+    }
+
+    /// Whether it could be sent.
+    ///
+    /// # Safety
+    /// The thread must not have ended.
+    unsafe fn send(&self, thread: libc::pthread_t) -> bool {
+        self.keep_installed();
+        let value = libc::sigval { sival_ptr: cookie() };
+        // SAFETY: by the caller. A queued signal, which arrives 10 us later, is sent only where a handler has to tell it
+        // from others.
+        unsafe {
+            if self.has_handler() {
+                libc::pthread_sigqueue(thread, self.signal, value) == 0
+            } else {
+                libc::pthread_kill(thread, self.signal) == 0
+            }
+        }
+    }
+
+    /// Put the handler there, also where the program has had the signal ignored or given its default since: the first would
+    /// lose kicks, and the second would end the process. A handler of its own serves as well, because any interrupts KVM_RUN.
+    fn keep_installed(&self) {
+        if present(self.signal).is_ok_and(|now| !has_handler(&now)) {
+            // Fails for no signal that could be read.
+            let _ = install(self.signal);
+        }
     }
 }
+
+fn has_handler(action: &libc::sigaction) -> bool {
+    ![libc::SIG_DFL, libc::SIG_IGN].contains(&action.sa_sigaction)
+}
+
+/// What kicks where the kernel refuses to queue the other: claimed when that happens first.
+static SPARE: Learnt<Claim> = Learnt::unknown();
 
 /// Read by the signal handler: that is one atomic load.
 static CLAIM: Learnt<Option<Claim>> = Learnt::unknown();
@@ -123,18 +157,23 @@ fn install(signal: libc::c_int) -> Result<()> {
 
 /// Send the kick signal to a thread.
 ///
+/// The kernel queues a real-time signal or refuses it, and refuses it at RLIMIT_SIGPENDING. A standard signal is delivered
+/// without a place in the queue, so then SIGURG kicks, which is ignored where the program does not use it. Where it does, its
+/// handler is called too: without a place in the queue a kick has no cookie.
+///
 /// # Safety
 /// The thread must not have ended.
 pub(super) unsafe fn send(thread: libc::pthread_t) {
     let Ok(Some(claim)) = claim(None) else { return };
-    let value = libc::sigval { sival_ptr: cookie() };
-    // SAFETY: by the caller the thread has not ended. A queued signal, which arrives 10 us later, is sent only where a
-    // handler has to tell it from others; when the queue is full it goes without the cookie.
-    unsafe {
-        if !claim.has_handler() || libc::pthread_sigqueue(thread, claim.signal, value) != 0 {
-            libc::pthread_kill(thread, claim.signal);
-        }
+    // SAFETY: by the caller.
+    if unsafe { claim.send(thread) } {
+        return;
     }
+    let spare = SPARE.get_or(|| {
+        Ok::<_, Error>(Claim { signal: libc::SIGURG, previous: present(libc::SIGURG)? })
+    });
+    // SAFETY: by the caller.
+    let _ = spare.map(|claim| unsafe { claim.send(thread) });
 }
 
 extern "C" fn on_signal(
@@ -142,7 +181,10 @@ extern "C" fn on_signal(
     info: *mut libc::siginfo_t,
     context: *mut libc::c_void,
 ) {
-    let Some(Some(claim)) = CLAIM.get() else { return };
+    let claims = [CLAIM.get().and_then(Option::as_ref), SPARE.get()];
+    let Some(claim) = claims.into_iter().flatten().find(|claim| claim.signal == signal) else {
+        return;
+    };
     // SAFETY: the kernel hands a valid siginfo to a handler with SA_SIGINFO.
     let is_kick =
         unsafe { (*info).si_code == libc::SI_QUEUE && (*info).si_value().sival_ptr == cookie() };
@@ -163,16 +205,15 @@ extern "C" fn on_signal(
     }
 }
 
-/// Leave the program's signals to its own threads: this one takes the kick and its own faults.
-pub(crate) fn block_other_signals() {
+/// Let kicks reach this thread. Whatever else it blocks is what the thread that started it blocks, as with any thread of
+/// Python's: children that callbacks make inherit that.
+pub(crate) fn unblock_kicks() {
     let Ok(kick) = kick_signal() else { return };
     // SAFETY: a local set, filled before use.
     unsafe {
         let mut set: libc::sigset_t = std::mem::zeroed();
-        libc::sigfillset(&raw mut set);
-        for signal in FAULTS.into_iter().chain([kick]) {
-            libc::sigdelset(&raw mut set, signal);
-        }
-        libc::pthread_sigmask(libc::SIG_SETMASK, &raw const set, std::ptr::null_mut());
+        libc::sigemptyset(&raw mut set);
+        libc::sigaddset(&raw mut set, kick);
+        libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const set, std::ptr::null_mut());
     }
 }

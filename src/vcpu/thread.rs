@@ -11,7 +11,8 @@ use super::dispatch::Dispatch;
 use super::registers::Vcpu;
 use super::run::{Step, settle, step};
 use super::run_page::RunPage;
-use super::signal::block_other_signals;
+use super::signal::unblock_kicks;
+use super::stack;
 use super::state::{RunState, VmRunState};
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::{Exit, ExitHandler, ExitReason};
@@ -103,12 +104,13 @@ impl Handle {
         let cell = Arc::clone(&self.cell);
         let name = format!("vcpu_{}", cell.id());
         let run = move || {
-            block_other_signals();
+            unblock_kicks();
             set_current(&cell, shared.id());
             serve(&cell, &shared);
         };
         std::thread::Builder::new()
             .name(name.clone())
+            .stack_size(stack::size())
             .spawn(run)
             .map_err(|e| Error::os(ErrorKind::Kvm, name, &e))
     }

@@ -1,0 +1,52 @@
+//! The stack of vCPU threads, on which the program's callbacks run. The same for every machine of the process.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Rust's own default, which is the least.
+const LEAST: usize = 2 << 20;
+
+/// Bytes that the program has chosen; 0 for the C library's default.
+static CHOSEN: AtomicUsize = AtomicUsize::new(0);
+
+/// Give the threads that start from now on so many bytes; 0 for what the C library gives, which is RLIMIT_STACK.
+pub fn set_stack_size(bytes: usize) {
+    // Relaxed: a number alone, for threads that the caller starts later.
+    CHOSEN.store(bytes, Ordering::Relaxed);
+}
+
+/// Bytes for the next thread. They are address space: memory is taken as it is used.
+pub(super) fn size() -> usize {
+    match CHOSEN.load(Ordering::Relaxed) {
+        0 => default_size(),
+        chosen => chosen,
+    }
+    .max(LEAST)
+}
+
+fn default_size() -> usize {
+    let mut size = 0;
+    // SAFETY: attributes of zeros are overwritten by the call that makes them, and given back once.
+    unsafe {
+        let mut attributes: libc::pthread_attr_t = std::mem::zeroed();
+        if libc::pthread_attr_init(&raw mut attributes) == 0 {
+            libc::pthread_attr_getstacksize(&raw const attributes, &raw mut size);
+            libc::pthread_attr_destroy(&raw mut attributes);
+        }
+    }
+    size
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_has_what_was_chosen_or_the_default() {
+        assert_eq!(size(), default_size().max(LEAST));
+        set_stack_size(64 << 20);
+        assert_eq!(size(), 64 << 20);
+        set_stack_size(32 << 10);
+        assert_eq!(size(), LEAST);
+        set_stack_size(0);
+    }
+}

@@ -1,0 +1,166 @@
+"""The threads of vCPUs: the stack and the signal mask that callbacks find there, and kicks that always arrive."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from guests import flat
+from pyvmm import Stop, Vmm, kick_signal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+pytestmark = pytest.mark.kvm
+DEADLINE_S = 60.0
+OUT_FOR_EVER = b"\xba\x00\x05\xb0\x78\xee\xeb\xfd"  # mov dx, 0x500; mov al, 'x'; back: out dx, al; jmp back
+
+
+START = f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]\nfrom guests import *\n"
+
+
+def in_a_device(call: Callable[[], Any]) -> Any:
+    """What a function returns that a device calls."""
+    found: list[Any] = []
+
+    class Device:
+        def write(self, offset: int, size: int, value: int) -> Stop:
+            found.append(call())
+            return Stop(1)
+
+    with Vmm(flat(OUT_FOR_EVER)) as vmm:
+        vmm.add_pio_device(0x500, 1, Device())
+        vmm.run(DEADLINE_S)
+    return found[0]
+
+
+def in_a_process(source: str) -> str:
+    """What a program prints that may crash or hang."""
+    ran = subprocess.run(
+        [sys.executable, "-c", START + source], capture_output=True, text=True, timeout=DEADLINE_S, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+DEEP = """
+import functools, sys, threading
+from pyvmm import Stop, Vmm
+sys.setrecursionlimit(20000)
+@functools.lru_cache(None)
+def sum_to(n):
+    return n and n + sum_to(n - 1)
+class Device:
+    def write(self, offset, size, value):
+        print(sum_to(DEPTH))
+        return Stop(1)
+threading.stack_size(SIZE)
+with Vmm(flat(bytes.fromhex("ba0005b078eeebfd"))) as vmm:
+    vmm.add_pio_device(0x500, 1, Device())
+    vmm.run(60)
+"""
+
+
+def test_a_callback_has_the_stack_that_threading_was_told_to_give() -> None:
+    depth = 4000
+    source = DEEP.replace("DEPTH", str(depth)).replace("SIZE", str(64 << 20))
+    assert in_a_process(source).strip() == str(depth * (depth + 1) // 2)
+
+
+def test_a_callback_has_the_stack_of_any_thread() -> None:
+    """Some five MiB of calls in C: more than two, and less than the eight that most systems give."""
+    soft = resource.getrlimit(resource.RLIMIT_STACK)[0]
+    if soft != resource.RLIM_INFINITY and soft < 8 << 20:
+        pytest.skip("RLIMIT_STACK is small here: no thread has a large stack")
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_STACK, (8 << 20, {resource.RLIM_INFINITY}))\n"
+    source = START + DEEP.replace("DEPTH", "4000").replace("SIZE", "0")
+    # The C library reads the limit as a program starts.
+    run = f"import os; os.execv(sys.executable, [sys.executable, '-c', {source!r}])"
+    assert in_a_process(limit + run).strip() == "8002000"
+
+
+def test_a_callback_has_the_signal_mask_of_the_thread_that_started_the_run() -> None:
+    def blocked() -> set[int]:
+        return {int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])}
+
+    assert in_a_device(blocked) == blocked()
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2, kick_signal()})
+    try:
+        assert in_a_device(blocked) == blocked() - {kick_signal()}
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
+def test_a_child_of_a_callback_can_be_terminated() -> None:
+    def child() -> int:
+        with subprocess.Popen(["sleep", "600"]) as process:
+            process.terminate()
+            return process.wait(DEADLINE_S)
+
+    assert in_a_device(child) == -signal.SIGTERM
+
+
+def test_a_process_of_multiprocessing_made_in_a_callback_can_be_terminated() -> None:
+    def child() -> int | None:
+        process = multiprocessing.get_context("fork").Process(target=signal.pause)
+        process.start()
+        process.terminate()
+        process.join(DEADLINE_S)
+        return process.exitcode
+
+    assert in_a_device(child) == -signal.SIGTERM
+
+
+UNQUEUED = """
+import resource, threading
+from pyvmm import KvmVm, Vmm
+resource.setrlimit(resource.RLIMIT_SIGPENDING, (0, 0))
+with Vmm(flat(SPIN)) as vmm:
+    print(vmm.run(0.01).reason.value)
+    vmm.start()
+    for _ in range(100):
+        vmm.pause()
+        vmm.resume()
+    vmm.stop()
+    print(vmm.wait(60).reason.value)
+with KvmVm(flat(SPIN)) as vm:
+    (vcpu,) = vm.vcpus
+    threading.Timer(0.01, vcpu.kick).start()
+    print(type(vcpu.run_once()).__name__)
+"""
+
+
+def test_kicks_arrive_where_no_signal_can_be_queued() -> None:
+    assert in_a_process(UNQUEUED).split() == ["timeout", "stopped", "Interrupted"]
+
+
+def test_kicks_arrive_where_no_signal_can_be_queued_and_the_program_has_handlers() -> None:
+    handlers = """
+import signal
+import pyvmm
+called = []
+signal.signal(signal.SIGRTMIN + 3, lambda *_: called.append(0))
+signal.signal(signal.SIGURG, lambda *_: called.append(0))
+pyvmm.set_kick_signal(signal.SIGRTMIN + 3)
+"""
+    assert in_a_process(handlers + UNQUEUED).split() == ["timeout", "stopped", "Interrupted"]
+
+
+@pytest.mark.parametrize("action", ["SIG_IGN", "SIG_DFL"])
+def test_kicks_arrive_after_the_program_has_changed_what_their_signal_does(action: str) -> None:
+    source = f"""
+import signal
+import pyvmm
+from pyvmm import Vmm
+with Vmm(flat(SPIN)) as vmm:
+    vmm.run(0.01)
+    signal.signal(pyvmm.kick_signal(), signal.{action})
+    print(vmm.run(0.01).reason.value)
+"""
+    assert in_a_process(source).split() == ["timeout"]
