@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import threading
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -350,3 +352,44 @@ def test_whoever_holds_an_event_manager_has_it_after_its_machine_is_closed() -> 
     manager.call_later(0, lambda: called.append(1))
     manager.run_with_timeout(60_000)
     assert called == [1]
+
+
+PARTS: dict[str, Callable[[Vmm], Any]] = {
+    "memory": lambda vmm: vmm.memory,
+    "vcpu": lambda vmm: vmm.vcpus[0],
+    "registers": lambda vmm: vmm.vcpus[0].regs,
+    "serial": lambda vmm: vmm.serial,
+    "stats": lambda vmm: vmm.stats,
+}
+
+
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+def test_a_part_keeps_its_machine_and_lets_it_go(part: Callable[[Vmm], Any]) -> None:
+    vmm = Vmm(flat(exit_with(0)))
+    machine = weakref.ref(vmm)
+    held = part(vmm)
+    del vmm
+    gc.collect()
+    kept = machine()
+    assert kept is not None
+    assert kept.state is VmRunState.CREATED
+    del kept, held
+    gc.collect()
+    assert machine() is None
+
+
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+def test_a_machine_whose_callbacks_hold_its_parts_is_collected(part: Callable[[Vmm], Any]) -> None:
+    class Device:
+        def read(self, offset: int, size: int) -> int:
+            return 0
+
+    vmm = Vmm(flat(exit_with(0)))
+    device: Any = Device()
+    device.part = part(vmm)
+    vmm.add_pio_device(0x500, 1, device)
+    vmm.on_exit("hlt", functools.partial(lambda part, vcpu, exit: None, part(vmm)))
+    machine = weakref.ref(vmm)
+    del vmm, device
+    gc.collect()
+    assert machine() is None
