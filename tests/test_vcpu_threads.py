@@ -164,3 +164,33 @@ with Vmm(flat(SPIN)) as vmm:
     print(vmm.run(0.01).reason.value)
 """
     assert in_a_process(source).split() == ["timeout"]
+
+
+def test_a_run_that_no_signal_could_end_is_refused() -> None:
+    source = """
+import signal
+from pyvmm import KvmVm, StateError, Vmm
+for number in range(signal.SIGRTMIN, signal.SIGRTMAX + 1):
+    signal.signal(number, lambda *_: None)
+with Vmm(flat(SPIN)) as vmm, KvmVm(flat(SPIN)) as vm:
+    for run in [lambda: vmm.run(0.01), vmm.start, vm.run, vm.vcpus[0].run_once]:
+        try:
+            print(run())
+        except StateError as error:
+            print("set_kick_signal" in str(error))
+"""
+    assert in_a_process(source).split() == ["True"] * 4
+
+
+def test_a_kick_reaches_run_once_on_a_thread_that_blocks_its_signal() -> None:
+    source = """
+import signal
+import threading
+from pyvmm import KvmVm
+signal.pthread_sigmask(signal.SIG_BLOCK, range(1, signal.NSIG))
+with KvmVm(flat(SPIN)) as vm:
+    (vcpu,) = vm.vcpus
+    threading.Timer(0.01, vcpu.kick).start()
+    print(type(vcpu.run_once()).__name__)
+"""
+    assert in_a_process(source).split() == ["Interrupted"]

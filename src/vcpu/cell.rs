@@ -10,6 +10,7 @@ use super::kick::{StopWord, interrupt, this_thread};
 use super::registers::Vcpu;
 use super::run::{Step, settle_for_good};
 use super::run_page::RunPage;
+use super::signal::unblock_kicks;
 use crate::devices::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::process::Birthplace;
@@ -274,9 +275,10 @@ impl Cell {
     /// [`Self::kick`]; none for a signal to this thread that is the program's.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] while its guest runs already; what KVM_RUN fails with.
+    /// [`ErrorKind::State`] while its guest runs already, or when there is no signal for kicks; what KVM_RUN fails with.
     pub fn run_once(&self) -> Result<Option<VcpuExit>> {
         self.check_process()?;
+        unblock_kicks()?;
         let mut vcpu = {
             let mut slot = self.slot.lock();
             if std::mem::take(&mut slot.is_kicked) {

@@ -2,6 +2,7 @@
 //!
 //! The program's own use of the signal goes on: what comes from elsewhere reaches the handler that was there before.
 
+use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -205,10 +206,21 @@ extern "C" fn on_signal(
     }
 }
 
+thread_local! {
+    /// Whether kicks reach this thread, as far as is known.
+    static IS_REACHED: Cell<bool> = const { Cell::new(false) };
+}
+
 /// Let kicks reach this thread. Whatever else it blocks is what the thread that started it blocks, as with any thread of
-/// Python's: children that callbacks make inherit that.
-pub(crate) fn unblock_kicks() {
-    let Ok(kick) = kick_signal() else { return };
+/// Python's: children that callbacks make inherit that. The system call is made once a thread.
+///
+/// # Errors
+/// As for [`kick_signal`].
+pub(super) fn unblock_kicks() -> Result<()> {
+    if IS_REACHED.get() {
+        return Ok(());
+    }
+    let kick = kick_signal()?;
     // SAFETY: a local set, filled before use.
     unsafe {
         let mut set: libc::sigset_t = std::mem::zeroed();
@@ -216,4 +228,6 @@ pub(crate) fn unblock_kicks() {
         libc::sigaddset(&raw mut set, kick);
         libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const set, std::ptr::null_mut());
     }
+    IS_REACHED.set(true);
+    Ok(())
 }

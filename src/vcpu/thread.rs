@@ -11,7 +11,7 @@ use super::dispatch::Dispatch;
 use super::registers::Vcpu;
 use super::run::{Step, settle, step};
 use super::run_page::RunPage;
-use super::signal::unblock_kicks;
+use super::signal::{kick_signal, unblock_kicks};
 use super::stack;
 use super::state::{RunState, VmRunState};
 use crate::error::{Error, ErrorKind, Result};
@@ -103,8 +103,10 @@ impl Handle {
     {
         let cell = Arc::clone(&self.cell);
         let name = format!("vcpu_{}", cell.id());
+        kick_signal()?; // without one nothing could bring the guest out
         let run = move || {
-            unblock_kicks();
+            // Nothing to say where it fails: the signal was there when the thread was made.
+            let _ = unblock_kicks();
             set_current(&cell, shared.id());
             serve(&cell, &shared);
         };
