@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import pyvmm
+import uvloop
 from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Coroutine, Iterator
 
     from pyvmm import Snapshot, Vmm, VmmConfig
 
@@ -150,3 +152,15 @@ def make() -> Iterator[Callable[[VmmConfig], Vmm]]:
     yield factory
     for vmm in made:
         vmm.close()
+
+
+@pytest.fixture(params=["asyncio", "uvloop", "debug"])
+def run(request: pytest.FixtureRequest) -> Callable[[Coroutine[Any, Any, Any]], Any]:
+    """Run a coroutine in a fresh loop, with a deadline."""
+
+    def run_it(main: Coroutine[Any, Any, Any]) -> Any:
+        factory = uvloop.new_event_loop if request.param == "uvloop" else asyncio.new_event_loop
+        with asyncio.Runner(loop_factory=factory, debug=request.param == "debug") as runner:
+            return runner.run(asyncio.wait_for(main, 60))
+
+    return run_it

@@ -11,12 +11,11 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import uvloop
 from guests import SPIN, exit_with, flat
 from pyvmm import EventFd, EventManager, EventOps, Events, ExitReason, StateError, Vmm, VmRunState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable
 
 DEADLINE = 60.0
 
@@ -40,18 +39,6 @@ EXCEPTIONS = [
 
 def name_of(error: BaseException) -> str:
     return type(error).__name__
-
-
-@pytest.fixture(params=["asyncio", "uvloop", "debug"])
-def run(request: pytest.FixtureRequest) -> Callable[[Coroutine[Any, Any, Any]], Any]:
-    """Run a coroutine in a fresh loop, with a deadline."""
-
-    def run_it(main: Coroutine[Any, Any, Any]) -> Any:
-        factory = uvloop.new_event_loop if request.param == "uvloop" else asyncio.new_event_loop
-        with asyncio.Runner(loop_factory=factory, debug=request.param == "debug") as runner:
-            return runner.run(asyncio.wait_for(main, DEADLINE))
-
-    return run_it
 
 
 class Once:

@@ -10,25 +10,12 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import uvloop
 from pyvmm import EventFd, TimerFd
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
 DEADLINE = 60.0
-
-
-@pytest.fixture(params=["asyncio", "uvloop", "debug"])
-def run(request: pytest.FixtureRequest) -> Callable[[Coroutine[Any, Any, Any]], Any]:
-    """Run a coroutine in a fresh loop, with a deadline."""
-
-    def run_it(main: Coroutine[Any, Any, Any]) -> Any:
-        factory = uvloop.new_event_loop if request.param == "uvloop" else asyncio.new_event_loop
-        with asyncio.Runner(loop_factory=factory, debug=request.param == "debug") as runner:
-            return runner.run(asyncio.wait_for(main, DEADLINE))
-
-    return run_it
 
 
 async def first_ring() -> tuple[int, int]:
