@@ -376,13 +376,13 @@ impl PyEventManager {
         let this = slf.get();
         this.check()?;
         let _turning = this.turners.claim("this event manager", None)?;
-        let mut pace = Pace::default();
+        let mut pace = Pace::new(slf.py())?;
         this.with_delivery(|delivery| {
             while !this.calls.take_stop() {
                 if Self::turn(slf, None, delivery)? == 0 {
                     slf.py().check_signals()?;
                 }
-                pace.let_others_run(slf.py());
+                pace.turned()?;
             }
             Ok(())
         })

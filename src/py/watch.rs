@@ -11,10 +11,7 @@ use super::event_manager::PyEventManager;
 use super::exit::timeout as as_timeout;
 use crate::sync::{Mutex, rank};
 
-/// How long a loop keeps the GIL from other threads: as long as Python's own switch interval.
-const INTERVAL: Duration = Duration::from_millis(5);
-
-/// Turns from one look at the clock to the next.
+/// Turns of a loop from one call of a Python function to the next.
 const TURNS: u32 = 16;
 
 /// See the module.
@@ -119,31 +116,29 @@ impl Watch {
     }
 }
 
-/// How a loop that never waits leaves other threads their turn, though its callbacks may run no Python code.
+/// Gives other threads and signal handlers their turn beside a loop that never waits, though its callbacks may run no Python
+/// code.
 #[derive(Debug)]
-pub(super) struct Pace {
+pub(super) struct Pace<'py> {
     turns: u32,
-    since: Instant,
+    breathe: Bound<'py, PyAny>,
 }
 
-impl Default for Pace {
-    fn default() -> Self {
-        Self { turns: 0, since: Instant::now() }
+impl<'py> Pace<'py> {
+    pub(super) fn new(py: Python<'py>) -> PyResult<Self> {
+        Ok(Self { turns: 0, breathe: import(py, "pyvmm.callbacks")?.getattr("breathe")? })
     }
-}
 
-impl Pace {
-    /// After a turn: let the GIL go if it was kept for long.
-    pub(super) fn let_others_run(&mut self, py: Python<'_>) {
+    /// After a turn, call a Python function now and then: the interpreter hands the GIL over between two instructions of
+    /// Python code, if another thread has waited for its switch interval. Letting the GIL go from here would wake such a
+    /// thread, and so start its interval again: it might never get its turn.
+    pub(super) fn turned(&mut self) -> PyResult<()> {
         self.turns += 1;
         if self.turns < TURNS {
-            return;
+            return Ok(());
         }
         self.turns = 0;
-        if self.since.elapsed() > INTERVAL {
-            py.detach(|| ());
-            self.since = Instant::now();
-        }
+        self.breathe.call0().map(drop)
     }
 }
 
