@@ -8,7 +8,8 @@ from pyvmm import EventFd, EventManager, EventOps, Events, TimerFd
 
 manager = EventManager()
 
-# A source is anything with a descriptor. `drain` has the loop read an EventFd or TimerFd and hand over the count.
+# A source is anything with a descriptor. `drain` has the loop read an EventFd or TimerFd and hand
+# over the count.
 doorbell, timer = EventFd(), TimerFd()
 
 
@@ -52,7 +53,8 @@ try:
 except LookupError as error:
     print("raised:", error)  # raised: on purpose
 
-# A signal handler of the program runs while the loop waits in the main thread; what it raises ends the run.
+# A signal handler of the program runs while the loop waits in the main thread; what it raises ends
+# the run.
 signal.signal(signal.SIGUSR1, signal.default_int_handler)
 threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGUSR1)).start()
 try:

@@ -4,9 +4,9 @@
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
-use crate::cpu::cpuid;
+use crate::cpu::{CpuConfig, CpuMode};
 use crate::error::{Error, ErrorKind, Result};
-use crate::vm::layout;
+use crate::layout;
 
 /// A whole machine.
 #[derive(Debug, Default)]
@@ -50,56 +50,6 @@ impl Default for MemoryConfig {
     }
 }
 
-/// The vCPUs.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CpuConfig {
-    /// How many, from 1.
-    pub vcpus: u64,
-    /// Names of CPUID features to hide from the guest.
-    pub hide: Vec<String>,
-    /// Names of CPUID features to show it, whatever the template and KVM say.
-    pub expose: Vec<String>,
-    /// Which features are hidden besides.
-    pub template: CpuTemplate,
-    /// Execute here what KVM's emulator refuses.
-    pub fixups: bool,
-}
-
-impl Default for CpuConfig {
-    fn default() -> Self {
-        let template = CpuTemplate::default();
-        Self { vcpus: 1, hide: Vec::new(), expose: Vec::new(), template, fixups: false }
-    }
-}
-
-impl CpuConfig {
-    fn check_features(&self) -> Result<()> {
-        for (key, names) in [("cpu.hide", &self.hide), ("cpu.expose", &self.expose)] {
-            if let Some(name) = names.iter().find(|name| cpuid::feature(name).is_none()) {
-                let detail = format!("'{name}' is no CPUID feature known here");
-                return Err(bad(key, detail)
-                    .hint("names are those of /proc/cpuinfo; pyvmm.cpu_features() lists them"));
-            }
-        }
-        match self.expose.iter().find(|name| self.hide.contains(name)) {
-            Some(name) => Err(bad("cpu.expose", format!("'{name}' is in cpu.hide too"))),
-            None => Ok(()),
-        }
-    }
-}
-
-/// A set of CPUID features to hide.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum CpuTemplate {
-    /// `SoftwareKvm` where the host has neither vmx nor svm, else `Host`.
-    #[default]
-    Auto,
-    /// All that KVM offers.
-    Host,
-    /// Without what a KVM that emulates ring 0 in software cannot execute.
-    SoftwareKvm,
-}
-
 /// What the machine starts with.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Boot {
@@ -132,21 +82,6 @@ pub enum Code {
     Bytes(Vec<u8>),
     /// A file.
     File(PathBuf),
-}
-
-/// The processor mode code starts in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CpuMode {
-    /// 16-bit real mode.
-    Real16,
-    /// 32-bit protected mode, ring 0, flat segments, no paging.
-    Protected32,
-    /// 64-bit mode, ring 0, identity-mapped.
-    Long64,
-    /// 64-bit mode, ring 3, identity-mapped, with a TSS that allows every port.
-    User64,
-    /// 64-bit mode by the Linux boot protocol: vCPU 0 starts, the others wait for INIT and SIPI.
-    Linux64,
 }
 
 /// A Linux kernel: an ELF vmlinux or a bzImage.
@@ -226,7 +161,7 @@ impl VmmConfig {
             let detail = format!("{} is not from 1 to {}", self.cpu.vcpus, layout::MAX_VCPUS);
             return Err(bad("cpu.vcpus", detail));
         }
-        self.cpu.check_features()?;
+        self.cpu.check()?;
         if self.has_pit() && !self.has_irqchip() {
             return Err(bad("pit", "a PIT needs irqchip = true"));
         }

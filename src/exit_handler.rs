@@ -11,7 +11,7 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::error::Result;
-use crate::event::take_count;
+use crate::poll::take_count;
 use crate::process::Birthplace;
 use crate::sync::{Mutex, rank};
 
@@ -75,9 +75,11 @@ impl VmmExitHandler {
         unsafe { libc::poll(&raw mut poll, 1, 0) > 0 }
     }
 
-    /// A kick is processed: drained, so that it ends this run and no later one, and the flag cleared.
+    /// A kick is processed: drained, so that it ends this run and no later one, and the flag
+    /// cleared.
     pub fn stop(&mut self) {
-        // Fails when there was no kick. Not a plain read: a duplicate's holder may have made the eventfd blocking.
+        // Fails when there was no kick. Not a plain read: a duplicate's holder may have made the
+        // eventfd blocking.
         let _ = take_count(self.exit_event.as_raw_fd());
         self.keep_running = false;
     }

@@ -3,8 +3,8 @@
 //! The flow, in the order things happen:
 //!
 //! 1. a [`config::VmmConfig`] is checked and becomes a [`vmm::Vmm`] ([`vmm::Vmm::try_from`]);
-//! 2. which holds a [`vm::KvmVm`], the KVM side of the machine, with its [`vm::GuestMemory`], where
-//!    [`boot::load`] has put what the machine starts with;
+//! 2. which holds a [`vm::KvmVm`], the KVM side of the machine, with its [`memory::GuestMemory`],
+//!    where [`boot::load`] has put what the machine starts with;
 //! 3. [`vmm::Vmm::run`] starts one thread a vCPU ([`vm::KvmVm::run`]);
 //! 4. a vCPU's exit goes through one `match` (`vcpu/run.rs`) to a bus, [`devices::Buses`];
 //! 5. and there to a [`devices::Device`], which may write an eventfd;
@@ -12,12 +12,24 @@
 //! 7. a guest's end kicks the [`exit_handler::ExitHandler`] and becomes an [`exit_handler::Exit`]:
 //!    the loop stops, the machine shuts down, and `run` returns it.
 //!
+//! The rooms, from the ground up. Each imports only from rooms before it, which `test_layers.py`
+//! checks:
+//!
+//! ```text
+//! error process sync bytes layout kvm poll
+//! debug fixup memory trace
+//! event exit_handler cpu config devices boot
+//! vcpu vm snapshot vmm
+//! py
+//! ```
+//!
 //! Everything but `py` builds and is tested without Python.
 
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
 compile_error!("pyvmm needs Linux on x86-64");
 
 pub mod boot;
+mod bytes;
 pub mod config;
 pub mod cpu;
 pub mod debug;
@@ -26,6 +38,10 @@ pub mod error;
 pub mod event;
 pub mod exit_handler;
 pub mod fixup;
+pub mod kvm;
+pub mod layout;
+pub mod memory;
+mod poll;
 mod process;
 #[cfg(feature = "python")]
 pub mod py;
@@ -36,9 +52,11 @@ pub mod vcpu;
 pub mod vm;
 pub mod vmm;
 
-/// Everything that Python sees of this crate. Python's import calls `PyInit__pyvmm`, which is `py/interpreter.rs`'s.
+/// Everything that Python sees of this crate. Python's import calls `PyInit__pyvmm`, which is
+/// `py/interpreter.rs`'s.
 #[cfg(feature = "python")]
-// What only the GIL guards (`py/attached.rs`, `py/batch.rs`, `py/events.rs`) is not sound without one.
+// What only the GIL guards (`py/attached.rs`, `py/batch.rs`, `py/events.rs`) is not sound without
+// one.
 #[pyo3::pymodule(gil_used = true)]
 #[pyo3(name = "_native")]
 mod _pyvmm {

@@ -1,5 +1,5 @@
-//! Telling a forked child from its parent: KVM ties a machine to the process that made it, and an epoll set is
-//! shared with the parent, so objects remember where they were made.
+//! Telling a forked child from its parent: KVM ties a machine to the process that made it, and an
+//! epoll set is shared with the parent, so objects remember where they were made.
 
 use std::convert::Infallible;
 use std::fmt;
@@ -17,7 +17,8 @@ extern "C" fn count_fork() {
     FORKS.fetch_add(1, Ordering::Relaxed);
 }
 
-/// The process that an object was made in: how many forks lie before it. Cheaper to ask than getpid(2).
+/// The process that an object was made in: how many forks lie before it. Cheaper to ask than
+/// getpid(2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Birthplace(u64);
 
@@ -26,7 +27,8 @@ impl Birthplace {
     pub(crate) fn here() -> Self {
         static REGISTERED: Once = Once::new();
         REGISTERED.call_once(|| {
-            // SAFETY: the handler only adds to an atomic, which is safe in a forked child of many threads.
+            // SAFETY: the handler only adds to an atomic, which is safe in a forked child of many
+            // threads.
             unsafe { libc::pthread_atfork(None, None, Some(count_fork)) };
         });
         Self(FORKS.load(Ordering::Relaxed))
@@ -54,9 +56,10 @@ impl Birthplace {
     }
 }
 
-/// Something that is learnt once and never changes. Whoever finds it unknown learns it, several threads at once if need be, and
-/// the first one's answer stays. So nobody waits for anybody: a lock that another thread held at a fork, or a `Once` that it
-/// was running, would be waited for in the child for ever.
+/// Something that is learnt once and never changes. Whoever finds it unknown learns it, several
+/// threads at once if need be, and the first one's answer stays. So nobody waits for anybody: a
+/// lock that another thread held at a fork, or a `Once` that it was running, would be waited for in
+/// the child for ever.
 pub(crate) struct Learnt<T>(AtomicPtr<T>, PhantomData<Box<T>>);
 
 impl<T> Learnt<T> {
@@ -67,7 +70,8 @@ impl<T> Learnt<T> {
     pub(crate) fn get(&self) -> Option<&T> {
         // Acquire: pairs with the release in `get_or`, so that the value is seen whole.
         let known = self.0.load(Ordering::Acquire);
-        // SAFETY: null, or a value that `get_or` has leaked, which lives until this is dropped and is never changed.
+        // SAFETY: null, or a value that `get_or` has leaked, which lives until this is dropped and
+        // is never changed.
         unsafe { known.as_ref() }
     }
 
@@ -115,7 +119,8 @@ impl<T> Drop for Learnt<T> {
     fn drop(&mut self) {
         let known = *self.0.get_mut();
         if !known.is_null() {
-            // SAFETY: it was leaked by `get_or`, and by the exclusive reference nobody refers to it.
+            // SAFETY: it was leaked by `get_or`, and by the exclusive reference nobody refers to
+            // it.
             drop(unsafe { Box::from_raw(known) });
         }
     }
@@ -151,7 +156,8 @@ mod tests {
     fn a_forked_child_is_told_from_its_parent() {
         let birthplace = Birthplace::here();
         birthplace.check("machine").unwrap();
-        // SAFETY: the child only compares two integers and leaves without running anything of its parent's.
+        // SAFETY: the child only compares two integers and leaves without running anything of its
+        // parent's.
         let child = unsafe { libc::fork() };
         if child == 0 {
             // SAFETY: as above.

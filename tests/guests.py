@@ -93,8 +93,8 @@ def keeps_fault_state(fault: str | None) -> bool:
     return not is_lost
 
 
-# Every vCPU adds itself to a counter at 0x3000 and leaves its number at 0x4000 + 8 * number; the one that
-# finds the counter at `vcpus` exits with it. 64 bits, RDI holds the number.
+# Every vCPU adds itself to a counter at 0x3000 and leaves its number at 0x4000 + 8 * number; the
+# one that finds the counter at `vcpus` exits with it. 64 bits, RDI holds the number.
 def count_vcpus(vcpus: int) -> bytes:
     """Have all vCPUs meet; 64 bits, either ring."""
     return (

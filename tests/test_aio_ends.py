@@ -355,7 +355,8 @@ def test_a_cancellation_that_meets_the_end_stops_no_later_run(run: Any) -> None:
                 running = asyncio.ensure_future(vmm.run_async(0.01))
                 while vmm.state is not VmRunState.RUNNING:
                     await asyncio.sleep(0)
-                # The run ends in its thread; here nobody has heard of it when the cancellation comes.
+                # The run ends in its thread; here nobody has heard of it when the cancellation
+                # comes.
                 while vmm.state is VmRunState.RUNNING:
                     time.sleep(0.001)
                 running.cancel()

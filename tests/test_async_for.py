@@ -65,7 +65,8 @@ def test_a_stranger_that_got_the_number_is_left_alone(run: Any) -> None:
         one, other = socket.socketpair()
         number = fd.fileno()
         fd.close()
-        # Before the task that waits has its turn the number is a socket's, which the loop watches for somebody else.
+        # Before the task that waits has its turn the number is a socket's, which the loop watches
+        # for somebody else.
         with socket.socket(fileno=os.dup2(one.fileno(), number)) as stranger, one, other:
             stranger.setblocking(False)
             receiving = loop.create_task(loop.sock_recv(stranger, 1))

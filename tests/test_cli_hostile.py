@@ -207,7 +207,8 @@ def test_a_snapshot_that_nothing_may_be_written_to_is_refused_before_the_run(tmp
 
 
 def on_terminal(controller: int, end: int, *arguments: object) -> AbstractContextManager[subprocess.Popen[bytes]]:
-    # In a group of its own, but in the session of the test: a group without a parent there is never suspended.
+    # In a group of its own, but in the session of the test: a group without a parent there is never
+    # suspended.
     return started(*arguments, stdin=end, stdout=end, stderr=end, process_group=0)
 
 

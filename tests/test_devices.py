@@ -118,7 +118,8 @@ class Strings(Log):
         self.accesses.append(("write_many", offset, size, data))
 
 
-# 16 bits: from 0x2000 to port 0x500, then from port 0x500 to 0x3000, so many elements. OUTS is 6e or 6f, INS 6c or 6d.
+# 16 bits: from 0x2000 to port 0x500, then from port 0x500 to 0x3000, so many elements. OUTS is 6e
+# or 6f, INS 6c or 6d.
 def repeat(outs: bytes, ins: bytes, count: int, source: int = 0x2000) -> bytes:
     """Both string instructions with a count."""
     return (

@@ -54,8 +54,8 @@ def test_a_guest_goes_through_every_hop_in_order() -> None:
             hops.append(f"ioeventfd {bell.read()}")
             vmm.serial.send(b"z")
 
-    # Print "x" on the built-in port, wait for input, write a Python port, ring, wait for input, write a port nobody
-    # answers, write the exit port.
+    # Print "x" on the built-in port, wait for input, write a Python port, ring, wait for input,
+    # write a port nobody answers, write the exit port.
     wait = b"\xba\xfd\x03\xec\xa8\x01\x74\xf8\xba\xf8\x03\xec"
     code = out(0x3F8, ord("x")) + wait + out(0x500, 7) + out(0x30, 0) + wait + out(0x80, 0) + exit_with(5)
     subscriber, bell = Subscriber(), EventFd()

@@ -177,7 +177,8 @@ def test_model_specific_registers_come_out_by_number() -> None:
                 return CONTINUE
         return None
 
-    # mov eax, 5; mov edx, 6; wrmsr 0x7777 (which KVM does not know); rdmsr 0x10 (which it does); leave
+    # mov eax, 5; mov edx, 6; wrmsr 0x7777 (which KVM does not know); rdmsr 0x10 (which it does);
+    # leave
     code = (
         b"\xb8\x05\0\0\0\xba\x06\0\0\0"
         + msr(WRMSR, 0x7777_0000)

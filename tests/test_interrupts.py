@@ -22,7 +22,8 @@ def out(port: int, value: int) -> bytes:
     return bytes([0xB0, value, 0xE6, port])  # mov al, value; out port, al
 
 
-# Real mode: program the first PIC for vectors from 8, point its vector 5 to the handler, say ready, and wait.
+# Real mode: program the first PIC for vectors from 8, point its vector 5 to the handler, say ready,
+# and wait.
 SET_UP = (
     out(0x20, 0x11) + out(0x21, 8) + out(0x21, 4) + out(0x21, 1) + out(0x21, 0)
     + b"\xc7\x06\x34\x00\x00\x11"  # mov word [0x34], 0x1100

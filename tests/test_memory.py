@@ -356,7 +356,8 @@ def test_dirty_pages_are_the_guests_and_the_hosts() -> None:
         assert len(memory.dirty()) == 0
         vcpu.run_once()
         dirty = memory.dirty()
-        # A superset: KVM may count pages that the guest has read. Here it reads the page of its code.
+        # A superset: KVM may count pages that the guest has read. Here it reads the page of its
+        # code.
         assert {0x5000} <= pages(dirty.ranges) <= {0x1000, 0x5000}
         assert int.from_bytes(dirty.bitmaps[0], "little") == sum(1 << page // 0x1000 for page in pages(dirty.ranges))
         assert memory.dirty().ranges == []

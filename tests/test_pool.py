@@ -251,7 +251,8 @@ def test_next_job_finds_nothing_of(ready: Snapshot, act: str) -> None:
     kept.clear()
 
 
-# What a job may do so that its fork is reset for the next, and not made anew: for everything else it is closed.
+# What a job may do so that its fork is reset for the next, and not made anew: for everything else
+# it is closed.
 TAKEN_BACK: dict[str, Callable[[Vmm], object]] = {
     "Vmm.run": lambda vmm: vmm.run(DEADLINE_S),
     "Vmm.reset": lambda vmm: vmm.reset(kept_snapshot[0]),

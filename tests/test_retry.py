@@ -19,7 +19,8 @@ TO_EBX = b"\xbb" + struct.pack("<I", MMIO)  #  mov ebx, MMIO
 OUT_EAX = b"\xe7\xf4"  #                       out 0xf4, eax
 LOAD = b"\x8b\x03" + OUT_EAX  #                mov eax, [rbx]; out 0xf4, eax
 
-# 64 bits, ring 0. What is at MMIO is 7 by the time it is read again; what the guest exits with then.
+# 64 bits, ring 0. What is at MMIO is 7 by the time it is read again; what the guest exits with
+# then.
 FORMS = {
     "add [m], 5": (b"\x83\x03\x05" + LOAD, 12),
     "or [m], 16": (b"\x83\x0b\x10" + LOAD, 23),
@@ -172,7 +173,8 @@ def test_registers_that_the_hook_has_changed_are_those_of_the_second_time(form: 
         assert vmm.vcpus[0].regs.r12 == 0x1212
 
 
-# mov ebx, MMIO; then what takes what it reads to where general registers are not; lgdt, lidt, movups xmm0
+# mov ebx, MMIO; then what takes what it reads to where general registers are not; lgdt, lidt,
+# movups xmm0
 @pytest.mark.parametrize("instruction", [b"\x0f\x01\x13", b"\x0f\x01\x1b", b"\x0f\x10\x03"])
 def test_other_registers_are_those_from_before(instruction: bytes) -> None:
     with Vmm(flat(TO_EBX + instruction + exit_with(1), "long64", size_mib=4)) as vmm:

@@ -36,8 +36,8 @@ NONCE_AT = 0x5000
 RAM_AT = 0x3000
 STEPS = 200
 
-# 64 bits, ring 3, native. From a nonce that the host leaves in memory it counts in five places at once, each step
-# printed: EBX, memory, XMM7, the serial port's scratch register, and R15 backwards.
+# 64 bits, ring 3, native. From a nonce that the host leaves in memory it counts in five places at
+# once, each step printed: EBX, memory, XMM7, the serial port's scratch register, and R15 backwards.
 ORACLE = (
     b"\x8b\x1c\x25\x00\x50\x00\x00"  #  mov ebx, [0x5000]
     b"\x41\xbf" + struct.pack("<I", STEPS) +  #  mov r15d, STEPS
@@ -325,8 +325,8 @@ def test_two_vcpus_go_on_together() -> None:
             machine.close()
 
 
-# Two vCPUs, 64 bits, ring 3: each counts to 100 million in a register and in memory of its own, and then both meet at
-# 0x6000; the second to come there ends the machine.
+# Two vCPUs, 64 bits, ring 3: each counts to 100 million in a register and in memory of its own, and
+# then both meet at 0x6000; the second to come there ends the machine.
 TWO_COUNT = (
     b"\xb9\x00\xe1\xf5\x05"  #  mov ecx, 100000000
     b"\x89\xfe\xc1\xe6\x0c"  #  mov esi, edi; shl esi, 12
@@ -351,8 +351,9 @@ def test_two_vcpus_interrupted_count_to_the_same_end() -> None:
                 assert [fork.memory.read(at, 4) for at in (0x7000, 0x8000)] == [struct.pack("<I", 100_000_000)] * 2
 
 
-# Real mode with an interrupt controller: IRQ 4 at vector 0x24, whose handler sends back what the serial port received.
-# It says "r", waits with interrupts off until the host sets [0x2000], and then takes what is pending.
+# Real mode with an interrupt controller: IRQ 4 at vector 0x24, whose handler sends back what the
+# serial port received. It says "r", waits with interrupts off until the host sets [0x2000], and
+# then takes what is pending.
 INTERRUPTED = (
     b"\xfa"  #                                          cli
     b"\xb0\x11\xe6\x20\xb0\x20\xe6\x21\xb0\x04\xe6\x21\xb0\x01\xe6\x21"  # the PIC: vectors from 0x20
@@ -623,8 +624,8 @@ def test_snapshot_from_a_devices_own_callback_is_refused_and_from_another_thread
         assert (fork.run(DEADLINE_S).code, fork.serial.read()) == (1, b"abcd")
 
 
-# 64 bits, ring 3: takes YMM3 and YMM4 from 0x7000, sets [0x3000], waits until the host sets [0x2000], and leaves both
-# at 0x6000.
+# 64 bits, ring 3: takes YMM3 and YMM4 from 0x7000, sets [0x3000], waits until the host sets
+# [0x2000], and leaves both at 0x6000.
 HOLDS_YMM = (
     b"\xc5\xfe\x6f\x1c\x25\x00\x70\x00\x00"  #         vmovdqu ymm3, [0x7000]
     b"\xc5\xfe\x6f\x24\x25\x20\x70\x00\x00"  #         vmovdqu ymm4, [0x7020]

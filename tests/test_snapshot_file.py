@@ -357,7 +357,8 @@ def test_killed_while_it_saves_the_file_is_the_old_one_or_the_new(tmp_path: Path
             time.sleep(delay_ms / 1000)  # somewhere in the middle: where does not matter
             process.send_signal(signal.SIGKILL)
         Snapshot.load(path, verify=True)
-        # Where files cannot be without a name (overlayfs before Linux 6.2), the unfinished one stays behind.
+        # Where files cannot be without a name (overlayfs before Linux 6.2), the unfinished one
+        # stays behind.
         others = [p for p in tmp_path.iterdir() if p.name != "file"]
         assert not others or not has_unnamed_files(tmp_path)
         assert all(p.match(".pyvmm-*.part") for p in others)

@@ -21,7 +21,8 @@ pytestmark = pytest.mark.kvm
 DEADLINE_S = 60
 INPUT_AT = 0x5000
 
-# 64 bits: exits with its input plus one; spins at 200, dies at 201. At 0x6000 it counts how often it has run.
+# 64 bits: exits with its input plus one; spins at 200, dies at 201. At 0x6000 it counts how often
+# it has run.
 PLUS_ONE = (
     b"\xff\x04\x25\x00\x60\x00\x00"  #  inc dword [0x6000]
     b"\x8a\x04\x25\x00\x50\x00\x00"  #  mov al, [0x5000]

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.kvm
 DEADLINE_S = 60
 
-# Registers that move by themselves: the TSC, and counters of KVM's software for rings that it emulates.
+# Registers that move by themselves: the TSC, and counters of KVM's software for rings that it
+# emulates.
 TIMES = {0x10, 0x4000_0010, 0x4000_0020}
 TSC_DEADLINE = 0x6E0
 ALL_ONES = 2**64 - 1
@@ -30,8 +31,9 @@ MSR_RANGES = (
     range(0xC001_0000, 0xC001_0400),
     range(0xC001_1000, 0xC001_1100),
 )
-# What comes with other classes, or under another number: EFER and the bases of FS, GS and the LAPIC are special
-# registers; Hyper-V's of the APIC are the LAPIC's; full-width counters are those that KVM lists.
+# What comes with other classes, or under another number: EFER and the bases of FS, GS and the LAPIC
+# are special registers; Hyper-V's of the APIC are the LAPIC's; full-width counters are those that
+# KVM lists.
 ELSEWHERE = {0x1B, 0xC000_0080, 0xC000_0100, 0xC000_0101, 0x4000_0070, 0x4000_0071, 0x4000_0072, *range(0x4C1, 0x4C9)}
 
 
@@ -167,8 +169,8 @@ def test_lapic_timer_that_counts_comes_back_from_one_with_deadlines() -> None:
         assert vmm.vcpus[0].msrs[TSC_DEADLINE] == 0
 
 
-# Real mode: both PICs at 0x70, all of the slave's lines on, then a spin with interrupts on; each vector counts at
-# 0x3000 + 2 * number. At 0x500 the guest says that it is ready.
+# Real mode: both PICs at 0x70, all of the slave's lines on, then a spin with interrupts on; each
+# vector counts at 0x3000 + 2 * number. At 0x500 the guest says that it is ready.
 def count_interrupts() -> bytes:
     setup = b"".join(
         bytes([0xB0, value, 0xE6, port])  # mov al, value; out port, al

@@ -1,6 +1,7 @@
-//! The physical limit of the loop: each pattern in pure Rust on event-manager, as dispatches a second.
-//! Arguments: the number of registered eventfds, how many are ready at once, and how many dispatches; then "read" for a loop
-//! that writes nothing: what a dispatch costs that leaves the writing to somebody else.
+//! The physical limit of the loop: each pattern in pure Rust on event-manager, as dispatches a
+//! second. Arguments: the number of registered eventfds, how many are ready at once, and how many
+//! dispatches; then "read" for a loop that writes nothing: what a dispatch costs that leaves the
+//! writing to somebody else.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a benchmark")]
 

@@ -136,7 +136,8 @@ __all__ = [
 # No vCPU may be running when the interpreter goes down.
 atexit.register(close_all)
 
-# Imported when first used: the event loop needs none of them, and they are most of the import's time.
+# Imported when first used: the event loop needs none of them, and they are most of the import's
+# time.
 _CONFIG = ("CpuConfig", "EmbeddedBoot", "FlatBoot", "LinuxBoot", "MemoryConfig", "SerialConfig", "VmmConfig")
 _LAZY = {
     **dict.fromkeys(_CONFIG, "pyvmm.config"),

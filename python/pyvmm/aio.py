@@ -37,7 +37,8 @@ class Reads:
         return self
 
     async def __anext__(self) -> int:
-        # Others have their turn, also where the source is always ready. A cancellation here loses no count.
+        # Others have their turn, also where the source is always ready. A cancellation here loses
+        # no count.
         await asyncio.sleep(0)
         try:
             while True:
@@ -69,7 +70,8 @@ class Wait:
 
     async def until_ready(self, source: EventFd | TimerFd) -> None:
         """Until the source is readable or closed."""
-        # A number of its own: that of the source may be closed, and somebody else's, before the loop has forgotten it.
+        # A number of its own: that of the source may be closed, and somebody else's, before the
+        # loop has forgotten it.
         fd = os.dup(source._begin_wait(self))
         try:
             self._loop.add_reader(fd, self._wake)
@@ -291,9 +293,11 @@ class Background:
         self.ended: asyncio.Future[None] = self._loop.create_future()
         self._value: Any = None
         self._error: BaseException | None = None
-        # The thread does not hold the task that waits for it: that ends when its asyncio loop is closed and forgotten.
+        # The thread does not hold the task that waits for it: that ends when its asyncio loop is
+        # closed and forgotten.
         arguments = (run_for, weakref.ref(self), call)
-        # A daemon: at the interpreter's end machines are closed, but only after all other threads have ended.
+        # A daemon: at the interpreter's end machines are closed, but only after all other threads
+        # have ended.
         threading.Thread(target=contextvars.copy_context().run, args=arguments, name=name, daemon=True).start()
 
     def give(self, value: Any, error: BaseException | None) -> bool:

@@ -100,7 +100,8 @@ def on(manager: EventManager, source: Any, event_set: int, data: int, drain: boo
         check_callable(function)
         id = manager.add_subscriber(Function(events, function))
         former = getattr(function, "subscriber_ids", ())
-        # Of a function that is registered again and again, those of this manager that were removed since go.
+        # Of a function that is registered again and again, those of this manager that were removed
+        # since go.
         kept = [known for known in former if not manager._has_removed(known)]
         try:
             function.subscriber_id = id

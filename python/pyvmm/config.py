@@ -23,7 +23,8 @@ from pyvmm.exceptions import ConfigError
 
 Address: TypeAlias = Annotated[int, Meta(ge=0, extra_json_schema={"maximum": 2**64 - 1})]
 Port: TypeAlias = Annotated[int, Meta(ge=0, le=0xFFFC)]
-# A path is a string in a file; an object built in Python may have a Path, and any sequence of names.
+# A path is a string in a file; an object built in Python may have a Path, and any sequence of
+# names.
 if TYPE_CHECKING:
     from collections.abc import Sequence
 

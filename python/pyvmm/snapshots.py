@@ -201,7 +201,8 @@ class ForkExecutor(Executor):
             return
         watched = self._watch.begin(fork)
         try:
-            # Held by nobody but the job: whether somebody still holds it tells what the fork is good for.
+            # Held by nobody but the job: whether somebody still holds it tells what the fork is
+            # good for.
             result = job.function(fork._lend(), *job.arguments, **job.keywords)
         except BaseException as error:
             self._put_away(worker, watched)
@@ -217,7 +218,8 @@ class ForkExecutor(Executor):
         if self._watch.end(watched):
             worker.take()  # it is being closed
         elif watched.vmm._is_running():
-            # Nobody is to hear of it any more, and a callback that does not return keeps no other job waiting.
+            # Nobody is to hear of it any more, and a callback that does not return keeps no other
+            # job waiting.
             self._watch.close_soon(worker.take())
 
 

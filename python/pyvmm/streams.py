@@ -96,7 +96,8 @@ class FileWriter:
 
     def __init__(self, file: Any) -> None:
         self.file = file
-        # None means "nothing for now" for these alone; others return it for want of anything to say.
+        # None means "nothing for now" for these alone; others return it for want of anything to
+        # say.
         self._is_raw = isinstance(file, io.RawIOBase)
         self._stuck_since: float | None = None
         self.taken = 0

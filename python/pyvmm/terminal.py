@@ -67,7 +67,8 @@ class Keyboard:
         except OSError:  # EIO: it has been hung up
             typed = b""
         if for_guest := self.keys.feed(typed):
-            # As on a real line: what comes while the guest's buffers are full is lost, and the way out is not.
+            # As on a real line: what comes while the guest's buffers are full is lost, and the way
+            # out is not.
             with suppress(BlockingIOError):
                 os.write(self._pipe, for_guest)
         if self.keys.quit or not typed:

@@ -41,8 +41,9 @@ LIMITS_S = {"subset": 1800, "all": 7200, "run": 3600}
 TEST_LIMIT_S = 900
 NO_STATUS = 124
 
-# Two idle machines keep KVM's static keys switched on: under TCG with several threads, switching them can lock both
-# processors up. One has vCPUs without a LAPIC; the other's second vCPU has its LAPIC disabled by software.
+# Two idle machines keep KVM's static keys switched on: under TCG with several threads, switching
+# them can lock both processors up. One has vCPUs without a LAPIC; the other's second vCPU has its
+# LAPIC disabled by software.
 HOLD = """
 import fcntl, os, struct, sys, time
 CREATE_VM, CREATE_IRQCHIP, CREATE_VCPU, GET_SREGS, SET_SREGS = 0xAE01, 0xAE60, 0xAE41, 0x8138AE83, 0x4138AE84

@@ -12,7 +12,8 @@ import re
 from pathlib import Path
 
 VERSION = "1:7.2+dfsg-"
-# The function, what the compiler made of its comparison, and the mask: as it is and as it should be.
+# The function, what the compiler made of its comparison, and the mask: as it is and as it should
+# be.
 PLACES = [
     # TEST AH, 0x80; JE; SHR EAX, 8; AND EAX, mask; CMP EAX, 9; JNE
     ("helper_check_io", rb"\xf6\xc4\x80\x0f\x84.{4}\xc1\xe8\x08\x83\xe0(.)\x83\xf8\x09\x0f\x85", 0x0F, 0x0D),

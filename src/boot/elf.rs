@@ -1,4 +1,5 @@
-//! An ELF kernel's headers, checked before linux-loader copies its segments: hostile files end here.
+//! An ELF kernel's headers, checked before linux-loader copies its segments: hostile files end
+//! here.
 
 use std::io::Cursor;
 
@@ -6,7 +7,8 @@ use linux_loader::loader::{Elf, KernelLoader};
 use vm_memory::GuestAddress;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::vm::{GuestMemory, layout};
+use crate::layout;
+use crate::memory::GuestMemory;
 
 pub(super) const MAGIC: &[u8] = b"\x7fELF";
 const PT_LOAD: u32 = 1;
@@ -24,7 +26,8 @@ pub(super) fn load(image: &[u8], memory: &GuestMemory) -> Result<(u64, u64)> {
     Ok((entry, end))
 }
 
-/// The highest end of a segment, if every segment lies in the file and in memory, above the first MiB, and none over another.
+/// The highest end of a segment, if every segment lies in the file and in memory, above the first
+/// MiB, and none over another.
 fn check(image: &[u8], memory: &GuestMemory) -> Result<u64> {
     if image.get(4) != Some(&2) || image.get(5) != Some(&1) {
         return Err(bad("not a 64-bit little-endian ELF file"));
@@ -48,7 +51,8 @@ fn check(image: &[u8], memory: &GuestMemory) -> Result<u64> {
             header.ok_or_else(|| bad(format!("program header {n} is outside the file")))?;
         if u32_at(header, 0) == Some(PT_LOAD) {
             let (start, end) = check_segment(n, header, image, memory)?;
-            // Segments that do not overlap are no more than memory. More than that is not even sorted.
+            // Segments that do not overlap are no more than memory. More than that is not even
+            // sorted.
             left = left.checked_sub(end - start).ok_or_else(|| {
                 bad(format!("segments 0 to {n} overlap: together they are more than memory"))
             })?;
@@ -62,8 +66,8 @@ fn check(image: &[u8], memory: &GuestMemory) -> Result<u64> {
     }
 }
 
-/// Sort segments, each with its start, its end and its number, by address. Each byte is loaded once at most: the work is
-/// bounded by memory, whatever the headers say.
+/// Sort segments, each with its start, its end and its number, by address. Each byte is loaded once
+/// at most: the work is bounded by memory, whatever the headers say.
 fn check_overlap(segments: &mut Vec<(u64, u64, u64)>) -> Result<()> {
     segments.retain(|(start, end, _)| start < end);
     segments.sort_unstable();

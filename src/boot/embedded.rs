@@ -2,7 +2,7 @@
 
 use crate::config::{ExitPort, VmmConfig};
 use crate::error::Result;
-use crate::vm::GuestMemory;
+use crate::memory::GuestMemory;
 
 std::arch::global_asm!(include_str!("embedded.s"));
 

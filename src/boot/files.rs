@@ -26,8 +26,8 @@ impl Files<'_> {
     /// A whole file of `most` bytes at most.
     ///
     /// # Errors
-    /// [`ErrorKind::Boot`], with `at` as the place, when it cannot be read, is too large, or is a FIFO without a writer;
-    /// what `interrupted` returns.
+    /// [`ErrorKind::Boot`], with `at` as the place, when it cannot be read, is too large, or is a
+    /// FIFO without a writer; what `interrupted` returns.
     pub(super) fn read(&self, path: &Path, at: &str, most: u64) -> Result<Vec<u8>> {
         let failed = |e: io::Error| {
             let mut error = Error::os(ErrorKind::Boot, at, &e);
@@ -42,7 +42,8 @@ impl Files<'_> {
         let began = Instant::now();
         let mut bytes = Vec::new();
         loop {
-            // One byte more than fits: an endless file, such as a device, is found out without reading on.
+            // One byte more than fits: an endless file, such as a device, is found out without
+            // reading on.
             let left = most.saturating_add(1).saturating_sub(bytes.len() as u64);
             let count = CHUNK.min(usize::try_from(left).unwrap_or(CHUNK));
             match read_some(&mut file, &mut bytes, count) {

@@ -1,9 +1,11 @@
 //! Flat code: bytes at an address.
 
 use super::files::Files;
-use crate::config::{Code, CpuMode, FlatBoot};
+use crate::config::{Code, FlatBoot};
+use crate::cpu::CpuMode;
 use crate::error::{Error, ErrorKind, Result};
-use crate::vm::{GuestMemory, layout};
+use crate::layout;
+use crate::memory::GuestMemory;
 
 /// Write the code and return its entry.
 pub(super) fn load(flat: &FlatBoot, memory: &GuestMemory, files: &Files<'_>) -> Result<u64> {

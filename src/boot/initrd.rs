@@ -4,7 +4,8 @@ use std::path::Path;
 
 use super::files::Files;
 use crate::error::{Error, ErrorKind, Result};
-use crate::vm::{GuestMemory, layout};
+use crate::layout;
+use crate::memory::GuestMemory;
 
 const PAGE: u64 = 4096;
 

@@ -1,5 +1,6 @@
-//! Linux by its 64-bit boot protocol (the kernel's Documentation/arch/x86/boot.rst): an ELF vmlinux or a
-//! bzImage, the initial RAM disk, the command line, and the zero page that tells the kernel of them.
+//! Linux by its 64-bit boot protocol (the kernel's Documentation/arch/x86/boot.rst): an ELF vmlinux
+//! or a bzImage, the initial RAM disk, the command line, and the zero page that tells the kernel of
+//! them.
 
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use vm_memory::ByteValued;
@@ -9,7 +10,8 @@ use super::files::Files;
 use super::initrd;
 use crate::config::LinuxBoot;
 use crate::error::{Error, ErrorKind, Result};
-use crate::vm::{GuestMemory, layout};
+use crate::layout;
+use crate::memory::GuestMemory;
 
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
@@ -99,7 +101,8 @@ fn load_bzimage(image: &[u8], config: &LinuxBoot, memory: &GuestMemory) -> Resul
 
 fn read_header(image: &[u8]) -> Result<setup_header> {
     let mut header = setup_header::default();
-    // The header ends where the jump at 0x200 leads; what the struct has beyond is newer than the kernel.
+    // The header ends where the jump at 0x200 leads; what the struct has beyond is newer than the
+    // kernel.
     let end = HEADER_OFFSET.max(0x202 + usize::from(image.get(0x201).copied().unwrap_or(0)));
     let length = (end - HEADER_OFFSET).min(size_of::<setup_header>());
     let bytes = image.get(HEADER_OFFSET..HEADER_OFFSET + length);

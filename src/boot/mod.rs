@@ -13,14 +13,15 @@ use files::Files;
 
 use crate::config::{Boot, VmmConfig};
 use crate::error::Result;
-use crate::vm::GuestMemory;
+use crate::memory::GuestMemory;
 
 /// Load what the configuration names; returns where vCPU 0 starts.
 ///
 /// # Errors
 /// When a file cannot be read, is not what it should be, or does not fit.
 ///
-/// A pipe may have its writer wait for long: `interrupted` is asked now and then, and its error ends the loading.
+/// A pipe may have its writer wait for long: `interrupted` is asked now and then, and its error
+/// ends the loading.
 pub fn load(
     config: &VmmConfig,
     memory: &GuestMemory,

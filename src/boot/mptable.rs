@@ -1,8 +1,9 @@
-//! The MP table (Intel's MultiProcessor Specification 1.4), through which Linux without ACPI finds its
-//! processors and interrupts: one LAPIC a vCPU, one I/O APIC, an ISA bus with 16 lines.
+//! The MP table (Intel's MultiProcessor Specification 1.4), through which Linux without ACPI finds
+//! its processors and interrupts: one LAPIC a vCPU, one I/O APIC, an ISA bus with 16 lines.
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::vm::{GuestMemory, layout};
+use crate::layout;
+use crate::memory::GuestMemory;
 
 const FLOATING_POINTER_SIZE: u8 = 16;
 const HEADER_SIZE: usize = 44;

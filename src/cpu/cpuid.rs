@@ -1,136 +1,28 @@
-//! What CPUID tells the guest: all that KVM supports, less what is hidden by name, with each vCPU's own id.
+//! What CPUID tells the guest: all that KVM supports, less what is hidden by name, with each vCPU's
+//! own id.
 
 use kvm_bindings::{
     CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2,
 };
 use kvm_ioctls::{Kvm, VcpuFd};
 
+use super::config::{CpuConfig, CpuTemplate};
+use super::features::{Feature, Register, feature, feature_names};
 use super::topology::Place;
-use crate::config::{CpuConfig, CpuTemplate};
 use crate::error::{Error, Result};
 use crate::process::Learnt;
 
-/// A register of a CPUID leaf.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Register {
-    /// EAX
-    Eax,
-    /// EBX
-    Ebx,
-    /// ECX
-    Ecx,
-    /// EDX
-    Edx,
-}
-
-/// Where a feature's bit stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Feature {
-    /// CPUID leaf and subleaf.
-    pub leaf: (u32, u32),
-    /// The register.
-    pub register: Register,
-    /// The bit in it.
-    pub bit: u32,
-}
-
-/// One register's features by bit, named as /proc/cpuinfo names them; `-` for a bit without a name.
-struct Word {
-    leaf: (u32, u32),
-    register: Register,
-    names: &'static str,
-}
-
-const WORDS: [Word; 10] = [
-    Word {
-        leaf: (1, 0),
-        register: Register::Edx,
-        names: "fpu vme de pse tsc msr pae mce cx8 apic - sep mtrr pge mca cmov pat pse36 pn clflush - dts \
-                acpi mmx fxsr sse sse2 ss ht tm ia64 pbe",
-    },
-    Word {
-        leaf: (1, 0),
-        register: Register::Ecx,
-        names: "pni pclmulqdq dtes64 monitor ds_cpl vmx smx est tm2 ssse3 cid sdbg fma cx16 xtpr pdcm - pcid \
-                dca sse4_1 sse4_2 x2apic movbe popcnt tsc_deadline_timer aes xsave osxsave avx f16c rdrand \
-                hypervisor",
-    },
-    Word {
-        leaf: (7, 0),
-        register: Register::Ebx,
-        names: "fsgsbase tsc_adjust sgx bmi1 hle avx2 fdp_excptn_only smep bmi2 erms invpcid rtm cqm \
-                zero_fcs_fds mpx rdt_a avx512f avx512dq rdseed adx smap avx512ifma - clflushopt clwb intel_pt \
-                avx512pf avx512er avx512cd sha_ni avx512bw avx512vl",
-    },
-    Word {
-        leaf: (7, 0),
-        register: Register::Ecx,
-        names: "prefetchwt1 avx512vbmi umip pku ospke waitpkg avx512_vbmi2 shstk gfni vaes vpclmulqdq \
-                avx512_vnni avx512_bitalg tme avx512_vpopcntdq - la57 - - - - - rdpid - bus_lock_detect \
-                cldemote - movdiri movdir64b enqcmd sgx_lc pks",
-    },
-    Word {
-        leaf: (7, 0),
-        register: Register::Edx,
-        names: "- sgx_keys avx512_4vnniw avx512_4fmaps fsrm uintr - - avx512_vp2intersect srbds_ctrl md_clear \
-                rtm_always_abort - tsx_force_abort serialize hybrid_cpu tsxldtrk - pconfig arch_lbr ibt - \
-                amx_bf16 avx512_fp16 amx_tile amx_int8 spec_ctrl stibp flush_l1d arch_capabilities \
-                core_capabilities ssbd",
-    },
-    Word {
-        leaf: (7, 1),
-        register: Register::Eax,
-        names: "sha512 sm3 sm4 rao_int avx_vnni avx512_bf16 lass cmpccxadd arch_perfmon_ext - fzrm fsrs fsrc - \
-                - - - fred lkgs wrmsrns nmi_src amx_fp16 hreset avx_ifma - - lam msrlist - - - -",
-    },
-    Word { leaf: (0xd, 1), register: Register::Eax, names: "xsaveopt xsavec xgetbv1 xsaves xfd" },
-    Word {
-        leaf: (0x8000_0001, 0),
-        register: Register::Edx,
-        names: "- - - - - - - - - - - syscall - - - - - - - mp nx - mmxext - - fxsr_opt pdpe1gb rdtscp - lm \
-                3dnowext 3dnow",
-    },
-    Word {
-        leaf: (0x8000_0001, 0),
-        register: Register::Ecx,
-        names: "lahf_lm cmp_legacy svm extapic cr8_legacy abm sse4a misalignsse 3dnowprefetch osvw ibs xop \
-                skinit wdt - lwp fma4 tce - nodeid_msr - tbm topoext perfctr_core perfctr_nb - bpext ptsc \
-                perfctr_llc mwaitx - -",
-    },
-    // KVM's own: the kernel's Documentation/virt/kvm/x86/cpuid.rst, with QEMU's names for the bits.
-    Word {
-        leaf: (0x4000_0001, 0),
-        register: Register::Eax,
-        names: "kvmclock_old kvm_nopiodelay kvm_mmu kvmclock kvm_asyncpf kvm_steal_time kvm_pv_eoi \
-                kvm_pv_unhalt - kvm_pv_tlb_flush kvm_asyncpf_vmexit kvm_pv_ipi kvm_poll_control \
-                kvm_pv_sched_yield kvm_asyncpf_int kvm_msi_ext_dest_id - - - - - - - - kvmclock_stable_bit",
-    },
-];
-
-/// Hardware virtualization, which no template offers: a guest that uses it has state that no snapshot keeps.
+/// Hardware virtualization, which no template offers: a guest that uses it has state that no
+/// snapshot keeps.
 const NESTING: &str = "vmx svm";
 
-/// What a KVM that emulates ring 0 in software refuses to execute, or runs for long, and the hypercalls that it does not
-/// answer. Its guests see an Intel processor besides; see [`set_vendor`].
+/// What a KVM that emulates ring 0 in software refuses to execute, or runs for long, and the
+/// hypercalls that it does not answer. Its guests see an Intel processor besides; see
+/// [`set_vendor`].
 const SOFTWARE_KVM: &str = "xsave smap smep popcnt fsgsbase umip pcid invpcid rdpid erms fsrm avx f16c fma avx2 \
     vaes vpclmulqdq avx_vnni avx512f avx512dq avx512ifma avx512cd avx512bw avx512vl avx512vbmi avx512_vbmi2 \
     avx512_vnni avx512_bitalg avx512_vpopcntdq avx512_bf16 avx512_vp2intersect xsaveopt xsavec xgetbv1 xsaves \
     arch_capabilities kvm_pv_unhalt kvm_pv_ipi kvm_pv_sched_yield";
-
-/// The feature of this name.
-#[must_use]
-pub fn feature(name: &str) -> Option<Feature> {
-    WORDS.iter().find_map(|word| {
-        let at = word.names.split_whitespace().position(|n| n == name && n != "-")?;
-        let bit = u32::try_from(at).ok()?;
-        Some(Feature { leaf: word.leaf, register: word.register, bit })
-    })
-}
-
-/// Every name that can be hidden, in the order of the leaves.
-pub fn feature_names() -> impl Iterator<Item = &'static str> {
-    WORDS.iter().flat_map(|word| word.names.split_whitespace()).filter(|name| *name != "-")
-}
 
 /// Whether the host's processor offers no hardware virtualization, so that its KVM must emulate.
 #[must_use]
@@ -194,8 +86,9 @@ fn is_software(template: CpuTemplate) -> bool {
     }
 }
 
-/// KVM's emulator executes SYSENTER from 32-bit code under a 64-bit kernel for an Intel processor alone, and the
-/// SYSCALL that Linux takes on any other loses the upper half of the kernel's address.
+/// KVM's emulator executes SYSENTER from 32-bit code under a 64-bit kernel for an Intel processor
+/// alone, and the SYSCALL that Linux takes on any other loses the upper half of the kernel's
+/// address.
 fn set_vendor(entries: &mut [kvm_cpuid_entry2], vendor: [u8; 12]) {
     let word = |at: usize| u32::from_le_bytes(std::array::from_fn(|n| vendor[at + n]));
     for entry in entries.iter_mut().filter(|e| matches!(e.function, 0 | 0x8000_0000)) {
@@ -212,7 +105,8 @@ fn hide(entries: &mut [kvm_cpuid_entry2], feature: Feature) {
 fn expose(entries: &mut Vec<kvm_cpuid_entry2>, feature: Feature) {
     let (function, index) = feature.leaf;
     if !entries.iter().any(|e| (e.function, e.index) == feature.leaf) {
-        // Leaves without subleaves have none of this flag; those of `WORDS` that have them are 7 and 0xd.
+        // Leaves without subleaves have none of this flag; those of `WORDS` that have them are 7
+        // and 0xd.
         let flags = if matches!(function, 7 | 0xd) { KVM_CPUID_FLAG_SIGNIFCANT_INDEX } else { 0 };
         entries.push(kvm_cpuid_entry2 { function, index, flags, ..Default::default() });
     }
@@ -244,7 +138,8 @@ pub fn of_vcpu(fd: &VcpuFd) -> Result<Vec<kvm_cpuid_entry2>> {
     Ok(without_tail(table.as_slice().to_vec()))
 }
 
-/// Linux 6.1 does not say how many entries it fills in. The rest stays as the caller had it, which is zeros.
+/// Linux 6.1 does not say how many entries it fills in. The rest stays as the caller had it, which
+/// is zeros.
 #[must_use]
 pub fn without_tail(mut entries: Vec<kvm_cpuid_entry2>) -> Vec<kvm_cpuid_entry2> {
     while entries.last() == Some(&kvm_cpuid_entry2::default()) {

@@ -1,7 +1,12 @@
 //! What a vCPU is before its first instruction: CPUID, MSRs, registers, tables in guest memory.
 
+mod config;
 pub mod cpuid;
+mod features;
 pub mod msrs;
 pub mod regs;
 pub mod tables;
 mod topology;
+
+pub use config::{CpuConfig, CpuMode, CpuTemplate};
+pub use features::{Feature, Register, feature, feature_names};

@@ -3,8 +3,8 @@
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 
 use super::tables::{GDT_LIMIT, selector};
-use crate::config::CpuMode;
-use crate::vm::layout;
+use crate::cpu::CpuMode;
+use crate::layout;
 
 const CR0_PE: u64 = 1;
 const CR0_MP: u64 = 1 << 1;

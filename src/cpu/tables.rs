@@ -1,8 +1,9 @@
 //! The tables a start in protected or 64-bit mode needs in guest memory: GDT, page tables, TSS.
 
-use crate::config::CpuMode;
+use crate::cpu::CpuMode;
 use crate::error::Result;
-use crate::vm::{GuestMemory, layout};
+use crate::layout;
+use crate::memory::GuestMemory;
 
 /// Selectors of the one GDT that serves every mode. Linux's boot protocol fixes the first two.
 pub mod selector {
@@ -64,8 +65,8 @@ pub fn write(memory: &GuestMemory, mode: CpuMode, one_gib_pages: impl Fn() -> bo
     Ok(())
 }
 
-/// Identity: 4 GiB in pages of 2 MiB; what lies above in pages of 1 GiB, or as far as there is room for the
-/// directories of smaller ones (to 25 GiB).
+/// Identity: 4 GiB in pages of 2 MiB; what lies above in pages of 1 GiB, or as far as there is room
+/// for the directories of smaller ones (to 25 GiB).
 fn write_page_tables(memory: &GuestMemory, mode: CpuMode, one_gib_pages: bool) -> Result<()> {
     let flags = PAGE_PRESENT_WRITABLE | if mode == CpuMode::User64 { PAGE_USER } else { 0 };
     memory.write(layout::PML4, &(layout::PDPT | flags).to_le_bytes())?;

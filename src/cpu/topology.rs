@@ -1,5 +1,5 @@
-//! What CPUID says of the machine's processors: one package, a core for each vCPU, one thread a core. KVM gives the host's, or
-//! zeros. Intel SDM volume 2, CPUID; AMD APM volume 3, appendix E.
+//! What CPUID says of the machine's processors: one package, a core for each vCPU, one thread a
+//! core. KVM gives the host's, or zeros. Intel SDM volume 2, CPUID; AMD APM volume 3, appendix E.
 
 use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 

@@ -5,8 +5,8 @@ use kvm_bindings::kvm_sregs;
 
 const EFER_LMA: u64 = 1 << 10;
 
-/// The bits that code runs with: 16, 32 or 64, by CS and the mode (Intel SDM volume 3, section 3.4.5). In real mode CS may
-/// have been left with 32 bits.
+/// The bits that code runs with: 16, 32 or 64, by CS and the mode (Intel SDM volume 3, section
+/// 3.4.5). In real mode CS may have been left with 32 bits.
 #[must_use]
 pub fn bitness(sregs: &kvm_sregs) -> u32 {
     match (sregs.efer & EFER_LMA != 0 && sregs.cs.l != 0, sregs.cs.db != 0) {
@@ -23,7 +23,8 @@ pub fn decode(bytes: &[u8], bitness: u32, ip: u64) -> Option<Instruction> {
     (!instruction.is_invalid()).then_some(instruction)
 }
 
-/// The first instruction of some bytes as text: `popcnt rax, [rbx+0x8]`; none when they are no whole instruction.
+/// The first instruction of some bytes as text: `popcnt rax, [rbx+0x8]`; none when they are no
+/// whole instruction.
 #[must_use]
 pub fn disassemble(bytes: &[u8], bitness: u32, ip: u64) -> Option<String> {
     let instruction = decode(bytes, bitness, ip)?;

@@ -1,4 +1,5 @@
-//! Guest-virtual addresses through the guest's page tables (Intel SDM volume 3, chapter 5; AMD APM volume 2, chapter 5).
+//! Guest-virtual addresses through the guest's page tables (Intel SDM volume 3, chapter 5; AMD APM
+//! volume 2, chapter 5).
 //!
 //! Permissions are not looked at: a debugger may see what the guest's ring may not.
 
@@ -49,8 +50,8 @@ impl Paging {
         }
     }
 
-    /// The guest-physical address behind `address`, none where nothing is mapped. `read` reads an entry of 4 or 8 bytes
-    /// at a guest-physical address, none where there is no memory.
+    /// The guest-physical address behind `address`, none where nothing is mapped. `read` reads an
+    /// entry of 4 or 8 bytes at a guest-physical address, none where there is no memory.
     pub fn translate(&self, address: u64, read: impl Fn(u64, u64) -> Option<u64>) -> Option<u64> {
         if !self.reaches(address) {
             return None;
@@ -64,7 +65,8 @@ impl Paging {
             if entry & PRESENT == 0 {
                 return None;
             }
-            // Large pages stand in the directories: of 4 or 2 MiB, and of 1 GiB where that is another table's level.
+            // Large pages stand in the directories: of 4 or 2 MiB, and of 1 GiB where that is
+            // another table's level.
             let may_be_large = level == 1 || (level == 2 && self.levels > 3);
             if may_be_large && self.has_large && entry & LARGE != 0 {
                 return Some(

@@ -1,5 +1,5 @@
-//! What a serial port's guest has printed and nobody has taken. vCPU threads add to it, and wait where it is full; the
-//! loop's thread, or any other, takes from it.
+//! What a serial port's guest has printed and nobody has taken. vCPU threads add to it, and wait
+//! where it is full; the loop's thread, or any other, takes from it.
 
 use std::collections::VecDeque;
 use std::io;
@@ -16,7 +16,8 @@ use crate::sync::{Condvar, Mutex, rank};
 const CAPTURE_SIZE: usize = 1 << 20;
 /// A guest that is this far ahead of its consumer waits.
 const BACKLOG_SIZE: usize = 1 << 16;
-/// Guests print byte by byte: the consumer is told of the first one this much later, to find more with it,
+/// Guests print byte by byte: the consumer is told of the first one this much later, to find more
+/// with it,
 const GATHER: Duration = Duration::from_millis(2);
 /// or at once when so many have come together.
 const GATHERED: usize = 4096;
@@ -116,7 +117,8 @@ impl Backlog {
         if state.is_full() { Printed::Full } else { Printed::Taken }
     }
 
-    /// Wait until there is room, or until `is_called_out` after a [`Self::wake`]. Whether there is room.
+    /// Wait until there is room, or until `is_called_out` after a [`Self::wake`]. Whether there is
+    /// room.
     pub(super) fn wait_for_room(&self, is_called_out: &dyn Fn() -> bool) -> bool {
         let mut state = self.state.lock();
         while state.is_full() {
@@ -135,7 +137,8 @@ impl Backlog {
         self.room.notify_all();
     }
 
-    /// Take at most `most` bytes. What is taken so is not in a snapshot, and not given to anybody else.
+    /// Take at most `most` bytes. What is taken so is not in a snapshot, and not given to anybody
+    /// else.
     pub(super) fn take(&self, most: usize) -> Piece {
         let mut state = self.state.lock();
         // Not readable until there is more. Cannot fail: the descriptor is a timer's.

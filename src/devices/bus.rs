@@ -1,5 +1,5 @@
-//! The port and memory-mapped buses: which device answers an access, and a count of those nobody answers.
-//! Lookups come from every vCPU's thread at once; a device does its own locking.
+//! The port and memory-mapped buses: which device answers an access, and a count of those nobody
+//! answers. Lookups come from every vCPU's thread at once; a device does its own locking.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -14,7 +14,8 @@ use crate::sync::{Mutex, RwLock, rank};
 pub enum Flow {
     /// It goes on.
     Continue,
-    /// The access is done. It goes on when the device has room for more: see [`Device::wait_for_room`].
+    /// The access is done. It goes on when the device has room for more: see
+    /// [`Device::wait_for_room`].
     Wait,
     /// The run is to end, for a reason that the device has told its owner; the guest could go on.
     Stop,
@@ -51,8 +52,8 @@ pub trait Device: Send + Sync + fmt::Debug {
         false
     }
 
-    /// Wait, on the vCPU's thread and before it enters its guest again, until the device has room for more, or until
-    /// `is_called_out` says so after a [`Self::wake`]. Whether it has room.
+    /// Wait, on the vCPU's thread and before it enters its guest again, until the device has room
+    /// for more, or until `is_called_out` says so after a [`Self::wake`]. Whether it has room.
     fn wait_for_room(&self, _is_called_out: &dyn Fn() -> bool) -> bool {
         true
     }
@@ -151,7 +152,8 @@ impl Bus {
         Ok(())
     }
 
-    /// Take the device away whose range starts here. An access that has found it already is still answered.
+    /// Take the device away whose range starts here. An access that has found it already is still
+    /// answered.
     ///
     /// # Errors
     /// When none does.

@@ -1,5 +1,5 @@
-//! The i8042 keyboard controller without a keyboard and without a second port: it answers its own commands, so that drivers
-//! need not time out, and resets the machine. It raises no interrupt.
+//! The i8042 keyboard controller without a keyboard and without a second port: it answers its own
+//! commands, so that drivers need not time out, and resets the machine. It raises no interrupt.
 
 use super::{Device, Flow};
 use crate::error::{Error, ErrorKind, Result};
@@ -34,8 +34,8 @@ const NO_PORT: u8 = 1;
 const INPUT_PORT: u8 = 1 << 7;
 
 const RAM: usize = 32;
-/// The RAM, the output port, the command that waits for its byte, the last written port, and the output buffer with whether
-/// it is full.
+/// The RAM, the output port, the command that waits for its byte, the last written port, and the
+/// output buffer with whether it is full.
 const STATE_BYTES: usize = RAM + 5;
 
 /// Answers at ports 0x60 to 0x64.
@@ -114,7 +114,8 @@ impl State {
         Flow::Continue
     }
 
-    /// A write to the data port: the byte that a command waits for, or one for the keyboard, which is not there.
+    /// A write to the data port: the byte that a command waits for, or one for the keyboard, which
+    /// is not there.
     fn data(&mut self, value: u8) -> Flow {
         self.was_command = false;
         match std::mem::take(&mut self.waiting) {

@@ -1,5 +1,5 @@
-//! Paths and descriptors of the serial port's ends: opened without waiting for anybody, and checked when they are
-//! configured.
+//! Paths and descriptors of the serial port's ends: opened without waiting for anybody, and checked
+//! when they are configured.
 
 use std::fs::{File, FileType, OpenOptions};
 use std::io;
@@ -37,7 +37,8 @@ impl Direction {
     }
 }
 
-/// How a stream is used without ever waiting in it, and without a change of its blocking mode, which others may share.
+/// How a stream is used without ever waiting in it, and without a change of its blocking mode,
+/// which others may share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     /// By calls that do not wait.
@@ -166,7 +167,8 @@ fn has_messages(socket: &File) -> bool {
     option(socket, libc::SO_TYPE).is_some_and(|kind| kind != libc::SOCK_STREAM)
 }
 
-/// The stream to use, and how. Pipes and terminals are opened again, so that they do not block here and nobody else notices.
+/// The stream to use, and how. Pipes and terminals are opened again, so that they do not block here
+/// and nobody else notices.
 pub(super) fn unblocked(file: File, direction: Direction) -> (File, Kind) {
     let Ok(kind) = file.metadata().map(|found| found.file_type()) else {
         return (file, Kind::Polled);
@@ -185,8 +187,8 @@ pub(super) fn unblocked(file: File, direction: Direction) -> (File, Kind) {
     }
 }
 
-/// Whether a second opening leads to the same: not at the controlling end of a pseudo-terminal, where it would make another
-/// pair, and not at devices of which nothing is known.
+/// Whether a second opening leads to the same: not at the controlling end of a pseudo-terminal,
+/// where it would make another pair, and not at devices of which nothing is known.
 fn can_be_opened_again(file: &File, kind: FileType) -> bool {
     if kind.is_fifo() {
         return true;

@@ -1,5 +1,5 @@
-//! The CMOS real-time clock (MC146818): the host's time in UTC, in the form that status B asks for; no alarms, no
-//! interrupts.
+//! The CMOS real-time clock (MC146818): the host's time in UTC, in the form that status B asks for;
+//! no alarms, no interrupts.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 

@@ -11,10 +11,11 @@ use smallvec::SmallVec;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::backlog::{Backlog, Piece, Printed};
+use super::bus::{Device, Flow};
+use super::line::InterruptLine;
 use super::uart::Uart;
-use super::{Device, Flow, InterruptLine};
+use crate::bytes::Reader;
 use crate::error::{Error, ErrorKind, Result};
-use crate::snapshot::Reader;
 use crate::sync::{Mutex, rank};
 
 /// A serial port.
@@ -43,7 +44,8 @@ impl GuestSide {
 }
 
 impl Serial {
-    /// A port with an interrupt line, if there is one. `has_consumer`: somebody takes the output as it comes.
+    /// A port with an interrupt line, if there is one. `has_consumer`: somebody takes the output as
+    /// it comes.
     ///
     /// # Errors
     /// When no descriptor can be made.
@@ -70,7 +72,8 @@ impl Serial {
         Ok(self.input_wanted.get_or_init(|| Arc::new(wanted)))
     }
 
-    /// Readable when there is output to take, for as long as it is not taken; none without a consumer.
+    /// Readable when there is output to take, for as long as it is not taken; none without a
+    /// consumer.
     #[must_use]
     pub fn output_fd(&self) -> Option<RawFd> {
         self.output.fd()
@@ -110,7 +113,8 @@ impl Serial {
         self.output.tell_in(delay);
     }
 
-    /// The output cannot be written: the turn ends with this, and what comes is kept as if nobody took it.
+    /// The output cannot be written: the turn ends with this, and what comes is kept as if nobody
+    /// took it.
     pub fn fail(&self, error: Error) {
         self.output.fail(error);
     }
@@ -132,8 +136,8 @@ impl Serial {
         self.output.waiting()
     }
 
-    /// End the run, once, at the byte that completes this text in what the guest prints from now on; an empty text never
-    /// does.
+    /// End the run, once, at the byte that completes this text in what the guest prints from now
+    /// on; an empty text never does.
     pub fn stop_at(&self, text: Vec<u8>) {
         self.output.stop_at(text);
     }
@@ -144,7 +148,8 @@ impl Serial {
         self.output.take_found()
     }
 
-    /// Change the guest's side, give the UART the input that it has room for, and tell what comes of that.
+    /// Change the guest's side, give the UART the input that it has room for, and tell what comes
+    /// of that.
     fn change<T>(&self, change: impl FnOnce(&mut GuestSide) -> T) -> T {
         let mut guest = self.guest.lock();
         let had_input = guest.waiting() > 0;
@@ -204,8 +209,8 @@ impl Device for Serial {
         self.output.wake();
     }
 
-    /// Nine registers; then, each behind its length, what the UART holds for the guest, what waits behind that, and the
-    /// output that nobody has taken.
+    /// Nine registers; then, each behind its length, what the UART holds for the guest, what waits
+    /// behind that, and the output that nobody has taken.
     fn save(&self) -> Result<Vec<u8>> {
         let (registers, received, queue) = {
             let guest = self.guest.lock();

@@ -1,5 +1,5 @@
-//! File descriptors at the serial port's two ends, as subscribers of the event manager: on the loop's thread, which never
-//! waits in one.
+//! File descriptors at the serial port's two ends, as subscribers of the event manager: on the
+//! loop's thread, which never waits in one.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -10,8 +10,8 @@ use std::time::Duration;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber, SubscriberId};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::Serial;
 use super::open::{Direction, Kind, is_ready, output_file, unblocked};
+use super::serial::Serial;
 use crate::config::{SerialConfig, SerialInput, SerialOutput};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
@@ -238,7 +238,8 @@ impl InputPump {
         let mut buffer = vec![0; size];
         let count = match self.kind {
             Kind::Socket { .. } => {
-                // SAFETY: the pointer and the length are those of one buffer, which lives through the call.
+                // SAFETY: the pointer and the length are those of one buffer, which lives through
+                // the call.
                 let received = unsafe {
                     let start = buffer.as_mut_ptr().cast();
                     libc::recv(self.file.as_raw_fd(), start, buffer.len(), libc::MSG_DONTWAIT)

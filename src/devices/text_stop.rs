@@ -1,4 +1,5 @@
-//! A text in a stream of bytes, found at the byte that completes it (Knuth, Morris and Pratt's way).
+//! A text in a stream of bytes, found at the byte that completes it (Knuth, Morris and Pratt's
+//! way).
 
 /// Looks for one text; finds it once.
 #[derive(Debug, Default)]

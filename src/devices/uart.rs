@@ -1,5 +1,6 @@
-//! The registers of a 16550A: what the guest reads and writes, what it has been sent, and when the interrupt line rises.
-//! Transmission takes no time. No locks and no I/O here: [`super::Serial`] has both.
+//! The registers of a 16550A: what the guest reads and writes, what it has been sent, and when the
+//! interrupt line rises. Transmission takes no time. No locks and no I/O here: [`super::Serial`]
+//! has both.
 
 use std::collections::VecDeque;
 
@@ -25,7 +26,8 @@ pub(super) struct Uart {
     received: VecDeque<u8>,
     /// The holding register has become empty, and the guest has not seen that in IIR.
     is_thr_pending: bool,
-    /// The receiver has just been cleared, and the guest is to find it so: nothing comes in until its next access.
+    /// The receiver has just been cleared, and the guest is to find it so: nothing comes in until
+    /// its next access.
     is_cleared: bool,
     is_line_high: bool,
     has_risen: bool,
@@ -61,8 +63,8 @@ impl Uart {
             (1, true) => self.divisor[1],
             (0, false) => {
                 let byte = self.received.pop_front().unwrap_or(0);
-                // With more to read the line falls and rises again: an interrupt controller that looks for edges gives
-                // an interrupt for each byte to a handler that reads one.
+                // With more to read the line falls and rises again: an interrupt controller that
+                // looks for edges gives an interrupt for each byte to a handler that reads one.
                 self.update(true);
                 byte
             }
@@ -115,7 +117,8 @@ impl Uart {
         None
     }
 
-    /// How many bytes the receiver takes from the line now. In loop-back mode it is not connected to it.
+    /// How many bytes the receiver takes from the line now. In loop-back mode it is not connected
+    /// to it.
     pub(super) fn room(&self) -> usize {
         if self.is_cleared || self.mcr & mcr::LOOP != 0 {
             return 0;
@@ -167,7 +170,8 @@ impl Uart {
             return iir::LINE_STATUS;
         }
         if is_enabled(ier::RECEIVED) && !self.received.is_empty() {
-            // Nothing more is on its way, so what is below the trigger level has waited long enough.
+            // Nothing more is on its way, so what is below the trigger level has waited long
+            // enough.
             return if self.received.len() >= self.trigger() {
                 iir::RECEIVED
             } else {
@@ -183,7 +187,8 @@ impl Uart {
         iir::NONE
     }
 
-    /// Work out the line. After the guest has `served` a cause it is low for a moment, whatever else is pending.
+    /// Work out the line. After the guest has `served` a cause it is low for a moment, whatever
+    /// else is pending.
     fn update(&mut self, served: bool) {
         let is_high = self.cause() != iir::NONE;
         self.has_risen |= is_high && (served || !self.is_line_high);
@@ -263,7 +268,8 @@ impl Uart {
         debug_assert_eq!(msr::RING >> 4, msr::RING_ENDED);
     }
 
-    /// Nine bytes for a snapshot. FCR cannot be read, so its place has room for the pending interrupt of the transmitter.
+    /// Nine bytes for a snapshot. FCR cannot be read, so its place has room for the pending
+    /// interrupt of the transmitter.
     pub(super) fn registers(&self) -> [u8; 9] {
         let thr = if self.is_thr_pending { THR_PENDING } else { 0 };
         let [low, high] = self.divisor;
@@ -276,8 +282,8 @@ impl Uart {
         self.received.iter().copied()
     }
 
-    /// Be what was saved. An interrupt that was pending is given again: the first may not have arrived. The bytes that the
-    /// receiver has no place for.
+    /// Be what was saved. An interrupt that was pending is given again: the first may not have
+    /// arrived. The bytes that the receiver has no place for.
     pub(super) fn restore(&mut self, registers: [u8; 9], received: Vec<u8>) -> VecDeque<u8> {
         let [low, high, ier, control, lcr, status, mcr, msr, scratch] = registers;
         let mut received = VecDeque::from(received);

@@ -1,5 +1,6 @@
-//! What other threads ask of the one that turns a loop: calls to make, and to stop. Whoever asks leaves word here, then kicks the
-//! loop; a turn looks here after its dispatch has taken the kick. So a word that a turn misses has its kick still to come.
+//! What other threads ask of the one that turns a loop: calls to make, and to stop. Whoever asks
+//! leaves word here, then kicks the loop; a turn looks here after its dispatch has taken the kick.
+//! So a word that a turn misses has its kick still to come.
 
 use std::collections::VecDeque;
 
@@ -64,7 +65,8 @@ impl<T> Calls<T> {
         if !self.has_calls.load(Ordering::Acquire) {
             return 0;
         }
-        // Cleared first: a call that comes now sets it again. Release, so that no clearing slides below the look.
+        // Cleared first: a call that comes now sets it again. Release, so that no clearing slides
+        // below the look.
         self.has_calls.store(false, Ordering::Release);
         self.lock().len()
     }
@@ -74,7 +76,8 @@ impl<T> Calls<T> {
         self.lock().pop_front()
     }
 
-    /// Have the next turn look at those that were not made; whether there are any. The caller kicks the loop then.
+    /// Have the next turn look at those that were not made; whether there are any. The caller kicks
+    /// the loop then.
     pub fn keep(&self) -> bool {
         let has_calls = !self.lock().is_empty();
         if has_calls {
@@ -91,7 +94,8 @@ impl<T> Calls<T> {
 
     /// Whether it is to stop; once.
     pub fn take_stop(&self) -> bool {
-        // Acquire and release: as in `stop`. Looked at before it is written: that is cheaper, and this is done each turn.
+        // Acquire and release: as in `stop`. Looked at before it is written: that is cheaper, and
+        // this is done each turn.
         self.stopping.load(Ordering::Acquire) && self.stopping.swap(false, Ordering::AcqRel)
     }
 

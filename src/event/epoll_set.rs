@@ -1,8 +1,10 @@
-//! The epoll set that `event_manager` keeps to itself: found, shared, and purged of stale registrations.
+//! The epoll set that `event_manager` keeps to itself: found, shared, and purged of stale
+//! registrations.
 //!
-//! Why: with the set's fd a thread can wait outside the manager's lock, another loop can host this one, and
-//! a registration whose fd number was closed (a stale one) can be removed. The crate does not hand the fd out.
-//! How: register an eventfd of our own, then look for the one epoll set that knows it.
+//! Why: with the set's fd a thread can wait outside the manager's lock, another loop can host this
+//! one, and a registration whose fd number was closed (a stale one) can be removed. The crate does
+//! not hand the fd out. How: register an eventfd of our own, then look for the one epoll set that
+//! knows it.
 
 use std::fs;
 use std::io;
@@ -17,16 +19,17 @@ use event_manager::{
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{BoxedSubscriber, wait_for_either};
+use super::subscriber::BoxedSubscriber;
 use crate::error::{Error, ErrorKind, Result};
+use crate::poll::wait_for_either;
 
 /// The manager's epoll set.
 #[derive(Debug)]
 pub(super) struct EpollSet {
     /// The number that the manager itself uses; it stays open as long as the manager lives.
     number: RawFd,
-    /// What other loops wait on: it watches the set, and is the same file as long as the manager lives. Made when it is
-    /// asked for: each event takes a step more through it.
+    /// What other loops wait on: it watches the set, and is the same file as long as the manager
+    /// lives. Made when it is asked for: each event takes a step more through it.
     host: OnceLock<Epoll>,
     /// Written to wake a waiter.
     wake: Arc<EventFd>,
@@ -81,7 +84,8 @@ impl EpollSet {
         host.ctl(ControlOperation::Add, self.number, event).map_err(|e| os("epoll_ctl", &e))
     }
 
-    /// Wait until an event is ready. False when the deadline passed, a signal came, or `interrupt` is readable alone.
+    /// Wait until an event is ready. False when the deadline passed, a signal came, or `interrupt`
+    /// is readable alone.
     pub(super) fn wait(&self, deadline: Option<Instant>, interrupt: Option<RawFd>) -> Result<bool> {
         let [is_ready, _] = wait_for_either([self.number, interrupt.unwrap_or(-1)], deadline)
             .map_err(|e| os("ppoll", &e))?;
@@ -121,16 +125,18 @@ impl EpollSet {
         self.control(ControlOperation::Add, fd)
     }
 
-    /// Take a number's registration back. False when epoll has none of the file that the number leads to now.
+    /// Take a number's registration back. False when epoll has none of the file that the number
+    /// leads to now.
     pub(super) fn forget(&self, fd: RawFd) -> bool {
         self.control(ControlOperation::Delete, fd).is_ok()
     }
 
-    /// Remove registrations under these numbers that no number leads to any more. For the holder of the manager's lock.
+    /// Remove registrations under these numbers that no number leads to any more. For the holder of
+    /// the manager's lock.
     ///
-    /// Epoll knows a registration by file and number. When the number was closed but the file lives on
-    /// through a duplicate, no call can name it: the set is rebuilt without it and put in the old one's
-    /// place, at the same number, so that the manager goes on with it unaware.
+    /// Epoll knows a registration by file and number. When the number was closed but the file lives
+    /// on through a duplicate, no call can name it: the set is rebuilt without it and put in the
+    /// old one's place, at the same number, so that the manager goes on with it unaware.
     pub(super) fn drop_stale(&self, fds: &[RawFd]) -> Result<()> {
         if !fds.iter().any(|fd| may_watch(self.number, *fd)) {
             return Ok(());
@@ -146,11 +152,12 @@ impl EpollSet {
             let _ = fresh.ctl(ControlOperation::Add, r.fd, event);
         }
         if let Some(host) = self.host.get() {
-            // A thread that waits keeps the old set alive: it must not be what makes the host readable.
+            // A thread that waits keeps the old set alive: it must not be what makes the host
+            // readable.
             let _ = host.ctl(ControlOperation::Delete, self.number, EpollEvent::default());
         }
-        // SAFETY: the number is open and stays its owner's; dup3 swaps the file behind it in one step, so that no
-        // other thread can be given the number in between.
+        // SAFETY: the number is open and stays its owner's; dup3 swaps the file behind it in one
+        // step, so that no other thread can be given the number in between.
         let swapped = unsafe { libc::dup3(fresh.as_raw_fd(), self.number, libc::O_CLOEXEC) };
         let swapped =
             if swapped < 0 { Err(os("dup3", &io::Error::last_os_error())) } else { Ok(()) };
@@ -158,7 +165,8 @@ impl EpollSet {
             self.watch_from(host)?;
         }
         swapped?;
-        // A thread that waits on the old set sees what was registered there, but nothing added from here on.
+        // A thread that waits on the old set sees what was registered there, but nothing added from
+        // here on.
         self.wake()
     }
 
@@ -183,12 +191,14 @@ struct KcmpEpollSlot {
 
 const KCMP_EPOLL_TFD: libc::c_long = 7;
 
-/// Whether a set may have a registration under this number, whatever the number leads to now. It costs no descriptor, and
-/// less than reading the list; where the kernel does not answer, the list has to be read.
+/// Whether a set may have a registration under this number, whatever the number leads to now. It
+/// costs no descriptor, and less than reading the list; where the kernel does not answer, the list
+/// has to be read.
 fn may_watch(epoll: RawFd, fd: RawFd) -> bool {
     let (Ok(set), Ok(target)) = (u32::try_from(epoll), u32::try_from(fd)) else { return false };
     let slot = KcmpEpollSlot { epoll: set, target, offset: 0 };
-    // SAFETY: kcmp reads the slot, which lives through the call, and compares two files of this process.
+    // SAFETY: kcmp reads the slot, which lives through the call, and compares two files of this
+    // process.
     let compared = unsafe {
         let this = libc::c_long::from(libc::getpid());
         let with = &raw const slot;
@@ -233,7 +243,8 @@ fn find_set_with(member: &EventFd) -> io::Result<RawFd> {
     Err(io::ErrorKind::NotFound.into())
 }
 
-/// Whether the number is an epoll set's that watches the member: only that one can be asked to change nothing.
+/// Whether the number is an epoll set's that watches the member: only that one can be asked to
+/// change nothing.
 fn is_set_with(fd: RawFd, member: &EventFd) -> bool {
     let event = Events::new(member, EventSet::IN).epoll_event();
     let mut event = libc::epoll_event { events: event.events(), u64: event.data() };

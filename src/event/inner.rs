@@ -1,13 +1,14 @@
-//! What the event manager's lock guards: the crate's manager, and who watches what. On whichever thread holds the lock.
+//! What the event manager's lock guards: the crate's manager, and who watches what. On whichever
+//! thread holds the lock.
 
 use std::collections::HashMap;
 use std::os::fd::RawFd;
 
 use event_manager::{EventManager as Upstream, EventOps, Events, SubscriberId, SubscriberOps};
 
-use super::BoxedSubscriber;
 use super::epoll_set::EpollSet;
 use super::errors::{at_fd, event_error, refused};
+use super::subscriber::BoxedSubscriber;
 use crate::error::{Error, ErrorKind, Result};
 
 pub(super) struct Inner {
@@ -62,8 +63,8 @@ impl Inner {
         fds
     }
 
-    /// Drop the stale registrations that are left. Until that is done nothing may be dispatched: upstream knows no receiver
-    /// of their events.
+    /// Drop the stale registrations that are left. Until that is done nothing may be dispatched:
+    /// upstream knows no receiver of their events.
     pub(super) fn drop_stale(&mut self, epoll: &EpollSet) -> Result<()> {
         if !self.stale.is_empty() {
             epoll.drop_stale(&self.stale)?;
@@ -86,7 +87,8 @@ impl Inner {
         }
     }
 
-    /// Make upstream forget `fd`, whose registered file is gone and whose number names another file now.
+    /// Make upstream forget `fd`, whose registered file is gone and whose number names another file
+    /// now.
     pub(super) fn forget_closed(
         &mut self,
         epoll: &EpollSet,

@@ -1,32 +1,32 @@
-//! `EventManager`: the real `event_manager::EventManager` behind a lock, so that any thread may change its
-//! subscribers while another waits. The wait happens outside the lock, on the manager's own epoll set;
-//! only the dispatch of what is ready takes it. Subscribers run on the thread that turns the loop.
+//! `EventManager`: the real `event_manager::EventManager` behind a lock, so that any thread may
+//! change its subscribers while another waits. The wait happens outside the lock, on the manager's
+//! own epoll set; only the dispatch of what is ready takes it. Subscribers run on the thread that
+//! turns the loop.
 
 use std::os::fd::RawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use event_manager::{
-    EventManager as Upstream, Events, MutEventSubscriber, SubscriberId, SubscriberOps,
-};
+use event_manager::{EventManager as Upstream, Events, SubscriberId, SubscriberOps};
 
 use super::epoll_set::EpollSet;
 use super::errors::{at_fd, event_error};
 use super::inner::{Inner, ops};
+use super::recorded::Recorded;
+use super::subscriber::BoxedSubscriber;
 use super::waits::Waits;
 use crate::error::{Error, ErrorKind, Result};
 use crate::process::Birthplace;
 use crate::sync::{Mutex, rank};
-use crate::trace::{Recorded, Recorders};
+use crate::trace::Recorders;
 
-/// A subscriber as the manager owns it.
-pub type BoxedSubscriber = Box<dyn MutEventSubscriber + Send>;
-
-/// The event manager: subscribers, their file descriptors, and the loop that dispatches events to them.
+/// The event manager: subscribers, their file descriptors, and the loop that dispatches events to
+/// them.
 ///
-/// One thread at a time turns the loop. Subscribers are called with the manager's lock held: they change what they watch through the
-/// `EventOps` they are given, and must not call the manager itself.
+/// One thread at a time turns the loop. Subscribers are called with the manager's lock held: they
+/// change what they watch through the `EventOps` they are given, and must not call the manager
+/// itself.
 pub struct EventManager {
     pub(super) inner: Mutex<Inner, rank::EventManager>,
     pub(super) epoll: EpollSet,
@@ -76,14 +76,15 @@ impl EventManager {
         self.check_process()?;
         let mut inner = self.inner.lock();
         ops(&mut inner.upstream, id)?;
-        // One that its owner closed while a duplicate of it lives on cannot be forgotten by number, and would reach upstream
-        // as an fd it does not know.
+        // One that its owner closed while a duplicate of it lives on cannot be forgotten by number,
+        // and would reach upstream as an fd it does not know.
         let left = inner.unwatch_all(id);
         inner.stale.extend(left.into_iter().filter(|fd| !self.epoll.forget(*fd)));
         let subscriber = inner.upstream.remove_subscriber(id).map_err(event_error)?;
         self.count_removal();
         inner.closed.retain(|_, owner| *owner != id);
-        // Without descriptors it is tried again before the next dispatch, which says so: the subscriber is gone by now.
+        // Without descriptors it is tried again before the next dispatch, which says so: the
+        // subscriber is gone by now.
         let _ = inner.drop_stale(&self.epoll);
         Ok(subscriber)
     }
@@ -118,7 +119,8 @@ impl EventManager {
     /// Change what is watched of an fd that the subscriber has added.
     ///
     /// # Errors
-    /// When the id is unknown, the fd is another subscriber's or nobody's, or epoll refuses the events.
+    /// When the id is unknown, the fd is another subscriber's or nobody's, or epoll refuses the
+    /// events.
     pub fn modify(&self, id: SubscriberId, events: Events) -> Result<()> {
         self.check_process()?;
         let mut inner = self.inner.lock();
@@ -131,8 +133,8 @@ impl EventManager {
         Ok(())
     }
 
-    /// Have what is ready on `fd` reported again: an edge-triggered or one-shot event that was fetched and
-    /// not handled. Does nothing for an fd that the subscriber does not watch any more.
+    /// Have what is ready on `fd` reported again: an edge-triggered or one-shot event that was
+    /// fetched and not handled. Does nothing for an fd that the subscriber does not watch any more.
     pub fn rearm(&self, id: SubscriberId, fd: RawFd) {
         let mut inner = self.inner.lock();
         let watched = inner.watched(fd).filter(|watched| watched.owner == id);
@@ -153,8 +155,8 @@ impl EventManager {
         self.stop_watching(&mut inner, id, fd)
     }
 
-    /// Stop watching an fd if its number was closed and a duplicate keeps the registration alive: nobody could handle the
-    /// hang-up that it reports for ever. Says whether that was so.
+    /// Stop watching an fd if its number was closed and a duplicate keeps the registration alive:
+    /// nobody could handle the hang-up that it reports for ever. Says whether that was so.
     ///
     /// # Errors
     /// When the epoll set cannot be purged.
@@ -178,7 +180,8 @@ impl EventManager {
         Ok(())
     }
 
-    /// How often a registration was taken back. While it stays, every fetched event still has its receiver.
+    /// How often a registration was taken back. While it stays, every fetched event still has its
+    /// receiver.
     #[must_use]
     pub fn removals(&self) -> u64 {
         // Acquire: who sees the count finds the removal done.
@@ -202,8 +205,9 @@ impl EventManager {
         self.inner.lock().watched(fd).is_some_and(|watched| watched.owner == id)
     }
 
-    /// From here on several threads may turn this loop at once. One of them may take the event, or the kick, that another
-    /// waits for: so none waits for longer than 50 ms. Returns when no thread is in a longer wait any more.
+    /// From here on several threads may turn this loop at once. One of them may take the event, or
+    /// the kick, that another waits for: so none waits for longer than 50 ms. Returns when no
+    /// thread is in a longer wait any more.
     ///
     /// # Errors
     /// When the wake-up cannot be written.
@@ -226,8 +230,9 @@ impl EventManager {
         self.birthplace.check("event manager")
     }
 
-    /// [`Self::run_with_timeout`] without waiting, not even for the manager's lock: none when another thread
-    /// holds it, or when nothing was ready. `take` is called after the dispatch, under the lock still.
+    /// [`Self::run_with_timeout`] without waiting, not even for the manager's lock: none when
+    /// another thread holds it, or when nothing was ready. `take` is called after the dispatch,
+    /// under the lock still.
     ///
     /// # Errors
     /// When epoll fails.
@@ -241,7 +246,8 @@ impl EventManager {
         Ok((events > 0 || woken).then_some(events))
     }
 
-    /// A number for other loops to wait on: readable when an event is ready. It is the same file as long as the manager lives.
+    /// A number for other loops to wait on: readable when an event is ready. It is the same file as
+    /// long as the manager lives.
     ///
     /// # Errors
     /// When the process has no file descriptor left, or in a forked child.
@@ -260,8 +266,9 @@ impl EventManager {
     /// Dispatch what is ready now, without waiting.
     pub(super) fn dispatch(&self, inner: &mut Inner) -> Result<Dispatched> {
         inner.drop_stale(&self.epoll)?;
-        // Upstream's dispatch has an `unreachable!` for an fd it does not know. Stale registrations are dropped when
-        // they arise; this keeps one that got through, or a panic in a subscriber, from unwinding a run.
+        // Upstream's dispatch has an `unreachable!` for an fd it does not know. Stale registrations
+        // are dropped when they arise; this keeps one that got through, or a panic in a subscriber,
+        // from unwinding a run.
         match catch_unwind(AssertUnwindSafe(|| inner.upstream.run_with_timeout(0))) {
             Ok(result) => {
                 let woken = self.epoll.take_woken();
@@ -286,7 +293,7 @@ pub(super) struct Dispatched {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use event_manager::{EventOps, EventSet};
+    use event_manager::{EventOps, EventSet, MutEventSubscriber};
     use std::os::fd::AsRawFd;
     use std::sync::atomic::AtomicUsize;
     use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent};

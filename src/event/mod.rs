@@ -5,15 +5,15 @@ mod epoll_set;
 mod errors;
 mod inner;
 mod manager;
-mod poll;
+mod recorded;
+mod subscriber;
 mod timer;
 mod turns;
 mod waits;
 
-#[cfg(feature = "python")]
-pub(crate) use poll::{is_blocking, read_count};
-pub(crate) use poll::{take_count, wait_for_either};
-
 pub use calls::Calls;
-pub use manager::{BoxedSubscriber, EventManager};
+pub use manager::EventManager;
+#[cfg(feature = "python")]
+pub(crate) use recorded::record_event;
+pub use subscriber::BoxedSubscriber;
 pub use timer::{Expiry, TimerFd};

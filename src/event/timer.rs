@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::time::Duration;
 
-use super::poll::take_count;
+use crate::poll::take_count;
 
 /// A timer behind a file descriptor, readable when it has expired.
 #[derive(Debug)]
@@ -59,7 +59,8 @@ impl TimerFd {
     fn settime(&self, first: Duration, interval: Duration, flags: i32) -> io::Result<()> {
         let times =
             libc::itimerspec { it_value: timespec(first)?, it_interval: timespec(interval)? };
-        // SAFETY: a timer of ours, and times that live through the call; the former ones are not asked for.
+        // SAFETY: a timer of ours, and times that live through the call; the former ones are not
+        // asked for.
         let result = unsafe {
             libc::timerfd_settime(self.as_raw_fd(), flags, &raw const times, std::ptr::null_mut())
         };

@@ -20,8 +20,8 @@ impl EventManager {
         }
     }
 
-    /// [`Self::run`] for at most this long; -1 for no limit. Returns 0 when the time passed, a signal
-    /// interrupted the wait, or [`Self::kick`] was called.
+    /// [`Self::run`] for at most this long; -1 for no limit. Returns 0 when the time passed, a
+    /// signal interrupted the wait, or [`Self::kick`] was called.
     ///
     /// # Errors
     /// When epoll fails.
@@ -31,9 +31,9 @@ impl EventManager {
         Ok(dispatched.unwrap_or(0))
     }
 
-    /// [`Self::run`] until this time, none for no limit. After [`Self::kick`] it returns 0: who was kicked has something to
-    /// look at. None when the time passed, a signal interrupted the wait, `interrupt` turned readable, or, in a shared loop,
-    /// every 50 ms.
+    /// [`Self::run`] until this time, none for no limit. After [`Self::kick`] it returns 0: who was
+    /// kicked has something to look at. None when the time passed, a signal interrupted the wait,
+    /// `interrupt` turned readable, or, in a shared loop, every 50 ms.
     ///
     /// # Errors
     /// When epoll fails.
@@ -57,7 +57,8 @@ impl EventManager {
         }
     }
 
-    /// [`Self::run_until`] for a thread that expects nothing to be ready yet: it waits before it looks.
+    /// [`Self::run_until`] for a thread that expects nothing to be ready yet: it waits before it
+    /// looks.
     ///
     /// # Errors
     /// When epoll fails.

@@ -1,5 +1,5 @@
-//! How long the threads that turn a loop may wait. Alone, as long as they like; in a shared loop in slices, because another
-//! thread may take what they wait for.
+//! How long the threads that turn a loop may wait. Alone, as long as they like; in a shared loop in
+//! slices, because another thread may take what they wait for.
 
 use std::time::{Duration, Instant};
 

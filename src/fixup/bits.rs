@@ -1,5 +1,6 @@
-//! Arithmetic on general registers: POPCNT, CRC32, MOVBE, ADCX, ADOX, and the two sets of bit manipulation, BMI1 and BMI2
-//! (Intel SDM volume 2). Flags that the manual leaves undefined stay as they are.
+//! Arithmetic on general registers: POPCNT, CRC32, MOVBE, ADCX, ADOX, and the two sets of bit
+//! manipulation, BMI1 and BMI2 (Intel SDM volume 2). Flags that the manual leaves undefined stay as
+//! they are.
 
 use iced_x86::{Instruction, Mnemonic};
 

@@ -1,10 +1,10 @@
-//! The processor that a fix-up works on: a copy of its registers, and what else it may need through `Platform`. What an
-//! instruction changes in the copy counts only when it has come to its end.
+//! The processor that a fix-up works on: a copy of its registers, and what else it may need through
+//! `Platform`. What an instruction changes in the copy counts only when it has come to its end.
 
 use iced_x86::{Instruction, MemorySize, OpKind, Register};
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 
-use super::walk::Access;
+use super::access::Access;
 
 pub(crate) const CR0_PE: u64 = 1;
 pub(crate) const CR0_MP: u64 = 1 << 1;
@@ -98,8 +98,8 @@ pub(crate) trait Platform {
     fn xsave(&mut self) -> Option<Vec<u8>>;
     /// Set those.
     fn set_xsave(&mut self, image: &[u8]) -> bool;
-    /// Put `new` at an address of 16 bytes if `old` is there, in one access; what was there. None where there is no memory
-    /// that can be written.
+    /// Put `new` at an address of 16 bytes if `old` is there, in one access; what was there. None
+    /// where there is no memory that can be written.
     fn exchange(&mut self, address: u64, old: u128, new: u128) -> Option<u128>;
     /// Forget every translation.
     fn flush_translations(&mut self) -> bool;
@@ -313,8 +313,8 @@ impl Cpu<'_> {
         self.write_linear(linear, data, Access::explicit(self.cpl(), true))
     }
 
-    /// The linear address of `length` bytes of a segment, if the segment allows the access (Intel SDM volume 3, section
-    /// 5.3; AMD APM volume 2, section 4.12).
+    /// The linear address of `length` bytes of a segment, if the segment allows the access (Intel
+    /// SDM volume 3, section 5.3; AMD APM volume 2, section 4.12).
     pub(crate) fn linear(
         &self,
         register: Register,

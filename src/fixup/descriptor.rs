@@ -1,10 +1,10 @@
-//! Segment descriptors: those of the GDT and the LDT, and what a segment register keeps of one (Intel SDM volume 3, section
-//! 3.4.5).
+//! Segment descriptors: those of the GDT and the LDT, and what a segment register keeps of one
+//! (Intel SDM volume 3, section 3.4.5).
 
 use kvm_bindings::kvm_segment;
 
+use super::access::Access;
 use super::cpu::{Cpu, Done};
-use super::walk::Access;
 
 const ACCESSED: u64 = 1 << 40;
 

@@ -1,14 +1,15 @@
-//! Software interrupts delivered as the processor does: through the vectors of real mode, the gates of protected mode, and
-//! those of long mode (Intel SDM volume 3, sections 6.12 and 6.14, and volume 2, INT n). What faults on the way is returned
-//! for KVM to inject. Task gates, virtual-8086 mode, shadow stacks and FRED are left to the exit.
+//! Software interrupts delivered as the processor does: through the vectors of real mode, the gates
+//! of protected mode, and those of long mode (Intel SDM volume 3, sections 6.12 and 6.14, and
+//! volume 2, INT n). What faults on the way is returned for KVM to inject. Task gates, virtual-8086
+//! mode, shadow stacks and FRED are left to the exit.
 
 use kvm_bindings::kvm_segment;
 
+use super::access::Access;
 use super::cpu::{
     AC, CR4_CET, Cpu, Done, Flow, GP, IF, NP, NT, RF, SS, Stop, TF, TS, VM, fault, fault_with, mask,
 };
 use super::descriptor::{Descriptor, segment_of};
-use super::walk::Access;
 
 /// In an error code: the index is one of the IDT.
 const CODE_IDT: u32 = 2;
@@ -33,8 +34,8 @@ struct Stack {
 }
 
 impl Cpu<'_> {
-    /// Deliver a software interrupt from an instruction that ends at `next`. `is_checked`: the gate's privilege is
-    /// looked at, as for all but INT1.
+    /// Deliver a software interrupt from an instruction that ends at `next`. `is_checked`: the
+    /// gate's privilege is looked at, as for all but INT1.
     pub(crate) fn interrupt(&mut self, vector: u8, next: u64, is_checked: bool) -> Done<Flow> {
         if self.regs.rflags & VM != 0 || self.sregs.cr4 & (CR4_CET | CR4_FRED) != 0 {
             return Err(Stop::Unknown);

@@ -1,6 +1,8 @@
-//! Instructions that KVM's emulator refuses, executed as the processor would. A fix-up works on a copy of the registers; the
-//! vCPU takes them, or the fault, when it has come to its end (`vcpu/fixup.rs`). On the vCPU's thread.
+//! Instructions that KVM's emulator refuses, executed as the processor would. A fix-up works on a
+//! copy of the registers; the vCPU takes them, or the fault, when it has come to its end
+//! (`vcpu/fixup.rs`). On the vCPU's thread.
 
+mod access;
 mod bits;
 mod cpu;
 mod descriptor;
@@ -41,7 +43,8 @@ impl Counts {
     }
 }
 
-/// Execute an instruction on a copy of the processor. What it says of memory is done when it returns.
+/// Execute an instruction on a copy of the processor. What it says of memory is done when it
+/// returns.
 pub(crate) fn execute(cpu: &mut Cpu<'_>, instruction: &Instruction) -> Done<Flow> {
     if instruction.has_lock_prefix() && instruction.code() != Code::Cmpxchg16b_m128 {
         return fault(UD);

@@ -1,5 +1,5 @@
-//! Moves, logic and integer arithmetic on XMM registers, as far as kernels use them: SSE, SSE2 and SSSE3 in their old
-//! encodings (Intel SDM volume 2). Nothing here has floating-point exceptions.
+//! Moves, logic and integer arithmetic on XMM registers, as far as kernels use them: SSE, SSE2 and
+//! SSSE3 in their old encodings (Intel SDM volume 2). Nothing here has floating-point exceptions.
 
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
@@ -89,7 +89,8 @@ const WORD: u64 = u32::MAX as u64;
 /// What an instruction does with its operands.
 #[derive(Clone, Copy)]
 enum Kind {
-    /// A number between a register of either kind and the lowest part of an XMM register, which clears the rest.
+    /// A number between a register of either kind and the lowest part of an XMM register, which
+    /// clears the rest.
     Scalar,
     /// Half of a register, at this byte, from or to memory.
     Half(u32),
@@ -261,7 +262,8 @@ fn shuffle_bytes(a: u128, b: u128) -> u128 {
     })
 }
 
-/// Four numbers chosen by two bits each: the lower two from `a`, the upper two from `b`, from bit `start` on.
+/// Four numbers chosen by two bits each: the lower two from `a`, the upper two from `b`, from bit
+/// `start` on.
 fn shuffle(a: u128, b: u128, order: u32, bits: u32, start: u32) -> u128 {
     (0..4).fold(0, |all, n| {
         let from = if n < 2 { a } else { b };

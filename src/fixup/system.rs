@@ -1,13 +1,13 @@
-//! System instructions: CLAC and STAC, the segment checks, the bases of FS and GS, the time stamp, hints, CMPXCHG16B,
-//! INVPCID, and the opcodes that are undefined for ever (Intel SDM volume 2).
+//! System instructions: CLAC and STAC, the segment checks, the bases of FS and GS, the time stamp,
+//! hints, CMPXCHG16B, INVPCID, and the opcodes that are undefined for ever (Intel SDM volume 2).
 
 use iced_x86::{Instruction, Mnemonic};
 
+use super::access::Access;
 use super::cpu::{
     AC, CR4_FSGSBASE, CR4_PCIDE, Cpu, Done, Flow, GP, Stop, UD, VM, ZF, fault, fault_with, mask,
 };
 use super::descriptor::Descriptor;
-use super::walk::Access;
 
 const IA32_TSC: u32 = 0x10;
 const IA32_TSC_AUX: u32 = 0xc000_0103;
@@ -69,7 +69,8 @@ pub(super) fn execute(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<Flow> {
         Mnemonic::Cmpxchg16b => compare_exchange(cpu, i)?,
         Mnemonic::Invpcid => invalidate(cpu, i)?,
         Mnemonic::Clwb | Mnemonic::Clflushopt => cpu.read_operand(i, 0, &mut [0])?,
-        // Hints; RDSSP does nothing where there are no shadow stacks, and delivery leaves those to the exit.
+        // Hints; RDSSP does nothing where there are no shadow stacks, and delivery leaves those to
+        // the exit.
         Mnemonic::Cldemote | Mnemonic::Rdsspd | Mnemonic::Rdsspq => {}
         Mnemonic::Pause | Mnemonic::Nop => {}
         // KVM takes them as no operations too, where a guest has them.
@@ -81,7 +82,8 @@ pub(super) fn execute(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<Flow> {
     Ok(Flow::Next)
 }
 
-/// The types of system descriptors that LAR and LSL look at: TSSs and LDTs, for LAR gates too (Intel SDM volume 2).
+/// The types of system descriptors that LAR and LSL look at: TSSs and LDTs, for LAR gates too
+/// (Intel SDM volume 2).
 fn is_inspectable(cpu: &Cpu<'_>, kind: u8, is_limit: bool) -> bool {
     match (cpu.is_long(), is_limit) {
         (true, true) => matches!(kind, 2 | 9 | 11),

@@ -1,6 +1,8 @@
-//! Memory by linear address, as the processor reaches it: through the page tables with every permission checked, the
-//! accessed and dirty bits set, and page faults with their error code (Intel SDM volume 3, sections 5.6 to 5.8).
+//! Memory by linear address, as the processor reaches it: through the page tables with every
+//! permission checked, the accessed and dirty bits set, and page faults with their error code
+//! (Intel SDM volume 3, sections 5.6 to 5.8).
 
+use super::access::Access;
 use super::cpu::{AC, Cpu, Done, Fault, PAGE_FAULT, Stop, mask};
 
 const CR0_WP: u64 = 1 << 16;
@@ -30,32 +32,6 @@ const CODE_PRESENT: u32 = 1;
 const CODE_WRITE: u32 = 1 << 1;
 const CODE_USER: u32 = 1 << 2;
 const CODE_RESERVED: u32 = 1 << 3;
-
-/// Who reaches for memory, and how.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Access {
-    is_write: bool,
-    is_user: bool,
-    /// The processor's own access to a table or a new stack: RFLAGS.AC does not open user pages for it.
-    is_implicit: bool,
-}
-
-impl Access {
-    /// An operand's, at a privilege level.
-    pub(crate) fn explicit(cpl: u8, is_write: bool) -> Self {
-        Self { is_write, is_user: cpl == 3, is_implicit: false }
-    }
-
-    /// The words that a delivery pushes, as the level that it enters would.
-    pub(crate) fn frame(level: u8) -> Self {
-        Self { is_write: true, is_user: level == 3, is_implicit: false }
-    }
-
-    /// The processor's own.
-    pub(crate) fn implicit(is_write: bool) -> Self {
-        Self { is_write, is_user: false, is_implicit: true }
-    }
-}
 
 /// The page tables of a mode: how many, bytes of an entry, where the top one is.
 struct Tables {
@@ -256,7 +232,8 @@ mod tests {
     const POPCNT: [u8; 4] = [0xf3, 0x0f, 0xb8, 0x06]; // popcnt eax, [esi]
     const MOVDIRI: [u8; 4] = [0x0f, 0x38, 0xf9, 0x06]; // movdiri [esi], eax
 
-    /// Two levels: a directory at 0x1000, a table at 0x2000 for the first 4 MiB, page n at its own address.
+    /// Two levels: a directory at 0x1000, a table at 0x2000 for the first 4 MiB, page n at its own
+    /// address.
     fn machine(ring: u8, entries: &[(usize, u32)]) -> (Ram, kvm_sregs) {
         let mut ram = Ram::new(0x8000);
         ram.put(0x1000, &0x2007_u32.to_le_bytes());

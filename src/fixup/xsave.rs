@@ -1,5 +1,5 @@
-//! XGETBV and the XSAVE family (Intel SDM volume 1, chapter 13). KVM hands the state over in the standard format of XSAVE;
-//! where each component stands and how long it is, CPUID says.
+//! XGETBV and the XSAVE family (Intel SDM volume 1, chapter 13). KVM hands the state over in the
+//! standard format of XSAVE; where each component stands and how long it is, CPUID says.
 
 use iced_x86::{Instruction, Mnemonic};
 
@@ -101,7 +101,8 @@ fn check_xsave(cpu: &Cpu<'_>, is_using: bool) -> Done<()> {
     if is_using && cpu.sregs.cr0 & CR0_TS != 0 { fault(NM) } else { Ok(()) }
 }
 
-/// Where a component stands in the standard format, its bytes, and whether it starts at 64 bytes in the compact one.
+/// Where a component stands in the standard format, its bytes, and whether it starts at 64 bytes in
+/// the compact one.
 #[derive(Clone, Copy, Debug)]
 struct Place {
     number: u32,
@@ -129,7 +130,8 @@ fn compact_places(which: u64) -> impl Iterator<Item = (Place, usize)> {
     })
 }
 
-/// What both directions need: the operand's components, and whether the extended state of supervisors is meant.
+/// What both directions need: the operand's components, and whether the extended state of
+/// supervisors is meant.
 fn requested(cpu: &mut Cpu<'_>, i: &Instruction, is_supervisor: bool) -> Done<u64> {
     check_xsave(cpu, true)?;
     if is_supervisor {

@@ -6,8 +6,8 @@ use super::ending::{guard_thread, sleep_until_the_process_ends};
 use crate::sync::assert_unlocked;
 use crate::vcpu;
 
-/// Take the GIL and call `f`. Whoever has the GIL may wait for any lock, so this thread holds none. Where the interpreter ends
-/// there is no GIL for this thread any more: then it sleeps.
+/// Take the GIL and call `f`. Whoever has the GIL may wait for any lock, so this thread holds none.
+/// Where the interpreter ends there is no GIL for this thread any more: then it sleeps.
 pub(super) fn attach<T>(f: impl for<'py> FnOnce(Python<'py>) -> T) -> T {
     assert_unlocked("Python is entered");
     guard_thread();

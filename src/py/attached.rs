@@ -1,5 +1,5 @@
-//! State of the binding that is reached only with the GIL held, so that the GIL is its lock. Where Python has no GIL, it has a
-//! lock of its own. On any thread.
+//! State of the binding that is reached only with the GIL held, so that the GIL is its lock. Where
+//! Python has no GIL, it has a lock of its own. On any thread.
 
 use std::fmt;
 
@@ -11,9 +11,10 @@ type Inner<T> = std::cell::RefCell<T>;
 #[cfg(Py_GIL_DISABLED)]
 type Inner<T> = crate::sync::Mutex<T, crate::sync::rank::Attached>;
 
-// SAFETY: the cell is reached through `with`, which asks for the GIL, and `peek`, whose caller has it. So no two threads are at
-// the cell, its flag included, at once, and what one leaves there the next one sees: the GIL's handover is a lock's. A closure
-// that let the GIL go would have another thread's borrow fail, not alias.
+// SAFETY: the cell is reached through `with`, which asks for the GIL, and `peek`, whose caller has
+// it. So no two threads are at the cell, its flag included, at once, and what one leaves there the
+// next one sees: the GIL's handover is a lock's. A closure that let the GIL go would have another
+// thread's borrow fail, not alias.
 #[cfg(not(Py_GIL_DISABLED))]
 unsafe impl<T: Send> Sync for Attached<T> {}
 

@@ -1,4 +1,5 @@
-//! What callbacks return: nothing, mostly; what has to be awaited goes to whoever can await it, or is refused.
+//! What callbacks return: nothing, mostly; what has to be awaited goes to whoever can await it, or
+//! is refused.
 
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -7,7 +8,8 @@ use pyo3::types::{PyBool, PyBytes, PyFloat, PyInt, PyString};
 use super::ending::import;
 use super::event_manager::PyEventManager;
 
-/// Whether a value does nothing unless it is awaited or iterated. The usual values are found quickly.
+/// Whether a value does nothing unless it is awaited or iterated. The usual values are found
+/// quickly.
 fn may_wait(value: &Bound<'_, PyAny>) -> PyResult<bool> {
     if value.is_none()
         || value.is_exact_instance_of::<PyInt>()
@@ -56,13 +58,13 @@ pub(super) fn refuse_awaitable(
 impl PyEventManager {
     /// `run_forever` inside a running asyncio loop, which stays responsive.
     ///
-    /// A subscriber's `process` may be a coroutine function: it runs as a task, and its exception ends the run. Coroutines
-    /// that still run after `stop` have a second to come to their end; those that do not are cancelled, and the asyncio
-    /// loop's exception handler is told which.
+    /// A subscriber's `process` may be a coroutine function: it runs as a task, and its exception
+    /// ends the run. Coroutines that still run after `stop` have a second to come to their end;
+    /// those that do not are cancelled, and the asyncio loop's exception handler is told which.
     ///
     /// Raises:
-    ///     StateError: the manager is hosted or in a run already.
-    ///     Exception: the first exception of a callback or a coroutine. The others are in its notes and go to the asyncio
+    ///     StateError: the manager is hosted or in a run already. Exception: the first exception of
+    ///     a callback or a coroutine. The others are in its notes and go to the asyncio
     ///         loop's exception handler.
     fn run_async<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
         slf.get().check()?;

@@ -1,5 +1,6 @@
-//! What lies between a dispatch and its delivery to Python: the events fetched for Python objects, each by the token
-//! of its subscriber. Filled under the crate manager's lock, where no Python code may run.
+//! What lies between a dispatch and its delivery to Python: the events fetched for Python objects,
+//! each by the token of its subscriber. Filled under the crate manager's lock, where no Python code
+//! may run.
 
 use std::cell::UnsafeCell;
 use std::hash::Hasher;
@@ -24,12 +25,13 @@ pub(super) trait Drain: Send + Sync + std::fmt::Debug {
     fn take(&self) -> io::Result<u64>;
 }
 
-/// The events that dispatches have fetched for Python. The crate manager's lock, under which its subscribers are called,
-/// guards them: another one would have to be taken for each event.
+/// The events that dispatches have fetched for Python. The crate manager's lock, under which its
+/// subscribers are called, guards them: another one would have to be taken for each event.
 #[derive(Debug, Default)]
 pub(super) struct Fetched(UnsafeCell<Vec<Ready>>);
 
-// SAFETY: the callers of both methods hold the same lock, so no two threads are at the vector at once.
+// SAFETY: the callers of both methods hold the same lock, so no two threads are at the vector at
+// once.
 unsafe impl Sync for Fetched {}
 
 impl Fetched {

@@ -83,12 +83,13 @@ pub(super) fn init(
     refuse_awaitable(&returned?, || Ok(format!("{}.init", subscriber.get_type().qualname()?)))
 }
 
-/// Call `process(events, ops)` for what was fetched, then make the calls that are due and those that other threads have asked
-/// for. On the thread that turns the loop.
-/// Returns how many events and calls that were due there were, of so many fetched. Those whose subscriber, or its interest, had
-/// gone since are none.
+/// Call `process(events, ops)` for what was fetched, then make the calls that are due and those
+/// that other threads have asked for. On the thread that turns the loop. Returns how many events
+/// and calls that were due there were, of so many fetched. Those whose subscriber, or its interest,
+/// had gone since are none.
 ///
-/// The first exception ends the delivery. What was fetched behind it is reported again by the next dispatch.
+/// The first exception ends the delivery. What was fetched behind it is reported again by the next
+/// dispatch.
 pub(super) fn deliver(
     manager: &Bound<'_, PyEventManager>,
     delivery: &mut Delivery,
@@ -182,16 +183,17 @@ fn process(
     result
 }
 
-/// Wait until this time at most and dispatch; returns how many events were fetched: none also after a kick or a signal.
-/// Without the GIL.
+/// Wait until this time at most and dispatch; returns how many events were fetched: none also after
+/// a kick or a signal. Without the GIL.
 pub(super) fn wait(core: &EventManager, deadline: Option<Instant>) -> PyResult<usize> {
     let fetched =
         wakeup::wait(deadline, |until, interrupt| core.wait_until(until, interrupt).transpose())?;
     Ok(fetched.unwrap_or(Ok(0))?)
 }
 
-/// A turn of a machine's loop: wait until this time at most, dispatch and deliver, or wait until the thread of another machine
-/// has done so; then raise what vCPU threads have left, and run Python's signal handlers. Without the GIL.
+/// A turn of a machine's loop: wait until this time at most, dispatch and deliver, or wait until
+/// the thread of another machine has done so; then raise what vCPU threads have left, and run
+/// Python's signal handlers. Without the GIL.
 pub(super) fn turn(
     manager: &Py<PyEventManager>,
     raised: &Raised,
@@ -228,14 +230,15 @@ pub(super) fn kick(handler: &Py<PyAny>) -> PyResult<()> {
     )
 }
 
-/// A vCPU thread's Python thread state, kept from one callback to the next: making one takes microseconds.
+/// A vCPU thread's Python thread state, kept from one callback to the next: making one takes
+/// microseconds.
 struct KeptState(ffi::PyGILState_STATE, *mut ffi::PyThreadState);
 
 impl KeptState {
     fn new() -> Self {
         guard_thread();
-        // SAFETY: the interpreter is there: this is a callback of one of its objects. If it ends meanwhile the thread sleeps
-        // in here. The GIL is let go again by the same thread.
+        // SAFETY: the interpreter is there: this is a callback of one of its objects. If it ends
+        // meanwhile the thread sleeps in here. The GIL is let go again by the same thread.
         unsafe {
             let state = ffi::PyGILState_Ensure();
             Self(state, ffi::PyEval_SaveThread())
@@ -245,7 +248,8 @@ impl KeptState {
 
 impl Drop for KeptState {
     fn drop(&mut self) {
-        // SAFETY: on the thread that made it, as it ends; whoever waits for that has let the GIL go.
+        // SAFETY: on the thread that made it, as it ends; whoever waits for that has let the GIL
+        // go.
         unsafe {
             ffi::PyEval_RestoreThread(self.1);
             ffi::PyGILState_Release(self.0);
@@ -265,8 +269,8 @@ fn on_vcpu_thread<T>(
     KEPT.with(|_kept| attach(|py| call_out(py, call).unwrap_or_else(|error| otherwise(py, error))))
 }
 
-/// Make a call of the program's in the midst of native work. A child that it has forked ends where it returns: the work, and
-/// what it has locked, is the parent's.
+/// Make a call of the program's in the midst of native work. A child that it has forked ends where
+/// it returns: the work, and what it has locked, is the parent's.
 fn call_out<T>(py: Python<'_>, call: impl FnOnce(Python<'_>) -> PyResult<T>) -> PyResult<T> {
     let process = Birthplace::here();
     let result = call(py);
@@ -276,7 +280,8 @@ fn call_out<T>(py: Python<'_>, call: impl FnOnce(Python<'_>) -> PyResult<T>) -> 
     result
 }
 
-/// End the process that a callback has forked and returned in: it has this thread alone, and the machine is its parent's.
+/// End the process that a callback has forked and returned in: it has this thread alone, and the
+/// machine is its parent's.
 fn leave_fork(py: Python<'_>, error: Option<PyErr>) -> ! {
     let callbacks = import(py, "pyvmm.callbacks");
     let left = callbacks.and_then(|callbacks| callbacks.call_method1("leave_fork", (error,)));
@@ -294,7 +299,8 @@ pub(super) enum Answer {
     Stop,
 }
 
-/// Call a device on the vCPU's thread; what it raises is left for the run, with the place in a note.
+/// Call a device on the vCPU's thread; what it raises is left for the run, with the place in a
+/// note.
 fn call_device(
     device: &PythonDevice,
     method: &'static str,
@@ -461,7 +467,8 @@ fn verdict(hooks: &Hooks, exit: &VcpuExit, said: &Bound<'_, PyAny>) -> PyResult<
     }
 }
 
-/// Tell a function how far a long call has come, and run Python's signal handlers. On the thread of that call.
+/// Tell a function how far a long call has come, and run Python's signal handlers. On the thread of
+/// that call.
 pub(super) fn progress(function: Option<&Py<PyAny>>, done: u64, total: u64) -> PyResult<()> {
     attach(|py| {
         if let Some(function) = function {

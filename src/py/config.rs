@@ -1,5 +1,5 @@
-//! From the Python configuration objects to the crate's `VmmConfig`: by attribute, with the place of what is
-//! wrong in the error.
+//! From the Python configuration objects to the crate's `VmmConfig`: by attribute, with the place
+//! of what is wrong in the error.
 
 use std::os::fd::RawFd;
 use std::path::PathBuf;
@@ -12,9 +12,10 @@ use pyo3::types::PyString;
 
 use super::ending::import;
 use crate::config::{
-    Boot, Code, CpuConfig, CpuMode, CpuTemplate, ExitPort, FlatBoot, LinuxBoot, MemoryConfig,
-    SerialConfig, SerialInput, SerialOutput, VmmConfig,
+    Boot, Code, ExitPort, FlatBoot, LinuxBoot, MemoryConfig, SerialConfig, SerialInput,
+    SerialOutput, VmmConfig,
 };
+use crate::cpu::{CpuConfig, CpuMode, CpuTemplate};
 use crate::devices::{Direction, duplicate, input_file};
 use crate::error::{Error, ErrorKind};
 
@@ -98,7 +99,8 @@ fn bad(at: impl Into<String>, detail: impl Into<String>) -> PyErr {
     Error::new(ErrorKind::Config, at, detail).into()
 }
 
-/// The crate's configuration. Files are opened and descriptors duplicated here: the machine owns its own.
+/// The crate's configuration. Files are opened and descriptors duplicated here: the machine owns
+/// its own.
 pub(super) fn from_python(config: &Bound<'_, PyAny>) -> PyResult<VmmConfig> {
     let py = config.py();
     if !config.is_instance(classes(py)?.config.bind(py))? {

@@ -1,5 +1,5 @@
-//! Context variables: each callback of a loop runs in the context in which it was registered or asked for, as in asyncio, and
-//! leaves the one of the loop's caller as it is.
+//! Context variables: each callback of a loop runs in the context in which it was registered or
+//! asked for, as in asyncio, and leaves the one of the loop's caller as it is.
 
 use std::ptr;
 
@@ -49,7 +49,8 @@ impl Context {
         &self.0
     }
 
-    /// Call in it. Where it is entered already, by the callback that called back into the loop, a copy has to do.
+    /// Call in it. Where it is entered already, by the callback that called back into the loop, a
+    /// copy has to do.
     pub(super) fn run<T>(&self, py: Python<'_>, call: impl FnOnce() -> PyResult<T>) -> PyResult<T> {
         // SAFETY: a context, with the GIL held.
         if unsafe { PyContext_Enter(self.0.as_ptr()) } == 0 {

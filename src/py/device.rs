@@ -1,4 +1,5 @@
-//! A Python object as a device on a machine's buses. The accesses come on vCPU threads, through `callback`.
+//! A Python object as a device on a machine's buses. The accesses come on vCPU threads, through
+//! `callback`.
 
 use std::sync::Arc;
 

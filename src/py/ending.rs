@@ -1,8 +1,10 @@
-//! The end of the interpreter, which threads may outlive: those of vCPUs, and daemon threads that are inside the binding.
+//! The end of the interpreter, which threads may outlive: those of vCPUs, and daemon threads that
+//! are inside the binding.
 //!
-//! Once CPython finalizes, it ends every other thread that asks for the GIL with `pthread_exit(3)` (3.14 and newer leave such a
-//! thread asleep). That unwinds the thread's stack by force, and Rust aborts the process when its frames are reached. So every
-//! thread that enters the binding registers a cleanup handler, which the C library calls before it unwinds the first frame: the
+//! Once CPython finalizes, it ends every other thread that asks for the GIL with `pthread_exit(3)`
+//! (3.14 and newer leave such a thread asleep). That unwinds the thread's stack by force, and Rust
+//! aborts the process when its frames are reached. So every thread that enters the binding
+//! registers a cleanup handler, which the C library calls before it unwinds the first frame: the
 //! handler puts the thread to sleep until the process ends.
 
 use std::cell::UnsafeCell;
@@ -63,8 +65,9 @@ pub(super) fn is_ending() -> bool {
 
 /// A thread's registration, with the buffer at an address that does not change.
 ///
-/// The C library calls a handler as soon as it unwinds past the address of its buffer on the stack. This buffer is on the heap,
-/// which it takes for the outside of the frames that are left: the handler is called before the first of them is unwound.
+/// The C library calls a handler as soon as it unwinds past the address of its buffer on the stack.
+/// This buffer is on the heap, which it takes for the outside of the frames that are left: the
+/// handler is called before the first of them is unwound.
 struct Registration(Box<UnsafeCell<CleanupBuffer>>);
 
 impl Registration {
@@ -72,7 +75,8 @@ impl Registration {
         let (argument, previous) = (ptr::null_mut(), ptr::null_mut());
         let buffer = CleanupBuffer { routine: None, argument, cancel_type: 0, previous };
         let buffer = Box::new(UnsafeCell::new(buffer));
-        // SAFETY: the buffer stays where it is until this thread takes it back as it ends. The C library alone uses it.
+        // SAFETY: the buffer stays where it is until this thread takes it back as it ends. The C
+        // library alone uses it.
         unsafe { _pthread_cleanup_push(buffer.get(), stay, ptr::null_mut()) };
         Self(buffer)
     }
@@ -80,7 +84,8 @@ impl Registration {
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        // SAFETY: on the thread that registered it, which has left every frame that could have registered others.
+        // SAFETY: on the thread that registered it, which has left every frame that could have
+        // registered others.
         unsafe { _pthread_cleanup_pop(self.0.get(), 0) };
     }
 }
@@ -89,7 +94,8 @@ thread_local! {
     static REGISTRATION: Registration = Registration::new();
 }
 
-/// The C library's exit of a thread has begun. Where Python ends, that is where the thread stays; any other goes on.
+/// The C library's exit of a thread has begun. Where Python ends, that is where the thread stays;
+/// any other goes on.
 extern "C" fn stay(_argument: *mut c_void) {
     // Relaxed: as in `is_ending`.
     if is_ending() || IS_FINALIZING.load(Ordering::Relaxed).is_null() {
@@ -112,7 +118,8 @@ pub(super) fn guard_thread() {
 }
 
 /// # Errors
-/// [`ErrorKind::State`] where the interpreter ends: other threads sleep, so nothing can be waited for.
+/// [`ErrorKind::State`] where the interpreter ends: other threads sleep, so nothing can be waited
+/// for.
 pub(super) fn check() -> Result<()> {
     guard_thread();
     if !is_ending() {
@@ -121,7 +128,8 @@ pub(super) fn check() -> Result<()> {
     Err(Error::new(ErrorKind::State, "pyvmm", "the interpreter is ending: nothing runs any more"))
 }
 
-/// Import a module, which runs Python code: as everything that does so, on a thread that is guarded.
+/// Import a module, which runs Python code: as everything that does so, on a thread that is
+/// guarded.
 pub(super) fn import<'py>(
     py: Python<'py>,
     name: impl IntoPyObject<'py, Target = PyString>,

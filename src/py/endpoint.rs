@@ -1,7 +1,7 @@
 //! `RemoteEndpoint` for Python: calls made on the loop's thread from any other.
 //!
-//! Upstream's endpoint calls inside a dispatch, under the manager's lock, where no Python code may run. Here the calls
-//! wait in a queue beside the fetched events and are made after them.
+//! Upstream's endpoint calls inside a dispatch, under the manager's lock, where no Python code may
+//! run. Here the calls wait in a queue beside the fetched events and are made after them.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -56,8 +56,8 @@ impl Call {
     }
 }
 
-/// Whether an exception is the whole program's to hear, and not only that of whoever asked for the call: Ctrl-C, for one, comes
-/// in whatever the main thread does.
+/// Whether an exception is the whole program's to hear, and not only that of whoever asked for the
+/// call: Ctrl-C, for one, comes in whatever the main thread does.
 fn is_everyones(py: Python<'_>, error: &PyErr) -> bool {
     error.is_instance_of::<PyKeyboardInterrupt>(py) || error.is_instance_of::<PySystemExit>(py)
 }
@@ -160,9 +160,11 @@ pub(super) fn check_callable(function: &Bound<'_, PyAny>) -> PyResult<()> {
 
 #[pymethods]
 impl PyRemoteEndpoint {
-    /// Call a function with the manager, on the loop's thread; its value, or its exception, comes back here.
+    /// Call a function with the manager, on the loop's thread; its value, or its exception, comes
+    /// back here.
     ///
-    /// On the loop's own thread it is called at once. Else some thread has to be in a run of the loop.
+    /// On the loop's own thread it is called at once. Else some thread has to be in a run of the
+    /// loop.
     ///
     /// Raises:
     ///     TimeoutError: the call was not made within so many seconds; it may still be made.
@@ -201,7 +203,8 @@ impl PyRemoteEndpoint {
         }
     }
 
-    /// Have a function called with the manager on the loop's thread. Its exception ends the run there.
+    /// Have a function called with the manager on the loop's thread. Its exception ends the run
+    /// there.
     fn fire(&self, function: &Bound<'_, PyAny>) -> PyResult<()> {
         self.0.get().check()?;
         check_callable(function)?;

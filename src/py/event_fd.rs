@@ -1,5 +1,5 @@
-//! `EventFd`: eventfd(2) as a Python object. The descriptor is shared, so that a close while another thread
-//! reads leaves that read its descriptor.
+//! `EventFd`: eventfd(2) as a Python object. The descriptor is shared, so that a close while
+//! another thread reads leaves that read its descriptor.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -14,21 +14,22 @@ use super::attached::Attached;
 use super::batch::Drain;
 use super::ending::import;
 use super::reader::Reader;
-use crate::event::{is_blocking, read_count, take_count};
+use crate::poll::{is_blocking, read_count, take_count};
 
 /// A counter that the kernel keeps behind a file descriptor: eventfd(2).
 ///
 /// Args:
-///     initial: the count it starts with, 0 to 2^64 - 2.
-///     nonblocking: `read` of an empty counter and `write` to a full one raise BlockingIOError; else they wait.
-///     semaphore: `read` takes one at a time instead of all.
+///     initial: the count it starts with, 0 to 2^64 - 2. nonblocking: `read` of an empty counter
+///     and `write` to a full one raise BlockingIOError; else they wait. semaphore: `read` takes one
+///     at a time instead of all.
 #[pyclass(frozen, weakref, name = "EventFd", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyEventFd {
     fd: Attached<Option<Arc<EventFd>>>,
     /// Its calls return at once: the GIL is not worth letting go.
     nonblocking: bool,
-    /// So much was written that a write may have to wait, where somebody has made the descriptor blocking.
+    /// So much was written that a write may have to wait, where somebody has made the descriptor
+    /// blocking.
     may_be_full: AtomicBool,
     /// The task that iterates it.
     reader: Reader,
@@ -124,7 +125,8 @@ impl PyEventFd {
         if self.nonblocking {
             match self.call_now(py, |fd| take_count(fd.as_raw_fd()))? {
                 Ok(count) => return Ok(count),
-                // Somebody may have made the descriptor blocking since: then it waits as one that was made so.
+                // Somebody may have made the descriptor blocking since: then it waits as one that
+                // was made so.
                 Err(e) if e.kind() != io::ErrorKind::WouldBlock => return Err(os_error(&e)),
                 Err(e) if !is_blocking(self.open(py)?.as_raw_fd()) => return Err(os_error(&e)),
                 Err(_) => {}
@@ -158,7 +160,8 @@ impl PyEventFd {
         Ok(self.open(py)?.as_raw_fd())
     }
 
-    /// Close the descriptor, which ends an `async for` over it. A `read` that waits in another thread keeps it until it returns.
+    /// Close the descriptor, which ends an `async for` over it. A `read` that waits in another
+    /// thread keeps it until it returns.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         drop(self.fd.with(py, Option::take));
         self.reader.end(py)

@@ -1,5 +1,6 @@
-//! `EventManager` for Python: the crate's manager, the Python objects subscribed to it, and the queue between
-//! them. A dispatch only queues what is for Python; `callback::deliver` calls the objects after it.
+//! `EventManager` for Python: the crate's manager, the Python objects subscribed to it, and the
+//! queue between them. A dispatch only queues what is for Python; `callback::deliver` calls the
+//! objects after it.
 
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -30,8 +31,8 @@ use crate::trace;
 
 /// Subscribers, and the loop that dispatches events to them by file descriptor.
 ///
-/// One thread at a time turns the loop; any thread may add and remove subscribers meanwhile. It needs no
-/// machine and no /dev/kvm.
+/// One thread at a time turns the loop; any thread may add and remove subscribers meanwhile. It
+/// needs no machine and no /dev/kvm.
 #[pyclass(frozen, weakref, name = "EventManager", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyEventManager {
@@ -294,7 +295,8 @@ impl PyEventManager {
         Ok(Self::over(Arc::new(EventManager::new()?)))
     }
 
-    /// Register an object with `init(ops)` and `process(events, ops)`; calls its `init` before it returns.
+    /// Register an object with `init(ops)` and `process(events, ops)`; calls its `init` before it
+    /// returns.
     ///
     /// Raises:
     ///     TypeError: a method is missing.
@@ -345,8 +347,8 @@ impl PyEventManager {
 
     /// Wait for events, dispatch them once, and return how many there were.
     ///
-    /// The first exception of a callback ends the dispatch and comes out of here. Level-triggered events
-    /// behind it are reported again by the next run.
+    /// The first exception of a callback ends the dispatch and comes out of here. Level-triggered
+    /// events behind it are reported again by the next run.
     ///
     /// Raises:
     ///     StateError: another thread, or a callback's caller, is in `run`.
@@ -400,10 +402,12 @@ impl PyEventManager {
         PyRemoteEndpoint::of(slf)
     }
 
-    /// Decorate a function to be called with each event of a source; `data` and `drain` are as for `Events`.
+    /// Decorate a function to be called with each event of a source; `data` and `drain` are as for
+    /// `Events`.
     ///
-    /// The function gets the attributes `subscriber_id`, for `remove_subscriber`, and `subscriber_ids`, which has those of
-    /// the decorators beneath too. In place of what takes no attributes, as a method, comes a callable that does.
+    /// The function gets the attributes `subscriber_id`, for `remove_subscriber`, and
+    /// `subscriber_ids`, which has those of the decorators beneath too. In place of what takes no
+    /// attributes, as a method, comes a callable that does.
     #[pyo3(signature = (source, event_set = EventSet::IN.bits(), data = 0, *, drain = false))]
     fn on<'py>(
         slf: &Bound<'py, Self>,
@@ -431,7 +435,8 @@ impl PyEventManager {
         self.calls.take_stop()
     }
 
-    /// A file descriptor for other loops to wait on: readable when an event is ready. The same as long as the manager lives.
+    /// A file descriptor for other loops to wait on: readable when an event is ready. The same as
+    /// long as the manager lives.
     ///
     /// Raises:
     ///     StateError: in a forked child, whose parent's it is.
@@ -445,7 +450,8 @@ impl PyEventManager {
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {
-        // A lock is held by another thread only while that one has let the GIL go, and for no Python object's sake.
+        // A lock is held by another thread only while that one has let the GIL go, and for no
+        // Python object's sake.
         self.subscribers.traverse(&visit)?;
         if self.core.check_process().is_err() {
             return Ok(());

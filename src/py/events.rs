@@ -41,9 +41,9 @@ pub(super) fn descriptor(source: &Bound<'_, PyAny>) -> PyResult<RawFd> {
 ///
 /// Args:
 ///     source: an int, or an object with `fileno()`; it is kept alive while it is registered.
-///     event_set: what to watch for.
-///     data: a number from 0 to 2^32 - 1 that comes back with each event.
-///     drain: read the source, a nonblocking `EventFd` or a `TimerFd`, before each call of the subscriber, which
+///     event_set: what to watch for. data: a number from 0 to 2^32 - 1 that comes back with each
+///     event. drain: read the source, a nonblocking `EventFd` or a `TimerFd`, before each call of
+///     the subscriber, which
 ///         finds what was read in `count`. The source stays open while it is registered.
 ///
 /// Raises:
@@ -121,7 +121,8 @@ impl PyEvents {
         Ok(Self::new_with(events, Some(source.clone().unbind()), drain))
     }
 
-    /// What was read of a source watched with `drain`: an eventfd's count, a timer's expirations. Else None.
+    /// What was read of a source watched with `drain`: an eventfd's count, a timer's expirations.
+    /// Else None.
     #[getter]
     fn count(&self) -> Option<u64> {
         Some(self.count.load(Ordering::Relaxed)).filter(|count| *count != NOT_DRAINED)
@@ -184,12 +185,14 @@ impl PySubscriberId {
 
 /// Changes what a subscriber watches.
 ///
-/// One passed to `init` or `process` is usable only during that call; later use raises RuntimeError. One from
-/// `EventManager.event_ops` is usable as long as its subscriber is registered.
+/// One passed to `init` or `process` is usable only during that call; later use raises
+/// RuntimeError. One from `EventManager.event_ops` is usable as long as its subscriber is
+/// registered.
 #[pyclass(frozen, name = "EventOps", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyEventOps {
-    /// The manager whose call is in progress, or null. Its caller holds the manager through the call.
+    /// The manager whose call is in progress, or null. Its caller holds the manager through the
+    /// call.
     manager: AtomicPtr<ffi::PyObject>,
     /// The subscriber that is called.
     token: AtomicU64,
@@ -237,8 +240,8 @@ impl PyEventOps {
 
     fn target(&self, py: Python<'_>) -> PyResult<Target> {
         let manager = self.manager.load(Ordering::Relaxed);
-        // SAFETY: null, or a manager that `begin` was given and that its caller holds until the call has ended: the
-        // call sets null when it ends, with the GIL held, which we hold here.
+        // SAFETY: null, or a manager that `begin` was given and that its caller holds until the
+        // call has ended: the call sets null when it ends, with the GIL held, which we hold here.
         let called = unsafe { Bound::from_borrowed_ptr_or_opt(py, manager) };
         let called = called.map(Bound::cast_into::<PyEventManager>).transpose()?;
         match called.or_else(|| self.own.as_ref().map(|own| own.bind(py).clone())) {
@@ -261,7 +264,8 @@ impl PyEventOps {
     /// Watch a file descriptor.
     ///
     /// Raises:
-    ///     EventError: it is registered already, closed, or a regular file, which epoll does not watch.
+    ///     EventError: it is registered already, closed, or a regular file, which epoll does not
+    ///     watch.
     pub(super) fn add(&self, py: Python<'_>, events: &Bound<'_, PyAny>) -> PyResult<()> {
         let Target { manager, token, id } = self.target(py)?;
         let (manager, events) = (manager.get(), as_events(events)?);
@@ -284,7 +288,8 @@ impl PyEventOps {
         Ok(())
     }
 
-    /// Stop watching a file descriptor of this subscriber. By number or `Events` it may be closed already.
+    /// Stop watching a file descriptor of this subscriber. By number or `Events` it may be closed
+    /// already.
     ///
     /// Raises:
     ///     EventError: it is not this subscriber's.

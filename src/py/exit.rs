@@ -25,7 +25,8 @@ pub(super) fn to_python<'py>(py: Python<'py>, exit: &Exit) -> PyResult<Bound<'py
     ))
 }
 
-/// A `pyvmm.Exit` of a run that a callback has ended with `Stop(value)`, or the text that the port was to stop at.
+/// A `pyvmm.Exit` of a run that a callback has ended with `Stop(value)`, or the text that the port
+/// was to stop at.
 pub(super) fn stopped<'py>(
     py: Python<'py>,
     vcpu: Option<u64>,

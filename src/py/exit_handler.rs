@@ -1,4 +1,5 @@
-//! `VmmExitHandler` and `WrappedExitHandler` for Python: shared with the machine, usable in any event manager.
+//! `VmmExitHandler` and `WrappedExitHandler` for Python: shared with the machine, usable in any
+//! event manager.
 
 use std::sync::Arc;
 
@@ -14,7 +15,8 @@ use crate::event::BoxedSubscriber;
 use crate::exit_handler::{ExitHandler, VmmExitHandler, WrappedExitHandler};
 use crate::sync::{Mutex, rank};
 
-/// Stops a run loop: an `exit_event` that a kick writes and a `keep_running` flag that the loop reads.
+/// Stops a run loop: an `exit_event` that a kick writes and a `keep_running` flag that the loop
+/// reads.
 ///
 /// A subscriber: on IN it clears the flag, on ERROR it removes itself.
 #[pyclass(frozen, weakref, name = "VmmExitHandler", module = "pyvmm")]
@@ -60,7 +62,8 @@ impl Shared {
     }
 }
 
-/// The crate's own subscriber behind a Python object, if it is one: then no Python code runs for it.
+/// The crate's own subscriber behind a Python object, if it is one: then no Python code runs for
+/// it.
 pub(super) fn as_native_subscriber(object: &Bound<'_, PyAny>) -> PyResult<Option<BoxedSubscriber>> {
     let handler = if let Ok(wrapped) = object.cast::<PyWrappedExitHandler>() {
         wrapped.get().0.get()?

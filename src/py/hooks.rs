@@ -1,5 +1,5 @@
-//! Exit hooks: Python functions that look at a machine's exits before they are answered. They are kept here, and called
-//! through `callback` on the thread of the vCPU that exited.
+//! Exit hooks: Python functions that look at a machine's exits before they are answered. They are
+//! kept here, and called through `callback` on the thread of the vCPU that exited.
 
 use std::sync::Arc;
 
@@ -67,7 +67,8 @@ impl Hooks {
         }
         let Some(at) = at.and_then(|at| known.get(at)) else { return Ok(false) };
         self.change(kind, |now| {
-            // By then another thread may have removed it. One that was added twice is asked once more.
+            // By then another thread may have removed it. One that was added twice is asked once
+            // more.
             let gone = now.iter().position(|other| other.is(at));
             let others = now.iter().enumerate().filter(|(number, _)| Some(*number) != gone);
             others.map(|(_, other)| other.clone_ref(py)).collect()
@@ -119,7 +120,8 @@ impl Hooks {
 
     pub(super) fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
         if let Some(functions) = self.functions.try_lock() {
-            // An Arc that a call holds too is visited too seldom: then the machine runs, and is no garbage.
+            // An Arc that a call holds too is visited too seldom: then the machine runs, and is no
+            // garbage.
             functions.iter().flat_map(|of_kind| of_kind.iter()).try_for_each(|f| visit.call(f))?;
         }
         Ok(())

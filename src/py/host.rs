@@ -5,9 +5,9 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
 use crate::boot;
-use crate::cpu::cpuid;
+use crate::cpu::{self, cpuid};
+use crate::kvm::open_kvm;
 use crate::vcpu;
-use crate::vm::open_kvm;
 
 /// The capabilities that pyvmm uses or reports, by their names in the kernel's documentation.
 const CAPABILITIES: [(&str, Cap); 16] = [
@@ -49,7 +49,7 @@ pub(crate) fn kvm_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
 /// Names of CPUID features that `CpuConfig.hide` and `expose` know.
 #[pyfunction]
 pub(crate) fn cpu_features() -> Vec<&'static str> {
-    cpuid::feature_names().collect()
+    cpu::feature_names().collect()
 }
 
 /// The machine code of the guest inside the package.
@@ -67,8 +67,9 @@ pub(crate) fn kick_signal() -> PyResult<i32> {
     Ok(vcpu::kick_signal()?)
 }
 
-/// Choose that signal, before the first machine is made. Without a choice it is the first real-time signal that has no
-/// handler then. A handler that the signal has already is called for every signal that is no kick.
+/// Choose that signal, before the first machine is made. Without a choice it is the first real-time
+/// signal that has no handler then. A handler that the signal has already is called for every
+/// signal that is no kick.
 ///
 /// Raises:
 ///     ConfigError: the signal cannot be used for this.

@@ -1,4 +1,5 @@
-//! What a `Vmm` for Python has in the event loop that its runs turn, until it is closed. With the GIL held.
+//! What a `Vmm` for Python has in the event loop that its runs turn, until it is closed. With the
+//! GIL held.
 
 use pyo3::prelude::*;
 

@@ -1,7 +1,8 @@
 //! The import of the module, into the main interpreter alone.
 //!
-//! Classes and cached objects are one for the process, and the threads of vCPUs call Python in the main interpreter: a
-//! subinterpreter's objects must reach neither. So it is refused before anything is made in it.
+//! Classes and cached objects are one for the process, and the threads of vCPUs call Python in the
+//! main interpreter: a subinterpreter's objects must reach neither. So it is refused before
+//! anything is made in it.
 
 use pyo3::exceptions::PyImportError;
 use pyo3::ffi;
@@ -41,7 +42,8 @@ pub unsafe extern "C" fn PyInit__pyvmm() -> *mut ffi::PyObject {
     }
 }
 
-/// The module has been made. Python 3.13 and newer make the definition in the main interpreter in any case.
+/// The module has been made. Python 3.13 and newer make the definition in the main interpreter in
+/// any case.
 pub(crate) fn prepare() -> PyResult<()> {
     super::ending::prepare();
     check()

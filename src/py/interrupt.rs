@@ -6,7 +6,8 @@ use super::attach::attach;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::{Mutex, rank};
 
-/// Make a long call without the GIL that runs Python's signal handlers now and then. What one raises comes out of it.
+/// Make a long call without the GIL that runs Python's signal handlers now and then. What one
+/// raises comes out of it.
 pub(super) fn interruptible<T: Send>(
     py: Python<'_>,
     call: impl FnOnce(&dyn Fn() -> Result<()>) -> Result<T> + Send,

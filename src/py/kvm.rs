@@ -9,7 +9,7 @@ use pyo3::types::PyTuple;
 
 use super::vcpu::cpuid_entries;
 use crate::error::Error;
-use crate::vm::open_kvm;
+use crate::kvm::open_kvm;
 
 /// KVM's system interface: /dev/kvm.
 ///
@@ -32,7 +32,8 @@ impl PyKvm {
         self.0.get_api_version()
     }
 
-    /// What KVM_CHECK_EXTENSION says of a capability, by number or as `Cap`: 0 where KVM has it not, else more.
+    /// What KVM_CHECK_EXTENSION says of a capability, by number or as `Cap`: 0 where KVM has it
+    /// not, else more.
     fn check_extension(&self, capability: u32) -> PyResult<i32> {
         let answer = self.0.check_extension_raw(libc::c_ulong::from(capability));
         if answer >= 0 {
@@ -41,7 +42,8 @@ impl PyKvm {
         Err(Error::kvm("KVM_CHECK_EXTENSION", kvm_ioctls::Error::last()).into())
     }
 
-    /// What CPUID can say to a guest on this machine: a tuple of `CpuidEntry`, as `Vcpu.cpuid` takes it.
+    /// What CPUID can say to a guest on this machine: a tuple of `CpuidEntry`, as `Vcpu.cpuid`
+    /// takes it.
     #[getter]
     fn supported_cpuid<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
         let table = self
@@ -51,7 +53,8 @@ impl PyKvm {
         cpuid_entries(py, table.as_slice())
     }
 
-    /// The numbers of the model-specific registers that belong to a guest's state: KVM_GET_MSR_INDEX_LIST.
+    /// The numbers of the model-specific registers that belong to a guest's state:
+    /// KVM_GET_MSR_INDEX_LIST.
     #[getter]
     fn msr_list<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
         let list =

@@ -1,5 +1,6 @@
-//! Machines that share a loop turn it on a thread each, but only one of them at a time fetches events and delivers them:
-//! what is ready is delivered once. The others wait until it has made its turn.
+//! Machines that share a loop turn it on a thread each, but only one of them at a time fetches
+//! events and delivers them: what is ready is delivered once. The others wait until it has made its
+//! turn.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -40,7 +41,8 @@ impl Lead {
     /// Begin a turn, unless another thread makes one.
     pub(super) fn begin(&self) -> Option<Leading<'_>> {
         let (this, birthplace) = (this_thread(), Birthplace::here());
-        // Acquire: what the last leader has done is seen. SeqCst besides, for one order with `waiting`.
+        // Acquire: what the last leader has done is seen. SeqCst besides, for one order with
+        // `waiting`.
         match self.leader.compare_exchange(0, this, Ordering::SeqCst, Ordering::SeqCst) {
             Ok(_) => Some(Leading { lead: self, is_inner: false, birthplace }),
             Err(leader) if leader == this => {
@@ -50,12 +52,14 @@ impl Lead {
         }
     }
 
-    /// Wait until the turn in progress has been made, or this time at most. Without the GIL: the turn may need it.
+    /// Wait until the turn in progress has been made, or this time at most. Without the GIL: the
+    /// turn may need it.
     pub(super) fn wait(&self, deadline: Option<Instant>) {
         let slice = Instant::now() + SLICE;
         let until = deadline.map_or(slice, |deadline| deadline.min(slice));
         let mut lock = self.lock.lock();
-        // SeqCst, here and at the end of a turn: either that one sees somebody waiting, or the leader is found gone.
+        // SeqCst, here and at the end of a turn: either that one sees somebody waiting, or the
+        // leader is found gone.
         self.waiting.fetch_add(1, Ordering::SeqCst);
         if self.leader.load(Ordering::SeqCst) != 0 {
             self.changed.wait_until(&mut lock, until);

@@ -1,5 +1,6 @@
-//! What tells a pool whether a machine may go to another job: what the program has done to it that a reset does not take back,
-//! and whether anybody still holds an object that leads to it. With the GIL held, or while somebody who holds it waits.
+//! What tells a pool whether a machine may go to another job: what the program has done to it that
+//! a reset does not take back, and whether anybody still holds an object that leads to it. With the
+//! GIL held, or while somebody who holds it waits.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,7 +12,8 @@ struct Traces {
     has_handed_out: AtomicBool,
 }
 
-/// Every object of Python's that leads to a machine has one. An object that does not know better calls [`Self::hand_out`].
+/// Every object of Python's that leads to a machine has one. An object that does not know better
+/// calls [`Self::hand_out`].
 #[derive(Clone, Debug, Default)]
 pub(super) struct Tie {
     traces: Arc<Traces>,

@@ -40,8 +40,8 @@ pub(super) fn remember(py: Python<'_>, machine: Weak<dyn Close>) {
 
 /// Close every machine that is alive. `pyvmm` has this called at interpreter exit.
 ///
-/// It waits a second at most for callbacks in progress. The thread of one that takes longer goes to sleep when it asks for the
-/// GIL after that, as a daemon thread of Python's does.
+/// It waits a second at most for callbacks in progress. The thread of one that takes longer goes to
+/// sleep when it asks for the GIL after that, as a daemon thread of Python's does.
 #[pyfunction]
 pub(crate) fn close_all(py: Python<'_>) -> PyResult<()> {
     let live = LIVE.with(py, std::mem::take);

@@ -1,4 +1,5 @@
-//! `GuestMemory` for Python: bounds-checked copies, numbers and views, at any time, from any thread.
+//! `GuestMemory` for Python: bounds-checked copies, numbers and views, at any time, from any
+//! thread.
 
 use std::os::fd::{BorrowedFd, RawFd};
 use std::sync::Arc;
@@ -15,12 +16,13 @@ use super::memory_parts::{PyDirtyPages, PyMemorySlot, PyMemoryView as Exporter};
 use super::owned::Owned;
 use super::vcpu::PyVcpu;
 use crate::error::{Error, ErrorKind, Result};
-use crate::vm::{Backing, GuestMemory, Slot, anonymous, shared};
+use crate::memory::{Backing, GuestMemory, Slot, anonymous, shared};
 
 /// Copies of at least so many bytes are made without the GIL.
 const LARGE: usize = 1 << 16;
 
-/// The memory of a machine, by guest-physical address. Readable and writable at any time, from any thread.
+/// The memory of a machine, by guest-physical address. Readable and writable at any time, from any
+/// thread.
 ///
 /// Numbers are little-endian. An address or length is 0 to 2^64 - 1; others raise OverflowError.
 #[pyclass(frozen, weakref, name = "GuestMemory", module = "pyvmm")]
@@ -65,7 +67,8 @@ impl PyGuestMemory {
         self.bytes()
     }
 
-    /// The memory, for a change that a reset does not take back, and that is over when the call returns.
+    /// The memory, for a change that a reset does not take back, and that is over when the call
+    /// returns.
     fn changing(&self) -> Result<GuestMemory> {
         self.tie.change();
         self.bytes()
@@ -164,7 +167,8 @@ fn contiguous(buffer: &PyUntypedBuffer) -> PyResult<(Place, usize)> {
 impl PyGuestMemory {
     /// A copy of guest memory.
     ///
-    /// With a vCPU, which must not be running, the address is guest-virtual and goes through that vCPU's page tables.
+    /// With a vCPU, which must not be running, the address is guest-virtual and goes through that
+    /// vCPU's page tables.
     ///
     /// Raises:
     ///     GuestMemoryError: a byte of the range is not memory, or not mapped.
@@ -181,8 +185,8 @@ impl PyGuestMemory {
         // First, so that a length out of range allocates nothing.
         let pieces = pieces(py, &memory, (address, length), vcpu)?;
         let length = usize::try_from(length)?;
-        // SAFETY: a new bytes object that nobody else knows, filled before anybody can. A length over isize::MAX cannot
-        // be: the range has been found in memory.
+        // SAFETY: a new bytes object that nobody else knows, filled before anybody can. A length
+        // over isize::MAX cannot be: the range has been found in memory.
         unsafe {
             let size = pyo3::ffi::Py_ssize_t::try_from(length)?;
             let new = pyo3::ffi::PyBytes_FromStringAndSize(std::ptr::null(), size);
@@ -284,7 +288,8 @@ impl PyGuestMemory {
         copy(py, usize::try_from(length)?, || memory.fill(address, length, value))
     }
 
-    /// Where these bytes first stand, at or after `start` and wholly before `end`; None where they do not.
+    /// Where these bytes first stand, at or after `start` and wholly before `end`; None where they
+    /// do not.
     ///
     /// Raises:
     ///     ValueError: there are no bytes to look for.
@@ -306,8 +311,9 @@ impl PyGuestMemory {
 
     /// A memoryview of guest memory itself, without a copy. It has to lie in one memory slot.
     ///
-    /// The memory stays mapped as long as the view lives, also when the slot is removed or the machine closed. In a forked
-    /// child a view shows what the memory held, and what the child writes is the child's own.
+    /// The memory stays mapped as long as the view lives, also when the slot is removed or the
+    /// machine closed. In a forked child a view shows what the memory held, and what the child
+    /// writes is the child's own.
     ///
     /// Raises:
     ///     GuestMemoryError: a byte of the range is not memory, or the range lies in several slots.
@@ -322,7 +328,8 @@ impl PyGuestMemory {
         PyMemoryView::from(Bound::new(py, Exporter::of(view))?.as_any())
     }
 
-    /// A ctypes structure, union or array that lies in guest memory itself: `type.from_buffer(view(...))`.
+    /// A ctypes structure, union or array that lies in guest memory itself:
+    /// `type.from_buffer(view(...))`.
     ///
     /// Raises:
     ///     TypeError: it is no ctypes type.
@@ -344,14 +351,14 @@ impl PyGuestMemory {
     /// Add memory, also while the guest runs.
     ///
     /// Args:
-    ///     address: guest-physical start, at a page of 4 KiB.
-    ///     size: bytes, whole pages; not needed with a source.
-    ///     source: a file or memfd whose pages the guest shares with all who map them; None for zeroed pages.
-    ///     offset: where in the source the memory begins, at a page.
+    ///     address: guest-physical start, at a page of 4 KiB. size: bytes, whole pages; not needed
+    ///     with a source. source: a file or memfd whose pages the guest shares with all who map
+    ///     them; None for zeroed pages. offset: where in the source the memory begins, at a page.
     ///     read_only: the guest cannot write; what it writes is an MMIO access.
     ///
     /// Raises:
-    ///     GuestMemoryError: it overlaps other memory, a device, or what KVM itself has there; it is no whole number of
+    ///     GuestMemoryError: it overlaps other memory, a device, or what KVM itself has there; it
+    ///     is no whole number of
     ///         pages, or the source is shorter or open for reading only. Nothing is changed then.
     ///     KvmError: KVM refuses it.
     ///     StateError: the machine is closed.
@@ -401,7 +408,8 @@ impl PyGuestMemory {
         PyTuple::new(py, slots.into_iter().map(PyMemorySlot::of))
     }
 
-    /// Whether written pages are noted for `dirty`: KVM_MEM_LOG_DIRTY_PAGES. It costs the guest time.
+    /// Whether written pages are noted for `dirty`: KVM_MEM_LOG_DIRTY_PAGES. It costs the guest
+    /// time.
     #[getter]
     fn log_dirty(&self) -> PyResult<bool> {
         Ok(self.bytes()?.is_logging_dirty())
@@ -413,7 +421,8 @@ impl PyGuestMemory {
         Ok(py.detach(|| memory.log_dirty(is_on))?)
     }
 
-    /// The pages written since `log_dirty` was set or since the last call, by the guest and by calls of this object.
+    /// The pages written since `log_dirty` was set or since the last call, by the guest and by
+    /// calls of this object.
     ///
     /// What is written through a view is not noted.
     ///

@@ -7,7 +7,7 @@ use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
-use crate::vm::{DirtyPages, Slot, View};
+use crate::memory::{DirtyPages, Slot, View};
 
 /// A memory slot of a machine: KVM_SET_USER_MEMORY_REGION.
 #[pyclass(frozen, eq, name = "MemorySlot", module = "pyvmm")]
@@ -90,7 +90,8 @@ impl PyDirtyPages {
         self.0.iter().flat_map(DirtyPages::ranges).collect()
     }
 
-    /// For each slot's start one bit a page, the lowest bit of the first byte for the first page; whole 8 bytes.
+    /// For each slot's start one bit a page, the lowest bit of the first byte for the first page;
+    /// whole 8 bytes.
     #[getter]
     fn bitmaps<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let bitmaps = PyDict::new(py);
@@ -137,8 +138,8 @@ impl PyMemoryView {
             .map_err(|_| PyBufferError::new_err("the view is too long"))?;
         let readonly = c_int::from(!view.is_writable());
         let start = view.as_ptr().cast::<c_void>();
-        // SAFETY: the interpreter hands in a buffer to fill; the memory is mapped as long as this object lives, of which
-        // the buffer takes a reference.
+        // SAFETY: the interpreter hands in a buffer to fill; the memory is mapped as long as this
+        // object lives, of which the buffer takes a reference.
         let result =
             unsafe { ffi::PyBuffer_FillInfo(buffer, slf.as_ptr(), start, length, readonly, flags) };
         if result == 0 { Ok(()) } else { Err(PyErr::fetch(slf.py())) }

@@ -1,5 +1,5 @@
-//! The Python binding: the only code that names pyo3. One file for each class or two; `callback` alone is
-//! where the loop and the vCPU threads enter Python.
+//! The Python binding: the only code that names pyo3. One file for each class or two; `callback`
+//! alone is where the loop and the vCPU threads enter Python.
 
 mod attach;
 mod attached;

@@ -1,7 +1,9 @@
-//! What an object of the binding reaches, and the one way to it: not from a forked child, and not while the interpreter ends.
+//! What an object of the binding reaches, and the one way to it: not from a forked child, and not
+//! while the interpreter ends.
 //!
-//! Another thread may have held any lock at the fork, or may have been put to sleep in the middle of a run. So the way is
-//! refused before a lock is touched; and what cannot be reached is not dropped either.
+//! Another thread may have held any lock at the fork, or may have been put to sleep in the middle
+//! of a run. So the way is refused before a lock is touched; and what cannot be reached is not
+//! dropped either.
 
 use std::mem::ManuallyDrop;
 

@@ -1,4 +1,5 @@
-//! `Vmm` for the pool of `pyvmm.snapshots`: a machine that is lent to one job after another. With the GIL held.
+//! `Vmm` for the pool of `pyvmm.snapshots`: a machine that is lent to one job after another. With
+//! the GIL held.
 
 use std::sync::Arc;
 
@@ -34,7 +35,8 @@ impl PyVmm {
 
 #[pymethods]
 impl PyVmm {
-    /// An object for one job of a pool. The machine stays this object's, whose `_renew` finds out what the job has left.
+    /// An object for one job of a pool. The machine stays this object's, whose `_renew` finds out
+    /// what the job has left.
     fn _lend(&self, py: Python<'_>) -> PyResult<Py<Self>> {
         let lease = Lease::default();
         let handle = Py::new(py, self.handle(py, &lease)?)?;
@@ -57,8 +59,9 @@ impl PyVmm {
         self.tie.is_clean()
     }
 
-    /// Bring the machine back to a snapshot for the next job, as a new fork would be. False where something of the last job is
-    /// left that a reset does not take back, or somebody holds an object that the job was given: then it is to be closed.
+    /// Bring the machine back to a snapshot for the next job, as a new fork would be. False where
+    /// something of the last job is left that a reset does not take back, or somebody holds an
+    /// object that the job was given: then it is to be closed.
     fn _renew(&self, py: Python<'_>, snapshot: &PySnapshot) -> PyResult<bool> {
         let is_held = self.lent.lock().as_ref().is_some_and(|lease| !lease.is_over());
         if is_held || !self.tie.is_clean() || self.hooks.raised.is_left() {

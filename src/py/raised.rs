@@ -1,4 +1,5 @@
-//! What callbacks on vCPU threads leave for the thread that is in `run`: an exception, or the value of a `Stop`.
+//! What callbacks on vCPU threads leave for the thread that is in `run`: an exception, or the value
+//! of a `Stop`.
 
 use pyo3::exceptions::PyBaseException;
 use pyo3::gc::{PyTraverseError, PyVisit};
@@ -18,7 +19,8 @@ struct Left {
 }
 
 impl Raised {
-    /// A callback has raised. The first exception comes out of the run; later ones are told in its notes.
+    /// A callback has raised. The first exception comes out of the run; later ones are told in its
+    /// notes.
     pub(super) fn raise(&self, py: Python<'_>, error: PyErr) {
         let error = error.into_value(py);
         let mut left = self.0.lock();
@@ -53,7 +55,8 @@ impl Raised {
         error
     }
 
-    /// The machine is closed, and nobody has waited for what a callback has raised: tell `sys.unraisablehook`.
+    /// The machine is closed, and nobody has waited for what a callback has raised: tell
+    /// `sys.unraisablehook`.
     pub(super) fn report(&self, py: Python<'_>) {
         if let Err(error) = self.check(py) {
             error.write_unraisable(py, None);

@@ -1,4 +1,5 @@
-//! The task that iterates a source with `async for`: one at a time, and woken when the source is closed.
+//! The task that iterates a source with `async for`: one at a time, and woken when the source is
+//! closed.
 
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::intern;

@@ -63,7 +63,8 @@ impl PyVmm {
         Ok(PyCancel { core, is_set: AtomicBool::new(false) })
     }
 
-    /// `run` for `pyvmm.aio`; None after it was cancelled. `awaiter` is called with what callbacks return to be awaited.
+    /// `run` for `pyvmm.aio`; None after it was cancelled. `awaiter` is called with what callbacks
+    /// return to be awaited.
     fn _run_cancellable<'py>(
         &self,
         py: Python<'py>,
@@ -105,11 +106,13 @@ impl PyVmm {
         }
     }
 
-    /// `run` inside a running asyncio loop, which stays responsive: the guest's loop turns in a thread of its own.
+    /// `run` inside a running asyncio loop, which stays responsive: the guest's loop turns in a
+    /// thread of its own.
     ///
-    /// Cancelling it stops the guest. A subscriber's `process` may be a coroutine function: it runs as a task of the
-    /// asyncio loop, and its exception ends the run. Coroutines that still run when the guest has ended have a second to
-    /// come to their end; those that do not are cancelled, and the asyncio loop's exception handler is told which.
+    /// Cancelling it stops the guest. A subscriber's `process` may be a coroutine function: it runs
+    /// as a task of the asyncio loop, and its exception ends the run. Coroutines that still run
+    /// when the guest has ended have a second to come to their end; those that do not are
+    /// cancelled, and the asyncio loop's exception handler is told which.
     #[pyo3(signature = (timeout = None))]
     fn run_async<'py>(slf: &Bound<'py, Self>, timeout: Option<f64>) -> PyResult<Bound<'py, PyAny>> {
         slf.get().core()?;

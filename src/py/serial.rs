@@ -23,7 +23,8 @@ pub struct PySerial {
     serial: Owned<Arc<Serial>>,
     /// What the writer of `pyvmm.streams` has taken and not settled.
     taken: Mutex<Option<Piece>, rank::TakenOutput>,
-    /// The machine, which is not closed for as long as somebody has its port; none for the loop's own use.
+    /// The machine, which is not closed for as long as somebody has its port; none for the loop's
+    /// own use.
     machine: Option<Py<PyAny>>,
     tie: Tie,
 }
@@ -40,7 +41,8 @@ impl PySerial {
         self.bytes()
     }
 
-    /// The port, for its input and output, which a reset takes back; not in a forked child, whose parent's guest would be interrupted.
+    /// The port, for its input and output, which a reset takes back; not in a forked child, whose
+    /// parent's guest would be interrupted.
     fn bytes(&self) -> PyResult<&Arc<Serial>> {
         Ok(self.serial.get()?)
     }
@@ -62,8 +64,8 @@ impl PySerial {
         Ok(PyBytes::new(py, &bytes))
     }
 
-    /// End the run in progress or the next one, once, at the byte that completes this text in what the guest prints from
-    /// now on: `Exit(reason="stopped", value=text)`. Empty: not any more.
+    /// End the run in progress or the next one, once, at the byte that completes this text in what
+    /// the guest prints from now on: `Exit(reason="stopped", value=text)`. Empty: not any more.
     fn stop_at(&self, py: Python<'_>, text: PyBackedBytes) -> PyResult<()> {
         let port = self.port()?;
         py.detach(|| port.stop_at(text.to_vec()));
@@ -79,8 +81,8 @@ impl PySerial {
         Ok(bytes)
     }
 
-    /// For `pyvmm.streams`: so many of the bytes that were taken have been written. The others are output again, of which
-    /// the loop is told after this time.
+    /// For `pyvmm.streams`: so many of the bytes that were taken have been written. The others are
+    /// output again, of which the loop is told after this time.
     fn _settle(&self, py: Python<'_>, written: usize, again_s: Option<f64>) -> PyResult<()> {
         let port = self.port()?;
         let taken = self.taken.lock().take();
@@ -99,7 +101,8 @@ impl PySerial {
         Ok(py.detach(|| port.input_waiting()))
     }
 
-    /// A file descriptor that is readable when there is output to take, on a machine whose output Python takes.
+    /// A file descriptor that is readable when there is output to take, on a machine whose output
+    /// Python takes.
     fn fileno(&self) -> PyResult<RawFd> {
         let none = "nobody takes this machine's output as it comes: read() has it";
         self.port()?.output_fd().ok_or_else(|| PyValueError::new_err(none))

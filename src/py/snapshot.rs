@@ -1,4 +1,5 @@
-//! `Snapshot` for Python: the crate's snapshot, the configuration it was taken with, and the file it came from.
+//! `Snapshot` for Python: the crate's snapshot, the configuration it was taken with, and the file
+//! it came from.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -14,12 +15,13 @@ use super::event_manager::PyEventManager;
 use super::vmm::PyVmm;
 use super::{callback, config, ending};
 use crate::config::SerialConfig;
-use crate::snapshot::{
-    Device, ForkConfig, Host, Kind, Load, Shape, Snapshot, described, inspect, load,
-};
+use crate::snapshot::{Device, Host, Kind, Load, Snapshot, described, inspect, load};
+use crate::vm::Shape;
+use crate::vmm::ForkConfig;
 use crate::vmm::Vmm;
 
-/// A machine as it was, made by `Vmm.snapshot` or `Snapshot.load`. Nothing changes it; threads may share it.
+/// A machine as it was, made by `Vmm.snapshot` or `Snapshot.load`. Nothing changes it; threads may
+/// share it.
 #[pyclass(frozen, weakref, name = "Snapshot", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PySnapshot {
@@ -42,8 +44,8 @@ impl PySnapshot {
     }
 
     /// # Errors
-    /// [`ErrorKind::State`](crate::error::ErrorKind::State) where the interpreter ends. A forked child may use it: nothing
-    /// changes it, and nothing of it waits for another thread.
+    /// [`ErrorKind::State`](crate::error::ErrorKind::State) where the interpreter ends. A forked
+    /// child may use it: nothing changes it, and nothing of it waits for another thread.
     pub(super) fn core(&self) -> PyResult<&Snapshot> {
         ending::check()?;
         Ok(&self.core)
@@ -58,12 +60,14 @@ impl PySnapshot {
     ///
     /// Args:
     ///     serial: the streams of its serial port; None: its output is kept for `serial.read()`.
-    ///     event_manager: a loop to share with others; None for one of its own.
-    ///     setup: called with the machine before its devices are given their state: adds the Python devices that the
-    ///         snapshot has, and what else is the program's own: hooks, eventfds in the kernel, subscribers.
-    ///     entropy: writes new randomness into the guest before it runs: a callable that is given the machine, or a
-    ///         guest-physical address and a number of bytes, which are filled from os.urandom. None: the fork draws the
-    ///         same random numbers as every other.
+    ///     event_manager: a loop to share with others; None for one of its own. setup: called with
+    ///     the machine before its devices are given their state: adds the Python devices that the
+    ///         snapshot has, and what else is the program's own: hooks, eventfds in the kernel,
+    ///         subscribers.
+    ///     entropy: writes new randomness into the guest before it runs: a callable that is given
+    ///     the machine, or a
+    ///         guest-physical address and a number of bytes, which are filled from os.urandom.
+    ///         None: the fork draws the same random numbers as every other.
     ///
     /// Raises:
     ///     KvmError: KVM refused a part.
@@ -121,8 +125,8 @@ impl PySnapshot {
 
     /// So many forks, made in parallel. When one cannot be made, none is left.
     ///
-    /// `changes`, if given, is called with each one's number for its arguments of `fork`, as a dict; `entropy` is that
-    /// of all whose arguments have none.
+    /// `changes`, if given, is called with each one's number for its arguments of `fork`, as a
+    /// dict; `entropy` is that of all whose arguments have none.
     #[pyo3(signature = (count, changes = None, *, entropy = None))]
     fn fork_many<'py>(
         slf: &Bound<'py, Self>,
@@ -135,17 +139,17 @@ impl PySnapshot {
 
     /// Write it to a file, which `load` reads: see docs/snapshot-format.md.
     ///
-    /// Pages of zeros take no room. The file gets its name when all of it is on the disk: until then, and whatever fails,
-    /// a file of that name is as it was.
+    /// Pages of zeros take no room. The file gets its name when all of it is on the disk: until
+    /// then, and whatever fails, a file of that name is as it was.
     ///
     /// Args:
-    ///     path: the file.
-    ///     base: write only the pages that differ from those of this snapshot; loading needs it again.
-    ///     progress: called with how many bytes of how many have been written; what it raises ends the writing.
+    ///     path: the file. base: write only the pages that differ from those of this snapshot;
+    ///     loading needs it again. progress: called with how many bytes of how many have been
+    ///     written; what it raises ends the writing.
     ///
     /// Raises:
-    ///     OSError: (a StreamError) the file cannot be written.
-    ///     SnapshotError: the base's memory has another size, a file under this snapshot has been changed, or
+    ///     OSError: (a StreamError) the file cannot be written. SnapshotError: the base's memory
+    ///     has another size, a file under this snapshot has been changed, or
     ///         the state of devices is larger than 256 MiB.
     #[pyo3(signature = (path, base = None, progress = None))]
     fn save(
@@ -160,10 +164,12 @@ impl PySnapshot {
         py.detach(|| core.save(&path, base, tell))
     }
 
-    /// A snapshot from its file. Its pages are mapped when they are needed: it takes the same time for any size.
+    /// A snapshot from its file. Its pages are mapped when they are needed: it takes the same time
+    /// for any size.
     ///
-    /// The file must stay as it is for as long as the snapshot or a fork of it lives; `save` to the same name does not
-    /// change it, but puts another in its place. What was written to it is noticed at the next fork or reset.
+    /// The file must stay as it is for as long as the snapshot or a fork of it lives; `save` to the
+    /// same name does not change it, but puts another in its place. What was written to it is
+    /// noticed at the next fork or reset.
     ///
     /// Args:
     ///     path: the file.
@@ -173,8 +179,8 @@ impl PySnapshot {
     ///     verify: read all pages and check their checksum. That of the rest is always checked.
     ///
     /// Raises:
-    ///     SnapshotError: the file is damaged, of another version or machine, or needs another base.
-    ///     OSError: (a StreamError) the file cannot be read.
+    ///     SnapshotError: the file is damaged, of another version or machine, or needs another
+    ///     base. OSError: (a StreamError) the file cannot be read.
     #[staticmethod]
     #[pyo3(signature = (path, base = None, *, force = false, copy = false, verify = false))]
     fn load(
@@ -212,7 +218,8 @@ impl PySnapshot {
         Ok(Self { core, config, path: Some(path), base, is_forced: force })
     }
 
-    /// What a file holds, without loading it: sizes, ids, the machine, and each record's name, number and length.
+    /// What a file holds, without loading it: sizes, ids, the machine, and each record's name,
+    /// number and length.
     ///
     /// Raises:
     ///     SnapshotError: the file is damaged, or of another version.
@@ -253,11 +260,14 @@ impl PySnapshot {
         Ok(found)
     }
 
-    /// `function(fork, input)` for each input, on so many forks at once: what they returned, in order.
+    /// `function(fork, input)` for each input, on so many forks at once: what they returned, in
+    /// order.
     ///
-    /// Each job finds a machine that stands here, of which no other job has a part. See `pyvmm.ForkExecutor`.
+    /// Each job finds a machine that stands here, of which no other job has a part. See
+    /// `pyvmm.ForkExecutor`.
     ///
-    /// `entropy` is that of `fork`, new for each job. Without it a job's result depends on its input alone.
+    /// `entropy` is that of `fork`, new for each job. Without it a job's result depends on its
+    /// input alone.
     ///
     /// Raises:
     ///     TimeoutError: a job took longer than `timeout` seconds.
@@ -324,7 +334,8 @@ impl PySnapshot {
         py.detach(|| self.core.allocated().1)
     }
 
-    /// How many mappings each fork needs for its memory: one, and more for each layer of changes; see `flatten`.
+    /// How many mappings each fork needs for its memory: one, and more for each layer of changes;
+    /// see `flatten`.
     #[getter]
     fn mappings(&self) -> usize {
         self.core.mappings()
@@ -332,8 +343,8 @@ impl PySnapshot {
 
     /// Its state beside the memory: what, of which vCPU or chip, and the bytes.
     ///
-    /// Two snapshots of machines that nothing tells apart have the same, but for what time changes: `clock`, `pit`, the
-    /// TSC in `msrs`, and what counts down in `lapic`.
+    /// Two snapshots of machines that nothing tells apart have the same, but for what time changes:
+    /// `clock`, `pit`, the TSC in `msrs`, and what counts down in `lapic`.
     #[getter]
     fn state<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
         let vcpus = self.core.vcpus.iter().flatten();

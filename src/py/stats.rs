@@ -10,10 +10,12 @@ use super::ending::import;
 use super::vmm::PyVmm;
 use crate::vcpu::{Dispatch, Stats};
 
-/// Counters of a machine's exits, and of the time its vCPUs spend inside the guest and outside: `Vmm.stats`.
+/// Counters of a machine's exits, and of the time its vCPUs spend inside the guest and outside:
+/// `Vmm.stats`.
 ///
-/// They count between `enable` and `disable`, or inside `with vmm.stats:`, and can be read at any time, from any
-/// thread, also when the machine is closed. In a forked child every call raises StateError.
+/// They count between `enable` and `disable`, or inside `with vmm.stats:`, and can be read at any
+/// time, from any thread, also when the machine is closed. In a forked child every call raises
+/// StateError.
 #[pyclass(frozen, name = "Stats", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyStats {
@@ -123,7 +125,8 @@ impl PyStats {
 
 #[pymethods]
 impl PyVmm {
-    /// Counters of its exits and of the time inside the guest and outside; they count when they are told to.
+    /// Counters of its exits and of the time inside the guest and outside; they count when they are
+    /// told to.
     #[getter]
     fn stats(slf: Py<Self>) -> PyResult<PyStats> {
         slf.get().core()?;

@@ -131,8 +131,8 @@ impl Subscribers {
         self.id_of(py, token).ok_or_else(|| unknown_id("EventOps"))
     }
 
-    /// The subscriber an event is for, if it is still there, still watches the event's fd, and that is still ready
-    /// where it is to be drained.
+    /// The subscriber an event is for, if it is still there, still watches the event's fd, and that
+    /// is still ready where it is to be drained.
     pub(super) fn receiver<'py>(
         &self,
         py: Python<'py>,

@@ -12,7 +12,8 @@ use super::batch::Drain;
 use super::ending::import;
 use super::event_fd::os_error;
 use super::reader::Reader;
-use crate::event::{Expiry, TimerFd, is_blocking, read_count};
+use crate::event::{Expiry, TimerFd};
+use crate::poll::{is_blocking, read_count};
 use crate::sync::{Mutex, rank};
 
 /// A timer behind a file descriptor, on the monotonic clock: timerfd_create(2). A source of events.
@@ -48,7 +49,8 @@ impl PyTimerFd {
         Ok(Self { timer: Mutex::new(Some(Arc::new(timer))), reader: Reader::default() })
     }
 
-    /// Expire so many seconds later, and with an interval again and again. Expirations so far are forgotten.
+    /// Expire so many seconds later, and with an interval again and again. Expirations so far are
+    /// forgotten.
     ///
     /// Raises:
     ///     ValueError: a time is negative, NaN or too long, or the timer is closed.

@@ -1,5 +1,5 @@
-//! Calls that are due at a time: a heap of them for each event manager, and one timer behind them all. They are made on the
-//! thread that turns the loop, and asked for and cancelled from any.
+//! Calls that are due at a time: a heap of them for each event manager, and one timer behind them
+//! all. They are made on the thread that turns the loop, and asked for and cancelled from any.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
@@ -63,7 +63,8 @@ struct Expired(Arc<AtomicBool>);
 
 impl MutEventSubscriber for Expired {
     fn process(&mut self, _events: Events, _ops: &mut EventOps) {
-        // Relaxed: read by the thread that dispatches, after it. The timer is not read: to be set anew makes it unready.
+        // Relaxed: read by the thread that dispatches, after it. The timer is not read: to be set
+        // anew makes it unready.
         self.0.store(true, Ordering::Relaxed);
     }
 
@@ -118,7 +119,8 @@ impl Timers {
         self.has_expired.load(Ordering::Relaxed) && self.has_expired.swap(false, Ordering::Relaxed)
     }
 
-    /// Make the calls that are due; returns how many. The first exception ends that, and the next turn makes the others.
+    /// Make the calls that are due; returns how many. The first exception ends that, and the next
+    /// turn makes the others.
     pub(super) fn make_due(manager: &Bound<'_, PyEventManager>) -> PyResult<usize> {
         let (this, py) = (manager.get(), manager.py());
         let timers = this.timers();
@@ -149,7 +151,8 @@ impl Timers {
             return Ok(());
         }
         let timer = Arc::new(TimerFd::new().map_err(|e| os_error(&e))?);
-        // With the GIL held: so no other thread makes a second one. Whoever holds the manager's lock does not need it.
+        // With the GIL held: so no other thread makes a second one. Whoever holds the manager's
+        // lock does not need it.
         let id = this.core().add_unrecorded(Box::new(Expired(Arc::clone(&timers.has_expired))));
         if let Err(error) = this.core().add(id, Events::new(&*timer, EventSet::IN)) {
             let _ = this.core().remove_subscriber(id);
@@ -222,8 +225,9 @@ impl Later {
 impl PyEventManager {
     /// Call a function once with these arguments, so many seconds later. The result has `cancel()`.
     ///
-    /// A time that has passed is at once, in the next turn. Calls are made in the order of their times. All share one file
-    /// descriptor. The function runs in this context, or in a copy of the caller's.
+    /// A time that has passed is at once, in the next turn. Calls are made in the order of their
+    /// times. All share one file descriptor. The function runs in this context, or in a copy of the
+    /// caller's.
     ///
     /// Raises:
     ///     ValueError: the time is NaN.

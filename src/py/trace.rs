@@ -11,8 +11,9 @@ use pyo3::prelude::*;
 
 use super::ending::import;
 use super::vmm::PyVmm;
+use crate::event::record_event;
 use crate::sync::{Mutex, rank};
-use crate::trace::{Trace, is_recorded, record, record_event};
+use crate::trace::{Trace, is_recorded, record};
 
 /// A callable that does not say its name.
 const UNNAMED: &str = "callback";
@@ -25,13 +26,15 @@ pub(super) fn recorded<T>(name: impl FnOnce() -> PyResult<String>, call: impl Fn
     let began = Instant::now();
     let result = call();
     let ended = Instant::now();
-    // Asking for a name may run the program's code, too, and what that raises is nothing to the run.
+    // Asking for a name may run the program's code, too, and what that raises is nothing to the
+    // run.
     let name = name().unwrap_or_else(|_| UNNAMED.to_owned());
     record("callback", &name, (began, ended), &[]);
     result
 }
 
-/// Record that a subscriber has been called for an event. Apart from the call, which is made far more often unrecorded.
+/// Record that a subscriber has been called for an event. Apart from the call, which is made far
+/// more often unrecorded.
 #[cold]
 pub(super) fn record_process(
     events: Events,
@@ -53,7 +56,8 @@ pub(super) fn name_of(function: &Bound<'_, PyAny>) -> PyResult<String> {
     }
 }
 
-/// A trace of a machine, written while it is entered: `with vmm.trace(path): ...`. Made by `Vmm.trace`.
+/// A trace of a machine, written while it is entered: `with vmm.trace(path): ...`. Made by
+/// `Vmm.trace`.
 #[pyclass(frozen, name = "Trace", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyTrace {
@@ -111,10 +115,12 @@ impl PyTrace {
 
 #[pymethods]
 impl PyVmm {
-    /// Write every hop of the machine with its times to a file that Perfetto opens: `with vmm.trace(path): ...`.
+    /// Write every hop of the machine with its times to a file that Perfetto opens: `with
+    /// vmm.trace(path): ...`.
     ///
-    /// One track a thread: the time inside the guest, exits, calls of devices, events of the loop, calls of Python
-    /// code. A machine that runs already is recorded from each vCPU's next entry and the loop's next turn on.
+    /// One track a thread: the time inside the guest, exits, calls of devices, events of the loop,
+    /// calls of Python code. A machine that runs already is recorded from each vCPU's next entry
+    /// and the loop's next turn on.
     ///
     /// Raises, when it is entered or left:
     ///     StateError: another trace of this machine is being written.

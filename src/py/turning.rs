@@ -1,5 +1,5 @@
-//! Which threads turn a loop: one, and beside it one for each machine that shares it; or an asyncio loop, which hosts it. And who
-//! takes what callbacks return to be awaited.
+//! Which threads turn a loop: one, and beside it one for each machine that shares it; or an asyncio
+//! loop, which hosts it. And who takes what callbacks return to be awaited.
 
 use std::thread::ThreadId;
 
@@ -79,8 +79,8 @@ impl Turners {
         drop(left);
     }
 
-    /// Become the one thread that turns the loop; machines that share it may turn it beside. The host's thread may, too: that
-    /// is how it hosts.
+    /// Become the one thread that turns the loop; machines that share it may turn it beside. The
+    /// host's thread may, too: that is how it hosts.
     pub(super) fn claim(&self, what: &str, awaiter: Option<Py<PyAny>>) -> PyResult<Turning<'_>> {
         let thread = std::thread::current().id();
         self.enter_unless(Role::Runner, awaiter, |other| {
@@ -125,8 +125,8 @@ impl Turners {
         self.0.lock().iter().any(|turner| turner.thread == thread)
     }
 
-    /// Who takes what a callback on this thread returns to be awaited: whoever turns the loop here, otherwise any of those
-    /// that turn it elsewhere.
+    /// Who takes what a callback on this thread returns to be awaited: whoever turns the loop here,
+    /// otherwise any of those that turn it elsewhere.
     pub(super) fn awaiter(&self, py: Python<'_>) -> Option<Py<PyAny>> {
         let thread = std::thread::current().id();
         let turners = self.0.lock();

@@ -23,14 +23,16 @@ use crate::vcpu::{Cell, RegisterClass, Vcpu};
 #[derive(Debug)]
 struct Processor {
     cell: Owned<Weak<Cell>>,
-    /// The machine's object, which does not close it for as long as somebody has a vCPU or its registers.
+    /// The machine's object, which does not close it for as long as somebody has a vCPU or its
+    /// registers.
     machine: Option<Py<PyAny>>,
     tie: Tie,
 }
 
 impl Processor {
-    /// Look into the vCPU, and change what a reset takes back. Where another thread looks into it for long, as a snapshot does,
-    /// this waits without the GIL, and a signal handler that raises ends the wait.
+    /// Look into the vCPU, and change what a reset takes back. Where another thread looks into it
+    /// for long, as a snapshot does, this waits without the GIL, and a signal handler that raises
+    /// ends the wait.
     fn look<T: Send>(
         &self,
         py: Python<'_>,
@@ -83,7 +85,8 @@ impl Processor {
     }
 }
 
-/// One class of a vCPU's registers, as the bytes of the kernel's structure. `pyvmm.registers` names them.
+/// One class of a vCPU's registers, as the bytes of the kernel's structure. `pyvmm.registers` names
+/// them.
 #[pyclass(frozen, name = "RegisterBytes", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyRegisterBytes {
@@ -160,10 +163,11 @@ impl PyRegisterBytes {
     }
 }
 
-/// A virtual processor of a machine. While its guest does not run its state can be read and changed.
+/// A virtual processor of a machine. While its guest does not run its state can be read and
+/// changed.
 ///
-/// The registers are views: each access reads or changes the vCPU itself. While the guest runs they raise StateError.
-/// Objects for the same vCPU are equal.
+/// The registers are views: each access reads or changes the vCPU itself. While the guest runs they
+/// raise StateError. Objects for the same vCPU are equal.
 #[pyclass(frozen, weakref, name = "Vcpu", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyVcpu {
@@ -302,7 +306,8 @@ impl PyVcpu {
         PyRegisterBytes { processor, class: RegisterClass::MpState }.store(py, 0, 4, state)
     }
 
-    /// What CPUID says to the guest: a tuple of `CpuidEntry`. It can be changed until the vCPU has run.
+    /// What CPUID says to the guest: a tuple of `CpuidEntry`. It can be changed until the vCPU has
+    /// run.
     #[getter]
     fn cpuid<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
         cpuid_entries(py, &self.processor.look(py, |vcpu| vcpu.cpuid())?)
@@ -321,7 +326,8 @@ impl PyVcpu {
 
     /// Enter the guest on this thread until its next exit, and return that. No device answers it.
     ///
-    /// A read waits for `answer`; the next `run_once` completes it. Ctrl-C on the main thread ends it.
+    /// A read waits for `answer`; the next `run_once` completes it. Ctrl-C on the main thread ends
+    /// it.
     ///
     /// Raises:
     ///     StateError: the guest is running, or the machine is closed.
@@ -336,7 +342,8 @@ impl PyVcpu {
         }
     }
 
-    /// Bring `run_once` back with `VcpuExit.Interrupted`: the one in progress, else the next. From any thread.
+    /// Bring `run_once` back with `VcpuExit.Interrupted`: the one in progress, else the next. From
+    /// any thread.
     fn kick(&self, py: Python<'_>) -> PyResult<()> {
         let cell = self.processor.cell()?;
         cell.check_process()?;
@@ -344,7 +351,8 @@ impl PyVcpu {
         Ok(())
     }
 
-    /// Say what the guest reads, after `VcpuExit.IoIn` or `MmioRead`: bytes, or a number in little-endian order.
+    /// Say what the guest reads, after `VcpuExit.IoIn` or `MmioRead`: bytes, or a number in
+    /// little-endian order.
     ///
     /// Raises:
     ///     StateError: the guest does not wait for an answer, or runs.
@@ -366,7 +374,8 @@ impl PyVcpu {
         self.processor.change(py, |vcpu| vcpu.answer(&bytes))
     }
 
-    /// The guest-physical address behind a guest-virtual one, by the vCPU's page tables; None where none is mapped.
+    /// The guest-physical address behind a guest-virtual one, by the vCPU's page tables; None where
+    /// none is mapped.
     ///
     /// Raises:
     ///     StateError: the guest is running, or the machine is closed.
@@ -377,9 +386,11 @@ impl PyVcpu {
         })
     }
 
-    /// Have each instruction, or execution at up to four linear addresses, come out as an exit of kind "debug".
+    /// Have each instruction, or execution at up to four linear addresses, come out as an exit of
+    /// kind "debug".
     ///
-    /// KVM_SET_GUEST_DEBUG; without arguments no more. To go on from a breakpoint, take it away for one step.
+    /// KVM_SET_GUEST_DEBUG; without arguments no more. To go on from a breakpoint, take it away for
+    /// one step.
     ///
     /// Raises:
     ///     StateError: the guest is running, or the machine is closed.

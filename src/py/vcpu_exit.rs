@@ -6,11 +6,13 @@ use pyo3::types::{IntoPyDict, PyBytes, PyDict, PyString, PyTuple};
 
 use crate::vcpu::VcpuExit;
 
-/// Why a vCPU came out of its guest: the exits of the kernel's KVM documentation, chapter 5, for `match`.
+/// Why a vCPU came out of its guest: the exits of the kernel's KVM documentation, chapter 5, for
+/// `match`.
 #[pyclass(frozen, name = "VcpuExit", module = "pyvmm")]
 #[derive(Debug)]
 pub enum PyVcpuExit {
-    /// `IN` or `INS`: `count` reads of `size` bytes from a port. `Vcpu.answer` says what they read; ones else.
+    /// `IN` or `INS`: `count` reads of `size` bytes from a port. `Vcpu.answer` says what they read;
+    /// ones else.
     IoIn {
         /// The port.
         port: u16,
@@ -42,7 +44,8 @@ pub enum PyVcpuExit {
         /// What was written.
         data: Py<PyBytes>,
     },
-    /// `RDMSR` of a register that KVM does not know, or that a hook asked for: it waits for an answer, or faults.
+    /// `RDMSR` of a register that KVM does not know, or that a hook asked for: it waits for an
+    /// answer, or faults.
     Rdmsr {
         /// The register's number.
         index: u32,

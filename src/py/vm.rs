@@ -1,4 +1,5 @@
-//! `KvmVm` for Python: the machine without an event loop, told of its guest's end through any exit handler.
+//! `KvmVm` for Python: the machine without an event loop, told of its guest's end through any exit
+//! handler.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -25,9 +26,11 @@ use crate::devices::{self, Serial};
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::{ExitHandler, WrappedExitHandler};
 use crate::fixup::Counts;
+use crate::layout;
+use crate::memory::GuestMemory;
 use crate::sync::{Mutex, rank};
 use crate::vcpu::{Dispatch, VmRunState};
-use crate::vm::{GuestMemory, KvmVm, layout};
+use crate::vm::KvmVm;
 
 /// An exit handler as the vCPUs hold it.
 #[derive(Debug)]
@@ -93,12 +96,15 @@ impl Close for Machine {
     }
 }
 
-/// One KVM virtual machine, without an event loop: whoever made it is told of the guest's end by a kick.
+/// One KVM virtual machine, without an event loop: whoever made it is told of the guest's end by a
+/// kick.
 ///
 /// Args:
-///     config: what it is made of; the serial port must have no streams. None for a bare machine: no memory, no devices
+///     config: what it is made of; the serial port must have no streams. None for a bare machine:
+///     no memory, no devices
 ///         and no vCPUs, until `memory.add` and `create_vcpu`.
-///     exit_handler: an object with `kick()`, called on the thread of the vCPU whose guest has ended; None for one of
+///     exit_handler: an object with `kick()`, called on the thread of the vCPU whose guest has
+///     ended; None for one of
 ///         its own.
 ///
 /// Raises:
@@ -212,7 +218,8 @@ impl PyKvmVm {
         Ok(Self::of(py, vm, python_handler, dispatch, entry, Some(serial)))
     }
 
-    /// Add a vCPU to a machine that has not run. It is as KVM makes it: at the reset vector, with an empty `cpuid`.
+    /// Add a vCPU to a machine that has not run. It is as KVM makes it: at the reset vector, with
+    /// an empty `cpuid`.
     ///
     /// Raises:
     ///     KvmError: there is one of this number, or KVM refuses it.
@@ -226,7 +233,8 @@ impl PyKvmVm {
 
     /// Start a thread `vcpu_{id}` for each vCPU and return.
     ///
-    /// With an address the vCPUs start there. Without one they start at `entry`, or go on where they stopped.
+    /// With an address the vCPUs start there. Without one they start at `entry`, or go on where
+    /// they stopped.
     ///
     /// Raises:
     ///     StateError: the machine is running, its guest has ended, or it is closed.
@@ -238,7 +246,8 @@ impl PyKvmVm {
         Ok(py.detach(|| vm.run(address))?)
     }
 
-    /// Wait until the machine no longer runs; how the guest ended, or None when the time passed first.
+    /// Wait until the machine no longer runs; how the guest ended, or None when the time passed
+    /// first.
     ///
     /// Raises:
     ///     Exception: what the exit handler's `kick` raised.
@@ -267,7 +276,8 @@ impl PyKvmVm {
         }
     }
 
-    /// Bring every vCPU out of its guest and wait until it is. Does nothing when the machine is paused already.
+    /// Bring every vCPU out of its guest and wait until it is. Does nothing when the machine is
+    /// paused already.
     ///
     /// Raises:
     ///     StateError: the machine is not running.
@@ -348,7 +358,8 @@ impl PyKvmVm {
         vmm::unanswered(py, &self.dispatch.buses)
     }
 
-    /// The instructions that KVM refused and pyvmm executed, counted by mnemonic; empty without `CpuConfig(fixups=True)`.
+    /// The instructions that KVM refused and pyvmm executed, counted by mnemonic; empty without
+    /// `CpuConfig(fixups=True)`.
     #[getter]
     fn fixups(&self) -> PyResult<BTreeMap<&'static str, u64>> {
         self.machine.get()?;

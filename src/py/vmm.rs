@@ -31,11 +31,12 @@ use crate::sync::{Mutex, rank};
 use crate::vcpu::VmRunState;
 use crate::vmm::Vmm;
 
-/// A virtual machine: built by this call, run by `run`, released by `close` or at the end of a `with`.
+/// A virtual machine: built by this call, run by `run`, released by `close` or at the end of a
+/// `with`.
 ///
 /// Args:
-///     config: what it is made of; None for the guest inside the package.
-///     event_manager: a loop to share with others; None for one of its own. In a shared loop the `run` of each
+///     config: what it is made of; None for the guest inside the package. event_manager: a loop to
+///     share with others; None for one of its own. In a shared loop the `run` of each
 ///         machine turns it for all, on its own thread, and ends for that machine alone.
 ///
 /// Raises:
@@ -81,19 +82,22 @@ impl PyVmm {
     /// The machine, for whatever a reset does not take back: a pool closes it behind the job.
     ///
     /// # Errors
-    /// [`ErrorKind::State`](crate::error::ErrorKind::State) in a forked child, and where the interpreter ends.
+    /// [`ErrorKind::State`](crate::error::ErrorKind::State) in a forked child, and where the
+    /// interpreter ends.
     pub(super) fn vmm(&self) -> Result<&Arc<Vmm>> {
         self.tie.hand_out();
         self.core()
     }
 
-    /// The machine, for a change that a reset does not take back, and that is over when the call returns.
+    /// The machine, for a change that a reset does not take back, and that is over when the call
+    /// returns.
     pub(super) fn changing(&self) -> Result<&Arc<Vmm>> {
         self.tie.change();
         self.core()
     }
 
-    /// The machine, for what changes nothing, or nothing that [`Vmm::renew`] does not take back or find.
+    /// The machine, for what changes nothing, or nothing that [`Vmm::renew`] does not take back or
+    /// find.
     pub(super) fn core(&self) -> Result<&Arc<Vmm>> {
         self.vmm.get()
     }
@@ -152,7 +156,8 @@ impl PyVmm {
         let exit = match ended {
             Ok(None) => return Ok(None),
             Ok(Some(exit)) => exit,
-            // What was left is for the run in progress, which another thread waits for; or a forked child's parent does.
+            // What was left is for the run in progress, which another thread waits for; or a forked
+            // child's parent does.
             Err(error) if self.core().map_or(true, |vmm| vmm.is_in_run()) => return Err(error),
             Err(error) => {
                 let error = raised.beside(py, error);
@@ -180,8 +185,8 @@ impl PyVmm {
         }
     }
 
-    /// Let go of what a closed machine does not need: its devices, and the subscribers of its streams, which a loop that others
-    /// use would keep. Whether it is closed.
+    /// Let go of what a closed machine does not need: its devices, and the subscribers of its
+    /// streams, which a loop that others use would keep. Whether it is closed.
     pub(super) fn let_go_if_closed(&self, py: Python<'_>, vmm: &Vmm) -> bool {
         let is_closed = vmm.state() == VmRunState::Closed;
         if is_closed {
@@ -210,8 +215,8 @@ impl Drop for PyVmm {
             // The machine goes on to the next job, or is closed by the pool.
             return attach(|py| py.detach(|| drop(vmm)));
         }
-        // Its devices and hooks may hold parts of it, so it is closed, not only let go. That may sleep in the kernel, and
-        // its threads may need the GIL to end.
+        // Its devices and hooks may hold parts of it, so it is closed, not only let go. That may
+        // sleep in the kernel, and its threads may need the GIL to end.
         attach(|py| {
             py.detach(|| {
                 vmm.close();
@@ -246,13 +251,16 @@ impl PyVmm {
         Self::of(&config, vmm, event_manager, has_python_streams)
     }
 
-    /// Everything a guest can see of this machine, to be forked, reset to and saved: vCPUs, memory, devices, clock.
+    /// Everything a guest can see of this machine, to be forked, reset to and saved: vCPUs, memory,
+    /// devices, clock.
     ///
-    /// A running machine is paused for it and goes on. Memory is not copied: the machine goes on with private copies of
-    /// the pages that it writes from now on. Of a machine whose guest has ended the snapshot goes on behind that.
+    /// A running machine is paused for it and goes on. Memory is not copied: the machine goes on
+    /// with private copies of the pages that it writes from now on. Of a machine whose guest has
+    /// ended the snapshot goes on behind that.
     ///
     /// Raises:
-    ///     StateError: the machine is closed, a device cannot be saved, memory is shared with others, or another thread
+    ///     StateError: the machine is closed, a device cannot be saved, memory is shared with
+    ///     others, or another thread
     ///         resumed it meanwhile.
     fn snapshot(&self, py: Python<'_>) -> PyResult<PySnapshot> {
         let vmm = self.vmm()?;
@@ -260,13 +268,15 @@ impl PyVmm {
         Ok(PySnapshot::of(core, self.config.clone_ref(py)))
     }
 
-    /// Be what the machine was at a snapshot, in place. Returns how many pages of memory were changed for it.
+    /// Be what the machine was at a snapshot, in place. Returns how many pages of memory were
+    /// changed for it.
     ///
-    /// A machine whose guest has ended can be run again; one that is running goes on from there. What was printed since
-    /// and nobody has taken is dropped.
+    /// A machine whose guest has ended can be run again; one that is running goes on from there.
+    /// What was printed since and nobody has taken is dropped.
     ///
     /// Raises:
-    ///     StateError: the machine is closed, its run is ending, or the snapshot is of another shape, device or CPUID.
+    ///     StateError: the machine is closed, its run is ending, or the snapshot is of another
+    ///     shape, device or CPUID.
     fn reset(&self, py: Python<'_>, snapshot: &PySnapshot) -> PyResult<u64> {
         let (vmm, snapshot) = (self.core()?, snapshot.core()?);
         let changed = py.detach(|| vmm.reset(snapshot));
@@ -275,8 +285,9 @@ impl PyVmm {
 
     /// Run the guest until it ends, `stop` is called, or the time passes, in seconds.
     ///
-    /// Turns the event manager's loop meanwhile: subscribers are called on this thread, devices and exit hooks on those
-    /// of the vCPUs. After a stop, a timeout or an exception, another `run` goes on where this one ended.
+    /// Turns the event manager's loop meanwhile: subscribers are called on this thread, devices and
+    /// exit hooks on those of the vCPUs. After a stop, a timeout or an exception, another `run`
+    /// goes on where this one ended.
     ///
     /// Raises:
     ///     StateError: a run is in progress, the guest has ended, or the machine is closed.
@@ -306,7 +317,8 @@ impl PyVmm {
         Ok(py.detach(|| vmm.start())?)
     }
 
-    /// What `run` does, for a machine that was started; None when the time passed: then the guest goes on.
+    /// What `run` does, for a machine that was started; None when the time passed: then the guest
+    /// goes on.
     ///
     /// Raises:
     ///     StateError: the machine was not started, or another thread waits.
@@ -326,7 +338,8 @@ impl PyVmm {
         self.finish(py, ended)
     }
 
-    /// Bring every vCPU out of its guest and wait until it is. From any thread or callback; the loop turns on.
+    /// Bring every vCPU out of its guest and wait until it is. From any thread or callback; the
+    /// loop turns on.
     ///
     /// Then the registers can be read and changed. Does nothing when the machine is paused already.
     ///
@@ -378,18 +391,21 @@ impl PyVmm {
         self.config.clone_ref(py)
     }
 
-    /// End the run in progress, or at once the next one if there is none. From any thread or callback.
+    /// End the run in progress, or at once the next one if there is none. From any thread or
+    /// callback.
     fn stop(&self) -> PyResult<()> {
         Ok(self.core()?.stop()?)
     }
 
-    /// Stop, wait for the run in progress to end, and release everything. Does nothing the second time.
+    /// Stop, wait for the run in progress to end, and release everything. Does nothing the second
+    /// time.
     ///
     /// In a callback it takes effect when the run ends. In a forked child it does nothing.
     fn close(&self, py: Python<'_>) {
         let Some(vmm) = self.vmm.peek() else { return };
         py.detach(|| vmm.close());
-        // Called from a callback, the machine closes at the end of the run: its last output is still to be taken.
+        // Called from a callback, the machine closes at the end of the run: its last output is
+        // still to be taken.
         if self.let_go_if_closed(py, vmm) {
             self.hooks.raised.report(py);
         }
@@ -407,7 +423,8 @@ impl PyVmm {
         unanswered(py, &self.core()?.dispatch().buses)
     }
 
-    /// The instructions that KVM refused and pyvmm executed, counted by mnemonic; empty without `CpuConfig(fixups=True)`.
+    /// The instructions that KVM refused and pyvmm executed, counted by mnemonic; empty without
+    /// `CpuConfig(fixups=True)`.
     #[getter]
     fn fixups(&self) -> PyResult<BTreeMap<&'static str, u64>> {
         Ok(self.core()?.fixups().all())
@@ -448,7 +465,8 @@ impl PyVmm {
             self.in_loop.peek(|own| own.iter().try_for_each(|own| visit.call(&own.event_manager)))
         };
         visited.unwrap_or(Ok(()))?;
-        // The others are shared by the objects of one machine, and visited by the one that it belongs to.
+        // The others are shared by the objects of one machine, and visited by the one that it
+        // belongs to.
         if self.vmm.peek().is_none() || self.tie.is_lent() {
             return Ok(());
         }

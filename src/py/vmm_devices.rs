@@ -1,4 +1,5 @@
-//! `Vmm` for Python, continued: devices on its buses, interrupts, eventfds in the kernel, and exit hooks.
+//! `Vmm` for Python, continued: devices on its buses, interrupts, eventfds in the kernel, and exit
+//! hooks.
 
 use std::sync::Arc;
 
@@ -76,9 +77,11 @@ fn kind_of(kind: &Bound<'_, PyAny>) -> PyResult<ExitKind> {
 
 #[pymethods]
 impl PyVmm {
-    /// Answer the guest's accesses to ports by an object with `read(offset, size)`, `write(offset, size, value)` or both.
+    /// Answer the guest's accesses to ports by an object with `read(offset, size)`, `write(offset,
+    /// size, value)` or both.
     ///
-    /// Also while the guest runs and from callbacks. Its methods are called on the thread of the vCPU; see `ReadableDevice` and `WritableDevice`.
+    /// Also while the guest runs and from callbacks. Its methods are called on the thread of the
+    /// vCPU; see `ReadableDevice` and `WritableDevice`.
     ///
     /// Raises:
     ///     ConfigError: the range is not one of ports, or overlaps another device's.
@@ -94,7 +97,8 @@ impl PyVmm {
         self.add_device(py, Access::Pio, (base, length), device)
     }
 
-    /// Answer the guest's accesses to guest-physical addresses, where there is no memory; as `add_pio_device` does.
+    /// Answer the guest's accesses to guest-physical addresses, where there is no memory; as
+    /// `add_pio_device` does.
     ///
     /// Raises:
     ///     ConfigError: the range overlaps memory or another device's.
@@ -108,7 +112,8 @@ impl PyVmm {
         self.add_device(py, Access::Mmio, (base, length), device)
     }
 
-    /// Take the device away whose ports start here, and return it. An access in progress is still answered.
+    /// Take the device away whose ports start here, and return it. An access in progress is still
+    /// answered.
     ///
     /// Raises:
     ///     ConfigError: no device that was added starts there.
@@ -141,8 +146,8 @@ impl PyVmm {
     /// Send a message-signalled interrupt (KVM_SIGNAL_MSI); whether a vCPU took it.
     ///
     /// Args:
-    ///     address: 0xfee00000 and the destination's APIC id shifted by 12 (Intel SDM volume 3, 11.11.1).
-    ///     data: the vector, and the delivery mode above it.
+    ///     address: 0xfee00000 and the destination's APIC id shifted by 12 (Intel SDM volume 3,
+    ///     11.11.1). data: the vector, and the delivery mode above it.
     ///
     /// Raises:
     ///     StateError: the machine has no interrupt controller, or is closed.
@@ -177,7 +182,8 @@ impl PyVmm {
         Ok(py.detach(|| vmm.vm()?.remove_irqfd(&event, line))?)
     }
 
-    /// Have the guest's writes to an address add one to an eventfd, in the kernel: KVM_IOEVENTFD. They are no exits.
+    /// Have the guest's writes to an address add one to an eventfd, in the kernel: KVM_IOEVENTFD.
+    /// They are no exits.
     ///
     /// Args:
     ///     address: a guest-physical address, or with `pio` a port.
@@ -218,15 +224,16 @@ impl PyVmm {
         Ok(slf.py().detach(|| vmm.vm()?.remove_ioeventfd(&event, &on))?)
     }
 
-    /// Have a function look at each exit of a kind before it is answered: `function(vcpu, exit)`, on the vCPU's thread.
+    /// Have a function look at each exit of a kind before it is answered: `function(vcpu, exit)`,
+    /// on the vCPU's thread.
     ///
-    /// It takes effect at the next exit. It returns None for the usual answer, an `ExitAction`, a `Stop`, or for a read
-    /// what the guest reads. Without a function this is a decorator. Hooks of a kind are asked in the order they were added.
+    /// It takes effect at the next exit. It returns None for the usual answer, an `ExitAction`, a
+    /// `Stop`, or for a read what the guest reads. Without a function this is a decorator. Hooks of
+    /// a kind are asked in the order they were added.
     ///
     /// Args:
-    ///     kind: an `ExitKind` or its name.
-    ///     function: the hook.
-    ///     msrs: for the kind "msr", numbers of registers whose accesses come out besides those that KVM does not know.
+    ///     kind: an `ExitKind` or its name. function: the hook. msrs: for the kind "msr", numbers
+    ///     of registers whose accesses come out besides those that KVM does not know.
     ///
     /// Raises:
     ///     ValueError: there is no such kind.
@@ -272,7 +279,8 @@ impl PyVmm {
         Ok(function.clone())
     }
 
-    /// Decorate a function that the guest calls by a number, with integers and pieces of its memory: see `pyvmm.hostcalls`.
+    /// Decorate a function that the guest calls by a number, with integers and pieces of its
+    /// memory: see `pyvmm.hostcalls`.
     ///
     /// Args:
     ///     number: what the guest calls it by; a function instead gets the next free one.
@@ -289,7 +297,8 @@ impl PyVmm {
         import(slf.py(), "pyvmm.hostcalls")?.call_method1("hostcall", (slf, number))
     }
 
-    /// Remove a hook. With the last one of the kind "msr" the registers that its hooks asked for are KVM's again.
+    /// Remove a hook. With the last one of the kind "msr" the registers that its hooks asked for
+    /// are KVM's again.
     ///
     /// Raises:
     ///     ValueError: it is none of this kind.

@@ -1,5 +1,6 @@
-//! Signals that arrive while a thread waits in Rust. Python's own C handler writes each to the process's wake-up fd; on the
-//! main thread, a wait that lasts puts a pipe of ours there and waits for that too.
+//! Signals that arrive while a thread waits in Rust. Python's own C handler writes each to the
+//! process's wake-up fd; on the main thread, a wait that lasts puts a pipe of ours there and waits
+//! for that too.
 
 use std::cell::Cell;
 use std::io;
@@ -17,7 +18,8 @@ use super::attached::Attached;
 use super::ending::import;
 use crate::process::Birthplace;
 
-/// How long a wait lasts before it is worth the pipe: to install that takes system calls, and the GIL.
+/// How long a wait lasts before it is worth the pipe: to install that takes system calls, and the
+/// GIL.
 const BRIEF: Duration = Duration::from_millis(5);
 
 /// The longest wait between two looks at signals where the pipe cannot be had.
@@ -38,9 +40,10 @@ thread_local! {
     static RUNS_HANDLERS: Cell<Option<(Birthplace, bool)>> = const { Cell::new(None) };
 }
 
-/// Wait; on Python's main thread, until a signal arrives at most. `wait` gets the time when it has to end and what else to wait
-/// for, and gives none when nothing came. Handlers of signals from before it may run here; those of signals from meanwhile are
-/// left to the caller. Called, and waits, without the GIL.
+/// Wait; on Python's main thread, until a signal arrives at most. `wait` gets the time when it has
+/// to end and what else to wait for, and gives none when nothing came. Handlers of signals from
+/// before it may run here; those of signals from meanwhile are left to the caller. Called, and
+/// waits, without the GIL.
 pub(super) fn wait<T: Send>(
     deadline: Option<Instant>,
     wait: impl Fn(Option<Instant>, Option<RawFd>) -> Option<T> + Send + Sync,
@@ -166,7 +169,8 @@ fn forward(reader: RawFd, to: RawFd) {
         let length = unsafe { libc::read(reader, signals.as_mut_ptr().cast(), signals.len()) };
         let Ok(length @ 1..) = usize::try_from(length) else { return };
         if to >= 0 {
-            // SAFETY: as many bytes as were read. A full or closed fd loses them, as it does from the C handler.
+            // SAFETY: as many bytes as were read. A full or closed fd loses them, as it does from
+            // the C handler.
             unsafe { libc::write(to, signals.as_ptr().cast(), length) };
         }
     }
@@ -198,8 +202,8 @@ impl Pipe {
     }
 }
 
-/// In a child that another thread has forked off during a wait, nobody waits: the program gets its fd back there too. The
-/// parent's pipe is none of the child's.
+/// In a child that another thread has forked off during a wait, nobody waits: the program gets its
+/// fd back there too. The parent's pipe is none of the child's.
 fn forget_in_children(py: Python<'_>) -> PyResult<()> {
     let forget = |arguments: &Bound<'_, PyTuple>, _: Option<&Bound<'_, PyDict>>| {
         let pipe = PIPE.with(arguments.py(), Option::take);

@@ -1,5 +1,5 @@
-//! What a person can see of a loop: how often it has turned, and its slowest callback. On the thread that turns it, and read
-//! from any.
+//! What a person can see of a loop: how often it has turned, and its slowest callback. On the
+//! thread that turns it, and read from any.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -92,7 +92,8 @@ impl Watch {
         }
     }
 
-    /// Note a callback that took the longest so far, and log one that took longer than the threshold.
+    /// Note a callback that took the longest so far, and log one that took longer than the
+    /// threshold.
     pub(super) fn note(
         &self,
         py: Python<'_>,
@@ -116,8 +117,8 @@ impl Watch {
     }
 }
 
-/// Gives other threads and signal handlers their turn beside a loop that never waits, though its callbacks may run no Python
-/// code.
+/// Gives other threads and signal handlers their turn beside a loop that never waits, though its
+/// callbacks may run no Python code.
 #[derive(Debug)]
 pub(super) struct Pace<'py> {
     turns: u32,
@@ -129,9 +130,10 @@ impl<'py> Pace<'py> {
         Ok(Self { turns: 0, breathe: import(py, "pyvmm.callbacks")?.getattr("breathe")? })
     }
 
-    /// After a turn, call a Python function now and then: the interpreter hands the GIL over between two instructions of
-    /// Python code, if another thread has waited for its switch interval. Letting the GIL go from here would wake such a
-    /// thread, and so start its interval again: it might never get its turn.
+    /// After a turn, call a Python function now and then: the interpreter hands the GIL over
+    /// between two instructions of Python code, if another thread has waited for its switch
+    /// interval. Letting the GIL go from here would wake such a thread, and so start its interval
+    /// again: it might never get its turn.
     pub(super) fn turned(&mut self) -> PyResult<()> {
         self.turns += 1;
         if self.turns < TURNS {
@@ -144,7 +146,8 @@ impl<'py> Pace<'py> {
 
 #[pymethods]
 impl PyEventManager {
-    /// Seconds above which a callback is logged with its name, as a warning of the logger "pyvmm"; None for none.
+    /// Seconds above which a callback is logged with its name, as a warning of the logger "pyvmm";
+    /// None for none.
     ///
     /// Raises:
     ///     ValueError: set to a negative number or NaN.

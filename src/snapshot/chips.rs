@@ -1,4 +1,5 @@
-//! The machine's state in KVM that is no vCPU's: clock, PIT and interrupt controllers. While all vCPUs are at rest.
+//! The machine's state in KVM that is no vCPU's: clock, PIT and interrupt controllers. While all
+//! vCPUs are at rest.
 
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip,
@@ -6,12 +7,15 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VmFd;
 
-use super::shape::Shape;
-use super::state::{Kind, Reader, Record, Records, bad, get, put};
-use super::vcpu::{bytes, kvm, plain};
+use super::state::{Kind, Record, Records, get, put};
+use super::vcpu::{bytes, plain};
+use crate::bytes::{Reader, bad};
 use crate::error::Result;
+use crate::kvm::checked as kvm;
+use crate::vm::Shape;
 
-/// The chips in the order in which they are set: KVM hands what waits at the slave on to the master, which is set after it.
+/// The chips in the order in which they are set: KVM hands what waits at the slave on to the
+/// master, which is set after it.
 const CHIPS: [u16; 3] = [1, 0, 2];
 
 /// Interrupt lines of the I/O APIC.
@@ -26,9 +30,9 @@ fn chip(number: u16) -> u32 {
     }
 }
 
-/// The clock, and with an interrupt controller the chips. `lines` has a bit for each interrupt line that the host holds high,
-/// which KVM does not tell.
-pub(super) fn capture(vm: &VmFd, shape: &Shape, lines: u32) -> Result<Records> {
+/// The clock, and with an interrupt controller the chips. `lines` has a bit for each interrupt line
+/// that the host holds high, which KVM does not tell.
+pub(crate) fn capture(vm: &VmFd, shape: &Shape, lines: u32) -> Result<Records> {
     let mut all = Records::new();
     let clock = kvm("KVM_GET_CLOCK", vm.get_clock())?;
     put(&mut all, Kind::Clock, 0, bytes(&clock));
@@ -52,9 +56,9 @@ fn one(records: &[Record], kind: Kind, number: u16) -> Result<&[u8]> {
     get(records, kind, number).ok_or_else(|| bad(kind.name(), "the state has none"))
 }
 
-/// Set the interrupt controllers that a capture found, and the lines into them. Before the vCPUs: the I/O APIC sends what waits
-/// there to the LAPICs once more, which have it already.
-pub(super) fn apply_controllers(
+/// Set the interrupt controllers that a capture found, and the lines into them. Before the vCPUs:
+/// the I/O APIC sends what waits there to the LAPICs once more, which have it already.
+pub(crate) fn apply_controllers(
     vm: &VmFd,
     shape: &Shape,
     records: &[Record],
@@ -86,8 +90,9 @@ pub(super) fn apply_controllers(
     Ok(())
 }
 
-/// Set the timers that a capture found, behind all else: the PIT ticks from here on, and the clock goes on from where it stood.
-pub(super) fn apply_timers(vm: &VmFd, shape: &Shape, records: &[Record]) -> Result<()> {
+/// Set the timers that a capture found, behind all else: the PIT ticks from here on, and the clock
+/// goes on from where it stood.
+pub(crate) fn apply_timers(vm: &VmFd, shape: &Shape, records: &[Record]) -> Result<()> {
     if shape.pit {
         kvm("KVM_SET_PIT2", vm.set_pit2(&plain("pit", one(records, Kind::Pit, 0)?)?))?;
     }
@@ -103,7 +108,7 @@ mod tests {
 
     #[test]
     fn what_is_missing_is_named() {
-        let Ok(kvm) = crate::vm::open_kvm() else { return };
+        let Ok(kvm) = crate::kvm::open_kvm() else { return };
         let vm = kvm.create_vm().unwrap();
         let shape = Shape { vcpus: 1, irqchip: false, pit: false, fixups: false, exit_port: None };
         let error = apply_timers(&vm, &shape, &[]).unwrap_err();

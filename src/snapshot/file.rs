@@ -1,5 +1,6 @@
-//! Reading a snapshot's file, byte by byte as docs/snapshot-format.md has it. Whatever a file holds, the answer is a
-//! snapshot or an error: nothing is believed before it has been checked, nothing larger than the file is allocated.
+//! Reading a snapshot's file, byte by byte as docs/snapshot-format.md has it. Whatever a file
+//! holds, the answer is a snapshot or an error: nothing is believed before it has been checked,
+//! nothing larger than the file is allocated.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -8,14 +9,15 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::host::{self, Host};
-use super::image::{Image, Layer, Run, memfd};
-use super::pagemap;
-use super::shape::Shape;
-use super::state::{Device, Kind, Reader, Record, Records, bad};
-use super::{Range, Snapshot};
+use super::state::{Device, Kind, Record, Records};
+use super::{MemoryRange, Snapshot};
+use crate::bytes::{Reader, bad};
 use crate::error::{Error, ErrorKind, Result};
-use crate::vm::host_memory;
-use crate::vm::layout::PAGE;
+use crate::layout::PAGE;
+use crate::memory::host_memory;
+use crate::memory::pagemap;
+use crate::memory::{Image, Layer, Run, memfd};
+use crate::vm::Shape;
 
 pub(super) const MAGIC: [u8; 8] = *b"pyvmmsnp";
 pub(super) const VERSION: u32 = 1;
@@ -136,11 +138,12 @@ pub struct Load<'a> {
     pub verify: bool,
 }
 
-/// A snapshot from its file, whose pages are mapped when they are needed. As it is, it takes the same time for any size.
+/// A snapshot from its file, whose pages are mapped when they are needed. As it is, it takes the
+/// same time for any size.
 ///
 /// # Errors
-/// [`ErrorKind::Snapshot`] when the file is damaged, of another version, of another machine, or needs another base;
-/// [`ErrorKind::Io`] when it cannot be read.
+/// [`ErrorKind::Snapshot`] when the file is damaged, of another version, of another machine, or
+/// needs another base; [`ErrorKind::Io`] when it cannot be read.
 pub fn load(path: &Path, how: &Load<'_>) -> Result<Snapshot> {
     let layer = Layer::of_file(open(path)?)?;
     let file = layer.file();
@@ -341,7 +344,7 @@ pub fn described(range: &[u8]) -> Result<(u64, u64, bool)> {
     Ok((start, size, read_only != 0))
 }
 
-fn range(bytes: &[u8], pages: &Pages, base: Option<&Snapshot>) -> Result<Range> {
+fn range(bytes: &[u8], pages: &Pages, base: Option<&Snapshot>) -> Result<MemoryRange> {
     let mut reader = Reader::new("range", bytes);
     let (start, size) = (reader.u64()?, reader.u64()?);
     let [read_only, zeros @ ..] = reader.take::<8>()?;
@@ -377,7 +380,7 @@ fn range(bytes: &[u8], pages: &Pages, base: Option<&Snapshot>) -> Result<Range> 
         at = end;
     }
     zeros_up_to(&mut runs, at, size);
-    Ok(Range { start, read_only: read_only == 1, image: Image::new(size, runs) })
+    Ok(MemoryRange { start, read_only: read_only == 1, image: Image::new(size, runs) })
 }
 
 fn zeros_up_to(runs: &mut Vec<Run>, at: u64, first: u64) {
@@ -386,9 +389,9 @@ fn zeros_up_to(runs: &mut Vec<Run>, at: u64, first: u64) {
     }
 }
 
-fn check_ranges(ranges: &[Range]) -> Result<()> {
+fn check_ranges(ranges: &[MemoryRange]) -> Result<()> {
     let mut behind = 0;
-    let mut all: Vec<pagemap::Range> = Vec::new();
+    let mut all: Vec<pagemap::ByteRange> = Vec::new();
     for range in ranges {
         // Checked to fit when it was read.
         let end = range.start + range.image.size();
@@ -398,7 +401,7 @@ fn check_ranges(ranges: &[Range]) -> Result<()> {
         all.push((range.start, end));
         behind = end;
     }
-    if super::ram::bytes(&all) > host_memory() {
+    if crate::memory::ram::bytes(&all) > host_memory() {
         return Err(bad("range", "it is more memory than this host has"));
     }
     Ok(())

@@ -1,16 +1,19 @@
-//! The processor and the KVM that a snapshot was taken on, and what of it is missing where it is to go on.
+//! The processor and the KVM that a snapshot was taken on, and what of it is missing where it is to
+//! go on.
 
 use kvm_bindings::{KVM_CAP_SREGS2, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::Kvm;
 
 use super::Snapshot;
 use super::msrs::unlisted;
-use super::state::{Kind, Reader, bad, get};
-use super::vcpu::{bytes, kvm, plain};
+use super::state::{Kind, get};
+use super::vcpu::{bytes, plain};
+use crate::bytes::{Reader, bad};
 use crate::cpu::cpuid;
 use crate::error::Result;
+use crate::kvm::checked as kvm;
+use crate::kvm::open_kvm;
 use crate::process::Learnt;
-use crate::vm::open_kvm;
 
 /// The capabilities that a machine's state depends on, by the kernel's numbers.
 const CAPABILITIES: [(u32, &str); 12] = [

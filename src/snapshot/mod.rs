@@ -1,45 +1,25 @@
-//! Snapshots: everything a guest can see of its machine, taken without a copy of its memory, to be forked, reset to,
-//! saved and loaded. Nothing here runs a guest.
+//! Snapshots: everything a guest can see of its machine, taken without a copy of its memory, to be
+//! forked, reset to, saved and loaded. Nothing here runs a guest.
 
-mod chips;
+pub(crate) mod chips;
 mod file;
 mod host;
-mod image;
-mod machine;
 mod msrs;
 mod new_file;
-mod pagemap;
-mod ram;
 mod save;
-mod shape;
 mod state;
-mod vcpu;
+pub(crate) mod vcpu;
 
 use std::io;
 
 pub use file::{Header, Load, described, inspect, load};
 pub use host::Host;
-pub(crate) use image::memfd;
-pub use image::{Image, Layer, Run};
-pub use machine::ForkConfig;
-pub(crate) use machine::{Held, Parts};
-pub(crate) use ram::Ram;
-pub use shape::Shape;
-pub(crate) use state::Reader;
 pub use state::{Device, Kind, Record, Records};
+pub(crate) use vcpu::Classes;
 
 use crate::error::{Error, ErrorKind, Result};
-
-/// One range of guest memory at a snapshot.
-#[derive(Clone, Debug)]
-pub struct Range {
-    /// Guest-physical start.
-    pub start: u64,
-    /// The guest cannot write it.
-    pub read_only: bool,
-    /// What it held.
-    pub image: Image,
-}
+use crate::memory::{Image, Layer, MemoryRange, copy_to, memfd};
+use crate::vm::Shape;
 
 /// A machine as it was. Nothing changes it.
 #[derive(Clone, Debug)]
@@ -55,13 +35,13 @@ pub struct Snapshot {
     /// Each device's state, by bus and address.
     pub devices: Vec<Device>,
     /// Memory, by address.
-    pub ranges: Vec<Range>,
+    pub ranges: Vec<MemoryRange>,
     /// Where it was taken; none for here.
     pub host: Option<Host>,
 }
 
 /// An id that no other snapshot has.
-fn new_id() -> Result<[u8; 16]> {
+pub(crate) fn new_id() -> Result<[u8; 16]> {
     let mut id = [0; 16];
     // SAFETY: the buffer's address and length.
     let filled = unsafe { libc::getrandom(id.as_mut_ptr().cast(), id.len(), 0) };
@@ -98,8 +78,8 @@ impl Snapshot {
         self.ranges.iter().map(|range| range.image.runs().len()).sum()
     }
 
-    /// The same machine with its memory in one layer, which shares nothing with other snapshots: forks need fewer
-    /// mappings, and the snapshots under it may go.
+    /// The same machine with its memory in one layer, which shares nothing with other snapshots:
+    /// forks need fewer mappings, and the snapshots under it may go.
     ///
     /// # Errors
     /// When there is no memory left.
@@ -107,7 +87,7 @@ impl Snapshot {
         let mut flat = Self { id: new_id()?, ..self.clone() };
         for range in &mut flat.ranges {
             let (from, to) = (range.image.mapping()?, memfd(range.image.size())?);
-            range.image.data().iter().try_for_each(|data| image::copy_to(&to, from, *data))?;
+            range.image.data().iter().try_for_each(|data| copy_to(&to, from, *data))?;
             range.image = Image::whole(range.image.size(), Layer::sealed(to)?);
         }
         Ok(flat)

@@ -1,14 +1,14 @@
-//! A vCPU's model-specific registers: those that KVM lists, and those that a guest can change and KVM does not list. On
-//! whatever thread has the vCPU at rest.
+//! A vCPU's model-specific registers: those that KVM lists, and those that a guest can change and
+//! KVM does not list. On whatever thread has the vCPU at rest.
 
 use kvm_bindings::{Msrs, kvm_msr_entry};
 
-use super::state::{Reader, bad};
-use super::vcpu::kvm;
+use crate::bytes::{Reader, bad};
 use crate::error::{Error, ErrorKind, Result};
+use crate::kvm::checked as kvm;
+use crate::kvm::open_kvm;
 use crate::process::Learnt;
 use crate::vcpu::Vcpu;
-use crate::vm::open_kvm;
 
 const IA32_TSC: u32 = 0x10;
 const IA32_TSC_DEADLINE: u32 = 0x6e0;
@@ -20,11 +20,12 @@ const KVM_SYSTEM_TIME: [u32; 2] = [0x12, 0x4b56_4d01];
 /// The registers that this KVM gives, in the order in which they are set: learnt once a process.
 static LIST: Learnt<Vec<u32>> = Learnt::unknown();
 
-/// Registers that KVM keeps for a guest and KVM_GET_MSR_INDEX_LIST leaves out: Intel SDM volume 4, AMD APM volume 2.
-/// EFER, the bases of FS, GS and the LAPIC come with the special registers.
+/// Registers that KVM keeps for a guest and KVM_GET_MSR_INDEX_LIST leaves out: Intel SDM volume 4,
+/// AMD APM volume 2. EFER, the bases of FS, GS and the LAPIC come with the special registers.
 pub(super) fn unlisted() -> impl Iterator<Item = u32> {
     let mtrrs = [0x2ff, 0x250, 0x258, 0x259].into_iter().chain(0x268..0x270).chain(0x200..0x210);
-    // Of each of 32 machine-check banks: control, status, address and miscellaneous; and its second control.
+    // Of each of 32 machine-check banks: control, status, address and miscellaneous; and its second
+    // control.
     let machine_check = (0x400..0x480).chain(0x280..0x2a0);
     // DEBUGCTL, TSC_AUX, VM_CR, and the errata that AMD's processors name to the guest.
     let others = [0x1d9, 0xc000_0103, 0xc001_0114, 0xc001_0140, 0xc001_0141];
@@ -87,7 +88,8 @@ fn values(vcpu: &Vcpu, list: &mut Vec<u32>) -> Result<Vec<kvm_msr_entry>> {
     Ok(all)
 }
 
-/// Set as many as KVM takes at once, up to the first that it refuses: how many are set, and that one.
+/// Set as many as KVM takes at once, up to the first that it refuses: how many are set, and that
+/// one.
 fn set<'a>(
     vcpu: &Vcpu,
     entries: &'a [kvm_msr_entry],
@@ -104,7 +106,8 @@ fn wrap(entries: &[kvm_msr_entry]) -> Result<Msrs> {
 /// Set what a capture found.
 ///
 /// # Errors
-/// [`ErrorKind::Snapshot`] when KVM refuses a value that the register does not have; when KVM fails.
+/// [`ErrorKind::Snapshot`] when KVM refuses a value that the register does not have; when KVM
+/// fails.
 pub(super) fn apply(vcpu: &mut Vcpu, state: &[u8]) -> Result<()> {
     let mut reader = Reader::new("msrs", state);
     let mut entries = Vec::with_capacity(state.len() / 12);
@@ -125,7 +128,8 @@ pub(super) fn apply(vcpu: &mut Vcpu, state: &[u8]) -> Result<()> {
     let uses_clock =
         |entry: &kvm_msr_entry| KVM_SYSTEM_TIME.contains(&entry.index) && entry.data & 1 != 0;
     if entries.iter().any(uses_clock) {
-        // Tells the guest's watchdogs that it was away. A guest that has not said where to put it is told nothing.
+        // Tells the guest's watchdogs that it was away. A guest that has not said where to put it
+        // is told nothing.
         let _ = vcpu.fd.kvmclock_ctrl();
     }
     vcpu.is_told_of_pause = true;

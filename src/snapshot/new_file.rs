@@ -1,7 +1,9 @@
-//! A file that takes the place of another in one step: written beside it, synced, and renamed. Whatever fails, and whenever
-//! the process is killed, the old file stays whole and nothing is left behind.
+//! A file that takes the place of another in one step: written beside it, synced, and renamed.
+//! Whatever fails, and whenever the process is killed, the old file stays whole and nothing is left
+//! behind.
 //!
-//! Only a regular file, or nothing, is replaced. A symbolic link stays: what it leads to is replaced.
+//! Only a regular file, or nothing, is replaced. A symbolic link stays: what it leads to is
+//! replaced.
 
 use std::ffi::CString;
 use std::fs::{File, FileType, Metadata, OpenOptions, Permissions};
@@ -33,11 +35,12 @@ pub(super) struct NewFile {
 }
 
 impl NewFile {
-    /// One that will stand where this path leads to, with the mode and the owner of the file that stands there.
+    /// One that will stand where this path leads to, with the mode and the owner of the file that
+    /// stands there.
     ///
     /// # Errors
-    /// [`ErrorKind::Io`] when something stands there that is no regular file, or that this process may not write, and when
-    /// no file can be made beside it.
+    /// [`ErrorKind::Io`] when something stands there that is no regular file, or that this process
+    /// may not write, and when no file can be made beside it.
     pub(super) fn to_replace(path: &Path) -> Result<Self> {
         let (path, replaced) = resolved(path)?;
         let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
@@ -64,8 +67,8 @@ impl NewFile {
         Ok(new)
     }
 
-    /// Have the owner and the mode of the file that it replaces. Where the owner cannot be given away, a group that is not
-    /// the old one gets nothing.
+    /// Have the owner and the mode of the file that it replaces. Where the owner cannot be given
+    /// away, a group that is not the old one gets nothing.
     fn take_over(&self, replaced: &Metadata) -> io::Result<()> {
         let (user, group) = (replaced.uid(), replaced.gid());
         let own = self.file.metadata()?;
@@ -110,7 +113,8 @@ impl NewFile {
             std::fs::rename(name, &self.path).map_err(|e| failed(&self.path, &e))?;
         }
         self.name = None;
-        // The name too is to be there after a crash. Some file systems cannot sync a directory: theirs is the risk.
+        // The name too is to be there after a crash. Some file systems cannot sync a directory:
+        // theirs is the risk.
         let _ = File::open(&self.directory).and_then(|directory| directory.sync_all());
         Ok(())
     }

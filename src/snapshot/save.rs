@@ -7,26 +7,27 @@ use vm_memory::MmapRegion;
 use super::Snapshot;
 use super::file::{HEADER, Header, MOST_STATE, OF_BASE};
 use super::host::Host;
-use super::image::Image;
 use super::new_file::NewFile;
-use super::pagemap::{self, Range};
-use super::ram::{bytes, is_same, joined};
 use super::state::{Kind, Record};
 use crate::error::{Error, ErrorKind, Result};
-use crate::vm::layout::PAGE;
-use crate::vm::part;
+use crate::layout::PAGE;
+use crate::memory::Image;
+use crate::memory::pagemap::{self, ByteRange};
+use crate::memory::part;
+use crate::memory::ram::{bytes, is_same, joined};
 
 /// Written at a time.
 const CHUNK: u64 = 1 << 20;
 
 impl Snapshot {
-    /// Write it to a file. With a base only the pages that differ from the base's are written, and loading needs the
-    /// base. `progress` is told how many bytes of how many have been written; its error ends the writing.
+    /// Write it to a file. With a base only the pages that differ from the base's are written, and
+    /// loading needs the base. `progress` is told how many bytes of how many have been written; its
+    /// error ends the writing.
     ///
     /// # Errors
-    /// [`ErrorKind::Io`] when the file cannot be written, [`ErrorKind::Snapshot`] when the base is of another machine or
-    /// the devices' state is larger than a file may have; what
-    /// `progress` returns. A file of that name is as before then. What is no regular file is refused.
+    /// [`ErrorKind::Io`] when the file cannot be written, [`ErrorKind::Snapshot`] when the base is
+    /// of another machine or the devices' state is larger than a file may have; what `progress`
+    /// returns. A file of that name is as before then. What is no regular file is refused.
     pub fn save<E: From<Error>>(
         &self,
         path: &Path,
@@ -67,17 +68,19 @@ impl Snapshot {
         };
         new.write(&state, HEADER as u64)?;
         new.write(&header.encode(), 0)?;
-        // A state that ends before its page does, and no page behind it: the file has that length all the same.
+        // A state that ends before its page does, and no page behind it: the file has that length
+        // all the same.
         new.set_length(at)?;
         Ok(new.replace()?)
     }
 
     fn plans(&self, base: Option<&Self>) -> Result<Vec<Plan>> {
         self.ranges.iter().try_for_each(|range| range.image.check())?;
-        let of_base = |range: &super::Range| {
+        let of_base = |range: &crate::memory::MemoryRange| {
             let Some(base) = base else { return Ok(None) };
             let size = range.image.size();
-            let same = |r: &&super::Range| (r.start, r.image.size()) == (range.start, size);
+            let same =
+                |r: &&crate::memory::MemoryRange| (r.start, r.image.size()) == (range.start, size);
             let found = base.ranges.iter().find(same).map(|range| range.image.clone());
             let detail = "its memory is not that of this snapshot";
             found.map(Some).ok_or_else(|| Error::new(ErrorKind::Snapshot, "base", detail))
@@ -123,16 +126,16 @@ impl Snapshot {
 /// Which pages of a range a file holds, and which it takes of its base. All others are zeros.
 struct Plan {
     image: Image,
-    stored: Vec<Range>,
-    of_base: Vec<Range>,
+    stored: Vec<ByteRange>,
+    of_base: Vec<ByteRange>,
 }
 
 impl Plan {
     fn of(image: &Image, base: Option<&Image>) -> Result<Self> {
         let (ours, theirs) = (image.mapping()?, base.map(Image::mapping).transpose()?);
         let candidates = base.map_or_else(|| image.data(), |base| image.differing(base));
-        let mut stored: Vec<Range> = Vec::new();
-        let mut zeros: Vec<Range> = Vec::new();
+        let mut stored: Vec<ByteRange> = Vec::new();
+        let mut zeros: Vec<ByteRange> = Vec::new();
         let mut bytes = Vec::new();
         for (start, end) in candidates {
             for at in (start..end).step_by(4096) {
@@ -149,7 +152,7 @@ impl Plan {
         let stored = joined(stored);
         let mut of_base = Vec::new();
         if base.is_some() {
-            let mut other: Vec<Range> = stored.iter().chain(&zeros).copied().collect();
+            let mut other: Vec<ByteRange> = stored.iter().chain(&zeros).copied().collect();
             other.sort_unstable();
             let mut at = 0;
             for (start, end) in other {
@@ -166,7 +169,7 @@ impl Plan {
     }
 
     /// All runs by address, and whether the file has them.
-    fn runs(&self) -> Vec<(Range, bool)> {
+    fn runs(&self) -> Vec<(ByteRange, bool)> {
         let stored = self.stored.iter().map(|run| (*run, true));
         let mut all: Vec<_> = stored.chain(self.of_base.iter().map(|run| (*run, false))).collect();
         all.sort_unstable();
@@ -174,9 +177,9 @@ impl Plan {
     }
 }
 
-/// Copy a range of an image. A file behind it that is changed against the rule may change while it is read: so nothing
-/// looks at the image's own bytes twice.
-fn copy(mapping: &MmapRegion, range: Range, to: &mut Vec<u8>) -> Result<()> {
+/// Copy a range of an image. A file behind it that is changed against the rule may change while it
+/// is read: so nothing looks at the image's own bytes twice.
+fn copy(mapping: &MmapRegion, range: ByteRange, to: &mut Vec<u8>) -> Result<()> {
     let source = part(mapping, range)?;
     to.resize(source.len(), 0);
     source.copy_to(to.as_mut_slice());

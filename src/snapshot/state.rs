@@ -1,12 +1,14 @@
-//! A machine's state beside its memory: records, each a kind, a number and bytes. Pure data, no KVM.
+//! A machine's state beside its memory: records, each a kind, a number and bytes. Pure data, no
+//! KVM.
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::bytes::Reader;
+use crate::error::Result;
 
 /// What a record holds. The numbers are those of the file format and do not change their meaning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u16)]
 pub enum Kind {
-    /// The shape of the machine: see [`super::shape::Shape`].
+    /// The shape of the machine: see [`crate::vm::Shape`].
     Shape = 1,
     /// The host's processor and KVM: see [`super::host::Host`].
     Host = 2,
@@ -158,7 +160,7 @@ impl Device {
     /// From the bytes of a record.
     ///
     /// # Errors
-    /// [`ErrorKind::Snapshot`] when they are too few.
+    /// [`ErrorKind::Snapshot`](crate::error::ErrorKind::Snapshot) when they are too few.
     pub fn decode(bytes: &[u8]) -> Result<Self> {
         let mut reader = Reader::new("device", bytes);
         let [is_mmio, ..] = reader.take::<8>()?;
@@ -171,69 +173,6 @@ impl Device {
     pub fn place(&self) -> String {
         format!("{} {:#x}", if self.is_mmio { "mmio" } else { "pio" }, self.base)
     }
-}
-
-/// Takes bytes from the front, with an error where there are too few.
-#[derive(Debug)]
-pub(crate) struct Reader<'a> {
-    what: &'a str,
-    left: &'a [u8],
-}
-
-impl<'a> Reader<'a> {
-    pub(crate) fn new(what: &'a str, bytes: &'a [u8]) -> Self {
-        Self { what, left: bytes }
-    }
-
-    pub(crate) fn take<const N: usize>(&mut self) -> Result<[u8; N]> {
-        let Some((first, left)) = self.left.split_first_chunk() else { return Err(self.short()) };
-        self.left = left;
-        Ok(*first)
-    }
-
-    pub(crate) fn u16(&mut self) -> Result<u16> {
-        self.take().map(u16::from_le_bytes)
-    }
-
-    pub(crate) fn u32(&mut self) -> Result<u32> {
-        self.take().map(u32::from_le_bytes)
-    }
-
-    pub(crate) fn u64(&mut self) -> Result<u64> {
-        self.take().map(u64::from_le_bytes)
-    }
-
-    /// So many bytes.
-    pub(crate) fn bytes(&mut self, length: usize) -> Result<&'a [u8]> {
-        let Some((first, left)) = self.left.split_at_checked(length) else {
-            return Err(self.short());
-        };
-        self.left = left;
-        Ok(first)
-    }
-
-    pub(crate) fn rest(&mut self) -> &'a [u8] {
-        std::mem::take(&mut self.left)
-    }
-
-    pub(crate) fn is_empty(&self) -> bool {
-        self.left.is_empty()
-    }
-
-    /// # Errors
-    /// When bytes are left.
-    pub(crate) fn end(self) -> Result<()> {
-        if self.is_empty() { Ok(()) } else { Err(bad(self.what, "it is longer than it should be")) }
-    }
-
-    fn short(&self) -> Error {
-        bad(self.what, "it is shorter than it should be")
-    }
-}
-
-/// An error of a snapshot's content.
-pub(crate) fn bad(at: &str, detail: impl Into<String>) -> Error {
-    Error::new(ErrorKind::Snapshot, at, detail)
 }
 
 #[cfg(test)]

@@ -1,4 +1,5 @@
-//! One vCPU's state by KVM's ioctls, in the order that KVM needs. On whatever thread has the vCPU at rest.
+//! One vCPU's state by KVM's ioctls, in the order that KVM needs. On whatever thread has the vCPU
+//! at rest.
 
 use kvm_bindings::{
     CpuId, KVM_CAP_SREGS2, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state,
@@ -10,9 +11,11 @@ use vmm_sys_util::{ioctl_ior_nr, ioctl_iow_nr};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::msrs;
-use super::state::{Kind, Reader, Record, Records, bad, get, put};
+use super::state::{Kind, Record, Records, get, put};
+use crate::bytes::{Reader, bad};
 use crate::cpu::cpuid;
 use crate::error::{Error, ErrorKind, Result};
+use crate::kvm::checked as kvm;
 use crate::process::Learnt;
 use crate::vcpu::Vcpu;
 
@@ -35,7 +38,8 @@ pub(crate) struct Classes {
 
 impl Classes {
     pub(crate) fn of(vm: &VmFd, has_lapic: bool) -> Self {
-        // The same for all machines of a process: nothing here asks for permission to use more of xsave.
+        // The same for all machines of a process: nothing here asks for permission to use more of
+        // xsave.
         static ASKED: Learnt<(usize, bool)> = Learnt::unknown();
         let (xsave, has_sregs2) = *ASKED.get_or_make(|| {
             let xsave = usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
@@ -47,23 +51,20 @@ impl Classes {
 }
 
 /// The bytes of a structure of KVM's.
-pub(super) fn bytes<T: IntoBytes + Immutable>(value: &T) -> &[u8] {
+pub(crate) fn bytes<T: IntoBytes + Immutable>(value: &T) -> &[u8] {
     value.as_bytes()
 }
 
 /// A structure of KVM's from its bytes.
-pub(super) fn plain<T: FromBytes>(what: &str, bytes: &[u8]) -> Result<T> {
+pub(crate) fn plain<T: FromBytes>(what: &str, bytes: &[u8]) -> Result<T> {
     T::read_from_bytes(bytes)
         .map_err(|_| bad(what, format!("{} bytes instead of {}", bytes.len(), size_of::<T>())))
 }
 
-/// `kvm_sregs2` as the words that it consists of: the structure has no padding, and no traits that would say so.
+/// `kvm_sregs2` as the words that it consists of: the structure has no padding, and no traits that
+/// would say so.
 type Sregs2 = [u64; SREGS2_WORDS];
 const SREGS2_WORDS: usize = size_of::<kvm_sregs2>() / size_of::<u64>();
-
-pub(super) fn kvm<T>(at: &str, result: std::result::Result<T, kvm_ioctls::Error>) -> Result<T> {
-    result.map_err(|e| Error::kvm(at, e))
-}
 
 fn done(at: &str, result: libc::c_int) -> Result<()> {
     if result < 0 { Err(Error::kvm(at, kvm_ioctls::Error::last())) } else { Ok(()) }
@@ -104,7 +105,8 @@ pub(crate) fn capture(vcpu: &Vcpu, number: u16, classes: Classes) -> Result<Reco
     Ok(all)
 }
 
-/// A guest that is a hypervisor itself has state of its own guests in the processor, which no record keeps.
+/// A guest that is a hypervisor itself has state of its own guests in the processor, which no
+/// record keeps.
 fn refuse_nesting(number: u16, efer: u64, cr4: u64) -> Result<()> {
     if efer & EFER_SVME == 0 && cr4 & CR4_VMXE == 0 {
         return Ok(());
@@ -181,7 +183,8 @@ pub(crate) fn apply(
     let fd = &vcpu.fd;
     let events: kvm_vcpu_events = plain("events", one(Kind::Events)?)?;
     kvm("KVM_SET_VCPU_EVENTS", fd.set_vcpu_events(&events))?;
-    // Without a LAPIC a vCPU has no other. Last: it depends on whether the vCPU is in system management mode.
+    // Without a LAPIC a vCPU has no other. Last: it depends on whether the vCPU is in system
+    // management mode.
     if classes.has_lapic {
         let state: kvm_mp_state = plain("mp_state", one(Kind::MpState)?)?;
         kvm("KVM_SET_MP_STATE", fd.set_mp_state(state))?;
@@ -191,7 +194,8 @@ pub(crate) fn apply(
     Ok(())
 }
 
-/// The special registers. Before the LAPIC: its base is one of them, and says in which form its registers are.
+/// The special registers. Before the LAPIC: its base is one of them, and says in which form its
+/// registers are.
 fn set_sregs(vcpu: &Vcpu, records: &[Record], number: u16, classes: Classes) -> Result<()> {
     let sregs2 = get(records, Kind::Sregs2, number);
     if let Some(sregs) = sregs2.filter(|_| classes.has_sregs2) {
@@ -213,14 +217,16 @@ fn first_of_sregs2(sregs2: &[u8]) -> Result<kvm_sregs> {
     Ok(kvm_sregs { interrupt_bitmap: [0; 4], ..first })
 }
 
-/// Offsets of the LAPIC's timer: its vector and mode, and the count it starts from. Intel SDM volume 3, 11.4.1.
+/// Offsets of the LAPIC's timer: its vector and mode, and the count it starts from. Intel SDM
+/// volume 3, 11.4.1.
 const LVT_TIMER: usize = 0x320;
 const TIMER_INITIAL_COUNT: usize = 0x380;
 /// The bits of its mode.
 const TIMER_MODE: u32 = 3 << 17;
 const TIMER_MODE_DEADLINE: u32 = 2 << 17;
 
-/// The LAPIC. When that takes the timer from deadlines to counting, KVM forgets the count: then again.
+/// The LAPIC. When that takes the timer from deadlines to counting, KVM forgets the count: then
+/// again.
 fn set_lapic(vcpu: &Vcpu, lapic: &kvm_lapic_state) -> Result<()> {
     let word = |at: usize| {
         let bytes = lapic.regs.get(at..at + 4).and_then(|bytes| <[i8; 4]>::try_from(bytes).ok());
@@ -238,7 +244,7 @@ fn set_lapic(vcpu: &Vcpu, lapic: &kvm_lapic_state) -> Result<()> {
 ///
 /// # Errors
 /// [`ErrorKind::State`] when that is not what the state has.
-pub(super) fn check_cpuid(vcpu: &mut Vcpu, number: u16, records: &[Record]) -> Result<()> {
+pub(crate) fn check_cpuid(vcpu: &mut Vcpu, number: u16, records: &[Record]) -> Result<()> {
     let Some(table) = get(records, Kind::Cpuid, number) else { return Ok(()) };
     if !vcpu.has_run || vcpu.known_cpuid.as_deref() == Some(table) {
         return Ok(());
@@ -253,7 +259,8 @@ pub(super) fn check_cpuid(vcpu: &mut Vcpu, number: u16, records: &[Record]) -> R
     Ok(())
 }
 
-/// An entry without what follows the guest's registers: MONITOR, OSXSAVE, APIC, OSPKE, and the size of xsave.
+/// An entry without what follows the guest's registers: MONITOR, OSXSAVE, APIC, OSPKE, and the size
+/// of xsave.
 fn lasting(entry: &kvm_cpuid_entry2) -> [u32; 6] {
     let kvm_cpuid_entry2 { function, index, eax, mut ebx, mut ecx, mut edx, .. } = *entry;
     match (function, index) {
@@ -270,7 +277,7 @@ fn set_cpuid(vcpu: &Vcpu, table: &[u8]) -> Result<()> {
 }
 
 /// The table of a record.
-pub(super) fn cpuid(table: &[u8]) -> Result<CpuId> {
+pub(crate) fn cpuid(table: &[u8]) -> Result<CpuId> {
     CpuId::from_entries(&entries(table)?).map_err(|e| bad("cpuid", format!("{e:?}")))
 }
 

@@ -1,4 +1,5 @@
-//! Which locks a thread holds, and the checks of their order. In a release build there is nothing of it.
+//! Which locks a thread holds, and the checks of their order. In a release build there is nothing
+//! of it.
 
 #[cfg(debug_assertions)]
 pub use self::checked::assert_unlocked;
@@ -31,12 +32,14 @@ mod checked {
         static HELD: RefCell<Vec<Entry>> = const { RefCell::new(Vec::new()) };
     }
 
-    /// What a thread holds is not known any more while its thread-local values are dropped: then nothing is checked.
+    /// What a thread holds is not known any more while its thread-local values are dropped: then
+    /// nothing is checked.
     fn with_held<T>(f: impl FnOnce(&mut Vec<Entry>) -> T) -> Option<T> {
         HELD.try_with(|held| f(&mut held.borrow_mut())).ok()
     }
 
-    // A violated order is a fault of ours that no caller can handle, in a build that is there to find it.
+    // A violated order is a fault of ours that no caller can handle, in a build that is there to
+    // find it.
     #[allow(clippy::panic)]
     fn violated(text: &str) -> ! {
         panic!("locks: {text}")
@@ -103,7 +106,8 @@ mod checked {
             check(self.entry());
         }
 
-        /// In a forked child a lock of the parent's may be held for ever, by a thread that the child does not have.
+        /// In a forked child a lock of the parent's may be held for ever, by a thread that the
+        /// child does not have.
         fn check_process(&self) {
             let here = Birthplace::here().number() + 1;
             // Relaxed: a number that is compared, and guards nothing.

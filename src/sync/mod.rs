@@ -1,5 +1,6 @@
-//! The locks of the house: parking_lot's, each with a rank in its type. A debug build checks that every thread takes them in
-//! the order of their ranks, and that it holds none while it waits or enters Python; a release build pays nothing for it.
+//! The locks of the house: parking_lot's, each with a rank in its type. A debug build checks that
+//! every thread takes them in the order of their ranks, and that it holds none while it waits or
+//! enters Python; a release build pays nothing for it.
 
 mod held;
 pub mod rank;
@@ -196,7 +197,8 @@ impl<T, R> RwLock<T, R> {
 }
 
 impl<T, R: Rank> RwLock<T, R> {
-    /// Take it beside other readers. A thread that has it already must not: a writer may wait between the two.
+    /// Take it beside other readers. A thread that has it already must not: a writer may wait
+    /// between the two.
     pub fn read(&self) -> ReadGuard<'_, T, R> {
         self.place.check();
         RwLockGuard { guard: self.lock.read(), _held: Held::new(&self.place) }

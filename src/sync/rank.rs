@@ -1,7 +1,8 @@
-//! The ranks of all locks, in the order in which they are taken. docs/threads.md shows the same table with what each lock
-//! guards and who takes it; a test compares the two.
+//! The ranks of all locks, in the order in which they are taken. docs/threads.md shows the same
+//! table with what each lock guards and who takes it; a test compares the two.
 
-/// A place in the order of locks: a thread takes a lock only while every lock that it holds has a lower rank.
+/// A place in the order of locks: a thread takes a lock only while every lock that it holds has a
+/// lower rank.
 pub trait Rank {
     /// Goes up in the order in which locks are taken.
     const NUMBER: usize;

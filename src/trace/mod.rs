@@ -1,8 +1,8 @@
-//! A trace: every hop of a machine (exit, device, event, callback) with its times, one track a thread. A thread is recorded
-//! while a [`Recording`] lives on it: a vCPU's during each exit, the loop's during each turn.
+//! A trace: every hop of a machine (exit, device, event, callback) with its times, one track a
+//! thread. A thread is recorded while a [`Recording`] lives on it: a vCPU's during each exit, the
+//! loop's during each turn.
 
 mod sink;
-mod watching;
 
 use std::cell::RefCell;
 use std::marker::PhantomData;
@@ -12,16 +12,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::ThreadId;
 use std::time::Instant;
 
-use event_manager::{EventOps, Events, MutEventSubscriber};
 use smallvec::SmallVec;
 
 use crate::error::Result;
-use crate::event::BoxedSubscriber;
 use crate::sync::{Mutex, RwLock, rank};
-use crate::vcpu::{Observer, Place, Seen};
 use sink::Sink;
 pub use sink::{Span, Value};
-pub use watching::Watching;
 
 /// What a track gathers before it is written.
 const BUFFER: usize = 64 << 10;
@@ -48,8 +44,9 @@ impl Track {
     }
 
     /// Does not write: it may be called with the GIL held.
-    fn record(&self, span: &Span) {
-        // In a forked child the lock may be held by a thread that is not there, and the file is the parent's.
+    pub(crate) fn record(&self, span: &Span) {
+        // In a forked child the lock may be held by a thread that is not there, and the file is the
+        // parent's.
         if self.sink.birthplace.is_foreign() {
             return;
         }
@@ -60,7 +57,7 @@ impl Track {
     }
 
     /// Write what has been gathered, if that is much.
-    fn flush(&self) {
+    pub(crate) fn flush(&self) {
         if self.sink.birthplace.is_foreign() {
             return;
         }
@@ -105,7 +102,8 @@ impl Trace {
     /// Record no more, and complete the file. Does nothing the second time, and in a forked child.
     ///
     /// # Errors
-    /// [`crate::error::ErrorKind::Io`] when the file could not be written: then the trace ends before.
+    /// [`crate::error::ErrorKind::Io`] when the file could not be written: then the trace ends
+    /// before.
     pub fn finish(&self) -> Result<()> {
         if self.sink.birthplace.is_foreign() {
             return Ok(());
@@ -115,7 +113,8 @@ impl Trace {
         self.sink.end()
     }
 
-    fn vcpu(&self, vcpu: u64) -> Option<&Arc<Track>> {
+    /// The track of a vCPU; none for a number that it has not.
+    pub(crate) fn vcpu(&self, vcpu: u64) -> Option<&Arc<Track>> {
         usize::try_from(vcpu).ok().and_then(|vcpu| self.vcpus.get(vcpu))
     }
 
@@ -138,33 +137,6 @@ impl Drop for Trace {
     fn drop(&mut self) {
         // Nobody is left to be told.
         let _ = self.finish();
-    }
-}
-
-impl Observer for Trace {
-    fn track(&self, vcpu: u64) -> Option<Arc<Track>> {
-        self.vcpu(vcpu).cloned()
-    }
-
-    fn saw(&self, seen: &Seen) {
-        let Some(track) = self.vcpu(seen.vcpu) else { return };
-        let times = (seen.entered, seen.left);
-        track.record(&Span { category: "guest", name: "guest", times, values: &[] });
-        let Place { kind, access, address } = Place::of(seen.exit);
-        let mut name = kind.to_owned();
-        let mut values: SmallVec<[_; 2]> = SmallVec::new();
-        if let Some(access) = access {
-            name.push(' ');
-            name.push_str(access);
-            values.push(("access", Value::Text(access)));
-        }
-        if let Some(address) = address {
-            name.push_str(&format!(" {address:#x}"));
-            values.push(("address", Value::Hex(address)));
-        }
-        let times = (seen.left, seen.answered);
-        track.record(&Span { category: "exit", name: &name, times, values: &values });
-        track.flush();
     }
 }
 
@@ -230,7 +202,8 @@ impl Recorders {
     pub fn add(&self, trace: Arc<Trace>) {
         let mut traces = self.traces.write();
         traces.push(trace);
-        // Relaxed, here and below: the lock orders what it stands for, and a turn may come late to it.
+        // Relaxed, here and below: the lock orders what it stands for, and a turn may come late to
+        // it.
         self.is_any.store(true, Ordering::Relaxed);
     }
 
@@ -251,38 +224,9 @@ impl Recorders {
     }
 }
 
-/// A subscriber whose events are recorded.
-pub(crate) struct Recorded(pub(crate) BoxedSubscriber);
-
-impl MutEventSubscriber for Recorded {
-    fn process(&mut self, events: Events, ops: &mut EventOps) {
-        if !is_recorded() {
-            return self.0.process(events, ops);
-        }
-        let began = Instant::now();
-        self.0.process(events, ops);
-        record_event(events, (began, Instant::now()));
-    }
-
-    fn init(&mut self, ops: &mut EventOps) {
-        self.0.init(ops);
-    }
-}
-
-/// Record that the event of a file descriptor has been dispatched to its subscriber.
-pub fn record_event(events: Events, times: (Instant, Instant)) {
-    let fd = events.fd().unsigned_abs();
-    let values = [
-        ("fd", Value::Number(u64::from(fd))),
-        ("events", Value::Hex(u64::from(events.event_set().bits()))),
-    ];
-    record("event", &format!("fd {fd}"), times, &values);
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vcpu::VcpuExit;
 
     fn traced(name: &str, work: impl FnOnce(&Arc<Trace>)) -> String {
         let path = std::env::temp_dir().join(format!("pyvmm-{}-{name}.json", std::process::id()));
@@ -297,24 +241,6 @@ mod tests {
 
     fn call(name: &str) {
         record("callback", name, (Instant::now(), Instant::now()), &[]);
-    }
-
-    #[test]
-    fn an_exit_is_time_inside_and_time_outside() {
-        let text = traced("exit", |trace| {
-            let now = Instant::now();
-            let exit = VcpuExit::IoIn { port: 0x60, size: 1, count: 1 };
-            trace.saw(&Seen { vcpu: 1, exit: &exit, entered: now, left: now, answered: now });
-            let nobody = Seen { vcpu: 7, exit: &exit, entered: now, left: now, answered: now };
-            trace.saw(&nobody);
-        });
-        let lines: Vec<&str> = text.lines().collect();
-        assert!(lines[1].contains("vcpu_0") && lines[2].contains("vcpu_1"));
-        assert!(lines[3].contains(r#""tid":2"#) && lines[3].contains(r#""cat":"guest""#));
-        assert!(
-            lines[4].contains(r#""name":"io read 0x60","args":{"access":"read","address":"0x60"}"#)
-        );
-        assert_eq!(lines.len(), 6);
     }
 
     #[test]

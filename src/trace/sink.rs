@@ -1,5 +1,5 @@
-//! The file of a trace: events as JSON, one a line, in the trace-event format that Perfetto and chrome://tracing open.
-//! Written by the threads that record, each when its buffer is full.
+//! The file of a trace: events as JSON, one a line, in the trace-event format that Perfetto and
+//! chrome://tracing open. Written by the threads that record, each when its buffer is full.
 
 use std::fmt::Write as _;
 use std::fs::{File, FileType};
@@ -63,7 +63,8 @@ impl Output {
             Ok(()) => self.written += text.len() as u64,
             Err(error) => {
                 self.error = Some(Error::os(ErrorKind::Io, self.path.as_str(), &error));
-                // What was written of them goes. No matter if it does not: the array may lack its end, too.
+                // What was written of them goes. No matter if it does not: the array may lack its
+                // end, too.
                 let _ = file.set_len(self.written);
                 let _ = file.seek(SeekFrom::Start(self.written));
             }

@@ -1,4 +1,5 @@
-//! A vCPU between the thread that runs it and whoever looks into it, pauses it or drives it by hand.
+//! A vCPU between the thread that runs it and whoever looks into it, pauses it or drives it by
+//! hand.
 
 use std::cell::RefCell;
 use std::ptr::NonNull;
@@ -44,8 +45,8 @@ struct Slot {
     is_kicked: bool,
     /// How often the vCPU has come to rest.
     rests: u64,
-    /// How often it has come to rest, or has been sent off from there: a count that has gone up since somebody asked it to
-    /// stop says that it was at rest meanwhile.
+    /// How often it has come to rest, or has been sent off from there: a count that has gone up
+    /// since somebody asked it to stop says that it was at rest meanwhile.
     stays: u64,
     /// It was on its way when it was held, and goes on when it is let go.
     goes_on: bool,
@@ -139,7 +140,8 @@ impl Cell {
         self.id
     }
 
-    /// Look into the vCPU, which stays at rest meanwhile. On its own thread that is possible while it is lent.
+    /// Look into the vCPU, which stays at rest meanwhile. On its own thread that is possible while
+    /// it is lent.
     ///
     /// # Errors
     /// [`ErrorKind::State`] while its guest runs, and in a forked child; what `look` returns.
@@ -178,7 +180,8 @@ impl Cell {
             // One that has been sent off is running, even if its thread has not come for it yet.
             Slot { vcpu: Some(vcpu), .. } if is_held => look(vcpu),
             Slot { lent: Some(Lent(vcpu)), .. } if is_held || is_own => {
-                // SAFETY: the thread that lent it waits in `lend`, which takes it back under the lock that we hold.
+                // SAFETY: the thread that lent it waits in `lend`, which takes it back under the
+                // lock that we hold.
                 look(unsafe { vcpu.as_mut() })
             }
             _ => Err(self.running()),
@@ -197,12 +200,13 @@ impl Cell {
             .ok_or_else(|| self.running())
     }
 
-    /// Bring a vCPU that is on its way to rest there, and complete for good what its last exit began: with all that a
-    /// repeated instruction does before it can be left. What that came to, which nobody has been told.
+    /// Bring a vCPU that is on its way to rest there, and complete for good what its last exit
+    /// began: with all that a repeated instruction does before it can be left. What that came to,
+    /// which nobody has been told.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] while its guest runs, or when this thread is the one that answers its exit; when it reads and
-    /// nobody has answered.
+    /// [`ErrorKind::State`] while its guest runs, or when this thread is the one that answers its
+    /// exit; when it reads and nobody has answered.
     pub(crate) fn settle(&self) -> Result<Step> {
         let mut vcpu = {
             let mut slot = self.rested()?;
@@ -244,8 +248,9 @@ impl Cell {
         if slot.is_closed { Err(closed()) } else { Ok(slot) }
     }
 
-    /// Call the program's code from the thread that runs the vCPU. Meanwhile that code may look into the vCPU, and who pauses
-    /// the machine finds it at rest, from where it does not go back to its guest.
+    /// Call the program's code from the thread that runs the vCPU. Meanwhile that code may look
+    /// into the vCPU, and who pauses the machine finds it at rest, from where it does not go back
+    /// to its guest.
     pub(super) fn lend<T>(&self, vcpu: &mut Vcpu, call: impl FnOnce() -> T) -> T {
         struct TakeBack<'a>(&'a Cell, NonNull<Vcpu>);
         impl Drop for TakeBack<'_> {
@@ -271,11 +276,12 @@ impl Cell {
         Error::new(ErrorKind::State, at, "its guest is running").hint("pause the machine first")
     }
 
-    /// Enter the guest on this thread and come back with its next exit, which nobody has answered, or because of
-    /// [`Self::kick`]; none for a signal to this thread that is the program's.
+    /// Enter the guest on this thread and come back with its next exit, which nobody has answered,
+    /// or because of [`Self::kick`]; none for a signal to this thread that is the program's.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] while its guest runs already, or when there is no signal for kicks; what KVM_RUN fails with.
+    /// [`ErrorKind::State`] while its guest runs already, or when there is no signal for kicks;
+    /// what KVM_RUN fails with.
     pub fn run_once(&self) -> Result<Option<VcpuExit>> {
         self.check_process()?;
         unblock_kicks()?;
@@ -312,8 +318,8 @@ impl Cell {
         }
     }
 
-    /// Have a vCPU that its thread runs come to rest behind the exit that is answered now, until somebody holds it and lets
-    /// it go.
+    /// Have a vCPU that its thread runs come to rest behind the exit that is answered now, until
+    /// somebody holds it and lets it go.
     #[cfg(test)]
     pub(crate) fn park(&self) {
         self.bring_out(&self.slot.lock());
@@ -324,15 +330,16 @@ impl Cell {
         self.stop.kick(&*self.page, || {
             // The runner needs this lock before it can end.
             if let Some(thread) = slot.runner {
-                // SAFETY: the thread takes itself out of the slot before it ends, and we hold the slot's lock.
+                // SAFETY: the thread takes itself out of the slot before it ends, and we hold the
+                // slot's lock.
                 unsafe { interrupt(thread) };
             }
         });
         slot.waits_for.iter().for_each(|device| device.wake());
     }
 
-    /// Before the guest is entered: wait for the room that its last access has left none of. False when the vCPU is called
-    /// out first; then it waits again the next time.
+    /// Before the guest is entered: wait for the room that its last access has left none of. False
+    /// when the vCPU is called out first; then it waits again the next time.
     pub(super) fn wait_for_room(&self, vcpu: &mut Vcpu) -> bool {
         let Some(device) = vcpu.waits_for.take() else { return true };
         self.slot.lock().waits_for = Some(Arc::clone(&device));
@@ -357,7 +364,8 @@ impl Cell {
         self.changed.notify_all();
     }
 
-    /// Have a vCPU that [`Self::hold`] has brought to rest enter its guest again. One that rested before goes on resting.
+    /// Have a vCPU that [`Self::hold`] has brought to rest enter its guest again. One that rested
+    /// before goes on resting.
     pub(super) fn let_go(&self) {
         let goes_on = self.slot.lock().goes_on;
         if goes_on {
@@ -388,8 +396,8 @@ impl Cell {
         slot.goes_on = false;
     }
 
-    /// The machine is closed: nobody looks into the vCPU any more, and its descriptor goes, at once or when its thread is done
-    /// with it.
+    /// The machine is closed: nobody looks into the vCPU any more, and its descriptor goes, at once
+    /// or when its thread is done with it.
     pub(crate) fn close(&self) {
         let vcpu = {
             let mut slot = self.slot.lock();
@@ -426,7 +434,8 @@ impl Cell {
         self.slot.lock().stays
     }
 
-    /// Wait until the vCPU is at rest, or has been since it was counted: somebody may have sent it off again.
+    /// Wait until the vCPU is at rest, or has been since it was counted: somebody may have sent it
+    /// off again.
     pub(crate) fn wait_for_rest(&self, counted: u64) {
         let mut slot = self.slot.lock();
         while !slot.is_at_rest() && slot.stays == counted {
@@ -449,7 +458,8 @@ impl Cell {
         }
     }
 
-    /// The vCPU comes to rest. `by_itself`: it stays there until the next run, whoever pauses and resumes meanwhile.
+    /// The vCPU comes to rest. `by_itself`: it stays there until the next run, whoever pauses and
+    /// resumes meanwhile.
     pub(super) fn put_back(&self, vcpu: Vcpu, by_itself: bool) {
         let mut slot = self.slot.lock();
         if slot.order == Order::Go {

@@ -1,5 +1,6 @@
-//! Where the exits of a machine's vCPUs go: the buses with their devices, hooks that look at an exit first, and
-//! observers that look at it afterwards. Shared by the vCPUs' threads; hooks and observers come and go while they run.
+//! Where the exits of a machine's vCPUs go: the buses with their devices, hooks that look at an
+//! exit first, and observers that look at it afterwards. Shared by the vCPUs' threads; hooks and
+//! observers come and go while they run.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -7,10 +8,12 @@ use std::time::Instant;
 
 use super::exit::{Data, ExitKind, VcpuExit};
 use crate::devices::Buses;
+use crate::memory::DeviceWindows;
 use crate::sync::{RwLock, rank};
 use crate::trace::{Recording, Track};
 
-/// Looks at exits before they are answered. Called on the vCPU's thread, which lends the vCPU meanwhile.
+/// Looks at exits before they are answered. Called on the vCPU's thread, which lends the vCPU
+/// meanwhile.
 pub trait ExitHook: Send + Sync + std::fmt::Debug {
     /// Say what becomes of the exit.
     fn on_exit(&self, vcpu: u64, exit: &VcpuExit) -> Verdict;
@@ -66,10 +69,17 @@ const OBSERVED: u64 = 1 << 63;
 pub struct Dispatch {
     /// The buses.
     pub buses: Buses,
-    /// A bit for each kind of exit that a hook wants to see, and [`OBSERVED`]. Zero costs one look an exit.
+    /// A bit for each kind of exit that a hook wants to see, and [`OBSERVED`]. Zero costs one look
+    /// an exit.
     watched: AtomicU64,
     hook: RwLock<Option<Arc<dyn ExitHook>>, rank::ExitHook>,
     observers: RwLock<Vec<Arc<dyn Observer>>, rank::Observers>,
+}
+
+impl DeviceWindows for Dispatch {
+    fn windows(&self) -> Vec<(u64, u64)> {
+        self.buses.mmio.ranges()
+    }
 }
 
 /// What is watched at one exit.
@@ -87,7 +97,8 @@ impl Watched {
 }
 
 impl Dispatch {
-    /// Have a hook look at exits of these kinds, from the next exit on. It takes the former one's place.
+    /// Have a hook look at exits of these kinds, from the next exit on. It takes the former one's
+    /// place.
     pub fn set_hook(&self, hook: Arc<dyn ExitHook>, kinds: &[ExitKind]) {
         let bits = kinds.iter().fold(0, |bits, kind| bits | kind.bit());
         *self.hook.write() = Some(hook);
@@ -109,7 +120,8 @@ impl Dispatch {
         }
     }
 
-    /// The machine is closed: nobody is called any more. What they hold is given back, which may be the machine.
+    /// The machine is closed: nobody is called any more. What they hold is given back, which may be
+    /// the machine.
     pub(crate) fn close(&self) {
         self.watched.store(0, Ordering::Release);
         let hook = self.hook.write().take();

@@ -256,8 +256,8 @@ impl VcpuExit {
     }
 }
 
-/// Enter the guest until it exits or the stop word is set; none for a signal that was no kick. A read is answered with
-/// ones for now.
+/// Enter the guest until it exits or the stop word is set; none for a signal that was no kick. A
+/// read is answered with ones for now.
 pub(super) fn run_once(vcpu: &mut Vcpu, stop: &StopWord) -> Result<Option<VcpuExit>> {
     // Kick, point 4.
     while !stop.is_set() {
@@ -276,8 +276,8 @@ pub(super) fn run_once(vcpu: &mut Vcpu, stop: &StopWord) -> Result<Option<VcpuEx
     Ok(Some(VcpuExit::Interrupted))
 }
 
-/// Enter the guest, or take the exit that was found when an instruction was completed. A read is answered with ones for
-/// now, one of a model-specific register with a fault.
+/// Enter the guest, or take the exit that was found when an instruction was completed. A read is
+/// answered with ones for now, one of a model-specific register with a fault.
 pub(super) fn enter(vcpu: &mut Vcpu) -> std::result::Result<VcpuExit, kvm_ioctls::Error> {
     vcpu.has_run = true;
     let result = match vcpu.waiting.take() {
@@ -291,7 +291,8 @@ pub(super) fn enter(vcpu: &mut Vcpu) -> std::result::Result<VcpuExit, kvm_ioctls
     result
 }
 
-/// Run the guest to its next exit but those that a fix-up takes away. A kick ends it: it has the next KVM_RUN fail.
+/// Run the guest to its next exit but those that a fix-up takes away. A kick ends it: it has the
+/// next KVM_RUN fail.
 fn run(vcpu: &mut Vcpu) -> std::result::Result<VcpuExit, kvm_ioctls::Error> {
     loop {
         let exit = vcpu.fd.run().map(|exit| owned(exit, &vcpu.page))?;

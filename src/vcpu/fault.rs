@@ -30,7 +30,8 @@ pub(crate) fn describe(vcpu: &Vcpu, what: &str) -> String {
 const LOST: &str = "the instruction and the registers of the fault are lost: kvm-amd resets a vCPU that shuts down, and it is \
     in its state after INIT";
 
-/// Whether a vCPU stands at the reset vector with the registers that INIT leaves: Intel SDM volume 3, table 10-1.
+/// Whether a vCPU stands at the reset vector with the registers that INIT leaves: Intel SDM volume
+/// 3, table 10-1.
 fn is_after_init(regs: &kvm_regs, sregs: &kvm_sregs) -> bool {
     let is_at_vector = regs.rip == 0xfff0 && sregs.cs.base == 0xffff_0000;
     is_at_vector && regs.rflags == 2 && regs.rsp == 0 && sregs.cr0 & CR0_PE == 0
@@ -55,8 +56,8 @@ impl Instruction {
     }
 }
 
-/// The bytes that a vCPU stands at: those that KVM says it could not emulate, if they are a whole instruction, else what is
-/// in memory.
+/// The bytes that a vCPU stands at: those that KVM says it could not emulate, if they are a whole
+/// instruction, else what is in memory.
 pub(super) fn instruction_bytes(vcpu: &Vcpu, regs: &kvm_regs, sregs: &kvm_sregs) -> Vec<u8> {
     let from_kvm = match vcpu.page.exit_reason() {
         KVM_EXIT_INTERNAL_ERROR => emulation_bytes(&vcpu.page.internal_error()),

@@ -1,5 +1,5 @@
-//! The vCPU's side of a fix-up: its registers copied, the instruction executed, and what came of it put back. On the vCPU's
-//! thread, after `KVM_EXIT_INTERNAL_ERROR`.
+//! The vCPU's side of a fix-up: its registers copied, the instruction executed, and what came of it
+//! put back. On the vCPU's thread, after `KVM_EXIT_INTERNAL_ERROR`.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
@@ -10,7 +10,7 @@ use super::fault::instruction_bytes;
 use super::registers::Vcpu;
 use crate::debug::{bitness, decode};
 use crate::fixup::{Cpu, Fault, Flow, Platform, RF, Stop, TF, execute};
-use crate::vm::GuestMemory;
+use crate::memory::GuestMemory;
 
 const UD: u8 = 6;
 /// Its number as an exception, and DR6: a single step.
@@ -18,7 +18,8 @@ const DB: u8 = 1;
 const DR6_STEP: u64 = 1 << 14;
 const CR4_PGE: u64 = 1 << 7;
 
-/// Execute the instruction that KVM has refused, if fix-ups are on and there is one for it. False: the exit stays.
+/// Execute the instruction that KVM has refused, if fix-ups are on and there is one for it. False:
+/// the exit stays.
 pub(super) fn fix_up(vcpu: &mut Vcpu) -> bool {
     let Some(counts) = vcpu.fixups.clone() else { return false };
     let error = vcpu.page.internal_error();
@@ -49,7 +50,8 @@ pub(super) fn fix_up(vcpu: &mut Vcpu) -> bool {
     is_fixed
 }
 
-/// What KVM itself makes of an instruction it cannot emulate in ring 3, where it has not been asked to exit: #UD.
+/// What KVM itself makes of an instruction it cannot emulate in ring 3, where it has not been asked
+/// to exit: #UD.
 fn refuse(vcpu: &Vcpu, regs: &kvm_regs, sregs: &kvm_sregs) -> bool {
     let is_user = sregs.cr0 & 1 != 0 && sregs.ss.dpl == 3;
     is_user && raise(vcpu, regs, sregs, Fault { vector: UD, code: None, address: None })
@@ -91,7 +93,8 @@ fn put_back(
     })
 }
 
-/// An instruction has ended: the shadow of one before it is over, and a fault waits to be delivered.
+/// An instruction has ended: the shadow of one before it is over, and a fault waits to be
+/// delivered.
 fn events_after(mut events: kvm_vcpu_events, fault: Option<Fault>) -> kvm_vcpu_events {
     if events.interrupt.shadow != 0 {
         events.interrupt.shadow = 0;
@@ -115,11 +118,11 @@ struct Host<'a> {
 
 impl Host<'_> {
     /// A place in memory that the host may write, aligned to its size.
-    fn place(&self, address: u64, size: u64) -> Option<crate::vm::View> {
+    fn place(&self, address: u64, size: u64) -> Option<crate::memory::View> {
         if !address.is_multiple_of(size) {
             return None;
         }
-        self.memory.view(address, size).ok().filter(crate::vm::View::is_writable)
+        self.memory.view(address, size).ok().filter(crate::memory::View::is_writable)
     }
 }
 
@@ -136,8 +139,8 @@ impl Platform for Host<'_> {
         let Some(place) = self.place(address, size) else { return false };
         let is_set = match (size, u32::try_from(old), u32::try_from(old | bits)) {
             (4, Ok(old), Ok(new)) => {
-                // SAFETY: `place` is 4 aligned bytes of a mapping that it keeps; guests and hosts change them as atomics
-                // or not at all, and any value is valid.
+                // SAFETY: `place` is 4 aligned bytes of a mapping that it keeps; guests and hosts
+                // change them as atomics or not at all, and any value is valid.
                 let entry = unsafe { AtomicU32::from_ptr(place.as_ptr().cast()) };
                 // SeqCst: as the processor's own locked update.
                 entry.compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst).is_ok()
@@ -167,9 +170,10 @@ impl Platform for Host<'_> {
             (high, low)
         };
         let ((mut high, mut low), (new_high, new_low)) = (halves(old), halves(new));
-        // SAFETY: the processor has the instruction; `place` is 16 aligned bytes of a mapping that it keeps. RBX, which the
-        // compiler keeps for itself, is put back. The operands have registers of their own: RBX can be among those of the
-        // class `reg`, and what it is given there is lost at the exchange.
+        // SAFETY: the processor has the instruction; `place` is 16 aligned bytes of a mapping that
+        // it keeps. RBX, which the compiler keeps for itself, is put back. The operands have
+        // registers of their own: RBX can be among those of the class `reg`, and what it is given
+        // there is lost at the exchange.
         unsafe {
             std::arch::asm!(
                 "xchg rsi, rbx",
@@ -213,8 +217,8 @@ impl Platform for Host<'_> {
         for (to, from) in area.region.iter_mut().zip(image.chunks_exact(4)) {
             *to = from.try_into().map_or(0, u32::from_le_bytes);
         }
-        // SAFETY: KVM_SET_XSAVE reads 4 KiB, the size of kvm_xsave, unless a permission for dynamic features has been
-        // asked for, which nothing here does.
+        // SAFETY: KVM_SET_XSAVE reads 4 KiB, the size of kvm_xsave, unless a permission for dynamic
+        // features has been asked for, which nothing here does.
         unsafe { self.fd.set_xsave(&area) }.is_ok()
     }
 

@@ -7,16 +7,18 @@
 //!
 //! The thread that runs the vCPU:
 //!   4. looks at the stop word before each `KVM_RUN`;
-//!   5. is returned by `KVM_RUN` with EINTR when the flag of point 2 is up on entry, or the signal of point 3
-//!      arrives inside;
-//!   6. looks at the stop word again: set, it leaves; clear, the signal was somebody else's and it goes on.
+//!   5. is returned by `KVM_RUN` with EINTR when the flag of point 2 is up on entry, or the signal
+//!      of point 3 arrives inside;
+//!   6. looks at the stop word again: set, it leaves; clear, the signal was somebody else's and it
+//!      goes on.
 //!
-//!   8. may raise the flag itself, to complete an instruction without running on; it sets it to what the word says and
-//!      goes on to point 4, so a kick in between is found there.
+//!   8. may raise the flag itself, to complete an instruction without running on; it sets it to
+//!      what the word says and goes on to point 4, so a kick in between is found there.
 //!
-//! No kick is lost: one that comes after point 4 and before the guest is entered finds the flag of point 2 on
-//! entry; a later one finds the thread inside, where the signal reaches it. None cancels a later run: when the
-//! vCPU is at rest, 7. the flag and the word are cleared under the same lock before it is sent off again.
+//! No kick is lost: one that comes after point 4 and before the guest is entered finds the flag of
+//! point 2 on entry; a later one finds the thread inside, where the signal reaches it. None cancels
+//! a later run: when the vCPU is at rest, 7. the flag and the word are cleared under the same lock
+//! before it is sent off again.
 
 #[cfg(loom)]
 use loom::sync::atomic::{AtomicBool, Ordering};
@@ -38,7 +40,8 @@ pub(crate) struct StopWord(AtomicBool);
 impl StopWord {
     /// Points 4 and 6.
     pub(crate) fn is_set(&self) -> bool {
-        // SeqCst: one order with the flag of point 2, so that a thread which found the flag up finds the word.
+        // SeqCst: one order with the flag of point 2, so that a thread which found the flag up
+        // finds the word.
         self.0.load(Ordering::SeqCst)
     }
 
@@ -52,7 +55,8 @@ impl StopWord {
     pub(crate) fn kick(&self, flag: &impl ImmediateExit, signal: impl FnOnce()) {
         self.0.store(true, Ordering::SeqCst);
         flag.set(true);
-        // Asked only now: a thread found at rest takes the vCPU after point 1, and point 4 keeps it out.
+        // Asked only now: a thread found at rest takes the vCPU after point 1, and point 4 keeps it
+        // out.
         signal();
     }
 }
@@ -77,8 +81,8 @@ mod tests {
     use super::*;
     use loom::sync::{Arc, Condvar, Mutex};
 
-    /// The kernel's side of a vCPU: the flag that `KVM_RUN` looks at when it is entered, and the signal that it
-    /// sleeps for.
+    /// The kernel's side of a vCPU: the flag that `KVM_RUN` looks at when it is entered, and the
+    /// signal that it sleeps for.
     #[derive(Default)]
     struct Kernel {
         immediate_exit: AtomicBool,

@@ -1,5 +1,5 @@
-//! Threads of vCPUs whose machine went while they were in one of its callbacks. They end when that returns, and whoever ends the
-//! process waits for them before. On any thread.
+//! Threads of vCPUs whose machine went while they were in one of its callbacks. They end when that
+//! returns, and whoever ends the process waits for them before. On any thread.
 
 use std::thread::JoinHandle;
 

@@ -20,7 +20,8 @@ use crate::debug::Paging;
 use crate::devices::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fixup;
-use crate::vm::{GuestMemory, open_kvm};
+use crate::kvm::open_kvm;
+use crate::memory::GuestMemory;
 
 /// One virtual processor. Its ioctls are made by its own thread, or by another while it is at rest.
 #[derive(Debug)]
@@ -43,11 +44,13 @@ pub struct Vcpu {
     pub(crate) constant_msrs: Vec<(u32, u64)>,
     /// The last exit was a read, and `answer` may still say what was read.
     pub(crate) awaits_answer: bool,
-    /// The device that its last access left without room, where it waits before it enters its guest.
+    /// The device that its last access left without room, where it waits before it enters its
+    /// guest.
     pub(super) waits_for: Option<Arc<dyn Device>>,
     /// A port or memory access has been answered and not completed: the next entry does that.
     pub(crate) is_pending: bool,
-    /// The run page has the general registers: each exit puts them there (KVM_CAP_SYNC_REGS), as does `store`.
+    /// The run page has the general registers: each exit puts them there (KVM_CAP_SYNC_REGS), as
+    /// does `store`.
     pub(crate) has_page_registers: bool,
     /// How often it had come to rest when it did so last.
     pub(crate) rests: u64,
@@ -55,7 +58,8 @@ pub struct Vcpu {
     pub(crate) waiting: Option<VcpuExit>,
     /// Its exit is being answered by the program's code, which looks into it.
     pub(crate) is_lent: bool,
-    /// General registers as they were at the exit, and as that code wants them behind the instruction.
+    /// General registers as they were at the exit, and as that code wants them behind the
+    /// instruction.
     pub(crate) changed: Option<Box<Changed>>,
     /// Calls of devices are recorded.
     pub(crate) is_recorded: bool,
@@ -164,7 +168,8 @@ impl Vcpu {
     /// Say what the guest reads, after an exit of [`Self`]'s that waits for it.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] when none does; [`ErrorKind::Config`] when it is another number of bytes.
+    /// [`ErrorKind::State`] when none does; [`ErrorKind::Config`] when it is another number of
+    /// bytes.
     pub fn answer(&mut self, data: &[u8]) -> Result<()> {
         let at = format!("vcpu_{}", self.id);
         if !self.awaits_answer {
@@ -186,8 +191,9 @@ impl Vcpu {
         self.awaits_answer.then(|| self.page.answer(&[]))
     }
 
-    /// Complete an access that has been answered, so that the registers are those after the instruction. One that
-    /// waits for its answer shows those before, as does one whose answer is being found.
+    /// Complete an access that has been answered, so that the registers are those after the
+    /// instruction. One that waits for its answer shows those before, as does one whose answer is
+    /// being found.
     fn complete(&mut self) {
         if !self.is_pending || self.awaits_answer || self.is_lent || self.waiting.is_some() {
             return;
@@ -200,8 +206,8 @@ impl Vcpu {
         self.waiting = result.ok();
     }
 
-    /// It goes on from a pause: tell its watchdogs, which would take the time for a hang. A guest that does not use KVM's clock
-    /// is told nothing.
+    /// It goes on from a pause: tell its watchdogs, which would take the time for a hang. A guest
+    /// that does not use KVM's clock is told nothing.
     pub(super) fn tell_of_pause(&mut self) {
         if !std::mem::replace(&mut self.is_told_of_pause, false) {
             // KVM refuses it for such a guest.
@@ -231,14 +237,15 @@ impl Vcpu {
         Ok(())
     }
 
-    /// Have KVM forget the access that it would complete at the next entry: reads give ones, what is written goes nowhere, and
-    /// a repeated instruction ends with the element that it is at.
+    /// Have KVM forget the access that it would complete at the next entry: reads give ones, what
+    /// is written goes nowhere, and a repeated instruction ends with the element that it is at.
     pub(crate) fn abandon(&mut self) {
         let mut is_pending = self.is_pending || self.waiting.take().is_some_and(|e| e.is_access());
         let mut left = ABANDONED_PARTS;
         while is_pending && left > 0 {
             if let Ok(regs) = self.fd.get_regs() {
-                // Else KVM would come out for each of its elements. Zero would leave the one at hand behind.
+                // Else KVM would come out for each of its elements. Zero would leave the one at
+                // hand behind.
                 let _ = self.fd.set_regs(&kvm_regs { rcx: 1, ..regs });
             }
             self.page.set(true);
@@ -257,12 +264,13 @@ impl Vcpu {
         self.has_found_memory = false;
     }
 
-    /// Complete the instruction whose exit has been answered, and change the registers behind it as the program's code
-    /// wanted. `is_stopped` looks at the stop word.
+    /// Complete the instruction whose exit has been answered, and change the registers behind it as
+    /// the program's code wanted. `is_stopped` looks at the stop word.
     pub(super) fn apply_changes(&mut self, is_stopped: impl Fn() -> bool) {
         let Some(changed) = self.changed.take() else { return };
         self.complete();
-        // Kick, point 8: one that came meanwhile has set the word first, and that is looked at before the next entry.
+        // Kick, point 8: one that came meanwhile has set the word first, and that is looked at
+        // before the next entry.
         self.page.set(is_stopped());
         let after = changed.over(&self.page.registers());
         // KVM takes any general registers.
@@ -345,8 +353,8 @@ impl Vcpu {
             RegisterClass::Xsave => {
                 let mut xsave: kvm_xsave = kvm("KVM_GET_XSAVE", self.fd.get_xsave())?;
                 change(bytes_mut(&mut xsave));
-                // SAFETY: KVM_SET_XSAVE reads 4 KiB, the size of kvm_xsave, unless a permission for dynamic features
-                // has been asked for, which nothing here does.
+                // SAFETY: KVM_SET_XSAVE reads 4 KiB, the size of kvm_xsave, unless a permission for
+                // dynamic features has been asked for, which nothing here does.
                 kvm("KVM_SET_XSAVE", unsafe { self.fd.set_xsave(&xsave) })
             }
             RegisterClass::Lapic => {
@@ -430,7 +438,8 @@ impl Vcpu {
         }
         if !breakpoints.is_empty() {
             debug.control |= KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP;
-            // DR7: the bit that is always one, and for each the bit that enables it globally: Intel SDM volume 3, 18.2.4.
+            // DR7: the bit that is always one, and for each the bit that enables it globally: Intel
+            // SDM volume 3, 18.2.4.
             let enabled = (0..breakpoints.len()).fold(0x400, |dr7, number| dr7 | 2 << (2 * number));
             if let Some(dr7) = debug.arch.debugreg.get_mut(7) {
                 *dr7 = enabled;

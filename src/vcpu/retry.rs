@@ -1,5 +1,5 @@
-//! A guest executes the instruction of an exit again: what KVM has begun of it is finished without effect. On the vCPU's
-//! thread.
+//! A guest executes the instruction of an exit again: what KVM has begun of it is finished without
+//! effect. On the vCPU's thread.
 
 use kvm_bindings::{kvm_fpu, kvm_regs, kvm_sregs};
 
@@ -7,13 +7,14 @@ use super::exit::VcpuExit;
 use super::kick::{ImmediateExit, StopWord};
 use super::registers::Vcpu;
 use super::string_io;
-use crate::vm::GuestMemory;
+use crate::memory::GuestMemory;
 
 /// Bytes of guest-physical memory as they were.
 type Kept = Vec<(u64, Vec<u8>)>;
 
 impl Vcpu {
-    /// Have the guest execute the instruction of this exit again, with the registers that the program's code left.
+    /// Have the guest execute the instruction of this exit again, with the registers that the
+    /// program's code left.
     pub(super) fn execute_again(&mut self, exit: &VcpuExit, stop: &StopWord) {
         if exit.is_read() {
             let is_changed =
@@ -30,26 +31,28 @@ impl Vcpu {
         }
     }
 
-    /// Where memory is now, the instruction reads that: KVM completes it as if it had begun after the memory came. False:
-    /// there is none.
+    /// Where memory is now, the instruction reads that: KVM completes it as if it had begun after
+    /// the memory came. False: there is none.
     pub(super) fn answer_from_memory(&mut self, exit: &VcpuExit) -> bool {
         let VcpuExit::MmioRead { address, length } = exit else { return false };
         let Some(data) = read(&self.memory, *address, *length) else { return false };
         self.page.answer(&data);
-        // Another part of the same access, beyond the end of a page, comes out though memory may be there.
+        // Another part of the same access, beyond the end of a page, comes out though memory may be
+        // there.
         self.has_found_memory = true;
         true
     }
 
-    /// Have KVM complete the read with ones, and put back what that has changed: registers, and memory where the instruction
-    /// writes what it read.
+    /// Have KVM complete the read with ones, and put back what that has changed: registers, and
+    /// memory where the instruction writes what it read.
     fn undo(&mut self, exit: &VcpuExit, stop: &StopWord) {
         let Ok(to) = self.general() else { return };
         let from = self.changed.take().map_or(to, |changed| changed.from);
         let (sregs, fpu) = (self.fd.get_sregs().ok(), self.fd.get_fpu().ok());
         let kept = self.written_by(exit, &from, sregs.as_ref());
         self.abandon();
-        // Kick, point 8: one that came meanwhile has set the word first, and that is looked at before the next entry.
+        // Kick, point 8: one that came meanwhile has set the word first, and that is looked at
+        // before the next entry.
         self.page.set(stop.is_set());
         for (address, bytes) in kept {
             // It was there before, and a slot that has gone since has taken the bytes along.
@@ -74,7 +77,8 @@ impl Vcpu {
         }
     }
 
-    /// What stands where the instruction writes: at the address that it reads, or where a string goes.
+    /// What stands where the instruction writes: at the address that it reads, or where a string
+    /// goes.
     fn written_by(&self, exit: &VcpuExit, regs: &kvm_regs, sregs: Option<&kvm_sregs>) -> Kept {
         let mut kept = Kept::new();
         if let VcpuExit::MmioRead { address, length } = exit {

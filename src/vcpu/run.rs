@@ -1,4 +1,5 @@
-//! One turn of a vCPU: enter the guest, and the one match over every KVM exit. On the vCPU's thread.
+//! One turn of a vCPU: enter the guest, and the one match over every KVM exit. On the vCPU's
+//! thread.
 
 use std::time::Instant;
 
@@ -102,7 +103,8 @@ fn told(vcpu: &mut Vcpu, outcome: Outcome) -> Step {
     }
 }
 
-/// Complete an access that has been answered, and at most so many that follow from it, without running the guest on.
+/// Complete an access that has been answered, and at most so many that follow from it, without
+/// running the guest on.
 pub(crate) fn settle(vcpu: &mut Vcpu, cell: &Cell, steps: usize) -> Step {
     for _ in 0..steps {
         if !vcpu.is_pending && vcpu.waiting.is_none() {
@@ -117,8 +119,8 @@ pub(crate) fn settle(vcpu: &mut Vcpu, cell: &Cell, steps: usize) -> Step {
     Step::Continue
 }
 
-/// The same until it can be left. KVM leaves a repeated access at every 1,024th step; what ends a guest there does not
-/// end this. What it came to last, but for nothing.
+/// The same until it can be left. KVM leaves a repeated access at every 1,024th step; what ends a
+/// guest there does not end this. What it came to last, but for nothing.
 pub(crate) fn settle_for_good(vcpu: &mut Vcpu, cell: &Cell) -> Step {
     let mut last = Step::Continue;
     for _ in 0..2048 {

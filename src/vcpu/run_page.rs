@@ -22,8 +22,8 @@ const _: () = assert!(size_of::<kvm_run>() <= PAGES);
 #[derive(Debug)]
 pub(crate) struct RunPage(NonNull<kvm_run>);
 
-// SAFETY: the mapping belongs to the process, not to a thread. The one field that another thread touches,
-// immediate_exit, is only ever reached as an atomic.
+// SAFETY: the mapping belongs to the process, not to a thread. The one field that another thread
+// touches, immediate_exit, is only ever reached as an atomic.
 unsafe impl Send for RunPage {}
 // SAFETY: as above; the other fields are read by copy, on the vCPU's thread, between two runs.
 unsafe impl Sync for RunPage {}
@@ -47,7 +47,8 @@ pub(crate) struct InternalError {
 
 impl RunPage {
     pub(crate) fn new(vcpu: &VcpuFd) -> Result<Self> {
-        // SAFETY: a fresh shared mapping of the vCPU fd's first page, at an address the kernel chooses.
+        // SAFETY: a fresh shared mapping of the vCPU fd's first page, at an address the kernel
+        // chooses.
         let page = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
@@ -84,7 +85,8 @@ impl RunPage {
         unsafe { (&raw const (*self.0.as_ptr()).exit_reason).read_volatile() }
     }
 
-    /// The general registers: as the last exit left them, where KVM was asked for them. While the vCPU is at rest.
+    /// The general registers: as the last exit left them, where KVM was asked for them. While the
+    /// vCPU is at rest.
     pub(crate) fn registers(&self) -> kvm_regs {
         // SAFETY: in bounds; plain integers.
         unsafe { (&raw const (*self.0.as_ptr()).s.regs.regs).read_volatile() }
@@ -103,8 +105,8 @@ impl RunPage {
         IoExit { size: usize::from(io.size).clamp(1, 8) }
     }
 
-    /// Put what the guest reads where KVM takes it from, if it is as many bytes as the guest reads; how many those are.
-    /// Only after a read's exit, while the vCPU is at rest or on its thread.
+    /// Put what the guest reads where KVM takes it from, if it is as many bytes as the guest reads;
+    /// how many those are. Only after a read's exit, while the vCPU is at rest or on its thread.
     pub(crate) fn answer(&self, data: &[u8]) -> usize {
         // SAFETY: in bounds; every bit pattern is valid for both views.
         let (io, mmio) = unsafe {
@@ -115,7 +117,8 @@ impl RunPage {
             KVM_EXIT_IO => {
                 let length = usize::from(io.size) * usize::try_from(io.count).unwrap_or(0);
                 let offset = usize::try_from(io.data_offset).unwrap_or(usize::MAX);
-                // KVM's buffer for port data is a page of its own, behind this one in the same mapping.
+                // KVM's buffer for port data is a page of its own, behind this one in the same
+                // mapping.
                 if offset.saturating_add(length) > PAGES {
                     return 0;
                 }
@@ -139,14 +142,15 @@ impl RunPage {
             _ => return 0,
         };
         if data.len() == wanted {
-            // SAFETY: `wanted` bytes at `to` lie in the mapping by the checks above; nobody else writes there while the
-            // vCPU is at rest.
+            // SAFETY: `wanted` bytes at `to` lie in the mapping by the checks above; nobody else
+            // writes there while the vCPU is at rest.
             unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), to, wanted) };
         }
         wanted
     }
 
-    /// The access to a model-specific register does not fault. Only after its exit, before the next entry.
+    /// The access to a model-specific register does not fault. Only after its exit, before the next
+    /// entry.
     pub(crate) fn allow_msr(&self) {
         if matches!(self.exit_reason(), KVM_EXIT_X86_RDMSR | KVM_EXIT_X86_WRMSR) {
             // SAFETY: in bounds; nobody else writes there while the vCPU is out of its guest.
@@ -154,7 +158,8 @@ impl RunPage {
         }
     }
 
-    /// What KVM says of its last internal error. Only after `KVM_EXIT_INTERNAL_ERROR`, on the vCPU's thread.
+    /// What KVM says of its last internal error. Only after `KVM_EXIT_INTERNAL_ERROR`, on the
+    /// vCPU's thread.
     pub(crate) fn internal_error(&self) -> InternalError {
         // SAFETY: in bounds; both views are plain integers, valid for every bit pattern.
         let (internal, emulation) = unsafe {
@@ -189,12 +194,13 @@ impl RunPage {
 
 impl ImmediateExit for RunPage {
     fn set(&self, value: bool) {
-        // SAFETY: kvm-ioctls has &mut to *its* mapping of this page while `run` is in progress. This is another
-        // mapping, at other addresses, so the two never alias as Rust objects. The byte is one that the kernel
-        // documents as written by user space from other threads; it is in bounds and an AtomicU8 needs no
-        // alignment.
+        // SAFETY: kvm-ioctls has &mut to *its* mapping of this page while `run` is in progress.
+        // This is another mapping, at other addresses, so the two never alias as Rust objects. The
+        // byte is one that the kernel documents as written by user space from other threads; it is
+        // in bounds and an AtomicU8 needs no alignment.
         let flag = unsafe { AtomicU8::from_ptr(&raw mut (*self.0.as_ptr()).immediate_exit) };
-        // SeqCst: ordered against the stop word, which the vCPU's thread reads after it was returned by this flag.
+        // SeqCst: ordered against the stop word, which the vCPU's thread reads after it was
+        // returned by this flag.
         flag.store(u8::from(value), Ordering::SeqCst);
     }
 }

@@ -1,6 +1,7 @@
 //! The kick's signal: which one, and its handler. The only place that touches signals.
 //!
-//! The program's own use of the signal goes on: what comes from elsewhere reaches the handler that was there before.
+//! The program's own use of the signal goes on: what comes from elsewhere reaches the handler that
+//! was there before.
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -29,8 +30,8 @@ impl Claim {
     unsafe fn send(&self, thread: libc::pthread_t) -> bool {
         self.keep_installed();
         let value = libc::sigval { sival_ptr: cookie() };
-        // SAFETY: by the caller. A queued signal, which arrives 10 us later, is sent only where a handler has to tell it
-        // from others.
+        // SAFETY: by the caller. A queued signal, which arrives 10 us later, is sent only where a
+        // handler has to tell it from others.
         unsafe {
             if self.has_handler() {
                 libc::pthread_sigqueue(thread, self.signal, value) == 0
@@ -40,8 +41,9 @@ impl Claim {
         }
     }
 
-    /// Put the handler there, also where the program has had the signal ignored or given its default since: the first would
-    /// lose kicks, and the second would end the process. A handler of its own serves as well, because any interrupts KVM_RUN.
+    /// Put the handler there, also where the program has had the signal ignored or given its
+    /// default since: the first would lose kicks, and the second would end the process. A handler
+    /// of its own serves as well, because any interrupts KVM_RUN.
     fn keep_installed(&self) {
         if present(self.signal).is_ok_and(|now| !has_handler(&now)) {
             // Fails for no signal that could be read.
@@ -69,8 +71,8 @@ fn cookie() -> *mut libc::c_void {
     (&raw const COOKIE).cast_mut().cast()
 }
 
-/// The signal that kicks: the one chosen by [`use_signal`], or the first real-time signal that had no handler when the
-/// first machine was made.
+/// The signal that kicks: the one chosen by [`use_signal`], or the first real-time signal that had
+/// no handler when the first machine was made.
 ///
 /// # Errors
 /// When every real-time signal has a handler of the program's.
@@ -105,8 +107,8 @@ pub fn use_signal(signal: libc::c_int) -> Result<()> {
     }
 }
 
-/// The claim, made by whoever is first. It is known before the handler is in place, which several threads may put there: one
-/// that was forked off in between does so too.
+/// The claim, made by whoever is first. It is known before the handler is in place, which several
+/// threads may put there: one that was forked off in between does so too.
 fn claim(chosen: Option<libc::c_int>) -> Result<Option<&'static Claim>> {
     let claim = CLAIM.get_or(|| {
         Ok(match chosen {
@@ -143,8 +145,9 @@ fn present(signal: libc::c_int) -> Result<libc::sigaction> {
 }
 
 fn install(signal: libc::c_int) -> Result<()> {
-    // SAFETY: a sigaction of zeros is valid. The handler makes one atomic load and calls what was installed before, so
-    // it is as safe in a signal's context as that. Without SA_RESTART, so that KVM_RUN is interrupted.
+    // SAFETY: a sigaction of zeros is valid. The handler makes one atomic load and calls what was
+    // installed before, so it is as safe in a signal's context as that. Without SA_RESTART, so that
+    // KVM_RUN is interrupted.
     unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
         action.sa_sigaction = on_signal as *const () as libc::sighandler_t;
@@ -158,9 +161,10 @@ fn install(signal: libc::c_int) -> Result<()> {
 
 /// Send the kick signal to a thread.
 ///
-/// The kernel queues a real-time signal or refuses it, and refuses it at RLIMIT_SIGPENDING. A standard signal is delivered
-/// without a place in the queue, so then SIGURG kicks, which is ignored where the program does not use it. Where it does, its
-/// handler is called too: without a place in the queue a kick has no cookie.
+/// The kernel queues a real-time signal or refuses it, and refuses it at RLIMIT_SIGPENDING. A
+/// standard signal is delivered without a place in the queue, so then SIGURG kicks, which is
+/// ignored where the program does not use it. Where it does, its handler is called too: without a
+/// place in the queue a kick has no cookie.
 ///
 /// # Safety
 /// The thread must not have ended.
@@ -193,7 +197,8 @@ extern "C" fn on_signal(
         return;
     }
     let previous = claim.previous.sa_sigaction;
-    // SAFETY: the address came out of sigaction as this signal's handler, of the kind that its flags say.
+    // SAFETY: the address came out of sigaction as this signal's handler, of the kind that its
+    // flags say.
     unsafe {
         if claim.previous.sa_flags & libc::SA_SIGINFO == 0 {
             let handler: extern "C" fn(libc::c_int) = std::mem::transmute(previous);
@@ -211,8 +216,9 @@ thread_local! {
     static IS_REACHED: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Let kicks reach this thread. Whatever else it blocks is what the thread that started it blocks, as with any thread of
-/// Python's: children that callbacks make inherit that. The system call is made once a thread.
+/// Let kicks reach this thread. Whatever else it blocks is what the thread that started it blocks,
+/// as with any thread of Python's: children that callbacks make inherit that. The system call is
+/// made once a thread.
 ///
 /// # Errors
 /// As for [`kick_signal`].

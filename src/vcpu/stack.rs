@@ -1,4 +1,5 @@
-//! The stack of vCPU threads, on which the program's callbacks run. The same for every machine of the process.
+//! The stack of vCPU threads, on which the program's callbacks run. The same for every machine of
+//! the process.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -8,7 +9,8 @@ const LEAST: usize = 2 << 20;
 /// Bytes that the program has chosen; 0 for the C library's default.
 static CHOSEN: AtomicUsize = AtomicUsize::new(0);
 
-/// Give the threads that start from now on so many bytes; 0 for what the C library gives, which is RLIMIT_STACK.
+/// Give the threads that start from now on so many bytes; 0 for what the C library gives, which is
+/// RLIMIT_STACK.
 pub fn set_stack_size(bytes: usize) {
     // Relaxed: a number alone, for threads that the caller starts later.
     CHOSEN.store(bytes, Ordering::Relaxed);

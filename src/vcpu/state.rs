@@ -1,4 +1,5 @@
-//! The run state of a machine: a pure state machine, and the word with a condvar that threads share.
+//! The run state of a machine: a pure state machine, and the word with a condvar that threads
+//! share.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -7,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::event::wait_for_either;
+use crate::poll::wait_for_either;
 use crate::sync::{Condvar, Mutex, rank};
 
 /// Where a machine stands.
@@ -17,8 +18,8 @@ pub enum VmRunState {
     Created,
     /// Its vCPUs are running.
     Running,
-    /// The host has paused the vCPUs or ended the last run; they go on from there. A guest may turn out to have ended
-    /// while the pause came.
+    /// The host has paused the vCPUs or ended the last run; they go on from there. A guest may turn
+    /// out to have ended while the pause came.
     Paused,
     /// The guest has ended; its memory can still be read, and a reset brings it back.
     Exiting,
@@ -31,7 +32,8 @@ impl VmRunState {
     pub const ALL: [Self; 5] =
         [Self::Created, Self::Running, Self::Paused, Self::Exiting, Self::Closed];
 
-    /// Whether a machine may go from this state to the next: the whole table, but for a reset ([`RunState::revive`]).
+    /// Whether a machine may go from this state to the next: the whole table, but for a reset
+    /// ([`RunState::revive`]).
     #[must_use]
     pub fn may_become(self, next: Self) -> bool {
         match self {
@@ -99,7 +101,8 @@ impl RunState {
         Ok(before)
     }
 
-    /// A guest that had ended has been brought back to what it was: from `Exiting` to `Paused`. Else nothing.
+    /// A guest that had ended has been brought back to what it was: from `Exiting` to `Paused`.
+    /// Else nothing.
     pub fn revive(&self) {
         self.change(VmRunState::Exiting, VmRunState::Paused);
     }

@@ -1,5 +1,6 @@
-//! Counts of a machine's exits by kind, port and address, and the time its vCPUs spend inside the guest and outside.
-//! Each vCPU counts on its own thread in a block of its own; any thread may read.
+//! Counts of a machine's exits by kind, port and address, and the time its vCPUs spend inside the
+//! guest and outside. Each vCPU counts on its own thread in a block of its own; any thread may
+//! read.
 
 use std::collections::HashMap;
 use std::sync::Arc;

@@ -1,6 +1,7 @@
-//! A repeated `OUTS` in one piece. KVM comes out for each element; a device that wants them together gets what follows the
-//! first from the guest's memory, and the guest's registers are moved on as the instruction would have moved them.
-//! On the vCPU's thread. Intel SDM volume 2, OUTS and REP.
+//! A repeated `OUTS` in one piece. KVM comes out for each element; a device that wants them
+//! together gets what follows the first from the guest's memory, and the guest's registers are
+//! moved on as the instruction would have moved them. On the vCPU's thread. Intel SDM volume 2,
+//! OUTS and REP.
 
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 
@@ -34,10 +35,12 @@ struct Outs {
     segment: Segment,
 }
 
-/// All elements of the repeated `OUTS` that the vCPU is in, the first of which has come out with this exit; none where it
-/// is in no such instruction, or this was the last. The guest goes on behind them.
+/// All elements of the repeated `OUTS` that the vCPU is in, the first of which has come out with
+/// this exit; none where it is in no such instruction, or this was the last. The guest goes on
+/// behind them.
 ///
-/// Elements beyond the page in which the first one ends are left to the guest: there its rights may be others.
+/// Elements beyond the page in which the first one ends are left to the guest: there its rights may
+/// be others.
 pub(super) fn gather(vcpu: &mut Vcpu, port: u16, size: usize, first: &[u8]) -> Option<Vec<u8>> {
     // KVM's emulator has counted the first one already, and the registers came with the exit.
     let regs = vcpu.general().ok()?;
@@ -69,8 +72,8 @@ pub(super) fn gather(vcpu: &mut Vcpu, port: u16, size: usize, first: &[u8]) -> O
     Some(all)
 }
 
-/// The guest-physical pieces that the string instruction at RIP, an `INS` or a `MOVS`, writes with its next elements, which are
-/// so many bytes; none where it is no such instruction.
+/// The guest-physical pieces that the string instruction at RIP, an `INS` or a `MOVS`, writes with
+/// its next elements, which are so many bytes; none where it is no such instruction.
 pub(super) fn target(
     vcpu: &Vcpu,
     regs: &kvm_regs,
@@ -193,8 +196,8 @@ fn linear(base: u64, offset: u64, is_long: bool) -> u64 {
     if is_long { address } else { address & mask(32) }
 }
 
-/// The linear address and the bytes of the elements left, as far as they lie whole in the page that the one before them,
-/// which KVM has read, reached last, and in its segment.
+/// The linear address and the bytes of the elements left, as far as they lie whole in the page that
+/// the one before them, which KVM has read, reached last, and in its segment.
 fn span(
     outs: &Outs,
     regs: &kvm_regs,

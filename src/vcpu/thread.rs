@@ -1,5 +1,6 @@
-//! A vCPU and the thread that runs it, `vcpu_{id}`. Whatever happens on that thread, it ends by kicking the
-//! exit handler and notifying `VmRunState::Exiting`, unless it was the host that stopped it.
+//! A vCPU and the thread that runs it, `vcpu_{id}`. Whatever happens on that thread, it ends by
+//! kicking the exit handler and notifying `VmRunState::Exiting`, unless it was the host that
+//! stopped it.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -16,8 +17,8 @@ use super::stack;
 use super::state::{RunState, VmRunState};
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::{Exit, ExitHandler, ExitReason};
+use crate::memory::GuestMemory;
 use crate::sync::{Mutex, rank};
-use crate::vm::GuestMemory;
 
 /// How many accesses of a repeated instruction a stop completes at most.
 const SETTLE_STEPS: usize = 1024;
@@ -75,8 +76,8 @@ impl Handle {
         self.thread.is_some()
     }
 
-    /// Start the thread, and `prepare` the vCPU while it comes up. When that fails the vCPU stays at rest, as it does for as
-    /// long as `is_held` says so.
+    /// Start the thread, and `prepare` the vCPU while it comes up. When that fails the vCPU stays
+    /// at rest, as it does for as long as `is_held` says so.
     pub(crate) fn start<EH>(
         &mut self,
         shared: &Arc<Shared<EH>>,
@@ -132,7 +133,8 @@ impl Handle {
         self.cell.hold(Order::Leave);
     }
 
-    /// A thread that has been told to end and was not joined, because a thread of the machine's own told it.
+    /// A thread that has been told to end and was not joined, because a thread of the machine's own
+    /// told it.
     pub(crate) fn take_ending(&mut self) -> Option<JoinHandle<()>> {
         if self.cell.is_leaving() { self.take_thread() } else { None }
     }

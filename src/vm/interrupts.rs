@@ -1,5 +1,5 @@
-//! What a device has of a machine besides its bus: interrupt lines and messages, NMIs, eventfds in the kernel, and the
-//! filter of model-specific registers. From any thread.
+//! What a device has of a machine besides its bus: interrupt lines and messages, NMIs, eventfds in
+//! the kernel, and the filter of model-specific registers. From any thread.
 
 use std::sync::{Arc, Weak};
 
@@ -10,10 +10,11 @@ use kvm_ioctls::{
 };
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{KvmVm, layout};
+use super::KvmVm;
 use crate::devices::{Access, InterruptLine};
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::ExitHandler;
+use crate::layout;
 
 /// The pins of the I/O APIC; the first sixteen are the PICs' too.
 pub const IRQ_LINES: u32 = 24;
@@ -86,7 +87,8 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     /// Check that the machine has an interrupt line.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] without an interrupt controller, [`ErrorKind::Config`] for a line that it has not.
+    /// [`ErrorKind::State`] without an interrupt controller, [`ErrorKind::Config`] for a line that
+    /// it has not.
     pub fn check_irq_line(&self, line: u32) -> Result<()> {
         self.check_irqchip("irq")?;
         if line < IRQ_LINES {
@@ -96,7 +98,8 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         Err(Error::new(ErrorKind::Config, "irq", detail))
     }
 
-    /// `add` a device at these addresses, if neither memory nor KVM answers there. No memory is added meanwhile.
+    /// `add` a device at these addresses, if neither memory nor KVM answers there. No memory is
+    /// added meanwhile.
     ///
     /// # Errors
     /// [`ErrorKind::Config`] when one does; what `add` returns.
@@ -137,7 +140,8 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     /// Set the level of an interrupt line: KVM_IRQ_LINE.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] without an interrupt controller, [`ErrorKind::Config`] for a line that it has not.
+    /// [`ErrorKind::State`] without an interrupt controller, [`ErrorKind::Config`] for a line that
+    /// it has not.
     pub fn set_irq_line(&self, line: u32, is_high: bool) -> Result<()> {
         self.check_irq_line(line)?;
         let mut lines = self.lines.lock();
@@ -197,10 +201,12 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         self.fd.unregister_irqfd(event, line).map_err(|e| Error::kvm("KVM_IRQFD", e))
     }
 
-    /// Have writes of the guest's write an eventfd, in the kernel: KVM_IOEVENTFD. They are no exits.
+    /// Have writes of the guest's write an eventfd, in the kernel: KVM_IOEVENTFD. They are no
+    /// exits.
     ///
     /// # Errors
-    /// [`ErrorKind::Config`] for an impossible write; when KVM refuses it, as for one that is taken.
+    /// [`ErrorKind::Config`] for an impossible write; when KVM refuses it, as for one that is
+    /// taken.
     pub fn add_ioeventfd(&self, event: &EventFd, on: &IoEvent) -> Result<()> {
         self.ioeventfd(event, on, true)
     }
@@ -245,11 +251,12 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         }
     }
 
-    /// Have the accesses to these model-specific registers come out as exits, besides those that KVM does not know:
-    /// KVM_CAP_X86_USER_SPACE_MSR and KVM_X86_SET_MSR_FILTER.
+    /// Have the accesses to these model-specific registers come out as exits, besides those that
+    /// KVM does not know: KVM_CAP_X86_USER_SPACE_MSR and KVM_X86_SET_MSR_FILTER.
     ///
     /// # Errors
-    /// [`ErrorKind::Config`] for more than KVM can filter; [`ErrorKind::Unavailable`] where it cannot.
+    /// [`ErrorKind::Config`] for more than KVM can filter; [`ErrorKind::Unavailable`] where it
+    /// cannot.
     pub fn filter_msrs(&self, msrs: &[u32]) -> Result<()> {
         self.check_process()?;
         let has = |cap| self.fd.check_extension(cap);

@@ -1,4 +1,5 @@
-//! The life of a `KvmVm`: run, pause, resume, a hold for a moment, shutdown and close. From any thread.
+//! The life of a `KvmVm`: run, pause, resume, a hold for a moment, shutdown and close. From any
+//! thread.
 
 use std::cell::Cell;
 
@@ -8,13 +9,14 @@ use crate::exit_handler::ExitHandler;
 use crate::vcpu::{Handle, VmRunState};
 
 impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
-    /// Start a thread `vcpu_{id}` for each vCPU. With an address the vCPUs start there, in the mode of the
-    /// configuration; without one they go on where they were stopped.
+    /// Start a thread `vcpu_{id}` for each vCPU. With an address the vCPUs start there, in the mode
+    /// of the configuration; without one they go on where they were stopped.
     ///
     /// When a guest ends, its vCPU kicks the exit handler and the state becomes `Exiting`.
     ///
     /// # Errors
-    /// When the machine is running, has ended or is closed, or a thread cannot be started: then none runs.
+    /// When the machine is running, has ended or is closed, or a thread cannot be started: then
+    /// none runs.
     pub fn run(&self, vcpu_run_addr: Option<u64>) -> Result<()> {
         self.check_process()?;
         if self.has_this_thread() {
@@ -39,14 +41,15 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         };
         self.vcpus.start(enter, start).inspect_err(|_| {
             if is_started.get() {
-                // From Running a machine leaves to Paused; a first run that failed may be tried again.
+                // From Running a machine leaves to Paused; a first run that failed may be tried
+                // again.
                 self.vcpus.stop(false, || self.set_stopped());
             }
         })
     }
 
-    /// Bring the vCPUs of the run in progress out of the guest and wait until they are at rest. Does nothing when they
-    /// are paused already.
+    /// Bring the vCPUs of the run in progress out of the guest and wait until they are at rest.
+    /// Does nothing when they are paused already.
     ///
     /// # Errors
     /// [`ErrorKind::State`] when the machine is not running.
@@ -98,12 +101,14 @@ impl<EH: ExitHandler> KvmVm<EH> {
         not_running(what, VmRunState::Exiting)
     }
 
-    /// The vCPUs are stopped, and nobody starts them meanwhile: a state that came later would be a next run's.
+    /// The vCPUs are stopped, and nobody starts them meanwhile: a state that came later would be a
+    /// next run's.
     fn set_stopped(&self) {
         let _ = self.shared.run_state.set_and_notify(VmRunState::Paused);
     }
 
-    /// Stop the vCPUs and wait for their threads. A guest that had not ended can go on with `run(None)`.
+    /// Stop the vCPUs and wait for their threads. A guest that had not ended can go on with
+    /// `run(None)`.
     pub fn shutdown(&self) {
         if self.is_foreign() {
             return;
@@ -111,8 +116,8 @@ impl<EH: ExitHandler> KvmVm<EH> {
         self.vcpus.stop(self.has_this_thread(), || self.set_stopped());
     }
 
-    /// Stop the vCPUs for good: no guest and no callback goes on behind this, but the callback that calls it. Everything else
-    /// that a caller still tries raises [`ErrorKind::State`].
+    /// Stop the vCPUs for good: no guest and no callback goes on behind this, but the callback that
+    /// calls it. Everything else that a caller still tries raises [`ErrorKind::State`].
     pub fn close(&self) {
         if self.is_foreign() {
             return;
@@ -123,8 +128,8 @@ impl<EH: ExitHandler> KvmVm<EH> {
         let _ = self.shared.run_state.set_and_notify(VmRunState::Closed);
     }
 
-    /// Bring every vCPU to rest until the result is dropped, whether the machine runs or not. Its state stays as it is; who
-    /// pauses and resumes it meanwhile is obeyed when the last hold ends.
+    /// Bring every vCPU to rest until the result is dropped, whether the machine runs or not. Its
+    /// state stays as it is; who pauses and resumes it meanwhile is obeyed when the last hold ends.
     ///
     /// # Errors
     /// [`ErrorKind::State`] when the machine is closed, or in a forked child.

@@ -1,19 +1,11 @@
 //! `KvmVm`: one KVM virtual machine with its memory slots, interrupt controller and vCPUs.
 //! Any thread may call it; each vCPU's ioctls run on its own thread while that thread lives.
 
-mod backing;
 mod interrupts;
-mod kvm;
-pub mod layout;
 mod life;
-mod map;
-mod mapping;
-mod memory;
 mod restore;
-mod slots;
-mod taken;
+mod shape;
 mod vcpus;
-mod view;
 
 use std::fmt;
 use std::os::fd::RawFd;
@@ -27,18 +19,16 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
-pub(crate) use backing::host_memory;
-pub use backing::{Backing, anonymous, shared};
 pub use interrupts::{IRQ_LINES, IoEvent};
-pub use kvm::open_kvm;
-pub(crate) use mapping::{Mapping, part};
-pub use memory::GuestMemory;
-pub use slots::{DirtyPages, Slot};
-pub use view::View;
+pub use shape::Shape;
 
-use self::taken::Taken;
 use self::vcpus::Vcpus;
-use crate::config::{CpuMode, FlatBoot, VmmConfig};
+use crate::kvm::open_kvm;
+use crate::layout;
+use crate::memory::{GuestMemory, Reserved};
+
+use crate::config::{FlatBoot, VmmConfig};
+use crate::cpu::CpuMode;
 use crate::cpu::{cpuid, msrs, regs, tables};
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::{Exit, ExitHandler};
@@ -75,7 +65,8 @@ impl<EH: ExitHandler> fmt::Debug for KvmVm<EH> {
 }
 
 impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
-    /// Create the machine: interrupt controller, PIT, memory slots, vCPUs, in the order that costs least.
+    /// Create the machine: interrupt controller, PIT, memory slots, vCPUs, in the order that costs
+    /// least.
     ///
     /// # Errors
     /// When KVM refuses a part.
@@ -89,8 +80,8 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         let fd = create_vm(&kvm)?;
         create_irqchip(&fd, config.has_irqchip(), config.has_pit())?;
         let irqchip = config.has_irqchip();
-        let taken = Taken { irqchip, dispatch: Some(Arc::clone(&dispatch)) };
-        memory.kvm_slots().attach(&fd, taken)?;
+        let reserved = Reserved { irqchip, devices: Some(Arc::clone(&dispatch) as _) };
+        memory.kvm_slots().attach(&fd, reserved)?;
         let table = cpuid::guest_cpuid(&kvm, &config.cpu)?;
         let vcpus = create_vcpus(&kvm, &fd, config, &table, &dispatch, &memory)?;
         let fixups = Arc::default();
@@ -128,7 +119,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     pub fn bare(exit_handler: EH) -> Result<Self> {
         let fd = create_vm(&open_kvm()?)?;
         let memory = GuestMemory::empty();
-        memory.kvm_slots().attach(&fd, Taken::default())?;
+        memory.kvm_slots().attach(&fd, Reserved::default())?;
         let shared =
             vcpu::Shared { exit_handler, run_state: RunState::default(), exit: Mutex::new(None) };
         Ok(Self {
@@ -165,7 +156,8 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         })
     }
 
-    /// Put the vCPUs where a first run would start them, so that they can be looked into and changed before.
+    /// Put the vCPUs where a first run would start them, so that they can be looked into and
+    /// changed before.
     ///
     /// # Errors
     /// When KVM refuses the registers.
@@ -178,7 +170,8 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             .each(|handle| handle.cell().with_vcpu(|vcpu| self.set_start_state(vcpu, address)))
     }
 
-    /// Where a run that is to start at `address` has to put the vCPUs; none when they stand there, or further on.
+    /// Where a run that is to start at `address` has to put the vCPUs; none when they stand there,
+    /// or further on.
     #[must_use]
     pub fn first_address(&self, address: u64) -> Option<u64> {
         let is_first =
@@ -302,7 +295,8 @@ fn create_vm(kvm: &Kvm) -> Result<Arc<VmFd>> {
 }
 
 fn create_irqchip(fd: &VmFd, has_irqchip: bool, has_pit: bool) -> Result<()> {
-    // Before the memory slots: KVM waits for its readers at each slot that comes before a controller.
+    // Before the memory slots: KVM waits for its readers at each slot that comes before a
+    // controller.
     if has_irqchip {
         fd.create_irq_chip().map_err(|e| Error::kvm("KVM_CREATE_IRQCHIP", e))?;
     }
@@ -313,7 +307,8 @@ fn create_irqchip(fd: &VmFd, has_irqchip: bool, has_pit: bool) -> Result<()> {
     Ok(())
 }
 
-/// Have KVM hand over every instruction it cannot emulate, also those of ring 3, before it raises #UD.
+/// Have KVM hand over every instruction it cannot emulate, also those of ring 3, before it raises
+/// #UD.
 fn switch_fixups_on(fd: &VmFd, vcpus: &[Handle], counts: &Arc<fixup::Counts>) -> Result<()> {
     let mut cap = kvm_enable_cap { cap: KVM_CAP_EXIT_ON_EMULATION_FAILURE, ..Default::default() };
     cap.args[0] = 1;

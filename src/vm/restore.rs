@@ -1,21 +1,22 @@
-//! A `KvmVm` as a snapshot needs it: made by its shape alone, held still as a whole, and brought back to life.
+//! A `KvmVm` as a snapshot needs it: made by its shape alone, held still as a whole, and brought
+//! back to life.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use kvm_ioctls::VmFd;
 
-use super::taken::Taken;
 use super::vcpus::Vcpus;
-use super::{KvmVm, create_irqchip, create_vm, open_kvm, switch_fixups_on};
-use crate::config::CpuMode;
+use super::{KvmVm, create_irqchip, create_vm, switch_fixups_on};
+use crate::cpu::CpuMode;
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::{Exit, ExitHandler};
+use crate::kvm::open_kvm;
+use crate::memory::{GuestMemory, Reserved};
 use crate::process::Birthplace;
-use crate::snapshot::{Image, Ram, Shape};
 use crate::sync::{MappedMutexGuard, Mutex, MutexGuard, rank};
 use crate::vcpu::{self, Dispatch, Handle, RunState, Step, Vcpu, VmRunState};
-use crate::vm::{Backing, GuestMemory, Mapping, Slot};
+use crate::vm::Shape;
 
 impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     /// A machine of this shape, whose vCPUs have no CPUID and no registers yet.
@@ -36,8 +37,9 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         }
         let fd = create_vm(&kvm)?;
         create_irqchip(&fd, shape.irqchip, shape.pit)?;
-        let taken = Taken { irqchip: shape.irqchip, dispatch: Some(Arc::clone(dispatch)) };
-        memory.kvm_slots().attach(&fd, taken)?;
+        let reserved =
+            Reserved { irqchip: shape.irqchip, devices: Some(Arc::clone(dispatch) as _) };
+        memory.kvm_slots().attach(&fd, reserved)?;
         let vcpu = |id| {
             let vcpu = fd.create_vcpu(id).map_err(|e| Error::kvm("KVM_CREATE_VCPU", e))?;
             Handle::new(id, vcpu, Arc::clone(dispatch), memory.clone())
@@ -91,8 +93,8 @@ impl<EH: ExitHandler> KvmVm<EH> {
         self.vcpus.at_rest(|vcpus| act(&self.fd, vcpus))
     }
 
-    /// Complete for good what the vCPUs' last exits began. They are at rest, or on their way there. A guest that turns out to
-    /// have ended has ended.
+    /// Complete for good what the vCPUs' last exits began. They are at rest, or on their way there.
+    /// A guest that turns out to have ended has ended.
     ///
     /// # Errors
     /// [`ErrorKind::State`] when one is running, or its exit is not answered yet.
@@ -120,17 +122,5 @@ impl<EH: ExitHandler> KvmVm<EH> {
         self.is_prepared.store(true, Ordering::Release);
         *self.shared.exit.lock() = None;
         self.shared.run_state.revive();
-    }
-}
-
-impl GuestMemory {
-    /// Memory that holds what it held at a snapshot.
-    ///
-    /// # Errors
-    /// As for `add`, and when a file behind the snapshot has been changed.
-    pub(crate) fn add_image(&self, address: u64, image: &Image, read_only: bool) -> Result<Slot> {
-        let mapping = Mapping::new(image.map()?);
-        let ram = Ram::over(Arc::clone(&mapping), image.clone());
-        self.add_ram(address, mapping, Backing { read_only, shared: false }, ram)
     }
 }

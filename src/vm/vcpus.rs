@@ -7,8 +7,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::sync::{Condvar, MappedMutexGuard, Mutex, MutexGuard, assert_unlocked, rank};
 use crate::vcpu::{Cell, Handle, Vcpu, VmRunState, left};
 
-/// All vCPUs of a machine. The lock orders those who start and stop them; a vCPU's own thread never needs it to get out of
-/// its guest, and nobody waits for a thread with it held.
+/// All vCPUs of a machine. The lock orders those who start and stop them; a vCPU's own thread never
+/// needs it to get out of its guest, and nobody waits for a thread with it held.
 #[derive(Debug, Default)]
 pub(super) struct Vcpus(Mutex<List, rank::Vcpus>, Condvar);
 
@@ -69,8 +69,8 @@ impl Vcpus {
         Ok(cell)
     }
 
-    /// `start` each, once `enter` has found that they may be, given whether they have threads. `start` is told whether they
-    /// are held. Nobody else starts, pauses or resumes them meanwhile.
+    /// `start` each, once `enter` has found that they may be, given whether they have threads.
+    /// `start` is told whether they are held. Nobody else starts, pauses or resumes them meanwhile.
     pub(super) fn start(
         &self,
         enter: impl FnOnce(bool) -> Result<()>,
@@ -101,8 +101,9 @@ impl Vcpus {
         Ok(())
     }
 
-    /// Let those that a pause has stopped go on, unless somebody holds them: then they go on when that one lets go. `enter`
-    /// says whether they may, given whether each has its thread, and that nothing is to be done where they run already.
+    /// Let those that a pause has stopped go on, unless somebody holds them: then they go on when
+    /// that one lets go. `enter` says whether they may, given whether each has its thread, and that
+    /// nothing is to be done where they run already.
     pub(super) fn resume(&self, mut enter: impl FnMut(bool, bool) -> Result<bool>) -> Result<()> {
         let mut list = self.0.lock();
         loop {
@@ -122,8 +123,8 @@ impl Vcpus {
         Ok(())
     }
 
-    /// Bring them out of their guests for as long as somebody needs that, and wait until each is out. A pause and a resume
-    /// meanwhile count when the last hold ends.
+    /// Bring them out of their guests for as long as somebody needs that, and wait until each is
+    /// out. A pause and a resume meanwhile count when the last hold ends.
     pub(super) fn hold(&self) -> Result<()> {
         let all: Vec<Awaited> = {
             let mut list = self.0.lock();
@@ -168,9 +169,10 @@ impl Vcpus {
         act(&mut held?)
     }
 
-    /// Bring them out of their guests, have their threads end, and wait for that. All are kicked before any is waited
-    /// for: their ways out overlap. A thread of the machine's own (`is_own`) waits for none of them to end: two would wait for
-    /// each other. `stopped` is called when the last caller is done, before anybody can start them again.
+    /// Bring them out of their guests, have their threads end, and wait for that. All are kicked
+    /// before any is waited for: their ways out overlap. A thread of the machine's own (`is_own`)
+    /// waits for none of them to end: two would wait for each other. `stopped` is called when the
+    /// last caller is done, before anybody can start them again.
     pub(super) fn stop(&self, is_own: bool, stopped: impl FnOnce()) {
         let (all, threads): (Vec<Awaited>, Vec<_>) = {
             let mut list = self.0.lock();
@@ -180,7 +182,8 @@ impl Vcpus {
             let ends = list.handles.iter_mut().filter(|_| !is_own);
             (all, ends.filter_map(Handle::take_thread).collect())
         };
-        // One that is driven by hand has another thread. One in a callback of the program's is at rest.
+        // One that is driven by hand has another thread. One in a callback of the program's is at
+        // rest.
         wait_for(&all);
         threads.into_iter().for_each(join);
         let mut list = self.0.lock();
@@ -202,7 +205,8 @@ impl Vcpus {
         self.cells().iter().for_each(|cell| cell.close());
     }
 
-    /// The machine goes. A thread that was not joined is one of its own, in a callback, or knows of one.
+    /// The machine goes. A thread that was not joined is one of its own, in a callback, or knows of
+    /// one.
     pub(super) fn leave(&mut self) {
         self.0.get_mut().handles.iter_mut().filter_map(Handle::take_thread).for_each(left::leave);
     }

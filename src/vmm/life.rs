@@ -1,39 +1,15 @@
-//! The life of a machine from outside its run: start, stop, pause, resume and close. From any thread.
+//! The life of a machine from outside its run: start, stop, pause, resume and close. From any
+//! thread.
 
 use std::sync::Arc;
-use std::thread::ThreadId;
 
-use super::{InLoop, Vmm};
+use super::machine::{InLoop, Vmm};
+use super::runner::{Life, closed};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
 use crate::exit_handler::{ExitHandler, WrappedExitHandler};
 use crate::vcpu::{self, VmRunState};
 use crate::vm::KvmVm;
-
-/// Who is inside `run`.
-#[derive(Debug, Default)]
-pub(super) struct Runner {
-    thread: Option<ThreadId>,
-    /// `start` was called, and nobody has waited to the end.
-    pub(super) is_started: bool,
-    /// `close` was called from inside: it happens when the run ends.
-    close_at_end: bool,
-    life: Life,
-}
-
-/// Whether the machine is still there.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Life {
-    #[default]
-    Open,
-    /// This thread closes it.
-    Closing(ThreadId),
-    Closed,
-}
-
-pub(crate) fn closed() -> Error {
-    Error::new(ErrorKind::State, "vmm", "the machine is closed")
-}
 
 impl Vmm {
     /// Start the vCPUs and return; [`Self::wait`] turns the event loop for them.
@@ -48,7 +24,8 @@ impl Vmm {
         Ok(())
     }
 
-    /// End the run in progress, or the next one if there is none. It may go on later. From any thread.
+    /// End the run in progress, or the next one if there is none. It may go on later. From any
+    /// thread.
     ///
     /// # Errors
     /// When the exit event cannot be written, or in a forked child.
@@ -58,9 +35,10 @@ impl Vmm {
         exit_handler.kick().map_err(|e| Error::os(ErrorKind::Event, "stop", &e))
     }
 
-    /// Stop, wait for the run to end, and release everything. No guest and no callback goes on behind it. Does nothing the
-    /// second time, but wait for the first. Called from inside a run, it takes effect when that run ends; from a callback of
-    /// a machine that was started and that nobody waits for, the vCPUs stop, and the rest is up to the next `wait` or `close`.
+    /// Stop, wait for the run to end, and release everything. No guest and no callback goes on
+    /// behind it. Does nothing the second time, but wait for the first. Called from inside a run,
+    /// it takes effect when that run ends; from a callback of a machine that was started and that
+    /// nobody waits for, the vCPUs stop, and the rest is up to the next `wait` or `close`.
     pub fn close(&self) {
         if self.birthplace.is_foreign() {
             return; // the run in progress, if any, is the parent's
@@ -97,7 +75,8 @@ impl Vmm {
         self.release();
     }
 
-    /// Release what the machine was made of. Without a lock: its threads are waited for, and devices may be the program's.
+    /// Release what the machine was made of. Without a lock: its threads are waited for, and
+    /// devices may be the program's.
     fn release(&self) {
         let in_loop = self.in_loop.lock().take();
         for InLoop { event_manager, subscribers, .. } in in_loop.iter() {
@@ -115,7 +94,8 @@ impl Vmm {
         self.run_ended.notify_all();
     }
 
-    /// Nobody is left to use it: a callback of its own that holds the last reference does not wait for itself.
+    /// Nobody is left to use it: a callback of its own that holds the last reference does not wait
+    /// for itself.
     pub(super) fn release_last(&self) {
         if self.birthplace.is_foreign() || self.runner.lock().life == Life::Closed {
             return;
@@ -123,8 +103,8 @@ impl Vmm {
         self.release();
     }
 
-    /// Bring the vCPUs of the run in progress out of the guest and wait until they are at rest. From any thread or
-    /// callback; the loop goes on turning.
+    /// Bring the vCPUs of the run in progress out of the guest and wait until they are at rest.
+    /// From any thread or callback; the loop goes on turning.
     ///
     /// # Errors
     /// [`ErrorKind::State`] when the machine is not running.

@@ -2,13 +2,14 @@
 
 use std::sync::atomic::Ordering;
 
-use super::Vmm;
+use super::machine::Vmm;
 use crate::error::Result;
 use crate::snapshot::Snapshot;
 
 impl Vmm {
-    /// Bring the machine back to a snapshot, with everything that its runs have left on the host's side: nothing tells it from a
-    /// new fork then. False where it cannot be: a run is in progress, somebody has asked for a stop, or its console has failed.
+    /// Bring the machine back to a snapshot, with everything that its runs have left on the host's
+    /// side: nothing tells it from a new fork then. False where it cannot be: a run is in progress,
+    /// somebody has asked for a stop, or its console has failed.
     ///
     /// # Errors
     /// As for [`Self::reset`].

@@ -1,10 +1,11 @@
-//! `run` and `wait`: turn the event loop until the exit handler says stop, and shut the machine down. On the caller's thread.
+//! `run` and `wait`: turn the event loop until the exit handler says stop, and shut the machine
+//! down. On the caller's thread.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::Vmm;
 use super::life::Running;
+use super::machine::Vmm;
 use crate::error::{Error, Result};
 use crate::exit_handler::{Exit, ExitReason};
 use crate::trace;
@@ -20,14 +21,15 @@ fn deadline_of(timeout: Option<Duration>) -> Option<Instant> {
 }
 
 impl Vmm {
-    /// Run until the guest ends, `stop` is called, or the time passes. `turn` turns the event loop once, waiting until the
-    /// time it is given at most; its error ends the run.
+    /// Run until the guest ends, `stop` is called, or the time passes. `turn` turns the event loop
+    /// once, waiting until the time it is given at most; its error ends the run.
     ///
     /// After a stop, a timeout or an error another `run` goes on where this one ended.
     ///
     /// # Errors
-    /// [`ErrorKind::State`](crate::error::ErrorKind::State) when another thread is in `run`, the guest has ended or the machine is closed;
-    /// [`ErrorKind::Io`](crate::error::ErrorKind::Io) when a stream of the serial port fails; what `turn` returns.
+    /// [`ErrorKind::State`](crate::error::ErrorKind::State) when another thread is in `run`, the
+    /// guest has ended or the machine is closed; [`ErrorKind::Io`](crate::error::ErrorKind::Io)
+    /// when a stream of the serial port fails; what `turn` returns.
     pub fn run<E: From<Error>>(
         &self,
         timeout: Option<Duration>,
@@ -47,10 +49,12 @@ impl Vmm {
         running.finish(reason, deadline, &mut turn)
     }
 
-    /// What `run` does, for a machine that has been started; none when the time passed: then the guest goes on.
+    /// What `run` does, for a machine that has been started; none when the time passed: then the
+    /// guest goes on.
     ///
     /// # Errors
-    /// [`ErrorKind::State`](crate::error::ErrorKind::State) when the machine has not been started, or another thread waits; else as for `run`.
+    /// [`ErrorKind::State`](crate::error::ErrorKind::State) when the machine has not been started,
+    /// or another thread waits; else as for `run`.
     pub fn wait<E: From<Error>>(
         &self,
         timeout: Option<Duration>,
@@ -132,8 +136,9 @@ impl Running<'_> {
         Err(failure.into())
     }
 
-    /// Bring out what the guest printed last. A stop, the deadline, or a reader that takes nothing for a while
-    /// leaves the rest for another run or [`Serial::take`](crate::devices::Serial::take).
+    /// Bring out what the guest printed last. A stop, the deadline, or a reader that takes nothing
+    /// for a while leaves the rest for another run or
+    /// [`Serial::take`](crate::devices::Serial::take).
     fn drain_serial<E: From<Error>>(
         &self,
         deadline: Option<Instant>,

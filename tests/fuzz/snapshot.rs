@@ -1,5 +1,6 @@
-//! `make fuzz`: changes a snapshot's file at random and loads it, for so many seconds. A panic or a crash is a finding;
-//! what the files came to is counted. Arguments: a file to start from, seconds, and a seed.
+//! `make fuzz`: changes a snapshot's file at random and loads it, for so many seconds. A panic or a
+//! crash is a finding; what the files came to is counted. Arguments: a file to start from, seconds,
+//! and a seed.
 
 // A program for tests: what it cannot do it says by a panic.
 #![allow(clippy::expect_used, clippy::print_stdout, clippy::unwrap_used)]
@@ -7,7 +8,8 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use pyvmm::snapshot::{ForkConfig, Load, load};
+use pyvmm::snapshot::{Load, load};
+use pyvmm::vmm::ForkConfig;
 use pyvmm::vmm::Vmm;
 
 const HEADER: usize = 128;

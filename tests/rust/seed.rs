@@ -1,10 +1,12 @@
-//! The seed without Python: a configuration becomes a machine, its guest ends, `run` returns an `Exit`.
+//! The seed without Python: a configuration becomes a machine, its guest ends, `run` returns an
+//! `Exit`.
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
 use std::time::Duration;
 
-use pyvmm::config::{Boot, Code, CpuMode, FlatBoot, MemoryConfig, VmmConfig};
+use pyvmm::config::{Boot, Code, FlatBoot, MemoryConfig, VmmConfig};
+use pyvmm::cpu::CpuMode;
 use pyvmm::error::Error;
 use pyvmm::exit_handler::{Exit, ExitReason};
 use pyvmm::vmm::Vmm;
@@ -24,7 +26,7 @@ fn run(vmm: &Vmm, limit: Duration) -> Exit {
 
 /// A machine, unless this host has no KVM and nobody insists on it.
 fn machine(config: VmmConfig) -> Option<Vmm> {
-    if std::env::var_os("PYVMM_REQUIRE_KVM").is_none() && pyvmm::vm::open_kvm().is_err() {
+    if std::env::var_os("PYVMM_REQUIRE_KVM").is_none() && pyvmm::kvm::open_kvm().is_err() {
         return None;
     }
     Some(Vmm::try_from(config).unwrap())

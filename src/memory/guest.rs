@@ -1,5 +1,6 @@
-//! Guest memory: host mappings by guest-physical address, read and written with every bound checked.
-//! A running guest may change the bytes at the same time; all accesses here allow for that.
+//! Guest memory: host mappings by guest-physical address, read and written with every bound
+//! checked. A running guest may change the bytes at the same time; all accesses here allow for
+//! that.
 
 use std::fmt;
 use std::sync::Arc;
@@ -10,13 +11,14 @@ use vm_memory::volatile_memory::VolatileMemory;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, MmapRegion, VolatileSlice};
 
 use super::backing::{Backing, anonymous};
-use super::layout;
+use super::image::Image;
 use super::map::{Map, Placed};
 use super::mapping::Mapping;
+use super::ram::Ram;
 use super::slots::{DirtyPages, Slot, Slots};
 use super::view::{View, is_writable};
 use crate::error::{Error, ErrorKind, Result};
-use crate::snapshot::Ram;
+use crate::layout;
 
 /// How much of guest memory a search copies at a time.
 const SEARCH_CHUNK: usize = 1 << 20;
@@ -38,7 +40,8 @@ impl GuestMemory {
         Self(Arc::default())
     }
 
-    /// Zeroed memory of this many bytes around the MMIO gap. Pages cost nothing until they are touched.
+    /// Zeroed memory of this many bytes around the MMIO gap. Pages cost nothing until they are
+    /// touched.
     ///
     /// # Errors
     /// When it is more than the host's memory, or the mapping fails.
@@ -72,7 +75,8 @@ impl GuestMemory {
     /// Map memory at a guest-physical address, at once for a machine that has been made.
     ///
     /// # Errors
-    /// When it overlaps other memory or what else the machine has, is no whole number of pages, or KVM refuses it.
+    /// When it overlaps other memory or what else the machine has, is no whole number of pages, or
+    /// KVM refuses it.
     pub fn add(&self, address: u64, mapping: MmapRegion, backing: Backing) -> Result<Slot> {
         let is_own = !backing.shared && mapping.flags() & libc::MAP_SHARED != 0;
         let mapping = if is_own { Mapping::of_own(mapping) } else { Mapping::new(mapping) };
@@ -80,15 +84,14 @@ impl GuestMemory {
         self.0.add(address, mapping, backing, ram)
     }
 
-    /// Map a private mapping over the image that it holds.
-    pub(super) fn add_ram(
-        &self,
-        address: u64,
-        mapping: Arc<Mapping>,
-        backing: Backing,
-        ram: Ram,
-    ) -> Result<Slot> {
-        self.0.add(address, mapping, backing, Some(ram))
+    /// Memory that holds what it held at a snapshot.
+    ///
+    /// # Errors
+    /// As for `add`, and when a file behind the snapshot has been changed.
+    pub(crate) fn add_image(&self, address: u64, image: &Image, read_only: bool) -> Result<Slot> {
+        let mapping = Mapping::new(image.map()?);
+        let ram = Ram::over(Arc::clone(&mapping), image.clone());
+        self.0.add(address, mapping, Backing { read_only, shared: false }, Some(ram))
     }
 
     /// Take memory away. Views of it keep their mapping.
@@ -99,7 +102,8 @@ impl GuestMemory {
         self.0.remove(slot)
     }
 
-    /// Have KVM note the pages that the guest writes, and note those written from here; or stop that.
+    /// Have KVM note the pages that the guest writes, and note those written from here; or stop
+    /// that.
     ///
     /// # Errors
     /// When KVM refuses; the log is as before then.
@@ -172,8 +176,8 @@ impl GuestMemory {
     pub unsafe fn read_raw(&self, address: u64, data: *mut u8, length: usize) -> Result<()> {
         let mut done = 0;
         pieces(&self.0.map(), address, length as u64, |_, piece| {
-            // SAFETY: the caller vouches for `data`, of which the pieces fill one part after the other. It may be guest
-            // memory itself: what overlaps is copied right.
+            // SAFETY: the caller vouches for `data`, of which the pieces fill one part after the
+            // other. It may be guest memory itself: what overlaps is copied right.
             let to = unsafe { VolatileSlice::new(data.add(done), piece.len()) };
             piece.copy_to_volatile_slice(to);
             done += piece.len();
@@ -200,7 +204,8 @@ impl GuestMemory {
     pub unsafe fn write_raw(&self, address: u64, data: *const u8, length: usize) -> Result<()> {
         let mut done = 0;
         self.change(address, length as u64, |place| {
-            // SAFETY: as in `read_raw`. It is read only: that the slice could be written is not used.
+            // SAFETY: as in `read_raw`. It is read only: that the slice could be written is not
+            // used.
             let from = unsafe { VolatileSlice::new(data.add(done).cast_mut(), place.len()) };
             from.copy_to_volatile_slice(place);
             done += place.len();
@@ -331,8 +336,8 @@ fn connected(ranges: &[(u64, u64)]) -> Vec<(u64, u64)> {
     all
 }
 
-/// Call `piece` with each mapping under a range, and the bytes of the range in it. All of the range is checked before the
-/// first call.
+/// Call `piece` with each mapping under a range, and the bytes of the range in it. All of the range
+/// is checked before the first call.
 fn pieces(
     map: &Map,
     address: u64,

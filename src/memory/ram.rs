@@ -1,5 +1,6 @@
-//! A slot's RAM as its machine uses it, and the two things a snapshot needs of it: freeze it without a copy, and
-//! bring an image back. The caller keeps the guest at rest; host threads may write at any time.
+//! A slot's RAM as its machine uses it, and the two things a snapshot needs of it: freeze it
+//! without a copy, and bring an image back. The caller keeps the guest at rest; host threads may
+//! write at any time.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -7,13 +8,13 @@ use std::sync::Arc;
 use vm_memory::MmapRegion;
 
 use super::image::{Image, Layer, copy_to, memfd};
-use super::pagemap::{self, Range};
+use super::mapping::{Mapping, part};
+use super::pagemap::{self, ByteRange};
 use crate::error::{Error, ErrorKind, Result};
-use crate::vm::layout::PAGE;
-use crate::vm::{Mapping, part};
+use crate::layout::PAGE;
 
-/// More runs of changed pages than this are joined, with pages between them that have not changed: each run is one
-/// mapping of every fork, and the kernel allows a process 65,530.
+/// More runs of changed pages than this are joined, with pages between them that have not changed:
+/// each run is one mapping of every fork, and the kernel allows a process 65,530.
 const MOST_RUNS: usize = 256;
 /// A reset puts another mapping in place instead of copying this part of the memory, or more.
 const REMAP_ABOVE: u64 = 4;
@@ -22,7 +23,8 @@ const IDLE_RESETS: u32 = 8;
 /// if there are more of them than this and than eight times those that change.
 const IDLE_PAGES: u64 = 1024;
 
-/// RAM that is one machine's own. It keeps its mapping, so that what it puts over it never lies over anything else.
+/// RAM that is one machine's own. It keeps its mapping, so that what it puts over it never lies
+/// over anything else.
 #[derive(Debug)]
 pub(crate) struct Ram {
     mapping: Arc<Mapping>,
@@ -70,7 +72,8 @@ impl Ram {
             Under::Own(file) => {
                 let layer = Layer::of_memfd(Arc::clone(file));
                 let image = Image::whole(self.mapping.size(), Arc::clone(&layer));
-                // Replaced in one step by the same bytes: an access from another thread finds one or the other.
+                // Replaced in one step by the same bytes: an access from another thread finds one
+                // or the other.
                 self.mapping.make_private(|| image.map_over(&self.mapping))?;
                 let last = if layer.seal()? { image.clone() } else { self.copy(&image)? };
                 self.under = Under::Copy { mapped: image, last: last.clone() };
@@ -97,8 +100,8 @@ impl Ram {
         }
     }
 
-    /// A copy of what it holds over an image that somebody else may still write: a child that was forked past the C
-    /// library, or a transfer of the kernel's that has begun.
+    /// A copy of what it holds over an image that somebody else may still write: a child that was
+    /// forked past the C library, or a transfer of the kernel's that has begun.
     fn copy(&self, image: &Image) -> Result<Image> {
         let (host, size) = (self.mapping.host(), self.mapping.size());
         let file = memfd(size)?;
@@ -110,8 +113,9 @@ impl Ram {
     /// Have it hold an image of its size again; the ranges that were changed for it.
     ///
     /// # Errors
-    /// When memory or a mapping is missing: then it holds some of both. Another reset can still bring it back.
-    pub(crate) fn reset(&mut self, image: &Image) -> Result<Vec<Range>> {
+    /// When memory or a mapping is missing: then it holds some of both. Another reset can still
+    /// bring it back.
+    pub(crate) fn reset(&mut self, image: &Image) -> Result<Vec<ByteRange>> {
         image.check()?;
         let (host, size) = (self.mapping.host(), self.mapping.size());
         let Under::Copy { mapped, last } = &mut self.under else {
@@ -137,7 +141,7 @@ impl Ram {
         Ok(found.other)
     }
 
-    fn replace(&mut self, image: &Image, changed: Vec<Range>) -> Result<Vec<Range>> {
+    fn replace(&mut self, image: &Image, changed: Vec<ByteRange>) -> Result<Vec<ByteRange>> {
         // Until all of it is there, nobody knows what is mapped.
         self.under = Under::Torn;
         self.mapping.make_private(|| image.map_over(&self.mapping))?;
@@ -148,11 +152,11 @@ impl Ram {
 
 /// What a comparison found: pages that are as in the image, and others.
 struct Found {
-    same: Vec<Range>,
-    other: Vec<Range>,
+    same: Vec<ByteRange>,
+    other: Vec<ByteRange>,
 }
 
-fn compare(region: &MmapRegion, image: &Image, ranges: &[Range]) -> Result<Found> {
+fn compare(region: &MmapRegion, image: &Image, ranges: &[ByteRange]) -> Result<Found> {
     let (mut same, mut other) = (Vec::new(), Vec::new());
     if ranges.is_empty() {
         return Ok(Found { same, other });
@@ -171,37 +175,38 @@ fn compare(region: &MmapRegion, image: &Image, ranges: &[Range]) -> Result<Found
 }
 
 /// Whether two regions have the same bytes in a range.
-pub(super) fn is_same(a: &MmapRegion, b: &MmapRegion, range: Range) -> Result<bool> {
+pub(crate) fn is_same(a: &MmapRegion, b: &MmapRegion, range: ByteRange) -> Result<bool> {
     let (a, b) = (part(a, range)?, part(b, range)?);
     let (from, to) = (a.ptr_guard(), b.ptr_guard());
-    // SAFETY: both slices have these bytes, and both are of the same length. They are of no Rust object, and compared
-    // outside of Rust: a thread that writes them meanwhile makes the answer old, not wrong.
+    // SAFETY: both slices have these bytes, and both are of the same length. They are of no Rust
+    // object, and compared outside of Rust: a thread that writes them meanwhile makes the answer
+    // old, not wrong.
     Ok(unsafe { libc::memcmp(from.as_ptr().cast(), to.as_ptr().cast(), a.len()) == 0 })
 }
 
 /// Let the private copies go: the image's pages show again.
-fn give_back(region: &MmapRegion, range: Range) -> Result<()> {
+fn give_back(region: &MmapRegion, range: ByteRange) -> Result<()> {
     let slice = part(region, range)?;
     let start = slice.ptr_guard_mut();
-    // SAFETY: a part of the private mapping of a RAM, whose pages are as those under it: no byte changes. That a kernel
-    // refuses it changes nothing.
+    // SAFETY: a part of the private mapping of a RAM, whose pages are as those under it: no byte
+    // changes. That a kernel refuses it changes nothing.
     unsafe { libc::madvise(start.as_ptr().cast(), slice.len(), libc::MADV_DONTNEED) };
     Ok(())
 }
 
 /// Bytes of these ranges.
-pub(crate) fn bytes(ranges: &[Range]) -> u64 {
+pub(crate) fn bytes(ranges: &[ByteRange]) -> u64 {
     ranges.iter().map(|(start, end)| end - start).sum()
 }
 
 /// The ranges of both lists, each of which is sorted and without overlap.
-fn union(mut a: Vec<Range>, b: Vec<Range>) -> Vec<Range> {
+fn union(mut a: Vec<ByteRange>, b: Vec<ByteRange>) -> Vec<ByteRange> {
     if b.is_empty() {
         return a;
     }
     a.extend(b);
     a.sort_unstable();
-    let mut all: Vec<Range> = Vec::new();
+    let mut all: Vec<ByteRange> = Vec::new();
     for range in a {
         match all.last_mut() {
             Some(last) if range.0 <= last.1 => last.1 = last.1.max(range.1),
@@ -212,10 +217,10 @@ fn union(mut a: Vec<Range>, b: Vec<Range>) -> Vec<Range> {
 }
 
 /// At most [`MOST_RUNS`] runs that cover these.
-pub(crate) fn joined(mut ranges: Vec<Range>) -> Vec<Range> {
+pub(crate) fn joined(mut ranges: Vec<ByteRange>) -> Vec<ByteRange> {
     let mut gap = PAGE;
     while ranges.len() > MOST_RUNS {
-        let mut fewer: Vec<Range> = Vec::new();
+        let mut fewer: Vec<ByteRange> = Vec::new();
         for range in ranges {
             match fewer.last_mut() {
                 Some(last) if range.0 - last.1 <= gap => last.1 = range.1,
@@ -230,7 +235,7 @@ pub(crate) fn joined(mut ranges: Vec<Range>) -> Vec<Range> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vm::anonymous;
+    use crate::memory::anonymous;
     use proptest::prelude::*;
 
     const PAGES: u64 = 64;
@@ -316,7 +321,7 @@ mod tests {
             pages.iter().for_each(|page| pagemap::push(&mut ranges, (page * PAGE, (page + 1) * PAGE)));
             let fewer = joined(ranges.clone());
             prop_assert!(fewer.len() <= MOST_RUNS);
-            let covers = |range: &Range| fewer.iter().any(|f| f.0 <= range.0 && range.1 <= f.1);
+            let covers = |range: &ByteRange| fewer.iter().any(|f| f.0 <= range.0 && range.1 <= f.1);
             prop_assert!(ranges.iter().all(covers));
         }
     }

@@ -1,14 +1,15 @@
-//! What memory there is at one moment: each slot's mapping by guest-physical address, for those who read and write it.
-//! A change of slots publishes another one; whoever holds this one goes on with it.
+//! What memory there is at one moment: each slot's mapping by guest-physical address, for those who
+//! read and write it. A change of slots publishes another one; whoever holds this one goes on with
+//! it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
-use super::layout::PAGE;
 use super::mapping::Mapping;
 use crate::error::{Error, ErrorKind, Result};
+use crate::layout::PAGE;
 
 /// One bit a page of a slot: whether the host has written it since the last look.
 pub(super) type Written = Arc<[AtomicU64]>;
@@ -91,7 +92,8 @@ impl Map {
 /// Check that a slot can be there.
 ///
 /// # Errors
-/// When the address or the size is no whole number of pages, or the end lies behind the last address.
+/// When the address or the size is no whole number of pages, or the end lies behind the last
+/// address.
 pub(super) fn check_place(address: u64, size: u64) -> Result<()> {
     let refuse =
         |detail: String| Err(Error::new(ErrorKind::Memory, format!("{address:#x}"), detail));
@@ -107,7 +109,7 @@ pub(super) fn check_place(address: u64, size: u64) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vm::anonymous;
+    use crate::memory::anonymous;
 
     #[test]
     fn a_write_is_noted_in_the_slots_that_it_touches() {

@@ -4,8 +4,8 @@ use std::io;
 use std::os::fd::RawFd;
 use std::time::Instant;
 
-/// Wait until one of two is readable, and say which are. Neither when the deadline passed or a signal came. A negative
-/// number is no file descriptor.
+/// Wait until one of two is readable, and say which are. Neither when the deadline passed or a
+/// signal came. A negative number is no file descriptor.
 pub(crate) fn wait_for_either(fds: [RawFd; 2], deadline: Option<Instant>) -> io::Result<[bool; 2]> {
     let mut polls = fds.map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 });
     let timeout = deadline.map(|deadline| {
@@ -34,7 +34,8 @@ pub(crate) fn is_blocking(fd: RawFd) -> bool {
     flags >= 0 && flags & libc::O_NONBLOCK == 0
 }
 
-/// Take the count of an eventfd or a timer without waiting, whatever its flag says: any holder of a duplicate may change that.
+/// Take the count of an eventfd or a timer without waiting, whatever its flag says: any holder of a
+/// duplicate may change that.
 ///
 /// # Errors
 /// `WouldBlock` when the count is zero.

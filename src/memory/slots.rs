@@ -1,4 +1,5 @@
-//! Memory slots: what KVM is told of guest memory, one mapping a slot, and the log of written pages.
+//! Memory slots: what KVM is told of guest memory, one mapping a slot, and the log of written
+//! pages.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -8,12 +9,13 @@ use kvm_ioctls::VmFd;
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use super::backing::Backing;
-use super::layout::PAGE;
+use super::image::MemoryRange;
 use super::map::{Map, Placed, Written, check_place};
 use super::mapping::Mapping;
-use super::taken::Taken;
+use super::ram::Ram;
+use super::reserved::Reserved;
 use crate::error::{Error, ErrorKind, Result};
-use crate::snapshot::{Ram, Range};
+use crate::layout::PAGE;
 use crate::sync::{Mutex, RwLock, rank};
 
 /// A memory slot of a machine.
@@ -29,7 +31,8 @@ pub struct Slot {
     pub backing: Backing,
 }
 
-/// The pages of one slot that have been written since the last look: one bit a page of 4 KiB, the first page lowest.
+/// The pages of one slot that have been written since the last look: one bit a page of 4 KiB, the
+/// first page lowest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DirtyPages {
     /// Guest-physical start of the slot.
@@ -98,7 +101,7 @@ impl Entry {
     }
 
     /// Whether it has the place of a snapshot's range, and can be brought back to it.
-    fn is_at(&self, range: &Range) -> bool {
+    fn is_at(&self, range: &MemoryRange) -> bool {
         let Slot { start, size, backing, .. } = self.slot;
         self.ram.is_some()
             && (start, size, backing.read_only)
@@ -108,9 +111,9 @@ impl Entry {
 
 /// The slots of one machine. KVM is told once the machine is there.
 ///
-/// One lock is held from the check to the end of every change: of slots, of the log, and of what the slots hold. So a
-/// snapshot is frozen, and a reset put in place, over the mappings that were found. Reading and writing need it not: they
-/// work on a map that a change replaces.
+/// One lock is held from the check to the end of every change: of slots, of the log, and of what
+/// the slots hold. So a snapshot is frozen, and a reset put in place, over the mappings that were
+/// found. Reading and writing need it not: they work on a map that a change replaces.
 #[derive(Debug, Default)]
 pub(crate) struct Slots {
     vm: OnceLock<Arc<VmFd>>,
@@ -124,13 +127,14 @@ struct Table {
     /// By address.
     entries: Vec<Entry>,
     is_logging: bool,
-    taken: Taken,
+    reserved: Reserved,
 }
 
 impl Table {
     /// # Errors
-    /// [`ErrorKind::State`] when the slots are not those of the snapshot. Memory shared with others is in no snapshot.
-    fn check(&self, ranges: &[Range]) -> Result<()> {
+    /// [`ErrorKind::State`] when the slots are not those of the snapshot. Memory shared with others
+    /// is in no snapshot.
+    fn check(&self, ranges: &[MemoryRange]) -> Result<()> {
         let own = self.entries.iter().filter(|entry| entry.ram.is_some());
         if own.clone().count() == ranges.len()
             && own.zip(ranges).all(|(entry, range)| entry.is_at(range))
@@ -150,8 +154,9 @@ impl Table {
 
 fn tell(vm: Option<&Arc<VmFd>>, region: kvm_userspace_memory_region) -> Result<()> {
     let Some(vm) = vm else { return Ok(()) };
-    // SAFETY: the range is a mapping that its entry owns: the entry goes after this has told KVM that the slot is gone, and
-    // all of them after the last hold on the VM descriptor. Ranges do not overlap: the table's owner has checked that.
+    // SAFETY: the range is a mapping that its entry owns: the entry goes after this has told KVM
+    // that the slot is gone, and all of them after the last hold on the VM descriptor. Ranges do
+    // not overlap: the table's owner has checked that.
     unsafe { vm.set_user_memory_region(region) }.map_err(|e| {
         let error = Error::kvm("KVM_SET_USER_MEMORY_REGION", e);
         let (start, size) = (region.guest_phys_addr, region.memory_size);
@@ -161,18 +166,18 @@ fn tell(vm: Option<&Arc<VmFd>>, region: kvm_userspace_memory_region) -> Result<(
 }
 
 impl Slots {
-    /// Tell a new machine of every slot; `taken` is what they must keep off.
+    /// Tell a new machine of every slot; `reserved` is what they must keep off.
     ///
     /// # Errors
     /// When a slot is where the machine has something else, or KVM refuses it.
-    pub(crate) fn attach(&self, vm: &Arc<VmFd>, taken: Taken) -> Result<()> {
+    pub(crate) fn attach(&self, vm: &Arc<VmFd>, reserved: Reserved) -> Result<()> {
         let mut table = self.table.lock();
         if self.vm.set(Arc::clone(vm)).is_err() {
             let detail = "this memory is another machine's already";
             return Err(Error::new(ErrorKind::State, "memory", detail));
         }
-        table.entries.iter().try_for_each(|e| taken.check(e.slot.start, e.slot.size))?;
-        table.taken = taken;
+        table.entries.iter().try_for_each(|e| reserved.check(e.slot.start, e.slot.size))?;
+        table.reserved = reserved;
         let region = |entry: &Entry| entry.region(entry.slot.size, table.is_logging);
         table.entries.iter().try_for_each(|entry| tell(Some(vm), region(entry)))
     }
@@ -195,7 +200,7 @@ impl Slots {
         check_place(address, size)?;
         let region = GuestRegionMmap::with_arc(Arc::clone(mapping.region()), GuestAddress(address));
         let mut table = self.table.lock();
-        table.taken.check(address, size)?;
+        table.reserved.check(address, size)?;
         let map = self.map();
         let more = region.and_then(|region| map.mmap.insert_region(Arc::new(region)).ok());
         let Some(mmap) = more else {
@@ -284,8 +289,9 @@ impl Slots {
         Ok(())
     }
 
-    /// What every slot holds, for good: the guest is at rest. Start, image and whether the guest cannot write it.
-    pub(crate) fn freeze(&self) -> Result<Vec<Range>> {
+    /// What every slot holds, for good: the guest is at rest. Start, image and whether the guest
+    /// cannot write it.
+    pub(crate) fn freeze(&self) -> Result<Vec<MemoryRange>> {
         let mut table = self.table.lock();
         if let Some(entry) = table.entries.iter().find(|entry| entry.ram.is_none()) {
             let at = format!("memory at {:#x}", entry.slot.start);
@@ -297,7 +303,7 @@ impl Slots {
         for Entry { slot, ram, .. } in &mut table.entries {
             let image = ram.as_mut().map(Ram::freeze).transpose()?;
             let range =
-                |image| Range { start: slot.start, read_only: slot.backing.read_only, image };
+                |image| MemoryRange { start: slot.start, read_only: slot.backing.read_only, image };
             all.extend(image.map(range));
         }
         Ok(all)
@@ -307,17 +313,18 @@ impl Slots {
     ///
     /// # Errors
     /// [`ErrorKind::State`] when the machine's slots are others.
-    pub(crate) fn check(&self, ranges: &[Range]) -> Result<()> {
+    pub(crate) fn check(&self, ranges: &[MemoryRange]) -> Result<()> {
         self.table.lock().check(ranges)
     }
 
-    /// Bring ranges back, each to the slot at its address, once `begin` has been called; how many bytes were changed for it.
-    /// The slots are checked here: they may have changed since somebody looked.
+    /// Bring ranges back, each to the slot at its address, once `begin` has been called; how many
+    /// bytes were changed for it. The slots are checked here: they may have changed since somebody
+    /// looked.
     ///
     /// # Errors
-    /// As for `check`, and when a file behind them was changed: nothing is changed then. When memory or a mapping is missing
-    /// some of the machine's memory is as before.
-    pub(crate) fn reset(&self, ranges: &[Range], begin: impl FnOnce()) -> Result<u64> {
+    /// As for `check`, and when a file behind them was changed: nothing is changed then. When
+    /// memory or a mapping is missing some of the machine's memory is as before.
+    pub(crate) fn reset(&self, ranges: &[MemoryRange], begin: impl FnOnce()) -> Result<u64> {
         let mut table = self.table.lock();
         table.check(ranges)?;
         ranges.iter().try_for_each(|range| range.image.check())?;

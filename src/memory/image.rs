@@ -1,5 +1,5 @@
-//! What a range of guest memory held at a snapshot: runs of pages, each in a layer that nobody can change any more.
-//! A machine maps them copy-on-write. Any thread.
+//! What a range of guest memory held at a snapshot: runs of pages, each in a layer that nobody can
+//! change any more. A machine maps them copy-on-write. Any thread.
 
 use std::fs::File;
 use std::io;
@@ -9,10 +9,10 @@ use std::sync::Arc;
 
 use vm_memory::MmapRegion;
 
-use super::pagemap::Range;
+use super::mapping::{Mapping, part};
+use super::pagemap::ByteRange;
 use crate::error::{Error, ErrorKind, Result};
 use crate::process::Learnt;
-use crate::vm::{Mapping, part};
 
 /// Pages that no longer change: a sealed memfd, or a snapshot's file.
 #[derive(Debug)]
@@ -40,8 +40,8 @@ impl Layer {
         Err(os("F_ADD_SEALS", &io::Error::from_raw_os_error(libc::EBUSY)))
     }
 
-    /// Refuse every change of a memfd from now on. False: somebody else maps it so that it can be written, or the kernel
-    /// writes into its pages; it is not to be relied on then.
+    /// Refuse every change of a memfd from now on. False: somebody else maps it so that it can be
+    /// written, or the kernel writes into its pages; it is not to be relied on then.
     ///
     /// # Errors
     /// When it refuses its seals for another reason.
@@ -122,7 +122,7 @@ pub(crate) fn memfd(size: u64) -> Result<File> {
 #[derive(Clone, Debug)]
 pub struct Run {
     /// Bytes from the start of the range, and the first behind the run.
-    pub(crate) range: Range,
+    pub(crate) range: ByteRange,
     /// None for zeros.
     pub(crate) layer: Option<Arc<Layer>>,
     /// Where it starts in the layer.
@@ -131,7 +131,7 @@ pub struct Run {
 
 impl Run {
     /// The part of it inside a range.
-    fn part(&self, (start, end): Range) -> Option<Self> {
+    fn part(&self, (start, end): ByteRange) -> Option<Self> {
         let range = (self.range.0.max(start), self.range.1.min(end));
         let offset = self.offset + (range.0.saturating_sub(self.range.0));
         (range.0 < range.1).then(|| Self { range, layer: self.layer.clone(), offset })
@@ -159,8 +159,9 @@ impl Run {
             None => (FLAGS | libc::MAP_ANONYMOUS, -1, 0),
         };
         let offset = i64::try_from(offset).unwrap_or(i64::MAX);
-        // SAFETY: a part of a region of guest memory, or of one that was made for this image. Nobody holds a Rust reference
-        // to its bytes, and its end is where the region's is: nothing else is mapped over.
+        // SAFETY: a part of a region of guest memory, or of one that was made for this image.
+        // Nobody holds a Rust reference to its bytes, and its end is where the region's is: nothing
+        // else is mapped over.
         let mapped =
             unsafe { libc::mmap(start.as_ptr().cast(), place.len(), access, flags, fd, offset) };
         if mapped == libc::MAP_FAILED {
@@ -227,13 +228,14 @@ impl Image {
     }
 
     /// The runs of a part of it.
-    pub(crate) fn parts(&self, range: Range) -> impl Iterator<Item = Run> + '_ {
+    pub(crate) fn parts(&self, range: ByteRange) -> impl Iterator<Item = Run> + '_ {
         let first = self.0.runs.partition_point(|run| run.range.1 <= range.0);
         self.0.runs.iter().skip(first).map_while(move |run| run.part(range))
     }
 
-    /// The image with some ranges (by address) in another layer, which has each page where the image has it.
-    pub(crate) fn overlaid(&self, changed: &[Range], layer: &Arc<Layer>) -> Self {
+    /// The image with some ranges (by address) in another layer, which has each page where the
+    /// image has it.
+    pub(crate) fn overlaid(&self, changed: &[ByteRange], layer: &Arc<Layer>) -> Self {
         let mut runs: Vec<Run> = Vec::new();
         let mut at = 0;
         for range in changed {
@@ -246,7 +248,7 @@ impl Image {
     }
 
     /// The ranges in which the two images have other layers: there their pages may differ.
-    pub(crate) fn differing(&self, other: &Self) -> Vec<Range> {
+    pub(crate) fn differing(&self, other: &Self) -> Vec<ByteRange> {
         let mut ranges = Vec::new();
         if self.is(other) {
             return ranges;
@@ -295,7 +297,8 @@ impl Image {
     /// Put it in the place of what a mapping of guest memory holds.
     ///
     /// # Errors
-    /// When the mapping has another size, or the kernel refuses: then each run has been replaced or not.
+    /// When the mapping has another size, or the kernel refuses: then each run has been replaced or
+    /// not.
     pub(crate) fn map_over(&self, mapping: &Mapping) -> Result<()> {
         if mapping.size() != self.0.size {
             let detail =
@@ -314,7 +317,7 @@ impl Image {
     }
 
     /// The ranges that may hold anything but zeros.
-    pub(crate) fn data(&self) -> Vec<Range> {
+    pub(crate) fn data(&self) -> Vec<ByteRange> {
         let mut ranges = Vec::new();
         for run in &self.0.runs {
             let Some(layer) = &run.layer else { continue };
@@ -331,7 +334,7 @@ impl Image {
 }
 
 /// The next part of a file that is no hole, in whole pages.
-fn next_data(file: &File, at: u64, behind: u64) -> Option<Range> {
+fn next_data(file: &File, at: u64, behind: u64) -> Option<ByteRange> {
     let seek = |from: u64, whence| {
         let from = i64::try_from(from).ok()?;
         // SAFETY: no pointers. The position is used by nobody: all else names its offsets.
@@ -346,13 +349,14 @@ fn next_data(file: &File, at: u64, behind: u64) -> Option<Range> {
 }
 
 /// Copy a range of guest memory to the same place in a memfd.
-pub(crate) fn copy_to(file: &File, region: &MmapRegion, range: Range) -> Result<()> {
+pub(crate) fn copy_to(file: &File, region: &MmapRegion, range: ByteRange) -> Result<()> {
     let mut done = 0;
     while range.0 + done < range.1 {
         let piece = part(region, (range.0 + done, range.1))?;
         let start = piece.ptr_guard();
         let offset = i64::try_from(range.0 + done).unwrap_or(i64::MAX);
-        // SAFETY: the kernel reads the slice's bytes, which a host thread may change at the same time: any are right.
+        // SAFETY: the kernel reads the slice's bytes, which a host thread may change at the same
+        // time: any are right.
         let written =
             unsafe { libc::pwrite(file.as_raw_fd(), start.as_ptr().cast(), piece.len(), offset) };
         match u64::try_from(written) {
@@ -367,6 +371,17 @@ pub(crate) fn copy_to(file: &File, region: &MmapRegion, range: Range) -> Result<
         }
     }
     Ok(())
+}
+
+/// One range of guest memory at a snapshot.
+#[derive(Clone, Debug)]
+pub struct MemoryRange {
+    /// Guest-physical start.
+    pub start: u64,
+    /// The guest cannot write it.
+    pub read_only: bool,
+    /// What it held.
+    pub image: Image,
 }
 
 #[cfg(test)]

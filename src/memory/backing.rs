@@ -6,10 +6,10 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 use vm_memory::{FileOffset, MmapRegion};
 
-use super::layout::PAGE;
+use super::image::memfd;
 use crate::error::{Error, ErrorKind, Result};
+use crate::layout::PAGE;
 use crate::process::Learnt;
-use crate::snapshot::memfd;
 
 /// What stands behind a slot besides its mapping.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -20,7 +20,8 @@ pub struct Backing {
     pub shared: bool,
 }
 
-/// Zeroed memory of its own, for [`super::GuestMemory::add`]: a memfd, so that a snapshot need not copy it.
+/// Zeroed memory of its own, for [`super::GuestMemory::add`]: a memfd, so that a snapshot need not
+/// copy it.
 ///
 /// # Errors
 /// When it is more than the host's memory, or the mapping fails.
@@ -37,8 +38,9 @@ pub fn anonymous(size: u64) -> Result<MmapRegion> {
     MmapRegion::build(Some(file), length, access, flags).map_err(|e| refused(&e))
 }
 
-/// Part of a file or memfd, shared with all who map it. One that is open for reading only can be memory that is
-/// `read_only`. A memfd is sealed against shrinking if it can be; a file must not shrink while it is mapped.
+/// Part of a file or memfd, shared with all who map it. One that is open for reading only can be
+/// memory that is `read_only`. A memfd is sealed against shrinking if it can be; a file must not
+/// shrink while it is mapped.
 ///
 /// # Errors
 /// When the file is shorter, or cannot be mapped so.

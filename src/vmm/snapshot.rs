@@ -1,65 +1,26 @@
-//! From a machine to a snapshot and back: `snapshot`, `fork` and `reset` of a [`Vmm`]. Any thread but a vCPU's.
+//! From a machine to a snapshot and back: `snapshot`, `fork` and `reset` of a [`Vmm`]. Any thread
+//! but a vCPU's.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvm_ioctls::VmFd;
 
-use super::state::Device as DeviceState;
-use super::vcpu::Classes;
-use super::{Range, Shape, Snapshot, chips, new_id, vcpu};
+use super::machine::Vmm;
+use super::parts::Parts;
 use crate::config::SerialConfig;
-use crate::devices::{self, Buses, Device, Serial};
+use crate::devices::{self, Buses, Device};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
 use crate::exit_handler::WrappedExitHandler;
+use crate::layout;
+use crate::memory::GuestMemory;
+use crate::memory::MemoryRange;
+use crate::snapshot::{Classes, Device as DeviceState, Snapshot, chips, new_id, vcpu};
 use crate::vcpu::{Dispatch, Vcpu, VmRunState};
-use crate::vm::{GuestMemory, KvmVm, layout};
-use crate::vmm::Vmm;
+use crate::vm::KvmVm;
+use crate::vm::Shape;
 
 type Vm = KvmVm<WrappedExitHandler>;
-
-/// What a machine is assembled of.
-#[derive(Debug)]
-pub(crate) struct Parts {
-    pub(crate) vm: KvmVm<WrappedExitHandler>,
-    pub(crate) event_manager: Arc<EventManager>,
-    pub(crate) exit_handler: WrappedExitHandler,
-    pub(crate) dispatch: Arc<Dispatch>,
-    pub(crate) serial: Arc<Serial>,
-    pub(crate) entry: u64,
-}
-
-/// Who looks at a machine or changes it while its vCPUs stand still.
-#[derive(Debug, Default)]
-pub(crate) struct Held {
-    /// How many resets have begun, and how many of them are over.
-    resets: [AtomicU64; 2],
-}
-
-impl Held {
-    /// # Errors
-    /// [`ErrorKind::State`] when a reset is under way, or has begun since there were so many.
-    fn check_resets(&self, before: Option<u64>) -> Result<u64> {
-        // Acquire: who finds a reset over finds what it did. The end first: one that ends in between counts as begun.
-        let [begun, over] = &self.resets;
-        let (over, begun) = (over.load(Ordering::Acquire), begun.load(Ordering::Acquire));
-        if begun == over && before.is_none_or(|before| before == begun) {
-            return Ok(begun);
-        }
-        let detail = "the machine was reset while it was looked at";
-        Err(Error::new(ErrorKind::State, "snapshot", detail))
-    }
-
-    fn reset<T>(&self, act: impl FnOnce() -> T) -> T {
-        // Release, as above.
-        let [begun, over] = &self.resets;
-        begun.fetch_add(1, Ordering::Release);
-        let result = act();
-        over.fetch_add(1, Ordering::Release);
-        result
-    }
-}
 
 /// What a fork has of its own.
 #[derive(Debug, Default)]
@@ -71,36 +32,39 @@ pub struct ForkConfig {
 }
 
 impl Vmm {
-    /// Everything a guest can see of this machine. A running one is paused for it and goes on. Its memory is not
-    /// copied: it goes on with private copies of the pages that it writes from now on.
+    /// Everything a guest can see of this machine. A running one is paused for it and goes on. Its
+    /// memory is not copied: it goes on with private copies of the pages that it writes from now
+    /// on.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] when the machine is closed, a device's state cannot be kept, memory is shared with others,
-    /// or somebody resumes it meanwhile; when KVM refuses. The machine goes on as before then.
+    /// [`ErrorKind::State`] when the machine is closed, a device's state cannot be kept, memory is
+    /// shared with others, or somebody resumes it meanwhile; when KVM refuses. The machine goes on
+    /// as before then.
     pub fn snapshot(&self) -> Result<Snapshot> {
         let vm = self.vm()?;
         vm.check_process()?;
         vm.prepare(self.entry)?;
         let _hold = vm.hold()?;
         vm.settle()?;
-        let (rests, resets) = (rests(&vm), self.held.check_resets(None)?);
+        let (rests, resets) = (rests(&vm), self.resets.check(None)?);
         // Without a lock: a device may be Python's.
         let devices = save_devices(&self.dispatch().buses)?;
         let shape = self.shape(&vm);
         vm.at_rest(|fd, vcpus| {
             check_rests(vcpus, &rests)?;
-            self.held.check_resets(Some(resets))?;
+            self.resets.check(Some(resets))?;
             capture(&vm, shape, fd, vcpus, devices)
         })
     }
 
-    /// Bring a snapshot back in place: memory, vCPUs, devices and clock. A guest that has ended lives again; a running
-    /// one goes on from there. How many pages of memory were changed for it.
+    /// Bring a snapshot back in place: memory, vCPUs, devices and clock. A guest that has ended
+    /// lives again; a running one goes on from there. How many pages of memory were changed for it.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] when the machine is closed, a run is ending, or the snapshot is of a machine of another
-    /// shape or CPUID, or with a device that this one has not: nothing is changed then. When KVM or a device refuses or memory is
-    /// missing the machine may be part one and part the other: reset it again, or close it.
+    /// [`ErrorKind::State`] when the machine is closed, a run is ending, or the snapshot is of a
+    /// machine of another shape or CPUID, or with a device that this one has not: nothing is
+    /// changed then. When KVM or a device refuses or memory is missing the machine may be part one
+    /// and part the other: reset it again, or close it.
     pub fn reset(&self, snapshot: &Snapshot) -> Result<u64> {
         let vm = self.vm()?;
         vm.check_process()?;
@@ -117,7 +81,7 @@ impl Vmm {
             return Err(Error::new(ErrorKind::State, "reset", detail));
         }
         vm.cells().iter().try_for_each(|cell| cell.wait_while_leaving())?;
-        self.held.reset(|| {
+        self.resets.reset(|| {
             let changed = vm.at_rest(|fd, vcpus| bring_back(&vm, fd, vcpus, snapshot))?;
             vm.revive();
             if !in_run {
@@ -129,16 +93,17 @@ impl Vmm {
         })
     }
 
-    /// A new machine that goes on from a snapshot, which it leaves as it is. It shares every page that it does not
-    /// write.
+    /// A new machine that goes on from a snapshot, which it leaves as it is. It shares every page
+    /// that it does not write.
     ///
     /// # Errors
-    /// When KVM refuses a part, there is no memory or descriptor left, or a device of the snapshot is missing.
+    /// When KVM refuses a part, there is no memory or descriptor left, or a device of the snapshot
+    /// is missing.
     pub fn fork(snapshot: &Snapshot, config: ForkConfig) -> Result<Self> {
         let ForkConfig { serial: streams, event_manager } = config;
         let shape = &snapshot.shape;
         let memory = GuestMemory::empty();
-        for Range { start, read_only, image } in &snapshot.ranges {
+        for MemoryRange { start, read_only, image } in &snapshot.ranges {
             memory.add_image(*start, image, *read_only)?;
         }
         let event_manager = match event_manager {
@@ -156,7 +121,8 @@ impl Vmm {
         Self::assemble(parts, streams, shape.exit_port())
     }
 
-    /// Give the devices what the snapshot kept of them: the last step of a fork, when all are attached.
+    /// Give the devices what the snapshot kept of them: the last step of a fork, when all are
+    /// attached.
     ///
     /// # Errors
     /// When one is missing, or refuses its state.
@@ -268,7 +234,8 @@ fn bring_back(
         vcpu::check_cpuid(vcpu, number, state)?;
     }
     let changed = vm.memory().kvm_slots().reset(&snapshot.ranges, || {
-        // What KVM would complete at the next entry belongs to the guest that goes. It may write memory.
+        // What KVM would complete at the next entry belongs to the guest that goes. It may write
+        // memory.
         vcpus.iter_mut().for_each(|vcpu| vcpu.abandon());
     })?;
     set_state(vm, fd, vcpus, snapshot)?;
@@ -280,8 +247,11 @@ mod tests {
     use std::sync::mpsc::{Sender, channel};
     use std::time::{Duration, Instant};
 
+    use std::sync::atomic::{AtomicU64, Ordering};
+
     use super::*;
-    use crate::config::{Boot, Code, CpuMode, FlatBoot, VmmConfig};
+    use crate::config::{Boot, Code, FlatBoot, VmmConfig};
+    use crate::cpu::CpuMode;
     use crate::devices::Flow;
     use crate::exit_handler::ExitReason;
     use crate::sync::{Mutex, rank};
@@ -327,8 +297,8 @@ mod tests {
         }
     }
 
-    /// Ports in and out by the byte and the word, repeated ones, and memory in and out where no memory is; what each read
-    /// gives is printed. 32 bits, at 0x1000.
+    /// Ports in and out by the byte and the word, repeated ones, and memory in and out where no
+    /// memory is; what each read gives is printed. 32 bits, at 0x1000.
     const LIFE: &[u8] = &[
         0xbb, 0x00, 0x00, 0x00, 0xd0, //       mov ebx, 0xd0000000
         0xb9, 0x05, 0x00, 0x00, 0x00, //       mov ecx, 5
@@ -403,7 +373,7 @@ mod tests {
 
     #[test]
     fn a_snapshot_at_every_exit_goes_on_to_the_same_output() {
-        if crate::vm::open_kvm().is_err() {
+        if crate::kvm::open_kvm().is_err() {
             return;
         }
         let whole = Vmm::try_from(life()).unwrap();
@@ -426,7 +396,7 @@ mod tests {
 
     #[test]
     fn a_device_that_is_missing_is_named() {
-        if crate::vm::open_kvm().is_err() {
+        if crate::kvm::open_kvm().is_err() {
             return;
         }
         let vmm = Vmm::try_from(life()).unwrap();

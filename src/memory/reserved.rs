@@ -2,20 +2,25 @@
 
 use std::sync::Arc;
 
-use super::layout;
 use crate::error::{Error, ErrorKind, Result};
-use crate::vcpu::Dispatch;
+use crate::layout;
+
+/// The guest-physical addresses at which devices answer.
+pub(crate) trait DeviceWindows: Send + Sync + std::fmt::Debug {
+    /// Start and bytes of each window.
+    fn windows(&self) -> Vec<(u64, u64)>;
+}
 
 /// What a machine has besides memory.
 #[derive(Debug, Default)]
-pub(crate) struct Taken {
+pub(crate) struct Reserved {
     /// An in-kernel I/O APIC and local APICs.
     pub(crate) irqchip: bool,
     /// Its devices; none for a machine that has no bus.
-    pub(crate) dispatch: Option<Arc<Dispatch>>,
+    pub(crate) devices: Option<Arc<dyn DeviceWindows>>,
 }
 
-impl Taken {
+impl Reserved {
     /// Check that memory can be at these addresses.
     ///
     /// # Errors
@@ -34,7 +39,7 @@ impl Taken {
         if let Some((range, what)) = of_kvm.find(|(range, _)| overlaps(*range)) {
             return refuse(range, what);
         }
-        let devices = self.dispatch.iter().flat_map(|dispatch| dispatch.buses.mmio.ranges());
+        let devices = self.devices.iter().flat_map(|devices| devices.windows());
         match devices.into_iter().find(|range| overlaps(*range)) {
             Some(range) => refuse(range, "a device"),
             None => Ok(()),
@@ -47,18 +52,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn memory_beside_the_chips_is_taken_and_over_them_is_refused() {
-        let taken = Taken { irqchip: true, dispatch: None };
+    fn memory_beside_the_chips_is_accepted_and_over_them_is_refused() {
+        let reserved = Reserved { irqchip: true, devices: None };
         for (start, size) in
             [(0xfee0_0000, 0x1000), (0xfedf_f000, 0x2000), (0xfec0_0000, 0x1000), (0, 1 << 33)]
         {
-            let error = taken.check(start, size).unwrap_err();
+            let error = reserved.check(start, size).unwrap_err();
             assert_eq!(error.kind, ErrorKind::Memory);
-            Taken::default().check(start, size.min(0x2000)).unwrap();
+            Reserved::default().check(start, size.min(0x2000)).unwrap();
         }
         for (start, size) in [(0xfee0_1000, 0x1000), (0xfec0_1000, 0x1f_f000), (0, 0xfec0_0000)] {
-            taken.check(start, size).unwrap();
+            reserved.check(start, size).unwrap();
         }
-        assert!(Taken::default().check(layout::KVM_IDENTITY_MAP - 0x1000, 0x2000).is_err());
+        assert!(Reserved::default().check(layout::KVM_IDENTITY_MAP - 0x1000, 0x2000).is_err());
     }
 }

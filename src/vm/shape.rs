@@ -1,9 +1,9 @@
 //! The shape of a machine: what has to be created before its state can be set. Pure data.
 
-use super::state::{Reader, bad};
+use crate::bytes::{Reader, bad};
 use crate::config::ExitPort;
 use crate::error::{Error, ErrorKind, Result};
-use crate::vm::layout;
+use crate::layout;
 
 /// What a machine consists of, beside its memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,7 +25,8 @@ impl Shape {
         ExitPort(self.exit_port)
     }
 
-    /// Its 8 bytes in a record: vCPUs, irqchip, PIT, whether there is an exit port, fix-ups, the port.
+    /// Its 8 bytes in a record: vCPUs, irqchip, PIT, whether there is an exit port, fix-ups, the
+    /// port.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let [low, high] = self.vcpus.to_le_bytes();

@@ -1,14 +1,17 @@
-//! What a machine can be watched with: its counters, and the one trace that may be written. From any thread.
+//! A machine's instruments: its counters, and the one trace that may be written. From any thread.
 
 use std::path::Path;
 use std::sync::{Arc, Weak};
 
-use super::Trace;
+use smallvec::SmallVec;
+
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
 use crate::process::Birthplace;
 use crate::sync::{Mutex, rank};
-use crate::vcpu::{Dispatch, Observer, Stats};
+
+use crate::trace::{Span, Trace, Track, Value};
+use crate::vcpu::{Dispatch, Observer, Place, Seen, Stats};
 
 /// See the module.
 #[derive(Debug)]
@@ -23,7 +26,8 @@ pub struct Watching {
 }
 
 impl Watching {
-    /// For a machine with so many vCPUs, whose exits go to this dispatch and whose events to this loop.
+    /// For a machine with so many vCPUs, whose exits go to this dispatch and whose events to this
+    /// loop.
     #[must_use]
     pub fn new(vcpus: u64, dispatch: &Arc<Dispatch>, event_manager: &Arc<EventManager>) -> Self {
         Self {
@@ -38,7 +42,8 @@ impl Watching {
     /// Write every hop to a new file, from each vCPU's next entry and the loop's next turn on.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] while another trace is written; [`ErrorKind::Io`] when the file cannot be made.
+    /// [`ErrorKind::State`] while another trace is written; [`ErrorKind::Io`] when the file cannot
+    /// be made.
     pub fn start_trace(&self, path: &Path) -> Result<Arc<Trace>> {
         let mut current = self.trace.lock();
         if current.is_some() {
@@ -49,14 +54,16 @@ impl Watching {
         self.dispatch.observe(Arc::clone(&trace) as Arc<dyn Observer>);
         if let Some(event_manager) = self.event_manager.upgrade() {
             event_manager.recorders.add(Arc::clone(&trace));
-            // A loop that waits begins a new turn. If it cannot be told, it does so at its next event.
+            // A loop that waits begins a new turn. If it cannot be told, it does so at its next
+            // event.
             let _ = event_manager.kick();
         }
         *current = Some(Arc::clone(&trace));
         Ok(trace)
     }
 
-    /// Complete the trace that [`Self::start_trace`] began. In a forked child it is the parent's, and left alone.
+    /// Complete the trace that [`Self::start_trace`] began. In a forked child it is the parent's,
+    /// and left alone.
     ///
     /// # Errors
     /// [`ErrorKind::Io`] when the file could not be written.
@@ -83,9 +90,62 @@ impl Drop for Watching {
     }
 }
 
+impl Observer for Trace {
+    fn track(&self, vcpu: u64) -> Option<Arc<Track>> {
+        self.vcpu(vcpu).cloned()
+    }
+
+    fn saw(&self, seen: &Seen) {
+        let Some(track) = self.vcpu(seen.vcpu) else { return };
+        let times = (seen.entered, seen.left);
+        track.record(&Span { category: "guest", name: "guest", times, values: &[] });
+        let Place { kind, access, address } = Place::of(seen.exit);
+        let mut name = kind.to_owned();
+        let mut values: SmallVec<[_; 2]> = SmallVec::new();
+        if let Some(access) = access {
+            name.push(' ');
+            name.push_str(access);
+            values.push(("access", Value::Text(access)));
+        }
+        if let Some(address) = address {
+            name.push_str(&format!(" {address:#x}"));
+            values.push(("address", Value::Hex(address)));
+        }
+        let times = (seen.left, seen.answered);
+        track.record(&Span { category: "exit", name: &name, times, values: &values });
+        track.flush();
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
     use super::*;
+    use crate::vcpu::VcpuExit;
+
+    #[test]
+    fn an_exit_is_time_inside_and_time_outside() {
+        let path = std::env::temp_dir().join(format!("pyvmm-{}-exit.json", std::process::id()));
+        let trace = Trace::create(&path, 2).unwrap();
+        {
+            let now = Instant::now();
+            let exit = VcpuExit::IoIn { port: 0x60, size: 1, count: 1 };
+            trace.saw(&Seen { vcpu: 1, exit: &exit, entered: now, left: now, answered: now });
+            let nobody = Seen { vcpu: 7, exit: &exit, entered: now, left: now, answered: now };
+            trace.saw(&nobody);
+        }
+        trace.finish().unwrap();
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let lines: Vec<&str> = text.lines().collect();
+        assert!(lines[1].contains("vcpu_0") && lines[2].contains("vcpu_1"));
+        assert!(lines[3].contains(r#""tid":2"#) && lines[3].contains(r#""cat":"guest""#));
+        assert!(
+            lines[4].contains(r#""name":"io read 0x60","args":{"access":"read","address":"0x60"}"#)
+        );
+        assert_eq!(lines.len(), 6);
+    }
 
     #[test]
     fn one_trace_at_a_time_and_none_after_the_machine() {

@@ -1,5 +1,6 @@
-//! Which pages of a private mapping have been written: those that are the process's own and no longer the file's.
-//! Told by the kernel from the page tables, whoever wrote: guest, host, view or device. Any thread.
+//! Which pages of a private mapping have been written: those that are the process's own and no
+//! longer the file's. Told by the kernel from the page tables, whoever wrote: guest, host, view or
+//! device. Any thread.
 
 use std::fs::File;
 use std::io;
@@ -8,9 +9,9 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::layout::PAGE;
 use crate::process::Birthplace;
 use crate::sync::{RwLock, rank};
-use crate::vm::layout::PAGE;
 
 /// `struct page_region` of linux/fs.h.
 #[repr(C)]
@@ -55,7 +56,7 @@ const BIT_FILE: u64 = 1 << 61;
 const BATCH: usize = 512;
 
 /// Start and end of a run of pages, in bytes from the start of the mapping.
-pub(crate) type Range = (u64, u64);
+pub(crate) type ByteRange = (u64, u64);
 
 /// The kernel answers for the process that opened the file: one that was forked needs its own.
 fn pagemap() -> Result<Arc<File>> {
@@ -74,9 +75,9 @@ fn pagemap() -> Result<Arc<File>> {
     Ok(file)
 }
 
-/// The pages of the private mapping at `host` that have been written. Where the kernel is older than 6.7, pages of
-/// zeros that were only read may be among them.
-pub(crate) fn written(host: u64, size: u64) -> Result<Vec<Range>> {
+/// The pages of the private mapping at `host` that have been written. Where the kernel is older
+/// than 6.7, pages of zeros that were only read may be among them.
+pub(crate) fn written(host: u64, size: u64) -> Result<Vec<ByteRange>> {
     let file = pagemap()?;
     match scan(file.as_raw_fd(), host, size) {
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => {
@@ -87,7 +88,7 @@ pub(crate) fn written(host: u64, size: u64) -> Result<Vec<Range>> {
     .map_err(|e| Error::os(ErrorKind::Memory, "/proc/self/pagemap", &e))
 }
 
-fn scan(fd: RawFd, host: u64, size: u64) -> io::Result<Vec<Range>> {
+fn scan(fd: RawFd, host: u64, size: u64) -> io::Result<Vec<ByteRange>> {
     let mut found = vec![PageRegion::default(); BATCH];
     let mut ranges = Vec::new();
     let mut arguments = ScanArguments {
@@ -102,7 +103,8 @@ fn scan(fd: RawFd, host: u64, size: u64) -> io::Result<Vec<Range>> {
         ..ScanArguments::default()
     };
     while arguments.start < arguments.end {
-        // SAFETY: the argument structure and the vector it names, with its length, live through the call.
+        // SAFETY: the argument structure and the vector it names, with its length, live through the
+        // call.
         let count = unsafe { libc::ioctl(fd, PAGEMAP_SCAN, &raw mut arguments) };
         let count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
         for region in found.iter().take(count) {
@@ -113,7 +115,7 @@ fn scan(fd: RawFd, host: u64, size: u64) -> io::Result<Vec<Range>> {
     Ok(ranges)
 }
 
-fn read(file: &File, host: u64, size: u64) -> io::Result<Vec<Range>> {
+fn read(file: &File, host: u64, size: u64) -> io::Result<Vec<ByteRange>> {
     let mut ranges = Vec::new();
     let mut words = vec![0u8; 8 * 4096];
     let pages = size / PAGE;
@@ -134,7 +136,7 @@ fn read(file: &File, host: u64, size: u64) -> io::Result<Vec<Range>> {
 }
 
 /// Add a range behind the others, as one with the last where they touch.
-pub(crate) fn push(ranges: &mut Vec<Range>, range: Range) {
+pub(crate) fn push(ranges: &mut Vec<ByteRange>, range: ByteRange) {
     match ranges.last_mut() {
         Some(last) if last.1 == range.0 => last.1 = range.1,
         _ => ranges.push(range),

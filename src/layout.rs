@@ -41,8 +41,8 @@ pub const MP_TABLE: u64 = EBDA_START;
 pub const IOAPIC: u32 = 0xfec0_0000;
 /// The local APICs.
 pub const LAPIC: u32 = 0xfee0_0000;
-/// One page for KVM's identity map, which Intel's real mode needs. Below the last 16 MiB under 4 GiB, where a PC has its
-/// firmware.
+/// One page for KVM's identity map, which Intel's real mode needs. Below the last 16 MiB under 4
+/// GiB, where a PC has its firmware.
 pub const KVM_IDENTITY_MAP: u64 = 0xfeff_c000;
 /// Three pages for KVM's TSS, right behind it.
 pub const KVM_TSS: usize = 0xfeff_d000;

@@ -1,7 +1,8 @@
 //! A mapping of guest memory in this process, and what a forked child gets of it. Any thread.
 //!
-//! Nobody holds a Rust reference to the bytes of a mapping: guests, other threads and Python change them at any time. They
-//! are reached by `VolatileSlice`, by an atomic, or by the kernel. So the pages under a mapping may be exchanged.
+//! Nobody holds a Rust reference to the bytes of a mapping: guests, other threads and Python change
+//! them at any time. They are reached by `VolatileSlice`, by an atomic, or by the kernel. So the
+//! pages under a mapping may be exchanged.
 
 use std::cell::UnsafeCell;
 use std::fs::File;
@@ -22,13 +23,15 @@ pub(crate) struct Mapping {
 }
 
 impl Mapping {
-    /// A mapping that a forked child shares with its parent: of a file that others map too, or a private one.
+    /// A mapping that a forked child shares with its parent: of a file that others map too, or a
+    /// private one.
     pub(crate) fn new(region: MmapRegion) -> Arc<Self> {
         Arc::new(Self { shared: None, region: Arc::new(region) })
     }
 
-    /// A shared mapping of a memfd that is one machine's alone. A forked child gets a private one in its place: what the
-    /// child writes would otherwise show in the machine, and in the pages that a snapshot freezes.
+    /// A shared mapping of a memfd that is one machine's alone. A forked child gets a private one
+    /// in its place: what the child writes would otherwise show in the machine, and in the pages
+    /// that a snapshot freezes.
     pub(crate) fn of_own(region: MmapRegion) -> Arc<Self> {
         let shared = Registered::new(&region);
         Arc::new(Self { shared, region: Arc::new(region) })
@@ -92,9 +95,10 @@ struct Registered {
     host: usize,
 }
 
-/// Every mapping that a child must not share. `pthread_atfork` holds the lock over each fork, so that the child finds the
-/// list whole and the lock its own. A lock of std, without a rank: the child gives it back without looking at the waiters
-/// of its parent. No other lock is taken under it.
+/// Every mapping that a child must not share. `pthread_atfork` holds the lock over each fork, so
+/// that the child finds the list whole and the lock its own. A lock of std, without a rank: the
+/// child gives it back without looking at the waiters of its parent. No other lock is taken under
+/// it.
 static REGISTRY: Mutex<Vec<Entry>> = Mutex::new(Vec::new());
 
 fn registry() -> MutexGuard<'static, Vec<Entry>> {
@@ -106,7 +110,8 @@ impl Registered {
     fn new(region: &MmapRegion) -> Option<Self> {
         static HANDLERS: Once = Once::new();
         HANDLERS.call_once(|| {
-            // SAFETY: three functions of this module, which is never unloaded: Python keeps its native modules.
+            // SAFETY: three functions of this module, which is never unloaded: Python keeps its
+            // native modules.
             unsafe { libc::pthread_atfork(Some(before), Some(in_parent), Some(in_child)) };
         });
         let file = region.file_offset()?;
@@ -131,8 +136,9 @@ impl Drop for Registered {
 /// The lock between the handlers of one fork.
 struct Held(UnsafeCell<Option<MutexGuard<'static, Vec<Entry>>>>);
 
-// SAFETY: only the thread that holds `REGISTRY` touches the cell: `before` fills it once it has the lock, and the handler
-// that takes it out, in the same thread of the parent or in its copy in the child, gives the lock back with it.
+// SAFETY: only the thread that holds `REGISTRY` touches the cell: `before` fills it once it has the
+// lock, and the handler that takes it out, in the same thread of the parent or in its copy in the
+// child, gives the lock back with it.
 unsafe impl Sync for Held {}
 
 static HELD: Held = Held(UnsafeCell::new(None));
@@ -156,8 +162,9 @@ extern "C" fn in_child() {
         let at = std::ptr::with_exposed_provenance_mut::<libc::c_void>(entry.host);
         let access = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
-        // SAFETY: the entry names a whole mapping that the parent had at the fork, and so has the child. mmap is a bare
-        // system call: it may be made in the child of a process of many threads. The same bytes show at once.
+        // SAFETY: the entry names a whole mapping that the parent had at the fork, and so has the
+        // child. mmap is a bare system call: it may be made in the child of a process of many
+        // threads. The same bytes show at once.
         let mapped = unsafe { libc::mmap(at, entry.length, access, flags, entry.fd, entry.offset) };
         if mapped == libc::MAP_FAILED {
             // SAFETY: as above; without memory for a mapping of its own the child may only read.
@@ -170,7 +177,7 @@ extern "C" fn in_child() {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vm::anonymous;
+    use crate::memory::anonymous;
 
     fn byte(region: &MmapRegion) -> VolatileSlice<'_> {
         part(region, (0, 1)).unwrap()

@@ -13,7 +13,8 @@ const API_VERSION: i32 = 12;
 /// Open /dev/kvm and check that it is one pyvmm can use.
 ///
 /// # Errors
-/// [`ErrorKind::Unavailable`] with what to do, when it is missing, forbidden, or lacks what pyvmm needs.
+/// [`ErrorKind::Unavailable`] with what to do, when it is missing, forbidden, or lacks what pyvmm
+/// needs.
 pub fn open_kvm() -> Result<Kvm> {
     static CHECKED: Learnt<()> = Learnt::unknown();
     let kvm = Kvm::new().map_err(|e| unavailable(e.errno()))?;
@@ -46,6 +47,17 @@ fn unavailable(errno: i32) -> Error {
         _ => "run: pyvmm doctor",
     };
     Error::os(ErrorKind::Unavailable, "/dev/kvm", &io::Error::from_raw_os_error(errno)).hint(hint)
+}
+
+/// What an ioctl gave, or the error that names it.
+///
+/// # Errors
+/// [`ErrorKind::Kvm`] when it failed.
+pub(crate) fn checked<T>(
+    ioctl: &str,
+    result: std::result::Result<T, kvm_ioctls::Error>,
+) -> Result<T> {
+    result.map_err(|e| Error::kvm(ioctl, e))
 }
 
 #[cfg(test)]

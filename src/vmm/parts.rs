@@ -1,0 +1,20 @@
+//! What a machine is assembled of. Pure data.
+
+use std::sync::Arc;
+
+use crate::devices::Serial;
+use crate::event::EventManager;
+use crate::exit_handler::WrappedExitHandler;
+use crate::vcpu::Dispatch;
+use crate::vm::KvmVm;
+
+/// What a machine is assembled of.
+#[derive(Debug)]
+pub(crate) struct Parts {
+    pub(crate) vm: KvmVm<WrappedExitHandler>,
+    pub(crate) event_manager: Arc<EventManager>,
+    pub(crate) exit_handler: WrappedExitHandler,
+    pub(crate) dispatch: Arc<Dispatch>,
+    pub(crate) serial: Arc<Serial>,
+    pub(crate) entry: u64,
+}

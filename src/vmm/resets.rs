@@ -1,0 +1,37 @@
+//! Notices a reset that happens while a machine is looked at. From any thread.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// Counts the resets of a machine.
+#[derive(Debug, Default)]
+pub(super) struct Resets {
+    /// How many resets have begun, and how many of them are over.
+    counts: [AtomicU64; 2],
+}
+
+impl Resets {
+    /// # Errors
+    /// [`ErrorKind::State`] when a reset is under way, or has begun since there were so many.
+    pub(super) fn check(&self, before: Option<u64>) -> Result<u64> {
+        // Acquire: who finds a reset over finds what it did. The end first: one that ends in
+        // between counts as begun.
+        let [begun, over] = &self.counts;
+        let (over, begun) = (over.load(Ordering::Acquire), begun.load(Ordering::Acquire));
+        if begun == over && before.is_none_or(|before| before == begun) {
+            return Ok(begun);
+        }
+        let detail = "the machine was reset while it was looked at";
+        Err(Error::new(ErrorKind::State, "snapshot", detail))
+    }
+
+    pub(super) fn reset<T>(&self, act: impl FnOnce() -> T) -> T {
+        // Release, as above.
+        let [begun, over] = &self.counts;
+        begun.fetch_add(1, Ordering::Release);
+        let result = act();
+        over.fetch_add(1, Ordering::Release);
+        result
+    }
+}
