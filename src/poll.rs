@@ -58,7 +58,8 @@ fn read_if_ready(fd: RawFd) -> io::Result<u64> {
     let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
     // SAFETY: one pollfd that lives through the call, which does not wait.
     if unsafe { libc::poll(&raw mut poll, 1, 0) } <= 0 {
-        return Err(io::ErrorKind::WouldBlock.into());
+        // With its number, as the kernel's own: Python tells errors by it.
+        return Err(io::Error::from_raw_os_error(libc::EAGAIN));
     }
     read_count(fd)
 }
@@ -92,7 +93,7 @@ mod tests {
     fn a_count_is_taken_without_waiting_also_where_the_descriptor_blocks() {
         let fd = EventFd::new(0).unwrap();
         for take in [take_count, read_if_ready] {
-            assert_eq!(take(fd.as_raw_fd()).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+            assert_eq!(take(fd.as_raw_fd()).unwrap_err().raw_os_error(), Some(libc::EAGAIN));
             fd.write(3).unwrap();
             assert_eq!(take(fd.as_raw_fd()).unwrap(), 3);
         }

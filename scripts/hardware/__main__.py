@@ -134,7 +134,7 @@ def qemu_command(folder: Path, job: Path, cpu: str, limit_s: int) -> list[str]:
 def pytest_command(mode: str, more: list[str]) -> str:
     """The tests of a mode. Each has more time than elsewhere: the processor is an emulated one."""
     files = [f"tests/test_{name}.py" for name in SUBSET] if mode == "subset" else []
-    words = [".venv/bin/python", "-m", "pytest", "--quiet", "-p", "no:cacheprovider", "--durations=10"]
+    words = [".venv/bin/python", "-m", "pytest", "--quiet", "-p", "no:cacheprovider", "--durations=10", "--tb=native"]
     words += ["--timeout", str(TEST_LIMIT_S)]
     return shlex.join([*words, *files, *more])
 
