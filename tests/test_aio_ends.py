@@ -332,6 +332,8 @@ def test_many_machines_run_at_once_and_leave_the_executor_alone(run: Any) -> Non
         machines = [Vmm(flat(SPIN)) for _ in range(12)]
         running = [asyncio.ensure_future(machine.run_async()) for machine in machines]
         while any(machine.state is not VmRunState.RUNNING for machine in machines):
+            for failed in (each for each in running if each.done()):
+                raise AssertionError("a run ended by itself") from failed.exception()
             await asyncio.sleep(0.001)
         assert await loop.getaddrinfo("127.0.0.1", 80)
         async with Vmm(flat(SPIN)) as another:
@@ -343,6 +345,8 @@ def test_many_machines_run_at_once_and_leave_the_executor_alone(run: Any) -> Non
                 each.cancel()
             for machine in machines:
                 group.create_task(machine.__aexit__(None, None, None))
+        await asyncio.wait(running)
+        assert all(each.cancelled() for each in running), running
 
     run(main())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import resource
 import signal
 import subprocess
@@ -194,3 +195,45 @@ with KvmVm(flat(SPIN)) as vm:
     print(type(vcpu.run_once()).__name__)
 """
     assert in_a_process(source).split() == ["Interrupted"]
+
+
+def test_a_stack_that_there_is_no_room_for_is_named() -> None:
+    source = """
+import threading
+threading.stack_size(1 << 46)
+with Vmm(flat(bytes.fromhex("ebfe"))) as vmm:
+    for start in vmm.run, vmm.start:
+        try:
+            start()
+        except KvmError as error:
+            print(error, error.hint)
+    threading.stack_size(0)
+    vmm.start()
+    threading.stack_size(1 << 46)
+"""
+    text = in_a_process("from pyvmm import *\n" + source)
+    assert text.count(f"a thread with {1 << 36} KiB of stack cannot be started") == 2
+    assert "threading.stack_size()" in text
+
+
+def test_a_child_that_a_callback_forks_has_the_signal_mask_of_the_thread_that_started_the_run() -> None:
+    def blocked_in_child() -> set[int]:
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+            os.write(writer, " ".join(str(int(number)) for number in blocked).encode())
+            os._exit(0)
+        os.close(writer)
+        with open(reader) as file:
+            text = file.read()
+        assert os.waitpid(child, 0)[1] == 0
+        return set(map(int, text.split()))
+
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+    try:
+        own = {int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])}
+        assert in_a_device(blocked_in_child) == own - {kick_signal()}
+        assert signal.SIGUSR2 in own
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)

@@ -1261,7 +1261,11 @@ class KvmVm:
         """Stop the vCPUs and wait for their threads. A guest that had not ended can go on with `run`."""
 
     def close(self) -> None:
-        """Shut down and release everything. Does nothing the second time."""
+        """Shut down and release everything. Does nothing the second time.
+
+        What a signal handler raises meanwhile, as with Ctrl-C, comes out of it. The machine closes all the same, and
+        another `close` waits for that.
+        """
 
     @property
     def entry(self) -> int:
@@ -1395,7 +1399,8 @@ class Vmm:
     def close(self) -> None:
         """Stop, wait for the run in progress to end, and release everything. Does nothing the second time.
 
-        In a callback it takes effect when the run ends.
+        In a callback it takes effect when the run ends. What a signal handler raises while it waits, as with Ctrl-C,
+        comes out of it: the machine closes all the same, and another `close` waits for that.
         """
 
     def add_subscriber(self, subscriber: Subscriber | WrappedExitHandler | VmmExitHandler) -> SubscriberId:

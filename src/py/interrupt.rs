@@ -1,10 +1,17 @@
-//! Long calls of the crate that Ctrl-C ends. On the thread that makes the call.
+//! Long calls of the crate that Ctrl-C ends: on the thread that makes the call, or in the
+//! background, where the call itself waits for what no signal ends.
+
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SendError, channel};
+use std::thread::Builder;
+use std::time::Instant;
 
 use pyo3::prelude::*;
 
-use super::attach::attach;
+use super::attach::{adopt_stack_size, attach};
+use super::wakeup::{SLICE, runs_handlers};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::{Mutex, rank};
+use crate::vcpu;
 
 /// Make a long call without the GIL that runs Python's signal handlers now and then. What one
 /// raises comes out of it.
@@ -24,5 +31,74 @@ pub(super) fn interruptible<T: Send>(
     match raised {
         Some(error) => Err(error),
         None => Ok(result?),
+    }
+}
+
+/// Make a call that waits for callbacks of the program's. On Python's main thread the call is made
+/// in the background: what a signal handler raises comes out of here at once, and the call goes on.
+pub(super) fn waiting<F: FnOnce() + Send + 'static>(py: Python<'_>, call: F) -> PyResult<()> {
+    if !runs_handlers(py)? {
+        py.detach(call);
+        return Ok(());
+    }
+    // Signals from before, too: nobody knows how long the call takes.
+    py.check_signals()?;
+    match Background::start(py, call) {
+        Ok(background) => background.wait(py, None),
+        Err(call) => {
+            py.detach(call);
+            Ok(())
+        }
+    }
+}
+
+/// A call on a thread of its own, `pyvmm-close`, on which Python objects may be dropped.
+pub(super) struct Background(Receiver<()>);
+
+impl Background {
+    /// # Errors
+    /// Gives the call back when no thread can be started, not even with the smallest stack.
+    pub(super) fn start<F: FnOnce() + Send + 'static>(
+        py: Python<'_>,
+        call: F,
+    ) -> std::result::Result<Self, F> {
+        let (done, ended) = channel();
+        let run = || {
+            let (give, take) = channel::<F>();
+            let done = done.clone();
+            let run = move || {
+                // Fails when the thread was not started.
+                if let Ok(call) = take.recv() {
+                    call();
+                    // Nobody listens any more when a handler has raised.
+                    let _ = done.send(());
+                }
+            };
+            (give, run)
+        };
+        adopt_stack_size(py);
+        let name = || "pyvmm-close".to_owned();
+        let (mut give, chosen) = run();
+        if vcpu::spawn(name(), chosen).is_err() {
+            let (give_smallest, smallest) = run();
+            give = give_smallest;
+            if Builder::new().name(name()).spawn(smallest).is_err() {
+                return Err(call);
+            }
+        }
+        drop(done);
+        give.send(call).map(|()| Self(ended)).map_err(|SendError(call)| call)
+    }
+
+    /// Wait for its end, with a deadline, and run Python's signal handlers meanwhile.
+    pub(super) fn wait(mut self, py: Python<'_>, deadline: Option<Instant>) -> PyResult<()> {
+        while deadline.is_none_or(|deadline| Instant::now() < deadline) {
+            let ended = &mut self.0;
+            match py.detach(move || ended.recv_timeout(SLICE)) {
+                Err(RecvTimeoutError::Timeout) => py.check_signals()?,
+                Ok(()) | Err(RecvTimeoutError::Disconnected) => break,
+            }
+        }
+        Ok(())
     }
 }

@@ -1,21 +1,17 @@
 //! The machines that are alive, so that they are closed in order before the interpreter ends.
 
-use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Weak};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use pyo3::prelude::*;
 
 use super::attached::Attached;
+use super::interrupt::Background;
 use crate::process::Birthplace;
 use crate::vcpu::left;
 
 /// How long the end of the interpreter waits for callbacks that are in progress.
 const PATIENCE: Duration = Duration::from_secs(1);
-
-/// The longest wait between two looks at signals.
-const SLICE: Duration = Duration::from_millis(50);
 
 /// Something that can be stopped and closed from any thread, any number of times.
 pub(super) trait Close: Send + Sync {
@@ -52,22 +48,17 @@ pub(crate) fn close_all(py: Python<'_>) -> PyResult<()> {
     }
     machines.iter().for_each(|machine| machine.stop());
     let deadline = Instant::now() + PATIENCE;
-    let (done, mut closed) = channel();
     let close = move || {
         machines.iter().for_each(|machine| machine.close());
         drop(machines);
         left::join_all();
-        // Nobody listens any more when the time has passed.
-        let _ = done.send(());
     };
     // The thread that closes may have to wait for a callback that never returns: this one does not.
-    thread::Builder::new().name("pyvmm-close".into()).spawn(close)?;
-    while Instant::now() < deadline {
-        let closed = &mut closed;
-        match py.detach(move || closed.recv_timeout(SLICE)) {
-            Err(RecvTimeoutError::Timeout) => py.check_signals()?,
-            Ok(()) | Err(RecvTimeoutError::Disconnected) => break,
+    match Background::start(py, close) {
+        Ok(closing) => closing.wait(py, Some(deadline)),
+        Err(close) => {
+            py.detach(close);
+            Ok(())
         }
     }
-    Ok(())
 }

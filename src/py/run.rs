@@ -6,6 +6,7 @@ use std::sync::{Arc, Weak};
 
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
+use pyo3::types::PyBytes;
 
 use super::attach::adopt_stack_size;
 use super::ending::import;
@@ -14,6 +15,7 @@ use super::turning::Turning;
 use super::vmm::PyVmm;
 use super::{callback, exit};
 use crate::event::EventManager;
+use crate::exit_handler::{Exit, ExitReason};
 
 /// Ends one run of a machine and no other: unlike a stop, none is left for the next.
 #[pyclass(frozen, name = "_Cancel", module = "pyvmm")]
@@ -52,6 +54,46 @@ impl PyVmm {
     ) -> PyResult<Turning<'a>> {
         let turners = manager.get().turners();
         if self.is_shared { turners.share(awaiter) } else { turners.claim("the machine", awaiter) }
+    }
+
+    /// What `run` and `wait` return or raise, with what callbacks on vCPU threads have left.
+    pub(super) fn finish<'py>(
+        &self,
+        py: Python<'py>,
+        ended: PyResult<Option<Exit>>,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let raised = &self.hooks.raised;
+        self.let_go_if_closed(py, self.core()?);
+        let exit = match ended {
+            Ok(None) => return Ok(None),
+            Ok(Some(exit)) => exit,
+            // What was left is for the run in progress, which another thread waits for; or a forked
+            // child's parent does.
+            Err(error) if self.core().map_or(true, |vmm| vmm.is_in_run()) => return Err(error),
+            Err(error) => {
+                let error = raised.beside(py, error);
+                // This run's, and no later one's.
+                drop(raised.take_stop());
+                return Err(error);
+            }
+        };
+        let stop = raised.take_stop();
+        raised.check(py)?;
+        match stop {
+            Some((vcpu, value)) if exit.reason == ExitReason::Stopped => {
+                exit::stopped(py, Some(vcpu), &value).map(Some)
+            }
+            None if exit.reason == ExitReason::Stopped => {
+                match self.core()?.serial().take_found() {
+                    Some(text) => {
+                        exit::stopped(py, None, PyBytes::new(py, &text).as_any().as_unbound())
+                            .map(Some)
+                    }
+                    None => exit::to_python(py, &exit).map(Some),
+                }
+            }
+            _ => exit::to_python(py, &exit).map(Some),
+        }
     }
 }
 

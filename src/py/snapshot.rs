@@ -12,7 +12,7 @@ use pyo3::types::{PyBytes, PyDict, PyTuple};
 
 use super::ending::import;
 use super::event_manager::PyEventManager;
-use super::vmm::PyVmm;
+use super::vmm::{PyVmm, close};
 use super::{callback, config, ending};
 use crate::config::SerialConfig;
 use crate::snapshot::{Device, Host, Kind, Load, Snapshot, described, inspect, load};
@@ -115,8 +115,10 @@ impl PySnapshot {
             Ok(()) => Ok(fork),
             Err(error) => {
                 // Not when the last traceback that names it goes.
-                if let Ok(vmm) = fork.get().core() {
-                    py.detach(|| vmm.close());
+                if let Ok(vmm) = fork.get().core()
+                    && let Err(signalled) = close(py, vmm)
+                {
+                    return Err(signalled);
                 }
                 Err(error)
             }

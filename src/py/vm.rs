@@ -79,6 +79,24 @@ impl Machine {
     }
 }
 
+impl Machine {
+    fn is_closing(&self) -> bool {
+        let vm = self.0.lock().clone();
+        vm.is_some_and(|vm| vm.is_closing())
+    }
+
+    fn close_interruptibly(self: &Arc<Self>, py: Python<'_>) -> PyResult<()> {
+        let vm = self.0.lock().clone();
+        if vm.is_some_and(|vm| vm.is_busy()) {
+            let this = Arc::clone(self);
+            interrupt::waiting(py, move || this.close())
+        } else {
+            py.detach(|| self.close());
+            Ok(())
+        }
+    }
+}
+
 impl Close for Machine {
     fn stop(&self) {
         // There is no loop: closing ends it.
@@ -128,10 +146,13 @@ impl Drop for PyKvmVm {
         let Some(machine) = self.machine.take() else { return };
         // Its vCPUs may be running, and may need the GIL to end.
         attach(|py| {
-            py.detach(|| {
-                machine.close();
-                drop(machine);
-            });
+            // A close that a signal has cut short goes on by itself.
+            if !machine.is_closing()
+                && let Err(error) = machine.close_interruptibly(py)
+            {
+                error.write_unraisable(py, None);
+            }
+            py.detach(|| drop(machine));
         });
     }
 }
@@ -315,16 +336,26 @@ impl PyKvmVm {
     }
 
     /// Stop the vCPUs and wait for their threads. A guest that had not ended can go on with `run`.
+    ///
+    /// What a signal handler raises meanwhile, as with Ctrl-C, comes out of it, and the threads end
+    /// all the same.
     fn shutdown(&self, py: Python<'_>) -> PyResult<()> {
         let vm = self.vm()?;
-        py.detach(|| vm.shutdown());
+        if vm.is_busy() {
+            interrupt::waiting(py, move || vm.shutdown())?;
+        } else {
+            py.detach(|| vm.shutdown());
+        }
         self.check_kick()
     }
 
     /// Shut down and release everything. Does nothing the second time.
-    fn close(&self, py: Python<'_>) {
-        let Some(machine) = self.machine.peek() else { return };
-        py.detach(|| machine.close());
+    ///
+    /// What a signal handler raises meanwhile, as with Ctrl-C, comes out of it. The machine closes
+    /// all the same, and another `close` waits for that.
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        let Some(machine) = self.machine.peek() else { return Ok(()) };
+        machine.close_interruptibly(py)
     }
 
     /// Where the machine stands.
@@ -370,8 +401,14 @@ impl PyKvmVm {
         slf
     }
 
-    fn __exit__(&self, py: Python<'_>, _kind: Py<PyAny>, _error: Py<PyAny>, _traceback: Py<PyAny>) {
-        self.close(py);
+    fn __exit__(
+        &self,
+        py: Python<'_>,
+        _kind: Py<PyAny>,
+        _error: Py<PyAny>,
+        _traceback: Py<PyAny>,
+    ) -> PyResult<()> {
+        self.close(py)
     }
 
     fn __repr__(&self) -> String {

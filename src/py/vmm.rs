@@ -6,7 +6,7 @@ use std::sync::{Arc, Weak};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyList, PyTuple};
+use pyo3::types::{PyList, PyTuple};
 
 use super::attach::{adopt_stack_size, attach};
 use super::attached::Attached;
@@ -26,7 +26,6 @@ use super::snapshot::PySnapshot;
 use super::{callback, config, exit, interrupt, vcpu};
 use crate::devices::{Access, Buses};
 use crate::error::Result;
-use crate::exit_handler::{Exit, ExitReason};
 use crate::sync::{Mutex, rank};
 use crate::vcpu::VmRunState;
 use crate::vmm::Vmm;
@@ -145,46 +144,6 @@ impl PyVmm {
         devices.iter().find_map(|device| device.take_failure()).unwrap_or(error)
     }
 
-    /// What `run` and `wait` return or raise, with what callbacks on vCPU threads have left.
-    pub(super) fn finish<'py>(
-        &self,
-        py: Python<'py>,
-        ended: PyResult<Option<Exit>>,
-    ) -> PyResult<Option<Bound<'py, PyAny>>> {
-        let raised = &self.hooks.raised;
-        self.let_go_if_closed(py, self.core()?);
-        let exit = match ended {
-            Ok(None) => return Ok(None),
-            Ok(Some(exit)) => exit,
-            // What was left is for the run in progress, which another thread waits for; or a forked
-            // child's parent does.
-            Err(error) if self.core().map_or(true, |vmm| vmm.is_in_run()) => return Err(error),
-            Err(error) => {
-                let error = raised.beside(py, error);
-                // This run's, and no later one's.
-                drop(raised.take_stop());
-                return Err(error);
-            }
-        };
-        let stop = raised.take_stop();
-        raised.check(py)?;
-        match stop {
-            Some((vcpu, value)) if exit.reason == ExitReason::Stopped => {
-                exit::stopped(py, Some(vcpu), &value).map(Some)
-            }
-            None if exit.reason == ExitReason::Stopped => {
-                match self.core()?.serial().take_found() {
-                    Some(text) => {
-                        exit::stopped(py, None, PyBytes::new(py, &text).as_any().as_unbound())
-                            .map(Some)
-                    }
-                    None => exit::to_python(py, &exit).map(Some),
-                }
-            }
-            _ => exit::to_python(py, &exit).map(Some),
-        }
-    }
-
     /// Let go of what a closed machine does not need: its devices, and the subscribers of its
     /// streams, which a loop that others use would keep. Whether it is closed.
     pub(super) fn let_go_if_closed(&self, py: Python<'_>, vmm: &Vmm) -> bool {
@@ -208,6 +167,15 @@ impl PyVmm {
     }
 }
 
+/// Close a machine, however long its callbacks take; a signal handler that raises ends the wait.
+pub(super) fn close(py: Python<'_>, vmm: &Arc<Vmm>) -> PyResult<()> {
+    if py.detach(|| vmm.close_without_wait()) {
+        return Ok(());
+    }
+    let vmm = Arc::clone(vmm);
+    interrupt::waiting(py, move || vmm.close())
+}
+
 impl Drop for PyVmm {
     fn drop(&mut self) {
         let Some(vmm) = self.vmm.take() else { return };
@@ -218,10 +186,13 @@ impl Drop for PyVmm {
         // Its devices and hooks may hold parts of it, so it is closed, not only let go. That may
         // sleep in the kernel, and its threads may need the GIL to end.
         attach(|py| {
-            py.detach(|| {
-                vmm.close();
-                drop(vmm);
-            });
+            // A close that a signal has cut short goes on by itself.
+            if !vmm.is_closing()
+                && let Err(error) = close(py, &vmm)
+            {
+                error.write_unraisable(py, None);
+            }
+            py.detach(|| drop(vmm));
             self.let_go(py);
             self.hooks.raised.report(py);
         });
@@ -400,15 +371,18 @@ impl PyVmm {
     /// Stop, wait for the run in progress to end, and release everything. Does nothing the second
     /// time.
     ///
-    /// In a callback it takes effect when the run ends. In a forked child it does nothing.
-    fn close(&self, py: Python<'_>) {
-        let Some(vmm) = self.vmm.peek() else { return };
-        py.detach(|| vmm.close());
+    /// In a callback it takes effect when the run ends. In a forked child it does nothing. What a
+    /// signal handler raises while it waits, as with Ctrl-C, comes out of it: the machine closes
+    /// all the same, and another `close` waits for that.
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        let Some(vmm) = self.vmm.peek() else { return Ok(()) };
+        close(py, vmm)?;
         // Called from a callback, the machine closes at the end of the run: its last output is
         // still to be taken.
         if self.let_go_if_closed(py, vmm) {
             self.hooks.raised.report(py);
         }
+        Ok(())
     }
 
     /// Where the machine stands.
@@ -447,8 +421,14 @@ impl PyVmm {
         slf
     }
 
-    fn __exit__(&self, py: Python<'_>, _kind: Py<PyAny>, _error: Py<PyAny>, _traceback: Py<PyAny>) {
-        self.close(py);
+    fn __exit__(
+        &self,
+        py: Python<'_>,
+        _kind: Py<PyAny>,
+        _error: Py<PyAny>,
+        _traceback: Py<PyAny>,
+    ) -> PyResult<()> {
+        self.close(py)
     }
 
     fn __repr__(&self) -> String {

@@ -84,7 +84,8 @@ fn wait_long<T: Send>(
     Ok(py.detach(|| wait(deadline, Some(reader))))
 }
 
-fn runs_handlers(py: Python<'_>) -> PyResult<bool> {
+/// Whether this is the thread on which Python runs signal handlers.
+pub(super) fn runs_handlers(py: Python<'_>) -> PyResult<bool> {
     let here = Birthplace::here();
     if let Some((birthplace, runs)) = RUNS_HANDLERS.get()
         && birthplace == here

@@ -27,6 +27,8 @@ pub use registers::{RegisterClass, Vcpu};
 pub(crate) use run::Step;
 pub use signal::{kick_signal, use_signal};
 pub use stack::set_stack_size;
+#[cfg_attr(not(feature = "python"), allow(unused_imports, reason = "for the binding"))]
+pub(crate) use stack::spawn;
 pub use state::{RunState, VmRunState};
 pub use stats::{Count, Place, Stats, VcpuTime};
 pub(crate) use thread::{Handle, Shared};

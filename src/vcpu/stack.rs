@@ -2,6 +2,9 @@
 //! the process.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::{Builder, JoinHandle};
+
+use crate::error::{Error, ErrorKind, Result};
 
 /// Rust's own default, which is the least.
 const LEAST: usize = 2 << 20;
@@ -23,6 +26,23 @@ pub(super) fn size() -> usize {
         chosen => chosen,
     }
     .max(LEAST)
+}
+
+/// Start a thread on which the program's code may run.
+///
+/// # Errors
+/// When the process has no room for its stack, or may have no more threads.
+pub(crate) fn spawn(name: String, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
+    let size = size();
+    let thread = Builder::new().name(name.clone()).stack_size(size).spawn(run);
+    thread.map_err(|e| {
+        let reason = format!("a thread with {} KiB of stack cannot be started: {e}", size >> 10);
+        let error = Error { errno: e.raw_os_error(), ..Error::new(ErrorKind::Kvm, name, reason) };
+        error.hint(
+            "lower threading.stack_size() or RLIMIT_STACK, or raise the limits on threads and \
+             address space",
+        )
+    })
 }
 
 fn default_size() -> usize {

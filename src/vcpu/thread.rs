@@ -15,7 +15,7 @@ use super::run_page::RunPage;
 use super::signal::{kick_signal, unblock_kicks};
 use super::stack;
 use super::state::{RunState, VmRunState};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 use crate::exit_handler::{Exit, ExitHandler, ExitReason};
 use crate::memory::GuestMemory;
 use crate::sync::{Mutex, rank};
@@ -111,11 +111,7 @@ impl Handle {
             set_current(&cell, shared.id());
             serve(&cell, &shared);
         };
-        std::thread::Builder::new()
-            .name(name.clone())
-            .stack_size(stack::size())
-            .spawn(run)
-            .map_err(|e| Error::os(ErrorKind::Kvm, name, &e))
+        stack::spawn(name, run)
     }
 
     /// Bring the vCPU out of the guest and keep it out. Returns before it is out.

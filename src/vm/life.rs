@@ -128,6 +128,17 @@ impl<EH: ExitHandler> KvmVm<EH> {
         let _ = self.shared.run_state.set_and_notify(VmRunState::Closed);
     }
 
+    /// Whether a thread has begun to close it.
+    #[cfg_attr(not(feature = "python"), allow(dead_code, reason = "for the binding"))]
+    pub(crate) fn is_closing(&self) -> bool {
+        !self.is_foreign() && self.vcpus.are_closed()
+    }
+
+    /// Whether a shutdown would wait for another thread, which may be in a callback.
+    pub(crate) fn is_busy(&self) -> bool {
+        !self.is_foreign() && !self.has_this_thread() && self.vcpus.are_busy()
+    }
+
     /// Bring every vCPU to rest until the result is dropped, whether the machine runs or not. Its
     /// state stays as it is; who pauses and resumes it meanwhile is obeyed when the last hold ends.
     ///

@@ -198,6 +198,19 @@ impl Vcpus {
         }
     }
 
+    /// Whether somebody has begun to stop them for good.
+    #[cfg_attr(not(feature = "python"), allow(dead_code, reason = "for the binding"))]
+    pub(super) fn are_closed(&self) -> bool {
+        self.0.lock().is_closed
+    }
+
+    /// Whether `stop` would wait for a thread.
+    pub(super) fn are_busy(&self) -> bool {
+        let list = self.0.lock();
+        let is_busy = |handle: &Handle| handle.has_thread() || !handle.cell().is_at_rest();
+        list.stopping > 0 || list.handles.iter().any(is_busy)
+    }
+
     /// Stop them for good, and give back what they hold of KVM.
     pub(super) fn close(&self, is_own: bool, stopped: impl FnOnce()) {
         self.0.lock().is_closed = true;

@@ -4,12 +4,24 @@
 use std::sync::Arc;
 
 use super::machine::{InLoop, Vmm};
-use super::runner::{Life, closed};
+use super::runner::{Life, Runner, closed};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
 use crate::exit_handler::{ExitHandler, WrappedExitHandler};
 use crate::vcpu::{self, VmRunState};
 use crate::vm::KvmVm;
+
+/// What a thread that closes a machine does next.
+enum ToClose {
+    /// It is closed, or will be without this thread.
+    Nothing,
+    /// Stop the vCPUs: this is the thread of one, and nobody waits for the machine.
+    Shutdown,
+    /// Wait for the thread that runs or closes it.
+    Wait,
+    /// Release what it is made of.
+    Release,
+}
 
 impl Vmm {
     /// Start the vCPUs and return; [`Self::wait`] turns the event loop for them.
@@ -40,39 +52,71 @@ impl Vmm {
     /// it takes effect when that run ends; from a callback of a machine that was started and that
     /// nobody waits for, the vCPUs stop, and the rest is up to the next `wait` or `close`.
     pub fn close(&self) {
+        self.close_or_tell(false);
+    }
+
+    /// [`Self::close`], but only if it waits for no other thread. Whether it did so.
+    #[cfg_attr(not(feature = "python"), allow(dead_code, reason = "for the binding"))]
+    pub(crate) fn close_without_wait(&self) -> bool {
+        self.close_or_tell(true)
+    }
+
+    /// Whether a thread closes it, which waits for callbacks at most.
+    #[cfg_attr(not(feature = "python"), allow(dead_code, reason = "for the binding"))]
+    pub(crate) fn is_closing(&self) -> bool {
+        !self.birthplace.is_foreign() && matches!(self.runner.lock().life, Life::Closing(_))
+    }
+
+    fn close_or_tell(&self, is_hurried: bool) -> bool {
         if self.birthplace.is_foreign() {
-            return; // the run in progress, if any, is the parent's
+            return true; // the run in progress, if any, is the parent's
         }
-        let this = std::thread::current().id();
-        let is_on_vcpu = vcpu::is_thread_of(self.vm_id);
         let mut runner = self.runner.lock();
         loop {
-            match (runner.life, runner.thread) {
-                (Life::Closed, _) => return,
-                // Whoever closes it waits for this callback.
-                (Life::Closing(_), _) if is_on_vcpu => return,
-                (Life::Closing(closer), _) if closer == this => return,
-                (Life::Open, None) if !is_on_vcpu => break,
-                (Life::Open, Some(thread)) if thread == this || is_on_vcpu => {
-                    runner.close_at_end = true;
-                    let _ = self.stop();
-                    return;
-                }
-                (Life::Open, None) => {
-                    runner.close_at_end = true;
-                    let _ = self.stop();
+            match self.next_to_close(&mut runner) {
+                ToClose::Nothing => return true,
+                ToClose::Shutdown => {
                     drop(runner);
                     self.vm().iter().for_each(|vm| vm.shutdown());
-                    return;
+                    return true;
                 }
-                (Life::Open, Some(_)) => drop(self.stop()),
-                (Life::Closing(_), _) => {}
+                ToClose::Release if is_hurried && self.vm().is_ok_and(|vm| vm.is_busy()) => {
+                    return false;
+                }
+                ToClose::Release => break,
+                ToClose::Wait if is_hurried => return false,
+                ToClose::Wait => self.run_ended.wait(&mut runner),
             }
-            self.run_ended.wait(&mut runner);
         }
-        runner.life = Life::Closing(this);
+        runner.life = Life::Closing(std::thread::current().id());
         drop(runner);
         self.release();
+        true
+    }
+
+    /// What this thread does next to close the machine. A run in progress is told to end.
+    fn next_to_close(&self, runner: &mut Runner) -> ToClose {
+        let this = std::thread::current().id();
+        let is_on_vcpu = vcpu::is_thread_of(self.vm_id);
+        match (runner.life, runner.thread) {
+            (Life::Closed, _) => ToClose::Nothing,
+            // Whoever closes it waits for this callback.
+            (Life::Closing(_), _) if is_on_vcpu => ToClose::Nothing,
+            (Life::Closing(closer), _) if closer == this => ToClose::Nothing,
+            (Life::Closing(_), _) => ToClose::Wait,
+            (Life::Open, None) if !is_on_vcpu => ToClose::Release,
+            (Life::Open, thread) => {
+                // Fails only in a forked child.
+                let _ = self.stop();
+                let is_inside = is_on_vcpu || thread == Some(this);
+                runner.close_at_end |= is_inside;
+                match thread {
+                    Some(_) if is_inside => ToClose::Nothing,
+                    Some(_) => ToClose::Wait,
+                    None => ToClose::Shutdown,
+                }
+            }
+        }
     }
 
     /// Release what the machine was made of. Without a lock: its threads are waited for, and

@@ -1,0 +1,166 @@
+"""Ctrl-C where a call waits for a callback in progress or for a snapshot. Each program has a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.kvm
+DEADLINE_S = 60.0
+
+START = f'''
+import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]
+import gc, os, signal, threading, time
+from guests import *
+from pathlib import Path
+from pyvmm import *
+
+entered, go = threading.Event(), threading.Event()
+main = threading.get_ident()
+
+class Device:
+    def write(self, offset, size, value):
+        entered.set()
+        go.wait()
+
+OUT_FOR_EVER = flat(bytes.fromhex("ba0005b078eeebfd"))
+
+def closers():
+    return sum(Path(task, "comm").read_text() == "pyvmm-close\\n" for task in Path("/proc/self/task").iterdir())
+
+def interrupt_close(number=1):
+    """Send Ctrl-C when so many calls wait for a machine's threads."""
+    def send():
+        while closers() < number:
+            time.sleep(0.001)
+        signal.pthread_kill(main, signal.SIGINT)
+    threading.Thread(target=send, daemon=True).start()
+
+def interrupted(call):
+    try:
+        call()
+    except KeyboardInterrupt:
+        return
+    raise AssertionError("Ctrl-C was ignored")
+'''
+
+VMM = """
+def make():
+    vmm = Vmm(OUT_FOR_EVER)
+    vmm.add_pio_device(0x500, 1, Device())
+    vmm.start()
+    return vmm
+"""
+
+KVM_VM = """
+class Handler:
+    def kick(self):
+        entered.set()
+        go.wait()
+
+def make():
+    vm = KvmVm(flat(exit_with(3)), Handler())
+    vm.run()
+    return vm
+"""
+
+CLOSE = """
+vm = make()
+assert entered.wait(60)
+interrupt_close()
+interrupted(vm.close)
+# It closes all the same: a second call waits for that, and can be interrupted like the first.
+interrupt_close(2)
+interrupted(vm.close)
+go.set()
+vm.close()
+assert not [name for name in os.listdir("/proc/self/fd") if "kvm-" in link(name)], "a descriptor is left"
+"""
+
+WITH = """
+def block():
+    with make():
+        assert entered.wait(60)
+        interrupt_close()
+interrupted(block)
+go.set()
+"""
+
+EXIT = """
+vm = make()
+assert entered.wait(60)
+interrupt_close()
+interrupted(vm.close)
+"""
+
+RUN_ELSEWHERE = """
+vm = Vmm(OUT_FOR_EVER)
+vm.add_pio_device(0x500, 1, Device())
+threading.Thread(target=vm.run, daemon=True).start()
+assert entered.wait(60)
+interrupt_close()
+interrupted(vm.close)
+go.set()
+vm.close()
+assert vm.state is VmRunState.CLOSED
+"""
+
+LINK = """
+def link(name):
+    try:
+        return os.readlink(f"/proc/self/fd/{name}")
+    except OSError:
+        return ""
+"""
+
+
+def run(source: str) -> None:
+    code = START + LINK + source + "\nprint('done', flush=True)\n"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+    assert (ran.returncode, ran.stdout) == (0, "done\n"), ran.stderr
+
+
+@pytest.mark.parametrize("machine", [VMM, KVM_VM], ids=["Vmm", "KvmVm"])
+@pytest.mark.parametrize("source", [CLOSE, WITH, EXIT], ids=["close", "with", "exit"])
+def test_ctrl_c_ends_a_close_that_waits_for_a_callback(machine: str, source: str) -> None:
+    run(machine + source)
+
+
+def test_ctrl_c_ends_a_close_that_waits_for_another_threads_run() -> None:
+    run(RUN_ELSEWHERE)
+
+
+SHUTDOWN = """
+vm = make()
+assert entered.wait(60)
+interrupt_close()
+interrupted(vm.shutdown)
+go.set()
+vm.shutdown()
+assert vm.state is VmRunState.EXITING
+vm.close()
+"""
+
+
+def test_ctrl_c_ends_a_shutdown_that_waits_for_a_callback() -> None:
+    run(KVM_VM + SHUTDOWN)
+
+
+DROP = """
+heard = []
+sys.unraisablehook = lambda unraisable: heard.append(unraisable.exc_type)
+vm = make()
+assert entered.wait(60)
+interrupt_close()
+del vm
+assert heard == [KeyboardInterrupt]
+go.set()
+"""
+
+
+@pytest.mark.parametrize("machine", [VMM, KVM_VM], ids=["Vmm", "KvmVm"])
+def test_ctrl_c_ends_the_wait_of_a_last_reference(machine: str) -> None:
+    run(machine + DROP)
