@@ -164,3 +164,65 @@ go.set()
 @pytest.mark.parametrize("machine", [VMM, KVM_VM], ids=["Vmm", "KvmVm"])
 def test_ctrl_c_ends_the_wait_of_a_last_reference(machine: str) -> None:
     run(machine + DROP)
+
+
+LOOK = """
+def change(vmm, mib):
+    # Every page is the machine's own and changed: the snapshot copies it.
+    vmm.memory.fill(0x100000, (mib - 2) << 20, 7)
+
+with Vmm(flat(HALT, size_mib=64)) as vmm:
+    kept = vmm.snapshot()
+    change(vmm, 64)
+    began = time.monotonic()
+    kept = vmm.snapshot()
+    # Large enough for a snapshot of some 300 ms.
+    mib = min(1024, max(64, round(64 * 0.3 / (time.monotonic() - began))))
+with Vmm(flat(HALT, size_mib=mib)) as vmm:
+    vcpu = vmm.vcpus[0]
+    steps, is_over, native = 0, False, threading.get_native_id()
+
+    def snapshots():
+        global steps
+        while not is_over:
+            change(vmm, mib)
+            steps += 1
+            kept = vmm.snapshot()
+            steps += 1
+
+    def main_sleeps():
+        return "(sleeping)" in Path(f"/proc/self/task/{native}/status").read_text()
+
+    def interrupt():
+        # The main thread sleeps beside a snapshot: in the look, then.
+        while not is_over:
+            began, seen = steps, 0
+            while steps == began and began % 2 and main_sleeps():
+                seen += 1
+                if seen == 3:
+                    signal.pthread_kill(main, signal.SIGINT)
+                time.sleep(0.001)
+            time.sleep(0.001)
+
+    threads = [threading.Thread(target=call) for call in (snapshots, interrupt)]
+    for thread in threads:
+        thread.start()
+    was_ended, deadline = False, time.monotonic() + 40
+    while not was_ended and time.monotonic() < deadline:
+        began = -1
+        try:
+            began = steps
+            vcpu.regs.rip
+        except KeyboardInterrupt:
+            # Otherwise it would come when the snapshot is over.
+            was_ended = began % 2 == 1 and steps == began
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    is_over = True
+    for thread in threads:
+        thread.join()
+assert was_ended
+"""
+
+
+def test_ctrl_c_ends_a_look_that_waits_beside_a_snapshot() -> None:
+    run(LOOK)

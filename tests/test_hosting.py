@@ -13,6 +13,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import trio
 import uvloop
 from pyvmm import EventFd, EventManager, EventOps, Events, StateError
 
@@ -100,8 +101,6 @@ def other_manager(manager: EventManager) -> Callable[[], Any]:
 
 
 def turn_in_trio(manager: EventManager, steps: list[Callable[[], Any]], is_done: Callable[[int], bool]) -> None:
-    trio = pytest.importorskip("trio")
-
     async def main() -> None:
         with trio.fail_after(DEADLINE):
             for number, step in enumerate(steps):

@@ -1,5 +1,5 @@
-//! The CMOS real-time clock (MC146818): the host's time in UTC, in the form that status B asks for;
-//! no alarms, no interrupts.
+//! The CMOS real-time clock (MC146818): the host's time in UTC, until the guest sets another, in
+//! the form that status B asks for; no alarms, no interrupts.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -8,6 +8,13 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::sync::{Mutex, rank};
 
 const INDEX: u64 = 0;
+const SECONDS: u8 = 0x00;
+const MINUTES: u8 = 0x02;
+const HOURS: u8 = 0x04;
+const WEEKDAY: u8 = 0x06;
+const DAY: u8 = 0x07;
+const MONTH: u8 = 0x08;
+const YEAR: u8 = 0x09;
 const STATUS_A: u8 = 0x0a;
 const STATUS_B: u8 = 0x0b;
 const STATUS_C: u8 = 0x0c;
@@ -21,6 +28,8 @@ const OSCILLATOR: u8 = 0x26;
 const UPDATE: Duration = Duration::from_micros(2228);
 /// Status B: the clock stands still to be set.
 const SET: u8 = 0x80;
+/// The registers that are the time.
+const TIME: [u8; 8] = [SECONDS, MINUTES, HOURS, WEEKDAY, DAY, MONTH, YEAR, CENTURY];
 const UPDATE_INTERRUPT: u8 = 0x10;
 const BINARY: u8 = 0b100;
 const HOURS_24: u8 = 0b10;
@@ -41,7 +50,10 @@ pub struct Rtc {
 #[derive(Debug)]
 struct State {
     index: u8,
+    /// The cells of the time count while the clock stands still.
     ram: [u8; 128],
+    /// By how many seconds the guest has set its time ahead of the host's.
+    ahead: i64,
     /// The second at which status C was last read, which clears it.
     told: u64,
 }
@@ -54,33 +66,17 @@ impl Default for Rtc {
 
 impl Rtc {
     fn with_clock(now: fn() -> Duration) -> Self {
-        let mut ram = [0; 128];
-        for (index, value) in [(STATUS_A, OSCILLATOR), (STATUS_B, HOURS_24)] {
-            if let Some(cell) = ram.get_mut(usize::from(index)) {
-                *cell = value;
-            }
-        }
-        Self { state: Mutex::new(State { index: 0, ram, told: now().as_secs() }), now }
+        let mut state = State { index: 0, ram: [0; 128], ahead: 0, told: now().as_secs() };
+        state.set_cell(STATUS_A, OSCILLATOR);
+        state.set_cell(STATUS_B, HOURS_24);
+        Self { state: Mutex::new(state), now }
     }
 
     fn register(&self, state: &mut State) -> u8 {
         let now = (self.now)();
-        let time = utc(i64::try_from(now.as_secs()).unwrap_or(0));
         let mode = state.cell(STATUS_B);
-        let number = |value| if mode & BINARY == 0 { bcd(value) } else { binary(value) };
         match state.index {
-            0x00 => number(time.tm_sec),
-            0x02 => number(time.tm_min),
-            0x04 if mode & HOURS_24 == 0 => {
-                let half = if time.tm_hour < 12 { 0 } else { AFTERNOON };
-                number((time.tm_hour + 11) % 12 + 1) | half
-            }
-            0x04 => number(time.tm_hour),
-            0x06 => number(time.tm_wday + 1),
-            0x07 => number(time.tm_mday),
-            0x08 => number(time.tm_mon + 1),
-            0x09 => number(time.tm_year.rem_euclid(100)),
-            CENTURY => number((time.tm_year + 1900) / 100),
+            index if TIME.contains(&index) && mode & SET == 0 => state.time_in(index, now),
             STATUS_A => {
                 let left = Duration::from_secs(1).saturating_sub(subsecond(now));
                 let is_updating = mode & SET == 0 && left <= UPDATE;
@@ -93,6 +89,29 @@ impl Rtc {
             }
             STATUS_D => RAM_AND_TIME_VALID,
             other => state.cell(other),
+        }
+    }
+
+    fn set_register(&self, state: &mut State, value: u8) {
+        let (index, now) = (state.index, (self.now)());
+        let is_time = TIME.contains(&index) || index == STATUS_B;
+        if !is_time {
+            return state.set_cell(index, value);
+        }
+        let stood = state.cell(STATUS_B) & SET != 0;
+        if index == STATUS_B {
+            state.set_cell(index, value);
+        }
+        if !stood {
+            TIME.iter().for_each(|index| state.set_cell(*index, state.time_in(*index, now)));
+        }
+        if index != STATUS_B {
+            state.set_cell(index, value);
+        }
+        let stands = state.cell(STATUS_B) & SET != 0;
+        // A change of the form alone sets no time.
+        if !stands && (stood || index != STATUS_B) {
+            state.ahead = state.time_in_cells().saturating_sub(seconds(now));
         }
     }
 }
@@ -115,24 +134,21 @@ impl Device for Rtc {
         if offset == INDEX {
             state.index = value & 0x7f; // the top bit masks the NMI
         } else {
-            let index = usize::from(state.index);
-            if let Some(cell) = state.ram.get_mut(index) {
-                *cell = *value;
-            }
+            self.set_register(&mut state, *value);
         }
         Flow::Continue
     }
 
-    /// The index, then the cells. The time is the host's.
+    /// The index, the cells, and by how much the time is ahead of the host's, which goes on.
     fn save(&self) -> Result<Vec<u8>> {
         let state = self.state.lock();
-        Ok([&[state.index][..], &state.ram].concat())
+        Ok([&[state.index][..], &state.ram, &state.ahead.to_le_bytes()].concat())
     }
 
     fn restore(&self, state: &[u8]) -> Result<()> {
         let now = (self.now)().as_secs();
         let restored = State::from_bytes(state, now).ok_or_else(|| {
-            let detail = format!("{} bytes instead of 129", state.len());
+            let detail = format!("{} bytes instead of 137", state.len());
             Error::new(ErrorKind::Snapshot, "RTC", detail)
         })?;
         *self.state.lock() = restored;
@@ -142,13 +158,72 @@ impl Device for Rtc {
 
 impl State {
     fn from_bytes(bytes: &[u8], told: u64) -> Option<Self> {
-        let (index, ram) = bytes.split_first()?;
-        Some(Self { index: *index, ram: ram.try_into().ok()?, told })
+        let (index, rest) = bytes.split_first()?;
+        let (ram, ahead) = rest.split_first_chunk()?;
+        let ahead = i64::from_le_bytes(ahead.try_into().ok()?);
+        Some(Self { index: *index, ram: *ram, ahead, told })
     }
 
     fn cell(&self, index: u8) -> u8 {
         self.ram.get(usize::from(index)).copied().unwrap_or(0xff)
     }
+
+    fn set_cell(&mut self, index: u8, value: u8) {
+        if let Some(cell) = self.ram.get_mut(usize::from(index)) {
+            *cell = value;
+        }
+    }
+
+    /// What a register of the time shows at a time of the host's.
+    fn time_in(&self, index: u8, now: Duration) -> u8 {
+        let time = utc(seconds(now).saturating_add(self.ahead));
+        let mode = self.cell(STATUS_B);
+        let number = |value| if mode & BINARY == 0 { bcd(value) } else { binary(value) };
+        match index {
+            SECONDS => number(time.tm_sec),
+            MINUTES => number(time.tm_min),
+            HOURS if mode & HOURS_24 == 0 => {
+                let half = if time.tm_hour < 12 { 0 } else { AFTERNOON };
+                number((time.tm_hour + 11) % 12 + 1) | half
+            }
+            HOURS => number(time.tm_hour),
+            WEEKDAY => number(time.tm_wday + 1),
+            DAY => number(time.tm_mday),
+            MONTH => number(time.tm_mon + 1),
+            YEAR => number(time.tm_year.rem_euclid(100)),
+            _ => number((time.tm_year + 1900) / 100),
+        }
+    }
+
+    /// The time that the cells show, since 1970. The day of the week follows from the others.
+    fn time_in_cells(&self) -> i64 {
+        let mode = self.cell(STATUS_B);
+        let number = |value: u8| match mode & BINARY {
+            0 => i32::from(value >> 4) * 10 + i32::from(value & 15),
+            _ => i32::from(value),
+        };
+        let [second, minute, day, month, year, century] =
+            [SECONDS, MINUTES, DAY, MONTH, YEAR, CENTURY].map(|index| number(self.cell(index)));
+        let hour = match self.cell(HOURS) {
+            value if mode & HOURS_24 == 0 => {
+                let half = if value & AFTERNOON == 0 { 0 } else { 12 };
+                number(value & !AFTERNOON) % 12 + half
+            }
+            value => number(value),
+        };
+        // SAFETY: an all-zero tm is valid; timegm reads and writes only it, whatever is in it.
+        unsafe {
+            let mut time: libc::tm = std::mem::zeroed();
+            (time.tm_sec, time.tm_min, time.tm_hour) = (second, minute, hour);
+            (time.tm_mday, time.tm_mon, time.tm_year) =
+                (day, month - 1, century * 100 + year - 1900);
+            libc::timegm(&raw mut time)
+        }
+    }
+}
+
+fn seconds(time: Duration) -> i64 {
+    i64::try_from(time.as_secs()).unwrap_or(i64::MAX)
 }
 
 fn host_time() -> Duration {
@@ -232,6 +307,55 @@ mod tests {
         rtc.write(0, &[STATUS_B]);
         rtc.write(1, &[SET]);
         assert_eq!(read(&rtc, STATUS_A), OSCILLATOR, "nothing is updated while the clock is set");
+    }
+
+    fn write(rtc: &Rtc, index: u8, value: u8) {
+        rtc.write(0, &[index]);
+        rtc.write(1, &[value]);
+    }
+
+    #[test]
+    fn a_time_that_the_guest_sets_goes_on_from_there() {
+        use std::sync::atomic::{AtomicU64, Ordering};
+        static SECOND: AtomicU64 = AtomicU64::new(1_793_491_198); // 2026-10-31 23:59:58 UTC
+        let now = || Duration::from_secs(SECOND.load(Ordering::Relaxed));
+        let rtc = Rtc::with_clock(now);
+        write(&rtc, YEAR, 0x55);
+        assert_eq!([CENTURY, YEAR, DAY].map(|index| read(&rtc, index)), [0x20, 0x55, 0x31]);
+        // Together, while it stands still: each alone would not be a date for a moment.
+        write(&rtc, STATUS_B, HOURS_24 | SET);
+        for (index, value) in [(MONTH, 0x02), (DAY, 0x28), (YEAR, 0x00), (CENTURY, 0x21)] {
+            write(&rtc, index, value);
+        }
+        SECOND.fetch_add(5, Ordering::Relaxed);
+        assert_eq!((read(&rtc, SECONDS), read(&rtc, DAY)), (0x58, 0x28), "it stands still");
+        write(&rtc, STATUS_B, HOURS_24);
+        SECOND.fetch_add(3, Ordering::Relaxed);
+        let time = || TIME.map(|index| read(&rtc, index));
+        // Monday 2100-03-01: that year has no leap day.
+        assert_eq!(time(), [0x01, 0x00, 0x00, 0x02, 0x01, 0x03, 0x00, 0x21]);
+        // A change of the form is no change of the time.
+        write(&rtc, STATUS_B, BINARY);
+        assert_eq!((read(&rtc, HOURS), read(&rtc, YEAR)), (12, 0));
+        write(&rtc, HOURS, 11 | AFTERNOON);
+        write(&rtc, STATUS_B, HOURS_24);
+        assert_eq!(read(&rtc, HOURS), 0x23);
+        let other = Rtc::with_clock(now);
+        other.restore(&rtc.save().unwrap()).unwrap();
+        assert_eq!(TIME.map(|index| read(&other, index)), time());
+        assert!(other.restore(&[0; 129]).is_err());
+    }
+
+    #[test]
+    fn no_time_that_is_none_does_harm() {
+        let rtc = Rtc::with_clock(|| Duration::from_secs(1_793_491_198));
+        for (index, value) in TIME.into_iter().flat_map(|index| [(index, 0), (index, 0xff)]) {
+            for mode in [0, BINARY, HOURS_24, HOURS_24 | BINARY] {
+                write(&rtc, STATUS_B, mode);
+                write(&rtc, index, value);
+                let _ = TIME.map(|index| read(&rtc, index));
+            }
+        }
     }
 
     #[test]
