@@ -28,8 +28,8 @@ use crate::exit_handler::{ExitHandler, WrappedExitHandler};
 use crate::fixup::Counts;
 use crate::layout;
 use crate::memory::GuestMemory;
-use crate::sync::{Mutex, rank};
-use crate::vcpu::{Dispatch, VmRunState};
+use crate::sync::{Condvar, Mutex, rank};
+use crate::vcpu::{Dispatch, VmRunState, is_thread_of};
 use crate::vm::KvmVm;
 
 /// An exit handler as the vCPUs hold it.
@@ -58,16 +58,37 @@ impl ExitHandler for Handler {
     }
 }
 
-/// The machine, none once it is closed.
+/// The machine, until it is closed.
 #[derive(Debug)]
-struct Machine(Mutex<Option<Arc<KvmVm<Handler>>>, rank::Machine>);
+struct Machine {
+    state: Mutex<Open, rank::Machine>,
+    /// One that closes it is done with it.
+    closed: Condvar,
+    /// Tells its vCPUs' threads from all others.
+    id: usize,
+}
+
+#[derive(Debug)]
+struct Open {
+    /// None once it is closed.
+    vm: Option<Arc<KvmVm<Handler>>>,
+    /// How many callers of `close` may hold it still.
+    closers: usize,
+}
 
 impl Machine {
+    fn new(vm: KvmVm<Handler>) -> Self {
+        let id = vm.id();
+        let open = Open { vm: Some(Arc::new(vm)), closers: 0 };
+        Self { state: Mutex::new(open), closed: Condvar::new(), id }
+    }
+
+    fn vm(&self) -> Option<Arc<KvmVm<Handler>>> {
+        self.state.lock().vm.clone()
+    }
+
     fn get(&self) -> Result<Arc<KvmVm<Handler>>> {
-        self.0
-            .lock()
-            .clone()
-            .ok_or_else(|| Error::new(ErrorKind::State, "vm", "the machine is closed"))
+        self.vm().ok_or_else(|| Error::new(ErrorKind::State, "vm", "the machine is closed"))
     }
 
     fn memory(&self) -> Result<GuestMemory> {
@@ -81,13 +102,12 @@ impl Machine {
 
 impl Machine {
     fn is_closing(&self) -> bool {
-        let vm = self.0.lock().clone();
-        vm.is_some_and(|vm| vm.is_closing())
+        self.vm().is_some_and(|vm| vm.is_closing())
     }
 
     fn close_interruptibly(self: &Arc<Self>, py: Python<'_>) -> PyResult<()> {
-        let vm = self.0.lock().clone();
-        if vm.is_some_and(|vm| vm.is_busy()) {
+        let others_close = self.state.lock().closers > 0 && !is_thread_of(self.id);
+        if others_close || self.vm().is_some_and(|vm| vm.is_busy()) {
             let this = Arc::clone(self);
             interrupt::waiting(py, move || this.close())
         } else {
@@ -103,13 +123,24 @@ impl Close for Machine {
     }
 
     fn close(&self) {
+        let vm = {
+            let mut state = self.state.lock();
+            if state.vm.as_ref().is_some_and(|vm| vm.is_foreign()) {
+                return;
+            }
+            state.closers += 1;
+            state.vm.clone()
+        };
+        vm.iter().for_each(|vm| vm.close());
         // Taken only when it is closed: another thread that closes it waits for the same.
-        let vm = self.0.lock().clone();
-        if let Some(vm) = vm.filter(|vm| !vm.is_foreign()) {
-            vm.close();
-            drop(vm);
-            let gone = self.0.lock().take();
-            drop(gone);
+        let last = self.state.lock().vm.take();
+        drop((vm, last));
+        let mut state = self.state.lock();
+        state.closers -= 1;
+        self.closed.notify_all();
+        // The others wait for the callback that closes it.
+        while state.closers > 0 && !is_thread_of(self.id) {
+            self.closed.wait(&mut state);
         }
     }
 }
@@ -171,7 +202,7 @@ impl PyKvmVm {
         serial: Option<Arc<Serial>>,
     ) -> Self {
         let fixups = Arc::clone(vm.fixups());
-        let machine = Arc::new(Machine(Mutex::new(Some(Arc::new(vm)))));
+        let machine = Arc::new(Machine::new(vm));
         live::remember(py, Arc::downgrade(&machine) as Weak<dyn Close>);
         let machine = Owned::new("machine", machine);
         Self { machine, python_handler, dispatch, fixups, entry, serial }
