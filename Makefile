@@ -42,7 +42,7 @@ linux: ## Build the Linux that the tests boot, once, outside the checkout
 pytest: setup linux ## The Python tests
 	pytest --quiet
 
-CHECKED ?= tests/stress tests/test_vmm.py tests/test_vm.py tests/test_devices.py tests/test_hooks.py tests/test_robustness.py
+CHECKED ?= tests/stress tests/vmm/test_vmm.py tests/vm/test_vm.py tests/devices/test_devices.py tests/vcpu/test_hooks.py tests/vcpu/test_robustness.py
 checked: setup ## Python tests with a module that checks the order of locks; CHECKED=ARGUMENTS of pytest
 	@scripts/checked.sh
 	PYTHONPATH=target/checked/python pytest --quiet $(CHECKED)
@@ -52,8 +52,8 @@ hardware: setup linux ## The Python tests on a hardware KVM, which QEMU emulates
 	@python scripts/hardware $(TESTS)
 
 # What copies, maps and hands out memory, and what entered Python.
-ASAN := tests/test_memory.py tests/test_memory_slots.py tests/test_memory_forks.py tests/test_snapshot.py \
-	tests/test_snapshot_file.py tests/test_fixups.py tests/test_devices.py tests/test_hostcalls.py tests/stress/test_memory_stress.py
+ASAN := tests/memory/test_memory.py tests/memory/test_memory_slots.py tests/memory/test_memory_forks.py tests/snapshot/test_snapshot.py \
+	tests/snapshot/test_snapshot_file.py tests/fixup/test_fixups.py tests/devices/test_devices.py tests/devices/test_hostcalls.py tests/stress/test_memory_stress.py
 asan: setup ## Python tests with AddressSanitizer, where the toolchain allows it; ASAN=ARGUMENTS of pytest
 	@scripts/asan.sh $(ASAN)
 
@@ -69,7 +69,7 @@ bench: setup ## Benchmarks: ratios against the physical limit; BENCH_JSON=FILE w
 	python -m benches $(BENCH)
 
 stress: setup ## The long runs of the stress tests
-	PYVMM_STRESS_S=30 pytest --quiet tests/stress tests/test_event_manager_model.py --timeout 3600
+	PYVMM_STRESS_S=30 pytest --quiet tests/stress tests/event/test_event_manager_model.py --timeout 3600
 
 FUZZ_S ?= 60
 FUZZ_SEED ?= 1

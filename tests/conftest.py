@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from pyvmm import Snapshot, Vmm, VmmConfig
 
-ROOT = Path(__file__).parent.parent
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 LINUX_DEADLINE_S = 200
 REQUIRED = bool(os.environ.get("PYVMM_REQUIRE_KVM"))
 

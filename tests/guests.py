@@ -121,3 +121,9 @@ OUT_FOR_EVER = (
     b"\xee"  #         out dx, al
     b"\xeb\xfd"  #     jmp back
 )
+
+
+def elf(address: int, code: bytes) -> bytes:
+    """A 64-bit ELF file of one segment, which starts at its first byte."""
+    header = struct.pack("<4sBBB9xHHIQQQIHHHHHH", b"\x7fELF", 2, 1, 1, 2, 62, 1, address, 64, 0, 0, 64, 56, 1, 0, 0, 0)
+    return header + struct.pack("<IIQQQQQQ", 1, 5, 120, address, address, len(code), len(code), 4096) + code

@@ -35,7 +35,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 # The files of the subset, whose tests reach most of what a KVM does. Minutes together.
 SUBSET = [
-    "vm", "kvm", "vmm", "boot", "doctor", "linux", "snapshot", "snapshot_linux", "interrupts", "memory",
+    "vm/test_vm", "vm/test_kvm", "vmm/test_vmm", "boot/test_boot", "cli/test_doctor", "boot/test_linux",
+    "snapshot/test_snapshot", "snapshot/test_snapshot_linux", "vm/test_interrupts", "memory/test_memory",
 ]  # fmt: skip
 LIMITS_S = {"subset": 1800, "all": 7200, "run": 3600}
 TEST_LIMIT_S = 900
@@ -133,7 +134,7 @@ def qemu_command(folder: Path, job: Path, cpu: str, limit_s: int) -> list[str]:
 
 def pytest_command(mode: str, more: list[str]) -> str:
     """The tests of a mode. Each has more time than elsewhere: the processor is an emulated one."""
-    files = [f"tests/test_{name}.py" for name in SUBSET] if mode == "subset" else []
+    files = [f"tests/{name}.py" for name in SUBSET] if mode == "subset" else []
     words = [".venv/bin/python", "-m", "pytest", "--quiet", "-p", "no:cacheprovider", "--durations=10", "--tb=native"]
     words += ["--timeout", str(TEST_LIMIT_S)]
     return shlex.join([*words, *files, *more])

@@ -10,9 +10,9 @@ import time
 
 import pytest
 from guests import exit_with, flat
+from held import held
 from pyvmm import ExitReason, HostcallError, StateError, Stop, Vmm
 from pyvmm.hostcalls import PORT
-from test_leaks import held
 
 pytestmark = pytest.mark.kvm
 

@@ -9,8 +9,8 @@ import os
 import threading
 import time
 
+from held import held
 from pyvmm import EventFd, EventManager, EventOps, Events
-from test_leaks import held
 
 SECONDS = float(os.environ.get("PYVMM_STRESS_S", "2"))
 WRITERS, CHANGERS = 8, 4

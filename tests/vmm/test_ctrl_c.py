@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import TESTS
 
 pytestmark = pytest.mark.kvm
 DEADLINE_S = 60.0
 
 START = f'''
-import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]
+import sys; sys.path[:0] = [{str(TESTS)!r}]
 import gc, os, signal, threading, time
 from guests import *
 from pathlib import Path

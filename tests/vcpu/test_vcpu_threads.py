@@ -8,10 +8,10 @@ import resource
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from conftest import TESTS
 from guests import flat
 from pyvmm import Stop, Vmm, kick_signal
 
@@ -23,7 +23,7 @@ DEADLINE_S = 60.0
 OUT_FOR_EVER = b"\xba\x00\x05\xb0\x78\xee\xeb\xfd"  # mov dx, 0x500; mov al, 'x'; back: out dx, al; jmp back
 
 
-START = f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]\nfrom guests import *\n"
+START = f"import sys; sys.path[:0] = [{str(TESTS)!r}]\nfrom guests import *\n"
 
 
 def in_a_device(call: Callable[[], Any]) -> Any:

@@ -19,8 +19,8 @@ import pytest
 from guests import SPIN, flat
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import counted, finish, oracle
 from pyvmm import CpuConfig, Snapshot, SnapshotError, StreamError, Vmm, VmmError
-from test_snapshot import counted, finish, oracle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

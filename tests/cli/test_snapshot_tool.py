@@ -6,8 +6,8 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
+from command_line import flat_file, pyvmm
 from guests import SPIN, exit_with, print_text
-from test_cli import flat_file, pyvmm
 
 if TYPE_CHECKING:
     from pathlib import Path

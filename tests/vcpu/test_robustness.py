@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import pyvmm
+from conftest import TESTS
 from guests import (
     COUNT_IN_MEMORY,
     FWAIT_FOREVER,
@@ -195,7 +196,7 @@ def test_ctrl_c_ends_the_run(what: str) -> None:
             print("interrupted", time.monotonic())
         """
     )
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
     command = [sys.executable, "-c", program, what]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
@@ -329,7 +330,7 @@ def test_interpreter_ends_with_machines_alive() -> None:
         cycle.append(cycle)
         """
     )
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
     command = [sys.executable, "-W", "error", "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, env=environment, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -7,11 +7,10 @@ import struct
 from typing import TYPE_CHECKING
 
 import pytest
-from guests import exit_with, flat
+from guests import elf, exit_with, flat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyvmm import BootError, ConfigError, FlatBoot, LinuxBoot, MemoryConfig, Vmm, VmmConfig, VmmError
-from test_vmm import elf
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,6 +8,7 @@ import sys
 import textwrap
 
 import pytest
+from conftest import TESTS
 
 DEADLINE_S = 60
 # What is in progress when the interpreter ends is where it is by chance.
@@ -243,7 +244,7 @@ def end(program: str) -> subprocess.CompletedProcess[str]:
     """Run a program with handlers that run before and after those of pyvmm."""
     before = "import atexit\nfirst = []\natexit.register(lambda: [call() for call in first])\n"
     whole = f"{before}from pyvmm import *\n{PREAMBLE}{textwrap.dedent(program)}"
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
     command = [sys.executable, "-W", "error", "-c", whole]
     return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, env=environment, check=False)
 

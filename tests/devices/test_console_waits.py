@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from conftest import TESTS
 from guests import flat
 from pyvmm import ExitReason, SerialConfig, StateError, Stop, Vmm, VmRunState
 
@@ -222,7 +223,7 @@ def test_the_end_of_the_process_and_ctrl_c_do_not_wait_for_a_reader() -> None:
     program = f"""
 import os, signal, sys, threading
 from pyvmm import FlatBoot, SerialConfig, Vmm, VmmConfig
-sys.path.insert(0, {os.path.dirname(__file__)!r})
+sys.path[:0] = [{os.path.dirname(__file__)!r}, {str(TESTS)!r}]
 from test_console_waits import PRINT_LINES, until_stuck
 reader, writer = os.pipe()
 vmm = Vmm(VmmConfig(boot=FlatBoot(PRINT_LINES), serial=SerialConfig(output=os.fdopen(writer, "wb"))))

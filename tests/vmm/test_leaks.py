@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
-import os
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import pytest
 from guests import SPIN, exit_with, flat, out
+from held import held
 from pyvmm import (
     BootError,
     EventFd,
@@ -28,25 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 CYCLES = 1000
-
-
-class Held(NamedTuple):
-    descriptors: int
-    threads: int
-    mappings: int
-    resident_kib: int
-
-
-def held() -> Held:
-    gc.collect()
-    status = Path("/proc/self/status").read_text()
-    resident = next(line for line in status.splitlines() if line.startswith("VmRSS"))
-    return Held(
-        len(os.listdir("/proc/self/fd")),
-        len(os.listdir("/proc/self/task")),
-        len(Path("/proc/self/maps").read_text().splitlines()),
-        int(resident.split()[1]),
-    )
 
 
 def stays_flat(cycle: Callable[[], object], cycles: int) -> None:

@@ -15,6 +15,7 @@ from guests import (
     SPIN,
     Mode,
     count_vcpus,
+    elf,
     exit_with,
     flat,
     out,
@@ -213,11 +214,6 @@ def waking_kernel() -> bytes:
         + b"\xf3\x90\xeb\xfc"  #                         wait
     )
     return elf(0x100000, code)
-
-
-def elf(address: int, code: bytes) -> bytes:
-    header = struct.pack("<4sBBB9xHHIQQQIHHHHHH", b"\x7fELF", 2, 1, 1, 2, 62, 1, address, 64, 0, 0, 64, 56, 1, 0, 0, 0)
-    return header + struct.pack("<IIQQQQQQ", 1, 5, 120, address, address, len(code), len(code), 4096) + code
 
 
 def test_ten_machines_at_once_and_a_hundred_in_a_row() -> None:

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from command_line import flat_file, pyvmm
 from guests import COUNT_IN_MEMORY, PRINT_FOR_EVER, SPIN, exit_with, print_text
 from pyvmm import Snapshot
-from test_cli import flat_file, pyvmm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,6 +12,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from command_line import flat_file, pyvmm
 from guests import SPIN, TRIPLE_FAULT, exit_with, out, print_text
 from pyvmm import CpuConfig, LinuxBoot, MemoryConfig, VmmConfig, kvm_info
 from pyvmm.cli import with_options
@@ -23,19 +24,6 @@ NONE: dict[str, Any] = {
     "kernel": None, "kernel_form": None, "initrd": None, "append": None, "memory": None, "vcpus": None, "hide": (),
     "expose": (), "fixups": False,
 }  # fmt: skip
-
-
-def pyvmm(*arguments: object, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "-m", "pyvmm", *map(str, arguments)]
-    return subprocess.run(command, input=stdin, capture_output=True, timeout=60, check=False)
-
-
-def flat_file(directory: Path, code: bytes, mode: str = "real16", **rest: Any) -> Path:
-    (directory / "code").write_bytes(code)
-    path = directory / "vm.json"
-    boot = {"type": "flat", "path": "code", "mode": mode}
-    path.write_text(json.dumps({"boot": boot, "memory": {"size_mib": 1}, **rest}))
-    return path
 
 
 @pytest.mark.kvm

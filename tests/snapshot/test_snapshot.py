@@ -8,12 +8,13 @@ import os
 import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from guests import HALT, SPIN, count_vcpus, exit_with, flat, print_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import NONCE_AT, ORACLE, counted, finish, oracle
 from pyvmm import (
     ConfigError,
     CpuConfig,
@@ -32,46 +33,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.kvm
 DEADLINE_S = 60
-NONCE_AT = 0x5000
 RAM_AT = 0x3000
-STEPS = 200
-
-# 64 bits, ring 3, native. From a nonce that the host leaves in memory it counts in five places at
-# once, each step printed: EBX, memory, XMM7, the serial port's scratch register, and R15 backwards.
-ORACLE = (
-    b"\x8b\x1c\x25\x00\x50\x00\x00"  #  mov ebx, [0x5000]
-    b"\x41\xbf" + struct.pack("<I", STEPS) +  #  mov r15d, STEPS
-    b"\x66\x0f\x6e\xfb"  #              movd xmm7, ebx
-    b"\xb8\x01\x00\x00\x00"  #          mov eax, 1
-    b"\x66\x0f\x6e\xf0"  #              movd xmm6, eax
-    b"\x89\x1c\x25\x00\x30\x00\x00"  #  mov [0x3000], ebx
-    b"\x66\xba\xff\x03\x88\xd8\xee"  #  mov dx, 0x3ff; mov al, bl; out dx, al
-    # back:
-    b"\xff\xc3"  #                      inc ebx
-    b"\xff\x04\x25\x00\x30\x00\x00"  #  inc dword [0x3000]
-    b"\x66\x0f\xfe\xfe"  #              paddd xmm7, xmm6
-    b"\x66\xba\xff\x03\xec\xfe\xc0\xee"  #  mov dx, 0x3ff; in al, dx; inc al; out dx, al
-    b"\x66\xba\xf8\x03\xee"  #          mov dx, 0x3f8; out dx, al
-    b"\x88\xd8\xee"  #                  mov al, bl; out dx, al
-    b"\x8a\x04\x25\x00\x30\x00\x00\xee"  #  mov al, [0x3000]; out dx, al
-    b"\x66\x0f\x7e\xf8\xee"  #          movd eax, xmm7; out dx, al
-    b"\x41\xff\xcf"  #                  dec r15d
-    b"\x44\x88\xf8\xee"  #              mov al, r15b; out dx, al
-    b"\x45\x85\xff"  #                  test r15d, r15d
-    b"\x75\xca"  #                      jnz back
-) + exit_with(9)  # fmt: skip
-
-
-def counted(nonce: int) -> bytes:
-    """What the oracle prints in all."""
-    steps = range(1, STEPS + 1)
-    return bytes(b & 0xFF for n in steps for b in (*[nonce + n] * 4, STEPS - n))
-
-
-def oracle(nonce: int = 0x1234_5678, **rest: Any) -> Vmm:
-    vmm = Vmm(flat(ORACLE, "user64", address=0x10000, size_mib=2, **rest))
-    vmm.memory.write(NONCE_AT, struct.pack("<I", nonce))
-    return vmm
 
 
 def while_it_runs(vmm: Vmm, count: int) -> list[Snapshot]:
@@ -84,12 +46,6 @@ def while_it_runs(vmm: Vmm, count: int) -> list[Snapshot]:
         snapshots.append(snapshot)
     assert snapshots
     return snapshots
-
-
-def finish(vmm: Vmm) -> bytes:
-    """Run to the end; what was printed in all."""
-    assert vmm.run(DEADLINE_S).code == 9
-    return vmm.serial.read()
 
 
 @given(before=st.floats(0, 0.06), after=st.floats(0, 0.06), nonce=st.integers(0, 2**32 - 1))

@@ -136,7 +136,7 @@ def test_every_reason_is_given_and_the_subset_is_made_of_tests() -> None:
         for node in ast.parse(source).body
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "SUBSET"
     )
-    assert all((ROOT / "tests" / f"test_{name}.py").exists() for name in names)
+    assert all((ROOT / "tests" / f"{name}.py").exists() for name in names)
 
 
 def test_frequency_of_the_time_stamp_counter_is_the_same_each_time() -> None:
