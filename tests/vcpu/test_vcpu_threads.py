@@ -150,7 +150,9 @@ signal.signal(signal.SIGRTMIN + 3, lambda *_: called.append(0))
 signal.signal(signal.SIGURG, lambda *_: called.append(0))
 pyvmm.set_kick_signal(signal.SIGRTMIN + 3)
 """
-    assert in_a_process(handlers + UNQUEUED).split() == ["timeout", "stopped", "Interrupted"]
+    # The program's handler of SIGURG is called as well.
+    said = in_a_process(handlers + UNQUEUED + "print(bool(called))").split()
+    assert said == ["timeout", "stopped", "Interrupted", "True"]
 
 
 @pytest.mark.parametrize("action", ["SIG_IGN", "SIG_DFL"])
@@ -237,3 +239,74 @@ def test_a_child_that_a_callback_forks_has_the_signal_mask_of_the_thread_that_st
         assert signal.SIGUSR2 in own
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
+def test_a_signal_that_the_main_thread_blocks_is_handled_there_all_the_same() -> None:
+    # The thread of the vCPU is the only one that takes it: it has the mask of the thread that started the run.
+    source = """
+import os, signal, threading
+from pyvmm import Vmm
+called = []
+def handle(*_):
+    called.append(threading.current_thread() is threading.main_thread())
+    vmm.stop()
+signal.signal(signal.SIGUSR1, handle)
+with Vmm(flat(SPIN)) as vmm:
+    starter = threading.Thread(target=vmm.start)
+    starter.start()
+    starter.join()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    os.kill(os.getpid(), signal.SIGUSR1)
+    print(vmm.wait(50).reason.value, *called)
+"""
+    assert in_a_process(source).split() == ["stopped", "True"]
+
+
+def test_a_callback_has_two_mebibytes_of_stack_though_threading_was_told_to_give_less() -> None:
+    source = """
+import ctypes, threading
+from pyvmm import Stop, Vmm
+threading.stack_size(256 * 1024)
+libc = ctypes.CDLL(None)
+libc.pthread_self.restype = ctypes.c_ulong
+class Device:
+    def write(self, offset, size, value):
+        attributes, stack = ctypes.create_string_buffer(256), ctypes.c_size_t()
+        assert libc.pthread_getattr_np(ctypes.c_ulong(libc.pthread_self()), attributes) == 0
+        assert libc.pthread_attr_getstacksize(attributes, ctypes.byref(stack)) == 0
+        print(stack.value >= 2 << 20)
+        return Stop(1)
+with Vmm(flat(OUT_FOR_EVER)) as vmm:
+    vmm.add_pio_device(0x500, 1, Device())
+    vmm.run(60)
+"""
+    assert in_a_process(source).split() == ["True"]
+
+
+def test_a_run_has_one_thread_for_each_vcpu_and_no_others() -> None:
+    source = """
+from pathlib import Path
+from pyvmm import CpuConfig, EventFd, Events, Vmm
+def threads():
+    # Some kernels list workers of KVM's own, which have other names, among the threads of the process.
+    names = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
+    return sorted(name for name in names if not name.startswith("kvm"))
+class Look:
+    def __init__(self):
+        self.fd = EventFd(1)
+    def init(self, ops):
+        ops.add(Events(self.fd, drain=True))
+    def process(self, events, ops):
+        # A thread gives itself its name when it begins.
+        while len(threads()) < len(before) + 2 or not {"vcpu_0", "vcpu_1"} <= set(threads()):
+            pass
+        print(*threads())
+        vmm.stop()
+with Vmm(flat(SPIN, cpu=CpuConfig(2))) as vmm:
+    vmm.add_subscriber(Look())
+    before = threads()
+    vmm.run(60)
+print(*sorted([*before, "vcpu_0", "vcpu_1"]))
+"""
+    during, expected = in_a_process(source).splitlines()
+    assert during == expected

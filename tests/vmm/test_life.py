@@ -108,6 +108,31 @@ def test_close_of_a_started_machine_beside_a_callback_returns(name: str) -> None
         assert isinstance(device.result, StateError)
 
 
+def test_two_that_close_at_once_both_wait_for_a_callback_in_progress() -> None:
+    vmm, device = machine(lambda _vmm: None)
+    vmm.start()
+    assert device.entered.wait(DEADLINE_S)
+    # Whether the callback had returned when each came back.
+    found: list[bool] = []
+
+    def close() -> None:
+        vmm.close()
+        found.append(device.returned.is_set())
+
+    closers = [threading.Thread(target=close, daemon=True) for _ in range(2)]
+    for closer in closers:
+        closer.start()
+    while vmm.state is not VmRunState.CLOSED:
+        pass
+    # Nothing hangs on this time: one that did not wait would come back within it.
+    closers[0].join(0.2)
+    assert not found
+    device.go.set()
+    for closer in closers:
+        closer.join(DEADLINE_S)
+    assert found == [True, True]
+
+
 @pytest.mark.parametrize("name", ["snapshot", "pause", "wait"])
 def test_close_means_closed_whoever_else_is_inside(name: str) -> None:
     vmm, device = machine(lambda _vmm: None)
