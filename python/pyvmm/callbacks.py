@@ -53,10 +53,6 @@ def warn_slow(name: str, seconds: float) -> None:
     logging.getLogger("pyvmm").warning("%s took %.3f s", name, seconds)
 
 
-def breathe() -> None:
-    """Do nothing, in Python: see `Pace` of the native module."""
-
-
 def leave_fork(error: BaseException | None) -> NoReturn:
     """End a process that a callback on a vCPU's thread has forked and left: what it would return to is its parent's."""
     status = 0 if error is None else 1
