@@ -196,6 +196,8 @@ pub fn for_vcpu(table: &[kvm_cpuid_entry2], id: u8, vcpus: u8) -> Result<CpuId> 
 
 #[cfg(test)]
 mod tests {
+    //! Covers src/cpu/features.rs.
+
     use super::*;
 
     #[test]

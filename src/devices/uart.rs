@@ -311,6 +311,8 @@ const THR_PENDING: u8 = 1 << 1;
 
 #[cfg(test)]
 mod tests {
+    //! Covers src/devices/uart_bits.rs.
+
     use super::*;
     use proptest::prelude::*;
 

@@ -225,6 +225,8 @@ fn leaf_address(entry: u64, size: u64, level: u32) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    //! Covers src/fixup/access.rs.
+
     use super::*;
     use crate::fixup::tests::{Ram, protected, run};
     use kvm_bindings::{kvm_regs, kvm_sregs};

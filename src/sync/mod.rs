@@ -252,6 +252,8 @@ impl<T: fmt::Debug, R> fmt::Debug for RwLock<T, R> {
 #[cfg(test)]
 #[cfg(debug_assertions)]
 mod tests {
+    //! Covers src/sync/held.rs, src/sync/rank.rs.
+
     use std::fs;
     use std::panic::{AssertUnwindSafe, catch_unwind};
     use std::path::Path;

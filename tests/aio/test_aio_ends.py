@@ -1,4 +1,7 @@
-"""How runs inside asyncio end: with any exception, with all failures heard, and with no coroutine lost in silence."""
+"""How runs inside asyncio end: with any exception, with all failures heard, and with no coroutine lost in silence.
+
+Covers src/py/awaiting.rs, src/py/run.rs.
+"""
 
 from __future__ import annotations
 

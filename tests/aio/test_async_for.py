@@ -1,4 +1,7 @@
-"""`async for` over an EventFd or a TimerFd: each wait is its own, and closing the source ends it."""
+"""`async for` over an EventFd or a TimerFd: each wait is its own, and closing the source ends it.
+
+Covers src/py/reader.rs.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Hostile kernels: a typed error, or a guest that ends in its own way, never a panic and never a hang."""
+"""Hostile kernels: a typed error, or a guest that ends in its own way, never a panic and never a hang.
+
+Covers src/boot/initrd.rs.
+"""
 
 from __future__ import annotations
 

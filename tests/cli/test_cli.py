@@ -1,4 +1,7 @@
-"""The command line, as a user types it."""
+"""The command line, as a user types it.
+
+Covers python/pyvmm/__main__.py, python/pyvmm/runner.py.
+"""
 
 from __future__ import annotations
 

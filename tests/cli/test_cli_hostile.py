@@ -1,4 +1,7 @@
-"""The command line, as nobody should type it: one line of error, a status, the JSON, and the terminal as it was."""
+"""The command line, as nobody should type it: one line of error, a status, the JSON, and the terminal as it was.
+
+Covers python/pyvmm/signals.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`pyvmm doctor`: what is there, what is missing, and the fix."""
+"""`pyvmm doctor`: what is there, what is missing, and the fix.
+
+Covers src/py/host.rs.
+"""
 
 from __future__ import annotations
 

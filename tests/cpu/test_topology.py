@@ -1,4 +1,7 @@
-"""What CPUID says of a machine's processors, by every leaf that the host's KVM has."""
+"""What CPUID says of a machine's processors, by every leaf that the host's KVM has.
+
+Covers src/cpu/config.rs.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Python objects as devices: every width on both buses, string instructions, at any time, and misbehaving."""
+"""Python objects as devices: every width on both buses, string instructions, at any time, and misbehaving.
+
+Covers src/py/device.rs, src/py/vmm_devices.rs, src/py/raised.rs, src/vcpu/access.rs.
+"""
 
 from __future__ import annotations
 

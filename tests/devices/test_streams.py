@@ -1,4 +1,7 @@
-"""The serial port's two ends: every kind of stream, and neither end ever stdin or stdout by itself."""
+"""The serial port's two ends: every kind of stream, and neither end ever stdin or stdout by itself.
+
+Covers src/devices/platform.rs, src/py/serial.rs.
+"""
 
 from __future__ import annotations
 

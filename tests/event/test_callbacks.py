@@ -1,4 +1,7 @@
-"""`EventManager.on` and `call_later`: functions as subscribers."""
+"""`EventManager.on` and `call_later`: functions as subscribers.
+
+Covers src/py/attach.rs, src/py/watch.rs.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`RemoteEndpoint`, `run_forever` and `stop`: a loop reached from other threads and from its own callbacks."""
+"""`RemoteEndpoint`, `run_forever` and `stop`: a loop reached from other threads and from its own callbacks.
+
+Covers src/event/calls.rs, src/py/lead.rs.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`EventFd`: the counter, its modes, and its life."""
+"""`EventFd`: the counter, its modes, and its life.
+
+Covers src/py/attached.rs.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Instructions that KVM's emulator refuses, executed by pyvmm: against the processor itself and against the manual."""
+"""Instructions that KVM's emulator refuses, executed by pyvmm: against the processor itself and against the manual.
+
+Covers src/fixup/bits.rs, src/fixup/cpu.rs, src/fixup/sse.rs.
+"""
 
 from __future__ import annotations
 

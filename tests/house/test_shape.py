@@ -13,91 +13,9 @@ from pyvmm import _pyvmm
 
 RUST = sorted((ROOT / "src").rglob("*.rs"))
 PYTHON = sorted((ROOT / "python" / "pyvmm").glob("*.py"))
+TESTS = ROOT / "tests"
+TEST_FILES = sorted(TESTS.rglob("test_*.py"))
 MOST_LINES = 500
-
-# Rooms whose test has another name: what a user sees first is tested there.
-TESTED_BY = {
-    "src/event/turns.rs": "tests/event/test_event_manager.py",
-    "src/py/lead.rs": "tests/event/test_endpoint.py",
-    "src/py/device.rs": "tests/devices/test_devices.py",
-    "src/py/in_loop.rs": "tests/vmm/test_life.py",
-    "src/py/hooks.rs": "tests/vcpu/test_hooks.py",
-    "src/py/raised.rs": "tests/devices/test_devices.py",
-    "src/py/vmm_devices.rs": "tests/devices/test_devices.py",
-    "src/vcpu/access.rs": "tests/devices/test_devices.py",
-    "python/pyvmm/hostcalls.py": "tests/devices/test_hostcalls.py",
-    "src/py/attach.rs": "tests/event/test_callbacks.py",
-    "src/py/attached.rs": "tests/event/test_event_fd.py",
-    "src/py/awaiting.rs": "tests/aio/test_aio_ends.py",
-    "src/py/timers.rs": "tests/event/test_timers.py",
-    "src/py/reader.rs": "tests/aio/test_async_for.py",
-    "src/py/run.rs": "tests/aio/test_aio_ends.py",
-    "src/py/watch.rs": "tests/event/test_callbacks.py",
-    "src/py/batch.rs": "tests/event/test_event_manager.py",
-    "src/py/callback.rs": "tests/event/test_event_manager.py",
-    "src/py/config.rs": "tests/vmm/test_vmm.py",
-    "src/py/errors.rs": "tests/vmm/test_vmm.py",
-    "src/py/events.rs": "tests/event/test_event_manager.py",
-    "src/py/exit.rs": "tests/vmm/test_vmm.py",
-    "src/py/host.rs": "tests/cli/test_doctor.py",
-    "src/py/live.rs": "tests/py/test_ending.py",
-    "src/py/interpreter.rs": "tests/py/test_ending.py",
-    "src/py/interrupt.rs": "tests/boot/test_boot.py",
-    "src/py/owned.rs": "tests/py/test_forked.py",
-    "src/py/serial.rs": "tests/devices/test_streams.py",
-    "src/vmm/machine.rs": "tests/rust/seed.rs",
-    "src/vmm/parts.rs": "tests/rust/seed.rs",
-    "src/vmm/resets.rs": "tests/snapshot/test_snapshot.py",
-    "src/vmm/runner.rs": "tests/vmm/test_life.py",
-    "src/bytes.rs": "tests/snapshot/test_snapshot_file.py",
-    "src/cpu/features.rs": "src/cpu/cpuid.rs",
-    "src/devices/line.rs": "tests/vm/test_interrupts.py",
-    "src/devices/platform.rs": "tests/vmm/test_vmm.py",
-    "src/event/recorded.rs": "tests/trace/test_trace.py",
-    "src/event/subscriber.rs": "tests/event/test_event_manager.py",
-    "src/fixup/access.rs": "src/fixup/walk.rs",
-    "src/vmm/run.rs": "tests/rust/seed.rs",
-    "src/vmm/life.rs": "tests/vmm/test_vmm.py",
-    "src/event/calls.rs": "tests/event/test_endpoint.py",
-    "src/event/inner.rs": "tests/event/test_event_manager.py",
-    "src/py/turning.rs": "tests/event/test_event_manager.py",
-    "src/event/errors.rs": "tests/event/test_event_manager.py",
-    "src/sync/held.rs": "src/sync/mod.rs",
-    "src/sync/rank.rs": "src/sync/mod.rs",
-    "src/vm/life.rs": "tests/vm/test_vm.py",
-    "src/vm/vcpus.rs": "tests/vcpu/test_vcpu.py",
-    "src/memory/view.rs": "tests/memory/test_memory.py",
-    "src/vm/mod.rs": "tests/vm/test_vm.py",
-    "src/vmm/renew.rs": "tests/snapshot/test_pool.py",
-    "src/vm/restore.rs": "tests/snapshot/test_snapshot.py",
-    "src/snapshot/save.rs": "tests/snapshot/test_snapshot_file.py",
-    "src/snapshot/file.rs": "tests/snapshot/test_snapshot_file.py",
-    "python/pyvmm/snapshots.py": "tests/snapshot/test_snapshot_pool.py",
-    "src/vcpu/kick.rs": "tests/vcpu/test_kick.py",
-    "src/py/subscribers.rs": "tests/event/test_subscribers.py",
-    "src/vcpu/registers.rs": "tests/vcpu/test_vcpu.py",
-    "python/pyvmm/registers.py": "tests/vcpu/test_vcpu.py",
-    "src/vcpu/cell.rs": "tests/vcpu/test_vcpu.py",
-    "src/vcpu/signal.rs": "tests/vcpu/test_kick.py",
-    "src/py/vcpu_exit.rs": "tests/vm/test_kvm.py",
-    "src/py/memory_parts.rs": "tests/memory/test_memory.py",
-    "src/vcpu/run_page.rs": "tests/vcpu/test_robustness.py",
-    "src/vcpu/thread.rs": "tests/vcpu/test_robustness.py",
-    "src/fixup/bits.rs": "tests/fixup/test_fixups.py",
-    "src/fixup/sse.rs": "tests/fixup/test_fixups.py",
-    "src/fixup/cpu.rs": "tests/fixup/test_fixups.py",
-    "src/boot/initrd.rs": "tests/boot/test_boot.py",
-    "src/boot/mod.rs": "tests/boot/test_boot.py",
-    "src/snapshot/new_file.rs": "tests/snapshot/test_snapshot_save.py",
-    "src/devices/uart_bits.rs": "src/devices/uart.rs",
-    "python/pyvmm/devices.py": "tests/vmm/test_vmm.py",
-    "python/pyvmm/events.py": "tests/event/test_event_manager.py",
-    "python/pyvmm/exceptions.py": "tests/vmm/test_vmm.py",
-    "python/pyvmm/exits.py": "tests/vmm/test_vmm.py",
-    "python/pyvmm/runner.py": "tests/cli/test_cli.py",
-    "python/pyvmm/signals.py": "tests/cli/test_cli_hostile.py",
-    "python/pyvmm/__main__.py": "tests/cli/test_cli.py",
-}
 
 
 def name(path: Path) -> str:
@@ -129,17 +47,56 @@ def test_only_callback_calls_into_python_from_other_threads() -> None:
     assert {path for path in attaching if path.startswith("src/py/")} == allowed
 
 
+def has_unit_tests(path: Path) -> bool:
+    return path.suffix == ".rs" and "#[cfg(test)]" in path.read_text()
+
+
 def is_list(path: Path) -> bool:
     """Nothing but a list of what the folder holds."""
     return path.name in {"lib.rs", "__init__.py"} or (path.name == "mod.rs" and "fn " not in code(path))
 
 
+def covered(test: Path) -> list[str]:
+    """The source files that a test file's docstring, or the comment of a file's unit tests, says it covers."""
+    text = test.read_text()
+    said = (
+        ast.get_docstring(ast.parse(text)) or "" if test.suffix == ".py" else "".join(re.findall(r"//! Covers.*", text))
+    )
+    return re.findall(r"(?:src|python)/[\w/]+\.(?:rs|py)", said)
+
+
+def folder_of(source: Path) -> Path:
+    """Where the tests of a source file stand: in the folder of its room."""
+    first, *rest = source.relative_to(ROOT).parts
+    return TESTS / ("python" if first == "python" else rest[0].removesuffix(".rs"))
+
+
+def is_tested(source: Path) -> bool:
+    """Whether a source file has unit tests, a test file of its name in its place, or one that says it covers it.
+
+    The binding of a thing is tested where the thing is.
+    """
+    if is_list(source) or has_unit_tests(source):
+        return True
+    folder = folder_of(source)
+    room = source.parent.name
+    own = {f"test_{room}"} if source.stem == "mod" else {f"test_{source.stem}", f"test_{room}_{source.stem}"}
+    beside = TEST_FILES if folder.name in {"py", "python"} else folder.glob("test_*.py")
+    return any(test.stem in own for test in beside) or name(source) in COVERED
+
+
+COVERED = {source for test in [*TEST_FILES, *filter(has_unit_tests, RUST)] for source in covered(test)}
+
+
 @pytest.mark.parametrize("path", [*RUST, *PYTHON], ids=name)
 def test_every_source_file_has_its_test(path: Path) -> None:
-    if is_list(path) or "#[cfg(test)]" in path.read_text():
-        return
-    own = list((ROOT / "tests").glob(f"*/test_{path.stem}.py"))
-    assert own or (ROOT / TESTED_BY.get(name(path), "none")).exists(), f"{name(path)} has no test"
+    assert is_tested(path), (
+        f"{name(path)} has no unit tests, and no file in {name(folder_of(path))} has its name or names it"
+    )
+
+
+def test_what_a_test_covers_is_there() -> None:
+    assert [source for source in sorted(COVERED) if not (ROOT / source).exists()] == []
 
 
 @pytest.mark.parametrize("path", [*RUST, *PYTHON], ids=name)

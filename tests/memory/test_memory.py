@@ -1,4 +1,7 @@
-"""Guest memory by address: bounds, types, and no surprise in size."""
+"""Guest memory by address: bounds, types, and no surprise in size.
+
+Covers src/memory/view.rs, src/py/memory_parts.rs.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The end of the interpreter: whatever is in progress then, the process ends with its own status, and in time."""
+"""The end of the interpreter: whatever is in progress then, the process ends with its own status, and in time.
+
+Covers src/py/interpreter.rs, src/py/live.rs.
+"""
 
 from __future__ import annotations
 

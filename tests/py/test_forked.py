@@ -1,4 +1,7 @@
-"""A forked child: every call on what its parent made is refused at once, whatever any thread of the parent does."""
+"""A forked child: every call on what its parent made is refused at once, whatever any thread of the parent does.
+
+Covers src/py/owned.rs.
+"""
 
 from __future__ import annotations
 

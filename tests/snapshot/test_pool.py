@@ -1,4 +1,7 @@
-"""Jobs of a pool, one after another on one worker: whatever one does, the next finds a new fork of the snapshot."""
+"""Jobs of a pool, one after another on one worker: whatever one does, the next finds a new fork of the snapshot.
+
+Covers src/vmm/renew.rs.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Snapshots, forks and resets, told by guests that count: one that goes on exactly cannot have been started again."""
+"""Snapshots, forks and resets, told by guests that count: one that goes on exactly cannot have been started again.
+
+Covers src/vm/restore.rs, src/vmm/resets.rs.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Snapshots in files: whole, small, checked, and never half-written."""
+"""Snapshots in files: whole, small, checked, and never half-written.
+
+Covers src/bytes.rs.
+"""
 
 from __future__ import annotations
 

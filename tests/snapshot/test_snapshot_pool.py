@@ -1,4 +1,7 @@
-"""Forks as workers: jobs that end, fail, hang and kill their guests, each for itself."""
+"""Forks as workers: jobs that end, fail, hang and kill their guests, each for itself.
+
+Covers python/pyvmm/snapshots.py.
+"""
 
 from __future__ import annotations
 

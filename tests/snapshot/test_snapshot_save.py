@@ -1,4 +1,7 @@
-"""What a saved snapshot replaces, and what it leaves alone."""
+"""What a saved snapshot replaces, and what it leaves alone.
+
+Covers src/snapshot/new_file.rs.
+"""
 
 from __future__ import annotations
 

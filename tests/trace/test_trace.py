@@ -1,4 +1,7 @@
-"""Traces: `Vmm.trace` and the file that it writes, in the trace-event format."""
+"""Traces: `Vmm.trace` and the file that it writes, in the trace-event format.
+
+Covers src/event/recorded.rs.
+"""
 
 from __future__ import annotations
 

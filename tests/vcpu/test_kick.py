@@ -1,4 +1,7 @@
-"""The kick: none is lost, none cancels a later run, and the program keeps its signals."""
+"""The kick: none is lost, none cancels a later run, and the program keeps its signals.
+
+Covers src/vcpu/signal.rs.
+"""
 
 from __future__ import annotations
 

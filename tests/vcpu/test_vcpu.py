@@ -1,4 +1,7 @@
-"""Stopping a machine, looking into its vCPUs, and letting it go on."""
+"""Stopping a machine, looking into its vCPUs, and letting it go on.
+
+Covers src/vcpu/registers.rs, src/vm/vcpus.rs, python/pyvmm/registers.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The threads of vCPUs: the stack and the signal mask that callbacks find there, and kicks that always arrive."""
+"""The threads of vCPUs: the stack and the signal mask that callbacks find there, and kicks that always arrive.
+
+Covers src/vcpu/thread.rs.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Interrupt lines, messages, NMIs, and eventfds in the kernel: a device's two halves."""
+"""Interrupt lines, messages, NMIs, and eventfds in the kernel: a device's two halves.
+
+Covers src/devices/line.rs.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""KVM itself as a library: /dev/kvm, a bare machine, a vCPU driven by hand."""
+"""KVM itself as a library: /dev/kvm, a bare machine, a vCPU driven by hand.
+
+Covers src/py/vcpu_exit.rs.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`KvmVm`: the machine without an event loop."""
+"""`KvmVm`: the machine without an event loop.
+
+Covers src/vm/life.rs.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Ctrl-C where a call waits for a callback in progress or for a snapshot. Each program has a process of its own."""
+"""Ctrl-C where a call waits for a callback in progress or for a snapshot. Each program has a process of its own.
+
+Covers src/py/interrupt.rs.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The machine as a user sees it: boot in each mode, run, end, again."""
+"""The machine as a user sees it: boot in each mode, run, end, again.
+
+Covers src/py/errors.rs, src/py/exit.rs, src/vmm/machine.rs, src/vmm/parts.rs, src/vmm/run.rs,
+python/pyvmm/exceptions.py, python/pyvmm/exits.py.
+"""
 
 from __future__ import annotations
 
