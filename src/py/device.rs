@@ -1,14 +1,18 @@
-//! A Python object as a device on a machine's buses. The accesses come on vCPU threads, through
-//! `callback`.
+//! A Python object as a device on a machine's buses. Its methods are called on vCPU threads; `save`
+//! and `restore` on the thread that takes a snapshot, forks or resets.
 
 use std::sync::Arc;
 
 use pyo3::exceptions::PyTypeError;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedBytes;
+use pyo3::types::{PyBytes, PyInt};
 
-use super::callback::{self, Answer};
-use super::raised::Raised;
+use super::enter::{attach, call_out, on_vcpu_thread};
+use super::raised::{Raised, position};
+use super::recorded::{name_of, recorded};
+use super::returned::refuse_awaitable;
 use crate::devices::{Access, Device, Flow, each};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::{Mutex, rank};
@@ -147,7 +151,7 @@ impl PythonDevice {
 impl Device for PythonDevice {
     fn read(&self, offset: u64, data: &mut [u8]) -> Flow {
         match (&self.methods.read, &self.methods.read_many) {
-            (Some(read), _) => Self::flow(callback::read(self, read, offset, data.len()), data),
+            (Some(read), _) => Self::flow(call_read(self, read, offset, data.len()), data),
             (None, Some(_)) => self.read_many(offset, data, data.len()),
             (None, None) => Flow::Continue,
         }
@@ -155,7 +159,7 @@ impl Device for PythonDevice {
 
     fn write(&self, offset: u64, data: &[u8]) -> Flow {
         match (&self.methods.write, &self.methods.write_many) {
-            (Some(write), _) => Self::flow(callback::write(self, write, offset, data), &mut []),
+            (Some(write), _) => Self::flow(call_write(self, write, offset, data), &mut []),
             (None, Some(_)) => self.write_many(offset, data, data.len()),
             (None, None) => Flow::Continue,
         }
@@ -165,19 +169,19 @@ impl Device for PythonDevice {
         let Some(read_many) = &self.methods.read_many else {
             return each(data.chunks_mut(size), |element| self.read(offset, element));
         };
-        Self::flow(callback::read_many(self, read_many, offset, size, data.len()), data)
+        Self::flow(call_read_many(self, read_many, offset, size, data.len()), data)
     }
 
     fn write_many(&self, offset: u64, data: &[u8], size: usize) -> Flow {
         let Some(write_many) = &self.methods.write_many else {
             return each(data.chunks(size), |element| self.write(offset, element));
         };
-        Self::flow(callback::write_many(self, write_many, offset, size, data), &mut [])
+        Self::flow(call_write_many(self, write_many, offset, size, data), &mut [])
     }
 
     fn save(&self) -> Result<Vec<u8>> {
         match (&self.methods.save, &self.methods.restore) {
-            (Some(save), Some(_)) => self.keep("save()", callback::save(save)),
+            (Some(save), Some(_)) => self.keep("save()", call_save(save)),
             (Some(_), None) => self.stateless("restore()"),
             (None, _) => self.stateless("save()"),
         }
@@ -189,7 +193,7 @@ impl Device for PythonDevice {
 
     fn restore(&self, state: &[u8]) -> Result<()> {
         match &self.methods.restore {
-            Some(restore) => self.keep("restore()", callback::restore(restore, state)),
+            Some(restore) => self.keep("restore()", call_restore(restore, state)),
             None => self.stateless("restore()"),
         }
     }
@@ -207,6 +211,115 @@ impl Device for PythonDevice {
     }
 }
 
+/// What a call of a device comes to.
+enum Answer {
+    /// What the guest reads.
+    Bytes(Data),
+    /// Nothing to say.
+    Done,
+    /// The run is to end.
+    Stop,
+}
+
+/// Call a device on the vCPU's thread; what it raises is left for the run, with the place in a
+/// note.
+fn call_device(
+    device: &PythonDevice,
+    method: &'static str,
+    offset: u64,
+    call: impl FnOnce(Python<'_>) -> PyResult<Answer>,
+) -> Answer {
+    let name = || Ok(format!("{}.{method}", device.name()));
+    on_vcpu_thread(
+        |py| recorded(name, || call(py)),
+        |py, error| {
+            let text = format!("in {method}() at {}{}", device.place(offset), position());
+            device.raised().raise_with_note(py, error, &text);
+            Answer::Stop
+        },
+    )
+}
+
+fn answer_of(device: &PythonDevice, value: &Bound<'_, PyAny>, wanted: usize) -> PyResult<Answer> {
+    // The usual answer is a number.
+    if !value.is_instance_of::<PyInt>() && device.raised().take_if_stop(value)? {
+        return Ok(Answer::Stop);
+    }
+    bytes_of(value, wanted).map(Answer::Bytes)
+}
+
+fn done(device: &PythonDevice, method: &Py<PyAny>, value: &Bound<'_, PyAny>) -> PyResult<Answer> {
+    if value.is_none() {
+        return Ok(Answer::Done);
+    }
+    if device.raised().take_if_stop(value)? {
+        return Ok(Answer::Stop);
+    }
+    refuse_awaitable(value, || name_of(method.bind(value.py())))?;
+    Ok(Answer::Done)
+}
+
+/// `device.read(offset, size)`
+fn call_read(device: &PythonDevice, method: &Py<PyAny>, offset: u64, size: usize) -> Answer {
+    call_device(device, "read", offset, |py| {
+        answer_of(device, &method.bind(py).call1((offset, size))?, size)
+    })
+}
+
+/// `device.write(offset, size, value)`
+fn call_write(device: &PythonDevice, method: &Py<PyAny>, offset: u64, data: &[u8]) -> Answer {
+    let number = data.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte));
+    call_device(device, "write", offset, |py| {
+        done(device, method, &method.bind(py).call1((offset, data.len(), number))?)
+    })
+}
+
+/// `device.read_many(offset, size, count)`
+fn call_read_many(
+    device: &PythonDevice,
+    method: &Py<PyAny>,
+    offset: u64,
+    size: usize,
+    bytes: usize,
+) -> Answer {
+    call_device(device, "read_many", offset, |py| {
+        let value = method.bind(py).call1((offset, size, bytes / size.max(1)))?;
+        answer_of(device, &value, bytes)
+    })
+}
+
+/// `device.write_many(offset, size, data)`
+fn call_write_many(
+    device: &PythonDevice,
+    method: &Py<PyAny>,
+    offset: u64,
+    size: usize,
+    data: &[u8],
+) -> Answer {
+    call_device(device, "write_many", offset, |py| {
+        done(device, method, &method.bind(py).call1((offset, size, PyBytes::new(py, data)))?)
+    })
+}
+
+/// `device.save()`. On the thread that takes the snapshot.
+fn call_save(method: &Py<PyAny>) -> PyResult<Vec<u8>> {
+    attach(|py| {
+        let state = call_out(py, |py| method.call0(py))?;
+        let bytes: PyBackedBytes = state.extract(py)?;
+        Ok(bytes.to_vec())
+    })
+}
+
+/// `device.restore(state)`. On the thread that forks or resets.
+fn call_restore(method: &Py<PyAny>, state: &[u8]) -> PyResult<()> {
+    attach(|py| {
+        let method = method.bind(py);
+        let state = PyBytes::new(py, state);
+        let said = call_out(py, |_| method.call1((state,)))?;
+        refuse_awaitable(&said, || name_of(method))
+    })
+}
+
 /// What a device gave as the bytes of a read: an int in little-endian order, or bytes.
 pub(super) fn bytes_of(value: &Bound<'_, PyAny>, wanted: usize) -> PyResult<Data> {
     if let Ok(number) = value.extract::<u64>() {
@@ -218,7 +331,7 @@ pub(super) fn bytes_of(value: &Bound<'_, PyAny>, wanted: usize) -> PyResult<Data
             return Ok(data);
         }
     }
-    if value.is_instance_of::<pyo3::types::PyInt>() {
+    if value.is_instance_of::<PyInt>() {
         let bits = 8 * wanted;
         let text = format!("{} is not a number of {bits} bits", value.repr()?);
         return Err(pyo3::exceptions::PyOverflowError::new_err(text));

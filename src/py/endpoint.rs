@@ -4,57 +4,17 @@
 //! run. Here the calls wait in a queue beside the fetched events and are made after them.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use pyo3::exceptions::{PyKeyboardInterrupt, PySystemExit, PyTimeoutError, PyTypeError};
+use pyo3::exceptions::{PyKeyboardInterrupt, PySystemExit, PyTimeoutError};
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 
-use super::awaiting::take_returned;
-use super::context::Context;
 use super::event_manager::PyEventManager;
 use super::exit::timeout as as_timeout;
-use super::trace::{name_of, recorded};
-use crate::sync::{Condvar, Mutex, rank};
-
-/// How long a caller looks for its result before it sleeps.
-const SPIN: Duration = Duration::from_micros(100);
-
-/// A call that waits for the loop's thread.
-#[derive(Debug)]
-pub(super) struct Call {
-    function: Py<PyAny>,
-    /// That of whoever asks.
-    context: Context,
-    /// None: nobody waits, and an exception ends the run.
-    reply: Option<Arc<Reply>>,
-}
-
-impl Call {
-    fn new(function: &Bound<'_, PyAny>, reply: Option<Arc<Reply>>) -> PyResult<Self> {
-        let context = Context::copy_current(function.py())?;
-        Ok(Self { function: function.clone().unbind(), context, reply })
-    }
-
-    pub(super) fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
-        visit.call(&self.function)?;
-        visit.call(self.context.object())
-    }
-
-    fn make(&self, manager: &Bound<'_, PyEventManager>) -> PyResult<Py<PyAny>> {
-        let (this, py) = (manager.get(), manager.py());
-        let name = || name_of(self.function.bind(py));
-        self.context.run(py, || {
-            let call = || recorded(name, || self.function.call1(py, (manager,)));
-            let value = this.watch().timed(py, name, call)?;
-            if self.reply.is_none() {
-                take_returned(this, value.bind(py), name)?;
-            }
-            Ok(value)
-        })
-    }
-}
+use super::loop_call::{Call, Reply, check_callable};
+use super::recorded::{name_of, recorded};
+use super::returned::take_returned;
 
 /// Whether an exception is the whole program's to hear, and not only that of whoever asked for the
 /// call: Ctrl-C, for one, comes in whatever the main thread does.
@@ -62,42 +22,17 @@ fn is_everyones(py: Python<'_>, error: &PyErr) -> bool {
     error.is_instance_of::<PyKeyboardInterrupt>(py) || error.is_instance_of::<PySystemExit>(py)
 }
 
-/// Where a caller waits for its call.
-#[derive(Debug, Default)]
-pub(super) struct Reply {
-    result: Mutex<Option<PyResult<Py<PyAny>>>, rank::Reply>,
-    is_made: AtomicBool,
-    made: Condvar,
-}
-
-impl Reply {
-    pub(super) fn give(&self, result: PyResult<Py<PyAny>>) {
-        let former = self.result.lock().replace(result);
-        self.is_made.store(true, Ordering::Release);
-        self.made.notify_all();
-        drop(former);
-    }
-
-    /// Wait without sleeping: to be woken costs more than a short call takes.
-    fn spin(&self) -> Option<PyResult<Py<PyAny>>> {
-        let end = Instant::now() + SPIN;
-        while Instant::now() < end {
-            // Acquire: pairs with the release in `give`.
-            if self.is_made.load(Ordering::Acquire) {
-                return self.result.lock().take();
-            }
-            std::hint::spin_loop();
+fn make(call: &Call, manager: &Bound<'_, PyEventManager>) -> PyResult<Py<PyAny>> {
+    let (this, py) = (manager.get(), manager.py());
+    let name = || name_of(call.function.bind(py));
+    call.context.run(py, || {
+        let made = || recorded(name, || call.function.call1(py, (manager,)));
+        let value = this.watch().timed(py, name, made)?;
+        if call.reply.is_none() {
+            take_returned(this.turners(), value.bind(py), name)?;
         }
-        None
-    }
-
-    fn wait(&self, slice: Duration) -> Option<PyResult<Py<PyAny>>> {
-        let mut result = self.result.lock();
-        if result.is_none() {
-            self.made.wait_for(&mut result, slice);
-        }
-        result.take()
-    }
+        Ok(value)
+    })
 }
 
 /// Make the calls that other threads have asked for: those that were there when it began.
@@ -109,7 +44,7 @@ pub(super) fn make_calls(manager: &Bound<'_, PyEventManager>) -> PyResult<()> {
         let Some(call) = this.calls().pop() else {
             break;
         };
-        let result = call.make(manager);
+        let result = make(&call, manager);
         if let Err(refused) = this.core().check_process() {
             // A child that the function has forked: whoever waits is its parent's.
             std::mem::forget((call.reply, replies));
@@ -144,18 +79,12 @@ pub(super) fn make_calls(manager: &Bound<'_, PyEventManager>) -> PyResult<()> {
 #[derive(Debug)]
 pub struct PyRemoteEndpoint(Py<PyEventManager>);
 
-impl PyRemoteEndpoint {
-    pub(super) fn of(manager: Py<PyEventManager>) -> Self {
-        Self(manager)
+#[pymethods]
+impl PyEventManager {
+    /// A way to reach this loop from other threads.
+    fn remote_endpoint(slf: Py<Self>) -> PyRemoteEndpoint {
+        PyRemoteEndpoint(slf)
     }
-}
-
-pub(super) fn check_callable(function: &Bound<'_, PyAny>) -> PyResult<()> {
-    if function.is_callable() {
-        return Ok(());
-    }
-    let class = function.get_type();
-    Err(PyTypeError::new_err(format!("a function is needed here, not {}", class.name()?)))
 }
 
 #[pymethods]

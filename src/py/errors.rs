@@ -3,8 +3,8 @@
 use pyo3::prelude::*;
 use pyo3::types::{IntoPyDict, PyTuple};
 
-use super::attach::attach;
 use super::ending::import;
+use super::enter::attach;
 use crate::error::{Error, ErrorKind};
 
 /// The class of a kind, and whether it is an `OSError` that takes an errno.

@@ -6,12 +6,13 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use pyo3::exceptions::{PyOSError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EFD_SEMAPHORE, EventFd};
 
 use super::attached::Attached;
 use super::batch::Drain;
+use super::descriptor::os_error;
 use super::ending::import;
 use super::reader::Reader;
 use crate::poll::{is_blocking, read_count, take_count};
@@ -217,13 +218,5 @@ impl PyEventFd {
             Some(fd) => format!("EventFd(fileno={})", fd.as_raw_fd()),
             None => "EventFd(closed)".into(),
         })
-    }
-}
-
-/// Python picks the class by the number: `BlockingIOError` for an empty counter.
-pub(super) fn os_error(error: &io::Error) -> PyErr {
-    match error.raw_os_error() {
-        Some(errno) => PyOSError::new_err((errno, error.to_string())),
-        None => PyOSError::new_err(error.to_string()),
     }
 }

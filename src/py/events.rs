@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
 
 use event_manager::{EventSet, Events, SubscriberId};
-use pyo3::exceptions::{PyOverflowError, PyRuntimeError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::ffi;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
@@ -13,29 +13,12 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::PyDict;
 
 use super::batch::Drain;
+use super::descriptor::descriptor;
 use super::ending::guard_thread;
 use super::event_fd::PyEventFd;
 use super::event_manager::PyEventManager;
 use super::subscribers::WatchedSource;
 use super::timer_fd::PyTimerFd;
-use crate::error::{Error, ErrorKind};
-
-/// The file descriptor of an int or of an object with `fileno()`.
-pub(super) fn descriptor(source: &Bound<'_, PyAny>) -> PyResult<RawFd> {
-    guard_thread();
-    // SAFETY: a borrowed reference to a live object, with the GIL held.
-    let fd = unsafe { ffi::PyObject_AsFileDescriptor(source.as_ptr()) };
-    if fd >= 0 {
-        return Ok(fd);
-    }
-    let py = source.py();
-    let error = PyErr::fetch(py);
-    if error.is_instance_of::<PyOverflowError>(py) || error.is_instance_of::<PyValueError>(py) {
-        let detail = format!("{} is no open file descriptor", source.repr()?);
-        return Err(Error::new(ErrorKind::Config, "source", detail).into());
-    }
-    Err(error)
-}
 
 /// Events of a file descriptor: what to watch it for, or what happened there.
 ///

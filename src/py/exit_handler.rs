@@ -4,12 +4,15 @@
 use std::sync::Arc;
 
 use event_manager::{EventSet, Events};
+use pyo3::intern;
 use pyo3::prelude::*;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::enter::on_vcpu_thread;
 use super::event_fd::PyEventFd;
 use super::events::{PyEventOps, PyEvents};
 use super::owned::Owned;
+use super::returned::refuse_awaitable;
 use crate::error::Result;
 use crate::event::BoxedSubscriber;
 use crate::exit_handler::{ExitHandler, VmmExitHandler, WrappedExitHandler};
@@ -73,6 +76,18 @@ pub(super) fn as_native_subscriber(object: &Bound<'_, PyAny>) -> PyResult<Option
         return Ok(None);
     };
     Ok(Some(Box::new(handler.clone())))
+}
+
+/// Call an exit handler's `kick()`. On the thread of the vCPU whose guest has ended.
+pub(super) fn call_kick(handler: &Py<PyAny>) -> PyResult<()> {
+    on_vcpu_thread(
+        |py| {
+            let handler = handler.bind(py);
+            let name = || Ok(format!("{}.kick", handler.get_type().qualname()?));
+            refuse_awaitable(&handler.call_method0(intern!(py, "kick"))?, name).map(|()| Ok(()))
+        },
+        |_, error| Err(error),
+    )
 }
 
 fn exit_event(handler: &WrappedExitHandler) -> Arc<EventFd> {

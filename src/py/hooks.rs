@@ -1,20 +1,25 @@
 //! Exit hooks: Python functions that look at a machine's exits before they are answered. They are
-//! kept here, and called through `callback` on the thread of the vCPU that exited.
+//! called on the thread of the vCPU that exited.
 
 use std::sync::Arc;
 
+use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::gc::{PyTraverseError, PyVisit};
+use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::PyWeakrefReference;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyType, PyWeakrefReference};
 
 use super::attached::Attached;
-use super::callback;
+use super::device::bytes_of;
+use super::enter::on_vcpu_thread;
 use super::lease::Tie;
-use super::raised::Raised;
+use super::raised::{Raised, position};
+use super::recorded::{name_of, recorded};
 use super::vcpu::PyVcpu;
-use super::vmm::PyVmm;
+use super::vcpu_exit::PyVcpuExit;
 use crate::sync::{Mutex, rank};
-use crate::vcpu::{Cell, ExitHook, ExitKind, VcpuExit, Verdict};
+use crate::vcpu::{Cell, ExitHook, ExitKind, VcpuExit, Verdict, current};
 
 /// The hooks of one kind.
 type Functions = Arc<Vec<Py<PyAny>>>;
@@ -104,8 +109,8 @@ impl Hooks {
     }
 
     /// Remember whose hooks they are, for the vCPUs that they are given.
-    pub(super) fn belong_to(&self, machine: &Bound<'_, PyVmm>) -> PyResult<()> {
-        let new = PyWeakrefReference::new(machine.as_any())?.unbind();
+    pub(super) fn belong_to(&self, machine: &Bound<'_, PyAny>) -> PyResult<()> {
+        let new = PyWeakrefReference::new(machine)?.unbind();
         let former = self.machine.with(machine.py(), |known| known.replace(new));
         drop(former);
         Ok(())
@@ -130,6 +135,67 @@ impl Hooks {
 
 impl ExitHook for Hooks {
     fn on_exit(&self, _vcpu: u64, exit: &VcpuExit) -> Verdict {
-        callback::on_exit(self, exit)
+        on_exit(self, exit)
+    }
+}
+
+/// Ask the hooks of an exit's kind, in the order they were added, until one has something to say.
+fn on_exit(hooks: &Hooks, exit: &VcpuExit) -> Verdict {
+    let (Some(kind), Some(cell)) = (exit.kind(), current()) else { return Verdict::Pass };
+    on_vcpu_thread(
+        |py| ask(py, hooks, kind, &cell, exit),
+        |py, error| {
+            let text = format!("in a hook of an exit of kind {}{}", kind.name(), position());
+            hooks.raised.raise_with_note(py, error, &text);
+            Verdict::Stop
+        },
+    )
+}
+
+fn ask(
+    py: Python<'_>,
+    hooks: &Hooks,
+    kind: ExitKind,
+    cell: &Arc<Cell>,
+    exit: &VcpuExit,
+) -> PyResult<Verdict> {
+    let functions = hooks.of(kind);
+    let vcpu = hooks.vcpu(py, cell).into_pyobject(py)?;
+    let shown = PyVcpuExit::of(py, exit.clone())?.into_pyobject(py)?;
+    for function in functions.iter() {
+        let function = function.bind(py);
+        let said = recorded(|| name_of(function), || function.call1((&vcpu, &shown)))?;
+        if !said.is_none() {
+            return verdict(hooks, exit, &said);
+        }
+    }
+    Ok(Verdict::Pass)
+}
+
+fn verdict(hooks: &Hooks, exit: &VcpuExit, said: &Bound<'_, PyAny>) -> PyResult<Verdict> {
+    let py = said.py();
+    static ACTION: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+    if said.is_instance(ACTION.import(py, "pyvmm.exits", "ExitAction")?)? {
+        let name: String = said.getattr(intern!(py, "value"))?.extract()?;
+        return match name.as_str() {
+            "retry" if exit.is_write() => Err(PyValueError::new_err(
+                "ExitAction.RETRY: the guest's write has been executed and cannot be taken back",
+            )),
+            "retry" => Ok(Verdict::Retry),
+            _ => Ok(Verdict::Handled(None)),
+        };
+    }
+    if hooks.raised.take_if_stop(said)? {
+        return Ok(Verdict::Stop);
+    }
+    match exit.wanted() {
+        Some(wanted) => Ok(Verdict::Handled(Some(bytes_of(said, wanted)?))),
+        None => {
+            let class = said.get_type();
+            Err(PyTypeError::new_err(format!(
+                "a hook of an exit that reads nothing returns None, an ExitAction or a Stop, not {}",
+                class.name()?
+            )))
+        }
     }
 }

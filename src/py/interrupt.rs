@@ -7,7 +7,9 @@ use std::time::Instant;
 
 use pyo3::prelude::*;
 
-use super::attach::{adopt_stack_size, attach};
+use super::enter::{adopt_stack_size, attach, call_out};
+use super::recorded::name_of;
+use super::returned::refuse_awaitable;
 use super::wakeup::{SLICE, runs_handlers};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::{Mutex, rank};
@@ -101,4 +103,17 @@ impl Background {
         }
         Ok(())
     }
+}
+
+/// Tell a function how far a long call has come, and run Python's signal handlers. On the thread of
+/// that call.
+pub(super) fn progress(function: Option<&Py<PyAny>>, done: u64, total: u64) -> PyResult<()> {
+    attach(|py| {
+        if let Some(function) = function {
+            let function = function.bind(py);
+            let said = call_out(py, |_| function.call1((done, total)))?;
+            refuse_awaitable(&said, || name_of(function))?;
+        }
+        py.check_signals()
+    })
 }

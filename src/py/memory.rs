@@ -374,7 +374,7 @@ impl PyGuestMemory {
         let memory = slf.get().changing()?;
         let mapping = match (source, size) {
             (Some(source), _) => {
-                let fd: RawFd = super::events::descriptor(source)?;
+                let fd: RawFd = super::descriptor::descriptor(source)?;
                 // SAFETY: it is used before this returns, while the source is held.
                 let fd = unsafe { BorrowedFd::borrow_raw(fd) };
                 shared(fd, offset, size, read_only)?

@@ -1,24 +1,28 @@
-//! The Python binding: the only code that names pyo3. One file for each class or two; `callback`
-//! alone is where the loop and the vCPU threads enter Python.
+//! The Python binding: the only code that names pyo3. One file for each class or two, above what it
+//! uses. Threads of the loop and of vCPUs enter Python only through `enter.rs`, with no Rust lock
+//! held. Nothing here is reached without the `python` feature.
 
-mod attach;
 mod attached;
-mod awaiting;
 mod batch;
-mod callback;
+mod call_later;
 mod config;
 mod context;
+mod delivery;
+mod descriptor;
 mod device;
 mod ending;
 mod endpoint;
+mod enter;
 mod errors;
 mod event_fd;
+mod event_loop;
 mod event_manager;
 mod events;
 mod exit;
 mod exit_handler;
 mod hooks;
 mod host;
+mod hosting;
 mod in_loop;
 mod interpreter;
 mod interrupt;
@@ -26,12 +30,16 @@ mod kvm;
 mod lead;
 mod lease;
 mod live;
+mod loop_call;
 mod memory;
 mod memory_parts;
 mod owned;
 mod pool;
 mod raised;
 mod reader;
+mod recorded;
+mod registration;
+mod returned;
 mod run;
 mod serial;
 mod snapshot;
@@ -46,6 +54,7 @@ mod vcpu_exit;
 mod vm;
 mod vmm;
 mod vmm_devices;
+mod vmm_loop;
 mod wakeup;
 mod watch;
 

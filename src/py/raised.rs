@@ -5,8 +5,11 @@ use pyo3::exceptions::PyBaseException;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::intern;
 use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::PyType;
 
 use crate::sync::{Mutex, rank};
+use crate::vcpu::current;
 
 /// See the module. No Python code runs under its lock.
 #[derive(Debug, Default)]
@@ -38,6 +41,25 @@ impl Raised {
     pub(super) fn stop(&self, vcpu: u64, value: Py<PyAny>) {
         // Kept until the lock is free: dropping one may run Python code.
         let _later = self.0.lock().stop.replace((vcpu, value));
+    }
+
+    /// Keep an exception, with the place where it was raised in a note.
+    pub(super) fn raise_with_note(&self, py: Python<'_>, error: PyErr, text: &str) {
+        // Fails when memory is short: then the exception alone has to do.
+        let _ = error.value(py).call_method1(intern!(py, "add_note"), (text,));
+        self.raise(py, error);
+    }
+
+    /// Keep the value of a `Stop` that a callback has returned. Whether it was one.
+    pub(super) fn take_if_stop(&self, value: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let py = value.py();
+        static STOP: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+        if !value.is_instance(STOP.import(py, "pyvmm.exits", "Stop")?)? {
+            return Ok(false);
+        }
+        let vcpu = current().map_or(0, |cell| cell.id());
+        self.stop(vcpu, value.getattr(intern!(py, "value"))?.unbind());
+        Ok(true)
     }
 
     /// Raise what a callback has raised, once.
@@ -78,6 +100,15 @@ impl Raised {
         let Some(left) = self.0.try_lock() else { return Ok(()) };
         visit.call(&left.error)?;
         left.stop.as_ref().map_or(Ok(()), |(_, value)| visit.call(value))
+    }
+}
+
+/// Where the vCPU of this thread stands, for a note.
+pub(super) fn position() -> String {
+    let Some(cell) = current() else { return String::new() };
+    match cell.with_vcpu(|vcpu| vcpu.general()) {
+        Ok(regs) => format!(", vCPU {}, guest RIP {:#x}", cell.id(), regs.rip),
+        Err(_) => format!(", vCPU {}", cell.id()),
     }
 }
 

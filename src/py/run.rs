@@ -8,12 +8,13 @@ use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-use super::attach::adopt_stack_size;
 use super::ending::import;
+use super::enter::adopt_stack_size;
+use super::event_loop::turn;
 use super::event_manager::PyEventManager;
+use super::exit;
 use super::turning::Turning;
 use super::vmm::PyVmm;
-use super::{callback, exit};
 use crate::event::EventManager;
 use crate::exit_handler::{Exit, ExitReason};
 
@@ -132,7 +133,7 @@ impl PyVmm {
             };
             let ended = vmm.run(timeout, |until| {
                 check()?;
-                callback::turn(manager, raised, until)?;
+                turn(manager, raised, until)?;
                 check()
             });
             (ended, is_cancelled.get())

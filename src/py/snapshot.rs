@@ -13,7 +13,7 @@ use pyo3::types::{PyBytes, PyDict, PyTuple};
 use super::ending::import;
 use super::event_manager::PyEventManager;
 use super::vmm::{PyVmm, close};
-use super::{callback, config, ending};
+use super::{config, ending, interrupt};
 use crate::config::SerialConfig;
 use crate::snapshot::{Device, Host, Kind, Load, Snapshot, described, inspect, load};
 use crate::vm::Shape;
@@ -162,7 +162,7 @@ impl PySnapshot {
         progress: Option<Py<PyAny>>,
     ) -> PyResult<()> {
         let (core, base) = (self.core()?, base.map(Self::core).transpose()?);
-        let tell = |done, total| callback::progress(progress.as_ref(), done, total);
+        let tell = |done, total| interrupt::progress(progress.as_ref(), done, total);
         py.detach(|| core.save(&path, base, tell))
     }
 
@@ -371,6 +371,41 @@ impl PySnapshot {
     fn __repr__(&self) -> String {
         let mib = self.core.memory_size() >> 20;
         format!("Snapshot(id={:?}, vcpus={}, memory={mib} MiB)", self.id(), self.vcpus())
+    }
+}
+
+#[pymethods]
+impl PyVmm {
+    /// Everything a guest can see of this machine, to be forked, reset to and saved: vCPUs, memory,
+    /// devices, clock.
+    ///
+    /// A running machine is paused for it and goes on. Memory is not copied: the machine goes on
+    /// with private copies of the pages that it writes from now on. Of a machine whose guest has
+    /// ended the snapshot goes on behind that.
+    ///
+    /// Raises:
+    ///     StateError: the machine is closed, a device cannot be saved, memory is shared with
+    ///     others, or another thread
+    ///         resumed it meanwhile.
+    fn snapshot(&self, py: Python<'_>) -> PyResult<PySnapshot> {
+        let vmm = self.vmm()?;
+        let core = py.detach(|| vmm.snapshot()).map_err(|e| self.device_failure(e.into()))?;
+        Ok(PySnapshot::of(core, self.config.clone_ref(py)))
+    }
+
+    /// Be what the machine was at a snapshot, in place. Returns how many pages of memory were
+    /// changed for it.
+    ///
+    /// A machine whose guest has ended can be run again; one that is running goes on from there.
+    /// What was printed since and nobody has taken is dropped.
+    ///
+    /// Raises:
+    ///     StateError: the machine is closed, its run is ending, or the snapshot is of another
+    ///     shape, device or CPUID.
+    fn reset(&self, py: Python<'_>, snapshot: &PySnapshot) -> PyResult<u64> {
+        let (vmm, snapshot) = (self.core()?, snapshot.core()?);
+        let changed = py.detach(|| vmm.reset(snapshot));
+        changed.map_err(|e| self.device_failure(e.into()))
     }
 }
 

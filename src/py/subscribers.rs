@@ -13,7 +13,7 @@ use pyo3::prelude::*;
 use super::attached::Attached;
 use super::batch::{Drain, Ready, TokenHasher};
 use super::context::Context;
-use super::event_fd::os_error;
+use super::descriptor::os_error;
 use crate::error::{Error, ErrorKind};
 use crate::event::EventManager;
 

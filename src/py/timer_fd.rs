@@ -9,8 +9,8 @@ use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
 use super::batch::Drain;
+use super::descriptor::os_error;
 use super::ending::import;
-use super::event_fd::os_error;
 use super::reader::Reader;
 use crate::event::{Expiry, TimerFd};
 use crate::poll::{is_blocking, read_count};

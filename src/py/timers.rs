@@ -1,5 +1,5 @@
 //! Calls that are due at a time: a heap of them for each event manager, and one timer behind them
-//! all. They are made on the thread that turns the loop, and asked for and cancelled from any.
+//! all. Asked for and cancelled from any thread; `call_later.rs` makes them.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
@@ -9,23 +9,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
-use pyo3::exceptions::PyValueError;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
 use super::attached::Attached;
-use super::awaiting::take_returned;
 use super::context::Context;
-use super::ending::import;
-use super::endpoint::check_callable;
-use super::event_fd::os_error;
-use super::event_manager::PyEventManager;
-use super::trace::{name_of, recorded};
-use crate::event::{Expiry, TimerFd};
+use super::descriptor::os_error;
+use crate::event::{EventManager, Expiry, TimerFd};
 
 /// A time that no clock reaches: the timer is not set for it.
-const NEVER: Duration = Duration::from_secs(1 << 32);
+pub(super) const NEVER: Duration = Duration::from_secs(1 << 32);
 
 /// So many cancelled calls stay in the heap, unless they are most of it.
 const FEW: usize = 64;
@@ -51,11 +45,11 @@ struct State {
 }
 
 #[derive(Debug)]
-struct Later {
-    due: Duration,
-    function: Py<PyAny>,
-    arguments: Py<PyTuple>,
-    context: Context,
+pub(super) struct Later {
+    pub(super) due: Duration,
+    pub(super) function: Py<PyAny>,
+    pub(super) arguments: Py<PyTuple>,
+    pub(super) context: Context,
 }
 
 /// Stands for the timer in the crate's manager.
@@ -71,7 +65,7 @@ impl MutEventSubscriber for Expired {
     fn init(&mut self, _ops: &mut EventOps) {}
 }
 
-fn now() -> Duration {
+pub(super) fn now() -> Duration {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: a timespec that lives through the call, which knows this clock.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
@@ -119,50 +113,39 @@ impl Timers {
         self.has_expired.load(Ordering::Relaxed) && self.has_expired.swap(false, Ordering::Relaxed)
     }
 
-    /// Make the calls that are due; returns how many. The first exception ends that, and the next
-    /// turn makes the others.
-    pub(super) fn make_due(manager: &Bound<'_, PyEventManager>) -> PyResult<usize> {
-        let (this, py) = (manager.get(), manager.py());
-        let timers = this.timers();
-        let at = now();
-        // A call that is asked for by one of these waits for the next turn.
-        let last = timers.state.with(py, |state| state.last);
-        let (mut made, mut result) = (0, Ok(()));
-        while let Some(later) = timers.state.with(py, |state| state.pop_due(at, last)) {
-            made += 1;
-            result = later.call(manager);
-            // In a child that the call has forked the timer is its parent's.
-            if let Err(refused) = this.core().check_process() {
-                return result.and(Err(refused.into()));
-            }
-            if result.is_err() {
-                break;
-            }
-        }
-        let set = timers.state.with(py, State::set_timer).map_err(|e| os_error(&e));
-        result.and(set).map(|()| made)
+    /// The last call that was asked for.
+    pub(super) fn last(&self, py: Python<'_>) -> u64 {
+        self.state.with(py, |state| state.last)
+    }
+
+    /// The next call that was due at this time, of those asked for up to `last`.
+    pub(super) fn pop_due(&self, py: Python<'_>, at: Duration, last: u64) -> Option<Later> {
+        self.state.with(py, |state| state.pop_due(at, last))
+    }
+
+    /// Set the timer to the first call that is left.
+    pub(super) fn set_timer(&self, py: Python<'_>) -> PyResult<()> {
+        self.state.with(py, State::set_timer).map_err(|e| os_error(&e))
     }
 
     /// The timer, made and registered the first time it is needed.
-    fn ensure_timer(manager: &Bound<'_, PyEventManager>) -> PyResult<()> {
-        let (this, py) = (manager.get(), manager.py());
-        let timers = this.timers();
-        if timers.state.with(py, |state| state.timer.is_some()) {
+    pub(super) fn ensure_timer(&self, py: Python<'_>, core: &EventManager) -> PyResult<()> {
+        if self.state.with(py, |state| state.timer.is_some()) {
             return Ok(());
         }
         let timer = Arc::new(TimerFd::new().map_err(|e| os_error(&e))?);
         // With the GIL held: so no other thread makes a second one. Whoever holds the manager's
         // lock does not need it.
-        let id = this.core().add_unrecorded(Box::new(Expired(Arc::clone(&timers.has_expired))));
-        if let Err(error) = this.core().add(id, Events::new(&*timer, EventSet::IN)) {
-            let _ = this.core().remove_subscriber(id);
+        let id = core.add_unrecorded(Box::new(Expired(Arc::clone(&self.has_expired))));
+        if let Err(error) = core.add(id, Events::new(&*timer, EventSet::IN)) {
+            let _ = core.remove_subscriber(id);
             return Err(error.into());
         }
-        timers.state.with(py, |state| state.timer = Some(timer));
+        self.state.with(py, |state| state.timer = Some(timer));
         Ok(())
     }
 
-    fn ask(&self, py: Python<'_>, later: Later) -> PyResult<u64> {
+    pub(super) fn ask(&self, py: Python<'_>, later: Later) -> PyResult<u64> {
         self.state.with(py, |state| {
             state.last += 1;
             let (number, due) = (state.last, later.due);
@@ -175,7 +158,7 @@ impl Timers {
         })
     }
 
-    fn cancel(&self, py: Python<'_>, number: u64) -> bool {
+    pub(super) fn cancel(&self, py: Python<'_>, number: u64) -> bool {
         let cancelled = self.state.with(py, |state| {
             let cancelled = state.calls.remove(&number);
             if state.queue.len() > FEW && state.queue.len() > 2 * state.calls.len() {
@@ -205,61 +188,5 @@ impl Timers {
             })
         };
         visited.unwrap_or(Ok(()))
-    }
-}
-
-impl Later {
-    fn call(self, manager: &Bound<'_, PyEventManager>) -> PyResult<()> {
-        let (this, py) = (manager.get(), manager.py());
-        let function = self.function.bind(py);
-        let name = || name_of(function);
-        self.context.run(py, || {
-            let call = || recorded(name, || function.call1(self.arguments.bind(py)));
-            let returned = this.watch().timed(py, name, call)?;
-            take_returned(this, &returned, name)
-        })
-    }
-}
-
-#[pymethods]
-impl PyEventManager {
-    /// Call a function once with these arguments, so many seconds later. The result has `cancel()`.
-    ///
-    /// A time that has passed is at once, in the next turn. Calls are made in the order of their
-    /// times. All share one file descriptor. The function runs in this context, or in a copy of the
-    /// caller's.
-    ///
-    /// Raises:
-    ///     ValueError: the time is NaN.
-    #[pyo3(signature = (seconds, function, *arguments, context = None))]
-    fn call_later<'py>(
-        slf: &Bound<'py, Self>,
-        seconds: f64,
-        function: &Bound<'py, PyAny>,
-        arguments: &Bound<'py, PyTuple>,
-        context: Option<&Bound<'py, PyAny>>,
-    ) -> PyResult<Bound<'py, PyAny>> {
-        let (this, py) = (slf.get(), slf.py());
-        this.check()?;
-        check_callable(function)?;
-        if seconds.is_nan() {
-            return Err(PyValueError::new_err("delay: nan is not a number of seconds"));
-        }
-        let delay = Duration::try_from_secs_f64(seconds.max(0.0)).unwrap_or(NEVER);
-        let due = now().saturating_add(delay).min(NEVER);
-        Timers::ensure_timer(slf)?;
-        let later = Later {
-            due,
-            function: function.clone().unbind(),
-            arguments: arguments.clone().unbind(),
-            context: Context::given(context, py)?,
-        };
-        let number = this.timers().ask(py, later)?;
-        import(py, "pyvmm.callbacks")?.call_method1("Later", (slf, number, due.as_secs_f64()))
-    }
-
-    /// Take a call back; whether it was not made and not taken back before.
-    fn _cancel_later(&self, py: Python<'_>, number: u64) -> bool {
-        self.timers().cancel(py, number)
     }
 }

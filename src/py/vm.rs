@@ -11,16 +11,16 @@ use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyTuple};
 
-use super::attach::{adopt_stack_size, attach};
 use super::ending::guard_thread;
-use super::exit_handler::PyWrappedExitHandler;
+use super::enter::{adopt_stack_size, attach};
+use super::exit_handler::{PyWrappedExitHandler, call_kick};
 use super::lease::Tie;
 use super::live::{self, Close};
 use super::memory::PyGuestMemory;
 use super::owned::Owned;
 use super::serial::PySerial;
 use super::vcpu::PyVcpu;
-use super::{callback, config, exit, interrupt, vcpu, vmm, wakeup};
+use super::{config, exit, interrupt, vcpu, vmm, wakeup};
 use crate::boot;
 use crate::devices::{self, Serial};
 use crate::error::{Error, ErrorKind, Result};
@@ -50,7 +50,7 @@ impl ExitHandler for Handler {
     fn kick(&self) -> io::Result<()> {
         match self {
             Self::Native(handler) => handler.kick(),
-            Self::Python(handler) => callback::kick(&handler.object).map_err(|error| {
+            Self::Python(handler) => call_kick(&handler.object).map_err(|error| {
                 handler.raised.lock().get_or_insert(error);
                 io::Error::other("kick() raised")
             }),

@@ -8,10 +8,11 @@ use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyTuple};
 
-use super::attach::{adopt_stack_size, attach};
 use super::attached::Attached;
 use super::device::PythonDevice;
 use super::ending::{guard_thread, import};
+use super::enter::{adopt_stack_size, attach};
+use super::event_loop::turn;
 use super::event_manager::PyEventManager;
 use super::events::PySubscriberId;
 use super::exit_handler::PyWrappedExitHandler;
@@ -22,13 +23,12 @@ use super::live::{self, Close};
 use super::memory::PyGuestMemory;
 use super::owned::Owned;
 use super::serial::PySerial;
-use super::snapshot::PySnapshot;
-use super::{callback, config, exit, interrupt, vcpu};
+use super::{config, exit, interrupt, vcpu};
 use crate::devices::{Access, Buses};
 use crate::error::Result;
 use crate::sync::{Mutex, rank};
 use crate::vcpu::VmRunState;
-use crate::vmm::Vmm;
+use crate::vmm::{Vmm, closed};
 
 /// A virtual machine: built by this call, run by `run`, released by `close` or at the end of a
 /// `with`.
@@ -138,6 +138,16 @@ impl PyVmm {
         })
     }
 
+    pub(super) fn in_loop<T>(&self, py: Python<'_>, of: impl FnOnce(&InLoop) -> T) -> PyResult<T> {
+        let found = self.in_loop.with(py, |own| own.as_ref().map(of));
+        found.ok_or_else(|| closed().into())
+    }
+
+    /// The event manager whose loop `run` turns.
+    pub(super) fn manager(&self, py: Python<'_>) -> PyResult<Py<PyEventManager>> {
+        self.in_loop(py, |own| own.event_manager.clone_ref(py))
+    }
+
     /// An error, or in its place what a device's `save` or `restore` raised.
     pub(super) fn device_failure(&self, error: PyErr) -> PyErr {
         let devices = self.devices.lock().clone();
@@ -222,38 +232,6 @@ impl PyVmm {
         Self::of(&config, vmm, event_manager, has_python_streams)
     }
 
-    /// Everything a guest can see of this machine, to be forked, reset to and saved: vCPUs, memory,
-    /// devices, clock.
-    ///
-    /// A running machine is paused for it and goes on. Memory is not copied: the machine goes on
-    /// with private copies of the pages that it writes from now on. Of a machine whose guest has
-    /// ended the snapshot goes on behind that.
-    ///
-    /// Raises:
-    ///     StateError: the machine is closed, a device cannot be saved, memory is shared with
-    ///     others, or another thread
-    ///         resumed it meanwhile.
-    fn snapshot(&self, py: Python<'_>) -> PyResult<PySnapshot> {
-        let vmm = self.vmm()?;
-        let core = py.detach(|| vmm.snapshot()).map_err(|e| self.device_failure(e.into()))?;
-        Ok(PySnapshot::of(core, self.config.clone_ref(py)))
-    }
-
-    /// Be what the machine was at a snapshot, in place. Returns how many pages of memory were
-    /// changed for it.
-    ///
-    /// A machine whose guest has ended can be run again; one that is running goes on from there.
-    /// What was printed since and nobody has taken is dropped.
-    ///
-    /// Raises:
-    ///     StateError: the machine is closed, its run is ending, or the snapshot is of another
-    ///     shape, device or CPUID.
-    fn reset(&self, py: Python<'_>, snapshot: &PySnapshot) -> PyResult<u64> {
-        let (vmm, snapshot) = (self.core()?, snapshot.core()?);
-        let changed = py.detach(|| vmm.reset(snapshot));
-        changed.map_err(|e| self.device_failure(e.into()))
-    }
-
     /// Run the guest until it ends, `stop` is called, or the time passes, in seconds.
     ///
     /// Turns the event manager's loop meanwhile: subscribers are called on this thread, devices and
@@ -273,7 +251,7 @@ impl PyVmm {
         let _turning = self.claim(manager, None)?;
         let raised = &self.hooks.raised;
         adopt_stack_size(py);
-        let ended = py.detach(|| vmm.run(timeout, |until| callback::turn(manager, raised, until)));
+        let ended = py.detach(|| vmm.run(timeout, |until| turn(manager, raised, until)));
         let exit = self.finish(py, ended.map(Some))?;
         exit.ok_or_else(|| PyRuntimeError::new_err("a run ends with an exit"))
     }
@@ -305,7 +283,7 @@ impl PyVmm {
         let manager = &self.manager(py)?;
         let _turning = self.claim(manager, None)?;
         let raised = &self.hooks.raised;
-        let ended = py.detach(|| vmm.wait(timeout, |until| callback::turn(manager, raised, until)));
+        let ended = py.detach(|| vmm.wait(timeout, |until| turn(manager, raised, until)));
         self.finish(py, ended)
     }
 

@@ -13,9 +13,9 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyCFunction, PyDict, PyTuple};
 
-use super::attach::attach;
 use super::attached::Attached;
 use super::ending::import;
+use super::enter::attach;
 use crate::process::Birthplace;
 
 /// How long a wait lasts before it is worth the pipe: to install that takes system calls, and the

@@ -7,12 +7,7 @@ use std::time::{Duration, Instant};
 use pyo3::prelude::*;
 
 use super::ending::import;
-use super::event_manager::PyEventManager;
-use super::exit::timeout as as_timeout;
 use crate::sync::{Mutex, rank};
-
-/// Turns of a loop from one call of a Python function to the next.
-const TURNS: u32 = 16;
 
 /// See the module.
 #[derive(Debug, Default)]
@@ -114,78 +109,5 @@ impl Watch {
             callbacks.call_method1("warn_slow", (&name, took.as_secs_f64()))?;
         }
         Ok(())
-    }
-}
-
-/// Gives other threads and signal handlers their turn beside a loop that never waits, though its
-/// callbacks may run no Python code.
-#[derive(Debug)]
-pub(super) struct Pace<'py> {
-    turns: u32,
-    breathe: Bound<'py, PyAny>,
-}
-
-impl<'py> Pace<'py> {
-    pub(super) fn new(py: Python<'py>) -> PyResult<Self> {
-        // Compiled here: an import would need a file descriptor.
-        Ok(Self { turns: 0, breathe: py.eval(c"lambda: None", None, None)? })
-    }
-
-    /// After a turn, call a Python function now and then: the interpreter hands the GIL over
-    /// between two instructions of Python code, if another thread has waited for its switch
-    /// interval. Letting the GIL go from here would wake such a thread, and so start its interval
-    /// again: it might never get its turn.
-    pub(super) fn turned(&mut self) -> PyResult<()> {
-        self.turns += 1;
-        if self.turns < TURNS {
-            return Ok(());
-        }
-        self.turns = 0;
-        self.breathe.call0().map(drop)
-    }
-}
-
-#[pymethods]
-impl PyEventManager {
-    /// Seconds above which a callback is logged with its name, as a warning of the logger "pyvmm";
-    /// None for none.
-    ///
-    /// Raises:
-    ///     ValueError: set to a negative number or NaN.
-    #[getter(slow_callback_duration)]
-    fn threshold(&self) -> PyResult<Option<f64>> {
-        self.check()?;
-        Ok(self.watch().slow_callback().map(|threshold| threshold.as_secs_f64()))
-    }
-
-    #[setter(slow_callback_duration)]
-    fn set_threshold(&self, seconds: Option<f64>) -> PyResult<()> {
-        self.check()?;
-        self.watch().set_slow_callback(as_timeout(seconds)?);
-        Ok(())
-    }
-
-    /// The name of the callback that took longest and its seconds; None before one was timed.
-    ///
-    /// Callbacks are timed while `slow_callback_duration` is set.
-    #[getter]
-    fn slowest_callback(&self) -> PyResult<Option<(String, f64)>> {
-        self.check()?;
-        let (took, name) = self.watch().slowest();
-        Ok((!name.is_empty()).then_some((name, took.as_secs_f64())))
-    }
-
-    /// How often the loop has turned.
-    #[getter]
-    fn turns(&self) -> PyResult<u64> {
-        self.check()?;
-        Ok(self.watch().turns())
-    }
-
-    /// How many events it has dispatched.
-    #[getter]
-    fn dispatched(&self) -> PyResult<u64> {
-        self.check()?;
-        Ok(self.watch().dispatched())
     }
 }

@@ -1,6 +1,6 @@
 """How runs inside asyncio end: with any exception, with all failures heard, and with no coroutine lost in silence.
 
-Covers src/py/awaiting.rs, src/py/run.rs.
+Covers src/py/returned.rs, src/py/run.rs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The event loop with no machine: subscribers, dispatch by fd, and what goes wrong in a day.
 
 Covers src/event/errors.rs, src/event/inner.rs, src/event/subscriber.rs, src/event/turns.rs,
-src/py/batch.rs, src/py/callback.rs, src/py/events.rs, src/py/turning.rs, python/pyvmm/events.py.
+src/py/batch.rs, src/py/delivery.rs, src/py/descriptor.rs, src/py/event_loop.rs, src/py/events.rs,
+src/py/registration.rs, src/py/turning.rs, python/pyvmm/events.py.
 """
 
 from __future__ import annotations

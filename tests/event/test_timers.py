@@ -1,4 +1,7 @@
-"""`EventManager.call_later`: as asyncio's, with one descriptor for all."""
+"""`EventManager.call_later`: as asyncio's, with one descriptor for all.
+
+Covers src/py/call_later.rs.
+"""
 
 from __future__ import annotations
 

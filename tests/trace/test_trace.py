@@ -1,6 +1,6 @@
 """Traces: `Vmm.trace` and the file that it writes, in the trace-event format.
 
-Covers src/event/recorded.rs.
+Covers src/event/recorded.rs, src/py/recorded.rs.
 """
 
 from __future__ import annotations

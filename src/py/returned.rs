@@ -6,7 +6,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyBytes, PyFloat, PyInt, PyString};
 
 use super::ending::import;
-use super::event_manager::PyEventManager;
+use super::turning::Turners;
 
 /// Whether a value does nothing unless it is awaited or iterated. The usual values are found
 /// quickly.
@@ -31,7 +31,7 @@ fn may_wait(value: &Bound<'_, PyAny>) -> PyResult<bool> {
 ///
 /// An error where none is and the value would never run.
 pub(super) fn take_returned(
-    manager: &PyEventManager,
+    turners: &Turners,
     value: &Bound<'_, PyAny>,
     name: impl FnOnce() -> PyResult<String>,
 ) -> PyResult<()> {
@@ -40,7 +40,7 @@ pub(super) fn take_returned(
     }
     let py = value.py();
     let aio = import(py, "pyvmm.aio")?;
-    aio.call_method1("take_returned", (manager.turners().awaiter(py), value, name()?)).map(drop)
+    aio.call_method1("take_returned", (turners.awaiter(py), value, name()?)).map(drop)
 }
 
 /// Refuse what a callback that nobody can await has returned.
@@ -52,31 +52,4 @@ pub(super) fn refuse_awaitable(
         return Ok(());
     }
     import(value.py(), "pyvmm.aio")?.call_method1("refuse_awaitable", (value, name()?)).map(drop)
-}
-
-#[pymethods]
-impl PyEventManager {
-    /// `run_forever` inside a running asyncio loop, which stays responsive.
-    ///
-    /// A subscriber's `process` may be a coroutine function: it runs as a task, and its exception
-    /// ends the run. Coroutines that still run after `stop` have a second to come to their end;
-    /// those that do not are cancelled, and the asyncio loop's exception handler is told which.
-    ///
-    /// Raises:
-    ///     StateError: the manager is hosted or in a run already. Exception: the first exception of
-    ///     a callback or a coroutine. The others are in its notes and go to the asyncio
-    ///         loop's exception handler.
-    fn run_async<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
-        slf.get().check()?;
-        import(slf.py(), "pyvmm.aio")?.call_method1("run_manager", (slf,))
-    }
-
-    fn _begin_hosting(&self, awaiter: Py<PyAny>) -> PyResult<()> {
-        self.core().check_process()?;
-        self.turners().host(awaiter)
-    }
-
-    fn _end_hosting(&self) {
-        self.turners().end_hosting();
-    }
 }

@@ -1,0 +1,92 @@
+//! `EventManager.call_later`, and the calls that are due, made on the thread that turns the loop.
+
+use std::time::Duration;
+
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::PyTuple;
+
+use super::context::Context;
+use super::ending::import;
+use super::event_manager::PyEventManager;
+use super::loop_call::check_callable;
+use super::recorded::{name_of, recorded};
+use super::returned::take_returned;
+use super::timers::{Later, NEVER, now};
+
+/// Make the calls that are due; returns how many. The first exception ends that, and the next turn
+/// makes the others.
+pub(super) fn make_due(manager: &Bound<'_, PyEventManager>) -> PyResult<usize> {
+    let (this, py) = (manager.get(), manager.py());
+    let timers = this.timers();
+    let at = now();
+    // A call that is asked for by one of these waits for the next turn.
+    let last = timers.last(py);
+    let (mut made, mut result) = (0, Ok(()));
+    while let Some(later) = timers.pop_due(py, at, last) {
+        made += 1;
+        result = make(&later, manager);
+        // In a child that the call has forked the timer is its parent's.
+        if let Err(refused) = this.core().check_process() {
+            return result.and(Err(refused.into()));
+        }
+        if result.is_err() {
+            break;
+        }
+    }
+    result.and(timers.set_timer(py)).map(|()| made)
+}
+
+fn make(later: &Later, manager: &Bound<'_, PyEventManager>) -> PyResult<()> {
+    let (this, py) = (manager.get(), manager.py());
+    let function = later.function.bind(py);
+    let name = || name_of(function);
+    later.context.run(py, || {
+        let call = || recorded(name, || function.call1(later.arguments.bind(py)));
+        let returned = this.watch().timed(py, name, call)?;
+        take_returned(this.turners(), &returned, name)
+    })
+}
+
+#[pymethods]
+impl PyEventManager {
+    /// Call a function once with these arguments, so many seconds later. The result has `cancel()`.
+    ///
+    /// A time that has passed is at once, in the next turn. Calls are made in the order of their
+    /// times. All share one file descriptor. The function runs in this context, or in a copy of the
+    /// caller's.
+    ///
+    /// Raises:
+    ///     ValueError: the time is NaN.
+    #[pyo3(signature = (seconds, function, *arguments, context = None))]
+    fn call_later<'py>(
+        slf: &Bound<'py, Self>,
+        seconds: f64,
+        function: &Bound<'py, PyAny>,
+        arguments: &Bound<'py, PyTuple>,
+        context: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let (this, py) = (slf.get(), slf.py());
+        this.check()?;
+        check_callable(function)?;
+        if seconds.is_nan() {
+            return Err(PyValueError::new_err("delay: nan is not a number of seconds"));
+        }
+        let delay = Duration::try_from_secs_f64(seconds.max(0.0)).unwrap_or(NEVER);
+        let due = now().saturating_add(delay).min(NEVER);
+        this.timers().ensure_timer(py, this.core())?;
+        let later = Later {
+            due,
+            function: function.clone().unbind(),
+            arguments: arguments.clone().unbind(),
+            context: Context::given(context, py)?,
+        };
+        let number = this.timers().ask(py, later)?;
+        import(py, "pyvmm.callbacks")?.call_method1("Later", (slf, number, due.as_secs_f64()))
+    }
+
+    /// Take a call back; whether it was not made and not taken back before.
+    fn _cancel_later(&self, py: Python<'_>, number: u64) -> bool {
+        self.timers().cancel(py, number)
+    }
+}
