@@ -248,6 +248,21 @@ pub struct Exit {
     pub fault: Option<String>,
 }
 
+/// What a vCPU does next: a device, a hook or the exit itself says so, and the vCPU's thread does it.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It enters its guest again, unless it has been kicked.
+    Continue,
+    /// The same, once the device that says so has room for more
+    /// ([`crate::devices::Device::wait_for_room`]).
+    Wait,
+    /// The run ends for a reason that whoever says so has left with its owner; the guest could go
+    /// on.
+    Stop,
+    /// The guest has ended.
+    End(Exit),
+}
+
 impl Exit {
     /// An exit with a reason alone.
     #[must_use]

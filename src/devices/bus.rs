@@ -6,38 +6,24 @@ use std::fmt;
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::exit_handler::Exit;
+use crate::exit_handler::Outcome;
 use crate::sync::{Mutex, RwLock, rank};
-
-/// What becomes of the vCPU after an access.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Flow {
-    /// It goes on.
-    Continue,
-    /// The access is done. It goes on when the device has room for more: see
-    /// [`Device::wait_for_room`].
-    Wait,
-    /// The run is to end, for a reason that the device has told its owner; the guest could go on.
-    Stop,
-    /// The guest has ended.
-    End(Exit),
-}
 
 /// Something that answers accesses on a bus. Offsets count from the start of its range.
 pub trait Device: Send + Sync + fmt::Debug {
     /// Fill `data`, which is all ones, with what the guest reads.
-    fn read(&self, offset: u64, data: &mut [u8]) -> Flow;
+    fn read(&self, offset: u64, data: &mut [u8]) -> Outcome;
 
     /// Take what the guest wrote.
-    fn write(&self, offset: u64, data: &[u8]) -> Flow;
+    fn write(&self, offset: u64, data: &[u8]) -> Outcome;
 
     /// `INS`: elements of `size` bytes, all from the same offset.
-    fn read_many(&self, offset: u64, data: &mut [u8], size: usize) -> Flow {
+    fn read_many(&self, offset: u64, data: &mut [u8], size: usize) -> Outcome {
         each(data.chunks_mut(size), |element| self.read(offset, element))
     }
 
     /// `OUTS`: elements of `size` bytes, all to the same offset.
-    fn write_many(&self, offset: u64, data: &[u8], size: usize) -> Flow {
+    fn write_many(&self, offset: u64, data: &[u8], size: usize) -> Outcome {
         each(data.chunks(size), |element| self.write(offset, element))
     }
 
@@ -93,8 +79,8 @@ pub trait Device: Send + Sync + fmt::Debug {
 }
 
 /// One access after the other, up to one that does not go on.
-pub fn each<T>(elements: impl Iterator<Item = T>, access: impl FnMut(T) -> Flow) -> Flow {
-    elements.map(access).find(|flow| *flow != Flow::Continue).unwrap_or(Flow::Continue)
+pub fn each<T>(elements: impl Iterator<Item = T>, access: impl FnMut(T) -> Outcome) -> Outcome {
+    elements.map(access).find(|outcome| *outcome != Outcome::Continue).unwrap_or(Outcome::Continue)
 }
 
 /// Which of a machine's two buses.
@@ -265,12 +251,12 @@ mod tests {
     struct Constant(u8);
 
     impl Device for Constant {
-        fn read(&self, _offset: u64, data: &mut [u8]) -> Flow {
+        fn read(&self, _offset: u64, data: &mut [u8]) -> Outcome {
             data.fill(self.0);
-            Flow::Continue
+            Outcome::Continue
         }
-        fn write(&self, _offset: u64, _data: &[u8]) -> Flow {
-            Flow::Continue
+        fn write(&self, _offset: u64, _data: &[u8]) -> Outcome {
+            Outcome::Continue
         }
     }
 
@@ -319,19 +305,19 @@ mod tests {
         #[derive(Debug)]
         struct StopsAt(u8);
         impl Device for StopsAt {
-            fn read(&self, _offset: u64, data: &mut [u8]) -> Flow {
+            fn read(&self, _offset: u64, data: &mut [u8]) -> Outcome {
                 data.fill(0);
-                Flow::Stop
+                Outcome::Stop
             }
-            fn write(&self, _offset: u64, data: &[u8]) -> Flow {
-                if data == [self.0] { Flow::Stop } else { Flow::Continue }
+            fn write(&self, _offset: u64, data: &[u8]) -> Outcome {
+                if data == [self.0] { Outcome::Stop } else { Outcome::Continue }
             }
         }
         let mut data = [0xff; 4];
-        assert_eq!(StopsAt(1).read_many(0, &mut data, 2), Flow::Stop);
+        assert_eq!(StopsAt(1).read_many(0, &mut data, 2), Outcome::Stop);
         assert_eq!(data, [0, 0, 0xff, 0xff]);
-        assert_eq!(StopsAt(3).write_many(0, &[1, 2, 3, 4], 1), Flow::Stop);
-        assert_eq!(StopsAt(5).write_many(0, &[1, 2, 3, 4], 1), Flow::Continue);
+        assert_eq!(StopsAt(3).write_many(0, &[1, 2, 3, 4], 1), Outcome::Stop);
+        assert_eq!(StopsAt(5).write_many(0, &[1, 2, 3, 4], 1), Outcome::Continue);
     }
 
     proptest! {

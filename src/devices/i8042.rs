@@ -1,9 +1,9 @@
 //! The i8042 keyboard controller without a keyboard and without a second port: it answers its own
 //! commands, so that drivers need not time out, and resets the machine. It raises no interrupt.
 
-use super::{Device, Flow};
+use super::Device;
 use crate::error::{Error, ErrorKind, Result};
-use crate::exit_handler::{Exit, ExitReason};
+use crate::exit_handler::{Exit, ExitReason, Outcome};
 use crate::sync::{Mutex, rank};
 
 /// Ports, as offsets from the data port.
@@ -84,7 +84,7 @@ impl State {
     }
 
     /// A write to the command port.
-    fn command(&mut self, command: u8) -> Flow {
+    fn command(&mut self, command: u8) -> Outcome {
         (self.was_command, self.waiting) = (true, 0);
         match command {
             0x20..=0x3f => {
@@ -111,12 +111,12 @@ impl State {
             0xf0..=0xff if command & NOT_RESET == 0 => return reset(),
             _ => {}
         }
-        Flow::Continue
+        Outcome::Continue
     }
 
     /// A write to the data port: the byte that a command waits for, or one for the keyboard, which
     /// is not there.
-    fn data(&mut self, value: u8) -> Flow {
+    fn data(&mut self, value: u8) -> Outcome {
         self.was_command = false;
         match std::mem::take(&mut self.waiting) {
             0x60 => *self.cell(0) = value | SECOND_PORT_OFF,
@@ -127,7 +127,7 @@ impl State {
             0xd2 | 0xd3 => self.answer(value),
             _ => {}
         }
-        Flow::Continue
+        Outcome::Continue
     }
 
     fn to_bytes(self) -> Vec<u8> {
@@ -145,12 +145,12 @@ impl State {
     }
 }
 
-fn reset() -> Flow {
-    Flow::End(Exit::new(ExitReason::Reset))
+fn reset() -> Outcome {
+    Outcome::End(Exit::new(ExitReason::Reset))
 }
 
 impl Device for I8042 {
-    fn read(&self, offset: u64, data: &mut [u8]) -> Flow {
+    fn read(&self, offset: u64, data: &mut [u8]) -> Outcome {
         data.fill(0);
         let mut state = self.0.lock();
         if let Some(first) = data.first_mut() {
@@ -164,14 +164,14 @@ impl Device for I8042 {
                 _ => 0,
             };
         }
-        Flow::Continue
+        Outcome::Continue
     }
 
-    fn write(&self, offset: u64, data: &[u8]) -> Flow {
+    fn write(&self, offset: u64, data: &[u8]) -> Outcome {
         match (offset, data) {
             (DATA, [value, ..]) => self.0.lock().data(*value),
             (COMMAND, [command, ..]) => self.0.lock().command(*command),
-            _ => Flow::Continue,
+            _ => Outcome::Continue,
         }
     }
 
@@ -204,7 +204,7 @@ mod tests {
 
     /// What a command answers, if it answers.
     fn asked(controller: &I8042, command: u8) -> Option<u8> {
-        assert_eq!(controller.write(COMMAND, &[command]), Flow::Continue);
+        assert_eq!(controller.write(COMMAND, &[command]), Outcome::Continue);
         let is_full = status(controller) & STATUS_OUTPUT_FULL != 0;
         let mut data = [0];
         is_full.then(|| controller.read(DATA, &mut data));
@@ -212,8 +212,8 @@ mod tests {
         is_full.then_some(data[0])
     }
 
-    fn with_byte(controller: &I8042, command: u8, value: u8) -> Flow {
-        assert_eq!(controller.write(COMMAND, &[command]), Flow::Continue);
+    fn with_byte(controller: &I8042, command: u8, value: u8) -> Outcome {
+        assert_eq!(controller.write(COMMAND, &[command]), Outcome::Continue);
         controller.write(DATA, &[value])
     }
 
@@ -253,14 +253,14 @@ mod tests {
 
     #[test]
     fn the_machine_is_reset_in_three_ways_and_in_no_other() {
-        let reset = Flow::End(Exit::new(ExitReason::Reset));
+        let reset = Outcome::End(Exit::new(ExitReason::Reset));
         let controller = I8042::default();
         assert_eq!(controller.write(COMMAND, &[0xfe]), reset);
         assert_eq!(controller.write(COMMAND, &[0xfe, 0xfe]), reset);
         assert_eq!(with_byte(&controller, 0xd1, 0xce), reset);
-        assert_eq!(controller.write(COMMAND, &[0xff]), Flow::Continue);
-        assert_eq!(controller.write(DATA, &[0xfe]), Flow::Continue);
-        assert_eq!(with_byte(&controller, 0xd1, 0xdf), Flow::Continue);
+        assert_eq!(controller.write(COMMAND, &[0xff]), Outcome::Continue);
+        assert_eq!(controller.write(DATA, &[0xfe]), Outcome::Continue);
+        assert_eq!(with_byte(&controller, 0xd1, 0xdf), Outcome::Continue);
         assert_eq!(asked(&controller, 0xd0), Some(0xcf));
         with_byte(&controller, 0xd1, 0xdd);
         assert_eq!(asked(&controller, 0xd0), Some(0xcd), "A20");

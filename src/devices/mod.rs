@@ -16,7 +16,7 @@ mod uart;
 mod uart_bits;
 
 pub use backlog::Piece;
-pub use bus::{Access, Bus, Buses, Device, Flow, Unanswered, each};
+pub use bus::{Access, Bus, Buses, Device, Unanswered, each};
 pub use debug_exit::DebugExit;
 pub use i8042::I8042;
 pub use line::InterruptLine;

@@ -3,8 +3,9 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use super::{Device, Flow};
+use super::Device;
 use crate::error::{Error, ErrorKind, Result};
+use crate::exit_handler::Outcome;
 use crate::sync::{Mutex, rank};
 
 const INDEX: u64 = 0;
@@ -117,18 +118,18 @@ impl Rtc {
 }
 
 impl Device for Rtc {
-    fn read(&self, offset: u64, data: &mut [u8]) -> Flow {
+    fn read(&self, offset: u64, data: &mut [u8]) -> Outcome {
         let mut state = self.state.lock();
         let value = if offset == INDEX { state.index } else { self.register(&mut state) };
         if let Some(first) = data.first_mut() {
             *first = value;
         }
-        Flow::Continue
+        Outcome::Continue
     }
 
-    fn write(&self, offset: u64, data: &[u8]) -> Flow {
+    fn write(&self, offset: u64, data: &[u8]) -> Outcome {
         let Some(value) = data.first() else {
-            return Flow::Continue;
+            return Outcome::Continue;
         };
         let mut state = self.state.lock();
         if offset == INDEX {
@@ -136,7 +137,7 @@ impl Device for Rtc {
         } else {
             self.set_register(&mut state, *value);
         }
-        Flow::Continue
+        Outcome::Continue
     }
 
     /// The index, the cells, and by how much the time is ahead of the host's, which goes on.

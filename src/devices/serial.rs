@@ -11,11 +11,12 @@ use smallvec::SmallVec;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::backlog::{Backlog, Piece, Printed};
-use super::bus::{Device, Flow};
+use super::bus::Device;
 use super::line::InterruptLine;
 use super::uart::Uart;
 use crate::bytes::Reader;
 use crate::error::{Error, ErrorKind, Result};
+use crate::exit_handler::Outcome;
 use crate::sync::{Mutex, rank};
 
 /// A serial port.
@@ -168,37 +169,37 @@ impl Serial {
         result
     }
 
-    fn print(&self, sent: &[u8]) -> Flow {
+    fn print(&self, sent: &[u8]) -> Outcome {
         // Outside the lock of the guest's side: input goes on while output is slow.
         match self.output.print(sent) {
-            Printed::Taken => Flow::Continue,
-            Printed::Full => Flow::Wait,
-            Printed::Found => Flow::Stop,
+            Printed::Taken => Outcome::Continue,
+            Printed::Full => Outcome::Wait,
+            Printed::Found => Outcome::Stop,
         }
     }
 }
 
 impl Device for Serial {
-    fn read(&self, offset: u64, data: &mut [u8]) -> Flow {
+    fn read(&self, offset: u64, data: &mut [u8]) -> Outcome {
         for (register, byte) in (offset..).zip(data.iter_mut()) {
             *byte = self.change(|guest| guest.uart.read(register));
         }
-        Flow::Continue
+        Outcome::Continue
     }
 
-    fn write(&self, offset: u64, data: &[u8]) -> Flow {
+    fn write(&self, offset: u64, data: &[u8]) -> Outcome {
         self.write_many(offset, data, data.len())
     }
 
     /// All elements, however full the output is: the guest waits behind the instruction.
-    fn write_many(&self, offset: u64, data: &[u8], size: usize) -> Flow {
+    fn write_many(&self, offset: u64, data: &[u8], size: usize) -> Outcome {
         let mut sent = SmallVec::<[u8; 16]>::new();
         for element in data.chunks(size.max(1)) {
             for (register, byte) in (offset..).zip(element) {
                 sent.extend(self.change(|guest| guest.uart.write(register, *byte)));
             }
         }
-        if sent.is_empty() { Flow::Continue } else { self.print(&sent) }
+        if sent.is_empty() { Outcome::Continue } else { self.print(&sent) }
     }
 
     fn wait_for_room(&self, is_called_out: &dyn Fn() -> bool) -> bool {
@@ -271,7 +272,7 @@ mod tests {
 
     fn read(serial: &Serial, register: u64) -> u8 {
         let mut data = [0];
-        assert_eq!(serial.read(register, &mut data), Flow::Continue);
+        assert_eq!(serial.read(register, &mut data), Outcome::Continue);
         data[0]
     }
 
@@ -327,7 +328,7 @@ mod tests {
     #[test]
     fn a_guest_waits_behind_the_instruction_that_left_no_room() {
         let serial = Serial::new(None, true).unwrap();
-        assert_eq!(serial.write_many(0, &vec![b'x'; 1 << 17], 1), Flow::Wait);
+        assert_eq!(serial.write_many(0, &vec![b'x'; 1 << 17], 1), Outcome::Wait);
         assert!(!serial.wait_for_room(&|| true));
         assert_eq!(serial.take().len(), 1 << 17, "nothing is lost");
         assert!(serial.wait_for_room(&|| true));

@@ -13,8 +13,9 @@ use super::enter::{attach, call_out, on_vcpu_thread};
 use super::raised::{Raised, position};
 use super::recorded::{name_of, recorded};
 use super::returned::refuse_awaitable;
-use crate::devices::{Access, Device, Flow, each};
+use crate::devices::{Access, Device, each};
 use crate::error::{Error, ErrorKind, Result};
+use crate::exit_handler::Outcome;
 use crate::sync::{Mutex, rank};
 use crate::vcpu::Data;
 
@@ -99,18 +100,6 @@ impl PythonDevice {
         &self.raised
     }
 
-    fn flow(answer: Answer, data: &mut [u8]) -> Flow {
-        match answer {
-            Answer::Bytes(bytes) => {
-                // As many: it was checked.
-                data.iter_mut().zip(bytes).for_each(|(to, from)| *to = from);
-                Flow::Continue
-            }
-            Answer::Done => Flow::Continue,
-            Answer::Stop => Flow::Stop,
-        }
-    }
-
     /// What its `save` or `restore` has raised, once.
     pub(super) fn take_failure(&self) -> Option<PyErr> {
         self.failed.lock().take()
@@ -149,34 +138,34 @@ impl PythonDevice {
 }
 
 impl Device for PythonDevice {
-    fn read(&self, offset: u64, data: &mut [u8]) -> Flow {
+    fn read(&self, offset: u64, data: &mut [u8]) -> Outcome {
         match (&self.methods.read, &self.methods.read_many) {
-            (Some(read), _) => Self::flow(call_read(self, read, offset, data.len()), data),
+            (Some(read), _) => call_read(self, read, offset, data),
             (None, Some(_)) => self.read_many(offset, data, data.len()),
-            (None, None) => Flow::Continue,
+            (None, None) => Outcome::Continue,
         }
     }
 
-    fn write(&self, offset: u64, data: &[u8]) -> Flow {
+    fn write(&self, offset: u64, data: &[u8]) -> Outcome {
         match (&self.methods.write, &self.methods.write_many) {
-            (Some(write), _) => Self::flow(call_write(self, write, offset, data), &mut []),
+            (Some(write), _) => call_write(self, write, offset, data),
             (None, Some(_)) => self.write_many(offset, data, data.len()),
-            (None, None) => Flow::Continue,
+            (None, None) => Outcome::Continue,
         }
     }
 
-    fn read_many(&self, offset: u64, data: &mut [u8], size: usize) -> Flow {
+    fn read_many(&self, offset: u64, data: &mut [u8], size: usize) -> Outcome {
         let Some(read_many) = &self.methods.read_many else {
             return each(data.chunks_mut(size), |element| self.read(offset, element));
         };
-        Self::flow(call_read_many(self, read_many, offset, size, data.len()), data)
+        call_read_many(self, read_many, offset, size, data)
     }
 
-    fn write_many(&self, offset: u64, data: &[u8], size: usize) -> Flow {
+    fn write_many(&self, offset: u64, data: &[u8], size: usize) -> Outcome {
         let Some(write_many) = &self.methods.write_many else {
             return each(data.chunks(size), |element| self.write(offset, element));
         };
-        Self::flow(call_write_many(self, write_many, offset, size, data), &mut [])
+        call_write_many(self, write_many, offset, size, data)
     }
 
     fn save(&self) -> Result<Vec<u8>> {
@@ -211,63 +200,57 @@ impl Device for PythonDevice {
     }
 }
 
-/// What a call of a device comes to.
-enum Answer {
-    /// What the guest reads.
-    Bytes(Data),
-    /// Nothing to say.
-    Done,
-    /// The run is to end.
-    Stop,
-}
-
 /// Call a device on the vCPU's thread; what it raises is left for the run, with the place in a
 /// note.
 fn call_device(
     device: &PythonDevice,
     method: &'static str,
     offset: u64,
-    call: impl FnOnce(Python<'_>) -> PyResult<Answer>,
-) -> Answer {
+    call: impl FnOnce(Python<'_>) -> PyResult<Outcome>,
+) -> Outcome {
     let name = || Ok(format!("{}.{method}", device.name()));
     on_vcpu_thread(
         |py| recorded(name, || call(py)),
         |py, error| {
             let text = format!("in {method}() at {}{}", device.place(offset), position());
             device.raised().raise_with_note(py, error, &text);
-            Answer::Stop
+            Outcome::Stop
         },
     )
 }
 
-fn answer_of(device: &PythonDevice, value: &Bound<'_, PyAny>, wanted: usize) -> PyResult<Answer> {
+/// Give the guest what a device's read returned.
+fn answer(device: &PythonDevice, value: &Bound<'_, PyAny>, data: &mut [u8]) -> PyResult<Outcome> {
     // The usual answer is a number.
     if !value.is_instance_of::<PyInt>() && device.raised().take_if_stop(value)? {
-        return Ok(Answer::Stop);
+        return Ok(Outcome::Stop);
     }
-    bytes_of(value, wanted).map(Answer::Bytes)
+    let bytes = bytes_of(value, data.len())?;
+    // They are as many: `bytes_of` has checked it.
+    data.iter_mut().zip(bytes).for_each(|(to, from)| *to = from);
+    Ok(Outcome::Continue)
 }
 
-fn done(device: &PythonDevice, method: &Py<PyAny>, value: &Bound<'_, PyAny>) -> PyResult<Answer> {
+fn done(device: &PythonDevice, method: &Py<PyAny>, value: &Bound<'_, PyAny>) -> PyResult<Outcome> {
     if value.is_none() {
-        return Ok(Answer::Done);
+        return Ok(Outcome::Continue);
     }
     if device.raised().take_if_stop(value)? {
-        return Ok(Answer::Stop);
+        return Ok(Outcome::Stop);
     }
     refuse_awaitable(value, || name_of(method.bind(value.py())))?;
-    Ok(Answer::Done)
+    Ok(Outcome::Continue)
 }
 
 /// `device.read(offset, size)`
-fn call_read(device: &PythonDevice, method: &Py<PyAny>, offset: u64, size: usize) -> Answer {
+fn call_read(device: &PythonDevice, method: &Py<PyAny>, offset: u64, data: &mut [u8]) -> Outcome {
     call_device(device, "read", offset, |py| {
-        answer_of(device, &method.bind(py).call1((offset, size))?, size)
+        answer(device, &method.bind(py).call1((offset, data.len()))?, data)
     })
 }
 
 /// `device.write(offset, size, value)`
-fn call_write(device: &PythonDevice, method: &Py<PyAny>, offset: u64, data: &[u8]) -> Answer {
+fn call_write(device: &PythonDevice, method: &Py<PyAny>, offset: u64, data: &[u8]) -> Outcome {
     let number = data.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte));
     call_device(device, "write", offset, |py| {
         done(device, method, &method.bind(py).call1((offset, data.len(), number))?)
@@ -280,11 +263,11 @@ fn call_read_many(
     method: &Py<PyAny>,
     offset: u64,
     size: usize,
-    bytes: usize,
-) -> Answer {
+    data: &mut [u8],
+) -> Outcome {
     call_device(device, "read_many", offset, |py| {
-        let value = method.bind(py).call1((offset, size, bytes / size.max(1)))?;
-        answer_of(device, &value, bytes)
+        let value = method.bind(py).call1((offset, size, data.len() / size.max(1)))?;
+        answer(device, &value, data)
     })
 }
 
@@ -295,7 +278,7 @@ fn call_write_many(
     offset: u64,
     size: usize,
     data: &[u8],
-) -> Answer {
+) -> Outcome {
     call_device(device, "write_many", offset, |py| {
         done(device, method, &method.bind(py).call1((offset, size, PyBytes::new(py, data)))?)
     })

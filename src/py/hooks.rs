@@ -18,8 +18,9 @@ use super::raised::{Raised, position};
 use super::recorded::{name_of, recorded};
 use super::vcpu::PyVcpu;
 use super::vcpu_exit::PyVcpuExit;
+use crate::exit_handler::Outcome;
 use crate::sync::{Mutex, rank};
-use crate::vcpu::{Cell, ExitHook, ExitKind, VcpuExit, Verdict, current};
+use crate::vcpu::{Cell, ExitHook, ExitKind, Reply, VcpuExit, current};
 
 /// The hooks of one kind.
 type Functions = Arc<Vec<Py<PyAny>>>;
@@ -134,31 +135,35 @@ impl Hooks {
 }
 
 impl ExitHook for Hooks {
-    fn on_exit(&self, _vcpu: u64, exit: &VcpuExit) -> Verdict {
-        on_exit(self, exit)
+    fn on_exit(&self, _vcpu: u64, exit: &VcpuExit, reply: &mut Reply) -> Option<Outcome> {
+        on_exit(self, exit, reply)
     }
 }
 
 /// Ask the hooks of an exit's kind, in the order they were added, until one has something to say.
-fn on_exit(hooks: &Hooks, exit: &VcpuExit) -> Verdict {
-    let (Some(kind), Some(cell)) = (exit.kind(), current()) else { return Verdict::Pass };
+fn on_exit(hooks: &Hooks, exit: &VcpuExit, reply: &mut Reply) -> Option<Outcome> {
+    let (kind, cell) = (exit.kind()?, current()?);
     on_vcpu_thread(
-        |py| ask(py, hooks, kind, &cell, exit),
+        |py| {
+            let said = ask(py, hooks, kind, &cell, exit)?;
+            said.map(|said| outcome_of(hooks, exit, &said, reply)).transpose()
+        },
         |py, error| {
             let text = format!("in a hook of an exit of kind {}{}", kind.name(), position());
             hooks.raised.raise_with_note(py, error, &text);
-            Verdict::Stop
+            Some(Outcome::Stop)
         },
     )
 }
 
-fn ask(
-    py: Python<'_>,
+/// What the first hook that answers says.
+fn ask<'py>(
+    py: Python<'py>,
     hooks: &Hooks,
     kind: ExitKind,
     cell: &Arc<Cell>,
     exit: &VcpuExit,
-) -> PyResult<Verdict> {
+) -> PyResult<Option<Bound<'py, PyAny>>> {
     let functions = hooks.of(kind);
     let vcpu = hooks.vcpu(py, cell).into_pyobject(py)?;
     let shown = PyVcpuExit::of(py, exit.clone())?.into_pyobject(py)?;
@@ -166,30 +171,41 @@ fn ask(
         let function = function.bind(py);
         let said = recorded(|| name_of(function), || function.call1((&vcpu, &shown)))?;
         if !said.is_none() {
-            return verdict(hooks, exit, &said);
+            return Ok(Some(said));
         }
     }
-    Ok(Verdict::Pass)
+    Ok(None)
 }
 
-fn verdict(hooks: &Hooks, exit: &VcpuExit, said: &Bound<'_, PyAny>) -> PyResult<Verdict> {
+/// What becomes of the exit by a hook's answer, and what the guest finds in `reply`.
+fn outcome_of(
+    hooks: &Hooks,
+    exit: &VcpuExit,
+    said: &Bound<'_, PyAny>,
+    reply: &mut Reply,
+) -> PyResult<Outcome> {
     let py = said.py();
     static ACTION: PyOnceLock<Py<PyType>> = PyOnceLock::new();
     if said.is_instance(ACTION.import(py, "pyvmm.exits", "ExitAction")?)? {
         let name: String = said.getattr(intern!(py, "value"))?.extract()?;
-        return match name.as_str() {
-            "retry" if exit.is_write() => Err(PyValueError::new_err(
+        if name == "retry" && exit.is_write() {
+            return Err(PyValueError::new_err(
                 "ExitAction.RETRY: the guest's write has been executed and cannot be taken back",
-            )),
-            "retry" => Ok(Verdict::Retry),
-            _ => Ok(Verdict::Handled(None)),
-        };
+            ));
+        }
+        if name == "retry" {
+            *reply = Reply::Retry;
+        }
+        return Ok(Outcome::Continue);
     }
     if hooks.raised.take_if_stop(said)? {
-        return Ok(Verdict::Stop);
+        return Ok(Outcome::Stop);
     }
     match exit.wanted() {
-        Some(wanted) => Ok(Verdict::Handled(Some(bytes_of(said, wanted)?))),
+        Some(wanted) => {
+            *reply = Reply::Data(bytes_of(said, wanted)?);
+            Ok(Outcome::Continue)
+        }
         None => {
             let class = said.get_type();
             Err(PyTypeError::new_err(format!(

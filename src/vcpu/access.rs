@@ -7,16 +7,29 @@ use super::cell::Cell;
 use super::exit::Data;
 use super::registers::Vcpu;
 use super::string_io;
-use crate::devices::{Access, Device, Flow};
+use crate::devices::{Access, Device};
+use crate::exit_handler::Outcome;
 use crate::trace::{self, Value};
 
 /// `IN` and `INS`: `count` elements of `size` bytes from one port.
-pub(super) fn port_in(vcpu: &mut Vcpu, cell: &Cell, port: u16, size: usize, count: usize) -> Flow {
+pub(super) fn port_in(
+    vcpu: &mut Vcpu,
+    cell: &Cell,
+    port: u16,
+    size: usize,
+    count: usize,
+) -> Outcome {
     read(vcpu, cell, (Access::Pio, u64::from(port)), size, count)
 }
 
 /// `OUT` and `OUTS`.
-pub(super) fn port_out(vcpu: &mut Vcpu, cell: &Cell, port: u16, size: usize, data: &[u8]) -> Flow {
+pub(super) fn port_out(
+    vcpu: &mut Vcpu,
+    cell: &Cell,
+    port: u16,
+    size: usize,
+    data: &[u8],
+) -> Outcome {
     let place = (Access::Pio, u64::from(port));
     reach(vcpu, cell, place, size, false, |vcpu, cell, device, offset| {
         if !device.gathers() {
@@ -30,32 +43,32 @@ pub(super) fn port_out(vcpu: &mut Vcpu, cell: &Cell, port: u16, size: usize, dat
 }
 
 /// A read of a memory-mapped device.
-pub(super) fn mmio_read(vcpu: &mut Vcpu, cell: &Cell, address: u64, length: usize) -> Flow {
+pub(super) fn mmio_read(vcpu: &mut Vcpu, cell: &Cell, address: u64, length: usize) -> Outcome {
     read(vcpu, cell, (Access::Mmio, address), length, 1)
 }
 
 /// A write to one.
-pub(super) fn mmio_write(vcpu: &mut Vcpu, cell: &Cell, address: u64, data: &[u8]) -> Flow {
+pub(super) fn mmio_write(vcpu: &mut Vcpu, cell: &Cell, address: u64, data: &[u8]) -> Outcome {
     let place = (Access::Mmio, address);
     reach(vcpu, cell, place, data.len(), false, |vcpu, cell, device, offset| {
         lent(vcpu, cell, device, |device| device.write(offset, data))
     })
 }
 
-fn read(vcpu: &mut Vcpu, cell: &Cell, place: (Access, u64), size: usize, count: usize) -> Flow {
+fn read(vcpu: &mut Vcpu, cell: &Cell, place: (Access, u64), size: usize, count: usize) -> Outcome {
     // All ones is what a PC's bus gives where no device drives it.
     let mut data = Data::from_elem(0xff, size.saturating_mul(count));
-    let flow = reach(vcpu, cell, place, size, true, |vcpu, cell, device, offset| {
+    let outcome = reach(vcpu, cell, place, size, true, |vcpu, cell, device, offset| {
         lent(vcpu, cell, device, |device| match count {
             1 => device.read(offset, &mut data),
             _ => device.read_many(offset, &mut data, size),
         })
     });
     vcpu.page.answer(&data);
-    flow
+    outcome
 }
 
-fn write(device: &dyn Device, offset: u64, data: &[u8], size: usize) -> Flow {
+fn write(device: &dyn Device, offset: u64, data: &[u8], size: usize) -> Outcome {
     if data.len() == size {
         device.write(offset, data)
     } else {
@@ -70,13 +83,13 @@ fn reach(
     (bus, address): (Access, u64),
     size: usize,
     is_read: bool,
-    call: impl FnOnce(&mut Vcpu, &Cell, &dyn Device, u64) -> Flow,
-) -> Flow {
+    call: impl FnOnce(&mut Vcpu, &Cell, &dyn Device, u64) -> Outcome,
+) -> Outcome {
     let buses = &vcpu.dispatch.buses;
     match buses.bus(bus).find(address, size) {
         Some((device, offset)) if vcpu.is_recorded => {
             let began = Instant::now();
-            let flow = call(vcpu, cell, &*device, offset);
+            let outcome = call(vcpu, cell, &*device, offset);
             let bus = if bus == Access::Pio { "pio" } else { "mmio" };
             let access = if is_read { "read" } else { "write" };
             let values = [
@@ -86,26 +99,26 @@ fn reach(
                 ("size", Value::Number(size as u64)),
             ];
             trace::record("device", device.name(), (began, Instant::now()), &values);
-            waits(vcpu, device, flow)
+            waits(vcpu, device, outcome)
         }
         Some((device, offset)) => {
-            let flow = call(vcpu, cell, &*device, offset);
-            waits(vcpu, device, flow)
+            let outcome = call(vcpu, cell, &*device, offset);
+            waits(vcpu, device, outcome)
         }
         None => {
             buses.count_unanswered(bus, address, is_read);
-            Flow::Continue
+            Outcome::Continue
         }
     }
 }
 
 /// Note the device that the vCPU waits for before it enters its guest again.
-fn waits(vcpu: &mut Vcpu, device: Arc<dyn Device>, flow: Flow) -> Flow {
-    if flow != Flow::Wait {
-        return flow;
+fn waits(vcpu: &mut Vcpu, device: Arc<dyn Device>, outcome: Outcome) -> Outcome {
+    if outcome != Outcome::Wait {
+        return outcome;
     }
     vcpu.waits_for = Some(device);
-    Flow::Continue
+    Outcome::Continue
 }
 
 /// Call a device, and where that calls the program's code, lend the vCPU meanwhile.
@@ -113,7 +126,7 @@ fn lent(
     vcpu: &mut Vcpu,
     cell: &Cell,
     device: &dyn Device,
-    call: impl FnOnce(&dyn Device) -> Flow,
-) -> Flow {
+    call: impl FnOnce(&dyn Device) -> Outcome,
+) -> Outcome {
     if device.calls_out() { cell.lend(vcpu, || call(device)) } else { call(device) }
 }

@@ -9,11 +9,12 @@ use std::time::Duration;
 use super::exit::{VcpuExit, run_once};
 use super::kick::{StopWord, interrupt, this_thread};
 use super::registers::Vcpu;
-use super::run::{Step, settle_for_good};
+use super::run::settle_for_good;
 use super::run_page::RunPage;
 use super::signal::unblock_kicks;
 use crate::devices::Device;
 use crate::error::{Error, ErrorKind, Result};
+use crate::exit_handler::Outcome;
 use crate::process::Birthplace;
 use crate::sync::{Condvar, MappedMutexGuard, Mutex, MutexGuard, rank};
 
@@ -207,7 +208,7 @@ impl Cell {
     /// # Errors
     /// [`ErrorKind::State`] while its guest runs, or when this thread is the one that answers its
     /// exit; when it reads and nobody has answered.
-    pub(crate) fn settle(&self) -> Result<Step> {
+    pub(crate) fn settle(&self) -> Result<Outcome> {
         let mut vcpu = {
             let mut slot = self.rested()?;
             let is_held = slot.order != Order::Go;
@@ -218,11 +219,11 @@ impl Cell {
                     slot.runner = Some(this_thread());
                     vcpu
                 }
-                None => return Ok(Step::Continue),
+                None => return Ok(Outcome::Continue),
             }
         };
         let step = settle_for_good(&mut vcpu, self);
-        self.put_back(vcpu, matches!(step, Step::Stop | Step::End(_)));
+        self.put_back(vcpu, matches!(step, Outcome::Stop | Outcome::End(_)));
         Ok(step)
     }
 

@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use super::exit::{Data, ExitKind, VcpuExit};
 use crate::devices::Buses;
+use crate::exit_handler::Outcome;
 use crate::memory::DeviceWindows;
 use crate::sync::{RwLock, rank};
 use crate::trace::{Recording, Track};
@@ -15,21 +16,21 @@ use crate::trace::{Recording, Track};
 /// Looks at exits before they are answered. Called on the vCPU's thread, which lends the vCPU
 /// meanwhile.
 pub trait ExitHook: Send + Sync + std::fmt::Debug {
-    /// Say what becomes of the exit.
-    fn on_exit(&self, vcpu: u64, exit: &VcpuExit) -> Verdict;
+    /// What becomes of the exit, with what the guest finds in `reply`; none leaves it to the
+    /// devices.
+    fn on_exit(&self, vcpu: u64, exit: &VcpuExit, reply: &mut Reply) -> Option<Outcome>;
 }
 
-/// What becomes of an exit that a hook has looked at.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Verdict {
-    /// It is answered as if nobody had looked.
-    Pass,
-    /// It has been answered: the guest goes on. A read gives these bytes, or ones.
-    Handled(Option<Data>),
-    /// The guest executes the instruction again.
+/// What the guest finds after an exit that a hook has answered with [`Outcome::Continue`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Reply {
+    /// A read gives all one bits; a write has been taken.
+    #[default]
+    Default,
+    /// A read gives these bytes.
+    Data(Data),
+    /// It executes the instruction again.
     Retry,
-    /// The run ends, for a reason that the hook has told its owner; the guest could go on.
-    Stop,
 }
 
 /// Sees every exit after it has been answered. Called on the vCPU's thread; must be quick.
@@ -169,8 +170,8 @@ mod tests {
     struct Log(Mutex<Vec<u64>, rank::Test>);
 
     impl ExitHook for Log {
-        fn on_exit(&self, _vcpu: u64, _exit: &VcpuExit) -> Verdict {
-            Verdict::Retry
+        fn on_exit(&self, _: u64, _: &VcpuExit, _: &mut Reply) -> Option<Outcome> {
+            None
         }
     }
 

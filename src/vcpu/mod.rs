@@ -21,10 +21,9 @@ mod thread;
 
 pub(crate) use cell::is_thread_of;
 pub use cell::{Cell, current};
-pub use dispatch::{Dispatch, ExitHook, Observer, Seen, Verdict};
+pub use dispatch::{Dispatch, ExitHook, Observer, Reply, Seen};
 pub use exit::{Data, ExitKind, VcpuExit};
 pub use registers::{RegisterClass, Vcpu};
-pub(crate) use run::Step;
 pub use signal::{kick_signal, use_signal};
 pub use stack::set_stack_size;
 #[cfg_attr(not(feature = "python"), allow(unused_imports, reason = "for the binding"))]

@@ -7,48 +7,26 @@ use kvm_bindings::{KVM_EXIT_DEBUG, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUT
 
 use super::access;
 use super::cell::Cell;
-use super::dispatch::{Seen, Verdict, Watched};
+use super::dispatch::{Reply, Seen, Watched};
 use super::exit::{VcpuExit, enter};
 use super::fault;
 use super::kick::ImmediateExit;
 use super::registers::Vcpu;
-use crate::devices::Flow;
-use crate::exit_handler::{Exit, ExitReason};
-
-/// What a turn came to.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Step {
-    /// The exit has been answered: enter the guest again.
-    Continue,
-    /// A signal came, perhaps a kick: look at the stop word.
-    Interrupted,
-    /// A device or a hook ends the run; the guest could go on.
-    Stop,
-    /// The guest has ended.
-    End(Exit),
-}
-
-/// What an exit means, before registers are read for it.
-#[derive(Debug, PartialEq, Eq)]
-enum Outcome {
-    Done(Step),
-    /// An end whose text shows the vCPU's state.
-    Fault(Exit, String),
-}
+use crate::exit_handler::{Exit, ExitReason, Outcome};
 
 /// Enter the guest once and answer its exit.
-pub(crate) fn step(vcpu: &mut Vcpu, cell: &Cell) -> Step {
+pub(crate) fn step(vcpu: &mut Vcpu, cell: &Cell) -> Outcome {
     let watched = vcpu.dispatch.watched();
     if watched.is_observed() {
         return observed_step(vcpu, cell, watched);
     }
     match enter(vcpu) {
         Ok(exit) => answer(vcpu, cell, &exit, watched),
-        Err(error) => told(vcpu, on_error(error)),
+        Err(error) => with_fault_report(vcpu, on_error(error)),
     }
 }
 
-fn observed_step(vcpu: &mut Vcpu, cell: &Cell, watched: Watched) -> Step {
+fn observed_step(vcpu: &mut Vcpu, cell: &Cell, watched: Watched) -> Outcome {
     let entered = Instant::now();
     vcpu.dispatch.enters(vcpu.id, entered);
     let result = enter(vcpu);
@@ -67,15 +45,15 @@ fn observed_step(vcpu: &mut Vcpu, cell: &Cell, watched: Watched) -> Step {
         Err(error) => {
             let exit = VcpuExit::Interrupted;
             vcpu.dispatch.saw(&Seen { vcpu: vcpu.id, exit: &exit, entered, left, answered: left });
-            told(vcpu, on_error(error))
+            with_fault_report(vcpu, on_error(error))
         }
     }
 }
 
-fn answer(vcpu: &mut Vcpu, cell: &Cell, exit: &VcpuExit, watched: Watched) -> Step {
+fn answer(vcpu: &mut Vcpu, cell: &Cell, exit: &VcpuExit, watched: Watched) -> Outcome {
     let is_memory = std::mem::take(&mut vcpu.has_found_memory) && vcpu.answer_from_memory(exit);
     let hooked = match exit.kind() {
-        _ if is_memory => Some(Step::Continue),
+        _ if is_memory => Some(Outcome::Continue),
         Some(kind) if watched.has_hook(kind) => ask_hook(vcpu, cell, exit),
         _ => None,
     };
@@ -83,7 +61,7 @@ fn answer(vcpu: &mut Vcpu, cell: &Cell, exit: &VcpuExit, watched: Watched) -> St
         Some(step) => step,
         None => {
             let outcome = on_exit(exit, vcpu, cell);
-            told(vcpu, outcome)
+            with_fault_report(vcpu, outcome)
         }
     };
     vcpu.awaits_answer = false;
@@ -93,42 +71,43 @@ fn answer(vcpu: &mut Vcpu, cell: &Cell, exit: &VcpuExit, watched: Watched) -> St
     step
 }
 
-fn told(vcpu: &mut Vcpu, outcome: Outcome) -> Step {
+/// An end for a fault says what KVM said; add the vCPU's state to it.
+fn with_fault_report(vcpu: &Vcpu, outcome: Outcome) -> Outcome {
     match outcome {
-        Outcome::Done(step) => step,
-        Outcome::Fault(exit, what) => {
-            let fault = fault::describe(vcpu, &what);
-            Step::End(Exit { fault: Some(fault), ..exit })
+        Outcome::End(Exit { fault: Some(what), reason, code, vcpu: number }) => {
+            let fault = Some(fault::describe(vcpu, &what));
+            Outcome::End(Exit { fault, reason, code, vcpu: number })
         }
+        other => other,
     }
 }
 
 /// Complete an access that has been answered, and at most so many that follow from it, without
 /// running the guest on.
-pub(crate) fn settle(vcpu: &mut Vcpu, cell: &Cell, steps: usize) -> Step {
+pub(crate) fn settle(vcpu: &mut Vcpu, cell: &Cell, steps: usize) -> Outcome {
     for _ in 0..steps {
         if !vcpu.is_pending && vcpu.waiting.is_none() {
             break;
         }
         vcpu.page.set(true);
         match step(vcpu, cell) {
-            Step::Continue | Step::Interrupted => {}
+            Outcome::Continue | Outcome::Wait => {}
             end => return end,
         }
     }
-    Step::Continue
+    Outcome::Continue
 }
 
 /// The same until it can be left. KVM leaves a repeated access at every 1,024th step; what ends a
 /// guest there does not end this. What it came to last, but for nothing.
-pub(crate) fn settle_for_good(vcpu: &mut Vcpu, cell: &Cell) -> Step {
-    let mut last = Step::Continue;
+pub(crate) fn settle_for_good(vcpu: &mut Vcpu, cell: &Cell) -> Outcome {
+    let mut last = Outcome::Continue;
     for _ in 0..2048 {
         if !vcpu.is_pending && vcpu.waiting.is_none() {
             break;
         }
         match settle(vcpu, cell, 1) {
-            Step::Continue | Step::Interrupted => {}
+            Outcome::Continue | Outcome::Wait => {}
             end => last = end,
         }
     }
@@ -136,40 +115,32 @@ pub(crate) fn settle_for_good(vcpu: &mut Vcpu, cell: &Cell) -> Step {
 }
 
 /// Let a hook look first; none when the exit is answered as if it had not.
-fn ask_hook(vcpu: &mut Vcpu, cell: &Cell, exit: &VcpuExit) -> Option<Step> {
+fn ask_hook(vcpu: &mut Vcpu, cell: &Cell, exit: &VcpuExit) -> Option<Outcome> {
     let hook = vcpu.dispatch.hook()?;
-    let id = vcpu.id;
-    let verdict = cell.lend(vcpu, || hook.on_exit(id, exit));
-    match verdict {
-        Verdict::Pass => return None,
-        Verdict::Handled(data) => {
-            if let Some(data) = data {
-                vcpu.page.answer(&data);
-            }
+    let (id, mut reply) = (vcpu.id, Reply::Default);
+    let outcome = cell.lend(vcpu, || hook.on_exit(id, exit, &mut reply))?;
+    if !matches!(outcome, Outcome::Continue | Outcome::Wait) {
+        return Some(outcome);
+    }
+    match reply {
+        Reply::Default => vcpu.page.allow_msr(),
+        Reply::Data(data) => {
+            vcpu.page.answer(&data);
             vcpu.page.allow_msr();
         }
-        Verdict::Retry => vcpu.execute_again(exit, &cell.stop),
-        Verdict::Stop => return Some(Step::Stop),
+        Reply::Retry => vcpu.execute_again(exit, &cell.stop),
     }
-    Some(Step::Continue)
+    Some(Outcome::Continue)
 }
 
 fn on_exit(exit: &VcpuExit, vcpu: &mut Vcpu, cell: &Cell) -> Outcome {
     match exit {
-        VcpuExit::IoIn { port, size, count } => {
-            flow(access::port_in(vcpu, cell, *port, *size, *count))
-        }
-        VcpuExit::IoOut { port, size, data } => {
-            flow(access::port_out(vcpu, cell, *port, *size, data))
-        }
-        VcpuExit::MmioRead { address, length } => {
-            flow(access::mmio_read(vcpu, cell, *address, *length))
-        }
-        VcpuExit::MmioWrite { address, data } => {
-            flow(access::mmio_write(vcpu, cell, *address, data))
-        }
+        VcpuExit::IoIn { port, size, count } => access::port_in(vcpu, cell, *port, *size, *count),
+        VcpuExit::IoOut { port, size, data } => access::port_out(vcpu, cell, *port, *size, data),
+        VcpuExit::MmioRead { address, length } => access::mmio_read(vcpu, cell, *address, *length),
+        VcpuExit::MmioWrite { address, data } => access::mmio_write(vcpu, cell, *address, data),
         // The guest finds a general protection fault, as KVM itself would have given it.
-        VcpuExit::Rdmsr { .. } | VcpuExit::Wrmsr { .. } => Outcome::Done(Step::Continue),
+        VcpuExit::Rdmsr { .. } | VcpuExit::Wrmsr { .. } => Outcome::Continue,
         _ => end_of(exit, vcpu.page.exit_reason(), || {
             fault::internal_error(&vcpu.page.internal_error())
         }),
@@ -180,7 +151,7 @@ fn on_exit(exit: &VcpuExit, vcpu: &mut Vcpu, cell: &Cell) -> Outcome {
 fn end_of(exit: &VcpuExit, number: u32, internal_error: impl FnOnce() -> String) -> Outcome {
     match exit {
         VcpuExit::Hlt => end(Exit::new(ExitReason::Halt)),
-        VcpuExit::Interrupted => Outcome::Done(Step::Interrupted),
+        VcpuExit::Interrupted => Outcome::Continue,
         VcpuExit::Shutdown => fault(Exit::new(ExitReason::Shutdown), "triple fault".into()),
         VcpuExit::SystemEvent { kind: KVM_SYSTEM_EVENT_RESET, .. } => {
             end(Exit::new(ExitReason::Reset))
@@ -209,9 +180,9 @@ fn end_of(exit: &VcpuExit, number: u32, internal_error: impl FnOnce() -> String)
 
 fn on_error(error: kvm_ioctls::Error) -> Outcome {
     match error.errno() {
-        libc::EINTR => Outcome::Done(Step::Interrupted),
+        libc::EINTR => Outcome::Continue,
         // A vCPU that waited for INIT and SIPI has got one: KVM asks to be entered again.
-        libc::EAGAIN => Outcome::Done(Step::Interrupted),
+        libc::EAGAIN => Outcome::Continue,
         errno => fault(
             Exit::with_code(ExitReason::VcpuError, errno_code(errno)),
             format!("KVM_RUN: {error}"),
@@ -219,20 +190,13 @@ fn on_error(error: kvm_ioctls::Error) -> Outcome {
     }
 }
 
-fn flow(flow: Flow) -> Outcome {
-    match flow {
-        Flow::Continue | Flow::Wait => Outcome::Done(Step::Continue),
-        Flow::Stop => Outcome::Done(Step::Stop),
-        Flow::End(exit) => end(exit),
-    }
-}
-
 fn end(exit: Exit) -> Outcome {
-    Outcome::Done(Step::End(exit))
+    Outcome::End(exit)
 }
 
+/// An end whose text gets the vCPU's state.
 fn fault(exit: Exit, what: String) -> Outcome {
-    Outcome::Fault(exit, what)
+    Outcome::End(Exit { fault: Some(what), ..exit })
 }
 
 fn unknown(number: u32) -> Outcome {
@@ -260,8 +224,8 @@ mod tests {
 
     fn reason(outcome: Outcome) -> (ExitReason, Option<u64>) {
         match outcome {
-            Outcome::Done(Step::End(exit)) | Outcome::Fault(exit, _) => (exit.reason, exit.code),
-            Outcome::Done(step) => panic!("{step:?} is no end"),
+            Outcome::End(exit) => (exit.reason, exit.code),
+            other => panic!("{other:?} is no end"),
         }
     }
 
@@ -294,7 +258,7 @@ mod tests {
 
     #[test]
     fn an_error_of_kvm_run_ends_the_run_but_a_signal_does_not() {
-        assert_eq!(on_error(kvm_ioctls::Error::new(libc::EINTR)), Outcome::Done(Step::Interrupted));
+        assert_eq!(on_error(kvm_ioctls::Error::new(libc::EINTR)), Outcome::Continue);
         let (reason, code) = reason(on_error(kvm_ioctls::Error::new(libc::EFAULT)));
         assert_eq!((reason, code), (ExitReason::VcpuError, Some(14)));
     }

@@ -10,13 +10,13 @@ use kvm_ioctls::VcpuFd;
 use super::cell::{Cell, Order, set_current};
 use super::dispatch::Dispatch;
 use super::registers::Vcpu;
-use super::run::{Step, settle, step};
+use super::run::{settle, step};
 use super::run_page::RunPage;
 use super::signal::{kick_signal, unblock_kicks};
 use super::stack;
 use super::state::{RunState, VmRunState};
 use crate::error::Result;
-use crate::exit_handler::{Exit, ExitHandler, ExitReason};
+use crate::exit_handler::{Exit, ExitHandler, ExitReason, Outcome};
 use crate::memory::GuestMemory;
 use crate::sync::{Mutex, rank};
 
@@ -148,33 +148,33 @@ fn serve<EH: ExitHandler>(cell: &Cell, shared: &Shared<EH>) {
         vcpu.tell_of_pause();
         let end = turn_until_end(&mut vcpu, cell);
         std::mem::forget(guard);
-        cell.put_back(vcpu, matches!(end, Step::Stop | Step::End(_)));
+        cell.put_back(vcpu, matches!(end, Outcome::Stop | Outcome::End(_)));
         match end {
-            Step::End(exit) => shared.vcpu_ended(Exit { vcpu: Some(cell.id()), ..exit }),
+            Outcome::End(exit) => shared.vcpu_ended(Exit { vcpu: Some(cell.id()), ..exit }),
             // Its failure leaves nothing to tell: the loop looks at what stopped it within a turn.
-            Step::Stop => drop(shared.exit_handler.kick()),
-            Step::Continue | Step::Interrupted => {}
+            Outcome::Stop => drop(shared.exit_handler.kick()),
+            Outcome::Continue | Outcome::Wait => {}
         }
     }
 }
 
 /// Until the guest ends, a device or a hook ends the run, or the stop word is set.
-fn turn_until_end(vcpu: &mut Vcpu, cell: &Cell) -> Step {
-    let mut last = Step::Continue;
+fn turn_until_end(vcpu: &mut Vcpu, cell: &Cell) -> Outcome {
+    let mut last = Outcome::Continue;
     while !cell.stop.is_set() {
         if !cell.wait_for_room(vcpu) {
             continue; // called out: the stop word is set
         }
         last = step(vcpu, cell);
         match last {
-            Step::Continue | Step::Interrupted => {}
-            Step::Stop => break,
-            Step::End(_) => return last,
+            Outcome::Continue | Outcome::Wait => {}
+            Outcome::Stop => break,
+            Outcome::End(_) => return last,
         }
     }
     // Looked into, it shall show the registers after the instruction.
     match settle(vcpu, cell, SETTLE_STEPS) {
-        Step::Continue | Step::Interrupted => last,
+        Outcome::Continue | Outcome::Wait => last,
         end => end,
     }
 }

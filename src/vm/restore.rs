@@ -10,12 +10,12 @@ use super::vcpus::Vcpus;
 use super::{KvmVm, create_irqchip, create_vm, switch_fixups_on};
 use crate::cpu::CpuMode;
 use crate::error::{Error, ErrorKind, Result};
-use crate::exit_handler::{Exit, ExitHandler};
+use crate::exit_handler::{Exit, ExitHandler, Outcome};
 use crate::kvm::open_kvm;
 use crate::memory::{GuestMemory, Reserved};
 use crate::process::Birthplace;
 use crate::sync::{MappedMutexGuard, Mutex, MutexGuard, rank};
-use crate::vcpu::{self, Dispatch, Handle, RunState, Step, Vcpu, VmRunState};
+use crate::vcpu::{self, Dispatch, Handle, RunState, Vcpu, VmRunState};
 use crate::vm::Shape;
 
 impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
@@ -101,10 +101,10 @@ impl<EH: ExitHandler> KvmVm<EH> {
     pub(crate) fn settle(&self) -> Result<()> {
         for cell in self.cells() {
             match cell.settle()? {
-                Step::End(exit) if self.state() != VmRunState::Exiting => {
+                Outcome::End(exit) if self.state() != VmRunState::Exiting => {
                     self.shared.vcpu_ended(Exit { vcpu: Some(cell.id()), ..exit });
                 }
-                Step::Stop => drop(self.shared.exit_handler.kick()),
+                Outcome::Stop => drop(self.shared.exit_handler.kick()),
                 _ => {}
             }
         }

@@ -252,8 +252,8 @@ mod tests {
     use super::*;
     use crate::config::{Boot, Code, FlatBoot, VmmConfig};
     use crate::cpu::CpuMode;
-    use crate::devices::Flow;
     use crate::exit_handler::ExitReason;
+    use crate::exit_handler::Outcome;
     use crate::sync::{Mutex, rank};
     use crate::vcpu::Cell;
 
@@ -280,13 +280,13 @@ mod tests {
     }
 
     impl Device for Counter {
-        fn read(&self, _offset: u64, data: &mut [u8]) -> Flow {
+        fn read(&self, _offset: u64, data: &mut [u8]) -> Outcome {
             data.fill(u8::try_from(self.count() & 0xff).unwrap());
-            Flow::Continue
+            Outcome::Continue
         }
-        fn write(&self, _offset: u64, _data: &[u8]) -> Flow {
+        fn write(&self, _offset: u64, _data: &[u8]) -> Outcome {
             self.count();
-            Flow::Continue
+            Outcome::Continue
         }
         fn save(&self) -> Result<Vec<u8>> {
             Ok(self.seen.load(Ordering::Relaxed).to_le_bytes().to_vec())
