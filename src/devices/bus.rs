@@ -34,7 +34,7 @@ pub trait Device: Send + Sync + fmt::Debug {
     }
 
     /// Whether all the elements of a repeated `OUTS` are wanted in one call.
-    fn gathers(&self) -> bool {
+    fn coalesces_outs(&self) -> bool {
         false
     }
 
@@ -48,7 +48,7 @@ pub trait Device: Send + Sync + fmt::Debug {
     fn wake(&self) {}
 
     /// Whether it calls code of the program's, which may look into the vCPU meanwhile.
-    fn calls_out(&self) -> bool {
+    fn may_block(&self) -> bool {
         false
     }
 

@@ -136,7 +136,7 @@ impl Drop for Registered {
 /// The lock between the handlers of one fork.
 struct Held(UnsafeCell<Option<MutexGuard<'static, Vec<Entry>>>>);
 
-// SAFETY: only the thread that holds `REGISTRY` touches the cell: `before` fills it once it has the
+// SAFETY: only the thread that holds `REGISTRY` touches the handle: `before` fills it once it has the
 // lock, and the handler that takes it out, in the same thread of the parent or in its copy in the
 // child, gives the lock back with it.
 unsafe impl Sync for Held {}

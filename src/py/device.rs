@@ -191,11 +191,11 @@ impl Device for PythonDevice {
         &self.name
     }
 
-    fn gathers(&self) -> bool {
+    fn coalesces_outs(&self) -> bool {
         self.methods.write_many.is_some()
     }
 
-    fn calls_out(&self) -> bool {
+    fn may_block(&self) -> bool {
         true
     }
 }

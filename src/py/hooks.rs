@@ -20,7 +20,7 @@ use super::vcpu::PyVcpu;
 use super::vcpu_exit::PyVcpuExit;
 use crate::exit_handler::Outcome;
 use crate::sync::{Mutex, rank};
-use crate::vcpu::{Cell, ExitHook, ExitKind, Reply, VcpuExit, current};
+use crate::vcpu::{ExitHook, ExitKind, Reply, VcpuExit, VcpuHandle, current};
 
 /// The hooks of one kind.
 type Functions = Arc<Vec<Py<PyAny>>>;
@@ -118,10 +118,10 @@ impl Hooks {
     }
 
     /// The object for a vCPU, which keeps the machine unless that is being dropped.
-    pub(super) fn vcpu(&self, py: Python<'_>, cell: &Arc<Cell>) -> PyVcpu {
+    pub(super) fn vcpu(&self, py: Python<'_>, handle: &Arc<VcpuHandle>) -> PyVcpu {
         let machine = self.machine.with(py, |machine| machine.as_ref().map(|m| m.clone_ref(py)));
         let machine = machine.and_then(|machine| machine.bind(py).upgrade());
-        PyVcpu::of(cell, machine.map(Bound::unbind), &self.tie)
+        PyVcpu::of(handle, machine.map(Bound::unbind), &self.tie)
     }
 
     pub(super) fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
@@ -142,10 +142,10 @@ impl ExitHook for Hooks {
 
 /// Ask the hooks of an exit's kind, in the order they were added, until one has something to say.
 fn on_exit(hooks: &Hooks, exit: &VcpuExit, reply: &mut Reply) -> Option<Outcome> {
-    let (kind, cell) = (exit.kind()?, current()?);
+    let (kind, handle) = (exit.kind()?, current()?);
     on_vcpu_thread(
         |py| {
-            let said = ask(py, hooks, kind, &cell, exit)?;
+            let said = ask(py, hooks, kind, &handle, exit)?;
             said.map(|said| outcome_of(hooks, exit, &said, reply)).transpose()
         },
         |py, error| {
@@ -161,11 +161,11 @@ fn ask<'py>(
     py: Python<'py>,
     hooks: &Hooks,
     kind: ExitKind,
-    cell: &Arc<Cell>,
+    handle: &Arc<VcpuHandle>,
     exit: &VcpuExit,
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
     let functions = hooks.of(kind);
-    let vcpu = hooks.vcpu(py, cell).into_pyobject(py)?;
+    let vcpu = hooks.vcpu(py, handle).into_pyobject(py)?;
     let shown = PyVcpuExit::of(py, exit.clone())?.into_pyobject(py)?;
     for function in functions.iter() {
         let function = function.bind(py);

@@ -57,7 +57,7 @@ impl Raised {
         if !value.is_instance(STOP.import(py, "pyvmm.exits", "Stop")?)? {
             return Ok(false);
         }
-        let vcpu = current().map_or(0, |cell| cell.id());
+        let vcpu = current().map_or(0, |handle| handle.id());
         self.stop(vcpu, value.getattr(intern!(py, "value"))?.unbind());
         Ok(true)
     }
@@ -105,10 +105,10 @@ impl Raised {
 
 /// Where the vCPU of this thread stands, for a note.
 pub(super) fn position() -> String {
-    let Some(cell) = current() else { return String::new() };
-    match cell.with_vcpu(|vcpu| vcpu.general()) {
-        Ok(regs) => format!(", vCPU {}, guest RIP {:#x}", cell.id(), regs.rip),
-        Err(_) => format!(", vCPU {}", cell.id()),
+    let Some(handle) = current() else { return String::new() };
+    match handle.with_vcpu(|vcpu| vcpu.general()) {
+        Ok(regs) => format!(", vCPU {}, guest RIP {:#x}", handle.id(), regs.rip),
+        Err(_) => format!(", vCPU {}", handle.id()),
     }
 }
 

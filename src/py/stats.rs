@@ -8,7 +8,7 @@ use pyo3::types::PyList;
 
 use super::ending::import;
 use super::vmm::PyVmm;
-use crate::vcpu::{Dispatch, Stats};
+use crate::vcpu::{ExitRouter, Stats};
 
 /// Counters of a machine's exits, and of the time its vCPUs spend inside the guest and outside:
 /// `Vmm.stats`.
@@ -23,9 +23,9 @@ pub struct PyStats {
 }
 
 impl PyStats {
-    fn parts(&self) -> PyResult<(&Arc<Stats>, &Arc<Dispatch>)> {
+    fn parts(&self) -> PyResult<(&Arc<Stats>, &Arc<ExitRouter>)> {
         let vmm = self.vmm.get().vmm()?;
-        Ok((&vmm.watching().stats, vmm.dispatch()))
+        Ok((&vmm.watching().stats, vmm.router()))
     }
 
     fn stats(&self) -> PyResult<&Arc<Stats>> {
@@ -37,16 +37,16 @@ impl PyStats {
 impl PyStats {
     /// Count, from each vCPU's next entry on. Also while the guest runs.
     fn enable(&self, py: Python<'_>) -> PyResult<()> {
-        let (stats, dispatch) = self.parts()?;
+        let (stats, router) = self.parts()?;
         // A machine that is closed has no more exits to count.
         self.vmm.get().vmm()?.vm()?;
-        Ok(py.detach(|| stats.enable(dispatch))?)
+        Ok(py.detach(|| stats.enable(router))?)
     }
 
     /// Count no more. What was counted stays.
     fn disable(&self, py: Python<'_>) -> PyResult<()> {
-        let (stats, dispatch) = self.parts()?;
-        Ok(py.detach(|| stats.disable(dispatch))?)
+        let (stats, router) = self.parts()?;
+        Ok(py.detach(|| stats.disable(router))?)
     }
 
     /// Start from zero.
@@ -102,8 +102,8 @@ impl PyStats {
         _traceback: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
         // A forked child leaves the block that its parent has entered.
-        let Ok((stats, dispatch)) = self.parts() else { return Ok(()) };
-        let _ = py.detach(|| stats.disable(dispatch));
+        let Ok((stats, router)) = self.parts() else { return Ok(()) };
+        let _ = py.detach(|| stats.disable(router));
         Ok(())
     }
 

@@ -17,12 +17,12 @@ use super::vcpu_exit::PyVcpuExit;
 use super::wakeup;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::vcpu::{Cell, RegisterClass, Vcpu};
+use crate::vcpu::{DebugOwner, DebugRequest, RegisterClass, Vcpu, VcpuHandle};
 
 /// A virtual processor, as long as its machine is not closed.
 #[derive(Debug)]
 struct Processor {
-    cell: Owned<Weak<Cell>>,
+    handle: Owned<Weak<VcpuHandle>>,
     /// The machine's object, which does not close it for as long as somebody has a vCPU or its
     /// registers.
     machine: Option<Py<PyAny>>,
@@ -38,15 +38,15 @@ impl Processor {
         py: Python<'_>,
         look: impl FnOnce(&mut Vcpu) -> Result<T> + Send,
     ) -> PyResult<T> {
-        let cell = self.upgrade()?;
-        let mut tried = cell.try_with_vcpu(Duration::ZERO, look);
+        let handle = self.upgrade()?;
+        let mut tried = handle.try_with_vcpu(Duration::ZERO, look);
         loop {
             let look = match tried {
                 Ok(result) => return Ok(result?),
                 Err(look) => look,
             };
             py.check_signals()?;
-            tried = py.detach(|| cell.try_with_vcpu(wakeup::SLICE, look));
+            tried = py.detach(|| handle.try_with_vcpu(wakeup::SLICE, look));
         }
     }
 
@@ -61,23 +61,23 @@ impl Processor {
     }
 
     /// The vCPU, to drive it by hand.
-    fn cell(&self) -> Result<Arc<Cell>> {
+    fn handle(&self) -> Result<Arc<VcpuHandle>> {
         self.tie.hand_out();
         self.upgrade()
     }
 
-    fn upgrade(&self) -> Result<Arc<Cell>> {
+    fn upgrade(&self) -> Result<Arc<VcpuHandle>> {
         let closed = || Error::new(ErrorKind::State, "vcpu", "the machine is closed");
-        self.cell.get()?.upgrade().ok_or_else(closed)
+        self.handle.get()?.upgrade().ok_or_else(closed)
     }
 
-    fn of(cell: Weak<Cell>, machine: Option<Py<PyAny>>, tie: &Tie) -> Self {
-        Self { cell: Owned::new("vCPU", cell), machine, tie: tie.clone() }
+    fn of(handle: Weak<VcpuHandle>, machine: Option<Py<PyAny>>, tie: &Tie) -> Self {
+        Self { handle: Owned::new("vCPU", handle), machine, tie: tie.clone() }
     }
 
     fn another(&self, py: Python<'_>) -> Result<Self> {
         let machine = self.machine.as_ref().map(|machine| machine.clone_ref(py));
-        Ok(Self::of(Weak::clone(self.cell.get()?), machine, &self.tie))
+        Ok(Self::of(Weak::clone(self.handle.get()?), machine, &self.tie))
     }
 
     fn traverse(&self, visit: &PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {
@@ -187,8 +187,8 @@ impl PyVcpu {
     }
 
     /// The object for a vCPU of a machine's object.
-    pub(super) fn of(cell: &Arc<Cell>, machine: Option<Py<PyAny>>, tie: &Tie) -> Self {
-        Self { id: cell.id(), processor: Processor::of(Arc::downgrade(cell), machine, tie) }
+    pub(super) fn of(handle: &Arc<VcpuHandle>, machine: Option<Py<PyAny>>, tie: &Tie) -> Self {
+        Self { id: handle.id(), processor: Processor::of(Arc::downgrade(handle), machine, tie) }
     }
 
     /// A view of one class of its registers: made when it is asked for, it keeps the machine.
@@ -234,11 +234,11 @@ fn cpuid_entry(entry: &Bound<'_, PyAny>) -> PyResult<kvm_cpuid_entry2> {
 /// The vCPUs of a machine's object.
 pub(super) fn to_python<'py>(
     machine: &Bound<'py, PyAny>,
-    cells: &[Arc<Cell>],
+    handles: &[Arc<VcpuHandle>],
     tie: &Tie,
 ) -> PyResult<Bound<'py, PyTuple>> {
-    let of = |cell| PyVcpu::of(cell, Some(machine.clone().unbind()), tie);
-    PyTuple::new(machine.py(), cells.iter().map(of))
+    let of = |handle| PyVcpu::of(handle, Some(machine.clone().unbind()), tie);
+    PyTuple::new(machine.py(), handles.iter().map(of))
 }
 
 #[pymethods]
@@ -333,9 +333,9 @@ impl PyVcpu {
     ///     StateError: the guest is running, or the machine is closed.
     ///     KvmError: KVM_RUN failed.
     fn run_once(&self, py: Python<'_>) -> PyResult<PyVcpuExit> {
-        let cell = self.processor.cell()?;
+        let handle = self.processor.handle()?;
         loop {
-            if let Some(exit) = py.detach(|| cell.run_once())? {
+            if let Some(exit) = py.detach(|| handle.run_once())? {
                 return PyVcpuExit::of(py, exit);
             }
             py.check_signals()?;
@@ -345,9 +345,9 @@ impl PyVcpu {
     /// Bring `run_once` back with `VcpuExit.Interrupted`: the one in progress, else the next. From
     /// any thread.
     fn kick(&self, py: Python<'_>) -> PyResult<()> {
-        let cell = self.processor.cell()?;
-        cell.check_process()?;
-        py.detach(|| cell.kick());
+        let handle = self.processor.handle()?;
+        handle.check_process()?;
+        py.detach(|| handle.kick());
         Ok(())
     }
 
@@ -403,7 +403,8 @@ impl PyVcpu {
         breakpoints: Option<Vec<u64>>,
     ) -> PyResult<()> {
         let breakpoints = breakpoints.unwrap_or_default();
-        self.processor.change(py, |vcpu| vcpu.debug(single_step, &breakpoints))
+        let request = DebugRequest { single_step, breakpoints };
+        self.processor.change(py, |vcpu| vcpu.debug(DebugOwner::Program, request))
     }
 
     fn __repr__(&self) -> String {
@@ -411,8 +412,8 @@ impl PyVcpu {
     }
 
     fn __eq__(&self, other: &Self) -> bool {
-        match (self.processor.cell.peek(), other.processor.cell.peek()) {
-            (Some(cell), Some(other)) => cell.ptr_eq(other),
+        match (self.processor.handle.peek(), other.processor.handle.peek()) {
+            (Some(handle), Some(other)) => handle.ptr_eq(other),
             _ => std::ptr::eq(self, other),
         }
     }

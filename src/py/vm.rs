@@ -29,7 +29,7 @@ use crate::fixup::Counts;
 use crate::layout;
 use crate::memory::GuestMemory;
 use crate::sync::{Condvar, Mutex, rank};
-use crate::vcpu::{Dispatch, VmRunState, is_thread_of};
+use crate::vcpu::{ExitRouter, VmRunState, is_thread_of};
 use crate::vm::KvmVm;
 
 /// An exit handler as the vCPUs hold it.
@@ -163,7 +163,7 @@ impl Close for Machine {
 pub struct PyKvmVm {
     machine: Owned<Arc<Machine>>,
     python_handler: Option<Arc<PythonHandler>>,
-    dispatch: Arc<Dispatch>,
+    router: Arc<ExitRouter>,
     fixups: Arc<Counts>,
     /// Where the configuration's code starts.
     #[pyo3(get)]
@@ -197,7 +197,7 @@ impl PyKvmVm {
         py: Python<'_>,
         vm: KvmVm<Handler>,
         python_handler: Option<Arc<PythonHandler>>,
-        dispatch: Arc<Dispatch>,
+        router: Arc<ExitRouter>,
         entry: u64,
         serial: Option<Arc<Serial>>,
     ) -> Self {
@@ -205,7 +205,7 @@ impl PyKvmVm {
         let machine = Arc::new(Machine::new(vm));
         live::remember(py, Arc::downgrade(&machine) as Weak<dyn Close>);
         let machine = Owned::new("machine", machine);
-        Self { machine, python_handler, dispatch, fixups, entry, serial }
+        Self { machine, python_handler, router, fixups, entry, serial }
     }
 
     /// Raise what the exit handler's `kick()` raised, once.
@@ -257,17 +257,17 @@ impl PyKvmVm {
                 "a KvmVm has no event loop to serve streams; use Vmm, or serial.send() and read()";
             return Err(Error::new(ErrorKind::Config, "serial", detail).into());
         }
-        let (vm, entry, dispatch, serial) = interrupt::interruptible(py, |interrupted| {
+        let (vm, entry, router, serial) = interrupt::interruptible(py, |interrupted| {
             config.validate()?;
             let memory = GuestMemory::new(config.memory.size_mib << 20)?;
             let entry = boot::load(&config, &memory, interrupted)?;
-            let dispatch = Arc::new(Dispatch::default());
-            let vm = KvmVm::new(&config, memory, Arc::clone(&dispatch), handler)?;
+            let router = Arc::new(ExitRouter::default());
+            let vm = KvmVm::new(&config, memory, Arc::clone(&router), handler)?;
             let irq = vm.irq(layout::COM1_IRQ);
-            let serial = devices::attach(&dispatch.buses, irq, &config.serial, config.exit_port)?;
-            Ok((vm, entry, dispatch, serial))
+            let serial = devices::attach(&router.buses, irq, &config.serial, config.exit_port)?;
+            Ok((vm, entry, router, serial))
         })?;
-        Ok(Self::of(py, vm, python_handler, dispatch, entry, Some(serial)))
+        Ok(Self::of(py, vm, python_handler, router, entry, Some(serial)))
     }
 
     /// Add a vCPU to a machine that has not run. It is as KVM makes it: at the reset vector, with
@@ -279,8 +279,8 @@ impl PyKvmVm {
     #[pyo3(signature = (id = 0))]
     fn create_vcpu(slf: &Bound<'_, Self>, id: u64) -> PyResult<PyVcpu> {
         let vm = slf.get().vm()?;
-        let cell = slf.py().detach(|| vm.create_vcpu(id))?;
-        Ok(PyVcpu::of(&cell, Some(slf.as_any().clone().unbind()), &Tie::default()))
+        let handle = slf.py().detach(|| vm.create_vcpu(id))?;
+        Ok(PyVcpu::of(&handle, Some(slf.as_any().clone().unbind()), &Tie::default()))
     }
 
     /// Start a thread `vcpu_{id}` for each vCPU and return.
@@ -351,8 +351,8 @@ impl PyKvmVm {
     #[getter]
     fn vcpus<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyTuple>> {
         let (this, vm) = (slf.get(), slf.get().vm()?);
-        let cells = slf.py().detach(|| vm.prepare(this.entry).map(|()| vm.cells()))?;
-        vcpu::to_python(slf.as_any(), &cells, &Tie::default())
+        let handles = slf.py().detach(|| vm.prepare(this.entry).map(|()| vm.handles()))?;
+        vcpu::to_python(slf.as_any(), &handles, &Tie::default())
     }
 
     /// Guest memory, by guest-physical address.
@@ -417,7 +417,7 @@ impl PyKvmVm {
     #[getter]
     fn unanswered<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
         self.machine.get()?;
-        vmm::unanswered(py, &self.dispatch.buses)
+        vmm::unanswered(py, &self.router.buses)
     }
 
     /// The instructions that KVM refused and pyvmm executed, counted by mnemonic; empty without

@@ -315,8 +315,8 @@ impl PyVmm {
     #[getter]
     fn vcpus<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyTuple>> {
         let (py, vmm) = (slf.py(), slf.get().core()?);
-        let cells = py.detach(|| vmm.vcpus())?;
-        vcpu::to_python(slf.as_any(), &cells, &slf.get().tie)
+        let handles = py.detach(|| vmm.vcpus())?;
+        vcpu::to_python(slf.as_any(), &handles, &slf.get().tie)
     }
 
     /// Guest memory, by guest-physical address.
@@ -372,7 +372,7 @@ impl PyVmm {
     /// Accesses that no device answered, counted by address.
     #[getter]
     fn unanswered<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
-        unanswered(py, &self.core()?.dispatch().buses)
+        unanswered(py, &self.core()?.router().buses)
     }
 
     /// The instructions that KVM refused and pyvmm executed, counted by mnemonic; empty without

@@ -14,7 +14,7 @@ use super::event_fd::PyEventFd;
 use super::vmm::PyVmm;
 use crate::devices::{Access, Device};
 use crate::error::{Error, ErrorKind, Result};
-use crate::vcpu::{ExitHook, ExitKind};
+use crate::vcpu::{ExitHook, ExitKind, HookPriority};
 use crate::vm::IoEvent;
 
 impl PyVmm {
@@ -41,7 +41,7 @@ impl PyVmm {
             let detail = "no device that was added starts here";
             return Err(Error::new(ErrorKind::Config, format!("{base:#x}"), detail).into());
         };
-        py.detach(|| vmm.dispatch().buses.bus(access).remove(base).map(drop))?;
+        py.detach(|| vmm.router().buses.bus(access).remove(base).map(drop))?;
         self.devices.lock().retain(|known| !Arc::ptr_eq(known, &device));
         Ok(device.object().clone_ref(py))
     }
@@ -49,7 +49,7 @@ impl PyVmm {
     fn set_hooks(&self) -> Result<()> {
         let kinds = self.hooks.kinds();
         let hook = Arc::clone(&self.hooks) as Arc<dyn ExitHook>;
-        self.changing()?.dispatch().set_hook(hook, &kinds);
+        self.changing()?.router().set_hook(HookPriority::Program, &hook, &kinds);
         Ok(())
     }
 }

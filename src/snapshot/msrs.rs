@@ -132,7 +132,7 @@ pub(super) fn apply(vcpu: &mut Vcpu, state: &[u8]) -> Result<()> {
         // is told nothing.
         let _ = vcpu.fd.kvmclock_ctrl();
     }
-    vcpu.is_told_of_pause = true;
+    vcpu.knows_of_pause = true;
     Ok(())
 }
 

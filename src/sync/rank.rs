@@ -70,8 +70,8 @@ ranks! {
     RunStateBells,
     /// How the guest ended.
     GuestExit,
-    /// The hook that looks at exits first.
-    ExitHook,
+    /// The hooks that look at exits first.
+    ExitHooks,
     /// What looks at exits afterwards; called under it.
     Observers,
     /// The devices of a bus.

@@ -1,12 +1,12 @@
-//! An access of the guest's on its way to a device and back. On the vCPU's thread.
+//! Takes a guest's access to the device on its bus and back. On the vCPU's thread.
 
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::cell::Cell;
 use super::exit::Data;
-use super::registers::Vcpu;
+use super::handle::VcpuHandle;
 use super::string_io;
+use super::vcpu::Vcpu;
 use crate::devices::{Access, Device};
 use crate::exit_handler::Outcome;
 use crate::trace::{self, Value};
@@ -14,52 +14,70 @@ use crate::trace::{self, Value};
 /// `IN` and `INS`: `count` elements of `size` bytes from one port.
 pub(super) fn port_in(
     vcpu: &mut Vcpu,
-    cell: &Cell,
+    handle: &VcpuHandle,
     port: u16,
     size: usize,
     count: usize,
 ) -> Outcome {
-    read(vcpu, cell, (Access::Pio, u64::from(port)), size, count)
+    read(vcpu, handle, (Access::Pio, u64::from(port)), size, count)
 }
 
 /// `OUT` and `OUTS`.
 pub(super) fn port_out(
     vcpu: &mut Vcpu,
-    cell: &Cell,
+    handle: &VcpuHandle,
     port: u16,
     size: usize,
     data: &[u8],
 ) -> Outcome {
     let place = (Access::Pio, u64::from(port));
-    reach(vcpu, cell, place, size, false, |vcpu, cell, device, offset| {
-        if !device.gathers() {
-            return lent(vcpu, cell, device, |device| write(device, offset, data, size));
+    reach(vcpu, handle, place, size, false, |vcpu, handle, device, offset| {
+        if !device.coalesces_outs() {
+            return call_device(vcpu, handle, device, |device| write(device, offset, data, size));
         }
-        match string_io::gather(vcpu, port, size, data) {
-            Some(all) => lent(vcpu, cell, device, |device| device.write_many(offset, &all, size)),
-            None => lent(vcpu, cell, device, |device| write(device, offset, data, size)),
+        match string_io::coalesce(vcpu, port, size, data) {
+            Some(all) => {
+                call_device(vcpu, handle, device, |device| device.write_many(offset, &all, size))
+            }
+            None => call_device(vcpu, handle, device, |device| write(device, offset, data, size)),
         }
     })
 }
 
 /// A read of a memory-mapped device.
-pub(super) fn mmio_read(vcpu: &mut Vcpu, cell: &Cell, address: u64, length: usize) -> Outcome {
-    read(vcpu, cell, (Access::Mmio, address), length, 1)
+pub(super) fn mmio_read(
+    vcpu: &mut Vcpu,
+    handle: &VcpuHandle,
+    address: u64,
+    length: usize,
+) -> Outcome {
+    read(vcpu, handle, (Access::Mmio, address), length, 1)
 }
 
 /// A write to one.
-pub(super) fn mmio_write(vcpu: &mut Vcpu, cell: &Cell, address: u64, data: &[u8]) -> Outcome {
+pub(super) fn mmio_write(
+    vcpu: &mut Vcpu,
+    handle: &VcpuHandle,
+    address: u64,
+    data: &[u8],
+) -> Outcome {
     let place = (Access::Mmio, address);
-    reach(vcpu, cell, place, data.len(), false, |vcpu, cell, device, offset| {
-        lent(vcpu, cell, device, |device| device.write(offset, data))
+    reach(vcpu, handle, place, data.len(), false, |vcpu, handle, device, offset| {
+        call_device(vcpu, handle, device, |device| device.write(offset, data))
     })
 }
 
-fn read(vcpu: &mut Vcpu, cell: &Cell, place: (Access, u64), size: usize, count: usize) -> Outcome {
+fn read(
+    vcpu: &mut Vcpu,
+    handle: &VcpuHandle,
+    place: (Access, u64),
+    size: usize,
+    count: usize,
+) -> Outcome {
     // All ones is what a PC's bus gives where no device drives it.
     let mut data = Data::from_elem(0xff, size.saturating_mul(count));
-    let outcome = reach(vcpu, cell, place, size, true, |vcpu, cell, device, offset| {
-        lent(vcpu, cell, device, |device| match count {
+    let outcome = reach(vcpu, handle, place, size, true, |vcpu, handle, device, offset| {
+        call_device(vcpu, handle, device, |device| match count {
             1 => device.read(offset, &mut data),
             _ => device.read_many(offset, &mut data, size),
         })
@@ -79,17 +97,17 @@ fn write(device: &dyn Device, offset: u64, data: &[u8], size: usize) -> Outcome 
 /// Find the device of an access, or count that there is none.
 fn reach(
     vcpu: &mut Vcpu,
-    cell: &Cell,
+    handle: &VcpuHandle,
     (bus, address): (Access, u64),
     size: usize,
     is_read: bool,
-    call: impl FnOnce(&mut Vcpu, &Cell, &dyn Device, u64) -> Outcome,
+    call: impl FnOnce(&mut Vcpu, &VcpuHandle, &dyn Device, u64) -> Outcome,
 ) -> Outcome {
-    let buses = &vcpu.dispatch.buses;
+    let buses = &vcpu.router.buses;
     match buses.bus(bus).find(address, size) {
         Some((device, offset)) if vcpu.is_recorded => {
             let began = Instant::now();
-            let outcome = call(vcpu, cell, &*device, offset);
+            let outcome = call(vcpu, handle, &*device, offset);
             let bus = if bus == Access::Pio { "pio" } else { "mmio" };
             let access = if is_read { "read" } else { "write" };
             let values = [
@@ -102,7 +120,7 @@ fn reach(
             waits(vcpu, device, outcome)
         }
         Some((device, offset)) => {
-            let outcome = call(vcpu, cell, &*device, offset);
+            let outcome = call(vcpu, handle, &*device, offset);
             waits(vcpu, device, outcome)
         }
         None => {
@@ -121,12 +139,12 @@ fn waits(vcpu: &mut Vcpu, device: Arc<dyn Device>, outcome: Outcome) -> Outcome 
     Outcome::Continue
 }
 
-/// Call a device, and where that calls the program's code, lend the vCPU meanwhile.
-fn lent(
+/// Call a device; one that calls the program's code has access to the vCPU meanwhile.
+fn call_device(
     vcpu: &mut Vcpu,
-    cell: &Cell,
+    handle: &VcpuHandle,
     device: &dyn Device,
     call: impl FnOnce(&dyn Device) -> Outcome,
 ) -> Outcome {
-    if device.calls_out() { cell.lend(vcpu, || call(device)) } else { call(device) }
+    if device.may_block() { handle.with_host_access(vcpu, || call(device)) } else { call(device) }
 }

@@ -4,8 +4,8 @@ use std::fmt::{self, Write};
 
 use kvm_bindings::{KVM_EXIT_INTERNAL_ERROR, kvm_regs, kvm_segment, kvm_sregs};
 
-use super::registers::Vcpu;
 use super::run_page::InternalError;
+use super::vcpu::Vcpu;
 use crate::debug::{Paging, bitness, decode, disassemble};
 
 /// The longest instruction.

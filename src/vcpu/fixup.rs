@@ -7,7 +7,7 @@ use kvm_bindings::{KVM_VCPUEVENT_VALID_SHADOW, kvm_regs, kvm_sregs, kvm_vcpu_eve
 use kvm_ioctls::VcpuFd;
 
 use super::fault::instruction_bytes;
-use super::registers::Vcpu;
+use super::vcpu::Vcpu;
 use crate::debug::{bitness, decode};
 use crate::fixup::{Cpu, Fault, Flow, Platform, RF, Stop, TF, execute};
 use crate::memory::GuestMemory;
@@ -195,7 +195,7 @@ impl Platform for Host<'_> {
     }
 
     fn msr(&mut self, index: u32) -> Option<u64> {
-        super::registers::msr_of(self.fd, index).ok()
+        super::msr::msr_of(self.fd, index).ok()
     }
 
     fn xcr0(&mut self) -> Option<u64> {

@@ -1,15 +1,25 @@
-//! One vCPU: its state machine, its thread's loop, the one match over KVM's exits, and the kick.
+//! One vCPU: its descriptor and registers, the thread that runs it, the one match over KVM's exits,
+//! and the kick that brings it out of its guest. All the vCPUs of a machine together are in `vm`,
+//! devices in `devices`. A vCPU's own thread runs this, `vcpu_{id}`; from other threads come kicks
+//! and commands, and looks at a vCPU at rest.
 
 mod access;
-mod cell;
-mod dispatch;
+mod by_hand;
+mod current;
+mod enter;
 mod exit;
 mod fault;
 mod fixup;
+mod guest_debug;
+mod handle;
+mod host_access;
 mod kick;
 pub(crate) mod left;
+mod msr;
+mod pending;
 mod registers;
 mod retry;
+mod router;
 mod run;
 mod run_page;
 mod signal;
@@ -18,16 +28,21 @@ mod state;
 mod stats;
 mod string_io;
 mod thread;
+#[allow(clippy::module_inception, reason = "it is where `Vcpu` is")]
+mod vcpu;
 
-pub(crate) use cell::is_thread_of;
-pub use cell::{Cell, current};
-pub use dispatch::{Dispatch, ExitHook, Observer, Reply, Seen};
+pub use current::current;
+pub(crate) use current::is_thread_of;
 pub use exit::{Data, ExitKind, VcpuExit};
-pub use registers::{RegisterClass, Vcpu};
+pub use guest_debug::{DebugOwner, DebugRequest};
+pub use handle::VcpuHandle;
+pub use registers::RegisterClass;
+pub use router::{ExitHook, ExitRouter, HookPriority, Observer, Reply, Seen};
 pub use signal::{kick_signal, use_signal};
 pub use stack::set_stack_size;
 #[cfg_attr(not(feature = "python"), allow(unused_imports, reason = "for the binding"))]
 pub(crate) use stack::spawn;
 pub use state::{RunState, VmRunState};
 pub use stats::{Count, Place, Stats, VcpuTime};
-pub(crate) use thread::{Handle, Shared};
+pub(crate) use thread::{Shared, VcpuThread};
+pub use vcpu::Vcpu;

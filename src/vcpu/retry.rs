@@ -5,8 +5,9 @@ use kvm_bindings::{kvm_fpu, kvm_regs, kvm_sregs};
 
 use super::exit::VcpuExit;
 use super::kick::{ImmediateExit, StopWord};
-use super::registers::Vcpu;
+use super::pending::RegisterEdits;
 use super::string_io;
+use super::vcpu::Vcpu;
 use crate::memory::GuestMemory;
 
 /// Bytes of guest-physical memory as they were.
@@ -17,9 +18,8 @@ impl Vcpu {
     /// program's code left.
     pub(super) fn execute_again(&mut self, exit: &VcpuExit, stop: &StopWord) {
         if exit.is_read() {
-            let is_changed =
-                self.changed.as_ref().is_some_and(|changed| changed.from != changed.to);
-            if is_changed || !self.answer_from_memory(exit) {
+            let is_edited = self.pending.edits().is_some_and(RegisterEdits::is_change);
+            if is_edited || !self.answer_from_memory(exit) {
                 self.undo(exit, stop);
             }
         } else if *exit == VcpuExit::Hlt {
@@ -47,7 +47,7 @@ impl Vcpu {
     /// memory where the instruction writes what it read.
     fn undo(&mut self, exit: &VcpuExit, stop: &StopWord) {
         let Ok(to) = self.general() else { return };
-        let from = self.changed.take().map_or(to, |changed| changed.from);
+        let from = self.pending.take_edits().map_or(to, |edits| edits.from);
         let (sregs, fpu) = (self.fd.get_sregs().ok(), self.fd.get_fpu().ok());
         let kept = self.written_by(exit, &from, sregs.as_ref());
         self.abandon();

@@ -1,73 +1,73 @@
 //! One turn of a vCPU: enter the guest, and the one match over every KVM exit. On the vCPU's
 //! thread.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use kvm_bindings::{KVM_EXIT_DEBUG, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 
 use super::access;
-use super::cell::Cell;
-use super::dispatch::{Reply, Seen, Watched};
-use super::exit::{VcpuExit, enter};
+use super::enter::enter;
+use super::exit::VcpuExit;
 use super::fault;
+use super::handle::VcpuHandle;
 use super::kick::ImmediateExit;
-use super::registers::Vcpu;
+use super::router::{ExitMask, Reply, Seen};
+use super::vcpu::Vcpu;
 use crate::exit_handler::{Exit, ExitReason, Outcome};
 
 /// Enter the guest once and answer its exit.
-pub(crate) fn step(vcpu: &mut Vcpu, cell: &Cell) -> Outcome {
-    let watched = vcpu.dispatch.watched();
-    if watched.is_observed() {
-        return observed_step(vcpu, cell, watched);
+pub(crate) fn step(vcpu: &mut Vcpu, handle: &VcpuHandle) -> Outcome {
+    let mask = vcpu.router.mask();
+    if mask.is_observed() {
+        return observed_step(vcpu, handle, mask);
     }
     match enter(vcpu) {
-        Ok(exit) => answer(vcpu, cell, &exit, watched),
+        Ok(exit) => answer(vcpu, handle, &exit, mask),
         Err(error) => with_fault_report(vcpu, on_error(error)),
     }
 }
 
-fn observed_step(vcpu: &mut Vcpu, cell: &Cell, watched: Watched) -> Outcome {
+fn observed_step(vcpu: &mut Vcpu, handle: &VcpuHandle, mask: ExitMask) -> Outcome {
     let entered = Instant::now();
-    vcpu.dispatch.enters(vcpu.id, entered);
+    vcpu.router.enters(vcpu.id, entered);
     let result = enter(vcpu);
     let left = Instant::now();
     match result {
         Ok(exit) => {
-            let recording = vcpu.dispatch.recording(vcpu.id);
+            let recording = vcpu.router.recording(vcpu.id);
             vcpu.is_recorded = recording.is_some();
-            let step = answer(vcpu, cell, &exit, watched);
+            let step = answer(vcpu, handle, &exit, mask);
             vcpu.is_recorded = false;
             drop(recording);
             let answered = Instant::now();
-            vcpu.dispatch.saw(&Seen { vcpu: vcpu.id, exit: &exit, entered, left, answered });
+            vcpu.router.saw(&Seen { vcpu: vcpu.id, exit: &exit, entered, left, answered });
             step
         }
         Err(error) => {
             let exit = VcpuExit::Interrupted;
-            vcpu.dispatch.saw(&Seen { vcpu: vcpu.id, exit: &exit, entered, left, answered: left });
+            vcpu.router.saw(&Seen { vcpu: vcpu.id, exit: &exit, entered, left, answered: left });
             with_fault_report(vcpu, on_error(error))
         }
     }
 }
 
-fn answer(vcpu: &mut Vcpu, cell: &Cell, exit: &VcpuExit, watched: Watched) -> Outcome {
+fn answer(vcpu: &mut Vcpu, handle: &VcpuHandle, exit: &VcpuExit, mask: ExitMask) -> Outcome {
     let is_memory = std::mem::take(&mut vcpu.has_found_memory) && vcpu.answer_from_memory(exit);
     let hooked = match exit.kind() {
         _ if is_memory => Some(Outcome::Continue),
-        Some(kind) if watched.has_hook(kind) => ask_hook(vcpu, cell, exit),
+        Some(kind) if mask.has_hook(kind) => ask_hooks(vcpu, handle, exit),
         _ => None,
     };
     let step = match hooked {
         Some(step) => step,
         None => {
-            let outcome = on_exit(exit, vcpu, cell);
+            let outcome = handle_exit(exit, vcpu, handle);
             with_fault_report(vcpu, outcome)
         }
     };
-    vcpu.awaits_answer = false;
-    if vcpu.changed.is_some() {
-        vcpu.apply_changes(|| cell.stop.is_set());
-    }
+    vcpu.pending.set_answered();
+    vcpu.apply_edits(|| handle.stop.is_set());
     step
 }
 
@@ -84,13 +84,13 @@ fn with_fault_report(vcpu: &Vcpu, outcome: Outcome) -> Outcome {
 
 /// Complete an access that has been answered, and at most so many that follow from it, without
 /// running the guest on.
-pub(crate) fn settle(vcpu: &mut Vcpu, cell: &Cell, steps: usize) -> Outcome {
+pub(crate) fn complete_pending_io(vcpu: &mut Vcpu, handle: &VcpuHandle, steps: usize) -> Outcome {
     for _ in 0..steps {
-        if !vcpu.is_pending && vcpu.waiting.is_none() {
+        if vcpu.pending.is_idle() {
             break;
         }
         vcpu.page.set(true);
-        match step(vcpu, cell) {
+        match step(vcpu, handle) {
             Outcome::Continue | Outcome::Wait => {}
             end => return end,
         }
@@ -98,15 +98,15 @@ pub(crate) fn settle(vcpu: &mut Vcpu, cell: &Cell, steps: usize) -> Outcome {
     Outcome::Continue
 }
 
-/// The same until it can be left. KVM leaves a repeated access at every 1,024th step; what ends a
-/// guest there does not end this. What it came to last, but for nothing.
-pub(crate) fn settle_for_good(vcpu: &mut Vcpu, cell: &Cell) -> Outcome {
+/// Complete a repeated access to its last element: KVM leaves it at every 1,024th step. A device
+/// that stops the run or ends the guest does not end this; the last that did is the outcome.
+pub(crate) fn drain_string_io(vcpu: &mut Vcpu, handle: &VcpuHandle) -> Outcome {
     let mut last = Outcome::Continue;
     for _ in 0..2048 {
-        if !vcpu.is_pending && vcpu.waiting.is_none() {
+        if vcpu.pending.is_idle() {
             break;
         }
-        match settle(vcpu, cell, 1) {
+        match complete_pending_io(vcpu, handle, 1) {
             Outcome::Continue | Outcome::Wait => {}
             end => last = end,
         }
@@ -114,11 +114,10 @@ pub(crate) fn settle_for_good(vcpu: &mut Vcpu, cell: &Cell) -> Outcome {
     last
 }
 
-/// Let a hook look first; none when the exit is answered as if it had not.
-fn ask_hook(vcpu: &mut Vcpu, cell: &Cell, exit: &VcpuExit) -> Option<Outcome> {
-    let hook = vcpu.dispatch.hook()?;
-    let (id, mut reply) = (vcpu.id, Reply::Default);
-    let outcome = cell.lend(vcpu, || hook.on_exit(id, exit, &mut reply))?;
+/// Let hooks look first; none when they leave the exit to the devices.
+fn ask_hooks(vcpu: &mut Vcpu, handle: &VcpuHandle, exit: &VcpuExit) -> Option<Outcome> {
+    let (id, router) = (vcpu.id, Arc::clone(&vcpu.router));
+    let (outcome, reply) = handle.with_host_access(vcpu, || router.ask_hooks(id, exit))?;
     if !matches!(outcome, Outcome::Continue | Outcome::Wait) {
         return Some(outcome);
     }
@@ -128,17 +127,19 @@ fn ask_hook(vcpu: &mut Vcpu, cell: &Cell, exit: &VcpuExit) -> Option<Outcome> {
             vcpu.page.answer(&data);
             vcpu.page.allow_msr();
         }
-        Reply::Retry => vcpu.execute_again(exit, &cell.stop),
+        Reply::Retry => vcpu.execute_again(exit, &handle.stop),
     }
     Some(Outcome::Continue)
 }
 
-fn on_exit(exit: &VcpuExit, vcpu: &mut Vcpu, cell: &Cell) -> Outcome {
+fn handle_exit(exit: &VcpuExit, vcpu: &mut Vcpu, handle: &VcpuHandle) -> Outcome {
     match exit {
-        VcpuExit::IoIn { port, size, count } => access::port_in(vcpu, cell, *port, *size, *count),
-        VcpuExit::IoOut { port, size, data } => access::port_out(vcpu, cell, *port, *size, data),
-        VcpuExit::MmioRead { address, length } => access::mmio_read(vcpu, cell, *address, *length),
-        VcpuExit::MmioWrite { address, data } => access::mmio_write(vcpu, cell, *address, data),
+        VcpuExit::IoIn { port, size, count } => access::port_in(vcpu, handle, *port, *size, *count),
+        VcpuExit::IoOut { port, size, data } => access::port_out(vcpu, handle, *port, *size, data),
+        VcpuExit::MmioRead { address, length } => {
+            access::mmio_read(vcpu, handle, *address, *length)
+        }
+        VcpuExit::MmioWrite { address, data } => access::mmio_write(vcpu, handle, *address, data),
         // The guest finds a general protection fault, as KVM itself would have given it.
         VcpuExit::Rdmsr { .. } | VcpuExit::Wrmsr { .. } => Outcome::Continue,
         _ => end_of(exit, vcpu.page.exit_reason(), || {

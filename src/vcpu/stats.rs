@@ -6,8 +6,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::dispatch::{Dispatch, Observer, Seen};
 use super::exit::{ExitKind, VcpuExit};
+use super::router::{ExitRouter, Observer, Seen};
 use crate::error::Result;
 use crate::process::Birthplace;
 use crate::sync::{Mutex, rank};
@@ -127,11 +127,11 @@ impl Stats {
     ///
     /// # Errors
     /// [`crate::error::ErrorKind::State`] in a forked child, here and below.
-    pub fn enable(self: &Arc<Self>, dispatch: &Dispatch) -> Result<()> {
+    pub fn enable(self: &Arc<Self>, router: &ExitRouter) -> Result<()> {
         self.birthplace.check("machine")?;
         let mut is_enabled = self.is_enabled.lock();
         if !std::mem::replace(&mut *is_enabled, true) {
-            dispatch.observe(Arc::clone(self) as Arc<dyn Observer>);
+            router.observe(Arc::clone(self) as Arc<dyn Observer>);
         }
         Ok(())
     }
@@ -140,11 +140,11 @@ impl Stats {
     ///
     /// # Errors
     /// As for `enable`.
-    pub fn disable(self: &Arc<Self>, dispatch: &Dispatch) -> Result<()> {
+    pub fn disable(self: &Arc<Self>, router: &ExitRouter) -> Result<()> {
         self.birthplace.check("machine")?;
         let mut is_enabled = self.is_enabled.lock();
         if std::mem::replace(&mut *is_enabled, false) {
-            dispatch.unobserve(&(Arc::clone(self) as Arc<dyn Observer>));
+            router.unobserve(&(Arc::clone(self) as Arc<dyn Observer>));
             for block in &self.vcpus {
                 let mut counts = block.0.lock();
                 counts.settle();
@@ -297,16 +297,16 @@ mod tests {
 
     #[test]
     fn a_stay_that_lasts_is_counted_and_ends_with_the_counting() {
-        let (stats, dispatch) = (Arc::new(Stats::new(1)), Dispatch::default());
-        stats.enable(&dispatch).unwrap();
+        let (stats, router) = (Arc::new(Stats::new(1)), ExitRouter::default());
+        stats.enable(&router).unwrap();
         let long_ago = Instant::now().checked_sub(Duration::from_secs(5)).unwrap();
         stats.enters(0, long_ago);
         assert!(stats.vcpus().unwrap()[0].guest >= Duration::from_secs(5));
-        stats.disable(&dispatch).unwrap();
+        stats.disable(&router).unwrap();
         let before = stats.vcpus().unwrap();
         assert_eq!(stats.vcpus().unwrap(), before);
         // Its exit comes when counting is on again: its time is known no more.
-        stats.enable(&dispatch).unwrap();
+        stats.enable(&router).unwrap();
         let now = Instant::now();
         let exit = VcpuExit::Hlt;
         stats.saw(&Seen { vcpu: 0, exit: &exit, entered: long_ago, left: now, answered: now });
@@ -315,15 +315,15 @@ mod tests {
 
     #[test]
     fn enabling_twice_counts_once() {
-        let (stats, dispatch) = (Arc::new(Stats::new(1)), Dispatch::default());
+        let (stats, router) = (Arc::new(Stats::new(1)), ExitRouter::default());
         assert!(!stats.is_enabled().unwrap());
-        stats.enable(&dispatch).unwrap();
-        stats.enable(&dispatch).unwrap();
+        stats.enable(&router).unwrap();
+        stats.enable(&router).unwrap();
         let now = Instant::now();
         let exit = VcpuExit::Hlt;
-        dispatch.saw(&Seen { vcpu: 0, exit: &exit, entered: now, left: now, answered: now });
-        stats.disable(&dispatch).unwrap();
-        dispatch.saw(&Seen { vcpu: 0, exit: &exit, entered: now, left: now, answered: now });
+        router.saw(&Seen { vcpu: 0, exit: &exit, entered: now, left: now, answered: now });
+        stats.disable(&router).unwrap();
+        router.saw(&Seen { vcpu: 0, exit: &exit, entered: now, left: now, answered: now });
         assert_eq!(stats.vcpus().unwrap()[0].exits, 1);
     }
 }

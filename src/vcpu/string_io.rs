@@ -5,7 +5,7 @@
 
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 
-use super::registers::Vcpu;
+use super::vcpu::Vcpu;
 
 const PAGE: u64 = 4096;
 const DIRECTION: u64 = 1 << 10;
@@ -41,7 +41,7 @@ struct Outs {
 ///
 /// Elements beyond the page in which the first one ends are left to the guest: there its rights may
 /// be others.
-pub(super) fn gather(vcpu: &mut Vcpu, port: u16, size: usize, first: &[u8]) -> Option<Vec<u8>> {
+pub(super) fn coalesce(vcpu: &mut Vcpu, port: u16, size: usize, first: &[u8]) -> Option<Vec<u8>> {
     // KVM's emulator has counted the first one already, and the registers came with the exit.
     let regs = vcpu.general().ok()?;
     if regs.rcx == 0 || regs.rdx & 0xffff != u64::from(port) {
@@ -134,7 +134,7 @@ fn read_code(vcpu: &Vcpu, regs: &kvm_regs, sregs: &kvm_sregs, bits: u32) -> Opti
     let at = linear(base, regs.rip, bits == 64);
     let paging = crate::debug::Paging::of(sregs);
     let mut code = [0; LONGEST];
-    // Up to the end of its page: a longer one is not gathered.
+    // Up to the end of its page: a longer one is not coalesced.
     let here = usize::try_from((PAGE - at % PAGE).min(LONGEST as u64)).ok()?;
     let physical = vcpu.translate(&paging, at)?;
     vcpu.memory().read(physical, code.get_mut(..here)?).ok()?;

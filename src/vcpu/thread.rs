@@ -7,21 +7,22 @@ use std::thread::JoinHandle;
 
 use kvm_ioctls::VcpuFd;
 
-use super::cell::{Cell, Order, set_current};
-use super::dispatch::Dispatch;
-use super::registers::Vcpu;
-use super::run::{settle, step};
+use super::current::set_current;
+use super::handle::{VcpuCommand, VcpuHandle};
+use super::router::ExitRouter;
+use super::run::{complete_pending_io, step};
 use super::run_page::RunPage;
 use super::signal::{kick_signal, unblock_kicks};
 use super::stack;
 use super::state::{RunState, VmRunState};
+use super::vcpu::Vcpu;
 use crate::error::Result;
 use crate::exit_handler::{Exit, ExitHandler, ExitReason, Outcome};
 use crate::memory::GuestMemory;
 use crate::sync::{Mutex, rank};
 
 /// How many accesses of a repeated instruction a stop completes at most.
-const SETTLE_STEPS: usize = 1024;
+const MOST_STEPS_AT_STOP: usize = 1024;
 
 /// What the vCPUs of one machine share.
 #[derive(Debug)]
@@ -51,25 +52,25 @@ impl<EH: ExitHandler> Shared<EH> {
 
 /// A vCPU as its machine holds it: the vCPU, and the thread of the run in progress.
 #[derive(Debug)]
-pub(crate) struct Handle {
-    cell: Arc<Cell>,
+pub(crate) struct VcpuThread {
+    handle: Arc<VcpuHandle>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Handle {
+impl VcpuThread {
     pub(crate) fn new(
         id: u64,
         fd: VcpuFd,
-        dispatch: Arc<Dispatch>,
+        router: Arc<ExitRouter>,
         memory: GuestMemory,
     ) -> Result<Self> {
         let page = Arc::new(RunPage::new(&fd)?);
-        let vcpu = Vcpu::new(id, fd, Arc::clone(&page), dispatch, memory);
-        Ok(Self { cell: Arc::new(Cell::new(id, page, vcpu)), thread: None })
+        let vcpu = Vcpu::new(id, fd, Arc::clone(&page), router, memory);
+        Ok(Self { handle: Arc::new(VcpuHandle::new(id, page, vcpu)), thread: None })
     }
 
-    pub(crate) fn cell(&self) -> &Arc<Cell> {
-        &self.cell
+    pub(crate) fn handle(&self) -> &Arc<VcpuHandle> {
+        &self.handle
     }
 
     pub(crate) fn has_thread(&self) -> bool {
@@ -87,13 +88,13 @@ impl Handle {
     where
         EH: ExitHandler + Send + Sync + 'static,
     {
-        self.cell.reset();
+        self.handle.reset();
         self.thread = Some(self.spawn(Arc::clone(shared))?);
-        self.cell.with_vcpu(prepare)?;
+        self.handle.with_vcpu(prepare)?;
         if is_held {
-            self.cell.go_when_let_go();
+            self.handle.run_on_resume();
         } else {
-            self.cell.go();
+            self.handle.run();
         }
         Ok(())
     }
@@ -102,37 +103,37 @@ impl Handle {
     where
         EH: ExitHandler + Send + Sync + 'static,
     {
-        let cell = Arc::clone(&self.cell);
-        let name = format!("vcpu_{}", cell.id());
+        let handle = Arc::clone(&self.handle);
+        let name = format!("vcpu_{}", handle.id());
         kick_signal()?; // without one nothing could bring the guest out
         let run = move || {
             // Nothing to say where it fails: the signal was there when the thread was made.
             let _ = unblock_kicks();
-            set_current(&cell, shared.id());
-            serve(&cell, &shared);
+            set_current(&handle, shared.id());
+            serve(&handle, &shared);
         };
         stack::spawn(name, run)
     }
 
     /// Bring the vCPU out of the guest and keep it out. Returns before it is out.
     pub(crate) fn pause(&self) {
-        self.cell.hold(Order::Rest);
+        self.handle.stop_with(VcpuCommand::Park);
     }
 
     /// Enter the guest again, from rest.
     pub(crate) fn resume(&self) {
-        self.cell.let_go();
+        self.handle.resume();
     }
 
     /// Have the thread end. Returns before it has.
     pub(crate) fn leave(&self) {
-        self.cell.hold(Order::Leave);
+        self.handle.stop_with(VcpuCommand::Exit);
     }
 
     /// A thread that has been told to end and was not joined, because a thread of the machine's own
     /// told it.
     pub(crate) fn take_ending(&mut self) -> Option<JoinHandle<()>> {
-        if self.cell.is_leaving() { self.take_thread() } else { None }
+        if self.handle.is_leaving() { self.take_thread() } else { None }
     }
 
     /// The thread, to be joined; in a forked child it does not exist and is to be forgotten.
@@ -142,15 +143,15 @@ impl Handle {
 }
 
 /// The vCPU's thread: enter the guest whenever it is told to, until it is told to end.
-fn serve<EH: ExitHandler>(cell: &Cell, shared: &Shared<EH>) {
-    while let Some(mut vcpu) = cell.next() {
-        let guard = PanicGuard { cell, shared };
-        vcpu.tell_of_pause();
-        let end = turn_until_end(&mut vcpu, cell);
+fn serve<EH: ExitHandler>(handle: &VcpuHandle, shared: &Shared<EH>) {
+    while let Some(mut vcpu) = handle.next() {
+        let guard = PanicGuard { handle, shared };
+        vcpu.notify_of_pause();
+        let end = turn_until_end(&mut vcpu, handle);
         std::mem::forget(guard);
-        cell.put_back(vcpu, matches!(end, Outcome::Stop | Outcome::End(_)));
+        handle.put_back(vcpu, matches!(end, Outcome::Stop | Outcome::End(_)));
         match end {
-            Outcome::End(exit) => shared.vcpu_ended(Exit { vcpu: Some(cell.id()), ..exit }),
+            Outcome::End(exit) => shared.vcpu_ended(Exit { vcpu: Some(handle.id()), ..exit }),
             // Its failure leaves nothing to tell: the loop looks at what stopped it within a turn.
             Outcome::Stop => drop(shared.exit_handler.kick()),
             Outcome::Continue | Outcome::Wait => {}
@@ -159,13 +160,13 @@ fn serve<EH: ExitHandler>(cell: &Cell, shared: &Shared<EH>) {
 }
 
 /// Until the guest ends, a device or a hook ends the run, or the stop word is set.
-fn turn_until_end(vcpu: &mut Vcpu, cell: &Cell) -> Outcome {
+fn turn_until_end(vcpu: &mut Vcpu, handle: &VcpuHandle) -> Outcome {
     let mut last = Outcome::Continue;
-    while !cell.stop.is_set() {
-        if !cell.wait_for_room(vcpu) {
+    while !handle.stop.is_set() {
+        if !handle.wait_for_room(vcpu) {
             continue; // called out: the stop word is set
         }
-        last = step(vcpu, cell);
+        last = step(vcpu, handle);
         match last {
             Outcome::Continue | Outcome::Wait => {}
             Outcome::Stop => break,
@@ -173,7 +174,7 @@ fn turn_until_end(vcpu: &mut Vcpu, cell: &Cell) -> Outcome {
         }
     }
     // Looked into, it shall show the registers after the instruction.
-    match settle(vcpu, cell, SETTLE_STEPS) {
+    match complete_pending_io(vcpu, handle, MOST_STEPS_AT_STOP) {
         Outcome::Continue | Outcome::Wait => last,
         end => end,
     }
@@ -181,16 +182,16 @@ fn turn_until_end(vcpu: &mut Vcpu, cell: &Cell) -> Outcome {
 
 /// A panic on a vCPU's thread is a fault of ours, but the run ends all the same.
 struct PanicGuard<'a, EH: ExitHandler> {
-    cell: &'a Cell,
+    handle: &'a VcpuHandle,
     shared: &'a Shared<EH>,
 }
 
 impl<EH: ExitHandler> Drop for PanicGuard<'_, EH> {
     fn drop(&mut self) {
         let fault = Some("a panic on the vCPU's thread: please report it".to_owned());
-        self.cell.give_up();
+        self.handle.mark_lost();
         self.shared.vcpu_ended(Exit {
-            vcpu: Some(self.cell.id()),
+            vcpu: Some(self.handle.id()),
             fault,
             ..Exit::new(ExitReason::VcpuError)
         });

@@ -169,8 +169,8 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     /// When there is no such vCPU, or KVM refuses.
     pub fn nmi(&self, vcpu: u64) -> Result<()> {
         self.check_process()?;
-        let found = self.cells().into_iter().find(|cell| cell.id() == vcpu);
-        let Some(cell) = found else {
+        let found = self.handles().into_iter().find(|handle| handle.id() == vcpu);
+        let Some(handle) = found else {
             let detail = format!("the machine has no vCPU {vcpu}");
             return Err(Error::new(ErrorKind::Config, "nmi", detail));
         };
@@ -180,7 +180,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         }
         // Without an interrupt controller only the vCPU itself takes one, out of its guest.
         let _hold = self.hold()?;
-        cell.with_vcpu(|vcpu| vcpu.fd.nmi().map_err(|e| Error::kvm("KVM_NMI", e)))
+        handle.with_vcpu(|vcpu| vcpu.fd.nmi().map_err(|e| Error::kvm("KVM_NMI", e)))
     }
 
     /// Have each write of an eventfd pulse an interrupt line, in the kernel: KVM_IRQFD.

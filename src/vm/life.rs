@@ -6,7 +6,7 @@ use std::cell::Cell;
 use super::KvmVm;
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::ExitHandler;
-use crate::vcpu::{Handle, VmRunState};
+use crate::vcpu::{VcpuThread, VmRunState};
 
 impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     /// Start a thread `vcpu_{id}` for each vCPU. With an address the vCPUs start there, in the mode
@@ -33,7 +33,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             is_started.set(true);
             Ok(())
         };
-        let start = |handle: &mut Handle, is_held| {
+        let start = |handle: &mut VcpuThread, is_held| {
             handle.start(&self.shared, is_held, |vcpu| match vcpu_run_addr {
                 Some(address) => self.set_start_state(vcpu, address),
                 None => Ok(()),

@@ -35,7 +35,7 @@ use crate::exit_handler::{Exit, ExitHandler};
 use crate::fixup;
 use crate::process::Birthplace;
 use crate::sync::{Mutex, rank};
-use crate::vcpu::{self, Dispatch, Handle, RunState, Vcpu, VmRunState};
+use crate::vcpu::{self, ExitRouter, RunState, Vcpu, VcpuThread, VmRunState};
 
 /// A KVM virtual machine whose vCPUs tell `EH` when their guest ends.
 pub struct KvmVm<EH: ExitHandler> {
@@ -73,17 +73,17 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     pub fn new(
         config: &VmmConfig,
         memory: GuestMemory,
-        dispatch: Arc<Dispatch>,
+        router: Arc<ExitRouter>,
         exit_handler: EH,
     ) -> Result<Self> {
         let kvm = open_kvm()?;
         let fd = create_vm(&kvm)?;
         create_irqchip(&fd, config.has_irqchip(), config.has_pit())?;
         let irqchip = config.has_irqchip();
-        let reserved = Reserved { irqchip, devices: Some(Arc::clone(&dispatch) as _) };
+        let reserved = Reserved { irqchip, devices: Some(Arc::clone(&router) as _) };
         memory.kvm_slots().attach(&fd, reserved)?;
         let table = cpuid::guest_cpuid(&kvm, &config.cpu)?;
-        let vcpus = create_vcpus(&kvm, &fd, config, &table, &dispatch, &memory)?;
+        let vcpus = create_vcpus(&kvm, &fd, config, &table, &router, &memory)?;
         let fixups = Arc::default();
         if config.cpu.fixups {
             switch_fixups_on(&fd, &vcpus, &fixups)?;
@@ -144,7 +144,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     ///
     /// # Errors
     /// When the machine has run, there is one of this number, or KVM refuses it.
-    pub fn create_vcpu(&self, id: u64) -> Result<Arc<vcpu::Cell>> {
+    pub fn create_vcpu(&self, id: u64) -> Result<Arc<vcpu::VcpuHandle>> {
         self.check_process()?;
         self.vcpus.add(|| {
             if self.state() != VmRunState::Created {
@@ -152,7 +152,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
                 return Err(Error::new(ErrorKind::State, "create_vcpu", detail));
             }
             let fd = self.fd.create_vcpu(id).map_err(|e| Error::kvm("KVM_CREATE_VCPU", e))?;
-            Handle::new(id, fd, Arc::default(), self.memory.clone())
+            VcpuThread::new(id, fd, Arc::default(), self.memory.clone())
         })
     }
 
@@ -167,7 +167,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             return Ok(());
         }
         self.vcpus
-            .each(|handle| handle.cell().with_vcpu(|vcpu| self.set_start_state(vcpu, address)))
+            .each(|handle| handle.handle().with_vcpu(|vcpu| self.set_start_state(vcpu, address)))
     }
 
     /// Where a run that is to start at `address` has to put the vCPUs; none when they stand there,
@@ -239,8 +239,8 @@ impl<EH: ExitHandler> KvmVm<EH> {
 
     /// The vCPUs, to be looked into while they are at rest.
     #[must_use]
-    pub fn cells(&self) -> Vec<Arc<vcpu::Cell>> {
-        self.vcpus.cells()
+    pub fn handles(&self) -> Vec<Arc<vcpu::VcpuHandle>> {
+        self.vcpus.handles()
     }
 
     /// How the guest ended, once it has.
@@ -309,7 +309,7 @@ fn create_irqchip(fd: &VmFd, has_irqchip: bool, has_pit: bool) -> Result<()> {
 
 /// Have KVM hand over every instruction it cannot emulate, also those of ring 3, before it raises
 /// #UD.
-fn switch_fixups_on(fd: &VmFd, vcpus: &[Handle], counts: &Arc<fixup::Counts>) -> Result<()> {
+fn switch_fixups_on(fd: &VmFd, vcpus: &[VcpuThread], counts: &Arc<fixup::Counts>) -> Result<()> {
     let mut cap = kvm_enable_cap { cap: KVM_CAP_EXIT_ON_EMULATION_FAILURE, ..Default::default() };
     cap.args[0] = 1;
     fd.enable_cap(&cap).map_err(|e| {
@@ -317,7 +317,7 @@ fn switch_fixups_on(fd: &VmFd, vcpus: &[Handle], counts: &Arc<fixup::Counts>) ->
         Error { at: "cpu.fixups".into(), ..error }.hint("Linux has it since 5.14")
     })?;
     vcpus.iter().try_for_each(|handle| {
-        handle.cell().with_vcpu(|vcpu| {
+        handle.handle().with_vcpu(|vcpu| {
             vcpu.fixups = Some(Arc::clone(counts));
             Ok(())
         })
@@ -329,9 +329,9 @@ fn create_vcpus(
     fd: &VmFd,
     config: &VmmConfig,
     table: &[kvm_bindings::kvm_cpuid_entry2],
-    dispatch: &Arc<Dispatch>,
+    router: &Arc<ExitRouter>,
     memory: &GuestMemory,
-) -> Result<Vec<Handle>> {
+) -> Result<Vec<VcpuThread>> {
     let most = u64::try_from(kvm.get_max_vcpus()).unwrap_or(1);
     if config.cpu.vcpus > most {
         let detail = format!("{} is more than this KVM's {most}", config.cpu.vcpus);
@@ -341,7 +341,7 @@ fn create_vcpus(
     (0..count)
         .map(|id| {
             let vcpu = create_vcpu(fd, config, table, id, count)?;
-            Handle::new(u64::from(id), vcpu, Arc::clone(dispatch), memory.clone())
+            VcpuThread::new(u64::from(id), vcpu, Arc::clone(router), memory.clone())
         })
         .collect()
 }

@@ -15,7 +15,7 @@ use crate::kvm::open_kvm;
 use crate::memory::{GuestMemory, Reserved};
 use crate::process::Birthplace;
 use crate::sync::{MappedMutexGuard, Mutex, MutexGuard, rank};
-use crate::vcpu::{self, Dispatch, Handle, RunState, Vcpu, VmRunState};
+use crate::vcpu::{self, ExitRouter, RunState, Vcpu, VcpuThread, VmRunState};
 use crate::vm::Shape;
 
 impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
@@ -26,7 +26,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     pub(crate) fn of_shape(
         shape: &Shape,
         memory: GuestMemory,
-        dispatch: &Arc<Dispatch>,
+        router: &Arc<ExitRouter>,
         exit_handler: EH,
     ) -> Result<Self> {
         let kvm = open_kvm()?;
@@ -37,14 +37,13 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         }
         let fd = create_vm(&kvm)?;
         create_irqchip(&fd, shape.irqchip, shape.pit)?;
-        let reserved =
-            Reserved { irqchip: shape.irqchip, devices: Some(Arc::clone(dispatch) as _) };
+        let reserved = Reserved { irqchip: shape.irqchip, devices: Some(Arc::clone(router) as _) };
         memory.kvm_slots().attach(&fd, reserved)?;
         let vcpu = |id| {
             let vcpu = fd.create_vcpu(id).map_err(|e| Error::kvm("KVM_CREATE_VCPU", e))?;
-            Handle::new(id, vcpu, Arc::clone(dispatch), memory.clone())
+            VcpuThread::new(id, vcpu, Arc::clone(router), memory.clone())
         };
-        let vcpus: Result<Vec<Handle>> = (0..u64::from(shape.vcpus)).map(vcpu).collect();
+        let vcpus: Result<Vec<VcpuThread>> = (0..u64::from(shape.vcpus)).map(vcpu).collect();
         let (vcpus, fixups) = (vcpus?, Arc::default());
         if shape.fixups {
             switch_fixups_on(&fd, &vcpus, &fixups)?;
@@ -99,10 +98,10 @@ impl<EH: ExitHandler> KvmVm<EH> {
     /// # Errors
     /// [`ErrorKind::State`] when one is running, or its exit is not answered yet.
     pub(crate) fn settle(&self) -> Result<()> {
-        for cell in self.cells() {
-            match cell.settle()? {
+        for handle in self.handles() {
+            match handle.complete_pending_io()? {
                 Outcome::End(exit) if self.state() != VmRunState::Exiting => {
-                    self.shared.vcpu_ended(Exit { vcpu: Some(cell.id()), ..exit });
+                    self.shared.vcpu_ended(Exit { vcpu: Some(handle.id()), ..exit });
                 }
                 Outcome::Stop => drop(self.shared.exit_handler.kick()),
                 _ => {}

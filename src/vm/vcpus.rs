@@ -5,7 +5,7 @@ use std::thread::JoinHandle;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::{Condvar, MappedMutexGuard, Mutex, MutexGuard, assert_unlocked, rank};
-use crate::vcpu::{Cell, Handle, Vcpu, VmRunState, left};
+use crate::vcpu::{Vcpu, VcpuHandle, VcpuThread, VmRunState, left};
 
 /// All vCPUs of a machine. The lock orders those who start and stop them; a vCPU's own thread never
 /// needs it to get out of its guest, and nobody waits for a thread with it held.
@@ -14,7 +14,7 @@ pub(super) struct Vcpus(Mutex<List, rank::Vcpus>, Condvar);
 
 #[derive(Debug, Default)]
 struct List {
-    handles: Vec<Handle>,
+    vcpus: Vec<VcpuThread>,
     /// How many callers of `stop` wait for threads to end.
     stopping: usize,
     /// How many hold the vCPUs at rest for a moment; who pauses the machine is told by its state.
@@ -23,10 +23,10 @@ struct List {
 }
 
 /// A vCPU that somebody waits for, and how often it had been at rest before.
-type Awaited = (Arc<Cell>, u64);
+type Awaited = (Arc<VcpuHandle>, u64);
 
-fn awaited(handle: &Handle) -> Awaited {
-    (Arc::clone(handle.cell()), handle.cell().stays())
+fn awaited(vcpu: &VcpuThread) -> Awaited {
+    (Arc::clone(vcpu.handle()), vcpu.handle().transitions())
 }
 
 fn join(thread: JoinHandle<()>) {
@@ -36,7 +36,7 @@ fn join(thread: JoinHandle<()>) {
 }
 
 fn wait_for(vcpus: &[Awaited]) {
-    vcpus.iter().for_each(|(cell, counted)| cell.wait_for_rest(*counted));
+    vcpus.iter().for_each(|(handle, counted)| handle.wait_for_rest(*counted));
 }
 
 impl List {
@@ -51,22 +51,22 @@ impl List {
 }
 
 impl Vcpus {
-    pub(super) fn new(handles: Vec<Handle>) -> Self {
-        Self(Mutex::new(List { handles, ..List::default() }), Condvar::new())
+    pub(super) fn new(vcpus: Vec<VcpuThread>) -> Self {
+        Self(Mutex::new(List { vcpus, ..List::default() }), Condvar::new())
     }
 
-    pub(super) fn cells(&self) -> Vec<Arc<Cell>> {
-        self.0.lock().handles.iter().map(|handle| Arc::clone(handle.cell())).collect()
+    pub(super) fn handles(&self) -> Vec<Arc<VcpuHandle>> {
+        self.0.lock().vcpus.iter().map(|vcpu| Arc::clone(vcpu.handle())).collect()
     }
 
     /// Add the vCPU that `make` makes.
-    pub(super) fn add(&self, make: impl FnOnce() -> Result<Handle>) -> Result<Arc<Cell>> {
+    pub(super) fn add(&self, make: impl FnOnce() -> Result<VcpuThread>) -> Result<Arc<VcpuHandle>> {
         let mut list = self.0.lock();
         list.check_open("create_vcpu")?;
-        let handle = make()?;
-        let cell = Arc::clone(handle.cell());
-        list.handles.push(handle);
-        Ok(cell)
+        let vcpu = make()?;
+        let handle = Arc::clone(vcpu.handle());
+        list.vcpus.push(vcpu);
+        Ok(handle)
     }
 
     /// `start` each, once `enter` has found that they may be, given whether they have threads.
@@ -74,17 +74,17 @@ impl Vcpus {
     pub(super) fn start(
         &self,
         enter: impl FnOnce(bool) -> Result<()>,
-        mut start: impl FnMut(&mut Handle, bool) -> Result<()>,
+        mut start: impl FnMut(&mut VcpuThread, bool) -> Result<()>,
     ) -> Result<()> {
         let mut list = self.0.lock();
         list.check_open("run")?;
         // Shut down from a callback of the machine's own, they have not been waited for.
-        let ending: Vec<_> = list.handles.iter_mut().filter_map(Handle::take_ending).collect();
+        let ending: Vec<_> = list.vcpus.iter_mut().filter_map(VcpuThread::take_ending).collect();
         MutexGuard::unlocked(&mut list, || ending.into_iter().for_each(join));
         list.check_open("run")?;
-        enter(list.handles.iter().any(Handle::has_thread))?;
+        enter(list.vcpus.iter().any(VcpuThread::has_thread))?;
         let is_held = list.holds > 0;
-        list.handles.iter_mut().try_for_each(|handle| start(handle, is_held))
+        list.vcpus.iter_mut().try_for_each(|vcpu| start(vcpu, is_held))
     }
 
     /// Bring them out of their guests, once `enter` allows it, and wait until each has been out.
@@ -92,8 +92,8 @@ impl Vcpus {
         let all: Vec<Awaited> = {
             let list = self.0.lock();
             enter()?;
-            let all = list.handles.iter().map(awaited).collect();
-            list.handles.iter().for_each(Handle::pause);
+            let all = list.vcpus.iter().map(awaited).collect();
+            list.vcpus.iter().for_each(VcpuThread::pause);
             all
         };
         // Without the lock: a vCPU on its way out may be in a callback that needs it.
@@ -107,10 +107,10 @@ impl Vcpus {
     pub(super) fn resume(&self, mut enter: impl FnMut(bool, bool) -> Result<bool>) -> Result<()> {
         let mut list = self.0.lock();
         loop {
-            let stays = |handle: &Handle| handle.has_thread() && !handle.cell().is_leaving();
-            let has_threads = list.handles.iter().all(stays);
+            let stays = |vcpu: &VcpuThread| vcpu.has_thread() && !vcpu.handle().is_leaving();
+            let has_threads = list.vcpus.iter().all(stays);
             // A pause from another thread may not have seen them at rest yet.
-            let late = list.handles.iter().find(|handle| !handle.cell().is_at_rest()).map(awaited);
+            let late = list.vcpus.iter().find(|vcpu| !vcpu.handle().is_at_rest()).map(awaited);
             if !enter(has_threads, late.is_none())? {
                 return Ok(());
             }
@@ -118,7 +118,7 @@ impl Vcpus {
             MutexGuard::unlocked(&mut list, || wait_for(&[late]));
         }
         if list.holds == 0 {
-            list.handles.iter().for_each(Handle::resume);
+            list.vcpus.iter().for_each(VcpuThread::resume);
         }
         Ok(())
     }
@@ -133,9 +133,9 @@ impl Vcpus {
             }
             list.holds += 1;
             // One without a thread is at rest, or driven by hand.
-            let threads = list.handles.iter().filter(|handle| handle.has_thread());
+            let threads = list.vcpus.iter().filter(|vcpu| vcpu.has_thread());
             let all: Vec<Awaited> = threads.clone().map(awaited).collect();
-            threads.for_each(Handle::pause);
+            threads.for_each(VcpuThread::pause);
             all
         };
         wait_for(&all);
@@ -147,13 +147,13 @@ impl Vcpus {
         let mut list = self.0.lock();
         list.holds -= 1;
         if list.holds == 0 && list.stopping == 0 && state() == VmRunState::Running {
-            list.handles.iter().filter(|handle| handle.has_thread()).for_each(Handle::resume);
+            list.vcpus.iter().filter(|vcpu| vcpu.has_thread()).for_each(VcpuThread::resume);
         }
     }
 
     /// Do something to each, which nobody starts meanwhile.
-    pub(super) fn each(&self, act: impl FnMut(&Handle) -> Result<()>) -> Result<()> {
-        self.0.lock().handles.iter().try_for_each(act)
+    pub(super) fn each(&self, act: impl FnMut(&VcpuThread) -> Result<()>) -> Result<()> {
+        self.0.lock().vcpus.iter().try_for_each(act)
     }
 
     /// Keep all at rest for as long as `act` takes.
@@ -165,7 +165,7 @@ impl Vcpus {
         act: impl FnOnce(&mut [MappedMutexGuard<'_, Vcpu, rank::Vcpu>]) -> Result<T>,
     ) -> Result<T> {
         let list = self.0.lock();
-        let held: Result<Vec<_>> = list.handles.iter().map(|h| h.cell().at_rest()).collect();
+        let held: Result<Vec<_>> = list.vcpus.iter().map(|h| h.handle().at_rest()).collect();
         act(&mut held?)
     }
 
@@ -177,10 +177,10 @@ impl Vcpus {
         let (all, threads): (Vec<Awaited>, Vec<_>) = {
             let mut list = self.0.lock();
             list.stopping += 1;
-            let all = list.handles.iter().map(awaited).collect();
-            list.handles.iter().for_each(Handle::leave);
-            let ends = list.handles.iter_mut().filter(|_| !is_own);
-            (all, ends.filter_map(Handle::take_thread).collect())
+            let all = list.vcpus.iter().map(awaited).collect();
+            list.vcpus.iter().for_each(VcpuThread::leave);
+            let ends = list.vcpus.iter_mut().filter(|_| !is_own);
+            (all, ends.filter_map(VcpuThread::take_thread).collect())
         };
         // One that is driven by hand has another thread. One in a callback of the program's is at
         // rest.
@@ -207,26 +207,26 @@ impl Vcpus {
     /// Whether `stop` would wait for a thread.
     pub(super) fn are_busy(&self) -> bool {
         let list = self.0.lock();
-        let is_busy = |handle: &Handle| handle.has_thread() || !handle.cell().is_at_rest();
-        list.stopping > 0 || list.handles.iter().any(is_busy)
+        let is_busy = |vcpu: &VcpuThread| vcpu.has_thread() || !vcpu.handle().is_at_rest();
+        list.stopping > 0 || list.vcpus.iter().any(is_busy)
     }
 
     /// Stop them for good, and give back what they hold of KVM.
     pub(super) fn close(&self, is_own: bool, stopped: impl FnOnce()) {
         self.0.lock().is_closed = true;
         self.stop(is_own, stopped);
-        self.cells().iter().for_each(|cell| cell.close());
+        self.handles().iter().for_each(|handle| handle.close());
     }
 
     /// The machine goes. A thread that was not joined is one of its own, in a callback, or knows of
     /// one.
     pub(super) fn leave(&mut self) {
-        self.0.get_mut().handles.iter_mut().filter_map(Handle::take_thread).for_each(left::leave);
+        self.0.get_mut().vcpus.iter_mut().filter_map(VcpuThread::take_thread).for_each(left::leave);
     }
 
     /// In a forked child the threads do not exist.
     pub(super) fn forget(&mut self) {
-        let threads = self.0.get_mut().handles.iter_mut().filter_map(Handle::take_thread);
+        let threads = self.0.get_mut().vcpus.iter_mut().filter_map(VcpuThread::take_thread);
         threads.for_each(std::mem::forget);
     }
 }

@@ -11,14 +11,14 @@ use crate::process::Birthplace;
 use crate::sync::{Mutex, rank};
 
 use crate::trace::{Span, Trace, Track, Value};
-use crate::vcpu::{Dispatch, Observer, Place, Seen, Stats};
+use crate::vcpu::{ExitRouter, Observer, Place, Seen, Stats};
 
 /// See the module.
 #[derive(Debug)]
 pub struct Watching {
     /// The counters of its exits.
     pub stats: Arc<Stats>,
-    dispatch: Arc<Dispatch>,
+    router: Arc<ExitRouter>,
     /// Gone when the machine is closed, unless others have it.
     event_manager: Weak<EventManager>,
     birthplace: Birthplace,
@@ -29,10 +29,10 @@ impl Watching {
     /// For a machine with so many vCPUs, whose exits go to this dispatch and whose events to this
     /// loop.
     #[must_use]
-    pub fn new(vcpus: u64, dispatch: &Arc<Dispatch>, event_manager: &Arc<EventManager>) -> Self {
+    pub fn new(vcpus: u64, router: &Arc<ExitRouter>, event_manager: &Arc<EventManager>) -> Self {
         Self {
             stats: Arc::new(Stats::new(vcpus)),
-            dispatch: Arc::clone(dispatch),
+            router: Arc::clone(router),
             event_manager: Arc::downgrade(event_manager),
             birthplace: Birthplace::here(),
             trace: Mutex::default(),
@@ -51,7 +51,7 @@ impl Watching {
             return Err(Error::new(ErrorKind::State, "trace", detail));
         }
         let trace = Arc::new(Trace::create(path, self.stats.vcpu_count())?);
-        self.dispatch.observe(Arc::clone(&trace) as Arc<dyn Observer>);
+        self.router.observe(Arc::clone(&trace) as Arc<dyn Observer>);
         if let Some(event_manager) = self.event_manager.upgrade() {
             event_manager.recorders.add(Arc::clone(&trace));
             // A loop that waits begins a new turn. If it cannot be told, it does so at its next
@@ -72,7 +72,7 @@ impl Watching {
             return Ok(());
         }
         self.trace.lock().take_if(|current| Arc::ptr_eq(current, trace));
-        self.dispatch.unobserve(&(Arc::clone(trace) as Arc<dyn Observer>));
+        self.router.unobserve(&(Arc::clone(trace) as Arc<dyn Observer>));
         if let Some(event_manager) = self.event_manager.upgrade() {
             event_manager.recorders.remove(trace);
         }
@@ -149,8 +149,8 @@ mod tests {
 
     #[test]
     fn one_trace_at_a_time_and_none_after_the_machine() {
-        let (dispatch, manager) = (Arc::default(), Arc::new(EventManager::new().unwrap()));
-        let watching = Watching::new(1, &dispatch, &manager);
+        let (router, manager) = (Arc::default(), Arc::new(EventManager::new().unwrap()));
+        let watching = Watching::new(1, &router, &manager);
         let trace = watching.start_trace(Path::new("/dev/null")).unwrap();
         let again = watching.start_trace(Path::new("/dev/null")).unwrap_err();
         assert_eq!(again.kind, ErrorKind::State);

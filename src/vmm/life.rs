@@ -133,7 +133,7 @@ impl Vmm {
         // Others may hold it for as long as a call of theirs takes.
         vm.iter().for_each(|vm| vm.close());
         drop((vm, in_loop));
-        self.dispatch.close();
+        self.router.close();
         self.runner.lock().life = Life::Closed;
         self.run_ended.notify_all();
     }

@@ -23,7 +23,7 @@ use crate::memory::GuestMemory;
 use crate::process::Birthplace;
 use crate::sync::{Condvar, Mutex, rank};
 use crate::trace::Trace;
-use crate::vcpu::{Cell, Dispatch, VmRunState};
+use crate::vcpu::{ExitRouter, VcpuHandle, VmRunState};
 use crate::vm::KvmVm;
 
 /// A machine: its KVM side, its devices, and the event loop they share.
@@ -34,7 +34,7 @@ pub struct Vmm {
     /// None once it is closed: then whoever else holds its parts has them.
     pub(super) in_loop: Mutex<Option<InLoop>, rank::OwnSubscribers>,
     pub(super) birthplace: Birthplace,
-    pub(super) dispatch: Arc<Dispatch>,
+    pub(super) router: Arc<ExitRouter>,
     watching: Watching,
     pub(super) serial: Arc<Serial>,
     fixups: Arc<Counts>,
@@ -87,11 +87,11 @@ impl Vmm {
         };
         let exit_handler =
             WrappedExitHandler::new().map_err(|e| Error::os(ErrorKind::Event, "eventfd", &e))?;
-        let dispatch = Arc::new(Dispatch::default());
-        let vm = KvmVm::new(&config, memory, Arc::clone(&dispatch), exit_handler.clone())?;
+        let router = Arc::new(ExitRouter::default());
+        let vm = KvmVm::new(&config, memory, Arc::clone(&router), exit_handler.clone())?;
         let irq = vm.irq(layout::COM1_IRQ);
-        let serial = devices::attach(&dispatch.buses, irq, &config.serial, config.exit_port)?;
-        let parts = Parts { vm, event_manager, exit_handler, dispatch, serial, entry };
+        let serial = devices::attach(&router.buses, irq, &config.serial, config.exit_port)?;
+        let parts = Parts { vm, event_manager, exit_handler, router, serial, entry };
         Self::assemble(parts, config.serial, config.exit_port)
     }
 
@@ -101,17 +101,17 @@ impl Vmm {
         streams: SerialConfig,
         exit_port: ExitPort,
     ) -> Result<Self> {
-        let Parts { vm, event_manager, exit_handler, dispatch, serial, entry } = parts;
+        let Parts { vm, event_manager, exit_handler, router, serial, entry } = parts;
         let mut subscribers = vec![event_manager.add_subscriber(Box::new(exit_handler.clone()))];
         subscribers.extend(devices::connect(&serial, streams, &event_manager)?);
         let fixups = Arc::clone(vm.fixups());
         let vm_id = vm.id();
-        let watching = Watching::new(vm.cells().len() as u64, &dispatch, &event_manager);
+        let watching = Watching::new(vm.handles().len() as u64, &router, &event_manager);
         Ok(Self {
             vm: Mutex::new(Some(Arc::new(vm))),
             in_loop: Mutex::new(Some(InLoop { event_manager, exit_handler, subscribers })),
             birthplace: Birthplace::here(),
-            dispatch,
+            router,
             watching,
             serial,
             fixups,
@@ -132,10 +132,10 @@ impl Vmm {
     ///
     /// # Errors
     /// [`ErrorKind::State`] when the machine is closed.
-    pub fn vcpus(&self) -> Result<Vec<Arc<Cell>>> {
+    pub fn vcpus(&self) -> Result<Vec<Arc<VcpuHandle>>> {
         let vm = self.vm()?;
         vm.prepare(self.entry)?;
-        Ok(vm.cells())
+        Ok(vm.handles())
     }
 
     /// The KVM side of the machine.
@@ -173,7 +173,7 @@ impl Vmm {
             return Err(Error::new(ErrorKind::Config, format!("{base:#x}"), detail));
         }
         vm.beside_others(access, (base, length), || {
-            self.dispatch.buses.bus(access).add(base, length, device)
+            self.router.buses.bus(access).add(base, length, device)
         })
     }
 
@@ -188,8 +188,8 @@ impl Vmm {
 
     /// Where the vCPUs' exits go: the buses, hooks and observers.
     #[must_use]
-    pub fn dispatch(&self) -> &Arc<Dispatch> {
-        &self.dispatch
+    pub fn router(&self) -> &Arc<ExitRouter> {
+        &self.router
     }
 
     /// What it can be watched with: counters, and a trace.

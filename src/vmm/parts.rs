@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::devices::Serial;
 use crate::event::EventManager;
 use crate::exit_handler::WrappedExitHandler;
-use crate::vcpu::Dispatch;
+use crate::vcpu::ExitRouter;
 use crate::vm::KvmVm;
 
 /// What a machine is assembled of.
@@ -14,7 +14,7 @@ pub(crate) struct Parts {
     pub(crate) vm: KvmVm<WrappedExitHandler>,
     pub(crate) event_manager: Arc<EventManager>,
     pub(crate) exit_handler: WrappedExitHandler,
-    pub(crate) dispatch: Arc<Dispatch>,
+    pub(crate) router: Arc<ExitRouter>,
     pub(crate) serial: Arc<Serial>,
     pub(crate) entry: u64,
 }

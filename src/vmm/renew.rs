@@ -25,7 +25,7 @@ impl Vmm {
         }
         self.reset(snapshot)?;
         self.vm()?.renew();
-        self.dispatch().buses.forget_unanswered();
+        self.router().buses.forget_unanswered();
         self.fixups().clear();
         Ok(true)
     }

@@ -16,7 +16,7 @@ use crate::layout;
 use crate::memory::GuestMemory;
 use crate::memory::MemoryRange;
 use crate::snapshot::{Classes, Device as DeviceState, Snapshot, chips, new_id, vcpu};
-use crate::vcpu::{Dispatch, Vcpu, VmRunState};
+use crate::vcpu::{ExitRouter, Vcpu, VmRunState};
 use crate::vm::KvmVm;
 use crate::vm::Shape;
 
@@ -48,7 +48,7 @@ impl Vmm {
         vm.settle()?;
         let (rests, resets) = (rests(&vm), self.resets.check(None)?);
         // Without a lock: a device may be Python's.
-        let devices = save_devices(&self.dispatch().buses)?;
+        let devices = save_devices(&self.router().buses)?;
         let shape = self.shape(&vm);
         vm.at_rest(|fd, vcpus| {
             check_rests(vcpus, &rests)?;
@@ -71,7 +71,7 @@ impl Vmm {
         self.shape(&vm).check_same(&snapshot.shape)?;
         vm.memory().kvm_slots().check(&snapshot.ranges)?;
         snapshot.ranges.iter().try_for_each(|range| range.image.check())?;
-        let devices = devices_of(&self.dispatch().buses, snapshot)?;
+        let devices = devices_of(&self.router().buses, snapshot)?;
         // Nobody starts a run meanwhile; of a run in progress the vCPUs stand still.
         let in_run = self.is_in_run();
         let _running = if in_run { None } else { Some(self.enter_run("reset", false)?) };
@@ -80,7 +80,7 @@ impl Vmm {
             let detail = "the guest has ended, and its run is not over yet";
             return Err(Error::new(ErrorKind::State, "reset", detail));
         }
-        vm.cells().iter().try_for_each(|cell| cell.wait_while_leaving())?;
+        vm.handles().iter().try_for_each(|handle| handle.wait_while_leaving())?;
         self.resets.reset(|| {
             let changed = vm.at_rest(|fd, vcpus| bring_back(&vm, fd, vcpus, snapshot))?;
             vm.revive();
@@ -112,12 +112,12 @@ impl Vmm {
         };
         let exit_handler =
             WrappedExitHandler::new().map_err(|e| Error::os(ErrorKind::Event, "eventfd", &e))?;
-        let dispatch = Arc::new(Dispatch::default());
-        let vm = KvmVm::of_shape(shape, memory, &dispatch, exit_handler.clone())?;
+        let router = Arc::new(ExitRouter::default());
+        let vm = KvmVm::of_shape(shape, memory, &router, exit_handler.clone())?;
         vm.at_rest(|fd, vcpus| set_state(&vm, fd, vcpus, snapshot))?;
         let irq = vm.irq(layout::COM1_IRQ);
-        let serial = devices::attach(&dispatch.buses, irq, &streams, shape.exit_port())?;
-        let parts = Parts { vm, event_manager, exit_handler, dispatch, serial, entry: 0 };
+        let serial = devices::attach(&router.buses, irq, &streams, shape.exit_port())?;
+        let parts = Parts { vm, event_manager, exit_handler, router, serial, entry: 0 };
         Self::assemble(parts, streams, shape.exit_port())
     }
 
@@ -127,12 +127,12 @@ impl Vmm {
     /// # Errors
     /// When one is missing, or refuses its state.
     pub fn restore_devices(&self, snapshot: &Snapshot) -> Result<()> {
-        restore_devices(&devices_of(&self.dispatch().buses, snapshot)?)
+        restore_devices(&devices_of(&self.router().buses, snapshot)?)
     }
 
     fn shape(&self, vm: &Vm) -> Shape {
         let (irqchip, pit, fixups) = vm.chips();
-        let vcpus = u16::try_from(vm.cells().len()).unwrap_or(u16::MAX);
+        let vcpus = u16::try_from(vm.handles().len()).unwrap_or(u16::MAX);
         Shape { vcpus, irqchip, pit, fixups, exit_port: self.exit_port.0 }
     }
 }
@@ -155,7 +155,7 @@ fn capture(
 }
 
 fn rests(vm: &Vm) -> Vec<u64> {
-    vm.cells().iter().map(|cell| cell.rests()).collect()
+    vm.handles().iter().map(|handle| handle.rests()).collect()
 }
 
 /// # Errors
@@ -255,10 +255,10 @@ mod tests {
     use crate::exit_handler::ExitReason;
     use crate::exit_handler::Outcome;
     use crate::sync::{Mutex, rank};
-    use crate::vcpu::Cell;
+    use crate::vcpu::VcpuHandle;
 
     /// At which access, which vCPU, and whom to tell.
-    type Park = (u64, Arc<Cell>, Sender<()>);
+    type Park = (u64, Arc<VcpuHandle>, Sender<()>);
 
     /// Counts accesses, reads as their number, and at one of them parks the vCPU behind that exit.
     #[derive(Debug, Default)]
@@ -271,8 +271,8 @@ mod tests {
         fn count(&self) -> u64 {
             let now = self.seen.fetch_add(1, Ordering::Relaxed) + 1;
             let park = self.park.lock().take_if(|(at, ..)| *at == now);
-            if let Some((_, cell, told)) = park {
-                cell.park();
+            if let Some((_, handle, told)) = park {
+                handle.park();
                 told.send(()).unwrap();
             }
             now
@@ -337,8 +337,8 @@ mod tests {
 
     fn with_counter(vmm: &Vmm) -> Arc<Counter> {
         let counter = Arc::new(Counter::default());
-        vmm.dispatch().buses.pio.add(0x80, 2, Arc::clone(&counter) as Arc<dyn Device>).unwrap();
-        vmm.dispatch()
+        vmm.router().buses.pio.add(0x80, 2, Arc::clone(&counter) as Arc<dyn Device>).unwrap();
+        vmm.router()
             .buses
             .mmio
             .add(0xd000_0000, 4096, Arc::clone(&counter) as Arc<dyn Device>)
@@ -361,8 +361,8 @@ mod tests {
         let vmm = Vmm::try_from(life()).unwrap();
         let counter = with_counter(&vmm);
         let (told, parked) = channel();
-        let cell = vmm.vcpus().unwrap().remove(0);
-        *counter.park.lock() = Some((access, cell, told));
+        let handle = vmm.vcpus().unwrap().remove(0);
+        *counter.park.lock() = Some((access, handle, told));
         vmm.start().unwrap();
         parked.recv_timeout(Duration::from_secs(60)).unwrap();
         let snapshot = vmm.snapshot().unwrap();

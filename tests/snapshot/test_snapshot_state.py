@@ -335,7 +335,7 @@ def test_access_that_nobody_has_answered_is_given_up_by_a_reset_and_refused_by_a
         snapshot = vmm.snapshot()
         vmm.vcpus[0].run_once()
         vmm.vcpus[0].run_once()
-        with pytest.raises(StateError, match="nobody has answered"):
+        with pytest.raises(StateError, match="waits for an answer"):
             vmm.snapshot()
         vmm.reset(snapshot)
         assert vmm.run(DEADLINE_S).code == 1

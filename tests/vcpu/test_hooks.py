@@ -1,4 +1,7 @@
-"""Exit hooks: every kind of exit, what a hook may answer, and what it may not."""
+"""Exit hooks: every kind of exit, what a hook may answer, and what it may not.
+
+Covers src/vcpu/current.rs.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Stopping a machine, looking into its vCPUs, and letting it go on.
 
-Covers src/vcpu/registers.rs, src/vm/vcpus.rs, python/pyvmm/registers.py.
+Covers src/vcpu/registers.rs, src/vcpu/msr.rs, src/vcpu/handle.rs, src/vcpu/host_access.rs, src/vm/vcpus.rs,
+python/pyvmm/registers.py.
 """
 
 from __future__ import annotations

@@ -1,0 +1,104 @@
+//! Looking into a vCPU: from any thread while it is at rest, and from its own thread and others
+//! while that thread calls the program's code.
+
+use std::ptr::NonNull;
+use std::time::Duration;
+
+use super::handle::{HandleState, HostAccess, VcpuHandle, closed};
+use super::kick::this_thread;
+use super::vcpu::Vcpu;
+use crate::error::Result;
+use crate::sync::{MappedMutexGuard, MutexGuard, rank};
+
+/// Ends the host's access, also when the program's code panics.
+struct HostAccessGuard<'a>(&'a VcpuHandle, NonNull<Vcpu>);
+
+impl Drop for HostAccessGuard<'_> {
+    fn drop(&mut self) {
+        self.0.state.lock().host_access = None;
+        // SAFETY: the vCPU of our caller, which no other thread can reach any more.
+        unsafe { self.1.as_mut() }.has_host_access = false;
+    }
+}
+
+impl VcpuHandle {
+    /// Look into the vCPU, which stays at rest meanwhile. On its own thread that is possible while
+    /// it calls the program's code.
+    ///
+    /// # Errors
+    /// [`crate::error::ErrorKind::State`] while its guest runs, and in a forked child; what `look`
+    /// returns.
+    pub fn with_vcpu<T>(&self, look: impl FnOnce(&mut Vcpu) -> Result<T>) -> Result<T> {
+        self.check_process()?;
+        self.look_in(&mut self.state.lock(), look)
+    }
+
+    /// [`Self::with_vcpu`] for a thread that must not wait for longer than this.
+    ///
+    /// # Errors
+    /// Gives `look` back when another thread looks into the vCPU for that long.
+    pub fn try_with_vcpu<T, F>(&self, limit: Duration, look: F) -> std::result::Result<Result<T>, F>
+    where
+        F: FnOnce(&mut Vcpu) -> Result<T>,
+    {
+        // In a forked child the lock may be held by a thread that is not there.
+        if let Err(error) = self.check_process() {
+            return Ok(Err(error));
+        }
+        let state =
+            if limit.is_zero() { self.state.try_lock() } else { self.state.try_lock_for(limit) };
+        match state {
+            Some(mut state) => Ok(self.look_in(&mut state, look)),
+            None => Err(look),
+        }
+    }
+
+    fn look_in<T>(
+        &self,
+        state: &mut HandleState,
+        look: impl FnOnce(&mut Vcpu) -> Result<T>,
+    ) -> Result<T> {
+        let is_held = state.is_held();
+        let is_own = state.runner == Some(this_thread());
+        if state.is_closed {
+            return Err(closed());
+        }
+        match state {
+            HandleState { vcpu: Some(vcpu), .. } if is_held => look(vcpu),
+            HandleState { host_access: Some(HostAccess(vcpu)), .. } if is_held || is_own => {
+                // SAFETY: its thread is inside `with_host_access`, which ends the access under the
+                // lock that we hold.
+                look(unsafe { vcpu.as_mut() })
+            }
+            _ => Err(self.running()),
+        }
+    }
+
+    /// The vCPU, which stays at rest for as long as this is held.
+    ///
+    /// # Errors
+    /// [`crate::error::ErrorKind::State`] while its guest runs or its exit is answered, and in a
+    /// forked child.
+    pub(crate) fn at_rest(&self) -> Result<MappedMutexGuard<'_, Vcpu, rank::Vcpu>> {
+        self.check_process()?;
+        let state = self.state.lock();
+        let is_held = state.is_held();
+        MutexGuard::try_map(state, |state| state.vcpu.as_mut().filter(|_| is_held))
+            .ok_or_else(|| self.running())
+    }
+
+    /// Call the program's code from the thread that runs the vCPU. Meanwhile that code may look
+    /// into the vCPU, and a thread that pauses the machine finds it at rest; it does not go back to
+    /// its guest before the machine is resumed.
+    pub(super) fn with_host_access<T>(&self, vcpu: &mut Vcpu, call: impl FnOnce() -> T) -> T {
+        vcpu.has_host_access = true;
+        let vcpu = NonNull::from(vcpu);
+        let _guard = HostAccessGuard(self, vcpu);
+        {
+            let mut state = self.state.lock();
+            state.host_access = Some(HostAccess(vcpu));
+            self.changed.notify_all();
+        }
+        call()
+    }
+}

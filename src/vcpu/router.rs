@@ -1,0 +1,299 @@
+//! Where the exits of a machine's vCPUs go: the buses with their devices, hooks that look at an
+//! exit first, and observers that look at it afterwards. Shared by the vCPUs' threads; hooks and
+//! observers come and go while they run.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use super::exit::{Data, ExitKind, VcpuExit};
+use crate::devices::Buses;
+use crate::exit_handler::Outcome;
+use crate::memory::DeviceWindows;
+use crate::sync::{RwLock, rank};
+use crate::trace::{Recording, Track};
+
+/// Looks at exits before they are answered. Called on the vCPU's thread, with the vCPU open to the
+/// host meanwhile.
+pub trait ExitHook: Send + Sync + std::fmt::Debug {
+    /// What becomes of the exit, with what the guest finds in `reply`; none leaves it to the next
+    /// hook and to the devices.
+    fn on_exit(&self, vcpu: u64, exit: &VcpuExit, reply: &mut Reply) -> Option<Outcome>;
+}
+
+/// What the guest finds after an exit that a hook has answered with [`Outcome::Continue`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Reply {
+    /// A read gives all one bits; a write has been taken.
+    #[default]
+    Default,
+    /// A read gives these bytes.
+    Data(Data),
+    /// It executes the instruction again.
+    Retry,
+}
+
+/// Which hooks are asked first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum HookPriority {
+    /// Hooks of pyvmm's own, for example a debugger's.
+    Host,
+    /// The program's.
+    Program,
+}
+
+/// Sees every exit after it has been answered. Called on the vCPU's thread; must be quick.
+pub trait Observer: Send + Sync + std::fmt::Debug {
+    /// A guest is about to be entered.
+    fn enters(&self, _vcpu: u64, _at: Instant) {}
+
+    /// Where the answer to an exit is recorded while it is made.
+    fn track(&self, _vcpu: u64) -> Option<Arc<Track>> {
+        None
+    }
+
+    /// An exit has been answered.
+    fn saw(&self, seen: &Seen);
+}
+
+/// An exit and its times.
+#[derive(Debug)]
+pub struct Seen<'a> {
+    /// The vCPU's number.
+    pub vcpu: u64,
+    /// The exit.
+    pub exit: &'a VcpuExit,
+    /// When the guest was entered before it,
+    pub entered: Instant,
+    /// when it came out,
+    pub left: Instant,
+    /// and when the exit had been answered.
+    pub answered: Instant,
+}
+
+/// A hook, its place in the order, and the kinds that it looks at.
+#[derive(Clone, Debug)]
+struct HookEntry {
+    hook: Arc<dyn ExitHook>,
+    priority: HookPriority,
+    kinds: u64,
+}
+
+/// Above the bits of the kinds of exits.
+const OBSERVED: u64 = 1 << 63;
+
+/// See the module.
+#[derive(Debug, Default)]
+pub struct ExitRouter {
+    /// The buses.
+    pub buses: Buses,
+    /// A bit for each kind of exit that a hook looks at, and [`OBSERVED`]. Zero costs one load an
+    /// exit.
+    mask: AtomicU64,
+    /// In the order in which they are asked. A call in progress keeps the list that it began with.
+    hooks: RwLock<Arc<[HookEntry]>, rank::ExitHooks>,
+    observers: RwLock<Vec<Arc<dyn Observer>>, rank::Observers>,
+}
+
+impl DeviceWindows for ExitRouter {
+    fn windows(&self) -> Vec<(u64, u64)> {
+        self.buses.mmio.ranges()
+    }
+}
+
+/// Who looks at an exit.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ExitMask(u64);
+
+impl ExitMask {
+    pub(super) fn is_observed(self) -> bool {
+        self.0 & OBSERVED != 0
+    }
+
+    pub(super) fn has_hook(self, kind: ExitKind) -> bool {
+        self.0 & kind.bit() != 0
+    }
+}
+
+impl ExitRouter {
+    /// Have a hook look at exits of these kinds, from the next exit on, and at no others; without
+    /// kinds it is removed. A new hook is asked after those of its priority.
+    pub fn set_hook(&self, priority: HookPriority, hook: &Arc<dyn ExitHook>, kinds: &[ExitKind]) {
+        let kinds = kinds.iter().fold(0, |bits, kind| bits | kind.bit());
+        let mut hooks = self.hooks.write();
+        let mut changed = hooks.to_vec();
+        match changed.iter_mut().find(|entry| Arc::ptr_eq(&entry.hook, hook)) {
+            Some(entry) => entry.kinds = kinds,
+            None => changed.push(HookEntry { hook: Arc::clone(hook), priority, kinds }),
+        }
+        changed.retain(|entry| entry.kinds != 0);
+        // Stable: within a priority they stay in the order in which they were added.
+        changed.sort_by_key(|entry| entry.priority);
+        let bits = changed.iter().fold(0, |bits, entry| bits | entry.kinds);
+        let former = std::mem::replace(&mut *hooks, changed.into());
+        self.change_mask(|mask| mask & OBSERVED | bits);
+        drop(hooks);
+        // Outside the lock: dropping a hook may run the program's code.
+        drop(former);
+    }
+
+    /// Show an observer every exit, from the next entry on.
+    pub fn observe(&self, observer: Arc<dyn Observer>) {
+        self.observers.write().push(observer);
+        self.change_mask(|mask| mask | OBSERVED);
+    }
+
+    /// Show the observer no more exits.
+    pub fn unobserve(&self, observer: &Arc<dyn Observer>) {
+        let mut observers = self.observers.write();
+        observers.retain(|known| !Arc::ptr_eq(known, observer));
+        if observers.is_empty() {
+            self.change_mask(|mask| mask & !OBSERVED);
+        }
+    }
+
+    /// The machine is closed: no hook, observer or device is called any more. What they hold, which
+    /// may be the machine, is released.
+    pub(crate) fn close(&self) {
+        self.mask.store(0, Ordering::Release);
+        let hooks = std::mem::take(&mut *self.hooks.write());
+        let observers = std::mem::take(&mut *self.observers.write());
+        let devices = [self.buses.pio.clear(), self.buses.mmio.clear()];
+        // Outside the locks: it may run the program's code.
+        drop((hooks, observers, devices));
+    }
+
+    fn change_mask(&self, change: impl Fn(u64) -> u64) {
+        // Release: a thread that sees a bit finds the hook or the observer that it stands for.
+        let _ = self.mask.fetch_update(Ordering::Release, Ordering::Relaxed, |m| Some(change(m)));
+    }
+
+    pub(super) fn mask(&self) -> ExitMask {
+        // Acquire: pairs with the release above.
+        ExitMask(self.mask.load(Ordering::Acquire))
+    }
+
+    /// Ask the hooks of an exit's kind, the host's first, until one decides.
+    pub(super) fn ask_hooks(&self, vcpu: u64, exit: &VcpuExit) -> Option<(Outcome, Reply)> {
+        let bit = exit.kind()?.bit();
+        // A copy: no lock is held while a hook runs.
+        let hooks = Arc::clone(&*self.hooks.read());
+        let mut asked = hooks.iter().filter(|entry| entry.kinds & bit != 0);
+        asked.find_map(|entry| {
+            let mut reply = Reply::Default;
+            entry.hook.on_exit(vcpu, exit, &mut reply).map(|outcome| (outcome, reply))
+        })
+    }
+
+    pub(super) fn enters(&self, vcpu: u64, at: Instant) {
+        self.observers.read().iter().for_each(|observer| observer.enters(vcpu, at));
+    }
+
+    /// Record this thread, which answers an exit, where an observer wants it.
+    pub(super) fn recording(&self, vcpu: u64) -> Option<Recording> {
+        Recording::on(self.observers.read().iter().filter_map(|observer| observer.track(vcpu)))
+    }
+
+    pub(super) fn saw(&self, seen: &Seen) {
+        self.observers.read().iter().for_each(|observer| observer.saw(seen));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sync::Mutex;
+
+    /// Which hooks were asked.
+    type Asked = Arc<Mutex<Vec<u64>, rank::Test>>;
+
+    #[derive(Debug)]
+    struct Hook(u64, Asked, Option<Reply>);
+
+    impl ExitHook for Hook {
+        fn on_exit(&self, _: u64, _: &VcpuExit, reply: &mut Reply) -> Option<Outcome> {
+            self.1.lock().push(self.0);
+            *reply = self.2.clone()?;
+            Some(Outcome::Continue)
+        }
+    }
+
+    fn hook(number: u64, asked: &Asked, reply: Option<Reply>) -> Arc<dyn ExitHook> {
+        Arc::new(Hook(number, Arc::clone(asked), reply))
+    }
+
+    #[derive(Debug, Default)]
+    struct Log(Mutex<Vec<u64>, rank::Test>);
+
+    impl Observer for Log {
+        fn saw(&self, seen: &Seen) {
+            self.0.lock().push(seen.vcpu);
+        }
+    }
+
+    const IN: VcpuExit = VcpuExit::IoIn { port: 1, size: 1, count: 1 };
+
+    #[test]
+    fn a_hook_sees_the_kinds_it_asked_for() {
+        let (router, asked) = (ExitRouter::default(), Asked::default());
+        assert!(!router.mask().has_hook(ExitKind::Io));
+        let hook = hook(1, &asked, None);
+        router.set_hook(HookPriority::Program, &hook, &[ExitKind::Io, ExitKind::Hlt]);
+        let mask = router.mask();
+        assert!(mask.has_hook(ExitKind::Io) && mask.has_hook(ExitKind::Hlt));
+        assert!(!mask.has_hook(ExitKind::Mmio) && !mask.is_observed());
+        router.ask_hooks(0, &VcpuExit::Shutdown);
+        assert!(asked.lock().is_empty());
+        router.ask_hooks(0, &IN);
+        assert_eq!(*asked.lock(), [1]);
+        router.set_hook(HookPriority::Program, &hook, &[]);
+        assert!(!router.mask().has_hook(ExitKind::Io));
+        router.ask_hooks(0, &IN);
+        assert_eq!(*asked.lock(), [1], "it is removed");
+    }
+
+    #[test]
+    fn hooks_of_the_host_are_asked_first_and_the_first_that_decides_ends_it() {
+        let (router, asked) = (ExitRouter::default(), Asked::default());
+        let add = |priority, number, reply| {
+            router.set_hook(priority, &hook(number, &asked, reply), &[ExitKind::Io]);
+        };
+        add(HookPriority::Program, 3, Some(Reply::Retry));
+        add(HookPriority::Host, 1, None);
+        add(HookPriority::Host, 2, None);
+        add(HookPriority::Program, 4, None);
+        assert_eq!(router.ask_hooks(0, &IN), Some((Outcome::Continue, Reply::Retry)));
+        assert_eq!(*asked.lock(), [1, 2, 3]);
+    }
+
+    #[test]
+    fn a_hook_that_goes_leaves_the_kinds_of_the_others() {
+        let (router, asked) = (ExitRouter::default(), Asked::default());
+        let (one, other) = (hook(1, &asked, None), hook(2, &asked, None));
+        router.set_hook(HookPriority::Host, &one, &[ExitKind::Debug, ExitKind::Io]);
+        router.set_hook(HookPriority::Program, &other, &[ExitKind::Io]);
+        router.set_hook(HookPriority::Host, &one, &[]);
+        assert!(router.mask().has_hook(ExitKind::Io) && !router.mask().has_hook(ExitKind::Debug));
+        assert_eq!(router.ask_hooks(0, &IN), None);
+        assert_eq!(*asked.lock(), [2]);
+        router.close();
+        assert_eq!((router.ask_hooks(0, &IN), Arc::strong_count(&other)), (None, 1));
+    }
+
+    #[test]
+    fn observers_come_and_go_beside_a_hook() {
+        let (router, asked) = (ExitRouter::default(), Asked::default());
+        router.set_hook(HookPriority::Program, &hook(1, &asked, None), &[ExitKind::Hlt]);
+        let log = Arc::<Log>::default();
+        let observer: Arc<dyn Observer> = Arc::clone(&log) as _;
+        router.observe(Arc::clone(&observer));
+        assert!(router.mask().is_observed() && router.mask().has_hook(ExitKind::Hlt));
+        let now = Instant::now();
+        let seen = Seen { vcpu: 3, exit: &VcpuExit::Hlt, entered: now, left: now, answered: now };
+        router.saw(&seen);
+        router.unobserve(&observer);
+        router.saw(&seen);
+        assert_eq!(*log.0.lock(), [3]);
+        assert!(!router.mask().is_observed() && router.mask().has_hook(ExitKind::Hlt));
+    }
+}
