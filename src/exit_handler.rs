@@ -15,7 +15,7 @@ use crate::poll::take_count;
 use crate::process::Birthplace;
 use crate::sync::{Mutex, rank};
 
-/// Something a vCPU tells that its guest has ended.
+/// What a vCPU notifies when its guest has ended.
 pub trait ExitHandler {
     /// Make the owner of the run loop look. Called on the vCPU's thread; must not block.
     ///
@@ -248,16 +248,17 @@ pub struct Exit {
     pub fault: Option<String>,
 }
 
-/// What a vCPU does next: a device, a hook or the exit itself says so, and the vCPU's thread does it.
+/// What a vCPU does after an exit: decided by a device, a hook or the exit itself, and carried out
+/// by the vCPU's thread.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// It enters its guest again, unless it has been kicked.
+    /// Enter the guest again, unless the vCPU has been kicked.
     Continue,
-    /// The same, once the device that says so has room for more
+    /// The same, once the device has room for more
     /// ([`crate::devices::Device::wait_for_room`]).
     Wait,
-    /// The run ends for a reason that whoever says so has left with its owner; the guest could go
-    /// on.
+    /// The run ends, and the guest could go on. The device or hook has left the reason with its
+    /// owner.
     Stop,
     /// The guest has ended.
     End(Exit),

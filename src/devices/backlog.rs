@@ -1,5 +1,5 @@
-//! What a serial port's guest has printed and nobody has taken. vCPU threads add to it, and wait
-//! where it is full; the loop's thread, or any other, takes from it.
+//! What a serial port's guest has printed and the consumer has not taken. vCPU threads add to it,
+//! and wait if it is full; the loop's thread, or any other, takes from it.
 
 use std::collections::VecDeque;
 use std::io;
@@ -12,12 +12,12 @@ use super::text_stop::TextStop;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::{Condvar, Mutex, rank};
 
-/// Output kept where nobody takes it: the newest so many bytes.
+/// How much output is kept without a consumer: the newest bytes.
 const CAPTURE_SIZE: usize = 1 << 20;
 /// A guest that is this far ahead of its consumer waits.
 const BACKLOG_SIZE: usize = 1 << 16;
-/// Guests print byte by byte: the consumer is told of the first one this much later, to find more
-/// with it,
+/// Guests print byte by byte: the consumer is notified of the first one this much later, to find
+/// more with it,
 const GATHER: Duration = Duration::from_millis(2);
 /// or at once when so many have come together.
 const GATHERED: usize = 4096;
@@ -27,28 +27,28 @@ const AT_ONCE: Duration = Duration::from_nanos(1);
 #[derive(Debug)]
 pub(super) struct Backlog {
     state: Mutex<State, rank::SerialOutput>,
-    /// There is room, or somebody calls a vCPU out that waits for it.
+    /// There is room, or a vCPU that waits for it is brought out.
     room: Condvar,
-    /// Where `State::ready` can be watched.
+    /// The descriptor that shows `State::ready`.
     fd: Option<RawFd>,
 }
 
 #[derive(Debug)]
 struct State {
     bytes: VecDeque<u8>,
-    /// How many bytes a consumer is just writing.
+    /// How many bytes a consumer is writing now.
     in_flight: usize,
-    /// Somebody takes the output, so none is dropped and the guest may have to wait.
+    /// The output has a consumer, so none is dropped and the guest may have to wait.
     has_consumer: bool,
     failed: Option<Error>,
     /// Expires when there is output to take; none without a consumer.
     ready: Option<TimerFd>,
-    /// How often the output has become another guest's: what was taken before is not put back.
+    /// How often a restore has replaced the output: what was taken before is not put back.
     epoch: u64,
     stop: TextStop,
 }
 
-/// Output on its way out, to be given to `Backlog::settle`.
+/// Output that is being written; `Backlog::settle` takes the result.
 #[derive(Debug)]
 #[must_use]
 pub struct Piece {
@@ -57,19 +57,19 @@ pub struct Piece {
     epoch: u64,
 }
 
-/// What printing came to.
+/// The result of printing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Printed {
-    /// The guest goes on.
+    /// The guest continues.
     Taken,
-    /// It goes on when there is room.
+    /// It continues when there is room.
     Full,
-    /// It has printed the text that somebody waits for.
+    /// It has printed the text that ends the run.
     Found,
 }
 
 impl Backlog {
-    /// `has_consumer`: somebody will take the output.
+    /// `has_consumer`: the output will be taken.
     ///
     /// # Errors
     /// When no timer can be made.
@@ -98,7 +98,7 @@ impl Backlog {
         self.fd
     }
 
-    /// Take what the guest prints, all of it. Never waits.
+    /// Take all that the guest prints. Never waits.
     pub(super) fn print(&self, bytes: &[u8]) -> Printed {
         let mut state = self.state.lock();
         let before = state.bytes.len();
@@ -130,15 +130,14 @@ impl Backlog {
         true
     }
 
-    /// Have those that wait look again at what calls them out.
+    /// Have threads that wait for room check `is_called_out` again.
     pub(super) fn wake(&self) {
         // With the lock: one that has looked already waits by now.
         let _state = self.state.lock();
         self.room.notify_all();
     }
 
-    /// Take at most `most` bytes. What is taken so is not in a snapshot, and not given to anybody
-    /// else.
+    /// Take at most `most` bytes. They are not part of a snapshot, and no other call returns them.
     pub(super) fn take(&self, most: usize) -> Piece {
         let mut state = self.state.lock();
         // Not readable until there is more. Cannot fail: the descriptor is a timer's.
@@ -154,7 +153,7 @@ impl Backlog {
         Piece { bytes, epoch: state.epoch }
     }
 
-    /// The first `written` bytes of a piece have gone out. The others come first the next time.
+    /// The first `written` bytes of a piece have been written. The others are put back in front.
     pub(super) fn settle(&self, piece: &Piece, written: usize) {
         let mut state = self.state.lock();
         if piece.epoch != state.epoch {
@@ -167,12 +166,12 @@ impl Backlog {
         }
     }
 
-    /// Tell the consumer again, after this time.
+    /// Notify the consumer again after this time.
     pub(super) fn tell_in(&self, delay: Duration) {
         self.state.lock().tell_in(delay);
     }
 
-    /// The output cannot be written: from here on it is kept as if there were no consumer.
+    /// The output cannot be written: from now on it is kept as without a consumer.
     pub(super) fn fail(&self, error: Error) {
         let mut state = self.state.lock();
         state.has_consumer = false;
@@ -185,7 +184,7 @@ impl Backlog {
         self.state.lock().failed.get_or_insert(error);
     }
 
-    /// The failure, once.
+    /// Takes the failure.
     pub(super) fn take_failure(&self) -> Option<Error> {
         self.state.lock().failed.take()
     }
@@ -201,17 +200,17 @@ impl Backlog {
         self.state.lock().stop = TextStop::at(text);
     }
 
-    /// The text that has been found since it was last asked for.
+    /// Takes the text that has been found.
     pub(super) fn take_found(&self) -> Option<Vec<u8>> {
         self.state.lock().stop.take_found()
     }
 
-    /// A copy of what nobody has taken.
+    /// A copy of what has not been taken.
     pub(super) fn copy(&self) -> Vec<u8> {
         self.state.lock().bytes.clone().into()
     }
 
-    /// Be what was saved.
+    /// Take a saved state.
     pub(super) fn restore(&self, bytes: Vec<u8>) {
         let mut state = self.state.lock();
         state.bytes = bytes.into();

@@ -1,5 +1,5 @@
-//! The port and memory-mapped buses: which device answers an access, and a count of those nobody
-//! answers. Lookups come from every vCPU's thread at once; a device does its own locking.
+//! The port and memory-mapped buses: which device answers an access, and counts of unanswered
+//! accesses. Lookups come from every vCPU's thread at once; a device does its own locking.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -27,13 +27,13 @@ pub trait Device: Send + Sync + fmt::Debug {
         each(data.chunks(size), |element| self.write(offset, element))
     }
 
-    /// What a trace calls it.
+    /// Its name in traces.
     fn name(&self) -> &str {
         let name = std::any::type_name::<Self>();
         name.rsplit("::").next().unwrap_or(name)
     }
 
-    /// Whether all the elements of a repeated `OUTS` are wanted in one call.
+    /// Whether it takes all elements of a repeated `OUTS` in one call.
     fn coalesces_outs(&self) -> bool {
         false
     }
@@ -44,15 +44,15 @@ pub trait Device: Send + Sync + fmt::Debug {
         true
     }
 
-    /// Have the vCPUs' threads that wait for room look again at what calls them out.
+    /// Have vCPU threads that wait for room check `is_called_out` again.
     fn wake(&self) {}
 
-    /// Whether it calls code of the program's, which may look into the vCPU meanwhile.
+    /// Whether it calls the program's code, which may block and may look into the vCPU meanwhile.
     fn may_block(&self) -> bool {
         false
     }
 
-    /// What a snapshot keeps of it. Nothing, for a device without state. The guest is at rest.
+    /// Its state for a snapshot; empty for a device without state. The guest is at rest.
     ///
     /// # Errors
     /// [`ErrorKind::State`] when it cannot be kept.
@@ -61,12 +61,12 @@ pub trait Device: Send + Sync + fmt::Debug {
     }
 
     /// # Errors
-    /// [`ErrorKind::State`] when it is none that can be given a state.
+    /// [`ErrorKind::State`] if it cannot be given a state.
     fn check_restorable(&self) -> Result<()> {
         Ok(())
     }
 
-    /// Become what was saved. The guest is at rest.
+    /// Take a saved state. The guest is at rest.
     ///
     /// # Errors
     /// [`ErrorKind::Snapshot`] when that is nothing `save` gives.
@@ -78,7 +78,7 @@ pub trait Device: Send + Sync + fmt::Debug {
     }
 }
 
-/// One access after the other, up to one that does not go on.
+/// Make one access after the other until one does not continue.
 pub fn each<T>(elements: impl Iterator<Item = T>, access: impl FnMut(T) -> Outcome) -> Outcome {
     elements.map(access).find(|outcome| *outcome != Outcome::Continue).unwrap_or(Outcome::Continue)
 }
@@ -92,7 +92,7 @@ pub enum Access {
     Mmio,
 }
 
-/// How often an address nobody answers was read and written.
+/// How often an address without a device was read and written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Unanswered {
     /// Reads; each gave all ones.
@@ -181,7 +181,7 @@ impl Bus {
     }
 }
 
-/// The two buses of a machine, and what nobody answers on them.
+/// The two buses of a machine, and counts of their unanswered accesses.
 #[derive(Debug, Default)]
 pub struct Buses {
     /// Ports.
@@ -201,7 +201,7 @@ struct Counts {
 }
 
 impl Buses {
-    /// Counts of what nobody answered: by address, and of the addresses beyond the first 1,024.
+    /// Counts of unanswered accesses by address, and of those beyond the first 1,024 addresses.
     #[must_use]
     pub fn unanswered(&self) -> (Vec<(Access, u64, Unanswered)>, Unanswered) {
         let counts = self.unanswered.lock();
@@ -223,7 +223,7 @@ impl Buses {
         }
     }
 
-    /// Nobody has answered a read, or a write.
+    /// Count an unanswered read or write.
     pub(crate) fn count_unanswered(&self, access: Access, address: u64, is_read: bool) {
         self.count(access, address, |n| if is_read { n.reads += 1 } else { n.writes += 1 });
     }

@@ -28,7 +28,7 @@ const OUTPUT_FULL: u8 = 1 << 4;
 
 const SELF_TEST_PASSED: u8 = 0x55;
 const PORT_WORKS: u8 = 0;
-/// The clock line of the second port is stuck low: nothing is there.
+/// The clock line of the second port is stuck low: no device is attached.
 const NO_PORT: u8 = 1;
 /// The keyboard is not locked.
 const INPUT_PORT: u8 = 1 << 7;
@@ -54,7 +54,7 @@ struct State {
 }
 
 impl Default for State {
-    /// As firmware leaves it.
+    /// The state that firmware leaves.
     fn default() -> Self {
         let mut ram = [0; RAM];
         let [command_byte, ..] = &mut ram;
@@ -115,7 +115,7 @@ impl State {
     }
 
     /// A write to the data port: the byte that a command waits for, or one for the keyboard, which
-    /// is not there.
+    /// does not exist.
     fn data(&mut self, value: u8) -> Outcome {
         self.was_command = false;
         match std::mem::take(&mut self.waiting) {
@@ -179,7 +179,7 @@ impl Device for I8042 {
         Ok(self.0.lock().to_bytes())
     }
 
-    /// Snapshots from before it had a state have nothing of it.
+    /// Snapshots of older versions have no state for it.
     fn restore(&self, state: &[u8]) -> Result<()> {
         *self.0.lock() = match state {
             [] => State::default(),

@@ -1,5 +1,6 @@
-//! The buses and the devices a PC needs to boot. Devices are called on the vCPU's thread that
-//! exited.
+//! The buses and the devices a PC needs to boot. A device answers accesses and keeps its own state
+//! and locks; which vCPU exits and what becomes of it is `vcpu`'s. Devices are called on the thread
+//! of the vCPU that exited; their half that reads and writes streams runs on the loop's thread.
 
 mod backlog;
 mod bus;
@@ -14,6 +15,8 @@ mod streams;
 mod text_stop;
 mod uart;
 mod uart_bits;
+mod uart_modem;
+mod uart_state;
 
 pub use backlog::Piece;
 pub use bus::{Access, Bus, Buses, Device, Unanswered, each};

@@ -48,9 +48,9 @@ pub(super) enum Kind {
     },
     /// By an open file of our own that does not block.
     NonBlocking,
-    /// A regular file or a directory, which nobody can make wait.
+    /// A regular file or a directory, which never blocks.
     File,
-    /// As much at a time as what polls ready takes, if nobody else uses it in between.
+    /// As much at a time as poll says is ready, if no other process uses it in between.
     Polled,
 }
 
@@ -112,7 +112,7 @@ pub fn duplicate(fd: RawFd, direction: Direction) -> Result<OwnedFd> {
     if copy < 0 {
         return Err(failed());
     }
-    // SAFETY: fcntl has just given us this number and nobody else knows it.
+    // SAFETY: fcntl has just given us this number, which is known nowhere else.
     let file = File::from(unsafe { OwnedFd::from_raw_fd(copy) });
     // SAFETY: as above; the descriptor lives through the call.
     let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
@@ -133,7 +133,7 @@ pub fn duplicate(fd: RawFd, direction: Direction) -> Result<OwnedFd> {
     Ok(file.into())
 }
 
-/// A socket that listens, or sends to nobody, can never be a stream.
+/// A socket that listens, or has no peer, can never be a stream.
 fn check_connected(socket: &File, direction: Direction) -> std::result::Result<(), String> {
     if option(socket, libc::SO_ACCEPTCONN) == Some(1) {
         return Err("the socket listens: a connection of it is needed".into());
@@ -168,7 +168,7 @@ fn has_messages(socket: &File) -> bool {
 }
 
 /// The stream to use, and how. Pipes and terminals are opened again, so that they do not block here
-/// and nobody else notices.
+/// and other users do not notice.
 pub(super) fn unblocked(file: File, direction: Direction) -> (File, Kind) {
     let Ok(kind) = file.metadata().map(|found| found.file_type()) else {
         return (file, Kind::Polled);
@@ -210,7 +210,7 @@ fn again(file: &File, direction: Direction) -> io::Result<File> {
         .open(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
-/// Whether a read or a write of a descriptor would find something to do, or an error to tell.
+/// Whether a read or a write of a descriptor would find something to do, or an error to report.
 pub(super) fn is_ready(file: &File, events: libc::c_short) -> bool {
     let mut poll = libc::pollfd { fd: file.as_raw_fd(), events, revents: 0 };
     // SAFETY: one pollfd that lives through the call, which does not wait.

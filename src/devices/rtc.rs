@@ -1,5 +1,5 @@
 //! The CMOS real-time clock (MC146818): the host's time in UTC, until the guest sets another, in
-//! the form that status B asks for; no alarms, no interrupts.
+//! the format that status B selects; no alarms, no interrupts.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -40,7 +40,7 @@ const INTERRUPT: u8 = 0x80;
 const AFTERNOON: u8 = 0x80;
 const RAM_AND_TIME_VALID: u8 = 0x80;
 
-/// Answers at an index port and the data port behind it.
+/// Answers at an index port and the data port after it.
 #[derive(Debug)]
 pub struct Rtc {
     state: Mutex<State, rank::Rtc>,
@@ -53,7 +53,7 @@ struct State {
     index: u8,
     /// The cells of the time count while the clock stands still.
     ram: [u8; 128],
-    /// By how many seconds the guest has set its time ahead of the host's.
+    /// The seconds by which the guest's time is ahead of the host's.
     ahead: i64,
     /// The second at which status C was last read, which clears it.
     told: u64,
@@ -175,7 +175,7 @@ impl State {
         }
     }
 
-    /// What a register of the time shows at a time of the host's.
+    /// The value of a time register at a host time.
     fn time_in(&self, index: u8, now: Duration) -> u8 {
         let time = utc(seconds(now).saturating_add(self.ahead));
         let mode = self.cell(STATUS_B);

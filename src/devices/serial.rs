@@ -26,7 +26,7 @@ pub struct Serial {
     /// None on a machine without an interrupt controller.
     irq: Option<Box<dyn InterruptLine>>,
     output: Backlog,
-    /// Made when somebody asks for it.
+    /// Made when it is first asked for.
     input_wanted: OnceLock<Arc<EventFd>>,
 }
 
@@ -45,8 +45,8 @@ impl GuestSide {
 }
 
 impl Serial {
-    /// A port with an interrupt line, if there is one. `has_consumer`: somebody takes the output as
-    /// it comes.
+    /// A port with an interrupt line, if there is one. `has_consumer`: the output is taken as it
+    /// comes.
     ///
     /// # Errors
     /// When no descriptor can be made.
@@ -91,7 +91,7 @@ impl Serial {
         self.guest.lock().waiting()
     }
 
-    /// Take the output there is.
+    /// Take all output.
     #[must_use]
     pub fn take(&self) -> Vec<u8> {
         let piece = self.output.take(usize::MAX);
@@ -99,33 +99,33 @@ impl Serial {
         piece.bytes
     }
 
-    /// Take at most `most` bytes of the output, to be told to [`Self::settle`].
+    /// Take at most `most` bytes of the output, to be reported to [`Self::settle`].
     pub fn take_piece(&self, most: usize) -> Piece {
         self.output.take(most)
     }
 
-    /// The first `written` bytes of a piece have gone out; the others are output again.
+    /// The first `written` bytes of a piece have been written; the others are put back.
     pub fn settle(&self, piece: &Piece, written: usize) {
         self.output.settle(piece, written);
     }
 
-    /// Have the consumer look again after this time.
+    /// Notify the consumer again after this time.
     pub fn tell_in(&self, delay: Duration) {
         self.output.tell_in(delay);
     }
 
-    /// The output cannot be written: the turn ends with this, and what comes is kept as if nobody
-    /// took it.
+    /// The output cannot be written: the loop's turn ends with this error, and further output is
+    /// kept as without a consumer.
     pub fn fail(&self, error: Error) {
         self.output.fail(error);
     }
 
-    /// The input cannot be read: the turn ends with this.
+    /// The input cannot be read: the loop's turn ends with this error.
     pub fn fail_input(&self, error: Error) {
         self.output.report(error);
     }
 
-    /// The failure, once.
+    /// Takes the failure.
     #[must_use]
     pub fn take_failure(&self) -> Option<Error> {
         self.output.take_failure()
@@ -137,20 +137,20 @@ impl Serial {
         self.output.waiting()
     }
 
-    /// End the run, once, at the byte that completes this text in what the guest prints from now
-    /// on; an empty text never does.
+    /// End the run once, at the byte that completes this text in what the guest prints from now on.
+    /// An empty text never ends it.
     pub fn stop_at(&self, text: Vec<u8>) {
         self.output.stop_at(text);
     }
 
-    /// The text that has ended a run, once.
+    /// Takes the text that has ended a run.
     #[must_use]
     pub fn take_found(&self) -> Option<Vec<u8>> {
         self.output.take_found()
     }
 
-    /// Change the guest's side, give the UART the input that it has room for, and tell what comes
-    /// of that.
+    /// Change the guest's side, give the UART the input that it has room for, and raise the
+    /// interrupts and notifications that follow.
     fn change<T>(&self, change: impl FnOnce(&mut GuestSide) -> T) -> T {
         let mut guest = self.guest.lock();
         let had_input = guest.waiting() > 0;
@@ -191,7 +191,7 @@ impl Device for Serial {
         self.write_many(offset, data, data.len())
     }
 
-    /// All elements, however full the output is: the guest waits behind the instruction.
+    /// All elements, however full the output is: the guest waits after the instruction.
     fn write_many(&self, offset: u64, data: &[u8], size: usize) -> Outcome {
         let mut sent = SmallVec::<[u8; 16]>::new();
         for element in data.chunks(size.max(1)) {
@@ -210,8 +210,8 @@ impl Device for Serial {
         self.output.wake();
     }
 
-    /// Nine registers; then, each behind its length, what the UART holds for the guest, what waits
-    /// behind that, and the output that nobody has taken.
+    /// Nine registers; then, each after its length, the input in the UART, the input that waits for
+    /// room in it, and the output that has not been taken.
     fn save(&self) -> Result<Vec<u8>> {
         let (registers, received, queue) = {
             let guest = self.guest.lock();

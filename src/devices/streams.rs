@@ -1,5 +1,5 @@
 //! File descriptors at the serial port's two ends, as subscribers of the event manager: on the
-//! loop's thread, which never waits in one.
+//! loop's thread, which never blocks in a read or write.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -60,7 +60,7 @@ pub(crate) fn connect(
     Ok(ids)
 }
 
-/// Whether somebody takes the output as it comes.
+/// Whether the output is taken as it comes.
 pub(crate) fn has_consumer(config: &SerialConfig) -> bool {
     config.output.is_some()
 }
@@ -75,7 +75,7 @@ struct OutputPump {
 }
 
 impl OutputPump {
-    /// Write all there is room for. `has_room`: the file was found ready for more.
+    /// Write as much as there is room for. `has_room`: the file was found ready for more.
     fn pump(&mut self, has_room: bool, ops: &mut EventOps) {
         let mut is_first = true;
         loop {
@@ -186,7 +186,7 @@ struct InputPump {
 }
 
 impl InputPump {
-    /// The guest has read all: go on reading.
+    /// The guest has read everything: continue reading.
     fn resume(&mut self, ops: &mut EventOps) {
         match self.source {
             Source::Idle => match ops.add(Events::new(&self.file, EventSet::IN)) {
@@ -229,7 +229,7 @@ impl InputPump {
         }
     }
 
-    /// What there is, without waiting. Nothing: the end, or an empty message.
+    /// Read what is there, without waiting. None: the end, or an empty message.
     fn read_some(&mut self) -> io::Result<Vec<u8>> {
         let size = match self.kind {
             Kind::Socket { has_messages: true } => LONGEST_MESSAGE,
@@ -260,7 +260,7 @@ impl InputPump {
         self.serial.feed(&self.eof);
     }
 
-    /// Read no more.
+    /// Stop reading.
     fn unwatch(&mut self, ops: &mut EventOps) {
         if self.source == Source::Watched {
             let _ = ops.remove(Events::new(&self.file, EventSet::IN));

@@ -12,7 +12,7 @@ pub(super) struct TextStop {
 }
 
 impl TextStop {
-    /// Look for this text; for an empty one never.
+    /// Look for this text; an empty one is never found.
     pub(super) fn at(text: Vec<u8>) -> Self {
         let mut shorter = vec![0; text.len()];
         let mut length = 0;
@@ -45,7 +45,7 @@ impl TextStop {
         self.is_found
     }
 
-    /// The text, if it has been found: then nothing is looked for any more.
+    /// Takes the text if it has been found; the search ends then.
     pub(super) fn take_found(&mut self) -> Option<Vec<u8>> {
         self.is_found.then(|| std::mem::take(self).text)
     }

@@ -1,6 +1,6 @@
 //! The registers of a 16550A: what the guest reads and writes, what it has been sent, and when the
-//! interrupt line rises. Transmission takes no time. No locks and no I/O here: [`super::Serial`]
-//! has both.
+//! interrupt line rises. Transmission takes no time. The modem's side is in `uart_modem.rs`, what a
+//! snapshot keeps in `uart_state.rs`. No locks and no I/O here: [`super::Serial`] has both.
 
 use std::collections::VecDeque;
 
@@ -14,23 +14,23 @@ const TRIGGERS: [usize; 4] = [1, 4, 8, 14];
 /// See the module.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Uart {
-    divisor: [u8; 2],
-    ier: u8,
-    fcr: u8,
-    lcr: u8,
-    mcr: u8,
-    msr: u8,
-    scratch: u8,
+    pub(super) divisor: [u8; 2],
+    pub(super) ier: u8,
+    pub(super) fcr: u8,
+    pub(super) lcr: u8,
+    pub(super) mcr: u8,
+    pub(super) msr: u8,
+    pub(super) scratch: u8,
     /// The error bits of LSR.
-    errors: u8,
-    received: VecDeque<u8>,
+    pub(super) errors: u8,
+    pub(super) received: VecDeque<u8>,
     /// The holding register has become empty, and the guest has not seen that in IIR.
-    is_thr_pending: bool,
+    pub(super) is_thr_pending: bool,
     /// The receiver has just been cleared, and the guest is to find it so: nothing comes in until
     /// its next access.
-    is_cleared: bool,
-    is_line_high: bool,
-    has_risen: bool,
+    pub(super) is_cleared: bool,
+    pub(super) is_line_high: bool,
+    pub(super) has_risen: bool,
 }
 
 impl Default for Uart {
@@ -143,11 +143,11 @@ impl Uart {
         std::mem::take(&mut self.has_risen)
     }
 
-    fn is_fifo_on(&self) -> bool {
+    pub(super) fn is_fifo_on(&self) -> bool {
         self.fcr & fcr::ENABLE != 0
     }
 
-    fn capacity(&self) -> usize {
+    pub(super) fn capacity(&self) -> usize {
         if self.is_fifo_on() { FIFO_SIZE } else { 1 }
     }
 
@@ -158,13 +158,13 @@ impl Uart {
         }
     }
 
-    fn line_status(&self) -> u8 {
+    pub(super) fn line_status(&self) -> u8 {
         let ready = if self.received.is_empty() { 0 } else { lsr::DATA_READY };
         lsr::IDLE | self.errors | ready
     }
 
     /// The most urgent of the interrupts that are enabled and pending.
-    fn cause(&self) -> u8 {
+    pub(super) fn cause(&self) -> u8 {
         let is_enabled = |bit| self.ier & bit != 0;
         if is_enabled(ier::LINE_STATUS) && self.errors != 0 {
             return iir::LINE_STATUS;
@@ -189,7 +189,7 @@ impl Uart {
 
     /// Work out the line. After the guest has `served` a cause it is low for a moment, whatever
     /// else is pending.
-    fn update(&mut self, served: bool) {
+    pub(super) fn update(&mut self, served: bool) {
         let is_high = self.cause() != iir::NONE;
         self.has_risen |= is_high && (served || !self.is_line_high);
         self.is_line_high = is_high;
@@ -216,17 +216,6 @@ impl Uart {
         sent
     }
 
-    fn loop_back(&mut self, byte: u8) {
-        if self.received.len() >= self.capacity() {
-            self.errors |= lsr::OVERRUN;
-            if self.is_fifo_on() {
-                return; // the FIFO keeps what it has, and this byte is lost
-            }
-            self.received.clear();
-        }
-        self.received.push_back(byte);
-    }
-
     fn control_fifo(&mut self, mut value: u8) {
         if (value ^ self.fcr) & fcr::ENABLE != 0 {
             value |= fcr::CLEAR_RECEIVER | fcr::CLEAR_TRANSMITTER;
@@ -243,81 +232,17 @@ impl Uart {
         self.fcr = value & fcr::KEPT;
         self.update(false);
     }
-
-    /// What MSR's upper half shows: in loop-back mode the outputs of MCR.
-    fn modem_lines(&self) -> u8 {
-        if self.mcr & mcr::LOOP == 0 {
-            return msr::READY;
-        }
-        let pairs = [
-            (mcr::RTS, msr::CTS),
-            (mcr::DTR, msr::DSR),
-            (mcr::OUT1, msr::RING),
-            (mcr::OUT2, msr::DCD),
-        ];
-        let is_set = |(output, _): &(u8, u8)| self.mcr & output != 0;
-        pairs.into_iter().filter(is_set).fold(0, |lines, (_, line)| lines | line)
-    }
-
-    fn set_modem_lines(&mut self, lines: u8) {
-        let before = self.msr;
-        let changed = (before ^ lines) & !msr::DELTAS;
-        // Of the ring indicator only the end is told.
-        let is_told = changed & !(msr::RING & lines);
-        self.msr = lines | before & msr::DELTAS | is_told >> 4;
-        debug_assert_eq!(msr::RING >> 4, msr::RING_ENDED);
-    }
-
-    /// Nine bytes for a snapshot. FCR cannot be read, so its place has room for the pending
-    /// interrupt of the transmitter.
-    pub(super) fn registers(&self) -> [u8; 9] {
-        let thr = if self.is_thr_pending { THR_PENDING } else { 0 };
-        let [low, high] = self.divisor;
-        let (control, status) = (self.fcr | thr, self.line_status());
-        [low, high, self.ier, control, self.lcr, status, self.mcr, self.msr, self.scratch]
-    }
-
-    /// The bytes the receiver holds.
-    pub(super) fn received(&self) -> impl Iterator<Item = u8> {
-        self.received.iter().copied()
-    }
-
-    /// Be what was saved. An interrupt that was pending is given again: the first may not have
-    /// arrived. The bytes that the receiver has no place for.
-    pub(super) fn restore(&mut self, registers: [u8; 9], received: Vec<u8>) -> VecDeque<u8> {
-        let [low, high, ier, control, lcr, status, mcr, msr, scratch] = registers;
-        let mut received = VecDeque::from(received);
-        *self = Self {
-            divisor: [low, high],
-            ier: ier & ier::ALL,
-            fcr: control & fcr::KEPT,
-            lcr,
-            mcr: mcr & mcr::ALL,
-            msr,
-            scratch,
-            errors: status & lsr::ERRORS,
-            is_thr_pending: control & THR_PENDING != 0,
-            ..Self::default()
-        };
-        let rest = received.split_off(received.len().min(self.capacity()));
-        self.received = received;
-        self.update(false);
-        rest
-    }
 }
 
-/// See [`Uart::registers`].
-const THR_PENDING: u8 = 1 << 1;
-
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     //! Covers src/devices/uart_bits.rs.
 
     use super::*;
     use proptest::prelude::*;
 
-    /// Set, one after the other.
-    fn with(writes: &[(u64, u8)]) -> Uart {
+    /// A UART after these writes.
+    pub(in crate::devices) fn with(writes: &[(u64, u8)]) -> Uart {
         let mut uart = Uart::default();
         for (register, value) in writes {
             uart.write(*register, *value);
@@ -326,7 +251,7 @@ mod tests {
         uart
     }
 
-    fn fill(uart: &mut Uart, bytes: &[u8]) -> usize {
+    pub(in crate::devices) fn fill(uart: &mut Uart, bytes: &[u8]) -> usize {
         let count = uart.room().min(bytes.len());
         uart.receive(bytes[..count].iter().copied());
         count
@@ -413,25 +338,6 @@ mod tests {
     }
 
     #[test]
-    fn loop_back_connects_outputs_to_inputs_and_nothing_to_the_line() {
-        let mut uart = with(&[(2, 1), (4, mcr::LOOP | mcr::RTS | mcr::OUT2)]);
-        assert_eq!(uart.read(6) & 0xf0, msr::CTS | msr::DCD);
-        assert_eq!((uart.room(), uart.write(0, b'x'), uart.read(0)), (0, None, b'x'));
-        for byte in 0..17 {
-            uart.write(0, byte);
-        }
-        assert_eq!(uart.read(5) & lsr::OVERRUN, lsr::OVERRUN);
-        assert_eq!(uart.read(5) & lsr::OVERRUN, 0, "reading clears it");
-        assert!((0..16).all(|byte| uart.read(0) == byte));
-        uart.write(4, mcr::LOOP | mcr::OUT1);
-        uart.read(6);
-        uart.write(4, mcr::LOOP);
-        assert_eq!(uart.read(6), msr::RING_ENDED);
-        uart.write(4, 0);
-        assert_eq!((uart.read(6) & 0xf0, uart.room()), (msr::READY, 16));
-    }
-
-    #[test]
     fn input_that_came_while_interrupts_were_off_is_told_when_they_are_on() {
         let mut uart = with(&[]);
         fill(&mut uart, b"x");
@@ -449,19 +355,6 @@ mod tests {
     }
 
     proptest! {
-        #[test]
-        fn what_is_saved_comes_back(writes in prop::collection::vec((0u64..9, any::<u8>()), 0..40),
-                                    input in prop::collection::vec(any::<u8>(), 0..20)) {
-            let mut uart = with(&writes);
-            fill(&mut uart, &input);
-            let mut other = Uart::default();
-            let rest = other.restore(uart.registers(), uart.received().collect());
-            prop_assert!(rest.is_empty());
-            prop_assert_eq!(other.take_edge(), uart.cause() != iir::NONE);
-            (uart.has_risen, uart.is_cleared) = (false, false);
-            prop_assert_eq!(other, uart);
-        }
-
         #[test]
         fn nothing_is_pending_without_an_edge_that_told_of_it(
             accesses in prop::collection::vec((any::<bool>(), 0u64..9, any::<u8>()), 0..60)

@@ -1,6 +1,6 @@
 //! An access to memory, as page tables judge it. Pure data.
 
-/// Who reaches for memory, and how.
+/// How an instruction accesses memory, and with whose rights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Access {
     pub(super) is_write: bool,

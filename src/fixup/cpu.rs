@@ -1,4 +1,5 @@
-//! The processor that a fix-up works on: a copy of its registers, and what else it may need through
+//! The processor that a fix-up works on: a copy of its registers, and the rest that it may need
+//! through
 //! `Platform`. What an instruction changes in the copy counts only when it has come to its end.
 
 use iced_x86::{Instruction, MemorySize, OpKind, Register};
@@ -82,7 +83,7 @@ pub(crate) enum Flow {
     Jumped,
 }
 
-/// What is behind the registers: memory by guest-physical address, and the rarer state.
+/// The rest of the processor: memory by guest-physical address, and rarer state.
 pub(crate) trait Platform {
     /// Fill `data`; false where it is not all memory.
     fn read(&mut self, address: u64, data: &mut [u8]) -> bool;

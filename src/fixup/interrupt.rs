@@ -3,13 +3,12 @@
 //! volume 2, INT n). What faults on the way is returned for KVM to inject. Task gates, virtual-8086
 //! mode, shadow stacks and FRED are left to the exit.
 
-use kvm_bindings::kvm_segment;
-
 use super::access::Access;
 use super::cpu::{
-    AC, CR4_CET, Cpu, Done, Flow, GP, IF, NP, NT, RF, SS, Stop, TF, TS, VM, fault, fault_with, mask,
+    AC, CR4_CET, Cpu, Done, Flow, GP, IF, NP, NT, RF, SS, Stop, TF, VM, fault, fault_with, mask,
 };
 use super::descriptor::{Descriptor, segment_of};
+use super::stack::{Stack, null_stack};
 
 /// In an error code: the index is one of the IDT.
 const CODE_IDT: u32 = 2;
@@ -25,12 +24,6 @@ struct Gate {
     width: usize,
     /// A stack of the TSS's interrupt stack table; 0 for none.
     stack: u8,
-}
-
-/// A stack to push a frame on, nothing of which counts until the end.
-struct Stack {
-    segment: kvm_segment,
-    pointer: u64,
 }
 
 impl Cpu<'_> {
@@ -57,14 +50,7 @@ impl Cpu<'_> {
             frame.extend([u64::from(self.sregs.ss.selector), self.regs.rsp]);
         }
         frame.extend([self.regs.rflags & !RF, u64::from(self.sregs.cs.selector), next]);
-        let offset = gate.offset & mask(if gate.width == 8 { 8 } else { 4 });
-        let is_outside = match gate.width {
-            8 => !self.is_canonical(offset),
-            _ => offset > u64::from(code.limit()),
-        };
-        if is_outside {
-            return fault_with(GP, 0);
-        }
+        let offset = self.entry_of(&gate, &code)?;
         self.push(&mut stack, &frame, gate.width, new_cpl)?;
         self.mark_accessed(&code)?;
         self.sregs.cs = segment_of(selector, &code, new_cpl);
@@ -78,6 +64,16 @@ impl Cpu<'_> {
             self.regs.rflags &= !IF;
         }
         Ok(Flow::Jumped)
+    }
+
+    /// The address that a gate leads to.
+    fn entry_of(&self, gate: &Gate, code: &Descriptor) -> Done<u64> {
+        let offset = gate.offset & mask(if gate.width == 8 { 8 } else { 4 });
+        let is_outside = match gate.width {
+            8 => !self.is_canonical(offset),
+            _ => offset > u64::from(code.limit()),
+        };
+        if is_outside { fault_with(GP, 0) } else { Ok(offset) }
     }
 
     fn real_interrupt(&mut self, vector: u8, next: u64) -> Done<Flow> {
@@ -180,100 +176,14 @@ impl Cpu<'_> {
         };
         Ok(Stack { segment, pointer })
     }
-
-    /// The stack that the TSS of protected mode has for a level.
-    fn inner_stack(&mut self, level: u8) -> Done<Stack> {
-        // Types 9 and 11: a TSS of 32 bits; 1 and 3: of 16.
-        let (pointer, selector) = if self.sregs.tr.type_ & 8 != 0 {
-            let at = 4 + u32::from(level) * 8;
-            (self.task_field(at, 4)?, self.task_field(at + 4, 2)?)
-        } else {
-            let at = 2 + u32::from(level) * 4;
-            (self.task_field(at, 2)?, self.task_field(at + 2, 2)?)
-        };
-        let selector = u16::try_from(selector).unwrap_or(0);
-        let code = u32::from(selector & !3);
-        if code == 0 {
-            return fault_with(TS, 0);
-        }
-        let Some(descriptor) = self.descriptor(selector)? else { return fault_with(TS, code) };
-        let is_right = u16::from(level) == selector & 3
-            && descriptor.dpl() == level
-            && descriptor.is_writable_data();
-        if !is_right {
-            return fault_with(TS, code);
-        }
-        if !descriptor.is_present() {
-            return fault_with(SS, code);
-        }
-        self.mark_accessed(&descriptor)?;
-        Ok(Stack { segment: segment_of(selector, &descriptor, level), pointer })
-    }
-
-    /// A field of the TSS.
-    fn task_field(&mut self, at: u32, size: usize) -> Done<u64> {
-        let task = self.sregs.tr;
-        let last = at + u32::try_from(size).unwrap_or(8) - 1;
-        if task.unusable != 0 || last > task.limit {
-            return fault_with(TS, u32::from(task.selector & !3));
-        }
-        let mut bytes = [0; 8];
-        let data = bytes.get_mut(..size).ok_or(Stop::Unknown)?;
-        self.read_linear(task.base.wrapping_add(u64::from(at)), data, Access::implicit(false))?;
-        Ok(u64::from_le_bytes(bytes))
-    }
-
-    /// Push a frame, the first word at the highest address, as the new level would.
-    fn push(&mut self, stack: &mut Stack, frame: &[u64], width: usize, cpl: u8) -> Done<()> {
-        let bytes: Vec<u8> = frame
-            .iter()
-            .rev()
-            .flat_map(|word| word.to_le_bytes().into_iter().take(width))
-            .collect();
-        let length = u64::try_from(bytes.len()).unwrap_or(0);
-        if width == 8 {
-            let pointer = stack.pointer.wrapping_sub(length);
-            if !self.is_canonical(pointer) {
-                return fault_with(SS, 0);
-            }
-            self.write_linear(pointer, &bytes, Access::frame(cpl))?;
-            stack.pointer = pointer;
-            return Ok(());
-        }
-        // A stack of 16 bits wraps within its 64 KiB and leaves the upper half of ESP.
-        let wrap = mask(if stack.segment.db != 0 { 4 } else { 2 });
-        let pointer = stack.pointer.wrapping_sub(length) & wrap;
-        if pointer.checked_add(length).is_none_or(|end| end > wrap + 1) {
-            return Err(Stop::Unknown);
-        }
-        let old = std::mem::replace(&mut self.sregs.ss, stack.segment);
-        let linear = self.linear(iced_x86::Register::SS, pointer, bytes.len(), true);
-        self.sregs.ss = old;
-        self.write_linear(linear?, &bytes, Access::frame(cpl))?;
-        stack.pointer = stack.pointer & !wrap | pointer;
-        Ok(())
-    }
-}
-
-/// SS after a change of privilege in long mode.
-fn null_stack(level: u8) -> kvm_segment {
-    kvm_segment {
-        selector: u16::from(level),
-        limit: u32::MAX,
-        type_: 3,
-        present: 1,
-        s: 1,
-        dpl: level,
-        db: 1,
-        g: 1,
-        ..Default::default()
-    }
 }
 
 #[cfg(test)]
 mod tests {
+    //! Covers src/fixup/stack.rs.
+
     use super::*;
-    use crate::fixup::cpu::Fault;
+    use crate::fixup::cpu::{Fault, TS};
     use crate::fixup::tests::{Ram, protected, run};
     use kvm_bindings::{kvm_regs, kvm_sregs};
 

@@ -1,6 +1,6 @@
 //! Instructions that KVM's emulator refuses, executed as the processor would. A fix-up works on a
-//! copy of the registers; the vCPU takes them, or the fault, when it has come to its end
-//! (`vcpu/fixup.rs`). On the vCPU's thread.
+//! copy of the registers and reaches the rest through `Platform`; `vcpu/fixup.rs` takes the result
+//! or the fault when the instruction has ended. On the vCPU's thread.
 
 mod access;
 mod bits;
@@ -8,6 +8,7 @@ mod cpu;
 mod descriptor;
 mod interrupt;
 mod sse;
+mod stack;
 mod system;
 mod walk;
 mod x87;
@@ -31,12 +32,12 @@ impl Counts {
         *self.0.lock().entry(name(mnemonic)).or_default() += 1;
     }
 
-    /// Count from nothing again.
+    /// Reset all counts.
     pub(crate) fn clear(&self) {
         self.0.lock().clear();
     }
 
-    /// The counts by now.
+    /// The counts so far.
     #[must_use]
     pub fn all(&self) -> BTreeMap<&'static str, u64> {
         self.0.lock().clone()

@@ -115,7 +115,7 @@ impl Cpu<'_> {
         Some(Tables { levels, entry, root })
     }
 
-    /// The guest-physical address behind a linear one.
+    /// The guest-physical address of a linear one.
     pub(crate) fn walk(&mut self, linear: u64, access: Access) -> Done<u64> {
         for _ in 0..MOST_WALKS {
             if let Some(address) = self.walk_once(linear, access)? {
@@ -125,7 +125,8 @@ impl Cpu<'_> {
         Err(Stop::Unknown)
     }
 
-    /// None when an entry has changed under the walk.
+    /// None when an entry has changed under the walk. In one function, as the manual describes a
+    /// walk: each level depends on what the levels above have allowed.
     fn walk_once(&mut self, linear: u64, access: Access) -> Done<Option<u64>> {
         let Some(tables) = self.tables() else { return Ok(Some(linear)) };
         let index_bits = if tables.entry == 4 { 10 } else { 9 };
@@ -180,7 +181,7 @@ impl Cpu<'_> {
         }
     }
 
-    /// Set bits of an entry, if nobody has changed it since it was read.
+    /// Set bits of an entry, unless it has changed since it was read.
     fn note(&mut self, at: u64, size: u64, entry: u64, bits: u64) -> bool {
         entry & bits == bits || self.platform.set_bits(at, size, entry, bits)
     }

@@ -41,7 +41,8 @@ pub(super) fn execute(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<Flow> {
     Ok(Flow::Next)
 }
 
-/// #MF where an x87 exception waits. With CR0.NE clear it is an interrupt from outside: that stays with the exit.
+/// Raise #MF for a pending x87 exception. With CR0.NE clear it is an external interrupt: then the
+/// exit is reported.
 fn raise_pending(cpu: &mut Cpu<'_>) -> Done<()> {
     if get(&image(cpu)?, STATUS, 2)? & STATUS_SUMMARY == 0 {
         return Ok(());

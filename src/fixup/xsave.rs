@@ -188,14 +188,7 @@ fn save(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<()> {
         put(&mut area, MXCSR, 8, get(&image, MXCSR, 8)?)?;
     }
     if is_compact {
-        for (place, at) in compact_places(components) {
-            if used >> place.number & 1 != 0 {
-                copy(&mut area, at, &image, place.offset, place.size)?;
-            }
-        }
-        put(&mut area, HEADER, 8, components & used)?;
-        put(&mut area, HEADER + 8, 8, components | COMPACT)?;
-        area.get_mut(HEADER + 16..HEADER_END).ok_or(Stop::Unknown)?.fill(0);
+        save_compact(&mut area, &image, components, used)?;
     } else {
         for place in places(written) {
             copy(&mut area, place.offset, &image, place.offset, place.size)?;
@@ -204,6 +197,19 @@ fn save(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<()> {
         put(&mut area, HEADER, 8, before & !components | used & components)?;
     }
     cpu.write_operand(i, 0, &area)
+}
+
+/// Write the components that are in use, and the header of the compact format.
+fn save_compact(area: &mut [u8], image: &[u8], components: u64, used: u64) -> Done<()> {
+    for (place, at) in compact_places(components) {
+        if used >> place.number & 1 != 0 {
+            copy(area, at, image, place.offset, place.size)?;
+        }
+    }
+    put(area, HEADER, 8, components & used)?;
+    put(area, HEADER + 8, 8, components | COMPACT)?;
+    area.get_mut(HEADER + 16..HEADER_END).ok_or(Stop::Unknown)?.fill(0);
+    Ok(())
 }
 
 fn area_end(components: u64, is_compact: bool) -> usize {
@@ -247,17 +253,8 @@ fn restore(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<()> {
     let enabled = cpu.platform.xcr0().ok_or(Stop::Unknown)?;
     let mut area = vec![0; HEADER_END];
     cpu.read_operand(i, 0, &mut area)?;
-    let (saved, format) = (get(&area, HEADER, 8)?, get(&area, HEADER + 8, 8)?);
+    let (saved, format) = header(&area, enabled, is_supervisor)?;
     let is_compact = format & COMPACT != 0;
-    let is_reserved_used =
-        area.get(HEADER + 16..HEADER_END).is_none_or(|bytes| bytes.iter().any(|byte| *byte != 0));
-    let is_wrong = match is_compact {
-        true => format & !COMPACT & !enabled != 0 || saved & !format != 0,
-        false => saved & !enabled != 0 || format != 0 || is_supervisor,
-    };
-    if is_wrong || is_reserved_used {
-        return fault_with(GP, 0);
-    }
     let in_area = if is_compact { format & !COMPACT } else { components };
     area.resize(area_end(in_area, is_compact), 0);
     cpu.read_operand(i, 0, &mut area)?;
@@ -285,6 +282,19 @@ fn restore(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<()> {
     let used = in_use(&image)? & !components;
     put(&mut image, HEADER, 8, used)?;
     set_image(cpu, image, components)
+}
+
+/// The header of an area: which components it has, and its format. A fault if it cannot be
+/// restored.
+fn header(area: &[u8], enabled: u64, is_supervisor: bool) -> Done<(u64, u64)> {
+    let (saved, format) = (get(area, HEADER, 8)?, get(area, HEADER + 8, 8)?);
+    let is_reserved_used =
+        area.get(HEADER + 16..HEADER_END).is_none_or(|bytes| bytes.iter().any(|byte| *byte != 0));
+    let is_wrong = match format & COMPACT != 0 {
+        true => format & !COMPACT & !enabled != 0 || saved & !format != 0,
+        false => saved & !enabled != 0 || format != 0 || is_supervisor,
+    };
+    if is_wrong || is_reserved_used { fault_with(GP, 0) } else { Ok((saved, format)) }
 }
 
 fn blank(image: &mut [u8], at: usize, size: usize) -> Done<()> {

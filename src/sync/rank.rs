@@ -67,7 +67,7 @@ ranks! {
     /// The run state of a machine.
     RunState,
     /// Descriptors that are written when the run state changes.
-    RunStateBells,
+    RunStateWakers,
     /// How the guest ended.
     GuestExit,
     /// The hooks that look at exits first.

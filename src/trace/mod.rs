@@ -1,6 +1,7 @@
 //! A trace: every hop of a machine (exit, device, event, callback) with its times, one track a
 //! thread. A thread is recorded while a [`Recording`] lives on it: a vCPU's during each exit, the
-//! loop's during each turn.
+//! loop's during each turn. The file is written by the thread whose track is full. What a machine
+//! hands to a trace is in `vmm/instruments.rs`.
 
 mod sink;
 
@@ -63,7 +64,7 @@ impl Track {
         }
         let mut buffer = self.buffer.lock();
         if buffer.text.len() >= BUFFER {
-            // Under the lock, so that the end of the trace comes behind it.
+            // Under the lock, so that the end of the trace comes after it.
             self.sink.write(&buffer.text);
             buffer.text.clear();
         }
@@ -113,7 +114,7 @@ impl Trace {
         self.sink.end()
     }
 
-    /// The track of a vCPU; none for a number that it has not.
+    /// The track of a vCPU; none for a number that does not exist.
     pub(crate) fn vcpu(&self, vcpu: u64) -> Option<&Arc<Track>> {
         usize::try_from(vcpu).ok().and_then(|vcpu| self.vcpus.get(vcpu))
     }
@@ -135,7 +136,7 @@ impl Trace {
 
 impl Drop for Trace {
     fn drop(&mut self) {
-        // Nobody is left to be told.
+        // There is no caller to report a failure to.
         let _ = self.finish();
     }
 }

@@ -32,7 +32,7 @@ pub struct Span<'a> {
     pub name: &'a str,
     /// When it began and ended.
     pub times: (Instant, Instant),
-    /// What else there is to say.
+    /// Further values.
     pub values: &'a [(&'a str, Value<'a>)],
 }
 
@@ -77,7 +77,7 @@ impl Sink {
     /// [`ErrorKind::Io`] when the file cannot be made.
     pub(super) fn create(path: &Path) -> Result<Self> {
         let name = path.display().to_string();
-        // Who reads a pipe can make its writer wait, and that is the guest.
+        // The reader of a pipe can block its writer, which here is the guest.
         let is_pipe = |kind: FileType| kind.is_fifo() || kind.is_socket();
         if path.metadata().is_ok_and(|found| is_pipe(found.file_type())) {
             return Err(Error::new(

@@ -94,7 +94,7 @@ fn write(device: &dyn Device, offset: u64, data: &[u8], size: usize) -> Outcome 
     }
 }
 
-/// Find the device of an access, or count that there is none.
+/// Find the device of an access and `call` it, or count the access as unanswered.
 fn reach(
     vcpu: &mut Vcpu,
     handle: &VcpuHandle,
@@ -130,7 +130,7 @@ fn reach(
     }
 }
 
-/// Note the device that the vCPU waits for before it enters its guest again.
+/// Note the device that the vCPU waits for before the next entry.
 fn waits(vcpu: &mut Vcpu, device: Arc<dyn Device>, outcome: Outcome) -> Outcome {
     if outcome != Outcome::Wait {
         return outcome;

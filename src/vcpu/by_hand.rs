@@ -12,8 +12,8 @@ use crate::exit_handler::Outcome;
 
 impl VcpuHandle {
     /// Bring a vCPU that is on its way to rest there, and complete all that its last exit began,
-    /// with every element of a repeated instruction. Returns what that came to, which nobody has
-    /// acted on.
+    /// with every element of a repeated instruction. Returns what that came to, for the
+    /// caller to act on.
     ///
     /// # Errors
     /// [`crate::error::ErrorKind::State`] while its guest runs, or when this thread is the one that
@@ -38,8 +38,8 @@ impl VcpuHandle {
     }
 
     /// Enter the guest on this thread and return its next exit, unanswered, or
-    /// [`VcpuExit::Interrupted`] because of [`Self::kick`]; none for a signal to this thread that is
-    /// the program's.
+    /// [`VcpuExit::Interrupted`] because of [`Self::kick`]; none for a signal to this thread that
+    /// is the program's.
     ///
     /// # Errors
     /// [`crate::error::ErrorKind::State`] while its guest runs already, or when there is no signal

@@ -16,8 +16,8 @@ use crate::error::{Error, Result};
 /// An instruction makes at most this many accesses of eight bytes: those of XSAVE, with room.
 const ABANDONED_PARTS: usize = 4096;
 
-/// Enter the guest until it exits or the stop word is set; none for a signal that was no kick. A
-/// read is answered with ones for now.
+/// Enter the guest until it exits or the stop word is set; none for a signal that was no kick.
+/// Until a read is answered, its data is all ones.
 pub(super) fn run_once(vcpu: &mut Vcpu, stop: &StopWord) -> Result<Option<VcpuExit>> {
     // Kick, point 4.
     while !stop.is_set() {
@@ -36,8 +36,8 @@ pub(super) fn run_once(vcpu: &mut Vcpu, stop: &StopWord) -> Result<Option<VcpuEx
     Ok(Some(VcpuExit::Interrupted))
 }
 
-/// Enter the guest, or take the exit that was found when an instruction was completed. A read is
-/// answered with ones for now, one of a model-specific register with a fault.
+/// Enter the guest, or take the exit that was found when an instruction was completed. Until it is
+/// answered, a read gives all ones, and an access to a model-specific register faults.
 pub(super) fn enter(vcpu: &mut Vcpu) -> std::result::Result<VcpuExit, kvm_ioctls::Error> {
     vcpu.has_run = true;
     let result = match std::mem::take(&mut vcpu.pending) {
@@ -51,8 +51,8 @@ pub(super) fn enter(vcpu: &mut Vcpu) -> std::result::Result<VcpuExit, kvm_ioctls
     result
 }
 
-/// Run the guest to its next exit but those that a fix-up takes away. A kick ends it: it has the
-/// next KVM_RUN fail.
+/// Run the guest to its next exit, except for exits that a fix-up resolves. A kick ends this: it
+/// makes the next KVM_RUN fail.
 fn run(vcpu: &mut Vcpu) -> std::result::Result<VcpuExit, kvm_ioctls::Error> {
     loop {
         let exit = vcpu.fd.run().map(|exit| owned(exit, &vcpu.page))?;
@@ -64,7 +64,7 @@ fn run(vcpu: &mut Vcpu) -> std::result::Result<VcpuExit, kvm_ioctls::Error> {
     }
 }
 
-/// An emulation failure with the instruction and the registers.
+/// Add the instruction and the registers to an emulation failure.
 fn with_state(mut exit: VcpuExit, vcpu: &Vcpu) -> VcpuExit {
     if let VcpuExit::InternalError { suberror, instruction, disassembly, registers, .. } = &mut exit
     {
@@ -79,6 +79,7 @@ fn with_state(mut exit: VcpuExit, vcpu: &Vcpu) -> VcpuExit {
     exit
 }
 
+/// An exit as a value of its own. One arm a kind of exit, hence its length.
 fn owned(exit: Borrowed<'_>, page: &RunPage) -> VcpuExit {
     match exit {
         Borrowed::IoIn(port, data) => {
@@ -139,8 +140,7 @@ fn owned(exit: Borrowed<'_>, page: &RunPage) -> VcpuExit {
 
 impl Vcpu {
     /// Complete an access that has been answered, so that the registers are those after the
-    /// instruction. One that waits for its answer shows those before, as does one whose answer is
-    /// being found.
+    /// instruction. While an access waits for its answer, they are those before it.
     pub(super) fn complete(&mut self) {
         if self.has_host_access || !self.pending.is_answered() {
             return;

@@ -1,4 +1,4 @@
-//! An exit of KVM's as a value of its own. Data only; `enter.rs` makes it.
+//! KVM's exits as values. Data only; `enter.rs` makes them.
 
 use smallvec::SmallVec;
 
@@ -56,11 +56,11 @@ pub enum VcpuExit {
         /// `KVM_MSR_EXIT_REASON_*`
         reason: u32,
     },
-    /// `HLT`, without an interrupt controller of KVM's.
+    /// `HLT`, without an in-kernel interrupt controller.
     Hlt,
     /// A triple fault.
     Shutdown,
-    /// A kick or an immediate exit, not the guest.
+    /// A kick or an immediate exit, not caused by the guest.
     Interrupted,
     /// The guest can take an interrupt now.
     IrqWindowOpen,
@@ -75,13 +75,13 @@ pub enum VcpuExit {
     InternalError {
         /// `KVM_INTERNAL_ERROR_*`
         suberror: u32,
-        /// The bytes of the instruction that it could not emulate, where it says them.
+        /// The bytes of the instruction that it could not emulate, if it reports them.
         instruction: Vec<u8>,
-        /// What else it says.
+        /// KVM's further data.
         data: Vec<u64>,
         /// That instruction as text.
         disassembly: Option<String>,
-        /// The registers it stood with, by name.
+        /// The registers at that instruction, by name.
         registers: Vec<(&'static str, u64)>,
     },
     /// A breakpoint or a single step.
@@ -99,7 +99,7 @@ pub enum VcpuExit {
     SystemEvent {
         /// `KVM_SYSTEM_EVENT_*`
         kind: u32,
-        /// What else it says.
+        /// KVM's further data.
         data: Vec<u64>,
     },
     /// An access that the memory's attributes forbid.
@@ -118,7 +118,7 @@ pub enum VcpuExit {
     },
 }
 
-/// Exits by what a hook or a counter asks for.
+/// Kinds of exits, by which hooks and counters select them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum ExitKind {
     /// Ports.
@@ -135,7 +135,7 @@ pub enum ExitKind {
     Debug,
     /// KVM could not go on.
     InternalError,
-    /// A reset or power-off by the platform's code.
+    /// A reset or power-off that the guest's platform code asks for.
     SystemEvent,
     /// The processor refused the guest.
     FailEntry,
@@ -185,7 +185,7 @@ impl ExitKind {
 }
 
 impl VcpuExit {
-    /// What a hook or a counter knows it by; none for what is not the guest's.
+    /// The kind by which hooks and counters select it; none for exits that the guest did not cause.
     #[must_use]
     pub fn kind(&self) -> Option<ExitKind> {
         Some(match self {
@@ -219,7 +219,7 @@ impl VcpuExit {
         }
     }
 
-    /// Whether the guest waits for what it reads.
+    /// Whether the guest waits for data.
     pub(super) fn is_read(&self) -> bool {
         matches!(self, Self::IoIn { .. } | Self::MmioRead { .. } | Self::Rdmsr { .. })
     }
@@ -229,7 +229,7 @@ impl VcpuExit {
         self.is_write() || self.is_read()
     }
 
-    /// Whether the guest has written a device or a register of the host's.
+    /// Whether the guest has written to a device or to a register that the host emulates.
     #[must_use]
     pub fn is_write(&self) -> bool {
         matches!(self, Self::IoOut { .. } | Self::MmioWrite { .. } | Self::Wrmsr { .. })

@@ -1,4 +1,4 @@
-//! A fault as text a person can use: what KVM said, the instruction bytes, the registers.
+//! A fault as text: KVM's report, the instruction bytes and the registers.
 
 use std::fmt::{self, Write};
 
@@ -30,21 +30,21 @@ pub(crate) fn describe(vcpu: &Vcpu, what: &str) -> String {
 const LOST: &str = "the instruction and the registers of the fault are lost: kvm-amd resets a vCPU that shuts down, and it is \
     in its state after INIT";
 
-/// Whether a vCPU stands at the reset vector with the registers that INIT leaves: Intel SDM volume
+/// Whether a vCPU is at the reset vector with the registers that INIT leaves: Intel SDM volume
 /// 3, table 10-1.
 fn is_after_init(regs: &kvm_regs, sregs: &kvm_sregs) -> bool {
     let is_at_vector = regs.rip == 0xfff0 && sregs.cs.base == 0xffff_0000;
     is_at_vector && regs.rflags == 2 && regs.rsp == 0 && sregs.cr0 & CR0_PE == 0
 }
 
-/// The instruction that a vCPU stands at.
+/// The instruction at a vCPU's RIP.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Instruction {
-    /// Where it stands: CS's base and RIP.
+    /// Its linear address: CS's base and RIP.
     pub(super) address: u64,
-    /// Its bytes, and perhaps some behind it; none where there is no memory.
+    /// Its bytes, and perhaps some after it; none if no memory is mapped there.
     pub(super) bytes: Vec<u8>,
-    /// As text; none where it is no instruction.
+    /// As text; none if the bytes are no instruction.
     pub(super) text: Option<String>,
 }
 
@@ -56,8 +56,8 @@ impl Instruction {
     }
 }
 
-/// The bytes that a vCPU stands at: those that KVM says it could not emulate, if they are a whole
-/// instruction, else what is in memory.
+/// The bytes at a vCPU's RIP: those that KVM reports it could not emulate, if they are a whole
+/// instruction; otherwise those in memory.
 pub(super) fn instruction_bytes(vcpu: &Vcpu, regs: &kvm_regs, sregs: &kvm_sregs) -> Vec<u8> {
     let from_kvm = match vcpu.page.exit_reason() {
         KVM_EXIT_INTERNAL_ERROR => emulation_bytes(&vcpu.page.internal_error()),
@@ -89,7 +89,7 @@ fn linear(regs: &kvm_regs, sregs: &kvm_sregs) -> u64 {
     }
 }
 
-/// The bytes that KVM says it could not emulate.
+/// The bytes that KVM reports it could not emulate.
 fn emulation_bytes(error: &InternalError) -> Vec<u8> {
     error.instruction.get(..error.instruction_len).unwrap_or_default().to_vec()
 }
@@ -115,7 +115,7 @@ pub(crate) fn internal_error(error: &InternalError) -> String {
         _ => "KVM internal error",
     };
     let mut text = format!("{name} (suberror {})", error.suberror);
-    // Of an instruction the bytes are shown with it.
+    // An instruction is shown with its bytes instead.
     let data =
         error.data.get(..error.ndata).filter(|d| !d.is_empty() && error.instruction_len == 0);
     if let Some(data) = data {

@@ -1,5 +1,5 @@
-//! The vCPU's side of a fix-up: its registers copied, the instruction executed, and what came of it
-//! put back. On the vCPU's thread, after `KVM_EXIT_INTERNAL_ERROR`.
+//! The vCPU's side of a fix-up: copies its registers, executes the instruction, and writes the
+//! result back. On the vCPU's thread, after `KVM_EXIT_INTERNAL_ERROR`.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
@@ -18,8 +18,8 @@ const DB: u8 = 1;
 const DR6_STEP: u64 = 1 << 14;
 const CR4_PGE: u64 = 1 << 7;
 
-/// Execute the instruction that KVM has refused, if fix-ups are on and there is one for it. False:
-/// the exit stays.
+/// Execute the instruction that KVM has refused, if fix-ups are on and one exists for it. False:
+/// the exit is reported.
 pub(super) fn fix_up(vcpu: &mut Vcpu) -> bool {
     let Some(counts) = vcpu.fixups.clone() else { return false };
     let error = vcpu.page.internal_error();
@@ -50,8 +50,8 @@ pub(super) fn fix_up(vcpu: &mut Vcpu) -> bool {
     is_fixed
 }
 
-/// What KVM itself makes of an instruction it cannot emulate in ring 3, where it has not been asked
-/// to exit: #UD.
+/// Raise #UD for an instruction that cannot be emulated in ring 3, as KVM does unless it has been
+/// asked to exit.
 fn refuse(vcpu: &Vcpu, regs: &kvm_regs, sregs: &kvm_sregs) -> bool {
     let is_user = sregs.cr0 & 1 != 0 && sregs.ss.dpl == 3;
     is_user && raise(vcpu, regs, sregs, Fault { vector: UD, code: None, address: None })

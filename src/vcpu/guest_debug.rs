@@ -1,5 +1,6 @@
-//! What KVM is asked to report of a guest's execution (KVM_SET_GUEST_DEBUG). `Vcpu::debug` asks it. The program and the host's own debuggers ask each for themselves, and KVM
-//! gets what they ask together.
+//! What KVM is asked to report of a guest's execution (KVM_SET_GUEST_DEBUG). `Vcpu::debug` asks it.
+//! The program and the host's own debuggers ask each for themselves, and KVM gets what they ask
+//! together.
 
 use kvm_bindings::{
     KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP, kvm_guest_debug,
@@ -11,7 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 const MOST_BREAKPOINTS: usize = 4;
 pub(super) const AT: &str = "KVM_SET_GUEST_DEBUG";
 
-/// Who asks.
+/// The origin of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DebugOwner {
     /// The program, through `Vcpu.debug`.

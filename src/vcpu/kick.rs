@@ -1,24 +1,25 @@
 //! The kick: how a vCPU is brought out of the guest. `signal` has the signal that it uses.
 //!
-//! The kicker, under the cell's lock:
+//! The kicker, under the handle's lock:
 //!   1. sets the stop word;
 //!   2. sets `immediate_exit` through its own mapping of the run page;
 //!   3. sends the kick signal to the thread that runs the vCPU, unless it is at rest.
 //!
 //! The thread that runs the vCPU:
-//!   4. looks at the stop word before each `KVM_RUN`;
-//!   5. is returned by `KVM_RUN` with EINTR when the flag of point 2 is up on entry, or the signal
-//!      of point 3 arrives inside;
-//!   6. looks at the stop word again: set, it leaves; clear, the signal was somebody else's and it
-//!      goes on.
+//!   4. checks the stop word before each `KVM_RUN`;
+//!   5. returns from `KVM_RUN` with EINTR if the flag of point 2 is set on entry, or when the
+//!      signal of point 3 arrives inside;
+//!   6. checks the stop word again: if it is set, it leaves; otherwise the signal was not a kick
+//!      and it continues.
 //!
-//!   8. may raise the flag itself, to complete an instruction without running on; it sets it to
-//!      what the word says and goes on to point 4, so a kick in between is found there.
+//!   8. may set the flag itself, to complete an instruction without running further; it then sets
+//!      the flag to the value of the word and continues at point 4, which finds a kick that came in
+//!      between.
 //!
 //! No kick is lost: one that comes after point 4 and before the guest is entered finds the flag of
 //! point 2 on entry; a later one finds the thread inside, where the signal reaches it. None cancels
-//! a later run: when the vCPU is at rest, 7. the flag and the word are cleared under the same lock
-//! before it is sent off again.
+//! a later run: 7. the flag and the word are cleared under the same lock before a vCPU at rest is
+//! run again.
 
 #[cfg(loom)]
 use loom::sync::atomic::{AtomicBool, Ordering};
@@ -40,23 +41,23 @@ pub(crate) struct StopWord(AtomicBool);
 impl StopWord {
     /// Points 4 and 6.
     pub(crate) fn is_set(&self) -> bool {
-        // SeqCst: one order with the flag of point 2, so that a thread which found the flag up
-        // finds the word.
+        // SeqCst: one order with the flag of point 2, so that a thread that found the flag set
+        // finds the word set.
         self.0.load(Ordering::SeqCst)
     }
 
-    /// Point 7: the vCPU is at rest, and nobody kicks before this returns.
+    /// Point 7: the vCPU is at rest, and the caller's lock keeps kicks out until this returns.
     pub(crate) fn clear(&self, flag: &impl ImmediateExit) {
         flag.set(false);
         self.0.store(false, Ordering::SeqCst);
     }
 
-    /// Points 1 to 3. `signal` sends the kick signal, unless it finds the vCPU at rest.
+    /// Points 1 to 3. `signal` sends the kick signal unless the vCPU is at rest.
     pub(crate) fn kick(&self, flag: &impl ImmediateExit, signal: impl FnOnce()) {
         self.0.store(true, Ordering::SeqCst);
         flag.set(true);
-        // Asked only now: a thread found at rest takes the vCPU after point 1, and point 4 keeps it
-        // out.
+        // Checked only now: if the vCPU is at rest, a thread takes it after point 1, and point 4
+        // keeps it out of the guest.
         signal();
     }
 }
@@ -70,7 +71,7 @@ pub(crate) fn this_thread() -> libc::pthread_t {
 /// Interrupt the thread that runs a vCPU: point 3.
 ///
 /// # Safety
-/// The thread must not have ended: whoever calls this holds a lock that the thread needs to end.
+/// The thread must not have ended: the caller holds a lock that the thread needs to end.
 pub(crate) unsafe fn interrupt(thread: libc::pthread_t) {
     // SAFETY: as the caller has it.
     unsafe { signal::send(thread) };
@@ -102,7 +103,7 @@ mod tests {
             self.came.notify_all();
         }
 
-        /// Returns with EINTR, or never. A guest that spins: loom reports a sleep that nobody ends.
+        /// Returns with EINTR, or never. A guest that spins: loom reports a sleep that never ends.
         fn run(&self) {
             let mut signals = self.signals.lock().unwrap();
             while !self.immediate_exit.load(Ordering::SeqCst) && *signals == 0 {

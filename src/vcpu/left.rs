@@ -1,5 +1,5 @@
-//! Threads of vCPUs whose machine went while they were in one of its callbacks. They end when that
-//! returns, and whoever ends the process waits for them before. On any thread.
+//! Threads of vCPUs whose machine was dropped while they were in one of its callbacks. They end
+//! when the callback returns; the end of the interpreter waits for them. On any thread.
 
 use std::thread::JoinHandle;
 
@@ -10,7 +10,8 @@ type Left = Vec<(Birthplace, JoinHandle<()>)>;
 
 static LEFT: Mutex<Left, rank::LeftThreads> = Mutex::new(Vec::new());
 
-/// A thread that nobody joins: its machine goes, and this thread is it or must not wait for it.
+/// Keep a thread that is not joined: its machine is dropped on this very thread, or on one that
+/// must not wait for it.
 pub(crate) fn leave(thread: JoinHandle<()>) {
     let mut left = LEFT.lock();
     left.retain(|(birthplace, thread)| !birthplace.is_foreign() && !thread.is_finished());
@@ -32,7 +33,7 @@ pub(crate) fn join_all() {
         if birthplace.is_foreign() {
             std::mem::forget(thread);
         } else {
-            // A panic there has been told by its guard.
+            // Its guard has reported a panic.
             let _ = thread.join();
         }
     }

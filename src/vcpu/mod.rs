@@ -43,6 +43,6 @@ pub use stack::set_stack_size;
 #[cfg_attr(not(feature = "python"), allow(unused_imports, reason = "for the binding"))]
 pub(crate) use stack::spawn;
 pub use state::{RunState, VmRunState};
-pub use stats::{Count, Place, Stats, VcpuTime};
+pub use stats::{Count, ExitKey, Stats, VcpuTime};
 pub(crate) use thread::{Shared, VcpuThread};
 pub use vcpu::Vcpu;

@@ -3,10 +3,7 @@
 
 use std::fmt::Write;
 
-use kvm_bindings::{
-    CpuId, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs,
-    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
-};
+use kvm_bindings::{CpuId, kvm_cpuid_entry2, kvm_xcrs};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::guest_debug::{self, DebugOwner, DebugRequest};
@@ -38,17 +35,19 @@ pub enum RegisterClass {
     Lapic,
 }
 
-/// The bytes of a structure of KVM's.
+/// The bytes of a KVM structure.
 fn bytes<T: IntoBytes + Immutable>(value: &T) -> &[u8] {
     value.as_bytes()
 }
 
-fn bytes_mut<T: FromBytes + IntoBytes>(value: &mut T) -> &mut [u8] {
-    value.as_mut_bytes()
+/// A KVM structure after a change of its bytes.
+fn changed<T: FromBytes + IntoBytes>(mut value: T, change: impl FnOnce(&mut [u8])) -> T {
+    change(value.as_mut_bytes());
+    value
 }
 
 impl Vcpu {
-    /// Look at a class of registers.
+    /// Read a class of registers.
     ///
     /// # Errors
     /// When KVM refuses it.
@@ -74,68 +73,67 @@ impl Vcpu {
     /// # Errors
     /// When KVM refuses the new values; they are as before then.
     pub fn store(&mut self, class: RegisterClass, change: impl FnOnce(&mut [u8])) -> Result<()> {
-        // While the exit is being answered, its answer is still to come.
-        if !self.has_host_access {
-            self.pending.set_answered();
-        }
+        self.give_up_answer();
         self.complete();
         match class {
-            RegisterClass::General => {
-                let mut regs: kvm_regs = self.general()?;
-                let from = regs;
-                change(bytes_mut(&mut regs));
-                if self.has_host_access
-                    && let PendingIo::Access { edits, .. } = &mut self.pending
-                {
-                    // KVM has the instruction half done: it would overwrite them.
-                    let from = edits.as_ref().map_or(from, |edits| edits.from);
-                    *edits = Some(Box::new(RegisterEdits { from, to: regs }));
-                    return Ok(());
-                }
-                kvm("KVM_SET_REGS", self.fd.set_regs(&regs))?;
-                self.page.set_registers(&regs);
-                self.has_page_registers = true;
-                Ok(())
-            }
+            RegisterClass::General => self.store_general(change),
             RegisterClass::Special => {
-                let mut sregs: kvm_sregs = kvm("KVM_GET_SREGS", self.fd.get_sregs())?;
-                change(bytes_mut(&mut sregs));
+                let sregs = changed(kvm("KVM_GET_SREGS", self.fd.get_sregs())?, change);
                 kvm("KVM_SET_SREGS", self.fd.set_sregs(&sregs))
             }
             RegisterClass::Debug => {
-                let mut regs: kvm_debugregs = kvm("KVM_GET_DEBUGREGS", self.fd.get_debug_regs())?;
-                change(bytes_mut(&mut regs));
+                let regs = changed(kvm("KVM_GET_DEBUGREGS", self.fd.get_debug_regs())?, change);
                 kvm("KVM_SET_DEBUGREGS", self.fd.set_debug_regs(&regs))
             }
             RegisterClass::Events => {
-                let mut events: kvm_vcpu_events =
-                    kvm("KVM_GET_VCPU_EVENTS", self.fd.get_vcpu_events())?;
-                change(bytes_mut(&mut events));
+                let events =
+                    changed(kvm("KVM_GET_VCPU_EVENTS", self.fd.get_vcpu_events())?, change);
                 kvm("KVM_SET_VCPU_EVENTS", self.fd.set_vcpu_events(&events))
             }
             RegisterClass::MpState => {
-                let mut state: kvm_mp_state = kvm("KVM_GET_MP_STATE", self.fd.get_mp_state())?;
-                change(bytes_mut(&mut state));
+                let state = changed(kvm("KVM_GET_MP_STATE", self.fd.get_mp_state())?, change);
                 kvm("KVM_SET_MP_STATE", self.fd.set_mp_state(state))
             }
             RegisterClass::Xcrs => {
-                let mut xcrs: kvm_xcrs = kvm("KVM_GET_XCRS", self.fd.get_xcrs())?;
-                change(bytes_mut(&mut xcrs));
+                let xcrs = changed(kvm("KVM_GET_XCRS", self.fd.get_xcrs())?, change);
                 self.fd.set_xcrs(&xcrs).map_err(|e| xcrs_refused(&xcrs, e))
             }
             RegisterClass::Xsave => {
-                let mut xsave: kvm_xsave = kvm("KVM_GET_XSAVE", self.fd.get_xsave())?;
-                change(bytes_mut(&mut xsave));
+                let xsave = changed(kvm("KVM_GET_XSAVE", self.fd.get_xsave())?, change);
                 // SAFETY: KVM_SET_XSAVE reads 4 KiB, the size of kvm_xsave, unless a permission for
                 // dynamic features has been asked for, which nothing here does.
                 kvm("KVM_SET_XSAVE", unsafe { self.fd.set_xsave(&xsave) })
             }
             RegisterClass::Lapic => {
-                let mut lapic: kvm_lapic_state = kvm("KVM_GET_LAPIC", self.fd.get_lapic())?;
-                change(bytes_mut(&mut lapic));
+                let lapic = changed(kvm("KVM_GET_LAPIC", self.fd.get_lapic())?, change);
                 kvm("KVM_SET_LAPIC", self.fd.set_lapic(&lapic))
             }
         }
+    }
+
+    /// A read that nobody has answered gives ones. While its exit is being answered, the answer is
+    /// still to come.
+    fn give_up_answer(&mut self) {
+        if !self.has_host_access {
+            self.pending.set_answered();
+        }
+    }
+
+    fn store_general(&mut self, change: impl FnOnce(&mut [u8])) -> Result<()> {
+        let from = self.general()?;
+        let to = changed(from, change);
+        if self.has_host_access
+            && let PendingIo::Access { edits, .. } = &mut self.pending
+        {
+            // KVM has the instruction half done: it would overwrite them.
+            let from = edits.as_ref().map_or(from, |edits| edits.from);
+            *edits = Some(Box::new(RegisterEdits { from, to }));
+            return Ok(());
+        }
+        kvm("KVM_SET_REGS", self.fd.set_regs(&to))?;
+        self.page.set_registers(&to);
+        self.has_page_registers = true;
+        Ok(())
     }
 
     /// What CPUID says to the guest.

@@ -1,5 +1,5 @@
-//! A guest executes the instruction of an exit again: what KVM has begun of it is finished without
-//! effect. On the vCPU's thread.
+//! Makes a guest execute the instruction of an exit again: the part that KVM has begun is completed
+//! without effect. On the vCPU's thread.
 
 use kvm_bindings::{kvm_fpu, kvm_regs, kvm_sregs};
 
@@ -14,8 +14,8 @@ use crate::memory::GuestMemory;
 type Kept = Vec<(u64, Vec<u8>)>;
 
 impl Vcpu {
-    /// Have the guest execute the instruction of this exit again, with the registers that the
-    /// program's code left.
+    /// Have the guest execute the instruction of this exit again, with the registers as the
+    /// program's code has set them.
     pub(super) fn execute_again(&mut self, exit: &VcpuExit, stop: &StopWord) {
         if exit.is_read() {
             let is_edited = self.pending.edits().is_some_and(RegisterEdits::is_change);
@@ -31,45 +31,45 @@ impl Vcpu {
         }
     }
 
-    /// Where memory is now, the instruction reads that: KVM completes it as if it had begun after
-    /// the memory came. False: there is none.
+    /// If memory has been added there, the instruction reads it: KVM completes the instruction as
+    /// if it had begun after that. False: there is no memory.
     pub(super) fn answer_from_memory(&mut self, exit: &VcpuExit) -> bool {
         let VcpuExit::MmioRead { address, length } = exit else { return false };
         let Some(data) = read(&self.memory, *address, *length) else { return false };
         self.page.answer(&data);
-        // Another part of the same access, beyond the end of a page, comes out though memory may be
-        // there.
+        // Another part of the same access, beyond the end of a page, still exits even if it has
+        // memory now.
         self.has_found_memory = true;
         true
     }
 
-    /// Have KVM complete the read with ones, and put back what that has changed: registers, and
-    /// memory where the instruction writes what it read.
+    /// Have KVM complete the read with ones, and restore what that has changed: registers, and
+    /// memory if the instruction writes what it read.
     fn undo(&mut self, exit: &VcpuExit, stop: &StopWord) {
         let Ok(to) = self.general() else { return };
         let from = self.pending.take_edits().map_or(to, |edits| edits.from);
         let (sregs, fpu) = (self.fd.get_sregs().ok(), self.fd.get_fpu().ok());
         let kept = self.written_by(exit, &from, sregs.as_ref());
         self.abandon();
-        // Kick, point 8: one that came meanwhile has set the word first, and that is looked at
+        // Kick, point 8: a kick that came meanwhile has set the word first, and the word is checked
         // before the next entry.
         self.page.set(stop.is_set());
         for (address, bytes) in kept {
-            // It was there before, and a slot that has gone since has taken the bytes along.
+            // Fails if the slot has been removed since: then the bytes are gone with it.
             let _ = self.memory.write(address, &bytes);
         }
         self.put_back(sregs, fpu);
-        // KVM takes any general registers, and forgets an exception that waits.
+        // KVM takes any general registers, and drops a pending exception.
         if self.fd.set_regs(&to).is_ok() {
             self.page.set_registers(&to);
             self.has_page_registers = true;
         }
     }
 
-    /// Ones may have gone to a segment, a table's address or a vector register.
+    /// The ones may have been loaded into a segment, a table's address or a vector register.
     fn put_back(&self, sregs: Option<kvm_sregs>, fpu: Option<kvm_fpu>) {
         if let Some(sregs) = sregs.filter(|sregs| self.fd.get_sregs().ok() != Some(*sregs)) {
-            // They were the vCPU's a moment ago.
+            // Cannot fail: KVM has just returned these values.
             let _ = self.fd.set_sregs(&sregs);
         }
         if let Some(fpu) = fpu.filter(|fpu| self.fd.get_fpu().ok() != Some(*fpu)) {
@@ -77,8 +77,8 @@ impl Vcpu {
         }
     }
 
-    /// What stands where the instruction writes: at the address that it reads, or where a string
-    /// goes.
+    /// The memory that the instruction writes: at the address that it reads, or at the target of a
+    /// string instruction.
     fn written_by(&self, exit: &VcpuExit, regs: &kvm_regs, sregs: Option<&kvm_sregs>) -> Kept {
         let mut kept = Kept::new();
         if let VcpuExit::MmioRead { address, length } = exit {

@@ -47,7 +47,7 @@ pub trait Observer: Send + Sync + std::fmt::Debug {
     /// A guest is about to be entered.
     fn enters(&self, _vcpu: u64, _at: Instant) {}
 
-    /// Where the answer to an exit is recorded while it is made.
+    /// The track that records how an exit is answered.
     fn track(&self, _vcpu: u64) -> Option<Arc<Track>> {
         None
     }
@@ -101,7 +101,7 @@ impl DeviceWindows for ExitRouter {
     }
 }
 
-/// Who looks at an exit.
+/// Whether hooks and observers look at an exit.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ExitMask(u64);
 
@@ -189,7 +189,7 @@ impl ExitRouter {
         self.observers.read().iter().for_each(|observer| observer.enters(vcpu, at));
     }
 
-    /// Record this thread, which answers an exit, where an observer wants it.
+    /// Record this thread, which answers an exit, if an observer wants that.
     pub(super) fn recording(&self, vcpu: u64) -> Option<Recording> {
         Recording::on(self.observers.read().iter().filter_map(|observer| observer.track(vcpu)))
     }

@@ -1,5 +1,5 @@
 //! A second mapping of a vCPU's `kvm_run` page: to set `immediate_exit` from another thread while
-//! `VcpuFd::run` borrows its own, and to read what kvm-ioctls does not hand out.
+//! `VcpuFd::run` borrows its own, and to read fields that kvm-ioctls does not expose.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -14,7 +14,7 @@ use kvm_ioctls::VcpuFd;
 use super::kick::ImmediateExit;
 use crate::error::{Error, ErrorKind, Result};
 
-/// What is mapped: `kvm_run`, and behind it the data of port accesses.
+/// What is mapped: `kvm_run`, followed by the data of port accesses.
 const PAGES: usize = 2 * 4096;
 const _: () = assert!(size_of::<kvm_run>() <= PAGES);
 
@@ -28,7 +28,7 @@ unsafe impl Send for RunPage {}
 // SAFETY: as above; the other fields are read by copy, on the vCPU's thread, between two runs.
 unsafe impl Sync for RunPage {}
 
-/// `kvm_run.io` of the last exit: what tells `OUTW` from two `OUTSB`.
+/// `kvm_run.io` of the last exit: the width distinguishes `OUTW` from two `OUTSB`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct IoExit {
     pub(crate) size: usize,
@@ -68,7 +68,7 @@ impl RunPage {
         }
     }
 
-    /// A page of zeros that no vCPU stands behind.
+    /// A page of zeros without a vCPU.
     #[cfg(test)]
     pub(crate) fn blank() -> Self {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
@@ -85,16 +85,16 @@ impl RunPage {
         unsafe { (&raw const (*self.0.as_ptr()).exit_reason).read_volatile() }
     }
 
-    /// The general registers: as the last exit left them, where KVM was asked for them. While the
-    /// vCPU is at rest.
+    /// The general registers as the last exit left them, if KVM was asked for them. While the vCPU
+    /// is at rest.
     pub(crate) fn registers(&self) -> kvm_regs {
         // SAFETY: in bounds; plain integers.
         unsafe { (&raw const (*self.0.as_ptr()).s.regs.regs).read_volatile() }
     }
 
-    /// Keep the general registers that KVM has been given. While the vCPU is at rest.
+    /// Store the general registers that KVM has been given. While the vCPU is at rest.
     pub(crate) fn set_registers(&self, registers: &kvm_regs) {
-        // SAFETY: as above; nobody else writes there while the vCPU is at rest.
+        // SAFETY: as above; no other thread writes there while the vCPU is at rest.
         unsafe { (&raw mut (*self.0.as_ptr()).s.regs.regs).write_volatile(*registers) };
     }
 
@@ -105,60 +105,62 @@ impl RunPage {
         IoExit { size: usize::from(io.size).clamp(1, 8) }
     }
 
-    /// Put what the guest reads where KVM takes it from, if it is as many bytes as the guest reads;
-    /// how many those are. Only after a read's exit, while the vCPU is at rest or on its thread.
+    /// Give KVM the data that the guest reads, if it has the right length; returns that length.
+    /// Only after a read's exit, while the vCPU is at rest or on its thread.
     pub(crate) fn answer(&self, data: &[u8]) -> usize {
+        let Some((to, wanted)) = self.answer_place() else { return 0 };
+        if data.len() == wanted {
+            self.allow_msr();
+            // SAFETY: `wanted` bytes at `to` lie in the mapping; no other thread writes there while
+            // the vCPU is at rest.
+            unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), to, wanted) };
+        }
+        wanted
+    }
+
+    /// Where KVM takes the data of a read from, and how many bytes; none if the last exit was no
+    /// read. They lie in the mapping.
+    fn answer_place(&self) -> Option<(*mut u8, usize)> {
         // SAFETY: in bounds; every bit pattern is valid for both views.
         let (io, mmio) = unsafe {
             let exit = &raw mut (*self.0.as_ptr()).__bindgen_anon_1;
             ((&raw const (*exit).io).read_volatile(), &raw mut (*exit).mmio)
         };
-        let (to, wanted): (*mut u8, usize) = match self.exit_reason() {
+        match self.exit_reason() {
             KVM_EXIT_IO => {
                 let length = usize::from(io.size) * usize::try_from(io.count).unwrap_or(0);
                 let offset = usize::try_from(io.data_offset).unwrap_or(usize::MAX);
-                // KVM's buffer for port data is a page of its own, behind this one in the same
+                // KVM's buffer for port data is a page of its own, after this one in the same
                 // mapping.
-                if offset.saturating_add(length) > PAGES {
-                    return 0;
-                }
-                (self.0.as_ptr().cast::<u8>().wrapping_add(offset), length)
+                let is_inside = offset.saturating_add(length) <= PAGES;
+                is_inside.then(|| (self.0.as_ptr().cast::<u8>().wrapping_add(offset), length))
             }
             KVM_EXIT_MMIO => {
                 // SAFETY: as above.
                 let length = unsafe { (&raw const (*mmio).len).read_volatile() };
                 // SAFETY: as above; the address of a field of the mapping.
                 let data = unsafe { &raw mut (*mmio).data };
-                (data.cast(), usize::try_from(length).unwrap_or(0).min(8))
+                Some((data.cast(), usize::try_from(length).unwrap_or(0).min(8)))
             }
             KVM_EXIT_X86_RDMSR => {
                 // SAFETY: in bounds of the mapping.
                 let register = unsafe { &raw mut (*self.0.as_ptr()).__bindgen_anon_1.msr.data };
-                if data.len() == 8 {
-                    self.allow_msr();
-                }
-                (register.cast(), 8)
+                Some((register.cast(), 8))
             }
-            _ => return 0,
-        };
-        if data.len() == wanted {
-            // SAFETY: `wanted` bytes at `to` lie in the mapping by the checks above; nobody else
-            // writes there while the vCPU is at rest.
-            unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), to, wanted) };
+            _ => None,
         }
-        wanted
     }
 
     /// The access to a model-specific register does not fault. Only after its exit, before the next
     /// entry.
     pub(crate) fn allow_msr(&self) {
         if matches!(self.exit_reason(), KVM_EXIT_X86_RDMSR | KVM_EXIT_X86_WRMSR) {
-            // SAFETY: in bounds; nobody else writes there while the vCPU is out of its guest.
+            // SAFETY: in bounds; no other thread writes there while the vCPU is out of its guest.
             unsafe { (&raw mut (*self.0.as_ptr()).__bindgen_anon_1.msr.error).write_volatile(0) };
         }
     }
 
-    /// What KVM says of its last internal error. Only after `KVM_EXIT_INTERNAL_ERROR`, on the
+    /// KVM's report of its last internal error. Only after `KVM_EXIT_INTERNAL_ERROR`, on the
     /// vCPU's thread.
     pub(crate) fn internal_error(&self) -> InternalError {
         // SAFETY: in bounds; both views are plain integers, valid for every bit pattern.
@@ -207,7 +209,7 @@ impl ImmediateExit for RunPage {
 
 impl Drop for RunPage {
     fn drop(&mut self) {
-        // SAFETY: our own mapping, of this size, and nobody can reach it any more.
+        // SAFETY: our own mapping, of this size, and it can no longer be reached.
         unsafe { libc::munmap(self.0.as_ptr().cast(), PAGES) };
     }
 }

@@ -1,7 +1,7 @@
 //! The kick's signal: which one, and its handler. The only place that touches signals.
 //!
-//! The program's own use of the signal goes on: what comes from elsewhere reaches the handler that
-//! was there before.
+//! The program can still use the signal: one that is no kick reaches the handler that was installed
+//! before.
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::error::{Error, ErrorKind, Result};
 use crate::process::Learnt;
 
-/// What tells a kick from the same signal sent by somebody else: the address of this.
+/// Its address marks a kick, as opposed to the same signal from another sender.
 static COOKIE: u8 = 0;
 
 struct Claim {
@@ -30,8 +30,8 @@ impl Claim {
     unsafe fn send(&self, thread: libc::pthread_t) -> bool {
         self.keep_installed();
         let value = libc::sigval { sival_ptr: cookie() };
-        // SAFETY: by the caller. A queued signal, which arrives 10 us later, is sent only where a
-        // handler has to tell it from others.
+        // SAFETY: by the caller. A queued signal arrives 10 us later, so it is sent only if a
+        // handler has to distinguish it from others.
         unsafe {
             if self.has_handler() {
                 libc::pthread_sigqueue(thread, self.signal, value) == 0
@@ -41,9 +41,9 @@ impl Claim {
         }
     }
 
-    /// Put the handler there, also where the program has had the signal ignored or given its
-    /// default since: the first would lose kicks, and the second would end the process. A handler
-    /// of its own serves as well, because any interrupts KVM_RUN.
+    /// Install the handler again if the program has ignored the signal or restored its default
+    /// since: the first would lose kicks, and the second would end the process. A handler of the
+    /// program's serves as well, because any handler interrupts KVM_RUN.
     fn keep_installed(&self) {
         if present(self.signal).is_ok_and(|now| !has_handler(&now)) {
             // Fails for no signal that could be read.
@@ -56,7 +56,8 @@ fn has_handler(action: &libc::sigaction) -> bool {
     ![libc::SIG_DFL, libc::SIG_IGN].contains(&action.sa_sigaction)
 }
 
-/// What kicks where the kernel refuses to queue the other: claimed when that happens first.
+/// The signal for kicks when the kernel refuses to queue the other: claimed when that first
+/// happens.
 static SPARE: Learnt<Claim> = Learnt::unknown();
 
 /// Read by the signal handler: that is one atomic load.
@@ -75,7 +76,7 @@ fn cookie() -> *mut libc::c_void {
 /// no handler when the first machine was made.
 ///
 /// # Errors
-/// When every real-time signal has a handler of the program's.
+/// If the program has handlers for all real-time signals.
 pub fn kick_signal() -> Result<libc::c_int> {
     claim(None)?.map(|claim| claim.signal).ok_or_else(|| {
         let detail = "every real-time signal is in use by this program";
@@ -84,7 +85,7 @@ pub fn kick_signal() -> Result<libc::c_int> {
     })
 }
 
-/// Kick by this signal, whose present handler goes on being called for what is no kick.
+/// Use this signal for kicks. Its present handler is still called for signals that are no kicks.
 ///
 /// # Errors
 /// When it cannot be used so, or kicks use another one already.
@@ -107,8 +108,8 @@ pub fn use_signal(signal: libc::c_int) -> Result<()> {
     }
 }
 
-/// The claim, made by whoever is first. It is known before the handler is in place, which several
-/// threads may put there: one that was forked off in between does so too.
+/// The claim, made by the first caller. It is visible before the handler is installed, which
+/// several threads may do; so does a child that is forked in between.
 fn claim(chosen: Option<libc::c_int>) -> Result<Option<&'static Claim>> {
     let claim = CLAIM.get_or(|| {
         Ok(match chosen {
@@ -119,7 +120,7 @@ fn claim(chosen: Option<libc::c_int>) -> Result<Option<&'static Claim>> {
             }),
         })
     })?;
-    // Acquire and release: who sees the flag finds the handler in place.
+    // Acquire and release: a thread that sees the flag finds the handler installed.
     if let Some(claim) = claim
         && !IS_INSTALLED.load(Ordering::Acquire)
     {
@@ -216,9 +217,9 @@ thread_local! {
     static IS_REACHED: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Let kicks reach this thread. Whatever else it blocks is what the thread that started it blocks,
-/// as with any thread of Python's: children that callbacks make inherit that. The system call is
-/// made once a thread.
+/// Let kicks reach this thread. The rest of its signal mask is that of the thread that started it,
+/// as for any Python thread: children that callbacks make inherit it. The system call is made once
+/// per thread.
 ///
 /// # Errors
 /// As for [`kick_signal`].

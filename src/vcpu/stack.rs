@@ -6,20 +6,20 @@ use std::thread::{Builder, JoinHandle};
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// Rust's own default, which is the least.
+/// The minimum: Rust's own default.
 const LEAST: usize = 2 << 20;
 
 /// Bytes that the program has chosen; 0 for the C library's default.
 static CHOSEN: AtomicUsize = AtomicUsize::new(0);
 
-/// Give the threads that start from now on so many bytes; 0 for what the C library gives, which is
-/// RLIMIT_STACK.
+/// Give threads that start from now on a stack of this many bytes; 0 for the C library's default,
+/// which is RLIMIT_STACK.
 pub fn set_stack_size(bytes: usize) {
     // Relaxed: a number alone, for threads that the caller starts later.
     CHOSEN.store(bytes, Ordering::Relaxed);
 }
 
-/// Bytes for the next thread. They are address space: memory is taken as it is used.
+/// Bytes for the next thread. They are address space; memory is allocated as it is used.
 pub(super) fn size() -> usize {
     match CHOSEN.load(Ordering::Relaxed) {
         0 => default_size(),

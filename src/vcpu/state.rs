@@ -14,7 +14,7 @@ use crate::sync::{Condvar, Mutex, rank};
 /// Where a machine stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum VmRunState {
-    /// Built, its guest has not run.
+    /// Built; its guest has not run yet.
     Created,
     /// Its vCPUs are running.
     Running,
@@ -63,8 +63,8 @@ impl VmRunState {
 pub struct RunState {
     state: Mutex<VmRunState, rank::RunState>,
     changed: Condvar,
-    /// Written at each change, for who waits for something else too.
-    bells: Mutex<Vec<Arc<EventFd>>, rank::RunStateBells>,
+    /// Written at each change, for threads that wait for other things too.
+    wakers: Mutex<Vec<Arc<EventFd>>, rank::RunStateWakers>,
 }
 
 impl Default for RunState {
@@ -75,7 +75,7 @@ impl Default for RunState {
 
 impl RunState {
     fn at(state: VmRunState) -> Self {
-        Self { state: Mutex::new(state), changed: Condvar::new(), bells: Mutex::default() }
+        Self { state: Mutex::new(state), changed: Condvar::new(), wakers: Mutex::default() }
     }
 
     /// The state now.
@@ -84,7 +84,8 @@ impl RunState {
         *self.state.lock()
     }
 
-    /// Enter `next` if the table allows it and tell who waits. Returns the state before.
+    /// Enter `next` if the table allows it and wake the threads that wait. Returns the state
+    /// before.
     ///
     /// # Errors
     /// With the present state, when the table does not allow it; nothing changes then.
@@ -96,18 +97,19 @@ impl RunState {
         }
         *state = next;
         self.changed.notify_all();
-        // Fails when it is full: then it rings.
-        self.bells.lock().iter().for_each(|fd| drop(fd.write(1)));
+        // Fails if it is full: then it is readable already.
+        self.wakers.lock().iter().for_each(|fd| drop(fd.write(1)));
         Ok(before)
     }
 
     /// A guest that had ended has been brought back to what it was: from `Exiting` to `Paused`.
-    /// Else nothing.
+    /// Otherwise nothing changes.
     pub fn revive(&self) {
         self.change(VmRunState::Exiting, VmRunState::Paused);
     }
 
-    /// A machine that nobody runs has been made new: from `Paused` to `Created`. Otherwise nothing.
+    /// A machine that is not being run is as it was built: from `Paused` to `Created`. Otherwise
+    /// nothing changes.
     pub fn renew(&self) {
         self.change(VmRunState::Paused, VmRunState::Created);
     }
@@ -117,7 +119,7 @@ impl RunState {
         if *state == from {
             *state = to;
             self.changed.notify_all();
-            self.bells.lock().iter().for_each(|fd| drop(fd.write(1)));
+            self.wakers.lock().iter().for_each(|fd| drop(fd.write(1)));
         }
     }
 
@@ -147,19 +149,19 @@ impl RunState {
         deadline: Option<Instant>,
         interrupt: Option<RawFd>,
     ) -> io::Result<Option<VmRunState>> {
-        let bell = Arc::new(EventFd::new(EFD_NONBLOCK)?);
-        self.bells.lock().push(Arc::clone(&bell));
-        let mut is_rung = true;
-        while is_rung && !wanted.contains(&self.get()) {
-            // Fails when it has not rung.
-            let _ = bell.read();
+        let waker = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        self.wakers.lock().push(Arc::clone(&waker));
+        let mut is_woken = true;
+        while is_woken && !wanted.contains(&self.get()) {
+            // Fails if it has not been written.
+            let _ = waker.read();
             if wanted.contains(&self.get()) {
                 break;
             }
-            is_rung = wait_for_either([bell.as_raw_fd(), interrupt.unwrap_or(-1)], deadline)
-                .is_ok_and(|[is_rung, _]| is_rung);
+            is_woken = wait_for_either([waker.as_raw_fd(), interrupt.unwrap_or(-1)], deadline)
+                .is_ok_and(|[is_woken, _]| is_woken);
         }
-        self.bells.lock().retain(|fd| !Arc::ptr_eq(fd, &bell));
+        self.wakers.lock().retain(|fd| !Arc::ptr_eq(fd, &waker));
         let state = self.get();
         Ok(wanted.contains(&state).then_some(state))
     }
@@ -223,6 +225,6 @@ mod tests {
         assert_eq!(waiter.join().unwrap().unwrap(), Some(VmRunState::Running));
         interrupt.write(1).unwrap();
         assert_eq!(run_state.wait_for_or(&[VmRunState::Closed], None, fd).unwrap(), None);
-        assert!(run_state.bells.lock().is_empty());
+        assert!(run_state.wakers.lock().is_empty());
     }
 }

@@ -12,12 +12,13 @@ use crate::error::Result;
 use crate::process::Birthplace;
 use crate::sync::{Mutex, rank};
 
-/// A guest can touch any number of addresses: of each vCPU the first so many are kept apart.
+/// A guest can touch any number of addresses: for each vCPU the first of them are counted
+/// separately.
 const MOST_PLACES: usize = 1024;
 
-/// What exits are told apart by.
+/// What exits are counted by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Place {
+pub struct ExitKey {
     /// The name of their kind; "interrupted" for a kick or another signal.
     pub kind: &'static str,
     /// "read" or "write", of an access to a port, an address or a register.
@@ -26,8 +27,8 @@ pub struct Place {
     pub address: Option<u64>,
 }
 
-impl Place {
-    /// What this exit counts for.
+impl ExitKey {
+    /// The key of this exit.
     #[must_use]
     pub fn of(exit: &VcpuExit) -> Self {
         let address = exit.place();
@@ -41,7 +42,7 @@ impl Place {
         Self { kind, access, address: address.map(|(address, _)| address) }
     }
 
-    /// Exits at places beyond the first so many.
+    /// Exits with further keys.
     const OTHER: Self = Self { kind: "other", access: None, address: None };
 }
 
@@ -68,7 +69,7 @@ pub struct VcpuTime {
     pub vcpu: u64,
     /// Exits.
     pub exits: u64,
-    /// Time inside the guest, also of a stay that still lasts.
+    /// Time inside the guest, including a stay in progress.
     pub guest: Duration,
     /// Time outside, to answer exits.
     pub host: Duration,
@@ -84,15 +85,15 @@ struct Counts {
     exits: u64,
     guest: Duration,
     host: Duration,
-    /// Since when the guest has been inside, where that is counted.
+    /// When the guest was entered, if that is counted.
     inside: Option<Instant>,
-    places: HashMap<Place, Count>,
+    places: HashMap<ExitKey, Count>,
     others: Count,
 }
 
 impl Counts {
-    /// Add the time inside so far, and go on from here.
-    fn settle(&mut self) {
+    /// Add the time inside up to now.
+    fn add_time_inside(&mut self) {
         if let Some(since) = &mut self.inside {
             let now = Instant::now();
             self.guest += now.saturating_duration_since(*since);
@@ -110,7 +111,7 @@ pub struct Stats {
 }
 
 impl Stats {
-    /// Counters for so many vCPUs, which count nothing yet.
+    /// Counters for this many vCPUs, disabled.
     #[must_use]
     pub fn new(vcpus: u64) -> Self {
         let vcpus = (0..vcpus).map(|_| Block::default()).collect();
@@ -136,7 +137,7 @@ impl Stats {
         Ok(())
     }
 
-    /// Count no more; what was counted stays.
+    /// Stop counting; the counts stay.
     ///
     /// # Errors
     /// As for `enable`.
@@ -147,7 +148,7 @@ impl Stats {
             router.unobserve(&(Arc::clone(self) as Arc<dyn Observer>));
             for block in &self.vcpus {
                 let mut counts = block.0.lock();
-                counts.settle();
+                counts.add_time_inside();
                 counts.inside = None;
             }
         }
@@ -177,18 +178,18 @@ impl Stats {
         Ok(())
     }
 
-    /// The exits of each vCPU by what they are told apart by; those with the most first.
+    /// The exits of each vCPU by key, the most frequent first.
     ///
     /// # Errors
     /// As for `enable`.
-    pub fn exits(&self) -> Result<Vec<(u64, Place, Count)>> {
+    pub fn exits(&self) -> Result<Vec<(u64, ExitKey, Count)>> {
         self.birthplace.check("machine")?;
         let mut rows = Vec::new();
         for (vcpu, block) in (0..).zip(&self.vcpus) {
             let counts = block.0.lock();
             rows.extend(counts.places.iter().map(|(place, count)| (vcpu, *place, *count)));
             if counts.others.count > 0 {
-                rows.push((vcpu, Place::OTHER, counts.others));
+                rows.push((vcpu, ExitKey::OTHER, counts.others));
             }
         }
         rows.sort_unstable_by_key(|(vcpu, place, count)| {
@@ -205,7 +206,7 @@ impl Stats {
         self.birthplace.check("machine")?;
         let times = (0..).zip(&self.vcpus).map(|(vcpu, block)| {
             let mut counts = block.0.lock();
-            counts.settle();
+            counts.add_time_inside();
             VcpuTime { vcpu, exits: counts.exits, guest: counts.guest, host: counts.host }
         });
         Ok(times.collect())
@@ -230,14 +231,14 @@ impl Observer for Stats {
 
     fn saw(&self, seen: &Seen) {
         self.with(seen.vcpu, |counts| {
-            // None where counting began while the guest was inside.
+            // None if counting began while the guest was inside.
             if let Some(since) = counts.inside.take() {
                 counts.guest += seen.left.saturating_duration_since(since);
             }
             let time = seen.answered.saturating_duration_since(seen.left);
             counts.exits += 1;
             counts.host += time;
-            let place = Place::of(seen.exit);
+            let place = ExitKey::of(seen.exit);
             let room = counts.places.len() < MOST_PLACES || place.address.is_none();
             match counts.places.get_mut(&place) {
                 Some(count) => count.add(time),
@@ -272,7 +273,7 @@ mod tests {
         see(&stats, 1, &VcpuExit::Hlt, (1, 2));
         see(&stats, 1, &VcpuExit::Interrupted, (1, 0));
         let rows = stats.exits().unwrap();
-        let read = Place { kind: "io", access: Some("read"), address: Some(0x60) };
+        let read = ExitKey { kind: "io", access: Some("read"), address: Some(0x60) };
         assert_eq!(rows[0], (0, read, Count { count: 2, time: Duration::from_micros(11) }));
         let kinds: Vec<&str> = rows.iter().map(|(_, place, _)| place.kind).collect();
         assert_eq!(kinds, ["io", "hlt", "interrupted"]);
@@ -291,7 +292,7 @@ mod tests {
         see(&stats, 0, &VcpuExit::Hlt, (1, 1));
         let rows = stats.exits().unwrap();
         assert_eq!(rows.len(), MOST_PLACES + 2);
-        assert_eq!((rows[0].1, rows[0].2.count), (Place::OTHER, 2000 - 1024));
+        assert_eq!((rows[0].1, rows[0].2.count), (ExitKey::OTHER, 2000 - 1024));
         assert!(rows.iter().any(|(_, place, _)| place.kind == "hlt"));
     }
 
@@ -305,7 +306,7 @@ mod tests {
         stats.disable(&router).unwrap();
         let before = stats.vcpus().unwrap();
         assert_eq!(stats.vcpus().unwrap(), before);
-        // Its exit comes when counting is on again: its time is known no more.
+        // Its exit comes when counting is on again: its time is unknown.
         stats.enable(&router).unwrap();
         let now = Instant::now();
         let exit = VcpuExit::Hlt;

@@ -1,6 +1,6 @@
-//! A repeated `OUTS` in one piece. KVM comes out for each element; a device that wants them
-//! together gets what follows the first from the guest's memory, and the guest's registers are
-//! moved on as the instruction would have moved them. On the vCPU's thread. Intel SDM volume 2,
+//! A repeated `OUTS` as one access. KVM exits for each element; for a device that takes them
+//! together, those after the first are read from the guest's memory, and the guest's registers are
+//! advanced as the instruction would have done. On the vCPU's thread. Intel SDM volume 2,
 //! OUTS and REP.
 
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
@@ -35,14 +35,13 @@ struct Outs {
     segment: Segment,
 }
 
-/// All elements of the repeated `OUTS` that the vCPU is in, the first of which has come out with
-/// this exit; none where it is in no such instruction, or this was the last. The guest goes on
-/// behind them.
+/// All elements of the repeated `OUTS` that the vCPU executes, the first of which is this exit's;
+/// none if it executes no such instruction, or this was the last. The guest continues after them.
 ///
-/// Elements beyond the page in which the first one ends are left to the guest: there its rights may
-/// be others.
+/// Elements beyond the page in which the first one ends are left to the guest, whose access rights
+/// may differ there.
 pub(super) fn coalesce(vcpu: &mut Vcpu, port: u16, size: usize, first: &[u8]) -> Option<Vec<u8>> {
-    // KVM's emulator has counted the first one already, and the registers came with the exit.
+    // KVM's emulator has counted the first one already, and the exit came with the registers.
     let regs = vcpu.general().ok()?;
     if regs.rcx == 0 || regs.rdx & 0xffff != u64::from(port) {
         return None;
@@ -228,7 +227,7 @@ fn span(
     }
     if !is_long {
         let last = if is_down { offset + size - 1 } else { offset + count * size - 1 };
-        // Segments that grow downwards, which nobody uses, are left to the guest.
+        // Expand-down segments, which are not in use, are left to the guest.
         let grows_down = segment.s != 0 && segment.type_ & 0b1100 == 0b0100;
         if grows_down || last > u64::from(segment.limit) {
             return None;

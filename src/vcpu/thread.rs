@@ -1,6 +1,5 @@
 //! A vCPU and the thread that runs it, `vcpu_{id}`. Whatever happens on that thread, it ends by
-//! kicking the exit handler and notifying `VmRunState::Exiting`, unless it was the host that
-//! stopped it.
+//! kicking the exit handler and setting `VmRunState::Exiting`, unless the host has stopped it.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -29,12 +28,12 @@ const MOST_STEPS_AT_STOP: usize = 1024;
 pub(crate) struct Shared<EH> {
     pub(crate) exit_handler: EH,
     pub(crate) run_state: RunState,
-    /// How the guest ended: the first vCPU to say so.
+    /// How the guest ended, by the first vCPU that ended.
     pub(crate) exit: Mutex<Option<Exit>, rank::GuestExit>,
 }
 
 impl<EH> Shared<EH> {
-    /// Tells its machine from every other for as long as one of its threads lives.
+    /// Identifies its machine for as long as one of its threads lives.
     pub(crate) fn id(&self) -> usize {
         std::ptr::from_ref(self).addr()
     }
@@ -44,13 +43,13 @@ impl<EH: ExitHandler> Shared<EH> {
     /// A vCPU's guest has ended, or the vCPU failed.
     pub(crate) fn vcpu_ended(&self, exit: Exit) {
         self.exit.lock().get_or_insert(exit);
-        // Its failure leaves nothing to tell: the state below is what the loop looks at next.
+        // A failure needs no report: the loop checks the state below next.
         let _ = self.exit_handler.kick();
         let _ = self.run_state.set_and_notify(VmRunState::Exiting);
     }
 }
 
-/// A vCPU as its machine holds it: the vCPU, and the thread of the run in progress.
+/// A vCPU as its machine holds it: its handle, and the thread of the run in progress.
 #[derive(Debug)]
 pub(crate) struct VcpuThread {
     handle: Arc<VcpuHandle>,
@@ -107,7 +106,7 @@ impl VcpuThread {
         let name = format!("vcpu_{}", handle.id());
         kick_signal()?; // without one nothing could bring the guest out
         let run = move || {
-            // Nothing to say where it fails: the signal was there when the thread was made.
+            // Cannot fail: the signal was there when the thread was made.
             let _ = unblock_kicks();
             set_current(&handle, shared.id());
             serve(&handle, &shared);
@@ -130,8 +129,8 @@ impl VcpuThread {
         self.handle.stop_with(VcpuCommand::Exit);
     }
 
-    /// A thread that has been told to end and was not joined, because a thread of the machine's own
-    /// told it.
+    /// A thread that is to end and was not joined, because the command came from one of the
+    /// machine's own threads.
     pub(crate) fn take_ending(&mut self) -> Option<JoinHandle<()>> {
         if self.handle.is_leaving() { self.take_thread() } else { None }
     }
@@ -142,7 +141,7 @@ impl VcpuThread {
     }
 }
 
-/// The vCPU's thread: enter the guest whenever it is told to, until it is told to end.
+/// The vCPU's thread: follow the commands of its handle until the one to end.
 fn serve<EH: ExitHandler>(handle: &VcpuHandle, shared: &Shared<EH>) {
     while let Some(mut vcpu) = handle.next() {
         let guard = PanicGuard { handle, shared };
@@ -152,7 +151,7 @@ fn serve<EH: ExitHandler>(handle: &VcpuHandle, shared: &Shared<EH>) {
         handle.put_back(vcpu, matches!(end, Outcome::Stop | Outcome::End(_)));
         match end {
             Outcome::End(exit) => shared.vcpu_ended(Exit { vcpu: Some(handle.id()), ..exit }),
-            // Its failure leaves nothing to tell: the loop looks at what stopped it within a turn.
+            // A failure needs no report: the loop finds what stopped it within a turn.
             Outcome::Stop => drop(shared.exit_handler.kick()),
             Outcome::Continue | Outcome::Wait => {}
         }
@@ -173,14 +172,14 @@ fn turn_until_end(vcpu: &mut Vcpu, handle: &VcpuHandle) -> Outcome {
             Outcome::End(_) => return last,
         }
     }
-    // Looked into, it shall show the registers after the instruction.
+    // Whoever looks into it is to see the registers after the instruction.
     match complete_pending_io(vcpu, handle, MOST_STEPS_AT_STOP) {
         Outcome::Continue | Outcome::Wait => last,
         end => end,
     }
 }
 
-/// A panic on a vCPU's thread is a fault of ours, but the run ends all the same.
+/// Ends the run if the vCPU's thread panics, which is a bug of pyvmm.
 struct PanicGuard<'a, EH: ExitHandler> {
     handle: &'a VcpuHandle,
     shared: &'a Shared<EH>,

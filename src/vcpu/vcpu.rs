@@ -118,8 +118,8 @@ impl Vcpu {
         self.pending.awaits_answer().then(|| self.page.answer(&[]))
     }
 
-    /// It goes on from a pause: notify its watchdogs, which would take the time for a hang. A guest
-    /// that does not use KVM's clock is not notified.
+    /// Notify the guest's watchdogs of a pause, which they would take for a hang. A guest that does
+    /// not use KVM's clock is not notified.
     pub(super) fn notify_of_pause(&mut self) {
         if !std::mem::replace(&mut self.knows_of_pause, false) {
             // KVM refuses it for such a guest.
@@ -160,7 +160,7 @@ impl Vcpu {
         kvm("KVM_GET_REGS", self.fd.get_regs())
     }
 
-    /// The guest-physical address behind a guest-virtual one, none where nothing is mapped.
+    /// The guest-physical address of a guest-virtual one; none if nothing is mapped there.
     #[must_use]
     pub fn translate(&self, paging: &Paging, address: u64) -> Option<u64> {
         paging.translate(address, |at, length| match length {

@@ -92,12 +92,12 @@ impl<EH: ExitHandler> KvmVm<EH> {
         self.vcpus.at_rest(|vcpus| act(&self.fd, vcpus))
     }
 
-    /// Complete for good what the vCPUs' last exits began. They are at rest, or on their way there.
-    /// A guest that turns out to have ended has ended.
+    /// Complete all that the vCPUs' last exits began. They are at rest, or on their way there. If
+    /// that ends the guest, the machine's state says so.
     ///
     /// # Errors
     /// [`ErrorKind::State`] when one is running, or its exit is not answered yet.
-    pub(crate) fn settle(&self) -> Result<()> {
+    pub(crate) fn complete_pending_io(&self) -> Result<()> {
         for handle in self.handles() {
             match handle.complete_pending_io()? {
                 Outcome::End(exit) if self.state() != VmRunState::Exiting => {

@@ -11,7 +11,7 @@ use crate::process::Birthplace;
 use crate::sync::{Mutex, rank};
 
 use crate::trace::{Span, Trace, Track, Value};
-use crate::vcpu::{ExitRouter, Observer, Place, Seen, Stats};
+use crate::vcpu::{ExitKey, ExitRouter, Observer, Seen, Stats};
 
 /// See the module.
 #[derive(Debug)]
@@ -99,7 +99,7 @@ impl Observer for Trace {
         let Some(track) = self.vcpu(seen.vcpu) else { return };
         let times = (seen.entered, seen.left);
         track.record(&Span { category: "guest", name: "guest", times, values: &[] });
-        let Place { kind, access, address } = Place::of(seen.exit);
+        let ExitKey { kind, access, address } = ExitKey::of(seen.exit);
         let mut name = kind.to_owned();
         let mut values: SmallVec<[_; 2]> = SmallVec::new();
         if let Some(access) = access {

@@ -45,7 +45,7 @@ impl Vmm {
         vm.check_process()?;
         vm.prepare(self.entry)?;
         let _hold = vm.hold()?;
-        vm.settle()?;
+        vm.complete_pending_io()?;
         let (rests, resets) = (rests(&vm), self.resets.check(None)?);
         // Without a lock: a device may be Python's.
         let devices = save_devices(&self.router().buses)?;

@@ -1,0 +1,110 @@
+//! The stack that an interrupt pushes its frame on: the current one, or the one that the task-state
+//! segment has for a level. Intel SDM volume 3, 7.12 and 9.
+
+use kvm_bindings::kvm_segment;
+
+use super::access::Access;
+use super::cpu::{Cpu, Done, SS, Stop, TS, fault_with, mask};
+use super::descriptor::segment_of;
+
+/// A stack to push a frame on. The vCPU switches to it only at the end.
+pub(super) struct Stack {
+    pub(super) segment: kvm_segment,
+    pub(super) pointer: u64,
+}
+
+impl Cpu<'_> {
+    /// The stack that the TSS of protected mode has for a level.
+    pub(super) fn inner_stack(&mut self, level: u8) -> Done<Stack> {
+        // Types 9 and 11: a TSS of 32 bits; 1 and 3: of 16.
+        let (pointer, selector) = if self.sregs.tr.type_ & 8 != 0 {
+            let at = 4 + u32::from(level) * 8;
+            (self.task_field(at, 4)?, self.task_field(at + 4, 2)?)
+        } else {
+            let at = 2 + u32::from(level) * 4;
+            (self.task_field(at, 2)?, self.task_field(at + 2, 2)?)
+        };
+        let selector = u16::try_from(selector).unwrap_or(0);
+        let code = u32::from(selector & !3);
+        if code == 0 {
+            return fault_with(TS, 0);
+        }
+        let Some(descriptor) = self.descriptor(selector)? else { return fault_with(TS, code) };
+        let is_right = u16::from(level) == selector & 3
+            && descriptor.dpl() == level
+            && descriptor.is_writable_data();
+        if !is_right {
+            return fault_with(TS, code);
+        }
+        if !descriptor.is_present() {
+            return fault_with(SS, code);
+        }
+        self.mark_accessed(&descriptor)?;
+        Ok(Stack { segment: segment_of(selector, &descriptor, level), pointer })
+    }
+
+    /// A field of the TSS.
+    pub(super) fn task_field(&mut self, at: u32, size: usize) -> Done<u64> {
+        let task = self.sregs.tr;
+        let last = at + u32::try_from(size).unwrap_or(8) - 1;
+        if task.unusable != 0 || last > task.limit {
+            return fault_with(TS, u32::from(task.selector & !3));
+        }
+        let mut bytes = [0; 8];
+        let data = bytes.get_mut(..size).ok_or(Stop::Unknown)?;
+        self.read_linear(task.base.wrapping_add(u64::from(at)), data, Access::implicit(false))?;
+        Ok(u64::from_le_bytes(bytes))
+    }
+
+    /// Push a frame, the first word at the highest address, as the new level would.
+    pub(super) fn push(
+        &mut self,
+        stack: &mut Stack,
+        frame: &[u64],
+        width: usize,
+        cpl: u8,
+    ) -> Done<()> {
+        let bytes: Vec<u8> = frame
+            .iter()
+            .rev()
+            .flat_map(|word| word.to_le_bytes().into_iter().take(width))
+            .collect();
+        let length = u64::try_from(bytes.len()).unwrap_or(0);
+        if width == 8 {
+            let pointer = stack.pointer.wrapping_sub(length);
+            if !self.is_canonical(pointer) {
+                return fault_with(SS, 0);
+            }
+            self.write_linear(pointer, &bytes, Access::frame(cpl))?;
+            stack.pointer = pointer;
+            return Ok(());
+        }
+        // A stack of 16 bits wraps within its 64 KiB and leaves the upper half of ESP.
+        let wrap = mask(if stack.segment.db != 0 { 4 } else { 2 });
+        let pointer = stack.pointer.wrapping_sub(length) & wrap;
+        if pointer.checked_add(length).is_none_or(|end| end > wrap + 1) {
+            return Err(Stop::Unknown);
+        }
+        let old = std::mem::replace(&mut self.sregs.ss, stack.segment);
+        let linear = self.linear(iced_x86::Register::SS, pointer, bytes.len(), true);
+        self.sregs.ss = old;
+        self.write_linear(linear?, &bytes, Access::frame(cpl))?;
+        stack.pointer = stack.pointer & !wrap | pointer;
+        Ok(())
+    }
+}
+
+/// SS after a change of privilege in long mode.
+pub(super) fn null_stack(level: u8) -> kvm_segment {
+    kvm_segment {
+        selector: u16::from(level),
+        limit: u32::MAX,
+        type_: 3,
+        present: 1,
+        s: 1,
+        dpl: level,
+        db: 1,
+        g: 1,
+        ..Default::default()
+    }
+}
