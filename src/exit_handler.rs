@@ -12,7 +12,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::error::Result;
 use crate::poll::take_count;
-use crate::process::Birthplace;
+use crate::process::ProcessTag;
 use crate::sync::{Mutex, rank};
 
 /// What a vCPU notifies when its guest has ended.
@@ -114,7 +114,7 @@ impl MutEventSubscriber for VmmExitHandler {
 pub struct WrappedExitHandler {
     handler: Arc<Mutex<VmmExitHandler, rank::ExitHandler>>,
     /// Beside the lock, which another thread may have held at the fork.
-    birthplace: Birthplace,
+    process_tag: ProcessTag,
 }
 
 impl WrappedExitHandler {
@@ -124,7 +124,7 @@ impl WrappedExitHandler {
     /// When no eventfd can be made.
     pub fn new() -> io::Result<Self> {
         let handler = Arc::new(Mutex::new(VmmExitHandler::new()?));
-        Ok(Self { handler, birthplace: Birthplace::here() })
+        Ok(Self { handler, process_tag: ProcessTag::current() })
     }
 
     /// False once a kick has been processed by the loop.
@@ -148,13 +148,13 @@ impl WrappedExitHandler {
     /// # Errors
     /// In a forked child: a kick there would end its parent's run.
     pub fn check_process(&self) -> Result<()> {
-        self.birthplace.check("exit handler")
+        self.process_tag.check("exit handler")
     }
 
     /// Whether this is a forked child's copy.
     #[must_use]
-    pub fn is_foreign(&self) -> bool {
-        self.birthplace.is_foreign()
+    pub fn is_forked_child(&self) -> bool {
+        self.process_tag.is_forked_child()
     }
 
     /// See [`VmmExitHandler::rearm`].

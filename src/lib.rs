@@ -55,8 +55,8 @@ pub mod vmm;
 /// Everything that Python sees of this crate. Python's import calls `PyInit__pyvmm`, which is
 /// `py/interpreter.rs`'s.
 #[cfg(feature = "python")]
-// What only the GIL guards (`py/attached.rs`, `py/batch.rs`, `py/events.rs`) is not sound without
-// one.
+// What only the GIL guards (`py/gil_cell.rs`, `py/event/queue.rs`, `py/event/events.rs`) is not
+// sound without one.
 #[pyo3::pymodule(gil_used = true)]
 #[pyo3(name = "_native")]
 mod _pyvmm {

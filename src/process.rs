@@ -20,11 +20,11 @@ extern "C" fn count_fork() {
 /// The process that an object was made in: how many forks lie before it. Cheaper to ask than
 /// getpid(2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Birthplace(u64);
+pub(crate) struct ProcessTag(u64);
 
-impl Birthplace {
+impl ProcessTag {
     /// This process.
-    pub(crate) fn here() -> Self {
+    pub(crate) fn current() -> Self {
         static REGISTERED: Once = Once::new();
         REGISTERED.call_once(|| {
             // SAFETY: the handler only adds to an atomic, which is safe in a forked child of many
@@ -41,14 +41,14 @@ impl Birthplace {
     }
 
     /// Whether this is a forked child's copy of what its parent made.
-    pub(crate) fn is_foreign(self) -> bool {
-        self != Self::here()
+    pub(crate) fn is_forked_child(self) -> bool {
+        self != Self::current()
     }
 
     /// # Errors
     /// [`ErrorKind::State`] in a forked child.
     pub(crate) fn check(self, what: &str) -> Checked<()> {
-        if !self.is_foreign() {
+        if !self.is_forked_child() {
             return Ok(());
         }
         let detail = format!("this {what} belongs to the process that forked this one");
@@ -154,19 +154,19 @@ mod tests {
 
     #[test]
     fn a_forked_child_is_told_from_its_parent() {
-        let birthplace = Birthplace::here();
-        birthplace.check("machine").unwrap();
+        let process_tag = ProcessTag::current();
+        process_tag.check("machine").unwrap();
         // SAFETY: the child only compares two integers and leaves without running anything of its
         // parent's.
         let child = unsafe { libc::fork() };
         if child == 0 {
             // SAFETY: as above.
-            unsafe { libc::_exit(i32::from(birthplace.is_foreign())) };
+            unsafe { libc::_exit(i32::from(process_tag.is_forked_child())) };
         }
         let mut status = 0;
         // SAFETY: our own child, and a status that lives through the call.
         unsafe { libc::waitpid(child, &raw mut status, 0) };
         assert_eq!(libc::WEXITSTATUS(status), 1);
-        assert!(!birthplace.is_foreign());
+        assert!(!process_tag.is_forked_child());
     }
 }

@@ -141,7 +141,7 @@ impl EpollSet {
         if !fds.iter().any(|fd| may_watch(self.number, *fd)) {
             return Ok(());
         }
-        let registered = registrations(self.number).map_err(|e| os("/proc/self/fdinfo", &e))?;
+        let registered = entries(self.number).map_err(|e| os("/proc/self/fdinfo", &e))?;
         if !registered.iter().any(|r| fds.contains(&r.fd)) {
             return Ok(());
         }
@@ -208,24 +208,24 @@ fn may_watch(epoll: RawFd, fd: RawFd) -> bool {
 }
 
 /// One line of an epoll set's fdinfo.
-struct Registration {
+struct EpollEntry {
     fd: RawFd,
     events: u32,
     data: u64,
 }
 
-fn registrations(epoll: RawFd) -> io::Result<Vec<Registration>> {
+fn entries(epoll: RawFd) -> io::Result<Vec<EpollEntry>> {
     let text = fs::read_to_string(format!("/proc/self/fdinfo/{epoll}"))?;
-    Ok(text.lines().filter_map(parse_registration).collect())
+    Ok(text.lines().filter_map(parse_entry).collect())
 }
 
 /// `tfd: 5 events: 19 data: 5  pos:0 ino:.. sdev:..`, as proc(5) has it: events and data in hex.
-fn parse_registration(line: &str) -> Option<Registration> {
+fn parse_entry(line: &str) -> Option<EpollEntry> {
     let mut words = line.strip_prefix("tfd:")?.split_whitespace();
     let fd = words.next()?.parse().ok()?;
     let events = u32::from_str_radix(words.nth(1)?, 16).ok()?;
     let data = u64::from_str_radix(words.nth(1)?, 16).ok()?;
-    Some(Registration { fd, events, data })
+    Some(EpollEntry { fd, events, data })
 }
 
 fn find_set_with(member: &EventFd) -> io::Result<RawFd> {
@@ -263,10 +263,10 @@ mod tests {
     #[test]
     fn a_registration_is_read_from_its_line() {
         let line = "tfd:        5 events:     2019 data: 700000005  pos:0 ino:3 sdev:1";
-        let r = parse_registration(line).unwrap();
+        let r = parse_entry(line).unwrap();
         assert_eq!((r.fd, r.events, r.data), (5, 0x2019, 0x7_0000_0005));
-        assert!(parse_registration("flags:\t02").is_none());
-        assert!(parse_registration("tfd: x events: 1 data: 1").is_none());
+        assert!(parse_entry("flags:\t02").is_none());
+        assert!(parse_entry("tfd: x events: 1 data: 1").is_none());
     }
 
     #[test]
@@ -274,7 +274,7 @@ mod tests {
         let _other = Epoll::new().unwrap();
         let mut upstream = EventManager::new().unwrap();
         let set = EpollSet::of(&mut upstream).unwrap();
-        let listed = registrations(set.number).unwrap();
+        let listed = entries(set.number).unwrap();
         assert!(listed.iter().any(|r| r.fd == set.wake.as_raw_fd()));
         assert!(may_watch(set.number, set.wake.as_raw_fd()));
     }

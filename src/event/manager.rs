@@ -1,23 +1,20 @@
 //! `EventManager`: the real `event_manager::EventManager` behind a lock, so that any thread may
-//! change its subscribers while another waits. The wait happens outside the lock, on the manager's
+//! change its subscribers (`registering.rs`) while another waits (`run.rs`). The wait happens outside the lock, on the manager's
 //! own epoll set; only the dispatch of what is ready takes it. Subscribers run on the thread that
 //! turns the loop.
 
 use std::os::fd::RawFd;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 
-use event_manager::{EventManager as Upstream, Events, SubscriberId, SubscriberOps};
+use event_manager::EventManager as Upstream;
 
 use super::epoll_set::EpollSet;
-use super::errors::{at_fd, event_error};
-use super::inner::{Inner, ops};
-use super::recorded::Recorded;
-use super::subscriber::BoxedSubscriber;
+use super::errors::event_error;
+use super::registrations::Registrations;
 use super::waits::Waits;
-use crate::error::{Error, ErrorKind, Result};
-use crate::process::Birthplace;
+use crate::error::Result;
+use crate::process::ProcessTag;
 use crate::sync::{Mutex, rank};
 use crate::trace::Recorders;
 
@@ -28,11 +25,11 @@ use crate::trace::Recorders;
 /// change what they watch through the `EventOps` they are given, and must not call the manager
 /// itself.
 pub struct EventManager {
-    pub(super) inner: Mutex<Inner, rank::EventManager>,
+    pub(super) registrations: Mutex<Registrations, rank::EventManager>,
     pub(super) epoll: EpollSet,
-    birthplace: Birthplace,
+    process_tag: ProcessTag,
     /// Goes up, under the lock, with each registration that is taken back.
-    removals: Arc<AtomicU64>,
+    pub(super) removals: Arc<AtomicU64>,
     pub(super) waits: Waits,
     /// Traces that see the loop's turns.
     pub recorders: Recorders,
@@ -52,157 +49,10 @@ impl EventManager {
     pub fn new() -> Result<Self> {
         let mut upstream = Upstream::new().map_err(event_error)?;
         let epoll = EpollSet::of(&mut upstream)?;
-        let inner = Mutex::new(Inner::new(upstream));
-        let (birthplace, removals) = (Birthplace::here(), Arc::default());
+        let registrations = Mutex::new(Registrations::new(upstream));
+        let (process_tag, removals) = (ProcessTag::current(), Arc::default());
         let (waits, recorders) = (Waits::default(), Recorders::default());
-        Ok(Self { inner, epoll, birthplace, removals, waits, recorders })
-    }
-
-    /// Register a subscriber; its `init` runs before this returns.
-    pub fn add_subscriber(&self, subscriber: BoxedSubscriber) -> SubscriberId {
-        self.add_unrecorded(Box::new(Recorded(subscriber)))
-    }
-
-    /// The same for one whose events are no events of a trace.
-    pub(crate) fn add_unrecorded(&self, subscriber: BoxedSubscriber) -> SubscriberId {
-        self.inner.lock().upstream.add_subscriber(subscriber)
-    }
-
-    /// Unregister a subscriber with all its file descriptors and return it.
-    ///
-    /// # Errors
-    /// When no subscriber has this id.
-    pub fn remove_subscriber(&self, id: SubscriberId) -> Result<BoxedSubscriber> {
-        self.check_process()?;
-        let mut inner = self.inner.lock();
-        ops(&mut inner.upstream, id)?;
-        // One that its owner closed while a duplicate of it lives on cannot be forgotten by number,
-        // and would reach upstream as an fd it does not know.
-        let left = inner.unwatch_all(id);
-        inner.stale.extend(left.into_iter().filter(|fd| !self.epoll.forget(*fd)));
-        let subscriber = inner.upstream.remove_subscriber(id).map_err(event_error)?;
-        self.count_removal();
-        inner.closed.retain(|_, owner| *owner != id);
-        // Without descriptors it is tried again before the next dispatch, which says so: the
-        // subscriber is gone by now.
-        let _ = inner.drop_stale(&self.epoll);
-        Ok(subscriber)
-    }
-
-    /// Watch `events` for the subscriber, from any thread.
-    ///
-    /// # Errors
-    /// When the id is unknown, the fd is watched already, or epoll refuses it.
-    pub fn add(&self, id: SubscriberId, events: Events) -> Result<()> {
-        self.check_process()?;
-        let mut inner = self.inner.lock();
-        let fd = events.fd();
-        if inner.stale.contains(&fd) {
-            inner.drop_stale(&self.epoll)?;
-        }
-        if let Some(owner) = inner.watched(fd).map(|watched| watched.owner) {
-            if self.epoll.watches(fd) {
-                let detail = format!("file descriptor {fd} is registered already");
-                return Err(Error::new(ErrorKind::Event, "EventOps.add", detail));
-            }
-            // The number's former file was closed while it was registered: forget that one.
-            self.count_removal();
-            inner.forget_closed(&self.epoll, owner, fd)?;
-        } else if let Some(owner) = inner.closed.get(&fd).copied() {
-            inner.forget_closed(&self.epoll, owner, fd)?;
-        }
-        ops(&mut inner.upstream, id)?.add(events).map_err(|e| at_fd("EventOps.add", fd, e))?;
-        inner.watch(id, events);
-        Ok(())
-    }
-
-    /// Change what is watched of an fd that the subscriber has added.
-    ///
-    /// # Errors
-    /// When the id is unknown, the fd is another subscriber's or nobody's, or epoll refuses the
-    /// events.
-    pub fn modify(&self, id: SubscriberId, events: Events) -> Result<()> {
-        self.check_process()?;
-        let mut inner = self.inner.lock();
-        let fd = events.fd();
-        inner.check_owner("EventOps.modify", id, fd)?;
-        ops(&mut inner.upstream, id)?
-            .modify(events)
-            .map_err(|e| at_fd("EventOps.modify", fd, e))?;
-        inner.watch(id, events);
-        Ok(())
-    }
-
-    /// Have what is ready on `fd` reported again: an edge-triggered or one-shot event that was
-    /// fetched and not handled. Does nothing for an fd that the subscriber does not watch any more.
-    pub fn rearm(&self, id: SubscriberId, fd: RawFd) {
-        let mut inner = self.inner.lock();
-        let watched = inner.watched(fd).filter(|watched| watched.owner == id);
-        if let (Some(watched), Ok(ops)) = (watched, ops(&mut inner.upstream, id)) {
-            // Fails only for an fd that was closed since: then there is nothing to report.
-            let _ = ops.modify(watched.events);
-        }
-    }
-
-    /// Stop watching an fd that the subscriber has added. It may have been closed since.
-    ///
-    /// # Errors
-    /// When the id is unknown or the fd is another subscriber's or nobody's.
-    pub fn remove(&self, id: SubscriberId, fd: RawFd) -> Result<()> {
-        self.check_process()?;
-        let mut inner = self.inner.lock();
-        inner.check_owner("EventOps.remove", id, fd)?;
-        self.stop_watching(&mut inner, id, fd)
-    }
-
-    /// Stop watching an fd if its number was closed and a duplicate keeps the registration alive:
-    /// nobody could handle the hang-up that it reports for ever. Says whether that was so.
-    ///
-    /// # Errors
-    /// When the epoll set cannot be purged.
-    pub fn remove_if_closed(&self, id: SubscriberId, fd: RawFd) -> Result<bool> {
-        let mut inner = self.inner.lock();
-        if inner.check_owner("", id, fd).is_err() || self.epoll.watches(fd) {
-            return Ok(false);
-        }
-        self.stop_watching(&mut inner, id, fd).map(|()| true)
-    }
-
-    fn stop_watching(&self, inner: &mut Inner, id: SubscriberId, fd: RawFd) -> Result<()> {
-        inner.unwatch(fd);
-        self.count_removal();
-        if ops(&mut inner.upstream, id)?.remove(Events::empty_raw(fd)).is_err() {
-            inner.closed.insert(fd, id);
-            inner.stale.push(fd);
-            // As in `remove_subscriber`.
-            let _ = inner.drop_stale(&self.epoll);
-        }
-        Ok(())
-    }
-
-    /// How often a registration was taken back. While it stays, every fetched event still has its
-    /// receiver.
-    #[must_use]
-    pub fn removals(&self) -> u64 {
-        // Acquire: who sees the count finds the removal done.
-        self.removals.load(Ordering::Acquire)
-    }
-
-    /// The count of [`Self::removals`], for a subscriber to note when it is called.
-    #[must_use]
-    pub fn removal_counter(&self) -> Arc<AtomicU64> {
-        Arc::clone(&self.removals)
-    }
-
-    fn count_removal(&self) {
-        // Release: pairs with the acquire in `removals`.
-        self.removals.fetch_add(1, Ordering::Release);
-    }
-
-    /// Whether this subscriber still watches this fd: what a queued event is checked against.
-    #[must_use]
-    pub fn is_watching(&self, id: SubscriberId, fd: RawFd) -> bool {
-        self.inner.lock().watched(fd).is_some_and(|watched| watched.owner == id)
+        Ok(Self { registrations, epoll, process_tag, removals, waits, recorders })
     }
 
     /// From here on several threads may turn this loop at once. One of them may take the event, or
@@ -227,23 +77,7 @@ impl EventManager {
     /// # Errors
     /// In a forked child: its epoll set is its parent's.
     pub fn check_process(&self) -> Result<()> {
-        self.birthplace.check("event manager")
-    }
-
-    /// [`Self::run_with_timeout`] without waiting, not even for the manager's lock: none when
-    /// another thread holds it, or when nothing was ready. `take` is called after the dispatch,
-    /// under the lock still.
-    ///
-    /// # Errors
-    /// When epoll fails.
-    pub fn try_dispatch(&self, take: impl FnOnce()) -> Result<Option<usize>> {
-        self.check_process()?;
-        let Some(mut inner) = self.inner.try_lock() else {
-            return Ok(None);
-        };
-        let Dispatched { events, woken } = self.dispatch(&mut inner)?;
-        take();
-        Ok((events > 0 || woken).then_some(events))
+        self.process_tag.check("event manager")
     }
 
     /// A number for other loops to wait on: readable when an event is ready. It is the same file as
@@ -253,49 +87,24 @@ impl EventManager {
     /// When the process has no file descriptor left, or in a forked child.
     pub fn host_fd(&self) -> Result<RawFd> {
         self.check_process()?;
-        let _inner = self.inner.lock();
+        let _registrations = self.registrations.lock();
         self.epoll.host_number()
     }
 
     /// Under the lock that subscribers are called with.
     pub fn locked<T>(&self, f: impl FnOnce() -> T) -> T {
-        let _inner = self.inner.lock();
+        let _registrations = self.registrations.lock();
         f()
     }
-
-    /// Dispatch what is ready now, without waiting.
-    pub(super) fn dispatch(&self, inner: &mut Inner) -> Result<Dispatched> {
-        inner.drop_stale(&self.epoll)?;
-        // Upstream's dispatch has an `unreachable!` for an fd it does not know. Stale registrations
-        // are dropped when they arise; this keeps one that got through, or a panic in a subscriber,
-        // from unwinding a run.
-        match catch_unwind(AssertUnwindSafe(|| inner.upstream.run_with_timeout(0))) {
-            Ok(result) => {
-                let woken = self.epoll.take_woken();
-                let events = result.map_err(event_error)?.saturating_sub(usize::from(woken));
-                Ok(Dispatched { events, woken })
-            }
-            Err(_) => {
-                let detail = "a subscriber panicked, or an event came for an unknown fd";
-                Err(Error::new(ErrorKind::Event, "EventManager.run", detail))
-            }
-        }
-    }
-}
-
-/// What a dispatch came to.
-pub(super) struct Dispatched {
-    pub(super) events: usize,
-    /// Somebody wants the loop to look at something else.
-    pub(super) woken: bool,
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use event_manager::{EventOps, EventSet, MutEventSubscriber};
+    use crate::error::ErrorKind;
+    use event_manager::{EventOps, EventSet, Events, MutEventSubscriber, SubscriberId};
     use std::os::fd::AsRawFd;
-    use std::sync::atomic::AtomicUsize;
+    use std::sync::atomic::{AtomicUsize, Ordering};
     use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent};
     use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 

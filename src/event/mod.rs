@@ -3,12 +3,13 @@
 mod calls;
 mod epoll_set;
 mod errors;
-mod inner;
 mod manager;
 mod recorded;
+mod registering;
+mod registrations;
+mod run;
 mod subscriber;
 mod timer;
-mod turns;
 mod waits;
 
 pub use calls::Calls;

@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::sync::{Condvar, Mutex, rank};
 
 /// The longest wait in a shared loop.
-const SLICE: Duration = Duration::from_millis(50);
+const MAX_SHARED_WAIT: Duration = Duration::from_millis(50);
 
 #[derive(Debug, Default)]
 pub(super) struct Waits {
@@ -41,7 +41,7 @@ impl Waits {
     fn begin(&self) -> Option<Instant> {
         let mut state = self.state.lock();
         if state.is_shared {
-            return Some(Instant::now() + SLICE);
+            return Some(Instant::now() + MAX_SHARED_WAIT);
         }
         state.long += 1;
         None
@@ -81,7 +81,7 @@ mod tests {
         assert_eq!(long, None);
         waits.end(long);
         waits.share(|| Ok(())).unwrap();
-        assert!(waits.begin().unwrap() <= Instant::now() + SLICE);
+        assert!(waits.begin().unwrap() <= Instant::now() + MAX_SHARED_WAIT);
     }
 
     #[test]

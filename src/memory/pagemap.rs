@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::PAGE;
-use crate::process::Birthplace;
+use crate::process::ProcessTag;
 use crate::sync::{RwLock, rank};
 
 /// `struct page_region` of linux/fs.h.
@@ -60,17 +60,17 @@ pub(crate) type ByteRange = (u64, u64);
 
 /// The kernel answers for the process that opened the file: one that was forked needs its own.
 fn pagemap() -> Result<Arc<File>> {
-    static PAGEMAP: RwLock<Option<(Birthplace, Arc<File>)>, rank::Pagemap> = RwLock::new(None);
+    static PAGEMAP: RwLock<Option<(ProcessTag, Arc<File>)>, rank::Pagemap> = RwLock::new(None);
     // Never waited for: in a forked child another thread's lock is held for ever.
     let known = PAGEMAP.try_read().and_then(|known| known.clone());
-    if let Some((_, file)) = known.filter(|(birthplace, _)| !birthplace.is_foreign()) {
+    if let Some((_, file)) = known.filter(|(process_tag, _)| !process_tag.is_forked_child()) {
         return Ok(file);
     }
     let file = File::open("/proc/self/pagemap")
         .map_err(|e| Error::os(ErrorKind::Memory, "/proc/self/pagemap", &e))?;
     let file = Arc::new(file);
     if let Some(mut known) = PAGEMAP.try_write() {
-        *known = Some((Birthplace::here(), Arc::clone(&file)));
+        *known = Some((ProcessTag::current(), Arc::clone(&file)));
     }
     Ok(file)
 }

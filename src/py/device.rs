@@ -10,7 +10,7 @@ use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::{PyBytes, PyInt};
 
 use super::enter::{attach, call_out, on_vcpu_thread};
-use super::raised::{Raised, position};
+use super::pending_outcome::{PendingOutcome, position};
 use super::recorded::{name_of, recorded};
 use super::returned::refuse_awaitable;
 use crate::devices::{Access, Device, each};
@@ -28,7 +28,7 @@ pub(super) struct PythonDevice {
     /// The object's class.
     name: String,
     methods: Methods,
-    raised: Arc<Raised>,
+    pending: Arc<PendingOutcome>,
     /// What its `save` or `restore` raised, for whoever has asked for it.
     failed: Mutex<Option<PyErr>, rank::DeviceFailure>,
 }
@@ -61,7 +61,7 @@ impl PythonDevice {
         object: &Bound<'_, PyAny>,
         access: Access,
         base: u64,
-        raised: &Arc<Raised>,
+        pending: &Arc<PendingOutcome>,
     ) -> PyResult<Self> {
         let methods = Methods {
             read: method(object, "read")?,
@@ -78,8 +78,8 @@ impl PythonDevice {
             return Err(PyTypeError::new_err(text));
         }
         let name = object.get_type().qualname()?.to_string();
-        let (object, raised) = (object.clone().unbind(), Arc::clone(raised));
-        Ok(Self { object, access, base, name, methods, raised, failed: Mutex::new(None) })
+        let (object, pending) = (object.clone().unbind(), Arc::clone(pending));
+        Ok(Self { object, access, base, name, methods, pending, failed: Mutex::new(None) })
     }
 
     pub(super) fn is_at(&self, access: Access, base: u64) -> bool {
@@ -96,8 +96,8 @@ impl PythonDevice {
         format!("{bus} {:#x}, offset {offset:#x} of the device", self.base.wrapping_add(offset))
     }
 
-    pub(super) fn raised(&self) -> &Raised {
-        &self.raised
+    pub(super) fn pending(&self) -> &PendingOutcome {
+        &self.pending
     }
 
     /// What its `save` or `restore` has raised, once.
@@ -213,7 +213,7 @@ fn call_device(
         |py| recorded(name, || call(py)),
         |py, error| {
             let text = format!("in {method}() at {}{}", device.place(offset), position());
-            device.raised().raise_with_note(py, error, &text);
+            device.pending().raise_with_note(py, error, &text);
             Outcome::Stop
         },
     )
@@ -222,7 +222,7 @@ fn call_device(
 /// Give the guest what a device's read returned.
 fn answer(device: &PythonDevice, value: &Bound<'_, PyAny>, data: &mut [u8]) -> PyResult<Outcome> {
     // The usual answer is a number.
-    if !value.is_instance_of::<PyInt>() && device.raised().take_if_stop(value)? {
+    if !value.is_instance_of::<PyInt>() && device.pending().take_if_stop(value)? {
         return Ok(Outcome::Stop);
     }
     let bytes = bytes_of(value, data.len())?;
@@ -235,7 +235,7 @@ fn done(device: &PythonDevice, method: &Py<PyAny>, value: &Bound<'_, PyAny>) -> 
     if value.is_none() {
         return Ok(Outcome::Continue);
     }
-    if device.raised().take_if_stop(value)? {
+    if device.pending().take_if_stop(value)? {
         return Ok(Outcome::Stop);
     }
     refuse_awaitable(value, || name_of(method.bind(value.py())))?;

@@ -5,7 +5,7 @@ use pyo3::ffi;
 use pyo3::prelude::*;
 
 use super::ending::{guard_thread, import, sleep_until_the_process_ends};
-use crate::process::Birthplace;
+use crate::process::ProcessTag;
 use crate::sync::assert_unlocked;
 use crate::vcpu;
 
@@ -62,9 +62,9 @@ pub(super) fn call_out<T>(
     py: Python<'_>,
     call: impl FnOnce(Python<'_>) -> PyResult<T>,
 ) -> PyResult<T> {
-    let process = Birthplace::here();
+    let process = ProcessTag::current();
     let result = call(py);
-    if process.is_foreign() {
+    if process.is_forked_child() {
         leave_fork(py, result.err());
     }
     result

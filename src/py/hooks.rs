@@ -10,11 +10,11 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyType, PyWeakrefReference};
 
-use super::attached::Attached;
 use super::device::bytes_of;
 use super::enter::on_vcpu_thread;
+use super::gil_cell::GilCell;
 use super::lease::Tie;
-use super::raised::{Raised, position};
+use super::pending_outcome::{PendingOutcome, position};
 use super::recorded::{name_of, recorded};
 use super::vcpu::PyVcpu;
 use super::vcpu_exit::PyVcpuExit;
@@ -30,16 +30,16 @@ type Functions = Arc<Vec<Py<PyAny>>>;
 pub(super) struct Hooks {
     functions: Mutex<[Functions; ExitKind::ALL.len()], rank::HookFunctions>,
     /// The machine's object, weakly: it holds these hooks.
-    machine: Attached<Option<Py<PyWeakrefReference>>>,
+    machine: GilCell<Option<Py<PyWeakrefReference>>>,
     /// Model-specific registers whose accesses come out.
     msrs: Mutex<Vec<u32>, rank::HookMsrs>,
-    pub(super) raised: Arc<Raised>,
+    pub(super) pending: Arc<PendingOutcome>,
     tie: Tie,
 }
 
 impl Hooks {
-    pub(super) fn over(raised: Arc<Raised>, tie: &Tie) -> Self {
-        Self { raised, tie: tie.clone(), ..Self::default() }
+    pub(super) fn over(pending: Arc<PendingOutcome>, tie: &Tie) -> Self {
+        Self { pending, tie: tie.clone(), ..Self::default() }
     }
 
     fn change(&self, kind: ExitKind, change: impl FnOnce(&[Py<PyAny>]) -> Vec<Py<PyAny>>) {
@@ -150,7 +150,7 @@ fn on_exit(hooks: &Hooks, exit: &VcpuExit, reply: &mut Reply) -> Option<Outcome>
         },
         |py, error| {
             let text = format!("in a hook of an exit of kind {}{}", kind.name(), position());
-            hooks.raised.raise_with_note(py, error, &text);
+            hooks.pending.raise_with_note(py, error, &text);
             Some(Outcome::Stop)
         },
     )
@@ -198,7 +198,7 @@ fn outcome_of(
         }
         return Ok(Outcome::Continue);
     }
-    if hooks.raised.take_if_stop(said)? {
+    if hooks.pending.take_if_stop(said)? {
         return Ok(Outcome::Stop);
     }
     match exit.wanted() {

@@ -3,8 +3,7 @@
 
 use pyo3::prelude::*;
 
-use super::event_manager::PyEventManager;
-use super::exit_handler::PyWrappedExitHandler;
+use super::event::{PyEventManager, PyWrappedExitHandler};
 
 /// What a machine has in the event loop that its runs turn.
 #[derive(Debug)]

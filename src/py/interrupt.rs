@@ -10,7 +10,7 @@ use pyo3::prelude::*;
 use super::enter::{adopt_stack_size, attach, call_out};
 use super::recorded::name_of;
 use super::returned::refuse_awaitable;
-use super::wakeup::{SLICE, runs_handlers};
+use super::wakeup::{SIGNAL_CHECK_INTERVAL, runs_handlers};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::{Mutex, rank};
 use crate::vcpu;
@@ -96,7 +96,7 @@ impl Background {
     pub(super) fn wait(mut self, py: Python<'_>, deadline: Option<Instant>) -> PyResult<()> {
         while deadline.is_none_or(|deadline| Instant::now() < deadline) {
             let ended = &mut self.0;
-            match py.detach(move || ended.recv_timeout(SLICE)) {
+            match py.detach(move || ended.recv_timeout(SIGNAL_CHECK_INTERVAL)) {
                 Err(RecvTimeoutError::Timeout) => py.check_signals()?,
                 Ok(()) | Err(RecvTimeoutError::Disconnected) => break,
             }

@@ -2,53 +2,35 @@
 //! uses. Threads of the loop and of vCPUs enter Python only through `enter.rs`, with no Rust lock
 //! held. Nothing here is reached without the `python` feature.
 
-mod attached;
-mod batch;
-mod call_later;
 mod config;
-mod context;
-mod delivery;
 mod descriptor;
 mod device;
 mod ending;
-mod endpoint;
 mod enter;
 mod errors;
-mod event_fd;
-mod event_loop;
-mod event_manager;
-mod events;
+mod event;
 mod exit;
-mod exit_handler;
+mod gil_cell;
 mod hooks;
 mod host;
-mod hosting;
 mod in_loop;
 mod interpreter;
 mod interrupt;
 mod kvm;
-mod lead;
 mod lease;
-mod live;
-mod loop_call;
 mod memory;
 mod memory_parts;
 mod owned;
+mod pending_outcome;
 mod pool;
-mod raised;
-mod reader;
 mod recorded;
-mod registration;
+mod registry;
 mod returned;
 mod run;
 mod serial;
 mod snapshot;
 mod stats;
-mod subscribers;
-mod timer_fd;
-mod timers;
 mod trace;
-mod turning;
 mod vcpu;
 mod vcpu_exit;
 mod vm;
@@ -56,24 +38,21 @@ mod vmm;
 mod vmm_devices;
 mod vmm_loop;
 mod wakeup;
-mod watch;
 
-pub use endpoint::PyRemoteEndpoint;
-pub use event_fd::PyEventFd;
-pub use event_manager::PyEventManager;
-pub use events::{PyEventOps, PyEvents, PySubscriberId};
-pub use exit_handler::{PyVmmExitHandler, PyWrappedExitHandler};
+pub use event::{
+    PyEventFd, PyEventManager, PyEventOps, PyEvents, PyRemoteEndpoint, PySubscriberId, PyTimerFd,
+    PyVmmExitHandler, PyWrappedExitHandler,
+};
 pub(crate) use host::{cpu_features, embedded_guest, kick_signal, kvm_info, set_kick_signal};
 pub(crate) use interpreter::prepare;
 pub use kvm::PyKvm;
-pub(crate) use live::close_all;
 pub use memory::PyGuestMemory;
 pub use memory_parts::{PyDirtyPages, PyMemorySlot};
+pub(crate) use registry::close_all;
 pub use run::PyCancel;
 pub use serial::PySerial;
 pub use snapshot::PySnapshot;
 pub use stats::PyStats;
-pub use timer_fd::PyTimerFd;
 pub use trace::PyTrace;
 pub use vcpu::{PyMsrBytes, PyRegisterBytes, PyVcpu};
 pub use vcpu_exit::PyVcpuExit;

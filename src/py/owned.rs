@@ -9,12 +9,12 @@ use std::mem::ManuallyDrop;
 
 use super::ending;
 use crate::error::{Error, ErrorKind, Result};
-use crate::process::Birthplace;
+use crate::process::ProcessTag;
 
 /// Something that belongs to the process that made it, for as long as its interpreter lives.
 #[derive(Debug)]
 pub(super) struct Owned<T> {
-    birthplace: Birthplace,
+    process_tag: ProcessTag,
     /// What it is, for the error.
     what: &'static str,
     /// None once it was taken.
@@ -23,7 +23,7 @@ pub(super) struct Owned<T> {
 
 impl<T> Owned<T> {
     pub(super) fn new(what: &'static str, value: T) -> Self {
-        Self { birthplace: Birthplace::here(), what, value: ManuallyDrop::new(Some(value)) }
+        Self { process_tag: ProcessTag::current(), what, value: ManuallyDrop::new(Some(value)) }
     }
 
     /// The thing itself.
@@ -31,7 +31,7 @@ impl<T> Owned<T> {
     /// # Errors
     /// [`ErrorKind::State`] in a forked child, and where the interpreter ends.
     pub(super) fn get(&self) -> Result<&T> {
-        self.birthplace.check(self.what)?;
+        self.process_tag.check(self.what)?;
         ending::check()?;
         let gone = || Error::new(ErrorKind::State, self.what, "it is closed");
         self.value.as_ref().ok_or_else(gone)
@@ -39,7 +39,7 @@ impl<T> Owned<T> {
 
     /// The same for what reports no error: a finalizer, a representation, the garbage collector.
     pub(super) fn peek(&self) -> Option<&T> {
-        if self.birthplace.is_foreign() || ending::is_ending() {
+        if self.process_tag.is_forked_child() || ending::is_ending() {
             return None;
         }
         ending::guard_thread();
@@ -48,7 +48,7 @@ impl<T> Owned<T> {
 
     /// Take it out to be dropped; none where it must not be.
     pub(super) fn take(&mut self) -> Option<T> {
-        if self.birthplace.is_foreign() || ending::is_ending() {
+        if self.process_tag.is_forked_child() || ending::is_ending() {
             return None;
         }
         self.value.take()

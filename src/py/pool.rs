@@ -6,8 +6,8 @@ use std::sync::Arc;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-use super::attached::Attached;
 use super::ending::import;
+use super::gil_cell::GilCell;
 use super::lease::Lease;
 use super::owned::Owned;
 use super::snapshot::PySnapshot;
@@ -24,7 +24,7 @@ impl PyVmm {
             devices: Arc::clone(&self.devices),
             streams: Mutex::default(),
             config: self.config.clone_ref(py),
-            in_loop: Attached::new(
+            in_loop: GilCell::new(
                 self.in_loop.with(py, |own| own.as_ref().map(|own| own.clone_ref(py))),
             ),
             lent: Mutex::default(),
@@ -64,7 +64,7 @@ impl PyVmm {
     /// object that the job was given: then it is to be closed.
     fn _renew(&self, py: Python<'_>, snapshot: &PySnapshot) -> PyResult<bool> {
         let is_held = self.lent.lock().as_ref().is_some_and(|lease| !lease.is_over());
-        if is_held || !self.tie.is_clean() || self.hooks.raised.is_left() {
+        if is_held || !self.tie.is_clean() || self.hooks.pending.is_left() {
             return Ok(false);
         }
         let (vmm, snapshot) = (self.core()?, snapshot.core()?);

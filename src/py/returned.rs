@@ -6,7 +6,6 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyBytes, PyFloat, PyInt, PyString};
 
 use super::ending::import;
-use super::turning::Turners;
 
 /// Whether a value does nothing unless it is awaited or iterated. The usual values are found
 /// quickly.
@@ -31,7 +30,7 @@ fn may_wait(value: &Bound<'_, PyAny>) -> PyResult<bool> {
 ///
 /// An error where none is and the value would never run.
 pub(super) fn take_returned(
-    turners: &Turners,
+    awaiter: impl FnOnce(Python<'_>) -> Option<Py<PyAny>>,
     value: &Bound<'_, PyAny>,
     name: impl FnOnce() -> PyResult<String>,
 ) -> PyResult<()> {
@@ -40,7 +39,7 @@ pub(super) fn take_returned(
     }
     let py = value.py();
     let aio = import(py, "pyvmm.aio")?;
-    aio.call_method1("take_returned", (turners.awaiter(py), value, name()?)).map(drop)
+    aio.call_method1("take_returned", (awaiter(py), value, name()?)).map(drop)
 }
 
 /// Refuse what a callback that nobody can await has returned.

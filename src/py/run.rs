@@ -10,10 +10,8 @@ use pyo3::types::PyBytes;
 
 use super::ending::import;
 use super::enter::adopt_stack_size;
-use super::event_loop::turn;
-use super::event_manager::PyEventManager;
+use super::event::{Ownership, PyEventManager, turn};
 use super::exit;
-use super::turning::Turning;
 use super::vmm::PyVmm;
 use crate::event::EventManager;
 use crate::exit_handler::{Exit, ExitReason};
@@ -52,9 +50,9 @@ impl PyVmm {
         &self,
         manager: &'a Py<PyEventManager>,
         awaiter: Option<Py<PyAny>>,
-    ) -> PyResult<Turning<'a>> {
-        let turners = manager.get().turners();
-        if self.is_shared { turners.share(awaiter) } else { turners.claim("the machine", awaiter) }
+    ) -> PyResult<Ownership<'a>> {
+        let owners = manager.get().owners();
+        if self.is_shared { owners.share(awaiter) } else { owners.claim("the machine", awaiter) }
     }
 
     /// What `run` and `wait` return or raise, with what callbacks on vCPU threads have left.
@@ -63,7 +61,7 @@ impl PyVmm {
         py: Python<'py>,
         ended: PyResult<Option<Exit>>,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
-        let raised = &self.hooks.raised;
+        let pending = &self.hooks.pending;
         self.let_go_if_closed(py, self.core()?);
         let exit = match ended {
             Ok(None) => return Ok(None),
@@ -72,14 +70,14 @@ impl PyVmm {
             // child's parent does.
             Err(error) if self.core().map_or(true, |vmm| vmm.is_in_run()) => return Err(error),
             Err(error) => {
-                let error = raised.beside(py, error);
+                let error = pending.beside(py, error);
                 // This run's, and no later one's.
-                drop(raised.take_stop());
+                drop(pending.take_stop());
                 return Err(error);
             }
         };
-        let stop = raised.take_stop();
-        raised.check(py)?;
+        let stop = pending.take_stop();
+        pending.check(py)?;
         match stop {
             Some((vcpu, value)) if exit.reason == ExitReason::Stopped => {
                 exit::stopped(py, Some(vcpu), &value).map(Some)
@@ -118,11 +116,11 @@ impl PyVmm {
         let vmm = self.vmm()?;
         let timeout = exit::timeout(timeout)?;
         let manager = &self.manager(py)?;
-        let _turning = self.claim(manager, Some(awaiter))?;
+        let _ownership = self.claim(manager, Some(awaiter))?;
         if cancel.is_set() {
             return Ok(None);
         }
-        let raised = &self.hooks.raised;
+        let pending = &self.hooks.pending;
         adopt_stack_size(py);
         let (ended, is_cancelled) = py.detach(|| {
             let is_cancelled = Cell::new(false);
@@ -133,7 +131,7 @@ impl PyVmm {
             };
             let ended = vmm.run(timeout, |until| {
                 check()?;
-                turn(manager, raised, until)?;
+                turn(manager, pending, until)?;
                 check()
             });
             (ended, is_cancelled.get())
@@ -142,8 +140,8 @@ impl PyVmm {
             Err(_) if is_cancelled => {
                 self.let_go_if_closed(py, vmm);
                 // This run's, and no later one's.
-                drop(raised.take_stop());
-                raised.check(py).map(|()| None)
+                drop(pending.take_stop());
+                pending.check(py).map(|()| None)
             }
             ended => self.finish(py, ended.map(Some)),
         }

@@ -9,7 +9,7 @@ use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::PyBytes;
 
-use super::event_fd::PyEventFd;
+use super::event::PyEventFd;
 use super::exit;
 use super::lease::Tie;
 use super::owned::Owned;

@@ -11,7 +11,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyTuple};
 
 use super::ending::import;
-use super::event_manager::PyEventManager;
+use super::event::PyEventManager;
 use super::vmm::{PyVmm, close};
 use super::{config, ending, interrupt};
 use crate::config::SerialConfig;

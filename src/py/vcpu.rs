@@ -46,7 +46,7 @@ impl Processor {
                 Err(look) => look,
             };
             py.check_signals()?;
-            tried = py.detach(|| handle.try_with_vcpu(wakeup::SLICE, look));
+            tried = py.detach(|| handle.try_with_vcpu(wakeup::SIGNAL_CHECK_INTERVAL, look));
         }
     }
 

@@ -13,11 +13,11 @@ use pyo3::types::{PyList, PyTuple};
 
 use super::ending::guard_thread;
 use super::enter::{adopt_stack_size, attach};
-use super::exit_handler::{PyWrappedExitHandler, call_kick};
+use super::event::{PyWrappedExitHandler, call_kick};
 use super::lease::Tie;
-use super::live::{self, Close};
 use super::memory::PyGuestMemory;
 use super::owned::Owned;
+use super::registry::{self, Close};
 use super::serial::PySerial;
 use super::vcpu::PyVcpu;
 use super::{config, exit, interrupt, vcpu, vmm, wakeup};
@@ -125,7 +125,7 @@ impl Close for Machine {
     fn close(&self) {
         let vm = {
             let mut state = self.state.lock();
-            if state.vm.as_ref().is_some_and(|vm| vm.is_foreign()) {
+            if state.vm.as_ref().is_some_and(|vm| vm.is_forked_child()) {
                 return;
             }
             state.closers += 1;
@@ -203,7 +203,7 @@ impl PyKvmVm {
     ) -> Self {
         let fixups = Arc::clone(vm.fixups());
         let machine = Arc::new(Machine::new(vm));
-        live::remember(py, Arc::downgrade(&machine) as Weak<dyn Close>);
+        registry::register(py, Arc::downgrade(&machine) as Weak<dyn Close>);
         let machine = Owned::new("machine", machine);
         Self { machine, python_handler, router, fixups, entry, serial }
     }

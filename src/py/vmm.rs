@@ -8,20 +8,17 @@ use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyTuple};
 
-use super::attached::Attached;
 use super::device::PythonDevice;
 use super::ending::{guard_thread, import};
 use super::enter::{adopt_stack_size, attach};
-use super::event_loop::turn;
-use super::event_manager::PyEventManager;
-use super::events::PySubscriberId;
-use super::exit_handler::PyWrappedExitHandler;
+use super::event::{PyEventManager, PySubscriberId, PyWrappedExitHandler, turn};
+use super::gil_cell::GilCell;
 use super::hooks::Hooks;
 use super::in_loop::InLoop;
 use super::lease::{Lease, Tie};
-use super::live::{self, Close};
 use super::memory::PyGuestMemory;
 use super::owned::Owned;
+use super::registry::{self, Close};
 use super::serial::PySerial;
 use super::{config, exit, interrupt, vcpu};
 use crate::devices::{Access, Buses};
@@ -57,7 +54,7 @@ pub struct PyVmm {
     pub(super) streams: Mutex<Vec<Py<PySubscriberId>>, rank::PythonStreams>,
     pub(super) config: Py<PyAny>,
     /// None once it is closed: then their descriptors go, unless the program holds them.
-    pub(super) in_loop: Attached<Option<InLoop>>,
+    pub(super) in_loop: GilCell<Option<InLoop>>,
     pub(super) tie: Tie,
     /// What the job of a pool was given that the machine was lent to last.
     pub(super) lent: Mutex<Option<Lease>, rank::Lease>,
@@ -109,7 +106,7 @@ impl PyVmm {
         has_python_streams: bool,
     ) -> PyResult<Self> {
         let (py, tie) = (config.py(), Tie::default());
-        live::remember(py, Arc::downgrade(&vmm) as Weak<dyn Close>);
+        registry::register(py, Arc::downgrade(&vmm) as Weak<dyn Close>);
         let is_shared = event_manager.is_some();
         let event_manager = match event_manager {
             Some(shared) => shared,
@@ -127,7 +124,7 @@ impl PyVmm {
         let exit_handler = Py::new(py, PyWrappedExitHandler::over(vmm.exit_handler()?))?;
         Ok(Self {
             config: config.clone().unbind(),
-            in_loop: Attached::new(Some(InLoop { event_manager, exit_handler })),
+            in_loop: GilCell::new(Some(InLoop { event_manager, exit_handler })),
             vmm: Owned::new("machine", vmm),
             is_shared,
             hooks: Arc::new(Hooks::over(Arc::default(), &tie)),
@@ -204,7 +201,7 @@ impl Drop for PyVmm {
             }
             py.detach(|| drop(vmm));
             self.let_go(py);
-            self.hooks.raised.report(py);
+            self.hooks.pending.report(py);
         });
     }
 }
@@ -248,10 +245,10 @@ impl PyVmm {
         let vmm = self.core()?;
         let timeout = exit::timeout(timeout)?;
         let manager = &self.manager(py)?;
-        let _turning = self.claim(manager, None)?;
-        let raised = &self.hooks.raised;
+        let _ownership = self.claim(manager, None)?;
+        let pending = &self.hooks.pending;
         adopt_stack_size(py);
-        let ended = py.detach(|| vmm.run(timeout, |until| turn(manager, raised, until)));
+        let ended = py.detach(|| vmm.run(timeout, |until| turn(manager, pending, until)));
         let exit = self.finish(py, ended.map(Some))?;
         exit.ok_or_else(|| PyRuntimeError::new_err("a run ends with an exit"))
     }
@@ -281,9 +278,9 @@ impl PyVmm {
         let vmm = self.core()?;
         let timeout = exit::timeout(timeout)?;
         let manager = &self.manager(py)?;
-        let _turning = self.claim(manager, None)?;
-        let raised = &self.hooks.raised;
-        let ended = py.detach(|| vmm.wait(timeout, |until| turn(manager, raised, until)));
+        let _ownership = self.claim(manager, None)?;
+        let pending = &self.hooks.pending;
+        let ended = py.detach(|| vmm.wait(timeout, |until| turn(manager, pending, until)));
         self.finish(py, ended)
     }
 
@@ -358,7 +355,7 @@ impl PyVmm {
         // Called from a callback, the machine closes at the end of the run: its last output is
         // still to be taken.
         if self.let_go_if_closed(py, vmm) {
-            self.hooks.raised.report(py);
+            self.hooks.pending.report(py);
         }
         Ok(())
     }
@@ -429,7 +426,7 @@ impl PyVmm {
             return Ok(());
         }
         self.hooks.traverse(&visit)?;
-        self.hooks.raised.traverse(&visit)?;
+        self.hooks.pending.traverse(&visit)?;
         match self.devices.try_lock() {
             Some(devices) => devices.iter().try_for_each(|device| device.traverse(&visit)),
             None => Ok(()),

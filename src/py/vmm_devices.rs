@@ -10,7 +10,7 @@ use pyo3::types::PyString;
 
 use super::device::PythonDevice;
 use super::ending::import;
-use super::event_fd::PyEventFd;
+use super::event::PyEventFd;
 use super::vmm::PyVmm;
 use crate::devices::{Access, Device};
 use crate::error::{Error, ErrorKind, Result};
@@ -26,7 +26,7 @@ impl PyVmm {
         object: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
         let vmm = self.changing()?;
-        let device = PythonDevice::new(object, access, base, &self.hooks.raised)?;
+        let device = PythonDevice::new(object, access, base, &self.hooks.pending)?;
         let device = Arc::new(device);
         let added = Arc::clone(&device) as Arc<dyn Device>;
         py.detach(|| vmm.add_device(access, base, length, added))?;

@@ -2,9 +2,7 @@
 
 use pyo3::prelude::*;
 
-use super::event_manager::PyEventManager;
-use super::events::PySubscriberId;
-use super::exit_handler::PyWrappedExitHandler;
+use super::event::{PyEventManager, PySubscriberId, PyWrappedExitHandler};
 use super::vmm::PyVmm;
 
 #[pymethods]

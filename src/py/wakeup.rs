@@ -13,20 +13,20 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyCFunction, PyDict, PyTuple};
 
-use super::attached::Attached;
 use super::ending::import;
 use super::enter::attach;
-use crate::process::Birthplace;
+use super::gil_cell::GilCell;
+use crate::process::ProcessTag;
 
 /// How long a wait lasts before it is worth the pipe: to install that takes system calls, and the
 /// GIL.
-const BRIEF: Duration = Duration::from_millis(5);
+const PIPE_DELAY: Duration = Duration::from_millis(5);
 
 /// The longest wait between two looks at signals where the pipe cannot be had.
-pub(super) const SLICE: Duration = Duration::from_millis(50);
+pub(super) const SIGNAL_CHECK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// The pipe, and whose fd it has displaced.
-static PIPE: Attached<Option<Pipe>> = Attached::new(None);
+static PIPE: GilCell<Option<Pipe>> = GilCell::new(None);
 
 struct Pipe {
     reader: OwnedFd,
@@ -37,7 +37,7 @@ struct Pipe {
 
 thread_local! {
     /// Whether Python runs signal handlers on this thread, as found out in this process.
-    static RUNS_HANDLERS: Cell<Option<(Birthplace, bool)>> = const { Cell::new(None) };
+    static RUNS_HANDLERS: Cell<Option<(ProcessTag, bool)>> = const { Cell::new(None) };
 }
 
 /// Wait; on Python's main thread, until a signal arrives at most. `wait` gets the time when it has
@@ -48,10 +48,10 @@ pub(super) fn wait<T: Send>(
     deadline: Option<Instant>,
     wait: impl Fn(Option<Instant>, Option<RawFd>) -> Option<T> + Send + Sync,
 ) -> PyResult<Option<T>> {
-    if RUNS_HANDLERS.get() == Some((Birthplace::here(), false)) {
+    if RUNS_HANDLERS.get() == Some((ProcessTag::current(), false)) {
         return Ok(wait(deadline, None));
     }
-    let brief = Instant::now() + BRIEF;
+    let brief = Instant::now() + PIPE_DELAY;
     let found = wait(Some(earlier(deadline, brief)), None);
     // Before that time it was a signal, which this thread got itself.
     let now = Instant::now();
@@ -75,7 +75,7 @@ fn wait_long<T: Send>(
     }
     py.check_signals()?;
     let Ok(wakeup) = Wakeup::install(py) else {
-        let slice = earlier(deadline, Instant::now() + SLICE);
+        let slice = earlier(deadline, Instant::now() + SIGNAL_CHECK_INTERVAL);
         return Ok(py.detach(|| wait(Some(slice), None)));
     };
     // A signal from before the pipe was there is noted, but not in the pipe.
@@ -86,9 +86,9 @@ fn wait_long<T: Send>(
 
 /// Whether this is the thread on which Python runs signal handlers.
 pub(super) fn runs_handlers(py: Python<'_>) -> PyResult<bool> {
-    let here = Birthplace::here();
-    if let Some((birthplace, runs)) = RUNS_HANDLERS.get()
-        && birthplace == here
+    let here = ProcessTag::current();
+    if let Some((process_tag, runs)) = RUNS_HANDLERS.get()
+        && process_tag == here
     {
         return Ok(runs);
     }

@@ -142,8 +142,8 @@ fn check_refused(vcpu: &mut Vcpu, refused: &kvm_msr_entry) -> Result<()> {
     let known = kvm("KVM_GET_MSRS", vcpu.fd.get_msrs(&mut now))?;
     let has = known == 1 && now.as_slice().iter().all(|entry| entry.data == refused.data);
     // One that no KVM lists, and that another kind of KVM or processor has, means nothing here.
-    let is_foreign = known == 0 && unlisted().any(|index| index == refused.index);
-    if !has && !is_foreign && (known == 1 || refused.data != 0) {
+    let is_forked_child = known == 0 && unlisted().any(|index| index == refused.index);
+    if !has && !is_forked_child && (known == 1 || refused.data != 0) {
         let detail = format!("KVM refuses {:#x} for MSR {:#x}", refused.data, refused.index);
         return Err(Error::new(ErrorKind::Snapshot, "KVM_SET_MSRS", detail));
     }

@@ -17,7 +17,7 @@ mod checked {
     use std::sync::atomic::{AtomicU64, Ordering};
 
     use super::super::rank::Rank;
-    use crate::process::Birthplace;
+    use crate::process::ProcessTag;
 
     /// A lock's place in the order.
     #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -109,7 +109,7 @@ mod checked {
         /// In a forked child a lock of the parent's may be held for ever, by a thread that the
         /// child does not have.
         fn check_process(&self) {
-            let here = Birthplace::here().number() + 1;
+            let here = ProcessTag::current().number() + 1;
             // Relaxed: a number that is compared, and guards nothing.
             let (success, failure) = (Ordering::Relaxed, Ordering::Relaxed);
             let first = self.process.compare_exchange(0, here, success, failure);

@@ -103,9 +103,9 @@ ranks! {
     /// Output that the writer of a Python stream has taken and not settled.
     TakenOutput,
     /// Which threads turn a loop, and what takes the results of its callbacks.
-    Turners,
+    LoopOwners,
     /// The wait for another thread's turn.
-    Lead,
+    TurnLock,
     /// What a delivery leaves for the next.
     Delivery,
     /// Calls that wait for a loop's thread.
@@ -129,13 +129,13 @@ ranks! {
     /// What a Python device's `save` or `restore` has raised.
     DeviceFailure,
     /// What callbacks on vCPU threads leave for the run.
-    Raised,
+    PendingOutcome,
     /// What a Python exit handler's `kick` has raised.
     KickRaised,
     /// Threads of vCPUs that nobody has joined yet.
     LeftThreads,
     /// State that the GIL guards where there is one.
-    Attached,
+    GilCell,
     /// Locks of tests.
     Test,
 }

@@ -48,7 +48,7 @@ impl Track {
     pub(crate) fn record(&self, span: &Span) {
         // In a forked child the lock may be held by a thread that is not there, and the file is the
         // parent's.
-        if self.sink.birthplace.is_foreign() {
+        if self.sink.process_tag.is_forked_child() {
             return;
         }
         let mut buffer = self.buffer.lock();
@@ -59,7 +59,7 @@ impl Track {
 
     /// Write what has been gathered, if that is much.
     pub(crate) fn flush(&self) {
-        if self.sink.birthplace.is_foreign() {
+        if self.sink.process_tag.is_forked_child() {
             return;
         }
         let mut buffer = self.buffer.lock();
@@ -106,7 +106,7 @@ impl Trace {
     /// [`crate::error::ErrorKind::Io`] when the file could not be written: then the trace ends
     /// before.
     pub fn finish(&self) -> Result<()> {
-        if self.sink.birthplace.is_foreign() {
+        if self.sink.process_tag.is_forked_child() {
             return Ok(());
         }
         self.vcpus.iter().for_each(|track| track.close());

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::process::Birthplace;
+use crate::process::ProcessTag;
 use crate::sync::{Mutex, rank};
 
 /// A value beside an event.
@@ -41,7 +41,7 @@ pub struct Span<'a> {
 pub(super) struct Sink {
     start: Instant,
     process: u32,
-    pub(super) birthplace: Birthplace,
+    pub(super) process_tag: ProcessTag,
     output: Mutex<Output, rank::TraceFile>,
 }
 
@@ -102,7 +102,7 @@ impl Sink {
         Ok(Self {
             start: Instant::now(),
             process,
-            birthplace: Birthplace::here(),
+            process_tag: ProcessTag::current(),
             output: Mutex::new(output),
         })
     }

@@ -10,7 +10,7 @@ use super::run_page::RunPage;
 use super::vcpu::Vcpu;
 use crate::devices::Device;
 use crate::error::{Error, ErrorKind, Result};
-use crate::process::Birthplace;
+use crate::process::ProcessTag;
 use crate::sync::{Condvar, Mutex, MutexGuard, rank};
 
 /// A vCPU, at rest in here or out with the thread that runs it.
@@ -21,7 +21,7 @@ pub struct VcpuHandle {
     pub(super) stop: StopWord,
     pub(super) state: Mutex<HandleState, rank::Vcpu>,
     pub(super) changed: Condvar,
-    birthplace: Birthplace,
+    process_tag: ProcessTag,
 }
 
 #[derive(Debug)]
@@ -104,7 +104,7 @@ impl VcpuHandle {
         };
         let (stop, changed) = (StopWord::default(), Condvar::new());
         let state = Mutex::numbered(id, state);
-        Self { id, page, stop, state, changed, birthplace: Birthplace::here() }
+        Self { id, page, stop, state, changed, process_tag: ProcessTag::current() }
     }
 
     /// The vCPU's number.
@@ -121,7 +121,7 @@ impl VcpuHandle {
     /// # Errors
     /// In a forked child: the run page is shared with its parent.
     pub(crate) fn check_process(&self) -> Result<()> {
-        self.birthplace.check("vCPU")
+        self.process_tag.check("vCPU")
     }
 
     /// Wait for a vCPU that is on its way to rest.

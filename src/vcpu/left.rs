@@ -3,10 +3,10 @@
 
 use std::thread::JoinHandle;
 
-use crate::process::Birthplace;
+use crate::process::ProcessTag;
 use crate::sync::{Mutex, assert_unlocked, rank};
 
-type Left = Vec<(Birthplace, JoinHandle<()>)>;
+type Left = Vec<(ProcessTag, JoinHandle<()>)>;
 
 static LEFT: Mutex<Left, rank::LeftThreads> = Mutex::new(Vec::new());
 
@@ -14,8 +14,8 @@ static LEFT: Mutex<Left, rank::LeftThreads> = Mutex::new(Vec::new());
 /// must not wait for it.
 pub(crate) fn leave(thread: JoinHandle<()>) {
     let mut left = LEFT.lock();
-    left.retain(|(birthplace, thread)| !birthplace.is_foreign() && !thread.is_finished());
-    left.push((Birthplace::here(), thread));
+    left.retain(|(process_tag, thread)| !process_tag.is_forked_child() && !thread.is_finished());
+    left.push((ProcessTag::current(), thread));
 }
 
 /// Whether there is none.
@@ -29,8 +29,8 @@ pub(crate) fn is_empty() -> bool {
 pub(crate) fn join_all() {
     assert_unlocked("threads that were left are waited for");
     let left = std::mem::take(&mut *LEFT.lock());
-    for (birthplace, thread) in left {
-        if birthplace.is_foreign() {
+    for (process_tag, thread) in left {
+        if process_tag.is_forked_child() {
             std::mem::forget(thread);
         } else {
             // Its guard has reported a panic.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::exit::{ExitKind, VcpuExit};
 use super::router::{ExitRouter, Observer, Seen};
 use crate::error::Result;
-use crate::process::Birthplace;
+use crate::process::ProcessTag;
 use crate::sync::{Mutex, rank};
 
 /// A guest can touch any number of addresses: for each vCPU the first of them are counted
@@ -107,7 +107,7 @@ impl Counts {
 pub struct Stats {
     vcpus: Vec<Block>,
     is_enabled: Mutex<bool, rank::StatsSwitch>,
-    birthplace: Birthplace,
+    process_tag: ProcessTag,
 }
 
 impl Stats {
@@ -115,7 +115,7 @@ impl Stats {
     #[must_use]
     pub fn new(vcpus: u64) -> Self {
         let vcpus = (0..vcpus).map(|_| Block::default()).collect();
-        Self { vcpus, is_enabled: Mutex::default(), birthplace: Birthplace::here() }
+        Self { vcpus, is_enabled: Mutex::default(), process_tag: ProcessTag::current() }
     }
 
     /// How many vCPUs the machine has.
@@ -129,7 +129,7 @@ impl Stats {
     /// # Errors
     /// [`crate::error::ErrorKind::State`] in a forked child, here and below.
     pub fn enable(self: &Arc<Self>, router: &ExitRouter) -> Result<()> {
-        self.birthplace.check("machine")?;
+        self.process_tag.check("machine")?;
         let mut is_enabled = self.is_enabled.lock();
         if !std::mem::replace(&mut *is_enabled, true) {
             router.observe(Arc::clone(self) as Arc<dyn Observer>);
@@ -142,7 +142,7 @@ impl Stats {
     /// # Errors
     /// As for `enable`.
     pub fn disable(self: &Arc<Self>, router: &ExitRouter) -> Result<()> {
-        self.birthplace.check("machine")?;
+        self.process_tag.check("machine")?;
         let mut is_enabled = self.is_enabled.lock();
         if std::mem::replace(&mut *is_enabled, false) {
             router.unobserve(&(Arc::clone(self) as Arc<dyn Observer>));
@@ -160,7 +160,7 @@ impl Stats {
     /// # Errors
     /// As for `enable`.
     pub fn is_enabled(&self) -> Result<bool> {
-        self.birthplace.check("machine")?;
+        self.process_tag.check("machine")?;
         Ok(*self.is_enabled.lock())
     }
 
@@ -169,7 +169,7 @@ impl Stats {
     /// # Errors
     /// As for `enable`.
     pub fn reset(&self) -> Result<()> {
-        self.birthplace.check("machine")?;
+        self.process_tag.check("machine")?;
         for block in &self.vcpus {
             let mut counts = block.0.lock();
             let inside = counts.inside.map(|_| Instant::now());
@@ -183,7 +183,7 @@ impl Stats {
     /// # Errors
     /// As for `enable`.
     pub fn exits(&self) -> Result<Vec<(u64, ExitKey, Count)>> {
-        self.birthplace.check("machine")?;
+        self.process_tag.check("machine")?;
         let mut rows = Vec::new();
         for (vcpu, block) in (0..).zip(&self.vcpus) {
             let counts = block.0.lock();
@@ -203,7 +203,7 @@ impl Stats {
     /// # Errors
     /// As for `enable`.
     pub fn vcpus(&self) -> Result<Vec<VcpuTime>> {
-        self.birthplace.check("machine")?;
+        self.process_tag.check("machine")?;
         let times = (0..).zip(&self.vcpus).map(|(vcpu, block)| {
             let mut counts = block.0.lock();
             counts.add_time_inside();
@@ -214,7 +214,7 @@ impl Stats {
 
     fn with(&self, vcpu: u64, change: impl FnOnce(&mut Counts)) {
         // In a forked child the lock may be held by a thread that is not there.
-        if self.birthplace.is_foreign() {
+        if self.process_tag.is_forked_child() {
             return;
         }
         let block = usize::try_from(vcpu).ok().and_then(|vcpu| self.vcpus.get(vcpu));

@@ -110,7 +110,7 @@ impl<EH: ExitHandler> KvmVm<EH> {
     /// Stop the vCPUs and wait for their threads. A guest that had not ended can go on with
     /// `run(None)`.
     pub fn shutdown(&self) {
-        if self.is_foreign() {
+        if self.is_forked_child() {
             return;
         }
         self.vcpus.stop(self.has_this_thread(), || self.set_stopped());
@@ -119,7 +119,7 @@ impl<EH: ExitHandler> KvmVm<EH> {
     /// Stop the vCPUs for good: no guest and no callback goes on behind this, but the callback that
     /// calls it. Everything else that a caller still tries raises [`ErrorKind::State`].
     pub fn close(&self) {
-        if self.is_foreign() {
+        if self.is_forked_child() {
             return;
         }
         self.vcpus.close(self.has_this_thread(), || self.set_stopped());
@@ -131,12 +131,12 @@ impl<EH: ExitHandler> KvmVm<EH> {
     /// Whether a thread has begun to close it.
     #[cfg_attr(not(feature = "python"), allow(dead_code, reason = "for the binding"))]
     pub(crate) fn is_closing(&self) -> bool {
-        !self.is_foreign() && self.vcpus.are_closed()
+        !self.is_forked_child() && self.vcpus.are_closed()
     }
 
     /// Whether a shutdown would wait for another thread, which may be in a callback.
     pub(crate) fn is_busy(&self) -> bool {
-        !self.is_foreign() && !self.has_this_thread() && self.vcpus.are_busy()
+        !self.is_forked_child() && !self.has_this_thread() && self.vcpus.are_busy()
     }
 
     /// Bring every vCPU to rest until the result is dropped, whether the machine runs or not. Its
@@ -157,7 +157,7 @@ pub(crate) struct Hold<'a, EH: ExitHandler>(&'a KvmVm<EH>);
 impl<EH: ExitHandler> Drop for Hold<'_, EH> {
     fn drop(&mut self) {
         // A child that a callback has forked holds nothing of its parent's.
-        if !self.0.is_foreign() {
+        if !self.0.is_forked_child() {
             self.0.vcpus.let_go(|| self.0.state());
         }
     }

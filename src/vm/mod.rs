@@ -33,7 +33,7 @@ use crate::cpu::{cpuid, msrs, regs, tables};
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::{Exit, ExitHandler};
 use crate::fixup;
-use crate::process::Birthplace;
+use crate::process::ProcessTag;
 use crate::sync::{Mutex, rank};
 use crate::vcpu::{self, ExitRouter, RunState, Vcpu, VcpuThread, VmRunState};
 
@@ -55,7 +55,7 @@ pub struct KvmVm<EH: ExitHandler> {
     lines: Mutex<u32, rank::IrqLines>,
     /// The vCPUs have the registers of a first start.
     is_prepared: AtomicBool,
-    birthplace: Birthplace,
+    process_tag: ProcessTag,
 }
 
 impl<EH: ExitHandler> fmt::Debug for KvmVm<EH> {
@@ -108,7 +108,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             pit: config.has_pit(),
             lines: Mutex::default(),
             is_prepared: AtomicBool::new(false),
-            birthplace: Birthplace::here(),
+            process_tag: ProcessTag::current(),
         })
     }
 
@@ -136,7 +136,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             lines: Mutex::default(),
             // Whoever makes it sets its registers.
             is_prepared: AtomicBool::new(true),
-            birthplace: Birthplace::here(),
+            process_tag: ProcessTag::current(),
         })
     }
 
@@ -263,20 +263,20 @@ impl<EH: ExitHandler> KvmVm<EH> {
 
     /// Whether this is a forked child's copy of a machine that its parent runs.
     #[must_use]
-    pub fn is_foreign(&self) -> bool {
-        self.birthplace.is_foreign()
+    pub fn is_forked_child(&self) -> bool {
+        self.process_tag.is_forked_child()
     }
 
     /// # Errors
     /// In a forked child: KVM ties a machine to the process that made it.
     pub fn check_process(&self) -> Result<()> {
-        self.birthplace.check("machine")
+        self.process_tag.check("machine")
     }
 }
 
 impl<EH: ExitHandler> Drop for KvmVm<EH> {
     fn drop(&mut self) {
-        if self.is_foreign() {
+        if self.is_forked_child() {
             self.vcpus.forget();
             return;
         }

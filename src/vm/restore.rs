@@ -13,7 +13,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::{Exit, ExitHandler, Outcome};
 use crate::kvm::open_kvm;
 use crate::memory::{GuestMemory, Reserved};
-use crate::process::Birthplace;
+use crate::process::ProcessTag;
 use crate::sync::{MappedMutexGuard, Mutex, MutexGuard, rank};
 use crate::vcpu::{self, ExitRouter, RunState, Vcpu, VcpuThread, VmRunState};
 use crate::vm::Shape;
@@ -64,7 +64,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             has_fixups: shape.fixups,
             // The snapshot sets its registers.
             is_prepared: AtomicBool::new(true),
-            birthplace: Birthplace::here(),
+            process_tag: ProcessTag::current(),
         })
     }
 }

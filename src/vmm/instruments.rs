@@ -7,7 +7,7 @@ use smallvec::SmallVec;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
-use crate::process::Birthplace;
+use crate::process::ProcessTag;
 use crate::sync::{Mutex, rank};
 
 use crate::trace::{Span, Trace, Track, Value};
@@ -21,7 +21,7 @@ pub struct Watching {
     router: Arc<ExitRouter>,
     /// Gone when the machine is closed, unless others have it.
     event_manager: Weak<EventManager>,
-    birthplace: Birthplace,
+    process_tag: ProcessTag,
     trace: Mutex<Option<Arc<Trace>>, rank::MachineTrace>,
 }
 
@@ -34,7 +34,7 @@ impl Watching {
             stats: Arc::new(Stats::new(vcpus)),
             router: Arc::clone(router),
             event_manager: Arc::downgrade(event_manager),
-            birthplace: Birthplace::here(),
+            process_tag: ProcessTag::current(),
             trace: Mutex::default(),
         }
     }
@@ -68,7 +68,7 @@ impl Watching {
     /// # Errors
     /// [`ErrorKind::Io`] when the file could not be written.
     pub fn end_trace(&self, trace: &Arc<Trace>) -> Result<()> {
-        if self.birthplace.is_foreign() {
+        if self.process_tag.is_forked_child() {
             return Ok(());
         }
         self.trace.lock().take_if(|current| Arc::ptr_eq(current, trace));

@@ -42,7 +42,7 @@ impl Vmm {
     /// # Errors
     /// When the exit event cannot be written, or in a forked child.
     pub fn stop(&self) -> Result<()> {
-        self.birthplace.check("vmm")?;
+        self.process_tag.check("vmm")?;
         let Ok(exit_handler) = self.exit_handler() else { return Ok(()) }; // closed: nothing runs
         exit_handler.kick().map_err(|e| Error::os(ErrorKind::Event, "stop", &e))
     }
@@ -64,11 +64,11 @@ impl Vmm {
     /// Whether a thread closes it, which waits for callbacks at most.
     #[cfg_attr(not(feature = "python"), allow(dead_code, reason = "for the binding"))]
     pub(crate) fn is_closing(&self) -> bool {
-        !self.birthplace.is_foreign() && matches!(self.runner.lock().life, Life::Closing(_))
+        !self.process_tag.is_forked_child() && matches!(self.runner.lock().life, Life::Closing(_))
     }
 
     fn close_or_tell(&self, is_hurried: bool) -> bool {
-        if self.birthplace.is_foreign() {
+        if self.process_tag.is_forked_child() {
             return true; // the run in progress, if any, is the parent's
         }
         let mut runner = self.runner.lock();
@@ -141,7 +141,7 @@ impl Vmm {
     /// Nobody is left to use it: a callback of its own that holds the last reference does not wait
     /// for itself.
     pub(super) fn release_last(&self) {
-        if self.birthplace.is_foreign() || self.runner.lock().life == Life::Closed {
+        if self.process_tag.is_forked_child() || self.runner.lock().life == Life::Closed {
             return;
         }
         self.release();
@@ -209,7 +209,7 @@ pub(crate) struct Running<'a> {
 
 impl Drop for Running<'_> {
     fn drop(&mut self) {
-        if self.vmm.birthplace.is_foreign() {
+        if self.vmm.process_tag.is_forked_child() {
             return;
         }
         let is_closing = {

@@ -20,7 +20,7 @@ use crate::exit_handler::WrappedExitHandler;
 use crate::fixup::Counts;
 use crate::layout;
 use crate::memory::GuestMemory;
-use crate::process::Birthplace;
+use crate::process::ProcessTag;
 use crate::sync::{Condvar, Mutex, rank};
 use crate::trace::Trace;
 use crate::vcpu::{ExitRouter, VcpuHandle, VmRunState};
@@ -33,7 +33,7 @@ pub struct Vmm {
     pub(super) vm: Mutex<Option<Arc<KvmVm<WrappedExitHandler>>>, rank::VmmParts>,
     /// None once it is closed: then whoever else holds its parts has them.
     pub(super) in_loop: Mutex<Option<InLoop>, rank::OwnSubscribers>,
-    pub(super) birthplace: Birthplace,
+    pub(super) process_tag: ProcessTag,
     pub(super) router: Arc<ExitRouter>,
     watching: Watching,
     pub(super) serial: Arc<Serial>,
@@ -110,7 +110,7 @@ impl Vmm {
         Ok(Self {
             vm: Mutex::new(Some(Arc::new(vm))),
             in_loop: Mutex::new(Some(InLoop { event_manager, exit_handler, subscribers })),
-            birthplace: Birthplace::here(),
+            process_tag: ProcessTag::current(),
             router,
             watching,
             serial,

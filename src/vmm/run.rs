@@ -43,7 +43,7 @@ impl Vmm {
             .and_then(|()| running.turn_until(deadline, &mut turn));
         let reason = match ended {
             // A child that a callback has forked: the run is its parent's.
-            Err(error) if running.vm.is_foreign() => return Err(error),
+            Err(error) if running.vm.is_forked_child() => return Err(error),
             ended => ended.map(|reason| reason.unwrap_or(ExitReason::Timeout)),
         };
         running.finish(reason, deadline, &mut turn)
@@ -65,7 +65,7 @@ impl Vmm {
         let reason = match running.turn_until(deadline, &mut turn) {
             Ok(None) => return Ok(None),
             Ok(Some(reason)) => Ok(reason),
-            Err(error) if running.vm.is_foreign() => return Err(error),
+            Err(error) if running.vm.is_forked_child() => return Err(error),
             Err(error) => Err(error),
         };
         self.runner.lock().is_started = false;

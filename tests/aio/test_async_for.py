@@ -1,6 +1,6 @@
 """`async for` over an EventFd or a TimerFd: each wait is its own, and closing the source ends it.
 
-Covers src/py/reader.rs.
+Covers src/py/event/reader.rs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Python objects as devices: every width on both buses, string instructions, at any time, and misbehaving.
 
-Covers src/py/device.rs, src/py/vmm_devices.rs, src/py/raised.rs, src/vcpu/access.rs.
+Covers src/py/device.rs, src/py/vmm_devices.rs, src/py/pending_outcome.rs, src/vcpu/access.rs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`EventManager.on` and `call_later`: functions as subscribers.
 
-Covers src/py/enter.rs, src/py/watch.rs.
+Covers src/py/enter.rs, src/py/event/stats.rs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`EventFd`: the counter, its modes, and its life.
 
-Covers src/py/attached.rs.
+Covers src/py/gil_cell.rs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`EventManager.call_later`: as asyncio's, with one descriptor for all.
 
-Covers src/py/call_later.rs.
+Covers src/py/event/call_later.rs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The end of the interpreter: whatever is in progress then, the process ends with its own status, and in time.
 
-Covers src/py/interpreter.rs, src/py/live.rs.
+Covers src/py/interpreter.rs, src/py/registry.rs.
 """
 
 from __future__ import annotations

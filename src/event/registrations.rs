@@ -11,10 +11,10 @@ use super::errors::{at_fd, event_error, refused};
 use super::subscriber::BoxedSubscriber;
 use crate::error::{Error, ErrorKind, Result};
 
-pub(super) struct Inner {
+pub(super) struct Registrations {
     pub(super) upstream: Upstream<BoxedSubscriber>,
     /// What is watched, by fd, of what came through [`add`](super::EventManager::add).
-    watched: HashMap<RawFd, Watched>,
+    watched: HashMap<RawFd, Registration>,
     /// The fds among them by their owner: removing one subscriber does not look at the others'.
     owned: HashMap<SubscriberId, Vec<RawFd>>,
     /// What was closed before it was removed: upstream still takes these numbers for their owners'.
@@ -24,24 +24,24 @@ pub(super) struct Inner {
 }
 
 #[derive(Clone, Copy)]
-pub(super) struct Watched {
+pub(super) struct Registration {
     pub(super) owner: SubscriberId,
     pub(super) events: Events,
 }
 
-impl Inner {
+impl Registrations {
     pub(super) fn new(upstream: Upstream<BoxedSubscriber>) -> Self {
         let (watched, owned) = (HashMap::new(), HashMap::new());
         Self { upstream, watched, owned, closed: HashMap::new(), stale: Vec::new() }
     }
 
     /// What an fd is watched for, and by whom.
-    pub(super) fn watched(&self, fd: RawFd) -> Option<Watched> {
+    pub(super) fn watched(&self, fd: RawFd) -> Option<Registration> {
         self.watched.get(&fd).copied()
     }
 
     pub(super) fn watch(&mut self, owner: SubscriberId, events: Events) {
-        if self.watched.insert(events.fd(), Watched { owner, events }).is_none() {
+        if self.watched.insert(events.fd(), Registration { owner, events }).is_none() {
             self.owned.entry(owner).or_default().push(events.fd());
         }
     }

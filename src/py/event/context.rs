@@ -20,18 +20,18 @@ unsafe extern "C" {
 
 /// A `contextvars.Context`.
 #[derive(Debug)]
-pub(super) struct Context(Py<PyAny>);
+pub(crate) struct Context(Py<PyAny>);
 
 impl Context {
     /// A copy of the one that this thread is in.
-    pub(super) fn copy_current(py: Python<'_>) -> PyResult<Self> {
+    pub(crate) fn copy_current(py: Python<'_>) -> PyResult<Self> {
         // SAFETY: with the GIL held; a new reference or an exception.
         let copy = unsafe { Bound::from_owned_ptr_or_err(py, PyContext_CopyCurrent()) }?;
         Ok(Self(copy.unbind()))
     }
 
     /// This one, which a program gave; none for a copy of the one that this thread is in.
-    pub(super) fn given(context: Option<&Bound<'_, PyAny>>, py: Python<'_>) -> PyResult<Self> {
+    pub(crate) fn given(context: Option<&Bound<'_, PyAny>>, py: Python<'_>) -> PyResult<Self> {
         let Some(context) = context else { return Self::copy_current(py) };
         let class = py.import("contextvars")?.getattr("Context")?;
         if !context.is_instance(&class)? {
@@ -41,17 +41,17 @@ impl Context {
         Ok(Self(context.clone().unbind()))
     }
 
-    pub(super) fn clone_ref(&self, py: Python<'_>) -> Self {
+    pub(crate) fn clone_ref(&self, py: Python<'_>) -> Self {
         Self(self.0.clone_ref(py))
     }
 
-    pub(super) fn object(&self) -> &Py<PyAny> {
+    pub(crate) fn object(&self) -> &Py<PyAny> {
         &self.0
     }
 
     /// Call in it. Where it is entered already, by the callback that called back into the loop, a
     /// copy has to do.
-    pub(super) fn run<T>(&self, py: Python<'_>, call: impl FnOnce() -> PyResult<T>) -> PyResult<T> {
+    pub(crate) fn run<T>(&self, py: Python<'_>, call: impl FnOnce() -> PyResult<T>) -> PyResult<T> {
         // SAFETY: a context, with the GIL held.
         if unsafe { PyContext_Enter(self.0.as_ptr()) } == 0 {
             return leave(py, self.0.as_ptr(), call());

@@ -13,21 +13,21 @@ use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
-use super::attached::Attached;
 use super::context::Context;
-use super::descriptor::os_error;
 use crate::event::{EventManager, Expiry, TimerFd};
+use crate::py::descriptor::os_error;
+use crate::py::gil_cell::GilCell;
 
 /// A time that no clock reaches: the timer is not set for it.
-pub(super) const NEVER: Duration = Duration::from_secs(1 << 32);
+pub(crate) const NEVER: Duration = Duration::from_secs(1 << 32);
 
 /// So many cancelled calls stay in the heap, unless they are most of it.
-const FEW: usize = 64;
+const MAX_CANCELLED: usize = 64;
 
 /// See the module. No Python code runs while it is looked at.
 #[derive(Debug, Default)]
-pub(super) struct Timers {
-    state: Attached<State>,
+pub(crate) struct Timers {
+    state: GilCell<State>,
     /// The timer has expired since calls were last made.
     has_expired: Arc<AtomicBool>,
 }
@@ -45,11 +45,11 @@ struct State {
 }
 
 #[derive(Debug)]
-pub(super) struct Later {
-    pub(super) due: Duration,
-    pub(super) function: Py<PyAny>,
-    pub(super) arguments: Py<PyTuple>,
-    pub(super) context: Context,
+pub(crate) struct Later {
+    pub(crate) due: Duration,
+    pub(crate) function: Py<PyAny>,
+    pub(crate) arguments: Py<PyTuple>,
+    pub(crate) context: Context,
 }
 
 /// Stands for the timer in the crate's manager.
@@ -65,7 +65,7 @@ impl MutEventSubscriber for Expired {
     fn init(&mut self, _ops: &mut EventOps) {}
 }
 
-pub(super) fn now() -> Duration {
+pub(crate) fn now() -> Duration {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: a timespec that lives through the call, which knows this clock.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
@@ -108,28 +108,28 @@ impl State {
 
 impl Timers {
     /// Whether the timer has expired; the event is none of a subscriber's.
-    pub(super) fn take_expired(&self) -> bool {
+    pub(crate) fn take_expired(&self) -> bool {
         // Relaxed: as in `process`.
         self.has_expired.load(Ordering::Relaxed) && self.has_expired.swap(false, Ordering::Relaxed)
     }
 
     /// The last call that was asked for.
-    pub(super) fn last(&self, py: Python<'_>) -> u64 {
+    pub(crate) fn last(&self, py: Python<'_>) -> u64 {
         self.state.with(py, |state| state.last)
     }
 
     /// The next call that was due at this time, of those asked for up to `last`.
-    pub(super) fn pop_due(&self, py: Python<'_>, at: Duration, last: u64) -> Option<Later> {
+    pub(crate) fn pop_due(&self, py: Python<'_>, at: Duration, last: u64) -> Option<Later> {
         self.state.with(py, |state| state.pop_due(at, last))
     }
 
     /// Set the timer to the first call that is left.
-    pub(super) fn set_timer(&self, py: Python<'_>) -> PyResult<()> {
+    pub(crate) fn set_timer(&self, py: Python<'_>) -> PyResult<()> {
         self.state.with(py, State::set_timer).map_err(|e| os_error(&e))
     }
 
     /// The timer, made and registered the first time it is needed.
-    pub(super) fn ensure_timer(&self, py: Python<'_>, core: &EventManager) -> PyResult<()> {
+    pub(crate) fn ensure_timer(&self, py: Python<'_>, core: &EventManager) -> PyResult<()> {
         if self.state.with(py, |state| state.timer.is_some()) {
             return Ok(());
         }
@@ -145,7 +145,7 @@ impl Timers {
         Ok(())
     }
 
-    pub(super) fn ask(&self, py: Python<'_>, later: Later) -> PyResult<u64> {
+    pub(crate) fn ask(&self, py: Python<'_>, later: Later) -> PyResult<u64> {
         self.state.with(py, |state| {
             state.last += 1;
             let (number, due) = (state.last, later.due);
@@ -158,10 +158,10 @@ impl Timers {
         })
     }
 
-    pub(super) fn cancel(&self, py: Python<'_>, number: u64) -> bool {
+    pub(crate) fn cancel(&self, py: Python<'_>, number: u64) -> bool {
         let cancelled = self.state.with(py, |state| {
             let cancelled = state.calls.remove(&number);
-            if state.queue.len() > FEW && state.queue.len() > 2 * state.calls.len() {
+            if state.queue.len() > MAX_CANCELLED && state.queue.len() > 2 * state.calls.len() {
                 let calls = &state.calls;
                 state.queue.retain(|Reverse((_, number))| calls.contains_key(number));
             }
@@ -172,11 +172,11 @@ impl Timers {
     }
 
     /// All of them, to be dropped where Python code may run.
-    pub(super) fn take_all(&self, py: Python<'_>) -> impl Sized + use<> {
+    pub(crate) fn take_all(&self, py: Python<'_>) -> impl Sized + use<> {
         self.state.with(py, |state| std::mem::take(&mut state.calls))
     }
 
-    pub(super) fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
+    pub(crate) fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
         // SAFETY: the collector holds the GIL.
         let visited = unsafe {
             self.state.peek(|state| {

@@ -4,21 +4,21 @@
 use std::fmt;
 
 /// See the module.
-pub(super) struct Attached<T>(Inner<T>);
+pub(super) struct GilCell<T>(Inner<T>);
 
 #[cfg(not(Py_GIL_DISABLED))]
 type Inner<T> = std::cell::RefCell<T>;
 #[cfg(Py_GIL_DISABLED)]
-type Inner<T> = crate::sync::Mutex<T, crate::sync::rank::Attached>;
+type Inner<T> = crate::sync::Mutex<T, crate::sync::rank::GilCell>;
 
 // SAFETY: the cell is reached through `with`, which asks for the GIL, and `peek`, whose caller has
 // it. So no two threads are at the cell, its flag included, at once, and what one leaves there the
 // next one sees: the GIL's handover is a lock's. A closure that let the GIL go would have another
 // thread's borrow fail, not alias.
 #[cfg(not(Py_GIL_DISABLED))]
-unsafe impl<T: Send> Sync for Attached<T> {}
+unsafe impl<T: Send> Sync for GilCell<T> {}
 
-impl<T> Attached<T> {
+impl<T> GilCell<T> {
     pub(super) const fn new(value: T) -> Self {
         Self(Inner::new(value))
     }
@@ -43,14 +43,14 @@ impl<T> Attached<T> {
     }
 }
 
-impl<T: Default> Default for Attached<T> {
+impl<T: Default> Default for GilCell<T> {
     fn default() -> Self {
         Self::new(T::default())
     }
 }
 
-impl<T> fmt::Debug for Attached<T> {
+impl<T> fmt::Debug for GilCell<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Attached").finish_non_exhaustive()
+        f.debug_struct("GilCell").finish_non_exhaustive()
     }
 }

@@ -8,12 +8,12 @@ use std::time::Duration;
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
-use super::batch::Drain;
-use super::descriptor::os_error;
-use super::ending::import;
+use super::queue::Drain;
 use super::reader::Reader;
 use crate::event::{Expiry, TimerFd};
 use crate::poll::{is_blocking, read_count};
+use crate::py::descriptor::os_error;
+use crate::py::ending::import;
 use crate::sync::{Mutex, rank};
 
 /// A timer behind a file descriptor, on the monotonic clock: timerfd_create(2). A source of events.
@@ -32,7 +32,7 @@ impl Drain for TimerFd {
 }
 
 impl PyTimerFd {
-    pub(super) fn open(&self) -> PyResult<Arc<TimerFd>> {
+    pub(crate) fn open(&self) -> PyResult<Arc<TimerFd>> {
         self.timer.lock().clone().ok_or_else(|| PyValueError::new_err("this TimerFd is closed"))
     }
 

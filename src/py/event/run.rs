@@ -5,17 +5,17 @@ use std::time::{Duration, Instant};
 
 use pyo3::prelude::*;
 
-use super::batch::Ready;
 use super::delivery::deliver;
-use super::enter::attach;
-use super::event_manager::PyEventManager;
-use super::raised::Raised;
-use super::wakeup;
+use super::manager::PyEventManager;
+use super::queue::QueuedEvent;
 use crate::event::EventManager;
+use crate::py::enter::attach;
+use crate::py::pending_outcome::PendingOutcome;
+use crate::py::wakeup;
 use crate::trace;
 
 /// Turns of a loop from one call of a Python function to the next.
-const TURNS: u32 = 16;
+const TURNS_PER_HANDOVER: u32 = 16;
 
 /// Wait until this time at most and dispatch; returns how many events were fetched: none also after
 /// a kick or a signal. Without the GIL.
@@ -28,26 +28,26 @@ fn wait(core: &EventManager, deadline: Option<Instant>) -> PyResult<usize> {
 /// A turn of a machine's loop: wait until this time at most, dispatch and deliver, or wait until
 /// the thread of another machine has done so; then raise what vCPU threads have left, and run
 /// Python's signal handlers. Without the GIL.
-pub(super) fn turn(
+pub(crate) fn turn(
     manager: &Py<PyEventManager>,
-    raised: &Raised,
+    pending: &PendingOutcome,
     deadline: Option<Instant>,
 ) -> PyResult<()> {
     let this = manager.get();
-    let leading = this.lead().begin();
-    let fetched = match &leading {
+    let guard = this.turn_lock().begin();
+    let fetched = match &guard {
         Some(_) => wait(this.core(), deadline)?,
         None => {
-            this.lead().wait(deadline);
+            this.turn_lock().wait(deadline);
             0
         }
     };
     attach(|py| {
-        if leading.is_some() {
+        if guard.is_some() {
             PyEventManager::deliver_fetched(manager.bind(py), fetched)?;
-            drop(leading);
+            drop(guard);
         }
-        raised.check(py)?;
+        pending.check(py)?;
         py.check_signals()
     })
 }
@@ -55,13 +55,13 @@ pub(super) fn turn(
 /// Gives other threads and signal handlers their turn beside a loop that never waits, though its
 /// callbacks may run no Python code.
 #[derive(Debug)]
-pub(super) struct Pace<'py> {
+pub(crate) struct Pace<'py> {
     turns: u32,
     breathe: Bound<'py, PyAny>,
 }
 
 impl<'py> Pace<'py> {
-    pub(super) fn new(py: Python<'py>) -> PyResult<Self> {
+    pub(crate) fn new(py: Python<'py>) -> PyResult<Self> {
         // Compiled here: an import would need a file descriptor.
         Ok(Self { turns: 0, breathe: py.eval(c"lambda: None", None, None)? })
     }
@@ -70,9 +70,9 @@ impl<'py> Pace<'py> {
     /// between two instructions of Python code, if another thread has waited for its switch
     /// interval. Letting the GIL go from here would wake such a thread, and so start its interval
     /// again: it might never get its turn.
-    pub(super) fn turned(&mut self) -> PyResult<()> {
+    pub(crate) fn turned(&mut self) -> PyResult<()> {
         self.turns += 1;
-        if self.turns < TURNS {
+        if self.turns < TURNS_PER_HANDOVER {
             return Ok(());
         }
         self.turns = 0;
@@ -82,17 +82,17 @@ impl<'py> Pace<'py> {
 
 impl PyEventManager {
     /// Take the events fetched and not yet delivered.
-    fn swap_fetched(&self, batch: &mut Vec<Ready>) {
+    fn swap_fetched(&self, batch: &mut Vec<QueuedEvent>) {
         batch.clear();
         // SAFETY: under the lock that guards them.
-        self.core().locked(|| unsafe { self.fetched().swap(batch) });
+        self.core().locked(|| unsafe { self.event_queue().swap(batch) });
     }
 
     /// Dispatch once, waiting until this time at most; returns how many events were dispatched.
     fn turn(
         slf: &Bound<'_, Self>,
         deadline: Option<Instant>,
-        batch: &mut Vec<Ready>,
+        batch: &mut Vec<QueuedEvent>,
     ) -> PyResult<usize> {
         let recording = slf.get().core().recorders.recording();
         let result = Self::fetch_and_deliver(slf, deadline, batch);
@@ -105,16 +105,16 @@ impl PyEventManager {
     fn fetch_and_deliver(
         slf: &Bound<'_, Self>,
         deadline: Option<Instant>,
-        batch: &mut Vec<Ready>,
+        batch: &mut Vec<QueuedEvent>,
     ) -> PyResult<usize> {
         let this = slf.get();
         batch.clear();
         // SAFETY: `try_dispatch` calls it under the lock that guards them.
-        let take = || unsafe { this.fetched().swap(batch) };
+        let take = || unsafe { this.event_queue().swap(batch) };
         // What is ready is fetched without letting the GIL go: that costs less than the fetching.
-        let Some(_leading) = this.lead().begin() else {
+        let Some(_guard) = this.turn_lock().begin() else {
             // A machine's thread makes a turn.
-            slf.py().detach(|| this.lead().wait(deadline));
+            slf.py().detach(|| this.turn_lock().wait(deadline));
             return Ok(0);
         };
         if let Some(fetched) = this.core().try_dispatch(take)? {
@@ -126,7 +126,7 @@ impl PyEventManager {
     }
 
     /// Deliver what a wait has fetched.
-    pub(super) fn deliver_fetched(slf: &Bound<'_, Self>, fetched: usize) -> PyResult<usize> {
+    pub(crate) fn deliver_fetched(slf: &Bound<'_, Self>, fetched: usize) -> PyResult<usize> {
         let this = slf.get();
         this.with_batch(|batch| {
             this.swap_fetched(batch);
@@ -135,9 +135,9 @@ impl PyEventManager {
     }
 
     /// Hand over what was fetched; returns how many events were dispatched.
-    fn deliver(slf: &Bound<'_, Self>, fetched: usize, batch: &[Ready]) -> PyResult<usize> {
+    fn deliver(slf: &Bound<'_, Self>, fetched: usize, batch: &[QueuedEvent]) -> PyResult<usize> {
         let delivered = deliver(slf, batch, fetched)?;
-        slf.get().watch().count_turn(delivered);
+        slf.get().stats().count_turn(delivered);
         Ok(delivered)
     }
 }
@@ -158,7 +158,7 @@ impl PyEventManager {
     /// `run` for at most this long, 0 when the time passed. A negative number is no limit.
     fn run_with_timeout(slf: &Bound<'_, Self>, milliseconds: i32) -> PyResult<usize> {
         slf.get().check()?;
-        let _turning = slf.get().turners().claim("this event manager", None)?;
+        let _ownership = slf.get().owners().claim("this event manager", None)?;
         let limit = u64::try_from(milliseconds).ok().map(Duration::from_millis);
         let deadline = limit.map(|limit| Instant::now() + limit);
         slf.get().with_batch(|batch| {
@@ -176,7 +176,7 @@ impl PyEventManager {
     fn run_forever(slf: &Bound<'_, Self>) -> PyResult<()> {
         let this = slf.get();
         this.check()?;
-        let _turning = this.turners().claim("this event manager", None)?;
+        let _ownership = this.owners().claim("this event manager", None)?;
         let mut pace = Pace::new(slf.py())?;
         this.with_batch(|batch| {
             while !this.calls().take_stop() {

@@ -16,21 +16,21 @@ const SPIN: Duration = Duration::from_micros(100);
 
 /// A call that waits for the loop's thread.
 #[derive(Debug)]
-pub(super) struct Call {
-    pub(super) function: Py<PyAny>,
+pub(crate) struct Call {
+    pub(crate) function: Py<PyAny>,
     /// That of whoever asks.
-    pub(super) context: Context,
+    pub(crate) context: Context,
     /// None: nobody waits, and an exception ends the run.
-    pub(super) reply: Option<Arc<Reply>>,
+    pub(crate) reply: Option<Arc<Reply>>,
 }
 
 impl Call {
-    pub(super) fn new(function: &Bound<'_, PyAny>, reply: Option<Arc<Reply>>) -> PyResult<Self> {
+    pub(crate) fn new(function: &Bound<'_, PyAny>, reply: Option<Arc<Reply>>) -> PyResult<Self> {
         let context = Context::copy_current(function.py())?;
         Ok(Self { function: function.clone().unbind(), context, reply })
     }
 
-    pub(super) fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
+    pub(crate) fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.function)?;
         visit.call(self.context.object())
     }
@@ -38,14 +38,14 @@ impl Call {
 
 /// Where a caller waits for its call.
 #[derive(Debug, Default)]
-pub(super) struct Reply {
+pub(crate) struct Reply {
     result: Mutex<Option<PyResult<Py<PyAny>>>, rank::Reply>,
     is_made: AtomicBool,
     made: Condvar,
 }
 
 impl Reply {
-    pub(super) fn give(&self, result: PyResult<Py<PyAny>>) {
+    pub(crate) fn give(&self, result: PyResult<Py<PyAny>>) {
         let former = self.result.lock().replace(result);
         self.is_made.store(true, Ordering::Release);
         self.made.notify_all();
@@ -53,7 +53,7 @@ impl Reply {
     }
 
     /// Wait without sleeping: to be woken costs more than a short call takes.
-    pub(super) fn spin(&self) -> Option<PyResult<Py<PyAny>>> {
+    pub(crate) fn spin(&self) -> Option<PyResult<Py<PyAny>>> {
         let end = Instant::now() + SPIN;
         while Instant::now() < end {
             // Acquire: pairs with the release in `give`.
@@ -65,7 +65,7 @@ impl Reply {
         None
     }
 
-    pub(super) fn wait(&self, slice: Duration) -> Option<PyResult<Py<PyAny>>> {
+    pub(crate) fn wait(&self, slice: Duration) -> Option<PyResult<Py<PyAny>>> {
         let mut result = self.result.lock();
         if result.is_none() {
             self.made.wait_for(&mut result, slice);
@@ -74,7 +74,7 @@ impl Reply {
     }
 }
 
-pub(super) fn check_callable(function: &Bound<'_, PyAny>) -> PyResult<()> {
+pub(crate) fn check_callable(function: &Bound<'_, PyAny>) -> PyResult<()> {
     if function.is_callable() {
         return Ok(());
     }

@@ -7,16 +7,16 @@ use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
 use super::context::Context;
-use super::ending::import;
-use super::event_manager::PyEventManager;
 use super::loop_call::check_callable;
-use super::recorded::{name_of, recorded};
-use super::returned::take_returned;
+use super::manager::PyEventManager;
 use super::timers::{Later, NEVER, now};
+use crate::py::ending::import;
+use crate::py::recorded::{name_of, recorded};
+use crate::py::returned::take_returned;
 
 /// Make the calls that are due; returns how many. The first exception ends that, and the next turn
 /// makes the others.
-pub(super) fn make_due(manager: &Bound<'_, PyEventManager>) -> PyResult<usize> {
+pub(crate) fn make_due(manager: &Bound<'_, PyEventManager>) -> PyResult<usize> {
     let (this, py) = (manager.get(), manager.py());
     let timers = this.timers();
     let at = now();
@@ -43,8 +43,8 @@ fn make(later: &Later, manager: &Bound<'_, PyEventManager>) -> PyResult<()> {
     let name = || name_of(function);
     later.context.run(py, || {
         let call = || recorded(name, || function.call1(later.arguments.bind(py)));
-        let returned = this.watch().timed(py, name, call)?;
-        take_returned(this.turners(), &returned, name)
+        let returned = this.stats().timed(py, name, call)?;
+        take_returned(|py| this.owners().awaiter(py), &returned, name)
     })
 }
 

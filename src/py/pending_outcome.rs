@@ -13,7 +13,7 @@ use crate::vcpu::current;
 
 /// See the module. No Python code runs under its lock.
 #[derive(Debug, Default)]
-pub(super) struct Raised(Mutex<Left, rank::Raised>);
+pub(super) struct PendingOutcome(Mutex<Left, rank::PendingOutcome>);
 
 #[derive(Debug, Default)]
 struct Left {
@@ -21,7 +21,7 @@ struct Left {
     stop: Option<(u64, Py<PyAny>)>,
 }
 
-impl Raised {
+impl PendingOutcome {
     /// A callback has raised. The first exception comes out of the run; later ones are told in its
     /// notes.
     pub(super) fn raise(&self, py: Python<'_>, error: PyErr) {

@@ -6,12 +6,12 @@ use std::time::{Duration, Instant};
 
 use pyo3::prelude::*;
 
-use super::ending::import;
+use crate::py::ending::import;
 use crate::sync::{Mutex, rank};
 
 /// See the module.
 #[derive(Debug, Default)]
-pub(super) struct Watch {
+pub(crate) struct LoopStats {
     dispatched: AtomicU64,
     turns: AtomicU64,
     /// Nanoseconds above which a callback is logged; 0 for none.
@@ -24,48 +24,48 @@ fn count(counter: &AtomicU64, more: u64) {
     counter.store(counter.load(Ordering::Relaxed) + more, Ordering::Relaxed);
 }
 
-impl Watch {
+impl LoopStats {
     /// The loop has turned.
-    pub(super) fn count_turn(&self, dispatched: usize) {
+    pub(crate) fn count_turn(&self, dispatched: usize) {
         count(&self.turns, 1);
         count(&self.dispatched, dispatched as u64);
     }
 
     /// Count from nothing again.
-    pub(super) fn forget(&self) {
+    pub(crate) fn forget(&self) {
         self.turns.store(0, Ordering::Relaxed);
         self.dispatched.store(0, Ordering::Relaxed);
         *self.slowest.lock() = Default::default();
     }
 
-    pub(super) fn turns(&self) -> u64 {
+    pub(crate) fn turns(&self) -> u64 {
         self.turns.load(Ordering::Relaxed)
     }
 
-    pub(super) fn dispatched(&self) -> u64 {
+    pub(crate) fn dispatched(&self) -> u64 {
         self.dispatched.load(Ordering::Relaxed)
     }
 
     /// How long a callback may take before it is logged.
-    pub(super) fn slow_callback(&self) -> Option<Duration> {
+    pub(crate) fn slow_callback(&self) -> Option<Duration> {
         match self.slow_callback.load(Ordering::Relaxed) {
             0 => None,
             nanoseconds => Some(Duration::from_nanos(nanoseconds)),
         }
     }
 
-    pub(super) fn set_slow_callback(&self, threshold: Option<Duration>) {
+    pub(crate) fn set_slow_callback(&self, threshold: Option<Duration>) {
         let nanoseconds = threshold
             .map_or(0, |threshold| u64::try_from(threshold.as_nanos()).unwrap_or(u64::MAX).max(1));
         self.slow_callback.store(nanoseconds, Ordering::Relaxed);
     }
 
-    pub(super) fn slowest(&self) -> (Duration, String) {
+    pub(crate) fn slowest(&self) -> (Duration, String) {
         self.slowest.lock().clone()
     }
 
     /// Call, and time that where callbacks are timed; also a call that raises.
-    pub(super) fn timed<T>(
+    pub(crate) fn timed<T>(
         &self,
         py: Python<'_>,
         name: impl FnOnce() -> PyResult<String>,
@@ -89,7 +89,7 @@ impl Watch {
 
     /// Note a callback that took the longest so far, and log one that took longer than the
     /// threshold.
-    pub(super) fn note(
+    pub(crate) fn note(
         &self,
         py: Python<'_>,
         name: impl FnOnce() -> PyResult<String>,

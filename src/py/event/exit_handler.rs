@@ -8,14 +8,14 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::enter::on_vcpu_thread;
 use super::event_fd::PyEventFd;
 use super::events::{PyEventOps, PyEvents};
-use super::owned::Owned;
-use super::returned::refuse_awaitable;
 use crate::error::Result;
 use crate::event::BoxedSubscriber;
 use crate::exit_handler::{ExitHandler, VmmExitHandler, WrappedExitHandler};
+use crate::py::enter::on_vcpu_thread;
+use crate::py::owned::Owned;
+use crate::py::returned::refuse_awaitable;
 use crate::sync::{Mutex, rank};
 
 /// Stops a run loop: an `exit_event` that a kick writes and a `keep_running` flag that the loop
@@ -67,7 +67,7 @@ impl Shared {
 
 /// The crate's own subscriber behind a Python object, if it is one: then no Python code runs for
 /// it.
-pub(super) fn as_native_subscriber(object: &Bound<'_, PyAny>) -> PyResult<Option<BoxedSubscriber>> {
+pub(crate) fn as_native_subscriber(object: &Bound<'_, PyAny>) -> PyResult<Option<BoxedSubscriber>> {
     let handler = if let Ok(wrapped) = object.cast::<PyWrappedExitHandler>() {
         wrapped.get().0.get()?
     } else if let Ok(handler) = object.cast::<PyVmmExitHandler>() {
@@ -79,7 +79,7 @@ pub(super) fn as_native_subscriber(object: &Bound<'_, PyAny>) -> PyResult<Option
 }
 
 /// Call an exit handler's `kick()`. On the thread of the vCPU whose guest has ended.
-pub(super) fn call_kick(handler: &Py<PyAny>) -> PyResult<()> {
+pub(crate) fn call_kick(handler: &Py<PyAny>) -> PyResult<()> {
     on_vcpu_thread(
         |py| {
             let handler = handler.bind(py);
@@ -118,11 +118,11 @@ fn process(
 }
 
 impl PyWrappedExitHandler {
-    pub(super) fn over(handler: WrappedExitHandler) -> Self {
+    pub(crate) fn over(handler: WrappedExitHandler) -> Self {
         Self(Shared::over(handler))
     }
 
-    pub(super) fn handler(&self) -> Result<&WrappedExitHandler> {
+    pub(crate) fn handler(&self) -> Result<&WrappedExitHandler> {
         self.0.get()
     }
 }

@@ -6,15 +6,15 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyWeakrefMethods, PyWeakrefReference};
 
-use super::attached::Attached;
+use crate::py::gil_cell::GilCell;
 
 /// See the module. The reference is weak: the task that waits keeps its waiter alive.
 #[derive(Debug, Default)]
-pub(super) struct Reader(Attached<Option<Py<PyWeakrefReference>>>);
+pub(crate) struct Reader(GilCell<Option<Py<PyWeakrefReference>>>);
 
 impl Reader {
     /// A task begins to wait.
-    pub(super) fn begin(&self, waiter: &Bound<'_, PyAny>, source: &str) -> PyResult<()> {
+    pub(crate) fn begin(&self, waiter: &Bound<'_, PyAny>, source: &str) -> PyResult<()> {
         let py = waiter.py();
         let mine = PyWeakrefReference::new(waiter)?.unbind();
         let known = self.0.with(py, |known| known.as_ref().map(|known| known.clone_ref(py)));
@@ -27,12 +27,12 @@ impl Reader {
     }
 
     /// It waits no longer.
-    pub(super) fn forget(&self, py: Python<'_>) {
+    pub(crate) fn forget(&self, py: Python<'_>) {
         drop(self.0.with(py, Option::take));
     }
 
     /// The source is closed: wake the task that waits.
-    pub(super) fn end(&self, py: Python<'_>) -> PyResult<()> {
+    pub(crate) fn end(&self, py: Python<'_>) -> PyResult<()> {
         let known = self.0.with(py, Option::take);
         match known.and_then(|known| known.bind(py).upgrade()) {
             Some(waiter) => waiter.call_method0(intern!(py, "closed")).map(drop),

@@ -1,10 +1,13 @@
 //! How a loop is turned: wait, dispatch, or the other way around. On the thread that turns it.
 
 use std::os::fd::RawFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
-use super::manager::{Dispatched, EventManager};
-use crate::error::Result;
+use super::errors::event_error;
+use super::manager::EventManager;
+use super::registrations::Registrations;
+use crate::error::{Error, ErrorKind, Result};
 
 impl EventManager {
     /// Wait for events and dispatch them once; returns how many were dispatched.
@@ -44,7 +47,7 @@ impl EventManager {
     ) -> Result<Option<usize>> {
         self.check_process()?;
         loop {
-            let Dispatched { events, woken } = self.dispatch(&mut self.inner.lock())?;
+            let Dispatched { events, woken } = self.dispatch(&mut self.registrations.lock())?;
             if events > 0 || woken {
                 return Ok(Some(events));
             }
@@ -71,6 +74,48 @@ impl EventManager {
         if !self.waits.wait(deadline, |until| self.epoll.wait(until, interrupt))? {
             return Ok(None);
         }
-        Ok(Some(self.dispatch(&mut self.inner.lock())?.events))
+        Ok(Some(self.dispatch(&mut self.registrations.lock())?.events))
     }
+
+    /// [`Self::run_with_timeout`] without waiting, not even for the manager's lock: none when
+    /// another thread holds it, or when nothing was ready. `take` is called after the dispatch,
+    /// under the lock still.
+    ///
+    /// # Errors
+    /// When epoll fails.
+    pub fn try_dispatch(&self, take: impl FnOnce()) -> Result<Option<usize>> {
+        self.check_process()?;
+        let Some(mut registrations) = self.registrations.try_lock() else {
+            return Ok(None);
+        };
+        let Dispatched { events, woken } = self.dispatch(&mut registrations)?;
+        take();
+        Ok((events > 0 || woken).then_some(events))
+    }
+
+    /// Dispatch what is ready now, without waiting.
+    pub(super) fn dispatch(&self, registrations: &mut Registrations) -> Result<Dispatched> {
+        registrations.drop_stale(&self.epoll)?;
+        // Upstream's dispatch has an `unreachable!` for an fd it does not know. Stale registrations
+        // are dropped when they arise; this keeps one that got through, or a panic in a subscriber,
+        // from unwinding a run.
+        match catch_unwind(AssertUnwindSafe(|| registrations.upstream.run_with_timeout(0))) {
+            Ok(result) => {
+                let woken = self.epoll.take_woken();
+                let events = result.map_err(event_error)?.saturating_sub(usize::from(woken));
+                Ok(Dispatched { events, woken })
+            }
+            Err(_) => {
+                let detail = "a subscriber panicked, or an event came for an unknown fd";
+                Err(Error::new(ErrorKind::Event, "EventManager.run", detail))
+            }
+        }
+    }
+}
+
+/// What a dispatch came to.
+pub(super) struct Dispatched {
+    pub(super) events: usize,
+    /// Somebody wants the loop to look at something else.
+    pub(super) woken: bool,
 }

@@ -7,16 +7,16 @@ use event_manager::Events;
 use pyo3::prelude::*;
 use pyo3::{ffi, intern};
 
-use super::attached::Attached;
-use super::batch::Ready;
 use super::call_later::make_due;
-use super::ending::import;
 use super::endpoint::make_calls;
-use super::event_manager::PyEventManager;
 use super::events::{PyEventOps, PyEvents};
-use super::recorded::record_process;
-use super::returned::take_returned;
+use super::manager::PyEventManager;
+use super::queue::QueuedEvent;
 use super::subscribers::Receiver;
+use crate::py::ending::import;
+use crate::py::gil_cell::GilCell;
+use crate::py::recorded::record_process;
+use crate::py::returned::take_returned;
 use crate::trace;
 
 /// The arguments of `process`, used again for the next event unless a callback has kept one.
@@ -41,7 +41,7 @@ impl Arguments {
 }
 
 /// Those that no delivery uses.
-static SPARE: Attached<Option<Arguments>> = Attached::new(None);
+static SPARE: GilCell<Option<Arguments>> = GilCell::new(None);
 
 /// Call `process(events, ops)` for what was fetched, then make the calls that are due and those
 /// that other threads have asked for. On the thread that turns the loop. Returns how many events
@@ -50,9 +50,9 @@ static SPARE: Attached<Option<Arguments>> = Attached::new(None);
 ///
 /// The first exception ends the delivery. What was fetched behind it is reported again by the next
 /// dispatch.
-pub(super) fn deliver(
+pub(crate) fn deliver(
     manager: &Bound<'_, PyEventManager>,
-    batch: &[Ready],
+    batch: &[QueuedEvent],
     fetched: usize,
 ) -> PyResult<usize> {
     let result = deliver_all(manager, batch, fetched);
@@ -64,7 +64,7 @@ pub(super) fn deliver(
 
 fn deliver_all(
     manager: &Bound<'_, PyEventManager>,
-    batch: &[Ready],
+    batch: &[QueuedEvent],
     fetched: usize,
 ) -> PyResult<usize> {
     let delivered = fetched.saturating_sub(deliver_events(manager, batch)?);
@@ -77,7 +77,7 @@ fn deliver_all(
 }
 
 /// Returns how many events had no receiver any more.
-fn deliver_events(manager: &Bound<'_, PyEventManager>, batch: &[Ready]) -> PyResult<usize> {
+fn deliver_events(manager: &Bound<'_, PyEventManager>, batch: &[QueuedEvent]) -> PyResult<usize> {
     let mut arguments = SPARE.with(manager.py(), Option::take);
     let result = deliver_each(manager, batch, &mut arguments);
     // Outside: a callback's own turn of a loop may have left others.
@@ -87,7 +87,7 @@ fn deliver_events(manager: &Bound<'_, PyEventManager>, batch: &[Ready]) -> PyRes
 
 fn deliver_each(
     manager: &Bound<'_, PyEventManager>,
-    batch: &[Ready],
+    batch: &[QueuedEvent],
     arguments: &mut Option<Arguments>,
 ) -> PyResult<usize> {
     let this = manager.get();
@@ -124,7 +124,7 @@ fn subscriber_name(subscriber: &Bound<'_, PyAny>) -> PyResult<String> {
 
 fn process(
     manager: &Bound<'_, PyEventManager>,
-    ready: &Ready,
+    ready: &QueuedEvent,
     receiver: &Receiver<'_>,
     spare: &mut Option<Arguments>,
     is_recorded: bool,
@@ -140,14 +140,14 @@ fn process(
     let called = is_recorded.then(Instant::now);
     let name = || subscriber_name(subscriber);
     let result = receiver.context.run(py, || {
-        let returned = manager.get().watch().timed(py, name, || {
+        let returned = manager.get().stats().timed(py, name, || {
             let _call = arguments.ops.get().begin(manager, ready.token);
             subscriber.call_method1(intern!(py, "process"), parts)
         });
         if let Some(called) = called {
             record_process(ready.events, called, name);
         }
-        take_returned(manager.get().turners(), &returned?, name)
+        take_returned(|py| manager.get().owners().awaiter(py), &returned?, name)
     });
     if !arguments.is_kept() {
         *spare = Some(arguments);

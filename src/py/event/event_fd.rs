@@ -10,12 +10,12 @@ use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EFD_SEMAPHORE, EventFd};
 
-use super::attached::Attached;
-use super::batch::Drain;
-use super::descriptor::os_error;
-use super::ending::import;
+use super::queue::Drain;
 use super::reader::Reader;
 use crate::poll::{is_blocking, read_count, take_count};
+use crate::py::descriptor::os_error;
+use crate::py::ending::import;
+use crate::py::gil_cell::GilCell;
 
 /// A counter that the kernel keeps behind a file descriptor: eventfd(2).
 ///
@@ -26,7 +26,7 @@ use crate::poll::{is_blocking, read_count, take_count};
 #[pyclass(frozen, weakref, name = "EventFd", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyEventFd {
-    fd: Attached<Option<Arc<EventFd>>>,
+    fd: GilCell<Option<Arc<EventFd>>>,
     /// Its calls return at once: the GIL is not worth letting go.
     nonblocking: bool,
     /// So much was written that a write may have to wait, where somebody has made the descriptor
@@ -37,7 +37,7 @@ pub struct PyEventFd {
 }
 
 /// Less than this at a time fills no counter within a century.
-const MUCH: u64 = 1 << 32;
+const LARGE_COUNT: u64 = 1 << 32;
 
 impl Drain for EventFd {
     fn take(&self) -> io::Result<u64> {
@@ -47,17 +47,17 @@ impl Drain for EventFd {
 
 impl PyEventFd {
     /// Over a nonblocking one of the crate's.
-    pub(super) fn over(fd: Arc<EventFd>) -> Self {
+    pub(crate) fn over(fd: Arc<EventFd>) -> Self {
         Self::of(fd, true, false)
     }
 
     fn of(fd: Arc<EventFd>, nonblocking: bool, may_be_full: bool) -> Self {
-        let (fd, may_be_full) = (Attached::new(Some(fd)), AtomicBool::new(may_be_full));
+        let (fd, may_be_full) = (GilCell::new(Some(fd)), AtomicBool::new(may_be_full));
         Self { fd, nonblocking, may_be_full, reader: Reader::default() }
     }
 
     /// The crate's eventfd.
-    pub(super) fn shared(&self, py: Python<'_>) -> PyResult<Arc<EventFd>> {
+    pub(crate) fn shared(&self, py: Python<'_>) -> PyResult<Arc<EventFd>> {
         self.open(py)
     }
 
@@ -65,7 +65,7 @@ impl PyEventFd {
         self.fd.with(py, |fd| fd.clone()).ok_or_else(closed)
     }
 
-    pub(super) fn as_drain(&self, py: Python<'_>) -> PyResult<Arc<dyn Drain>> {
+    pub(crate) fn as_drain(&self, py: Python<'_>) -> PyResult<Arc<dyn Drain>> {
         if !self.nonblocking {
             return Err(PyTypeError::new_err("only a nonblocking EventFd can be drained"));
         }
@@ -114,7 +114,7 @@ impl PyEventFd {
         if initial > 0 {
             fd.write(initial).map_err(|e| os_error(&e))?;
         }
-        Ok(Self::of(Arc::new(fd), nonblocking, initial >= MUCH))
+        Ok(Self::of(Arc::new(fd), nonblocking, initial >= LARGE_COUNT))
     }
 
     /// Take the count, or one in semaphore mode.
@@ -145,7 +145,7 @@ impl PyEventFd {
     ///     ValueError: it is closed.
     #[pyo3(signature = (value = 1))]
     fn write(&self, py: Python<'_>, value: u64) -> PyResult<()> {
-        if value >= MUCH {
+        if value >= LARGE_COUNT {
             // Relaxed, here and below: with the GIL held.
             self.may_be_full.store(true, Ordering::Relaxed);
         }

@@ -12,13 +12,13 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyDict;
 
-use super::batch::Drain;
-use super::descriptor::descriptor;
-use super::ending::guard_thread;
 use super::event_fd::PyEventFd;
-use super::event_manager::PyEventManager;
+use super::manager::PyEventManager;
+use super::queue::Drain;
 use super::subscribers::WatchedSource;
 use super::timer_fd::PyTimerFd;
+use crate::py::descriptor::descriptor;
+use crate::py::ending::guard_thread;
 
 /// Events of a file descriptor: what to watch it for, or what happened there.
 ///
@@ -49,7 +49,7 @@ const NOT_DRAINED: u64 = u64::MAX;
 
 impl PyEvents {
     /// What happened.
-    pub(super) fn happened(events: Events) -> Self {
+    pub(crate) fn happened(events: Events) -> Self {
         Self::new_with(events, None, None)
     }
 
@@ -65,7 +65,7 @@ impl PyEvents {
     }
 
     /// What happened next.
-    pub(super) fn happened_next(&self, events: Events, count: Option<u64>) {
+    pub(crate) fn happened_next(&self, events: Events, count: Option<u64>) {
         let event = events.epoll_event();
         // Relaxed, here and below: nobody else holds this object while it changes.
         self.event_set.store(event.events(), Ordering::Relaxed);
@@ -73,7 +73,7 @@ impl PyEvents {
         self.count.store(count.unwrap_or(NOT_DRAINED), Ordering::Relaxed);
     }
 
-    pub(super) fn events(&self) -> Events {
+    pub(crate) fn events(&self) -> Events {
         // The crate keeps the data above the fd, as it gives both to epoll.
         let packed = self.fd_and_data.load(Ordering::Relaxed);
         let [fd, data] =
@@ -155,8 +155,8 @@ impl PyEvents {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PySubscriberId {
     /// Tells the ids of different managers apart.
-    pub(super) manager: u64,
-    pub(super) token: u64,
+    pub(crate) manager: u64,
+    pub(crate) token: u64,
 }
 
 #[pymethods]
@@ -184,7 +184,7 @@ pub struct PyEventOps {
 }
 
 /// A call that an `EventOps` is passed to. The `EventOps` is usable while this lives.
-pub(super) struct OpsCall<'a>(&'a PyEventOps);
+pub(crate) struct OpsCall<'a>(&'a PyEventOps);
 
 impl Drop for OpsCall<'_> {
     fn drop(&mut self) {
@@ -200,17 +200,17 @@ struct Target {
 }
 
 impl PyEventOps {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { manager: AtomicPtr::default(), token: AtomicU64::default(), own: None }
     }
 
     /// One that belongs to no call.
-    pub(super) fn lasting(manager: Py<PyEventManager>, token: u64) -> Self {
+    pub(crate) fn lasting(manager: Py<PyEventManager>, token: u64) -> Self {
         Self { manager: AtomicPtr::default(), token: AtomicU64::new(token), own: Some(manager) }
     }
 
     /// The call it is passed to begins.
-    pub(super) fn begin<'a>(
+    pub(crate) fn begin<'a>(
         &'a self,
         manager: &'a Bound<'_, PyEventManager>,
         token: u64,
@@ -244,12 +244,12 @@ impl PyEventOps {
 
 #[pymethods]
 impl PyEventOps {
-    /// Watch a file descriptor.
+    /// LoopStats a file descriptor.
     ///
     /// Raises:
     ///     EventError: it is registered already, closed, or a regular file, which epoll does not
     ///     watch.
-    pub(super) fn add(&self, py: Python<'_>, events: &Bound<'_, PyAny>) -> PyResult<()> {
+    pub(crate) fn add(&self, py: Python<'_>, events: &Bound<'_, PyAny>) -> PyResult<()> {
         let Target { manager, token, id } = self.target(py)?;
         let (manager, events) = (manager.get(), as_events(events)?);
         py.detach(|| manager.core().add(id, events.events()))?;
@@ -258,7 +258,7 @@ impl PyEventOps {
         Ok(())
     }
 
-    /// Watch a file descriptor of this subscriber for other events, or re-arm a one-shot.
+    /// LoopStats a file descriptor of this subscriber for other events, or re-arm a one-shot.
     ///
     /// Raises:
     ///     EventError: it is not this subscriber's.
@@ -276,7 +276,7 @@ impl PyEventOps {
     ///
     /// Raises:
     ///     EventError: it is not this subscriber's.
-    pub(super) fn remove(&self, py: Python<'_>, source: &Bound<'_, PyAny>) -> PyResult<()> {
+    pub(crate) fn remove(&self, py: Python<'_>, source: &Bound<'_, PyAny>) -> PyResult<()> {
         let Target { manager, token, id } = self.target(py)?;
         let manager = manager.get();
         let fd = match source.cast::<PyEvents>() {

@@ -11,17 +11,17 @@ use event_manager::EventSet;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 
-use super::batch::{Fetched, Ready};
-use super::ending;
-use super::exit::timeout as as_timeout;
-use super::lead::Lead;
 use super::loop_call::Call;
+use super::owners::LoopOwners;
+use super::queue::{EventQueue, QueuedEvent};
+use super::stats::LoopStats;
 use super::subscribers::{Receiver, Subscribers};
 use super::timers::Timers;
-use super::turning::Turners;
-use super::watch::Watch;
+use super::turn_lock::TurnLock;
 use crate::error::Result;
 use crate::event::{Calls, EventManager};
+use crate::py::ending;
+use crate::py::exit::timeout as as_timeout;
 use crate::sync::{Mutex, rank};
 
 /// Subscribers, and the loop that dispatches events to them by file descriptor.
@@ -33,53 +33,53 @@ use crate::sync::{Mutex, rank};
 pub struct PyEventManager {
     core: Arc<EventManager>,
     /// What the last dispatch fetched for Python.
-    fetched: Arc<Fetched>,
+    event_queue: Arc<EventQueue>,
     /// Room for the events of the next delivery.
-    batch: Mutex<Vec<Ready>, rank::Delivery>,
+    batch: Mutex<Vec<QueuedEvent>, rank::Delivery>,
     subscribers: Subscribers,
     next_token: AtomicU64,
     /// Tells this manager's ids from another's.
     number: u64,
-    turners: Turners,
-    lead: Lead,
+    owners: LoopOwners,
+    turn_lock: TurnLock,
     /// What other threads ask of the one that turns the loop.
     calls: Calls<Call>,
-    watch: Watch,
+    stats: LoopStats,
     timers: Timers,
 }
 
 impl PyEventManager {
-    pub(super) fn over(core: Arc<EventManager>) -> Self {
+    pub(crate) fn over(core: Arc<EventManager>) -> Self {
         static NUMBERS: AtomicU64 = AtomicU64::new(0);
         Self {
             core,
-            fetched: Arc::default(),
+            event_queue: Arc::default(),
             batch: Mutex::default(),
             subscribers: Subscribers::default(),
             next_token: AtomicU64::new(0),
             // Relaxed, here and below: all that matters is that no number is given twice.
             number: NUMBERS.fetch_add(1, Ordering::Relaxed),
-            turners: Turners::default(),
-            lead: Lead::default(),
+            owners: LoopOwners::default(),
+            turn_lock: TurnLock::default(),
             calls: Calls::default(),
-            watch: Watch::default(),
+            stats: LoopStats::default(),
             timers: Timers::default(),
         }
     }
 
-    pub(super) fn shared_core(&self) -> Arc<EventManager> {
+    pub(crate) fn shared_core(&self) -> Arc<EventManager> {
         Arc::clone(&self.core)
     }
 
-    pub(super) fn subscribers(&self) -> &Subscribers {
+    pub(crate) fn subscribers(&self) -> &Subscribers {
         &self.subscribers
     }
 
     /// The subscriber an event is for, if it still wants it.
-    pub(super) fn receiver<'py>(
+    pub(crate) fn receiver<'py>(
         &self,
         py: Python<'py>,
-        ready: &Ready,
+        ready: &QueuedEvent,
     ) -> PyResult<Option<Receiver<'py>>> {
         let hang_up = EventSet::HANG_UP | EventSet::ERROR;
         if ready.events.event_set().intersects(hang_up) && self.drop_closed(py, ready)? {
@@ -89,7 +89,7 @@ impl PyEventManager {
     }
 
     /// Drop a registration whose number was closed. Says whether it was one.
-    fn drop_closed(&self, py: Python<'_>, ready: &Ready) -> PyResult<bool> {
+    fn drop_closed(&self, py: Python<'_>, ready: &QueuedEvent) -> PyResult<bool> {
         let fd = ready.events.fd();
         let Some(id) = self.subscribers.id_of(py, ready.token) else {
             return Ok(false);
@@ -105,49 +105,49 @@ impl PyEventManager {
     ///
     /// # Errors
     /// [`ErrorKind::State`](crate::error::ErrorKind::State) in a forked child, and where the interpreter ends.
-    pub(super) fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         self.core.check_process()?;
         ending::check()
     }
 
-    pub(super) fn core(&self) -> &EventManager {
+    pub(crate) fn core(&self) -> &EventManager {
         &self.core
     }
 
-    pub(super) fn lead(&self) -> &Lead {
-        &self.lead
+    pub(crate) fn turn_lock(&self) -> &TurnLock {
+        &self.turn_lock
     }
 
-    pub(super) fn turners(&self) -> &Turners {
-        &self.turners
+    pub(crate) fn owners(&self) -> &LoopOwners {
+        &self.owners
     }
 
     /// What its turns have counted is forgotten.
-    pub(super) fn forget_counts(&self) {
-        self.watch.forget();
+    pub(crate) fn forget_counts(&self) {
+        self.stats.forget();
     }
 
     /// Have a call made by the thread that turns the loop.
-    pub(super) fn queue(&self, call: Call) -> PyResult<()> {
+    pub(crate) fn queue(&self, call: Call) -> PyResult<()> {
         self.check()?;
         self.calls.push(call);
         Ok(self.core.kick()?)
     }
 
-    pub(super) fn watch(&self) -> &Watch {
-        &self.watch
+    pub(crate) fn stats(&self) -> &LoopStats {
+        &self.stats
     }
 
-    pub(super) fn timers(&self) -> &Timers {
+    pub(crate) fn timers(&self) -> &Timers {
         &self.timers
     }
 
-    pub(super) fn calls(&self) -> &Calls<Call> {
+    pub(crate) fn calls(&self) -> &Calls<Call> {
         &self.calls
     }
 
     /// Calls that were not made have the next dispatch look at them.
-    pub(super) fn keep_calls(&self) -> PyResult<()> {
+    pub(crate) fn keep_calls(&self) -> PyResult<()> {
         if self.calls.keep() {
             self.core.kick()?;
         }
@@ -155,7 +155,7 @@ impl PyEventManager {
     }
 
     /// With the room that the last delivery has left.
-    pub(super) fn with_batch<T>(&self, f: impl FnOnce(&mut Vec<Ready>) -> T) -> T {
+    pub(crate) fn with_batch<T>(&self, f: impl FnOnce(&mut Vec<QueuedEvent>) -> T) -> T {
         let mut batch = std::mem::take(&mut *self.batch.lock());
         let result = f(&mut batch);
         // In a child that a callback has forked, the lock is its parent's.
@@ -166,22 +166,22 @@ impl PyEventManager {
     }
 
     /// Where a dispatch puts what is for Python.
-    pub(super) fn fetched(&self) -> &Arc<Fetched> {
-        &self.fetched
+    pub(crate) fn event_queue(&self) -> &Arc<EventQueue> {
+        &self.event_queue
     }
 
     /// Tells this manager's ids from another's.
-    pub(super) fn number(&self) -> u64 {
+    pub(crate) fn number(&self) -> u64 {
         self.number
     }
 
     /// A token that no other subscriber gets.
-    pub(super) fn new_token(&self) -> u64 {
+    pub(crate) fn new_token(&self) -> u64 {
         self.next_token.fetch_add(1, Ordering::Relaxed)
     }
 
     /// Have an event that was not delivered reported again.
-    pub(super) fn rearm(&self, py: Python<'_>, ready: &Ready) {
+    pub(crate) fn rearm(&self, py: Python<'_>, ready: &QueuedEvent) {
         if let Some(id) = self.subscribers.id_of(py, ready.token) {
             self.core.rearm(id, ready.events.fd());
         }
@@ -220,13 +220,13 @@ impl PyEventManager {
     #[getter(slow_callback_duration)]
     fn threshold(&self) -> PyResult<Option<f64>> {
         self.check()?;
-        Ok(self.watch().slow_callback().map(|threshold| threshold.as_secs_f64()))
+        Ok(self.stats().slow_callback().map(|threshold| threshold.as_secs_f64()))
     }
 
     #[setter(slow_callback_duration)]
     fn set_threshold(&self, seconds: Option<f64>) -> PyResult<()> {
         self.check()?;
-        self.watch().set_slow_callback(as_timeout(seconds)?);
+        self.stats().set_slow_callback(as_timeout(seconds)?);
         Ok(())
     }
 
@@ -236,7 +236,7 @@ impl PyEventManager {
     #[getter]
     fn slowest_callback(&self) -> PyResult<Option<(String, f64)>> {
         self.check()?;
-        let (took, name) = self.watch().slowest();
+        let (took, name) = self.stats().slowest();
         Ok((!name.is_empty()).then_some((name, took.as_secs_f64())))
     }
 
@@ -244,19 +244,19 @@ impl PyEventManager {
     #[getter]
     fn turns(&self) -> PyResult<u64> {
         self.check()?;
-        Ok(self.watch().turns())
+        Ok(self.stats().turns())
     }
 
     /// How many events it has dispatched.
     #[getter]
     fn dispatched(&self) -> PyResult<u64> {
         self.check()?;
-        Ok(self.watch().dispatched())
+        Ok(self.stats().dispatched())
     }
 
     fn _note_callback(&self, py: Python<'_>, name: &str, seconds: f64) -> PyResult<()> {
         let took = Duration::try_from_secs_f64(seconds).unwrap_or_default();
-        self.watch.note(py, || Ok(name.to_owned()), took)
+        self.stats.note(py, || Ok(name.to_owned()), took)
     }
 
     fn _take_stop(&self) -> bool {
@@ -284,7 +284,7 @@ impl PyEventManager {
         if self.core.check_process().is_err() {
             return Ok(());
         }
-        self.turners.traverse(&visit)?;
+        self.owners.traverse(&visit)?;
         self.timers.traverse(&visit)?;
         self.calls.try_for_each(|call| call.traverse(&visit))
     }
@@ -295,7 +295,7 @@ impl PyEventManager {
             return;
         }
         let calls = self.calls.take_all();
-        let awaiters = self.turners.take_awaiters();
+        let awaiters = self.owners.take_awaiters();
         // Outside the locks: it may run Python code.
         drop((subscribers, calls, awaiters, self.timers.take_all(py)));
     }

@@ -2,8 +2,8 @@
 
 use pyo3::prelude::*;
 
-use super::ending::import;
-use super::event_manager::PyEventManager;
+use super::manager::PyEventManager;
+use crate::py::ending::import;
 
 #[pymethods]
 impl PyEventManager {
@@ -24,10 +24,10 @@ impl PyEventManager {
 
     fn _begin_hosting(&self, awaiter: Py<PyAny>) -> PyResult<()> {
         self.core().check_process()?;
-        self.turners().host(awaiter)
+        self.owners().host(awaiter)
     }
 
     fn _end_hosting(&self) {
-        self.turners().end_hosting();
+        self.owners().end_hosting();
     }
 }

@@ -10,22 +10,22 @@ use event_manager::SubscriberId;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 
-use super::attached::Attached;
-use super::batch::{Drain, Ready, TokenHasher};
 use super::context::Context;
-use super::descriptor::os_error;
+use super::queue::{Drain, QueuedEvent, TokenHasher};
 use crate::error::{Error, ErrorKind};
 use crate::event::EventManager;
+use crate::py::descriptor::os_error;
+use crate::py::gil_cell::GilCell;
 
 type ByNumber<K, V> = HashMap<K, V, BuildHasherDefault<TokenHasher>>;
 
 /// See the module. No Python code runs while it is looked at.
 #[derive(Debug, Default)]
-pub(super) struct Subscribers(Attached<ByNumber<u64, Subscriber>>);
+pub(crate) struct Subscribers(GilCell<ByNumber<u64, Subscriber>>);
 
 #[derive(Debug)]
-pub(super) struct Subscriber {
-    pub(super) id: SubscriberId,
+pub(crate) struct Subscriber {
+    pub(crate) id: SubscriberId,
     object: Py<PyAny>,
     /// That in which it was added.
     context: Context,
@@ -35,23 +35,23 @@ pub(super) struct Subscriber {
 }
 
 impl Subscriber {
-    pub(super) fn into_object(self) -> Py<PyAny> {
+    pub(crate) fn into_object(self) -> Py<PyAny> {
         self.object
     }
 }
 
 /// The subscriber an event is for, and what its source was drained of.
-pub(super) struct Receiver<'py> {
-    pub(super) object: Bound<'py, PyAny>,
-    pub(super) context: Context,
-    pub(super) count: Option<u64>,
+pub(crate) struct Receiver<'py> {
+    pub(crate) object: Bound<'py, PyAny>,
+    pub(crate) context: Context,
+    pub(crate) count: Option<u64>,
 }
 
 /// What is kept of a source while it is registered.
 #[derive(Debug)]
-pub(super) struct WatchedSource {
-    pub(super) object: Option<Py<PyAny>>,
-    pub(super) drain: Option<Arc<dyn Drain>>,
+pub(crate) struct WatchedSource {
+    pub(crate) object: Option<Py<PyAny>>,
+    pub(crate) drain: Option<Arc<dyn Drain>>,
 }
 
 fn unknown_id(at: &str) -> PyErr {
@@ -95,7 +95,7 @@ impl Subscriber {
 }
 
 impl Subscribers {
-    pub(super) fn insert(
+    pub(crate) fn insert(
         &self,
         py: Python<'_>,
         token: u64,
@@ -107,36 +107,36 @@ impl Subscribers {
         self.0.with(py, |subscribers| subscribers.insert(token, subscriber));
     }
 
-    pub(super) fn remove(&self, py: Python<'_>, token: u64) -> PyResult<Subscriber> {
+    pub(crate) fn remove(&self, py: Python<'_>, token: u64) -> PyResult<Subscriber> {
         let subscriber = self.0.with(py, |subscribers| subscribers.remove(&token));
         subscriber.ok_or_else(|| unknown_id("EventManager.remove_subscriber"))
     }
 
-    pub(super) fn len(&self, py: Python<'_>) -> usize {
+    pub(crate) fn len(&self, py: Python<'_>) -> usize {
         self.0.with(py, |subscribers| subscribers.len())
     }
 
     /// All of them, to be dropped where Python code may run.
-    pub(super) fn take_all(&self, py: Python<'_>) -> impl Sized + use<> {
+    pub(crate) fn take_all(&self, py: Python<'_>) -> impl Sized + use<> {
         self.0.with(py, std::mem::take)
     }
 
     /// The crate's id of a subscriber.
-    pub(super) fn id_of(&self, py: Python<'_>, token: u64) -> Option<SubscriberId> {
+    pub(crate) fn id_of(&self, py: Python<'_>, token: u64) -> Option<SubscriberId> {
         self.0.with(py, |subscribers| subscribers.get(&token).map(|subscriber| subscriber.id))
     }
 
     /// The crate's id of the subscriber that uses an `EventOps`.
-    pub(super) fn known_id(&self, py: Python<'_>, token: u64) -> PyResult<SubscriberId> {
+    pub(crate) fn known_id(&self, py: Python<'_>, token: u64) -> PyResult<SubscriberId> {
         self.id_of(py, token).ok_or_else(|| unknown_id("EventOps"))
     }
 
     /// The subscriber an event is for, if it is still there, still watches the event's fd, and that
     /// is still ready where it is to be drained.
-    pub(super) fn receiver<'py>(
+    pub(crate) fn receiver<'py>(
         &self,
         py: Python<'py>,
-        ready: &Ready,
+        ready: &QueuedEvent,
         core: &EventManager,
     ) -> PyResult<Option<Receiver<'py>>> {
         self.0.with(py, |subscribers| {
@@ -159,7 +159,7 @@ impl Subscribers {
         })
     }
 
-    pub(super) fn keep_source(&self, py: Python<'_>, token: u64, fd: RawFd, source: WatchedSource) {
+    pub(crate) fn keep_source(&self, py: Python<'_>, token: u64, fd: RawFd, source: WatchedSource) {
         let former = self.0.with(py, |subscribers| match subscribers.get_mut(&token) {
             Some(subscriber) => subscriber.keep(fd, source),
             None => Some(source),
@@ -168,13 +168,13 @@ impl Subscribers {
         drop(former);
     }
 
-    pub(super) fn forget_source(&self, py: Python<'_>, token: u64, fd: RawFd) {
+    pub(crate) fn forget_source(&self, py: Python<'_>, token: u64, fd: RawFd) {
         let former = self.0.with(py, |subscribers| subscribers.get_mut(&token)?.forget(fd));
         drop(former);
     }
 
     /// For `__traverse__`.
-    pub(super) fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
+    pub(crate) fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
         // SAFETY: the collector holds the GIL.
         let visited = unsafe {
             self.0.peek(|subscribers| {

@@ -10,11 +10,11 @@ use pyo3::exceptions::{PyKeyboardInterrupt, PySystemExit, PyTimeoutError};
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 
-use super::event_manager::PyEventManager;
-use super::exit::timeout as as_timeout;
 use super::loop_call::{Call, Reply, check_callable};
-use super::recorded::{name_of, recorded};
-use super::returned::take_returned;
+use super::manager::PyEventManager;
+use crate::py::exit::timeout as as_timeout;
+use crate::py::recorded::{name_of, recorded};
+use crate::py::returned::take_returned;
 
 /// Whether an exception is the whole program's to hear, and not only that of whoever asked for the
 /// call: Ctrl-C, for one, comes in whatever the main thread does.
@@ -27,16 +27,16 @@ fn make(call: &Call, manager: &Bound<'_, PyEventManager>) -> PyResult<Py<PyAny>>
     let name = || name_of(call.function.bind(py));
     call.context.run(py, || {
         let made = || recorded(name, || call.function.call1(py, (manager,)));
-        let value = this.watch().timed(py, name, made)?;
+        let value = this.stats().timed(py, name, made)?;
         if call.reply.is_none() {
-            take_returned(this.turners(), value.bind(py), name)?;
+            take_returned(|py| this.owners().awaiter(py), value.bind(py), name)?;
         }
         Ok(value)
     })
 }
 
 /// Make the calls that other threads have asked for: those that were there when it began.
-pub(super) fn make_calls(manager: &Bound<'_, PyEventManager>) -> PyResult<()> {
+pub(crate) fn make_calls(manager: &Bound<'_, PyEventManager>) -> PyResult<()> {
     let (this, py) = (manager.get(), manager.py());
     let mut replies = Vec::new();
     let mut made = Ok(());
@@ -107,7 +107,7 @@ impl PyRemoteEndpoint {
         check_callable(function)?;
         let manager = self.0.get();
         manager.check()?;
-        if manager.turners().has_this_thread() {
+        if manager.owners().has_this_thread() {
             return function.call1((&self.0,)).map(Bound::unbind);
         }
         let deadline = as_timeout(timeout)?.and_then(|limit| Instant::now().checked_add(limit));

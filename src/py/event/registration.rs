@@ -8,14 +8,14 @@ use pyo3::exceptions::PyTypeError;
 use pyo3::intern;
 use pyo3::prelude::*;
 
-use super::batch::Collector;
 use super::context::Context;
-use super::ending::import;
-use super::event_manager::PyEventManager;
 use super::events::{PyEventOps, PySubscriberId};
 use super::exit_handler::as_native_subscriber;
-use super::returned::refuse_awaitable;
+use super::manager::PyEventManager;
+use super::queue::QueueingSubscriber;
 use crate::error::{Error, ErrorKind};
+use crate::py::ending::import;
+use crate::py::returned::refuse_awaitable;
 
 /// Call a new subscriber's `init(ops)`. On the thread that adds it.
 fn init(
@@ -44,10 +44,10 @@ impl PyEventManager {
                 )));
             }
         }
-        let collector = Collector {
+        let collector = QueueingSubscriber {
             token,
             removals: this.core().removal_counter(),
-            fetched: Arc::clone(this.fetched()),
+            queue: Arc::clone(this.event_queue()),
         };
         let (kept, context) = (object.clone().unbind(), Context::copy_current(slf.py())?);
         let id = slf.py().detach(|| this.core().add_unrecorded(Box::new(collector)));
@@ -81,7 +81,7 @@ impl PyEventManager {
     /// Raises:
     ///     TypeError: a method is missing.
     ///     Exception: what `init` raised; the subscriber is not registered then.
-    pub(super) fn add_subscriber(
+    pub(crate) fn add_subscriber(
         slf: &Bound<'_, Self>,
         subscriber: &Bound<'_, PyAny>,
     ) -> PyResult<PySubscriberId> {
@@ -104,7 +104,7 @@ impl PyEventManager {
     ///
     /// Raises:
     ///     EventError: this manager has no such subscriber, or no longer.
-    pub(super) fn remove_subscriber(
+    pub(crate) fn remove_subscriber(
         &self,
         py: Python<'_>,
         id: &PySubscriberId,

@@ -12,15 +12,15 @@ use event_manager::{EventOps, Events, MutEventSubscriber};
 
 /// An event fetched for a Python subscriber and not yet delivered.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Ready {
-    pub(super) token: u64,
-    pub(super) events: Events,
+pub(crate) struct QueuedEvent {
+    pub(crate) token: u64,
+    pub(crate) events: Events,
     /// The manager's count of removals before the event was fetched.
-    pub(super) removals: u64,
+    pub(crate) removals: u64,
 }
 
 /// A source whose count is taken for its subscriber, just before that is called.
-pub(super) trait Drain: Send + Sync + std::fmt::Debug {
+pub(crate) trait Drain: Send + Sync + std::fmt::Debug {
     /// The count since the last time. Does not wait.
     fn take(&self) -> io::Result<u64>;
 }
@@ -28,16 +28,16 @@ pub(super) trait Drain: Send + Sync + std::fmt::Debug {
 /// The events that dispatches have fetched for Python. The crate manager's lock, under which its
 /// subscribers are called, guards them: another one would have to be taken for each event.
 #[derive(Debug, Default)]
-pub(super) struct Fetched(UnsafeCell<Vec<Ready>>);
+pub(crate) struct EventQueue(UnsafeCell<Vec<QueuedEvent>>);
 
 // SAFETY: the callers of both methods hold the same lock, so no two threads are at the vector at
 // once.
-unsafe impl Sync for Fetched {}
+unsafe impl Sync for EventQueue {}
 
-impl Fetched {
+impl EventQueue {
     /// # Safety
     /// The caller holds the lock of the manager whose events these are.
-    unsafe fn push(&self, ready: Ready) {
+    unsafe fn push(&self, ready: QueuedEvent) {
         // SAFETY: by the lock nobody else has a reference to the vector.
         unsafe { &mut *self.0.get() }.push(ready);
     }
@@ -46,26 +46,26 @@ impl Fetched {
     ///
     /// # Safety
     /// As for `push`.
-    pub(super) unsafe fn swap(&self, empty: &mut Vec<Ready>) {
+    pub(crate) unsafe fn swap(&self, empty: &mut Vec<QueuedEvent>) {
         // SAFETY: as in `push`.
         std::mem::swap(unsafe { &mut *self.0.get() }, empty);
     }
 }
 
 /// Stands for a Python object in the crate's manager.
-pub(super) struct Collector {
-    pub(super) token: u64,
-    pub(super) removals: Arc<AtomicU64>,
-    pub(super) fetched: Arc<Fetched>,
+pub(crate) struct QueueingSubscriber {
+    pub(crate) token: u64,
+    pub(crate) removals: Arc<AtomicU64>,
+    pub(crate) queue: Arc<EventQueue>,
 }
 
-impl MutEventSubscriber for Collector {
+impl MutEventSubscriber for QueueingSubscriber {
     fn process(&mut self, events: Events, _ops: &mut EventOps) {
         // Acquire: pairs with the release of who has taken a registration back.
         let removals = self.removals.load(Ordering::Acquire);
-        let ready = Ready { token: self.token, events, removals };
+        let ready = QueuedEvent { token: self.token, events, removals };
         // SAFETY: the crate's manager alone calls this, and is reached under its lock only.
-        unsafe { self.fetched.push(ready) };
+        unsafe { self.queue.push(ready) };
     }
 
     fn init(&mut self, _ops: &mut EventOps) {}
@@ -73,7 +73,7 @@ impl MutEventSubscriber for Collector {
 
 /// Tokens are counted up: each is its own hash.
 #[derive(Debug, Default)]
-pub(super) struct TokenHasher(u64);
+pub(crate) struct TokenHasher(u64);
 
 impl Hasher for TokenHasher {
     fn finish(&self) -> u64 {

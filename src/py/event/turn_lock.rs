@@ -5,28 +5,28 @@
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::process::Birthplace;
+use crate::process::ProcessTag;
 use crate::sync::{Condvar, Mutex, rank};
 
 /// How long a thread waits for another's turn at most: then it looks at signals.
-const SLICE: Duration = Duration::from_millis(50);
+const MAX_WAIT: Duration = Duration::from_millis(50);
 
 /// Which thread makes a turn.
 #[derive(Debug, Default)]
-pub(super) struct Lead {
+pub(crate) struct TurnLock {
     /// The leader's number, 0 without one.
     leader: AtomicU64,
     waiting: AtomicUsize,
-    lock: Mutex<(), rank::Lead>,
+    lock: Mutex<(), rank::TurnLock>,
     changed: Condvar,
 }
 
 /// A turn in progress.
-pub(super) struct Leading<'a> {
-    lead: &'a Lead,
+pub(crate) struct TurnGuard<'a> {
+    turn_lock: &'a TurnLock,
     /// Begun in a callback of another turn of this thread's, which stays the leader.
     is_inner: bool,
-    birthplace: Birthplace,
+    process_tag: ProcessTag,
 }
 
 /// A number of this thread's own: the address of something that it alone has.
@@ -37,16 +37,16 @@ fn this_thread() -> u64 {
     MARK.with(|mark| std::ptr::from_ref(mark) as u64)
 }
 
-impl Lead {
+impl TurnLock {
     /// Begin a turn, unless another thread makes one.
-    pub(super) fn begin(&self) -> Option<Leading<'_>> {
-        let (this, birthplace) = (this_thread(), Birthplace::here());
+    pub(crate) fn begin(&self) -> Option<TurnGuard<'_>> {
+        let (this, process_tag) = (this_thread(), ProcessTag::current());
         // Acquire: what the last leader has done is seen. SeqCst besides, for one order with
         // `waiting`.
         match self.leader.compare_exchange(0, this, Ordering::SeqCst, Ordering::SeqCst) {
-            Ok(_) => Some(Leading { lead: self, is_inner: false, birthplace }),
+            Ok(_) => Some(TurnGuard { turn_lock: self, is_inner: false, process_tag }),
             Err(leader) if leader == this => {
-                Some(Leading { lead: self, is_inner: true, birthplace })
+                Some(TurnGuard { turn_lock: self, is_inner: true, process_tag })
             }
             Err(_) => None,
         }
@@ -54,8 +54,8 @@ impl Lead {
 
     /// Wait until the turn in progress has been made, or this time at most. Without the GIL: the
     /// turn may need it.
-    pub(super) fn wait(&self, deadline: Option<Instant>) {
-        let slice = Instant::now() + SLICE;
+    pub(crate) fn wait(&self, deadline: Option<Instant>) {
+        let slice = Instant::now() + MAX_WAIT;
         let until = deadline.map_or(slice, |deadline| deadline.min(slice));
         let mut lock = self.lock.lock();
         // SeqCst, here and at the end of a turn: either that one sees somebody waiting, or the
@@ -68,17 +68,17 @@ impl Lead {
     }
 }
 
-impl Drop for Leading<'_> {
+impl Drop for TurnGuard<'_> {
     fn drop(&mut self) {
         // In a child that a callback has forked, those who wait are its parent's.
-        if self.is_inner || self.birthplace.is_foreign() {
+        if self.is_inner || self.process_tag.is_forked_child() {
             return;
         }
-        self.lead.leader.store(0, Ordering::SeqCst);
-        if self.lead.waiting.load(Ordering::SeqCst) > 0 {
+        self.turn_lock.leader.store(0, Ordering::SeqCst);
+        if self.turn_lock.waiting.load(Ordering::SeqCst) > 0 {
             // Taken, so that who has seen a leader is waiting by now.
-            drop(self.lead.lock.lock());
-            self.lead.changed.notify_all();
+            drop(self.turn_lock.lock.lock());
+            self.turn_lock.changed.notify_all();
         }
     }
 }

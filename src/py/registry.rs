@@ -5,13 +5,13 @@ use std::time::{Duration, Instant};
 
 use pyo3::prelude::*;
 
-use super::attached::Attached;
+use super::gil_cell::GilCell;
 use super::interrupt::Background;
-use crate::process::Birthplace;
+use crate::process::ProcessTag;
 use crate::vcpu::left;
 
 /// How long the end of the interpreter waits for callbacks that are in progress.
-const PATIENCE: Duration = Duration::from_secs(1);
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Something that can be stopped and closed from any thread, any number of times.
 pub(super) trait Close: Send + Sync {
@@ -22,15 +22,15 @@ pub(super) trait Close: Send + Sync {
 }
 
 /// The machines of this process, and whose copies a forked child finds here.
-static LIVE: Attached<Vec<(Birthplace, Weak<dyn Close>)>> = Attached::new(Vec::new());
+static LIVE: GilCell<Vec<(ProcessTag, Weak<dyn Close>)>> = GilCell::new(Vec::new());
 
 /// Remember a machine for as long as it lives.
-pub(super) fn remember(py: Python<'_>, machine: Weak<dyn Close>) {
+pub(super) fn register(py: Python<'_>, machine: Weak<dyn Close>) {
     LIVE.with(py, |live| {
         if live.len() == live.capacity() {
             live.retain(|(_, known)| known.strong_count() > 0);
         }
-        live.push((Birthplace::here(), machine));
+        live.push((ProcessTag::current(), machine));
     });
 }
 
@@ -41,13 +41,13 @@ pub(super) fn remember(py: Python<'_>, machine: Weak<dyn Close>) {
 #[pyfunction]
 pub(crate) fn close_all(py: Python<'_>) -> PyResult<()> {
     let live = LIVE.with(py, std::mem::take);
-    let own = live.iter().filter(|(birthplace, _)| !birthplace.is_foreign());
+    let own = live.iter().filter(|(process_tag, _)| !process_tag.is_forked_child());
     let machines: Vec<Arc<dyn Close>> = own.filter_map(|(_, machine)| machine.upgrade()).collect();
     if machines.is_empty() && left::is_empty() {
         return Ok(());
     }
     machines.iter().for_each(|machine| machine.stop());
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + CLOSE_TIMEOUT;
     let close = move || {
         machines.iter().for_each(|machine| machine.close());
         drop(machines);
