@@ -1,6 +1,6 @@
-//! What other threads ask of the one that turns a loop: calls to make, and to stop. Whoever asks
-//! leaves word here, then kicks the loop; a turn looks here after its dispatch has taken the kick.
-//! So a word that a turn misses has its kick still to come.
+//! Requests of other threads to the thread that runs a loop: calls to make, and to stop. A request
+//! is queued here before the wake-up; each iteration checks the queue after its dispatch has
+//! consumed the wake-up. So if an iteration misses a request, its wake-up is still to come.
 
 use std::collections::VecDeque;
 
@@ -56,7 +56,8 @@ impl<T> Calls<T> {
     /// Have a call made. The caller kicks the loop then.
     pub fn push(&self, call: T) {
         self.lock().push_back(call);
-        // Release: pairs with the acquire in `waiting`, so that who sees the flag finds the call.
+        // Release: pairs with the acquire in `waiting`, so that a thread that sees the flag finds
+        // the call.
         self.has_calls.store(true, Ordering::Release);
     }
 
@@ -88,7 +89,7 @@ impl<T> Calls<T> {
 
     /// Have the loop stop. The caller kicks it then.
     pub fn stop(&self) {
-        // Release: what was done before is seen by who stops.
+        // Release: the loop's thread sees what was done before the request.
         self.stopping.store(true, Ordering::Release);
     }
 

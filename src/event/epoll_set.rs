@@ -92,7 +92,7 @@ impl EpollSet {
         Ok(is_ready)
     }
 
-    /// Wake whoever waits on this set. It is no event of a user's.
+    /// Wake the thread that waits on this set. Not counted as an event.
     pub(super) fn wake(&self) -> Result<()> {
         match self.wake.write(1) {
             Err(e) if e.kind() != io::ErrorKind::WouldBlock => Err(os("eventfd", &e)),
@@ -136,7 +136,7 @@ impl EpollSet {
     ///
     /// Epoll knows a registration by file and number. When the number was closed but the file lives
     /// on through a duplicate, no call can name it: the set is rebuilt without it and put in the
-    /// old one's place, at the same number, so that the manager goes on with it unaware.
+    /// old one's place, at the same number, so that the manager does not notice.
     pub(super) fn drop_stale(&self, fds: &[RawFd]) -> Result<()> {
         if !fds.iter().any(|fd| may_watch(self.number, *fd)) {
             return Ok(());

@@ -1,7 +1,7 @@
-//! `EventManager`: the real `event_manager::EventManager` behind a lock, so that any thread may
-//! change its subscribers (`registering.rs`) while another waits (`run.rs`). The wait happens outside the lock, on the manager's
-//! own epoll set; only the dispatch of what is ready takes it. Subscribers run on the thread that
-//! turns the loop.
+//! `EventManager`: the real `event_manager::EventManager` behind a lock, so that any thread can
+//! change its subscribers (`registering.rs`) while another waits (`run.rs`). The wait happens
+//! outside the lock, on the manager's own epoll set; only the dispatch of what is ready takes it.
+//! Subscribers run on the thread that runs the loop.
 
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -65,7 +65,7 @@ impl EventManager {
         self.waits.share(|| self.kick())
     }
 
-    /// End the wait of whoever is in `run_with_timeout`, or the next one. From any thread.
+    /// End the wait of the thread in `run_with_timeout`, or the next wait. From any thread.
     ///
     /// # Errors
     /// When the wake-up cannot be written.

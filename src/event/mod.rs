@@ -1,4 +1,6 @@
-//! The event loop: the wrapped `event_manager::EventManager`, its epoll set, and timers.
+//! The event loop without Python: the wrapped `event_manager::EventManager`, its epoll set, timers,
+//! and the requests of other threads to the loop's. `src/py/event/` is its Python binding. The loop
+//! runs on its caller's thread; registrations and requests come from any thread.
 
 mod calls;
 mod epoll_set;

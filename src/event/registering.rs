@@ -1,4 +1,4 @@
-//! Subscribers of an `EventManager` and what they watch: added, changed and removed from any thread.
+//! Adds, changes and removes subscribers of an `EventManager` and what they watch. From any thread.
 
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -77,7 +77,7 @@ impl EventManager {
     /// Change what is watched of an fd that the subscriber has added.
     ///
     /// # Errors
-    /// When the id is unknown, the fd is another subscriber's or nobody's, or epoll refuses the
+    /// When the id is unknown, the fd is not registered by this subscriber, or epoll refuses the
     /// events.
     pub fn modify(&self, id: SubscriberId, events: Events) -> Result<()> {
         self.check_process()?;
@@ -105,7 +105,7 @@ impl EventManager {
     /// Stop watching an fd that the subscriber has added. It may have been closed since.
     ///
     /// # Errors
-    /// When the id is unknown or the fd is another subscriber's or nobody's.
+    /// When the id is unknown or the fd is not registered by this subscriber.
     pub fn remove(&self, id: SubscriberId, fd: RawFd) -> Result<()> {
         self.check_process()?;
         let mut registrations = self.registrations.lock();
@@ -147,7 +147,7 @@ impl EventManager {
     /// receiver.
     #[must_use]
     pub fn removals(&self) -> u64 {
-        // Acquire: who sees the count finds the removal done.
+        // Acquire: a thread that sees the count sees the removal.
         self.removals.load(Ordering::Acquire)
     }
 

@@ -1,5 +1,5 @@
-//! What the event manager's lock guards: the crate's manager, and who watches what. On whichever
-//! thread holds the lock.
+//! What the event manager's lock guards: the crate's manager, and which subscriber watches which
+//! descriptor. On the thread that holds the lock.
 
 use std::collections::HashMap;
 use std::os::fd::RawFd;

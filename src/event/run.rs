@@ -116,6 +116,6 @@ impl EventManager {
 /// What a dispatch came to.
 pub(super) struct Dispatched {
     pub(super) events: usize,
-    /// Somebody wants the loop to look at something else.
+    /// A wake-up was consumed: the caller has to check its requests.
     pub(super) woken: bool,
 }

@@ -1,5 +1,5 @@
-//! The ways into Python: from a thread that may not hold the GIL, from a vCPU's thread, and from the
-//! midst of native work. What is called, and what it returns, is the caller's.
+//! The ways into Python: from a thread that may not hold the GIL, from a vCPU's thread, and in the
+//! middle of native work. What is called, and what it returns, is the caller's business.
 
 use pyo3::ffi;
 use pyo3::prelude::*;
@@ -9,8 +9,8 @@ use crate::process::ProcessTag;
 use crate::sync::assert_unlocked;
 use crate::vcpu;
 
-/// Take the GIL and call `f`. Whoever has the GIL may wait for any lock, so this thread holds none.
-/// Where the interpreter ends there is no GIL for this thread any more: then it sleeps.
+/// Take the GIL and call `f`. A thread that has the GIL may wait for any lock, so this thread holds
+/// none. If the interpreter is finalizing, this thread cannot get the GIL any more and sleeps.
 pub(super) fn attach<T>(f: impl for<'py> FnOnce(Python<'py>) -> T) -> T {
     assert_unlocked("Python is entered");
     guard_thread();

@@ -1,5 +1,5 @@
-//! What callbacks on vCPU threads leave for the thread that is in `run`: an exception, or the value
-//! of a `Stop`.
+//! The outcome that callbacks on vCPU threads hand to the thread in `run`: an exception, or the
+//! value of a `Stop`.
 
 use pyo3::exceptions::PyBaseException;
 use pyo3::gc::{PyTraverseError, PyVisit};
@@ -22,7 +22,7 @@ struct Left {
 }
 
 impl PendingOutcome {
-    /// A callback has raised. The first exception comes out of the run; later ones are told in its
+    /// Store an exception of a callback. The run raises the first; later ones are added to its
     /// notes.
     pub(super) fn raise(&self, py: Python<'_>, error: PyErr) {
         let error = error.into_value(py);
@@ -68,7 +68,7 @@ impl PendingOutcome {
         error.map_or(Ok(()), |error| Err(PyErr::from_value(error.into_bound(py).into_any())))
     }
 
-    /// A run ends with this error: one that a callback has raised besides is told in its notes.
+    /// The error that ends a run, with the stored exception, if there is one, in its notes.
     pub(super) fn beside(&self, py: Python<'_>, error: PyErr) -> PyErr {
         let other = self.0.lock().error.take();
         if let Some(other) = other {
@@ -77,8 +77,8 @@ impl PendingOutcome {
         error
     }
 
-    /// The machine is closed, and nobody has waited for what a callback has raised: tell
-    /// `sys.unraisablehook`.
+    /// Pass an exception that no `run` or `wait` has raised to `sys.unraisablehook`. The machine is
+    /// closed.
     pub(super) fn report(&self, py: Python<'_>) {
         if let Err(error) = self.check(py) {
             error.write_unraisable(py, None);

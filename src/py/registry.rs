@@ -10,12 +10,12 @@ use super::interrupt::Background;
 use crate::process::ProcessTag;
 use crate::vcpu::left;
 
-/// How long the end of the interpreter waits for callbacks that are in progress.
+/// How long interpreter exit waits for callbacks in progress.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Something that can be stopped and closed from any thread, any number of times.
 pub(super) trait Close: Send + Sync {
-    /// Ask a run in progress to end. Waits for nobody.
+    /// Ask a run in progress to end. Does not wait.
     fn stop(&self);
     /// End the run and release everything, once the callbacks in progress have returned.
     fn close(&self);

@@ -1,5 +1,5 @@
-//! What callbacks return: nothing, mostly; what has to be awaited goes to whoever can await it, or
-//! is refused.
+//! What callbacks return: usually None. A coroutine goes to the run that can await it, or is
+//! refused.
 
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -42,7 +42,7 @@ pub(super) fn take_returned(
     aio.call_method1("take_returned", (awaiter(py), value, name()?)).map(drop)
 }
 
-/// Refuse what a callback that nobody can await has returned.
+/// Refuse a coroutine of a callback that cannot be awaited.
 pub(super) fn refuse_awaitable(
     value: &Bound<'_, PyAny>,
     name: impl FnOnce() -> PyResult<String>,

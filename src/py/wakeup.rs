@@ -18,11 +18,10 @@ use super::enter::attach;
 use super::gil_cell::GilCell;
 use crate::process::ProcessTag;
 
-/// How long a wait lasts before it is worth the pipe: to install that takes system calls, and the
-/// GIL.
+/// How long a wait lasts before the pipe is installed, which takes system calls and the GIL.
 const PIPE_DELAY: Duration = Duration::from_millis(5);
 
-/// The longest wait between two looks at signals where the pipe cannot be had.
+/// The longest wait between two checks for signals if the pipe cannot be created.
 pub(super) const SIGNAL_CHECK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// The pipe, and whose fd it has displaced.
@@ -135,7 +134,7 @@ impl<'py> Wakeup<'py> {
 }
 
 impl Drop for Wakeup<'_> {
-    /// Give the program its fd back, and what was written for it meanwhile.
+    /// Restore the program's fd and forward the bytes that were written for it.
     fn drop(&mut self) {
         if self.is_inner {
             return;
@@ -154,7 +153,7 @@ impl Drop for Wakeup<'_> {
 /// Put the program's fd back where `writer` is.
 fn restore(py: Python<'_>, writer: RawFd, displaced: RawFd) {
     match set_wakeup_fd(py, displaced) {
-        // The program has set another meanwhile: that is its choice.
+        // The program has set another one, which stays.
         Ok(found) if found != writer && found != displaced => drop(set_wakeup_fd(py, found)),
         Ok(_) => {}
         // The program has closed its fd.

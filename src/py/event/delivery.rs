@@ -69,7 +69,7 @@ fn deliver_all(
 ) -> PyResult<usize> {
     let delivered = fetched.saturating_sub(deliver_events(manager, batch)?);
     let delivered = match manager.get().timers().take_expired() {
-        // The timer's own event is none.
+        // The timer's own event is not counted.
         true => delivered.saturating_sub(1) + make_due(manager)?,
         false => delivered,
     };

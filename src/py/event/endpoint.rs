@@ -46,7 +46,7 @@ pub(crate) fn make_calls(manager: &Bound<'_, PyEventManager>) -> PyResult<()> {
         };
         let result = make(&call, manager);
         if let Err(refused) = this.core().check_process() {
-            // A child that the function has forked: whoever waits is its parent's.
+            // In a child that the function has forked, no thread waits.
             std::mem::forget((call.reply, replies));
             return result.and(Err(refused.into()));
         }
@@ -56,7 +56,7 @@ pub(crate) fn make_calls(manager: &Bound<'_, PyEventManager>) -> PyResult<()> {
             made = Err(error.clone_ref(py));
         }
         match (call.reply, result) {
-            // The caller has waited long enough: nobody else hears of it.
+            // The caller has stopped waiting: report the exception.
             (Some(reply), Err(error)) if Arc::strong_count(&reply) == 1 && made.is_ok() => {
                 error.write_unraisable(py, None);
             }
@@ -68,7 +68,7 @@ pub(crate) fn make_calls(manager: &Bound<'_, PyEventManager>) -> PyResult<()> {
         }
     }
     if !replies.is_empty() {
-        // Without the GIL, which those who wait for the answers take at once.
+        // Without the GIL, which the waiting callers need next.
         py.detach(|| replies.into_iter().for_each(|(reply, result)| reply.give(result)));
     }
     made

@@ -35,13 +35,13 @@ use crate::py::ending::guard_thread;
 #[pyclass(frozen, name = "Events", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyEvents {
-    /// Changed only by `happened_next`, for an object that nobody else holds.
+    /// Changed only by `happened_next`, for an object without other references.
     event_set: AtomicU32,
     fd_and_data: AtomicU64,
     /// Kept alive while it is registered.
     source: Option<Py<PyAny>>,
     drain: Option<Arc<dyn Drain>>,
-    /// What was read of a drained source, or [`NOT_DRAINED`]: no eventfd or timer counts as far.
+    /// What was read of a drained source, or [`NOT_DRAINED`], which no eventfd or timer reaches.
     count: AtomicU64,
 }
 
@@ -67,7 +67,7 @@ impl PyEvents {
     /// What happened next.
     pub(crate) fn happened_next(&self, events: Events, count: Option<u64>) {
         let event = events.epoll_event();
-        // Relaxed, here and below: nobody else holds this object while it changes.
+        // Relaxed, here and below: there is no other reference to this object while it changes.
         self.event_set.store(event.events(), Ordering::Relaxed);
         self.fd_and_data.store(event.data(), Ordering::Relaxed);
         self.count.store(count.unwrap_or(NOT_DRAINED), Ordering::Relaxed);

@@ -18,9 +18,9 @@ const SPIN: Duration = Duration::from_micros(100);
 #[derive(Debug)]
 pub(crate) struct Call {
     pub(crate) function: Py<PyAny>,
-    /// That of whoever asks.
+    /// The caller's.
     pub(crate) context: Context,
-    /// None: nobody waits, and an exception ends the run.
+    /// None if no caller waits: then an exception ends the run.
     pub(crate) reply: Option<Arc<Reply>>,
 }
 

@@ -104,7 +104,8 @@ impl PyEventManager {
     /// Before anything else, a lock above all: see `owned`.
     ///
     /// # Errors
-    /// [`ErrorKind::State`](crate::error::ErrorKind::State) in a forked child, and where the interpreter ends.
+    /// [`ErrorKind::State`](crate::error::ErrorKind::State) in a forked child, and while the
+    /// interpreter ends.
     pub(crate) fn check(&self) -> Result<()> {
         self.core.check_process()?;
         ending::check()

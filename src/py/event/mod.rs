@@ -1,7 +1,6 @@
-//! The event manager, its sources and exit handlers for Python. What Python code is called with, and
-//! how it is entered, stands in the files beside this folder; what a machine does with its loop is
-//! in `vmm_loop.rs` and `run.rs` there. Everything here runs on the thread that calls it; `run.rs`
-//! and what stands below it on the thread that turns the loop.
+//! `EventManager`, its sources, endpoints and exit handlers for Python. `run.rs` and `delivery.rs`
+//! run on the thread that runs the loop, everything else on the caller's. `../enter.rs` enters
+//! Python; `../vmm_loop.rs` and `../run.rs` are a machine's use of its loop.
 
 mod call_later;
 mod context;

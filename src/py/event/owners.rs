@@ -1,5 +1,5 @@
-//! Which threads turn a loop: one, and beside it one for each machine that shares it; or an asyncio
-//! loop, which hosts it. And who takes what callbacks return to be awaited.
+//! The threads that run a loop: one, or one for each machine that shares it, or the thread of the
+//! asyncio loop that hosts it; and the functions that await the coroutines of its callbacks.
 
 use std::thread::ThreadId;
 

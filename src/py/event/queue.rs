@@ -38,7 +38,7 @@ impl EventQueue {
     /// # Safety
     /// The caller holds the lock of the manager whose events these are.
     unsafe fn push(&self, ready: QueuedEvent) {
-        // SAFETY: by the lock nobody else has a reference to the vector.
+        // SAFETY: under the lock there is no other reference to the vector.
         unsafe { &mut *self.0.get() }.push(ready);
     }
 
@@ -61,7 +61,7 @@ pub(crate) struct QueueingSubscriber {
 
 impl MutEventSubscriber for QueueingSubscriber {
     fn process(&mut self, events: Events, _ops: &mut EventOps) {
-        // Acquire: pairs with the release of who has taken a registration back.
+        // Acquire: pairs with the release of the thread that removed a registration.
         let removals = self.removals.load(Ordering::Acquire);
         let ready = QueuedEvent { token: self.token, events, removals };
         // SAFETY: the crate's manager alone calls this, and is reached under its lock only.

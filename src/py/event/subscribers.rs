@@ -164,7 +164,7 @@ impl Subscribers {
             Some(subscriber) => subscriber.keep(fd, source),
             None => Some(source),
         });
-        // Dropping it may run Python code: here it may.
+        // Dropped outside `with`, because that may run Python code.
         drop(former);
     }
 

@@ -107,7 +107,7 @@ impl State {
 }
 
 impl Timers {
-    /// Whether the timer has expired; the event is none of a subscriber's.
+    /// Whether the timer has expired since the last call.
     pub(crate) fn take_expired(&self) -> bool {
         // Relaxed: as in `process`.
         self.has_expired.load(Ordering::Relaxed) && self.has_expired.swap(false, Ordering::Relaxed)

@@ -1,6 +1,5 @@
-//! Machines that share a loop turn it on a thread each, but only one of them at a time fetches
-//! events and delivers them: what is ready is delivered once. The others wait until it has made its
-//! turn.
+//! Machines that share a loop run it on one thread each, but only one thread at a time fetches and
+//! delivers events, so that an event is delivered once. The others wait until that iteration ends.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -8,28 +7,28 @@ use std::time::{Duration, Instant};
 use crate::process::ProcessTag;
 use crate::sync::{Condvar, Mutex, rank};
 
-/// How long a thread waits for another's turn at most: then it looks at signals.
+/// The longest wait for another thread's iteration; then the caller checks for signals.
 const MAX_WAIT: Duration = Duration::from_millis(50);
 
-/// Which thread makes a turn.
+/// Held by the thread that performs an iteration.
 #[derive(Debug, Default)]
 pub(crate) struct TurnLock {
-    /// The leader's number, 0 without one.
+    /// The holder's number, or 0.
     leader: AtomicU64,
     waiting: AtomicUsize,
     lock: Mutex<(), rank::TurnLock>,
     changed: Condvar,
 }
 
-/// A turn in progress.
+/// An iteration in progress.
 pub(crate) struct TurnGuard<'a> {
     turn_lock: &'a TurnLock,
-    /// Begun in a callback of another turn of this thread's, which stays the leader.
+    /// Taken again by a callback of this thread, which keeps the lock.
     is_inner: bool,
     process_tag: ProcessTag,
 }
 
-/// A number of this thread's own: the address of something that it alone has.
+/// A number that identifies this thread: the address of one of its thread-local variables.
 fn this_thread() -> u64 {
     thread_local! {
         static MARK: u8 = const { 0 };
@@ -38,7 +37,7 @@ fn this_thread() -> u64 {
 }
 
 impl TurnLock {
-    /// Begin a turn, unless another thread makes one.
+    /// Begin an iteration, unless another thread performs one.
     pub(crate) fn begin(&self) -> Option<TurnGuard<'_>> {
         let (this, process_tag) = (this_thread(), ProcessTag::current());
         // Acquire: what the last leader has done is seen. SeqCst besides, for one order with
@@ -70,13 +69,13 @@ impl TurnLock {
 
 impl Drop for TurnGuard<'_> {
     fn drop(&mut self) {
-        // In a child that a callback has forked, those who wait are its parent's.
+        // In a child that a callback has forked: the waiting threads exist in the parent only.
         if self.is_inner || self.process_tag.is_forked_child() {
             return;
         }
         self.turn_lock.leader.store(0, Ordering::SeqCst);
         if self.turn_lock.waiting.load(Ordering::SeqCst) > 0 {
-            // Taken, so that who has seen a leader is waiting by now.
+            // Taken so that a thread that saw a holder is waiting by now.
             drop(self.turn_lock.lock.lock());
             self.turn_lock.changed.notify_all();
         }
