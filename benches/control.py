@@ -57,7 +57,7 @@ def pauses(count: int = PAUSES, runs: int = RUNS) -> Iterator[Result]:
     """From `pause()` to its return, for a guest that spins, against the kick alone."""
 
     def ours() -> list[float]:
-        config = VmmConfig(boot=FlatBoot(SPIN), memory=MemoryConfig(1))
+        config = VmmConfig(boot=FlatBoot(SPIN), memory=MemoryConfig(size_mib=1))
         seconds = []
         with Vmm(config) as vmm:
             vmm.start()
@@ -94,7 +94,7 @@ def registers(reads: int = READS, runs: int = RUNS) -> Iterator[Result]:
     unicorn = emulation()
     emulator = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
     rip = unicorn.x86_const.UC_X86_REG_RIP
-    with Vmm(VmmConfig(boot=FlatBoot(b"\xe6\xf4"), memory=MemoryConfig(1))) as vmm:
+    with Vmm(VmmConfig(boot=FlatBoot(b"\xe6\xf4"), memory=MemoryConfig(size_mib=1))) as vmm:
         vmm.run()
         regs = vmm.vcpus[0].regs
 

@@ -49,7 +49,7 @@ MANY = f"""{RESIDENT}
 from pyvmm import EventManager, FlatBoot, MemoryConfig, Vmm, VmmConfig
 {CODE}
 manager = EventManager()
-config = VmmConfig(boot=FlatBoot(code), memory=MemoryConfig(1))
+config = VmmConfig(boot=FlatBoot(code), memory=MemoryConfig(size_mib=1))
 machines = [Vmm(config, event_manager=manager)]
 before = resident()
 machines += [Vmm(config, event_manager=manager) for _ in range(COUNT - 1)]

@@ -14,7 +14,7 @@ from benches.measure import Result, compare
 PERIOD_S = 0.001
 TICKS = 300
 RUNS = 9
-SPIN = VmmConfig(boot=FlatBoot(b"\xeb\xfe"), memory=MemoryConfig(1))  # jmp $
+SPIN = VmmConfig(boot=FlatBoot(b"\xeb\xfe"), memory=MemoryConfig(size_mib=1))  # jmp $
 
 
 async def ticker() -> float:

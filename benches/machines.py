@@ -30,7 +30,7 @@ def reading(exits: int) -> bytes:
 
 def config(code: bytes) -> VmmConfig:
     """The machine that the bare loop makes."""
-    return VmmConfig(boot=FlatBoot(code), memory=MemoryConfig(1))
+    return VmmConfig(boot=FlatBoot(code), memory=MemoryConfig(size_mib=1))
 
 
 def pio_exits(exits: int = EXITS, runs: int = RUNS) -> Iterator[Result]:

@@ -31,7 +31,7 @@ LIMIT_BYTES = 100 << 10
 
 def machine(size_mib: int, code: bytes = EXITS) -> Vmm:
     """The machine that the bare loop makes."""
-    return Vmm(VmmConfig(boot=FlatBoot(code), memory=MemoryConfig(size_mib)))
+    return Vmm(VmmConfig(boot=FlatBoot(code), memory=MemoryConfig(size_mib=size_mib)))
 
 
 def to_exit(snapshot: Snapshot) -> float:

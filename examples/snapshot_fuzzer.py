@@ -19,7 +19,7 @@ PARSER = (  # 64 bits: the exit code is how many bytes of the input the parser t
 )
 random.seed(os.environ.get("SEED", "pyvmm"))
 best, reached, executions, start = bytes(8), 0, 0, time.monotonic()
-with Vmm(VmmConfig(boot=FlatBoot(PARSER, address=0x10000, mode="long64"), memory=MemoryConfig(2))) as vmm:
+with Vmm(VmmConfig(boot=FlatBoot(PARSER, address=0x10000, mode="long64"), memory=MemoryConfig(size_mib=2))) as vmm:
     snapshot = vmm.snapshot()
     while True:
         tried = bytearray(best)

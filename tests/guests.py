@@ -113,7 +113,7 @@ def count_vcpus(vcpus: int) -> bytes:
 def flat(code: bytes, mode: Mode = "real16", *, address: int = 0x1000, size_mib: int = 1, **rest: Any) -> VmmConfig:
     """A machine that runs the code."""
     boot = FlatBoot(code, address=address, mode=mode)
-    return VmmConfig(boot=boot, memory=MemoryConfig(size_mib), **rest)
+    return VmmConfig(boot=boot, memory=MemoryConfig(size_mib=size_mib), **rest)
 
 
 OUT_FOR_EVER = (

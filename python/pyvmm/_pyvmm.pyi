@@ -979,7 +979,16 @@ class Vcpu:
 
 @disjoint_base
 class VcpuExit:
-    """Why a vCPU came out of its guest: the exits of the kernel's KVM documentation, chapter 5, for `match`."""
+    """Why a vCPU came out of its guest: the exits of the kernel's KVM documentation, chapter 5, for `match`.
+
+    Exits of the same kind with equal fields are equal, and can be hashed and pickled.
+    """
+
+    def __eq__(self, other: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
+    def __reduce__(self) -> tuple[Any, ...]: ...
+    def as_dict(self) -> dict[str, Any]:
+        """The exit as a dict: "type" is the name of its class, such as "IoIn", and each field follows by name."""
 
     @final
     class IoIn(VcpuExit):

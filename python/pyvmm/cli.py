@@ -241,7 +241,7 @@ def with_options(
     boot = _boot(base, kernel, kernel_form, initrd, append)
     if memory is not None:
         size = _number("memory", memory, "size_mib")
-        base = msgspec.structs.replace(base, memory=MemoryConfig(size))
+        base = msgspec.structs.replace(base, memory=MemoryConfig(size_mib=size))
     cpu = base.cpu
     if vcpus is not None:
         cpu = msgspec.structs.replace(cpu, vcpus=_number("vcpus", vcpus, "num"))

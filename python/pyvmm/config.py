@@ -1,5 +1,7 @@
 """What a machine is made of: typed, with defaults, loadable from a dict, TOML and JSON.
 
+Every field is passed by keyword, except the one that a boot needs: `FlatBoot(code)` and `LinuxBoot(kernel)`.
+
 An object built in Python is checked when a machine is made of it; what is loaded is checked at once. Either
 way the error is a `ConfigError` that starts with the key: ``memory.size_mib: ...``.
 """
@@ -43,10 +45,10 @@ DEFAULT_CMDLINE = "console=ttyS0 panic=-1 reboot=k"
 
 
 class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A part of a configuration."""
+    """A part of a configuration. Its fields are keyword-only, so new ones can be added anywhere."""
 
 
-class MemoryConfig(_Part, frozen=True):
+class MemoryConfig(_Part, frozen=True, kw_only=True):
     """Guest memory.
 
     Attributes:
@@ -56,7 +58,7 @@ class MemoryConfig(_Part, frozen=True):
     size_mib: Annotated[int, Meta(ge=1, le=2**23 - 1)] = 128
 
 
-class CpuConfig(_Part, frozen=True):
+class CpuConfig(_Part, frozen=True, kw_only=True):
     """The vCPUs.
 
     Attributes:
@@ -83,7 +85,11 @@ class EmbeddedBoot(_Part, frozen=True, tag_field="type", tag="embedded"):
     """The guest inside the package: it prints, measures, answers what is typed, and ends."""
 
 
-class FlatBoot(_Part, frozen=True, tag_field="type", tag="flat"):
+class _Code(_Part, frozen=True):
+    code: bytes = b""
+
+
+class FlatBoot(_Code, frozen=True, kw_only=True, tag_field="type", tag="flat"):
     """Code at an address.
 
     Every vCPU starts at the entry, its number in RDI (EDI, DI) and a stack of 4 KiB of its own right below
@@ -99,14 +105,17 @@ class FlatBoot(_Part, frozen=True, tag_field="type", tag="flat"):
             themselves. Except in real mode, 0x80000 to 0x9fbff is taken by the tables for this.
     """
 
-    code: bytes = b""
     path: FilePath | None = None
     address: Address = 0x1000
     entry: Address | None = None
     mode: Literal["real16", "protected32", "long64", "user64"] = "real16"
 
 
-class LinuxBoot(_Part, frozen=True, tag_field="type", tag="linux"):
+class _Kernel(_Part, frozen=True):
+    kernel: FilePath
+
+
+class LinuxBoot(_Kernel, frozen=True, kw_only=True, tag_field="type", tag="linux"):
     """A Linux kernel, by the 64-bit boot protocol (the kernel's Documentation/arch/x86/boot.rst).
 
     Attributes:
@@ -116,13 +125,12 @@ class LinuxBoot(_Part, frozen=True, tag_field="type", tag="linux"):
         load_address: where a bzImage is loaded, 1 MiB to 3 GiB; None: where it asks to be.
     """
 
-    kernel: FilePath
     initrd: FilePath | None = None
     cmdline: Annotated[str, Meta(max_length=2047)] = DEFAULT_CMDLINE
     load_address: Address | None = None
 
 
-class SerialConfig(_Part, frozen=True):
+class SerialConfig(_Part, frozen=True, kw_only=True):
     """The first serial port, COM1 at 0x3f8.
 
     Attributes:
@@ -140,7 +148,7 @@ class SerialConfig(_Part, frozen=True):
     input_eof: bytes = b"\x04"
 
 
-class VmmConfig(_Part, frozen=True):
+class VmmConfig(_Part, frozen=True, kw_only=True):
     """A whole machine.
 
     Attributes:

@@ -129,8 +129,8 @@ def _trial(template: Template, mode: Any, *, irqchip: bool) -> str | None:
     """Run a guest and a fork of it; the reason when either does not end as it should."""
     config = VmmConfig(
         boot=FlatBoot(TRIAL_CODE, mode=mode),
-        memory=MemoryConfig(1),
-        cpu=CpuConfig(2 if irqchip else 1, template=template),
+        memory=MemoryConfig(size_mib=1),
+        cpu=CpuConfig(vcpus=2 if irqchip else 1, template=template),
         irqchip=irqchip,
     )
     try:

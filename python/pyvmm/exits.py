@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from enum import Enum, StrEnum
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from pyvmm import VcpuExit
 
 
 class ExitReason(StrEnum):
@@ -32,7 +35,7 @@ class ExitReason(StrEnum):
 
 
 class Exit(NamedTuple):
-    """What `run` returns.
+    """What `run` returns. It equals only another `Exit`, never a plain tuple of the same values.
 
     Attributes:
         reason: why the run ended.
@@ -47,6 +50,22 @@ class Exit(NamedTuple):
     vcpu: int | None = None
     fault: str | None = None
     value: object = None
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both are exits with the same values."""
+        if isinstance(other, Exit):
+            return tuple(self) == tuple(other)
+        # NotImplemented would have a tuple compare itself with this one, which is a tuple too.
+        return False if isinstance(other, tuple) else NotImplemented
+
+    def __ne__(self, other: object) -> bool:
+        """Whether `==` is false; a tuple has a `!=` of its own."""
+        equal = self.__eq__(other)
+        return equal if equal is NotImplemented else not equal
+
+    def __hash__(self) -> int:
+        """The hash of its values."""
+        return hash(tuple(self))
 
     @property
     def is_fault(self) -> bool:
@@ -123,3 +142,11 @@ class ExitHandler(Protocol):
 
     def kick(self) -> object:
         """Make the owner of the run loop look. Called on the thread of the vCPU whose guest has ended."""
+
+
+def _vcpu_exit(kind: str, *fields: object) -> VcpuExit:
+    """The `VcpuExit` that a pickle or a copy holds."""
+    from pyvmm import VcpuExit
+
+    exit: VcpuExit = getattr(VcpuExit, kind)(*fields)
+    return exit

@@ -27,7 +27,13 @@ def config_of(memory: int, vcpus: int, exit_port: int | None, irqchip: bool, pit
     from pyvmm.config import CpuConfig, MemoryConfig, VmmConfig
 
     mib = max(1, memory >> 20)
-    return VmmConfig(MemoryConfig(mib), CpuConfig(vcpus, fixups=fixups), exit_port=exit_port, irqchip=irqchip, pit=pit)
+    return VmmConfig(
+        memory=MemoryConfig(size_mib=mib),
+        cpu=CpuConfig(vcpus=vcpus, fixups=fixups),
+        exit_port=exit_port,
+        irqchip=irqchip,
+        pit=pit,
+    )
 
 
 def unpickled(path: Path, base: Snapshot | None, id: str, force: bool) -> Snapshot:

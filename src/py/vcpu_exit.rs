@@ -7,7 +7,7 @@ use pyo3::types::{IntoPyDict, PyBytes, PyDict, PyString, PyTuple};
 use crate::vcpu::VcpuExit;
 
 /// Why a vCPU came out of its guest: the exits of the kernel's KVM documentation, chapter 5, for
-/// `match`.
+/// `match`. Exits of the same kind with equal fields are equal, and can be hashed and pickled.
 #[pyclass(frozen, name = "VcpuExit", module = "pyvmm")]
 #[derive(Debug)]
 pub enum PyVcpuExit {
@@ -175,26 +175,75 @@ fn msr_reason(py: Python<'_>, reason: u32) -> Py<PyString> {
     PyString::intern(py, text).unbind()
 }
 
+/// The name of an exit's variant; its class is `VcpuExit_IoIn`.
+fn variant(exit: &Bound<'_, PyAny>) -> PyResult<String> {
+    let name = exit.get_type().name()?.to_string();
+    Ok(name.rsplit('_').next().unwrap_or_default().to_owned())
+}
+
+/// The names and values of an exit's fields, in order.
+fn fields<'py>(exit: &Bound<'py, PyAny>) -> PyResult<Vec<(String, Bound<'py, PyAny>)>> {
+    let names: Vec<String> = exit.get_type().getattr("__match_args__")?.extract()?;
+    let value = |name: String| exit.getattr(name.as_str()).map(|value| (name, value));
+    names.into_iter().map(value).collect()
+}
+
 #[pymethods]
 impl PyVcpuExit {
+    /// The exit as a dict: "type" is the name of its class, such as "IoIn", and each field follows
+    /// by name.
+    fn as_dict<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyDict>> {
+        let dict = PyDict::new(slf.py());
+        dict.set_item("type", variant(slf.as_any())?)?;
+        for (name, value) in fields(slf.as_any())? {
+            dict.set_item(name, value)?;
+        }
+        Ok(dict)
+    }
+
+    fn __eq__(slf: &Bound<'_, Self>, other: &Bound<'_, Self>) -> PyResult<bool> {
+        if !slf.as_any().get_type().is(other.as_any().get_type()) {
+            return Ok(false);
+        }
+        for ((_, ours), (_, theirs)) in fields(slf.as_any())?.iter().zip(&fields(other.as_any())?) {
+            if !ours.eq(theirs)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Dicts stay out of it: they can change, and a hash may not.
+    fn __hash__(slf: &Bound<'_, Self>) -> PyResult<isize> {
+        let values = fields(slf.as_any())?.into_iter().map(|(_, value)| value);
+        let values = PyTuple::new(
+            slf.py(),
+            values.filter(|value| !value.is_instance_of::<PyDict>()).collect::<Vec<_>>(),
+        )?;
+        (variant(slf.as_any())?, values).into_pyobject(slf.py())?.hash()
+    }
+
+    /// By a function of the package: pickle does not find a variant's class by its name.
+    fn __reduce__<'py>(
+        slf: &Bound<'py, Self>,
+    ) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyTuple>)> {
+        let mut arguments = vec![variant(slf.as_any())?.into_pyobject(slf.py())?.into_any()];
+        arguments.extend(fields(slf.as_any())?.into_iter().map(|(_, value)| value));
+        let restored = slf.py().import("pyvmm.exits")?.getattr("_vcpu_exit")?;
+        Ok((restored, PyTuple::new(slf.py(), arguments)?))
+    }
+
     fn __repr__(slf: &Bound<'_, Self>) -> PyResult<String> {
-        let slf = slf.as_any();
-        let class = slf.get_type();
-        // The name says the variant: VcpuExit_IoIn.
-        let name = class.name()?.to_string();
-        let name = name.rsplit('_').next().unwrap_or_default().to_owned();
-        let names: Vec<String> = class.getattr("__match_args__")?.extract()?;
-        let mut fields = Vec::new();
-        for name in names {
-            let value = slf.getattr(name.as_str())?;
+        let mut shown = Vec::new();
+        for (name, value) in fields(slf.as_any())? {
             let is_hex =
                 matches!(name.as_str(), "port" | "address" | "index" | "pc" | "dr6" | "dr7");
             let text = match value.extract::<u64>() {
                 Ok(number) if is_hex => format!("{number:#x}"),
                 _ => value.repr()?.to_string(),
             };
-            fields.push(format!("{name}={text}"));
+            shown.push(format!("{name}={text}"));
         }
-        Ok(format!("VcpuExit.{name}({})", fields.join(", ")))
+        Ok(format!("VcpuExit.{}({})", variant(slf.as_any())?, shown.join(", ")))
     }
 }

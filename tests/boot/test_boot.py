@@ -23,7 +23,7 @@ pytestmark = pytest.mark.kvm
 
 def kernel(path: Path, image: bytes, **boot: object) -> VmmConfig:
     path.write_bytes(image)
-    return VmmConfig(boot=LinuxBoot(path, **boot), memory=MemoryConfig(8))  # type: ignore[arg-type]
+    return VmmConfig(boot=LinuxBoot(path, **boot), memory=MemoryConfig(size_mib=8))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -57,14 +57,14 @@ def test_kernel_whose_many_segments_overlap_is_refused_at_once(tmp_path: Path) -
 def test_kernel_of_unusual_kind_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, "/dev/zero", "/no/such/kernel", "\0"):
         with pytest.raises((BootError, ConfigError, ValueError)):
-            Vmm(VmmConfig(boot=LinuxBoot(str(path)), memory=MemoryConfig(8)))
+            Vmm(VmmConfig(boot=LinuxBoot(str(path)), memory=MemoryConfig(size_mib=8)))
 
 
 def test_huge_kernel_is_refused_without_reading_it(tmp_path: Path) -> None:
     with open(tmp_path / "kernel", "wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(BootError, match="larger than guest memory"):
-        Vmm(VmmConfig(boot=LinuxBoot(tmp_path / "kernel"), memory=MemoryConfig(8)))
+        Vmm(VmmConfig(boot=LinuxBoot(tmp_path / "kernel"), memory=MemoryConfig(size_mib=8)))
 
 
 def test_initrd_that_does_not_fit_is_refused(tmp_path: Path) -> None:
@@ -104,13 +104,13 @@ def test_longest_command_line_reaches_the_kernel(tmp_path: Path) -> None:
 )
 def test_bad_flat_code_is_refused(boot: FlatBoot) -> None:
     with pytest.raises(BootError):
-        Vmm(VmmConfig(boot=boot, memory=MemoryConfig(1)))
+        Vmm(VmmConfig(boot=boot, memory=MemoryConfig(size_mib=1)))
 
 
 def test_flat_code_comes_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "code").write_bytes(exit_with(6))
     boot = FlatBoot(path=tmp_path / "code", address=0x7C00)
-    with Vmm(VmmConfig(boot=boot, memory=MemoryConfig(1))) as vmm:
+    with Vmm(VmmConfig(boot=boot, memory=MemoryConfig(size_mib=1))) as vmm:
         assert vmm.run(60).code == 6
 
 

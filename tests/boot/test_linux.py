@@ -74,7 +74,7 @@ def test_kernel_with_every_instruction_boots_by_fixups(linux: Linux) -> None:
 def test_smp_kernel_comes_to_userspace_with_all_its_processors(linux: Linux, vcpus: int) -> None:
     console = bytearray()
     boot = LinuxBoot(linux.vmlinux_smp, initrd=linux.initramfs, cmdline=linux.cmdline)
-    config = VmmConfig(boot=boot, cpu=CpuConfig(vcpus), serial=SerialConfig(output=console.extend))
+    config = VmmConfig(boot=boot, cpu=CpuConfig(vcpus=vcpus), serial=SerialConfig(output=console.extend))
     with Vmm(config) as vmm:
         exit = vmm.run(DEADLINE_S)
     assert exit.reason is ExitReason.RESET, (exit, bytes(console)[-2000:])

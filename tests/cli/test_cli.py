@@ -227,7 +227,7 @@ def test_reader_that_went_away_is_no_traceback() -> None:
 
 
 def test_options_override_the_configuration() -> None:
-    base = VmmConfig(boot=LinuxBoot("a", initrd="i"), cpu=CpuConfig(3, hide=("avx",)))
+    base = VmmConfig(boot=LinuxBoot("a", initrd="i"), cpu=CpuConfig(vcpus=3, hide=("avx",)))
     options = {
         **NONE,
         "kernel": "b",
@@ -238,8 +238,8 @@ def test_options_override_the_configuration() -> None:
         "fixups": True,
     }
     assert with_options(base, **options) == VmmConfig(
-        memory=MemoryConfig(64),
-        cpu=CpuConfig(3, hide=("avx", "xsave", "avx2", "pcid"), expose=("x2apic",), fixups=True),
+        memory=MemoryConfig(size_mib=64),
+        cpu=CpuConfig(vcpus=3, hide=("avx", "xsave", "avx2", "pcid"), expose=("x2apic",), fixups=True),
         boot=LinuxBoot("b", initrd="i", cmdline="quiet"),
     )
     assert with_options(base, **NONE) == base
@@ -249,8 +249,8 @@ def test_reference_form_names_a_whole_machine() -> None:
     form = 'path=vmlinux,cmdline="console=ttyS0,115200",kernel_load_addr=1048576'
     options = {**NONE, "kernel_form": form, "memory": "size_mib=256", "vcpus": "num=2"}
     assert with_options(VmmConfig(), **options) == VmmConfig(
-        memory=MemoryConfig(256),
-        cpu=CpuConfig(2),
+        memory=MemoryConfig(size_mib=256),
+        cpu=CpuConfig(vcpus=2),
         boot=LinuxBoot("vmlinux", cmdline="console=ttyS0,115200", load_address=1 << 20),
     )
 

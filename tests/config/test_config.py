@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -81,8 +82,8 @@ def test_bad_json_is_refused(text: str | bytes) -> None:
 
 
 WHOLE = VmmConfig(
-    memory=MemoryConfig(256),
-    cpu=CpuConfig(2, hide=("xsave", "avx"), expose=("popcnt",), template="host", fixups=True),
+    memory=MemoryConfig(size_mib=256),
+    cpu=CpuConfig(vcpus=2, hide=("xsave", "avx"), expose=("popcnt",), template="host", fixups=True),
     boot=LinuxBoot("/vmlinux", initrd="/initrd", cmdline="quiet", load_address=0x200000),
     serial=SerialConfig(output="/console", input=0, input_eof=b""),
     exit_port=None,
@@ -119,7 +120,7 @@ def test_files_are_told_by_their_names_and_paths_count_from_them(tmp_path: Path)
     assert (config.boot.kernel, config.boot.initrd) == (str(tmp_path / "vmlinux"), "/initrd")
     assert config.serial.output == str(tmp_path / "log")
     (tmp_path / "vm.json").write_text('{"memory": {"size_mib": 5}}')
-    assert VmmConfig.from_file(str(tmp_path / "vm.json")).memory == MemoryConfig(5)
+    assert VmmConfig.from_file(str(tmp_path / "vm.json")).memory == MemoryConfig(size_mib=5)
     for name in ("vm.yaml", "none.toml"):
         with pytest.raises(ConfigError, match=name):
             VmmConfig.from_file(tmp_path / name)
@@ -163,3 +164,22 @@ def test_any_text_is_a_config_or_a_config_error(text: str | bytes) -> None:
     for load in (VmmConfig.from_toml, VmmConfig.from_json):
         with contextlib.suppress(ConfigError):
             load(text)
+
+
+@pytest.mark.parametrize(
+    ("struct", "positional"),
+    [
+        (MemoryConfig, []),
+        (CpuConfig, []),
+        (EmbeddedBoot, []),
+        (FlatBoot, ["code"]),
+        (LinuxBoot, ["kernel"]),
+        (SerialConfig, []),
+        (VmmConfig, []),
+    ],
+)
+def test_fields_are_keywords_except_what_a_boot_needs(struct: type[msgspec.Struct], positional: list[str]) -> None:
+    parameters = inspect.signature(struct).parameters.values()
+    assert [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY] == positional
+    with pytest.raises(TypeError, match="positional"):
+        struct(*[b""] * (len(positional) + 1))

@@ -19,7 +19,7 @@ NO_CACHE = 0
 @pytest.mark.parametrize("vcpus", [1, 2, 3, 4, 7])
 def test_every_leaf_tells_of_the_machine_s_vcpus(vcpus: int, template: Literal["auto", "host"]) -> None:
     bits = (vcpus - 1).bit_length()
-    with Vmm(flat(HALT, cpu=CpuConfig(vcpus, template=template))) as vmm:
+    with Vmm(flat(HALT, cpu=CpuConfig(vcpus=vcpus, template=template))) as vmm:
         for vcpu in vmm.vcpus:
             leaves = {(leaf.function, leaf.index): leaf for leaf in vcpu.cpuid}
             assert (leaves[1, 0].ebx >> 24, leaves[1, 0].ebx >> 16 & 0xFF) == (vcpu.id, vcpus)

@@ -655,7 +655,7 @@ def test_two_processors_exchange_16_bytes_one_after_the_other() -> None:
         "b0 07 e6 f4"  #           mov al, 7; out 0xf4, al
         "f3 90 eb fc"  #    wait:  pause; jmp wait
     )
-    config = flat(code, "long64", address=CODE, cpu=CpuConfig(2, fixups=True))
+    config = flat(code, "long64", address=CODE, cpu=CpuConfig(vcpus=2, fixups=True))
     with Vmm(config) as vmm:
         assert vmm.run(60).code == 7
         assert vmm.memory.read_u64(DATA) == 600

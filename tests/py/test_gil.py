@@ -69,7 +69,7 @@ class Crowd:
 
 @pytest.mark.parametrize("look", [*LOOKS.values(), write_register], ids=[*LOOKS, "write"])
 def test_a_look_beside_a_snapshot_stops_no_other_thread(look: Look) -> None:
-    config = VmmConfig(memory=MemoryConfig(MIB), boot=FlatBoot(guests.HALT, mode="real16"))
+    config = VmmConfig(memory=MemoryConfig(size_mib=MIB), boot=FlatBoot(guests.HALT, mode="real16"))
     with Vmm(config) as vmm:
         vcpu = vmm.vcpus[0]  # to ask for it again would wait already
         kept, crowd = vmm.snapshot(), Crowd(lambda: look(vmm, vcpu))

@@ -229,7 +229,7 @@ def test_reset_refuses_a_machine_of_another_shape_and_changes_nothing() -> None:
         snapshot = vmm.snapshot()
         with pytest.raises(StateError, match="memory slots"):
             larger.reset(snapshot)
-        with oracle(cpu=CpuConfig(2)) as two, pytest.raises(StateError, match="vcpus 2, the snapshot 1"):
+        with oracle(cpu=CpuConfig(vcpus=2)) as two, pytest.raises(StateError, match="vcpus 2, the snapshot 1"):
             two.reset(snapshot)
         with oracle(exit_port=None) as portless, pytest.raises(StateError, match="exit_port"):
             portless.reset(snapshot)
@@ -277,7 +277,7 @@ def test_reset_to_another_cpuid_is_refused_once_the_guest_has_run() -> None:
 
 
 def test_two_vcpus_go_on_together() -> None:
-    with Vmm(flat(count_vcpus(2), "user64", address=0x10000, cpu=CpuConfig(2))) as vmm:
+    with Vmm(flat(count_vcpus(2), "user64", address=0x10000, cpu=CpuConfig(vcpus=2))) as vmm:
         snapshot = vmm.snapshot()
         for machine in (vmm, *(snapshot.fork() for _ in range(3))):
             assert machine.run(DEADLINE_S).code == 2
@@ -299,7 +299,7 @@ TWO_COUNT = (
 
 
 def test_two_vcpus_interrupted_count_to_the_same_end() -> None:
-    config = flat(TWO_COUNT, "user64", address=0x10000, cpu=CpuConfig(2))
+    config = flat(TWO_COUNT, "user64", address=0x10000, cpu=CpuConfig(vcpus=2))
     with Vmm(config) as vmm:
         vmm.start()
         snapshots = while_it_runs(vmm, 5)
@@ -347,7 +347,11 @@ def test_interrupt_that_is_pending_arrives_in_every_fork() -> None:
 
 def test_state_of_a_fork_is_that_of_its_snapshot() -> None:
     """Nothing but time tells them apart: the clock, the TSC, and what the PIT and the LAPIC count down."""
-    for config in (flat(SPIN), flat(SPIN, irqchip=True), flat(ORACLE, "user64", address=0x10000, cpu=CpuConfig(2))):
+    for config in (
+        flat(SPIN),
+        flat(SPIN, irqchip=True),
+        flat(ORACLE, "user64", address=0x10000, cpu=CpuConfig(vcpus=2)),
+    ):
         with Vmm(config) as vmm:
             vmm.run(0.01)
             first = vmm.snapshot()

@@ -402,7 +402,7 @@ def test_inspection_says_what_is_in_a_file(file: Path, started: Snapshot) -> Non
 
 
 def test_two_vcpus_and_an_interrupt_controller_are_saved(tmp_path: Path) -> None:
-    with Vmm(flat(SPIN, cpu=CpuConfig(2), irqchip=True)) as vmm:
+    with Vmm(flat(SPIN, cpu=CpuConfig(vcpus=2), irqchip=True)) as vmm:
         vmm.run(0.01)
         vmm.snapshot().save(tmp_path / "file")
     with Snapshot.load(tmp_path / "file").fork() as fork:

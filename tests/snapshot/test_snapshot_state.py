@@ -134,7 +134,7 @@ POISONS: list[Callable[[Vmm], None]] = [
 
 @pytest.mark.parametrize("poison", POISONS, ids=lambda poison: poison.__name__)
 def test_reset_brings_back_what_a_fork_has(poison: Callable[[Vmm], None]) -> None:
-    with Vmm(flat(SPIN, irqchip=True, pit=True, cpu=CpuConfig(2))) as vmm:
+    with Vmm(flat(SPIN, irqchip=True, pit=True, cpu=CpuConfig(vcpus=2))) as vmm:
         vmm.run(0.01)
         snapshot = vmm.snapshot()
         with snapshot.fork() as fork:

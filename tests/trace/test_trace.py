@@ -227,7 +227,7 @@ def test_every_exit_of_many_is_written(tmp_path: Path) -> None:
 def test_each_vcpu_has_its_track(tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
     code = b"\xe6\x80" + count_vcpus(2)  # out 0x80, al
-    with Vmm(flat(code, "long64", cpu=CpuConfig(2))) as vmm, vmm.trace(path):
+    with Vmm(flat(code, "long64", cpu=CpuConfig(vcpus=2))) as vmm, vmm.trace(path):
         vmm.run(60)
     tracks = {hop.track for hop in of(hops(path), "exit")}
     assert tracks == {"vcpu_0", "vcpu_1"}
@@ -469,7 +469,7 @@ def test_counters_and_traces_come_and_go_from_several_threads(tmp_path: Path) ->
                 except StateError:
                     assert vmm.stats.vcpus
 
-    with Vmm(flat(code, "long64", cpu=CpuConfig(2))) as vmm:
+    with Vmm(flat(code, "long64", cpu=CpuConfig(vcpus=2))) as vmm:
         vmm.start()
         threads = [threading.Thread(target=watch, args=(number,)) for number in range(4)]
         for thread in threads:

@@ -114,7 +114,7 @@ def test_second_vcpu_that_fails_ends_the_run_for_all() -> None:
         b"\x75\x02"  # jnz fail
         b"\xeb\xfe"  # jmp $
     ) + TRIPLE_FAULT
-    with Vmm(flat(code, "long64", address=0x10000, cpu=pyvmm.CpuConfig(2))) as vmm:
+    with Vmm(flat(code, "long64", address=0x10000, cpu=pyvmm.CpuConfig(vcpus=2))) as vmm:
         exit = vmm.run(DEADLINE_S)
     assert (exit.reason, exit.vcpu) == (ExitReason.SHUTDOWN, 1)
 

@@ -108,7 +108,7 @@ def test_time_inside_grows_while_the_guest_stays_there() -> None:
 
 def test_each_vcpu_has_its_own() -> None:
     code = b"\xe6\x80" + count_vcpus(2)  # out 0x80, al
-    with Vmm(flat(code, "long64", cpu=CpuConfig(2))) as vmm, vmm.stats as stats:
+    with Vmm(flat(code, "long64", cpu=CpuConfig(vcpus=2))) as vmm, vmm.stats as stats:
         assert vmm.run(60).code == 2
     assert sorted(row.vcpu for row in stats.exits if row.address == 0x80) == [0, 1]
     assert [time.vcpu for time in stats.vcpus] == [0, 1]

@@ -305,7 +305,7 @@ class Look:
             pass
         print(*threads())
         vmm.stop()
-with Vmm(flat(SPIN, cpu=CpuConfig(2))) as vmm:
+with Vmm(flat(SPIN, cpu=CpuConfig(vcpus=2))) as vmm:
     vmm.add_subscriber(Look())
     before = threads()
     vmm.run(60)

@@ -222,7 +222,7 @@ def test_two_callbacks_that_shut_their_machine_down_do_not_wait_for_each_other()
             return Stop(1)
 
     code = b"\x66\xba\x00\x05\xee" + SPIN
-    with Vmm(flat(code, "user64", address=0x10000, size_mib=2, cpu=CpuConfig(2))) as vmm:
+    with Vmm(flat(code, "user64", address=0x10000, size_mib=2, cpu=CpuConfig(vcpus=2))) as vmm:
         vmm.add_pio_device(0x500, 1, Both())
         vmm.start()
         within(lambda: vmm.wait(DEADLINE_S))
@@ -231,7 +231,7 @@ def test_two_callbacks_that_shut_their_machine_down_do_not_wait_for_each_other()
 
 @pytest.mark.parametrize("kind", ["Vmm", "KvmVm"])
 def test_resume_after_the_end_says_so_while_another_vcpu_spins(kind: str) -> None:
-    config = flat(FIRST_ENDS, "user64", address=0x10000, size_mib=2, cpu=CpuConfig(2))
+    config = flat(FIRST_ENDS, "user64", address=0x10000, size_mib=2, cpu=CpuConfig(vcpus=2))
     vm: Vmm | KvmVm
     if kind == "Vmm":
         vm = Vmm(config)

@@ -162,7 +162,7 @@ def test_mmio_nobody_answers_reads_ones() -> None:
 @pytest.mark.parametrize("mode", ["long64", "user64"])
 def test_every_vcpu_starts_with_its_number(mode: Mode) -> None:
     vcpus = 4
-    with Vmm(flat(count_vcpus(vcpus), mode, address=0x10000, cpu=CpuConfig(vcpus))) as vmm:
+    with Vmm(flat(count_vcpus(vcpus), mode, address=0x10000, cpu=CpuConfig(vcpus=vcpus))) as vmm:
         exit = vmm.run(60)
         numbers = struct.unpack("<4Q", vmm.memory.read(0x4000, 32))
     assert (exit.reason, exit.code) == (ExitReason.CODE, vcpus)
@@ -184,7 +184,7 @@ def test_vcpu_threads_carry_their_names() -> None:
             if {"vcpu_0", "vcpu_1"} <= names:
                 vmm.stop()
 
-    with Vmm(flat(SPIN, cpu=CpuConfig(2))) as vmm:
+    with Vmm(flat(SPIN, cpu=CpuConfig(vcpus=2))) as vmm:
         vmm.add_subscriber(Look())
         vmm.run(60)
     assert {"vcpu_0", "vcpu_1"} <= names
@@ -193,7 +193,7 @@ def test_vcpu_threads_carry_their_names() -> None:
 def test_init_and_sipi_wake_a_waiting_vcpu_of_linux(make: Callable[[VmmConfig], Vmm], tmp_path: Path) -> None:
     kernel = tmp_path / "kernel"
     kernel.write_bytes(waking_kernel())
-    vmm = make(VmmConfig(boot=pyvmm.LinuxBoot(kernel), cpu=CpuConfig(2), memory=MemoryConfig(8)))
+    vmm = make(VmmConfig(boot=pyvmm.LinuxBoot(kernel), cpu=CpuConfig(vcpus=2), memory=MemoryConfig(size_mib=8)))
     exit = vmm.run(60)
     assert (exit.reason, exit.code, exit.vcpu) == (ExitReason.CODE, 33, 1), exit
 
@@ -290,12 +290,12 @@ def test_close_is_idempotent_and_ends_memory() -> None:
 @pytest.mark.parametrize(
     ("config", "key"),
     [
-        (VmmConfig(memory=MemoryConfig(0)), "memory.size_mib"),
-        (VmmConfig(memory=MemoryConfig(2**23 - 1)), "memory.size_mib"),
-        (VmmConfig(memory=MemoryConfig(2**70)), "memory.size_mib"),
-        (VmmConfig(memory=MemoryConfig("1")), "memory.size_mib"),  # type: ignore[arg-type]
-        (VmmConfig(cpu=CpuConfig(0)), "cpu.vcpus"),
-        (VmmConfig(cpu=CpuConfig(255)), "cpu.vcpus"),
+        (VmmConfig(memory=MemoryConfig(size_mib=0)), "memory.size_mib"),
+        (VmmConfig(memory=MemoryConfig(size_mib=2**23 - 1)), "memory.size_mib"),
+        (VmmConfig(memory=MemoryConfig(size_mib=2**70)), "memory.size_mib"),
+        (VmmConfig(memory=MemoryConfig(size_mib="1")), "memory.size_mib"),  # type: ignore[arg-type]
+        (VmmConfig(cpu=CpuConfig(vcpus=0)), "cpu.vcpus"),
+        (VmmConfig(cpu=CpuConfig(vcpus=255)), "cpu.vcpus"),
         (VmmConfig(cpu=CpuConfig(hide=("nonsense",))), "cpu.hide"),
         (VmmConfig(cpu=CpuConfig(expose=("nonsense",))), "cpu.expose"),
         (VmmConfig(cpu=CpuConfig(hide=("avx",), expose=("avx",))), "cpu.expose"),
@@ -377,7 +377,7 @@ def test_a_guest_that_is_a_hypervisor_has_no_snapshot() -> None:
 
 def test_hypercalls_that_a_kvm_in_software_does_not_answer_are_hidden() -> None:
     unanswered = 1 << 7 | 1 << 11 | 1 << 13  # PV_UNHALT, PV_SEND_IPI, PV_SCHED_YIELD
-    with Vmm(flat(HALT, cpu=CpuConfig(2, template="software-kvm"))) as vmm:
+    with Vmm(flat(HALT, cpu=CpuConfig(vcpus=2, template="software-kvm"))) as vmm:
         for vcpu in vmm.vcpus:
             (features,) = (leaf.eax for leaf in vcpu.cpuid if leaf.function == 0x4000_0001)
             assert not features & unanswered
