@@ -1,0 +1,75 @@
+"""What `inspect.signature` and `help` say of each native class, method and function is what the stub says."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from pyvmm import _pyvmm
+
+STUB = ast.parse((ROOT / "python" / "pyvmm" / "_pyvmm.pyi").read_text())
+# A name, its kind and whether it has a default.
+Parameters = list[tuple[str, str, bool]]
+
+
+def of_stub(function: ast.FunctionDef | ast.AsyncFunctionDef, is_bound: bool) -> Parameters:
+    arguments = function.args
+    plain = [*arguments.posonlyargs, *arguments.args]
+    required = len(plain) - len(arguments.defaults)
+    kinds = ["positional-only"] * len(arguments.posonlyargs) + ["positional or keyword"] * len(arguments.args)
+    parameters = [(a.arg, kind, at >= required) for at, (a, kind) in enumerate(zip(plain, kinds, strict=True))]
+    parameters = parameters[is_bound:]
+    if arguments.vararg:
+        parameters.append((arguments.vararg.arg, "variadic positional", False))
+    keywords = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    parameters += [(a.arg, "keyword-only", default is not None) for a, default in keywords]
+    if arguments.kwarg:
+        parameters.append((arguments.kwarg.arg, "variadic keyword", False))
+    return parameters
+
+
+def of_runtime(function: Callable[..., Any], drop_self: bool) -> Parameters:
+    parameters = list(inspect.signature(function).parameters.values())[drop_self:]
+    return [(p.name, p.kind.description, p.default is not p.empty) for p in parameters]
+
+
+def decorators(function: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
+    return {ast.unparse(decorator) for decorator in function.decorator_list}
+
+
+def functions(body: list[ast.stmt], owner: Any, path: str) -> Iterator[Any]:
+    """Each public function of the stub, what it is at run time, and its parameters in both."""
+    for node in body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from functions(node.body, getattr(owner, node.name), f"{path}{node.name}.")
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            said = decorators(node)
+            is_property = any(name == "property" or name.endswith(".setter") for name in said)
+            if is_property or "overload" in said or (node.name.startswith("_") and node.name != "__new__"):
+                continue
+            is_static = "staticmethod" in said or not path
+            found = owner if node.name == "__new__" else getattr(owner, node.name)
+            drop_self = not is_static and node.name != "__new__" and "classmethod" not in said
+            yield pytest.param(of_stub(node, not is_static), found, drop_self, id=path + node.name)
+
+
+@pytest.mark.parametrize(("stub", "function", "drop_self"), list(functions(STUB.body, _pyvmm, "")))
+def test_signature_is_that_of_the_stub(stub: Parameters, function: Callable[..., Any], drop_self: bool) -> None:
+    assert of_runtime(function, drop_self) == stub
+
+
+def public(owner: Any, path: str) -> Iterator[tuple[str, Any]]:
+    for name, value in vars(owner).items():
+        if name.startswith("_"):
+            continue
+        yield path + name, getattr(owner, name)
+        if isinstance(value, type) and value is not owner:
+            yield from public(value, f"{path}{name}.")
+
+
+def test_help_says_something_of_all_that_is_public() -> None:
+    assert [name for name, value in public(_pyvmm, "") if not inspect.getdoc(value)] == []
