@@ -70,7 +70,13 @@ pub const BUILT_IN_PORTS: [(&str, RangeInclusive<u16>); 6] = [
 ];
 
 /// Ports that KVM answers itself where it has an interrupt controller and a PIT.
-pub const KERNEL_PORTS: [(u64, u64); 5] = [(0x20, 2), (0x40, 4), (0x61, 1), (0xa0, 2), (0x4d0, 2)];
+pub const KERNEL_PORTS: [((u64, u64), &str); 5] = [
+    ((0x20, 2), "the PIC of KVM"),
+    ((0x40, 4), "the PIT of KVM"),
+    ((0x61, 1), "the speaker port of KVM"),
+    ((0xa0, 2), "the second PIC of KVM"),
+    ((0x4d0, 2), "the PIC's trigger modes of KVM"),
+];
 
 /// Guest-physical addresses that are KVM's own, as start and bytes, and what for.
 pub fn kernel_addresses(irqchip: bool) -> impl Iterator<Item = ((u64, u64), &'static str)> {

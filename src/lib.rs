@@ -16,7 +16,7 @@
 //! checks:
 //!
 //! ```text
-//! error process sync bytes layout kvm poll
+//! error process sync bytes layout kvm poll resources
 //! debug fixup memory trace
 //! event exit_handler cpu config devices boot
 //! vcpu vm snapshot vmm
@@ -45,6 +45,7 @@ mod poll;
 mod process;
 #[cfg(feature = "python")]
 pub mod py;
+pub mod resources;
 pub mod snapshot;
 pub mod sync;
 pub mod trace;

@@ -35,7 +35,7 @@ from pyvmm._pyvmm import (
     kvm_info,
     set_kick_signal,
 )
-from pyvmm.devices import ReadableDevice, Unanswered, WritableDevice
+from pyvmm.devices import ReadableDevice, Resource, Unanswered, WritableDevice
 from pyvmm.events import EventSet, Subscriber
 from pyvmm.exceptions import (
     BootError,
@@ -103,6 +103,7 @@ __all__ = [
     "MemorySlot",
     "ReadableDevice",
     "RemoteEndpoint",
+    "Resource",
     "Serial",
     "SerialConfig",
     "Snapshot",

@@ -14,7 +14,7 @@ from typing_extensions import Buffer, disjoint_base
 
 from pyvmm.callbacks import Later
 from pyvmm.config import SerialConfig, VmmConfig
-from pyvmm.devices import Device, Unanswered
+from pyvmm.devices import Device, Resource, Unanswered
 from pyvmm.events import EventSet, Subscriber
 from pyvmm.exits import Exit, ExitHandler, ExitKind, VmRunState
 from pyvmm.registers import CpuidEntry, DebugRegs, Fpu, Lapic, MpState, Msrs, Regs, Sregs, VcpuEvents, Xcrs
@@ -1301,6 +1301,17 @@ class KvmVm:
         """
 
     @property
+    def resources(self) -> list[Resource]:
+        """What answers where: memory, devices, KVM's own chips, and lines and addresses of eventfds.
+
+        By kind and start. Memory and devices that are added or removed come and go in it. Ranges that
+        are not shared never overlap: what would is refused.
+
+        Raises:
+            StateError: the machine is closed, or in a forked child.
+        """
+
+    @property
     def unanswered(self) -> list[Unanswered]:
         """Accesses that no device answered."""
 
@@ -1484,6 +1495,17 @@ class Vmm:
         Raises, when it is entered or left:
             StateError: another trace of this machine is being written.
             StreamError: the file cannot be made or written; a run is not ended by that.
+        """
+
+    @property
+    def resources(self) -> list[Resource]:
+        """What answers where: memory, devices, KVM's own chips, and lines and addresses of eventfds.
+
+        By kind and start. Memory and devices that are added or removed come and go in it. Ranges that
+        are not shared never overlap: what would is refused.
+
+        Raises:
+            StateError: the machine is closed, or in a forked child.
         """
 
     @property

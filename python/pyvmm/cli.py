@@ -22,6 +22,8 @@ from pyvmm.runner import STDERR, Status, Watch, run_machine, run_with
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pyvmm.devices import Resource
+
 EXIT_STATUSES = """\b
 Exit status:
   0-99  the guest's own exit code; 0 too for a halt, a reset or a shutdown
@@ -194,11 +196,18 @@ def inspect(file: str, base: str | None, verify: bool, as_json: bool) -> None:
 
 
 @cli.command()
-@click.option("--json", "as_json", is_flag=True, help="Print the checks as JSON.")
-def doctor(as_json: bool) -> int:
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("--machine", "of_machine", is_flag=True, help="Print what answers where in a machine instead.")
+@click.option("--config", "file", type=click.Path(), help="With --machine: the machine of this configuration file.")
+def doctor(as_json: bool, of_machine: bool, file: str | None) -> int:
     """Say what this machine can do for pyvmm, what is missing, and how to mend it."""
-    from pyvmm.doctor import examine, is_healthy
+    from pyvmm.doctor import examine, is_healthy, resources_of
 
+    if file is not None and not of_machine:
+        raise click.UsageError("--config needs --machine")
+    if of_machine:
+        _print_resources(resources_of(None if file is None else VmmConfig.from_file(file)), as_json)
+        return 0
     checks = examine()
     if as_json:
         click.echo(msgspec.json.encode(checks).decode())
@@ -283,6 +292,20 @@ def _boot(base: VmmConfig, kernel: str | None, form: str | None, initrd: str | N
 def _number(option: str, text: str, key: str) -> int:
     form = text if "=" in text else f"{key}={text}"
     return int(keyvalue.parse(option, form, {key: int})[key])
+
+
+def _print_resources(resources: list[Resource], as_json: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    if as_json:
+        click.echo(json.dumps([resource._asdict() for resource in resources], indent=2))
+        return
+    table = Table("kind", "from", "to", "what", box=None)
+    for kind, start, length, name, shared in resources:
+        ends = (str(start), str(start + length - 1)) if kind == "gsi" else (f"{start:#x}", f"{start + length - 1:#x}")
+        table.add_row(kind, *ends, f"{name} (shared)" if shared else name)
+    Console().print(table)
 
 
 def _print_checks(checks: list[Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from pyvmm.exits import Stop
@@ -57,3 +57,18 @@ class Unanswered(NamedTuple):
     address: int | None
     reads: int
     writes: int
+
+
+class Resource(NamedTuple):
+    """A range of a machine's addresses, ports or interrupt lines, and what uses it: see `Vmm.resources`."""
+
+    kind: Literal["memory", "mmio", "pio", "gsi"]
+    """Guest-physical addresses with memory or of a device, ports, or lines of the interrupt controllers."""
+    start: int
+    """The first address, port or line."""
+    length: int
+    """How many addresses, ports or lines."""
+    name: str
+    """What uses it: "memory", a built-in device, a class of Python's, "irqfd", "ioeventfd", or what of KVM."""
+    shared: bool
+    """Other uses may overlap it: eventfds share lines and addresses with devices."""

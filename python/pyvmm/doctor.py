@@ -17,6 +17,8 @@ from pyvmm.exceptions import VmmError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from pyvmm.devices import Resource
+
 # What is lost without a capability of KVM.
 CAPABILITIES = {
     "user-memory": "no machine at all",
@@ -64,6 +66,14 @@ def examine() -> list[Check]:
     checks.append(_kind(info))
     checks += [_template(template) for template in TEMPLATES]
     return checks + [_capability(name, has) for name, has in info["capabilities"].items()]
+
+
+def resources_of(config: VmmConfig | None) -> list[Resource]:
+    """What answers where in a machine of this configuration; without one, in that of a Linux guest."""
+    if config is None:
+        config = VmmConfig(boot=FlatBoot(TRIAL_CODE), irqchip=True, pit=True)
+    with Vmm(config) as vmm:
+        return vmm.resources
 
 
 def is_healthy(checks: list[Check]) -> bool:

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::Outcome;
+use crate::resources::Kind;
 use crate::sync::{Mutex, RwLock, rank};
 
 /// Something that answers accesses on a bus. Offsets count from the start of its range.
@@ -92,6 +93,17 @@ pub enum Access {
     Mmio,
 }
 
+impl Access {
+    /// What a range of it is, as a resource.
+    #[must_use]
+    pub fn kind(self) -> Kind {
+        match self {
+            Self::Pio => Kind::Pio,
+            Self::Mmio => Kind::Mmio,
+        }
+    }
+}
+
 /// How often an address without a device was read and written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Unanswered {
@@ -164,11 +176,6 @@ impl Bus {
     pub fn devices(&self) -> Vec<(u64, u64, Arc<dyn Device>)> {
         let entries = self.entries.read();
         entries.iter().map(|e| (e.base, e.length, Arc::clone(&e.device))).collect()
-    }
-
-    /// The range of every device.
-    pub(crate) fn ranges(&self) -> Vec<(u64, u64)> {
-        self.entries.read().iter().map(|e| (e.base, e.length)).collect()
     }
 
     /// The device that answers all of this access, and the offset in it.

@@ -10,8 +10,35 @@ use super::rtc::Rtc;
 use super::serial::Serial;
 use super::streams::has_consumer;
 use crate::config::{ExitPort, SerialConfig};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::layout;
+use crate::resources::{Kind, Resources};
+
+/// Claim the built-in devices' ports and interrupt line, before anything that names them is written.
+///
+/// # Errors
+/// [`ErrorKind::Config`] when KVM or another device answers at the exit port.
+pub(crate) fn claim(resources: &Resources, irqchip: bool, exit_port: ExitPort) -> Result<()> {
+    let claim = |base: u16, length, name| {
+        resources.claim(Kind::Pio, (u64::from(base), length), name).map_err(|other| {
+            Error::new(ErrorKind::Config, format!("{base:#x}"), format!("overlaps {other}"))
+        })
+    };
+    claim(layout::COM1, 8, "COM1")?;
+    claim(layout::RTC, 2, "RTC")?;
+    // With its PIT, KVM answers the port between the two that the i8042 has.
+    claim(layout::I8042, 1, "i8042")?;
+    claim(layout::I8042 + 4, 1, "i8042")?;
+    if irqchip {
+        resources.share(Kind::Gsi, (u64::from(layout::COM1_IRQ), 1), "COM1");
+    }
+    match exit_port {
+        ExitPort(Some(base)) => {
+            claim(base, 4, "exit port").map_err(|e| Error { at: "exit_port".into(), ..e })
+        }
+        ExitPort(None) => Ok(()),
+    }
+}
 
 /// Put the built-in devices on the buses; returns the serial port, whose interrupt line this is.
 pub(crate) fn attach(

@@ -19,6 +19,7 @@ use super::slots::{DirtyPages, Slot, Slots};
 use super::view::{View, is_writable};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout;
+use crate::resources::Resources;
 
 /// How much of guest memory a search copies at a time.
 const SEARCH_CHUNK: usize = 1 << 20;
@@ -53,6 +54,12 @@ impl GuestMemory {
             memory.add(start, region, Backing::default())?;
         }
         Ok(memory)
+    }
+
+    /// What answers where in the machine of this memory.
+    #[must_use]
+    pub fn resources(&self) -> &Arc<Resources> {
+        self.0.resources()
     }
 
     /// What tells KVM of this memory.

@@ -9,7 +9,6 @@ mod map;
 mod mapping;
 pub(crate) mod pagemap;
 pub(crate) mod ram;
-mod reserved;
 mod slots;
 mod view;
 
@@ -19,6 +18,5 @@ pub use guest::GuestMemory;
 pub use image::{Image, Layer, MemoryRange, Run};
 pub(crate) use image::{copy_to, memfd};
 pub(crate) use mapping::part;
-pub(crate) use reserved::{DeviceWindows, Reserved};
 pub use slots::{DirtyPages, Slot};
 pub use view::View;

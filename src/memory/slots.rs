@@ -13,9 +13,9 @@ use super::image::MemoryRange;
 use super::map::{Map, Placed, Written, check_place};
 use super::mapping::Mapping;
 use super::ram::Ram;
-use super::reserved::Reserved;
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::PAGE;
+use crate::resources::{Kind, Resources};
 use crate::sync::{Mutex, RwLock, rank};
 
 /// A memory slot of a machine.
@@ -117,6 +117,7 @@ impl Entry {
 #[derive(Debug, Default)]
 pub(crate) struct Slots {
     vm: OnceLock<Arc<VmFd>>,
+    resources: Arc<Resources>,
     table: Mutex<Table, rank::MemorySlots>,
     /// Changed with the table's lock held.
     map: RwLock<Arc<Map>, rank::MemoryMap>,
@@ -127,7 +128,6 @@ struct Table {
     /// By address.
     entries: Vec<Entry>,
     is_logging: bool,
-    reserved: Reserved,
 }
 
 impl Table {
@@ -166,18 +166,16 @@ fn tell(vm: Option<&Arc<VmFd>>, region: kvm_userspace_memory_region) -> Result<(
 }
 
 impl Slots {
-    /// Tell a new machine of every slot; `reserved` is what they must keep off.
+    /// Tell a new machine of every slot.
     ///
     /// # Errors
-    /// When a slot is where the machine has something else, or KVM refuses it.
-    pub(crate) fn attach(&self, vm: &Arc<VmFd>, reserved: Reserved) -> Result<()> {
-        let mut table = self.table.lock();
+    /// When it is another machine's memory already, or KVM refuses a slot.
+    pub(crate) fn attach(&self, vm: &Arc<VmFd>) -> Result<()> {
+        let table = self.table.lock();
         if self.vm.set(Arc::clone(vm)).is_err() {
             let detail = "this memory is another machine's already";
             return Err(Error::new(ErrorKind::State, "memory", detail));
         }
-        table.entries.iter().try_for_each(|e| reserved.check(e.slot.start, e.slot.size))?;
-        table.reserved = reserved;
         let region = |entry: &Entry| entry.region(entry.slot.size, table.is_logging);
         table.entries.iter().try_for_each(|entry| tell(Some(vm), region(entry)))
     }
@@ -185,6 +183,11 @@ impl Slots {
     /// What memory there is now.
     pub(super) fn map(&self) -> Arc<Map> {
         Arc::clone(&self.map.read())
+    }
+
+    /// What answers where in the machine.
+    pub(crate) fn resources(&self) -> &Arc<Resources> {
+        &self.resources
     }
 
     /// # Errors
@@ -196,16 +199,35 @@ impl Slots {
         backing: Backing,
         ram: Option<Ram>,
     ) -> Result<Slot> {
-        let (at, size) = (|| format!("{address:#x}"), mapping.size());
+        let size = mapping.size();
         check_place(address, size)?;
+        self.resources.claim(Kind::Memory, (address, size), "memory").map_err(|other| {
+            let detail = format!("{size:#x} bytes there overlap {other}");
+            Error::new(ErrorKind::Memory, format!("{address:#x}"), detail)
+                .hint("leave that range out: add memory below and above it")
+        })?;
+        let added = self.add_claimed(address, mapping, backing, ram);
+        if added.is_err() {
+            self.resources.release(Kind::Memory, address);
+        }
+        added
+    }
+
+    fn add_claimed(
+        &self,
+        address: u64,
+        mapping: Arc<Mapping>,
+        backing: Backing,
+        ram: Option<Ram>,
+    ) -> Result<Slot> {
+        let size = mapping.size();
         let region = GuestRegionMmap::with_arc(Arc::clone(mapping.region()), GuestAddress(address));
         let mut table = self.table.lock();
-        table.reserved.check(address, size)?;
         let map = self.map();
         let more = region.and_then(|region| map.mmap.insert_region(Arc::new(region)).ok());
         let Some(mmap) = more else {
             let detail = format!("{size:#x} bytes there overlap other memory ({})", map.shown());
-            return Err(Error::new(ErrorKind::Memory, at(), detail));
+            return Err(Error::new(ErrorKind::Memory, format!("{address:#x}"), detail));
         };
         let is_free = |number: &u32| table.entries.iter().all(|e| e.slot.number != *number);
         let number = (0..=u32::from(u16::MAX)).find(is_free).unwrap_or(u32::MAX);
@@ -231,6 +253,7 @@ impl Slots {
         let mmap = left.map(|(mmap, _)| mmap).unwrap_or_default();
         let before = std::mem::replace(&mut *self.map.write(), table.map(Arc::new(mmap)));
         drop(table);
+        self.resources.release(Kind::Memory, slot.start);
         // Unmapping takes its time: without the lock.
         drop((removed, before));
         Ok(())
@@ -238,25 +261,6 @@ impl Slots {
 
     pub(super) fn all(&self) -> Vec<Slot> {
         self.table.lock().entries.iter().map(|e| e.slot).collect()
-    }
-
-    /// Do something that no memory may lie under, if none does; none is added meanwhile.
-    ///
-    /// # Errors
-    /// When there is memory; what `act` returns.
-    pub(crate) fn beside(
-        &self,
-        (start, size): (u64, u64),
-        act: impl FnOnce() -> Result<()>,
-    ) -> Result<()> {
-        let table = self.table.lock();
-        let last = start.saturating_add(size);
-        let slots = table.entries.iter().map(|entry| entry.slot);
-        if let Some(slot) = slots.into_iter().find(|s| start < s.start + s.size && s.start < last) {
-            let detail = format!("overlaps the memory at {:#x}", slot.start);
-            return Err(Error::new(ErrorKind::Config, format!("{start:#x}"), detail));
-        }
-        act()
     }
 
     pub(super) fn log_dirty(&self, is_on: bool) -> Result<()> {

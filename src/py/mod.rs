@@ -25,6 +25,7 @@ mod pending_outcome;
 mod pool;
 mod recorded;
 mod registry;
+mod resources;
 mod returned;
 mod run;
 mod serial;

@@ -30,18 +30,18 @@ use crate::layout;
 use crate::memory::GuestMemory;
 use crate::sync::{Condvar, Mutex, rank};
 use crate::vcpu::{ExitRouter, VmRunState, is_thread_of};
-use crate::vm::KvmVm;
+use crate::vm::{KvmVm, claim_platform};
 
 /// An exit handler as the vCPUs hold it.
 #[derive(Debug)]
-enum Handler {
+pub(super) enum Handler {
     Native(WrappedExitHandler),
     Python(Arc<PythonHandler>),
 }
 
 /// A Python object with `kick()`, and what a kick raised.
 #[derive(Debug)]
-struct PythonHandler {
+pub(super) struct PythonHandler {
     object: Py<PyAny>,
     raised: Mutex<Option<PyErr>, rank::KickRaised>,
 }
@@ -189,7 +189,7 @@ impl Drop for PyKvmVm {
 }
 
 impl PyKvmVm {
-    fn vm(&self) -> Result<Arc<KvmVm<Handler>>> {
+    pub(super) fn vm(&self) -> Result<Arc<KvmVm<Handler>>> {
         self.machine.get()?.get()
     }
 
@@ -260,6 +260,7 @@ impl PyKvmVm {
         let (vm, entry, router, serial) = interrupt::interruptible(py, |interrupted| {
             config.validate()?;
             let memory = GuestMemory::new(config.memory.size_mib << 20)?;
+            claim_platform(memory.resources(), config.has_irqchip(), config.exit_port)?;
             let entry = boot::load(&config, &memory, interrupted)?;
             let router = Arc::new(ExitRouter::default());
             let vm = KvmVm::new(&config, memory, Arc::clone(&router), handler)?;

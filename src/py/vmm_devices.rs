@@ -41,7 +41,7 @@ impl PyVmm {
             let detail = "no device that was added starts here";
             return Err(Error::new(ErrorKind::Config, format!("{base:#x}"), detail).into());
         };
-        py.detach(|| vmm.router().buses.bus(access).remove(base).map(drop))?;
+        py.detach(|| vmm.remove_device(access, base))?;
         self.devices.lock().retain(|known| !Arc::ptr_eq(known, &device));
         Ok(device.object().clone_ref(py))
     }

@@ -76,6 +76,8 @@ ranks! {
     Observers,
     /// The devices of a bus.
     Bus,
+    /// What answers where in a machine.
+    Resources,
     /// Accesses that nobody answered.
     Unanswered,
     /// The guest's side of a serial port.

@@ -9,7 +9,6 @@ use std::time::Instant;
 use super::exit::{Data, ExitKind, VcpuExit};
 use crate::devices::Buses;
 use crate::exit_handler::Outcome;
-use crate::memory::DeviceWindows;
 use crate::sync::{RwLock, rank};
 use crate::trace::{Recording, Track};
 
@@ -93,12 +92,6 @@ pub struct ExitRouter {
     /// In the order in which they are asked. A call in progress keeps the list that it began with.
     hooks: RwLock<Arc<[HookEntry]>, rank::ExitHooks>,
     observers: RwLock<Vec<Arc<dyn Observer>>, rank::Observers>,
-}
-
-impl DeviceWindows for ExitRouter {
-    fn windows(&self) -> Vec<(u64, u64)> {
-        self.buses.mmio.ranges()
-    }
 }
 
 /// Whether hooks and observers look at an exit.

@@ -15,6 +15,7 @@ use crate::devices::{Access, InterruptLine};
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::ExitHandler;
 use crate::layout;
+use crate::resources::Kind;
 
 /// The pins of the I/O APIC; the first sixteen are the PICs' too.
 pub const IRQ_LINES: u32 = 24;
@@ -98,38 +99,6 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         Err(Error::new(ErrorKind::Config, "irq", detail))
     }
 
-    /// `add` a device at these addresses, if neither memory nor KVM answers there. No memory is
-    /// added meanwhile.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Config`] when one does; what `add` returns.
-    pub(crate) fn beside_others(
-        &self,
-        access: Access,
-        (start, length): (u64, u64),
-        add: impl FnOnce() -> Result<()>,
-    ) -> Result<()> {
-        let of_kvm: Vec<(u64, u64)> = match access {
-            Access::Pio if self.irqchip => layout::KERNEL_PORTS.to_vec(),
-            Access::Pio => Vec::new(),
-            Access::Mmio => {
-                layout::kernel_addresses(self.irqchip).map(|(range, _)| range).collect()
-            }
-        };
-        let end = start.saturating_add(length);
-        let add = || match of_kvm.iter().find(|(at, size)| start < at + size && *at < end) {
-            Some((at, _)) => {
-                let detail = format!("overlaps what KVM answers at {at:#x}");
-                Err(Error::new(ErrorKind::Config, format!("{start:#x}"), detail))
-            }
-            None => add(),
-        };
-        match access {
-            Access::Pio => add(),
-            Access::Mmio => self.memory.kvm_slots().beside((start, length), add),
-        }
-    }
-
     /// An interrupt line for a device of the machine's; none without an interrupt controller.
     #[must_use]
     pub fn irq(&self, line: u32) -> Option<Box<dyn InterruptLine>> {
@@ -189,7 +158,9 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     /// As for [`Self::set_irq_line`]; when KVM refuses it, as for an eventfd that does so already.
     pub fn add_irqfd(&self, event: &EventFd, line: u32) -> Result<()> {
         self.check_irq_line(line)?;
-        self.fd.register_irqfd(event, line).map_err(|e| Error::kvm("KVM_IRQFD", e))
+        self.fd.register_irqfd(event, line).map_err(|e| Error::kvm("KVM_IRQFD", e))?;
+        self.memory.resources().share(Kind::Gsi, (u64::from(line), 1), "irqfd");
+        Ok(())
     }
 
     /// Undo [`Self::add_irqfd`].
@@ -198,7 +169,9 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     /// As for it.
     pub fn remove_irqfd(&self, event: &EventFd, line: u32) -> Result<()> {
         self.check_irq_line(line)?;
-        self.fd.unregister_irqfd(event, line).map_err(|e| Error::kvm("KVM_IRQFD", e))
+        self.fd.unregister_irqfd(event, line).map_err(|e| Error::kvm("KVM_IRQFD", e))?;
+        self.memory.resources().release_shared(Kind::Gsi, u64::from(line), "irqfd");
+        Ok(())
     }
 
     /// Have writes of the guest's write an eventfd, in the kernel: KVM_IOEVENTFD. They are no
@@ -230,7 +203,15 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             4 => self.tell_ioeventfd(event, on, is_added, u32::try_from(value).unwrap_or(0)),
             _ => self.tell_ioeventfd(event, on, is_added, value),
         };
-        result.map_err(|e| Error::kvm("KVM_IOEVENTFD", e))
+        result.map_err(|e| Error::kvm("KVM_IOEVENTFD", e))?;
+        let (kind, resources) = (on.access.kind(), self.memory.resources());
+        if is_added {
+            let length = u64::try_from(on.length).unwrap_or(u64::MAX).max(1);
+            resources.share(kind, (on.address, length), "ioeventfd");
+        } else {
+            resources.release_shared(kind, on.address, "ioeventfd");
+        }
+        Ok(())
     }
 
     fn tell_ioeventfd<T: Into<u64>>(

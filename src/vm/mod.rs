@@ -25,15 +25,17 @@ pub use shape::Shape;
 use self::vcpus::Vcpus;
 use crate::kvm::open_kvm;
 use crate::layout;
-use crate::memory::{GuestMemory, Reserved};
+use crate::memory::GuestMemory;
 
-use crate::config::{FlatBoot, VmmConfig};
+use crate::config::{ExitPort, FlatBoot, VmmConfig};
 use crate::cpu::CpuMode;
 use crate::cpu::{cpuid, msrs, regs, tables};
+use crate::devices;
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::{Exit, ExitHandler};
 use crate::fixup;
 use crate::process::ProcessTag;
+use crate::resources::{Kind, Resource, Resources};
 use crate::sync::{Mutex, rank};
 use crate::vcpu::{self, ExitRouter, RunState, Vcpu, VcpuThread, VmRunState};
 
@@ -79,9 +81,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         let kvm = open_kvm()?;
         let fd = create_vm(&kvm)?;
         create_irqchip(&fd, config.has_irqchip(), config.has_pit())?;
-        let irqchip = config.has_irqchip();
-        let reserved = Reserved { irqchip, devices: Some(Arc::clone(&router) as _) };
-        memory.kvm_slots().attach(&fd, reserved)?;
+        memory.kvm_slots().attach(&fd)?;
         let table = cpuid::guest_cpuid(&kvm, &config.cpu)?;
         let vcpus = create_vcpus(&kvm, &fd, config, &table, &router, &memory)?;
         let fixups = Arc::default();
@@ -119,7 +119,8 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     pub fn bare(exit_handler: EH) -> Result<Self> {
         let fd = create_vm(&open_kvm()?)?;
         let memory = GuestMemory::empty();
-        memory.kvm_slots().attach(&fd, Reserved::default())?;
+        claim_for_kvm(memory.resources(), false)?;
+        memory.kvm_slots().attach(&fd)?;
         let shared =
             vcpu::Shared { exit_handler, run_state: RunState::default(), exit: Mutex::new(None) };
         Ok(Self {
@@ -255,6 +256,15 @@ impl<EH: ExitHandler> KvmVm<EH> {
         &self.fixups
     }
 
+    /// What answers where: memory, devices, KVM's chips and interrupt lines.
+    ///
+    /// # Errors
+    /// In a forked child.
+    pub fn resources(&self) -> Result<Vec<Resource>> {
+        self.check_process()?;
+        Ok(self.memory.resources().all())
+    }
+
     /// The machine's memory.
     #[must_use]
     pub fn memory(&self) -> &GuestMemory {
@@ -283,6 +293,38 @@ impl<EH: ExitHandler> Drop for KvmVm<EH> {
         self.close();
         self.vcpus.leave();
     }
+}
+
+/// Claim what KVM and the built-in devices answer, before anything that names it is written.
+///
+/// # Errors
+/// When there is something else already.
+pub(crate) fn claim_platform(
+    resources: &Resources,
+    irqchip: bool,
+    exit_port: ExitPort,
+) -> Result<()> {
+    claim_for_kvm(resources, irqchip)?;
+    devices::claim(resources, irqchip, exit_port)
+}
+
+/// Claim what KVM answers itself: pages of its own and, with an interrupt controller, the chips.
+///
+/// # Errors
+/// [`ErrorKind::Memory`] when there is something else already.
+fn claim_for_kvm(resources: &Resources, irqchip: bool) -> Result<()> {
+    let claim = |kind, (start, length), name: &str| {
+        resources.claim(kind, (start, length), name).map_err(|other| {
+            let detail = format!("{name} overlaps {other}");
+            Error::new(ErrorKind::Memory, format!("{start:#x}"), detail)
+                .hint("leave that range out: add memory below and above it")
+        })
+    };
+    for (range, name) in layout::kernel_addresses(irqchip) {
+        claim(Kind::Mmio, range, name)?;
+    }
+    let ports = layout::KERNEL_PORTS.into_iter().filter(|_| irqchip);
+    ports.into_iter().try_for_each(|(range, name)| claim(Kind::Pio, range, name))
 }
 
 /// A VM with the pages that KVM itself needs on some processors.

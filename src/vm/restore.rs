@@ -12,7 +12,7 @@ use crate::cpu::CpuMode;
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::{Exit, ExitHandler, Outcome};
 use crate::kvm::open_kvm;
-use crate::memory::{GuestMemory, Reserved};
+use crate::memory::GuestMemory;
 use crate::process::ProcessTag;
 use crate::sync::{MappedMutexGuard, Mutex, MutexGuard, rank};
 use crate::vcpu::{self, ExitRouter, RunState, Vcpu, VcpuThread, VmRunState};
@@ -37,8 +37,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         }
         let fd = create_vm(&kvm)?;
         create_irqchip(&fd, shape.irqchip, shape.pit)?;
-        let reserved = Reserved { irqchip: shape.irqchip, devices: Some(Arc::clone(router) as _) };
-        memory.kvm_slots().attach(&fd, reserved)?;
+        memory.kvm_slots().attach(&fd)?;
         let vcpu = |id| {
             let vcpu = fd.create_vcpu(id).map_err(|e| Error::kvm("KVM_CREATE_VCPU", e))?;
             VcpuThread::new(id, vcpu, Arc::clone(router), memory.clone())

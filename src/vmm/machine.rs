@@ -24,7 +24,7 @@ use crate::process::ProcessTag;
 use crate::sync::{Condvar, Mutex, rank};
 use crate::trace::Trace;
 use crate::vcpu::{ExitRouter, VcpuHandle, VmRunState};
-use crate::vm::KvmVm;
+use crate::vm::{KvmVm, claim_platform};
 
 /// A machine: its KVM side, its devices, and the event loop they share.
 #[derive(Debug)]
@@ -80,6 +80,7 @@ impl Vmm {
     ) -> Result<Self> {
         config.validate()?;
         let memory = GuestMemory::new(config.memory.size_mib << 20)?;
+        claim_platform(memory.resources(), config.has_irqchip(), config.exit_port)?;
         let entry = boot::load(&config, &memory, interrupted)?;
         let event_manager = match shared {
             Some(shared) => shared.share().map(|()| shared)?,
@@ -172,9 +173,26 @@ impl Vmm {
             let detail = "ports go from 0 to 0xffff";
             return Err(Error::new(ErrorKind::Config, format!("{base:#x}"), detail));
         }
-        vm.beside_others(access, (base, length), || {
-            self.router.buses.bus(access).add(base, length, device)
-        })
+        let kind = access.kind();
+        vm.memory().resources().claim(kind, (base, length), device.name()).map_err(|other| {
+            Error::new(ErrorKind::Config, format!("{base:#x}"), format!("overlaps {other}"))
+        })?;
+        let added = self.router.buses.bus(access).add(base, length, device);
+        if added.is_err() {
+            vm.memory().resources().release(kind, base);
+        }
+        added
+    }
+
+    /// Take a device away again. An access that has found it already is still answered.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Config`] when no device's range starts there.
+    pub fn remove_device(&self, access: Access, base: u64) -> Result<()> {
+        let vm = self.vm()?;
+        drop(self.router.buses.bus(access).remove(base)?);
+        vm.memory().resources().release(access.kind(), base);
+        Ok(())
     }
 
     /// The handler that ends a run.

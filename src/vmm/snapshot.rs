@@ -17,8 +17,8 @@ use crate::memory::GuestMemory;
 use crate::memory::MemoryRange;
 use crate::snapshot::{Classes, Device as DeviceState, Snapshot, chips, new_id, vcpu};
 use crate::vcpu::{ExitRouter, Vcpu, VmRunState};
-use crate::vm::KvmVm;
 use crate::vm::Shape;
+use crate::vm::{KvmVm, claim_platform};
 
 type Vm = KvmVm<WrappedExitHandler>;
 
@@ -106,6 +106,7 @@ impl Vmm {
         for MemoryRange { start, read_only, image } in &snapshot.ranges {
             memory.add_image(*start, image, *read_only)?;
         }
+        claim_platform(memory.resources(), shape.irqchip, shape.exit_port())?;
         let event_manager = match event_manager {
             Some(shared) => shared.share().map(|()| shared)?,
             None => Arc::new(EventManager::new()?),

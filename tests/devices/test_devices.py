@@ -305,7 +305,7 @@ def test_the_run_ends_within_a_repeated_access() -> None:
 @pytest.mark.parametrize(
     ("base", "length", "text"),
     [
-        (0x3F8, 1, "overlaps the device at 0x3f8"),
+        (0x3F8, 1, "overlaps COM1, 0x3f8 to 0x3ff"),
         (0x3F0, 9, "overlaps"),
         (0xFFFF, 2, "0 to 0xffff"),
         (0x1_0000, 1, "0 to 0xffff"),
@@ -329,9 +329,9 @@ def test_addresses_that_cannot_be_had_are_refused() -> None:
             vmm.add_mmio_device((1 << 64) - 1, 2, Log())
         vmm.add_mmio_device(0x20_0000, 1, Log())
     with Vmm(flat(HALT, irqchip=True)) as vmm:
-        with pytest.raises(ConfigError, match="KVM"):
+        with pytest.raises(ConfigError, match="the local APICs"):
             vmm.add_mmio_device(0xFEE0_0000, 8, Log())
-        with pytest.raises(ConfigError, match="KVM"):
+        with pytest.raises(ConfigError, match="PIC of KVM"):
             vmm.add_pio_device(0x20, 1, Log())
 
 
