@@ -42,7 +42,7 @@ linux: ## Build the Linux that the tests boot, once, outside the checkout
 pytest: setup linux ## The Python tests
 	pytest --quiet
 
-CHECKED ?= tests/stress tests/vmm/test_vmm.py tests/vm/test_vm.py tests/devices/test_devices.py tests/vcpu/test_hooks.py tests/vcpu/test_robustness.py
+CHECKED ?= tests/stress tests/house/test_flow.py tests/vmm/test_vmm.py tests/vm/test_vm.py tests/devices/test_devices.py tests/vcpu/test_hooks.py tests/vcpu/test_robustness.py
 checked: setup ## Python tests with a module that checks the order of locks; CHECKED=ARGUMENTS of pytest
 	@scripts/checked.sh
 	PYTHONPATH=target/checked/python pytest --quiet $(CHECKED)

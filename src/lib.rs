@@ -16,7 +16,7 @@
 //! checks:
 //!
 //! ```text
-//! error process sync bytes layout kvm poll resources
+//! error process sync hop bytes layout kvm poll resources
 //! debug fixup memory trace
 //! event exit_handler cpu config devices boot
 //! vcpu vm snapshot vmm
@@ -38,6 +38,7 @@ pub mod error;
 pub mod event;
 pub mod exit_handler;
 pub mod fixup;
+mod hop;
 pub mod kvm;
 pub mod layout;
 pub mod memory;

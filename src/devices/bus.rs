@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::Outcome;
+use crate::hop::hop;
 use crate::resources::Kind;
 use crate::sync::{Mutex, RwLock, rank};
 
@@ -180,6 +181,7 @@ impl Bus {
 
     /// The device that answers all of this access, and the offset in it.
     pub(crate) fn find(&self, address: u64, length: usize) -> Option<(Arc<dyn Device>, u64)> {
+        hop!();
         let entries = self.entries.read();
         let entry = entries.get(entries.partition_point(|e| e.base <= address).checked_sub(1)?)?;
         let offset = address - entry.base;

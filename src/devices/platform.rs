@@ -14,7 +14,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::layout;
 use crate::resources::{Kind, Resources};
 
-/// Claim the built-in devices' ports and interrupt line, before anything that names them is written.
+/// Claim the built-in devices' ports and interrupt line, before anything that names them is
+/// written.
 ///
 /// # Errors
 /// [`ErrorKind::Config`] when KVM or another device answers at the exit port.

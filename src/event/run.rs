@@ -8,6 +8,7 @@ use super::errors::event_error;
 use super::manager::EventManager;
 use super::registrations::Registrations;
 use crate::error::{Error, ErrorKind, Result};
+use crate::hop::hop;
 
 impl EventManager {
     /// Wait for events and dispatch them once; returns how many were dispatched.
@@ -95,6 +96,7 @@ impl EventManager {
 
     /// Dispatch what is ready now, without waiting.
     pub(super) fn dispatch(&self, registrations: &mut Registrations) -> Result<Dispatched> {
+        hop!();
         registrations.drop_stale(&self.epoll)?;
         // Upstream's dispatch has an `unreachable!` for an fd it does not know. Stale registrations
         // are dropped when they arise; this keeps one that got through, or a panic in a subscriber,

@@ -18,6 +18,7 @@ use super::ram::Ram;
 use super::slots::{DirtyPages, Slot, Slots};
 use super::view::{View, is_writable};
 use crate::error::{Error, ErrorKind, Result};
+use crate::hop::hop;
 use crate::layout;
 use crate::resources::Resources;
 
@@ -96,6 +97,7 @@ impl GuestMemory {
     /// # Errors
     /// As for `add`, and when a file behind the snapshot has been changed.
     pub(crate) fn add_image(&self, address: u64, image: &Image, read_only: bool) -> Result<Slot> {
+        hop!();
         let mapping = Mapping::new(image.map()?);
         let ram = Ram::over(Arc::clone(&mapping), image.clone());
         self.0.add(address, mapping, Backing { read_only, shared: false }, Some(ram))

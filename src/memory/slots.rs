@@ -14,6 +14,7 @@ use super::map::{Map, Placed, Written, check_place};
 use super::mapping::Mapping;
 use super::ram::Ram;
 use crate::error::{Error, ErrorKind, Result};
+use crate::hop::hop;
 use crate::layout::PAGE;
 use crate::resources::{Kind, Resources};
 use crate::sync::{Mutex, RwLock, rank};
@@ -296,6 +297,7 @@ impl Slots {
     /// What every slot holds, for good: the guest is at rest. Start, image and whether the guest
     /// cannot write it.
     pub(crate) fn freeze(&self) -> Result<Vec<MemoryRange>> {
+        hop!();
         let mut table = self.table.lock();
         if let Some(entry) = table.entries.iter().find(|entry| entry.ram.is_none()) {
             let at = format!("memory at {:#x}", entry.slot.start);

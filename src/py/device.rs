@@ -16,6 +16,7 @@ use super::returned::refuse_awaitable;
 use crate::devices::{Access, Device, each};
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::Outcome;
+use crate::hop::hop;
 use crate::sync::{Mutex, rank};
 use crate::vcpu::Data;
 
@@ -147,6 +148,7 @@ impl Device for PythonDevice {
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Outcome {
+        hop!();
         match (&self.methods.write, &self.methods.write_many) {
             (Some(write), _) => call_write(self, write, offset, data),
             (None, Some(_)) => self.write_many(offset, data, data.len()),

@@ -5,6 +5,7 @@ use pyo3::ffi;
 use pyo3::prelude::*;
 
 use super::ending::{guard_thread, import, sleep_until_the_process_ends};
+use crate::hop::hop;
 use crate::process::ProcessTag;
 use crate::sync::assert_unlocked;
 use crate::vcpu;
@@ -53,6 +54,7 @@ pub(super) fn on_vcpu_thread<T>(
     call: impl FnOnce(Python<'_>) -> PyResult<T>,
     otherwise: impl FnOnce(Python<'_>, PyErr) -> T,
 ) -> T {
+    hop!();
     KEPT.with(|_kept| attach(|py| call_out(py, call).unwrap_or_else(|error| otherwise(py, error))))
 }
 

@@ -12,6 +12,8 @@ mod event;
 mod exit;
 mod gil_cell;
 mod hooks;
+#[cfg(debug_assertions)]
+mod hop;
 mod host;
 mod in_loop;
 mod interpreter;

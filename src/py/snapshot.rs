@@ -15,6 +15,7 @@ use super::event::PyEventManager;
 use super::vmm::{PyVmm, close};
 use super::{config, ending, interrupt};
 use crate::config::SerialConfig;
+use crate::hop::hop;
 use crate::snapshot::{Device, Host, Kind, Load, Snapshot, described, inspect, load};
 use crate::vm::Shape;
 use crate::vmm::ForkConfig;
@@ -82,6 +83,7 @@ impl PySnapshot {
         setup: Option<Bound<'_, PyAny>>,
         entropy: Option<Bound<'_, PyAny>>,
     ) -> PyResult<Py<PyVmm>> {
+        hop!();
         let core = self.core()?;
         let streams = match &serial {
             Some(serial) => config::serial_from_python(serial.clone())?,
@@ -388,6 +390,7 @@ impl PyVmm {
     ///     others, or another thread
     ///         resumed it meanwhile.
     fn snapshot(&self, py: Python<'_>) -> PyResult<PySnapshot> {
+        hop!();
         let vmm = self.vmm()?;
         let core = py.detach(|| vmm.snapshot()).map_err(|e| self.device_failure(e.into()))?;
         Ok(PySnapshot::of(core, self.config.clone_ref(py)))

@@ -15,6 +15,7 @@ use super::state::{Kind, Record, Records, get, put};
 use crate::bytes::{Reader, bad};
 use crate::cpu::cpuid;
 use crate::error::{Error, ErrorKind, Result};
+use crate::hop::hop;
 use crate::kvm::checked as kvm;
 use crate::process::Learnt;
 use crate::vcpu::Vcpu;
@@ -72,6 +73,7 @@ fn done(at: &str, result: libc::c_int) -> Result<()> {
 
 /// Everything KVM tells of a vCPU at rest, whose last access has been completed.
 pub(crate) fn capture(vcpu: &Vcpu, number: u16, classes: Classes) -> Result<Records> {
+    hop!();
     let (mut all, fd) = (Records::with_capacity(12), &vcpu.fd);
     let mut keep = |kind, bytes: &[u8]| put(&mut all, kind, number, bytes);
     let cpuid = cpuid::of_vcpu(fd)?;
@@ -150,6 +152,7 @@ pub(crate) fn apply(
     records: &[Record],
     classes: Classes,
 ) -> Result<()> {
+    hop!();
     let one = |kind: Kind| {
         let missing = || bad(kind.name(), format!("the state of vCPU {number} has none"));
         get(records, kind, number).ok_or_else(missing)

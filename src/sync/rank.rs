@@ -138,6 +138,8 @@ ranks! {
     LeftThreads,
     /// State that the GIL guards where there is one.
     GilCell,
+    /// The hops that a test records.
+    Hops,
     /// Locks of tests.
     Test,
 }

@@ -9,6 +9,7 @@ use super::string_io;
 use super::vcpu::Vcpu;
 use crate::devices::{Access, Device};
 use crate::exit_handler::Outcome;
+use crate::hop::hop;
 use crate::trace::{self, Value};
 
 /// `IN` and `INS`: `count` elements of `size` bytes from one port.
@@ -30,6 +31,7 @@ pub(super) fn port_out(
     size: usize,
     data: &[u8],
 ) -> Outcome {
+    hop!();
     let place = (Access::Pio, u64::from(port));
     reach(vcpu, handle, place, size, false, |vcpu, handle, device, offset| {
         if !device.coalesces_outs() {

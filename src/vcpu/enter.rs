@@ -12,6 +12,7 @@ use super::pending::PendingIo;
 use super::run_page::RunPage;
 use super::vcpu::Vcpu;
 use crate::error::{Error, Result};
+use crate::hop::hop;
 
 /// An instruction makes at most this many accesses of eight bytes: those of XSAVE, with room.
 const ABANDONED_PARTS: usize = 4096;
@@ -39,6 +40,7 @@ pub(super) fn run_once(vcpu: &mut Vcpu, stop: &StopWord) -> Result<Option<VcpuEx
 /// Enter the guest, or take the exit that was found when an instruction was completed. Until it is
 /// answered, a read gives all ones, and an access to a model-specific register faults.
 pub(super) fn enter(vcpu: &mut Vcpu) -> std::result::Result<VcpuExit, kvm_ioctls::Error> {
+    hop!();
     vcpu.has_run = true;
     let result = match std::mem::take(&mut vcpu.pending) {
         PendingIo::Exit(exit) => Ok(exit),

@@ -15,6 +15,7 @@ use super::kick::ImmediateExit;
 use super::router::{ExitMask, Reply, Seen};
 use super::vcpu::Vcpu;
 use crate::exit_handler::{Exit, ExitReason, Outcome};
+use crate::hop::hop;
 
 /// Enter the guest once and answer its exit.
 pub(crate) fn step(vcpu: &mut Vcpu, handle: &VcpuHandle) -> Outcome {
@@ -53,6 +54,7 @@ fn observed_step(vcpu: &mut Vcpu, handle: &VcpuHandle, mask: ExitMask) -> Outcom
 }
 
 fn answer(vcpu: &mut Vcpu, handle: &VcpuHandle, exit: &VcpuExit, mask: ExitMask) -> Outcome {
+    hop!();
     let is_memory = std::mem::take(&mut vcpu.has_found_memory) && vcpu.answer_from_memory(exit);
     let hooked = match exit.kind() {
         _ if is_memory => Some(Outcome::Continue),

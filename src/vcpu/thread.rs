@@ -17,6 +17,7 @@ use super::state::{RunState, VmRunState};
 use super::vcpu::Vcpu;
 use crate::error::Result;
 use crate::exit_handler::{Exit, ExitHandler, ExitReason, Outcome};
+use crate::hop::hop;
 use crate::memory::GuestMemory;
 use crate::sync::{Mutex, rank};
 
@@ -143,6 +144,7 @@ impl VcpuThread {
 
 /// The vCPU's thread: follow the commands of its handle until the one to end.
 fn serve<EH: ExitHandler>(handle: &VcpuHandle, shared: &Shared<EH>) {
+    hop!();
     while let Some(mut vcpu) = handle.next() {
         let guard = PanicGuard { handle, shared };
         vcpu.notify_of_pause();

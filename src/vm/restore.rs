@@ -11,6 +11,7 @@ use super::{KvmVm, create_irqchip, create_vm, switch_fixups_on};
 use crate::cpu::CpuMode;
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::{Exit, ExitHandler, Outcome};
+use crate::hop::hop;
 use crate::kvm::open_kvm;
 use crate::memory::GuestMemory;
 use crate::process::ProcessTag;
@@ -29,6 +30,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         router: &Arc<ExitRouter>,
         exit_handler: EH,
     ) -> Result<Self> {
+        hop!();
         let kvm = open_kvm()?;
         let most = kvm.get_max_vcpus();
         if usize::from(shape.vcpus) > most {
@@ -87,6 +89,7 @@ impl<EH: ExitHandler> KvmVm<EH> {
         &self,
         act: impl FnOnce(&VmFd, &mut [MappedMutexGuard<'_, Vcpu, rank::Vcpu>]) -> Result<T>,
     ) -> Result<T> {
+        hop!();
         self.check_process()?;
         self.vcpus.at_rest(|vcpus| act(&self.fd, vcpus))
     }

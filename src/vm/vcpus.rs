@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::hop::hop;
 use crate::sync::{Condvar, MappedMutexGuard, Mutex, MutexGuard, assert_unlocked, rank};
 use crate::vcpu::{Vcpu, VcpuHandle, VcpuThread, VmRunState, left};
 
@@ -126,6 +127,7 @@ impl Vcpus {
     /// Bring them out of their guests for as long as somebody needs that, and wait until each is
     /// out. A pause and a resume meanwhile count when the last hold ends.
     pub(super) fn hold(&self) -> Result<()> {
+        hop!();
         let all: Vec<Awaited> = {
             let mut list = self.0.lock();
             if list.is_closed {

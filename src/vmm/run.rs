@@ -8,6 +8,7 @@ use super::life::Running;
 use super::machine::Vmm;
 use crate::error::{Error, Result};
 use crate::exit_handler::{Exit, ExitReason};
+use crate::hop::hop;
 use crate::trace;
 
 /// The longest wait where another loop may take what this one waits for.
@@ -35,6 +36,7 @@ impl Vmm {
         timeout: Option<Duration>,
         mut turn: impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
     ) -> std::result::Result<Exit, E> {
+        hop!();
         let running = self.enter_run("run", false)?;
         let deadline = deadline_of(timeout);
         let ended = running
@@ -75,6 +77,7 @@ impl Vmm {
 
 impl Running<'_> {
     pub(super) fn start_vcpus(&self) -> Result<()> {
+        hop!();
         let vm = &self.vm;
         vm.check_may_run()?;
         // After a stop from before this run the guest does not start for nothing.

@@ -12,6 +12,7 @@ use crate::devices::{self, Buses, Device};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
 use crate::exit_handler::WrappedExitHandler;
+use crate::hop::hop;
 use crate::layout;
 use crate::memory::GuestMemory;
 use crate::memory::MemoryRange;
@@ -41,6 +42,7 @@ impl Vmm {
     /// shared with others, or somebody resumes it meanwhile; when KVM refuses. The machine goes on
     /// as before then.
     pub fn snapshot(&self) -> Result<Snapshot> {
+        hop!();
         let vm = self.vm()?;
         vm.check_process()?;
         vm.prepare(self.entry)?;
@@ -100,6 +102,7 @@ impl Vmm {
     /// When KVM refuses a part, there is no memory or descriptor left, or a device of the snapshot
     /// is missing.
     pub fn fork(snapshot: &Snapshot, config: ForkConfig) -> Result<Self> {
+        hop!();
         let ForkConfig { serial: streams, event_manager } = config;
         let shape = &snapshot.shape;
         let memory = GuestMemory::empty();

@@ -88,3 +88,10 @@ def test_guest_that_ends_otherwise_under_a_template_is_said(monkeypatch: pytest.
     monkeypatch.setattr(doctor, "TRIAL_S", 0.1)
     by_name = {check.name: check for check in doctor.examine()}
     assert "long64: the guest ended with halt" in by_name["CPU template host"].detail
+
+
+@pytest.mark.kvm
+def test_features_hidden_by_default_have_names_that_a_configuration_knows() -> None:
+    hidden = pyvmm.kvm_info()["hidden_features"]
+    assert isinstance(hidden, list)
+    assert set(hidden) <= set(pyvmm.cpu_features())

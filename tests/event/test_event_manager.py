@@ -1,9 +1,9 @@
 """The event loop with no machine: subscribers, dispatch by fd, and what goes wrong in a day.
 
 Covers src/event/errors.rs, src/event/registering.rs, src/event/registrations.rs, src/event/run.rs,
-src/event/subscriber.rs,
-src/py/event/queue.rs, src/py/event/delivery.rs, src/py/descriptor.rs, src/py/event/run.rs, src/py/event/events.rs,
-src/py/event/registration.rs, src/py/event/owners.rs, python/pyvmm/events.py.
+src/event/subscriber.rs, src/py/event/queue.rs, src/py/event/delivery.rs, src/py/descriptor.rs,
+src/py/event/run.rs, src/py/event/events.rs, src/py/event/registration.rs, src/py/event/owners.rs,
+python/pyvmm/events.py.
 """
 
 from __future__ import annotations

@@ -408,3 +408,15 @@ def test_two_vcpus_and_an_interrupt_controller_are_saved(tmp_path: Path) -> None
     with Snapshot.load(tmp_path / "file").fork() as fork:
         assert fork.vcpus[1].regs.rip == 0x1000
         fork.run(0.01)
+
+
+def test_a_loaded_snapshot_says_what_it_takes_of_memory_and_of_its_file(tmp_path: Path) -> None:
+    with Vmm(flat(SPIN, size_mib=2)) as vmm:
+        vmm.memory.write(0x5000, b"x")
+        snapshot = vmm.snapshot()
+    snapshot.save(tmp_path / "file")
+    loaded = Snapshot.load(tmp_path / "file")
+    assert snapshot.memory_size == loaded.memory_size == 2 << 20
+    assert (snapshot.file_bytes, loaded.memory_bytes) == (0, 0)
+    assert snapshot.memory_bytes > 0
+    assert 0 < loaded.file_bytes < 2 << 20

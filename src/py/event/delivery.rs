@@ -13,6 +13,7 @@ use super::events::{PyEventOps, PyEvents};
 use super::manager::PyEventManager;
 use super::queue::QueuedEvent;
 use super::subscribers::Receiver;
+use crate::hop::hop;
 use crate::py::ending::import;
 use crate::py::gil_cell::GilCell;
 use crate::py::recorded::record_process;
@@ -55,6 +56,7 @@ pub(crate) fn deliver(
     batch: &[QueuedEvent],
     fetched: usize,
 ) -> PyResult<usize> {
+    hop!();
     let result = deliver_all(manager, batch, fetched);
     if result.is_err() && manager.get().core().check_process().is_ok() {
         manager.get().keep_calls()?;
@@ -129,6 +131,7 @@ fn process(
     spare: &mut Option<Arguments>,
     is_recorded: bool,
 ) -> PyResult<()> {
+    hop!();
     let py = manager.py();
     let subscriber = &receiver.object;
     let arguments = match spare.take() {

@@ -8,6 +8,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::hop::hop;
 use event_manager::{EventOps, Events, MutEventSubscriber};
 
 /// An event fetched for a Python subscriber and not yet delivered.
@@ -61,6 +62,7 @@ pub(crate) struct QueueingSubscriber {
 
 impl MutEventSubscriber for QueueingSubscriber {
     fn process(&mut self, events: Events, _ops: &mut EventOps) {
+        hop!();
         // Acquire: pairs with the release of the thread that removed a registration.
         let removals = self.removals.load(Ordering::Acquire);
         let ready = QueuedEvent { token: self.token, events, removals };
