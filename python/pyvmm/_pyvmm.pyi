@@ -1245,6 +1245,7 @@ class KvmVm:
         """Wait until the machine no longer runs; how the guest ended, or None when the time passed first.
 
         Raises:
+            StateError: the call comes from the exit handler, on the thread of one of its vCPUs.
             Exception: what the exit handler's `kick` raised.
         """
 

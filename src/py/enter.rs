@@ -86,8 +86,14 @@ unsafe extern "C" {
     fn PyThread_get_stacksize() -> usize;
 }
 
-/// Give vCPU threads that start from now on the stack that `threading` gives: callbacks run on it.
-pub(super) fn adopt_stack_size(_py: Python<'_>) {
+/// Make vCPU threads that start from now on like those of `threading`, because callbacks run there.
+///
+/// They have the stack that it gives. A thread of Python's own takes the GIL after a signal has
+/// interrupted its system call, and the thread that gives the GIL up looks for signals when it has
+/// it back. Threads of vCPUs take it too: otherwise a main thread that only computes would not run
+/// the signal's handler.
+pub(super) fn prepare_vcpu_threads(_py: Python<'_>) {
+    vcpu::listen_to_signals(|| attach(|_| ()));
     // SAFETY: it reads a field of the interpreter, whose GIL the caller has.
     vcpu::set_stack_size(unsafe { PyThread_get_stacksize() });
 }

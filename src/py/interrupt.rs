@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use pyo3::prelude::*;
 
-use super::enter::{adopt_stack_size, attach, call_out};
+use super::enter::{attach, call_out, prepare_vcpu_threads};
 use super::recorded::name_of;
 use super::returned::refuse_awaitable;
 use super::wakeup::{SIGNAL_CHECK_INTERVAL, runs_handlers};
@@ -78,7 +78,7 @@ impl Background {
             };
             (give, run)
         };
-        adopt_stack_size(py);
+        prepare_vcpu_threads(py);
         let name = || "pyvmm-close".to_owned();
         let (mut give, chosen) = run();
         if vcpu::spawn(name(), chosen).is_err() {

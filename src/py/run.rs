@@ -9,7 +9,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
 use super::ending::import;
-use super::enter::adopt_stack_size;
+use super::enter::prepare_vcpu_threads;
 use super::event::{Ownership, PyEventManager, turn};
 use super::exit;
 use super::vmm::PyVmm;
@@ -121,7 +121,7 @@ impl PyVmm {
             return Ok(None);
         }
         let pending = &self.hooks.pending;
-        adopt_stack_size(py);
+        prepare_vcpu_threads(py);
         let (ended, is_cancelled) = py.detach(|| {
             let is_cancelled = Cell::new(false);
             let check = || {

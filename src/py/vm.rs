@@ -12,7 +12,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyList, PyTuple};
 
 use super::ending::guard_thread;
-use super::enter::{adopt_stack_size, attach};
+use super::enter::{attach, prepare_vcpu_threads};
 use super::event::{PyWrappedExitHandler, call_kick};
 use super::lease::Tie;
 use super::memory::PyGuestMemory;
@@ -295,7 +295,7 @@ impl PyKvmVm {
     fn run(&self, py: Python<'_>, vcpu_run_addr: Option<u64>) -> PyResult<()> {
         let vm = self.vm()?;
         let address = vcpu_run_addr.or_else(|| vm.first_address(self.entry));
-        adopt_stack_size(py);
+        prepare_vcpu_threads(py);
         Ok(py.detach(|| vm.run(address))?)
     }
 
@@ -303,6 +303,7 @@ impl PyKvmVm {
     /// first.
     ///
     /// Raises:
+    ///     StateError: the call comes from the exit handler, on the thread of one of its vCPUs.
     ///     Exception: what the exit handler's `kick` raised.
     #[pyo3(signature = (timeout = None))]
     fn wait<'py>(

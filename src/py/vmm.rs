@@ -10,7 +10,7 @@ use pyo3::types::{PyList, PyTuple};
 
 use super::device::PythonDevice;
 use super::ending::{guard_thread, import};
-use super::enter::{adopt_stack_size, attach};
+use super::enter::{attach, prepare_vcpu_threads};
 use super::event::{PyEventManager, PySubscriberId, PyWrappedExitHandler, turn};
 use super::gil_cell::GilCell;
 use super::hooks::Hooks;
@@ -247,7 +247,7 @@ impl PyVmm {
         let manager = &self.manager(py)?;
         let _ownership = self.claim(manager, None)?;
         let pending = &self.hooks.pending;
-        adopt_stack_size(py);
+        prepare_vcpu_threads(py);
         let ended = py.detach(|| vmm.run(timeout, |until| turn(manager, pending, until)));
         let exit = self.finish(py, ended.map(Some))?;
         exit.ok_or_else(|| PyRuntimeError::new_err("a run ends with an exit"))
@@ -259,7 +259,7 @@ impl PyVmm {
     ///     StateError: a run is in progress, the guest has ended, or the machine is closed.
     fn start(&self, py: Python<'_>) -> PyResult<()> {
         let vmm = self.changing()?;
-        adopt_stack_size(py);
+        prepare_vcpu_threads(py);
         Ok(py.detach(|| vmm.start())?)
     }
 

@@ -25,8 +25,14 @@ pub(crate) fn step(vcpu: &mut Vcpu, handle: &VcpuHandle) -> Outcome {
     }
     match enter(vcpu) {
         Ok(exit) => answer(vcpu, handle, &exit, mask),
-        Err(error) => with_fault_report(vcpu, on_error(error)),
+        Err(error) => refused(vcpu, error),
     }
+}
+
+/// KVM_RUN has failed, which a signal makes it do too.
+fn refused(vcpu: &mut Vcpu, error: kvm_ioctls::Error) -> Outcome {
+    vcpu.was_interrupted = error.errno() == libc::EINTR;
+    with_fault_report(vcpu, on_error(error))
 }
 
 fn observed_step(vcpu: &mut Vcpu, handle: &VcpuHandle, mask: ExitMask) -> Outcome {
@@ -48,7 +54,7 @@ fn observed_step(vcpu: &mut Vcpu, handle: &VcpuHandle, mask: ExitMask) -> Outcom
         Err(error) => {
             let exit = VcpuExit::Interrupted;
             vcpu.router.saw(&Seen { vcpu: vcpu.id, exit: &exit, entered, left, answered: left });
-            with_fault_report(vcpu, on_error(error))
+            refused(vcpu, error)
         }
     }
 }

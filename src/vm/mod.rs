@@ -227,13 +227,18 @@ impl<EH: ExitHandler> KvmVm<EH> {
     /// [`Self::wait_for`] until a time, or until `interrupt` turns readable or a signal comes.
     ///
     /// # Errors
-    /// When the process has no file descriptor left.
+    /// When the process has no file descriptor left, and on the thread of one of its vCPUs, which
+    /// would wait for itself.
     pub fn wait_for_or(
         &self,
         wanted: &[VmRunState],
         deadline: Option<Instant>,
         interrupt: Option<RawFd>,
     ) -> Result<Option<VmRunState>> {
+        if self.has_this_thread() {
+            let detail = "a callback on a vCPU's thread cannot wait for the machine it belongs to";
+            return Err(Error::new(ErrorKind::State, "wait", detail));
+        }
         let found = self.shared.run_state.wait_for_or(wanted, deadline, interrupt);
         found.map_err(|e| Error::os(ErrorKind::Kvm, "eventfd", &e))
     }

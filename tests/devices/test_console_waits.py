@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import pty
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from conftest import TESTS
-from guests import flat
+from guests import exit_with, flat, print_text
 from pyvmm import ExitReason, SerialConfig, StateError, Stop, Vmm, VmRunState
 
 if TYPE_CHECKING:
@@ -270,3 +271,69 @@ def test_a_device_that_stops_the_run_beside_a_text_wins() -> None:
         vmm.add_pio_device(0x500, 1, Stopping())
         vmm.serial.stop_at(b"x")
         assert [vmm.run(DEADLINE_S).value for _ in range(2)] == ["device", b"x"]
+
+
+def is_waited_for(text: bytes) -> bool:
+    """Whether the end of a run brings a text out to a reader that begins when the guest has ended."""
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb", 0) as file, os.fdopen(writer, "wb", 0) as output:
+        room = fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+        assert os.write(writer, bytes(room)) == room
+        with Vmm(flat(print_text(text) + exit_with(3), serial=SerialConfig(output=output))) as vmm:
+            got = bytearray()
+
+            def read() -> None:
+                while vmm.state is not VmRunState.EXITING:
+                    pass
+                time.sleep(0.2)  # the run has come to its end by then, unless the host is busy
+                while len(got) < room + len(text):
+                    got.extend(file.read(4096))
+
+            reading = threading.Thread(target=read)
+            reading.start()
+            assert vmm.run(DEADLINE_S).code == 3
+            left = vmm.serial.read()
+            output.write(left)
+            reading.join(DEADLINE_S)
+            assert got[room:] == text
+    return not left
+
+
+def test_the_end_of_a_run_waits_for_a_reader_that_begins_then() -> None:
+    # On a busy host the reader may begin too late.
+    assert any(is_waited_for(bytes(range(97, 123)) * 6) for _ in range(5))
+
+
+class Slow(io.RawIOBase):
+    """A file object that takes a byte every other time, and longer for some than a run's end waits for a reader."""
+
+    def __init__(self) -> None:
+        self.got = bytearray()
+        self.has_room = True
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, piece: Any) -> int | None:
+        self.has_room = not self.has_room
+        if self.has_room:
+            return None
+        if len(self.got) < 3:
+            time.sleep(0.6)
+        self.got += piece[:1]
+        return 1
+
+
+def test_the_end_of_a_run_waits_longer_as_long_as_something_is_taken() -> None:
+    output, text = Slow(), bytes(range(97, 123))
+    with Vmm(flat(print_text(text) + exit_with(3), serial=SerialConfig(output=output))) as vmm:
+        assert vmm.run(DEADLINE_S).code == 3
+        assert vmm.serial.read() == b""
+    assert output.got == text
+
+
+def test_the_end_of_a_run_does_not_wait_for_a_reader_that_takes_nothing() -> None:
+    text = bytes(range(97, 123))
+    with Vmm(flat(print_text(text) + exit_with(3), serial=SerialConfig(output=Deaf()))) as vmm:
+        assert soon(partial(vmm.run, None)).code == 3  # type: ignore[attr-defined]
+        assert vmm.serial.read() == text

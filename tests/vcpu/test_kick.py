@@ -7,13 +7,27 @@ from __future__ import annotations
 
 import random
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
 import threading
 
 import pytest
-from pyvmm import ConfigError, FlatBoot, KvmVm, StateError, VcpuExit, VmmConfig, kick_signal, set_kick_signal
+from guests import exit_with, flat
+from pyvmm import (
+    ConfigError,
+    ExitReason,
+    FlatBoot,
+    KvmVm,
+    StateError,
+    Stop,
+    VcpuExit,
+    Vmm,
+    VmmConfig,
+    kick_signal,
+    set_kick_signal,
+)
 
 pytestmark = pytest.mark.kvm
 
@@ -127,3 +141,31 @@ def test_a_chosen_signal_goes_on_reaching_the_handler_that_was_there() -> None:
             print(vmm.run(0.05))
     """)
     assert printed == "timeout\nthe program's\ntimeout\n"
+
+
+@pytest.mark.parametrize("at", [1, 10, 1024, 1025, 2500])
+def test_a_repeated_access_is_completed_for_so_many_steps_and_no_more(at: int) -> None:
+    """A vCPU that is brought out in the midst of REP OUTS: its registers tell how far the instruction has come."""
+    count = 5000
+    code = (
+        b"\xba\x00\x05\xbe\x00\x20"  # mov dx, 0x500; mov si, 0x2000
+        b"\xb9" + struct.pack("<H", count) + b"\xf3\x6e"  # mov cx, count; rep outsb
+    )
+    got = bytearray()
+
+    class Device:
+        def write(self, offset: int, size: int, value: int) -> Stop | None:
+            got.append(value)
+            return Stop() if len(got) == at else None
+
+    data = random.Random(at).randbytes(count)
+    with Vmm(flat(code + exit_with(3))) as vmm:
+        vmm.add_pio_device(0x500, 1, Device())
+        vmm.memory.write(0x2000, data)
+        assert vmm.run(60).reason is ExitReason.STOPPED
+        regs = vmm.vcpus[0].regs
+        assert at <= len(got) <= at + 1024
+        assert regs.rip == 0x1000 + len(code) - 2
+        assert (regs.rcx, regs.rsi) == (count - len(got), 0x2000 + len(got))
+        assert vmm.run(60).code == 3
+    assert got == data

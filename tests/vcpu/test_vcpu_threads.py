@@ -148,14 +148,14 @@ def test_kicks_arrive_where_no_signal_can_be_queued_and_the_program_has_handlers
     handlers = """
 import signal
 import pyvmm
-called = []
+called, urgent = [], []
 signal.signal(signal.SIGRTMIN + 3, lambda *_: called.append(0))
-signal.signal(signal.SIGURG, lambda *_: called.append(0))
+signal.signal(signal.SIGURG, lambda *_: urgent.append(0))
 pyvmm.set_kick_signal(signal.SIGRTMIN + 3)
 """
     # The program's handler of SIGURG is called as well.
-    said = in_a_process(handlers + UNQUEUED + "print(bool(called))").split()
-    assert said == ["timeout", "stopped", "Interrupted", "True"]
+    said = in_a_process(handlers + UNQUEUED + "print(bool(urgent), called)").split()
+    assert said == ["timeout", "stopped", "Interrupted", "True", "[]"]
 
 
 @pytest.mark.parametrize("action", ["SIG_IGN", "SIG_DFL"])
@@ -313,3 +313,109 @@ print(*sorted([*before, "vcpu_0", "vcpu_1"]))
 """
     during, expected = in_a_process(source).splitlines()
     assert during == expected
+
+
+def test_a_callback_that_blocks_the_kick_signal_holds_kicks_up_until_it_unblocks_it() -> None:
+    source = """
+import signal, threading
+from pyvmm import Vmm, VmRunState, kick_signal
+has_blocked, is_out = threading.Event(), threading.Event()
+class Device:
+    def write(self, offset, size, value):
+        if value == 1:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {kick_signal()})
+            has_blocked.set()
+        else:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {kick_signal()})
+def pause():
+    vmm.pause()
+    is_out.set()
+# Waits inside the guest for the host to write 0x2000.
+WAIT = bytes.fromhex("803e002000 74f9")  # back: cmp byte [0x2000], 0; je back
+with Vmm(flat(out(0x500, 1) + WAIT + out(0x500, 2) + SPIN)) as vmm:
+    vmm.add_pio_device(0x500, 1, Device())
+    vmm.start()
+    assert has_blocked.wait(50)
+    pausing = threading.Thread(target=pause)
+    pausing.start()
+    # Long for a kick; nothing else brings the guest out.
+    print(is_out.wait(0.5))
+    vmm.memory.write(0x2000, b"x")
+    print(is_out.wait(50))
+    pausing.join()
+    for _ in range(20):
+        vmm.resume()
+        vmm.pause()
+    print(vmm.state is VmRunState.PAUSED)
+"""
+    assert in_a_process(source).splitlines() == ["False", "True", "True"]
+
+
+TRY = """
+import threading
+from pyvmm import KvmVm, StateError, Vmm
+returned = threading.Event()
+def attempt(*calls):
+    for call in calls:
+        try:
+            print("not refused:", call())
+        except StateError as error:
+            print("a callback on a vCPU's thread cannot" in str(error), flush=True)
+    returned.set()
+"""
+
+
+def test_a_callback_cannot_run_start_or_wait_for_its_own_machine() -> None:
+    source = """
+class Device:
+    def write(self, offset, size, value):
+        attempt(vmm.run, vmm.start, vmm.wait)
+with Vmm(flat(out(0x500, 1) + exit_with(3))) as vmm:
+    vmm.add_pio_device(0x500, 1, Device())
+    vmm.start()
+    # Nobody waits for the machine meanwhile: the callback alone could do so.
+    assert returned.wait(50)
+    print(vmm.wait(50).code)
+"""
+    assert in_a_process(TRY + source).split() == ["True", "True", "True", "3"]
+
+
+def test_an_exit_handler_cannot_run_or_wait_for_its_own_machine() -> None:
+    source = """
+class Handler:
+    def kick(self):
+        attempt(vm.run, vm.wait)
+with KvmVm(flat(exit_with(3)), Handler()) as vm:
+    vm.run()
+    assert returned.wait(50)
+    print(vm.wait(50).code)
+"""
+    assert in_a_process(TRY + source).split() == ["True", "True", "3"]
+
+
+def test_a_main_thread_that_only_computes_handles_a_signal_that_a_vcpus_thread_took() -> None:
+    source = """
+import os, signal, threading, time
+from pyvmm import Vmm
+called = []
+signal.signal(signal.SIGUSR1, lambda *_: called.append(threading.current_thread() is threading.main_thread()))
+def spins():
+    # The one thread that may take the signal is in its guest, and leaves it for a signal alone.
+    before = vmm.memory.read_u32(0x2000)
+    while vmm.memory.read_u32(0x2000) == before:
+        pass
+with Vmm(flat(COUNT_IN_MEMORY)) as vmm:
+    starter = threading.Thread(target=vmm.start)
+    starter.start()
+    starter.join()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    for count in range(20):
+        spins()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        deadline = time.monotonic() + 10
+        # No call in here gives the GIL away.
+        while len(called) == count and time.monotonic() < deadline:
+            pass
+print(called == [True] * 20)
+"""
+    assert in_a_process(source).split() == ["True"]
