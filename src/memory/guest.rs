@@ -134,9 +134,9 @@ impl GuestMemory {
         self.0.take_dirty()
     }
 
-    /// A write that went past the calls here.
+    /// Note a write as dirty. Every write of the host ends with this call.
     pub(crate) fn note_write(&self, address: u64, length: u64) {
-        self.0.map().note_write(address, length);
+        self.0.note_write(address, length);
     }
 
     /// Bytes of memory.
@@ -245,7 +245,7 @@ impl GuestMemory {
             piece(place);
             Ok(())
         })?;
-        map.note_write(address, length);
+        self.note_write(address, length);
         Ok(())
     }
 
@@ -281,7 +281,7 @@ impl GuestMemory {
         // SeqCst: as in `load`.
         let stored = map.mmap.store(value, GuestAddress(address), Ordering::SeqCst);
         stored.map_err(|_| map.outside(address, length))?;
-        map.note_write(address, length);
+        self.note_write(address, length);
         Ok(())
     }
 
@@ -432,6 +432,17 @@ mod tests {
         memory.write((1 << 20) - 2, b"over").unwrap();
         assert_eq!(memory.find(b"over", 0, u64::MAX).unwrap(), Some((1 << 20) - 2));
         assert_eq!(memory.find(b"over", 0, (1 << 20) + 1).unwrap(), None);
+    }
+
+    #[test]
+    fn a_write_that_is_in_progress_when_the_log_begins_is_noted() {
+        let memory = GuestMemory::new(1 << 20).unwrap();
+        for _ in 0..2 {
+            memory.change(0x3000, 8, |_| memory.log_dirty(true).unwrap()).unwrap();
+            let found = memory.take_dirty().unwrap()[0].ranges();
+            assert_eq!(found, [(0x3000, 0x1000)]);
+            memory.log_dirty(false).unwrap();
+        }
     }
 
     proptest! {

@@ -191,6 +191,12 @@ impl Slots {
         &self.resources
     }
 
+    /// Note a finished write of the host as dirty. The current map is used, not the one that the
+    /// write started with: if the log was switched on in between, the write belongs in it.
+    pub(super) fn note_write(&self, address: u64, length: u64) {
+        self.map.read().note_write(address, length);
+    }
+
     /// # Errors
     /// When it overlaps something, or KVM refuses it; nothing is changed then.
     pub(super) fn add(
