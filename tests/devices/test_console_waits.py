@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from conftest import TESTS
 from guests import exit_with, flat, print_text
-from pyvmm import ExitReason, SerialConfig, StateError, Stop, Vmm, VmRunState
+from pyvmm import Exit, ExitReason, SerialConfig, StateError, Stop, Vmm, VmRunState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -156,7 +156,7 @@ def test_time_passes_while_the_guest_waits_for_its_console(kind: str, tmp_path: 
         Vmm(flat(PRINT_LINES, serial=SerialConfig(output=unread(kind, tmp_path, stack)))) as vmm,
     ):
         for seconds in (0.7, 0.0, 0.1):
-            assert soon(partial(vmm.run, seconds)) == ("timeout", None, None, None, None)
+            assert soon(partial(vmm.run, seconds)) == Exit(ExitReason.TIMEOUT)
         vmm.start()
         assert soon(lambda: vmm.wait(0.1)) is None
         soon(vmm.close)
@@ -183,7 +183,7 @@ def test_an_output_callable_may_do_anything_to_its_machine(kind: str) -> None:
             vmm.stop()
 
     with Vmm(flat(PRINT_LINES, serial=SerialConfig(output=output))) as vmm:
-        assert soon(lambda: vmm.run(DEADLINE_S)) == ("stopped", None, None, None, None)
+        assert soon(lambda: vmm.run(DEADLINE_S)) == Exit(ExitReason.STOPPED)
         assert len(calls) == 1
     assert vmm.state is VmRunState.CLOSED
 
