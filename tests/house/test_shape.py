@@ -38,6 +38,7 @@ TOO_LONG = {
     "src/fixup/walk.rs::walk_once",
     "src/memory/guest.rs",
     "src/memory/image.rs",
+    "src/memory/slots.rs",
     "src/py/memory.rs",
     "src/py/memory.rs::pieces",
     "src/py/snapshot.rs",
@@ -67,6 +68,7 @@ TOO_LONG = {
     "tests/vcpu/test_hooks.py",
     "tests/vcpu/test_robustness.py",
     "tests/vcpu/test_vcpu.py",
+    "tests/vcpu/test_vcpu_threads.py",
     "tests/vmm/test_life.py",
     "tests/vmm/test_vmm.py",
 }
@@ -308,7 +310,7 @@ UNNAMED_IN_ROOM = {
     "snapshot": {"Header", "Record", "Records", "described"},
     "sync": {"MappedMutexGuard", "RwLockGuard"},
     "trace": {"Recording", "Track"},
-    "vcpu": {"Data", "RegisterClass", "VcpuHandle", "use_signal"},
+    "vcpu": {"Data", "RegisterClass", "VcpuHandle", "listen_to_signals", "use_signal"},
     "vm": {"IRQ_LINES"},
 }
 
