@@ -885,7 +885,7 @@ class Vcpu:
     """A virtual processor of a machine. While its guest does not run its state can be read and changed.
 
     The registers are views: each access reads or changes the vCPU itself. While the guest runs they raise StateError.
-    Objects for the same vCPU are equal.
+    The machine's `vcpus` gives the same object each time, and so does a hook.
     """
 
     def __eq__(self, other: object, /) -> bool: ...
@@ -1265,7 +1265,7 @@ class KvmVm:
 
     @property
     def vcpus(self) -> tuple[Vcpu, ...]:
-        """The vCPUs, by number. Before the first run they stand at `entry`."""
+        """The vCPUs, by number; the same objects each time. Before the first run they stand at `entry`."""
 
     def shutdown(self) -> None:
         """Stop the vCPUs and wait for their threads. A guest that had not ended can go on with `run`."""
@@ -1291,11 +1291,11 @@ class KvmVm:
 
     @property
     def memory(self) -> GuestMemory:
-        """Guest memory."""
+        """Guest memory, by guest-physical address; the same object each time, which keeps the machine alive."""
 
     @property
     def serial(self) -> Serial:
-        """The first serial port.
+        """The first serial port; the same object each time, which keeps the machine alive.
 
         Raises:
             StateError: the machine was made without a configuration.
@@ -1408,7 +1408,7 @@ class Vmm:
 
     @property
     def vcpus(self) -> tuple[Vcpu, ...]:
-        """The vCPUs, by number. Before the first run they stand where it will start.
+        """The vCPUs, by number; the same objects each time. Before the first run they stand where it will start.
 
         Raises:
             StateError: the machine is closed.
@@ -1473,11 +1473,11 @@ class Vmm:
 
     @property
     def memory(self) -> GuestMemory:
-        """Guest memory."""
+        """Guest memory, by guest-physical address; the same object each time, which keeps the machine alive."""
 
     @property
     def serial(self) -> Serial:
-        """The first serial port."""
+        """The host's side of the first serial port; the same object each time, which keeps the machine alive."""
 
     @property
     def state(self) -> VmRunState:

@@ -1,7 +1,7 @@
 //! Exit hooks: Python functions that look at a machine's exits before they are answered. They are
 //! called on the thread of the vCPU that exited.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::gc::{PyTraverseError, PyVisit};
@@ -14,6 +14,7 @@ use super::device::bytes_of;
 use super::enter::on_vcpu_thread;
 use super::gil_cell::GilCell;
 use super::lease::Tie;
+use super::parts::Parts;
 use super::pending_outcome::{PendingOutcome, position};
 use super::recorded::{name_of, recorded};
 use super::vcpu::PyVcpu;
@@ -29,8 +30,8 @@ type Functions = Arc<Vec<Py<PyAny>>>;
 #[derive(Debug, Default)]
 pub(super) struct Hooks {
     functions: Mutex<[Functions; ExitKind::ALL.len()], rank::HookFunctions>,
-    /// The machine's object, weakly: it holds these hooks.
-    machine: GilCell<Option<Py<PyWeakrefReference>>>,
+    /// The machine's object and its parts, weakly: it holds these hooks.
+    machine: GilCell<Option<(Py<PyWeakrefReference>, Weak<Parts>)>>,
     /// Model-specific registers whose accesses come out.
     msrs: Mutex<Vec<u32>, rank::HookMsrs>,
     pub(super) pending: Arc<PendingOutcome>,
@@ -110,18 +111,28 @@ impl Hooks {
     }
 
     /// Remember whose hooks they are, for the vCPUs that they are given.
-    pub(super) fn belong_to(&self, machine: &Bound<'_, PyAny>) -> PyResult<()> {
-        let new = PyWeakrefReference::new(machine)?.unbind();
+    pub(super) fn belong_to(&self, machine: &Bound<'_, PyAny>, parts: &Arc<Parts>) -> PyResult<()> {
+        let new = (PyWeakrefReference::new(machine)?.unbind(), Arc::downgrade(parts));
         let former = self.machine.with(machine.py(), |known| known.replace(new));
         drop(former);
         Ok(())
     }
 
     /// The object for a vCPU, which keeps the machine unless that is being dropped.
-    pub(super) fn vcpu(&self, py: Python<'_>, handle: &Arc<VcpuHandle>) -> PyVcpu {
-        let machine = self.machine.with(py, |machine| machine.as_ref().map(|m| m.clone_ref(py)));
-        let machine = machine.and_then(|machine| machine.bind(py).upgrade());
-        PyVcpu::of(handle, machine.map(Bound::unbind), &self.tie)
+    pub(super) fn vcpu<'py>(
+        &self,
+        py: Python<'py>,
+        handle: &Arc<VcpuHandle>,
+    ) -> PyResult<Bound<'py, PyVcpu>> {
+        let machine = self.machine.with(py, |machine| {
+            machine.as_ref().map(|(object, parts)| (object.clone_ref(py), Weak::clone(parts)))
+        });
+        let machine = machine
+            .and_then(|(object, parts)| Some((object.bind(py).upgrade()?, parts.upgrade()?)));
+        match machine {
+            Some((object, parts)) => PyVcpu::of_machine(&object, handle, &parts),
+            None => Bound::new(py, PyVcpu::of(handle, None, &self.tie)),
+        }
     }
 
     pub(super) fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
@@ -165,7 +176,7 @@ fn ask<'py>(
     exit: &VcpuExit,
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
     let functions = hooks.of(kind);
-    let vcpu = hooks.vcpu(py, handle).into_pyobject(py)?;
+    let vcpu = hooks.vcpu(py, handle)?;
     let shown = PyVcpuExit::of(py, exit.clone())?.into_pyobject(py)?;
     for function in functions.iter() {
         let function = function.bind(py);

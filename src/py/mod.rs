@@ -23,6 +23,7 @@ mod lease;
 mod memory;
 mod memory_parts;
 mod owned;
+mod parts;
 mod pending_outcome;
 mod pool;
 mod recorded;

@@ -10,6 +10,7 @@ use super::ending::import;
 use super::gil_cell::GilCell;
 use super::lease::Lease;
 use super::owned::Owned;
+use super::parts::Parts;
 use super::snapshot::PySnapshot;
 use super::vmm::PyVmm;
 use crate::sync::Mutex;
@@ -17,6 +18,7 @@ use crate::sync::Mutex;
 impl PyVmm {
     /// An object of its own for the same machine.
     fn handle(&self, py: Python<'_>, lease: &Lease) -> PyResult<Self> {
+        let tie = self.tie.lend(lease);
         Ok(Self {
             vmm: Owned::new("machine", Arc::clone(self.core()?)),
             is_shared: self.is_shared,
@@ -28,7 +30,8 @@ impl PyVmm {
                 self.in_loop.with(py, |own| own.as_ref().map(|own| own.clone_ref(py))),
             ),
             lent: Mutex::default(),
-            tie: self.tie.lend(lease),
+            parts: Arc::new(Parts::of(&tie)),
+            tie,
         })
     }
 }

@@ -13,6 +13,7 @@ use pyo3::types::{PyBytes, PyInt, PyString, PyTuple};
 use super::ending::import;
 use super::lease::Tie;
 use super::owned::Owned;
+use super::parts::{Part, Parts};
 use super::vcpu_exit::PyVcpuExit;
 use super::wakeup;
 
@@ -167,7 +168,7 @@ impl PyRegisterBytes {
 /// changed.
 ///
 /// The registers are views: each access reads or changes the vCPU itself. While the guest runs they
-/// raise StateError. Objects for the same vCPU are equal.
+/// raise StateError. The machine's `vcpus` gives the same object each time, and so does a hook.
 #[pyclass(frozen, weakref, name = "Vcpu", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyVcpu {
@@ -189,6 +190,18 @@ impl PyVcpu {
     /// The object for a vCPU of a machine's object.
     pub(super) fn of(handle: &Arc<VcpuHandle>, machine: Option<Py<PyAny>>, tie: &Tie) -> Self {
         Self { id: handle.id(), processor: Processor::of(Arc::downgrade(handle), machine, tie) }
+    }
+
+    /// The object for a vCPU of a machine's object: the one that somebody holds, or a new one.
+    pub(super) fn of_machine<'py>(
+        machine: &Bound<'py, PyAny>,
+        handle: &Arc<VcpuHandle>,
+        parts: &Parts,
+    ) -> PyResult<Bound<'py, Self>> {
+        let py = machine.py();
+        parts.get_or_make(py, Part::Vcpu(handle.id()), || {
+            Bound::new(py, Self::of(handle, Some(machine.clone().unbind()), &parts.tie))
+        })
     }
 
     /// A view of one class of its registers: made when it is asked for, it keeps the machine.
@@ -235,10 +248,11 @@ fn cpuid_entry(entry: &Bound<'_, PyAny>) -> PyResult<kvm_cpuid_entry2> {
 pub(super) fn to_python<'py>(
     machine: &Bound<'py, PyAny>,
     handles: &[Arc<VcpuHandle>],
-    tie: &Tie,
+    parts: &Parts,
 ) -> PyResult<Bound<'py, PyTuple>> {
-    let of = |handle| PyVcpu::of(handle, Some(machine.clone().unbind()), tie);
-    PyTuple::new(machine.py(), handles.iter().map(of))
+    let of = |handle| PyVcpu::of_machine(machine, handle, parts);
+    let vcpus: Vec<_> = handles.iter().map(of).collect::<PyResult<_>>()?;
+    PyTuple::new(machine.py(), vcpus)
 }
 
 #[pymethods]

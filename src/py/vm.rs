@@ -14,9 +14,9 @@ use pyo3::types::{PyList, PyTuple};
 use super::ending::guard_thread;
 use super::enter::{attach, prepare_vcpu_threads};
 use super::event::{PyWrappedExitHandler, call_kick};
-use super::lease::Tie;
 use super::memory::PyGuestMemory;
 use super::owned::Owned;
+use super::parts::{Part, Parts};
 use super::registry::{self, Close};
 use super::serial::PySerial;
 use super::vcpu::PyVcpu;
@@ -170,6 +170,8 @@ pub struct PyKvmVm {
     entry: u64,
     /// None of a bare machine.
     serial: Option<Arc<Serial>>,
+    /// The objects of its vCPUs, its memory and its serial port.
+    parts: Parts,
 }
 
 impl Drop for PyKvmVm {
@@ -205,7 +207,8 @@ impl PyKvmVm {
         let machine = Arc::new(Machine::new(vm));
         registry::register(py, Arc::downgrade(&machine) as Weak<dyn Close>);
         let machine = Owned::new("machine", machine);
-        Self { machine, python_handler, router, fixups, entry, serial }
+        let parts = Parts::default();
+        Self { machine, python_handler, router, fixups, entry, serial, parts }
     }
 
     /// Raise what the exit handler's `kick()` raised, once.
@@ -278,10 +281,10 @@ impl PyKvmVm {
     ///     KvmError: there is one of this number, or KVM refuses it.
     ///     StateError: the machine has run, or is closed.
     #[pyo3(signature = (id = 0))]
-    fn create_vcpu(slf: &Bound<'_, Self>, id: u64) -> PyResult<PyVcpu> {
+    fn create_vcpu<'py>(slf: &Bound<'py, Self>, id: u64) -> PyResult<Bound<'py, PyVcpu>> {
         let vm = slf.get().vm()?;
         let handle = slf.py().detach(|| vm.create_vcpu(id))?;
-        Ok(PyVcpu::of(&handle, Some(slf.as_any().clone().unbind()), &Tie::default()))
+        PyVcpu::of_machine(slf.as_any(), &handle, &slf.get().parts)
     }
 
     /// Start a thread `vcpu_{id}` for each vCPU and return.
@@ -349,23 +352,24 @@ impl PyKvmVm {
         Ok(py.detach(|| vm.resume())?)
     }
 
-    /// The vCPUs, by number. Before the first run they stand at `entry`.
+    /// The vCPUs, by number; the same objects each time. Before the first run they stand at `entry`.
     #[getter]
     fn vcpus<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyTuple>> {
         let (this, vm) = (slf.get(), slf.get().vm()?);
         let handles = slf.py().detach(|| vm.prepare(this.entry).map(|()| vm.handles()))?;
-        vcpu::to_python(slf.as_any(), &handles, &Tie::default())
+        vcpu::to_python(slf.as_any(), &handles, &this.parts)
     }
 
-    /// Guest memory, by guest-physical address.
+    /// Guest memory, by guest-physical address; the same object each time, which keeps the machine
+    /// alive.
     #[getter]
-    fn memory(slf: &Bound<'_, Self>) -> PyResult<PyGuestMemory> {
-        Ok(PyGuestMemory::of(
-            slf.as_any(),
-            slf.get().machine.get()?,
-            Machine::memory,
-            &Tie::default(),
-        ))
+    fn memory<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyGuestMemory>> {
+        let (py, machine) = (slf.py(), slf.get().machine.get()?);
+        let parts = &slf.get().parts;
+        parts.get_or_make(py, Part::Memory, || {
+            let memory = PyGuestMemory::of(slf.as_any(), machine, Machine::memory, &parts.tie);
+            Bound::new(py, memory)
+        })
     }
 
     /// Stop the vCPUs and wait for their threads. A guest that had not ended can go on with `run`.
@@ -403,16 +407,20 @@ impl PyKvmVm {
         self.vm()?.exit().map(|exit| exit::to_python(py, &exit)).transpose()
     }
 
-    /// The first serial port.
+    /// The first serial port; the same object each time, which keeps the machine alive.
     ///
     /// Raises:
     ///     StateError: the machine was made without a configuration.
     #[getter]
-    fn serial(slf: &Bound<'_, Self>) -> PyResult<PySerial> {
+    fn serial<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PySerial>> {
         let none = || Error::new(ErrorKind::State, "serial", "a bare machine has no devices");
         slf.get().machine.get()?;
         let serial = slf.get().serial.clone().ok_or_else(none)?;
-        Ok(PySerial::over(serial, Some(slf.as_any().clone().unbind()), &Tie::default()))
+        let parts = &slf.get().parts;
+        parts.get_or_make(slf.py(), Part::Serial, || {
+            let machine = slf.as_any().clone().unbind();
+            Bound::new(slf.py(), PySerial::over(serial, Some(machine), &parts.tie))
+        })
     }
 
     /// Accesses that no device answered.

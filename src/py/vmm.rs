@@ -18,6 +18,7 @@ use super::in_loop::InLoop;
 use super::lease::{Lease, Tie};
 use super::memory::PyGuestMemory;
 use super::owned::Owned;
+use super::parts::{Part, Parts};
 use super::registry::{self, Close};
 use super::serial::PySerial;
 use super::{config, exit, interrupt, vcpu};
@@ -56,6 +57,8 @@ pub struct PyVmm {
     /// None once it is closed: then their descriptors go, unless the program holds them.
     pub(super) in_loop: GilCell<Option<InLoop>>,
     pub(super) tie: Tie,
+    /// The objects of its vCPUs, its memory and its serial port.
+    pub(super) parts: Arc<Parts>,
     /// What the job of a pool was given that the machine was lent to last.
     pub(super) lent: Mutex<Option<Lease>, rank::Lease>,
 }
@@ -131,6 +134,7 @@ impl PyVmm {
             devices: Arc::default(),
             streams: Mutex::new(streams),
             lent: Mutex::default(),
+            parts: Arc::new(Parts::of(&tie)),
             tie,
         })
     }
@@ -305,7 +309,8 @@ impl PyVmm {
         Ok(py.detach(|| vmm.resume())?)
     }
 
-    /// The vCPUs, by number. Before the first run they stand where it will start.
+    /// The vCPUs, by number; the same objects each time. Before the first run they stand where it
+    /// will start.
     ///
     /// Raises:
     ///     StateError: the machine is closed.
@@ -313,22 +318,28 @@ impl PyVmm {
     fn vcpus<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyTuple>> {
         let (py, vmm) = (slf.py(), slf.get().core()?);
         let handles = py.detach(|| vmm.vcpus())?;
-        vcpu::to_python(slf.as_any(), &handles, &slf.get().tie)
+        vcpu::to_python(slf.as_any(), &handles, &slf.get().parts)
     }
 
-    /// Guest memory, by guest-physical address.
+    /// Guest memory, by guest-physical address; the same object each time, which keeps the machine
+    /// alive.
     #[getter]
-    fn memory(slf: &Bound<'_, Self>) -> PyResult<PyGuestMemory> {
-        let this = slf.get();
-        Ok(PyGuestMemory::of(slf.as_any(), this.core()?, Vmm::memory, &this.tie))
+    fn memory<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyGuestMemory>> {
+        let (py, this, core) = (slf.py(), slf.get(), slf.get().core()?);
+        this.parts.get_or_make(py, Part::Memory, || {
+            Bound::new(py, PyGuestMemory::of(slf.as_any(), core, Vmm::memory, &this.tie))
+        })
     }
 
-    /// The host's side of the first serial port.
+    /// The host's side of the first serial port; the same object each time, which keeps the machine
+    /// alive.
     #[getter]
-    fn serial(slf: &Bound<'_, Self>) -> PyResult<PySerial> {
-        let this = slf.get();
-        let serial = Arc::clone(this.core()?.serial());
-        Ok(PySerial::over(serial, Some(slf.as_any().clone().unbind()), &this.tie))
+    fn serial<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PySerial>> {
+        let (py, this, core) = (slf.py(), slf.get(), slf.get().core()?);
+        this.parts.get_or_make(py, Part::Serial, || {
+            let machine = slf.as_any().clone().unbind();
+            Bound::new(py, PySerial::over(Arc::clone(core.serial()), Some(machine), &this.tie))
+        })
     }
 
     /// What the machine is made of.

@@ -273,7 +273,7 @@ impl PyVmm {
             (_, Some(_)) => return Err(PyValueError::new_err("msrs goes with the kind msr")),
             (_, None) => vm.check_process()?,
         }
-        this.hooks.belong_to(slf)?;
+        this.hooks.belong_to(slf, &this.parts)?;
         this.hooks.add(py, of_kind, function.clone().unbind());
         this.set_hooks()?;
         Ok(function.clone())
