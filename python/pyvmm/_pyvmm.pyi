@@ -1329,9 +1329,12 @@ class KvmVm:
         /,
     ) -> None: ...
 
-@final
+@disjoint_base
 class Vmm:
     """A virtual machine: built by this call, run by `run`, released by `close` or at the end of a `with`.
+
+    A subclass's `__init__` has the arguments that it wants and calls `super().__init__`. Forks and pools make a plain
+    `Vmm`.
 
     Args:
         config: what it is made of; None for the guest inside the package.
@@ -1345,7 +1348,7 @@ class Vmm:
         KvmError: KVM refused a part.
     """
 
-    def __new__(cls, config: VmmConfig | None = None, *, event_manager: EventManager | None = None) -> Self: ...
+    def __init__(self, config: VmmConfig | None = None, *, event_manager: EventManager | None = None) -> None: ...
     def run(self, timeout: float | None = None) -> Exit:
         """Run the guest until it ends, `stop` is called, or the time passes, in seconds.
 

@@ -20,6 +20,7 @@ mod interpreter;
 mod interrupt;
 mod kvm;
 mod lease;
+mod make;
 mod memory;
 mod memory_parts;
 mod owned;

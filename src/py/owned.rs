@@ -6,6 +6,7 @@
 //! dropped either.
 
 use std::mem::ManuallyDrop;
+use std::sync::OnceLock;
 
 use super::ending;
 use crate::error::{Error, ErrorKind, Result};
@@ -17,13 +18,43 @@ pub(super) struct Owned<T> {
     process_tag: ProcessTag,
     /// What it is, for the error.
     what: &'static str,
-    /// None once it was taken.
-    value: ManuallyDrop<Option<T>>,
+    /// Empty until it is made, and once it was taken.
+    value: ManuallyDrop<OnceLock<T>>,
 }
 
 impl<T> Owned<T> {
     pub(super) fn new(what: &'static str, value: T) -> Self {
-        Self { process_tag: ProcessTag::current(), what, value: ManuallyDrop::new(Some(value)) }
+        let value = ManuallyDrop::new(OnceLock::from(value));
+        Self { process_tag: ProcessTag::current(), what, value }
+    }
+
+    /// For something that is made later.
+    pub(super) fn vacant(what: &'static str) -> Self {
+        let value = ManuallyDrop::new(OnceLock::new());
+        Self { process_tag: ProcessTag::current(), what, value }
+    }
+
+    fn made_already(&self) -> Error {
+        Error::new(ErrorKind::State, self.what, "it has been made already")
+    }
+
+    /// Whether it is still to be made.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] where it has been, in a forked child, and where the interpreter ends.
+    pub(super) fn check_vacant(&self) -> Result<()> {
+        self.process_tag.check(self.what)?;
+        ending::check()?;
+        self.value.get().map_or(Ok(()), |_| Err(self.made_already()))
+    }
+
+    /// Put in what has been made.
+    ///
+    /// # Errors
+    /// As [`Self::check_vacant`].
+    pub(super) fn fill(&self, value: T) -> Result<()> {
+        self.check_vacant()?;
+        self.value.set(value).map_err(|_| self.made_already())
     }
 
     /// The thing itself.
@@ -33,8 +64,11 @@ impl<T> Owned<T> {
     pub(super) fn get(&self) -> Result<&T> {
         self.process_tag.check(self.what)?;
         ending::check()?;
-        let gone = || Error::new(ErrorKind::State, self.what, "it is closed");
-        self.value.as_ref().ok_or_else(gone)
+        let vacant = || {
+            let error = Error::new(ErrorKind::State, self.what, "it has not been made");
+            error.hint("a subclass's __init__ calls super().__init__() before it uses the object")
+        };
+        self.value.get().ok_or_else(vacant)
     }
 
     /// The same for what reports no error: a finalizer, a representation, the garbage collector.
@@ -43,7 +77,7 @@ impl<T> Owned<T> {
             return None;
         }
         ending::guard_thread();
-        self.value.as_ref()
+        self.value.get()
     }
 
     /// Take it out to be dropped; none where it must not be.

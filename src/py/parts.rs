@@ -61,6 +61,6 @@ impl Parts {
         part: Part,
     ) -> PyResult<Option<Bound<'py, T>>> {
         let known = self.objects.with(py, |known| known.get(&part).map(|weak| weak.clone_ref(py)));
-        known.map_or(Ok(None), |weak| Ok(weak.bind(py).upgrade_as::<T>()?))
+        Ok(known.map(|weak| weak.bind(py).upgrade_as::<T>()).transpose()?.flatten())
     }
 }

@@ -12,20 +12,19 @@ use super::lease::Lease;
 use super::owned::Owned;
 use super::parts::Parts;
 use super::snapshot::PySnapshot;
-use super::vmm::PyVmm;
+use super::vmm::{Origin, PyVmm};
 use crate::sync::Mutex;
 
 impl PyVmm {
     /// An object of its own for the same machine.
     fn handle(&self, py: Python<'_>, lease: &Lease) -> PyResult<Self> {
-        let tie = self.tie.lend(lease);
+        let (tie, Origin { config, is_shared }) = (self.tie.lend(lease), self.origin()?);
         Ok(Self {
             vmm: Owned::new("machine", Arc::clone(self.core()?)),
-            is_shared: self.is_shared,
             hooks: Arc::clone(&self.hooks),
             devices: Arc::clone(&self.devices),
             streams: Mutex::default(),
-            config: self.config.clone_ref(py),
+            origin: Origin { config: config.clone_ref(py), is_shared: *is_shared }.into(),
             in_loop: GilCell::new(
                 self.in_loop.with(py, |own| own.as_ref().map(|own| own.clone_ref(py))),
             ),
@@ -73,7 +72,7 @@ impl PyVmm {
         let (vmm, snapshot) = (self.core()?, snapshot.core()?);
         let renewed = py.detach(|| vmm.renew(snapshot));
         let is_renewed = renewed.map_err(|e| self.device_failure(e.into()))?;
-        if !self.is_shared {
+        if !self.origin()?.is_shared {
             self.manager(py)?.get().forget_counts();
         }
         // A device's `restore` may have done something to the machine.

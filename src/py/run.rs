@@ -52,7 +52,11 @@ impl PyVmm {
         awaiter: Option<Py<PyAny>>,
     ) -> PyResult<Ownership<'a>> {
         let owners = manager.get().owners();
-        if self.is_shared { owners.share(awaiter) } else { owners.claim("the machine", awaiter) }
+        if self.origin()?.is_shared {
+            owners.share(awaiter)
+        } else {
+            owners.claim("the machine", awaiter)
+        }
     }
 
     /// What `run` and `wait` return or raise, with what callbacks on vCPU threads have left.

@@ -393,7 +393,7 @@ impl PyVmm {
         hop!();
         let vmm = self.vmm()?;
         let core = py.detach(|| vmm.snapshot()).map_err(|e| self.device_failure(e.into()))?;
-        Ok(PySnapshot::of(core, self.config.clone_ref(py)))
+        Ok(PySnapshot::of(core, self.origin()?.config.clone_ref(py)))
     }
 
     /// Be what the machine was at a snapshot, in place. Returns how many pages of memory were

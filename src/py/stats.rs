@@ -94,6 +94,10 @@ impl PyStats {
         Ok(slf.clone())
     }
 
+    #[pyo3(
+        signature = (_kind, _error, _traceback, /),
+        text_signature = "($self, kind, error, traceback, /)"
+    )]
     fn __exit__(
         &self,
         py: Python<'_>,

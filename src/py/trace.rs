@@ -37,6 +37,10 @@ impl PyTrace {
         Ok(slf.clone())
     }
 
+    #[pyo3(
+        signature = (_kind, error, _traceback, /),
+        text_signature = "($self, kind, error, traceback, /)"
+    )]
     fn __exit__(
         &self,
         py: Python<'_>,

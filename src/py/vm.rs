@@ -352,7 +352,8 @@ impl PyKvmVm {
         Ok(py.detach(|| vm.resume())?)
     }
 
-    /// The vCPUs, by number; the same objects each time. Before the first run they stand at `entry`.
+    /// The vCPUs, by number; the same objects each time. Before the first run they stand at
+    /// `entry`.
     #[getter]
     fn vcpus<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyTuple>> {
         let (this, vm) = (slf.get(), slf.get().vm()?);
@@ -442,6 +443,10 @@ impl PyKvmVm {
         slf
     }
 
+    #[pyo3(
+        signature = (_kind, _error, _traceback, /),
+        text_signature = "($self, kind, error, traceback, /)"
+    )]
     fn __exit__(
         &self,
         py: Python<'_>,

@@ -1,7 +1,7 @@
 //! `Vmm` for Python: the spine with the GIL let go where it waits.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock};
 
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::gc::{PyTraverseError, PyVisit};
@@ -9,9 +9,9 @@ use pyo3::prelude::*;
 use pyo3::types::{PyList, PyTuple};
 
 use super::device::PythonDevice;
-use super::ending::{guard_thread, import};
+use super::ending::import;
 use super::enter::{attach, prepare_vcpu_threads};
-use super::event::{PyEventManager, PySubscriberId, PyWrappedExitHandler, turn};
+use super::event::{PyEventManager, PySubscriberId, turn};
 use super::gil_cell::GilCell;
 use super::hooks::Hooks;
 use super::in_loop::InLoop;
@@ -19,17 +19,20 @@ use super::lease::{Lease, Tie};
 use super::memory::PyGuestMemory;
 use super::owned::Owned;
 use super::parts::{Part, Parts};
-use super::registry::{self, Close};
+use super::registry::Close;
 use super::serial::PySerial;
-use super::{config, exit, interrupt, vcpu};
+use super::{exit, interrupt, vcpu};
 use crate::devices::{Access, Buses};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::sync::{Mutex, rank};
 use crate::vcpu::VmRunState;
 use crate::vmm::{Vmm, closed};
 
 /// A virtual machine: built by this call, run by `run`, released by `close` or at the end of a
 /// `with`.
+///
+/// A subclass's `__init__` has the arguments that it wants and calls `super().__init__`. Forks and
+/// pools make a plain `Vmm`.
 ///
 /// Args:
 ///     config: what it is made of; None for the guest inside the package. event_manager: a loop to
@@ -41,19 +44,18 @@ use crate::vmm::{Vmm, closed};
 ///     BootError: the kernel, RAM disk or code cannot be loaded.
 ///     KvmUnavailableError: there is no usable /dev/kvm; `hint` says what to do.
 ///     KvmError: KVM refused a part.
-#[pyclass(frozen, weakref, name = "Vmm", module = "pyvmm")]
+#[pyclass(frozen, subclass, weakref, name = "Vmm", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyVmm {
     pub(super) vmm: Owned<Arc<Vmm>>,
-    /// Other machines may be in the same loop.
-    pub(super) is_shared: bool,
     /// Exit hooks, and what they and Python devices leave for the run.
     pub(super) hooks: Arc<Hooks>,
     /// The Python devices on its buses.
     pub(super) devices: Devices,
     /// Subscribers that serve the serial port's Python streams.
     pub(super) streams: Mutex<Vec<Py<PySubscriberId>>, rank::PythonStreams>,
-    pub(super) config: Py<PyAny>,
+    /// Empty until `__init__` has made the machine.
+    pub(super) origin: OnceLock<Origin>,
     /// None once it is closed: then their descriptors go, unless the program holds them.
     pub(super) in_loop: GilCell<Option<InLoop>>,
     pub(super) tie: Tie,
@@ -61,6 +63,14 @@ pub struct PyVmm {
     pub(super) parts: Arc<Parts>,
     /// What the job of a pool was given that the machine was lent to last.
     pub(super) lent: Mutex<Option<Lease>, rank::Lease>,
+}
+
+/// What a machine was made of.
+#[derive(Debug)]
+pub(super) struct Origin {
+    pub(super) config: Py<PyAny>,
+    /// Other machines may be in the same loop.
+    pub(super) is_shared: bool,
 }
 
 /// The Python devices on a machine's buses.
@@ -81,7 +91,7 @@ impl PyVmm {
     /// The machine, for whatever a reset does not take back: a pool closes it behind the job.
     ///
     /// # Errors
-    /// [`ErrorKind::State`](crate::error::ErrorKind::State) in a forked child, and where the
+    /// [`ErrorKind::State`] in a forked child, and where the
     /// interpreter ends.
     pub(super) fn vmm(&self) -> Result<&Arc<Vmm>> {
         self.tie.hand_out();
@@ -101,42 +111,17 @@ impl PyVmm {
         self.vmm.get()
     }
 
-    /// The object for a machine.
-    pub(super) fn of(
-        config: &Bound<'_, PyAny>,
-        vmm: Arc<Vmm>,
-        event_manager: Option<Py<PyEventManager>>,
-        has_python_streams: bool,
-    ) -> PyResult<Self> {
-        let (py, tie) = (config.py(), Tie::default());
-        registry::register(py, Arc::downgrade(&vmm) as Weak<dyn Close>);
-        let is_shared = event_manager.is_some();
-        let event_manager = match event_manager {
-            Some(shared) => shared,
-            None => Py::new(py, PyEventManager::over(vmm.event_manager()?))?,
-        };
-        let streams = if has_python_streams {
-            // The loop holds them, so they hold no machine.
-            let serial = Py::new(py, PySerial::over(Arc::clone(vmm.serial()), None, &tie))?;
-            import(py, "pyvmm.streams")?
-                .call_method1("connect", (serial, &event_manager, config.getattr("serial")?))?
-                .extract()?
-        } else {
-            Vec::new()
-        };
-        let exit_handler = Py::new(py, PyWrappedExitHandler::over(vmm.exit_handler()?))?;
-        Ok(Self {
-            config: config.clone().unbind(),
-            in_loop: GilCell::new(Some(InLoop { event_manager, exit_handler })),
-            vmm: Owned::new("machine", vmm),
-            is_shared,
-            hooks: Arc::new(Hooks::over(Arc::default(), &tie)),
-            devices: Arc::default(),
-            streams: Mutex::new(streams),
-            lent: Mutex::default(),
-            parts: Arc::new(Parts::of(&tie)),
-            tie,
-        })
+    /// What the machine was made of.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] where it has not been made.
+    pub(super) fn origin(&self) -> Result<&Origin> {
+        match self.origin.get() {
+            Some(origin) => Ok(origin),
+            None => {
+                self.core().and(Err(Error::new(ErrorKind::State, "machine", "it is being made")))
+            }
+        }
     }
 
     pub(super) fn in_loop<T>(&self, py: Python<'_>, of: impl FnOnce(&InLoop) -> T) -> PyResult<T> {
@@ -212,27 +197,6 @@ impl Drop for PyVmm {
 
 #[pymethods]
 impl PyVmm {
-    #[new]
-    #[pyo3(signature = (config = None, *, event_manager = None))]
-    fn new(
-        py: Python<'_>,
-        config: Option<Bound<'_, PyAny>>,
-        event_manager: Option<Py<PyEventManager>>,
-    ) -> PyResult<Self> {
-        let config = match config {
-            Some(config) => config,
-            None => import(py, "pyvmm.config")?.getattr("VmmConfig")?.call0()?,
-        };
-        guard_thread();
-        let native = config::from_python(&config)?;
-        let has_python_streams = config::has_python_streams(&native.serial);
-        let shared = event_manager.as_ref().map(|manager| manager.get().shared_core());
-        let vmm = Arc::new(interrupt::interruptible(py, |interrupted| {
-            Vmm::build(native, shared, interrupted)
-        })?);
-        Self::of(&config, vmm, event_manager, has_python_streams)
-    }
-
     /// Run the guest until it ends, `stop` is called, or the time passes, in seconds.
     ///
     /// Turns the event manager's loop meanwhile: subscribers are called on this thread, devices and
@@ -344,8 +308,8 @@ impl PyVmm {
 
     /// What the machine is made of.
     #[getter]
-    fn config(&self, py: Python<'_>) -> Py<PyAny> {
-        self.config.clone_ref(py)
+    fn config(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
+        Ok(self.origin()?.config.clone_ref(py))
     }
 
     /// End the run in progress, or at once the next one if there is none. From any thread or
@@ -394,6 +358,10 @@ impl PyVmm {
         import(slf.py(), "pyvmm.aio")?.call_method1("give", (slf,))
     }
 
+    #[pyo3(
+        signature = (_kind, _error, _traceback, /),
+        text_signature = "($self, kind, error, traceback, /)"
+    )]
     fn __aexit__<'py>(
         slf: &Bound<'py, Self>,
         _kind: Py<PyAny>,
@@ -407,25 +375,30 @@ impl PyVmm {
         slf
     }
 
+    #[pyo3(
+        signature = (_kind, _error, _traceback, /),
+        text_signature = "($self, kind, error, traceback, /)"
+    )]
     fn __exit__(
-        &self,
-        py: Python<'_>,
+        slf: &Bound<'_, Self>,
         _kind: Py<PyAny>,
         _error: Py<PyAny>,
         _traceback: Py<PyAny>,
     ) -> PyResult<()> {
-        self.close(py)
+        // A subclass may do more to close it.
+        slf.call_method0("close").map(drop)
     }
 
-    fn __repr__(&self) -> String {
-        match self.vmm.peek() {
-            Some(vmm) => format!("Vmm(state={:?})", vmm.state().name()),
-            None => "Vmm(unreachable)".into(),
-        }
+    fn __repr__(slf: &Bound<'_, Self>) -> PyResult<String> {
+        let class = slf.get_type().name()?;
+        Ok(match slf.get().vmm.peek() {
+            Some(vmm) => format!("{class}(state={:?})", vmm.state().name()),
+            None => format!("{class}(unreachable)"),
+        })
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {
-        visit.call(&self.config)?;
+        self.origin.get().map_or(Ok(()), |origin| visit.call(&origin.config))?;
         // SAFETY: the collector has the GIL.
         let visited = unsafe {
             self.in_loop.peek(|own| own.iter().try_for_each(|own| visit.call(&own.event_manager)))

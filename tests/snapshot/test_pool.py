@@ -297,6 +297,7 @@ TAKEN_BACK: dict[str, Callable[[Vmm], object]] = {
     "GuestMemory.write_u32": lambda vmm: vmm.memory.write_u32(0, 1),
     "GuestMemory.read_u64": lambda vmm: vmm.memory.read_u64(0),
     "GuestMemory.write_u64": lambda vmm: vmm.memory.write_u64(0, 1),
+    "Vmm.resources": lambda vmm: vmm.resources,
     "Vcpu.id": lambda vmm: vmm.vcpus[0].id,
     "Vcpu.regs": lambda vmm: vmm.vcpus[0].regs.update(rax=1),
     "Vcpu.sregs": lambda vmm: setattr(vmm.vcpus[0].sregs, "cr2", 1),

@@ -195,6 +195,10 @@ impl PyEventFd {
         slf
     }
 
+    #[pyo3(
+        signature = (_kind, _error, _traceback, /),
+        text_signature = "($self, kind, error, traceback, /)"
+    )]
     fn __exit__(
         &self,
         py: Python<'_>,

@@ -127,6 +127,10 @@ impl PyTimerFd {
         slf
     }
 
+    #[pyo3(
+        signature = (_kind, _error, _traceback, /),
+        text_signature = "($self, kind, error, traceback, /)"
+    )]
     fn __exit__(
         &self,
         py: Python<'_>,

@@ -1,0 +1,121 @@
+//! How an object of Python's comes to stand for a machine: `Vmm(...)`, and the object of a fork.
+//! With the GIL held, which is let go while the machine is made.
+
+use std::sync::{Arc, OnceLock, Weak};
+
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyTuple};
+
+use super::ending::{guard_thread, import};
+use super::event::{PyEventManager, PyWrappedExitHandler};
+use super::gil_cell::GilCell;
+use super::hooks::Hooks;
+use super::in_loop::InLoop;
+use super::lease::Tie;
+use super::owned::Owned;
+use super::parts::Parts;
+use super::registry::{self, Close};
+use super::serial::PySerial;
+use super::vmm::{Origin, PyVmm};
+use super::{config, interrupt};
+use crate::sync::Mutex;
+use crate::vmm::Vmm;
+
+impl PyVmm {
+    /// An object whose machine is still to be made.
+    fn vacant() -> Self {
+        let tie = Tie::default();
+        Self {
+            origin: OnceLock::new(),
+            in_loop: GilCell::new(None),
+            vmm: Owned::vacant("machine"),
+            hooks: Arc::new(Hooks::over(Arc::default(), &tie)),
+            devices: Arc::default(),
+            streams: Mutex::default(),
+            lent: Mutex::default(),
+            parts: Arc::new(Parts::of(&tie)),
+            tie,
+        }
+    }
+
+    /// The object for a machine.
+    pub(super) fn of(
+        config: &Bound<'_, PyAny>,
+        vmm: Arc<Vmm>,
+        event_manager: Option<Py<PyEventManager>>,
+        has_python_streams: bool,
+    ) -> PyResult<Self> {
+        let this = Self::vacant();
+        this.fill(config, vmm, event_manager, has_python_streams)?;
+        Ok(this)
+    }
+
+    /// Have the object stand for a machine.
+    fn fill(
+        &self,
+        config: &Bound<'_, PyAny>,
+        vmm: Arc<Vmm>,
+        event_manager: Option<Py<PyEventManager>>,
+        has_python_streams: bool,
+    ) -> PyResult<()> {
+        let (py, tie) = (config.py(), &self.tie);
+        registry::register(py, Arc::downgrade(&vmm) as Weak<dyn Close>);
+        let is_shared = event_manager.is_some();
+        let event_manager = match event_manager {
+            Some(shared) => shared,
+            None => Py::new(py, PyEventManager::over(vmm.event_manager()?))?,
+        };
+        let streams = if has_python_streams {
+            // The loop holds them, so they hold no machine.
+            let serial = Py::new(py, PySerial::over(Arc::clone(vmm.serial()), None, tie))?;
+            import(py, "pyvmm.streams")?
+                .call_method1("connect", (serial, &event_manager, config.getattr("serial")?))?
+                .extract()?
+        } else {
+            Vec::new()
+        };
+        let exit_handler = Py::new(py, PyWrappedExitHandler::over(vmm.exit_handler()?))?;
+        // Two threads that call __init__ at once may both have come here: the first one's machine
+        // is the object's.
+        self.vmm.fill(vmm)?;
+        let _ = self.origin.set(Origin { config: config.clone().unbind(), is_shared });
+        self.in_loop.with(py, |own| *own = Some(InLoop { event_manager, exit_handler }));
+        *self.streams.lock() = streams;
+        Ok(())
+    }
+}
+
+#[pymethods]
+impl PyVmm {
+    /// The machine is made by `__init__`, so that a subclass's may take arguments of its own.
+    #[new]
+    #[pyo3(
+        signature = (*_args, **_kwargs),
+        text_signature = "(config=None, *, event_manager=None)"
+    )]
+    fn new(_args: &Bound<'_, PyTuple>, _kwargs: Option<&Bound<'_, PyDict>>) -> Self {
+        Self::vacant()
+    }
+
+    #[pyo3(signature = (config = None, *, event_manager = None))]
+    fn __init__(
+        &self,
+        py: Python<'_>,
+        config: Option<Bound<'_, PyAny>>,
+        event_manager: Option<Py<PyEventManager>>,
+    ) -> PyResult<()> {
+        self.vmm.check_vacant()?;
+        let config = match config {
+            Some(config) => config,
+            None => import(py, "pyvmm.config")?.getattr("VmmConfig")?.call0()?,
+        };
+        guard_thread();
+        let native = config::from_python(&config)?;
+        let has_python_streams = config::has_python_streams(&native.serial);
+        let shared = event_manager.as_ref().map(|manager| manager.get().shared_core());
+        let vmm = Arc::new(interrupt::interruptible(py, |interrupted| {
+            Vmm::build(native, shared, interrupted)
+        })?);
+        self.fill(&config, vmm, event_manager, has_python_streams)
+    }
+}
