@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import signal
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,6 +24,9 @@ TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 LINUX_DEADLINE_S = 200
 REQUIRED = bool(os.environ.get("PYVMM_REQUIRE_KVM"))
+
+# A shell starts background jobs with SIGINT ignored, which the programs of the tests would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile(
     "pyvmm", deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture]
