@@ -25,8 +25,9 @@ ROOT = TESTS.parent
 LINUX_DEADLINE_S = 200
 REQUIRED = bool(os.environ.get("PYVMM_REQUIRE_KVM"))
 
-# A shell starts background jobs with SIGINT ignored, which the programs of the tests would inherit.
+# Background jobs have SIGINT ignored, and those of nohup SIGHUP: programs of the tests would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 settings.register_profile(
     "pyvmm", deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -88,12 +88,8 @@ unsafe extern "C" {
 
 /// Make vCPU threads that start from now on like those of `threading`, because callbacks run there.
 ///
-/// They have the stack that it gives. A thread of Python's own takes the GIL after a signal has
-/// interrupted its system call, and the thread that gives the GIL up looks for signals when it has
-/// it back. Threads of vCPUs take it too: otherwise a main thread that only computes would not run
-/// the signal's handler.
+/// They have the stack that it gives.
 pub(super) fn prepare_vcpu_threads(_py: Python<'_>) {
-    vcpu::listen_to_signals(|| attach(|_| ()));
     // SAFETY: it reads a field of the interpreter, whose GIL the caller has.
     vcpu::set_stack_size(unsafe { PyThread_get_stacksize() });
 }

@@ -38,7 +38,7 @@ pub use guest_debug::{DebugOwner, DebugRequest};
 pub use handle::VcpuHandle;
 pub use registers::RegisterClass;
 pub use router::{ExitHook, ExitRouter, HookPriority, Observer, Reply, Seen};
-pub use signal::{kick_signal, listen_to_signals, use_signal};
+pub use signal::{kick_signal, use_signal};
 pub use stack::set_stack_size;
 #[cfg_attr(not(feature = "python"), allow(unused_imports, reason = "for the binding"))]
 pub(crate) use stack::spawn;

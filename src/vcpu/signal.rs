@@ -4,7 +4,6 @@
 //! before.
 
 use std::cell::Cell;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -211,19 +210,6 @@ extern "C" fn on_signal(
             handler(signal, info, context);
         }
     }
-}
-
-/// What the program does about a signal of its own that a vCPU's thread has taken.
-static LISTENER: OnceLock<fn()> = OnceLock::new();
-
-/// Call this on a vCPU's thread when a signal that was no kick has brought its guest out. Its
-/// handler has run by then. The first caller's function stays.
-pub fn listen_to_signals(listener: fn()) {
-    LISTENER.get_or_init(|| listener);
-}
-
-pub(super) fn tell_of_signal() {
-    LISTENER.get().into_iter().for_each(|listener| listener());
 }
 
 thread_local! {

@@ -11,7 +11,7 @@ use super::handle::{VcpuCommand, VcpuHandle};
 use super::router::ExitRouter;
 use super::run::{complete_pending_io, step};
 use super::run_page::RunPage;
-use super::signal::{kick_signal, tell_of_signal, unblock_kicks};
+use super::signal::{kick_signal, unblock_kicks};
 use super::stack;
 use super::state::{RunState, VmRunState};
 use super::vcpu::Vcpu;
@@ -167,11 +167,7 @@ fn turn_until_end(vcpu: &mut Vcpu, handle: &VcpuHandle) -> Outcome {
         if !handle.wait_for_room(vcpu) {
             continue; // called out: the stop word is set
         }
-        vcpu.was_interrupted = false;
         last = step(vcpu, handle);
-        if vcpu.was_interrupted && !handle.stop.is_set() {
-            tell_of_signal();
-        }
         match last {
             Outcome::Continue | Outcome::Wait => {}
             Outcome::Stop => break,

@@ -43,8 +43,6 @@ pub struct Vcpu {
     /// The run page has the general registers: each exit puts them there (KVM_CAP_SYNC_REGS), as
     /// does `store`.
     pub(crate) has_page_registers: bool,
-    /// A signal ended the last entry, a kick or another.
-    pub(super) was_interrupted: bool,
     /// How often it had come to rest when it did so last.
     pub(crate) rests: u64,
     /// The program's code answers its exit, and has access to it.
@@ -80,7 +78,6 @@ impl Vcpu {
             pending: PendingIo::Idle,
             waits_for: None,
             has_page_registers: false,
-            was_interrupted: false,
             rests: 0,
             has_host_access: false,
             is_recorded: false,

@@ -68,7 +68,6 @@ TOO_LONG = {
     "tests/vcpu/test_hooks.py",
     "tests/vcpu/test_robustness.py",
     "tests/vcpu/test_vcpu.py",
-    "tests/vcpu/test_vcpu_threads.py",
     "tests/vmm/test_life.py",
     "tests/vmm/test_vmm.py",
 }
@@ -310,7 +309,7 @@ UNNAMED_IN_ROOM = {
     "snapshot": {"Header", "Record", "Records", "described"},
     "sync": {"MappedMutexGuard", "RwLockGuard"},
     "trace": {"Recording", "Track"},
-    "vcpu": {"Data", "RegisterClass", "VcpuHandle", "listen_to_signals", "use_signal"},
+    "vcpu": {"Data", "RegisterClass", "VcpuHandle", "use_signal"},
     "vm": {"IRQ_LINES"},
 }
 

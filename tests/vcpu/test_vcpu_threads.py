@@ -391,31 +391,3 @@ with KvmVm(flat(exit_with(3)), Handler()) as vm:
     print(vm.wait(50).code)
 """
     assert in_a_process(TRY + source).split() == ["True", "True", "3"]
-
-
-def test_a_main_thread_that_only_computes_handles_a_signal_that_a_vcpus_thread_took() -> None:
-    source = """
-import os, signal, threading, time
-from pyvmm import Vmm
-called = []
-signal.signal(signal.SIGUSR1, lambda *_: called.append(threading.current_thread() is threading.main_thread()))
-def spins():
-    # The one thread that may take the signal is in its guest, and leaves it for a signal alone.
-    before = vmm.memory.read_u32(0x2000)
-    while vmm.memory.read_u32(0x2000) == before:
-        pass
-with Vmm(flat(COUNT_IN_MEMORY)) as vmm:
-    starter = threading.Thread(target=vmm.start)
-    starter.start()
-    starter.join()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-    for count in range(20):
-        spins()
-        os.kill(os.getpid(), signal.SIGUSR1)
-        deadline = time.monotonic() + 10
-        # No call in here gives the GIL away.
-        while len(called) == count and time.monotonic() < deadline:
-            pass
-print(called == [True] * 20)
-"""
-    assert in_a_process(source).split() == ["True"]
