@@ -156,8 +156,12 @@ impl VcpuHandle {
     /// Points 1 to 3 of the kick.
     pub(super) fn bring_out(&self, state: &HandleState) {
         self.stop.kick(&*self.page, || {
+            // In a callback the thread needs no signal: it looks at the stop word before it enters
+            // its guest again. Signals of a storm of pauses would queue up there, and keep it from
+            // the GIL that others wait for behind it.
+            let runner = state.runner.filter(|_| state.host_access.is_none());
             // The runner needs this lock before it can end.
-            if let Some(thread) = state.runner {
+            if let Some(thread) = runner {
                 // SAFETY: the thread takes itself out of the state before it ends, and we hold the
                 // state's lock.
                 unsafe { interrupt(thread) };
