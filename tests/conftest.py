@@ -25,7 +25,8 @@ ROOT = TESTS.parent
 LINUX_DEADLINE_S = 200
 REQUIRED = bool(os.environ.get("PYVMM_REQUIRE_KVM"))
 
-# Background jobs have SIGINT ignored, and those of nohup SIGHUP: programs of the tests would inherit that.
+# Background jobs have SIGINT ignored, and those of nohup SIGHUP: programs of the tests would
+# inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
