@@ -24,7 +24,7 @@ pub use debug_exit::DebugExit;
 pub use i8042::I8042;
 pub use line::InterruptLine;
 pub use open::{Direction, duplicate, input_file};
-pub(crate) use platform::{attach, claim};
+pub(crate) use platform::{attach, claim, claim_range};
 pub use rtc::Rtc;
 pub use serial::Serial;
 pub(crate) use streams::connect;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::bus::{Buses, Device};
+use super::bus::{Access, Buses, Device};
 use super::debug_exit::DebugExit;
 use super::i8042::I8042;
 use super::line::InterruptLine;
@@ -21,15 +21,15 @@ use crate::resources::{Kind, Resources};
 /// [`ErrorKind::Config`] when KVM or another device answers at the exit port.
 pub(crate) fn claim(resources: &Resources, irqchip: bool, exit_port: ExitPort) -> Result<()> {
     let claim = |base: u16, length, name| {
-        resources.claim(Kind::Pio, (u64::from(base), length), name).map_err(|other| {
-            Error::new(ErrorKind::Config, format!("{base:#x}"), format!("overlaps {other}"))
-        })
+        claim_range(resources, Access::Pio, (u64::from(base), length), name)
     };
     claim(layout::COM1, 8, "COM1")?;
     claim(layout::RTC, 2, "RTC")?;
-    // With its PIT, KVM answers the port between the two that the i8042 has.
-    claim(layout::I8042, 1, "i8042")?;
-    claim(layout::I8042 + 4, 1, "i8042")?;
+    // KVM answers the speaker's port in the midst of the i8042's.
+    let ports: &[(u16, u64)] = if irqchip { &[(0, 1), (2, 3)] } else { &[(0, 5)] };
+    for (offset, length) in ports {
+        claim(layout::I8042 + offset, *length, "i8042")?;
+    }
     if irqchip {
         resources.share(Kind::Gsi, (u64::from(layout::COM1_IRQ), 1), "COM1");
     }
@@ -39,6 +39,21 @@ pub(crate) fn claim(resources: &Resources, irqchip: bool, exit_port: ExitPort) -
         }
         ExitPort(None) => Ok(()),
     }
+}
+
+/// Claim the range of a device.
+///
+/// # Errors
+/// [`ErrorKind::Config`] with what is there already.
+pub(crate) fn claim_range(
+    resources: &Resources,
+    access: Access,
+    (base, length): (u64, u64),
+    name: &str,
+) -> Result<()> {
+    resources.claim(access.kind(), (base, length), name).map_err(|other| {
+        Error::new(ErrorKind::Config, format!("{base:#x}"), format!("overlaps {other}"))
+    })
 }
 
 /// Put the built-in devices on the buses; returns the serial port, whose interrupt line this is.

@@ -22,7 +22,7 @@ use super::parts::{Part, Parts};
 use super::registry::Close;
 use super::serial::PySerial;
 use super::{exit, interrupt, vcpu};
-use crate::devices::{Access, Buses};
+use crate::devices::Buses;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::{Mutex, rank};
 use crate::vcpu::VmRunState;
@@ -424,10 +424,7 @@ pub(super) fn unanswered<'py>(py: Python<'py>, buses: &Buses) -> PyResult<Bound<
     let (rows, others) = buses.unanswered();
     let list = PyList::empty(py);
     for (access, address, counts) in rows {
-        let bus = match access {
-            Access::Pio => "pio",
-            Access::Mmio => "mmio",
-        };
+        let bus = access.kind().name();
         list.append(class.call1((bus, address, counts.reads, counts.writes))?)?;
     }
     if others.reads + others.writes > 0 {

@@ -23,17 +23,15 @@ pub use interrupts::{IRQ_LINES, IoEvent};
 pub use shape::Shape;
 
 use self::vcpus::Vcpus;
-use crate::kvm::open_kvm;
-use crate::layout;
-use crate::memory::GuestMemory;
-
 use crate::config::{ExitPort, FlatBoot, VmmConfig};
-use crate::cpu::CpuMode;
-use crate::cpu::{cpuid, msrs, regs, tables};
+use crate::cpu::{CpuMode, cpuid, msrs, regs, tables};
 use crate::devices;
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::{Exit, ExitHandler};
 use crate::fixup;
+use crate::kvm::open_kvm;
+use crate::layout;
+use crate::memory::GuestMemory;
 use crate::process::ProcessTag;
 use crate::resources::{Kind, Resource, Resources};
 use crate::sync::{Mutex, rank};

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use kvm_ioctls::VmFd;
 
+use super::shape::Shape;
 use super::vcpus::Vcpus;
 use super::{KvmVm, create_irqchip, create_vm, switch_fixups_on};
 use crate::cpu::CpuMode;
@@ -17,7 +18,6 @@ use crate::memory::GuestMemory;
 use crate::process::ProcessTag;
 use crate::sync::{MappedMutexGuard, Mutex, MutexGuard, rank};
 use crate::vcpu::{self, ExitRouter, RunState, Vcpu, VcpuThread, VmRunState};
-use crate::vm::Shape;
 
 impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     /// A machine of this shape, whose vCPUs have no CPUID and no registers yet.

@@ -173,13 +173,11 @@ impl Vmm {
             let detail = "ports go from 0 to 0xffff";
             return Err(Error::new(ErrorKind::Config, format!("{base:#x}"), detail));
         }
-        let kind = access.kind();
-        vm.memory().resources().claim(kind, (base, length), device.name()).map_err(|other| {
-            Error::new(ErrorKind::Config, format!("{base:#x}"), format!("overlaps {other}"))
-        })?;
+        let resources = vm.memory().resources();
+        devices::claim_range(resources, access, (base, length), device.name())?;
         let added = self.router.buses.bus(access).add(base, length, device);
         if added.is_err() {
-            vm.memory().resources().release(kind, base);
+            resources.release(access.kind(), base);
         }
         added
     }

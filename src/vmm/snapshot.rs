@@ -14,12 +14,10 @@ use crate::event::EventManager;
 use crate::exit_handler::WrappedExitHandler;
 use crate::hop::hop;
 use crate::layout;
-use crate::memory::GuestMemory;
-use crate::memory::MemoryRange;
+use crate::memory::{GuestMemory, MemoryRange};
 use crate::snapshot::{Classes, Device as DeviceState, Snapshot, chips, new_id, vcpu};
 use crate::vcpu::{ExitRouter, Vcpu, VmRunState};
-use crate::vm::Shape;
-use crate::vm::{KvmVm, claim_platform};
+use crate::vm::{KvmVm, Shape, claim_platform};
 
 type Vm = KvmVm<WrappedExitHandler>;
 

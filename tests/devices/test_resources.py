@@ -29,10 +29,12 @@ def test_a_machine_lists_memory_chips_devices_and_lines() -> None:
         assert named(vmm, "the I/O APIC") == [("mmio", 0xFEC0_0000, 4096, False)]
         assert named(vmm, "COM1") == [("pio", 0x3F8, 8, False), ("gsi", 4, 1, True)]
         assert named(vmm, "exit port") == [("pio", 0xF4, 4, False)]
+        assert named(vmm, "i8042") == [("pio", 0x60, 1, False), ("pio", 0x62, 3, False)]
         assert vmm.resources == sorted(vmm.resources, key=lambda r: ("memory mmio pio gsi".index(r.kind), r.start))
     with Vmm(flat(SPIN, exit_port=None)) as vmm:
         assert not named(vmm, "the I/O APIC")
         assert not named(vmm, "exit port")
+        assert named(vmm, "i8042") == [("pio", 0x60, 5, False)]
 
 
 def test_what_is_added_is_listed_until_it_is_removed() -> None:
@@ -67,6 +69,8 @@ def test_a_refusal_names_what_is_there_and_changes_nothing() -> None:
             vmm.add_mmio_device(0xFEE0_0FFC, 4, Doorbell())
         with pytest.raises(VmmError, match="overlaps COM1"):
             vmm.add_pio_device(0x3FF, 1, Doorbell())
+        with pytest.raises(VmmError, match="overlaps i8042"):
+            vmm.add_pio_device(0x62, 1, Doorbell())
         with pytest.raises(VmmError, match="overlaps the PIT of KVM"):
             vmm.add_pio_device(0x42, 1, Doorbell())
         with pytest.raises(VmmError):
