@@ -18,6 +18,8 @@ pub enum ErrorKind {
     Boot,
     /// The call is not possible in this state.
     State,
+    /// What it is called on is closed; it is made by [`Error::closed`].
+    Closed,
     /// The event manager or an event source refused a call.
     Event,
     /// Input or output of a stream failed.
@@ -50,6 +52,11 @@ impl Error {
         Self { kind, at: at.into(), detail: detail.into(), errno: None, hint: None }
     }
 
+    /// The error of every call on something closed: "the machine is closed".
+    pub fn closed(what: &str) -> Self {
+        Self::new(ErrorKind::Closed, what, format!("the {what} is closed"))
+    }
+
     /// The same error with what to do about it.
     #[must_use]
     pub fn hint(mut self, hint: &'static str) -> Self {
@@ -71,7 +78,10 @@ impl Error {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.at, self.detail)?;
+        if self.kind != ErrorKind::Closed {
+            write!(f, "{}: ", self.at)?;
+        }
+        f.write_str(&self.detail)?;
         match self.hint {
             Some(hint) => write!(f, "; {hint}"),
             None => Ok(()),
@@ -90,6 +100,13 @@ mod tests {
         let error =
             Error::new(ErrorKind::Config, "memory.size_mib", "0 is too small").hint("use 1");
         assert_eq!(error.to_string(), "memory.size_mib: 0 is too small; use 1");
+    }
+
+    #[test]
+    fn what_is_closed_is_said_in_one_sentence() {
+        let error = Error::closed("machine");
+        assert_eq!((error.kind, error.at.as_str()), (ErrorKind::Closed, "machine"));
+        assert_eq!(error.to_string(), "the machine is closed");
     }
 
     #[test]

@@ -39,6 +39,7 @@ from pyvmm.devices import ReadableDevice, Resource, Unanswered, WritableDevice
 from pyvmm.events import EventSet, Subscriber
 from pyvmm.exceptions import (
     BootError,
+    ClosedError,
     ConfigError,
     EventError,
     GuestMemoryError,
@@ -71,6 +72,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BootError",
     "Cap",
+    "ClosedError",
     "ConfigError",
     "CpuConfig",
     "DirtyPages",

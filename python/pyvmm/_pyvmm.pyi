@@ -72,7 +72,7 @@ class EventFd:
 
         Raises:
             BlockingIOError: the count is zero and the EventFd is nonblocking.
-            ValueError: it is closed.
+            ClosedError: it is closed.
         """
 
     def write(self, value: int = 1) -> None:
@@ -82,7 +82,7 @@ class EventFd:
             BlockingIOError: the count would pass 2^64 - 2 and the EventFd is nonblocking.
             OverflowError: the value is not from 0 to 2^64 - 1.
             OSError: the value is 2^64 - 1, which the kernel refuses.
-            ValueError: it is closed.
+            ClosedError: it is closed.
         """
 
     def fileno(self) -> int:
@@ -120,7 +120,8 @@ class TimerFd:
         """Expire so many seconds later, and with an interval again and again. Expirations so far are forgotten.
 
         Raises:
-            ValueError: a time is negative, NaN or too long, or the timer is closed.
+            ValueError: a time is negative, NaN or too long.
+            ClosedError: it is closed.
         """
 
     def set_at(self, time: float, interval: float = 0.0) -> None:
@@ -134,6 +135,7 @@ class TimerFd:
 
         Raises:
             BlockingIOError: it has not.
+            ClosedError: it is closed.
         """
 
     def fileno(self) -> int:
@@ -506,7 +508,7 @@ class GuestMemory:
 
         Raises:
             ValueError: there are no bytes to look for.
-            StateError: the machine is closed.
+            ClosedError: the machine is closed.
         """
 
     def view(self, address: int, length: int) -> memoryview:
@@ -517,7 +519,7 @@ class GuestMemory:
 
         Raises:
             GuestMemoryError: a byte of the range is not memory, or the range lies in several slots.
-            StateError: the machine is closed.
+            ClosedError: the machine is closed.
         """
 
     def overlay(self, address: int, type: type[_C]) -> _C:
@@ -550,7 +552,7 @@ class GuestMemory:
             GuestMemoryError: it overlaps other memory, a device, or what KVM itself has there; it is no whole number of
                 pages, or the source is shorter or open for reading only. Nothing is changed then.
             KvmError: KVM refuses it.
-            StateError: the machine is closed.
+            ClosedError: the machine is closed.
         """
 
     def remove(self, slot: MemorySlot) -> None:
@@ -558,7 +560,7 @@ class GuestMemory:
 
         Raises:
             GuestMemoryError: the machine has no such slot, or no longer.
-            StateError: the machine is closed.
+            ClosedError: the machine is closed.
         """
 
     @property
@@ -637,7 +639,11 @@ class Serial:
     """The host's side of the first serial port, a 16550A."""
 
     def send(self, data: bytes | bytearray) -> None:
-        """Give the guest input; it reads it at its own pace."""
+        """Give the guest input; it reads it at its own pace.
+
+        Raises:
+            ClosedError: the machine is closed.
+        """
 
     def read(self) -> bytes:
         """Take the output there is. Without a configured output, at most the newest MiB."""
@@ -648,6 +654,9 @@ class Serial:
         What the guest has printed before does not count. The run ends with `Exit(reason="stopped", value=text)`, and
         the guest stands behind the instruction that printed the byte; the next run goes on from there. An empty text
         takes the request back.
+
+        Raises:
+            ClosedError: the machine is closed.
         """
 
     def _take(self, most: int) -> bytes: ...
@@ -1414,7 +1423,7 @@ class Vmm:
         """The vCPUs, by number; the same objects each time. Before the first run they stand where it will start.
 
         Raises:
-            StateError: the machine is closed.
+            ClosedError: the machine is closed.
         """
 
     def stop(self) -> None:
@@ -1463,7 +1472,7 @@ class Vmm:
         """The event manager whose loop `run` turns.
 
         Raises:
-            StateError: the machine is closed. A manager that was asked for before goes on.
+            ClosedError: the machine is closed. A manager that was asked for before goes on.
         """
 
     @property
@@ -1471,7 +1480,7 @@ class Vmm:
         """The handler that ends a run.
 
         Raises:
-            StateError: the machine is closed.
+            ClosedError: the machine is closed.
         """
 
     @property
@@ -1542,7 +1551,7 @@ class Vmm:
         Raises:
             ConfigError: the range is not one of ports, or overlaps another device's.
             TypeError: the object has no method of a device's.
-            StateError: the machine is closed.
+            ClosedError: the machine is closed.
         """
 
     def add_mmio_device(self, base: int, length: int, device: Device) -> None:
@@ -1647,7 +1656,7 @@ class Vmm:
 
         Raises:
             ValueError: there is no such kind.
-            StateError: the machine is closed.
+            ClosedError: the machine is closed.
         """
 
     def off_exit(self, kind: ExitKind | str, function: Callable[[Vcpu, Any], object]) -> None:
@@ -1668,7 +1677,7 @@ class Vmm:
 
         Raises:
             ValueError: the number is taken, or none of 32 bits.
-            StateError: the machine is closed.
+            ClosedError: the machine is closed.
         """
 
 @final
@@ -1683,7 +1692,7 @@ class IrqLine:
         """Raise the line: KVM_IRQ_LINE.
 
         Raises:
-            StateError: the machine is closed.
+            ClosedError: the machine is closed.
         """
 
     def lower(self) -> None:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pyvmm.exceptions import StateError
+from pyvmm.exceptions import ClosedError, StateError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -46,10 +46,8 @@ class Reads:
                     return self._source._take()
                 except BlockingIOError:
                     await Wait().until_ready(self._source)
-        except ValueError:
-            if self._source.closed:
-                raise StopAsyncIteration from None
-            raise
+        except ClosedError:
+            raise StopAsyncIteration from None
 
 
 class Wait:

@@ -42,6 +42,10 @@ class StateError(VmmError, RuntimeError):
     """The call is not possible in the machine's present state."""
 
 
+class ClosedError(StateError, ValueError):
+    """What it is called on is closed, or its machine is; `at` names it. A ValueError too, as a closed file gives."""
+
+
 class SnapshotError(VmmError, ValueError):
     """A snapshot cannot be used: damaged, of another machine, or no longer as it was; `at` names the part."""
 

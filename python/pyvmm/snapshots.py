@@ -9,7 +9,7 @@ import time
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pyvmm.exceptions import SnapshotError
+from pyvmm.exceptions import ClosedError, SnapshotError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -145,7 +145,7 @@ class ForkExecutor(Executor):
         """Have `function(vmm, *arguments, **keywords)` called on a worker."""
         with self._lock:
             if self._is_shut:
-                raise RuntimeError("the executor has been shut down")
+                raise ClosedError("the executor is closed", at="executor")
             job = _Job(Future(), function, arguments, keywords)
             self._jobs.put(job)
             return job.future

@@ -16,6 +16,7 @@ fn class_of(kind: ErrorKind) -> (&'static str, bool) {
         ErrorKind::Memory => ("GuestMemoryError", false),
         ErrorKind::Boot => ("BootError", false),
         ErrorKind::State => ("StateError", false),
+        ErrorKind::Closed => ("ClosedError", false),
         ErrorKind::Event => ("EventError", true),
         ErrorKind::Io => ("StreamError", true),
         ErrorKind::Snapshot => ("SnapshotError", false),

@@ -67,7 +67,7 @@ impl PyVmm {
         };
         let streams = if has_python_streams {
             // The loop holds them, so they hold no machine.
-            let serial = Py::new(py, PySerial::over(Arc::clone(vmm.serial()), None, tie))?;
+            let serial = Py::new(py, PySerial::over(Arc::clone(vmm.serial()), tie))?;
             import(py, "pyvmm.streams")?
                 .call_method1("connect", (serial, &event_manager, config.getattr("serial")?))?
                 .extract()?

@@ -55,7 +55,7 @@ impl PyGuestMemory {
     {
         // The object holds the core: to be the last to do so is for it alone.
         let core = Arc::downgrade(core);
-        let closed = || Error::new(ErrorKind::State, "memory", "the machine is closed");
+        let closed = || Error::closed("machine");
         let ask: Ask = Box::new(move || ask(&*core.upgrade().ok_or_else(closed)?));
         let (ask, machine) = (Owned::new("machine", ask), machine.clone().unbind());
         Self { ask, machine, tie: tie.clone() }
@@ -293,7 +293,7 @@ impl PyGuestMemory {
     ///
     /// Raises:
     ///     ValueError: there are no bytes to look for.
-    ///     StateError: the machine is closed.
+    ///     ClosedError: the machine is closed.
     #[pyo3(signature = (data, start = 0, end = None))]
     fn find(
         &self,
@@ -317,7 +317,7 @@ impl PyGuestMemory {
     ///
     /// Raises:
     ///     GuestMemoryError: a byte of the range is not memory, or the range lies in several slots.
-    ///     StateError: the machine is closed.
+    ///     ClosedError: the machine is closed.
     fn view<'py>(
         &self,
         py: Python<'py>,
@@ -361,7 +361,7 @@ impl PyGuestMemory {
     ///     is no whole number of
     ///         pages, or the source is shorter or open for reading only. Nothing is changed then.
     ///     KvmError: KVM refuses it.
-    ///     StateError: the machine is closed.
+    ///     ClosedError: the machine is closed.
     #[pyo3(signature = (address, size = None, *, source = None, offset = 0, read_only = false))]
     fn add(
         slf: &Bound<'_, Self>,
@@ -393,7 +393,7 @@ impl PyGuestMemory {
     ///
     /// Raises:
     ///     GuestMemoryError: the machine has no such slot, or no longer.
-    ///     StateError: the machine is closed.
+    ///     ClosedError: the machine is closed.
     fn remove(&self, py: Python<'_>, slot: &PyMemorySlot) -> PyResult<()> {
         let memory = self.changing()?;
         let slot: Slot = slot.slot();

@@ -19,6 +19,8 @@ pub(super) trait Close: Send + Sync {
     fn stop(&self);
     /// End the run and release everything, once the callbacks in progress have returned.
     fn close(&self);
+    /// Whether nobody has closed it.
+    fn is_open(&self) -> bool;
 }
 
 /// The machines of this process, and whose copies a forked child finds here.

@@ -1,7 +1,7 @@
 //! `Serial` for Python: the host's side of the first serial port.
 
 use std::os::fd::RawFd;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use pyo3::exceptions::PyValueError;
 use pyo3::gc::{PyTraverseError, PyVisit};
@@ -13,7 +13,9 @@ use super::event::PyEventFd;
 use super::exit;
 use super::lease::Tie;
 use super::owned::Owned;
+use super::registry::Close;
 use crate::devices::{Piece, Serial};
+use crate::error::{Error, Result};
 use crate::sync::{Mutex, rank};
 
 /// The host's side of the first serial port, a 16550A.
@@ -23,16 +25,37 @@ pub struct PySerial {
     serial: Owned<Arc<Serial>>,
     /// What the writer of `pyvmm.streams` has taken and not settled.
     taken: Mutex<Option<Piece>, rank::TakenOutput>,
-    /// The machine, which is not closed for as long as somebody has its port; none for the loop's
+    /// The machine's object, which lives as long as its port's, and its core; none for the loop's
     /// own use.
-    machine: Option<Py<PyAny>>,
+    machine: Option<(Py<PyAny>, Weak<dyn Close>)>,
     tie: Tie,
 }
 
 impl PySerial {
-    pub(super) fn over(serial: Arc<Serial>, machine: Option<Py<PyAny>>, tie: &Tie) -> Self {
+    /// For the loop's own use.
+    pub(super) fn over(serial: Arc<Serial>, tie: &Tie) -> Self {
         let (serial, taken) = (Owned::new("serial port", serial), Mutex::default());
-        Self { serial, taken, machine, tie: tie.clone() }
+        Self { serial, taken, machine: None, tie: tie.clone() }
+    }
+
+    /// That of a machine's object, whose core is `core`.
+    pub(super) fn of_machine(
+        serial: Arc<Serial>,
+        machine: Py<PyAny>,
+        core: Weak<dyn Close>,
+        tie: &Tie,
+    ) -> Self {
+        Self { machine: Some((machine, core)), ..Self::over(serial, tie) }
+    }
+
+    /// A guest that no longer exists takes no input; its last output can still be taken.
+    fn check_open(&self) -> Result<()> {
+        match &self.machine {
+            Some((_, core)) if !core.upgrade().is_some_and(|core| core.is_open()) => {
+                Err(Error::closed("machine"))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The port, for what a reset does not take back.
@@ -51,10 +74,16 @@ impl PySerial {
 #[pymethods]
 impl PySerial {
     /// Give the guest input; it reads it at its own pace.
+    ///
+    /// Raises:
+    ///     ClosedError: the machine is closed.
     fn send(&self, py: Python<'_>, data: PyBackedBytes) -> PyResult<()> {
         let port = self.bytes()?;
-        py.detach(|| port.feed(&data));
-        Ok(())
+        Ok(py.detach(|| {
+            self.check_open()?;
+            port.feed(&data);
+            Ok::<_, Error>(())
+        })?)
     }
 
     /// Take the output there is. Without a configured output, at most the newest MiB.
@@ -68,8 +97,11 @@ impl PySerial {
     /// the guest prints from now on: `Exit(reason="stopped", value=text)`. Empty: not any more.
     fn stop_at(&self, py: Python<'_>, text: PyBackedBytes) -> PyResult<()> {
         let port = self.port()?;
-        py.detach(|| port.stop_at(text.to_vec()));
-        Ok(())
+        Ok(py.detach(|| {
+            self.check_open()?;
+            port.stop_at(text.to_vec());
+            Ok::<_, Error>(())
+        })?)
     }
 
     /// For `pyvmm.streams`: take so many bytes of the output at most, to be settled.
@@ -114,7 +146,7 @@ impl PySerial {
         Ok(PyEventFd::over(Arc::clone(self.port()?.input_wanted()?)))
     }
 
-    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
-        visit.call(&self.machine)
+    fn __traverse__(&self, visit: PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {
+        self.machine.iter().try_for_each(|(machine, _)| visit.call(machine))
     }
 }

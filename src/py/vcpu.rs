@@ -68,8 +68,7 @@ impl Processor {
     }
 
     fn upgrade(&self) -> Result<Arc<VcpuHandle>> {
-        let closed = || Error::new(ErrorKind::State, "vcpu", "the machine is closed");
-        self.handle.get()?.upgrade().ok_or_else(closed)
+        self.handle.get()?.upgrade().ok_or_else(|| Error::closed("machine"))
     }
 
     fn of(handle: Weak<VcpuHandle>, machine: Option<Py<PyAny>>, tie: &Tie) -> Self {

@@ -88,7 +88,7 @@ impl Machine {
     }
 
     fn get(&self) -> Result<Arc<KvmVm<Handler>>> {
-        self.vm().ok_or_else(|| Error::new(ErrorKind::State, "vm", "the machine is closed"))
+        self.vm().ok_or_else(|| Error::closed("machine"))
     }
 
     fn memory(&self) -> Result<GuestMemory> {
@@ -120,6 +120,10 @@ impl Machine {
 impl Close for Machine {
     fn stop(&self) {
         // There is no loop: closing ends it.
+    }
+
+    fn is_open(&self) -> bool {
+        self.vm().is_some()
     }
 
     fn close(&self) {
@@ -415,12 +419,13 @@ impl PyKvmVm {
     #[getter]
     fn serial<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PySerial>> {
         let none = || Error::new(ErrorKind::State, "serial", "a bare machine has no devices");
-        slf.get().machine.get()?;
+        let core = slf.get().machine.get()?;
         let serial = slf.get().serial.clone().ok_or_else(none)?;
         let parts = &slf.get().parts;
         parts.get_or_make(slf.py(), Part::Serial, || {
             let machine = slf.as_any().clone().unbind();
-            Bound::new(slf.py(), PySerial::over(serial, Some(machine), &parts.tie))
+            let core = Arc::downgrade(core) as Weak<dyn Close>;
+            Bound::new(slf.py(), PySerial::of_machine(serial, machine, core, &parts.tie))
         })
     }
 

@@ -1,7 +1,7 @@
 //! `Vmm` for Python: the spine with the GIL let go where it waits.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::gc::{PyTraverseError, PyVisit};
@@ -84,6 +84,10 @@ impl Close for Vmm {
 
     fn close(&self) {
         Vmm::close(self);
+    }
+
+    fn is_open(&self) -> bool {
+        self.vm().is_ok()
     }
 }
 
@@ -277,7 +281,7 @@ impl PyVmm {
     /// will start.
     ///
     /// Raises:
-    ///     StateError: the machine is closed.
+    ///     ClosedError: the machine is closed.
     #[getter]
     fn vcpus<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyTuple>> {
         let (py, vmm) = (slf.py(), slf.get().core()?);
@@ -302,7 +306,9 @@ impl PyVmm {
         let (py, this, core) = (slf.py(), slf.get(), slf.get().core()?);
         this.parts.get_or_make(py, Part::Serial, || {
             let machine = slf.as_any().clone().unbind();
-            Bound::new(py, PySerial::over(Arc::clone(core.serial()), Some(machine), &this.tie))
+            let serial = Arc::clone(core.serial());
+            let core = Arc::downgrade(core) as Weak<dyn Close>;
+            Bound::new(py, PySerial::of_machine(serial, machine, core, &this.tie))
         })
     }
 

@@ -36,6 +36,7 @@ impl PyVmm {
 
     fn remove_device(&self, py: Python<'_>, access: Access, base: u64) -> PyResult<Py<PyAny>> {
         let vmm = self.changing()?;
+        vmm.vm()?;
         let is_it = |device: &Arc<PythonDevice>| device.is_at(access, base);
         let Some(device) = self.devices.lock().iter().find(|device| is_it(device)).cloned() else {
             let detail = "no device that was added starts here";
@@ -86,7 +87,7 @@ impl PyVmm {
     /// Raises:
     ///     ConfigError: the range is not one of ports, or overlaps another device's.
     ///     TypeError: the object has no method of a device's.
-    ///     StateError: the machine is closed.
+    ///     ClosedError: the machine is closed.
     fn add_pio_device(
         &self,
         py: Python<'_>,
@@ -237,7 +238,7 @@ impl PyVmm {
     ///
     /// Raises:
     ///     ValueError: there is no such kind.
-    ///     StateError: the machine is closed.
+    ///     ClosedError: the machine is closed.
     #[pyo3(signature = (kind, function = None, *, msrs = None))]
     fn on_exit<'py>(
         slf: &Bound<'py, Self>,
@@ -287,7 +288,7 @@ impl PyVmm {
     ///
     /// Raises:
     ///     ValueError: the number is taken, or none of 32 bits.
-    ///     StateError: the machine is closed.
+    ///     ClosedError: the machine is closed.
     #[pyo3(signature = (number = None, /))]
     fn hostcall<'py>(
         slf: &Bound<'py, Self>,
@@ -344,7 +345,7 @@ impl PyIrqLine {
     /// Raise the line: KVM_IRQ_LINE.
     ///
     /// Raises:
-    ///     StateError: the machine is closed.
+    ///     ClosedError: the machine is closed.
     #[pyo3(name = "raise_")]
     fn assert(&self, py: Python<'_>) -> PyResult<()> {
         self.set_levels(py, &[true])

@@ -10,7 +10,7 @@ impl PyVmm {
     /// The event manager whose loop `run` turns.
     ///
     /// Raises:
-    ///     StateError: the machine is closed.
+    ///     ClosedError: the machine is closed.
     #[getter]
     fn event_manager(&self, py: Python<'_>) -> PyResult<Py<PyEventManager>> {
         self.tie.hand_out();
@@ -20,7 +20,7 @@ impl PyVmm {
     /// The handler that ends a run.
     ///
     /// Raises:
-    ///     StateError: the machine is closed.
+    ///     ClosedError: the machine is closed.
     #[getter]
     fn exit_handler(&self, py: Python<'_>) -> PyResult<Py<PyWrappedExitHandler>> {
         self.tie.hand_out();

@@ -70,7 +70,7 @@ pub(super) enum VcpuCommand {
 }
 
 pub(super) fn closed() -> Error {
-    Error::new(ErrorKind::State, "vcpu", "the machine is closed")
+    Error::closed("machine")
 }
 
 impl HandleState {

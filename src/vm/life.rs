@@ -167,7 +167,7 @@ fn not_running(what: &str, state: VmRunState) -> Error {
     let detail = match state {
         VmRunState::Created => "the machine has not been started",
         VmRunState::Exiting => "the guest has ended",
-        VmRunState::Closed => "the machine is closed",
+        VmRunState::Closed => return Error::closed("machine"),
         VmRunState::Running | VmRunState::Paused => "no run is in progress",
     };
     let error = Error::new(ErrorKind::State, what, detail);
@@ -184,7 +184,7 @@ fn refused(state: VmRunState) -> Error {
     let detail = match state {
         VmRunState::Exiting => "its guest has ended",
         VmRunState::Running => "the machine is running already",
-        _ => "the machine is closed",
+        _ => return Error::closed("machine"),
     };
     let error = Error::new(ErrorKind::State, "run", detail);
     match state {

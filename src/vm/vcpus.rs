@@ -42,12 +42,13 @@ fn wait_for(vcpus: &[Awaited]) {
 
 impl List {
     fn check_open(&self, what: &str) -> Result<()> {
-        let detail = match (self.is_closed, self.stopping) {
-            (true, _) => "the machine is closed",
-            (false, 1..) => "the machine is being shut down",
-            (false, 0) => return Ok(()),
-        };
-        Err(Error::new(ErrorKind::State, what, detail))
+        match (self.is_closed, self.stopping) {
+            (true, _) => Err(Error::closed("machine")),
+            (false, 1..) => {
+                Err(Error::new(ErrorKind::State, what, "the machine is being shut down"))
+            }
+            (false, 0) => Ok(()),
+        }
     }
 }
 
@@ -131,7 +132,7 @@ impl Vcpus {
         let all: Vec<Awaited> = {
             let mut list = self.0.lock();
             if list.is_closed {
-                return Err(Error::new(ErrorKind::State, "vm", "the machine is closed"));
+                return Err(Error::closed("machine"));
             }
             list.holds += 1;
             // One without a thread is at rest, or driven by hand.

@@ -3,7 +3,7 @@
 
 use std::thread::ThreadId;
 
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 
 /// Who is inside `run`.
 #[derive(Debug, Default)]
@@ -27,5 +27,5 @@ pub(super) enum Life {
 }
 
 pub(crate) fn closed() -> Error {
-    Error::new(ErrorKind::State, "vmm", "the machine is closed")
+    Error::closed("machine")
 }

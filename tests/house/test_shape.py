@@ -59,7 +59,6 @@ TOO_LONG = {
     "tests/house/test_flow.py::test_a_guest_goes_through_every_hop_in_order",
     "tests/memory/test_memory.py",
     "tests/memory/test_memory_slots.py::test_a_slot_swapped_while_a_reset_waits_is_not_mapped_over",
-    "tests/py/test_forked.py",
     "tests/snapshot/test_pool.py",
     "tests/snapshot/test_snapshot.py",
     "tests/snapshot/test_snapshot_file.py",

@@ -6,12 +6,13 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EFD_SEMAPHORE, EventFd};
 
 use super::queue::Drain;
 use super::reader::Reader;
+use crate::error::Error;
 use crate::poll::{is_blocking, read_count, take_count};
 use crate::py::descriptor::os_error;
 use crate::py::ending::import;
@@ -100,7 +101,7 @@ impl PyEventFd {
 }
 
 fn closed() -> PyErr {
-    PyValueError::new_err("this EventFd is closed")
+    Error::closed("EventFd").into()
 }
 
 #[pymethods]
@@ -121,7 +122,7 @@ impl PyEventFd {
     ///
     /// Raises:
     ///     BlockingIOError: the count is zero and the EventFd is nonblocking.
-    ///     ValueError: it is closed.
+    ///     ClosedError: it is closed.
     fn read(&self, py: Python<'_>) -> PyResult<u64> {
         if self.nonblocking {
             match self.call_now(py, |fd| take_count(fd.as_raw_fd()))? {
@@ -142,7 +143,7 @@ impl PyEventFd {
     ///     BlockingIOError: the count would pass 2^64 - 2 and the EventFd is nonblocking.
     ///     OverflowError: the value is not from 0 to 2^64 - 1.
     ///     OSError: the value is 2^64 - 1, which the kernel refuses.
-    ///     ValueError: it is closed.
+    ///     ClosedError: it is closed.
     #[pyo3(signature = (value = 1))]
     fn write(&self, py: Python<'_>, value: u64) -> PyResult<()> {
         if value >= LARGE_COUNT {

@@ -10,6 +10,7 @@ use pyo3::prelude::*;
 
 use super::queue::Drain;
 use super::reader::Reader;
+use crate::error::Error;
 use crate::event::{Expiry, TimerFd};
 use crate::poll::{is_blocking, read_count};
 use crate::py::descriptor::os_error;
@@ -33,7 +34,8 @@ impl Drain for TimerFd {
 
 impl PyTimerFd {
     pub(crate) fn open(&self) -> PyResult<Arc<TimerFd>> {
-        self.timer.lock().clone().ok_or_else(|| PyValueError::new_err("this TimerFd is closed"))
+        let timer = self.timer.lock().clone();
+        timer.ok_or_else(|| Error::closed("TimerFd").into())
     }
 
     fn start(&self, first: Expiry, interval: f64) -> PyResult<()> {
@@ -53,7 +55,8 @@ impl PyTimerFd {
     /// forgotten.
     ///
     /// Raises:
-    ///     ValueError: a time is negative, NaN or too long, or the timer is closed.
+    ///     ValueError: a time is negative, NaN or too long.
+    ///     ClosedError: it is closed.
     #[pyo3(signature = (delay, interval = 0.0))]
     fn set(&self, delay: f64, interval: f64) -> PyResult<()> {
         self.start(Expiry::In(seconds("delay", delay)?), interval)
@@ -74,6 +77,7 @@ impl PyTimerFd {
     ///
     /// Raises:
     ///     BlockingIOError: it has not.
+    ///     ClosedError: it is closed.
     fn read(&self, py: Python<'_>) -> PyResult<u64> {
         let timer = self.open()?;
         let mut count = timer.read();
