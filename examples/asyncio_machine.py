@@ -1,4 +1,4 @@
-"""A machine inside asyncio: the guest spins, asyncio goes on, and a coroutine stops the guest."""
+"""A machine hosted by asyncio: the guest spins, asyncio stays responsive, and a coroutine stops the guest."""
 
 import asyncio
 
@@ -6,7 +6,7 @@ from pyvmm import EventOps, Events, FlatBoot, TimerFd, Vmm, VmmConfig
 
 
 class Watchdog:
-    """Stops the machine when its timer expires; its callback is a coroutine of the asyncio loop."""
+    """Stops the machine when its timer expires. Its `process` is a coroutine function."""
 
     def __init__(self, vmm: Vmm) -> None:
         self.vmm = vmm
@@ -26,7 +26,7 @@ async def main() -> None:
         vmm.add_subscriber(Watchdog(vmm))
         run = asyncio.ensure_future(vmm.run_async())
         await asyncio.sleep(0.01)
-        print("asyncio goes on")  # asyncio goes on
+        print("asyncio is responsive")  # asyncio is responsive
         print(await run)  # stopped
 
 

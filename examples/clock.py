@@ -8,7 +8,7 @@ LINE, PORT = 5, 0x500
 
 GUEST = bytes.fromhex(
     "b011e620 b008e621 b004e621 b001e621 b000e621"  # the PIC: vectors from 8, nothing masked
-    "c70634003210 c70636000000 fb"  # vector 13, which is line 5, to the handler; sti
+    "c70634003210 c70636000000 fb"  # set the handler of vector 13, which is line 5; sti
     "f4 803e002005 72f8"  #                            wait: hlt; cmp byte [0x2000], 5; jb wait
     "ba0005 66ed"  #                                   mov dx, 0x500; in eax, dx: the time
     "b005 e6f4"  #                                     mov al, 5; out 0xf4, al
@@ -17,7 +17,7 @@ GUEST = bytes.fromhex(
 
 
 class Clock:
-    """Milliseconds since it was made."""
+    """A register with the milliseconds since the device was created."""
 
     def __init__(self) -> None:
         self.start = time.monotonic()

@@ -1,4 +1,4 @@
-"""A device in two halves: the guest rings an ioeventfd, a subscriber answers by an irqfd. Neither is an exit."""
+"""A device without exits: the guest writes to an ioeventfd, and a subscriber answers through an irqfd."""
 
 from pyvmm import EventFd, EventOps, Events, FlatBoot, Vmm, VmmConfig
 
@@ -6,7 +6,7 @@ DOORBELL, LINE = 0x30, 5
 
 GUEST = bytes.fromhex(
     "b011e620 b008e621 b004e621 b001e621 b000e621"  # the PIC: vectors from 8, nothing masked
-    "c70634003010 c70636000000"  # vector 13, which is line 5, to the handler
+    "c70634003010 c70636000000"  # set the handler of vector 13, which is line 5
     "b90300"  # mov cx, 3
     "e630 fb f4 fa 49 75f8"  # ring: out 0x30, al; sti; hlt; cli; dec cx; jnz ring
     "a00020 e6f4"  #                                   mov al, [0x2000]; out 0xf4, al
@@ -15,7 +15,7 @@ GUEST = bytes.fromhex(
 
 
 class Answers:
-    """The half in the loop."""
+    """Runs in the loop: pulses the interrupt line for each ring of the bell."""
 
     def __init__(self) -> None:
         self.bell, self.line = EventFd(), EventFd()

@@ -1,4 +1,4 @@
-"""The exit path by hand: a KvmVm, an exit handler it kicks, and the loop that the handler stops."""
+"""The exit path in detail: a KvmVm kicks its exit handler, and the handler stops the loop."""
 
 from pyvmm import EventManager, FlatBoot, KvmVm, VmmConfig, WrappedExitHandler
 
@@ -9,7 +9,7 @@ manager = EventManager()
 manager.add_subscriber(handler)
 
 with KvmVm(VmmConfig(boot=FlatBoot(code)), handler.clone()) as vm:
-    vm.run()  # starts the thread vcpu_0, which kicks the handler at the end
+    vm.run()  # starts the thread vcpu_0, which kicks the handler when the guest ends
     while handler.keep_running():
         manager.run()
     vm.shutdown()

@@ -1,6 +1,6 @@
-"""The guest asks for a name and greets it: two Python functions that it calls with pieces of its memory.
+"""The guest asks for a name and greets it: it calls two Python functions with parts of its memory.
 
-The guest is examples/guest/ask.s; examples/guest has the same in C.
+The source of the guest is examples/guest/ask.s; examples/guest also has it in C.
 """
 
 from pyvmm import FlatBoot, Vmm, VmmConfig

@@ -1,4 +1,4 @@
-"""A loop in a thread of its own, reached from this one; a timer in it, and functions as subscribers."""
+"""A loop in its own thread, called from the main thread, with a function as subscriber and a scheduled call."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""The rules of the loop, one after the other: sources, changes in a callback, errors, signals, counters."""
+"""A tour of the event loop: sources, changes in a callback, errors, signals, counters."""
 
 import os
 import signal
@@ -8,13 +8,13 @@ from pyvmm import EventFd, EventManager, EventOps, Events, TimerFd
 
 manager = EventManager()
 
-# A source is anything with a descriptor. `drain` has the loop read an EventFd or TimerFd and hand
-# over the count.
+# A source is anything with a file descriptor. With `drain` the loop reads an EventFd or TimerFd and
+# passes the count.
 doorbell, timer = EventFd(), TimerFd()
 
 
 class Doorbell:
-    """Watches the doorbell until it has rung three times."""
+    """Watches the doorbell for one event."""
 
     def init(self, ops: EventOps) -> None:
         ops.add(Events(doorbell, drain=True))
@@ -27,11 +27,11 @@ class Doorbell:
 bell = manager.add_subscriber(Doorbell())
 doorbell.write(3)
 manager.run()
-manager.event_ops(bell).add(Events(doorbell))  # from outside: any thread may, while the loop waits too
+manager.event_ops(bell).add(Events(doorbell))  # from outside: any thread may, also while the loop waits
 manager.remove_subscriber(bell)
 
 
-# Functions, timers, stop.
+# Functions as subscribers, timers, and stop.
 @manager.on(timer)
 def tick(events: Events) -> None:
     print("ticks:", timer.read())  # ticks: 1
@@ -53,8 +53,8 @@ try:
 except LookupError as error:
     print("raised:", error)  # raised: on purpose
 
-# A signal handler of the program runs while the loop waits in the main thread; what it raises ends
-# the run.
+# The program's signal handlers run while the loop waits in the main thread. If one raises, the run
+# ends.
 signal.signal(signal.SIGUSR1, signal.default_int_handler)
 threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGUSR1)).start()
 try:
@@ -62,5 +62,5 @@ try:
 except KeyboardInterrupt:
     print("interrupted")  # interrupted
 
-# What it has done.
+# A counter of the loop.
 print("dispatched", manager.dispatched)  # dispatched 3

@@ -1,4 +1,4 @@
-"""Twenty machines in one loop: each has its own exit handler, and its run ends for it alone."""
+"""Twenty machines in one loop. Each has its own exit handler, so each run ends only for its own machine."""
 
 from concurrent.futures import ThreadPoolExecutor
 

@@ -1,4 +1,4 @@
-"""The classic smallest VMM: KVM by hand, sixteen bytes of real-mode code, no device."""
+"""The classic smallest VMM: direct use of KVM, a few bytes of real-mode code, and no devices."""
 
 from pyvmm import KvmVm, VcpuExit
 

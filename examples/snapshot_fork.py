@@ -1,4 +1,4 @@
-"""One machine warmed up, then ten that go on from there, each with its own input, loaded from a file."""
+"""Snapshot a machine after its slow start, run a fork for each of ten inputs, and fork it again from a file."""
 
 import tempfile
 
@@ -16,7 +16,7 @@ with Vmm(VmmConfig(boot=FlatBoot(code))) as vmm:
 
 
 def square(fork: Vmm, number: int) -> int | None:
-    """A job of a fork's: it starts behind the long start."""
+    """Run a fork, which starts after the guest's long initialization."""
     fork.memory.write(0x2000, bytes([number]))
     return fork.run(timeout=60).code
 

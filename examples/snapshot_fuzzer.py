@@ -8,7 +8,7 @@ import time
 from pyvmm import ExitReason, FlatBoot, MemoryConfig, Vmm, VmmConfig
 
 INPUT = 0x5000
-PARSER = (  # 64 bits: the exit code is how many bytes of the input the parser took
+PARSER = (  # 64-bit code; the exit code is the number of input bytes that the parser accepted
     b"\x31\xc9"  #                                       xor ecx, ecx
     b"\x8a\x81\x00\x50\x00\x00"  #                 next: mov al, [rcx + 0x5000]
     b"\x3a\x81\x2c\x00\x01\x00"  #                       cmp al, [rcx + 0x1002c], the word below

@@ -1,4 +1,4 @@
-"""The same map on Ray: a snapshot is pickled by its file, and each task forks it in a process of Ray's."""
+"""Map over a snapshot with Ray: the snapshot is pickled as a reference to its file, and each Ray task forks it."""
 
 import logging
 import tempfile
@@ -16,7 +16,7 @@ code = b"\xb0\x01\xe6\xf4\xa0\x00\x20\xf6\xe0\xe6\xf4"
 
 @ray.remote
 def square(snapshot: Snapshot, number: int) -> int | None:
-    """Fork, answer, close."""
+    """Fork the snapshot, run it with this input, and return its answer."""
     with snapshot.fork() as fork:
         fork.memory.write(0x2000, bytes([number]))
         return fork.run(timeout=60).code

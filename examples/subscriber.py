@@ -1,4 +1,4 @@
-"""A subscriber that watches a running machine: after three ticks it stops the guest, which spins for ever."""
+"""A subscriber of a running machine: after three ticks it stops the guest, which would spin forever."""
 
 import threading
 
@@ -6,7 +6,7 @@ from pyvmm import EventFd, EventOps, Events, FlatBoot, Vmm, VmmConfig
 
 
 class Ticks:
-    """Counts what it is told through an eventfd."""
+    """Counts the events of an eventfd, and stops the machine at the third."""
 
     def __init__(self) -> None:
         self.fd = EventFd()

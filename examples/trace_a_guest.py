@@ -1,4 +1,4 @@
-"""Watch a guest: counters of its exits, and a trace of every hop. https://ui.perfetto.dev opens the file."""
+"""Observe a guest: counters of its exits, and a trace for https://ui.perfetto.dev."""
 
 import json
 import tempfile
@@ -10,7 +10,7 @@ CODE = bytes.fromhex("ba1005 ee ee b000 e6f4")  # dx = 0x510; out dx, al; twice;
 
 
 class Doorbell:
-    """A device whose back half is a subscriber: the guest rings on its vCPU's thread, the loop answers the door."""
+    """A device that is also a subscriber: `write` runs on the vCPU's thread, and `process` in the loop."""
 
     def __init__(self) -> None:
         self.fd = EventFd()

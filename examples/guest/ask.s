@@ -1,5 +1,5 @@
-# Asks the host for a name and greets it, by two hostcalls, in 64-bit ring 3 at any address. examples/hostcall.py has it as
-# bytes. Assemble it with:
+# Asks the host for a name and greets it, by two hostcalls, in 64-bit ring 3 at any address. examples/hostcall.py contains
+# it as bytes. Assemble it with:
 #   as ask.s -o ask.o && objcopy -O binary -j .text ask.o ask.bin
 	.intel_syntax noprefix
 	mov edx, 0x7076

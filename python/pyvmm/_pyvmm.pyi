@@ -58,45 +58,46 @@ class _HasFileno(Protocol):
 
 @final
 class EventFd:
-    """A counter that the kernel keeps behind a file descriptor: eventfd(2).
+    """A counter in the kernel, accessed through a file descriptor: eventfd(2).
 
     Args:
-        initial: the count it starts with, 0 to 2^64 - 2.
-        nonblocking: `read` of an empty counter and `write` to a full one raise BlockingIOError; else they wait.
-        semaphore: `read` takes one at a time instead of all.
+        initial: the initial count, 0 to 2^64 - 2.
+        nonblocking: if true, `read` of an empty counter and `write` to a full one raise BlockingIOError; otherwise they
+            wait.
+        semaphore: `read` takes one at a time instead of the whole count.
     """
 
     def __new__(cls, initial: int = 0, *, nonblocking: bool = True, semaphore: bool = False) -> Self: ...
     def read(self) -> int:
-        """Take the count, or one in semaphore mode.
+        """Return the count and set it to zero; in semaphore mode, return 1 and subtract 1.
 
         Raises:
             BlockingIOError: the count is zero and the EventFd is nonblocking.
-            ClosedError: it is closed.
+            ClosedError: the EventFd is closed.
         """
 
     def write(self, value: int = 1) -> None:
         """Add to the count.
 
         Raises:
-            BlockingIOError: the count would pass 2^64 - 2 and the EventFd is nonblocking.
+            BlockingIOError: the count would exceed 2^64 - 2 and the EventFd is nonblocking.
             OverflowError: the value is not from 0 to 2^64 - 1.
             OSError: the value is 2^64 - 1, which the kernel refuses.
-            ClosedError: it is closed.
+            ClosedError: the EventFd is closed.
         """
 
     def fileno(self) -> int:
         """The file descriptor's number."""
 
     def close(self) -> None:
-        """Close the descriptor, which ends an `async for` over it.
+        """Close the file descriptor. This ends an `async for` over it.
 
-        A `read` that waits in another thread keeps it until it returns.
+        If another thread is waiting in `read`, the descriptor stays open until that call returns.
         """
 
     @property
     def closed(self) -> bool:
-        """Whether it is closed."""
+        """Whether the EventFd is closed."""
 
     def __aiter__(self) -> AsyncIterator[int]: ...
     def _take(self) -> int: ...
@@ -113,40 +114,40 @@ class EventFd:
 
 @final
 class TimerFd:
-    """A timer behind a file descriptor, on the monotonic clock: timerfd_create(2). A source of events."""
+    """A timer with a file descriptor, on the monotonic clock: timerfd_create(2). It is a source of events."""
 
     def __new__(cls) -> Self: ...
     def set(self, delay: float, interval: float = 0.0) -> None:
-        """Expire so many seconds later, and with an interval again and again. Expirations so far are forgotten.
+        """Expire after `delay` seconds, and then every `interval` seconds if it is not 0. Clears previous expirations.
 
         Raises:
             ValueError: a time is negative, NaN or too long.
-            ClosedError: it is closed.
+            ClosedError: the timer is closed.
         """
 
     def set_at(self, time: float, interval: float = 0.0) -> None:
-        """Expire at a time of `time.monotonic()`; one that has passed is at once."""
+        """Expire at a time of `time.monotonic()`. If that time has passed, the timer expires at once."""
 
     def clear(self) -> None:
-        """Unset it and forget the expirations so far."""
+        """Disarm the timer and clear previous expirations."""
 
     def read(self) -> int:
-        """How often it has expired since the last read or set; missed ticks are counted.
+        """Return the number of expirations since the last read or set, including missed ticks.
 
         Raises:
-            BlockingIOError: it has not.
-            ClosedError: it is closed.
+            BlockingIOError: the timer has not expired.
+            ClosedError: the timer is closed.
         """
 
     def fileno(self) -> int:
         """The file descriptor's number."""
 
     def close(self) -> None:
-        """Close the descriptor, which ends an `async for` over it."""
+        """Close the file descriptor. This ends an `async for` over it."""
 
     @property
     def closed(self) -> bool:
-        """Whether it is closed."""
+        """Whether the timer is closed."""
 
     def __aiter__(self) -> AsyncIterator[int]: ...
     def _take(self) -> int: ...
@@ -159,18 +160,18 @@ class TimerFd:
 
 @final
 class Events:
-    """Events of a file descriptor: what to watch it for, or what happened there.
+    """Events of a file descriptor: what to watch for, or what happened.
 
     Args:
-        source: an int, or an object with `fileno()`; it is kept alive while it is registered.
+        source: an int, or an object with `fileno()`; the object is kept alive while it is registered.
         event_set: what to watch for.
-        data: a number from 0 to 2^32 - 1 that comes back with each event.
-        drain: read the source, a nonblocking `EventFd` or a `TimerFd`, before each call of the subscriber, which
-            finds what was read in `count`. The source stays open while it is registered.
+        data: a number from 0 to 2^32 - 1 that is passed back with each event.
+        drain: read the source, a nonblocking `EventFd` or a `TimerFd`, before each call of the subscriber, and pass the
+            result in `count`. The source stays open while it is registered.
 
     Raises:
         ValueError: the source is closed, or a flag has no meaning.
-        TypeError: `drain` for a source that cannot be drained.
+        TypeError: `drain` is set and the source cannot be drained.
     """
 
     def __new__(
@@ -178,7 +179,7 @@ class Events:
     ) -> Self: ...
     @property
     def count(self) -> int | None:
-        """What was read of a source watched with `drain`: an eventfd's count, a timer's expirations. Else None."""
+        """With `drain`, the number that was read: an eventfd's count or a timer's expirations. Otherwise None."""
 
     @property
     def fd(self) -> int:
@@ -194,15 +195,15 @@ class Events:
 
 @final
 class SubscriberId:
-    """Names a subscriber of one event manager. Hashable."""
+    """Identifies a subscriber of one event manager. Hashable."""
 
     def __hash__(self) -> int: ...
 
 @final
 class EventOps:
-    """Changes what a subscriber watches.
+    """Changes the file descriptors that a subscriber watches.
 
-    One passed to `init` or `process` is usable only during that call; later use raises RuntimeError. One from
+    An EventOps passed to `init` or `process` is usable only during that call; later use raises RuntimeError. One from
     `EventManager.event_ops` is usable as long as its subscriber is registered.
     """
 
@@ -210,21 +211,23 @@ class EventOps:
         """Watch a file descriptor.
 
         Raises:
-            EventError: it is registered already, closed, or a regular file, which epoll does not watch.
+            EventError: it is already registered, it is closed, or it is a regular file, which epoll does not support.
         """
 
     def modify(self, events: Events) -> None:
-        """Watch a file descriptor of this subscriber for other events, or re-arm a one-shot.
+        """Watch a file descriptor of this subscriber for other events, or re-arm a one-shot registration.
 
         Raises:
-            EventError: it is not this subscriber's.
+            EventError: this subscriber does not watch it.
         """
 
     def remove(self, source: Events | int | _HasFileno) -> None:
-        """Stop watching a file descriptor of this subscriber. By number or `Events` it may be closed already.
+        """Stop watching a file descriptor of this subscriber.
+
+        If it is given by number or `Events`, it may already be closed.
 
         Raises:
-            EventError: it is not this subscriber's.
+            EventError: this subscriber does not watch it.
         """
 
 _T = TypeVar("_T")
@@ -236,113 +239,121 @@ _H = TypeVar("_H", bound=Callable[["Vcpu", Any], object])
 class EventManager:
     """Subscribers, and the loop that dispatches events to them by file descriptor.
 
-    One thread at a time turns the loop; any thread may add and remove subscribers meanwhile. It needs no
+    One thread at a time may run the loop. Any thread may add and remove subscribers meanwhile. The manager needs no
     machine and no /dev/kvm.
     """
 
     def __new__(cls) -> Self: ...
     def add_subscriber(self, subscriber: Subscriber | WrappedExitHandler | VmmExitHandler) -> SubscriberId:
-        """Register an object with `init(ops)` and `process(events, ops)`; calls its `init` before it returns.
+        """Register an object with `init(ops)` and `process(events, ops)`. Calls its `init` before it returns.
 
         Raises:
             TypeError: a method is missing.
-            Exception: what `init` raised; the subscriber is not registered then.
+            Exception: the exception raised by `init`; the subscriber is not registered.
         """
 
     def remove_subscriber(self, id: SubscriberId) -> object:
-        """Unregister a subscriber with all its file descriptors and return it.
+        """Unregister a subscriber and all its file descriptors, and return it.
 
         Raises:
-            EventError: this manager has no such subscriber, or no longer.
+            EventError: this manager does not have the subscriber, or no longer has it.
         """
 
     def event_ops(self, id: SubscriberId) -> EventOps:
-        """What changes the registrations of a subscriber, from any thread, while it is registered.
+        """Return an `EventOps` for a subscriber. It is usable from any thread while the subscriber is registered.
 
         Raises:
-            EventError: this manager has no such subscriber, or no longer.
+            EventError: this manager does not have the subscriber, or no longer has it.
         """
 
     def run(self) -> int:
         """Wait for events, dispatch them once, and return how many there were.
 
-        The first exception of a callback ends the dispatch and comes out of here. Level-triggered events
-        behind it are reported again by the next run.
+        The first exception of a callback ends the dispatch and is raised here. The next run reports the remaining
+        events again.
 
         Raises:
-            StateError: another thread, or a callback's caller, is in `run`.
+            StateError: `run` is in progress in another thread, or further up in this one.
         """
 
     def run_with_timeout(self, milliseconds: int) -> int:
-        """`run` for at most this long, 0 when the time passed. A negative number is no limit."""
+        """Like `run`, but wait at most this long, and return 0 after the timeout. A negative number means no limit."""
 
     def run_forever(self) -> None:
-        """Dispatch until `stop` is called or a callback raises; raises as `run` does."""
+        """Dispatch until `stop` is called or a callback raises. Raises the same exceptions as `run`."""
 
     def stop(self) -> None:
-        """End `run_forever` or `run_async`, or at once the next one. From any thread or callback."""
+        """End `run_forever` or `run_async`. If none is in progress, the next one ends at once.
+
+        May be called from any thread or callback.
+        """
 
     def remote_endpoint(self) -> RemoteEndpoint:
-        """A way to reach this loop from other threads."""
+        """Return an endpoint that reaches this loop from other threads."""
 
     def on(
         self, source: int | _HasFileno, event_set: EventSet | int = ..., data: int = 0, *, drain: bool = False
     ) -> Callable[[_F], _F]:
-        """Decorate a function to be called with each event of a source; `data` and `drain` are as for `Events`.
+        """Decorate a function to be called with each event of a source.
 
-        The function gets the attributes `subscriber_id`, for `remove_subscriber`, and `subscriber_ids`, which has those
-        of the decorators beneath too. In place of what takes no attributes, as a method, comes a callable that does.
+        `data` and `drain` are the same as for `Events`.
+
+        The function gets the attributes `subscriber_id`, for `remove_subscriber`, and `subscriber_ids`, which has the
+        ids of all its decorators. If the function cannot take attributes, as a bound method, the decorator returns a
+        callable that has them.
         """
 
     def call_later(
         self, seconds: float, function: Callable[..., object], *arguments: object, context: Context | None = None
     ) -> Later:
-        """Call a function once with these arguments, so many seconds later. The result has `cancel()`.
+        """Call a function once with these arguments, after `seconds`. The result has `cancel()`.
 
-        A time that has passed is at once, in the next turn. Calls are made in the order of their times. All share one
-        file descriptor. The function runs in this context, or in a copy of the caller's.
+        If the time is in the past, the call is made in the next iteration. Calls are made in the order of their times,
+        and share one file descriptor. The function runs in `context`, or in a copy of the caller's context.
 
         Raises:
             ValueError: the time is NaN.
         """
 
     def run_async(self) -> Coroutine[Any, Any, None]:
-        """`run_forever` inside a running asyncio loop, which stays responsive.
+        """Run the loop like `run_forever`, hosted by the running asyncio loop, which stays responsive.
 
-        A subscriber's `process` may be a coroutine function: it runs as a task, and its exception ends the run.
-        Coroutines that still run after `stop` have a second to come to their end; those that do not are cancelled, and
-        the asyncio loop's exception handler is told which.
+        A subscriber's `process` may be a coroutine function: it runs as a task, and its exception ends the run. After
+        `stop`, running coroutines have one second to finish. Then they are cancelled, and their names are passed to the
+        asyncio loop's exception handler.
 
         Raises:
-            StateError: the manager is hosted or in a run already.
-            Exception: the first exception of a callback or a coroutine. The others are in its notes and go to the
-                asyncio loop's exception handler.
+            StateError: the manager already has a host, or is already in a run.
+            Exception: the first exception of a callback or a coroutine. Further ones are added to its notes and passed
+                to the asyncio loop's exception handler.
         """
 
     @property
     def slow_callback_duration(self) -> float | None:
-        """Seconds above which a callback is logged with its name, as a warning of the logger "pyvmm"; None for none.
+        """The seconds after which a callback counts as slow; None disables the check.
+
+        A slow callback is logged with its name, as a warning of the logger "pyvmm".
 
         Raises:
-            ValueError: set to a negative number or NaN.
+            ValueError: it is set to a negative number or NaN.
         """
 
     @slow_callback_duration.setter
     def slow_callback_duration(self, seconds: float | None) -> None: ...
     @property
     def slowest_callback(self) -> tuple[str, float] | None:
-        """The name of the callback that took longest and its seconds; None before one was timed.
+        """The name of the slowest callback and its seconds, or None before a callback was timed.
 
         Callbacks are timed while `slow_callback_duration` is set.
         """
 
     @property
     def turns(self) -> int:
-        """How often the loop has turned."""
+        """The number of loop iterations."""
 
     @property
     def dispatched(self) -> int:
-        """How many events it has dispatched."""
+        """The number of dispatched events."""
 
     def _cancel_later(self, number: int) -> bool: ...
     def _has_removed(self, id: SubscriberId) -> bool: ...
@@ -351,61 +362,64 @@ class EventManager:
     def _end_hosting(self) -> None: ...
     def _take_stop(self) -> bool: ...
     def fileno(self) -> int:
-        """A file descriptor for other loops to wait on: readable when an event is ready.
+        """A file descriptor for other loops to wait on. It is readable when an event is ready.
 
-        It is the same as long as the manager lives.
+        It stays the same for the life of the manager.
 
         Raises:
-            StateError: in a forked child, whose parent's it is.
+            StateError: the process is a forked child, and the manager belongs to its parent.
         """
 
 @final
 class _Cancel:
-    """Ends one run of a machine and no other."""
+    """Ends one run of a machine, and no other run."""
 
     def set(self) -> None:
-        """From any thread, at any time."""
+        """Request the end of the run. May be called from any thread, at any time."""
 
 @final
 class RemoteEndpoint:
-    """Reaches an event manager's loop from other threads. Made by `EventManager.remote_endpoint`."""
+    """Reaches an event manager's loop from other threads. Created by `EventManager.remote_endpoint`."""
 
     def call_blocking(self, function: Callable[[EventManager], _T], timeout: float | None = None) -> _T:
-        """Call a function with the manager, on the loop's thread; its value, or its exception, comes back here.
+        """Call `function(manager)` on the loop's thread, and return its value or raise its exception.
 
-        On the loop's own thread it is called at once. Else some thread has to be in a run of the loop.
+        On the loop's own thread, the function is called directly. Otherwise another thread must be running the loop.
 
         Raises:
-            TimeoutError: the call was not made within so many seconds; it may still be made.
+            TimeoutError: the call was not made within `timeout` seconds; it may still be made later.
         """
 
     def fire(self, function: Callable[[EventManager], object]) -> None:
-        """Have a function called with the manager on the loop's thread. Its exception ends the run there."""
+        """Queue a call of `function(manager)` on the loop's thread, and return at once.
+
+        An exception of the function ends the run there.
+        """
 
     def kick(self) -> None:
-        """Have the loop turn once."""
+        """Make the loop iterate once."""
 
 @final
 class VmmExitHandler:
-    """Stops a run loop: an `exit_event` that a kick writes and a `keep_running` flag that the loop reads.
+    """Stops a run loop: a kick writes its `exit_event`, and the loop reads its `keep_running` flag.
 
-    A subscriber: on IN it clears the flag, on ERROR it removes itself.
+    It is a subscriber: on IN it clears the flag, on ERROR it removes itself.
     """
 
     def __new__(cls) -> Self: ...
     @property
     def exit_event(self) -> EventFd:
-        """The eventfd that a kick writes."""
+        """The eventfd that a kick writes to."""
 
     @property
     def keep_running(self) -> bool:
         """False once the loop has processed a kick."""
 
     def kick(self) -> None:
-        """Write the exit event. From any thread."""
+        """Write to the exit event. May be called from any thread."""
 
     def rearm(self) -> None:
-        """Set the flag again and forget the kicks so far."""
+        """Set the flag again and discard previous kicks."""
 
     def init(self, ops: EventOps) -> None:
         """Register the exit event for IN."""
@@ -430,13 +444,13 @@ class WrappedExitHandler:
         """False once the loop has processed a kick."""
 
     def kick(self) -> None:
-        """Write the exit event. From any thread."""
+        """Write to the exit event. May be called from any thread."""
 
     def rearm(self) -> None:
-        """Set the flag again and forget the kicks so far."""
+        """Set the flag again and discard previous kicks."""
 
     def clone(self) -> WrappedExitHandler:
-        """Another object for the same handler."""
+        """Return another object for the same handler."""
 
     def init(self, ops: EventOps) -> None:
         """Register the exit event for IN."""
@@ -450,84 +464,84 @@ class WrappedExitHandler:
 
 @final
 class GuestMemory:
-    """The memory of a machine, by guest-physical address. Readable and writable at any time, from any thread.
+    """The memory of a machine, by guest-physical address. It can be read and written at any time, from any thread.
 
-    Numbers are little-endian. An address or length is 0 to 2^64 - 1; others raise OverflowError.
+    Numbers are little-endian. Addresses and lengths are from 0 to 2^64 - 1; others raise OverflowError.
     """
 
     def read(self, address: int, length: int, *, vcpu: Vcpu | None = None) -> bytes:
-        """A copy of guest memory.
+        """Return a copy of guest memory.
 
-        With a vCPU, which must not be running, the address is guest-virtual and goes through that vCPU's page tables.
+        With `vcpu`, which must not be running, the address is guest-virtual and translated by that vCPU's page tables.
 
         Raises:
-            GuestMemoryError: a byte of the range is not memory, or not mapped.
+            GuestMemoryError: a part of the range is not memory, or not mapped.
             StateError: the machine is closed, or the vCPU is running.
         """
 
     def readinto(self, address: int, buffer: Buffer, *, vcpu: Vcpu | None = None) -> None:
-        """Fill a writable buffer with a copy of guest memory; raises as `read` does."""
+        """Fill a writable buffer with a copy of guest memory. Raises the same exceptions as `read`."""
 
     def write(self, address: int, data: Buffer, *, vcpu: Vcpu | None = None) -> None:
-        """Copy a buffer's bytes into guest memory.
+        """Copy the bytes of a buffer to guest memory.
 
         Raises:
-            GuestMemoryError: a byte of the range is not memory; nothing is written then.
+            GuestMemoryError: a part of the range is not memory; nothing is written.
             StateError: the machine is closed, or the vCPU is running.
         """
 
     def read_u8(self, address: int) -> int:
-        """The number of 8 bits at an address."""
+        """Read an 8-bit number."""
 
     def read_u16(self, address: int) -> int:
-        """The number of 16 bits at an address; in one access where it is aligned."""
+        """Read a 16-bit number, in a single access if the address is aligned."""
 
     def read_u32(self, address: int) -> int:
-        """The number of 32 bits at an address; in one access where it is aligned."""
+        """Read a 32-bit number, in a single access if the address is aligned."""
 
     def read_u64(self, address: int) -> int:
-        """The number of 64 bits at an address; in one access where it is aligned."""
+        """Read a 64-bit number, in a single access if the address is aligned."""
 
     def write_u8(self, address: int, value: int) -> None:
-        """Put a number of 8 bits at an address."""
+        """Write an 8-bit number."""
 
     def write_u16(self, address: int, value: int) -> None:
-        """Put a number of 16 bits at an address; in one access where it is aligned."""
+        """Write a 16-bit number, in a single access if the address is aligned."""
 
     def write_u32(self, address: int, value: int) -> None:
-        """Put a number of 32 bits at an address; in one access where it is aligned."""
+        """Write a 32-bit number, in a single access if the address is aligned."""
 
     def write_u64(self, address: int, value: int) -> None:
-        """Put a number of 64 bits at an address; in one access where it is aligned."""
+        """Write a 64-bit number, in a single access if the address is aligned."""
 
     def fill(self, address: int, length: int, value: int = 0) -> None:
-        """Set every byte of a range; raises as `write` does."""
+        """Set every byte of a range. Raises the same exceptions as `write`."""
 
     def find(self, data: bytes | bytearray, start: int = 0, end: int | None = None) -> int | None:
-        """Where these bytes first stand, at or after `start` and wholly before `end`; None where they do not.
+        """Return the first address of these bytes, at or after `start` and entirely before `end`, or None.
 
         Raises:
-            ValueError: there are no bytes to look for.
+            ValueError: `data` is empty.
             ClosedError: the machine is closed.
         """
 
     def view(self, address: int, length: int) -> memoryview:
-        """A memoryview of guest memory itself, without a copy. It has to lie in one memory slot.
+        """Return a memoryview of guest memory, without a copy. The range must be in one memory slot.
 
-        The memory stays mapped as long as the view lives, also when the slot is removed or the machine closed. In a
-        forked child a view shows what the memory held, and what the child writes is the child's own.
+        The memory stays mapped while the view is alive, even if the slot is removed or the machine is closed. In a
+        forked child, writes through the view are private to the child.
 
         Raises:
-            GuestMemoryError: a byte of the range is not memory, or the range lies in several slots.
+            GuestMemoryError: a part of the range is not memory, or the range spans several slots.
             ClosedError: the machine is closed.
         """
 
     def overlay(self, address: int, type: type[_C]) -> _C:
-        """A ctypes structure, union or array that lies in guest memory itself: `type.from_buffer(view(...))`.
+        """Return a ctypes structure, union or array in guest memory: `type.from_buffer(view(...))`.
 
         Raises:
-            TypeError: it is no ctypes type.
-            GuestMemoryError, StateError: as `view` does.
+            TypeError: `type` is not a ctypes type.
+            GuestMemoryError, StateError: as for `view`.
         """
 
     def add(
@@ -542,24 +556,24 @@ class GuestMemory:
         """Add memory, also while the guest runs.
 
         Args:
-            address: guest-physical start, at a page of 4 KiB.
-            size: bytes, whole pages; not needed with a source.
-            source: a file or memfd whose pages the guest shares with all who map them; None for zeroed pages.
-            offset: where in the source the memory begins, at a page.
-            read_only: the guest cannot write; what it writes is an MMIO access.
+            address: the guest-physical start, a multiple of 4 KiB.
+            size: the number of bytes, a multiple of 4 KiB; optional with a source.
+            source: a file or memfd whose pages the guest shares with everyone who maps them, or None for zeroed pages.
+            offset: the offset in the source, a multiple of 4 KiB.
+            read_only: the guest cannot write to the memory; its writes are MMIO accesses.
 
         Raises:
-            GuestMemoryError: it overlaps other memory, a device, or what KVM itself has there; it is no whole number of
-                pages, or the source is shorter or open for reading only. Nothing is changed then.
+            GuestMemoryError: the range overlaps other memory, a device, or KVM's own pages; it is not a whole number of
+                pages; or the source is too short or open only for reading. Nothing changes.
             KvmError: KVM refuses it.
             ClosedError: the machine is closed.
         """
 
     def remove(self, slot: MemorySlot) -> None:
-        """Take memory away, also while the guest runs; its accesses are MMIO then.
+        """Remove memory, also while the guest runs. Accesses to it become MMIO.
 
         Raises:
-            GuestMemoryError: the machine has no such slot, or no longer.
+            GuestMemoryError: the machine does not have the slot, or no longer has it.
             ClosedError: the machine is closed.
         """
 
@@ -569,16 +583,15 @@ class GuestMemory:
 
     @property
     def log_dirty(self) -> bool:
-        """Whether written pages are noted for `dirty`: KVM_MEM_LOG_DIRTY_PAGES. It costs the guest time."""
+        """Whether written pages are logged for `dirty`: KVM_MEM_LOG_DIRTY_PAGES. This slows the guest down."""
 
     @log_dirty.setter
     def log_dirty(self, is_on: bool) -> None: ...
     def dirty(self) -> DirtyPages:
-        """The pages written since `log_dirty` was set or since the last call, by the guest and by calls of this object.
+        """Return the pages written since the last call, or since `log_dirty` was set.
 
-        No written page is left out. KVM may add pages that the guest has only read.
-
-        What is written through a view is not noted.
+        This covers writes of the guest and of calls of this object. Every written page is included, except for writes
+        through a view. KVM may add pages that the guest has only read.
 
         Raises:
             StateError: `log_dirty` is not set, or the machine is closed.
@@ -586,7 +599,7 @@ class GuestMemory:
 
     @property
     def size(self) -> int:
-        """Bytes of memory."""
+        """The number of bytes of memory."""
 
     @property
     def ranges(self) -> list[tuple[int, int]]:
@@ -598,7 +611,7 @@ class MemorySlot:
 
     @property
     def number(self) -> int:
-        """KVM's number for it."""
+        """The slot's number in KVM."""
 
     @property
     def start(self) -> int:
@@ -606,22 +619,22 @@ class MemorySlot:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The number of bytes."""
 
     @property
     def read_only(self) -> bool:
-        """Whether the guest cannot write it."""
+        """Whether the guest cannot write to it."""
 
     @property
     def shared(self) -> bool:
-        """Whether a file or memfd stands behind it."""
+        """Whether the memory is that of a file or memfd."""
 
     def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
 
 @final
 class DirtyPages:
-    """The pages of 4 KiB that were written, of every memory slot."""
+    """The written pages of 4 KiB, of all memory slots."""
 
     @property
     def ranges(self) -> list[tuple[int, int]]:
@@ -629,31 +642,34 @@ class DirtyPages:
 
     @property
     def bitmaps(self) -> dict[int, bytes]:
-        """For each slot's start one bit a page, the lowest bit of the first byte for the first page; whole 8 bytes."""
+        """A bitmap for the start address of each slot, with one bit a page.
+
+        Bit 0 of the first byte is the first page; the length is a multiple of 8 bytes.
+        """
 
     def __len__(self) -> int:
-        """How many pages."""
+        """The number of pages."""
 
 @final
 class Serial:
     """The host's side of the first serial port, a 16550A."""
 
     def send(self, data: bytes | bytearray) -> None:
-        """Give the guest input; it reads it at its own pace.
+        """Send input to the guest, which reads it at its own pace.
 
         Raises:
             ClosedError: the machine is closed.
         """
 
     def read(self) -> bytes:
-        """Take the output there is. Without a configured output, at most the newest MiB."""
+        """Return the buffered output and clear it. Without a configured output, at most the newest MiB is kept."""
 
     def stop_at(self, text: bytes | bytearray) -> None:
-        """End the run in progress or the next one, once, at the byte that completes this text.
+        """End the current run, or the next one, at the byte that completes this text. This happens once.
 
-        What the guest has printed before does not count. The run ends with `Exit(reason="stopped", value=text)`, and
-        the guest stands behind the instruction that printed the byte; the next run goes on from there. An empty text
-        takes the request back.
+        Output printed before this call does not count. The run ends with `Exit(reason="stopped", value=text)`. The
+        guest stops after the instruction that printed the byte, and the next run continues there. An empty text cancels
+        the request.
 
         Raises:
             ClosedError: the machine is closed.
@@ -663,22 +679,27 @@ class Serial:
     def _settle(self, written: int, again_s: float | None) -> None: ...
     @property
     def input_waiting(self) -> int:
-        """Bytes of input that the guest has not read yet."""
+        """The number of input bytes that the guest has not read yet."""
 
     def fileno(self) -> int:
-        """A file descriptor that is readable when there is output to take, on a machine whose output Python takes.
+        """A file descriptor that is readable when output is available.
+
+        Only for machines whose output is collected by Python.
 
         Raises:
-            ValueError: the machine's output goes nowhere else, so that nobody takes it as it comes.
+            ValueError: the machine has no configured output.
         """
 
     @property
     def input_wanted(self) -> EventFd:
-        """Readable when the guest has read all its input; readable at first, too."""
+        """Readable when the guest has read all its input, and at the start."""
 
 @final
 class Snapshot:
-    """A machine as it was, made by `Vmm.snapshot` or `Snapshot.load`. Nothing changes it; threads may share it."""
+    """The state of a machine, created by `Vmm.snapshot` or `Snapshot.load`.
+
+    It never changes, and threads may share it.
+    """
 
     def fork(
         self,
@@ -688,23 +709,23 @@ class Snapshot:
         setup: Callable[[Vmm], object] | None = None,
         entropy: Callable[[Vmm], object] | tuple[int, int] | None = None,
     ) -> Vmm:
-        """A new machine that goes on from here.
+        """Create a new machine that continues from this snapshot.
 
-        The snapshot, the machine it was taken of and other forks see nothing of it.
+        The fork does not affect the snapshot, the original machine or other forks.
 
         Args:
-            serial: the streams of its serial port; None: its output is kept for `serial.read()`.
-            event_manager: a loop to share with others; None for one of its own.
-            setup: called with the machine before its devices are given their state: adds the Python devices that the
-                snapshot has, and what else is the program's own: hooks, eventfds in the kernel, subscribers.
-            entropy: writes new randomness into the guest before it runs: a callable that is given the machine, or a
-                guest-physical address and a number of bytes, which are filled from os.urandom. None: the fork draws the
-                same random numbers as every other.
+            serial: the streams of its serial port; None keeps the output for `serial.read()`.
+            event_manager: a loop shared with others; None creates one.
+            setup: called with the machine before the devices are restored. It adds the Python devices of the snapshot,
+                and hooks, eventfds and subscribers if the program uses them.
+            entropy: writes new randomness to the guest before it runs: a callable that takes the machine, or a
+                guest-physical address and a number of bytes that are filled from os.urandom. With None, every fork
+                draws the same random numbers.
 
         Raises:
             KvmError: KVM refused a part.
-            SnapshotError: the snapshot's file has been changed since it was loaded.
-            StateError: the snapshot has a device that this machine has not.
+            SnapshotError: the snapshot's file has changed since it was loaded.
+            StateError: the snapshot has a device that this machine does not have.
         """
 
     def fork_many(
@@ -714,10 +735,10 @@ class Snapshot:
         *,
         entropy: Callable[[Vmm], object] | tuple[int, int] | None = None,
     ) -> list[Vmm]:
-        """So many forks, made in parallel. When one cannot be made, none is left.
+        """Create `count` forks in parallel. If one fails, all are closed.
 
-        `changes`, if given, is called with each one's number for its arguments of `fork`, as a dict; `entropy` is that
-        of all whose arguments have none.
+        `changes`, if given, is called with the number of each fork and returns a dict of arguments for `fork`.
+        `entropy` applies to the forks whose arguments do not include it.
         """
 
     def save(
@@ -726,20 +747,20 @@ class Snapshot:
         base: Snapshot | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> None:
-        """Write it to a file, which `load` reads: see docs/snapshot-format.md.
+        """Write the snapshot to a file for `load`: see docs/snapshot-format.md.
 
-        Pages of zeros take no room. The file gets its name when all of it is on the disk: until then, and whatever
-        fails, a file of that name is as it was.
+        Pages of zeros take no space. The file gets its name once all data is on disk; until then, and after any error,
+        an existing file of that name is unchanged.
 
         Args:
             path: the file.
-            base: write only the pages that differ from those of this snapshot; loading needs it again.
-            progress: called with how many bytes of how many have been written; what it raises ends the writing.
+            base: write only the pages that differ from this snapshot; loading needs it again.
+            progress: called with the number of bytes written and the total; an exception that it raises ends the save.
 
         Raises:
             OSError: (a StreamError) the file cannot be written.
-            SnapshotError: the base's memory has another size, a file under this snapshot has been changed, or
-                the state of devices is larger than 256 MiB.
+            SnapshotError: the base's memory has another size, a file of this snapshot has changed, or the state of the
+                devices exceeds 256 MiB.
         """
 
     @staticmethod
@@ -751,26 +772,26 @@ class Snapshot:
         copy: bool = False,
         verify: bool = False,
     ) -> Snapshot:
-        """A snapshot from its file. Its pages are mapped when they are needed: it takes the same time for any size.
+        """Load a snapshot from its file. Pages are mapped on demand, so the time does not depend on the size.
 
-        The file must stay as it is for as long as the snapshot or a fork of it lives; `save` to the same name does not
-        change it, but puts another in its place. What was written to it is noticed at the next fork or reset.
+        The file must not change while the snapshot or one of its forks is alive. `save` to the same name is safe,
+        because it creates a new file. A change is detected at the next fork or reset.
 
         Args:
             path: the file.
             base: the snapshot that the file was saved against, or its file.
-            force: load it although this machine lacks something of the one it was taken on.
-            copy: read its pages into memory: then nothing that happens to the file matters.
-            verify: read all pages and check their checksum. That of the rest is always checked.
+            force: load it although this host lacks something that the original one had.
+            copy: read the pages to memory; the file may then change.
+            verify: read all pages and check their checksum. The other checksums are always checked.
 
         Raises:
-            SnapshotError: the file is damaged, of another version or machine, or needs another base.
+            SnapshotError: the file is damaged, of another version or host, or needs another base.
             OSError: (a StreamError) the file cannot be read.
         """
 
     @staticmethod
     def inspect(path: str | PathLike[str]) -> dict[str, Any]:
-        """What a file holds, without loading it: sizes, ids, the machine, and each record's name, number and length.
+        """Describe a file without loading it: sizes, ids, the machine, and each record's name, number and length.
 
         Raises:
             SnapshotError: the file is damaged, or of another version.
@@ -785,11 +806,12 @@ class Snapshot:
         timeout: float | None = None,
         entropy: Callable[[Vmm], object] | tuple[int, int] | None = None,
     ) -> list[_T]:
-        """`function(fork, input)` for each input, on so many forks at once: what they returned, in order.
+        """Call `function(fork, input)` for each input, on several forks at once, and return the results in order.
 
-        Each job finds a machine that stands here, of which no other job has a part. See `pyvmm.ForkExecutor`.
+        Each job starts from this snapshot and is isolated from other jobs. See `pyvmm.ForkExecutor`.
 
-        `entropy` is that of `fork`, new for each job. Without it a job's result depends on its input alone.
+        `entropy` is the same as for `fork`, and is written again for each job. Without it, the result of a job depends
+        only on its input.
 
         Raises:
             TimeoutError: a job took longer than `timeout` seconds.
@@ -797,14 +819,14 @@ class Snapshot:
         """
 
     def flatten(self) -> Snapshot:
-        """The same machine with its memory in one piece, which shares nothing with other snapshots.
+        """Return the same snapshot with its memory in one piece, which shares nothing with other snapshots.
 
-        Its forks need fewer mappings, and the snapshots under it may go.
+        Its forks need fewer mappings, and the snapshots that it was based on can be released.
         """
 
     @property
     def config(self) -> VmmConfig:
-        """Of the machine it was taken of, as far as that is known."""
+        """The configuration of the original machine, as far as it is known."""
 
     @property
     def path(self) -> Path | None:
@@ -812,34 +834,37 @@ class Snapshot:
 
     @property
     def id(self) -> str:
-        """32 hexadecimal digits that tell it from every other; a file keeps them."""
+        """32 hexadecimal digits that identify the snapshot; a file keeps them."""
 
     @property
     def vcpus(self) -> int:
-        """How many vCPUs."""
+        """The number of vCPUs."""
 
     @property
     def memory_size(self) -> int:
-        """Bytes of guest memory."""
+        """The number of bytes of guest memory."""
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of host memory that its pages take; other snapshots and machines may share them."""
+        """The number of bytes of host memory that its pages use. Other snapshots and machines may share them."""
 
     @property
     def file_bytes(self) -> int:
-        """Bytes of files that its pages take."""
+        """The number of bytes of files that its pages use."""
 
     @property
     def mappings(self) -> int:
-        """How many mappings each fork needs for its memory: one, and more for each layer of changes; see `flatten`."""
+        """The number of mappings that each fork needs for its memory: one, and more for each layer of changes.
+
+        See `flatten`.
+        """
 
     @property
     def state(self) -> tuple[tuple[str, int, bytes], ...]:
-        """Its state beside the memory: what, of which vCPU or chip, and the bytes.
+        """The state other than memory: the name of each record, its vCPU or chip, and its bytes.
 
-        Two snapshots of machines that nothing tells apart have the same, but for what time changes: `clock`, `pit`, the
-        TSC in `msrs`, and what counts down in `lapic`.
+        Snapshots of two identical machines have the same state, except for what depends on time: `clock`, `pit`, the
+        TSC in `msrs`, and the counter in `lapic`.
         """
 
     def __reduce__(self) -> tuple[Any, ...]: ...
@@ -849,52 +874,52 @@ class RegisterBytes:
     """One class of a vCPU's registers, as the bytes of the kernel's structure. `pyvmm.registers` names them."""
 
     def load(self, offset: int, size: int) -> int:
-        """The little-endian number of 1 to 8 bytes at an offset.
+        """Return the little-endian number of 1 to 8 bytes at an offset.
 
         Raises:
             StateError: the guest is running, or the machine is closed.
         """
 
     def store(self, offset: int, size: int, value: int) -> None:
-        """Put a number of 1 to 8 bytes at an offset.
+        """Write a number of 1 to 8 bytes at an offset.
 
         Raises:
             OverflowError: the number has more bits.
-            KvmError: KVM refuses it; nothing has changed.
+            KvmError: KVM refuses it; nothing changes.
             StateError: the guest is running, or the machine is closed.
         """
 
     def read(self) -> bytes:
-        """All of them.
+        """Return all bytes.
 
         Raises:
             StateError: the guest is running, or the machine is closed.
         """
 
     def replace(self, offset: int, bytes: bytes) -> None:
-        """Put bytes at an offset; raises as `store` does."""
+        """Write bytes at an offset. Raises the same exceptions as `store`."""
 
 @final
 class MsrBytes:
     """Model-specific registers by number. `pyvmm.registers` names them."""
 
     def load(self, index: int) -> int:
-        """The register's value.
+        """Return the register's value.
 
         Raises:
-            KvmError: KVM does not know it.
+            KvmError: KVM does not know the register.
             StateError: the guest is running, or the machine is closed.
         """
 
     def store(self, index: int, value: int) -> None:
-        """Change the register; raises as `load` does."""
+        """Set the register. Raises the same exceptions as `load`."""
 
 @final
 class Vcpu:
-    """A virtual processor of a machine. While its guest does not run its state can be read and changed.
+    """A virtual CPU of a machine. Its state can be read and changed while its guest is not running.
 
-    The registers are views: each access reads or changes the vCPU itself. While the guest runs they raise StateError.
-    The machine's `vcpus` gives the same object each time, and so does a hook.
+    The registers are views: each access reads or changes the vCPU itself. While the guest runs, an access raises
+    StateError. `vcpus` and hooks always return the same object for a vCPU.
     """
 
     def __eq__(self, other: object, /) -> bool: ...
@@ -929,7 +954,7 @@ class Vcpu:
 
     @property
     def lapic(self) -> Lapic:
-        """The local APIC, of a machine with an interrupt controller."""
+        """The local APIC, if the machine has an interrupt controller."""
 
     @property
     def msrs(self) -> Msrs:
@@ -937,20 +962,20 @@ class Vcpu:
 
     @property
     def mp_state(self) -> MpState:
-        """Whether it runs, waits for INIT and SIPI, or is halted: KVM_GET_MP_STATE."""
+        """Whether the vCPU runs, waits for INIT and SIPI, or is halted: KVM_GET_MP_STATE."""
 
     @mp_state.setter
     def mp_state(self, state: int) -> None: ...
     @property
     def cpuid(self) -> tuple[CpuidEntry, ...]:
-        """What CPUID says to the guest: a tuple of `CpuidEntry`. It can be changed until the vCPU has run."""
+        """The CPUID that the guest sees: a tuple of `CpuidEntry`. It can be changed until the vCPU has run."""
 
     @cpuid.setter
     def cpuid(self, entries: Sequence[CpuidEntry]) -> None: ...
     def run_once(self) -> VcpuExit:
-        """Enter the guest on this thread until its next exit, and return that. No device answers it.
+        """Enter the guest on this thread and return its next exit. No device answers the exit.
 
-        A read waits for `answer`; the next `run_once` completes it. Ctrl-C on the main thread ends it.
+        After a read, call `answer`; the next `run_once` completes it. Ctrl-C on the main thread ends the call.
 
         Raises:
             StateError: the guest is running, or the machine is closed.
@@ -958,50 +983,56 @@ class Vcpu:
         """
 
     def kick(self) -> None:
-        """Bring `run_once` back with `VcpuExit.Interrupted`: the one in progress, else the next. From any thread."""
+        """Make the current or next `run_once` return `VcpuExit.Interrupted`. May be called from any thread."""
 
     def answer(self, data: int | bytes | bytearray) -> None:
-        """Say what the guest reads, after `VcpuExit.IoIn` or `MmioRead`: bytes, or a number in little-endian order.
+        """Set the value that the guest reads after `VcpuExit.IoIn` or `MmioRead`: bytes, or a little-endian number.
 
         Raises:
-            StateError: the guest does not wait for an answer, or runs.
-            ValueError: it is another number of bytes than the guest reads.
+            StateError: the guest does not wait for an answer, or is running.
+            ValueError: the guest reads a different number of bytes.
             OverflowError: the number has more bits, or is negative.
         """
 
     def translate(self, address: int) -> int | None:
-        """The guest-physical address behind a guest-virtual one, by the vCPU's page tables; None where none is mapped.
+        """Translate a guest-virtual address by the vCPU's page tables.
+
+        Return the guest-physical address, or None if it is not mapped.
 
         Raises:
             StateError: the guest is running, or the machine is closed.
         """
 
     def debug(self, *, single_step: bool = False, breakpoints: Sequence[int] | None = None) -> None:
-        """Have each instruction, or execution at up to four linear addresses, come out as an exit of kind "debug".
+        """Exit with kind "debug" after each instruction, or before execution at up to four linear addresses.
 
-        KVM_SET_GUEST_DEBUG; without arguments no more. To go on from a breakpoint, take it away for one step.
+        Uses KVM_SET_GUEST_DEBUG; without arguments, both are switched off. To continue from a breakpoint, remove it for
+        one step.
 
         Raises:
             StateError: the guest is running, or the machine is closed.
-            ConfigError: more than four breakpoints.
+            ConfigError: there are more than four breakpoints.
         """
 
 @disjoint_base
 class VcpuExit:
-    """Why a vCPU came out of its guest: the exits of the kernel's KVM documentation, chapter 5, for `match`.
+    """Why a vCPU exited the guest: the exits of the kernel's KVM documentation, chapter 5, for `match`.
 
-    Exits of the same kind with equal fields are equal, and can be hashed and pickled.
+    Exits of the same kind with equal fields are equal. They can be hashed and pickled.
     """
 
     def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
     def __reduce__(self) -> tuple[Any, ...]: ...
     def as_dict(self) -> dict[str, Any]:
-        """The exit as a dict: "type" is the name of its class, such as "IoIn", and each field follows by name."""
+        """Return the exit as a dict. "type" is the name of its class, such as "IoIn"; the fields follow by name."""
 
     @final
     class IoIn(VcpuExit):
-        """`IN` or `INS`: `count` reads of `size` bytes from a port. `Vcpu.answer` says what they read; ones else."""
+        """`IN` or `INS`: `count` reads of `size` bytes from a port.
+
+        `Vcpu.answer` sets the value; the default is all one bits.
+        """
 
         __match_args__ = ("port", "size", "count")
         def __new__(cls, port: int, size: int, count: int) -> Self: ...
@@ -1027,7 +1058,7 @@ class VcpuExit:
 
     @final
     class MmioRead(VcpuExit):
-        """A read where there is no memory. `Vcpu.answer` says what it reads; ones else."""
+        """A read where there is no memory. `Vcpu.answer` sets the value; the default is all one bits."""
 
         __match_args__ = ("address", "length")
         def __new__(cls, address: int, length: int) -> Self: ...
@@ -1038,7 +1069,7 @@ class VcpuExit:
 
     @final
     class MmioWrite(VcpuExit):
-        """A write where there is no memory, or only for reading."""
+        """A write where there is no memory, or read-only memory."""
 
         __match_args__ = ("address", "data")
         def __new__(cls, address: int, data: bytes) -> Self: ...
@@ -1049,7 +1080,10 @@ class VcpuExit:
 
     @final
     class Rdmsr(VcpuExit):
-        """`RDMSR` of a register that KVM does not know, or that a hook asked for: it waits for an answer, or faults."""
+        """`RDMSR` of a register that KVM does not know, or that a hook selected.
+
+        Without an answer the guest gets a fault.
+        """
 
         __match_args__ = ("index", "reason")
         def __new__(cls, index: int, reason: str) -> Self: ...
@@ -1087,14 +1121,14 @@ class VcpuExit:
 
     @final
     class Interrupted(VcpuExit):
-        """`Vcpu.kick`: nothing of the guest's."""
+        """`Vcpu.kick` ended the call; the guest caused no exit."""
 
         __match_args__ = ()
         def __new__(cls) -> Self: ...
 
     @final
     class IrqWindowOpen(VcpuExit):
-        """The guest can take an interrupt now."""
+        """The guest can accept an interrupt now."""
 
         __match_args__ = ()
         def __new__(cls) -> Self: ...
@@ -1112,11 +1146,11 @@ class VcpuExit:
 
     @final
     class InternalError(VcpuExit):
-        """KVM could not go on.
+        """KVM could not continue.
 
-        For suberror 1, an instruction that it cannot emulate: its bytes and perhaps some behind it, its text in the
-        syntax of nasm, and the registers it stood with by name: the general ones, rip, rflags, efer, cr0 to cr4 and
-        the selectors.
+        Suberror 1 means that KVM cannot emulate an instruction. The exit then has the instruction's bytes, perhaps with
+        following ones, its disassembly in nasm syntax, and the registers by name: the general ones, rip, rflags, efer,
+        cr0 to cr4 and the selectors.
         """
 
         __match_args__ = ("suberror", "instruction", "data", "disassembly", "registers")
@@ -1156,7 +1190,7 @@ class VcpuExit:
 
     @final
     class SystemEvent(VcpuExit):
-        """The guest's platform code asks for a reset or to be turned off."""
+        """The guest's platform code requests a reset or power-off."""
 
         __match_args__ = ("kind", "data")
         def __new__(cls, kind: int, data: tuple[int, ...]) -> Self: ...
@@ -1192,7 +1226,7 @@ class Kvm:
     """KVM's system interface: /dev/kvm.
 
     Raises:
-        KvmUnavailableError: this machine offers no usable KVM.
+        KvmUnavailableError: this host has no usable KVM.
     """
 
     def __new__(cls) -> Self: ...
@@ -1201,32 +1235,31 @@ class Kvm:
         """KVM_GET_API_VERSION: 12."""
 
     def check_extension(self, capability: int) -> int:
-        """What KVM_CHECK_EXTENSION says of a capability, by number or as `Cap`: 0 where KVM has it not, else more."""
+        """Return the result of KVM_CHECK_EXTENSION for a capability, given by number or as `Cap`: 0 if KVM lacks it."""
 
     @property
     def supported_cpuid(self) -> tuple[CpuidEntry, ...]:
-        """What CPUID can say to a guest on this machine: a tuple of `CpuidEntry`, as `Vcpu.cpuid` takes it."""
+        """The CPUID that guests can have on this host: a tuple of `CpuidEntry`, suitable for `Vcpu.cpuid`."""
 
     @property
     def msr_list(self) -> tuple[int, ...]:
-        """The numbers of the model-specific registers that belong to a guest's state: KVM_GET_MSR_INDEX_LIST."""
+        """The numbers of the MSRs that belong to a guest's state: KVM_GET_MSR_INDEX_LIST."""
 
     @property
     def max_vcpus(self) -> int:
-        """The most vCPUs of one machine."""
+        """The maximum number of vCPUs of a machine."""
 
     def fileno(self) -> int:
-        """The file descriptor, for ioctls of one's own."""
+        """The file descriptor, for ioctls of your own."""
 
 @final
 class KvmVm:
-    """One KVM virtual machine, without an event loop: whoever made it is told of the guest's end by a kick.
+    """A KVM virtual machine without an event loop. A kick of the exit handler reports the end of the guest.
 
     Args:
-        config: what it is made of; the serial port must have no streams. None for a bare machine: no memory, no devices
-            and no vCPUs, until `memory.add` and `create_vcpu`.
-        exit_handler: an object with `kick()`, called on the thread of the vCPU whose guest has ended; None for one of
-            its own.
+        config: the configuration, whose serial port must have no streams. None creates a bare VM: no memory, devices or
+            vCPUs until `memory.add` and `create_vcpu` are called.
+        exit_handler: an object with `kick()`, called on the thread of the vCPU whose guest has ended. None creates one.
 
     Raises:
         VmmError: as for `Vmm`.
@@ -1234,39 +1267,41 @@ class KvmVm:
 
     def __new__(cls, config: VmmConfig | None = None, exit_handler: ExitHandler | None = None) -> Self: ...
     def create_vcpu(self, id: int = 0) -> Vcpu:
-        """Add a vCPU to a machine that has not run. It is as KVM makes it: at the reset vector, with an empty `cpuid`.
+        """Add a vCPU to a machine that has not run.
+
+        It is in KVM's initial state: at the reset vector, with an empty `cpuid`.
 
         Raises:
-            KvmError: there is one of this number, or KVM refuses it.
+            KvmError: the number is already used, or KVM refuses it.
             StateError: the machine has run, or is closed.
         """
 
     def run(self, vcpu_run_addr: int | None = None) -> None:
         """Start a thread `vcpu_{id}` for each vCPU and return.
 
-        With an address the vCPUs start there. Without one they start at `entry`, or go on where they stopped.
+        With an address, the vCPUs start there. Otherwise they start at `entry`, or continue where they stopped.
 
         Raises:
             StateError: the machine is running, its guest has ended, or it is closed.
         """
 
     def wait(self, timeout: float | None = None) -> Exit | None:
-        """Wait until the machine no longer runs; how the guest ended, or None when the time passed first.
+        """Wait until the machine no longer runs, and return how the guest ended. Return None after the timeout.
 
         Raises:
-            StateError: the call comes from the exit handler, on the thread of one of its vCPUs.
-            Exception: what the exit handler's `kick` raised.
+            StateError: the call was made from the exit handler, on the thread of one of its vCPUs.
+            Exception: the exception raised by the exit handler's `kick`.
         """
 
     def pause(self) -> None:
-        """Bring every vCPU out of its guest and wait until it is. Does nothing when the machine is paused already.
+        """Stop all vCPUs and wait until they are out of the guest. Does nothing if the machine is already paused.
 
         Raises:
             StateError: the machine is not running.
         """
 
     def resume(self) -> None:
-        """Let the vCPUs that `pause` stopped go on. Does nothing when they are running.
+        """Continue the vCPUs that `pause` stopped. Does nothing if they are running.
 
         Raises:
             StateError: the machine has been shut down, or the guest has ended.
@@ -1274,29 +1309,29 @@ class KvmVm:
 
     @property
     def vcpus(self) -> tuple[Vcpu, ...]:
-        """The vCPUs, by number; the same objects each time. Before the first run they stand at `entry`."""
+        """The vCPUs, by number; the same objects each time. Before the first run their RIP is `entry`."""
 
     def shutdown(self) -> None:
-        """Stop the vCPUs and wait for their threads. A guest that had not ended can go on with `run`."""
+        """Stop the vCPUs and wait for their threads. If the guest has not ended, `run` continues it."""
 
     def close(self) -> None:
-        """Shut down and release everything. Does nothing the second time.
+        """Shut down and release all resources. A second call does nothing.
 
-        What a signal handler raises meanwhile, as with Ctrl-C, comes out of it. The machine closes all the same, and
-        another `close` waits for that.
+        An exception of a signal handler, such as Ctrl-C's, is raised here. The machine is still closed, and another
+        `close` waits for that.
         """
 
     @property
     def entry(self) -> int:
-        """Where the configuration's code starts."""
+        """The address where the configured code starts."""
 
     @property
     def state(self) -> VmRunState:
-        """Where the machine stands."""
+        """The machine's run state."""
 
     @property
     def exit(self) -> Exit | None:
-        """How the guest ended; None while it has not."""
+        """How the guest ended, or None if it has not ended."""
 
     @property
     def memory(self) -> GuestMemory:
@@ -1307,27 +1342,27 @@ class KvmVm:
         """The first serial port; the same object each time, which keeps the machine alive.
 
         Raises:
-            StateError: the machine was made without a configuration.
+            StateError: the machine was created without a configuration.
         """
 
     @property
     def resources(self) -> list[Resource]:
-        """What answers where: memory, devices, KVM's own chips, and lines and addresses of eventfds.
+        """The owner of each range of addresses, ports and lines: memory, devices, KVM's own chips, eventfds.
 
-        By kind and start. Memory and devices that are added or removed come and go in it. Ranges that
-        are not shared never overlap: what would is refused.
+        The list is sorted by kind and start, and follows the memory and devices that are added and removed. Ranges
+        never overlap, except shared ones: an overlapping addition is refused.
 
         Raises:
-            StateError: the machine is closed, or in a forked child.
+            StateError: the machine is closed, or the process is a forked child.
         """
 
     @property
     def unanswered(self) -> list[Unanswered]:
-        """Accesses that no device answered."""
+        """Accesses that no device answered, counted by address."""
 
     @property
     def fixups(self) -> dict[str, int]:
-        """The instructions that KVM refused and pyvmm executed: as for `Vmm`."""
+        """The instructions that KVM refused and pyvmm executed, counted by mnemonic: as for `Vmm`."""
 
     def __enter__(self) -> Self: ...
     def __exit__(
@@ -1340,15 +1375,15 @@ class KvmVm:
 
 @disjoint_base
 class Vmm:
-    """A virtual machine: built by this call, run by `run`, released by `close` or at the end of a `with`.
+    """A virtual machine: the constructor builds it, `run` runs it, and `close` or the end of a `with` releases it.
 
-    A subclass's `__init__` has the arguments that it wants and calls `super().__init__`. Forks and pools make a plain
-    `Vmm`.
+    A subclass's `__init__` may take any arguments and calls `super().__init__`. Forks and pools create plain `Vmm`
+    objects.
 
     Args:
-        config: what it is made of; None for the guest inside the package.
-        event_manager: a loop to share with others; None for one of its own. In a shared loop the `run` of each
-            machine turns it for all, on its own thread, and ends for that machine alone.
+        config: the configuration; None uses the built-in guest.
+        event_manager: a loop shared with others; None creates one. In a shared loop, the `run` of each machine runs the
+            loop for all machines, on its own thread, and ends only for its own machine.
 
     Raises:
         ConfigError: a value cannot be used; the text starts with its key.
@@ -1359,10 +1394,10 @@ class Vmm:
 
     def __init__(self, config: VmmConfig | None = None, *, event_manager: EventManager | None = None) -> None: ...
     def run(self, timeout: float | None = None) -> Exit:
-        """Run the guest until it ends, `stop` is called, or the time passes, in seconds.
+        """Run the guest until it ends, `stop` is called, or `timeout` seconds have passed.
 
-        Turns the event manager's loop meanwhile: subscribers are called on this thread, devices and exit hooks on those
-        of the vCPUs. After a stop, a timeout or an exception, another `run` goes on where this one ended.
+        The call runs the event loop meanwhile: subscribers are called on this thread, devices and exit hooks on those
+        of the vCPUs. After a stop, a timeout or an exception, the next `run` continues where this one ended.
 
         Raises:
             StateError: a run is in progress, the guest has ended, or the machine is closed.
@@ -1372,11 +1407,13 @@ class Vmm:
         """
 
     def run_async(self, timeout: float | None = None) -> Coroutine[Any, Any, Exit]:
-        """`run` inside a running asyncio loop, which stays responsive: the guest's loop turns in a thread of its own.
+        """Run the guest like `run`, in a running asyncio loop, which stays responsive.
 
-        Cancelling it stops the guest. A subscriber's `process` may be a coroutine function: it runs as a task of the
-        asyncio loop, and its exception ends the run. Coroutines that still run when the guest has ended have a second
-        to come to their end; those that do not are cancelled, and the asyncio loop's exception handler is told which.
+        The guest's loop runs in its own thread.
+
+        Cancelling the call stops the guest. A subscriber's `process` may be a coroutine function: it runs as a task of
+        the asyncio loop, and its exception ends the run. When the guest has ended, running coroutines have one second
+        to finish. Then they are cancelled, and their names are passed to the asyncio loop's exception handler.
         """
 
     def _new_cancel(self) -> _Cancel: ...
@@ -1388,31 +1425,33 @@ class Vmm:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
     ) -> Coroutine[Any, Any, None]: ...
     def start(self) -> None:
-        """Start the vCPUs and return. `wait` turns the event manager's loop for them.
+        """Start the vCPUs and return. `wait` runs the event loop for them.
 
         Raises:
             StateError: a run is in progress, the guest has ended, or the machine is closed.
         """
 
     def wait(self, timeout: float | None = None) -> Exit | None:
-        """What `run` does, for a machine that was started; None when the time passed: then the guest goes on.
+        """Wait for a started machine, as `run` does. Return None after the timeout; the guest keeps running.
 
         Raises:
-            StateError: the machine was not started, or another thread waits.
+            StateError: the machine was not started, or another thread is waiting.
             Exception: as for `run`; it ends the run.
         """
 
     def pause(self) -> None:
-        """Bring every vCPU out of its guest and wait until it is. From any thread or callback; the loop turns on.
+        """Stop all vCPUs and wait until they are out of the guest.
 
-        Then the registers can be read and changed. Does nothing when the machine is paused already.
+        May be called from any thread or callback; the loop keeps running.
+
+        The registers can then be read and changed. Does nothing if the machine is already paused.
 
         Raises:
             StateError: the machine is not running.
         """
 
     def resume(self) -> None:
-        """Let the vCPUs that `pause` stopped go on. Does nothing when they are running.
+        """Continue the vCPUs that `pause` stopped. Does nothing if they are running.
 
         Raises:
             StateError: no run is in progress, or the guest has ended.
@@ -1420,44 +1459,50 @@ class Vmm:
 
     @property
     def vcpus(self) -> tuple[Vcpu, ...]:
-        """The vCPUs, by number; the same objects each time. Before the first run they stand where it will start.
+        """The vCPUs, by number; the same objects each time. Before the first run they have their initial registers.
 
         Raises:
             ClosedError: the machine is closed.
         """
 
     def stop(self) -> None:
-        """End the run in progress, or at once the next one if there is none. From any thread or callback."""
+        """End the current run. If none is in progress, the next one ends at once.
+
+        May be called from any thread or callback.
+        """
 
     def close(self) -> None:
-        """Stop, wait for the run in progress to end, and release everything. Does nothing the second time.
+        """Stop the guest, wait for the run in progress to end, and release all resources. A second call does nothing.
 
-        In a callback it takes effect when the run ends. What a signal handler raises while it waits, as with Ctrl-C,
-        comes out of it: the machine closes all the same, and another `close` waits for that.
+        In a callback, it takes effect when the run ends. If a signal handler raises during the wait, as Ctrl-C's does,
+        the exception is raised here. The machine is still closed, and another `close` waits for that.
         """
 
     def add_subscriber(self, subscriber: Subscriber | WrappedExitHandler | VmmExitHandler) -> SubscriberId:
         """Register a subscriber with the machine's event manager; see `EventManager.add_subscriber`."""
 
     def snapshot(self) -> Snapshot:
-        """Everything a guest can see of this machine, to be forked, reset to and saved: vCPUs, memory, devices, clock.
+        """Capture everything that a guest can see of this machine: vCPUs, memory, devices, clock.
 
-        A running machine is paused for it and goes on. Memory is not copied: the machine goes on with private copies of
-        the pages that it writes from now on. Of a machine whose guest has ended the snapshot goes on behind that.
+        The result can be forked, saved, and reset to.
+
+        A running machine is paused meanwhile. Memory is not copied: the machine continues with private copies of the
+        pages that it writes from now on. If the guest has ended, the snapshot continues after the instruction that
+        ended it.
 
         Raises:
             StateError: the machine is closed, a device cannot be saved, memory is shared with others, or another thread
-                resumed it meanwhile.
+                resumed the machine meanwhile.
         """
 
     def reset(self, snapshot: Snapshot) -> int:
-        """Be what the machine was at a snapshot, in place. Returns how many pages of memory were changed for it.
+        """Restore the state of a snapshot in place. Return the number of memory pages that changed.
 
-        A machine whose guest has ended can be run again; one that is running goes on from there. What was printed since
-        and nobody has taken is dropped.
+        If the guest has ended, the machine can be run again. If it is running, it continues from the snapshot. Output
+        that was not collected is dropped.
 
         Raises:
-            StateError: the machine is closed, its run is ending, or the snapshot is of another shape, device or CPUID.
+            StateError: the machine is closed, its run is ending, or the snapshot has another shape, device or CPUID.
         """
 
     def remove_subscriber(self, id: SubscriberId) -> object:
@@ -1465,14 +1510,14 @@ class Vmm:
 
     @property
     def config(self) -> VmmConfig:
-        """What it is made of."""
+        """The configuration."""
 
     @property
     def event_manager(self) -> EventManager:
-        """The event manager whose loop `run` turns.
+        """The event manager whose loop runs inside `run`.
 
         Raises:
-            ClosedError: the machine is closed. A manager that was asked for before goes on.
+            ClosedError: the machine is closed. A manager obtained earlier stays usable.
         """
 
     @property
@@ -1493,32 +1538,33 @@ class Vmm:
 
     @property
     def state(self) -> VmRunState:
-        """Where the machine stands."""
+        """The machine's run state."""
 
     @property
     def stats(self) -> Stats:
-        """Counters of its exits and of the time inside the guest and outside; they count when they are told to."""
+        """Counters of exits and of the time inside and outside the guest. They count only while they are enabled."""
 
     def trace(self, path: str | PathLike[str]) -> Trace:
-        """Write every hop of the machine with its times to a file that Perfetto opens: `with vmm.trace(path): ...`.
+        """Write a trace with every hop of the machine and its times, for Perfetto: `with vmm.trace(path): ...`.
 
-        One track a thread: the time inside the guest, exits, calls of devices, events of the loop, calls of Python
-        code. A machine that runs already is recorded from each vCPU's next entry and the loop's next turn on.
+        Each thread has a track, with the time inside the guest, exits, calls of devices, events of the loop, and calls
+        of Python code. If the machine is already running, the trace starts with each vCPU's next entry and the loop's
+        next iteration.
 
         Raises, when it is entered or left:
             StateError: another trace of this machine is being written.
-            StreamError: the file cannot be made or written; a run is not ended by that.
+            StreamError: the file cannot be created or written; this does not end a run.
         """
 
     @property
     def resources(self) -> list[Resource]:
-        """What answers where: memory, devices, KVM's own chips, and lines and addresses of eventfds.
+        """The owner of each range of addresses, ports and lines: memory, devices, KVM's own chips, eventfds.
 
-        By kind and start. Memory and devices that are added or removed come and go in it. Ranges that
-        are not shared never overlap: what would is refused.
+        The list is sorted by kind and start, and follows the memory and devices that are added and removed. Ranges
+        never overlap, except shared ones: an overlapping addition is refused.
 
         Raises:
-            StateError: the machine is closed, or in a forked child.
+            StateError: the machine is closed, or the process is a forked child.
         """
 
     @property
@@ -1529,7 +1575,7 @@ class Vmm:
     def fixups(self) -> dict[str, int]:
         """The instructions that KVM refused and pyvmm executed, counted by mnemonic.
 
-        Empty without `CpuConfig(fixups=True)`. What they are is in docs/fixups.md.
+        Empty without `CpuConfig(fixups=True)`. docs/fixups.md lists the instructions.
         """
 
     def __enter__(self) -> Self: ...
@@ -1541,35 +1587,37 @@ class Vmm:
         /,
     ) -> None: ...
     def add_pio_device(self, base: int, length: int, device: Device) -> None:
-        """Answer the guest's accesses to ports by an object with `read(offset, size)`, `write(offset, size, value)`.
+        """Answer the guest's accesses to ports by a Python object.
 
-        One of the two is enough.
+        It has `read(offset, size)`, `write(offset, size, value)`, or both.
 
-        Also while the guest runs and from callbacks. Its methods are looked up now and called on the thread of the
-        vCPU; see `pyvmm.devices`.
+        May be called while the guest runs and from callbacks. The methods are looked up now and called on the thread of
+        the vCPU; see `pyvmm.devices`.
 
         Raises:
-            ConfigError: the range is not one of ports, or overlaps another device's.
-            TypeError: the object has no method of a device's.
+            ConfigError: the range is not a range of ports, or overlaps another device's.
+            TypeError: the object has no device method.
             ClosedError: the machine is closed.
         """
 
     def add_mmio_device(self, base: int, length: int, device: Device) -> None:
-        """Answer the guest's accesses to guest-physical addresses, where there is no memory; as `add_pio_device` does.
+        """Answer the guest's accesses to guest-physical addresses without memory.
+
+        Otherwise the same as `add_pio_device`.
 
         Raises:
             ConfigError: the range overlaps memory or another device's.
         """
 
     def remove_pio_device(self, base: int) -> object:
-        """Take the device away whose ports start here, and return it. An access in progress is still answered.
+        """Remove the device whose ports start here, and return it. An access in progress is still answered.
 
         Raises:
-            ConfigError: no device that was added starts there.
+            ConfigError: no added device starts there.
         """
 
     def remove_mmio_device(self, base: int) -> object:
-        """Take the device away whose addresses start here, and return it; as `remove_pio_device` does."""
+        """Remove the device whose addresses start here, and return it. Otherwise the same as `remove_pio_device`."""
 
     def _pio_device(self, base: int) -> object: ...
     def _lend(self) -> Vmm: ...
@@ -1579,37 +1627,37 @@ class Vmm:
     def _renew(self, snapshot: Snapshot) -> bool: ...
     def _stir(self, entropy: Callable[[Vmm], object] | tuple[int, int]) -> None: ...
     def irq(self, line: int) -> IrqLine:
-        """An interrupt line: pin 0 to 23 of the I/O APIC, of which the PICs have the first sixteen.
+        """Return an interrupt line: pin 0 to 23 of the I/O APIC. The first sixteen are also lines of the PICs.
 
         Raises:
             StateError: the machine has no interrupt controller, or is closed.
-            ConfigError: it has no such line.
+            ConfigError: the machine has no such line.
         """
 
     def msi(self, address: int, data: int) -> bool:
-        """Send a message-signalled interrupt (KVM_SIGNAL_MSI); whether a vCPU took it.
+        """Send a message-signalled interrupt (KVM_SIGNAL_MSI). Return whether a vCPU accepted it.
 
         Args:
-            address: 0xfee00000 and the destination's APIC id shifted by 12 (Intel SDM volume 3, 11.11.1).
-            data: the vector, and the delivery mode above it.
+            address: 0xfee00000 plus the destination's APIC id shifted left by 12 (Intel SDM volume 3, 11.11.1).
+            data: the vector, with the delivery mode in the higher bits.
 
         Raises:
             StateError: the machine has no interrupt controller, or is closed.
         """
 
     def nmi(self, vcpu: int = 0) -> None:
-        """Send a vCPU a non-maskable interrupt. From any thread.
+        """Send a non-maskable interrupt to a vCPU. May be called from any thread.
 
         Raises:
             ConfigError: there is no such vCPU.
         """
 
     def add_irqfd(self, event_fd: EventFd, line: int) -> None:
-        """Have each write of an eventfd pulse an interrupt line, in the kernel: KVM_IRQFD.
+        """In the kernel, pulse an interrupt line for each write to an eventfd: KVM_IRQFD.
 
         Raises:
             StateError: the machine has no interrupt controller, or is closed.
-            KvmError: KVM refuses it: an eventfd pulses one line.
+            KvmError: KVM refuses it, for example because the eventfd already pulses a line.
         """
 
     def remove_irqfd(self, event_fd: EventFd, line: int) -> None:
@@ -1618,18 +1666,20 @@ class Vmm:
     def add_ioeventfd(
         self, address: int, event_fd: EventFd, *, length: int = 0, datamatch: int | None = None, pio: bool = False
     ) -> None:
-        """Have the guest's writes to an address add one to an eventfd, in the kernel: KVM_IOEVENTFD. They are no exits.
+        """In the kernel, add one to an eventfd for each guest write to an address: KVM_IOEVENTFD.
+
+        The writes cause no exits.
 
         Args:
-            address: a guest-physical address, or with `pio` a port.
-            event_fd: what is written; a subscriber that watches it is told.
-            length: bytes of the writes that match: 1, 2, 4 or 8; with `datamatch`.
-            datamatch: the one value that matches; None for every write.
-            pio: a port is meant.
+            address: a guest-physical address, or a port if `pio` is set.
+            event_fd: the eventfd; a subscriber that watches it is called.
+            length: the size of the matching writes: 1, 2, 4 or 8; required with `datamatch`.
+            datamatch: the only value that matches; None matches every write.
+            pio: the address is a port.
 
         Raises:
-            ConfigError: there is no such write.
-            KvmError: KVM refuses it, as for one that another eventfd has.
+            ConfigError: no such write is possible.
+            KvmError: KVM refuses it, for example because another eventfd uses the address.
         """
 
     def remove_ioeventfd(
@@ -1643,16 +1693,17 @@ class Vmm:
     def on_exit(
         self, kind: ExitKind | str, function: None = None, *, msrs: Sequence[int] | None = None
     ) -> Callable[[_H], _H]:
-        """Have a function look at each exit of a kind before it is answered: `function(vcpu, exit)`.
+        """Register a function that is called for each exit of a kind before pyvmm answers it: `function(vcpu, exit)`.
 
-        It is called on the vCPU's thread and takes effect at the next exit. It returns None for the usual answer, an
-        `ExitAction`, a `Stop`, or for a read what the guest reads. Without a function this is a decorator. Hooks of a
-        kind are asked in the order they were added.
+        It takes effect at the next exit, and is called on the vCPU's thread. It returns None for the usual answer, an
+        `ExitAction`, a `Stop`, or for a read the value that the guest reads. Without a function, this is a decorator.
+        The hooks of a kind are called in the order they were added.
 
         Args:
             kind: an `ExitKind` or its name.
             function: the hook.
-            msrs: for the kind "msr", numbers of registers whose accesses come out besides those that KVM does not know.
+            msrs: for the kind "msr", the numbers of additional registers whose accesses exit. Accesses to registers
+                that KVM does not know always do.
 
         Raises:
             ValueError: there is no such kind.
@@ -1660,33 +1711,35 @@ class Vmm:
         """
 
     def off_exit(self, kind: ExitKind | str, function: Callable[[Vcpu, Any], object]) -> None:
-        """Remove a hook. With the last one of the kind "msr" the registers that its hooks asked for are KVM's again.
+        """Remove a hook. When the last hook of the kind "msr" is removed, KVM handles the selected registers again.
 
         Raises:
-            ValueError: it is none of this kind.
+            ValueError: the function is not a hook of this kind.
         """
 
     @overload
     def hostcall(self, number: int | None = None, /) -> Callable[[_F], _F]: ...
     @overload
     def hostcall(self, number: _F, /) -> _F:
-        """Decorate a function that the guest calls by a number, with integers and its memory: see `pyvmm.hostcalls`.
+        """Decorate a function that the guest can call by a number.
+
+        Its arguments are integers and parts of guest memory: see `pyvmm.hostcalls`.
 
         Args:
-            number: what the guest calls it by; a function instead gets the next free one.
+            number: the function's number. If a function is passed instead, it gets the next unused number.
 
         Raises:
-            ValueError: the number is taken, or none of 32 bits.
+            ValueError: the number is taken, or does not fit in 32 bits.
             ClosedError: the machine is closed.
         """
 
 @final
 class IrqLine:
-    """An interrupt line of a machine: `Vmm.irq`. From any thread."""
+    """An interrupt line of a machine: `Vmm.irq`. Usable from any thread."""
 
     @property
     def line(self) -> int:
-        """Its number."""
+        """The line's number."""
 
     def raise_(self) -> None:
         """Raise the line: KVM_IRQ_LINE.
@@ -1696,35 +1749,35 @@ class IrqLine:
         """
 
     def lower(self) -> None:
-        """Lower it."""
+        """Lower the line."""
 
     def pulse(self) -> None:
-        """Raise and lower it, for an edge-triggered interrupt."""
+        """Raise and lower the line, for an edge-triggered interrupt."""
 
 @final
 class Stats:
-    """Counters of a machine's exits, and of the time its vCPUs spend inside the guest and outside: `Vmm.stats`.
+    """Counters of a machine's exits, and of the time its vCPUs spend inside and outside the guest: `Vmm.stats`.
 
-    They count between `enable` and `disable`, or inside `with vmm.stats:`, and can be read at any time, from any
-    thread, also when the machine is closed. In a forked child every call raises StateError.
+    They count between `enable` and `disable`, or inside `with vmm.stats:`. They can be read at any time, from any
+    thread, also after the machine is closed. In a forked child every call raises StateError.
     """
 
     def enable(self) -> None:
-        """Count, from each vCPU's next entry on. Also while the guest runs."""
+        """Start counting, at each vCPU's next entry to the guest. May be called while the guest runs."""
 
     def disable(self) -> None:
-        """Count no more. What was counted stays."""
+        """Stop counting. The counts are kept."""
 
     def reset(self) -> None:
-        """Start from zero."""
+        """Set all counters to zero."""
 
     @property
     def enabled(self) -> bool:
-        """Whether they count."""
+        """Whether the counters are enabled."""
 
     @property
     def exits(self) -> list[ExitCount]:
-        """The exits by vCPU, kind, direction and address, as `ExitCount`s: the most frequent first."""
+        """The exits by vCPU, kind, direction and address, as `ExitCount`s, the most frequent first."""
 
     @property
     def vcpus(self) -> list[VcpuTime]:
@@ -1738,7 +1791,7 @@ class Stats:
 
 @final
 class Trace:
-    """A trace of a machine, written while it is entered: `with vmm.trace(path): ...`. Made by `Vmm.trace`."""
+    """A trace of a machine, written inside `with vmm.trace(path): ...`. Created by `Vmm.trace`."""
 
     @property
     def path(self) -> Path:
@@ -1753,32 +1806,32 @@ def close_all() -> None:
     """Close every machine that is alive. Called at interpreter exit."""
 
 def cpu_features() -> list[str]:
-    """Names of CPUID features that `CpuConfig.hide` and `expose` know."""
+    """Names of the CPUID features that `CpuConfig.hide` and `expose` know."""
 
 def embedded_guest() -> bytes:
-    """The machine code of the guest inside the package: 64-bit ring 3, position-independent."""
+    """The machine code of the built-in guest: 64-bit ring 3, position-independent."""
 
 def kvm_info() -> dict[str, object]:
-    """What /dev/kvm offers: api_version, capabilities, max_vcpus, software_kvm, hidden_features.
+    """Describe /dev/kvm: api_version, capabilities, max_vcpus, software_kvm, hidden_features.
 
     Raises:
         KvmUnavailableError: there is no usable /dev/kvm; `hint` says what to do.
     """
 
 def kick_signal() -> int:
-    """The signal that brings vCPUs out of their guests. Asking for it claims it.
+    """Return the number of the signal that makes vCPUs leave the guest. The first call claims the signal.
 
     Raises:
-        StateError: every real-time signal is in use by the program.
+        StateError: the program uses every real-time signal.
     """
 
 def set_kick_signal(signal: int) -> None:
-    """Choose that signal, before the first machine is made.
+    """Choose the kick signal before the first machine is created.
 
-    Without a choice it is the first real-time signal that has no handler then. A handler that the signal has already is
-    called for every signal that is no kick.
+    By default it is the first real-time signal that has no handler then. If the chosen signal already has a handler,
+    that handler is still called for signals that are not kicks.
 
     Raises:
-        ConfigError: the signal cannot be used for this.
-        StateError: another one is in use already.
+        ConfigError: the signal cannot be used.
+        StateError: another signal is already in use.
     """

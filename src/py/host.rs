@@ -29,7 +29,10 @@ const CAPABILITIES: [(&str, Cap); 16] = [
     ("xsave", Cap::Xsave),
 ];
 
-/// What /dev/kvm offers.
+/// Describe /dev/kvm: api_version, capabilities, max_vcpus, software_kvm, hidden_features.
+///
+/// Raises:
+///     KvmUnavailableError: there is no usable /dev/kvm; `hint` says what to do.
 #[pyfunction]
 pub(crate) fn kvm_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     let kvm = open_kvm()?;
@@ -46,34 +49,36 @@ pub(crate) fn kvm_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     Ok(info)
 }
 
-/// Names of CPUID features that `CpuConfig.hide` and `expose` know.
+/// Names of the CPUID features that `CpuConfig.hide` and `expose` know.
 #[pyfunction]
 pub(crate) fn cpu_features() -> Vec<&'static str> {
     cpu::feature_names().collect()
 }
 
-/// The machine code of the guest inside the package.
+/// The machine code of the built-in guest: 64-bit ring 3, position-independent.
 #[pyfunction]
 pub(crate) fn embedded_guest(py: Python<'_>) -> Bound<'_, PyBytes> {
     PyBytes::new(py, boot::embedded_guest())
 }
 
-/// The signal that brings vCPUs out of their guests. Asking for it claims it.
+/// Return the number of the signal that makes vCPUs leave the guest. The first call claims the
+/// signal.
 ///
 /// Raises:
-///     StateError: every real-time signal is in use by the program.
+///     StateError: the program uses every real-time signal.
 #[pyfunction]
 pub(crate) fn kick_signal() -> PyResult<i32> {
     Ok(vcpu::kick_signal()?)
 }
 
-/// Choose that signal, before the first machine is made. Without a choice it is the first real-time
-/// signal that has no handler then. A handler that the signal has already is called for every
-/// signal that is no kick.
+/// Choose the kick signal before the first machine is created.
+///
+/// By default it is the first real-time signal that has no handler then. If the chosen signal
+/// already has a handler, that handler is still called for signals that are not kicks.
 ///
 /// Raises:
-///     ConfigError: the signal cannot be used for this.
-///     StateError: another one is in use already.
+///     ConfigError: the signal cannot be used.
+///     StateError: another signal is already in use.
 #[pyfunction]
 pub(crate) fn set_kick_signal(signal: i32) -> PyResult<()> {
     Ok(vcpu::use_signal(signal)?)

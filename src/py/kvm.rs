@@ -14,7 +14,7 @@ use crate::kvm::open_kvm;
 /// KVM's system interface: /dev/kvm.
 ///
 /// Raises:
-///     KvmUnavailableError: this machine offers no usable KVM.
+///     KvmUnavailableError: this host has no usable KVM.
 #[pyclass(frozen, name = "Kvm", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyKvm(Kvm);
@@ -32,8 +32,8 @@ impl PyKvm {
         self.0.get_api_version()
     }
 
-    /// What KVM_CHECK_EXTENSION says of a capability, by number or as `Cap`: 0 where KVM has it
-    /// not, else more.
+    /// Return the result of KVM_CHECK_EXTENSION for a capability, given by number or as `Cap`: 0 if
+    /// KVM lacks it.
     fn check_extension(&self, capability: u32) -> PyResult<i32> {
         let answer = self.0.check_extension_raw(libc::c_ulong::from(capability));
         if answer >= 0 {
@@ -42,8 +42,8 @@ impl PyKvm {
         Err(Error::kvm("KVM_CHECK_EXTENSION", kvm_ioctls::Error::last()).into())
     }
 
-    /// What CPUID can say to a guest on this machine: a tuple of `CpuidEntry`, as `Vcpu.cpuid`
-    /// takes it.
+    /// The CPUID that guests can have on this host: a tuple of `CpuidEntry`, suitable for
+    /// `Vcpu.cpuid`.
     #[getter]
     fn supported_cpuid<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
         let table = self
@@ -53,8 +53,7 @@ impl PyKvm {
         cpuid_entries(py, table.as_slice())
     }
 
-    /// The numbers of the model-specific registers that belong to a guest's state:
-    /// KVM_GET_MSR_INDEX_LIST.
+    /// The numbers of the MSRs that belong to a guest's state: KVM_GET_MSR_INDEX_LIST.
     #[getter]
     fn msr_list<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
         let list =
@@ -62,13 +61,13 @@ impl PyKvm {
         PyTuple::new(py, list.as_slice())
     }
 
-    /// The most vCPUs of one machine.
+    /// The maximum number of vCPUs of a machine.
     #[getter]
     fn max_vcpus(&self) -> usize {
         self.0.get_max_vcpus()
     }
 
-    /// The file descriptor, for ioctls of one's own.
+    /// The file descriptor, for ioctls of your own.
     fn fileno(&self) -> i32 {
         self.0.as_raw_fd()
     }

@@ -21,10 +21,11 @@ use crate::memory::{Backing, GuestMemory, Slot, anonymous, shared};
 /// Copies of at least so many bytes are made without the GIL.
 const LARGE: usize = 1 << 16;
 
-/// The memory of a machine, by guest-physical address. Readable and writable at any time, from any
-/// thread.
+/// The memory of a machine, by guest-physical address. It can be read and written at any time, from
+/// any thread.
 ///
-/// Numbers are little-endian. An address or length is 0 to 2^64 - 1; others raise OverflowError.
+/// Numbers are little-endian. Addresses and lengths are from 0 to 2^64 - 1; others raise
+/// OverflowError.
 #[pyclass(frozen, weakref, name = "GuestMemory", module = "pyvmm")]
 pub struct PyGuestMemory {
     /// Asked each time, so that the memory goes when the machine is closed.
@@ -165,13 +166,13 @@ fn contiguous(buffer: &PyUntypedBuffer) -> PyResult<(Place, usize)> {
 
 #[pymethods]
 impl PyGuestMemory {
-    /// A copy of guest memory.
+    /// Return a copy of guest memory.
     ///
-    /// With a vCPU, which must not be running, the address is guest-virtual and goes through that
+    /// With `vcpu`, which must not be running, the address is guest-virtual and translated by that
     /// vCPU's page tables.
     ///
     /// Raises:
-    ///     GuestMemoryError: a byte of the range is not memory, or not mapped.
+    ///     GuestMemoryError: a part of the range is not memory, or not mapped.
     ///     StateError: the machine is closed, or the vCPU is running.
     #[pyo3(signature = (address, length, *, vcpu = None))]
     fn read<'py>(
@@ -197,7 +198,7 @@ impl PyGuestMemory {
         }
     }
 
-    /// Fill a writable buffer with a copy of guest memory; raises as `read` does.
+    /// Fill a writable buffer with a copy of guest memory. Raises the same exceptions as `read`.
     #[pyo3(signature = (address, buffer, *, vcpu = None))]
     fn readinto(
         &self,
@@ -215,10 +216,10 @@ impl PyGuestMemory {
         read_pieces(py, &memory, &pieces(py, &memory, (address, length as u64), vcpu)?, to)
     }
 
-    /// Copy a buffer's bytes into guest memory.
+    /// Copy the bytes of a buffer to guest memory.
     ///
     /// Raises:
-    ///     GuestMemoryError: a byte of the range is not memory; nothing is written then.
+    ///     GuestMemoryError: a part of the range is not memory; nothing is written.
     ///     StateError: the machine is closed, or the vCPU is running.
     #[pyo3(signature = (address, data, *, vcpu = None))]
     fn write(
@@ -241,58 +242,58 @@ impl PyGuestMemory {
         Ok(())
     }
 
-    /// The number of 8 bits at an address.
+    /// Read an 8-bit number.
     fn read_u8(&self, address: u64) -> PyResult<u8> {
         Ok(self.bytes()?.load(address)?)
     }
 
-    /// The number of 16 bits at an address; in one access where it is aligned.
+    /// Read a 16-bit number, in a single access if the address is aligned.
     fn read_u16(&self, address: u64) -> PyResult<u16> {
         Ok(self.bytes()?.load(address)?)
     }
 
-    /// The number of 32 bits at an address; in one access where it is aligned.
+    /// Read a 32-bit number, in a single access if the address is aligned.
     fn read_u32(&self, address: u64) -> PyResult<u32> {
         Ok(self.bytes()?.load(address)?)
     }
 
-    /// The number of 64 bits at an address; in one access where it is aligned.
+    /// Read a 64-bit number, in a single access if the address is aligned.
     fn read_u64(&self, address: u64) -> PyResult<u64> {
         Ok(self.bytes()?.load(address)?)
     }
 
-    /// Put a number of 8 bits at an address.
+    /// Write an 8-bit number.
     fn write_u8(&self, address: u64, value: u8) -> PyResult<()> {
         Ok(self.bytes()?.store(address, value)?)
     }
 
-    /// Put a number of 16 bits at an address; in one access where it is aligned.
+    /// Write a 16-bit number, in a single access if the address is aligned.
     fn write_u16(&self, address: u64, value: u16) -> PyResult<()> {
         Ok(self.bytes()?.store(address, value)?)
     }
 
-    /// Put a number of 32 bits at an address; in one access where it is aligned.
+    /// Write a 32-bit number, in a single access if the address is aligned.
     fn write_u32(&self, address: u64, value: u32) -> PyResult<()> {
         Ok(self.bytes()?.store(address, value)?)
     }
 
-    /// Put a number of 64 bits at an address; in one access where it is aligned.
+    /// Write a 64-bit number, in a single access if the address is aligned.
     fn write_u64(&self, address: u64, value: u64) -> PyResult<()> {
         Ok(self.bytes()?.store(address, value)?)
     }
 
-    /// Set every byte of a range; raises as `write` does.
+    /// Set every byte of a range. Raises the same exceptions as `write`.
     #[pyo3(signature = (address, length, value = 0))]
     fn fill(&self, py: Python<'_>, address: u64, length: u64, value: u8) -> PyResult<()> {
         let memory = self.bytes()?;
         copy(py, usize::try_from(length)?, || memory.fill(address, length, value))
     }
 
-    /// Where these bytes first stand, at or after `start` and wholly before `end`; None where they
-    /// do not.
+    /// Return the first address of these bytes, at or after `start` and entirely before `end`, or
+    /// None.
     ///
     /// Raises:
-    ///     ValueError: there are no bytes to look for.
+    ///     ValueError: `data` is empty.
     ///     ClosedError: the machine is closed.
     #[pyo3(signature = (data, start = 0, end = None))]
     fn find(
@@ -309,14 +310,13 @@ impl PyGuestMemory {
         Ok(py.detach(|| memory.find(&data, start, end.unwrap_or(u64::MAX)))?)
     }
 
-    /// A memoryview of guest memory itself, without a copy. It has to lie in one memory slot.
+    /// Return a memoryview of guest memory, without a copy. The range must be in one memory slot.
     ///
-    /// The memory stays mapped as long as the view lives, also when the slot is removed or the
-    /// machine closed. In a forked child a view shows what the memory held, and what the child
-    /// writes is the child's own.
+    /// The memory stays mapped while the view is alive, even if the slot is removed or the machine
+    /// is closed. In a forked child, writes through the view are private to the child.
     ///
     /// Raises:
-    ///     GuestMemoryError: a byte of the range is not memory, or the range lies in several slots.
+    ///     GuestMemoryError: a part of the range is not memory, or the range spans several slots.
     ///     ClosedError: the machine is closed.
     fn view<'py>(
         &self,
@@ -328,12 +328,11 @@ impl PyGuestMemory {
         PyMemoryView::from(Bound::new(py, Exporter::of(view))?.as_any())
     }
 
-    /// A ctypes structure, union or array that lies in guest memory itself:
-    /// `type.from_buffer(view(...))`.
+    /// Return a ctypes structure, union or array in guest memory: `type.from_buffer(view(...))`.
     ///
     /// Raises:
-    ///     TypeError: it is no ctypes type.
-    ///     GuestMemoryError, StateError: as `view` does.
+    ///     TypeError: `type` is not a ctypes type.
+    ///     GuestMemoryError, StateError: as for `view`.
     fn overlay<'py>(
         &self,
         py: Python<'py>,
@@ -351,15 +350,17 @@ impl PyGuestMemory {
     /// Add memory, also while the guest runs.
     ///
     /// Args:
-    ///     address: guest-physical start, at a page of 4 KiB. size: bytes, whole pages; not needed
-    ///     with a source. source: a file or memfd whose pages the guest shares with all who map
-    ///     them; None for zeroed pages. offset: where in the source the memory begins, at a page.
-    ///     read_only: the guest cannot write; what it writes is an MMIO access.
+    ///     address: the guest-physical start, a multiple of 4 KiB.
+    ///     size: the number of bytes, a multiple of 4 KiB; optional with a source.
+    ///     source: a file or memfd whose pages the guest shares with everyone who maps them, or
+    ///         None for zeroed pages.
+    ///     offset: the offset in the source, a multiple of 4 KiB.
+    ///     read_only: the guest cannot write to the memory; its writes are MMIO accesses.
     ///
     /// Raises:
-    ///     GuestMemoryError: it overlaps other memory, a device, or what KVM itself has there; it
-    ///     is no whole number of
-    ///         pages, or the source is shorter or open for reading only. Nothing is changed then.
+    ///     GuestMemoryError: the range overlaps other memory, a device, or KVM's own pages; it is
+    ///         not a whole number of pages; or the source is too short or open only for reading.
+    ///         Nothing changes.
     ///     KvmError: KVM refuses it.
     ///     ClosedError: the machine is closed.
     #[pyo3(signature = (address, size = None, *, source = None, offset = 0, read_only = false))]
@@ -389,10 +390,10 @@ impl PyGuestMemory {
         Ok(PyMemorySlot::of(slot))
     }
 
-    /// Take memory away, also while the guest runs; its accesses are MMIO then.
+    /// Remove memory, also while the guest runs. Accesses to it become MMIO.
     ///
     /// Raises:
-    ///     GuestMemoryError: the machine has no such slot, or no longer.
+    ///     GuestMemoryError: the machine does not have the slot, or no longer has it.
     ///     ClosedError: the machine is closed.
     fn remove(&self, py: Python<'_>, slot: &PyMemorySlot) -> PyResult<()> {
         let memory = self.changing()?;
@@ -408,8 +409,8 @@ impl PyGuestMemory {
         PyTuple::new(py, slots.into_iter().map(PyMemorySlot::of))
     }
 
-    /// Whether written pages are noted for `dirty`: KVM_MEM_LOG_DIRTY_PAGES. It costs the guest
-    /// time.
+    /// Whether written pages are logged for `dirty`: KVM_MEM_LOG_DIRTY_PAGES. This slows the guest
+    /// down.
     #[getter]
     fn log_dirty(&self) -> PyResult<bool> {
         Ok(self.bytes()?.is_logging_dirty())
@@ -421,10 +422,10 @@ impl PyGuestMemory {
         Ok(py.detach(|| memory.log_dirty(is_on))?)
     }
 
-    /// The pages written since `log_dirty` was set or since the last call, by the guest and by
-    /// calls of this object.
+    /// Return the pages written since the last call, or since `log_dirty` was set.
     ///
-    /// What is written through a view is not noted.
+    /// This covers writes of the guest and of calls of this object. Every written page is included,
+    /// except for writes through a view. KVM may add pages that the guest has only read.
     ///
     /// Raises:
     ///     StateError: `log_dirty` is not set, or the machine is closed.
@@ -433,7 +434,7 @@ impl PyGuestMemory {
         Ok(PyDirtyPages::of(py.detach(|| memory.take_dirty())?))
     }
 
-    /// Bytes of memory.
+    /// The number of bytes of memory.
     #[getter]
     fn size(&self) -> PyResult<u64> {
         Ok(self.bytes()?.size())

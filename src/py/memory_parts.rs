@@ -26,7 +26,7 @@ impl PyMemorySlot {
 
 #[pymethods]
 impl PyMemorySlot {
-    /// KVM's number for it.
+    /// The slot's number in KVM.
     #[getter]
     fn number(&self) -> u32 {
         self.0.number
@@ -38,19 +38,19 @@ impl PyMemorySlot {
         self.0.start
     }
 
-    /// Bytes.
+    /// The number of bytes.
     #[getter]
     fn size(&self) -> u64 {
         self.0.size
     }
 
-    /// Whether the guest cannot write it.
+    /// Whether the guest cannot write to it.
     #[getter]
     fn read_only(&self) -> bool {
         self.0.backing.read_only
     }
 
-    /// Whether a file or memfd stands behind it.
+    /// Whether the memory is that of a file or memfd.
     #[getter]
     fn shared(&self) -> bool {
         self.0.backing.shared
@@ -71,7 +71,7 @@ impl PyMemorySlot {
     }
 }
 
-/// The pages of 4 KiB that were written, of every memory slot.
+/// The written pages of 4 KiB, of all memory slots.
 #[pyclass(frozen, name = "DirtyPages", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyDirtyPages(Vec<DirtyPages>);
@@ -90,8 +90,9 @@ impl PyDirtyPages {
         self.0.iter().flat_map(DirtyPages::ranges).collect()
     }
 
-    /// For each slot's start one bit a page, the lowest bit of the first byte for the first page;
-    /// whole 8 bytes.
+    /// A bitmap for the start address of each slot, with one bit a page.
+    ///
+    /// Bit 0 of the first byte is the first page; the length is a multiple of 8 bytes.
     #[getter]
     fn bitmaps<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let bitmaps = PyDict::new(py);
@@ -102,7 +103,7 @@ impl PyDirtyPages {
         Ok(bitmaps)
     }
 
-    /// How many pages.
+    /// The number of pages.
     fn __len__(&self) -> usize {
         let ones = |word: &u64| word.count_ones() as usize;
         self.0.iter().flat_map(|slot| &slot.bitmap).map(ones).sum()

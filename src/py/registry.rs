@@ -36,10 +36,7 @@ pub(super) fn register(py: Python<'_>, machine: Weak<dyn Close>) {
     });
 }
 
-/// Close every machine that is alive. `pyvmm` has this called at interpreter exit.
-///
-/// It waits a second at most for callbacks in progress. The thread of one that takes longer goes to
-/// sleep when it asks for the GIL after that, as a daemon thread of Python's does.
+/// Close every machine that is alive. Called at interpreter exit.
 #[pyfunction]
 pub(crate) fn close_all(py: Python<'_>) -> PyResult<()> {
     let live = LIVE.with(py, std::mem::take);

@@ -10,10 +10,14 @@ use crate::resources::Resource;
 
 #[pymethods]
 impl PyVmm {
-    /// What answers where: a list of `pyvmm.Resource`, by kind and start.
+    /// The owner of each range of addresses, ports and lines: memory, devices, KVM's own chips,
+    /// eventfds.
+    ///
+    /// The list is sorted by kind and start, and follows the memory and devices that are added and
+    /// removed. Ranges never overlap, except shared ones: an overlapping addition is refused.
     ///
     /// Raises:
-    ///     StateError: the machine is closed, or in a forked child.
+    ///     StateError: the machine is closed, or the process is a forked child.
     #[getter]
     fn resources<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
         to_python(py, &self.core()?.vm()?.resources()?)
@@ -22,10 +26,14 @@ impl PyVmm {
 
 #[pymethods]
 impl PyKvmVm {
-    /// What answers where: a list of `pyvmm.Resource`, by kind and start.
+    /// The owner of each range of addresses, ports and lines: memory, devices, KVM's own chips,
+    /// eventfds.
+    ///
+    /// The list is sorted by kind and start, and follows the memory and devices that are added and
+    /// removed. Ranges never overlap, except shared ones: an overlapping addition is refused.
     ///
     /// Raises:
-    ///     StateError: the machine is closed, or in a forked child.
+    ///     StateError: the machine is closed, or the process is a forked child.
     #[getter]
     fn resources<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
         to_python(py, &self.vm()?.resources()?)

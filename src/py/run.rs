@@ -16,7 +16,7 @@ use super::vmm::PyVmm;
 use crate::event::EventManager;
 use crate::exit_handler::{Exit, ExitReason};
 
-/// Ends one run of a machine and no other: unlike a stop, none is left for the next.
+/// Ends one run of a machine, and no other run.
 #[pyclass(frozen, name = "_Cancel", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyCancel {
@@ -27,7 +27,7 @@ pub struct PyCancel {
 
 #[pymethods]
 impl PyCancel {
-    /// From any thread, at any time.
+    /// Request the end of the run. May be called from any thread, at any time.
     fn set(&self) -> PyResult<()> {
         // Release: pairs with the acquire of the turn that the kick wakes.
         self.is_set.store(true, Ordering::Release);
@@ -151,13 +151,14 @@ impl PyVmm {
         }
     }
 
-    /// `run` inside a running asyncio loop, which stays responsive: the guest's loop turns in a
-    /// thread of its own.
+    /// Run the guest like `run`, in a running asyncio loop, which stays responsive.
     ///
-    /// Cancelling it stops the guest. A subscriber's `process` may be a coroutine function: it runs
-    /// as a task of the asyncio loop, and its exception ends the run. Coroutines that still run
-    /// when the guest has ended have a second to come to their end; those that do not are
-    /// cancelled, and the asyncio loop's exception handler is told which.
+    /// The guest's loop runs in its own thread.
+    ///
+    /// Cancelling the call stops the guest. A subscriber's `process` may be a coroutine function:
+    /// it runs as a task of the asyncio loop, and its exception ends the run. When the guest has
+    /// ended, running coroutines have one second to finish. Then they are cancelled, and their
+    /// names are passed to the asyncio loop's exception handler.
     #[pyo3(signature = (timeout = None))]
     fn run_async<'py>(slf: &Bound<'py, Self>, timeout: Option<f64>) -> PyResult<Bound<'py, PyAny>> {
         slf.get().core()?;

@@ -73,7 +73,7 @@ impl PySerial {
 
 #[pymethods]
 impl PySerial {
-    /// Give the guest input; it reads it at its own pace.
+    /// Send input to the guest, which reads it at its own pace.
     ///
     /// Raises:
     ///     ClosedError: the machine is closed.
@@ -86,15 +86,23 @@ impl PySerial {
         })?)
     }
 
-    /// Take the output there is. Without a configured output, at most the newest MiB.
+    /// Return the buffered output and clear it. Without a configured output, at most the newest MiB
+    /// is kept.
     fn read<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
         let port = self.bytes()?;
         let bytes = py.detach(|| port.take());
         Ok(PyBytes::new(py, &bytes))
     }
 
-    /// End the run in progress or the next one, once, at the byte that completes this text in what
-    /// the guest prints from now on: `Exit(reason="stopped", value=text)`. Empty: not any more.
+    /// End the current run, or the next one, at the byte that completes this text. This happens
+    /// once.
+    ///
+    /// Output printed before this call does not count. The run ends with `Exit(reason="stopped",
+    /// value=text)`. The guest stops after the instruction that printed the byte, and the next run
+    /// continues there. An empty text cancels the request.
+    ///
+    /// Raises:
+    ///     ClosedError: the machine is closed.
     fn stop_at(&self, py: Python<'_>, text: PyBackedBytes) -> PyResult<()> {
         let port = self.port()?;
         Ok(py.detach(|| {
@@ -126,21 +134,25 @@ impl PySerial {
         Ok(())
     }
 
-    /// Bytes of input that the guest has not read yet.
+    /// The number of input bytes that the guest has not read yet.
     #[getter]
     fn input_waiting(&self, py: Python<'_>) -> PyResult<usize> {
         let port = self.bytes()?;
         Ok(py.detach(|| port.input_waiting()))
     }
 
-    /// A file descriptor that is readable when there is output to take, on a machine whose output
-    /// Python takes.
+    /// A file descriptor that is readable when output is available.
+    ///
+    /// Only for machines whose output is collected by Python.
+    ///
+    /// Raises:
+    ///     ValueError: the machine has no configured output.
     fn fileno(&self) -> PyResult<RawFd> {
         let none = "nobody takes this machine's output as it comes: read() has it";
         self.port()?.output_fd().ok_or_else(|| PyValueError::new_err(none))
     }
 
-    /// Readable when the guest has read all its input; readable at first, too.
+    /// Readable when the guest has read all its input, and at the start.
     #[getter]
     fn input_wanted(&self) -> PyResult<PyEventFd> {
         Ok(PyEventFd::over(Arc::clone(self.port()?.input_wanted()?)))

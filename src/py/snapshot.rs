@@ -21,13 +21,14 @@ use crate::vm::Shape;
 use crate::vmm::ForkConfig;
 use crate::vmm::Vmm;
 
-/// A machine as it was, made by `Vmm.snapshot` or `Snapshot.load`. Nothing changes it; threads may
-/// share it.
+/// The state of a machine, created by `Vmm.snapshot` or `Snapshot.load`.
+///
+/// It never changes, and threads may share it.
 #[pyclass(frozen, weakref, name = "Snapshot", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PySnapshot {
     core: Arc<Snapshot>,
-    /// Of the machine it was taken of, as far as that is known.
+    /// The configuration of the original machine, as far as it is known.
     #[pyo3(get)]
     config: Py<PyAny>,
     /// The file it was loaded from, or None.
@@ -55,25 +56,24 @@ impl PySnapshot {
 
 #[pymethods]
 impl PySnapshot {
-    /// A new machine that goes on from here.
+    /// Create a new machine that continues from this snapshot.
     ///
-    /// The snapshot, the machine it was taken of and other forks see nothing of it.
+    /// The fork does not affect the snapshot, the original machine or other forks.
     ///
     /// Args:
-    ///     serial: the streams of its serial port; None: its output is kept for `serial.read()`.
-    ///     event_manager: a loop to share with others; None for one of its own. setup: called with
-    ///     the machine before its devices are given their state: adds the Python devices that the
-    ///         snapshot has, and what else is the program's own: hooks, eventfds in the kernel,
-    ///         subscribers.
-    ///     entropy: writes new randomness into the guest before it runs: a callable that is given
-    ///     the machine, or a
-    ///         guest-physical address and a number of bytes, which are filled from os.urandom.
-    ///         None: the fork draws the same random numbers as every other.
+    ///     serial: the streams of its serial port; None keeps the output for `serial.read()`.
+    ///     event_manager: a loop shared with others; None creates one.
+    ///     setup: called with the machine before the devices are restored. It adds the Python
+    ///         devices of the snapshot, and hooks, eventfds and subscribers if the program uses
+    ///         them.
+    ///     entropy: writes new randomness to the guest before it runs: a callable that takes the
+    ///         machine, or a guest-physical address and a number of bytes that are filled from
+    ///         os.urandom. With None, every fork draws the same random numbers.
     ///
     /// Raises:
     ///     KvmError: KVM refused a part.
-    ///     SnapshotError: the snapshot's file has been changed since it was loaded.
-    ///     StateError: the snapshot has a device that this machine has not.
+    ///     SnapshotError: the snapshot's file has changed since it was loaded.
+    ///     StateError: the snapshot has a device that this machine does not have.
     #[pyo3(signature = (*, serial = None, event_manager = None, setup = None, entropy = None))]
     fn fork(
         &self,
@@ -127,10 +127,10 @@ impl PySnapshot {
         }
     }
 
-    /// So many forks, made in parallel. When one cannot be made, none is left.
+    /// Create `count` forks in parallel. If one fails, all are closed.
     ///
-    /// `changes`, if given, is called with each one's number for its arguments of `fork`, as a
-    /// dict; `entropy` is that of all whose arguments have none.
+    /// `changes`, if given, is called with the number of each fork and returns a dict of arguments
+    /// for `fork`. `entropy` applies to the forks whose arguments do not include it.
     #[pyo3(signature = (count, changes = None, *, entropy = None))]
     fn fork_many<'py>(
         slf: &Bound<'py, Self>,
@@ -141,20 +141,21 @@ impl PySnapshot {
         snapshots(slf.py())?.call_method1("fork_many", (slf, count, changes, entropy))
     }
 
-    /// Write it to a file, which `load` reads: see docs/snapshot-format.md.
+    /// Write the snapshot to a file for `load`: see docs/snapshot-format.md.
     ///
-    /// Pages of zeros take no room. The file gets its name when all of it is on the disk: until
-    /// then, and whatever fails, a file of that name is as it was.
+    /// Pages of zeros take no space. The file gets its name once all data is on disk; until then,
+    /// and after any error, an existing file of that name is unchanged.
     ///
     /// Args:
-    ///     path: the file. base: write only the pages that differ from those of this snapshot;
-    ///     loading needs it again. progress: called with how many bytes of how many have been
-    ///     written; what it raises ends the writing.
+    ///     path: the file.
+    ///     base: write only the pages that differ from this snapshot; loading needs it again.
+    ///     progress: called with the number of bytes written and the total; an exception that it
+    ///         raises ends the save.
     ///
     /// Raises:
-    ///     OSError: (a StreamError) the file cannot be written. SnapshotError: the base's memory
-    ///     has another size, a file under this snapshot has been changed, or
-    ///         the state of devices is larger than 256 MiB.
+    ///     OSError: (a StreamError) the file cannot be written.
+    ///     SnapshotError: the base's memory has another size, a file of this snapshot has changed,
+    ///         or the state of the devices exceeds 256 MiB.
     #[pyo3(signature = (path, base = None, progress = None))]
     fn save(
         &self,
@@ -168,23 +169,22 @@ impl PySnapshot {
         py.detach(|| core.save(&path, base, tell))
     }
 
-    /// A snapshot from its file. Its pages are mapped when they are needed: it takes the same time
-    /// for any size.
+    /// Load a snapshot from its file. Pages are mapped on demand, so the time does not depend on
+    /// the size.
     ///
-    /// The file must stay as it is for as long as the snapshot or a fork of it lives; `save` to the
-    /// same name does not change it, but puts another in its place. What was written to it is
-    /// noticed at the next fork or reset.
+    /// The file must not change while the snapshot or one of its forks is alive. `save` to the same
+    /// name is safe, because it creates a new file. A change is detected at the next fork or reset.
     ///
     /// Args:
     ///     path: the file.
     ///     base: the snapshot that the file was saved against, or its file.
-    ///     force: load it although this machine lacks something of the one it was taken on.
-    ///     copy: read its pages into memory: then nothing that happens to the file matters.
-    ///     verify: read all pages and check their checksum. That of the rest is always checked.
+    ///     force: load it although this host lacks something that the original one had.
+    ///     copy: read the pages to memory; the file may then change.
+    ///     verify: read all pages and check their checksum. The other checksums are always checked.
     ///
     /// Raises:
-    ///     SnapshotError: the file is damaged, of another version or machine, or needs another
-    ///     base. OSError: (a StreamError) the file cannot be read.
+    ///     SnapshotError: the file is damaged, of another version or host, or needs another base.
+    ///     OSError: (a StreamError) the file cannot be read.
     #[staticmethod]
     #[pyo3(signature = (path, base = None, *, force = false, copy = false, verify = false))]
     fn load(
@@ -222,8 +222,8 @@ impl PySnapshot {
         Ok(Self { core, config, path: Some(path), base, is_forced: force })
     }
 
-    /// What a file holds, without loading it: sizes, ids, the machine, and each record's name,
-    /// number and length.
+    /// Describe a file without loading it: sizes, ids, the machine, and each record's name, number
+    /// and length.
     ///
     /// Raises:
     ///     SnapshotError: the file is damaged, or of another version.
@@ -264,14 +264,14 @@ impl PySnapshot {
         Ok(found)
     }
 
-    /// `function(fork, input)` for each input, on so many forks at once: what they returned, in
-    /// order.
+    /// Call `function(fork, input)` for each input, on several forks at once, and return the
+    /// results in order.
     ///
-    /// Each job finds a machine that stands here, of which no other job has a part. See
+    /// Each job starts from this snapshot and is isolated from other jobs. See
     /// `pyvmm.ForkExecutor`.
     ///
-    /// `entropy` is that of `fork`, new for each job. Without it a job's result depends on its
-    /// input alone.
+    /// `entropy` is the same as for `fork`, and is written again for each job. Without it, the
+    /// result of a job depends only on its input.
     ///
     /// Raises:
     ///     TimeoutError: a job took longer than `timeout` seconds.
@@ -299,56 +299,60 @@ impl PySnapshot {
         (snapshots(py)?.getattr("unpickled")?, arguments).into_pyobject(py)
     }
 
-    /// The same machine with its memory in one piece, which shares nothing with other snapshots.
+    /// Return the same snapshot with its memory in one piece, which shares nothing with other
+    /// snapshots.
     ///
-    /// Its forks need fewer mappings, and the snapshots under it may go.
+    /// Its forks need fewer mappings, and the snapshots that it was based on can be released.
     fn flatten(&self, py: Python<'_>) -> PyResult<Self> {
         let core = self.core()?;
         let core = py.detach(|| core.flatten())?;
         Ok(Self::of(core, self.config.clone_ref(py)))
     }
 
-    /// 32 hexadecimal digits that tell it from every other; a file keeps them.
+    /// 32 hexadecimal digits that identify the snapshot; a file keeps them.
     #[getter]
     fn id(&self) -> String {
         hex(self.core.id)
     }
 
-    /// How many vCPUs.
+    /// The number of vCPUs.
     #[getter]
     fn vcpus(&self) -> u16 {
         self.core.shape.vcpus
     }
 
-    /// Bytes of guest memory.
+    /// The number of bytes of guest memory.
     #[getter]
     fn memory_size(&self) -> u64 {
         self.core.memory_size()
     }
 
-    /// Bytes of host memory that its pages take; other snapshots and machines may share them.
+    /// The number of bytes of host memory that its pages use. Other snapshots and machines may
+    /// share them.
     #[getter]
     fn memory_bytes(&self, py: Python<'_>) -> u64 {
         py.detach(|| self.core.allocated().0)
     }
 
-    /// Bytes of files that its pages take.
+    /// The number of bytes of files that its pages use.
     #[getter]
     fn file_bytes(&self, py: Python<'_>) -> u64 {
         py.detach(|| self.core.allocated().1)
     }
 
-    /// How many mappings each fork needs for its memory: one, and more for each layer of changes;
-    /// see `flatten`.
+    /// The number of mappings that each fork needs for its memory: one, and more for each layer of
+    /// changes.
+    ///
+    /// See `flatten`.
     #[getter]
     fn mappings(&self) -> usize {
         self.core.mappings()
     }
 
-    /// Its state beside the memory: what, of which vCPU or chip, and the bytes.
+    /// The state other than memory: the name of each record, its vCPU or chip, and its bytes.
     ///
-    /// Two snapshots of machines that nothing tells apart have the same, but for what time changes:
-    /// `clock`, `pit`, the TSC in `msrs`, and what counts down in `lapic`.
+    /// Snapshots of two identical machines have the same state, except for what depends on time:
+    /// `clock`, `pit`, the TSC in `msrs`, and the counter in `lapic`.
     #[getter]
     fn state<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
         let vcpus = self.core.vcpus.iter().flatten();
@@ -378,17 +382,17 @@ impl PySnapshot {
 
 #[pymethods]
 impl PyVmm {
-    /// Everything a guest can see of this machine, to be forked, reset to and saved: vCPUs, memory,
-    /// devices, clock.
+    /// Capture everything that a guest can see of this machine: vCPUs, memory, devices, clock.
     ///
-    /// A running machine is paused for it and goes on. Memory is not copied: the machine goes on
-    /// with private copies of the pages that it writes from now on. Of a machine whose guest has
-    /// ended the snapshot goes on behind that.
+    /// The result can be forked, saved, and reset to.
+    ///
+    /// A running machine is paused meanwhile. Memory is not copied: the machine continues with
+    /// private copies of the pages that it writes from now on. If the guest has ended, the snapshot
+    /// continues after the instruction that ended it.
     ///
     /// Raises:
     ///     StateError: the machine is closed, a device cannot be saved, memory is shared with
-    ///     others, or another thread
-    ///         resumed it meanwhile.
+    ///         others, or another thread resumed the machine meanwhile.
     fn snapshot(&self, py: Python<'_>) -> PyResult<PySnapshot> {
         hop!();
         let vmm = self.vmm()?;
@@ -396,15 +400,14 @@ impl PyVmm {
         Ok(PySnapshot::of(core, self.origin()?.config.clone_ref(py)))
     }
 
-    /// Be what the machine was at a snapshot, in place. Returns how many pages of memory were
-    /// changed for it.
+    /// Restore the state of a snapshot in place. Return the number of memory pages that changed.
     ///
-    /// A machine whose guest has ended can be run again; one that is running goes on from there.
-    /// What was printed since and nobody has taken is dropped.
+    /// If the guest has ended, the machine can be run again. If it is running, it continues from
+    /// the snapshot. Output that was not collected is dropped.
     ///
     /// Raises:
-    ///     StateError: the machine is closed, its run is ending, or the snapshot is of another
-    ///     shape, device or CPUID.
+    ///     StateError: the machine is closed, its run is ending, or the snapshot has another shape,
+    ///         device or CPUID.
     fn reset(&self, py: Python<'_>, snapshot: &PySnapshot) -> PyResult<u64> {
         let (vmm, snapshot) = (self.core()?, snapshot.core()?);
         let changed = py.detach(|| vmm.reset(snapshot));

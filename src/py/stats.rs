@@ -10,11 +10,11 @@ use super::ending::import;
 use super::vmm::PyVmm;
 use crate::vcpu::{ExitRouter, Stats};
 
-/// Counters of a machine's exits, and of the time its vCPUs spend inside the guest and outside:
+/// Counters of a machine's exits, and of the time its vCPUs spend inside and outside the guest:
 /// `Vmm.stats`.
 ///
-/// They count between `enable` and `disable`, or inside `with vmm.stats:`, and can be read at any
-/// time, from any thread, also when the machine is closed. In a forked child every call raises
+/// They count between `enable` and `disable`, or inside `with vmm.stats:`. They can be read at any
+/// time, from any thread, also after the machine is closed. In a forked child every call raises
 /// StateError.
 #[pyclass(frozen, name = "Stats", module = "pyvmm")]
 #[derive(Debug)]
@@ -35,7 +35,7 @@ impl PyStats {
 
 #[pymethods]
 impl PyStats {
-    /// Count, from each vCPU's next entry on. Also while the guest runs.
+    /// Start counting, at each vCPU's next entry to the guest. May be called while the guest runs.
     fn enable(&self, py: Python<'_>) -> PyResult<()> {
         let (stats, router) = self.parts()?;
         // A machine that is closed has no more exits to count.
@@ -43,26 +43,26 @@ impl PyStats {
         Ok(py.detach(|| stats.enable(router))?)
     }
 
-    /// Count no more. What was counted stays.
+    /// Stop counting. The counts are kept.
     fn disable(&self, py: Python<'_>) -> PyResult<()> {
         let (stats, router) = self.parts()?;
         Ok(py.detach(|| stats.disable(router))?)
     }
 
-    /// Start from zero.
+    /// Set all counters to zero.
     fn reset(&self, py: Python<'_>) -> PyResult<()> {
         let stats = self.stats()?;
         Ok(py.detach(|| stats.reset())?)
     }
 
-    /// Whether they count.
+    /// Whether the counters are enabled.
     #[getter]
     fn enabled(&self, py: Python<'_>) -> PyResult<bool> {
         let stats = self.stats()?;
         Ok(py.detach(|| stats.is_enabled())?)
     }
 
-    /// The exits by vCPU, kind, direction and address, as `ExitCount`s: the most frequent first.
+    /// The exits by vCPU, kind, direction and address, as `ExitCount`s, the most frequent first.
     #[getter]
     fn exits<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
         let stats = self.stats()?;
@@ -129,8 +129,8 @@ impl PyStats {
 
 #[pymethods]
 impl PyVmm {
-    /// Counters of its exits and of the time inside the guest and outside; they count when they are
-    /// told to.
+    /// Counters of exits and of the time inside and outside the guest. They count only while they
+    /// are enabled.
     #[getter]
     fn stats(slf: Py<Self>) -> PyResult<PyStats> {
         slf.get().core()?;

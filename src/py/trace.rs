@@ -12,8 +12,7 @@ use super::vmm::PyVmm;
 use crate::sync::{Mutex, rank};
 use crate::trace::Trace;
 
-/// A trace of a machine, written while it is entered: `with vmm.trace(path): ...`. Made by
-/// `Vmm.trace`.
+/// A trace of a machine, written inside `with vmm.trace(path): ...`. Created by `Vmm.trace`.
 #[pyclass(frozen, name = "Trace", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyTrace {
@@ -75,16 +74,16 @@ impl PyTrace {
 
 #[pymethods]
 impl PyVmm {
-    /// Write every hop of the machine with its times to a file that Perfetto opens: `with
+    /// Write a trace with every hop of the machine and its times, for Perfetto: `with
     /// vmm.trace(path): ...`.
     ///
-    /// One track a thread: the time inside the guest, exits, calls of devices, events of the loop,
-    /// calls of Python code. A machine that runs already is recorded from each vCPU's next entry
-    /// and the loop's next turn on.
+    /// Each thread has a track, with the time inside the guest, exits, calls of devices, events of
+    /// the loop, and calls of Python code. If the machine is already running, the trace starts with
+    /// each vCPU's next entry and the loop's next iteration.
     ///
     /// Raises, when it is entered or left:
     ///     StateError: another trace of this machine is being written.
-    ///     StreamError: the file cannot be made or written; a run is not ended by that.
+    ///     StreamError: the file cannot be created or written; this does not end a run.
     fn trace(slf: Bound<'_, Self>, path: PathBuf) -> PyResult<PyTrace> {
         slf.get().vmm()?;
         // What names callbacks: not to be imported between two of them.

@@ -100,7 +100,7 @@ fn outside() -> PyErr {
 
 #[pymethods]
 impl PyRegisterBytes {
-    /// The little-endian number of 1 to 8 bytes at an offset.
+    /// Return the little-endian number of 1 to 8 bytes at an offset.
     ///
     /// Raises:
     ///     StateError: the guest is running, or the machine is closed.
@@ -116,11 +116,11 @@ impl PyRegisterBytes {
         number.ok_or_else(outside)
     }
 
-    /// Put a number of 1 to 8 bytes at an offset.
+    /// Write a number of 1 to 8 bytes at an offset.
     ///
     /// Raises:
     ///     OverflowError: the number has more bits.
-    ///     KvmError: KVM refuses it; nothing has changed.
+    ///     KvmError: KVM refuses it; nothing changes.
     ///     StateError: the guest is running, or the machine is closed.
     fn store(&self, py: Python<'_>, offset: usize, size: usize, value: u64) -> PyResult<()> {
         let number = value.to_le_bytes();
@@ -134,7 +134,7 @@ impl PyRegisterBytes {
         self.replace(py, offset, low)
     }
 
-    /// All of them.
+    /// Return all bytes.
     ///
     /// Raises:
     ///     StateError: the guest is running, or the machine is closed.
@@ -143,7 +143,7 @@ impl PyRegisterBytes {
         Ok(PyBytes::new(py, &bytes))
     }
 
-    /// Put bytes at an offset; raises as `store` does.
+    /// Write bytes at an offset. Raises the same exceptions as `store`.
     fn replace(&self, py: Python<'_>, offset: usize, bytes: &[u8]) -> PyResult<()> {
         let mut is_inside = false;
         self.processor.look(py, |vcpu| {
@@ -163,11 +163,10 @@ impl PyRegisterBytes {
     }
 }
 
-/// A virtual processor of a machine. While its guest does not run its state can be read and
-/// changed.
+/// A virtual CPU of a machine. Its state can be read and changed while its guest is not running.
 ///
-/// The registers are views: each access reads or changes the vCPU itself. While the guest runs they
-/// raise StateError. The machine's `vcpus` gives the same object each time, and so does a hook.
+/// The registers are views: each access reads or changes the vCPU itself. While the guest runs, an
+/// access raises StateError. `vcpus` and hooks always return the same object for a vCPU.
 #[pyclass(frozen, weakref, name = "Vcpu", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyVcpu {
@@ -256,56 +255,56 @@ pub(super) fn to_python<'py>(
 
 #[pymethods]
 impl PyVcpu {
-    /// The general registers, RIP and RFLAGS: a `Regs`.
+    /// The general registers, RIP and RFLAGS.
     #[getter]
     fn regs<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         self.view(py, intern!(py, "Regs"), RegisterClass::General)
     }
 
-    /// Segments, control registers and descriptor tables: a `Sregs`.
+    /// Segments, descriptor tables, control registers, EFER.
     #[getter]
     fn sregs<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         self.view(py, intern!(py, "Sregs"), RegisterClass::Special)
     }
 
-    /// The x87, SSE and extended state: a `Fpu`.
+    /// x87, SSE and AVX.
     #[getter]
     fn fpu<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         self.view(py, intern!(py, "Fpu"), RegisterClass::Xsave)
     }
 
-    /// The extended control registers: a `Xcrs`.
+    /// XCR0.
     #[getter]
     fn xcrs<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         self.view(py, intern!(py, "Xcrs"), RegisterClass::Xcrs)
     }
 
-    /// The debug registers: a `DebugRegs`.
+    /// DR0 to DR3, DR6, DR7.
     #[getter]
     fn debugregs<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         self.view(py, intern!(py, "DebugRegs"), RegisterClass::Debug)
     }
 
-    /// Exceptions, interrupts and NMIs that are pending or blocked: a `VcpuEvents`.
+    /// Exceptions, interrupts and NMIs that are pending or being delivered.
     #[getter]
     fn events<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         self.view(py, intern!(py, "VcpuEvents"), RegisterClass::Events)
     }
 
-    /// The local APIC, of a machine with an interrupt controller: a `Lapic`.
+    /// The local APIC, if the machine has an interrupt controller.
     #[getter]
     fn lapic<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         self.view(py, intern!(py, "Lapic"), RegisterClass::Lapic)
     }
 
-    /// The model-specific registers: a `Msrs`.
+    /// Model-specific registers, by number or name.
     #[getter]
     fn msrs<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let msrs = PyMsrBytes { processor: self.processor.another(py)? };
         import(py, intern!(py, "pyvmm.registers"))?.getattr(intern!(py, "Msrs"))?.call1((msrs,))
     }
 
-    /// Whether it runs, waits for INIT and SIPI, or is halted: KVM_GET_MP_STATE.
+    /// Whether the vCPU runs, waits for INIT and SIPI, or is halted: KVM_GET_MP_STATE.
     #[getter]
     fn mp_state<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let processor = self.processor.another(py)?;
@@ -319,7 +318,7 @@ impl PyVcpu {
         PyRegisterBytes { processor, class: RegisterClass::MpState }.store(py, 0, 4, state)
     }
 
-    /// What CPUID says to the guest: a tuple of `CpuidEntry`. It can be changed until the vCPU has
+    /// The CPUID that the guest sees: a tuple of `CpuidEntry`. It can be changed until the vCPU has
     /// run.
     #[getter]
     fn cpuid<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
@@ -337,10 +336,10 @@ impl PyVcpu {
         self.processor.change(py, |vcpu| vcpu.set_cpuid(&entries))
     }
 
-    /// Enter the guest on this thread until its next exit, and return that. No device answers it.
+    /// Enter the guest on this thread and return its next exit. No device answers the exit.
     ///
-    /// A read waits for `answer`; the next `run_once` completes it. Ctrl-C on the main thread ends
-    /// it.
+    /// After a read, call `answer`; the next `run_once` completes it. Ctrl-C on the main thread
+    /// ends the call.
     ///
     /// Raises:
     ///     StateError: the guest is running, or the machine is closed.
@@ -355,8 +354,8 @@ impl PyVcpu {
         }
     }
 
-    /// Bring `run_once` back with `VcpuExit.Interrupted`: the one in progress, else the next. From
-    /// any thread.
+    /// Make the current or next `run_once` return `VcpuExit.Interrupted`. May be called from any
+    /// thread.
     fn kick(&self, py: Python<'_>) -> PyResult<()> {
         let handle = self.processor.handle()?;
         handle.check_process()?;
@@ -364,12 +363,12 @@ impl PyVcpu {
         Ok(())
     }
 
-    /// Say what the guest reads, after `VcpuExit.IoIn` or `MmioRead`: bytes, or a number in
-    /// little-endian order.
+    /// Set the value that the guest reads after `VcpuExit.IoIn` or `MmioRead`: bytes, or a
+    /// little-endian number.
     ///
     /// Raises:
-    ///     StateError: the guest does not wait for an answer, or runs.
-    ///     ValueError: it is another number of bytes than the guest reads.
+    ///     StateError: the guest does not wait for an answer, or is running.
+    ///     ValueError: the guest reads a different number of bytes.
     ///     OverflowError: the number has more bits, or is negative.
     fn answer(&self, data: &Bound<'_, PyAny>) -> PyResult<()> {
         let py = data.py();
@@ -387,8 +386,9 @@ impl PyVcpu {
         self.processor.change(py, |vcpu| vcpu.answer(&bytes))
     }
 
-    /// The guest-physical address behind a guest-virtual one, by the vCPU's page tables; None where
-    /// none is mapped.
+    /// Translate a guest-virtual address by the vCPU's page tables.
+    ///
+    /// Return the guest-physical address, or None if it is not mapped.
     ///
     /// Raises:
     ///     StateError: the guest is running, or the machine is closed.
@@ -399,15 +399,15 @@ impl PyVcpu {
         })
     }
 
-    /// Have each instruction, or execution at up to four linear addresses, come out as an exit of
-    /// kind "debug".
+    /// Exit with kind "debug" after each instruction, or before execution at up to four linear
+    /// addresses.
     ///
-    /// KVM_SET_GUEST_DEBUG; without arguments no more. To go on from a breakpoint, take it away for
-    /// one step.
+    /// Uses KVM_SET_GUEST_DEBUG; without arguments, both are switched off. To continue from a
+    /// breakpoint, remove it for one step.
     ///
     /// Raises:
     ///     StateError: the guest is running, or the machine is closed.
-    ///     ConfigError: more than four breakpoints.
+    ///     ConfigError: there are more than four breakpoints.
     #[pyo3(signature = (*, single_step = false, breakpoints = None))]
     fn debug(
         &self,
@@ -449,16 +449,16 @@ pub struct PyMsrBytes {
 
 #[pymethods]
 impl PyMsrBytes {
-    /// The register's value.
+    /// Return the register's value.
     ///
     /// Raises:
-    ///     KvmError: KVM does not know it.
+    ///     KvmError: KVM does not know the register.
     ///     StateError: the guest is running, or the machine is closed.
     fn load(&self, py: Python<'_>, index: u32) -> PyResult<u64> {
         self.processor.look(py, |vcpu| vcpu.msr(index))
     }
 
-    /// Change the register; raises as `load` does.
+    /// Set the register. Raises the same exceptions as `load`.
     fn store(&self, py: Python<'_>, index: u32, value: u64) -> PyResult<()> {
         self.processor.change(py, |vcpu| vcpu.set_msr(index, value))
     }

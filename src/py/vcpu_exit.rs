@@ -6,13 +6,16 @@ use pyo3::types::{IntoPyDict, PyBytes, PyDict, PyString, PyTuple};
 
 use crate::vcpu::VcpuExit;
 
-/// Why a vCPU came out of its guest: the exits of the kernel's KVM documentation, chapter 5, for
-/// `match`. Exits of the same kind with equal fields are equal, and can be hashed and pickled.
+/// Why a vCPU exited the guest: the exits of the kernel's KVM documentation, chapter 5, for
+/// `match`.
+///
+/// Exits of the same kind with equal fields are equal. They can be hashed and pickled.
 #[pyclass(frozen, name = "VcpuExit", module = "pyvmm")]
 #[derive(Debug)]
 pub enum PyVcpuExit {
-    /// `IN` or `INS`: `count` reads of `size` bytes from a port. `Vcpu.answer` says what they read;
-    /// ones else.
+    /// `IN` or `INS`: `count` reads of `size` bytes from a port.
+    ///
+    /// `Vcpu.answer` sets the value; the default is all one bits.
     IoIn {
         /// The port.
         port: u16,
@@ -30,22 +33,23 @@ pub enum PyVcpuExit {
         /// What was written, all of it.
         data: Py<PyBytes>,
     },
-    /// A read where there is no memory. `Vcpu.answer` says what it reads; ones else.
+    /// A read where there is no memory. `Vcpu.answer` sets the value; the default is all one bits.
     MmioRead {
         /// The guest-physical address.
         address: u64,
         /// Bytes: 1 to 8.
         length: usize,
     },
-    /// A write where there is no memory, or only for reading.
+    /// A write where there is no memory, or read-only memory.
     MmioWrite {
         /// The guest-physical address.
         address: u64,
         /// What was written.
         data: Py<PyBytes>,
     },
-    /// `RDMSR` of a register that KVM does not know, or that a hook asked for: it waits for an
-    /// answer, or faults.
+    /// `RDMSR` of a register that KVM does not know, or that a hook selected.
+    ///
+    /// Without an answer the guest gets a fault.
     Rdmsr {
         /// The register's number.
         index: u32,
@@ -65,9 +69,9 @@ pub enum PyVcpuExit {
     Hlt(),
     /// A triple fault.
     Shutdown(),
-    /// `Vcpu.kick`: nothing of the guest's.
+    /// `Vcpu.kick` ended the call; the guest caused no exit.
     Interrupted(),
-    /// The guest can take an interrupt now.
+    /// The guest can accept an interrupt now.
     IrqWindowOpen(),
     /// The processor refused to enter the guest.
     FailEntry {
@@ -76,7 +80,11 @@ pub enum PyVcpuExit {
         /// The host's processor.
         cpu: u32,
     },
-    /// KVM could not go on.
+    /// KVM could not continue.
+    ///
+    /// Suberror 1 means that KVM cannot emulate an instruction. The exit then has the instruction's
+    /// bytes, perhaps with following ones, its disassembly in nasm syntax, and the registers by
+    /// name: the general ones, rip, rflags, efer, cr0 to cr4 and the selectors.
     InternalError {
         /// KVM_INTERNAL_ERROR_*; 1 for an instruction that KVM could not emulate.
         suberror: u32,
@@ -100,7 +108,7 @@ pub enum PyVcpuExit {
         /// DR7.
         dr7: u64,
     },
-    /// The guest's platform code asks for a reset or to be turned off.
+    /// The guest's platform code requests a reset or power-off.
     SystemEvent {
         /// KVM_SYSTEM_EVENT_*.
         kind: u32,
@@ -190,8 +198,8 @@ fn fields<'py>(exit: &Bound<'py, PyAny>) -> PyResult<Vec<(String, Bound<'py, PyA
 
 #[pymethods]
 impl PyVcpuExit {
-    /// The exit as a dict: "type" is the name of its class, such as "IoIn", and each field follows
-    /// by name.
+    /// Return the exit as a dict. "type" is the name of its class, such as "IoIn"; the fields
+    /// follow by name.
     fn as_dict<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyDict>> {
         let dict = PyDict::new(slf.py());
         dict.set_item("type", variant(slf.as_any())?)?;

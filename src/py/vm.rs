@@ -149,16 +149,14 @@ impl Close for Machine {
     }
 }
 
-/// One KVM virtual machine, without an event loop: whoever made it is told of the guest's end by a
-/// kick.
+/// A KVM virtual machine without an event loop. A kick of the exit handler reports the end of the
+/// guest.
 ///
 /// Args:
-///     config: what it is made of; the serial port must have no streams. None for a bare machine:
-///     no memory, no devices
-///         and no vCPUs, until `memory.add` and `create_vcpu`.
+///     config: the configuration, whose serial port must have no streams. None creates a bare VM:
+///         no memory, devices or vCPUs until `memory.add` and `create_vcpu` are called.
 ///     exit_handler: an object with `kick()`, called on the thread of the vCPU whose guest has
-///     ended; None for one of
-///         its own.
+///         ended. None creates one.
 ///
 /// Raises:
 ///     VmmError: as for `Vmm`.
@@ -169,7 +167,7 @@ pub struct PyKvmVm {
     python_handler: Option<Arc<PythonHandler>>,
     router: Arc<ExitRouter>,
     fixups: Arc<Counts>,
-    /// Where the configuration's code starts.
+    /// The address where the configured code starts.
     #[pyo3(get)]
     entry: u64,
     /// None of a bare machine.
@@ -278,11 +276,12 @@ impl PyKvmVm {
         Ok(Self::of(py, vm, python_handler, router, entry, Some(serial)))
     }
 
-    /// Add a vCPU to a machine that has not run. It is as KVM makes it: at the reset vector, with
-    /// an empty `cpuid`.
+    /// Add a vCPU to a machine that has not run.
+    ///
+    /// It is in KVM's initial state: at the reset vector, with an empty `cpuid`.
     ///
     /// Raises:
-    ///     KvmError: there is one of this number, or KVM refuses it.
+    ///     KvmError: the number is already used, or KVM refuses it.
     ///     StateError: the machine has run, or is closed.
     #[pyo3(signature = (id = 0))]
     fn create_vcpu<'py>(slf: &Bound<'py, Self>, id: u64) -> PyResult<Bound<'py, PyVcpu>> {
@@ -293,7 +292,7 @@ impl PyKvmVm {
 
     /// Start a thread `vcpu_{id}` for each vCPU and return.
     ///
-    /// With an address the vCPUs start there. Without one they start at `entry`, or go on where
+    /// With an address, the vCPUs start there. Otherwise they start at `entry`, or continue where
     /// they stopped.
     ///
     /// Raises:
@@ -306,12 +305,12 @@ impl PyKvmVm {
         Ok(py.detach(|| vm.run(address))?)
     }
 
-    /// Wait until the machine no longer runs; how the guest ended, or None when the time passed
-    /// first.
+    /// Wait until the machine no longer runs, and return how the guest ended. Return None after the
+    /// timeout.
     ///
     /// Raises:
-    ///     StateError: the call comes from the exit handler, on the thread of one of its vCPUs.
-    ///     Exception: what the exit handler's `kick` raised.
+    ///     StateError: the call was made from the exit handler, on the thread of one of its vCPUs.
+    ///     Exception: the exception raised by the exit handler's `kick`.
     #[pyo3(signature = (timeout = None))]
     fn wait<'py>(
         &self,
@@ -337,8 +336,8 @@ impl PyKvmVm {
         }
     }
 
-    /// Bring every vCPU out of its guest and wait until it is. Does nothing when the machine is
-    /// paused already.
+    /// Stop all vCPUs and wait until they are out of the guest. Does nothing if the machine is
+    /// already paused.
     ///
     /// Raises:
     ///     StateError: the machine is not running.
@@ -347,7 +346,7 @@ impl PyKvmVm {
         Ok(py.detach(|| vm.pause())?)
     }
 
-    /// Let the vCPUs that `pause` stopped go on. Does nothing when they are running.
+    /// Continue the vCPUs that `pause` stopped. Does nothing if they are running.
     ///
     /// Raises:
     ///     StateError: the machine has been shut down, or the guest has ended.
@@ -356,8 +355,7 @@ impl PyKvmVm {
         Ok(py.detach(|| vm.resume())?)
     }
 
-    /// The vCPUs, by number; the same objects each time. Before the first run they stand at
-    /// `entry`.
+    /// The vCPUs, by number; the same objects each time. Before the first run their RIP is `entry`.
     #[getter]
     fn vcpus<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyTuple>> {
         let (this, vm) = (slf.get(), slf.get().vm()?);
@@ -377,10 +375,7 @@ impl PyKvmVm {
         })
     }
 
-    /// Stop the vCPUs and wait for their threads. A guest that had not ended can go on with `run`.
-    ///
-    /// What a signal handler raises meanwhile, as with Ctrl-C, comes out of it, and the threads end
-    /// all the same.
+    /// Stop the vCPUs and wait for their threads. If the guest has not ended, `run` continues it.
     fn shutdown(&self, py: Python<'_>) -> PyResult<()> {
         let vm = self.vm()?;
         if vm.is_busy() {
@@ -391,22 +386,22 @@ impl PyKvmVm {
         self.check_kick()
     }
 
-    /// Shut down and release everything. Does nothing the second time.
+    /// Shut down and release all resources. A second call does nothing.
     ///
-    /// What a signal handler raises meanwhile, as with Ctrl-C, comes out of it. The machine closes
-    /// all the same, and another `close` waits for that.
+    /// An exception of a signal handler, such as Ctrl-C's, is raised here. The machine is still
+    /// closed, and another `close` waits for that.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         let Some(machine) = self.machine.peek() else { return Ok(()) };
         machine.close_interruptibly(py)
     }
 
-    /// Where the machine stands.
+    /// The machine's run state.
     #[getter]
     fn state<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         exit::state(py, self.machine.get()?.state())
     }
 
-    /// How the guest ended; None while it has not.
+    /// How the guest ended, or None if it has not ended.
     #[getter]
     fn exit<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
         self.vm()?.exit().map(|exit| exit::to_python(py, &exit)).transpose()
@@ -415,7 +410,7 @@ impl PyKvmVm {
     /// The first serial port; the same object each time, which keeps the machine alive.
     ///
     /// Raises:
-    ///     StateError: the machine was made without a configuration.
+    ///     StateError: the machine was created without a configuration.
     #[getter]
     fn serial<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PySerial>> {
         let none = || Error::new(ErrorKind::State, "serial", "a bare machine has no devices");
@@ -429,15 +424,14 @@ impl PyKvmVm {
         })
     }
 
-    /// Accesses that no device answered.
+    /// Accesses that no device answered, counted by address.
     #[getter]
     fn unanswered<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
         self.machine.get()?;
         vmm::unanswered(py, &self.router.buses)
     }
 
-    /// The instructions that KVM refused and pyvmm executed, counted by mnemonic; empty without
-    /// `CpuConfig(fixups=True)`.
+    /// The instructions that KVM refused and pyvmm executed, counted by mnemonic: as for `Vmm`.
     #[getter]
     fn fixups(&self) -> PyResult<BTreeMap<&'static str, u64>> {
         self.machine.get()?;

@@ -28,16 +28,17 @@ use crate::sync::{Mutex, rank};
 use crate::vcpu::VmRunState;
 use crate::vmm::{Vmm, closed};
 
-/// A virtual machine: built by this call, run by `run`, released by `close` or at the end of a
-/// `with`.
+/// A virtual machine: the constructor builds it, `run` runs it, and `close` or the end of a `with`
+/// releases it.
 ///
-/// A subclass's `__init__` has the arguments that it wants and calls `super().__init__`. Forks and
-/// pools make a plain `Vmm`.
+/// A subclass's `__init__` may take any arguments and calls `super().__init__`. Forks and pools
+/// create plain `Vmm` objects.
 ///
 /// Args:
-///     config: what it is made of; None for the guest inside the package. event_manager: a loop to
-///     share with others; None for one of its own. In a shared loop the `run` of each
-///         machine turns it for all, on its own thread, and ends for that machine alone.
+///     config: the configuration; None uses the built-in guest.
+///     event_manager: a loop shared with others; None creates one. In a shared loop, the `run` of
+///         each machine runs the loop for all machines, on its own thread, and ends only for its
+///         own machine.
 ///
 /// Raises:
 ///     ConfigError: a value cannot be used; the text starts with its key.
@@ -201,11 +202,11 @@ impl Drop for PyVmm {
 
 #[pymethods]
 impl PyVmm {
-    /// Run the guest until it ends, `stop` is called, or the time passes, in seconds.
+    /// Run the guest until it ends, `stop` is called, or `timeout` seconds have passed.
     ///
-    /// Turns the event manager's loop meanwhile: subscribers are called on this thread, devices and
-    /// exit hooks on those of the vCPUs. After a stop, a timeout or an exception, another `run`
-    /// goes on where this one ended.
+    /// The call runs the event loop meanwhile: subscribers are called on this thread, devices and
+    /// exit hooks on those of the vCPUs. After a stop, a timeout or an exception, the next `run`
+    /// continues where this one ended.
     ///
     /// Raises:
     ///     StateError: a run is in progress, the guest has ended, or the machine is closed.
@@ -225,7 +226,7 @@ impl PyVmm {
         exit.ok_or_else(|| PyRuntimeError::new_err("a run ends with an exit"))
     }
 
-    /// Start the vCPUs and return. `wait` turns the event manager's loop for them.
+    /// Start the vCPUs and return. `wait` runs the event loop for them.
     ///
     /// Raises:
     ///     StateError: a run is in progress, the guest has ended, or the machine is closed.
@@ -235,11 +236,11 @@ impl PyVmm {
         Ok(py.detach(|| vmm.start())?)
     }
 
-    /// What `run` does, for a machine that was started; None when the time passed: then the guest
-    /// goes on.
+    /// Wait for a started machine, as `run` does. Return None after the timeout; the guest keeps
+    /// running.
     ///
     /// Raises:
-    ///     StateError: the machine was not started, or another thread waits.
+    ///     StateError: the machine was not started, or another thread is waiting.
     ///     Exception: as for `run`; it ends the run.
     #[pyo3(signature = (timeout = None))]
     fn wait<'py>(
@@ -256,10 +257,11 @@ impl PyVmm {
         self.finish(py, ended)
     }
 
-    /// Bring every vCPU out of its guest and wait until it is. From any thread or callback; the
-    /// loop turns on.
+    /// Stop all vCPUs and wait until they are out of the guest.
     ///
-    /// Then the registers can be read and changed. Does nothing when the machine is paused already.
+    /// May be called from any thread or callback; the loop keeps running.
+    ///
+    /// The registers can then be read and changed. Does nothing if the machine is already paused.
     ///
     /// Raises:
     ///     StateError: the machine is not running.
@@ -268,7 +270,7 @@ impl PyVmm {
         Ok(py.detach(|| vmm.pause())?)
     }
 
-    /// Let the vCPUs that `pause` stopped go on. Does nothing when they are running.
+    /// Continue the vCPUs that `pause` stopped. Does nothing if they are running.
     ///
     /// Raises:
     ///     StateError: no run is in progress, or the guest has ended.
@@ -277,8 +279,8 @@ impl PyVmm {
         Ok(py.detach(|| vmm.resume())?)
     }
 
-    /// The vCPUs, by number; the same objects each time. Before the first run they stand where it
-    /// will start.
+    /// The vCPUs, by number; the same objects each time. Before the first run they have their
+    /// initial registers.
     ///
     /// Raises:
     ///     ClosedError: the machine is closed.
@@ -312,24 +314,25 @@ impl PyVmm {
         })
     }
 
-    /// What the machine is made of.
+    /// The configuration.
     #[getter]
     fn config(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         Ok(self.origin()?.config.clone_ref(py))
     }
 
-    /// End the run in progress, or at once the next one if there is none. From any thread or
-    /// callback.
+    /// End the current run. If none is in progress, the next one ends at once.
+    ///
+    /// May be called from any thread or callback.
     fn stop(&self) -> PyResult<()> {
         Ok(self.core()?.stop()?)
     }
 
-    /// Stop, wait for the run in progress to end, and release everything. Does nothing the second
-    /// time.
+    /// Stop the guest, wait for the run in progress to end, and release all resources. A second
+    /// call does nothing.
     ///
-    /// In a callback it takes effect when the run ends. In a forked child it does nothing. What a
-    /// signal handler raises while it waits, as with Ctrl-C, comes out of it: the machine closes
-    /// all the same, and another `close` waits for that.
+    /// In a callback, it takes effect when the run ends. If a signal handler raises during the
+    /// wait, as Ctrl-C's does, the exception is raised here. The machine is still closed, and
+    /// another `close` waits for that.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         let Some(vmm) = self.vmm.peek() else { return Ok(()) };
         close(py, vmm)?;
@@ -341,7 +344,7 @@ impl PyVmm {
         Ok(())
     }
 
-    /// Where the machine stands.
+    /// The machine's run state.
     #[getter]
     fn state<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         exit::state(py, self.core()?.state())
@@ -353,8 +356,9 @@ impl PyVmm {
         unanswered(py, &self.core()?.router().buses)
     }
 
-    /// The instructions that KVM refused and pyvmm executed, counted by mnemonic; empty without
-    /// `CpuConfig(fixups=True)`.
+    /// The instructions that KVM refused and pyvmm executed, counted by mnemonic.
+    ///
+    /// Empty without `CpuConfig(fixups=True)`. docs/fixups.md lists the instructions.
     #[getter]
     fn fixups(&self) -> PyResult<BTreeMap<&'static str, u64>> {
         Ok(self.core()?.fixups().all())

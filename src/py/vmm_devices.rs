@@ -78,15 +78,16 @@ fn kind_of(kind: &Bound<'_, PyAny>) -> PyResult<ExitKind> {
 
 #[pymethods]
 impl PyVmm {
-    /// Answer the guest's accesses to ports by an object with `read(offset, size)`, `write(offset,
-    /// size, value)` or both.
+    /// Answer the guest's accesses to ports by a Python object.
     ///
-    /// Also while the guest runs and from callbacks. Its methods are called on the thread of the
-    /// vCPU; see `ReadableDevice` and `WritableDevice`.
+    /// It has `read(offset, size)`, `write(offset, size, value)`, or both.
+    ///
+    /// May be called while the guest runs and from callbacks. The methods are looked up now and
+    /// called on the thread of the vCPU; see `pyvmm.devices`.
     ///
     /// Raises:
-    ///     ConfigError: the range is not one of ports, or overlaps another device's.
-    ///     TypeError: the object has no method of a device's.
+    ///     ConfigError: the range is not a range of ports, or overlaps another device's.
+    ///     TypeError: the object has no device method.
     ///     ClosedError: the machine is closed.
     fn add_pio_device(
         &self,
@@ -98,8 +99,9 @@ impl PyVmm {
         self.add_device(py, Access::Pio, (base, length), device)
     }
 
-    /// Answer the guest's accesses to guest-physical addresses, where there is no memory; as
-    /// `add_pio_device` does.
+    /// Answer the guest's accesses to guest-physical addresses without memory.
+    ///
+    /// Otherwise the same as `add_pio_device`.
     ///
     /// Raises:
     ///     ConfigError: the range overlaps memory or another device's.
@@ -113,16 +115,17 @@ impl PyVmm {
         self.add_device(py, Access::Mmio, (base, length), device)
     }
 
-    /// Take the device away whose ports start here, and return it. An access in progress is still
+    /// Remove the device whose ports start here, and return it. An access in progress is still
     /// answered.
     ///
     /// Raises:
-    ///     ConfigError: no device that was added starts there.
+    ///     ConfigError: no added device starts there.
     fn remove_pio_device(&self, py: Python<'_>, base: u64) -> PyResult<Py<PyAny>> {
         self.remove_device(py, Access::Pio, base)
     }
 
-    /// Take the device away whose addresses start here, and return it.
+    /// Remove the device whose addresses start here, and return it. Otherwise the same as
+    /// `remove_pio_device`.
     fn remove_mmio_device(&self, py: Python<'_>, base: u64) -> PyResult<Py<PyAny>> {
         self.remove_device(py, Access::Mmio, base)
     }
@@ -134,21 +137,23 @@ impl PyVmm {
         Ok(device.map(|device| device.object().clone_ref(py)))
     }
 
-    /// An interrupt line: pin 0 to 23 of the I/O APIC, of which the PICs have the first sixteen.
+    /// Return an interrupt line: pin 0 to 23 of the I/O APIC. The first sixteen are also lines of
+    /// the PICs.
     ///
     /// Raises:
     ///     StateError: the machine has no interrupt controller, or is closed.
-    ///     ConfigError: it has no such line.
+    ///     ConfigError: the machine has no such line.
     fn irq(slf: Bound<'_, Self>, line: u32) -> PyResult<PyIrqLine> {
         slf.get().core()?.vm()?.check_irq_line(line)?;
         Ok(PyIrqLine { vmm: slf.unbind(), line })
     }
 
-    /// Send a message-signalled interrupt (KVM_SIGNAL_MSI); whether a vCPU took it.
+    /// Send a message-signalled interrupt (KVM_SIGNAL_MSI). Return whether a vCPU accepted it.
     ///
     /// Args:
-    ///     address: 0xfee00000 and the destination's APIC id shifted by 12 (Intel SDM volume 3,
-    ///     11.11.1). data: the vector, and the delivery mode above it.
+    ///     address: 0xfee00000 plus the destination's APIC id shifted left by 12 (Intel SDM volume
+    ///         3, 11.11.1).
+    ///     data: the vector, with the delivery mode in the higher bits.
     ///
     /// Raises:
     ///     StateError: the machine has no interrupt controller, or is closed.
@@ -157,7 +162,7 @@ impl PyVmm {
         Ok(py.detach(|| vmm.vm()?.signal_msi(address, data))?)
     }
 
-    /// Send a vCPU a non-maskable interrupt. From any thread.
+    /// Send a non-maskable interrupt to a vCPU. May be called from any thread.
     ///
     /// Raises:
     ///     ConfigError: there is no such vCPU.
@@ -167,11 +172,11 @@ impl PyVmm {
         Ok(py.detach(|| vmm.vm()?.nmi(vcpu))?)
     }
 
-    /// Have each write of an eventfd pulse an interrupt line, in the kernel: KVM_IRQFD.
+    /// In the kernel, pulse an interrupt line for each write to an eventfd: KVM_IRQFD.
     ///
     /// Raises:
     ///     StateError: the machine has no interrupt controller, or is closed.
-    ///     KvmError: KVM refuses it: an eventfd pulses one line.
+    ///     KvmError: KVM refuses it, for example because the eventfd already pulses a line.
     fn add_irqfd(&self, py: Python<'_>, event_fd: &PyEventFd, line: u32) -> PyResult<()> {
         let (vmm, event) = (self.changing()?, event_fd.shared(py)?);
         Ok(py.detach(|| vmm.vm()?.add_irqfd(&event, line))?)
@@ -183,19 +188,20 @@ impl PyVmm {
         Ok(py.detach(|| vmm.vm()?.remove_irqfd(&event, line))?)
     }
 
-    /// Have the guest's writes to an address add one to an eventfd, in the kernel: KVM_IOEVENTFD.
-    /// They are no exits.
+    /// In the kernel, add one to an eventfd for each guest write to an address: KVM_IOEVENTFD.
+    ///
+    /// The writes cause no exits.
     ///
     /// Args:
-    ///     address: a guest-physical address, or with `pio` a port.
-    ///     event_fd: what is written; a subscriber that watches it is told.
-    ///     length: bytes of the writes that match: 1, 2, 4 or 8; with `datamatch`.
-    ///     datamatch: the one value that matches; None for every write.
-    ///     pio: a port is meant.
+    ///     address: a guest-physical address, or a port if `pio` is set.
+    ///     event_fd: the eventfd; a subscriber that watches it is called.
+    ///     length: the size of the matching writes: 1, 2, 4 or 8; required with `datamatch`.
+    ///     datamatch: the only value that matches; None matches every write.
+    ///     pio: the address is a port.
     ///
     /// Raises:
-    ///     ConfigError: there is no such write.
-    ///     KvmError: KVM refuses it, as for one that another eventfd has.
+    ///     ConfigError: no such write is possible.
+    ///     KvmError: KVM refuses it, for example because another eventfd uses the address.
     #[pyo3(signature = (address, event_fd, *, length = 0, datamatch = None, pio = false))]
     fn add_ioeventfd(
         slf: &Bound<'_, Self>,
@@ -225,16 +231,19 @@ impl PyVmm {
         Ok(slf.py().detach(|| vmm.vm()?.remove_ioeventfd(&event, &on))?)
     }
 
-    /// Have a function look at each exit of a kind before it is answered: `function(vcpu, exit)`,
-    /// on the vCPU's thread.
+    /// Register a function that is called for each exit of a kind before pyvmm answers it:
+    /// `function(vcpu, exit)`.
     ///
-    /// It takes effect at the next exit. It returns None for the usual answer, an `ExitAction`, a
-    /// `Stop`, or for a read what the guest reads. Without a function this is a decorator. Hooks of
-    /// a kind are asked in the order they were added.
+    /// It takes effect at the next exit, and is called on the vCPU's thread. It returns None for
+    /// the usual answer, an `ExitAction`, a `Stop`, or for a read the value that the guest reads.
+    /// Without a function, this is a decorator. The hooks of a kind are called in the order they
+    /// were added.
     ///
     /// Args:
-    ///     kind: an `ExitKind` or its name. function: the hook. msrs: for the kind "msr", numbers
-    ///     of registers whose accesses come out besides those that KVM does not know.
+    ///     kind: an `ExitKind` or its name.
+    ///     function: the hook.
+    ///     msrs: for the kind "msr", the numbers of additional registers whose accesses exit.
+    ///         Accesses to registers that KVM does not know always do.
     ///
     /// Raises:
     ///     ValueError: there is no such kind.
@@ -280,14 +289,16 @@ impl PyVmm {
         Ok(function.clone())
     }
 
-    /// Decorate a function that the guest calls by a number, with integers and pieces of its
-    /// memory: see `pyvmm.hostcalls`.
+    /// Decorate a function that the guest can call by a number.
+    ///
+    /// Its arguments are integers and parts of guest memory: see `pyvmm.hostcalls`.
     ///
     /// Args:
-    ///     number: what the guest calls it by; a function instead gets the next free one.
+    ///     number: the function's number. If a function is passed instead, it gets the next unused
+    ///         number.
     ///
     /// Raises:
-    ///     ValueError: the number is taken, or none of 32 bits.
+    ///     ValueError: the number is taken, or does not fit in 32 bits.
     ///     ClosedError: the machine is closed.
     #[pyo3(signature = (number = None, /))]
     fn hostcall<'py>(
@@ -298,11 +309,11 @@ impl PyVmm {
         import(slf.py(), "pyvmm.hostcalls")?.call_method1("hostcall", (slf, number))
     }
 
-    /// Remove a hook. With the last one of the kind "msr" the registers that its hooks asked for
-    /// are KVM's again.
+    /// Remove a hook. When the last hook of the kind "msr" is removed, KVM handles the selected
+    /// registers again.
     ///
     /// Raises:
-    ///     ValueError: it is none of this kind.
+    ///     ValueError: the function is not a hook of this kind.
     fn off_exit(&self, kind: &Bound<'_, PyAny>, function: &Bound<'_, PyAny>) -> PyResult<()> {
         self.changing()?;
         let of_kind = kind_of(kind)?;
@@ -320,12 +331,12 @@ impl PyVmm {
     }
 }
 
-/// An interrupt line of a machine: `Vmm.irq`. From any thread.
+/// An interrupt line of a machine: `Vmm.irq`. Usable from any thread.
 #[pyclass(frozen, name = "IrqLine", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyIrqLine {
     vmm: Py<PyVmm>,
-    /// Its number.
+    /// The line's number.
     #[pyo3(get)]
     line: u32,
 }
@@ -351,12 +362,12 @@ impl PyIrqLine {
         self.set_levels(py, &[true])
     }
 
-    /// Lower it.
+    /// Lower the line.
     fn lower(&self, py: Python<'_>) -> PyResult<()> {
         self.set_levels(py, &[false])
     }
 
-    /// Raise and lower it, for an edge-triggered interrupt.
+    /// Raise and lower the line, for an edge-triggered interrupt.
     fn pulse(&self, py: Python<'_>) -> PyResult<()> {
         self.set_levels(py, &[true, false])
     }

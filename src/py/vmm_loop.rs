@@ -7,10 +7,10 @@ use super::vmm::PyVmm;
 
 #[pymethods]
 impl PyVmm {
-    /// The event manager whose loop `run` turns.
+    /// The event manager whose loop runs inside `run`.
     ///
     /// Raises:
-    ///     ClosedError: the machine is closed.
+    ///     ClosedError: the machine is closed. A manager obtained earlier stays usable.
     #[getter]
     fn event_manager(&self, py: Python<'_>) -> PyResult<Py<PyEventManager>> {
         self.tie.hand_out();

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -73,3 +74,27 @@ def public(owner: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 def test_help_says_something_of_all_that_is_public() -> None:
     assert [name for name, value in public(_pyvmm, "") if not inspect.getdoc(value)] == []
+
+
+def docstrings(body: list[ast.stmt], owner: Any, path: str) -> Iterator[tuple[str, str, str]]:
+    """Each name of the stub that has a docstring: the name, that docstring, and the one at run time."""
+    for node in body:
+        if not isinstance(node, ast.ClassDef | ast.FunctionDef) or node.name.startswith("_"):
+            continue
+        found, name = getattr(owner, node.name), path + node.name
+        if documentation := ast.get_docstring(node):
+            yield name, documentation, inspect.getdoc(found) or ""
+        if isinstance(node, ast.ClassDef):
+            yield from docstrings(node.body, found, f"{name}.")
+
+
+def unwrapped(text: str) -> list[str]:
+    """The paragraphs and items of a docstring, each in one line."""
+    text = re.sub(r"\n {8,}", " ", text)
+    return re.sub(r"(?<=\S)\n(?=\S)", " ", text).splitlines()
+
+
+def test_docstrings_are_those_of_the_stub() -> None:
+    found = list(docstrings(STUB.body, _pyvmm, ""))
+    assert len(found) > 200
+    assert [name for name, stub, native in found if unwrapped(stub) != unwrapped(native)] == []

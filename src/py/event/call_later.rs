@@ -50,11 +50,11 @@ fn make(later: &Later, manager: &Bound<'_, PyEventManager>) -> PyResult<()> {
 
 #[pymethods]
 impl PyEventManager {
-    /// Call a function once with these arguments, so many seconds later. The result has `cancel()`.
+    /// Call a function once with these arguments, after `seconds`. The result has `cancel()`.
     ///
-    /// A time that has passed is at once, in the next turn. Calls are made in the order of their
-    /// times. All share one file descriptor. The function runs in this context, or in a copy of the
-    /// caller's.
+    /// If the time is in the past, the call is made in the next iteration. Calls are made in the
+    /// order of their times, and share one file descriptor. The function runs in `context`, or in a
+    /// copy of the caller's context.
     ///
     /// Raises:
     ///     ValueError: the time is NaN.

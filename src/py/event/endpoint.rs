@@ -74,14 +74,14 @@ pub(crate) fn make_calls(manager: &Bound<'_, PyEventManager>) -> PyResult<()> {
     made
 }
 
-/// Reaches an event manager's loop from other threads. Made by `EventManager.remote_endpoint`.
+/// Reaches an event manager's loop from other threads. Created by `EventManager.remote_endpoint`.
 #[pyclass(frozen, weakref, name = "RemoteEndpoint", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyRemoteEndpoint(Py<PyEventManager>);
 
 #[pymethods]
 impl PyEventManager {
-    /// A way to reach this loop from other threads.
+    /// Return an endpoint that reaches this loop from other threads.
     fn remote_endpoint(slf: Py<Self>) -> PyRemoteEndpoint {
         PyRemoteEndpoint(slf)
     }
@@ -89,14 +89,14 @@ impl PyEventManager {
 
 #[pymethods]
 impl PyRemoteEndpoint {
-    /// Call a function with the manager, on the loop's thread; its value, or its exception, comes
-    /// back here.
+    /// Call `function(manager)` on the loop's thread, and return its value or raise its exception.
     ///
-    /// On the loop's own thread it is called at once. Else some thread has to be in a run of the
-    /// loop.
+    /// On the loop's own thread, the function is called directly. Otherwise another thread must be
+    /// running the loop.
     ///
     /// Raises:
-    ///     TimeoutError: the call was not made within so many seconds; it may still be made.
+    ///     TimeoutError: the call was not made within `timeout` seconds; it may still be made
+    ///         later.
     #[pyo3(signature = (function, timeout = None))]
     fn call_blocking(
         &self,
@@ -132,15 +132,16 @@ impl PyRemoteEndpoint {
         }
     }
 
-    /// Have a function called with the manager on the loop's thread. Its exception ends the run
-    /// there.
+    /// Queue a call of `function(manager)` on the loop's thread, and return at once.
+    ///
+    /// An exception of the function ends the run there.
     fn fire(&self, function: &Bound<'_, PyAny>) -> PyResult<()> {
         self.0.get().check()?;
         check_callable(function)?;
         self.0.get().queue(Call::new(function, None)?)
     }
 
-    /// Have the loop turn once.
+    /// Make the loop iterate once.
     fn kick(&self) -> PyResult<()> {
         self.0.get().check()?;
         Ok(self.0.get().core().kick()?)

@@ -18,12 +18,13 @@ use crate::py::descriptor::os_error;
 use crate::py::ending::import;
 use crate::py::gil_cell::GilCell;
 
-/// A counter that the kernel keeps behind a file descriptor: eventfd(2).
+/// A counter in the kernel, accessed through a file descriptor: eventfd(2).
 ///
 /// Args:
-///     initial: the count it starts with, 0 to 2^64 - 2. nonblocking: `read` of an empty counter
-///     and `write` to a full one raise BlockingIOError; else they wait. semaphore: `read` takes one
-///     at a time instead of all.
+///     initial: the initial count, 0 to 2^64 - 2.
+///     nonblocking: if true, `read` of an empty counter and `write` to a full one raise
+///         BlockingIOError; otherwise they wait.
+///     semaphore: `read` takes one at a time instead of the whole count.
 #[pyclass(frozen, weakref, name = "EventFd", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyEventFd {
@@ -118,11 +119,11 @@ impl PyEventFd {
         Ok(Self::of(Arc::new(fd), nonblocking, initial >= LARGE_COUNT))
     }
 
-    /// Take the count, or one in semaphore mode.
+    /// Return the count and set it to zero; in semaphore mode, return 1 and subtract 1.
     ///
     /// Raises:
     ///     BlockingIOError: the count is zero and the EventFd is nonblocking.
-    ///     ClosedError: it is closed.
+    ///     ClosedError: the EventFd is closed.
     fn read(&self, py: Python<'_>) -> PyResult<u64> {
         if self.nonblocking {
             match self.call_now(py, |fd| take_count(fd.as_raw_fd()))? {
@@ -140,10 +141,10 @@ impl PyEventFd {
     /// Add to the count.
     ///
     /// Raises:
-    ///     BlockingIOError: the count would pass 2^64 - 2 and the EventFd is nonblocking.
+    ///     BlockingIOError: the count would exceed 2^64 - 2 and the EventFd is nonblocking.
     ///     OverflowError: the value is not from 0 to 2^64 - 1.
     ///     OSError: the value is 2^64 - 1, which the kernel refuses.
-    ///     ClosedError: it is closed.
+    ///     ClosedError: the EventFd is closed.
     #[pyo3(signature = (value = 1))]
     fn write(&self, py: Python<'_>, value: u64) -> PyResult<()> {
         if value >= LARGE_COUNT {
@@ -162,8 +163,9 @@ impl PyEventFd {
         Ok(self.open(py)?.as_raw_fd())
     }
 
-    /// Close the descriptor, which ends an `async for` over it. A `read` that waits in another
-    /// thread keeps it until it returns.
+    /// Close the file descriptor. This ends an `async for` over it.
+    ///
+    /// If another thread is waiting in `read`, the descriptor stays open until that call returns.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         drop(self.fd.with(py, Option::take));
         self.reader.end(py)
@@ -186,7 +188,7 @@ impl PyEventFd {
         self.reader.forget(py);
     }
 
-    /// Whether it is closed.
+    /// Whether the EventFd is closed.
     #[getter]
     fn closed(&self, py: Python<'_>) -> bool {
         self.fd.with(py, |fd| fd.is_none())

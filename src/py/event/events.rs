@@ -20,18 +20,20 @@ use super::timer_fd::PyTimerFd;
 use crate::py::descriptor::descriptor;
 use crate::py::ending::guard_thread;
 
-/// Events of a file descriptor: what to watch it for, or what happened there.
+/// Events of a file descriptor: what to watch for, or what happened.
 ///
 /// Args:
-///     source: an int, or an object with `fileno()`; it is kept alive while it is registered.
-///     event_set: what to watch for. data: a number from 0 to 2^32 - 1 that comes back with each
-///     event. drain: read the source, a nonblocking `EventFd` or a `TimerFd`, before each call of
-///     the subscriber, which
-///         finds what was read in `count`. The source stays open while it is registered.
+///     source: an int, or an object with `fileno()`; the object is kept alive while it is
+///         registered.
+///     event_set: what to watch for.
+///     data: a number from 0 to 2^32 - 1 that is passed back with each event.
+///     drain: read the source, a nonblocking `EventFd` or a `TimerFd`, before each call of the
+///         subscriber, and pass the result in `count`. The source stays open while it is
+///         registered.
 ///
 /// Raises:
 ///     ValueError: the source is closed, or a flag has no meaning.
-///     TypeError: `drain` for a source that cannot be drained.
+///     TypeError: `drain` is set and the source cannot be drained.
 #[pyclass(frozen, name = "Events", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyEvents {
@@ -104,8 +106,8 @@ impl PyEvents {
         Ok(Self::new_with(events, Some(source.clone().unbind()), drain))
     }
 
-    /// What was read of a source watched with `drain`: an eventfd's count, a timer's expirations.
-    /// Else None.
+    /// With `drain`, the number that was read: an eventfd's count or a timer's expirations.
+    /// Otherwise None.
     #[getter]
     fn count(&self) -> Option<u64> {
         Some(self.count.load(Ordering::Relaxed)).filter(|count| *count != NOT_DRAINED)
@@ -150,7 +152,7 @@ impl PyEvents {
     }
 }
 
-/// Names a subscriber of one event manager. Hashable.
+/// Identifies a subscriber of one event manager. Hashable.
 #[pyclass(frozen, eq, hash, name = "SubscriberId", module = "pyvmm")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PySubscriberId {
@@ -166,9 +168,9 @@ impl PySubscriberId {
     }
 }
 
-/// Changes what a subscriber watches.
+/// Changes the file descriptors that a subscriber watches.
 ///
-/// One passed to `init` or `process` is usable only during that call; later use raises
+/// An EventOps passed to `init` or `process` is usable only during that call; later use raises
 /// RuntimeError. One from `EventManager.event_ops` is usable as long as its subscriber is
 /// registered.
 #[pyclass(frozen, name = "EventOps", module = "pyvmm")]
@@ -244,11 +246,11 @@ impl PyEventOps {
 
 #[pymethods]
 impl PyEventOps {
-    /// LoopStats a file descriptor.
+    /// Watch a file descriptor.
     ///
     /// Raises:
-    ///     EventError: it is registered already, closed, or a regular file, which epoll does not
-    ///     watch.
+    ///     EventError: it is already registered, it is closed, or it is a regular file, which epoll
+    ///         does not support.
     pub(crate) fn add(&self, py: Python<'_>, events: &Bound<'_, PyAny>) -> PyResult<()> {
         let Target { manager, token, id } = self.target(py)?;
         let (manager, events) = (manager.get(), as_events(events)?);
@@ -258,10 +260,11 @@ impl PyEventOps {
         Ok(())
     }
 
-    /// LoopStats a file descriptor of this subscriber for other events, or re-arm a one-shot.
+    /// Watch a file descriptor of this subscriber for other events, or re-arm a one-shot
+    /// registration.
     ///
     /// Raises:
-    ///     EventError: it is not this subscriber's.
+    ///     EventError: this subscriber does not watch it.
     fn modify(&self, py: Python<'_>, events: &Bound<'_, PyAny>) -> PyResult<()> {
         let Target { manager, token, id } = self.target(py)?;
         let (manager, events) = (manager.get(), as_events(events)?);
@@ -271,11 +274,12 @@ impl PyEventOps {
         Ok(())
     }
 
-    /// Stop watching a file descriptor of this subscriber. By number or `Events` it may be closed
-    /// already.
+    /// Stop watching a file descriptor of this subscriber.
+    ///
+    /// If it is given by number or `Events`, it may already be closed.
     ///
     /// Raises:
-    ///     EventError: it is not this subscriber's.
+    ///     EventError: this subscriber does not watch it.
     pub(crate) fn remove(&self, py: Python<'_>, source: &Bound<'_, PyAny>) -> PyResult<()> {
         let Target { manager, token, id } = self.target(py)?;
         let manager = manager.get();

@@ -18,10 +18,9 @@ use crate::py::owned::Owned;
 use crate::py::returned::refuse_awaitable;
 use crate::sync::{Mutex, rank};
 
-/// Stops a run loop: an `exit_event` that a kick writes and a `keep_running` flag that the loop
-/// reads.
+/// Stops a run loop: a kick writes its `exit_event`, and the loop reads its `keep_running` flag.
 ///
-/// A subscriber: on IN it clears the flag, on ERROR it removes itself.
+/// It is a subscriber: on IN it clears the flag, on ERROR it removes itself.
 #[pyclass(frozen, weakref, name = "VmmExitHandler", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyVmmExitHandler(Shared);
@@ -134,7 +133,7 @@ impl PyVmmExitHandler {
         Ok(Self(Shared::over(WrappedExitHandler::new()?)))
     }
 
-    /// The eventfd that a kick writes.
+    /// The eventfd that a kick writes to.
     #[getter]
     fn exit_event(&self) -> PyResult<PyEventFd> {
         Ok(PyEventFd::over(exit_event(self.0.get()?)))
@@ -146,12 +145,12 @@ impl PyVmmExitHandler {
         Ok(self.0.get()?.keep_running())
     }
 
-    /// Write the exit event. From any thread.
+    /// Write to the exit event. May be called from any thread.
     fn kick(&self) -> PyResult<()> {
         Ok(self.0.get()?.kick()?)
     }
 
-    /// Set the flag again and forget the kicks so far.
+    /// Set the flag again and discard previous kicks.
     fn rearm(&self) -> PyResult<()> {
         self.0.get()?.rearm();
         Ok(())
@@ -194,18 +193,18 @@ impl PyWrappedExitHandler {
         Ok(self.0.get()?.keep_running())
     }
 
-    /// Write the exit event. From any thread.
+    /// Write to the exit event. May be called from any thread.
     fn kick(&self) -> PyResult<()> {
         Ok(self.0.get()?.kick()?)
     }
 
-    /// Set the flag again and forget the kicks so far.
+    /// Set the flag again and discard previous kicks.
     fn rearm(&self) -> PyResult<()> {
         self.0.get()?.rearm();
         Ok(())
     }
 
-    /// Another object for the same handler.
+    /// Return another object for the same handler.
     #[pyo3(name = "clone")]
     fn another(&self) -> PyResult<Self> {
         Ok(Self(self.0.another()?))

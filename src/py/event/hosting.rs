@@ -7,16 +7,16 @@ use crate::py::ending::import;
 
 #[pymethods]
 impl PyEventManager {
-    /// `run_forever` inside a running asyncio loop, which stays responsive.
+    /// Run the loop like `run_forever`, hosted by the running asyncio loop, which stays responsive.
     ///
     /// A subscriber's `process` may be a coroutine function: it runs as a task, and its exception
-    /// ends the run. Coroutines that still run after `stop` have a second to come to their end;
-    /// those that do not are cancelled, and the asyncio loop's exception handler is told which.
+    /// ends the run. After `stop`, running coroutines have one second to finish. Then they are
+    /// cancelled, and their names are passed to the asyncio loop's exception handler.
     ///
     /// Raises:
-    ///     StateError: the manager is hosted or in a run already. Exception: the first exception of
-    ///     a callback or a coroutine. The others are in its notes and go to the asyncio
-    ///         loop's exception handler.
+    ///     StateError: the manager already has a host, or is already in a run.
+    ///     Exception: the first exception of a callback or a coroutine. Further ones are added to
+    ///         its notes and passed to the asyncio loop's exception handler.
     fn run_async<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
         slf.get().check()?;
         import(slf.py(), "pyvmm.aio")?.call_method1("run_manager", (slf,))

@@ -26,8 +26,8 @@ use crate::sync::{Mutex, rank};
 
 /// Subscribers, and the loop that dispatches events to them by file descriptor.
 ///
-/// One thread at a time turns the loop; any thread may add and remove subscribers meanwhile. It
-/// needs no machine and no /dev/kvm.
+/// One thread at a time may run the loop. Any thread may add and remove subscribers meanwhile. The
+/// manager needs no machine and no /dev/kvm.
 #[pyclass(frozen, weakref, name = "EventManager", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyEventManager {
@@ -206,18 +206,21 @@ impl PyEventManager {
         Ok(Self::over(Arc::new(EventManager::new()?)))
     }
 
-    /// End `run_forever` or `run_async`, or at once the next one. From any thread or callback.
+    /// End `run_forever` or `run_async`. If none is in progress, the next one ends at once.
+    ///
+    /// May be called from any thread or callback.
     fn stop(&self) -> PyResult<()> {
         self.check()?;
         self.calls.stop();
         Ok(self.core.kick()?)
     }
 
-    /// Seconds above which a callback is logged with its name, as a warning of the logger "pyvmm";
-    /// None for none.
+    /// The seconds after which a callback counts as slow; None disables the check.
+    ///
+    /// A slow callback is logged with its name, as a warning of the logger "pyvmm".
     ///
     /// Raises:
-    ///     ValueError: set to a negative number or NaN.
+    ///     ValueError: it is set to a negative number or NaN.
     #[getter(slow_callback_duration)]
     fn threshold(&self) -> PyResult<Option<f64>> {
         self.check()?;
@@ -231,7 +234,7 @@ impl PyEventManager {
         Ok(())
     }
 
-    /// The name of the callback that took longest and its seconds; None before one was timed.
+    /// The name of the slowest callback and its seconds, or None before a callback was timed.
     ///
     /// Callbacks are timed while `slow_callback_duration` is set.
     #[getter]
@@ -241,14 +244,14 @@ impl PyEventManager {
         Ok((!name.is_empty()).then_some((name, took.as_secs_f64())))
     }
 
-    /// How often the loop has turned.
+    /// The number of loop iterations.
     #[getter]
     fn turns(&self) -> PyResult<u64> {
         self.check()?;
         Ok(self.stats().turns())
     }
 
-    /// How many events it has dispatched.
+    /// The number of dispatched events.
     #[getter]
     fn dispatched(&self) -> PyResult<u64> {
         self.check()?;
@@ -264,11 +267,12 @@ impl PyEventManager {
         self.calls.take_stop()
     }
 
-    /// A file descriptor for other loops to wait on: readable when an event is ready. The same as
-    /// long as the manager lives.
+    /// A file descriptor for other loops to wait on. It is readable when an event is ready.
+    ///
+    /// It stays the same for the life of the manager.
     ///
     /// Raises:
-    ///     StateError: in a forked child, whose parent's it is.
+    ///     StateError: the process is a forked child, and the manager belongs to its parent.
     fn fileno(&self, py: Python<'_>) -> PyResult<RawFd> {
         self.check()?;
         Ok(py.detach(|| self.core.host_fd())?)

@@ -75,12 +75,12 @@ impl PyEventManager {
 
 #[pymethods]
 impl PyEventManager {
-    /// Register an object with `init(ops)` and `process(events, ops)`; calls its `init` before it
+    /// Register an object with `init(ops)` and `process(events, ops)`. Calls its `init` before it
     /// returns.
     ///
     /// Raises:
     ///     TypeError: a method is missing.
-    ///     Exception: what `init` raised; the subscriber is not registered then.
+    ///     Exception: the exception raised by `init`; the subscriber is not registered.
     pub(crate) fn add_subscriber(
         slf: &Bound<'_, Self>,
         subscriber: &Bound<'_, PyAny>,
@@ -100,10 +100,10 @@ impl PyEventManager {
         Ok(PySubscriberId { manager: this.number(), token })
     }
 
-    /// Unregister a subscriber with all its file descriptors and return it.
+    /// Unregister a subscriber and all its file descriptors, and return it.
     ///
     /// Raises:
-    ///     EventError: this manager has no such subscriber, or no longer.
+    ///     EventError: this manager does not have the subscriber, or no longer has it.
     pub(crate) fn remove_subscriber(
         &self,
         py: Python<'_>,
@@ -114,10 +114,11 @@ impl PyEventManager {
         self.take_out(py, id.token)
     }
 
-    /// What changes the registrations of a subscriber, from any thread, while it is registered.
+    /// Return an `EventOps` for a subscriber. It is usable from any thread while the subscriber is
+    /// registered.
     ///
     /// Raises:
-    ///     EventError: this manager has no such subscriber, or no longer.
+    ///     EventError: this manager does not have the subscriber, or no longer has it.
     fn event_ops(slf: &Bound<'_, Self>, id: &PySubscriberId) -> PyResult<PyEventOps> {
         slf.get().check()?;
         slf.get().check_id("EventManager.event_ops", id)?;
@@ -125,12 +126,13 @@ impl PyEventManager {
         Ok(PyEventOps::lasting(slf.clone().unbind(), id.token))
     }
 
-    /// Decorate a function to be called with each event of a source; `data` and `drain` are as for
-    /// `Events`.
+    /// Decorate a function to be called with each event of a source.
+    ///
+    /// `data` and `drain` are the same as for `Events`.
     ///
     /// The function gets the attributes `subscriber_id`, for `remove_subscriber`, and
-    /// `subscriber_ids`, which has those of the decorators beneath too. In place of what takes no
-    /// attributes, as a method, comes a callable that does.
+    /// `subscriber_ids`, which has the ids of all its decorators. If the function cannot take
+    /// attributes, as a bound method, the decorator returns a callable that has them.
     #[pyo3(signature = (source, event_set = EventSet::IN.bits(), data = 0, *, drain = false))]
     fn on<'py>(
         slf: &Bound<'py, Self>,

@@ -146,16 +146,17 @@ impl PyEventManager {
 impl PyEventManager {
     /// Wait for events, dispatch them once, and return how many there were.
     ///
-    /// The first exception of a callback ends the dispatch and comes out of here. Level-triggered
-    /// events behind it are reported again by the next run.
+    /// The first exception of a callback ends the dispatch and is raised here. The next run reports
+    /// the remaining events again.
     ///
     /// Raises:
-    ///     StateError: another thread, or a callback's caller, is in `run`.
+    ///     StateError: `run` is in progress in another thread, or further up in this one.
     fn run(slf: &Bound<'_, Self>) -> PyResult<usize> {
         Self::run_with_timeout(slf, -1)
     }
 
-    /// `run` for at most this long, 0 when the time passed. A negative number is no limit.
+    /// Like `run`, but wait at most this long, and return 0 after the timeout. A negative number
+    /// means no limit.
     fn run_with_timeout(slf: &Bound<'_, Self>, milliseconds: i32) -> PyResult<usize> {
         slf.get().check()?;
         let _ownership = slf.get().owners().claim("this event manager", None)?;
@@ -172,7 +173,7 @@ impl PyEventManager {
         })
     }
 
-    /// Dispatch until `stop` is called or a callback raises; raises as `run` does.
+    /// Dispatch until `stop` is called or a callback raises. Raises the same exceptions as `run`.
     fn run_forever(slf: &Bound<'_, Self>) -> PyResult<()> {
         let this = slf.get();
         this.check()?;

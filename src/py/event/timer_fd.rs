@@ -17,7 +17,8 @@ use crate::py::descriptor::os_error;
 use crate::py::ending::import;
 use crate::sync::{Mutex, rank};
 
-/// A timer behind a file descriptor, on the monotonic clock: timerfd_create(2). A source of events.
+/// A timer with a file descriptor, on the monotonic clock: timerfd_create(2). It is a source of
+/// events.
 #[pyclass(frozen, weakref, name = "TimerFd", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyTimerFd {
@@ -51,33 +52,33 @@ impl PyTimerFd {
         Ok(Self { timer: Mutex::new(Some(Arc::new(timer))), reader: Reader::default() })
     }
 
-    /// Expire so many seconds later, and with an interval again and again. Expirations so far are
-    /// forgotten.
+    /// Expire after `delay` seconds, and then every `interval` seconds if it is not 0. Clears
+    /// previous expirations.
     ///
     /// Raises:
     ///     ValueError: a time is negative, NaN or too long.
-    ///     ClosedError: it is closed.
+    ///     ClosedError: the timer is closed.
     #[pyo3(signature = (delay, interval = 0.0))]
     fn set(&self, delay: f64, interval: f64) -> PyResult<()> {
         self.start(Expiry::In(seconds("delay", delay)?), interval)
     }
 
-    /// Expire at a time of `time.monotonic()`; one that has passed is at once.
+    /// Expire at a time of `time.monotonic()`. If that time has passed, the timer expires at once.
     #[pyo3(signature = (time, interval = 0.0))]
     fn set_at(&self, time: f64, interval: f64) -> PyResult<()> {
         self.start(Expiry::At(seconds("time", time)?), interval)
     }
 
-    /// Unset it and forget the expirations so far.
+    /// Disarm the timer and clear previous expirations.
     fn clear(&self) -> PyResult<()> {
         self.open()?.clear().map_err(|e| os_error(&e))
     }
 
-    /// How often it has expired since the last read or set; missed ticks are counted.
+    /// Return the number of expirations since the last read or set, including missed ticks.
     ///
     /// Raises:
-    ///     BlockingIOError: it has not.
-    ///     ClosedError: it is closed.
+    ///     BlockingIOError: the timer has not expired.
+    ///     ClosedError: the timer is closed.
     fn read(&self, py: Python<'_>) -> PyResult<u64> {
         let timer = self.open()?;
         let mut count = timer.read();
@@ -115,13 +116,13 @@ impl PyTimerFd {
         Ok(self.open()?.as_raw_fd())
     }
 
-    /// Close the descriptor, which ends an `async for` over it.
+    /// Close the file descriptor. This ends an `async for` over it.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         drop(self.timer.lock().take());
         self.reader.end(py)
     }
 
-    /// Whether it is closed.
+    /// Whether the timer is closed.
     #[getter]
     fn closed(&self) -> bool {
         self.timer.lock().is_none()
