@@ -52,7 +52,7 @@ hardware: setup linux ## The Python tests on a hardware KVM, which QEMU emulates
 	@python scripts/hardware $(TESTS)
 
 # What copies, maps and hands out memory, and what entered Python.
-ASAN := tests/memory/test_memory.py tests/memory/test_memory_slots.py tests/memory/test_memory_forks.py tests/snapshot/test_snapshot.py \
+ASAN := tests/memory tests/snapshot/test_snapshot.py \
 	tests/snapshot/test_snapshot_file.py tests/fixup/test_fixups.py tests/devices/test_devices.py tests/devices/test_hostcalls.py tests/stress/test_memory_stress.py
 asan: setup ## Python tests with AddressSanitizer, where the toolchain allows it; ASAN=ARGUMENTS of pytest
 	@scripts/asan.sh $(ASAN)

@@ -1,4 +1,5 @@
-//! The pages behind a memory slot: zeroed ones of its own, or part of a file that others map too.
+//! The pages behind a memory slot: zeroed memory of its own, or part of a file that others may map.
+//! Any thread.
 
 use std::fs::File;
 use std::io;
@@ -6,25 +7,25 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 use vm_memory::{FileOffset, MmapRegion};
 
-use super::image::memfd;
+use super::layer::memfd;
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::PAGE;
 use crate::process::Learnt;
 
-/// What stands behind a slot besides its mapping.
+/// How a slot's pages are backed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Backing {
-    /// The guest cannot write it: its writes are MMIO exits.
+    /// The guest's writes become MMIO exits.
     pub read_only: bool,
-    /// A file or memfd, whose pages others may map too.
+    /// The pages are those of a file or memfd that others may map too.
     pub shared: bool,
 }
 
-/// Zeroed memory of its own, for [`super::GuestMemory::add`]: a memfd, so that a snapshot need not
-/// copy it.
+/// Zeroed memory for [`super::GuestMemory::add`]. It is a memfd, so that a snapshot does not copy
+/// it.
 ///
 /// # Errors
-/// When it is more than the host's memory, or the mapping fails.
+/// If it is larger than the host's memory, or the mapping fails.
 pub fn anonymous(size: u64) -> Result<MmapRegion> {
     let host = host_memory();
     if size > host {
@@ -38,12 +39,12 @@ pub fn anonymous(size: u64) -> Result<MmapRegion> {
     MmapRegion::build(Some(file), length, access, flags).map_err(|e| refused(&e))
 }
 
-/// Part of a file or memfd, shared with all who map it. One that is open for reading only can be
-/// memory that is `read_only`. A memfd is sealed against shrinking if it can be; a file must not
+/// Part of a file or memfd, shared with everyone who maps it. A file that is open for reading only
+/// can be `read_only` memory. A memfd is sealed against shrinking if possible; a file must not
 /// shrink while it is mapped.
 ///
 /// # Errors
-/// When the file is shorter, or cannot be mapped so.
+/// If the file is shorter, or cannot be mapped that way.
 pub fn shared(
     file: BorrowedFd<'_>,
     offset: u64,
@@ -65,9 +66,9 @@ pub fn shared(
         let detail = "it is open for reading only: the memory has to be read-only too";
         return Err(Error::new(ErrorKind::Memory, AT, detail));
     }
-    // SAFETY: no pointers; a file that is no memfd refuses.
+    // SAFETY: no pointers. A file that is not a memfd refuses.
     unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_SHRINK) };
-    // From here on a memfd keeps its length: what was found before may have changed.
+    // From here on a memfd keeps its length. It may have shrunk since the first check.
     check_length(&file, offset, Some(size))?;
     let access = libc::PROT_READ | if can_write { libc::PROT_WRITE } else { 0 };
     let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
@@ -77,7 +78,7 @@ pub fn shared(
 
 const AT: &str = "the memory's file";
 
-/// The size to map: the one asked for, or all from the offset on.
+/// The size to map: the one asked for, or everything from the offset on.
 fn check_length(file: &File, offset: u64, size: Option<u64>) -> Result<u64> {
     let length = file.metadata().map_err(|e| Error::os(ErrorKind::Memory, AT, &e))?.len();
     let most = length.checked_next_multiple_of(PAGE).and_then(|length| length.checked_sub(offset));
@@ -104,7 +105,7 @@ fn refused(error: &vm_memory::mmap::MmapRegionError) -> Error {
     Error::new(ErrorKind::Memory, "memory", error.to_string())
 }
 
-/// Bytes of memory of this host.
+/// The size of this host's memory, in bytes.
 pub(crate) fn host_memory() -> u64 {
     static SIZE: Learnt<u64> = Learnt::unknown();
     *SIZE.get_or_make(|| {

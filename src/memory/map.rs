@@ -1,6 +1,5 @@
-//! What memory there is at one moment: each slot's mapping by guest-physical address, for those who
-//! read and write it. A change of slots publishes another one; whoever holds this one goes on with
-//! it.
+//! Guest memory at one moment: each slot's mapping by guest-physical address, for reads and writes.
+//! A change of slots publishes a new map; accesses in progress finish with the old one. Any thread.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,7 +10,7 @@ use super::mapping::Mapping;
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::PAGE;
 
-/// One bit a page of a slot: whether the host has written it since the last look.
+/// One bit per page of a slot: whether the host has written it since the log was last read.
 pub(super) type Written = Arc<[AtomicU64]>;
 
 /// A slot's mapping at its address.
@@ -19,12 +18,12 @@ pub(super) type Written = Arc<[AtomicU64]>;
 pub(super) struct Placed {
     pub(super) start: u64,
     pub(super) mapping: Arc<Mapping>,
-    /// None while the log is off.
+    /// None if the log is off.
     pub(super) written: Option<Written>,
 }
 
 impl Placed {
-    /// Note a write of the host to a range, as far as it is in here.
+    /// Log a write of the host, as far as its range lies in this slot.
     pub(super) fn note_write(&self, address: u64, length: u64) {
         let Some(written) = &self.written else { return };
         let end = self.start.saturating_add(self.mapping.size());
@@ -34,7 +33,7 @@ impl Placed {
         }
         for page in (from - self.start) / PAGE..(to - self.start).div_ceil(PAGE) {
             let word = usize::try_from(page / 64).ok().and_then(|at| written.get(at));
-            // Relaxed: the bit alone matters. Whoever looks for it takes it in the same way.
+            // Relaxed: only the bit matters, and readers take it with an atomic swap too.
             word.map(|word| word.fetch_or(1 << (page % 64), Ordering::Relaxed));
         }
     }
@@ -50,26 +49,26 @@ pub(super) struct Map {
 }
 
 impl Map {
-    /// The mapping that has an address.
+    /// The mapping that contains an address.
     pub(super) fn find(&self, address: u64) -> Option<&Placed> {
         let at = self.placed.partition_point(|placed| placed.start <= address).checked_sub(1)?;
         self.placed.get(at).filter(|placed| address - placed.start < placed.mapping.size())
     }
 
-    /// Note a write of the host.
+    /// Log a write of the host.
     pub(super) fn note_write(&self, address: u64, length: u64) {
         if self.is_logging {
             self.placed.iter().for_each(|placed| placed.note_write(address, length));
         }
     }
 
-    /// The error for a range that is not all memory.
+    /// The error for a range that is not entirely memory.
     pub(super) fn outside(&self, address: u64, length: u64) -> Error {
         let detail = format!("{length} bytes there are not all in guest memory ({})", self.shown());
         Error::new(ErrorKind::Memory, format!("{address:#x}"), detail)
     }
 
-    /// Its ranges, for people.
+    /// Its ranges, for messages.
     pub(super) fn shown(&self) -> String {
         const MOST: usize = 8;
         let range = |region: &vm_memory::GuestRegionMmap| {
@@ -89,10 +88,10 @@ impl Map {
     }
 }
 
-/// Check that a slot can be there.
+/// Check that a slot can have this place.
 ///
 /// # Errors
-/// When the address or the size is no whole number of pages, or the end lies behind the last
+/// If the address or the size is not a multiple of the page size, or the end is beyond the last
 /// address.
 pub(super) fn check_place(address: u64, size: u64) -> Result<()> {
     let refuse =

@@ -1,8 +1,9 @@
-//! A mapping of guest memory in this process, and what a forked child gets of it. Any thread.
+//! A mapping of guest memory in this process, and what a forked child gets in its place. Any
+//! thread.
 //!
-//! Nobody holds a Rust reference to the bytes of a mapping: guests, other threads and Python change
-//! them at any time. They are reached by `VolatileSlice`, by an atomic, or by the kernel. So the
-//! pages under a mapping may be exchanged.
+//! No Rust reference to the bytes of a mapping exists: guests, other threads and Python change them
+//! at any time. They are accessed through `VolatileSlice`, atomics or the kernel. So the pages
+//! under a mapping may be replaced.
 
 use std::cell::UnsafeCell;
 use std::fs::File;
@@ -12,26 +13,27 @@ use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 use vm_memory::volatile_memory::VolatileMemory;
 use vm_memory::{MmapRegion, VolatileSlice};
 
+use super::ranges::ByteRange;
 use crate::error::{Error, ErrorKind, Result};
 
 /// One mapping, shared by the slot, the map of guest memory and the views.
 #[derive(Debug)]
 pub(crate) struct Mapping {
-    /// Before the region, which is unmapped behind it.
+    /// Dropped before the region is unmapped.
     shared: Option<Registered>,
     region: Arc<MmapRegion>,
 }
 
 impl Mapping {
-    /// A mapping that a forked child shares with its parent: of a file that others map too, or a
-    /// private one.
+    /// A mapping that a forked child keeps as it is: of a file that others map too, or a private
+    /// one.
     pub(crate) fn new(region: MmapRegion) -> Arc<Self> {
         Arc::new(Self { shared: None, region: Arc::new(region) })
     }
 
-    /// A shared mapping of a memfd that is one machine's alone. A forked child gets a private one
-    /// in its place: what the child writes would otherwise show in the machine, and in the pages
-    /// that a snapshot freezes.
+    /// A shared mapping of a memfd that belongs to one machine. A forked child gets a private
+    /// mapping in its place: otherwise its writes would show in the parent's machine, and in pages
+    /// that a snapshot has frozen.
     pub(crate) fn of_own(region: MmapRegion) -> Arc<Self> {
         let shared = Registered::new(&region);
         Arc::new(Self { shared, region: Arc::new(region) })
@@ -41,7 +43,7 @@ impl Mapping {
         &self.region
     }
 
-    /// Where it starts in this process, as the kernel wants it.
+    /// Its address in this process, as the kernel takes it.
     pub(crate) fn host(&self) -> u64 {
         self.region.as_ptr() as u64
     }
@@ -50,12 +52,13 @@ impl Mapping {
         self.region.size() as u64
     }
 
-    /// The memfd of [`Self::of_own`].
+    /// The memfd given to [`Self::of_own`].
     pub(crate) fn own_file(&self) -> Option<Arc<File>> {
         self.shared.as_ref().and(self.region.file_offset()).map(|file| Arc::clone(file.arc()))
     }
 
-    /// Exchange the pages under it for private ones by `exchange`; no child is forked meanwhile.
+    /// Replace the pages under it with private ones by calling `exchange`. No child can be forked
+    /// meanwhile.
     pub(crate) fn make_private(&self, exchange: impl FnOnce() -> Result<()>) -> Result<()> {
         let mut all = registry();
         exchange()?;
@@ -66,10 +69,10 @@ impl Mapping {
     }
 }
 
-/// A part of a region: its bounds are checked here, and it lives no longer than the region.
+/// A part of a region, with its bounds checked.
 ///
 /// # Errors
-/// When the region does not have these bytes.
+/// If the region does not contain these bytes.
 pub(crate) fn part(region: &MmapRegion, (start, end): (u64, u64)) -> Result<VolatileSlice<'_>> {
     let wrong = || {
         let detail = format!("bytes {start:#x} to {end:#x} of a mapping of {:#x}", region.size());
@@ -80,7 +83,16 @@ pub(crate) fn part(region: &MmapRegion, (start, end): (u64, u64)) -> Result<Vola
     region.get_slice(offset, length.ok_or_else(wrong)?).map_err(|_| wrong())
 }
 
-/// What the child of a fork does with one mapping.
+/// Whether two regions hold the same bytes in a range.
+pub(crate) fn is_same(a: &MmapRegion, b: &MmapRegion, range: ByteRange) -> Result<bool> {
+    let (a, b) = (part(a, range)?, part(b, range)?);
+    let (from, to) = (a.ptr_guard(), b.ptr_guard());
+    // SAFETY: both slices have the same length. Their bytes belong to no Rust object and are
+    // compared outside of Rust: a concurrent write makes the answer stale, not undefined.
+    Ok(unsafe { libc::memcmp(from.as_ptr().cast(), to.as_ptr().cast(), a.len()) == 0 })
+}
+
+/// A mapping that a forked child replaces with a private one.
 #[derive(Debug)]
 struct Entry {
     host: usize,
@@ -89,20 +101,20 @@ struct Entry {
     offset: i64,
 }
 
-/// An entry, for as long as this lives.
+/// Keeps an entry in the registry until it is dropped.
 #[derive(Debug)]
 struct Registered {
     host: usize,
 }
 
-/// Every mapping that a child must not share. `pthread_atfork` holds the lock over each fork, so
-/// that the child finds the list whole and the lock its own. A lock of std, without a rank: the
-/// child gives it back without looking at the waiters of its parent. No other lock is taken under
-/// it.
+/// Every mapping that a child must not share. The `pthread_atfork` handlers hold the lock during
+/// each fork, so that the child finds the list complete and owns the lock. It is a lock of std,
+/// without a rank: the child can release it without the parent's waiters. No other lock is taken
+/// while it is held.
 static REGISTRY: Mutex<Vec<Entry>> = Mutex::new(Vec::new());
 
 fn registry() -> MutexGuard<'static, Vec<Entry>> {
-    // Nothing panics between two states of the list.
+    // No panic can leave the list half changed.
     REGISTRY.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -110,8 +122,8 @@ impl Registered {
     fn new(region: &MmapRegion) -> Option<Self> {
         static HANDLERS: Once = Once::new();
         HANDLERS.call_once(|| {
-            // SAFETY: three functions of this module, which is never unloaded: Python keeps its
-            // native modules.
+            // SAFETY: the handlers live in this module, which is never unloaded: Python keeps
+            // native modules loaded.
             unsafe { libc::pthread_atfork(Some(before), Some(in_parent), Some(in_child)) };
         });
         let file = region.file_offset()?;
@@ -133,41 +145,42 @@ impl Drop for Registered {
     }
 }
 
-/// The lock between the handlers of one fork.
-struct Held(UnsafeCell<Option<MutexGuard<'static, Vec<Entry>>>>);
+/// Carries the registry's lock from `before` to the handler that follows it.
+struct ForkGuard(UnsafeCell<Option<MutexGuard<'static, Vec<Entry>>>>);
 
-// SAFETY: only the thread that holds `REGISTRY` touches the handle: `before` fills it once it has the
-// lock, and the handler that takes it out, in the same thread of the parent or in its copy in the
-// child, gives the lock back with it.
-unsafe impl Sync for Held {}
+// SAFETY: only the thread that holds `REGISTRY` touches the guard: `before` stores it after taking
+// the lock, and the next handler, in the same thread or in its copy in the child, takes it out and
+// releases the lock.
+unsafe impl Sync for ForkGuard {}
 
-static HELD: Held = Held(UnsafeCell::new(None));
+static FORK_GUARD: ForkGuard = ForkGuard(UnsafeCell::new(None));
 
 extern "C" fn before() {
     let lock = registry();
     // SAFETY: this thread holds the lock.
-    unsafe { *HELD.0.get() = Some(lock) };
+    unsafe { *FORK_GUARD.0.get() = Some(lock) };
 }
 
 extern "C" fn in_parent() {
-    // SAFETY: this thread holds the lock since `before`.
-    let lock = unsafe { (*HELD.0.get()).take() };
+    // SAFETY: this thread has held the lock since `before`.
+    let lock = unsafe { (*FORK_GUARD.0.get()).take() };
     drop(lock);
 }
 
 extern "C" fn in_child() {
-    // SAFETY: this is the one thread of the child, and its copy of the lock is held since `before`.
-    let mut lock = unsafe { (*HELD.0.get()).take() };
+    // SAFETY: this is the child's only thread, and its copy of the lock has been held since
+    // `before`.
+    let mut lock = unsafe { (*FORK_GUARD.0.get()).take() };
     for entry in lock.iter_mut().flat_map(|all| all.drain(..)) {
         let at = std::ptr::with_exposed_provenance_mut::<libc::c_void>(entry.host);
         let access = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
-        // SAFETY: the entry names a whole mapping that the parent had at the fork, and so has the
-        // child. mmap is a bare system call: it may be made in the child of a process of many
-        // threads. The same bytes show at once.
+        // SAFETY: the entry names a whole mapping that the parent had at the fork, so the child has
+        // it too. mmap is a plain system call, which is allowed in the child
+        // of a multi-threaded process. The new mapping shows the same bytes.
         let mapped = unsafe { libc::mmap(at, entry.length, access, flags, entry.fd, entry.offset) };
         if mapped == libc::MAP_FAILED {
-            // SAFETY: as above; without memory for a mapping of its own the child may only read.
+            // SAFETY: as above. Without memory for a private mapping the child may only read.
             unsafe { libc::mprotect(at, entry.length, libc::PROT_READ) };
         }
     }
@@ -183,16 +196,16 @@ mod tests {
         part(region, (0, 1)).unwrap()
     }
 
-    /// Fork; what the child's `act` returns.
+    /// What `act` returns in a forked child.
     fn in_a_child(act: impl FnOnce() -> u8) -> i32 {
-        // SAFETY: the child reads and writes a mapping and leaves.
+        // SAFETY: the child only reads and writes a mapping, then exits.
         let child = unsafe { libc::fork() };
         if child == 0 {
             // SAFETY: as above.
             unsafe { libc::_exit(i32::from(act())) };
         }
         let mut status = 0;
-        // SAFETY: our own child, and a status that lives through the call.
+        // SAFETY: the status outlives the call.
         unsafe { libc::waitpid(child, &raw mut status, 0) };
         libc::WEXITSTATUS(status)
     }

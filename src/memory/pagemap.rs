@@ -1,6 +1,6 @@
-//! Which pages of a private mapping have been written: those that are the process's own and no
-//! longer the file's. Told by the kernel from the page tables, whoever wrote: guest, host, view or
-//! device. Any thread.
+//! Finds the pages of a private mapping that have been written: they belong to the process, no
+//! longer to the file. The kernel reads this from the page tables, so it covers every writer:
+//! guest, host, view or device. Any thread.
 
 use std::fs::File;
 use std::io;
@@ -8,6 +8,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
+use super::ranges::{ByteRange, push};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::PAGE;
 use crate::process::ProcessTag;
@@ -47,21 +48,18 @@ const PAGE_IS_PRESENT: u64 = 1 << 3;
 const PAGE_IS_SWAPPED: u64 = 1 << 4;
 const PAGE_IS_PFNZERO: u64 = 1 << 5;
 
-/// The same in /proc/self/pagemap, one word a page.
+/// The same bits in /proc/self/pagemap, which has one word per page.
 const BIT_PRESENT: u64 = 1 << 63;
 const BIT_SWAPPED: u64 = 1 << 62;
 const BIT_FILE: u64 = 1 << 61;
 
-/// How many runs of pages one call of the kernel returns.
+/// How many runs of pages one call returns.
 const BATCH: usize = 512;
 
-/// Start and end of a run of pages, in bytes from the start of the mapping.
-pub(crate) type ByteRange = (u64, u64);
-
-/// The kernel answers for the process that opened the file: one that was forked needs its own.
+/// The kernel answers for the process that opened the file, so a forked child opens its own.
 fn pagemap() -> Result<Arc<File>> {
     static PAGEMAP: RwLock<Option<(ProcessTag, Arc<File>)>, rank::Pagemap> = RwLock::new(None);
-    // Never waited for: in a forked child another thread's lock is held for ever.
+    // Never waits: in a forked child a lock that another thread held is never released.
     let known = PAGEMAP.try_read().and_then(|known| known.clone());
     if let Some((_, file)) = known.filter(|(process_tag, _)| !process_tag.is_forked_child()) {
         return Ok(file);
@@ -75,8 +73,8 @@ fn pagemap() -> Result<Arc<File>> {
     Ok(file)
 }
 
-/// The pages of the private mapping at `host` that have been written. Where the kernel is older
-/// than 6.7, pages of zeros that were only read may be among them.
+/// The pages of the private mapping at `host` that have been written. Before Linux 6.7, zero pages
+/// that were only read may be among them.
 pub(crate) fn written(host: u64, size: u64) -> Result<Vec<ByteRange>> {
     let file = pagemap()?;
     match scan(file.as_raw_fd(), host, size) {
@@ -103,8 +101,8 @@ fn scan(fd: RawFd, host: u64, size: u64) -> io::Result<Vec<ByteRange>> {
         ..ScanArguments::default()
     };
     while arguments.start < arguments.end {
-        // SAFETY: the argument structure and the vector it names, with its length, live through the
-        // call.
+        // SAFETY: the argument structure and the vector that it points to, whose length it states,
+        // outlive the call.
         let count = unsafe { libc::ioctl(fd, PAGEMAP_SCAN, &raw mut arguments) };
         let count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
         for region in found.iter().take(count) {
@@ -135,24 +133,16 @@ fn read(file: &File, host: u64, size: u64) -> io::Result<Vec<ByteRange>> {
     Ok(ranges)
 }
 
-/// Add a range behind the others, as one with the last where they touch.
-pub(crate) fn push(ranges: &mut Vec<ByteRange>, range: ByteRange) {
-    match ranges.last_mut() {
-        Some(last) if last.1 == range.0 => last.1 = range.1,
-        _ => ranges.push(range),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use vm_memory::MmapRegion;
 
-    /// A private mapping of this many pages of a memfd that is all there.
+    /// A private mapping of a memfd of this many pages, all allocated.
     fn mapping(pages: usize) -> MmapRegion {
-        // SAFETY: a name that ends in zero, and flags.
+        // SAFETY: the name is NUL-terminated.
         let fd = unsafe { libc::memfd_create(c"test".as_ptr(), 0) };
-        // SAFETY: a descriptor that is ours alone.
+        // SAFETY: the descriptor is new and owned by nothing else.
         let file: File = unsafe { std::os::fd::FromRawFd::from_raw_fd(fd) };
         file.write_all_at(&vec![7; pages * 4096], 0).unwrap();
         let offset = vm_memory::FileOffset::new(file, 0);
@@ -162,7 +152,7 @@ mod tests {
 
     fn touch(mapping: &MmapRegion, page: usize, write: bool) {
         let at = mapping.as_ptr().wrapping_add(page * 4096);
-        // SAFETY: a page of the mapping.
+        // SAFETY: the page lies in the mapping.
         unsafe {
             let value = at.read_volatile();
             if write {

@@ -1,30 +1,28 @@
-//! A slot's RAM as its machine uses it, and the two things a snapshot needs of it: freeze it
-//! without a copy, and bring an image back. The caller keeps the guest at rest; host threads may
-//! write at any time.
+//! The RAM of one slot, which a snapshot freezes without a copy and a reset brings back. The guest
+//! is stopped meanwhile, by the caller; host threads may write at any time.
 
 use std::fs::File;
 use std::sync::Arc;
 
 use vm_memory::MmapRegion;
 
-use super::image::{Image, Layer, copy_to, memfd};
-use super::mapping::{Mapping, part};
-use super::pagemap::{self, ByteRange};
+use super::image::Image;
+use super::layer::{Layer, copy_to, memfd};
+use super::mapping::{Mapping, is_same, part};
+use super::pagemap;
+use super::ranges::{self, ByteRange, coalesce, union};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::PAGE;
 
-/// More runs of changed pages than this are joined, with pages between them that have not changed:
-/// each run is one mapping of every fork, and the kernel allows a process 65,530.
-const MOST_RUNS: usize = 256;
-/// A reset puts another mapping in place instead of copying this part of the memory, or more.
+/// A reset remaps the memory instead of copying more than one part in this many of it.
 const REMAP_ABOVE: u64 = 4;
-/// Resets in a row after which written pages that stay the same are given back,
+/// After this many resets in a row, written pages that hold what the image holds are released,
 const IDLE_RESETS: u32 = 8;
-/// if there are more of them than this and than eight times those that change.
+/// if they are more than this, and more than eight times the pages that changed.
 const IDLE_PAGES: u64 = 1024;
 
-/// RAM that is one machine's own. It keeps its mapping, so that what it puts over it never lies
-/// over anything else.
+/// RAM that belongs to one machine. It keeps its mapping, so that whatever it maps over it never
+/// replaces anything else.
 #[derive(Debug)]
 pub(crate) struct Ram {
     mapping: Arc<Mapping>,
@@ -32,29 +30,29 @@ pub(crate) struct Ram {
     idle_resets: u32,
 }
 
-/// What stands under the mapping.
+/// What is mapped.
 #[derive(Debug)]
 enum Under {
-    /// A memfd that nobody else has, mapped shared.
+    /// The machine's own memfd, mapped shared.
     Own(Arc<File>),
-    /// Private pages over an image.
+    /// An image, mapped privately.
     Copy {
-        /// What is mapped.
+        /// The image under the mapping.
         mapped: Image,
-        /// What the pages are compared with: the last snapshot or reset.
+        /// The image that pages are compared with: that of the last snapshot or reset.
         last: Image,
     },
-    /// Parts of two images: a reset has failed halfway.
+    /// Parts of two images: a reset failed halfway.
     Torn,
 }
 
 impl Ram {
-    /// RAM that is this memfd, mapped shared.
+    /// RAM that is a shared mapping of this memfd.
     pub(crate) fn own(mapping: Arc<Mapping>, file: Arc<File>) -> Self {
         Self { mapping, under: Under::Own(file), idle_resets: 0 }
     }
 
-    /// RAM over a private mapping of an image.
+    /// RAM that is a private mapping of an image.
     pub(crate) fn over(mapping: Arc<Mapping>, image: Image) -> Self {
         Self { mapping, under: Under::Copy { mapped: image.clone(), last: image }, idle_resets: 0 }
     }
@@ -63,17 +61,17 @@ impl Ram {
         self.mapping.region()
     }
 
-    /// What it holds now, for good. The machine goes on with private copies of what it writes.
+    /// An image of what it holds now. From here on the machine writes to private copies.
     ///
     /// # Errors
-    /// When a descriptor, memory or a mapping is missing; the RAM holds what it held.
+    /// If the process is out of descriptors, memory or mappings. The contents do not change.
     pub(crate) fn freeze(&mut self) -> Result<Image> {
         match &mut self.under {
             Under::Own(file) => {
                 let layer = Layer::of_memfd(Arc::clone(file));
                 let image = Image::whole(self.mapping.size(), Arc::clone(&layer));
-                // Replaced in one step by the same bytes: an access from another thread finds one
-                // or the other.
+                // One step replaces the pages with the same bytes: an access from another thread
+                // finds either.
                 self.mapping.make_private(|| image.map_over(&self.mapping))?;
                 let last = if layer.seal()? { image.clone() } else { self.copy(&image)? };
                 self.under = Under::Copy { mapped: image, last: last.clone() };
@@ -86,7 +84,7 @@ impl Ram {
                 if found.other.is_empty() {
                     return Ok(last.clone());
                 }
-                let changed = joined(found.other);
+                let changed = coalesce(found.other);
                 let file = memfd(self.mapping.size())?;
                 changed.iter().try_for_each(|range| copy_to(&file, region, *range))?;
                 *last = last.overlaid(&changed, &Layer::sealed(file)?);
@@ -100,8 +98,8 @@ impl Ram {
         }
     }
 
-    /// A copy of what it holds over an image that somebody else may still write: a child that was
-    /// forked past the C library, or a transfer of the kernel's that has begun.
+    /// A copy of what it holds, for when the memfd may still be written: by a child that was forked
+    /// without the C library, or by a kernel transfer in progress.
     fn copy(&self, image: &Image) -> Result<Image> {
         let (host, size) = (self.mapping.host(), self.mapping.size());
         let file = memfd(size)?;
@@ -110,11 +108,11 @@ impl Ram {
         Ok(Image::whole(size, Layer::sealed(file)?))
     }
 
-    /// Have it hold an image of its size again; the ranges that were changed for it.
+    /// Bring back an image of the same size. Returns the ranges that were changed.
     ///
     /// # Errors
-    /// When memory or a mapping is missing: then it holds some of both. Another reset can still
-    /// bring it back.
+    /// If the process is out of memory or mappings: then it may hold parts of both. Another reset
+    /// can still succeed.
     pub(crate) fn reset(&mut self, image: &Image) -> Result<Vec<ByteRange>> {
         image.check()?;
         let (host, size) = (self.mapping.host(), self.mapping.size());
@@ -122,7 +120,7 @@ impl Ram {
             return self.replace(image, vec![(0, size)]);
         };
         let (written, elsewhere) = (pagemap::written(host, size)?, mapped.differing(image));
-        if bytes(&elsewhere) > size / REMAP_ABOVE {
+        if ranges::size(&elsewhere) > size / REMAP_ABOVE {
             return self.replace(image, union(written, elsewhere));
         }
         let (region, golden) = (self.mapping.region(), image.mapping()?);
@@ -131,18 +129,18 @@ impl Ram {
             part(golden, *range)?.copy_to_volatile_slice(part(region, *range)?);
         }
         *last = image.clone();
-        let (same, other) = (bytes(&found.same), bytes(&found.other));
+        let (same, other) = (ranges::size(&found.same), ranges::size(&found.other));
         let is_idle = same > (IDLE_PAGES * PAGE).max(8 * other);
         self.idle_resets = if is_idle { self.idle_resets + 1 } else { 0 };
         if self.idle_resets > IDLE_RESETS && elsewhere.is_empty() {
-            found.same.iter().try_for_each(|range| give_back(region, *range))?;
+            found.same.iter().try_for_each(|range| release(region, *range))?;
             self.idle_resets = 0;
         }
         Ok(found.other)
     }
 
     fn replace(&mut self, image: &Image, changed: Vec<ByteRange>) -> Result<Vec<ByteRange>> {
-        // Until all of it is there, nobody knows what is mapped.
+        // Until the last run is mapped, any of them may have been replaced.
         self.under = Under::Torn;
         self.mapping.make_private(|| image.map_over(&self.mapping))?;
         self.under = Under::Copy { mapped: image.clone(), last: image.clone() };
@@ -150,86 +148,38 @@ impl Ram {
     }
 }
 
-/// What a comparison found: pages that are as in the image, and others.
-struct Found {
+/// The pages that are as in the image, and the others.
+struct Comparison {
     same: Vec<ByteRange>,
     other: Vec<ByteRange>,
 }
 
-fn compare(region: &MmapRegion, image: &Image, ranges: &[ByteRange]) -> Result<Found> {
+fn compare(region: &MmapRegion, image: &Image, candidates: &[ByteRange]) -> Result<Comparison> {
     let (mut same, mut other) = (Vec::new(), Vec::new());
-    if ranges.is_empty() {
-        return Ok(Found { same, other });
+    if candidates.is_empty() {
+        return Ok(Comparison { same, other });
     }
     let golden = image.mapping()?;
-    for (start, end) in ranges {
+    for (start, end) in candidates {
         let mut at = *start;
         while at < *end {
             let page = (at, at + PAGE);
             let is_same = is_same(golden, region, page)?;
-            pagemap::push(if is_same { &mut same } else { &mut other }, page);
+            ranges::push(if is_same { &mut same } else { &mut other }, page);
             at += PAGE;
         }
     }
-    Ok(Found { same, other })
+    Ok(Comparison { same, other })
 }
 
-/// Whether two regions have the same bytes in a range.
-pub(crate) fn is_same(a: &MmapRegion, b: &MmapRegion, range: ByteRange) -> Result<bool> {
-    let (a, b) = (part(a, range)?, part(b, range)?);
-    let (from, to) = (a.ptr_guard(), b.ptr_guard());
-    // SAFETY: both slices have these bytes, and both are of the same length. They are of no Rust
-    // object, and compared outside of Rust: a thread that writes them meanwhile makes the answer
-    // old, not wrong.
-    Ok(unsafe { libc::memcmp(from.as_ptr().cast(), to.as_ptr().cast(), a.len()) == 0 })
-}
-
-/// Let the private copies go: the image's pages show again.
-fn give_back(region: &MmapRegion, range: ByteRange) -> Result<()> {
+/// Release the private copies, so that the image's pages show again.
+fn release(region: &MmapRegion, range: ByteRange) -> Result<()> {
     let slice = part(region, range)?;
     let start = slice.ptr_guard_mut();
-    // SAFETY: a part of the private mapping of a RAM, whose pages are as those under it: no byte
-    // changes. That a kernel refuses it changes nothing.
+    // SAFETY: the slice is part of a RAM's private mapping, whose pages hold the same bytes as the
+    // image under them: no byte changes. Nothing depends on the kernel doing it.
     unsafe { libc::madvise(start.as_ptr().cast(), slice.len(), libc::MADV_DONTNEED) };
     Ok(())
-}
-
-/// Bytes of these ranges.
-pub(crate) fn bytes(ranges: &[ByteRange]) -> u64 {
-    ranges.iter().map(|(start, end)| end - start).sum()
-}
-
-/// The ranges of both lists, each of which is sorted and without overlap.
-fn union(mut a: Vec<ByteRange>, b: Vec<ByteRange>) -> Vec<ByteRange> {
-    if b.is_empty() {
-        return a;
-    }
-    a.extend(b);
-    a.sort_unstable();
-    let mut all: Vec<ByteRange> = Vec::new();
-    for range in a {
-        match all.last_mut() {
-            Some(last) if range.0 <= last.1 => last.1 = last.1.max(range.1),
-            _ => all.push(range),
-        }
-    }
-    all
-}
-
-/// At most [`MOST_RUNS`] runs that cover these.
-pub(crate) fn joined(mut ranges: Vec<ByteRange>) -> Vec<ByteRange> {
-    let mut gap = PAGE;
-    while ranges.len() > MOST_RUNS {
-        let mut fewer: Vec<ByteRange> = Vec::new();
-        for range in ranges {
-            match fewer.last_mut() {
-                Some(last) if range.0 - last.1 <= gap => last.1 = range.1,
-                _ => fewer.push(range),
-            }
-        }
-        (ranges, gap) = (fewer, gap * 2);
-    }
-    ranges
 }
 
 #[cfg(test)]
@@ -298,7 +248,7 @@ mod tests {
                     }
                     Step::Reset(which) => if let Some((image, held)) = images.get(which) {
                         let before = all(machines[last].1.region());
-                        let changed = bytes(&machines[last].0.reset(image).unwrap()) / PAGE;
+                        let changed = ranges::size(&machines[last].0.reset(image).unwrap()) / PAGE;
                         prop_assert_eq!(&all(machines[last].1.region()), held);
                         let differ = before.iter().zip(held).filter(|(a, b)| a != b).count() as u64;
                         prop_assert!(changed >= differ);
@@ -315,15 +265,6 @@ mod tests {
             }
         }
 
-        #[test]
-        fn joined_ranges_cover_all_and_are_few(pages in prop::collection::btree_set(0u64..100_000, 0..4000)) {
-            let mut ranges = Vec::new();
-            pages.iter().for_each(|page| pagemap::push(&mut ranges, (page * PAGE, (page + 1) * PAGE)));
-            let fewer = joined(ranges.clone());
-            prop_assert!(fewer.len() <= MOST_RUNS);
-            let covers = |range: &ByteRange| fewer.iter().any(|f| f.0 <= range.0 && range.1 <= f.1);
-            prop_assert!(ranges.iter().all(covers));
-        }
     }
 
     #[test]

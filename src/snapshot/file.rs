@@ -14,9 +14,8 @@ use super::{MemoryRange, Snapshot};
 use crate::bytes::{Reader, bad};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::PAGE;
-use crate::memory::host_memory;
-use crate::memory::pagemap;
-use crate::memory::{Image, Layer, Run, memfd};
+use crate::memory::ranges::{self, ByteRange};
+use crate::memory::{Image, Layer, Run, host_memory, memfd};
 use crate::vm::Shape;
 
 pub(super) const MAGIC: [u8; 8] = *b"pyvmmsnp";
@@ -391,7 +390,7 @@ fn zeros_up_to(runs: &mut Vec<Run>, at: u64, first: u64) {
 
 fn check_ranges(ranges: &[MemoryRange]) -> Result<()> {
     let mut behind = 0;
-    let mut all: Vec<pagemap::ByteRange> = Vec::new();
+    let mut all: Vec<ByteRange> = Vec::new();
     for range in ranges {
         // Checked to fit when it was read.
         let end = range.start + range.image.size();
@@ -401,7 +400,7 @@ fn check_ranges(ranges: &[MemoryRange]) -> Result<()> {
         all.push((range.start, end));
         behind = end;
     }
-    if crate::memory::ram::bytes(&all) > host_memory() {
+    if ranges::size(&all) > host_memory() {
         return Err(bad("range", "it is more memory than this host has"));
     }
     Ok(())

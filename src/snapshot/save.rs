@@ -11,10 +11,8 @@ use super::new_file::NewFile;
 use super::state::{Kind, Record};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::PAGE;
-use crate::memory::Image;
-use crate::memory::pagemap::{self, ByteRange};
-use crate::memory::part;
-use crate::memory::ram::{bytes, is_same, joined};
+use crate::memory::ranges::{self, ByteRange};
+use crate::memory::{Image, is_same, part};
 
 /// Written at a time.
 const CHUNK: u64 = 1 << 20;
@@ -35,7 +33,7 @@ impl Snapshot {
         mut progress: impl FnMut(u64, u64) -> std::result::Result<(), E>,
     ) -> std::result::Result<(), E> {
         let plans = self.plans(base)?;
-        let total = plans.iter().map(|plan| bytes(&plan.stored)).sum();
+        let total = plans.iter().map(|plan| ranges::size(&plan.stored)).sum();
         let state = self.encode(&plans)?;
         if state.len() as u64 > MOST_STATE {
             let detail = format!("{} bytes, where a file has {MOST_STATE} at most", state.len());
@@ -146,10 +144,10 @@ impl Plan {
                 }
                 copy(ours, page, &mut bytes)?;
                 let is_zero = is_zero(&bytes);
-                pagemap::push(if is_zero { &mut zeros } else { &mut stored }, page);
+                ranges::push(if is_zero { &mut zeros } else { &mut stored }, page);
             }
         }
-        let stored = joined(stored);
+        let stored = ranges::coalesce(stored);
         let mut of_base = Vec::new();
         if base.is_some() {
             let mut other: Vec<ByteRange> = stored.iter().chain(&zeros).copied().collect();

@@ -1,0 +1,258 @@
+//! Reads and writes of guest memory by guest-physical address, with every bound checked. A running
+//! guest may change the bytes at the same time; all accesses here allow for that. Any thread.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use vm_memory::volatile_memory::VolatileMemory;
+use vm_memory::{Bytes, GuestAddress, VolatileSlice};
+
+use super::guest::GuestMemory;
+use super::map::{Map, Placed};
+use super::view::{View, is_writable};
+use crate::error::{Error, ErrorKind, Result};
+
+impl GuestMemory {
+    /// Check that a whole range is memory.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Memory`] if it is not; the error lists the memory that exists.
+    pub fn check(&self, address: u64, length: u64) -> Result<()> {
+        pieces(&self.map(), address, length, |_, _| Ok(()))
+    }
+
+    /// Fill `data` from guest memory at `address`.
+    ///
+    /// # Errors
+    /// If any byte of the range is outside memory. `data` is unchanged then.
+    pub fn read(&self, address: u64, data: &mut [u8]) -> Result<()> {
+        // SAFETY: the slice is valid for writes of its length.
+        unsafe { self.read_raw(address, data.as_mut_ptr(), data.len()) }
+    }
+
+    /// Copy `length` bytes at `address` to `data`, which need not be initialized.
+    ///
+    /// # Errors
+    /// As for `read`.
+    ///
+    /// # Safety
+    /// `data` must be valid for writes of `length` bytes.
+    pub unsafe fn read_raw(&self, address: u64, data: *mut u8, length: usize) -> Result<()> {
+        let mut done = 0;
+        pieces(&self.map(), address, length as u64, |_, piece| {
+            // SAFETY: the caller guarantees `data`, and the pieces fill it part by part. It may be
+            // guest memory itself: overlapping bytes are copied correctly.
+            let to = unsafe { VolatileSlice::new(data.add(done), piece.len()) };
+            piece.copy_to_volatile_slice(to);
+            done += piece.len();
+            Ok(())
+        })
+    }
+
+    /// Write `data` to guest memory at `address`.
+    ///
+    /// # Errors
+    /// If any byte of the range is outside memory or cannot be written. Nothing is written then.
+    pub fn write(&self, address: u64, data: &[u8]) -> Result<()> {
+        // SAFETY: the slice is valid for reads of its length.
+        unsafe { self.write_raw(address, data.as_ptr(), data.len()) }
+    }
+
+    /// Copy `length` bytes at `data` to `address`.
+    ///
+    /// # Errors
+    /// As for `write`.
+    ///
+    /// # Safety
+    /// `data` must be valid for reads of `length` bytes.
+    pub unsafe fn write_raw(&self, address: u64, data: *const u8, length: usize) -> Result<()> {
+        let mut done = 0;
+        self.change(address, length as u64, |place| {
+            // SAFETY: as in `read_raw`. The slice is only read.
+            let from = unsafe { VolatileSlice::new(data.add(done).cast_mut(), place.len()) };
+            from.copy_to_volatile_slice(place);
+            done += place.len();
+        })
+    }
+
+    /// Set every byte of a range to `value`.
+    ///
+    /// # Errors
+    /// As for `write`.
+    pub fn fill(&self, address: u64, length: u64, value: u8) -> Result<()> {
+        self.change(address, length, |place| {
+            let start = place.ptr_guard_mut();
+            // SAFETY: the slice has these bytes, and they belong to no Rust object.
+            unsafe { std::ptr::write_bytes(start.as_ptr(), value, place.len()) };
+        })
+    }
+
+    fn change(
+        &self,
+        address: u64,
+        length: u64,
+        mut piece: impl FnMut(VolatileSlice<'_>),
+    ) -> Result<()> {
+        let map = self.map();
+        pieces(&map, address, length, |placed, _| check_writable(placed, address))?;
+        pieces(&map, address, length, |_, place| {
+            piece(place);
+            Ok(())
+        })?;
+        self.note_write(address, length);
+        Ok(())
+    }
+
+    /// The little-endian number at an address, loaded in one access if it is aligned.
+    ///
+    /// # Errors
+    /// As for `read`.
+    pub fn load<T: vm_memory::AtomicAccess>(&self, address: u64) -> Result<T> {
+        let (map, at) = (self.map(), GuestAddress(address));
+        let length = size_of::<T>() as u64;
+        let found = if address.is_multiple_of(length) {
+            // SeqCst: orders it with the guest's locked accesses.
+            map.mmap.load(at, Ordering::SeqCst)
+        } else {
+            map.mmap.read_obj(at)
+        };
+        found.map_err(|_| map.outside(address, length))
+    }
+
+    /// Store a number at an address, in one access if it is aligned.
+    ///
+    /// # Errors
+    /// As for `write`.
+    pub fn store<T: vm_memory::AtomicAccess>(&self, address: u64, value: T) -> Result<()> {
+        let length = size_of::<T>() as u64;
+        if !address.is_multiple_of(length) {
+            return self.write(address, value.as_slice());
+        }
+        let map = self.map();
+        if let Some(placed) = map.find(address) {
+            check_writable(placed, address)?;
+        }
+        // SeqCst: as in `load`.
+        let stored = map.mmap.store(value, GuestAddress(address), Ordering::SeqCst);
+        stored.map_err(|_| map.outside(address, length))?;
+        self.note_write(address, length);
+        Ok(())
+    }
+
+    /// Direct access to a piece of memory, which must lie in one slot.
+    ///
+    /// # Errors
+    /// If it does not.
+    pub fn view(&self, address: u64, length: u64) -> Result<View> {
+        let map = self.map();
+        let Some(placed) = map.find(address) else {
+            return Err(map.outside(address, length));
+        };
+        let offset = address - placed.start;
+        if length > placed.mapping.size() - offset {
+            self.check(address, length)?;
+            let detail = format!("{length} bytes there lie in more than one memory slot");
+            return Err(Error::new(ErrorKind::Memory, format!("{address:#x}"), detail));
+        }
+        Ok(View::of(Arc::clone(&placed.mapping), to_usize(offset)?, to_usize(length)?))
+    }
+}
+
+/// Call `piece` with each mapping under a range, and the range's bytes in it. The whole range is
+/// checked before the first call.
+fn pieces(
+    map: &Map,
+    address: u64,
+    length: u64,
+    mut piece: impl FnMut(&Placed, VolatileSlice<'_>) -> Result<()>,
+) -> Result<()> {
+    let outside = || map.outside(address, length);
+    let mut call = |placed: &Placed, offset: u64, here: u64| {
+        let slice = placed.mapping.region().get_slice(to_usize(offset)?, to_usize(here)?);
+        piece(placed, slice.map_err(|_| outside())?)
+    };
+    // Most accesses lie in one slot, which is looked up once.
+    if let Some(placed) = map.find(address) {
+        let offset = address - placed.start;
+        if length <= placed.mapping.size() - offset {
+            return call(placed, offset, length);
+        }
+    }
+    let each = |found: &mut dyn FnMut(&Placed, u64, u64) -> Result<()>| {
+        let (mut at, mut left) = (address, length);
+        loop {
+            let placed = map.find(at).ok_or_else(outside)?;
+            let offset = at - placed.start;
+            let here = left.min(placed.mapping.size() - offset);
+            found(placed, offset, here)?;
+            left -= here;
+            if left == 0 {
+                return Ok(());
+            }
+            at = at.checked_add(here).ok_or_else(outside)?;
+        }
+    };
+    each(&mut |_, _, _| Ok(()))?;
+    each(&mut call)
+}
+
+fn check_writable(placed: &Placed, address: u64) -> Result<()> {
+    if is_writable(placed.mapping.region()) { Ok(()) } else { Err(read_only(address)) }
+}
+
+fn read_only(address: u64) -> Error {
+    let detail = "the file of this memory is open for reading only";
+    Error::new(ErrorKind::Memory, format!("{address:#x}"), detail)
+}
+
+pub(super) fn to_usize(value: u64) -> Result<usize> {
+    usize::try_from(value)
+        .map_err(|_| Error::new(ErrorKind::Memory, "memory", "too large for this host"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_write_past_the_end_writes_nothing() {
+        let memory = GuestMemory::new(1 << 20).unwrap();
+        assert_eq!(memory.write(0xf_ffff, b"ab").unwrap_err().kind, ErrorKind::Memory);
+        let mut data = [0; 1];
+        memory.read(0xf_ffff, &mut data).unwrap();
+        assert_eq!(data, [0]);
+    }
+
+    #[test]
+    fn a_range_over_the_gap_is_refused() {
+        let memory = GuestMemory::new(4 << 30).unwrap();
+        memory.write(0x1_0000_0000, b"high").unwrap();
+        assert!(memory.write(0xbfff_fffe, b"over").is_err());
+    }
+
+    #[test]
+    fn a_write_that_is_in_progress_when_the_log_begins_is_noted() {
+        let memory = GuestMemory::new(1 << 20).unwrap();
+        for _ in 0..2 {
+            memory.change(0x3000, 8, |_| memory.log_dirty(true).unwrap()).unwrap();
+            let found = memory.take_dirty().unwrap()[0].ranges();
+            assert_eq!(found, [(0x3000, 0x1000)]);
+            memory.log_dirty(false).unwrap();
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn check_agrees_with_a_byte_by_byte_look(address in 0u64..(1 << 20) + 64, length in 0u64..64) {
+            let memory = GuestMemory::new(1 << 20).unwrap();
+            let all = (address..address + length.max(1)).all(|a| crate::layout::in_memory(1 << 20, a));
+            prop_assert_eq!(memory.check(address, length).is_ok(), all);
+        }
+
+        #[test]
+        fn check_never_panics(address in any::<u64>(), length in any::<u64>()) {
+            let _ = GuestMemory::new(1 << 20).unwrap().check(address, length);
+        }
+    }
+}

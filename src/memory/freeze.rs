@@ -1,0 +1,66 @@
+//! The contents of all slots: frozen for a snapshot, and brought back by a reset. The guest is
+//! stopped meanwhile, by the caller; host threads may write at any time.
+
+use super::image::MemoryRange;
+use super::ram::Ram;
+use super::slots::Slots;
+use super::table::Entry;
+use crate::error::{Error, ErrorKind, Result};
+use crate::hop::hop;
+
+impl Slots {
+    /// Freeze what every slot holds.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] if memory is shared with others; if the process is out of descriptors
+    /// or memory.
+    pub(crate) fn freeze(&self) -> Result<Vec<MemoryRange>> {
+        hop!();
+        let mut table = self.table.lock();
+        if let Some(entry) = table.entries.iter().find(|entry| entry.ram.is_none()) {
+            let at = format!("memory at {:#x}", entry.slot.start);
+            let detail = "it is shared with others, who may go on writing it";
+            let error = Error::new(ErrorKind::State, at, detail);
+            return Err(error.hint("remove that slot before the snapshot, and add it to each fork"));
+        }
+        let mut all = Vec::new();
+        for Entry { slot, ram, .. } in &mut table.entries {
+            let image = ram.as_mut().map(Ram::freeze).transpose()?;
+            let range =
+                |image| MemoryRange { start: slot.start, read_only: slot.backing.read_only, image };
+            all.extend(image.map(range));
+        }
+        Ok(all)
+    }
+
+    /// Check that these ranges can be brought back now.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] if the machine's slots have changed.
+    pub(crate) fn check(&self, ranges: &[MemoryRange]) -> Result<()> {
+        self.table.lock().check(ranges)
+    }
+
+    /// Check once more, call `begin`, and bring the ranges back, each to the slot at its address.
+    /// Returns how many bytes were changed.
+    ///
+    /// # Errors
+    /// As for `check`, and if a file behind the ranges has been changed: nothing is changed then.
+    /// If the process is out of memory or mappings, part of the machine's memory is as before.
+    pub(crate) fn reset(&self, ranges: &[MemoryRange], begin: impl FnOnce()) -> Result<u64> {
+        let mut table = self.table.lock();
+        table.check(ranges)?;
+        ranges.iter().try_for_each(|range| range.image.check())?;
+        begin();
+        let mut changed = 0;
+        let own = table.entries.iter_mut().filter(|entry| entry.ram.is_some());
+        for (entry, range) in own.zip(ranges) {
+            let Some(ram) = &mut entry.ram else { continue };
+            for (from, to) in ram.reset(&range.image)? {
+                changed += to - from;
+                entry.placed().note_write(range.start + from, to - from);
+            }
+        }
+        Ok(changed)
+    }
+}

@@ -1,0 +1,109 @@
+//! The table of a machine's memory slots: what each one is, and the region that KVM is told of it.
+//! Only used with the lock of `slots.rs` held.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_userspace_memory_region};
+use vm_memory::GuestMemoryMmap;
+
+use super::backing::Backing;
+use super::image::MemoryRange;
+use super::map::{Map, Placed, Written};
+use super::mapping::Mapping;
+use super::ram::Ram;
+use crate::error::{Error, ErrorKind, Result};
+use crate::layout::PAGE;
+
+/// A memory slot of a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slot {
+    /// KVM's number for it.
+    pub number: u32,
+    /// Guest-physical start.
+    pub start: u64,
+    /// Its size in bytes.
+    pub size: u64,
+    /// How its pages are backed.
+    pub backing: Backing,
+}
+
+/// A slot with its mapping.
+#[derive(Debug)]
+pub(super) struct Entry {
+    pub(super) slot: Slot,
+    pub(super) mapping: Arc<Mapping>,
+    /// None for memory that is shared with others.
+    pub(super) ram: Option<Ram>,
+    /// The pages written by the host. None if the log is off.
+    pub(super) written: Option<Written>,
+}
+
+impl Entry {
+    /// What KVM is told of it; a size of zero removes the slot.
+    pub(super) fn region(&self, size: u64, is_logging: bool) -> kvm_userspace_memory_region {
+        let log = if is_logging { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
+        let read_only = if self.slot.backing.read_only { KVM_MEM_READONLY } else { 0 };
+        kvm_userspace_memory_region {
+            slot: self.slot.number,
+            flags: log | read_only,
+            guest_phys_addr: self.slot.start,
+            memory_size: size,
+            userspace_addr: self.mapping.host(),
+        }
+    }
+
+    fn words(&self) -> u64 {
+        (self.slot.size / PAGE).div_ceil(64)
+    }
+
+    pub(super) fn set_log(&mut self, is_on: bool) {
+        let words = || (0..self.words()).map(|_| AtomicU64::new(0)).collect();
+        self.written = is_on.then(words);
+    }
+
+    pub(super) fn placed(&self) -> Placed {
+        let (mapping, written) = (Arc::clone(&self.mapping), self.written.clone());
+        Placed { start: self.slot.start, mapping, written }
+    }
+
+    /// Whether a reset can bring a snapshot's range back to it.
+    fn is_at(&self, range: &MemoryRange) -> bool {
+        let Slot { start, size, backing, .. } = self.slot;
+        self.ram.is_some()
+            && (start, size, backing.read_only)
+                == (range.start, range.image.size(), range.read_only)
+    }
+}
+
+/// All slots of one machine.
+#[derive(Debug, Default)]
+pub(super) struct Table {
+    /// By address.
+    pub(super) entries: Vec<Entry>,
+    pub(super) is_logging: bool,
+}
+
+impl Table {
+    /// Check that a reset can bring these ranges back. Memory shared with others is left out: no
+    /// snapshot has it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] if the slots are not those of the snapshot.
+    pub(super) fn check(&self, ranges: &[MemoryRange]) -> Result<()> {
+        let own = self.entries.iter().filter(|entry| entry.ram.is_some());
+        if own.clone().count() == ranges.len()
+            && own.zip(ranges).all(|(entry, range)| entry.is_at(range))
+        {
+            return Ok(());
+        }
+        let detail = "the machine's memory slots differ from the snapshot's";
+        let error = Error::new(ErrorKind::State, "reset", detail);
+        Err(error.hint("add and remove memory so that they are the same, or fork the snapshot"))
+    }
+
+    pub(super) fn map(&self, mmap: Arc<GuestMemoryMmap>) -> Arc<Map> {
+        let placed = self.entries.iter().map(Entry::placed).collect();
+        Arc::new(Map { mmap, placed, is_logging: self.is_logging })
+    }
+}
