@@ -1,6 +1,6 @@
 """Reads and writes of guest memory by address: bounds, types, and no surprise in size.
 
-Covers src/memory/search.rs, src/py/memory.rs.
+Covers src/memory/search.rs, src/py/memory/copy.rs.
 """
 
 from __future__ import annotations

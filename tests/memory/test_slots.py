@@ -1,6 +1,6 @@
 """Memory slots: where memory can be, and that slots come and go while the guest runs.
 
-Covers src/memory/table.rs, src/py/memory_parts.rs.
+Covers src/memory/table.rs, src/py/memory/guest.rs, src/py/memory/slot.rs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Snapshots, forks and resets, told by guests that count: one that goes on exactly cannot have been started again.
 
-Covers src/vm/restore.rs, src/vmm/resets.rs.
+Covers src/py/snapshot/fork.rs, src/py/snapshot/object.rs, src/vm/restore.rs, src/vmm/resets.rs.
 """
 
 from __future__ import annotations

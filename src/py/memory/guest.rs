@@ -1,25 +1,22 @@
-//! `GuestMemory` for Python: bounds-checked copies, numbers and views, at any time, from any
-//! thread.
+//! `GuestMemory`: its slots, views, searches and the log of written pages.
 
 use std::os::fd::{BorrowedFd, RawFd};
 use std::sync::Arc;
 
-use pyo3::buffer::PyUntypedBuffer;
-use pyo3::exceptions::{PyBufferError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyMemoryView, PyTuple};
+use pyo3::types::{PyMemoryView, PyTuple};
 
-use super::ending::import;
-use super::lease::Tie;
-use super::memory_parts::{PyDirtyPages, PyMemorySlot, PyMemoryView as Exporter};
-use super::owned::Owned;
-use super::vcpu::PyVcpu;
-use crate::error::{Error, ErrorKind, Result};
+use super::dirty::PyDirtyPages;
+use super::slot::PyMemorySlot;
+use super::view::PyMemoryView as Exporter;
+use crate::error::{Error, Result};
 use crate::memory::{Backing, GuestMemory, Slot, anonymous, shared};
-
-/// Copies of at least so many bytes are made without the GIL.
-const LARGE: usize = 1 << 16;
+use crate::py::descriptor::descriptor;
+use crate::py::ending::import;
+use crate::py::lease::Tie;
+use crate::py::owned::Owned;
 
 /// The memory of a machine, by guest-physical address. It can be read and written at any time, from
 /// any thread.
@@ -45,7 +42,7 @@ impl std::fmt::Debug for PyGuestMemory {
 
 impl PyGuestMemory {
     /// The memory of a machine's object, whose core is `core`.
-    pub(super) fn of<T>(
+    pub(in crate::py) fn of<T>(
         machine: &Bound<'_, PyAny>,
         core: &Arc<T>,
         ask: fn(&T) -> Result<GuestMemory>,
@@ -76,219 +73,13 @@ impl PyGuestMemory {
     }
 
     /// The memory, to read and write what it holds.
-    fn bytes(&self) -> Result<GuestMemory> {
+    pub(super) fn bytes(&self) -> Result<GuestMemory> {
         self.ask.get()?()
     }
 }
 
-/// A pointer that crosses to where the GIL is not held.
-#[derive(Clone, Copy)]
-struct Place(*mut u8);
-
-// SAFETY: the pointer is used by one thread at a time, while its owner waits.
-unsafe impl Send for Place {}
-// SAFETY: as above.
-unsafe impl Sync for Place {}
-
-impl Place {
-    fn at(self, offset: usize) -> *mut u8 {
-        self.0.wrapping_add(offset)
-    }
-}
-
-fn copy(py: Python<'_>, length: usize, work: impl FnOnce() -> Result<()> + Send) -> PyResult<()> {
-    Ok(if length < LARGE { work() } else { py.detach(work) }?)
-}
-
-/// The guest-physical pieces of a range, in their order.
-type Pieces = Vec<(u64, usize)>;
-
-fn pieces(
-    py: Python<'_>,
-    memory: &GuestMemory,
-    (address, length): (u64, u64),
-    vcpu: Option<&PyVcpu>,
-) -> PyResult<Pieces> {
-    let too_long = || {
-        let detail = format!("{length} bytes are more than all of guest memory");
-        Error::new(ErrorKind::Memory, format!("{address:#x}"), detail)
-    };
-    let Some(vcpu) = vcpu else {
-        memory.check(address, length)?;
-        return Ok(vec![(address, usize::try_from(length).map_err(|_| too_long())?)]);
-    };
-    if length > memory.size() {
-        return Err(too_long().into());
-    }
-    vcpu.look(py, |vcpu| {
-        if !vcpu.memory().is(memory) {
-            let detail = "the vCPU is another machine's";
-            return Err(Error::new(ErrorKind::State, "memory", detail));
-        }
-        let paging = vcpu.paging()?;
-        let mut pieces = Pieces::new();
-        let mut left = length;
-        let mut at = address;
-        loop {
-            let here = left.min(4096 - at % 4096);
-            let Some(physical) = vcpu.translate(&paging, at) else {
-                let detail = "nothing is mapped there by the vCPU's page tables";
-                return Err(Error::new(ErrorKind::Memory, format!("{at:#x}"), detail));
-            };
-            memory.check(physical, here)?;
-            pieces.push((physical, usize::try_from(here).map_err(|_| too_long())?));
-            left -= here;
-            if left == 0 {
-                return Ok(pieces);
-            }
-            at = at.wrapping_add(here);
-        }
-    })
-}
-
-fn read_pieces(py: Python<'_>, memory: &GuestMemory, pieces: &Pieces, to: Place) -> PyResult<()> {
-    let mut done = 0;
-    for (address, length) in pieces {
-        let place = Place(to.at(done));
-        // SAFETY: the caller's place has room for all pieces.
-        copy(py, *length, || unsafe { memory.read_raw(*address, place.at(0), *length) })?;
-        done += length;
-    }
-    Ok(())
-}
-
-fn contiguous(buffer: &PyUntypedBuffer) -> PyResult<(Place, usize)> {
-    if !buffer.is_c_contiguous() {
-        return Err(PyBufferError::new_err("the buffer must be contiguous"));
-    }
-    Ok((Place(buffer.buf_ptr().cast()), buffer.len_bytes()))
-}
-
 #[pymethods]
 impl PyGuestMemory {
-    /// Return a copy of guest memory.
-    ///
-    /// With `vcpu`, which must not be running, the address is guest-virtual and translated by that
-    /// vCPU's page tables.
-    ///
-    /// Raises:
-    ///     GuestMemoryError: a part of the range is not memory, or not mapped.
-    ///     StateError: the machine is closed, or the vCPU is running.
-    #[pyo3(signature = (address, length, *, vcpu = None))]
-    fn read<'py>(
-        &self,
-        py: Python<'py>,
-        address: u64,
-        length: u64,
-        vcpu: Option<&PyVcpu>,
-    ) -> PyResult<Bound<'py, PyBytes>> {
-        let memory = self.bytes()?;
-        // First, so that a length out of range allocates nothing.
-        let pieces = pieces(py, &memory, (address, length), vcpu)?;
-        let length = usize::try_from(length)?;
-        // SAFETY: a new bytes object that nobody else knows, filled before anybody can. A length
-        // over isize::MAX cannot be: the range has been found in memory.
-        unsafe {
-            let size = pyo3::ffi::Py_ssize_t::try_from(length)?;
-            let new = pyo3::ffi::PyBytes_FromStringAndSize(std::ptr::null(), size);
-            let bytes = Bound::from_owned_ptr_or_err(py, new)?.cast_into_unchecked::<PyBytes>();
-            let to = Place(pyo3::ffi::PyBytes_AsString(bytes.as_ptr()).cast());
-            read_pieces(py, &memory, &pieces, to)?;
-            Ok(bytes)
-        }
-    }
-
-    /// Fill a writable buffer with a copy of guest memory. Raises the same exceptions as `read`.
-    #[pyo3(signature = (address, buffer, *, vcpu = None))]
-    fn readinto(
-        &self,
-        py: Python<'_>,
-        address: u64,
-        buffer: &Bound<'_, PyAny>,
-        vcpu: Option<&PyVcpu>,
-    ) -> PyResult<()> {
-        let memory = self.bytes()?;
-        let buffer = PyUntypedBuffer::get(buffer)?;
-        if buffer.readonly() {
-            return Err(PyBufferError::new_err("the buffer must be writable"));
-        }
-        let (to, length) = contiguous(&buffer)?;
-        read_pieces(py, &memory, &pieces(py, &memory, (address, length as u64), vcpu)?, to)
-    }
-
-    /// Copy the bytes of a buffer to guest memory.
-    ///
-    /// Raises:
-    ///     GuestMemoryError: a part of the range is not memory; nothing is written.
-    ///     StateError: the machine is closed, or the vCPU is running.
-    #[pyo3(signature = (address, data, *, vcpu = None))]
-    fn write(
-        &self,
-        py: Python<'_>,
-        address: u64,
-        data: &Bound<'_, PyAny>,
-        vcpu: Option<&PyVcpu>,
-    ) -> PyResult<()> {
-        let memory = self.bytes()?;
-        let buffer = PyUntypedBuffer::get(data)?;
-        let (from, length) = contiguous(&buffer)?;
-        let mut done = 0;
-        for (address, length) in pieces(py, &memory, (address, length as u64), vcpu)? {
-            let place = Place(from.at(done));
-            // SAFETY: the pieces are as long as the buffer, which is held.
-            copy(py, length, || unsafe { memory.write_raw(address, place.at(0), length) })?;
-            done += length;
-        }
-        Ok(())
-    }
-
-    /// Read an 8-bit number.
-    fn read_u8(&self, address: u64) -> PyResult<u8> {
-        Ok(self.bytes()?.load(address)?)
-    }
-
-    /// Read a 16-bit number, in a single access if the address is aligned.
-    fn read_u16(&self, address: u64) -> PyResult<u16> {
-        Ok(self.bytes()?.load(address)?)
-    }
-
-    /// Read a 32-bit number, in a single access if the address is aligned.
-    fn read_u32(&self, address: u64) -> PyResult<u32> {
-        Ok(self.bytes()?.load(address)?)
-    }
-
-    /// Read a 64-bit number, in a single access if the address is aligned.
-    fn read_u64(&self, address: u64) -> PyResult<u64> {
-        Ok(self.bytes()?.load(address)?)
-    }
-
-    /// Write an 8-bit number.
-    fn write_u8(&self, address: u64, value: u8) -> PyResult<()> {
-        Ok(self.bytes()?.store(address, value)?)
-    }
-
-    /// Write a 16-bit number, in a single access if the address is aligned.
-    fn write_u16(&self, address: u64, value: u16) -> PyResult<()> {
-        Ok(self.bytes()?.store(address, value)?)
-    }
-
-    /// Write a 32-bit number, in a single access if the address is aligned.
-    fn write_u32(&self, address: u64, value: u32) -> PyResult<()> {
-        Ok(self.bytes()?.store(address, value)?)
-    }
-
-    /// Write a 64-bit number, in a single access if the address is aligned.
-    fn write_u64(&self, address: u64, value: u64) -> PyResult<()> {
-        Ok(self.bytes()?.store(address, value)?)
-    }
-
-    /// Set every byte of a range. Raises the same exceptions as `write`.
-    #[pyo3(signature = (address, length, value = 0))]
-    fn fill(&self, py: Python<'_>, address: u64, length: u64, value: u8) -> PyResult<()> {
-        let memory = self.bytes()?;
-        copy(py, usize::try_from(length)?, || memory.fill(address, length, value))
-    }
-
     /// Return the first address of these bytes, at or after `start` and entirely before `end`, or
     /// None.
     ///
@@ -375,7 +166,7 @@ impl PyGuestMemory {
         let memory = slf.get().changing()?;
         let mapping = match (source, size) {
             (Some(source), _) => {
-                let fd: RawFd = super::descriptor::descriptor(source)?;
+                let fd: RawFd = descriptor(source)?;
                 // SAFETY: it is used before this returns, while the source is held.
                 let fd = unsafe { BorrowedFd::borrow_raw(fd) };
                 shared(fd, offset, size, read_only)?

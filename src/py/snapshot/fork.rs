@@ -1,0 +1,145 @@
+//! `Snapshot` forked: one machine, many, or one for each input of `map`.
+
+use std::sync::Arc;
+
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use super::object::{PySnapshot, snapshots};
+use crate::config::SerialConfig;
+use crate::hop::hop;
+use crate::py::config;
+use crate::py::ending::import;
+use crate::py::event::PyEventManager;
+use crate::py::vmm::{PyVmm, close};
+use crate::snapshot::Snapshot;
+use crate::vmm::{ForkConfig, Vmm};
+
+impl PySnapshot {
+    /// The configuration of a fork with another serial port.
+    fn config_with<'py>(
+        &self,
+        py: Python<'py>,
+        serial: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let config = self.config.bind(py);
+        let Some(serial) = serial else { return Ok(config.clone()) };
+        let replace = import(py, "msgspec.structs")?.getattr("replace")?;
+        let changes = PyDict::new(py);
+        changes.set_item(intern!(py, "serial"), serial)?;
+        replace.call((config,), Some(&changes))
+    }
+}
+
+/// What a fork needs before it can run: the program's setup, the devices' state and entropy.
+fn complete(
+    fork: &Bound<'_, PyVmm>,
+    snapshot: &Snapshot,
+    setup: Option<&Bound<'_, PyAny>>,
+    entropy: Option<&Bound<'_, PyAny>>,
+) -> PyResult<()> {
+    let py = fork.py();
+    if let Some(setup) = setup {
+        setup.call1((fork,))?;
+    }
+    let vmm = fork.get().core()?;
+    py.detach(|| vmm.restore_devices(snapshot)).map_err(|e| fork.get().device_failure(e.into()))?;
+    let stir = |entropy| fork.call_method1(intern!(py, "_stir"), (entropy,));
+    entropy.map_or(Ok(()), |entropy| stir(entropy).map(drop))
+}
+
+#[pymethods]
+impl PySnapshot {
+    /// Create a new machine that continues from this snapshot.
+    ///
+    /// The fork does not affect the snapshot, the original machine or other forks.
+    ///
+    /// Args:
+    ///     serial: the streams of its serial port; None keeps the output for `serial.read()`.
+    ///     event_manager: a loop shared with others; None creates one.
+    ///     setup: called with the machine before the devices are restored. It adds the Python
+    ///         devices of the snapshot, and hooks, eventfds and subscribers if the program uses
+    ///         them.
+    ///     entropy: writes new randomness to the guest before it runs: a callable that takes the
+    ///         machine, or a guest-physical address and a number of bytes that are filled from
+    ///         os.urandom. With None, every fork draws the same random numbers.
+    ///
+    /// Raises:
+    ///     KvmError: KVM refused a part.
+    ///     SnapshotError: the snapshot's file has changed since it was loaded.
+    ///     StateError: the snapshot has a device that this machine does not have.
+    #[pyo3(signature = (*, serial = None, event_manager = None, setup = None, entropy = None))]
+    fn fork(
+        &self,
+        py: Python<'_>,
+        serial: Option<Bound<'_, PyAny>>,
+        event_manager: Option<Py<PyEventManager>>,
+        setup: Option<Bound<'_, PyAny>>,
+        entropy: Option<Bound<'_, PyAny>>,
+    ) -> PyResult<Py<PyVmm>> {
+        hop!();
+        let core = self.core()?;
+        let streams = match &serial {
+            Some(serial) => config::serial_from_python(serial.clone())?,
+            None => SerialConfig::default(),
+        };
+        let has_python_streams = config::has_python_streams(&streams);
+        let shared = event_manager.as_ref().map(|manager| manager.get().shared_core());
+        let changes = ForkConfig { serial: streams, event_manager: shared };
+        let vmm = Arc::new(py.detach(|| Vmm::fork(core, changes))?);
+        let config = self.config_with(py, serial.as_ref())?;
+        let fork = Py::new(py, PyVmm::of(&config, vmm, event_manager, has_python_streams)?)?;
+        match complete(fork.bind(py), core, setup.as_ref(), entropy.as_ref()) {
+            Ok(()) => Ok(fork),
+            Err(error) => {
+                // At once, not when the last traceback that refers to it is dropped.
+                if let Ok(vmm) = fork.get().core()
+                    && let Err(signalled) = close(py, vmm)
+                {
+                    return Err(signalled);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Create `count` forks in parallel. If one fails, all are closed.
+    ///
+    /// `changes`, if given, is called with the number of each fork and returns a dict of arguments
+    /// for `fork`. `entropy` applies to the forks whose arguments do not include it.
+    #[pyo3(signature = (count, changes = None, *, entropy = None))]
+    fn fork_many<'py>(
+        slf: &Bound<'py, Self>,
+        count: usize,
+        changes: Option<Bound<'py, PyAny>>,
+        entropy: Option<Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        snapshots(slf.py())?.call_method1("fork_many", (slf, count, changes, entropy))
+    }
+
+    /// Call `function(fork, input)` for each input, on several forks at once, and return the
+    /// results in order.
+    ///
+    /// Each job starts from this snapshot and is isolated from other jobs. See
+    /// `pyvmm.ForkExecutor`.
+    ///
+    /// `entropy` is the same as for `fork`, and is written again for each job. Without it, the
+    /// result of a job depends only on its input.
+    ///
+    /// Raises:
+    ///     TimeoutError: a job took longer than `timeout` seconds.
+    ///     Exception: the first exception of a job.
+    #[pyo3(signature = (function, inputs, *, workers = None, timeout = None, entropy = None))]
+    fn map<'py>(
+        slf: &Bound<'py, Self>,
+        function: Bound<'py, PyAny>,
+        inputs: Bound<'py, PyAny>,
+        workers: Option<usize>,
+        timeout: Option<f64>,
+        entropy: Option<Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let arguments = (slf, function, inputs, workers, timeout, entropy);
+        snapshots(slf.py())?.call_method1("map_inputs", arguments)
+    }
+}

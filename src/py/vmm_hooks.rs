@@ -1,0 +1,140 @@
+//! `Vmm` for Python, continued: exit hooks and hostcalls, added and removed on the caller's thread.
+//! `hooks.rs` calls them.
+
+use std::sync::Arc;
+
+use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::PyString;
+
+use super::ending::import;
+use super::vmm::PyVmm;
+use crate::error::Result;
+use crate::vcpu::{ExitHook, ExitKind, HookPriority};
+
+impl PyVmm {
+    fn set_hooks(&self) -> Result<()> {
+        let kinds = self.hooks.kinds();
+        let hook = Arc::clone(&self.hooks) as Arc<dyn ExitHook>;
+        self.changing()?.router().set_hook(HookPriority::Program, &hook, &kinds);
+        Ok(())
+    }
+}
+
+fn kind_of(kind: &Bound<'_, PyAny>) -> PyResult<ExitKind> {
+    let Ok(name) = kind.cast::<PyString>() else {
+        let class = kind.get_type();
+        return Err(PyTypeError::new_err(format!(
+            "a kind of exit is an ExitKind or its name, not {}",
+            class.name()?
+        )));
+    };
+    let name = name.to_str()?;
+    let found = ExitKind::ALL.into_iter().find(|kind| kind.name() == name);
+    found.ok_or_else(|| {
+        let names: Vec<&str> = ExitKind::ALL.iter().map(|kind| kind.name()).collect();
+        PyValueError::new_err(format!("{name:?} is not one of {}", names.join(", ")))
+    })
+}
+
+#[pymethods]
+impl PyVmm {
+    /// Register a function that is called for each exit of a kind before pyvmm answers it:
+    /// `function(vcpu, exit)`.
+    ///
+    /// It takes effect at the next exit, and is called on the vCPU's thread. It returns None for
+    /// the usual answer, an `ExitAction`, a `Stop`, or for a read the value that the guest reads.
+    /// Without a function, this is a decorator. The hooks of a kind are called in the order they
+    /// were added.
+    ///
+    /// Args:
+    ///     kind: an `ExitKind` or its name.
+    ///     function: the hook.
+    ///     msrs: for the kind "msr", the numbers of additional registers whose accesses exit.
+    ///         Accesses to registers that KVM does not know always do.
+    ///
+    /// Raises:
+    ///     ValueError: there is no such kind.
+    ///     ClosedError: the machine is closed.
+    #[pyo3(signature = (kind, function = None, *, msrs = None))]
+    fn on_exit<'py>(
+        slf: &Bound<'py, Self>,
+        kind: &Bound<'py, PyAny>,
+        function: Option<&Bound<'py, PyAny>>,
+        msrs: Option<Vec<u32>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let (py, this) = (slf.py(), slf.get());
+        this.core()?;
+        let of_kind = kind_of(kind)?;
+        let Some(function) = function else {
+            let keywords = pyo3::types::PyDict::new(py);
+            keywords.set_item("msrs", msrs)?;
+            let bound = slf.getattr("on_exit")?;
+            let partial = import(py, "functools")?.getattr("partial")?;
+            return partial.call((bound, kind), Some(&keywords));
+        };
+        if !function.is_callable() {
+            let class = function.get_type();
+            return Err(PyTypeError::new_err(format!(
+                "a hook is a function, not {}",
+                class.name()?
+            )));
+        }
+        let vm = this.changing()?.vm()?;
+        match (of_kind, msrs) {
+            (ExitKind::Msr, msrs) => {
+                let (all, added) = this.hooks.filter(msrs.unwrap_or_default());
+                py.detach(|| vm.filter_msrs(&all)).inspect_err(|_| {
+                    this.hooks.unfilter(&added);
+                })?;
+            }
+            (_, Some(_)) => return Err(PyValueError::new_err("msrs goes with the kind msr")),
+            (_, None) => vm.check_process()?,
+        }
+        this.hooks.belong_to(slf, &this.parts)?;
+        this.hooks.add(py, of_kind, function.clone().unbind());
+        this.set_hooks()?;
+        Ok(function.clone())
+    }
+
+    /// Remove a hook. When the last hook of the kind "msr" is removed, KVM handles the selected
+    /// registers again.
+    ///
+    /// Raises:
+    ///     ValueError: the function is not a hook of this kind.
+    fn off_exit(&self, kind: &Bound<'_, PyAny>, function: &Bound<'_, PyAny>) -> PyResult<()> {
+        self.changing()?;
+        let of_kind = kind_of(kind)?;
+        if !self.hooks.remove(of_kind, function)? {
+            return Err(PyValueError::new_err("this function is no hook of this kind of exit"));
+        }
+        self.set_hooks()?;
+        if of_kind == ExitKind::Msr && self.hooks.unfilter(&[]) {
+            // A machine that is closed has none.
+            if let Ok(vm) = self.changing()?.vm() {
+                kind.py().detach(|| vm.filter_msrs(&[]))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Decorate a function that the guest can call by a number.
+    ///
+    /// Its arguments are integers and parts of guest memory: see `pyvmm.hostcalls`.
+    ///
+    /// Args:
+    ///     number: the function's number. If a function is passed instead, it gets the next unused
+    ///         number.
+    ///
+    /// Raises:
+    ///     ValueError: the number is taken, or does not fit in 32 bits.
+    ///     ClosedError: the machine is closed.
+    #[pyo3(signature = (number = None, /))]
+    fn hostcall<'py>(
+        slf: &Bound<'py, Self>,
+        number: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        slf.get().core()?;
+        import(slf.py(), "pyvmm.hostcalls")?.call_method1("hostcall", (slf, number))
+    }
+}
