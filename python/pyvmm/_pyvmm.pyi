@@ -8,7 +8,7 @@ from contextvars import Context
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar, final, overload
+from typing import Any, Literal, Never, Protocol, Self, TypeVar, final, overload
 
 from typing_extensions import Buffer, disjoint_base
 
@@ -231,9 +231,22 @@ class EventOps:
         """
 
 _T = TypeVar("_T")
+_I = TypeVar("_I")
 _C = TypeVar("_C")
 _F = TypeVar("_F", bound=Callable[..., object])
-_H = TypeVar("_H", bound=Callable[["Vcpu", Any], object])
+# A hook of each kind of exit, and one of a kind that is known only at run time.
+_IoHook = TypeVar("_IoHook", bound=Callable[["Vcpu", "VcpuExit.IoIn | VcpuExit.IoOut"], object])
+_MmioHook = TypeVar("_MmioHook", bound=Callable[["Vcpu", "VcpuExit.MmioRead | VcpuExit.MmioWrite"], object])
+_MsrHook = TypeVar("_MsrHook", bound=Callable[["Vcpu", "VcpuExit.Rdmsr | VcpuExit.Wrmsr"], object])
+_HltHook = TypeVar("_HltHook", bound=Callable[["Vcpu", "VcpuExit.Hlt"], object])
+_ShutdownHook = TypeVar("_ShutdownHook", bound=Callable[["Vcpu", "VcpuExit.Shutdown"], object])
+_DebugHook = TypeVar("_DebugHook", bound=Callable[["Vcpu", "VcpuExit.Debug"], object])
+_InternalErrorHook = TypeVar("_InternalErrorHook", bound=Callable[["Vcpu", "VcpuExit.InternalError"], object])
+_SystemEventHook = TypeVar("_SystemEventHook", bound=Callable[["Vcpu", "VcpuExit.SystemEvent"], object])
+_FailEntryHook = TypeVar("_FailEntryHook", bound=Callable[["Vcpu", "VcpuExit.FailEntry"], object])
+_MemoryFaultHook = TypeVar("_MemoryFaultHook", bound=Callable[["Vcpu", "VcpuExit.MemoryFault"], object])
+_UnknownHook = TypeVar("_UnknownHook", bound=Callable[["Vcpu", "VcpuExit.Unknown"], object])
+_Hook = TypeVar("_Hook", bound=Callable[["Vcpu", "VcpuExit"], object])
 
 @final
 class EventManager:
@@ -411,7 +424,6 @@ class VmmExitHandler:
     def exit_event(self) -> EventFd:
         """The eventfd that a kick writes to."""
 
-    @property
     def keep_running(self) -> bool:
         """False once the loop has processed a kick."""
 
@@ -583,11 +595,11 @@ class GuestMemory:
 
     @property
     def log_dirty(self) -> bool:
-        """Whether written pages are logged for `dirty`: KVM_MEM_LOG_DIRTY_PAGES. This slows the guest down."""
+        """Whether written pages are logged for `take_dirty`: KVM_MEM_LOG_DIRTY_PAGES. This slows the guest down."""
 
     @log_dirty.setter
     def log_dirty(self, is_on: bool) -> None: ...
-    def dirty(self) -> DirtyPages:
+    def take_dirty(self) -> DirtyPages:
         """Return the pages written since the last call, or since `log_dirty` was set.
 
         This covers writes of the guest and of calls of this object. Every written page is included, except for writes
@@ -661,7 +673,7 @@ class Serial:
             ClosedError: the machine is closed.
         """
 
-    def read(self) -> bytes:
+    def take_output(self) -> bytes:
         """Return the buffered output and clear it. Without a configured output, at most the newest MiB is kept."""
 
     def stop_at(self, text: bytes | bytearray) -> None:
@@ -714,7 +726,7 @@ class Snapshot:
         The fork does not affect the snapshot, the original machine or other forks.
 
         Args:
-            serial: the streams of its serial port; None keeps the output for `serial.read()`.
+            serial: the streams of its serial port; None keeps the output for `serial.take_output()`.
             event_manager: a loop shared with others; None creates one.
             setup: called with the machine before the devices are restored. It adds the Python devices of the snapshot,
                 and hooks, eventfds and subscribers if the program uses them.
@@ -799,8 +811,8 @@ class Snapshot:
 
     def map(
         self,
-        function: Callable[[Vmm, Any], _T],
-        inputs: Iterable[Any],
+        function: Callable[[Vmm, _I], _T],
+        inputs: Iterable[_I],
         *,
         workers: int | None = None,
         timeout: float | None = None,
@@ -1025,7 +1037,10 @@ class VcpuExit:
     def __hash__(self) -> int: ...
     def __reduce__(self) -> tuple[Any, ...]: ...
     def as_dict(self) -> dict[str, Any]:
-        """Return the exit as a dict. "type" is the name of its class, such as "IoIn"; the fields follow by name."""
+        """Return the exit as a dict. "type" is the name of its class, such as "IoIn"; the fields follow by name.
+
+        The dict and its values belong to the caller.
+        """
 
     @final
     class IoIn(VcpuExit):
@@ -1688,11 +1703,75 @@ class Vmm:
         """Undo `add_ioeventfd`, with the same arguments."""
 
     @overload
-    def on_exit(self, kind: ExitKind | str, function: _H, *, msrs: Sequence[int] | None = None) -> _H: ...
+    def on_exit(self, kind: Literal[ExitKind.IO, "io"], function: _IoHook) -> _IoHook: ...
+    @overload
+    def on_exit(self, kind: Literal[ExitKind.IO, "io"]) -> Callable[[_IoHook], _IoHook]: ...
+    @overload
+    def on_exit(self, kind: Literal[ExitKind.MMIO, "mmio"], function: _MmioHook) -> _MmioHook: ...
+    @overload
+    def on_exit(self, kind: Literal[ExitKind.MMIO, "mmio"]) -> Callable[[_MmioHook], _MmioHook]: ...
+    @overload
+    def on_exit(
+        self, kind: Literal[ExitKind.MSR, "msr"], function: _MsrHook, *, msrs: Sequence[int] | None = None
+    ) -> _MsrHook: ...
+    @overload
+    def on_exit(
+        self, kind: Literal[ExitKind.MSR, "msr"], *, msrs: Sequence[int] | None = None
+    ) -> Callable[[_MsrHook], _MsrHook]: ...
+    @overload
+    def on_exit(self, kind: Literal[ExitKind.HLT, "hlt"], function: _HltHook) -> _HltHook: ...
+    @overload
+    def on_exit(self, kind: Literal[ExitKind.HLT, "hlt"]) -> Callable[[_HltHook], _HltHook]: ...
+    @overload
+    def on_exit(self, kind: Literal[ExitKind.SHUTDOWN, "shutdown"], function: _ShutdownHook) -> _ShutdownHook: ...
+    @overload
+    def on_exit(self, kind: Literal[ExitKind.SHUTDOWN, "shutdown"]) -> Callable[[_ShutdownHook], _ShutdownHook]: ...
+    @overload
+    def on_exit(self, kind: Literal[ExitKind.DEBUG, "debug"], function: _DebugHook) -> _DebugHook: ...
+    @overload
+    def on_exit(self, kind: Literal[ExitKind.DEBUG, "debug"]) -> Callable[[_DebugHook], _DebugHook]: ...
+    @overload
+    def on_exit(
+        self, kind: Literal[ExitKind.INTERNAL_ERROR, "internal-error"], function: _InternalErrorHook
+    ) -> _InternalErrorHook: ...
+    @overload
+    def on_exit(
+        self, kind: Literal[ExitKind.INTERNAL_ERROR, "internal-error"]
+    ) -> Callable[[_InternalErrorHook], _InternalErrorHook]: ...
+    @overload
+    def on_exit(
+        self, kind: Literal[ExitKind.SYSTEM_EVENT, "system-event"], function: _SystemEventHook
+    ) -> _SystemEventHook: ...
+    @overload
+    def on_exit(
+        self, kind: Literal[ExitKind.SYSTEM_EVENT, "system-event"]
+    ) -> Callable[[_SystemEventHook], _SystemEventHook]: ...
+    @overload
+    def on_exit(self, kind: Literal[ExitKind.FAIL_ENTRY, "fail-entry"], function: _FailEntryHook) -> _FailEntryHook: ...
+    @overload
+    def on_exit(
+        self, kind: Literal[ExitKind.FAIL_ENTRY, "fail-entry"]
+    ) -> Callable[[_FailEntryHook], _FailEntryHook]: ...
+    @overload
+    def on_exit(
+        self, kind: Literal[ExitKind.MEMORY_FAULT, "memory-fault"], function: _MemoryFaultHook
+    ) -> _MemoryFaultHook: ...
+    @overload
+    def on_exit(
+        self, kind: Literal[ExitKind.MEMORY_FAULT, "memory-fault"]
+    ) -> Callable[[_MemoryFaultHook], _MemoryFaultHook]: ...
+    @overload
+    def on_exit(self, kind: Literal[ExitKind.UNKNOWN, "unknown"], function: _UnknownHook) -> _UnknownHook: ...
+    @overload
+    def on_exit(self, kind: Literal[ExitKind.UNKNOWN, "unknown"]) -> Callable[[_UnknownHook], _UnknownHook]: ...
+    @overload
+    def on_exit(
+        self, kind: ExitKind | str, function: Callable[[Vcpu, VcpuExit], object], *, msrs: Sequence[int] | None = None
+    ) -> Callable[[Vcpu, Never], object]: ...
     @overload
     def on_exit(
         self, kind: ExitKind | str, function: None = None, *, msrs: Sequence[int] | None = None
-    ) -> Callable[[_H], _H]:
+    ) -> Callable[[_Hook], _Hook]:
         """Register a function that is called for each exit of a kind before pyvmm answers it: `function(vcpu, exit)`.
 
         It takes effect at the next exit, and is called on the vCPU's thread. It returns None for the usual answer, an
@@ -1710,7 +1789,7 @@ class Vmm:
             ClosedError: the machine is closed.
         """
 
-    def off_exit(self, kind: ExitKind | str, function: Callable[[Vcpu, Any], object]) -> None:
+    def off_exit(self, kind: ExitKind | str, function: Callable[[Vcpu, Never], object]) -> None:
         """Remove a hook. When the last hook of the kind "msr" is removed, KVM handles the selected registers again.
 
         Raises:

@@ -135,7 +135,7 @@ class SerialConfig(_Part, frozen=True, kw_only=True):
 
     Attributes:
         output: where the guest's output goes: a path, a file descriptor, a socket, a binary file object, or a
-            callable that is given bytes. None: the newest MiB is kept for `vmm.serial.read()`.
+            callable that is given bytes. None: the newest MiB is kept for `vmm.serial.take_output()`.
         input: where its input comes from: a path, bytes, a file descriptor, a socket, a binary file object, or
             a callable that returns bytes (empty at the end). None: what `vmm.serial.send()` gives. Of a file
             object with a descriptor, the descriptor is read: what the object has buffered is not seen.

@@ -35,7 +35,7 @@ class ExitReason(StrEnum):
 
 
 class Exit(NamedTuple):
-    """What `run` returns. It equals only another `Exit`, never a plain tuple of the same values.
+    """What `run` returns. It compares only with another `Exit`, never with a plain tuple of the same values.
 
     Attributes:
         reason: why the run ended.
@@ -63,6 +63,19 @@ class Exit(NamedTuple):
         equal = self.__eq__(other)
         return equal if equal is NotImplemented else not equal
 
+    def __lt__(self, other: object) -> bool:
+        """By the values, in their order; so the others."""
+        return _values(self) < _values(other)
+
+    def __le__(self, other: object) -> bool:
+        return _values(self) <= _values(other)
+
+    def __gt__(self, other: object) -> bool:
+        return _values(self) > _values(other)
+
+    def __ge__(self, other: object) -> bool:
+        return _values(self) >= _values(other)
+
     def __hash__(self) -> int:
         """The hash of its values."""
         return hash(tuple(self))
@@ -80,6 +93,13 @@ class Exit(NamedTuple):
         if self.vcpu is not None:
             line += f" (vCPU {self.vcpu})"
         return line if self.fault is None else f"{line}\n{self.fault}"
+
+
+def _values(exit: object) -> tuple[object, ...]:
+    # NotImplemented would have a tuple compare itself.
+    if not isinstance(exit, Exit):
+        raise TypeError(f"an Exit compares with another Exit, not with {type(exit).__qualname__}")
+    return tuple(exit)
 
 
 class ExitKind(StrEnum):

@@ -80,7 +80,7 @@ class Writer:
     def process(self, events: Events, ops: EventOps) -> None:
         """Take all there is; what a file object does not take stays the port's, for the next time."""
         if not isinstance(self._write, FileWriter):
-            if output := self._serial.read():
+            if output := self._serial.take_output():
                 self._write(output)
             return
         piece = self._serial._take(WRITE_SIZE)

@@ -93,7 +93,7 @@ impl Serial {
 
     /// Take all output.
     #[must_use]
-    pub fn take(&self) -> Vec<u8> {
+    pub fn take_output(&self) -> Vec<u8> {
         let piece = self.output.take(usize::MAX);
         self.output.settle(&piece, piece.bytes.len());
         piece.bytes
@@ -284,7 +284,7 @@ mod tests {
         let piece = serial.take_piece(3);
         assert_eq!(piece.bytes, b"hel");
         serial.settle(&piece, 2);
-        assert_eq!((serial.take().as_slice(), serial.backlog()), (&b"llo"[..], 0));
+        assert_eq!((serial.take_output().as_slice(), serial.backlog()), (&b"llo"[..], 0));
         assert!(!is_ready(&serial, 0));
     }
 
@@ -330,7 +330,7 @@ mod tests {
         let serial = Serial::new(None, true).unwrap();
         assert_eq!(serial.write_many(0, &vec![b'x'; 1 << 17], 1), Outcome::Wait);
         assert!(!serial.wait_for_room(&|| true));
-        assert_eq!(serial.take().len(), 1 << 17, "nothing is lost");
+        assert_eq!(serial.take_output().len(), 1 << 17, "nothing is lost");
         assert!(serial.wait_for_room(&|| true));
     }
 
@@ -346,7 +346,7 @@ mod tests {
         other.restore(&saved).unwrap();
         assert_eq!(other.save().unwrap(), saved);
         assert_eq!(read(&other, 7), 0x5a);
-        assert_eq!((other.take(), other.input_waiting()), (b"printed".to_vec(), 100));
+        assert_eq!((other.take_output(), other.input_waiting()), (b"printed".to_vec(), 100));
         for length in 0..saved.len() {
             assert_eq!(other.restore(&saved[..length]).unwrap_err().kind, ErrorKind::Snapshot);
         }

@@ -88,9 +88,9 @@ impl PySerial {
 
     /// Return the buffered output and clear it. Without a configured output, at most the newest MiB
     /// is kept.
-    fn read<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+    fn take_output<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
         let port = self.bytes()?;
-        let bytes = py.detach(|| port.take());
+        let bytes = py.detach(|| port.take_output());
         Ok(PyBytes::new(py, &bytes))
     }
 
@@ -148,7 +148,7 @@ impl PySerial {
     /// Raises:
     ///     ValueError: the machine has no configured output.
     fn fileno(&self) -> PyResult<RawFd> {
-        let none = "nobody takes this machine's output as it comes: read() has it";
+        let none = "nobody takes this machine's output as it comes: take_output() has it";
         self.port()?.output_fd().ok_or_else(|| PyValueError::new_err(none))
     }
 

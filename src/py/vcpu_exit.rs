@@ -200,11 +200,16 @@ fn fields<'py>(exit: &Bound<'py, PyAny>) -> PyResult<Vec<(String, Bound<'py, PyA
 impl PyVcpuExit {
     /// Return the exit as a dict. "type" is the name of its class, such as "IoIn"; the fields
     /// follow by name.
+    ///
+    /// The dict and its values belong to the caller.
     fn as_dict<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyDict>> {
         let dict = PyDict::new(slf.py());
         dict.set_item("type", variant(slf.as_any())?)?;
         for (name, value) in fields(slf.as_any())? {
-            dict.set_item(name, value)?;
+            match value.cast::<PyDict>() {
+                Ok(registers) => dict.set_item(name, registers.copy()?)?,
+                Err(_) => dict.set_item(name, value)?,
+            }
         }
         Ok(dict)
     }

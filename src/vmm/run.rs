@@ -141,7 +141,7 @@ impl Running<'_> {
 
     /// Bring out what the guest printed last. A stop, the deadline, or a reader that takes nothing
     /// for a while leaves the rest for another run or
-    /// [`Serial::take`](crate::devices::Serial::take).
+    /// [`Serial::take_output`](crate::devices::Serial::take_output).
     fn drain_serial<E: From<Error>>(
         &self,
         deadline: Option<Instant>,

@@ -355,7 +355,7 @@ mod tests {
     fn finish(vmm: &Vmm) -> Vec<u8> {
         let exit = vmm.run(Some(Duration::from_secs(60)), |until| turn(vmm, until)).unwrap();
         assert_eq!((exit.reason, exit.code), (ExitReason::Code, Some(42)));
-        vmm.serial().take()
+        vmm.serial().take_output()
     }
 
     /// Run up to an access, snapshot right behind it, and finish.
@@ -370,7 +370,7 @@ mod tests {
         let snapshot = vmm.snapshot().unwrap();
         let exit = vmm.wait(Some(Duration::from_secs(60)), |until| turn(&vmm, until)).unwrap();
         assert_eq!(exit.unwrap().code, Some(42));
-        (snapshot, vmm.serial().take())
+        (snapshot, vmm.serial().take_output())
     }
 
     #[test]

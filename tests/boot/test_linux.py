@@ -36,7 +36,7 @@ def test_vmlinux_boots_to_userspace_and_resets(linux: Linux, booted_linux: Boote
     with booted_linux.snapshot.fork() as fork:
         fork.serial.send(b"hello\n")
         exit = fork.run(DEADLINE_S)
-        console = fork.serial.read().decode()
+        console = fork.serial.take_output().decode()
     assert exit == Exit(ExitReason.RESET, vcpu=0), console
     assert "pyvmm: you typed hello" in console
     assert "reboot: Restarting system" in console
@@ -46,7 +46,7 @@ def test_bzimage_unpacks_itself_and_boots_to_userspace(linux: Linux) -> None:
     boot = LinuxBoot(linux.bzimage, initrd=linux.initramfs, cmdline=linux.cmdline)
     with Vmm(VmmConfig(boot=boot)) as vmm:
         exit = vmm.run(DEADLINE_S)
-        console = vmm.serial.read().decode()
+        console = vmm.serial.take_output().decode()
     assert exit.reason is ExitReason.RESET, (exit, console[-2000:])
     assert USERSPACE in console
 
@@ -56,7 +56,7 @@ def test_kernel_with_every_instruction_boots_by_fixups(linux: Linux) -> None:
     boot = LinuxBoot(linux.vmlinux_stock, initrd=linux.initramfs, cmdline=linux.cmdline)
     with Vmm(VmmConfig(boot=boot, cpu=CpuConfig(fixups=True))) as vmm:
         exit = vmm.run(DEADLINE_S)
-        console = vmm.serial.read().decode()
+        console = vmm.serial.take_output().decode()
         fixups = vmm.fixups
     assert exit == Exit(ExitReason.RESET, vcpu=0), console[-2000:]
     assert USERSPACE in console

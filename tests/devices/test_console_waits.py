@@ -145,7 +145,7 @@ def test_everything_goes_on_while_the_guest_waits_for_its_console(kind: str, tmp
 def test_a_string_instruction_waits_behind_itself(tmp_path: Path) -> None:
     with stuck("pipe", tmp_path, PRINT_STRINGS) as vmm:
         soon(vmm.pause)
-        assert len(vmm.serial.read()) < 1 << 17
+        assert len(vmm.serial.take_output()) < 1 << 17
         soon(vmm.resume)
 
 
@@ -194,12 +194,12 @@ def test_an_output_callable_that_sends_and_reads_is_called_with_each_byte_once()
 
     def output(piece: bytes) -> None:
         vmm.serial.send(b"x")
-        got.append(piece + vmm.serial.read())
+        got.append(piece + vmm.serial.take_output())
 
     with Vmm(flat(PRINT_LINES, serial=SerialConfig(output=output))) as vmm:
         vmm.run(0.3)
         count = vmm.memory.read_u32(0x2000)
-        text = b"".join(got) + vmm.serial.read()
+        text = b"".join(got) + vmm.serial.take_output()
     assert text.startswith(b"x\n" * count)
     assert len(text) <= 2 * count + 2
     assert vmm.state is VmRunState.CLOSED
@@ -249,7 +249,7 @@ def test_the_run_stops_at_the_byte_that_completes_a_text() -> None:
             vmm.serial.stop_at(text)
             exit = vmm.run(DEADLINE_S)
             assert (exit.reason, exit.value) == (ExitReason.STOPPED, text)
-            assert vmm.serial.read().endswith(text)
+            assert vmm.serial.take_output().endswith(text)
         assert vmm.memory.read_u32(0x2000) == 2
         vmm.serial.stop_at(b"x")
         vmm.serial.stop_at(b"")
@@ -292,7 +292,7 @@ def is_waited_for(text: bytes) -> bool:
             reading = threading.Thread(target=read)
             reading.start()
             assert vmm.run(DEADLINE_S).code == 3
-            left = vmm.serial.read()
+            left = vmm.serial.take_output()
             output.write(left)
             reading.join(DEADLINE_S)
             assert got[room:] == text
@@ -328,7 +328,7 @@ def test_the_end_of_a_run_waits_longer_as_long_as_something_is_taken() -> None:
     output, text = Slow(), bytes(range(97, 123))
     with Vmm(flat(print_text(text) + exit_with(3), serial=SerialConfig(output=output))) as vmm:
         assert vmm.run(DEADLINE_S).code == 3
-        assert vmm.serial.read() == b""
+        assert vmm.serial.take_output() == b""
     assert output.got == text
 
 
@@ -336,4 +336,4 @@ def test_the_end_of_a_run_does_not_wait_for_a_reader_that_takes_nothing() -> Non
     text = bytes(range(97, 123))
     with Vmm(flat(print_text(text) + exit_with(3), serial=SerialConfig(output=Deaf()))) as vmm:
         assert soon(partial(vmm.run, None)).code == 3  # type: ignore[attr-defined]
-        assert vmm.serial.read() == text
+        assert vmm.serial.take_output() == text

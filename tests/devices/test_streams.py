@@ -78,8 +78,8 @@ def test_output_to_a_callable() -> None:
 def test_output_to_nowhere_is_kept(capfd: pytest.CaptureFixture[str]) -> None:
     with Vmm(printing(None)) as vmm:
         vmm.run(60)
-        assert vmm.serial.read() == TEXT
-        assert vmm.serial.read() == b""
+        assert vmm.serial.take_output() == TEXT
+        assert vmm.serial.take_output() == b""
     assert capfd.readouterr() == ("", "")
 
 
@@ -123,7 +123,7 @@ def test_input_arrives_and_its_end_is_told(kind: str, tmp_path: Path, make: Call
             vmm.serial.send(TEXT)
             vmm.serial.send(bytearray(b"\x04"))
         assert vmm.run(60).reason is ExitReason.CODE
-        assert vmm.serial.read() == TEXT + b"\x04"
+        assert vmm.serial.take_output() == TEXT + b"\x04"
         assert vmm.serial.input_waiting == 0
 
 
@@ -201,7 +201,7 @@ def test_a_fifo_needs_a_reader_as_output_and_waits_for_its_writer_as_input(tmp_p
         assert vmm.run(0.05).reason is ExitReason.TIMEOUT
         path.write_bytes(TEXT)
         assert vmm.run(60).reason is ExitReason.CODE
-        assert vmm.serial.read() == TEXT + b"\x04"
+        assert vmm.serial.take_output() == TEXT + b"\x04"
 
 
 @pytest.mark.kvm
@@ -213,7 +213,7 @@ def test_a_compressed_file_is_read_and_written_through_itself(tmp_path: Path) ->
         file.seek(0)
         with Vmm(echoing(input=file)) as vmm:
             vmm.run(60)
-            assert vmm.serial.read() == TEXT + b"\x04"
+            assert vmm.serial.take_output() == TEXT + b"\x04"
 
 
 @pytest.mark.kvm
@@ -310,7 +310,7 @@ def test_a_raw_file_object_that_has_nothing_to_read_yet_is_asked_again() -> None
 
     with Vmm(echoing(input=Slow())) as vmm:
         assert vmm.run(60).reason is ExitReason.CODE
-        assert vmm.serial.read() == b"ab\x04"
+        assert vmm.serial.take_output() == b"ab\x04"
 
 
 @pytest.mark.kvm

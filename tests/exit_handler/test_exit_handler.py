@@ -33,7 +33,7 @@ def test_clones_share_one_handler() -> None:
     manager.add_subscriber(inner)
     handler.clone().kick()
     manager.run()
-    assert (inner.keep_running, handler.handler.keep_running) == (False, False)
+    assert (inner.keep_running(), handler.handler.keep_running()) == (False, False)
     assert repr(inner) == "VmmExitHandler(keep_running=False)"
 
 
@@ -62,7 +62,7 @@ def test_it_can_be_part_of_a_python_subscriber() -> None:
     manager.add_subscriber(Composed())
     handler.exit_event.write(1)
     assert manager.run() == 1
-    assert not handler.keep_running
+    assert not handler.keep_running()
     assert manager.run_with_timeout(0) == 0, "the kick was drained"
 
 
@@ -80,5 +80,5 @@ def test_error_removes_it() -> None:
     manager.add_subscriber(Fails())
     handler.kick()
     assert manager.run() == 1
-    assert handler.keep_running
+    assert handler.keep_running()
     assert manager.run_with_timeout(0) == 0, "its fd is not watched any more"

@@ -631,7 +631,7 @@ def test_pages_that_a_fixup_writes_are_dirty() -> None:
         vmm.memory.log_dirty = True
         vmm.vcpus[0].regs.update(rsi=DATA + 0xFC0, rax=0, rdx=0)
         assert vmm.run(10).code == 0
-        ranges = vmm.memory.dirty().ranges
+        ranges = vmm.memory.take_dirty().ranges
         assert all(any(start <= page < start + size for start, size in ranges) for page in (DATA, DATA + 0x1000))
 
 

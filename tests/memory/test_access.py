@@ -204,7 +204,7 @@ def test_an_aligned_number_is_one_access_also_while_writes_are_noted() -> None:
     with Vmm(flat(HALT)) as vmm:
         vmm.memory.log_dirty = True
         vmm.memory.write_u64(0x8000, 2**64 - 1)
-        assert vmm.memory.dirty().ranges == [(0x8000, 4096)]
+        assert vmm.memory.take_dirty().ranges == [(0x8000, 4096)]
         with pytest.raises(GuestMemoryError):
             vmm.memory.write_u64(MIB, 1)
-        assert vmm.memory.dirty().ranges == []
+        assert vmm.memory.take_dirty().ranges == []

@@ -22,28 +22,28 @@ def test_dirty_pages_are_the_guests_and_the_hosts() -> None:
         vcpu.sregs.cs.update(base=0, selector=0)
         vcpu.regs.update(rip=0x1000, rflags=2)
         with pytest.raises(StateError, match="log_dirty"):
-            memory.dirty()
+            memory.take_dirty()
         memory.log_dirty = True
         assert memory.log_dirty
-        assert len(memory.dirty()) == 0
+        assert len(memory.take_dirty()) == 0
         vcpu.run_once()
-        dirty = memory.dirty()
+        dirty = memory.take_dirty()
         # A superset: KVM may count pages that the guest has read. Here it reads the page of its
         # code.
         assert {0x5000} <= pages(dirty.ranges) <= {0x1000, 0x5000}
         assert int.from_bytes(dirty.bitmaps[0], "little") == sum(1 << page // 0x1000 for page in pages(dirty.ranges))
-        assert memory.dirty().ranges == []
+        assert memory.take_dirty().ranges == []
         vcpu.run_once()
         memory.write(0x2FFF, b"ab")
         memory.write_u8(0xF000, 1)
         memory.fill(0xC000, 1)
-        dirty = memory.dirty()
+        dirty = memory.take_dirty()
         written = {0x2000, 0x3000, 0x9000, 0xA000, 0xC000, 0xF000}
         assert written <= pages(dirty.ranges) <= {0x1000, *written}
         assert len(dirty) == len(pages(dirty.ranges))
         memory.add(0x10000, 0x1000)
         memory.write_u64(0x10008, 1)
-        assert memory.dirty().ranges == [(0x10000, 0x1000)], "a slot that came later is logged too"
+        assert memory.take_dirty().ranges == [(0x10000, 0x1000)], "a slot that came later is logged too"
         memory.log_dirty = False
         with pytest.raises(StateError):
-            memory.dirty()
+            memory.take_dirty()

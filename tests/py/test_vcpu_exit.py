@@ -6,6 +6,7 @@ Covers src/py/vcpu_exit.rs.
 from __future__ import annotations
 
 import copy
+import operator
 import pickle
 from unittest import mock
 
@@ -80,6 +81,12 @@ def test_an_exit_has_a_dict_form() -> None:
         assert getattr(VcpuExit, fields.pop("type"))(**fields) == exit
 
 
+def test_the_dict_form_is_the_callers_own() -> None:
+    exit = VcpuExit.InternalError(1, b"", (), None, dict(REGISTERS))
+    exit.as_dict()["registers"].clear()
+    assert exit.registers == REGISTERS
+
+
 def test_an_exit_of_a_guest_equals_one_that_is_made() -> None:
     code = bytes.fromhex("b041 e680 f4")  # mov al, 'A'; out 0x80, al; hlt
     with KvmVm(VmmConfig(boot=FlatBoot(code))) as vm:
@@ -101,3 +108,14 @@ def test_the_end_of_a_run_equals_only_another_end() -> None:
     assert exit == mock.ANY
     assert exit != "code"
     assert pickle.loads(pickle.dumps(exit)) == exit
+
+
+def test_the_end_of_a_run_is_ordered_with_other_ends_only() -> None:
+    low, same, high = (Exit(ExitReason.CODE, code, 0) for code in (7, 7, 8))
+    assert (low < high, low <= same, high > low, same >= low) == (True, True, True, True)
+    assert (high < low, high <= low, low > high, low >= high) == (False, False, False, False)
+    for compare in operator.lt, operator.le, operator.gt, operator.ge:
+        for other in tuple(high), (), None, "code", 5:
+            for pair in (low, other), (other, low):
+                with pytest.raises(TypeError, match="compares with another Exit"):
+                    compare(*pair)

@@ -50,7 +50,7 @@ fn the_embedded_guest_speaks_and_answers() {
     };
     vmm.serial().feed(b"hello\r\n\x04");
     let exit = run(&vmm, LIMIT);
-    let said = String::from_utf8(vmm.serial().take()).unwrap();
+    let said = String::from_utf8(vmm.serial().take_output()).unwrap();
     assert_eq!((exit.reason, exit.code), (ExitReason::Code, Some(0)), "{exit}");
     assert!(said.contains("You typed: hello\r\n") && said.ends_with("Goodbye.\r\n"), "{said}");
 }

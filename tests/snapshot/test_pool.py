@@ -89,7 +89,7 @@ def observe(vmm: Vmm) -> dict[str, object]:
         "fixups": vmm.fixups,
         "counters": (vmm.stats.enabled, vmm.stats.exits, vmm.stats.vcpus),
         "input": vmm.serial.input_waiting,
-        "output": vmm.serial.read(),
+        "output": vmm.serial.take_output(),
         "memory": vmm.memory.read(0, 2 << 20),
         "slots": vmm.memory.slots,
         "log_dirty": vmm.memory.log_dirty,
@@ -98,7 +98,7 @@ def observe(vmm: Vmm) -> dict[str, object]:
         "turns": (vmm.event_manager.turns, vmm.event_manager.dispatched),
     }
     exit = vmm.run(DEADLINE_S)
-    seen["run"] = (exit.reason, exit.code, exit.value, vmm.serial.read(), vmm.memory.read_u8(0x3000))
+    seen["run"] = (exit.reason, exit.code, exit.value, vmm.serial.take_output(), vmm.memory.read_u8(0x3000))
     seen["after"] = (vmm.state, vmm.unanswered)
     seen["heard"] = list(heard)
     return seen
@@ -278,7 +278,7 @@ TAKEN_BACK: dict[str, Callable[[Vmm], object]] = {
     "IrqLine.raise_": lambda vmm: vmm.irq(5).raise_(),
     "IrqLine.lower": lambda vmm: vmm.irq(5).lower(),
     "IrqLine.pulse": lambda vmm: vmm.irq(5).pulse(),
-    "Serial.read": lambda vmm: vmm.serial.read(),
+    "Serial.take_output": lambda vmm: vmm.serial.take_output(),
     "Serial.send": lambda vmm: vmm.serial.send(b"x"),
     "Serial.input_waiting": lambda vmm: vmm.serial.input_waiting,
     "GuestMemory.read": lambda vmm: vmm.memory.read(0, 1),
@@ -343,7 +343,7 @@ CLOSES: dict[str, Callable[[Vmm], object]] = {
     "GuestMemory.add": ACTS["adds memory"],
     "GuestMemory.remove": ACTS["removes memory"],
     "GuestMemory.log_dirty": ACTS["logs"],
-    "GuestMemory.dirty": all_of(ACTS["logs"], lambda vmm: vmm.memory.dirty()),
+    "GuestMemory.take_dirty": all_of(ACTS["logs"], lambda vmm: vmm.memory.take_dirty()),
     "GuestMemory.view": lambda vmm: vmm.memory.view(0, 1),
     "GuestMemory.overlay": lambda vmm: vmm.memory.overlay(0, ctypes.c_uint8),
     "Vcpu.answer": all_of(ACTS["steps"], lambda vmm: vmm.vcpus[0].answer(b"x")),

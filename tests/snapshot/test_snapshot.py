@@ -75,7 +75,7 @@ def test_snapshot_of_a_running_machine_lets_it_go_on() -> None:
         exit = vmm.wait(DEADLINE_S)
         assert exit is not None
         assert exit.code == 9
-        assert vmm.serial.read() == counted(0x1234_5678)
+        assert vmm.serial.take_output() == counted(0x1234_5678)
     for fork in (snapshots[0].fork(), snapshots[-1].fork()):
         with fork:
             assert finish(fork) == counted(0x1234_5678)
@@ -136,7 +136,7 @@ def test_snapshot_of_an_ended_guest_goes_on_behind_its_end() -> None:
             if machine is vmm:
                 vmm.reset(snapshot)
             assert machine.run(DEADLINE_S).code == 2
-            assert machine.serial.read() == b"on"
+            assert machine.serial.take_output() == b"on"
 
 
 def test_snapshots_of_snapshots_are_a_tree() -> None:
@@ -342,7 +342,7 @@ def test_interrupt_that_is_pending_arrives_in_every_fork() -> None:
             with snapshot.fork() as fork:
                 fork.memory.write(0x2000, b"\1")
                 assert fork.run(DEADLINE_S).code == 5
-                assert fork.serial.read() == b"x"
+                assert fork.serial.take_output() == b"x"
 
 
 def test_state_of_a_fork_is_that_of_its_snapshot() -> None:
@@ -467,7 +467,7 @@ def test_dirty_log_sees_what_a_reset_writes() -> None:
         vmm.memory.write(0x3000, b"x")
         vmm.memory.log_dirty = True
         vmm.reset(snapshot)
-        assert vmm.memory.dirty().ranges == [(0x3000, 4096)]
+        assert vmm.memory.take_dirty().ranges == [(0x3000, 4096)]
 
 
 @pytest.fixture
@@ -525,13 +525,13 @@ def test_python_devices_are_saved_and_restored() -> None:
         snapshot = vmm.snapshot()
         vmm.vcpus[0].regs.rip += 16  # two letters have been printed elsewhere
         later = vmm.snapshot()
-        assert (vmm.run(DEADLINE_S).code, vmm.serial.read()) == (1, b"cd")
+        assert (vmm.run(DEADLINE_S).code, vmm.serial.take_output()) == (1, b"cd")
         vmm.reset(later)
-        assert (tape.at, vmm.run(DEADLINE_S).code, vmm.serial.read()) == (2, 1, b"cd")
+        assert (tape.at, vmm.run(DEADLINE_S).code, vmm.serial.take_output()) == (2, 1, b"cd")
         with pytest.raises(StateError, match=r"pio 0x80: .*setup"):
             snapshot.fork()
         with later.fork(setup=lambda fork: fork.add_pio_device(0x80, 1, Tape(b"abCD"))) as fork:
-            assert (fork.run(DEADLINE_S).code, fork.serial.read()) == (1, b"CD")
+            assert (fork.run(DEADLINE_S).code, fork.serial.take_output()) == (1, b"CD")
 
 
 def test_python_device_that_cannot_be_saved_is_named() -> None:
@@ -582,9 +582,9 @@ def test_snapshot_from_a_devices_own_callback_is_refused_and_from_another_thread
         other.join()
         exit = vmm.wait(DEADLINE_S)
         assert exit is not None
-        assert (exit.code, vmm.serial.read()) == (1, b"abcd")
+        assert (exit.code, vmm.serial.take_output()) == (1, b"abcd")
     with snapshots[0].fork(setup=lambda fork: fork.add_pio_device(0x80, 1, Tape(b"abcd"))) as fork:
-        assert (fork.run(DEADLINE_S).code, fork.serial.read()) == (1, b"abcd")
+        assert (fork.run(DEADLINE_S).code, fork.serial.take_output()) == (1, b"abcd")
 
 
 # 64 bits, ring 3: takes YMM3 and YMM4 from 0x7000, sets [0x3000], waits until the host sets

@@ -21,7 +21,7 @@ def answers(fork: Vmm, line: str) -> str:
     """Type a line and run to the reset; what the guest has printed since."""
     fork.serial.send(f"{line}\n".encode())
     assert fork.run(DEADLINE_S).reason is ExitReason.RESET
-    return fork.serial.read().decode()
+    return fork.serial.take_output().decode()
 
 
 def test_twenty_forks_each_print_their_own_line_and_reset(booted_linux: BootedLinux) -> None:
@@ -68,4 +68,4 @@ def test_snapshot_of_a_booting_linux_boots_on(linux_once: Linux) -> None:
             snapshot = vmm.snapshot()
     with snapshot.fork() as fork:
         assert fork.run(DEADLINE_S).reason is ExitReason.RESET
-        assert "pyvmm: userspace reached, processors: 1" in fork.serial.read().decode()
+        assert "pyvmm: userspace reached, processors: 1" in fork.serial.take_output().decode()

@@ -102,7 +102,7 @@ class Machines(RuleBasedStateMachine):
     @rule(machine=machines)
     def take_output(self, machine: tuple[Vmm, Model]) -> None:
         vmm, model = machine
-        assert self.elsewhere(vmm.serial.read) == model.printed
+        assert self.elsewhere(vmm.serial.take_output) == model.printed
         model.printed = b""
 
     @rule(target=snapshots, machine=machines, running=st.booleans(), paused=st.booleans())
@@ -169,7 +169,7 @@ class Machines(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         for vmm, model in self.alive:
-            assert vmm.serial.read() == model.printed
+            assert vmm.serial.take_output() == model.printed
             vmm.close()
         for pool in self.pools:
             pool.shutdown()
@@ -220,5 +220,5 @@ def test_several_threads_at_once_get_a_machine_or_an_error(seed: int) -> None:
         vmm.reset(snapshots[0])
         check(vmm, Model())
         advance(vmm, 5, 0)
-        assert vmm.serial.read() == bytes(range(1, 6))
+        assert vmm.serial.take_output() == bytes(range(1, 6))
         vmm.close()

@@ -169,7 +169,7 @@ def once(output: Any, chance: random.Random, failure: type[BaseException] | tupl
             over.set()
             disturber.join(DEADLINE_S)
         assert not disturber.is_alive(), "a call waits for the console's reader"
-        return vmm.serial.read()
+        return vmm.serial.take_output()
 
 
 def seeds() -> Any:

@@ -79,7 +79,7 @@ class Stress:
         memory = self.vmm.memory
         memory.log_dirty = True
         memory.write_u64(PLACE, 1)
-        memory.dirty()
+        memory.take_dirty()
         memory.log_dirty = False
 
     def reset(self) -> None:

@@ -345,7 +345,7 @@ def test_forked_child_gets_an_error_and_harms_nothing() -> None:
             vmm.run, vmm.start, vmm.pause, vmm.resume, vmm.stop, vmm.event_manager.run, lambda: vmm.vcpus, vcpu.kick,
             lambda: vcpu.regs.rip, lambda: vcpu.translate(0), lambda: vmm.memory.read(0, 1), handler.kick,
             lambda: vmm.memory.add(1 << 32, 4096), lambda: vmm.memory.view(0, 1), handler.handler.kick, handler.rearm,
-            lambda: vmm.serial.send(b"x"), vmm.serial.read, lambda: pyvmm.EventManager().add_subscriber(handler),
+            lambda: vmm.serial.send(b"x"), vmm.serial.take_output, lambda: pyvmm.EventManager().add_subscriber(handler),
         ]  # fmt: skip
         child = os.fork()
         if child == 0:
@@ -417,7 +417,7 @@ def test_output_that_nobody_takes_is_left_for_the_host(make: Callable[[VmmConfig
     reader, writer = os.pipe()
     vmm = make(flat(code, serial=SerialConfig(output=writer)))
     assert vmm.run(DEADLINE_S).reason is ExitReason.CODE
-    left = vmm.serial.read()
+    left = vmm.serial.take_output()
     vmm.close()
     os.close(writer)
     with os.fdopen(reader, "rb") as pipe:

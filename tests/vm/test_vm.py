@@ -48,7 +48,7 @@ def test_python_object_is_the_exit_handler() -> None:
         assert exit is not None
         assert (exit.reason, exit.code, vm.exit) == (ExitReason.CODE, 5, exit)
         assert vm.state is VmRunState.EXITING
-        assert vm.serial.read() == b"hi"
+        assert vm.serial.take_output() == b"hi"
     assert handler.threads == ["vcpu_0"]
     assert vm.state is VmRunState.CLOSED
 

@@ -125,7 +125,7 @@ def test_without_a_config_the_embedded_guest_runs() -> None:
     with Vmm() as vmm:
         vmm.serial.send(b"hello\n\n")
         exit = vmm.run(60)
-        text = vmm.serial.read()
+        text = vmm.serial.take_output()
     assert (exit.reason, exit.code) == (ExitReason.CODE, 0)
     assert b"Hello from a guest of pyvmm" in text
     assert b"You typed: hello" in text
@@ -402,7 +402,7 @@ def test_exposed_feature_is_seen_by_the_guest() -> None:
 def test_print_is_kept_for_the_host(make: Callable[[VmmConfig], Vmm]) -> None:
     vmm = make(flat(print_text(b"hello") + exit_with(0)))
     vmm.run(60)
-    assert vmm.serial.read() == b"hello"
+    assert vmm.serial.take_output() == b"hello"
 
 
 def test_many_machines_share_one_loop_and_end_each_alone() -> None:

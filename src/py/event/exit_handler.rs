@@ -140,7 +140,6 @@ impl PyVmmExitHandler {
     }
 
     /// False once the loop has processed a kick.
-    #[getter]
     fn keep_running(&self) -> PyResult<bool> {
         Ok(self.0.get()?.keep_running())
     }

@@ -200,8 +200,8 @@ impl PyGuestMemory {
         PyTuple::new(py, slots.into_iter().map(PyMemorySlot::of))
     }
 
-    /// Whether written pages are logged for `dirty`: KVM_MEM_LOG_DIRTY_PAGES. This slows the guest
-    /// down.
+    /// Whether written pages are logged for `take_dirty`: KVM_MEM_LOG_DIRTY_PAGES. This slows the
+    /// guest down.
     #[getter]
     fn log_dirty(&self) -> PyResult<bool> {
         Ok(self.bytes()?.is_logging_dirty())
@@ -220,7 +220,7 @@ impl PyGuestMemory {
     ///
     /// Raises:
     ///     StateError: `log_dirty` is not set, or the machine is closed.
-    fn dirty(&self, py: Python<'_>) -> PyResult<PyDirtyPages> {
+    fn take_dirty(&self, py: Python<'_>) -> PyResult<PyDirtyPages> {
         let memory = self.changing()?;
         Ok(PyDirtyPages::of(py.detach(|| memory.take_dirty())?))
     }

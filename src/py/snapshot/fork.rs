@@ -56,7 +56,8 @@ impl PySnapshot {
     /// The fork does not affect the snapshot, the original machine or other forks.
     ///
     /// Args:
-    ///     serial: the streams of its serial port; None keeps the output for `serial.read()`.
+    ///     serial: the streams of its serial port; None keeps the output for
+    ///         `serial.take_output()`.
     ///     event_manager: a loop shared with others; None creates one.
     ///     setup: called with the machine before the devices are restored. It adds the Python
     ///         devices of the snapshot, and hooks, eventfds and subscribers if the program uses

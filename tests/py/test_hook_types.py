@@ -1,0 +1,89 @@
+"""What a type checker says of exit hooks: each kind's exits are known, and what a hook of it may take."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+from conftest import ROOT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+HEAD = """
+from typing import assert_type
+from pyvmm import ExitKind, Vcpu, VcpuExit, Vmm
+
+Io = VcpuExit.IoIn | VcpuExit.IoOut
+
+def takes_io(vcpu: Vcpu, exit: Io) -> int: ...
+def takes_out(vcpu: Vcpu, exit: VcpuExit.IoOut) -> None: ...
+def takes_any(vcpu: Vcpu, exit: VcpuExit) -> None: ...
+def takes_number(vcpu: Vcpu, exit: int) -> None: ...
+def takes_nothing() -> None: ...
+
+def check(vmm: Vmm, kind: str, vcpu: Vcpu, io: Io) -> None:
+"""
+
+# Lines that a checker accepts, with what it knows of their values.
+RIGHT = """
+    assert_type(vmm.on_exit("io", takes_io)(vcpu=vcpu, exit=io), int)
+    vmm.on_exit(ExitKind.IO, takes_any)(vcpu=vcpu, exit=VcpuExit.Hlt())
+    vmm.on_exit("msr", takes_any, msrs=[1])
+    vmm.on_exit(kind, takes_any)
+    vmm.off_exit("io", takes_io)
+    vmm.off_exit(kind, takes_out)
+    @vmm.on_exit("mmio")
+    def mmio(vcpu: Vcpu, exit: VcpuExit.MmioRead | VcpuExit.MmioWrite) -> None:
+        assert_type(exit.address, int)
+    @vmm.on_exit("msr", msrs=[0x10])
+    def msr(vcpu: Vcpu, exit: VcpuExit.Rdmsr | VcpuExit.Wrmsr) -> int:
+        return exit.index
+    assert_type(msr(vcpu, VcpuExit.Rdmsr(1, "filter")), int)
+    @vmm.on_exit(ExitKind.INTERNAL_ERROR)
+    def failed(vcpu: Vcpu, exit: VcpuExit.InternalError) -> None:
+        assert_type(exit.registers, dict[str, int])
+"""
+
+WRONG = [
+    'vmm.on_exit("io", takes_out)',
+    'vmm.on_exit("mmio", takes_io)',
+    "vmm.on_exit(ExitKind.HLT, takes_io)",
+    'vmm.on_exit("io", takes_number)',
+    "vmm.on_exit(kind, takes_io)",
+    'vmm.on_exit("io")(takes_out)',
+    'vmm.on_exit("io", takes_io, msrs=[1])',
+    'vmm.on_exit("io", takes_nothing)',
+    'vmm.off_exit("io", takes_nothing)',
+    "vmm.on_exit(5, takes_any)",
+]
+
+
+def test_checker_knows_the_exits_of_each_kind(tmp_path: Path) -> None:
+    lines = [*(HEAD + RIGHT).splitlines(), *(f"    {line}" for line in WRONG)]
+    program = tmp_path / "hooks.py"
+    program.write_text("\n".join(lines) + "\n")
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--strict",
+        "--disable-error-code=empty-body",
+        "--config-file=",
+        str(program),
+    ]
+    environment = os.environ | {"MYPYPATH": str(ROOT / "python"), "MYPY_CACHE_DIR": str(tmp_path / "cache")}
+    checked = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, env=environment)
+    found = {int(line.split(":")[1]) for line in checked.stdout.splitlines() if ": error:" in line}
+    first = len(lines) - len(WRONG) + 1
+    told = {lines[number - 1].strip() for number in found}
+    assert found == set(range(first, len(lines) + 1)), f"{told ^ set(WRONG)}\n{checked.stdout}{checked.stderr}"
+
+
+def test_no_hook_is_of_any_type() -> None:
+    stub = (ROOT / "python" / "pyvmm" / "_pyvmm.pyi").read_text()
+    hooks = [line for line in stub.splitlines() if "on_exit(" in line or "off_exit(" in line or 'Hook"' in line]
+    assert len(hooks) > 20
+    assert [line for line in hooks if "Any" in line] == []
