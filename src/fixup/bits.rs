@@ -32,7 +32,7 @@ const TABLE: [(Mnemonic, &str); 21] = [
 ];
 
 pub(super) fn name(mnemonic: Mnemonic) -> Option<&'static str> {
-    super::named(&TABLE, mnemonic)
+    super::cpu::named(&TABLE, mnemonic)
 }
 
 pub(super) fn execute(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<Flow> {

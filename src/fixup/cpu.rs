@@ -2,7 +2,7 @@
 //! through
 //! `Platform`. What an instruction changes in the copy counts only when it has come to its end.
 
-use iced_x86::{Instruction, MemorySize, OpKind, Register};
+use iced_x86::{Instruction, MemorySize, Mnemonic, OpKind, Register};
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 
 use super::access::Access;
@@ -380,4 +380,12 @@ fn place(register: Register) -> Done<(usize, usize, bool)> {
         Some(number) => Ok((number - 4, 1, false)),
         None => Err(Stop::Unknown),
     }
+}
+
+/// The name of an instruction in a room's table of those that it executes.
+pub(super) fn named(
+    table: &[(Mnemonic, &'static str)],
+    mnemonic: Mnemonic,
+) -> Option<&'static str> {
+    table.iter().find(|(known, _)| *known == mnemonic).map(|(_, name)| *name)
 }

@@ -184,7 +184,7 @@ mod tests {
 
     use super::*;
     use crate::fixup::cpu::{Fault, TS};
-    use crate::fixup::tests::{Ram, protected, run};
+    use crate::fixup::testing::{Ram, protected, run};
     use kvm_bindings::{kvm_regs, kvm_sregs};
 
     const GDT: usize = 0x2000;

@@ -216,7 +216,7 @@ fn invalidate(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<()> {
 mod tests {
     use super::*;
     use crate::fixup::cpu::Fault;
-    use crate::fixup::tests::{Ram, protected, run};
+    use crate::fixup::testing::{Ram, protected, run};
     use kvm_bindings::{kvm_regs, kvm_sregs};
 
     fn long(ring: u8) -> kvm_sregs {

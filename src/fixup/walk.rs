@@ -40,11 +40,35 @@ struct Tables {
     root: u64,
 }
 
-/// A page's rights, those of its tables taken together.
+impl Tables {
+    fn index_bits(&self) -> u32 {
+        if self.entry == 4 { 10 } else { 9 }
+    }
+
+    fn index_mask(&self) -> u64 {
+        (1 << self.index_bits()) - 1
+    }
+
+    /// The lowest bit of a linear address that selects an entry of a level.
+    fn shift(&self, level: u32) -> u32 {
+        12 + level * self.index_bits()
+    }
+}
+
+/// The rights to a page: those of all entries on the way to it, combined.
 struct Rights {
+    /// The last entry.
     entry: u64,
     may_write: bool,
     is_user: bool,
+}
+
+impl Rights {
+    fn add(&mut self, entry: u64) {
+        self.entry = entry;
+        self.may_write &= entry & WRITABLE != 0;
+        self.is_user &= entry & USER != 0;
+    }
 }
 
 impl Cpu<'_> {
@@ -125,35 +149,22 @@ impl Cpu<'_> {
         Err(Stop::Unknown)
     }
 
-    /// None when an entry has changed under the walk. In one function, as the manual describes a
-    /// walk: each level depends on what the levels above have allowed.
+    /// One walk through the tables. None if an entry has changed meanwhile.
     fn walk_once(&mut self, linear: u64, access: Access) -> Done<Option<u64>> {
         let Some(tables) = self.tables() else { return Ok(Some(linear)) };
-        let index_bits = if tables.entry == 4 { 10 } else { 9 };
         let mut rights = Rights { entry: 0, may_write: true, is_user: true };
         let mut table = tables.root;
         for level in (0..tables.levels).rev() {
-            let shift = 12 + level * index_bits;
-            let index = linear >> shift & ((1 << index_bits) - 1);
-            let at = table + index * tables.entry;
+            let shift = tables.shift(level);
+            let at = table + (linear >> shift & tables.index_mask()) * tables.entry;
             let entry = self.entry(at, tables.entry)?;
-            if entry & PRESENT == 0 {
-                return self.page_fault(linear, access, 0);
-            }
-            if tables.entry == 8 && self.sregs.efer & EFER_NXE == 0 && entry & NO_EXECUTE != 0 {
-                return self.page_fault(linear, access, CODE_PRESENT | CODE_RESERVED);
-            }
-            // The top table of PAE has no rights, and no accessed bit.
+            self.check_entry(linear, access, &tables, entry)?;
+            // The top table of PAE has neither rights nor an accessed bit.
             let is_pointer = tables.levels == 3 && level == 2;
             if !is_pointer {
-                rights.may_write &= entry & WRITABLE != 0;
-                rights.is_user &= entry & USER != 0;
+                rights.add(entry);
             }
-            let may_be_large = level == 1 || (level == 2 && tables.levels > 3);
-            let has_large = tables.levels != 2 || self.sregs.cr4 & CR4_PSE != 0;
-            let is_leaf = level == 0 || (may_be_large && has_large && entry & LARGE != 0);
-            if is_leaf {
-                rights.entry = entry;
+            if self.is_leaf(&tables, level, entry) {
                 self.check(linear, access, &rights)?;
                 let dirty = if access.is_write { DIRTY } else { 0 };
                 if !self.note(at, tables.entry, entry, ACCESSED | dirty) {
@@ -169,6 +180,24 @@ impl Cpu<'_> {
             table = entry & if tables.entry == 4 { 0xffff_f000 } else { ADDRESS };
         }
         Err(Stop::Unknown)
+    }
+
+    /// An entry must be present, and its reserved bits must be zero.
+    fn check_entry(&self, linear: u64, access: Access, tables: &Tables, entry: u64) -> Done<()> {
+        if entry & PRESENT == 0 {
+            return self.page_fault(linear, access, 0);
+        }
+        if tables.entry == 8 && self.sregs.efer & EFER_NXE == 0 && entry & NO_EXECUTE != 0 {
+            return self.page_fault(linear, access, CODE_PRESENT | CODE_RESERVED);
+        }
+        Ok(())
+    }
+
+    /// Whether an entry maps a page, not another table.
+    fn is_leaf(&self, tables: &Tables, level: u32, entry: u64) -> bool {
+        let may_be_large = level == 1 || (level == 2 && tables.levels > 3);
+        let has_large = tables.levels != 2 || self.sregs.cr4 & CR4_PSE != 0;
+        level == 0 || (may_be_large && has_large && entry & LARGE != 0)
     }
 
     fn entry(&mut self, at: u64, size: u64) -> Done<u64> {
@@ -229,7 +258,7 @@ mod tests {
     //! Covers src/fixup/access.rs.
 
     use super::*;
-    use crate::fixup::tests::{Ram, protected, run};
+    use crate::fixup::testing::{Ram, protected, run};
     use kvm_bindings::{kvm_regs, kvm_sregs};
 
     const POPCNT: [u8; 4] = [0xf3, 0x0f, 0xb8, 0x06]; // popcnt eax, [esi]

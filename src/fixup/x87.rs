@@ -24,7 +24,7 @@ const TABLE: [(Mnemonic, &str); 7] = [
 ];
 
 pub(super) fn name(mnemonic: Mnemonic) -> Option<&'static str> {
-    super::named(&TABLE, mnemonic)
+    super::cpu::named(&TABLE, mnemonic)
 }
 
 pub(super) fn execute(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<Flow> {
@@ -114,7 +114,7 @@ mod tests {
     use super::*;
     use crate::fixup::cpu::Fault;
     use crate::fixup::cpu::GP;
-    use crate::fixup::tests::{Ram, protected, run};
+    use crate::fixup::testing::{Ram, protected, run};
     use kvm_bindings::{kvm_regs, kvm_sregs};
 
     const FWAIT: [u8; 1] = [0x9b];

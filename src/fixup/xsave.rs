@@ -34,7 +34,7 @@ const TABLE: [(Mnemonic, &str); 13] = [
 ];
 
 pub(super) fn name(mnemonic: Mnemonic) -> Option<&'static str> {
-    super::named(&TABLE, mnemonic)
+    super::cpu::named(&TABLE, mnemonic)
 }
 
 pub(super) fn execute(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<Flow> {
@@ -344,7 +344,7 @@ fn restore_legacy(
 mod tests {
     use super::*;
     use crate::fixup::cpu::Fault;
-    use crate::fixup::tests::{Ram, protected, run};
+    use crate::fixup::testing::{Ram, protected, run};
     use kvm_bindings::{kvm_regs, kvm_sregs};
 
     #[test]

@@ -1,5 +1,5 @@
-//! The machine's state in KVM that is no vCPU's: clock, PIT and interrupt controllers. While all
-//! vCPUs are at rest.
+//! The state in KVM that belongs to no vCPU: the clock, the PIT and the interrupt controllers. Any
+//! thread, with all vCPUs stopped.
 
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data, kvm_irqchip,
@@ -7,15 +7,15 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VmFd;
 
-use super::state::{Kind, Record, Records, get, put};
+use super::state::{Record, RecordKind, Records, get, put};
 use super::vcpu::{bytes, plain};
 use crate::bytes::{Reader, bad};
 use crate::error::Result;
 use crate::kvm::checked as kvm;
 use crate::vm::Shape;
 
-/// The chips in the order in which they are set: KVM hands what waits at the slave on to the
-/// master, which is set after it.
+/// The order in which the chips are set. KVM forwards what is pending at the slave to the master,
+/// which is therefore set after it.
 const CHIPS: [u16; 3] = [1, 0, 2];
 
 /// Interrupt lines of the I/O APIC.
@@ -30,34 +30,34 @@ fn chip(number: u16) -> u32 {
     }
 }
 
-/// The clock, and with an interrupt controller the chips. `lines` has a bit for each interrupt line
-/// that the host holds high, which KVM does not tell.
+/// Read the clock and the chips. `lines` has a bit for each interrupt line that the host holds
+/// high, which KVM does not report.
 pub(crate) fn capture(vm: &VmFd, shape: &Shape, lines: u32) -> Result<Records> {
     let mut all = Records::new();
     let clock = kvm("KVM_GET_CLOCK", vm.get_clock())?;
-    put(&mut all, Kind::Clock, 0, bytes(&clock));
+    put(&mut all, RecordKind::Clock, 0, bytes(&clock));
     if shape.pit {
-        put(&mut all, Kind::Pit, 0, bytes(&kvm("KVM_GET_PIT2", vm.get_pit2())?));
+        put(&mut all, RecordKind::Pit, 0, bytes(&kvm("KVM_GET_PIT2", vm.get_pit2())?));
     }
     if shape.irqchip {
         for number in 0..3 {
             let mut state = kvm_irqchip { chip_id: chip(number), ..Default::default() };
             kvm("KVM_GET_IRQCHIP", vm.get_irqchip(&mut state))?;
-            put(&mut all, Kind::Irqchip, number, bytes(&state));
+            put(&mut all, RecordKind::Irqchip, number, bytes(&state));
         }
     }
     if lines != 0 {
-        put(&mut all, Kind::IrqLines, 0, lines.to_le_bytes());
+        put(&mut all, RecordKind::IrqLines, 0, lines.to_le_bytes());
     }
     Ok(all)
 }
 
-fn one(records: &[Record], kind: Kind, number: u16) -> Result<&[u8]> {
+fn one(records: &[Record], kind: RecordKind, number: u16) -> Result<&[u8]> {
     get(records, kind, number).ok_or_else(|| bad(kind.name(), "the state has none"))
 }
 
-/// Set the interrupt controllers that a capture found, and the lines into them. Before the vCPUs:
-/// the I/O APIC sends what waits there to the LAPICs once more, which have it already.
+/// Set the interrupt controllers and the lines into them. This comes before the vCPUs, because the
+/// I/O APIC sends its pending interrupts to the LAPICs again, whose state includes them already.
 pub(crate) fn apply_controllers(
     vm: &VmFd,
     shape: &Shape,
@@ -65,15 +65,15 @@ pub(crate) fn apply_controllers(
     lines: &mut u32,
 ) -> Result<()> {
     if shape.pit {
-        // Without a mode its timer is off: no tick of the former guest comes behind this.
-        let mut off: kvm_pit_state2 = plain("pit", one(records, Kind::Pit, 0)?)?;
+        // Without a mode the timer is off, so no tick of the previous state follows.
+        let mut off: kvm_pit_state2 = plain("pit", one(records, RecordKind::Pit, 0)?)?;
         off.channels.iter_mut().for_each(|channel| channel.mode = 0xff);
         kvm("KVM_SET_PIT2", vm.set_pit2(&off))?;
     }
     if !shape.irqchip {
         return Ok(());
     }
-    let wanted = match get(records, Kind::IrqLines, 0) {
+    let wanted = match get(records, RecordKind::IrqLines, 0) {
         Some(bytes) => Reader::new("irq_lines", bytes).u32()?,
         None => 0,
     };
@@ -83,20 +83,20 @@ pub(crate) fn apply_controllers(
         *lines ^= 1 << line;
     }
     for number in CHIPS {
-        let mut state: kvm_irqchip = plain("irqchip", one(records, Kind::Irqchip, number)?)?;
+        let mut state: kvm_irqchip = plain("irqchip", one(records, RecordKind::Irqchip, number)?)?;
         state.chip_id = chip(number);
         kvm("KVM_SET_IRQCHIP", vm.set_irqchip(&state))?;
     }
     Ok(())
 }
 
-/// Set the timers that a capture found, behind all else: the PIT ticks from here on, and the clock
-/// goes on from where it stood.
+/// Set the timers, after everything else: the PIT ticks from here on, and the clock continues from
+/// where it was.
 pub(crate) fn apply_timers(vm: &VmFd, shape: &Shape, records: &[Record]) -> Result<()> {
     if shape.pit {
-        kvm("KVM_SET_PIT2", vm.set_pit2(&plain("pit", one(records, Kind::Pit, 0)?)?))?;
+        kvm("KVM_SET_PIT2", vm.set_pit2(&plain("pit", one(records, RecordKind::Pit, 0)?)?))?;
     }
-    let saved: kvm_clock_data = plain("clock", one(records, Kind::Clock, 0)?)?;
+    let saved: kvm_clock_data = plain("clock", one(records, RecordKind::Clock, 0)?)?;
     let clock = kvm_clock_data { clock: saved.clock, ..Default::default() };
     kvm("KVM_SET_CLOCK", vm.set_clock(&clock))
 }

@@ -1,12 +1,11 @@
-//! The processor and the KVM that a snapshot was taken on, and what of it is missing where it is to
-//! go on.
+//! The processor and KVM that a snapshot was taken on, and what of them another host lacks. Pure
+//! data after one look at KVM.
 
 use kvm_bindings::{KVM_CAP_SREGS2, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::Kvm;
 
-use super::Snapshot;
 use super::msrs::unlisted;
-use super::state::{Kind, get};
+use super::state::{Record, RecordKind, Records, get};
 use super::vcpu::{bytes, plain};
 use crate::bytes::{Reader, bad};
 use crate::cpu::cpuid;
@@ -15,7 +14,7 @@ use crate::kvm::checked as kvm;
 use crate::kvm::open_kvm;
 use crate::process::Learnt;
 
-/// The capabilities that a machine's state depends on, by the kernel's numbers.
+/// The KVM capabilities that a machine's state depends on.
 const CAPABILITIES: [(u32, &str); 12] = [
     (0, "KVM_CAP_IRQCHIP"),
     (14, "KVM_CAP_MP_STATE"),
@@ -32,12 +31,12 @@ const CAPABILITIES: [(u32, &str); 12] = [
 ];
 const TSC_CONTROL: u32 = 60;
 
-/// What a host is, as far as a guest's state depends on it.
+/// The properties of a host that a guest's state depends on.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Host {
     /// pyvmm's version.
     pub version: String,
-    /// Number and answer of each capability.
+    /// Number and value of each capability.
     pub capabilities: Vec<(u32, u32)>,
     /// The model-specific registers that KVM lists.
     pub msrs: Vec<u32>,
@@ -49,7 +48,7 @@ impl Host {
     /// This host.
     ///
     /// # Errors
-    /// When there is no usable KVM.
+    /// If KVM cannot be used.
     pub fn here() -> Result<&'static Self> {
         static HERE: Learnt<Host> = Learnt::unknown();
         HERE.get_or(|| Self::of(&open_kvm()?))
@@ -78,7 +77,7 @@ impl Host {
         cpuid::vendor(&self.cpuid)
     }
 
-    /// Its bytes in a record: each list behind its length, u32, little-endian.
+    /// Encode it for a record: each list follows its length, u32, little-endian.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let mut all = Vec::new();
@@ -98,10 +97,10 @@ impl Host {
         all
     }
 
-    /// From the bytes of a record.
+    /// Decode it from a record.
     ///
     /// # Errors
-    /// [`crate::error::ErrorKind::Snapshot`] when they are not a host's.
+    /// [`crate::error::ErrorKind::Snapshot`] if the bytes are not those of a host.
     pub fn decode(record: &[u8]) -> Result<Self> {
         let mut reader = Reader::new("host", record);
         let length = |reader: &mut Reader<'_>| {
@@ -125,11 +124,11 @@ impl Host {
         Ok(Self { version, capabilities, msrs, cpuid: cpuid? })
     }
 
-    /// What this host lacks for a snapshot that was taken on `there`, a line each.
+    /// What this host lacks for the vCPUs of a snapshot that was taken on `there`, a line each.
     #[must_use]
-    pub fn lacks(&self, there: &Self, snapshot: &Snapshot) -> Vec<String> {
+    pub fn lacks(&self, there: &Self, vcpus: &[Records]) -> Vec<String> {
         if self == there {
-            return Vec::new(); // the usual case, at once
+            return Vec::new(); // the usual case
         }
         let mut lines = self.lacking_capabilities(there);
         let (ours, theirs) = (cpuid::vendor(&self.cpuid), cpuid::vendor(&there.cpuid));
@@ -139,10 +138,9 @@ impl Host {
         for name in cpuid::missing(&there.cpuid, &self.cpuid) {
             lines.push(format!("cpuid: {name} is missing here"));
         }
-        for (index, value) in snapshot.vcpus.iter().enumerate().flat_map(|(n, vcpu)| msrs(n, vcpu))
-        {
+        for (index, value) in vcpus.iter().enumerate().flat_map(|(n, vcpu)| msrs(n, vcpu)) {
             let line = format!("msr: {index:#x} is missing here");
-            // Those that no KVM lists every KVM has.
+            // Registers that no KVM lists exist in every KVM.
             let is_here = self.msrs.contains(&index) || unlisted().any(|other| other == index);
             if value != 0 && !is_here && !lines.contains(&line) {
                 lines.push(line);
@@ -154,7 +152,7 @@ impl Host {
     fn lacking_capabilities(&self, there: &Self) -> Vec<String> {
         let mut lines = Vec::new();
         for (number, theirs) in &there.capabilities {
-            // That is no state: it is needed where the frequencies differ, and asked for then.
+            // Not part of the state: it is only needed, and then checked, if frequencies differ.
             if *number == TSC_CONTROL {
                 continue;
             }
@@ -170,7 +168,7 @@ impl Host {
     }
 }
 
-/// Where KVM says on which of the host's processors it was asked.
+/// Clear the fields that depend on which of the host's processors answered.
 fn forget_place(entry: &mut kvm_cpuid_entry2) {
     match entry.function {
         1 => entry.ebx &= 0x00ff_ffff,
@@ -180,9 +178,9 @@ fn forget_place(entry: &mut kvm_cpuid_entry2) {
     }
 }
 
-fn msrs(number: usize, records: &[super::Record]) -> Vec<(u32, u64)> {
+fn msrs(number: usize, records: &[Record]) -> Vec<(u32, u64)> {
     let number = u16::try_from(number).unwrap_or(u16::MAX);
-    let mut reader = Reader::new("msrs", get(records, Kind::Msrs, number).unwrap_or(&[]));
+    let mut reader = Reader::new("msrs", get(records, RecordKind::Msrs, number).unwrap_or(&[]));
     let mut all = Vec::new();
     while let (Ok(index), Ok(value)) = (reader.u32(), reader.u64()) {
         all.push((index, value));
@@ -190,10 +188,12 @@ fn msrs(number: usize, records: &[super::Record]) -> Vec<(u32, u64)> {
     all
 }
 
+/// Check that this host has everything that the snapshot needs.
+///
 /// # Errors
-/// [`crate::error::ErrorKind::Snapshot`] with the differences, when this host lacks something.
-pub(super) fn check(snapshot: &Snapshot, there: &Host) -> Result<()> {
-    let lacks = Host::here()?.lacks(there, snapshot);
+/// [`crate::error::ErrorKind::Snapshot`], with the differences, if it does not.
+pub(super) fn check(vcpus: &[Records], there: &Host) -> Result<()> {
+    let lacks = Host::here()?.lacks(there, vcpus);
     if lacks.is_empty() {
         return Ok(());
     }
@@ -210,24 +210,12 @@ mod tests {
         Host::here().ok()
     }
 
-    fn empty() -> Snapshot {
-        let shape = super::super::Shape {
-            vcpus: 1,
-            irqchip: false,
-            pit: false,
-            fixups: false,
-            exit_port: None,
-        };
-        let (chips, vcpus, devices, ranges) = Default::default();
-        Snapshot { id: [0; 16], shape, chips, vcpus, devices, ranges, host: None }
-    }
-
     #[test]
     fn a_host_comes_back_and_lacks_nothing_of_itself() {
         let Some(host) = host() else { return };
         let back = Host::decode(&host.encode()).unwrap();
         assert_eq!(&back, host);
-        assert!(host.lacks(&back, &empty()).is_empty());
+        assert!(host.lacks(&back, &[]).is_empty());
     }
 
     #[test]
@@ -238,7 +226,7 @@ mod tests {
             entry.ecx |= 1 << 13; // tme, which KVM offers to no guest
         }
         there.capabilities.push((9999, 1));
-        let lines = host.lacks(&there, &empty());
+        let lines = host.lacks(&there, &[]);
         assert_eq!(lines, ["capability 9999: 0 here, 1 there", "cpuid: tme is missing here"]);
     }
 

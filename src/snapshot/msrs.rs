@@ -1,5 +1,5 @@
-//! A vCPU's model-specific registers: those that KVM lists, and those that a guest can change and
-//! KVM does not list. On whatever thread has the vCPU at rest.
+//! A vCPU's model-specific registers: those that KVM lists, and those that a guest can change
+//! although KVM does not list them. On the thread that has stopped the vCPU.
 
 use kvm_bindings::{Msrs, kvm_msr_entry};
 
@@ -12,28 +12,29 @@ use crate::vcpu::Vcpu;
 
 const IA32_TSC: u32 = 0x10;
 const IA32_TSC_DEADLINE: u32 = 0x6e0;
-/// One call of KVM's takes fewer than its MAX_IO_MSRS, which is 256.
+/// One call takes fewer than KVM's MAX_IO_MSRS, which is 256.
 const MOST_AT_ONCE: usize = 255;
-/// Bit 0 says that the guest uses KVM's clock.
+/// Bit 0 is set if the guest uses KVM's clock.
 const KVM_SYSTEM_TIME: [u32; 2] = [0x12, 0x4b56_4d01];
 
-/// The registers that this KVM gives, in the order in which they are set: learnt once a process.
+/// The registers that this KVM provides, in the order in which they are set. Learnt once per
+/// process.
 static LIST: Learnt<Vec<u32>> = Learnt::unknown();
 
-/// Registers that KVM keeps for a guest and KVM_GET_MSR_INDEX_LIST leaves out: Intel SDM volume 4,
-/// AMD APM volume 2. EFER, the bases of FS, GS and the LAPIC come with the special registers.
+/// Registers that KVM keeps for a guest although KVM_GET_MSR_INDEX_LIST leaves them out: Intel SDM
+/// volume 4, AMD APM volume 2. EFER and the bases of FS, GS and the LAPIC are special registers.
 pub(super) fn unlisted() -> impl Iterator<Item = u32> {
     let mtrrs = [0x2ff, 0x250, 0x258, 0x259].into_iter().chain(0x268..0x270).chain(0x200..0x210);
-    // Of each of 32 machine-check banks: control, status, address and miscellaneous; and its second
-    // control.
+    // For each of 32 machine-check banks: control, status, address and miscellaneous, and the
+    // second control.
     let machine_check = (0x400..0x480).chain(0x280..0x2a0);
-    // DEBUGCTL, TSC_AUX, VM_CR, and the errata that AMD's processors name to the guest.
+    // DEBUGCTL, TSC_AUX, VM_CR, and the errata that AMD processors report to the guest.
     let others = [0x1d9, 0xc000_0103, 0xc001_0114, 0xc001_0140, 0xc001_0141];
-    // Of KVM's own: those that its newer versions, or others of its kind, have added.
+    // KVM's own, including those that newer versions and other implementations have added.
     mtrrs.chain(machine_check).chain(others).chain(0x4b56_4d00..0x4b56_4d20)
 }
 
-/// Index and value of each model-specific register that KVM lists and gives.
+/// Index and value of each model-specific register that KVM provides.
 pub(super) fn capture(vcpu: &Vcpu) -> Result<Vec<u8>> {
     let mut list = LIST.get_or(|| learn(vcpu))?.clone();
     let values = values(vcpu, &mut list)?;
@@ -50,7 +51,7 @@ fn learn(vcpu: &Vcpu) -> Result<Vec<u32>> {
     let listed = kvm("KVM_GET_MSR_INDEX_LIST", open_kvm()?.get_msr_index_list())?;
     let mut list = listed.as_slice().to_vec();
     let mut more: Vec<u32> = unlisted().filter(|index| !list.contains(index)).collect();
-    // What KVM gives and does not take, a guest cannot change either.
+    // A register that KVM returns but refuses to set cannot be changed by a guest either.
     let given = values(vcpu, &mut more)?;
     let mut left = given.as_slice();
     while !left.is_empty() {
@@ -58,7 +59,7 @@ fn learn(vcpu: &Vcpu) -> Result<Vec<u32>> {
         list.extend(left.iter().take(count).map(|entry| entry.index));
         left = left.get(count + usize::from(refused.is_some())..).unwrap_or(&[]);
     }
-    // A deadline is one of the counter, which has to be set first.
+    // A deadline refers to the counter, which is therefore set first.
     list.sort_by_key(|index| match *index {
         IA32_TSC => 0,
         IA32_TSC_DEADLINE => 2,
@@ -67,7 +68,8 @@ fn learn(vcpu: &Vcpu) -> Result<Vec<u32>> {
     Ok(list)
 }
 
-/// The registers of a list with their values. Those that KVM does not give are taken off the list.
+/// The registers of a list with their values. Those that KVM does not provide are removed from the
+/// list.
 fn values(vcpu: &Vcpu, list: &mut Vec<u32>) -> Result<Vec<kvm_msr_entry>> {
     let mut all = Vec::with_capacity(list.len());
     while all.len() < list.len() {
@@ -81,15 +83,15 @@ fn values(vcpu: &Vcpu, list: &mut Vec<u32>) -> Result<Vec<kvm_msr_entry>> {
         let count = kvm("KVM_GET_MSRS", vcpu.fd.get_msrs(&mut msrs))?;
         all.extend(msrs.as_slice().iter().take(count));
         if count < entries.len() {
-            // KVM stops at the first that it does not give.
+            // KVM stops at the first register that it does not provide.
             list.remove(all.len());
         }
     }
     Ok(all)
 }
 
-/// Set as many as KVM takes at once, up to the first that it refuses: how many are set, and that
-/// one.
+/// Set as many as KVM takes at once. Returns how many are set, and the register that KVM refused,
+/// if any.
 fn set<'a>(
     vcpu: &Vcpu,
     entries: &'a [kvm_msr_entry],
@@ -103,10 +105,10 @@ fn wrap(entries: &[kvm_msr_entry]) -> Result<Msrs> {
     Msrs::from_entries(entries).map_err(|e| bad("msrs", format!("{e:?}")))
 }
 
-/// Set what a capture found.
+/// Set the registers of a record.
 ///
 /// # Errors
-/// [`ErrorKind::Snapshot`] when KVM refuses a value that the register does not have; when KVM
+/// [`ErrorKind::Snapshot`] if KVM refuses a value that the register does not have already; if KVM
 /// fails.
 pub(super) fn apply(vcpu: &mut Vcpu, state: &[u8]) -> Result<()> {
     let mut reader = Reader::new("msrs", state);
@@ -128,22 +130,23 @@ pub(super) fn apply(vcpu: &mut Vcpu, state: &[u8]) -> Result<()> {
     let uses_clock =
         |entry: &kvm_msr_entry| KVM_SYSTEM_TIME.contains(&entry.index) && entry.data & 1 != 0;
     if entries.iter().any(uses_clock) {
-        // Tells the guest's watchdogs that it was away. A guest that has not said where to put it
-        // is told nothing.
+        // Tells the guest's watchdogs that it was stopped. It fails, and does not matter, if the
+        // guest has not set up the clock.
         let _ = vcpu.fd.kvmclock_ctrl();
     }
     vcpu.knows_of_pause = true;
     Ok(())
 }
 
-/// A register that cannot be set and has the value already needs no setting.
+/// A register that has the value already does not need to be set.
 fn check_refused(vcpu: &mut Vcpu, refused: &kvm_msr_entry) -> Result<()> {
     let mut now = wrap(&[kvm_msr_entry { index: refused.index, ..Default::default() }])?;
     let known = kvm("KVM_GET_MSRS", vcpu.fd.get_msrs(&mut now))?;
     let has = known == 1 && now.as_slice().iter().all(|entry| entry.data == refused.data);
-    // One that no KVM lists, and that another kind of KVM or processor has, means nothing here.
-    let is_forked_child = known == 0 && unlisted().any(|index| index == refused.index);
-    if !has && !is_forked_child && (known == 1 || refused.data != 0) {
+    // A register that no KVM lists, and that only another implementation or processor has, means
+    // nothing here.
+    let is_of_other_kvm = known == 0 && unlisted().any(|index| index == refused.index);
+    if !has && !is_of_other_kvm && (known == 1 || refused.data != 0) {
         let detail = format!("KVM refuses {:#x} for MSR {:#x}", refused.data, refused.index);
         return Err(Error::new(ErrorKind::Snapshot, "KVM_SET_MSRS", detail));
     }

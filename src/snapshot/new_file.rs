@@ -1,9 +1,8 @@
-//! A file that takes the place of another in one step: written beside it, synced, and renamed.
-//! Whatever fails, and whenever the process is killed, the old file stays whole and nothing is left
-//! behind.
+//! Replaces a file atomically: a new file is written beside it, synced and renamed. If anything
+//! fails, or the process is killed, the old file stays complete and nothing is left behind. On the
+//! caller's thread, which may wait for the disk.
 //!
-//! Only a regular file, or nothing, is replaced. A symbolic link stays: what it leads to is
-//! replaced.
+//! Only regular files are replaced. A symbolic link stays, and its target is replaced.
 
 use std::ffi::CString;
 use std::fs::{File, FileType, Metadata, OpenOptions, Permissions};
@@ -15,32 +14,31 @@ use std::os::unix::fs::{
 };
 use std::path::{Path, PathBuf};
 
-use super::new_id;
+use super::snapshot::new_id;
 use crate::error::{Error, ErrorKind, Result};
 
-/// The kernel follows so many links.
+/// How many links the kernel follows.
 const MOST_LINKS: usize = 40;
-/// Set-user-ID and the like, and what a group may do.
+/// The set-ID and sticky bits, and the group's permissions.
 const SPECIAL_BITS: u32 = 0o7000;
 const GROUP_BITS: u32 = 0o070;
 
-/// A file without a name, or where the file system cannot have such, with a name of its own.
+/// A new file without a name, or with a temporary one if the file system needs it.
 pub(super) struct NewFile {
     file: File,
-    /// What it is to be called.
+    /// Its final path.
     path: PathBuf,
     directory: PathBuf,
-    /// To be removed unless it has got its final name.
+    /// Its temporary path, which is removed unless the file gets its final one.
     name: Option<PathBuf>,
 }
 
 impl NewFile {
-    /// One that will stand where this path leads to, with the mode and the owner of the file that
-    /// stands there.
+    /// Create a file that will replace the one at this path, with its mode and owner.
     ///
     /// # Errors
-    /// [`ErrorKind::Io`] when something stands there that is no regular file, or that this process
-    /// may not write, and when no file can be made beside it.
+    /// [`ErrorKind::Io`] if the path is not a regular file or is not writable, or no file can be
+    /// created beside it.
     pub(super) fn to_replace(path: &Path) -> Result<Self> {
         let (path, replaced) = resolved(path)?;
         let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
@@ -67,15 +65,15 @@ impl NewFile {
         Ok(new)
     }
 
-    /// Have the owner and the mode of the file that it replaces. Where the owner cannot be given
-    /// away, a group that is not the old one gets nothing.
+    /// Take over the owner and the mode of the replaced file. If the owner cannot be changed, a
+    /// different group gets no permissions.
     fn take_over(&self, replaced: &Metadata) -> io::Result<()> {
         let (user, group) = (replaced.uid(), replaced.gid());
         let own = self.file.metadata()?;
         if (own.uid(), own.gid()) != (user, group)
             && fchown(&self.file, Some(user), Some(group)).is_err()
         {
-            // The owner may still give it to one of its own groups.
+            // The owner may still change it to one of its own groups.
             let _ = fchown(&self.file, None, Some(group));
         }
         let own = self.file.metadata()?;
@@ -97,7 +95,7 @@ impl NewFile {
         self.file.set_len(length).map_err(|e| failed(&self.directory, &e))
     }
 
-    /// Bring it to the disk and give it its name.
+    /// Sync it and give it its final name.
     pub(super) fn replace(mut self) -> Result<()> {
         self.file.sync_all().map_err(|e| failed(&self.path, &e))?;
         if self.name.is_none() {
@@ -106,15 +104,15 @@ impl NewFile {
             self.name = Some(name);
         }
         if let Some(name) = &self.name {
-            // It may have changed while this was written.
+            // The path may have changed since it was checked.
             if let Ok(found) = self.path.symlink_metadata() {
                 check_replaceable(&self.path, &found)?;
             }
             std::fs::rename(name, &self.path).map_err(|e| failed(&self.path, &e))?;
         }
         self.name = None;
-        // The name too is to be there after a crash. Some file systems cannot sync a directory:
-        // theirs is the risk.
+        // Makes the name survive a crash too. Some file systems cannot sync a directory, and
+        // failing there does not matter.
         let _ = File::open(&self.directory).and_then(|directory| directory.sync_all());
         Ok(())
     }
@@ -128,7 +126,7 @@ impl Drop for NewFile {
     }
 }
 
-/// Where a path leads to, with what stands there, if anything does.
+/// The target of a path, with its metadata if it exists.
 fn resolved(path: &Path) -> Result<(PathBuf, Option<Metadata>)> {
     match path.metadata() {
         Ok(found) => {
@@ -146,7 +144,7 @@ fn resolved(path: &Path) -> Result<(PathBuf, Option<Metadata>)> {
     }
 }
 
-/// Where a link leads to that leads to nothing.
+/// The target of a dangling link.
 fn end_of_links(path: &Path) -> Result<PathBuf> {
     let mut path = path.to_owned();
     for _ in 0..MOST_LINKS {
@@ -178,31 +176,31 @@ fn kind_of(kind: FileType) -> &'static str {
     }
 }
 
-/// A file that is protected against writing is not replaced either.
+/// A write-protected file is not replaced.
 fn check_writable(path: &Path) -> Result<()> {
     let name = c_string(path).map_err(|e| failed(path, &e))?;
-    // SAFETY: a path that ends in zero and lives through the call.
+    // SAFETY: the path is NUL-terminated and outlives the call.
     let result =
         unsafe { libc::faccessat(libc::AT_FDCWD, name.as_ptr(), libc::W_OK, libc::AT_EACCESS) };
     if result == 0 { Ok(()) } else { Err(failed(path, &io::Error::last_os_error())) }
 }
 
-/// A name beside `path` that nobody uses.
+/// An unused name beside `path`.
 fn other_name(directory: &Path, path: &Path) -> Result<PathBuf> {
     if path.file_name().is_none() {
         return Err(refused(path, "no name of a file"));
     }
     let random: String = new_id()?.iter().take(6).map(|byte| format!("{byte:02x}")).collect();
-    // Short: `path`'s own may have all the length that a name can have.
+    // A short name, because that of `path` may have the maximum length.
     Ok(directory.join(format!(".pyvmm-{random}.part")))
 }
 
-/// Give a nameless file a name.
+/// Give a file without a name a name.
 fn link(file: &File, name: &Path) -> io::Result<()> {
     let from = CString::new(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
     let to = c_string(name)?;
     let (here, follow) = (libc::AT_FDCWD, libc::AT_SYMLINK_FOLLOW);
-    // SAFETY: two paths that end in zero and live through the call.
+    // SAFETY: both paths are NUL-terminated and outlive the call.
     let result = unsafe { libc::linkat(here, from.as_ptr(), here, to.as_ptr(), follow) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

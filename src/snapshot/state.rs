@@ -1,22 +1,22 @@
-//! A machine's state beside its memory: records, each a kind, a number and bytes. Pure data, no
-//! KVM.
+//! The state of a machine other than its memory: records, each a kind, a number and bytes. Pure
+//! data, no KVM.
 
 use crate::bytes::Reader;
 use crate::error::Result;
 
-/// What a record holds. The numbers are those of the file format and do not change their meaning.
+/// What a record holds. The numbers are part of the file format and never change their meaning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u16)]
-pub enum Kind {
+pub enum RecordKind {
     /// The shape of the machine: see [`crate::vm::Shape`].
     Shape = 1,
     /// The host's processor and KVM: see [`super::host::Host`].
     Host = 2,
-    /// A device's state: see [`Device`].
+    /// A device's state: see [`DeviceState`].
     Device = 3,
     /// A range of memory: see the format of a file.
     Range = 4,
-    /// `kvm_cpuid_entry2`, as many as there are.
+    /// A list of `kvm_cpuid_entry2`
     Cpuid = 0x10,
     /// `kvm_mp_state`
     MpState = 0x11,
@@ -24,9 +24,9 @@ pub enum Kind {
     Regs = 0x12,
     /// `kvm_sregs2`
     Sregs2 = 0x13,
-    /// `kvm_sregs`, where KVM has no `kvm_sregs2`
+    /// `kvm_sregs`, if KVM does not have `kvm_sregs2`
     Sregs = 0x14,
-    /// `kvm_xsave`, 4 KiB or as much as KVM_CAP_XSAVE2 says
+    /// `kvm_xsave`, 4 KiB or the size that KVM_CAP_XSAVE2 reports
     Xsave = 0x15,
     /// `kvm_xcrs`
     Xcrs = 0x16,
@@ -44,13 +44,13 @@ pub enum Kind {
     Clock = 0x20,
     /// `kvm_pit_state2`
     Pit = 0x21,
-    /// `kvm_irqchip`; the number is its chip's
+    /// `kvm_irqchip`; the number is that of the chip
     Irqchip = 0x22,
-    /// A bit for each interrupt line that the host holds high, u32; none where it holds none
+    /// One bit for each interrupt line that the host holds high, u32; left out if there is none
     IrqLines = 0x23,
 }
 
-impl Kind {
+impl RecordKind {
     const ALL: [Self; 20] = [
         Self::Shape,
         Self::Host,
@@ -80,7 +80,7 @@ impl Kind {
         Self::ALL.into_iter().find(|kind| *kind as u16 == number)
     }
 
-    /// Its name, for people.
+    /// Its name in messages and in Python.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -112,8 +112,8 @@ impl Kind {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Record {
     /// What it is.
-    pub kind: Kind,
-    /// Of which vCPU or chip.
+    pub kind: RecordKind,
+    /// The vCPU or chip it belongs to.
     pub number: u16,
     /// Its bytes.
     pub bytes: Vec<u8>,
@@ -123,31 +123,31 @@ pub struct Record {
 pub type Records = Vec<Record>;
 
 /// Add a record.
-pub(crate) fn put(records: &mut Records, kind: Kind, number: u16, bytes: impl Into<Vec<u8>>) {
+pub(crate) fn put(records: &mut Records, kind: RecordKind, number: u16, bytes: impl Into<Vec<u8>>) {
     records.push(Record { kind, number, bytes: bytes.into() });
 }
 
 /// The bytes of one record.
-pub(crate) fn get(records: &[Record], kind: Kind, number: u16) -> Option<&[u8]> {
+pub(crate) fn get(records: &[Record], kind: RecordKind, number: u16) -> Option<&[u8]> {
     let found = records.iter().find(|r| r.kind == kind && r.number == number);
     found.map(|record| record.bytes.as_slice())
 }
 
-/// A device's state: where it stands and what it said.
+/// The state of a device, with its place.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Device {
-    /// `pio` or `mmio`.
+pub struct DeviceState {
+    /// Whether it is on the MMIO bus, not the PIO bus.
     pub is_mmio: bool,
     /// Its first address.
     pub base: u64,
-    /// How many addresses.
+    /// The number of addresses.
     pub length: u64,
-    /// What it gave.
+    /// The bytes that it saved.
     pub state: Vec<u8>,
 }
 
-impl Device {
-    /// Its bytes in a record.
+impl DeviceState {
+    /// Encode it for a record.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = vec![u8::from(self.is_mmio), 0, 0, 0, 0, 0, 0, 0];
@@ -157,10 +157,10 @@ impl Device {
         bytes
     }
 
-    /// From the bytes of a record.
+    /// Decode it from a record.
     ///
     /// # Errors
-    /// [`ErrorKind::Snapshot`](crate::error::ErrorKind::Snapshot) when they are too few.
+    /// [`ErrorKind::Snapshot`](crate::error::ErrorKind::Snapshot) if the record is too short.
     pub fn decode(bytes: &[u8]) -> Result<Self> {
         let mut reader = Reader::new("device", bytes);
         let [is_mmio, ..] = reader.take::<8>()?;
@@ -168,7 +168,7 @@ impl Device {
         Ok(Self { is_mmio: is_mmio != 0, base, length, state: reader.rest().to_vec() })
     }
 
-    /// Its place, for people.
+    /// Its place, for messages.
     #[must_use]
     pub fn place(&self) -> String {
         format!("{} {:#x}", if self.is_mmio { "mmio" } else { "pio" }, self.base)
@@ -183,27 +183,27 @@ mod tests {
     #[test]
     fn every_kind_has_its_number_and_name() {
         let mut names = Vec::new();
-        for kind in Kind::ALL {
-            assert_eq!(Kind::of(kind as u16), Some(kind));
+        for kind in RecordKind::ALL {
+            assert_eq!(RecordKind::of(kind as u16), Some(kind));
             names.push(kind.name());
         }
         names.sort_unstable();
         names.dedup();
-        assert_eq!(names.len(), Kind::ALL.len());
-        assert_eq!(Kind::of(0), None);
+        assert_eq!(names.len(), RecordKind::ALL.len());
+        assert_eq!(RecordKind::of(0), None);
     }
 
     proptest! {
         #[test]
         fn devices_come_back(is_mmio in any::<bool>(), base in any::<u64>(), length in any::<u64>(),
                              state in prop::collection::vec(any::<u8>(), 0..40)) {
-            let device = Device { is_mmio, base, length, state };
-            prop_assert_eq!(Device::decode(&device.encode()).unwrap(), device);
+            let device = DeviceState { is_mmio, base, length, state };
+            prop_assert_eq!(DeviceState::decode(&device.encode()).unwrap(), device);
         }
 
         #[test]
         fn no_bytes_make_a_device_panic(bytes in prop::collection::vec(any::<u8>(), 0..40)) {
-            let _ = Device::decode(&bytes);
+            let _ = DeviceState::decode(&bytes);
         }
     }
 }

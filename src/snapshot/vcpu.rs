@@ -1,5 +1,5 @@
-//! One vCPU's state by KVM's ioctls, in the order that KVM needs. On whatever thread has the vCPU
-//! at rest.
+//! The state of one vCPU, read and set by ioctls in the order that KVM needs. On the thread that
+//! has stopped the vCPU.
 
 use kvm_bindings::{
     CpuId, KVM_CAP_SREGS2, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state,
@@ -11,7 +11,7 @@ use vmm_sys_util::{ioctl_ior_nr, ioctl_iow_nr};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::msrs;
-use super::state::{Kind, Record, Records, get, put};
+use super::state::{Record, RecordKind, Records, get, put};
 use crate::bytes::{Reader, bad};
 use crate::cpu::cpuid;
 use crate::error::{Error, ErrorKind, Result};
@@ -28,18 +28,18 @@ ioctl_ior_nr!(kvm_get_xsave2, KVMIO, 0xcf, kvm_xsave);
 const EFER_SVME: u64 = 1 << 12;
 const CR4_VMXE: u64 = 1 << 13;
 
-/// What the state of a machine's vCPUs consists of.
+/// Which records the state of a machine's vCPUs consists of.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Classes {
     has_sregs2: bool,
-    /// KVM_CAP_XSAVE2: how many bytes xsave has here.
+    /// KVM_CAP_XSAVE2: the size of xsave in bytes.
     xsave_size: usize,
     has_lapic: bool,
 }
 
 impl Classes {
     pub(crate) fn of(vm: &VmFd, has_lapic: bool) -> Self {
-        // The same for all machines of a process: nothing here asks for permission to use more of
+        // The same for all machines of a process: pyvmm never requests permission for more of
         // xsave.
         static ASKED: Learnt<(usize, bool)> = Learnt::unknown();
         let (xsave, has_sregs2) = *ASKED.get_or_make(|| {
@@ -51,19 +51,19 @@ impl Classes {
     }
 }
 
-/// The bytes of a structure of KVM's.
+/// The bytes of a KVM structure.
 pub(crate) fn bytes<T: IntoBytes + Immutable>(value: &T) -> &[u8] {
     value.as_bytes()
 }
 
-/// A structure of KVM's from its bytes.
+/// A KVM structure from its bytes.
 pub(crate) fn plain<T: FromBytes>(what: &str, bytes: &[u8]) -> Result<T> {
     T::read_from_bytes(bytes)
         .map_err(|_| bad(what, format!("{} bytes instead of {}", bytes.len(), size_of::<T>())))
 }
 
-/// `kvm_sregs2` as the words that it consists of: the structure has no padding, and no traits that
-/// would say so.
+/// `kvm_sregs2` as the words that it consists of. The structure has no padding, but also no traits
+/// that would say so.
 type Sregs2 = [u64; SREGS2_WORDS];
 const SREGS2_WORDS: usize = size_of::<kvm_sregs2>() / size_of::<u64>();
 
@@ -71,44 +71,44 @@ fn done(at: &str, result: libc::c_int) -> Result<()> {
     if result < 0 { Err(Error::kvm(at, kvm_ioctls::Error::last())) } else { Ok(()) }
 }
 
-/// Everything KVM tells of a vCPU at rest, whose last access has been completed.
+/// Read everything that KVM reports of a stopped vCPU, whose last access has been completed.
 pub(crate) fn capture(vcpu: &Vcpu, number: u16, classes: Classes) -> Result<Records> {
     hop!();
     let (mut all, fd) = (Records::with_capacity(12), &vcpu.fd);
     let mut keep = |kind, bytes: &[u8]| put(&mut all, kind, number, bytes);
     let cpuid = cpuid::of_vcpu(fd)?;
     let entries: Vec<u8> = cpuid.iter().flat_map(|entry| bytes(entry).to_vec()).collect();
-    keep(Kind::Cpuid, &entries);
-    keep(Kind::MpState, bytes(&kvm("KVM_GET_MP_STATE", fd.get_mp_state())?));
-    keep(Kind::Regs, bytes(&vcpu.general()?));
+    keep(RecordKind::Cpuid, &entries);
+    keep(RecordKind::MpState, bytes(&kvm("KVM_GET_MP_STATE", fd.get_mp_state())?));
+    keep(RecordKind::Regs, bytes(&vcpu.general()?));
     if classes.has_sregs2 {
         let mut words: Sregs2 = [0; SREGS2_WORDS];
-        // SAFETY: KVM fills as many bytes as the structure has, aligned as it is.
+        // SAFETY: KVM writes a `kvm_sregs2`, which has the size and alignment of these words.
         done("KVM_GET_SREGS2", unsafe { ioctl_with_mut_ref(fd, kvm_get_sregs2(), &mut words) })?;
         let sregs = first_of_sregs2(bytes(&words))?;
         refuse_nesting(number, sregs.efer, sregs.cr4)?;
-        keep(Kind::Sregs2, bytes(&words));
+        keep(RecordKind::Sregs2, bytes(&words));
     } else {
         let sregs = kvm("KVM_GET_SREGS", fd.get_sregs())?;
         refuse_nesting(number, sregs.efer, sregs.cr4)?;
-        keep(Kind::Sregs, bytes(&sregs));
+        keep(RecordKind::Sregs, bytes(&sregs));
     }
-    keep(Kind::Xsave, &xsave(vcpu, classes)?);
-    keep(Kind::Xcrs, bytes(&kvm("KVM_GET_XCRS", fd.get_xcrs())?));
-    keep(Kind::DebugRegs, bytes(&kvm("KVM_GET_DEBUGREGS", fd.get_debug_regs())?));
+    keep(RecordKind::Xsave, &xsave(vcpu, classes)?);
+    keep(RecordKind::Xcrs, bytes(&kvm("KVM_GET_XCRS", fd.get_xcrs())?));
+    keep(RecordKind::DebugRegs, bytes(&kvm("KVM_GET_DEBUGREGS", fd.get_debug_regs())?));
     if classes.has_lapic {
-        keep(Kind::Lapic, bytes(&kvm("KVM_GET_LAPIC", fd.get_lapic())?));
+        keep(RecordKind::Lapic, bytes(&kvm("KVM_GET_LAPIC", fd.get_lapic())?));
     }
-    keep(Kind::Msrs, &msrs::capture(vcpu)?);
-    keep(Kind::Events, bytes(&kvm("KVM_GET_VCPU_EVENTS", fd.get_vcpu_events())?));
+    keep(RecordKind::Msrs, &msrs::capture(vcpu)?);
+    keep(RecordKind::Events, bytes(&kvm("KVM_GET_VCPU_EVENTS", fd.get_vcpu_events())?));
     if let Ok(khz) = fd.get_tsc_khz() {
-        keep(Kind::TscKhz, &khz.to_le_bytes());
+        keep(RecordKind::TscKhz, &khz.to_le_bytes());
     }
     Ok(all)
 }
 
-/// A guest that is a hypervisor itself has state of its own guests in the processor, which no
-/// record keeps.
+/// The processor holds state for the guests of a guest that is itself a hypervisor, and no record
+/// has it.
 fn refuse_nesting(number: u16, efer: u64, cr4: u64) -> Result<()> {
     if efer & EFER_SVME == 0 && cr4 & CR4_VMXE == 0 {
         return Ok(());
@@ -118,7 +118,7 @@ fn refuse_nesting(number: u16, efer: u64, cr4: u64) -> Result<()> {
         .hint("take the snapshot before the guest becomes a hypervisor"))
 }
 
-/// Memory that KVM may read or write as a whole xsave.
+/// A buffer that KVM can read or write as a whole xsave.
 fn xsave_buffer(classes: Classes) -> Vec<kvm_xsave> {
     let parts = classes.xsave_size.div_ceil(size_of::<kvm_xsave>());
     std::iter::repeat_with(kvm_xsave::default).take(parts).collect()
@@ -127,7 +127,7 @@ fn xsave_buffer(classes: Classes) -> Vec<kvm_xsave> {
 fn xsave(vcpu: &Vcpu, classes: Classes) -> Result<Vec<u8>> {
     let mut buffer = xsave_buffer(classes);
     if classes.xsave_size > size_of::<kvm_xsave>() {
-        // SAFETY: KVM writes as much as KVM_CAP_XSAVE2 said, which the buffer has.
+        // SAFETY: KVM writes as many bytes as KVM_CAP_XSAVE2 reports, and the buffer has them.
         let result = unsafe { libc::ioctl(vcpu_fd(vcpu), kvm_get_xsave2(), buffer.as_mut_ptr()) };
         done("KVM_GET_XSAVE2", result)?;
     } else if let Some(first) = buffer.first_mut() {
@@ -142,10 +142,10 @@ fn vcpu_fd(vcpu: &Vcpu) -> std::os::fd::RawFd {
     std::os::fd::AsRawFd::as_raw_fd(&vcpu.fd)
 }
 
-/// Set what a capture found. Before the vCPU has run, or else with the same CPUID.
+/// Set the state of a vCPU, which has not run yet or has the same CPUID.
 ///
 /// # Errors
-/// [`ErrorKind::Snapshot`] when something is missing or of the wrong size; when KVM refuses it.
+/// [`ErrorKind::Snapshot`] if a record is missing or has the wrong size; if KVM refuses it.
 pub(crate) fn apply(
     vcpu: &mut Vcpu,
     number: u16,
@@ -153,83 +153,92 @@ pub(crate) fn apply(
     classes: Classes,
 ) -> Result<()> {
     hop!();
-    let one = |kind: Kind| {
+    let one = |kind: RecordKind| {
         let missing = || bad(kind.name(), format!("the state of vCPU {number} has none"));
         get(records, kind, number).ok_or_else(missing)
     };
     vcpu.forget_access();
     if !vcpu.has_run {
-        set_cpuid(vcpu, one(Kind::Cpuid)?)?;
-        if let Ok(khz) = one(Kind::TscKhz) {
-            set_tsc_khz(vcpu, khz)?;
-        }
+        set_cpuid(vcpu, one(RecordKind::Cpuid)?)?;
+        get(records, RecordKind::TscKhz, number).map_or(Ok(()), |khz| set_tsc_khz(vcpu, khz))?;
     }
-    let fd = &vcpu.fd;
     if classes.has_lapic {
-        // Has KVM take an INIT or SIPI that waits, which would else come to the guest that is set.
-        kvm("KVM_GET_MP_STATE", fd.get_mp_state())?;
+        // Makes KVM process a pending INIT or SIPI, which would otherwise reach the new state.
+        kvm("KVM_GET_MP_STATE", vcpu.fd.get_mp_state())?;
     }
     set_sregs(vcpu, records, number, classes)?;
-    set_xsave(vcpu, one(Kind::Xsave)?, classes)?;
-    let fd = &vcpu.fd;
-    let xcrs: kvm_xcrs = plain("xcrs", one(Kind::Xcrs)?)?;
-    // A processor without XSAVE has none, and KVM refuses to set none.
-    if xcrs.nr_xcrs > 0 {
-        kvm("KVM_SET_XCRS", fd.set_xcrs(&xcrs))?;
-    }
-    let debug: kvm_debugregs = plain("debugregs", one(Kind::DebugRegs)?)?;
-    kvm("KVM_SET_DEBUGREGS", fd.set_debug_regs(&debug))?;
+    set_xsave(vcpu, one(RecordKind::Xsave)?, classes)?;
+    set_xcrs(vcpu, one(RecordKind::Xcrs)?)?;
+    set_debug_registers(vcpu, one(RecordKind::DebugRegs)?)?;
     if classes.has_lapic {
-        set_lapic(vcpu, &plain("lapic", one(Kind::Lapic)?)?)?;
+        set_lapic(vcpu, &plain("lapic", one(RecordKind::Lapic)?)?)?;
     }
-    msrs::apply(vcpu, one(Kind::Msrs)?)?;
-    let fd = &vcpu.fd;
-    let events: kvm_vcpu_events = plain("events", one(Kind::Events)?)?;
-    kvm("KVM_SET_VCPU_EVENTS", fd.set_vcpu_events(&events))?;
-    // Without a LAPIC a vCPU has no other. Last: it depends on whether the vCPU is in system
-    // management mode.
+    msrs::apply(vcpu, one(RecordKind::Msrs)?)?;
+    let events: kvm_vcpu_events = plain("events", one(RecordKind::Events)?)?;
+    kvm("KVM_SET_VCPU_EVENTS", vcpu.fd.set_vcpu_events(&events))?;
+    // Last, because it depends on whether the vCPU is in system management mode. Without a LAPIC a
+    // vCPU has only one such state.
     if classes.has_lapic {
-        let state: kvm_mp_state = plain("mp_state", one(Kind::MpState)?)?;
-        kvm("KVM_SET_MP_STATE", fd.set_mp_state(state))?;
+        set_mp_state(vcpu, one(RecordKind::MpState)?)?;
     }
-    // With the next entry: one call less.
-    vcpu.enter_with(&plain("regs", one(Kind::Regs)?)?);
+    // Set with the next entry, which saves a system call.
+    vcpu.enter_with(&plain("regs", one(RecordKind::Regs)?)?);
     Ok(())
 }
 
-/// The special registers. Before the LAPIC: its base is one of them, and says in which form its
-/// registers are.
+fn set_mp_state(vcpu: &Vcpu, state: &[u8]) -> Result<()> {
+    let state: kvm_mp_state = plain("mp_state", state)?;
+    kvm("KVM_SET_MP_STATE", vcpu.fd.set_mp_state(state))
+}
+
+fn set_debug_registers(vcpu: &Vcpu, state: &[u8]) -> Result<()> {
+    let debug: kvm_debugregs = plain("debugregs", state)?;
+    kvm("KVM_SET_DEBUGREGS", vcpu.fd.set_debug_regs(&debug))
+}
+
+fn set_xcrs(vcpu: &Vcpu, state: &[u8]) -> Result<()> {
+    let xcrs: kvm_xcrs = plain("xcrs", state)?;
+    // A processor without XSAVE has none, and KVM refuses an empty list.
+    match xcrs.nr_xcrs {
+        0 => Ok(()),
+        _ => kvm("KVM_SET_XCRS", vcpu.fd.set_xcrs(&xcrs)),
+    }
+}
+
+/// Set the special registers. This comes before the LAPIC: its base is one of them, and selects the
+/// format of its registers.
 fn set_sregs(vcpu: &Vcpu, records: &[Record], number: u16, classes: Classes) -> Result<()> {
-    let sregs2 = get(records, Kind::Sregs2, number);
+    let sregs2 = get(records, RecordKind::Sregs2, number);
     if let Some(sregs) = sregs2.filter(|_| classes.has_sregs2) {
         let sregs: Sregs2 = plain("sregs2", sregs)?;
-        // SAFETY: KVM reads as many bytes as the structure has, aligned as it is.
+        // SAFETY: KVM reads a `kvm_sregs2`, which has the size and alignment of these words.
         let result = unsafe { ioctl_with_ref(&vcpu.fd, kvm_set_sregs2(), &sregs) };
         return done("KVM_SET_SREGS2", result);
     }
     let sregs: kvm_sregs = match sregs2 {
         Some(sregs2) => first_of_sregs2(sregs2)?,
-        None => plain("sregs", get(records, Kind::Sregs, number).unwrap_or(&[]))?,
+        None => plain("sregs", get(records, RecordKind::Sregs, number).unwrap_or(&[]))?,
     };
     kvm("KVM_SET_SREGS", vcpu.fd.set_sregs(&sregs))
 }
 
-/// What both structures begin with: all but the interrupt bitmap, in whose place the flags stand.
+/// The fields that both structures begin with: all except the interrupt bitmap, which the flags
+/// replace.
 fn first_of_sregs2(sregs2: &[u8]) -> Result<kvm_sregs> {
     let first: kvm_sregs = plain("sregs", sregs2.get(..size_of::<kvm_sregs>()).unwrap_or(&[]))?;
     Ok(kvm_sregs { interrupt_bitmap: [0; 4], ..first })
 }
 
-/// Offsets of the LAPIC's timer: its vector and mode, and the count it starts from. Intel SDM
-/// volume 3, 11.4.1.
+/// Offsets of the LAPIC's timer: its vector and mode, and its initial count. Intel SDM volume 3,
+/// 11.4.1.
 const LVT_TIMER: usize = 0x320;
 const TIMER_INITIAL_COUNT: usize = 0x380;
-/// The bits of its mode.
+/// The bits of the mode.
 const TIMER_MODE: u32 = 3 << 17;
 const TIMER_MODE_DEADLINE: u32 = 2 << 17;
 
-/// The LAPIC. When that takes the timer from deadlines to counting, KVM forgets the count: then
-/// again.
+/// Set the LAPIC; twice if its timer counts, because KVM drops the count when the timer changes
+/// from deadline mode.
 fn set_lapic(vcpu: &Vcpu, lapic: &kvm_lapic_state) -> Result<()> {
     let word = |at: usize| {
         let bytes = lapic.regs.get(at..at + 4).and_then(|bytes| <[i8; 4]>::try_from(bytes).ok());
@@ -243,12 +252,12 @@ fn set_lapic(vcpu: &Vcpu, lapic: &kvm_lapic_state) -> Result<()> {
     Ok(())
 }
 
-/// What CPUID says is for good once a vCPU has run.
+/// Check the CPUID of a state. Once a vCPU has run, its CPUID cannot change.
 ///
 /// # Errors
-/// [`ErrorKind::State`] when that is not what the state has.
+/// [`ErrorKind::State`] if the state has another one.
 pub(crate) fn check_cpuid(vcpu: &mut Vcpu, number: u16, records: &[Record]) -> Result<()> {
-    let Some(table) = get(records, Kind::Cpuid, number) else { return Ok(()) };
+    let Some(table) = get(records, RecordKind::Cpuid, number) else { return Ok(()) };
     if !vcpu.has_run || vcpu.known_cpuid.as_deref() == Some(table) {
         return Ok(());
     }
@@ -262,8 +271,8 @@ pub(crate) fn check_cpuid(vcpu: &mut Vcpu, number: u16, records: &[Record]) -> R
     Ok(())
 }
 
-/// An entry without what follows the guest's registers: MONITOR, OSXSAVE, APIC, OSPKE, and the size
-/// of xsave.
+/// An entry without the fields that depend on the guest's registers: MONITOR, OSXSAVE, APIC, OSPKE,
+/// and the size of xsave.
 fn lasting(entry: &kvm_cpuid_entry2) -> [u32; 6] {
     let kvm_cpuid_entry2 { function, index, eax, mut ebx, mut ecx, mut edx, .. } = *entry;
     match (function, index) {
@@ -279,7 +288,7 @@ fn set_cpuid(vcpu: &Vcpu, table: &[u8]) -> Result<()> {
     kvm("KVM_SET_CPUID2", vcpu.fd.set_cpuid2(&cpuid(table)?))
 }
 
-/// The table of a record.
+/// The CPUID table of a record.
 pub(crate) fn cpuid(table: &[u8]) -> Result<CpuId> {
     CpuId::from_entries(&entries(table)?).map_err(|e| bad("cpuid", format!("{e:?}")))
 }
@@ -290,7 +299,7 @@ fn entries(table: &[u8]) -> Result<Vec<kvm_cpuid_entry2>> {
     Ok(cpuid::without_tail(entries?))
 }
 
-/// Only where it is not so already: most KVMs cannot change it.
+/// Set the TSC frequency only if it differs: most hosts cannot change it.
 fn set_tsc_khz(vcpu: &Vcpu, khz: &[u8]) -> Result<()> {
     let khz = Reader::new("tsc_khz", khz).u32()?;
     match vcpu.fd.get_tsc_khz() {
@@ -309,7 +318,8 @@ fn set_xsave(vcpu: &Vcpu, state: &[u8], classes: Classes) -> Result<()> {
     let mut buffer = xsave_buffer(classes);
     buffer.as_mut_bytes().iter_mut().zip(state).for_each(|(byte, value)| *byte = *value);
     let Some(first) = buffer.first() else { return Ok(()) };
-    // SAFETY: KVM reads as much as KVM_CAP_XSAVE2 says, which the buffer behind this reference has.
+    // SAFETY: KVM reads as many bytes as KVM_CAP_XSAVE2 reports, and the buffer that starts with
+    // this reference has them.
     kvm("KVM_SET_XSAVE", unsafe { vcpu.fd.set_xsave(first) })
 }
 

@@ -15,7 +15,7 @@ use crate::exit_handler::WrappedExitHandler;
 use crate::hop::hop;
 use crate::layout;
 use crate::memory::{GuestMemory, MemoryRange};
-use crate::snapshot::{Classes, Device as DeviceState, Snapshot, chips, new_id, vcpu};
+use crate::snapshot::{Classes, DeviceState, Snapshot, chips, new_id, vcpu};
 use crate::vcpu::{ExitRouter, Vcpu, VmRunState};
 use crate::vm::{KvmVm, Shape, claim_platform};
 

@@ -35,13 +35,9 @@ CODE = [
 TOO_LONG = {
     "python/pyvmm/_pyvmm.pyi",
     "python/pyvmm/registers.py",
-    "src/fixup/walk.rs::walk_once",
     "src/py/vcpu.rs",
     "src/py/vm.rs",
     "src/py/vmm.rs",
-    "src/snapshot/file.rs",
-    "src/snapshot/save.rs::save",
-    "src/snapshot/vcpu.rs::apply",
     "src/vcpu/enter.rs::owned",
     "src/vm/mod.rs",
     "src/vm/restore.rs::of_shape",

@@ -1,6 +1,6 @@
 """Snapshots in files: whole, small, checked, and never half-written.
 
-Covers src/bytes.rs.
+Covers src/bytes.rs, src/snapshot/header.rs, src/snapshot/load.rs, src/snapshot/pages.rs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a saved snapshot replaces, and what it leaves alone.
 
-Covers src/snapshot/new_file.rs.
+Covers src/snapshot/new_file.rs, src/snapshot/plan.rs.
 """
 
 from __future__ import annotations

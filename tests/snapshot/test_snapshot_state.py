@@ -13,6 +13,7 @@ from pyvmm import CpuConfig, ExitReason, KvmError, Snapshot, StateError, Stop, V
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 pytestmark = pytest.mark.kvm
 DEADLINE_S = 60
@@ -237,6 +238,20 @@ def test_line_that_is_high_is_high_in_forks_and_after_a_reset() -> None:
                 machine.irq(5).pulse()  # it is high: no edge but the one that the snapshot has
                 machine.irq(6).pulse()
                 assert counts(machine) == [int(number in (5, 6)) for number in range(16)]
+
+
+def test_line_that_is_high_is_high_after_save_and_load(tmp_path: Path) -> None:
+    with Vmm(flat(count_interrupts(), irqchip=True)) as vmm:
+        vmm.add_pio_device(0x500, 1, Ready())
+        vmm.run(DEADLINE_S)
+        vmm.irq(5).raise_()
+        snapshot = vmm.snapshot()
+    snapshot.save(tmp_path / "file")
+    loaded = Snapshot.load(tmp_path / "file")
+    assert loaded.state == snapshot.state
+    with loaded.fork(setup=lambda fork: fork.add_pio_device(0x500, 1, Ready())) as fork:
+        fork.irq(5).pulse()  # it is high already: no second edge
+        assert counts(fork)[5] == 1
 
 
 MMIO = 0xD000_0000

@@ -9,7 +9,7 @@ use pyo3::types::{PyDict, PyTuple};
 
 use super::object::{PySnapshot, hex, snapshots};
 use crate::py::{ending, interrupt};
-use crate::snapshot::{Device, Host, Kind, Load, described, inspect, load};
+use crate::snapshot::{DeviceState, Host, Load, RecordKind, described, inspect, load};
 use crate::vm::Shape;
 
 #[pymethods]
@@ -113,7 +113,7 @@ impl PySnapshot {
         for record in &records {
             list.push((record.kind.name(), record.number, record.bytes.len()));
             match record.kind {
-                Kind::Shape => {
+                RecordKind::Shape => {
                     let shape = Shape::decode(&record.bytes)?;
                     found.set_item("vcpus", shape.vcpus)?;
                     found.set_item("irqchip", shape.irqchip)?;
@@ -121,13 +121,13 @@ impl PySnapshot {
                     found.set_item("fixups", shape.fixups)?;
                     found.set_item("exit_port", shape.exit_port)?;
                 }
-                Kind::Host => {
+                RecordKind::Host => {
                     let host = Host::decode(&record.bytes)?;
                     found.set_item("pyvmm", &host.version)?;
                     found.set_item("processor", host.vendor())?;
                 }
-                Kind::Device => devices.push(Device::decode(&record.bytes)?.place()),
-                Kind::Range => ranges.push(described(&record.bytes)?),
+                RecordKind::Device => devices.push(DeviceState::decode(&record.bytes)?.place()),
+                RecordKind::Range => ranges.push(described(&record.bytes)?),
                 _ => {}
             }
         }

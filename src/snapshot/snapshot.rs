@@ -1,0 +1,93 @@
+//! A snapshot in memory: what it holds, and what it costs.
+
+use std::io;
+use std::sync::Arc;
+
+use super::host::Host;
+use super::state::{DeviceState, Records};
+use crate::error::{Error, ErrorKind, Result};
+use crate::memory::{Image, Layer, MemoryRange, copy_to, memfd};
+use crate::vm::Shape;
+
+/// The state of a machine. It never changes.
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    /// Identifies it; a file keeps it.
+    pub id: [u8; 16],
+    /// What a fork has to create.
+    pub shape: Shape,
+    /// The clock and the interrupt controllers.
+    pub chips: Records,
+    /// Each vCPU's state.
+    pub vcpus: Vec<Records>,
+    /// Each device's state, by bus and address.
+    pub devices: Vec<DeviceState>,
+    /// Memory, by address.
+    pub ranges: Vec<MemoryRange>,
+    /// Where it was taken; None for this host.
+    pub host: Option<Host>,
+}
+
+/// A unique id.
+pub(crate) fn new_id() -> Result<[u8; 16]> {
+    let mut id = [0; 16];
+    // SAFETY: the buffer has this length.
+    let filled = unsafe { libc::getrandom(id.as_mut_ptr().cast(), id.len(), 0) };
+    if usize::try_from(filled) == Ok(id.len()) {
+        return Ok(id);
+    }
+    Err(Error::os(ErrorKind::Io, "getrandom", &io::Error::last_os_error()))
+}
+
+impl Snapshot {
+    /// The size of guest memory in bytes.
+    #[must_use]
+    pub fn memory_size(&self) -> u64 {
+        self.ranges.iter().map(|range| range.image.size()).sum()
+    }
+
+    /// Bytes of host memory and of files that its pages use. Other snapshots may share them.
+    #[must_use]
+    pub fn allocated(&self) -> (u64, u64) {
+        let mut layers: Vec<_> =
+            self.ranges.iter().flat_map(|range| range.image.layers()).collect();
+        layers.sort_by_key(|layer| Arc::as_ptr(layer));
+        layers.dedup_by_key(|layer| Arc::as_ptr(layer));
+        let bytes = |in_memory: bool| {
+            let those = layers.iter().filter(|layer| layer.is_memory() == in_memory);
+            those.map(|layer| layer.allocated()).sum()
+        };
+        (bytes(true), bytes(false))
+    }
+
+    /// How many mappings each fork needs for its memory.
+    #[must_use]
+    pub fn mappings(&self) -> usize {
+        self.ranges.iter().map(|range| range.image.runs().len()).sum()
+    }
+
+    /// A snapshot of the same state with its memory in one layer, which shares nothing with other
+    /// snapshots: forks need fewer mappings, and the snapshots that it was based on can be dropped.
+    ///
+    /// # Errors
+    /// If the process is out of memory.
+    pub fn flatten(&self) -> Result<Self> {
+        let mut flat = Self { id: new_id()?, ..self.clone() };
+        for range in &mut flat.ranges {
+            let (from, to) = (range.image.mapping()?, memfd(range.image.size())?);
+            range.image.data().iter().try_for_each(|data| copy_to(&to, from, *data))?;
+            range.image = Image::whole(range.image.size(), Layer::sealed(to)?);
+        }
+        Ok(flat)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_two_ids_are_the_same() {
+        assert_ne!(new_id().unwrap(), new_id().unwrap());
+    }
+}

@@ -1,0 +1,71 @@
+//! The hops of one thread, gathered until there are enough of them to write.
+
+use std::sync::Arc;
+
+use super::sink::{Sink, Span};
+use crate::sync::{Mutex, rank};
+
+/// How many bytes a track gathers before it writes them.
+pub(super) const BUFFER: usize = 64 << 10;
+
+/// The hops of one thread.
+#[derive(Debug)]
+pub struct Track {
+    number: u64,
+    sink: Arc<Sink>,
+    buffer: Mutex<Buffer, rank::Track>,
+}
+
+#[derive(Debug, Default)]
+struct Buffer {
+    text: String,
+    is_closed: bool,
+}
+
+impl Track {
+    pub(super) fn new(number: u64, name: &str, sink: &Arc<Sink>) -> Arc<Self> {
+        let mut buffer = Buffer::default();
+        sink.put_name(&mut buffer.text, number, name);
+        Arc::new(Self { number, sink: Arc::clone(sink), buffer: Mutex::new(buffer) })
+    }
+
+    /// Does not write: it may be called with the GIL held.
+    pub(crate) fn record(&self, span: &Span) {
+        // In a forked child the lock may be held by a thread that is not there, and the file is the
+        // parent's.
+        if self.sink.process_tag.is_forked_child() {
+            return;
+        }
+        let mut buffer = self.buffer.lock();
+        if !buffer.is_closed {
+            self.sink.put_span(&mut buffer.text, self.number, span);
+        }
+    }
+
+    /// Write what has been gathered, if that is much.
+    pub(crate) fn flush(&self) {
+        if self.sink.process_tag.is_forked_child() {
+            return;
+        }
+        let mut buffer = self.buffer.lock();
+        if buffer.text.len() >= BUFFER {
+            // Under the lock, so that the end of the trace comes after it.
+            self.sink.write(&buffer.text);
+            buffer.text.clear();
+        }
+    }
+
+    /// Write what has been gathered, and record no more.
+    pub(super) fn close(&self) {
+        let text = {
+            let mut buffer = self.buffer.lock();
+            buffer.is_closed = true;
+            std::mem::take(&mut buffer.text)
+        };
+        self.sink.write(&text);
+    }
+    #[cfg(test)]
+    pub(super) fn gathered(&self) -> usize {
+        self.buffer.lock().text.len()
+    }
+}
