@@ -42,7 +42,8 @@ linux: ## Build the Linux that the tests boot, once, outside the checkout
 pytest: setup linux ## The Python tests
 	pytest --quiet
 
-CHECKED ?= tests/stress tests/house/test_flow.py tests/vmm/test_vmm.py tests/vm/test_vm.py tests/devices/test_devices.py tests/vcpu/test_hooks.py tests/vcpu/test_robustness.py
+CHECKED ?= tests/stress tests/house/test_flow.py tests/vmm/test_vmm.py tests/vm/test_vm.py tests/devices/test_devices.py tests/devices/test_device_callbacks.py \
+	tests/vcpu/test_hooks.py tests/vcpu/test_robustness.py tests/vcpu/test_stop.py
 checked: setup ## Python tests with a module that checks the order of locks; CHECKED=ARGUMENTS of pytest
 	@scripts/checked.sh
 	PYTHONPATH=target/checked/python pytest --quiet $(CHECKED)
@@ -52,8 +53,9 @@ hardware: setup linux ## The Python tests on a hardware KVM, which QEMU emulates
 	@python scripts/hardware $(TESTS)
 
 # What copies, maps and hands out memory, and what entered Python.
-ASAN := tests/memory tests/snapshot/test_snapshot.py \
-	tests/snapshot/test_snapshot_file.py tests/fixup/test_fixups.py tests/devices/test_devices.py tests/devices/test_hostcalls.py tests/stress/test_memory_stress.py
+ASAN := tests/memory tests/snapshot/test_snapshot.py tests/snapshot/test_reset.py \
+	tests/snapshot/test_snapshot_file.py tests/snapshot/test_snapshot_file_damage.py tests/fixup tests/devices/test_devices.py \
+	tests/devices/test_device_callbacks.py tests/devices/test_string_instructions.py tests/devices/test_hostcalls.py tests/stress/test_memory_stress.py
 asan: setup ## Python tests with AddressSanitizer, where the toolchain allows it; ASAN=ARGUMENTS of pytest
 	@scripts/asan.sh $(ASAN)
 

@@ -6,7 +6,7 @@ import struct
 from typing import Any
 
 from guests import exit_with, flat
-from pyvmm import Vmm
+from pyvmm import Snapshot, Vmm, VmRunState
 
 DEADLINE_S = 60
 NONCE_AT = 0x5000
@@ -54,3 +54,15 @@ def finish(vmm: Vmm) -> bytes:
     """Run to the end; what was printed in all."""
     assert vmm.run(DEADLINE_S).code == 9
     return vmm.serial.take_output()
+
+
+def while_it_runs(vmm: Vmm, count: int) -> list[Snapshot]:
+    """At most so many snapshots, and at least one, of a guest that has not ended."""
+    snapshots: list[Snapshot] = []
+    while len(snapshots) < count:
+        snapshot = vmm.snapshot()
+        if vmm.state is not VmRunState.RUNNING:
+            break
+        snapshots.append(snapshot)
+    assert snapshots
+    return snapshots

@@ -1,146 +1,23 @@
 """A vCPU's registers by name: views of the kernel's structures (Linux, include/uapi/linux/kvm.h and asm/kvm.h).
 
-Each access reads or changes the vCPU itself. All raise `StateError` while the guest runs, `OverflowError` for a number
-that is too wide, and `KvmError` for one that KVM refuses.
+Each access reads or changes the vCPU itself. All raise `StateError` while the guest runs,
+`OverflowError` for a number that is too wide, and `KvmError` for one that KVM refuses.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import IntEnum
-from html import escape
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, ClassVar
+
+from pyvmm.views import Part, Register, View, flags, table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
-    from typing import Self
+    from collections.abc import Iterator, Sequence
 
     from pyvmm._pyvmm import MsrBytes, RegisterBytes
-
-
-class Register:
-    """A register of a view, as an int of so many bytes."""
-
-    def __init__(self, offset: int, size: int = 8) -> None:
-        self.offset = offset
-        self.size = size
-
-    @overload
-    def __get__(self, view: None, owner: object) -> Self: ...
-    @overload
-    def __get__(self, view: View, owner: object) -> int: ...
-    def __get__(self, view: View | None, owner: object) -> Self | int:
-        """Read it."""
-        if view is None:
-            return self
-        return view._registers.load(view._base + self.offset, self.size)
-
-    def __set__(self, view: View, value: int) -> None:
-        """Change it."""
-        view._registers.store(view._base + self.offset, self.size, value)
-
-
-class View:
-    """Registers of one vCPU, by name."""
-
-    __slots__ = ("_base", "_registers")
-    _names: ClassVar[tuple[str, ...]] = ()
-    _size: ClassVar[int] = 0
-
-    def __init__(self, registers: RegisterBytes, base: int = 0) -> None:
-        self._registers = registers
-        self._base = base
-
-    def __init_subclass__(cls) -> None:
-        """Collect the names of the registers."""
-        cls._names += tuple(name for name, member in vars(cls).items() if isinstance(member, Register | Part))
-
-    def __setattr__(self, name: str, value: object) -> None:
-        """Change a register; a name that is none is refused, not kept."""
-        if not hasattr(type(self), name):
-            raise AttributeError(f"{type(self).__name__} has no register {name!r}")
-        object.__setattr__(self, name, value)
-
-    def update(self, **registers: int | Mapping[str, int]) -> None:
-        """Change several at once, those of a part as a mapping: `sregs.update(cr0=0x80000011, cs={"l": 1})`.
-
-        KVM sees them together: some values are allowed only with others. When one is refused none has changed.
-        """
-        area = bytearray(self._registers.read())
-        self._put(area, registers)
-        self._registers.replace(0, bytes(area))
-
-    def _put(self, area: bytearray, registers: Mapping[str, int | Mapping[str, int]]) -> None:
-        for name, value in registers.items():
-            member = getattr(type(self), name, None)
-            if isinstance(member, Part) and isinstance(value, Mapping):
-                member.__get__(self, None)._put(area, value)
-            elif isinstance(member, Register) and isinstance(value, int):
-                at = self._base + member.offset
-                try:
-                    area[at : at + member.size] = value.to_bytes(member.size, "little")
-                except OverflowError:
-                    raise OverflowError(f"{name}: {value:#x} does not fit into {8 * member.size} bits") from None
-            elif isinstance(member, Register | Part):
-                needed = "an int" if isinstance(member, Register) else "a mapping"
-                raise TypeError(f"{name}: {needed} is needed here, not {type(value).__name__}")
-            else:
-                raise AttributeError(f"{type(self).__name__} has no register {name!r}")
-
-    def _rows(self) -> Iterator[tuple[str, str]]:
-        for name in self._names:
-            value = getattr(self, name)
-            yield name, f"{value:#x}" if isinstance(value, int) else repr(value)
-
-    def __repr__(self) -> str:
-        """Every register, in hex."""
-        return f"{type(self).__name__}({', '.join(f'{name}={text}' for name, text in self._rows())})"
-
-    def _repr_html_(self) -> str:
-        """Return a table, for notebooks."""
-        return table(type(self).__name__, self._rows())
-
-
-def table(caption: str, rows: Iterable[tuple[str, str]]) -> str:
-    """Return names and values as HTML."""
-    cells = "".join(f"<tr><th>{escape(name)}</th><td><code>{escape(text)}</code></td></tr>" for name, text in rows)
-    return f"<table><caption>{caption}</caption>{cells}</table>"
-
-
-V = TypeVar("V", bound=View)
-
-
-class Part(Generic[V]):
-    """A structure inside another."""
-
-    def __init__(self, view: type[V], offset: int) -> None:
-        self.view = view
-        self.offset = offset
-
-    @overload
-    def __get__(self, view: None, owner: object) -> Self: ...
-    @overload
-    def __get__(self, view: View, owner: object) -> V: ...
-    def __get__(self, view: View | None, owner: object) -> Self | V:
-        """Return a view of it."""
-        if view is None:
-            return self
-        return self.view(view._registers, view._base + self.offset)
-
-    def __set__(self, view: View, value: View) -> None:
-        """Copy another one here."""
-        if not isinstance(value, self.view):
-            raise TypeError(f"{self.view.__name__} is needed here, not {type(value).__name__}")
-        data = value._registers.read()[value._base :][: self.view._size]
-        view._registers.replace(view._base + self.offset, data)
-
-
-def flags(value: int, names: Sequence[tuple[int, str]]) -> str:
-    """Name the bits that are set."""
-    return " ".join(name for bit, name in names if value >> bit & 1)
 
 
 RFLAGS = (

@@ -36,7 +36,8 @@ ROOT = HERE.parent.parent
 # The files of the subset, whose tests reach most of what a KVM does. Minutes together.
 SUBSET = [
     "vm/test_vm", "vm/test_kvm", "vmm/test_vmm", "boot/test_boot", "cli/test_doctor", "boot/test_linux",
-    "snapshot/test_snapshot", "snapshot/test_snapshot_linux", "vm/test_interrupts", "memory/test_access",
+    "snapshot/test_snapshot", "snapshot/test_snapshot_vcpus", "snapshot/test_reset",
+    "snapshot/test_snapshot_linux", "vm/test_interrupts", "memory/test_access",
     "memory/test_backing", "memory/test_dirty", "memory/test_slots",
 ]  # fmt: skip
 LIMITS_S = {"subset": 1800, "all": 7200, "run": 3600}

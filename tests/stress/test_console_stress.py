@@ -1,7 +1,8 @@
 """Every byte that a guest prints arrives once and in order, on every kind of output.
 
-A consumer takes it in pieces of any size at any time, while the machine is paused, resumed, saved, stopped and run
-again. A short sequence in CI; PYVMM_STRESS_S sets for how many seconds each kind is tried with further seeds.
+A consumer takes it in pieces of any size at any time, while the machine is paused, resumed, saved,
+stopped and run again. A short sequence in CI; PYVMM_STRESS_S sets for how many seconds each kind is
+tried with further seeds.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Any calls from any threads and callbacks, in any order: each returns or raises a typed error; `close` ends it all.
 
-The scenario runs in a process of its own, which shows every thread's stack when a call hangs. Two seconds in CI;
-PYVMM_STRESS_S sets another time, thirty under `make stress`. PYVMM_STRESS_SEED repeats the seed that a failure shows.
+The scenario runs in a process of its own, which shows every thread's stack if a call hangs. Two
+seconds in CI; PYVMM_STRESS_S sets another time, thirty under `make stress`. PYVMM_STRESS_SEED
+repeats the seed that a failure shows.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Guest memory under everything at once: slots swapped, views taken, snapshots, resets, forks, child processes.
 
-The process of the stress would be killed if a page were mapped in the wrong place, so it is one of its own.
+The test runs in a process of its own, because a page mapped in the wrong place would kill it.
 Two seconds in CI; PYVMM_STRESS_S sets another time, thirty under `make stress`.
 """
 

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from guests import FWAIT_FOREVER, HALT, SPIN, TRIPLE_FAULT, exit_with, flat, out, read_in
 from pyvmm import (
-    ConfigError,
     Exit,
     ExitAction,
     ExitKind,
@@ -29,7 +28,6 @@ from pyvmm import (
 )
 
 pytestmark = pytest.mark.kvm
-
 DEADLINE_S = 60
 CONTINUE, RETRY = ExitAction.CONTINUE, ExitAction.RETRY
 
@@ -157,121 +155,6 @@ def test_an_emulation_failure_carries_its_bytes_and_is_survived() -> None:
     assert isinstance(exit, VcpuExit.InternalError)
     assert exit.suberror == 1
     assert exit.instruction[:1] == b"\x9b"
-
-
-# 64 bits, ring 0: mov ecx, number; then rdmsr or wrmsr
-def msr(instruction: bytes, number: int) -> bytes:
-    """Access a model-specific register."""
-    return b"\xb9" + struct.pack("<I", number) + instruction
-
-
-RDMSR, WRMSR = b"\x0f\x32", b"\x0f\x30"
-
-
-def test_model_specific_registers_come_out_by_number() -> None:
-    seen: list[str] = []
-
-    def hook(_vcpu: Vcpu, exit: VcpuExit) -> object:
-        seen.append(repr(exit))
-        match exit:
-            case VcpuExit.Rdmsr(index=0x10):
-                return 0x1122334455667788
-            case VcpuExit.Wrmsr():
-                return CONTINUE
-        return None
-
-    # mov eax, 5; mov edx, 6; wrmsr 0x7777 (which KVM does not know); rdmsr 0x10 (which it does);
-    # leave
-    code = (
-        b"\xb8\x05\0\0\0\xba\x06\0\0\0"
-        + msr(WRMSR, 0x7777_0000)
-        + msr(RDMSR, 0x10)
-        + b"\x89\xc3\x89\xd1"
-        + exit_with(1)
-    )
-    with Vmm(flat(code, "long64")) as vmm:
-        vmm.on_exit("msr", hook, msrs=[0x10])
-        assert vmm.run(DEADLINE_S).code == 1
-        regs = vmm.vcpus[0].regs
-        assert (regs.rbx, regs.rcx) == (0x55667788, 0x11223344)
-    assert seen == [
-        "VcpuExit.Wrmsr(index=0x77770000, value=25769803781, reason='unknown')",
-        "VcpuExit.Rdmsr(index=0x10, reason='filter')",
-    ]
-
-
-def test_a_register_that_no_hook_answers_faults_as_before() -> None:
-    with Vmm(flat(msr(RDMSR, 0x7777_0000) + exit_with(1), "long64")) as vmm:
-        vmm.on_exit("msr", lambda _vcpu, _exit: None)
-        assert vmm.run(DEADLINE_S).reason is ExitReason.SHUTDOWN, "a fault without an IDT"
-
-
-def test_filters_of_several_hooks_add_up_and_have_a_bound() -> None:
-    seen: list[int] = []
-    code = msr(RDMSR, 0x10) + msr(RDMSR, 0xC000_0102) + exit_with(1)
-    with Vmm(flat(code, "long64")) as vmm:
-        vmm.on_exit("msr", lambda _vcpu, exit: seen.append(exit.index), msrs=[0x10])
-        vmm.on_exit("msr", lambda _vcpu, _exit: 0, msrs=[0xC000_0102])
-        assert vmm.run(DEADLINE_S).code == 1
-        with pytest.raises(ConfigError, match="ranges"):
-            vmm.on_exit("msr", print, msrs=[number << 16 for number in range(17)])
-        with pytest.raises(ValueError, match="msrs goes with"):
-            vmm.on_exit("io", print, msrs=[1])
-        vmm.on_exit("msr", print, msrs=[0x11])  # what was refused is forgotten
-    assert seen == [0x10, 0xC000_0102]
-
-
-def test_registers_are_kvms_again_when_their_hooks_are_gone() -> None:
-    def hook(_vcpu: Vcpu, _exit: VcpuExit) -> object:
-        raise AssertionError("a hook that was removed")
-
-    with Vmm(flat(msr(RDMSR, 0x10) + exit_with(1), "long64")) as vmm:
-        for _ in range(2):
-            vmm.on_exit("msr", hook, msrs=[0x10])
-        for _ in range(2):
-            vmm.off_exit("msr", hook)
-        assert vmm.run(DEADLINE_S).code == 1
-
-
-def test_single_steps_come_out_as_debug_exits() -> None:
-    rips: list[int] = []
-
-    def hook(vcpu: Vcpu, exit: VcpuExit) -> ExitAction:
-        assert isinstance(exit, VcpuExit.Debug)
-        rips.append(vcpu.regs.rip)
-        if len(rips) == 3:
-            vcpu.debug()
-        return CONTINUE
-
-    with Vmm(flat(b"\x90" * 5 + exit_with(1), "long64")) as vmm:
-        vmm.vcpus[0].debug(single_step=True)
-        vmm.on_exit(ExitKind.DEBUG, hook)
-        assert vmm.run(DEADLINE_S).code == 1
-    assert rips == [0x1001, 0x1002, 0x1003]
-
-
-def test_breakpoints_come_out_as_debug_exits() -> None:
-    stops: list[tuple[int, int]] = []
-
-    def hook(vcpu: Vcpu, exit: VcpuExit) -> ExitAction:
-        assert isinstance(exit, VcpuExit.Debug)
-        stops.append((exit.pc, vcpu.regs.rip))
-        vcpu.debug()
-        return CONTINUE
-
-    with Vmm(flat(b"\x90" * 5 + exit_with(1), "long64")) as vmm:
-        vmm.vcpus[0].debug(breakpoints=[0x1003])
-        vmm.on_exit("debug", hook)
-        assert vmm.run(DEADLINE_S).code == 1
-        with pytest.raises(ConfigError, match="four"):
-            vmm.vcpus[0].debug(breakpoints=range(5))
-    assert stops == [(0x1003, 0x1003)]
-
-
-def test_without_a_hook_a_debug_exit_ends_the_run_by_its_number() -> None:
-    with Vmm(flat(b"\x90" * 5 + exit_with(1), "long64")) as vmm:
-        vmm.vcpus[0].debug(single_step=True)
-        assert vmm.run(DEADLINE_S)[:2] == (ExitReason.UNKNOWN_EXIT, 4)
 
 
 def test_hooks_of_a_kind_are_asked_in_order_until_one_answers() -> None:

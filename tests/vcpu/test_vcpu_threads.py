@@ -245,7 +245,7 @@ def test_a_child_that_a_callback_forks_has_the_signal_mask_of_the_thread_that_st
 
 
 def test_a_signal_that_the_main_thread_blocks_is_handled_there_all_the_same() -> None:
-    # The thread of the vCPU is the only one that takes it: it has the mask of the thread that started the run.
+    # Only the vCPU's thread takes it: it inherits the mask of the thread that started the run.
     source = """
 import os, signal, threading
 from pyvmm import Vmm
@@ -291,7 +291,7 @@ def test_a_run_has_one_thread_for_each_vcpu_and_no_others() -> None:
 from pathlib import Path
 from pyvmm import CpuConfig, EventFd, Events, Vmm
 def threads():
-    # Some kernels list workers of KVM's own, which have other names, among the threads of the process.
+    # Some kernels list KVM's own workers, which have other names, as threads of the process.
     names = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
     return sorted(name for name in names if not name.startswith("kvm"))
 class Look:

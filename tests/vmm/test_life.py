@@ -1,214 +1,35 @@
-"""The life of a machine: closed, paused, resumed and held from several threads and from its own callbacks at once.
+"""The life of a machine: paused, resumed and held from several threads and from its own callbacks at once.
 
 Covers src/py/in_loop.rs, src/py/vmm_loop.rs, src/vmm/runner.rs.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
-import os
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from entangled import CALLS, DEADLINE_S, OUT_FOR_EVER, within
 from guests import SPIN, exit_with, flat
-from pyvmm import CpuConfig, KvmVm, StateError, Stop, Vmm, VmmError, VmRunState
+from pyvmm import CpuConfig, KvmVm, StateError, Stop, Vmm, VmRunState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-pytestmark = pytest.mark.kvm
-DEADLINE_S = 60.0
 
-OUT_FOR_EVER = b"\xba\x00\x05\xb0\x78\xee\xeb\xfd"  # mov dx, 0x500; mov al, 'x'; back: out dx, al; jmp back
+pytestmark = pytest.mark.kvm
 # 64 bits, ring 3: vCPU 0 ends by the exit port, the others spin.
 FIRST_ENDS = b"\x85\xff\x75\x04" + exit_with(3) + SPIN
-
-
-def within(call: Callable[[], Any]) -> Any:
-    """What a call that might hang returns or raises."""
-    result: list[Any] = []
-
-    def run() -> None:
-        try:
-            result.append(call())
-        except Exception as error:
-            result.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(DEADLINE_S)
-    assert result, "it hangs"
-    return result[0]
-
-
-class Device:
-    """Calls a function at the first write, and says when it is there."""
-
-    def __init__(self, call: Callable[[], Any]) -> None:
-        self.call = call
-        self.writes = 0
-        self.entered, self.go, self.returned = threading.Event(), threading.Event(), threading.Event()
-        self.result: Any = None
-
-    def write(self, _offset: int, _size: int, _value: int) -> None:
-        self.writes += 1
-        if self.writes == 1:
-            self.entered.set()
-            assert self.go.wait(DEADLINE_S)
-            try:
-                self.result = self.call()
-            except VmmError as error:
-                self.result = error
-            self.returned.set()
-
-    def save(self) -> bytes:
-        return b""
-
-    def restore(self, _state: bytes) -> None:
-        pass
-
-
-def machine(call: Callable[[Vmm], Any]) -> tuple[Vmm, Device]:
-    vmm = Vmm(flat(OUT_FOR_EVER))
-    device = Device(lambda: call(vmm))
-    vmm.add_pio_device(0x500, 1, device)
-    return vmm, device
-
-
-CALLS: dict[str, Callable[[Vmm], Any]] = {
-    "run": lambda vmm: vmm.run(0),
-    "wait": lambda vmm: vmm.wait(0),
-    "start": lambda vmm: vmm.start(),
-    "close": lambda vmm: vmm.close(),
-    "pause": lambda vmm: vmm.pause(),
-    "resume": lambda vmm: vmm.resume(),
-    "snapshot": lambda vmm: vmm.snapshot(),
-    "nmi": lambda vmm: vmm.nmi(0),
-    "registers": lambda vmm: vmm.vcpus[0].regs.rip,
+PARTS: dict[str, Callable[[Vmm], Any]] = {
+    "memory": lambda vmm: vmm.memory,
+    "vcpu": lambda vmm: vmm.vcpus[0],
+    "registers": lambda vmm: vmm.vcpus[0].regs,
+    "serial": lambda vmm: vmm.serial,
+    "stats": lambda vmm: vmm.stats,
 }
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_close_of_a_started_machine_beside_a_callback_returns(name: str) -> None:
-    vmm, device = machine(CALLS[name])
-    vmm.start()
-    assert device.entered.wait(DEADLINE_S)
-    closer = threading.Thread(target=vmm.close, daemon=True)
-    closer.start()
-    while vmm.state is not VmRunState.CLOSED:
-        pass
-    device.go.set()
-    closer.join(DEADLINE_S)
-    assert not closer.is_alive()
-    # The callback has returned before `close` did, and none comes after it.
-    assert device.returned.is_set()
-    assert device.writes == 1
-    if name != "close":
-        assert isinstance(device.result, StateError)
-
-
-def test_two_that_close_at_once_both_wait_for_a_callback_in_progress() -> None:
-    vmm, device = machine(lambda _vmm: None)
-    vmm.start()
-    assert device.entered.wait(DEADLINE_S)
-    # Whether the callback had returned when each came back.
-    found: list[bool] = []
-
-    def close() -> None:
-        vmm.close()
-        found.append(device.returned.is_set())
-
-    closers = [threading.Thread(target=close, daemon=True) for _ in range(2)]
-    for closer in closers:
-        closer.start()
-    while vmm.state is not VmRunState.CLOSED:
-        pass
-    # Nothing hangs on this time: one that did not wait would come back within it.
-    closers[0].join(0.2)
-    assert not found
-    device.go.set()
-    for closer in closers:
-        closer.join(DEADLINE_S)
-    assert found == [True, True]
-
-
-@pytest.mark.parametrize("name", ["snapshot", "pause", "wait"])
-def test_close_means_closed_whoever_else_is_inside(name: str) -> None:
-    vmm, device = machine(lambda _vmm: None)
-    vmm.start()
-    assert device.entered.wait(DEADLINE_S)
-    other = threading.Thread(target=within, args=(lambda: CALLS[name](vmm),), daemon=True)
-    other.start()
-    closers = [threading.Thread(target=vmm.close, daemon=True) for _ in range(2)]
-    for closer in closers:
-        closer.start()
-    while vmm.state is not VmRunState.CLOSED:
-        pass
-    assert all(closer.is_alive() for closer in closers), "a callback still runs"
-    device.go.set()
-    for thread in [*closers, other]:
-        thread.join(DEADLINE_S)
-    assert not any(thread.is_alive() for thread in [*closers, other])
-    assert device.writes == 1
-
-
-@pytest.mark.parametrize("timeout", [2.0, None])
-def test_close_in_a_callback_while_the_run_is_ending(timeout: float | None) -> None:
-    vmm, device = machine(lambda vmm: vmm.close())
-    runner = threading.Thread(target=within, args=(lambda: vmm.run(timeout),), daemon=True)
-    runner.start()
-    assert device.entered.wait(DEADLINE_S)
-    vmm.stop()
-    device.go.set()
-    runner.join(DEADLINE_S)
-    assert not runner.is_alive()
-    assert vmm.state is VmRunState.CLOSED
-
-
-def test_close_in_a_callback_of_a_machine_that_nobody_waits_for_stops_its_guest() -> None:
-    vmm, device = machine(lambda vmm: vmm.close())
-    vmm.start()
-    device.go.set()
-    assert device.returned.wait(DEADLINE_S)
-    while vmm.state is VmRunState.RUNNING:
-        pass
-    within(vmm.close)
-    assert device.writes == 1
-
-
-def test_the_last_reference_may_go_in_a_callback() -> None:
-    held: list[Vmm] = []
-
-    def let_go() -> int:
-        held.clear()
-        return gc.collect()
-
-    device = Device(let_go)
-    vmm = Vmm(flat(OUT_FOR_EVER))
-    vmm.add_pio_device(0x500, 1, device)
-    held.append(vmm)
-    vmm.start()
-    del vmm
-    device.go.set()
-    assert device.returned.wait(DEADLINE_S)
-    while "vcpu_0" in thread_names():
-        pass
-    assert device.writes == 1
-
-
-def thread_names() -> set[str]:
-    names = set()
-    for task in os.listdir("/proc/self/task"):
-        try:
-            with open(f"/proc/self/task/{task}/comm") as file:
-                names.add(file.read().strip())
-        except OSError:
-            pass  # it has ended
-    return names
 
 
 def test_two_callbacks_that_shut_their_machine_down_do_not_wait_for_each_other() -> None:
@@ -342,37 +163,6 @@ def test_a_device_that_has_stopped_the_run_is_not_called_again_by_a_hold() -> No
         assert (exit.value, device.writes) == (1, 1)
 
 
-def descriptors() -> list[str]:
-    """What each descriptor of this process refers to."""
-    found = []
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):  # that of the listing itself
-            found.append(os.readlink(f"/proc/self/fd/{name}"))
-    return sorted(found)
-
-
-@pytest.mark.parametrize("how", ["made", "run", "forked", "watched"])
-def test_close_releases_every_descriptor_though_the_machine_is_held(how: str) -> None:
-    with Vmm(flat(exit_with(0))) as first:
-        snapshot = first.snapshot()
-    gc.collect()
-    before = descriptors()
-    vmm = snapshot.fork() if how == "forked" else Vmm(flat(exit_with(0)))
-    if how == "watched":
-        vmm.event_manager.call_later(3600, int)
-        vmm.event_manager.fileno()
-        vmm.stats.enable()
-    if how != "made":
-        vmm.run(DEADLINE_S)
-    assert descriptors() != before
-    vmm.close()
-    assert descriptors() == before
-    assert vmm.state is VmRunState.CLOSED
-    with pytest.raises(StateError, match="closed"):
-        _ = vmm.event_manager
-    vmm.stop()  # of a machine that is closed, there is nothing to stop
-
-
 def test_whoever_holds_an_event_manager_has_it_after_its_machine_is_closed() -> None:
     called: list[int] = []
     with Vmm(flat(exit_with(0))) as vmm:
@@ -380,15 +170,6 @@ def test_whoever_holds_an_event_manager_has_it_after_its_machine_is_closed() -> 
     manager.call_later(0, lambda: called.append(1))
     manager.run_with_timeout(60_000)
     assert called == [1]
-
-
-PARTS: dict[str, Callable[[Vmm], Any]] = {
-    "memory": lambda vmm: vmm.memory,
-    "vcpu": lambda vmm: vmm.vcpus[0],
-    "registers": lambda vmm: vmm.vcpus[0].regs,
-    "serial": lambda vmm: vmm.serial,
-    "stats": lambda vmm: vmm.stats,
-}
 
 
 @pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
