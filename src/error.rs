@@ -26,6 +26,8 @@ pub enum ErrorKind {
     Io,
     /// A snapshot that cannot be used: damaged, of another machine, or no longer as it was.
     Snapshot,
+    /// A wait has lasted for as long as it may.
+    Timeout,
 }
 
 /// An error of this crate. `at` names the place: a configuration key, an ioctl, an address.

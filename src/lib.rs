@@ -16,7 +16,7 @@
 //! checks:
 //!
 //! ```text
-//! error process sync hop bytes layout kvm poll resources
+//! error process limit sync hop bytes layout kvm poll resources
 //! debug fixup memory trace
 //! event exit_handler cpu config devices boot
 //! vcpu vm snapshot vmm
@@ -41,6 +41,7 @@ pub mod fixup;
 mod hop;
 pub mod kvm;
 pub mod layout;
+pub mod limit;
 pub mod memory;
 mod poll;
 mod process;

@@ -49,6 +49,7 @@ from pyvmm.exceptions import (
     StateError,
     StreamError,
     VmmError,
+    WaitTimeoutError,
 )
 from pyvmm.exits import Exit, ExitAction, ExitHandler, ExitKind, ExitReason, Stop, VmRunState
 from pyvmm.stats import ExitCount, VcpuTime
@@ -127,6 +128,7 @@ __all__ = [
     "VmmConfig",
     "VmmError",
     "VmmExitHandler",
+    "WaitTimeoutError",
     "WrappedExitHandler",
     "WritableDevice",
     "cpu_features",

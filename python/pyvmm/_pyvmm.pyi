@@ -1308,11 +1308,12 @@ class KvmVm:
             Exception: the exception raised by the exit handler's `kick`.
         """
 
-    def pause(self) -> None:
+    def pause(self, timeout: float | None = None) -> None:
         """Stop all vCPUs and wait until they are out of the guest. Does nothing if the machine is already paused.
 
         Raises:
             StateError: the machine is not running.
+            WaitTimeoutError: a vCPU did not leave its guest within `timeout` seconds. The machine continues.
         """
 
     def resume(self) -> None:
@@ -1327,7 +1328,10 @@ class KvmVm:
         """The vCPUs, by number; the same objects each time. Before the first run their RIP is `entry`."""
 
     def shutdown(self) -> None:
-        """Stop the vCPUs and wait for their threads. If the guest has not ended, `run` continues it."""
+        """Stop the vCPUs and wait for callbacks in progress. If the guest has not ended, `run` continues it.
+
+        An exception of a signal handler, such as Ctrl-C's, ends the wait; the vCPUs are stopped.
+        """
 
     def close(self) -> None:
         """Shut down and release all resources. A second call does nothing.
@@ -1454,7 +1458,7 @@ class Vmm:
             Exception: as for `run`; it ends the run.
         """
 
-    def pause(self) -> None:
+    def pause(self, timeout: float | None = None) -> None:
         """Stop all vCPUs and wait until they are out of the guest.
 
         May be called from any thread or callback; the loop keeps running.
@@ -1463,6 +1467,7 @@ class Vmm:
 
         Raises:
             StateError: the machine is not running.
+            WaitTimeoutError: a vCPU did not leave its guest within `timeout` seconds. The machine continues.
         """
 
     def resume(self) -> None:
@@ -1496,7 +1501,7 @@ class Vmm:
     def add_subscriber(self, subscriber: Subscriber | WrappedExitHandler | VmmExitHandler) -> SubscriberId:
         """Register a subscriber with the machine's event manager; see `EventManager.add_subscriber`."""
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self, timeout: float | None = None) -> Snapshot:
         """Capture everything that a guest can see of this machine: vCPUs, memory, devices, clock.
 
         The result can be forked, saved, and reset to.
@@ -1508,9 +1513,11 @@ class Vmm:
         Raises:
             StateError: the machine is closed, a device cannot be saved, memory is shared with others, or another thread
                 resumed the machine meanwhile.
+            WaitTimeoutError: a callback of the machine did not return within `timeout` seconds. The machine is as
+                before.
         """
 
-    def reset(self, snapshot: Snapshot) -> int:
+    def reset(self, snapshot: Snapshot, timeout: float | None = None) -> int:
         """Restore the state of a snapshot in place. Return the number of memory pages that changed.
 
         If the guest has ended, the machine can be run again. If it is running, it continues from the snapshot. Output
@@ -1518,6 +1525,8 @@ class Vmm:
 
         Raises:
             StateError: the machine is closed, its run is ending, or the snapshot has another shape, device or CPUID.
+            WaitTimeoutError: a callback of the machine did not return within `timeout` seconds. The machine is as
+                before.
         """
 
     def remove_subscriber(self, id: SubscriberId) -> object:

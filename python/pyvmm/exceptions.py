@@ -46,6 +46,10 @@ class ClosedError(StateError, ValueError):
     """What it is called on is closed, or its machine is; `at` names it. A ValueError too, as a closed file gives."""
 
 
+class WaitTimeoutError(VmmError, TimeoutError):
+    """A callback of the machine did not return within the time limit of a call that waits for it."""
+
+
 class SnapshotError(VmmError, ValueError):
     """A snapshot cannot be used: damaged, of another machine, or no longer as it was; `at` names the part."""
 

@@ -54,6 +54,25 @@ pub trait Device: Send + Sync + fmt::Debug {
         false
     }
 
+    /// Whether something other than the guest's accesses changes what the guest sees of it: input,
+    /// a timer, a thread. Then [`Self::quiesce`] and [`Self::resume`] are called.
+    fn acts_by_itself(&self) -> bool {
+        false
+    }
+
+    /// Change nothing that the guest can see, in memory or on an interrupt line either, until
+    /// [`Self::resume`]: the machine is paused, snapshotted or reset. Several may ask for it: there
+    /// is a call of `resume` for each. The guest is at rest, or its last access is completed.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] when it cannot: then the machine goes on.
+    fn quiesce(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Undo a [`Self::quiesce`].
+    fn resume(&self) {}
+
     /// Its state for a snapshot; empty for a device without state. The guest is at rest.
     ///
     /// # Errors

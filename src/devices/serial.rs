@@ -7,14 +7,11 @@ use std::os::fd::RawFd;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use smallvec::SmallVec;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::backlog::{Backlog, Piece, Printed};
-use super::bus::Device;
 use super::line::InterruptLine;
 use super::uart::Uart;
-use crate::bytes::Reader;
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::Outcome;
 use crate::sync::{Mutex, rank};
@@ -22,25 +19,29 @@ use crate::sync::{Mutex, rank};
 /// A serial port.
 #[derive(Debug)]
 pub struct Serial {
-    guest: Mutex<GuestSide, rank::SerialGuest>,
+    pub(super) guest: Mutex<GuestSide, rank::SerialGuest>,
     /// None on a machine without an interrupt controller.
-    irq: Option<Box<dyn InterruptLine>>,
-    output: Backlog,
+    pub(super) irq: Option<Box<dyn InterruptLine>>,
+    pub(super) output: Backlog,
     /// Made when it is first asked for.
-    input_wanted: OnceLock<Arc<EventFd>>,
+    pub(super) input_wanted: OnceLock<Arc<EventFd>>,
 }
 
 /// What the guest's accesses change.
 #[derive(Debug, Default)]
-struct GuestSide {
-    uart: Uart,
+pub(super) struct GuestSide {
+    pub(super) uart: Uart,
     /// Input that the UART has no room for yet.
-    queue: VecDeque<u8>,
+    pub(super) queue: VecDeque<u8>,
+    /// How many have quiesced the port.
+    pub(super) quiesced: usize,
+    /// Input that came meanwhile.
+    pub(super) held: VecDeque<u8>,
 }
 
 impl GuestSide {
     fn waiting(&self) -> usize {
-        self.queue.len() + self.uart.waiting()
+        self.held.len() + self.queue.len() + self.uart.waiting()
     }
 }
 
@@ -82,7 +83,10 @@ impl Serial {
 
     /// Give the guest input. Takes any amount; the guest reads it at its own pace.
     pub fn feed(&self, bytes: &[u8]) {
-        self.change(|guest| guest.queue.extend(bytes));
+        self.change(|guest| match guest.quiesced {
+            0 => guest.queue.extend(bytes),
+            _ => guest.held.extend(bytes),
+        });
     }
 
     /// Bytes of input that the guest has not read yet.
@@ -151,11 +155,11 @@ impl Serial {
 
     /// Change the guest's side, give the UART the input that it has room for, and raise the
     /// interrupts and notifications that follow.
-    fn change<T>(&self, change: impl FnOnce(&mut GuestSide) -> T) -> T {
+    pub(super) fn change<T>(&self, change: impl FnOnce(&mut GuestSide) -> T) -> T {
         let mut guest = self.guest.lock();
         let had_input = guest.waiting() > 0;
         let result = change(&mut guest);
-        let GuestSide { uart, queue } = &mut *guest;
+        let GuestSide { uart, queue, .. } = &mut *guest;
         let room = uart.room().min(queue.len());
         if room > 0 {
             uart.receive(queue.drain(..room));
@@ -169,7 +173,7 @@ impl Serial {
         result
     }
 
-    fn print(&self, sent: &[u8]) -> Outcome {
+    pub(super) fn print(&self, sent: &[u8]) -> Outcome {
         // Outside the lock of the guest's side: input goes on while output is slow.
         match self.output.print(sent) {
             Printed::Taken => Outcome::Continue,
@@ -179,78 +183,13 @@ impl Serial {
     }
 }
 
-impl Device for Serial {
-    fn read(&self, offset: u64, data: &mut [u8]) -> Outcome {
-        for (register, byte) in (offset..).zip(data.iter_mut()) {
-            *byte = self.change(|guest| guest.uart.read(register));
-        }
-        Outcome::Continue
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) -> Outcome {
-        self.write_many(offset, data, data.len())
-    }
-
-    /// All elements, however full the output is: the guest waits after the instruction.
-    fn write_many(&self, offset: u64, data: &[u8], size: usize) -> Outcome {
-        let mut sent = SmallVec::<[u8; 16]>::new();
-        for element in data.chunks(size.max(1)) {
-            for (register, byte) in (offset..).zip(element) {
-                sent.extend(self.change(|guest| guest.uart.write(register, *byte)));
-            }
-        }
-        if sent.is_empty() { Outcome::Continue } else { self.print(&sent) }
-    }
-
-    fn wait_for_room(&self, is_called_out: &dyn Fn() -> bool) -> bool {
-        self.output.wait_for_room(is_called_out)
-    }
-
-    fn wake(&self) {
-        self.output.wake();
-    }
-
-    /// Nine registers; then, each after its length, the input in the UART, the input that waits for
-    /// room in it, and the output that has not been taken.
-    fn save(&self) -> Result<Vec<u8>> {
-        let (registers, received, queue) = {
-            let guest = self.guest.lock();
-            let received: Vec<u8> = guest.uart.received().collect();
-            (guest.uart.registers(), received, Vec::from(guest.queue.clone()))
-        };
-        let mut bytes = registers.to_vec();
-        for part in [received, queue, self.output.copy()] {
-            bytes.extend(u32::try_from(part.len()).unwrap_or(u32::MAX).to_le_bytes());
-            bytes.extend(part);
-        }
-        Ok(bytes)
-    }
-
-    fn restore(&self, state: &[u8]) -> Result<()> {
-        let mut reader = Reader::new("serial", state);
-        let registers = reader.take::<9>()?;
-        let mut part = || {
-            let length = usize::try_from(reader.u32()?).unwrap_or(usize::MAX);
-            reader.bytes(length).map(<[u8]>::to_vec)
-        };
-        let (received, queue, output) = (part()?, part()?, part()?);
-        reader.end()?;
-        self.change(|guest| {
-            guest.queue = guest.uart.restore(registers, received);
-            guest.queue.extend(queue);
-        });
-        if self.input_waiting() == 0 {
-            let _ = self.input_wanted.get().map(|wanted| wanted.write(1));
-        }
-        self.output.restore(output);
-        Ok(())
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    //! Covers src/devices/serial_device.rs.
+
     use std::sync::atomic::{AtomicU64, Ordering};
 
+    use super::super::bus::Device;
     use super::*;
 
     #[derive(Debug, Default)]
@@ -313,6 +252,28 @@ mod tests {
         serial.write(2, &[7]);
         assert_eq!((serial.input_waiting(), read(&serial, 5) & 1), (0, 0));
         assert_eq!(serial.input_wanted().unwrap().read().unwrap(), 1);
+    }
+
+    #[test]
+    fn input_waits_while_the_port_is_quiesced() {
+        let pulses = Arc::<Pulses>::default();
+        let serial = Serial::new(Some(Box::new(Arc::clone(&pulses))), false).unwrap();
+        serial.write(1, &[1]);
+        serial.feed(b"a");
+        let before = pulses.0.load(Ordering::Relaxed);
+        serial.quiesce().unwrap();
+        serial.quiesce().unwrap();
+        serial.feed(b"bc");
+        assert_eq!((read(&serial, 0), read(&serial, 5) & 1), (b'a', 0));
+        assert_eq!((serial.input_waiting(), pulses.0.load(Ordering::Relaxed)), (2, before));
+        let other = Serial::new(None, false).unwrap();
+        other.restore(&serial.save().unwrap()).unwrap();
+        assert_eq!((read(&other, 0), read(&other, 0)), (b'b', b'c'), "a snapshot has it");
+        serial.resume();
+        assert_eq!(read(&serial, 5) & 1, 0, "another still holds it");
+        serial.resume();
+        assert_eq!(pulses.0.load(Ordering::Relaxed), before + 1);
+        assert_eq!((read(&serial, 0), read(&serial, 0)), (b'b', b'c'));
     }
 
     #[test]

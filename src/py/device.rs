@@ -1,5 +1,6 @@
-//! A Python object as a device on a machine's buses. Its methods are called on vCPU threads; `save`
-//! and `restore` on the thread that takes a snapshot, forks or resets.
+//! A Python object as a device on a machine's buses. Its methods are called on vCPU threads;
+//! `save`, `restore`, `quiesce` and `resume` on the thread that pauses, takes a snapshot, forks or
+//! resets.
 
 use std::sync::Arc;
 
@@ -30,7 +31,7 @@ pub(super) struct PythonDevice {
     name: String,
     methods: Methods,
     pending: Arc<PendingOutcome>,
-    /// What its `save` or `restore` raised, for whoever has asked for it.
+    /// What its `save`, `restore` or `quiesce` raised, for whoever has asked for it.
     failed: Mutex<Option<PyErr>, rank::DeviceFailure>,
 }
 
@@ -42,6 +43,8 @@ struct Methods {
     write_many: Option<Py<PyAny>>,
     save: Option<Py<PyAny>>,
     restore: Option<Py<PyAny>>,
+    quiesce: Option<Py<PyAny>>,
+    resume: Option<Py<PyAny>>,
 }
 
 fn method(object: &Bound<'_, PyAny>, name: &str) -> PyResult<Option<Py<PyAny>>> {
@@ -71,11 +74,19 @@ impl PythonDevice {
             write_many: method(object, "write_many")?,
             save: method(object, "save")?,
             restore: method(object, "restore")?,
+            quiesce: method(object, "quiesce")?,
+            resume: method(object, "resume")?,
         };
         let Methods { read, write, read_many, write_many, .. } = &methods;
         if [read, write, read_many, write_many].into_iter().all(Option::is_none) {
             let class = object.get_type();
             let text = format!("a device needs read() or write(): {} has neither", class.name()?);
+            return Err(PyTypeError::new_err(text));
+        }
+        if methods.quiesce.is_some() != methods.resume.is_some() {
+            let class = object.get_type();
+            let text =
+                format!("{} has one of quiesce() and resume(): both go together", class.name()?);
             return Err(PyTypeError::new_err(text));
         }
         let name = object.get_type().qualname()?.to_string();
@@ -101,7 +112,7 @@ impl PythonDevice {
         &self.pending
     }
 
-    /// What its `save` or `restore` has raised, once.
+    /// What its `save`, `restore` or `quiesce` has raised, once.
     pub(super) fn take_failure(&self) -> Option<PyErr> {
         self.failed.lock().take()
     }
@@ -130,9 +141,10 @@ impl PythonDevice {
     }
 
     pub(super) fn traverse(&self, visit: &PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {
-        let Methods { read, write, read_many, write_many, save, restore } = &self.methods;
+        let Methods { read, write, read_many, write_many, save, restore, quiesce, resume } =
+            &self.methods;
         visit.call(&self.object)?;
-        [read, write, read_many, write_many, save, restore]
+        [read, write, read_many, write_many, save, restore, quiesce, resume]
             .into_iter()
             .try_for_each(|method| visit.call(method))
     }
@@ -186,6 +198,22 @@ impl Device for PythonDevice {
         match &self.methods.restore {
             Some(restore) => self.keep("restore()", call_restore(restore, state)),
             None => self.stateless("restore()"),
+        }
+    }
+
+    fn acts_by_itself(&self) -> bool {
+        self.methods.quiesce.is_some()
+    }
+
+    fn quiesce(&self) -> Result<()> {
+        let quiesce = self.methods.quiesce.as_ref();
+        quiesce.map_or(Ok(()), |quiesce| self.keep("quiesce()", call_none(quiesce)))
+    }
+
+    fn resume(&self) {
+        let Some(resume) = &self.methods.resume else { return };
+        if let Err(error) = call_none(resume) {
+            attach(|py| error.write_unraisable(py, Some(resume.bind(py))));
         }
     }
 
@@ -292,6 +320,15 @@ fn call_save(method: &Py<PyAny>) -> PyResult<Vec<u8>> {
         let state = call_out(py, |py| method.call0(py))?;
         let bytes: PyBackedBytes = state.extract(py)?;
         Ok(bytes.to_vec())
+    })
+}
+
+/// `device.quiesce()` or `device.resume()`. On the thread that pauses, snapshots or resets.
+fn call_none(method: &Py<PyAny>) -> PyResult<()> {
+    attach(|py| {
+        let method = method.bind(py);
+        let said = call_out(py, |_| method.call0())?;
+        refuse_awaitable(&said, || name_of(method))
     })
 }
 

@@ -20,6 +20,7 @@ fn class_of(kind: ErrorKind) -> (&'static str, bool) {
         ErrorKind::Event => ("EventError", true),
         ErrorKind::Io => ("StreamError", true),
         ErrorKind::Snapshot => ("SnapshotError", false),
+        ErrorKind::Timeout => ("WaitTimeoutError", false),
     }
 }
 

@@ -8,19 +8,24 @@ use std::time::Instant;
 use pyo3::prelude::*;
 
 use super::enter::{attach, call_out, prepare_vcpu_threads};
+use super::exit;
 use super::recorded::name_of;
 use super::returned::refuse_awaitable;
 use super::wakeup::{SIGNAL_CHECK_INTERVAL, runs_handlers};
 use crate::error::{Error, ErrorKind, Result};
+use crate::limit::Limit;
 use crate::sync::{Mutex, rank};
 use crate::vcpu;
 
 /// Make a long call without the GIL that runs Python's signal handlers now and then. What one
 /// raises comes out of it.
-pub(super) fn interruptible<T: Send>(
+pub(super) fn interruptible<T: Send, E: Send>(
     py: Python<'_>,
-    call: impl FnOnce(&dyn Fn() -> Result<()>) -> Result<T> + Send,
-) -> PyResult<T> {
+    call: impl FnOnce(&dyn Fn() -> Result<()>) -> std::result::Result<T, E> + Send,
+) -> PyResult<T>
+where
+    PyErr: From<E>,
+{
     let raised = Mutex::<_, rank::Interruption>::new(None);
     let result = py.detach(|| {
         call(&|| {
@@ -34,6 +39,17 @@ pub(super) fn interruptible<T: Send>(
         Some(error) => Err(error),
         None => Ok(result?),
     }
+}
+
+/// Make a call without the GIL that waits for callbacks of the program's, for so many seconds at
+/// most, and that a signal handler ends when it raises.
+pub(super) fn limited<T: Send>(
+    py: Python<'_>,
+    timeout: Option<f64>,
+    call: impl FnOnce(&Limit<'_>) -> Result<T> + Send,
+) -> PyResult<T> {
+    let timeout = exit::timeout(timeout)?;
+    interruptible(py, |interrupted| call(&Limit::new(timeout, interrupted)))
 }
 
 /// Make a call that waits for callbacks of the program's. On Python's main thread the call is made

@@ -2,6 +2,7 @@
 //! the GIL held.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -13,6 +14,8 @@ use super::owned::Owned;
 use super::parts::Parts;
 use super::snapshot::PySnapshot;
 use super::vmm::{Origin, PyVmm};
+use crate::error::ErrorKind;
+use crate::limit::Limit;
 use crate::sync::Mutex;
 
 impl PyVmm {
@@ -70,7 +73,12 @@ impl PyVmm {
             return Ok(false);
         }
         let (vmm, snapshot) = (self.core()?, snapshot.core()?);
-        let renewed = py.detach(|| vmm.renew(snapshot));
+        // A callback of the last job that is still in progress is not waited for.
+        let renew = || vmm.renew(snapshot, &Limit::new(Some(Duration::ZERO), &|| Ok(())));
+        let renewed = match py.detach(renew) {
+            Err(error) if error.kind == ErrorKind::Timeout => Ok(false),
+            renewed => renewed,
+        };
         let is_renewed = renewed.map_err(|e| self.device_failure(e.into()))?;
         if !self.origin()?.is_shared {
             self.manager(py)?.get().forget_counts();

@@ -4,7 +4,6 @@ use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
-use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
@@ -13,6 +12,7 @@ use super::enter::prepare_vcpu_threads;
 use super::event::{Ownership, PyEventManager, turn};
 use super::exit;
 use super::vmm::PyVmm;
+use crate::error::{Error, ErrorKind};
 use crate::event::EventManager;
 use crate::exit_handler::{Exit, ExitReason};
 
@@ -130,13 +130,13 @@ impl PyVmm {
             let is_cancelled = Cell::new(false);
             let check = || {
                 is_cancelled.set(cancel.is_set());
-                let error = || PyRuntimeError::new_err("the run was cancelled");
+                let error = || Error::new(ErrorKind::State, "run", "the run was cancelled");
                 if is_cancelled.get() { Err(error()) } else { Ok(()) }
             };
-            let ended = vmm.run(timeout, |until| {
+            let ended = vmm.run_interruptibly(timeout, &check, |until| -> PyResult<()> {
                 check()?;
                 turn(manager, pending, until)?;
-                check()
+                Ok(check()?)
             });
             (ended, is_cancelled.get())
         });

@@ -271,7 +271,7 @@ impl PyKvmVm {
             let vm = KvmVm::new(&config, memory, Arc::clone(&router), handler)?;
             let irq = vm.irq(layout::COM1_IRQ);
             let serial = devices::attach(&router.buses, irq, &config.serial, config.exit_port)?;
-            Ok((vm, entry, router, serial))
+            Ok::<_, Error>((vm, entry, router, serial))
         })?;
         Ok(Self::of(py, vm, python_handler, router, entry, Some(serial)))
     }
@@ -341,9 +341,12 @@ impl PyKvmVm {
     ///
     /// Raises:
     ///     StateError: the machine is not running.
-    fn pause(&self, py: Python<'_>) -> PyResult<()> {
+    ///     WaitTimeoutError: a vCPU did not leave its guest within `timeout` seconds. The machine
+    ///         continues.
+    #[pyo3(signature = (timeout = None))]
+    fn pause(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<()> {
         let vm = self.vm()?;
-        Ok(py.detach(|| vm.pause())?)
+        interrupt::limited(py, timeout, |limit| vm.pause(limit))
     }
 
     /// Continue the vCPUs that `pause` stopped. Does nothing if they are running.
@@ -375,14 +378,13 @@ impl PyKvmVm {
         })
     }
 
-    /// Stop the vCPUs and wait for their threads. If the guest has not ended, `run` continues it.
+    /// Stop the vCPUs and wait for callbacks in progress. If the guest has not ended, `run`
+    /// continues it.
+    ///
+    /// An exception of a signal handler, such as Ctrl-C's, ends the wait; the vCPUs are stopped.
     fn shutdown(&self, py: Python<'_>) -> PyResult<()> {
         let vm = self.vm()?;
-        if vm.is_busy() {
-            interrupt::waiting(py, move || vm.shutdown())?;
-        } else {
-            py.detach(|| vm.shutdown());
-        }
+        interrupt::limited(py, None, |limit| vm.shutdown(limit))?;
         self.check_kick()
     }
 

@@ -221,7 +221,9 @@ impl PyVmm {
         let _ownership = self.claim(manager, None)?;
         let pending = &self.hooks.pending;
         prepare_vcpu_threads(py);
-        let ended = py.detach(|| vmm.run(timeout, |until| turn(manager, pending, until)));
+        let ended = interrupt::interruptible(py, |interrupted| {
+            vmm.run_interruptibly(timeout, interrupted, |until| turn(manager, pending, until))
+        });
         let exit = self.finish(py, ended.map(Some))?;
         exit.ok_or_else(|| PyRuntimeError::new_err("a run ends with an exit"))
     }
@@ -253,7 +255,9 @@ impl PyVmm {
         let manager = &self.manager(py)?;
         let _ownership = self.claim(manager, None)?;
         let pending = &self.hooks.pending;
-        let ended = py.detach(|| vmm.wait(timeout, |until| turn(manager, pending, until)));
+        let ended = interrupt::interruptible(py, |interrupted| {
+            vmm.wait(timeout, interrupted, |until| turn(manager, pending, until))
+        });
         self.finish(py, ended)
     }
 
@@ -265,9 +269,13 @@ impl PyVmm {
     ///
     /// Raises:
     ///     StateError: the machine is not running.
-    fn pause(&self, py: Python<'_>) -> PyResult<()> {
+    ///     WaitTimeoutError: a vCPU did not leave its guest within `timeout` seconds. The machine
+    ///         continues.
+    #[pyo3(signature = (timeout = None))]
+    fn pause(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<()> {
         let vmm = self.changing()?;
-        Ok(py.detach(|| vmm.pause())?)
+        let paused = interrupt::limited(py, timeout, |limit| vmm.pause(limit));
+        paused.map_err(|error| self.device_failure(error))
     }
 
     /// Continue the vCPUs that `pause` stopped. Does nothing if they are running.

@@ -4,6 +4,7 @@
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 
+use super::interrupt;
 use super::vmm::PyVmm;
 
 #[pymethods]
@@ -40,7 +41,7 @@ impl PyVmm {
     #[pyo3(signature = (vcpu = 0))]
     fn nmi(&self, py: Python<'_>, vcpu: u64) -> PyResult<()> {
         let vmm = self.core()?;
-        Ok(py.detach(|| vmm.vm()?.nmi(vcpu))?)
+        interrupt::limited(py, None, |limit| vmm.vm()?.nmi(vcpu, limit))
     }
 }
 

@@ -52,6 +52,8 @@ ranks! {
     Vcpu,
     /// The interrupt lines that the host holds high.
     IrqLines,
+    /// The devices that a pause keeps still.
+    PausedDevices,
     /// The memory slots of a machine, and what they hold.
     MemorySlots,
     /// The map of guest memory.

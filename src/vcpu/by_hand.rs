@@ -9,28 +9,33 @@ use super::run::drain_string_io;
 use super::signal::unblock_kicks;
 use crate::error::Result;
 use crate::exit_handler::Outcome;
+use crate::limit::Limit;
 
 impl VcpuHandle {
     /// Bring a vCPU that is on its way to rest there, and complete all that its last exit began,
     /// with every element of a repeated instruction. Returns what that came to, for the
-    /// caller to act on.
+    /// caller to act on; the vCPU's own thread, where there is one, does both.
     ///
     /// # Errors
     /// [`crate::error::ErrorKind::State`] while its guest runs, or when this thread is the one that
-    /// answers its exit; when it reads and no answer has been given.
-    pub(crate) fn complete_pending_io(&self) -> Result<Outcome> {
+    /// answers its exit; when it reads and no answer has been given; what `limit` ends the wait
+    /// with.
+    pub(crate) fn complete_pending_io(&self, limit: &Limit<'_>) -> Result<Outcome> {
         let mut vcpu = {
-            let mut state = self.rested()?;
+            let mut state = self.rested(limit)?;
             let is_held = state.is_held();
             let vcpu = state.vcpu.as_mut().filter(|_| is_held).ok_or_else(|| self.running())?;
             vcpu.check_answered()?;
-            match state.vcpu.take_if(|vcpu| !vcpu.pending.is_idle()) {
-                Some(vcpu) => {
-                    state.runner = Some(this_thread());
-                    vcpu
-                }
-                None => return Ok(Outcome::Continue),
+            if vcpu.pending.is_idle() {
+                return Ok(Outcome::Continue);
             }
+            if self.complete_on_own_thread(&mut state) {
+                drop(state);
+                return self.wait_while_leaving(limit).map(|()| Outcome::Continue);
+            }
+            let Some(vcpu) = state.vcpu.take() else { return Ok(Outcome::Continue) };
+            state.runner = Some(this_thread());
+            vcpu
         };
         let outcome = drain_string_io(&mut vcpu, self);
         self.put_back(vcpu, matches!(outcome, Outcome::Stop | Outcome::End(_)));

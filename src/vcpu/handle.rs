@@ -1,17 +1,20 @@
 //! `VcpuHandle`: what everybody but the thread that runs a vCPU has of it. The vCPU lies in here
-//! while it is at rest; its thread takes it out to run it. Commands and waits are here, looking
-//! into it is in `host_access.rs`, running it by hand in `by_hand.rs`.
+//! while it is at rest; its thread takes it out to run it. Kicks and pauses are here, its own
+//! thread's side is in `own_thread.rs`, waiting for it in `rest.rs`, looking into it in
+//! `host_access.rs`, and running it by hand in `by_hand.rs`.
 
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 
-use super::kick::{StopWord, interrupt, this_thread};
+use super::kick::{StopWord, interrupt};
 use super::run_page::RunPage;
+use super::signal::SignalMask;
 use super::vcpu::Vcpu;
 use crate::devices::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::process::ProcessTag;
-use crate::sync::{Condvar, Mutex, MutexGuard, rank};
+use crate::sync::{Condvar, Mutex, rank};
 
 /// A vCPU, at rest in here or out with the thread that runs it.
 #[derive(Debug)]
@@ -28,26 +31,53 @@ pub struct VcpuHandle {
 pub(super) struct HandleState {
     /// None while a thread has it.
     pub(super) vcpu: Option<Vcpu>,
+    /// The vCPU's own thread, which outlives the run.
+    pub(super) thread: Option<OwnThread>,
+    /// How many such threads there have been.
+    pub(super) threads: u64,
+    /// The signal mask of the thread that has started the run, until the own thread has taken it.
+    pub(super) mask: Option<SignalMask>,
+    /// Between the start of a run and its end the own thread stays, however long the vCPU rests.
+    pub(super) is_in_run: bool,
     /// That thread's vCPU, while it calls the program's code.
     pub(super) host_access: Option<HostAccess>,
     /// The thread that has it.
     pub(super) runner: Option<libc::pthread_t>,
     /// The device that this thread waits for.
-    waits_for: Option<Arc<dyn Device>>,
+    pub(super) waits_for: Option<Arc<dyn Device>>,
     /// It was lost in a panic on the thread.
-    is_lost: bool,
+    pub(super) is_lost: bool,
     pub(super) command: VcpuCommand,
     /// A kick for `run_once` that has not ended one yet.
     pub(super) is_kicked: bool,
     /// How often the vCPU has come to rest.
-    rests: u64,
+    pub(super) rests: u64,
     /// How often it has come to rest or left: if the count has changed since somebody asked it to
     /// stop, it was at rest in between.
-    transitions: u64,
+    pub(super) transitions: u64,
     /// It was running when it was stopped, and [`VcpuHandle::resume`] sends it off again.
-    runs_on_resume: bool,
+    pub(super) runs_on_resume: bool,
     /// Its machine is closed.
     pub(super) is_closed: bool,
+    /// Its own thread completes what the last exit has left, and reports what that came to.
+    pub(super) is_completing: bool,
+    /// Its own thread reports an end, which may call the program's exit handler.
+    pub(super) is_reporting: bool,
+}
+
+/// The thread that runs a vCPU for its machine.
+#[derive(Debug)]
+pub(super) struct OwnThread {
+    pub(super) thread: JoinHandle<()>,
+    /// Tells it from one that it has replaced.
+    pub(super) number: u64,
+    pub(super) stack_size: usize,
+}
+
+impl OwnThread {
+    pub(super) fn is_current(&self) -> bool {
+        self.thread.thread().id() == std::thread::current().id()
+    }
 }
 
 /// The vCPU of a thread that calls the program's code.
@@ -65,6 +95,8 @@ pub(super) enum VcpuCommand {
     Park,
     /// Enter its guest.
     Run,
+    /// Complete what its last exit has left, and rest.
+    Complete,
     /// Leave it there and end.
     Exit,
 }
@@ -75,9 +107,25 @@ pub(super) fn closed() -> Error {
 
 impl HandleState {
     /// There is nothing to wait for: it is out of its guest, and does not go back by itself.
-    fn is_at_rest(&self) -> bool {
+    pub(super) fn is_at_rest(&self) -> bool {
         let is_held = self.host_access.is_some() && self.is_held();
         self.vcpu.is_some() || is_held || self.is_lost || self.is_closed
+    }
+
+    /// A thread has it, and brings it to rest without another command. One that was lost in a panic
+    /// is not waited for.
+    pub(super) fn is_leaving(&self) -> bool {
+        let is_out = self.vcpu.is_none() || self.is_completing;
+        is_out && self.is_held() && !self.is_lost && !self.is_closed
+    }
+
+    pub(super) fn belongs_to(&self, number: u64) -> bool {
+        self.thread.as_ref().is_some_and(|own| own.number == number)
+    }
+
+    /// The own thread has nothing to wait for.
+    pub(super) fn is_idle(&self, number: u64) -> bool {
+        self.command == VcpuCommand::Park && !self.is_in_run && self.belongs_to(number)
     }
 
     /// Its thread has not been sent into the guest. A vCPU that has counts as running, even if the
@@ -91,6 +139,10 @@ impl VcpuHandle {
     pub(super) fn new(id: u64, page: Arc<RunPage>, vcpu: Vcpu) -> Self {
         let state = HandleState {
             vcpu: Some(vcpu),
+            thread: None,
+            threads: 0,
+            mask: None,
+            is_in_run: false,
             host_access: None,
             runner: None,
             waits_for: None,
@@ -101,6 +153,8 @@ impl VcpuHandle {
             transitions: 0,
             runs_on_resume: false,
             is_closed: false,
+            is_completing: false,
+            is_reporting: false,
         };
         let (stop, changed) = (StopWord::default(), Condvar::new());
         let state = Mutex::numbered(id, state);
@@ -122,28 +176,6 @@ impl VcpuHandle {
     /// In a forked child: the run page is shared with its parent.
     pub(crate) fn check_process(&self) -> Result<()> {
         self.process_tag.check("vCPU")
-    }
-
-    /// Wait for a vCPU that is on its way to rest.
-    ///
-    /// # Errors
-    /// [`ErrorKind::State`] when this thread is the one that answers its exit.
-    pub(crate) fn wait_while_leaving(&self) -> Result<()> {
-        self.rested().map(drop)
-    }
-
-    pub(super) fn rested(&self) -> Result<MutexGuard<'_, HandleState, rank::Vcpu>> {
-        self.check_process()?;
-        let mut state = self.state.lock();
-        while state.vcpu.is_none() && state.is_held() && !state.is_lost && !state.is_closed {
-            if state.runner == Some(this_thread()) {
-                let (at, detail) = (format!("vcpu_{}", self.id), "its exit is not answered yet");
-                let error = Error::new(ErrorKind::State, at, detail);
-                return Err(error.hint("let the callback return first"));
-            }
-            self.changed.wait(&mut state);
-        }
-        if state.is_closed { Err(closed()) } else { Ok(state) }
     }
 
     /// Have a vCPU that its thread runs come to rest after the exit that is answered now, until
@@ -183,31 +215,14 @@ impl VcpuHandle {
         has_room
     }
 
-    /// Have the thread enter the guest, at once or when it comes up; one that is to end does not.
-    pub(super) fn run(&self) {
-        let mut state = self.state.lock();
-        if state.command == VcpuCommand::Exit {
-            return;
-        }
-        self.stop.clear(&*self.page); // Kick, point 7.
-        state.command = VcpuCommand::Run;
-        state.runs_on_resume = false;
-        state.transitions += 1;
-        self.changed.notify_all();
+    /// Bring the vCPU out of the guest and keep it out. Returns before it is out.
+    pub(crate) fn pause(&self) {
+        self.stop_with(VcpuCommand::Park);
     }
 
-    /// Have a vCPU that [`Self::stop_with`] has brought to rest enter its guest again. One that
-    /// rested before stays at rest.
-    pub(super) fn resume(&self) {
-        let runs = self.state.lock().runs_on_resume;
-        if runs {
-            self.run();
-        }
-    }
-
-    /// Have the vCPU enter its guest when it is resumed.
-    pub(super) fn run_on_resume(&self) {
-        self.state.lock().runs_on_resume = true;
+    /// Bring the vCPU out of the guest and have its thread end. Returns before it has.
+    pub(crate) fn leave(&self) {
+        self.stop_with(VcpuCommand::Exit);
     }
 
     /// Bring the vCPU out of its guest and give its thread another command, in place of one that it
@@ -215,18 +230,16 @@ impl VcpuHandle {
     pub(super) fn stop_with(&self, command: VcpuCommand) {
         let mut state = self.state.lock();
         state.runs_on_resume |= state.command == VcpuCommand::Run;
-        if state.command != VcpuCommand::Exit {
+        let comes_first = match state.command {
+            VcpuCommand::Exit => true,
+            VcpuCommand::Complete => command == VcpuCommand::Park,
+            VcpuCommand::Park | VcpuCommand::Run => false,
+        };
+        if !comes_first {
             state.command = command;
         }
         self.bring_out(&state);
         self.changed.notify_all();
-    }
-
-    /// There is no thread: the next one waits for its first command.
-    pub(super) fn reset(&self) {
-        let mut state = self.state.lock();
-        state.command = VcpuCommand::Park;
-        state.runs_on_resume = false;
     }
 
     /// The machine is closed: the vCPU can no longer be looked into, and its descriptor is closed,
@@ -239,11 +252,6 @@ impl VcpuHandle {
             state.vcpu.take()
         };
         drop(vcpu);
-    }
-
-    /// Whether its thread is to end.
-    pub(crate) fn is_leaving(&self) -> bool {
-        self.state.lock().command == VcpuCommand::Exit
     }
 
     /// Whether there is nothing to wait for: a vCPU that was lost in a panic is at rest for ever.
@@ -261,56 +269,12 @@ impl VcpuHandle {
         self.state.lock().transitions
     }
 
-    /// Wait until the vCPU is at rest, or has been since it was counted: another thread may have
-    /// sent it off again.
-    pub(crate) fn wait_for_rest(&self, counted: u64) {
-        let mut state = self.state.lock();
-        while !state.is_at_rest() && state.transitions == counted {
-            self.changed.wait(&mut state);
-        }
-    }
-
-    /// The thread's side: a vCPU to run, or none when the thread is to end.
-    pub(super) fn next(&self) -> Option<Vcpu> {
-        let mut state = self.state.lock();
-        loop {
-            match state.command {
-                VcpuCommand::Exit => return None,
-                VcpuCommand::Run if state.vcpu.is_some() => {
-                    state.runner = Some(this_thread());
-                    return state.vcpu.take();
-                }
-                VcpuCommand::Run | VcpuCommand::Park => self.changed.wait(&mut state),
-            }
-        }
-    }
-
-    /// The vCPU comes to rest. `by_itself`: it stays there until the next run, even if the machine
-    /// is paused and resumed meanwhile.
-    pub(super) fn put_back(&self, vcpu: Vcpu, by_itself: bool) {
-        let mut state = self.state.lock();
-        if state.command == VcpuCommand::Run {
-            state.command = VcpuCommand::Park;
-            state.runs_on_resume = true;
-        }
-        state.runs_on_resume &= !by_itself;
-        self.rest(&mut state, vcpu);
-    }
-
     pub(super) fn rest(&self, state: &mut HandleState, mut vcpu: Vcpu) {
         state.rests += 1;
         state.transitions += 1;
         state.runner = None;
         vcpu.rests = state.rests;
         state.vcpu = Some(vcpu);
-        self.changed.notify_all();
-    }
-
-    /// The vCPU is lost with its thread.
-    pub(super) fn mark_lost(&self) {
-        let mut state = self.state.lock();
-        state.is_lost = true;
-        state.runner = None;
         self.changed.notify_all();
     }
 }

@@ -217,9 +217,41 @@ thread_local! {
     static IS_REACHED: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Let kicks reach this thread. The rest of its signal mask is that of the thread that started it,
-/// as for any Python thread: children that callbacks make inherit it. The system call is made once
-/// per thread.
+/// The signals that a thread blocks.
+pub(super) struct SignalMask(libc::sigset_t);
+
+impl std::fmt::Debug for SignalMask {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SignalMask").finish_non_exhaustive()
+    }
+}
+
+impl SignalMask {
+    pub(super) fn of_this_thread() -> Self {
+        // SAFETY: a set of zeros is valid, and the call fills it; it fails for no such argument.
+        unsafe {
+            let mut set: libc::sigset_t = std::mem::zeroed();
+            libc::pthread_sigmask(libc::SIG_BLOCK, std::ptr::null(), &raw mut set);
+            Self(set)
+        }
+    }
+
+    /// Have this thread block the same signals, but for kicks, which have to reach it. Children
+    /// that callbacks make inherit the mask.
+    pub(super) fn adopt(&self) {
+        let mut set = self.0;
+        // SAFETY: a set of this process's. The signal for kicks is one, or there is none.
+        unsafe {
+            if let Ok(kick) = kick_signal() {
+                libc::sigdelset(&raw mut set, kick);
+            }
+            libc::pthread_sigmask(libc::SIG_SETMASK, &raw const set, std::ptr::null_mut());
+        }
+        IS_REACHED.set(true);
+    }
+}
+
+/// Let kicks reach this thread, which runs a vCPU by hand. The system call is made once per thread.
 ///
 /// # Errors
 /// As for [`kick_signal`].

@@ -7,11 +7,12 @@ use std::thread::JoinHandle;
 use kvm_ioctls::VcpuFd;
 
 use super::current::set_current;
-use super::handle::{VcpuCommand, VcpuHandle};
+use super::handle::VcpuHandle;
+use super::own_thread::Task;
 use super::router::ExitRouter;
-use super::run::{complete_pending_io, step};
+use super::run::{complete_pending_io, drain_string_io, step};
 use super::run_page::RunPage;
-use super::signal::{kick_signal, unblock_kicks};
+use super::signal::{SignalMask, kick_signal};
 use super::stack;
 use super::state::{RunState, VmRunState};
 use super::vcpu::Vcpu;
@@ -50,105 +51,76 @@ impl<EH: ExitHandler> Shared<EH> {
     }
 }
 
-/// A vCPU as its machine holds it: its handle, and the thread of the run in progress.
-#[derive(Debug)]
-pub(crate) struct VcpuThread {
-    handle: Arc<VcpuHandle>,
-    thread: Option<JoinHandle<()>>,
+/// A new vCPU, at rest and without a thread.
+///
+/// # Errors
+/// When its run page cannot be mapped.
+pub(crate) fn create(
+    id: u64,
+    fd: VcpuFd,
+    router: Arc<ExitRouter>,
+    memory: GuestMemory,
+) -> Result<Arc<VcpuHandle>> {
+    let page = Arc::new(RunPage::new(&fd)?);
+    let vcpu = Vcpu::new(id, fd, Arc::clone(&page), router, memory);
+    Ok(Arc::new(VcpuHandle::new(id, page, vcpu)))
 }
 
-impl VcpuThread {
-    pub(crate) fn new(
-        id: u64,
-        fd: VcpuFd,
-        router: Arc<ExitRouter>,
-        memory: GuestMemory,
-    ) -> Result<Self> {
-        let page = Arc::new(RunPage::new(&fd)?);
-        let vcpu = Vcpu::new(id, fd, Arc::clone(&page), router, memory);
-        Ok(Self { handle: Arc::new(VcpuHandle::new(id, page, vcpu)), thread: None })
+/// Begin a run of the vCPU: `prepare` it and send its own thread into the guest. The thread of the
+/// last run is used again if it is still there. When this fails the vCPU stays at rest, as it does
+/// for as long as `is_held` says so.
+///
+/// # Errors
+/// When no thread can be started; what `prepare` returns.
+pub(crate) fn start<EH>(
+    handle: &Arc<VcpuHandle>,
+    shared: &Arc<Shared<EH>>,
+    is_held: bool,
+    prepare: impl FnOnce(&mut Vcpu) -> Result<()>,
+) -> Result<()>
+where
+    EH: ExitHandler + Send + Sync + 'static,
+{
+    kick_signal()?; // without one nothing could bring the guest out
+    handle.begin_run(|number| spawn(handle, shared, number))?;
+    handle.with_vcpu(prepare)?;
+    if is_held {
+        handle.run_on_resume();
+    } else {
+        handle.run();
     }
-
-    pub(crate) fn handle(&self) -> &Arc<VcpuHandle> {
-        &self.handle
-    }
-
-    pub(crate) fn has_thread(&self) -> bool {
-        self.thread.is_some()
-    }
-
-    /// Start the thread, and `prepare` the vCPU while it comes up. When that fails the vCPU stays
-    /// at rest, as it does for as long as `is_held` says so.
-    pub(crate) fn start<EH>(
-        &mut self,
-        shared: &Arc<Shared<EH>>,
-        is_held: bool,
-        prepare: impl FnOnce(&mut Vcpu) -> Result<()>,
-    ) -> Result<()>
-    where
-        EH: ExitHandler + Send + Sync + 'static,
-    {
-        self.handle.reset();
-        self.thread = Some(self.spawn(Arc::clone(shared))?);
-        self.handle.with_vcpu(prepare)?;
-        if is_held {
-            self.handle.run_on_resume();
-        } else {
-            self.handle.run();
-        }
-        Ok(())
-    }
-
-    fn spawn<EH>(&self, shared: Arc<Shared<EH>>) -> Result<JoinHandle<()>>
-    where
-        EH: ExitHandler + Send + Sync + 'static,
-    {
-        let handle = Arc::clone(&self.handle);
-        let name = format!("vcpu_{}", handle.id());
-        kick_signal()?; // without one nothing could bring the guest out
-        let run = move || {
-            // Cannot fail: the signal was there when the thread was made.
-            let _ = unblock_kicks();
-            set_current(&handle, shared.id());
-            serve(&handle, &shared);
-        };
-        stack::spawn(name, run)
-    }
-
-    /// Bring the vCPU out of the guest and keep it out. Returns before it is out.
-    pub(crate) fn pause(&self) {
-        self.handle.stop_with(VcpuCommand::Park);
-    }
-
-    /// Enter the guest again, from rest.
-    pub(crate) fn resume(&self) {
-        self.handle.resume();
-    }
-
-    /// Have the thread end. Returns before it has.
-    pub(crate) fn leave(&self) {
-        self.handle.stop_with(VcpuCommand::Exit);
-    }
-
-    /// A thread that is to end and was not joined, because the command came from one of the
-    /// machine's own threads.
-    pub(crate) fn take_ending(&mut self) -> Option<JoinHandle<()>> {
-        if self.handle.is_leaving() { self.take_thread() } else { None }
-    }
-
-    /// The thread, to be joined; in a forked child it does not exist and is to be forgotten.
-    pub(crate) fn take_thread(&mut self) -> Option<JoinHandle<()>> {
-        self.thread.take()
-    }
+    Ok(())
 }
 
-/// The vCPU's thread: follow the commands of its handle until the one to end.
-fn serve<EH: ExitHandler>(handle: &VcpuHandle, shared: &Shared<EH>) {
+fn spawn<EH>(
+    handle: &Arc<VcpuHandle>,
+    shared: &Arc<Shared<EH>>,
+    number: u64,
+) -> Result<JoinHandle<()>>
+where
+    EH: ExitHandler + Send + Sync + 'static,
+{
+    let (handle, shared) = (Arc::clone(handle), Arc::clone(shared));
+    let name = format!("vcpu_{}", handle.id());
+    let run = move || {
+        set_current(&handle, shared.id());
+        serve(&handle, &shared, number);
+    };
+    stack::spawn(name, run)
+}
+
+/// The vCPU's own thread: follow the commands of its handle until it is to end.
+fn serve<EH: ExitHandler>(handle: &VcpuHandle, shared: &Shared<EH>, number: u64) {
     hop!();
-    while let Some(mut vcpu) = handle.next() {
+    while let Some(Task { mut vcpu, completes, mask }) = handle.next(number) {
+        mask.iter().for_each(SignalMask::adopt);
         let guard = PanicGuard { handle, shared };
-        vcpu.notify_of_pause();
-        let end = turn_until_end(&mut vcpu, handle);
+        let end = if completes {
+            drain_string_io(&mut vcpu, handle)
+        } else {
+            vcpu.notify_of_pause();
+            turn_until_end(&mut vcpu, handle)
+        };
         std::mem::forget(guard);
         handle.put_back(vcpu, matches!(end, Outcome::Stop | Outcome::End(_)));
         match end {
@@ -157,6 +129,7 @@ fn serve<EH: ExitHandler>(handle: &VcpuHandle, shared: &Shared<EH>) {
             Outcome::Stop => drop(shared.exit_handler.kick()),
             Outcome::Continue | Outcome::Wait => {}
         }
+        handle.reported();
     }
 }
 
@@ -171,7 +144,11 @@ fn turn_until_end(vcpu: &mut Vcpu, handle: &VcpuHandle) -> Outcome {
         match last {
             Outcome::Continue | Outcome::Wait => {}
             Outcome::Stop => break,
-            Outcome::End(_) => return last,
+            Outcome::End(_) => {
+                // Here, not on the thread of whoever resets the machine: that would move the vCPU.
+                vcpu.complete();
+                return last;
+            }
         }
     }
     // Whoever looks into it is to see the registers after the instruction.

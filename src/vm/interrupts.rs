@@ -15,6 +15,7 @@ use crate::devices::{Access, InterruptLine};
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::ExitHandler;
 use crate::layout;
+use crate::limit::Limit;
 use crate::resources::Kind;
 
 /// The pins of the I/O APIC; the first sixteen are the PICs' too.
@@ -136,7 +137,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     ///
     /// # Errors
     /// When there is no such vCPU, or KVM refuses.
-    pub fn nmi(&self, vcpu: u64) -> Result<()> {
+    pub fn nmi(&self, vcpu: u64, limit: &Limit<'_>) -> Result<()> {
         self.check_process()?;
         let found = self.handles().into_iter().find(|handle| handle.id() == vcpu);
         let Some(handle) = found else {
@@ -148,7 +149,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             return self.signal_msi(address, NMI_DELIVERY).map(drop);
         }
         // Without an interrupt controller only the vCPU itself takes one, out of its guest.
-        let _hold = self.hold()?;
+        let _quiesced = self.quiesce(limit)?;
         handle.with_vcpu(|vcpu| vcpu.fd.nmi().map_err(|e| Error::kvm("KVM_NMI", e)))
     }
 

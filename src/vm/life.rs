@@ -1,16 +1,18 @@
-//! The life of a `KvmVm`: run, pause, resume, a hold for a moment, shutdown and close. From any
-//! thread.
+//! The life of a `KvmVm`: run, resume, shutdown and close. Any thread.
 
 use std::cell::Cell;
+use std::sync::Arc;
 
 use super::KvmVm;
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::ExitHandler;
-use crate::vcpu::{VcpuThread, VmRunState};
+use crate::limit::Limit;
+use crate::vcpu::{self, VcpuHandle, VmRunState};
 
 impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
-    /// Start a thread `vcpu_{id}` for each vCPU. With an address the vCPUs start there, in the mode
-    /// of the configuration; without one they go on where they were stopped.
+    /// Send each vCPU's thread `vcpu_{id}` into its guest; one that is not there is started. With
+    /// an address the vCPUs start there, in the mode of the configuration; without one they go on
+    /// where they were stopped.
     ///
     /// When a guest ends, its vCPU kicks the exit handler and the state becomes `Exiting`.
     ///
@@ -24,8 +26,8 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             return Err(Error::new(ErrorKind::State, "run", detail));
         }
         let is_started = Cell::new(false);
-        let enter = |has_threads| {
-            if has_threads && self.state() == VmRunState::Paused {
+        let enter = |is_in_run| {
+            if is_in_run && self.state() == VmRunState::Paused {
                 let error = Error::new(ErrorKind::State, "run", "the machine is paused");
                 return Err(error.hint("resume it"));
             }
@@ -33,8 +35,8 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             is_started.set(true);
             Ok(())
         };
-        let start = |handle: &mut VcpuThread, is_held| {
-            handle.start(&self.shared, is_held, |vcpu| match vcpu_run_addr {
+        let start = |handle: &Arc<VcpuHandle>, is_held| {
+            vcpu::start(handle, &self.shared, is_held, |vcpu| match vcpu_run_addr {
                 Some(address) => self.set_start_state(vcpu, address),
                 None => Ok(()),
             })
@@ -48,36 +50,25 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         })
     }
 
-    /// Bring the vCPUs of the run in progress out of the guest and wait until they are at rest.
-    /// Does nothing when they are paused already.
-    ///
-    /// # Errors
-    /// [`ErrorKind::State`] when the machine is not running.
-    pub fn pause(&self) -> Result<()> {
-        self.check_process()?;
-        self.vcpus.pause(|| match self.shared.run_state.set_and_notify(VmRunState::Paused) {
-            Ok(_) | Err(VmRunState::Paused) => Ok(()),
-            Err(state) => Err(not_running("pause", state)),
-        })
-    }
-
     /// Let the vCPUs that `pause` stopped go on. Does nothing when they are running.
     ///
     /// # Errors
     /// [`ErrorKind::State`] when no run is in progress, or the guest has ended.
     pub fn resume(&self) -> Result<()> {
         self.check_process()?;
-        self.vcpus.resume(|has_threads, are_at_rest| {
+        self.vcpus.resume(|is_in_run, are_at_rest| {
             let state = if self.exit().is_some() { VmRunState::Exiting } else { self.state() };
             match state {
                 VmRunState::Running => return Ok(false),
-                VmRunState::Paused if has_threads && !are_at_rest => return Ok(true),
-                VmRunState::Paused if has_threads => {}
+                VmRunState::Paused if is_in_run && !are_at_rest => return Ok(true),
+                VmRunState::Paused if is_in_run => {}
                 _ => return Err(not_running("resume", state)),
             }
             let entered = self.shared.run_state.set_and_notify(VmRunState::Running);
             entered.map(|_| true).map_err(|state| not_running("resume", state))
-        })
+        })?;
+        self.resume_devices();
+        Ok(())
     }
 
     fn enter(&self, next: VmRunState) -> Result<()> {
@@ -107,22 +98,46 @@ impl<EH: ExitHandler> KvmVm<EH> {
         let _ = self.shared.run_state.set_and_notify(VmRunState::Paused);
     }
 
-    /// Stop the vCPUs and wait for their threads. A guest that had not ended can go on with
-    /// `run(None)`.
-    pub fn shutdown(&self) {
+    /// End the run: bring every vCPU out of its guest. Callbacks in progress go on, and their vCPUs
+    /// come to rest after them. A guest that had not ended can go on with `run(None)`.
+    pub fn stop(&self) {
         if self.is_forked_child() {
             return;
         }
         self.vcpus.stop(self.has_this_thread(), || self.set_stopped());
+        self.resume_devices();
     }
 
-    /// Stop the vCPUs for good: no guest and no callback goes on behind this, but the callback that
-    /// calls it. Everything else that a caller still tries raises [`ErrorKind::State`].
+    /// [`Self::stop`], and wait for callbacks in progress. A thread of one of the vCPUs does not
+    /// wait for itself.
+    ///
+    /// # Errors
+    /// What `limit` ends the wait with; the run has ended all the same.
+    pub fn shutdown(&self, limit: &Limit<'_>) -> Result<()> {
+        self.stop();
+        self.wait_for_callbacks(limit)
+    }
+
+    /// Wait until no callback of an ended run is in progress.
+    ///
+    /// # Errors
+    /// What `limit` ends the wait with.
+    pub(crate) fn wait_for_callbacks(&self, limit: &Limit<'_>) -> Result<()> {
+        if self.is_forked_child() || self.has_this_thread() {
+            return Ok(());
+        }
+        self.vcpus.wait_for_callbacks(limit)
+    }
+
+    /// Stop the vCPUs and end their threads: no guest and no callback runs after this, except the
+    /// callback that calls it. Everything else that a caller still tries raises
+    /// [`ErrorKind::State`].
     pub fn close(&self) {
         if self.is_forked_child() {
             return;
         }
         self.vcpus.close(self.has_this_thread(), || self.set_stopped());
+        self.resume_devices();
         // A callback that closes does not wait for the last to stop them.
         self.set_stopped();
         let _ = self.shared.run_state.set_and_notify(VmRunState::Closed);
@@ -134,36 +149,13 @@ impl<EH: ExitHandler> KvmVm<EH> {
         !self.is_forked_child() && self.vcpus.are_closed()
     }
 
-    /// Whether a shutdown would wait for another thread, which may be in a callback.
+    /// Whether `close` would wait for another thread, which may be in a callback.
     pub(crate) fn is_busy(&self) -> bool {
         !self.is_forked_child() && !self.has_this_thread() && self.vcpus.are_busy()
     }
-
-    /// Bring every vCPU to rest until the result is dropped, whether the machine runs or not. Its
-    /// state stays as it is; who pauses and resumes it meanwhile is obeyed when the last hold ends.
-    ///
-    /// # Errors
-    /// [`ErrorKind::State`] when the machine is closed, or in a forked child.
-    pub(crate) fn hold(&self) -> Result<Hold<'_, EH>> {
-        self.check_process()?;
-        self.vcpus.hold().map(|()| Hold(self))
-    }
 }
 
-/// A machine whose vCPUs rest for as long as this lives.
-#[derive(Debug)]
-pub(crate) struct Hold<'a, EH: ExitHandler>(&'a KvmVm<EH>);
-
-impl<EH: ExitHandler> Drop for Hold<'_, EH> {
-    fn drop(&mut self) {
-        // A child that a callback has forked holds nothing of its parent's.
-        if !self.0.is_forked_child() {
-            self.0.vcpus.let_go(|| self.0.state());
-        }
-    }
-}
-
-fn not_running(what: &str, state: VmRunState) -> Error {
+pub(super) fn not_running(what: &str, state: VmRunState) -> Error {
     let detail = match state {
         VmRunState::Created => "the machine has not been started",
         VmRunState::Exiting => "the guest has ended",

@@ -1,12 +1,14 @@
-//! The vCPUs of one machine and their threads: started, held, let go and stopped together.
+//! The vCPUs of one machine: started, brought to rest, sent off again and stopped together. Any
+//! thread.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::hop::hop;
+use crate::limit::Limit;
 use crate::sync::{Condvar, MappedMutexGuard, Mutex, MutexGuard, assert_unlocked, rank};
-use crate::vcpu::{Vcpu, VcpuHandle, VcpuThread, VmRunState, left};
+use crate::vcpu::{Vcpu, VcpuHandle, VmRunState, left};
 
 /// All vCPUs of a machine. The lock orders those who start and stop them; a vCPU's own thread never
 /// needs it to get out of its guest, and nobody waits for a thread with it held.
@@ -15,29 +17,54 @@ pub(super) struct Vcpus(Mutex<List, rank::Vcpus>, Condvar);
 
 #[derive(Debug, Default)]
 struct List {
-    vcpus: Vec<VcpuThread>,
-    /// How many callers of `stop` wait for threads to end.
+    vcpus: Vec<Arc<VcpuHandle>>,
+    /// Between the start of a run and its end.
+    is_in_run: bool,
+    /// How many callers of `stop` and `close` wait for the vCPUs.
     stopping: usize,
-    /// How many hold the vCPUs at rest for a moment; who pauses the machine is told by its state.
-    holds: usize,
+    /// How many callers of `quiesce` keep the vCPUs at rest. A pause is in the machine's state.
+    quiesced: usize,
+    /// How many callers of `pause` have made or found the machine paused since it last ran.
+    pauses: usize,
     is_closed: bool,
 }
 
 /// A vCPU that somebody waits for, and how often it had been at rest before.
 type Awaited = (Arc<VcpuHandle>, u64);
 
-fn awaited(vcpu: &VcpuThread) -> Awaited {
-    (Arc::clone(vcpu.handle()), vcpu.handle().transitions())
+/// VCPUs on their way out of their guests. A vCPU in a callback of the program's is out.
+#[derive(Debug)]
+pub(super) struct Leaving(Vec<Awaited>);
+
+impl Leaving {
+    /// Wait until each is out. Without a lock: one on its way may be in a callback that needs it.
+    ///
+    /// # Errors
+    /// What `limit` ends the wait with.
+    pub(super) fn wait(self, limit: &Limit<'_>) -> Result<()> {
+        self.0.iter().try_for_each(|(handle, counted)| {
+            let at = format!("vcpu_{}", handle.id());
+            limit.wait(&at, |until| handle.wait_for_rest(*counted, Some(until)))
+        })
+    }
+}
+
+fn awaited(vcpu: &Arc<VcpuHandle>) -> Awaited {
+    (Arc::clone(vcpu), vcpu.transitions())
 }
 
 fn join(thread: JoinHandle<()>) {
     assert_unlocked("the end of a vCPU's thread is waited for");
-    // A panic there has been told by its guard.
+    // Its guard has reported a panic.
     let _ = thread.join();
 }
 
+/// Wait until each is out of its guest, which a kick takes microseconds for. Callbacks are not
+/// waited for.
 fn wait_for(vcpus: &[Awaited]) {
-    vcpus.iter().for_each(|(handle, counted)| handle.wait_for_rest(*counted));
+    vcpus.iter().for_each(|(handle, counted)| {
+        handle.wait_for_rest(*counted, None);
+    });
 }
 
 impl List {
@@ -50,112 +77,110 @@ impl List {
             (false, 0) => Ok(()),
         }
     }
+
+    /// Send off those that a pause or a quiesce has stopped, unless another keeps them at rest.
+    fn release(&self, state: VmRunState) {
+        let is_running = self.is_in_run && self.stopping == 0 && state == VmRunState::Running;
+        if is_running && self.quiesced == 0 {
+            self.vcpus.iter().for_each(|vcpu| vcpu.resume());
+        }
+    }
 }
 
 impl Vcpus {
-    pub(super) fn new(vcpus: Vec<VcpuThread>) -> Self {
-        Self(Mutex::new(List { vcpus, ..List::default() }), Condvar::new())
-    }
-
     pub(super) fn handles(&self) -> Vec<Arc<VcpuHandle>> {
-        self.0.lock().vcpus.iter().map(|vcpu| Arc::clone(vcpu.handle())).collect()
+        self.0.lock().vcpus.clone()
     }
 
     /// Add the vCPU that `make` makes.
-    pub(super) fn add(&self, make: impl FnOnce() -> Result<VcpuThread>) -> Result<Arc<VcpuHandle>> {
+    pub(super) fn add(
+        &self,
+        make: impl FnOnce() -> Result<Arc<VcpuHandle>>,
+    ) -> Result<Arc<VcpuHandle>> {
         let mut list = self.0.lock();
         list.check_open("create_vcpu")?;
         let vcpu = make()?;
-        let handle = Arc::clone(vcpu.handle());
-        list.vcpus.push(vcpu);
-        Ok(handle)
+        list.vcpus.push(Arc::clone(&vcpu));
+        Ok(vcpu)
     }
 
-    /// `start` each, once `enter` has found that they may be, given whether they have threads.
+    /// `start` each, once `enter` has found that they may be, given whether a run is in progress.
     /// `start` is told whether they are held. Nobody else starts, pauses or resumes them meanwhile.
     pub(super) fn start(
         &self,
         enter: impl FnOnce(bool) -> Result<()>,
-        mut start: impl FnMut(&mut VcpuThread, bool) -> Result<()>,
+        mut start: impl FnMut(&Arc<VcpuHandle>, bool) -> Result<()>,
     ) -> Result<()> {
         let mut list = self.0.lock();
         list.check_open("run")?;
-        // Shut down from a callback of the machine's own, they have not been waited for.
-        let ending: Vec<_> = list.vcpus.iter_mut().filter_map(VcpuThread::take_ending).collect();
-        MutexGuard::unlocked(&mut list, || ending.into_iter().for_each(join));
-        list.check_open("run")?;
-        enter(list.vcpus.iter().any(VcpuThread::has_thread))?;
-        let is_held = list.holds > 0;
-        list.vcpus.iter_mut().try_for_each(|vcpu| start(vcpu, is_held))
+        enter(list.is_in_run)?;
+        (list.is_in_run, list.pauses) = (true, 0);
+        let is_held = list.quiesced > 0;
+        list.vcpus.iter().try_for_each(|vcpu| start(vcpu, is_held))
     }
 
-    /// Bring them out of their guests, once `enter` allows it, and wait until each has been out.
-    pub(super) fn pause(&self, enter: impl FnOnce() -> Result<()>) -> Result<()> {
-        let all: Vec<Awaited> = {
-            let list = self.0.lock();
-            enter()?;
-            let all = list.vcpus.iter().map(awaited).collect();
-            list.vcpus.iter().for_each(VcpuThread::pause);
-            all
-        };
-        // Without the lock: a vCPU on its way out may be in a callback that needs it.
-        wait_for(&all);
-        Ok(())
+    /// Bring them out of their guests, once `enter` allows it, and keep them out until
+    /// [`Self::release`]. Counted: several may ask for it, and the machine may be paused and
+    /// resumed meanwhile, which counts when the last lets go. Returns before they are out.
+    pub(super) fn quiesce(&self, enter: impl FnOnce() -> Result<()>) -> Result<Leaving> {
+        hop!();
+        let mut list = self.0.lock();
+        if list.is_closed {
+            return Err(Error::closed("machine"));
+        }
+        enter()?;
+        list.quiesced += 1;
+        // Otherwise they are at rest, or driven by hand.
+        let running = list.vcpus.iter().filter(|_| list.is_in_run);
+        let all = running.clone().map(awaited).collect();
+        running.for_each(|vcpu| vcpu.pause());
+        Ok(Leaving(all))
     }
 
-    /// Let those that a pause has stopped go on, unless somebody holds them: then they go on when
-    /// that one lets go. `enter` says whether they may, given whether each has its thread, and that
-    /// nothing is to be done where they run already.
+    /// [`Self::quiesce`] for a pause, which stays when it is released.
+    pub(super) fn pause(&self, enter: impl FnOnce() -> Result<()>) -> Result<Leaving> {
+        self.quiesce(enter).inspect(|_| self.0.lock().pauses += 1)
+    }
+
+    /// A pause could not be waited for. `undo` it, unless others have paused the machine too.
+    pub(super) fn undo_pause(&self, undo: impl FnOnce()) {
+        let mut list = self.0.lock();
+        list.pauses = list.pauses.saturating_sub(1);
+        if list.pauses == 0 && list.stopping == 0 {
+            undo();
+            list.release(VmRunState::Running);
+        }
+    }
+
+    /// Undo a [`Self::quiesce`]. The last one sends the vCPUs off if the machine runs.
+    pub(super) fn release(&self, state: impl FnOnce() -> VmRunState) {
+        let mut list = self.0.lock();
+        list.quiesced -= 1;
+        list.release(state());
+    }
+
+    /// Let those that a pause has stopped go on, unless somebody keeps them at rest. `enter` says
+    /// whether they may, given whether a run is in progress and all are at rest, and that nothing
+    /// is to be done where they run already.
     pub(super) fn resume(&self, mut enter: impl FnMut(bool, bool) -> Result<bool>) -> Result<()> {
         let mut list = self.0.lock();
         loop {
-            let stays = |vcpu: &VcpuThread| vcpu.has_thread() && !vcpu.handle().is_leaving();
-            let has_threads = list.vcpus.iter().all(stays);
+            let stays = list.is_in_run && list.stopping == 0;
             // A pause from another thread may not have seen them at rest yet.
-            let late = list.vcpus.iter().find(|vcpu| !vcpu.handle().is_at_rest()).map(awaited);
-            if !enter(has_threads, late.is_none())? {
+            let late = list.vcpus.iter().find(|vcpu| !vcpu.is_at_rest()).map(awaited);
+            if !enter(stays, late.is_none())? {
                 return Ok(());
             }
             let Some(late) = late else { break };
             MutexGuard::unlocked(&mut list, || wait_for(&[late]));
         }
-        if list.holds == 0 {
-            list.vcpus.iter().for_each(VcpuThread::resume);
-        }
+        list.pauses = 0;
+        list.release(VmRunState::Running);
         Ok(())
-    }
-
-    /// Bring them out of their guests for as long as somebody needs that, and wait until each is
-    /// out. A pause and a resume meanwhile count when the last hold ends.
-    pub(super) fn hold(&self) -> Result<()> {
-        hop!();
-        let all: Vec<Awaited> = {
-            let mut list = self.0.lock();
-            if list.is_closed {
-                return Err(Error::closed("machine"));
-            }
-            list.holds += 1;
-            // One without a thread is at rest, or driven by hand.
-            let threads = list.vcpus.iter().filter(|vcpu| vcpu.has_thread());
-            let all: Vec<Awaited> = threads.clone().map(awaited).collect();
-            threads.for_each(VcpuThread::pause);
-            all
-        };
-        wait_for(&all);
-        Ok(())
-    }
-
-    /// The end of a hold: the last one lets the vCPUs go, if the machine is running.
-    pub(super) fn let_go(&self, state: impl FnOnce() -> VmRunState) {
-        let mut list = self.0.lock();
-        list.holds -= 1;
-        if list.holds == 0 && list.stopping == 0 && state() == VmRunState::Running {
-            list.vcpus.iter().filter(|vcpu| vcpu.has_thread()).for_each(VcpuThread::resume);
-        }
     }
 
     /// Do something to each, which nobody starts meanwhile.
-    pub(super) fn each(&self, act: impl FnMut(&VcpuThread) -> Result<()>) -> Result<()> {
+    pub(super) fn each(&self, act: impl FnMut(&Arc<VcpuHandle>) -> Result<()>) -> Result<()> {
         self.0.lock().vcpus.iter().try_for_each(act)
     }
 
@@ -168,22 +193,49 @@ impl Vcpus {
         act: impl FnOnce(&mut [MappedMutexGuard<'_, Vcpu, rank::Vcpu>]) -> Result<T>,
     ) -> Result<T> {
         let list = self.0.lock();
-        let held: Result<Vec<_>> = list.vcpus.iter().map(|h| h.handle().at_rest()).collect();
+        let held: Result<Vec<_>> = list.vcpus.iter().map(|vcpu| vcpu.at_rest()).collect();
         act(&mut held?)
     }
 
-    /// Bring them out of their guests, have their threads end, and wait for that. All are kicked
-    /// before any is waited for: their ways out overlap. A thread of the machine's own (`is_own`)
-    /// waits for none of them to end: two would wait for each other. `stopped` is called when the
-    /// last caller is done, before anybody can start them again.
+    /// End their run: bring them out of their guests, where they rest until the next one. Callbacks
+    /// in progress are not waited for. `stopped` is called when the last caller is done, before
+    /// anybody can start them again.
     pub(super) fn stop(&self, is_own: bool, stopped: impl FnOnce()) {
+        self.bring_down(
+            is_own,
+            |vcpu| {
+                vcpu.end_run();
+                None
+            },
+            stopped,
+        );
+    }
+
+    /// End their run, and their threads. A thread of the machine's own (`is_own`) waits for none of
+    /// them: two would wait for each other.
+    pub(super) fn close(&self, is_own: bool, stopped: impl FnOnce()) {
+        self.0.lock().is_closed = true;
+        let leave = |vcpu: &VcpuHandle| {
+            vcpu.leave();
+            if is_own { None } else { vcpu.take_thread() }
+        };
+        self.bring_down(is_own, leave, stopped);
+        self.handles().iter().for_each(|handle| handle.close());
+    }
+
+    /// All are kicked before any is waited for: their ways out overlap. What `order` returns is
+    /// waited for to its end.
+    fn bring_down(
+        &self,
+        is_own: bool,
+        mut order: impl FnMut(&VcpuHandle) -> Option<JoinHandle<()>>,
+        stopped: impl FnOnce(),
+    ) {
         let (all, threads): (Vec<Awaited>, Vec<_>) = {
             let mut list = self.0.lock();
             list.stopping += 1;
             let all = list.vcpus.iter().map(awaited).collect();
-            list.vcpus.iter().for_each(VcpuThread::leave);
-            let ends = list.vcpus.iter_mut().filter(|_| !is_own);
-            (all, ends.filter_map(VcpuThread::take_thread).collect())
+            (all, list.vcpus.iter().filter_map(|vcpu| order(vcpu)).collect())
         };
         // One that is driven by hand has another thread. One in a callback of the program's is at
         // rest.
@@ -192,6 +244,7 @@ impl Vcpus {
         let mut list = self.0.lock();
         list.stopping -= 1;
         if list.stopping == 0 {
+            list.is_in_run = false;
             stopped();
         }
         self.1.notify_all();
@@ -201,35 +254,35 @@ impl Vcpus {
         }
     }
 
-    /// Whether somebody has begun to stop them for good.
+    /// Wait until the callbacks that a run has left in progress have returned.
+    ///
+    /// # Errors
+    /// What `limit` ends the wait with.
+    pub(super) fn wait_for_callbacks(&self, limit: &Limit<'_>) -> Result<()> {
+        self.handles().iter().try_for_each(|vcpu| vcpu.wait_for_callback(limit))
+    }
+
+    /// Whether somebody has begun to close them.
     #[cfg_attr(not(feature = "python"), allow(dead_code, reason = "for the binding"))]
     pub(super) fn are_closed(&self) -> bool {
         self.0.lock().is_closed
     }
 
-    /// Whether `stop` would wait for a thread.
+    /// Whether `close` would wait for a guest, or for a callback.
     pub(super) fn are_busy(&self) -> bool {
         let list = self.0.lock();
-        let is_busy = |vcpu: &VcpuThread| vcpu.has_thread() || !vcpu.handle().is_at_rest();
-        list.stopping > 0 || list.vcpus.iter().any(is_busy)
-    }
-
-    /// Stop them for good, and give back what they hold of KVM.
-    pub(super) fn close(&self, is_own: bool, stopped: impl FnOnce()) {
-        self.0.lock().is_closed = true;
-        self.stop(is_own, stopped);
-        self.handles().iter().for_each(|handle| handle.close());
+        list.stopping > 0 || list.vcpus.iter().any(|vcpu| vcpu.is_out())
     }
 
     /// The machine goes. A thread that was not joined is one of its own, in a callback, or knows of
     /// one.
     pub(super) fn leave(&mut self) {
-        self.0.get_mut().vcpus.iter_mut().filter_map(VcpuThread::take_thread).for_each(left::leave);
+        self.0.get_mut().vcpus.iter().filter_map(|vcpu| vcpu.take_thread()).for_each(left::leave);
     }
 
     /// In a forked child the threads do not exist.
     pub(super) fn forget(&mut self) {
-        let threads = self.0.get_mut().vcpus.iter_mut().filter_map(VcpuThread::take_thread);
+        let threads = self.0.get_mut().vcpus.iter().filter_map(|vcpu| vcpu.take_thread());
         threads.for_each(std::mem::forget);
     }
 }

@@ -8,6 +8,7 @@ use super::runner::{Life, Runner, closed};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
 use crate::exit_handler::{ExitHandler, WrappedExitHandler};
+use crate::limit::Limit;
 use crate::vcpu::{self, VmRunState};
 use crate::vm::KvmVm;
 
@@ -77,7 +78,7 @@ impl Vmm {
                 ToClose::Nothing => return true,
                 ToClose::Shutdown => {
                     drop(runner);
-                    self.vm().iter().for_each(|vm| vm.shutdown());
+                    self.vm().iter().for_each(|vm| vm.stop());
                     return true;
                 }
                 ToClose::Release if is_hurried && self.vm().is_ok_and(|vm| vm.is_busy()) => {
@@ -151,9 +152,10 @@ impl Vmm {
     /// From any thread or callback; the loop goes on turning.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] when the machine is not running.
-    pub fn pause(&self) -> Result<()> {
-        self.vm()?.pause()
+    /// [`ErrorKind::State`] when the machine is not running; what `limit` ends the wait with, and
+    /// then the machine runs on.
+    pub fn pause(&self, limit: &Limit<'_>) -> Result<()> {
+        self.vm()?.pause(limit)
     }
 
     /// Let the vCPUs that `pause` stopped go on.

@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering;
 
 use super::machine::Vmm;
 use crate::error::Result;
+use crate::limit::Limit;
 use crate::snapshot::Snapshot;
 
 impl Vmm {
@@ -13,7 +14,7 @@ impl Vmm {
     ///
     /// # Errors
     /// As for [`Self::reset`].
-    pub fn renew(&self, snapshot: &Snapshot) -> Result<bool> {
+    pub fn renew(&self, snapshot: &Snapshot, limit: &Limit<'_>) -> Result<bool> {
         // Relaxed: whoever ran it has told us since.
         let has_failed = self.has_failed.load(Ordering::Relaxed);
         if self.is_in_run() || has_failed || self.serial().take_failure().is_some() {
@@ -23,7 +24,7 @@ impl Vmm {
         if exit_handler.is_kicked() || !exit_handler.keep_running() {
             return Ok(false);
         }
-        self.reset(snapshot)?;
+        self.reset(snapshot, limit)?;
         self.vm()?.renew();
         self.router().buses.forget_unanswered();
         self.fixups().clear();

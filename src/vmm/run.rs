@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 
 use super::life::Running;
 use super::machine::Vmm;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::{Exit, ExitReason};
 use crate::hop::hop;
+use crate::limit::Limit;
 use crate::trace;
 
 /// The longest wait where another loop may take what this one waits for.
@@ -17,23 +18,46 @@ const SLICE: Duration = Duration::from_millis(50);
 /// How long the end of a run waits for somebody to take the guest's last output.
 const PATIENCE: Duration = Duration::from_secs(1);
 
+/// How long a run that a time limit or an error has ended waits for callbacks in progress.
+const CALLBACK_GRACE: Duration = Duration::from_millis(50);
+
 fn deadline_of(timeout: Option<Duration>) -> Option<Instant> {
     timeout.and_then(|timeout| Instant::now().checked_add(timeout))
 }
+
+/// What asks for signals while a callback is waited for.
+type Interrupted<'a> = &'a dyn Fn() -> Result<()>;
 
 impl Vmm {
     /// Run until the guest ends, `stop` is called, or the time passes. `turn` turns the event loop
     /// once, waiting until the time it is given at most; its error ends the run.
     ///
+    /// Callbacks in progress on vCPU threads have returned when this returns. There is one
+    /// exception: if the time has passed or a call has failed they have 50 ms. A callback that is
+    /// left goes on, and its vCPU comes to rest after it.
+    ///
     /// After a stop, a timeout or an error another `run` goes on where this one ended.
     ///
     /// # Errors
-    /// [`ErrorKind::State`](crate::error::ErrorKind::State) when another thread is in `run`, the
-    /// guest has ended or the machine is closed; [`ErrorKind::Io`](crate::error::ErrorKind::Io)
+    /// [`ErrorKind::State`] when another thread is in `run`, the
+    /// guest has ended or the machine is closed; [`ErrorKind::Io`]
     /// when a stream of the serial port fails; what `turn` returns.
     pub fn run<E: From<Error>>(
         &self,
         timeout: Option<Duration>,
+        turn: impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
+    ) -> std::result::Result<Exit, E> {
+        self.run_interruptibly(timeout, &|| Ok(()), turn)
+    }
+
+    /// [`Self::run`], whose wait for callbacks `interrupted` may end with an error.
+    ///
+    /// # Errors
+    /// As for [`Self::run`]; what `interrupted` returns.
+    pub fn run_interruptibly<E: From<Error>>(
+        &self,
+        timeout: Option<Duration>,
+        interrupted: Interrupted<'_>,
         mut turn: impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
     ) -> std::result::Result<Exit, E> {
         hop!();
@@ -48,18 +72,19 @@ impl Vmm {
             Err(error) if running.vm.is_forked_child() => return Err(error),
             ended => ended.map(|reason| reason.unwrap_or(ExitReason::Timeout)),
         };
-        running.finish(reason, deadline, &mut turn)
+        running.finish(reason, deadline, interrupted, &mut turn)
     }
 
     /// What `run` does, for a machine that has been started; none when the time passed: then the
     /// guest goes on.
     ///
     /// # Errors
-    /// [`ErrorKind::State`](crate::error::ErrorKind::State) when the machine has not been started,
+    /// [`ErrorKind::State`] when the machine has not been started,
     /// or another thread waits; else as for `run`.
     pub fn wait<E: From<Error>>(
         &self,
         timeout: Option<Duration>,
+        interrupted: Interrupted<'_>,
         mut turn: impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
     ) -> std::result::Result<Option<Exit>, E> {
         let running = self.enter_run("wait", true)?;
@@ -71,7 +96,7 @@ impl Vmm {
             Err(error) => Err(error),
         };
         self.runner.lock().is_started = false;
-        running.finish(reason, deadline, &mut turn).map(Some)
+        running.finish(reason, deadline, interrupted, &mut turn).map(Some)
     }
 }
 
@@ -107,16 +132,39 @@ impl Running<'_> {
         &self,
         reason: std::result::Result<ExitReason, E>,
         deadline: Option<Instant>,
+        interrupted: Interrupted<'_>,
         turn: &mut impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
     ) -> std::result::Result<Exit, E> {
-        self.vm.shutdown();
+        self.vm.stop();
+        let is_over = matches!(reason, Ok(ExitReason::Stopped));
+        let waited = self.wait_for_callbacks(is_over, deadline, interrupted);
         self.exit_handler.rearm();
         let reason = reason?;
+        waited?;
         if self.vmm.serial.backlog() > 0 {
             self.drain_serial(deadline, turn)?;
             self.exit_handler.rearm();
         }
         Ok(self.vm.exit().unwrap_or_else(|| Exit::new(reason)))
+    }
+
+    /// Wait for callbacks in progress. If the run `is_over`, until the deadline; otherwise for a
+    /// moment. What they do later is for the next run, or for `close`.
+    fn wait_for_callbacks(
+        &self,
+        is_over: bool,
+        deadline: Option<Instant>,
+        interrupted: Interrupted<'_>,
+    ) -> Result<()> {
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let limit = match is_over {
+            true => Limit::new(left.map(|left| left.max(CALLBACK_GRACE)), interrupted),
+            false => Limit::new(Some(CALLBACK_GRACE), &|| Ok(())),
+        };
+        match self.vm.wait_for_callbacks(&limit) {
+            Err(error) if error.kind != ErrorKind::Timeout => Err(error),
+            _ => Ok(()),
+        }
     }
 
     /// One turn of the event loop.

@@ -14,6 +14,7 @@ use crate::event::EventManager;
 use crate::exit_handler::WrappedExitHandler;
 use crate::hop::hop;
 use crate::layout;
+use crate::limit::Limit;
 use crate::memory::{GuestMemory, MemoryRange};
 use crate::snapshot::{Classes, DeviceState, Snapshot, chips, new_id, vcpu};
 use crate::vcpu::{ExitRouter, Vcpu, VmRunState};
@@ -39,13 +40,13 @@ impl Vmm {
     /// [`ErrorKind::State`] when the machine is closed, a device's state cannot be kept, memory is
     /// shared with others, or somebody resumes it meanwhile; when KVM refuses. The machine goes on
     /// as before then.
-    pub fn snapshot(&self) -> Result<Snapshot> {
+    pub fn snapshot(&self, limit: &Limit<'_>) -> Result<Snapshot> {
         hop!();
         let vm = self.vm()?;
         vm.check_process()?;
         vm.prepare(self.entry)?;
-        let _hold = vm.hold()?;
-        vm.complete_pending_io()?;
+        let _quiesced = vm.quiesce(limit)?;
+        vm.complete_pending_io(limit)?;
         let (rests, resets) = (rests(&vm), self.resets.check(None)?);
         // Without a lock: a device may be Python's.
         let devices = save_devices(&self.router().buses)?;
@@ -65,7 +66,7 @@ impl Vmm {
     /// machine of another shape or CPUID, or with a device that this one has not: nothing is
     /// changed then. When KVM or a device refuses or memory is missing the machine may be part one
     /// and part the other: reset it again, or close it.
-    pub fn reset(&self, snapshot: &Snapshot) -> Result<u64> {
+    pub fn reset(&self, snapshot: &Snapshot, limit: &Limit<'_>) -> Result<u64> {
         let vm = self.vm()?;
         vm.check_process()?;
         self.shape(&vm).check_same(&snapshot.shape)?;
@@ -75,12 +76,12 @@ impl Vmm {
         // Nobody starts a run meanwhile; of a run in progress the vCPUs stand still.
         let in_run = self.is_in_run();
         let _running = if in_run { None } else { Some(self.enter_run("reset", false)?) };
-        let _hold = vm.hold()?;
+        let _quiesced = vm.quiesce(limit)?;
         if in_run && vm.state() == VmRunState::Exiting {
             let detail = "the guest has ended, and its run is not over yet";
             return Err(Error::new(ErrorKind::State, "reset", detail));
         }
-        vm.handles().iter().try_for_each(|handle| handle.wait_while_leaving())?;
+        vm.handles().iter().try_for_each(|handle| handle.wait_while_leaving(limit))?;
         self.resets.reset(|| {
             let changed = vm.at_rest(|fd, vcpus| bring_back(&vm, fd, vcpus, snapshot))?;
             vm.revive();
@@ -367,8 +368,9 @@ mod tests {
         *counter.park.lock() = Some((access, handle, told));
         vmm.start().unwrap();
         parked.recv_timeout(Duration::from_secs(60)).unwrap();
-        let snapshot = vmm.snapshot().unwrap();
-        let exit = vmm.wait(Some(Duration::from_secs(60)), |until| turn(&vmm, until)).unwrap();
+        let snapshot = vmm.snapshot(&Limit::NONE).unwrap();
+        let exit =
+            vmm.wait(Some(Duration::from_secs(60)), &|| Ok(()), |until| turn(&vmm, until)).unwrap();
         assert_eq!(exit.unwrap().code, Some(42));
         (snapshot, vmm.serial().take_output())
     }
@@ -391,7 +393,7 @@ mod tests {
             with_counter(&fork);
             fork.restore_devices(&snapshot).unwrap();
             assert_eq!(finish(&fork), expected, "the fork, from access {access}");
-            fork.reset(&snapshot).unwrap();
+            fork.reset(&snapshot, &Limit::NONE).unwrap();
             assert_eq!(finish(&fork), expected, "reset to access {access}");
         }
     }
@@ -403,7 +405,7 @@ mod tests {
         }
         let vmm = Vmm::try_from(life()).unwrap();
         with_counter(&vmm);
-        let snapshot = vmm.snapshot().unwrap();
+        let snapshot = vmm.snapshot(&Limit::NONE).unwrap();
         let fork = Vmm::fork(&snapshot, ForkConfig::default()).unwrap();
         let error = fork.restore_devices(&snapshot).unwrap_err();
         assert_eq!((error.kind, error.at.as_str()), (ErrorKind::State, "pio 0x80"));

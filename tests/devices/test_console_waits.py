@@ -27,8 +27,18 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.kvm
 DEADLINE_S = 60.0
 
-# Lines of one letter for ever, counted at 0x2000: each newline takes two columns of a terminal.
+# Lines of one letter for ever, 32 at a time and counted at 0x2000. Each newline takes two columns
+# of a terminal.
 PRINT_LINES = (
+    b"\xba\xf8\x03"  # mov dx, 0x3f8
+    b"\xbf\x00\x30\xb8\x78\x0a"  # mov di, 0x3000; mov ax, "x\n"
+    b"\xb9\x20\x00\xf3\xab"  # mov cx, 32; rep stosw
+    b"\xbe\x00\x30\xb9\x40\x00\xf3\x6e"  # back: mov si, 0x3000; mov cx, 64; rep outsb
+    b"\x66\xff\x06\x00\x20"  # inc dword [0x2000]
+    b"\xeb\xf1"  # jmp back
+)
+# The same, a byte an access.
+PRINT_BYTES = (
     b"\xba\xf8\x03"  # mov dx, 0x3f8
     b"\xb0\x78\xee"  # back: mov al, 'x'; out dx, al
     b"\xb0\x0a\xee"  # mov al, 10; out dx, al
@@ -196,7 +206,7 @@ def test_an_output_callable_that_sends_and_reads_is_called_with_each_byte_once()
         vmm.serial.send(b"x")
         got.append(piece + vmm.serial.take_output())
 
-    with Vmm(flat(PRINT_LINES, serial=SerialConfig(output=output))) as vmm:
+    with Vmm(flat(PRINT_BYTES, serial=SerialConfig(output=output))) as vmm:
         vmm.run(0.3)
         count = vmm.memory.read_u32(0x2000)
         text = b"".join(got) + vmm.serial.take_output()
@@ -244,7 +254,7 @@ until_stuck(vmm)
 
 
 def test_the_run_stops_at_the_byte_that_completes_a_text() -> None:
-    with Vmm(flat(PRINT_LINES)) as vmm:
+    with Vmm(flat(PRINT_BYTES)) as vmm:
         for text in (b"x\nx", b"\nx\n"):
             vmm.serial.stop_at(text)
             exit = vmm.run(DEADLINE_S)

@@ -38,8 +38,6 @@ TOO_LONG = {
     "src/py/vm.rs",
     "src/py/vmm.rs",
     "src/vcpu/enter.rs::owned",
-    "src/vm/mod.rs",
-    "src/vm/restore.rs::of_shape",
     "src/vmm/snapshot.rs",
     "tests/house/test_flow.py::test_a_guest_goes_through_every_hop_in_order",
     "tests/stress/test_loop_stress.py::test_every_write_is_seen_once_while_subscribers_come_and_go",

@@ -1,6 +1,6 @@
 """`KvmVm`: the machine without an event loop.
 
-Covers src/vm/life.rs.
+Covers src/vm/life.rs, src/vm/kvm_vm.rs, src/vm/start.rs.
 """
 
 from __future__ import annotations

@@ -28,6 +28,10 @@ class Device:
     def write(self, offset, size, value):
         entered.set()
         go.wait()
+    def save(self):
+        return b""
+    def restore(self, state):
+        pass
 
 OUT_FOR_EVER = flat(bytes.fromhex("ba0005b078eeebfd"))
 
@@ -40,6 +44,18 @@ def interrupt_close(number=1):
         while closers() < number:
             time.sleep(0.001)
         signal.pthread_kill(main, signal.SIGINT)
+    threading.Thread(target=send, daemon=True).start()
+
+def interrupt_wait():
+    """Send Ctrl-C when the main thread waits without the GIL."""
+    def send():
+        seen = 0
+        while seen < 100:  # a thread that only wants the GIL gets it in one of the sleeps
+            time.sleep(0.001)
+            state = Path(f"/proc/self/task/{{native}}/stat").read_text().rpartition(")")[2].split()[0]
+            seen = seen + 1 if state == "S" else 0
+        signal.pthread_kill(main, signal.SIGINT)
+    native = threading.get_native_id()
     threading.Thread(target=send, daemon=True).start()
 
 def interrupted(call):
@@ -139,7 +155,7 @@ def test_ctrl_c_ends_a_close_that_waits_for_another_threads_run() -> None:
 SHUTDOWN = """
 vm = make()
 assert entered.wait(60)
-interrupt_close()
+interrupt_wait()
 interrupted(vm.shutdown)
 go.set()
 vm.shutdown()
@@ -229,3 +245,42 @@ assert was_ended
 
 def test_ctrl_c_ends_a_look_that_waits_beside_a_snapshot() -> None:
     run(LOOK)
+
+
+IN_A_CALLBACK = """
+vmm = make()
+assert entered.wait(60)
+interrupt_wait()
+interrupted(CALL)
+assert vmm.state is VmRunState.RUNNING
+go.set()
+vmm.stop()
+vmm.wait()
+vmm.close()
+"""
+
+RUN = """
+vmm = Vmm(OUT_FOR_EVER)
+vmm.add_pio_device(0x500, 1, Device())
+interrupt_wait()
+interrupted(vmm.run)
+assert entered.is_set() and vmm.state is VmRunState.PAUSED
+go.set()
+assert vmm.run(0.01).reason is ExitReason.TIMEOUT
+vmm.close()
+"""
+
+
+@pytest.mark.parametrize("call", ["vmm.snapshot", "lambda: vmm.reset(before)", "vmm.wait"])
+def test_ctrl_c_ends_a_call_that_waits_for_a_callback(call: str) -> None:
+    is_run = call == "vmm.wait"
+    source = VMM + IN_A_CALLBACK.replace("CALL", call).replace(
+        "assert vmm.state is VmRunState.RUNNING", "" if is_run else "assert vmm.state is VmRunState.RUNNING"
+    )
+    if is_run:
+        source = source.replace("vmm.stop()\nvmm.wait()\n", "")
+    run(source.replace("    vmm.start()", "    global before\n    before = vmm.snapshot()\n    vmm.start()"))
+
+
+def test_ctrl_c_ends_a_run_beside_a_callback_in_progress() -> None:
+    run(RUN)

@@ -4,6 +4,7 @@ use pyo3::prelude::*;
 
 use super::object::PySnapshot;
 use crate::hop::hop;
+use crate::py::interrupt;
 use crate::py::vmm::PyVmm;
 
 #[pymethods]
@@ -19,10 +20,14 @@ impl PyVmm {
     /// Raises:
     ///     StateError: the machine is closed, a device cannot be saved, memory is shared with
     ///         others, or another thread resumed the machine meanwhile.
-    fn snapshot(&self, py: Python<'_>) -> PyResult<PySnapshot> {
+    ///     WaitTimeoutError: a callback of the machine did not return within `timeout` seconds. The
+    ///         machine is as before.
+    #[pyo3(signature = (timeout = None))]
+    fn snapshot(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<PySnapshot> {
         hop!();
         let vmm = self.vmm()?;
-        let core = py.detach(|| vmm.snapshot()).map_err(|e| self.device_failure(e.into()))?;
+        let core = interrupt::limited(py, timeout, |limit| vmm.snapshot(limit));
+        let core = core.map_err(|error| self.device_failure(error))?;
         Ok(PySnapshot::of(core, self.origin()?.config.clone_ref(py)))
     }
 
@@ -34,9 +39,12 @@ impl PyVmm {
     /// Raises:
     ///     StateError: the machine is closed, its run is ending, or the snapshot has another shape,
     ///         device or CPUID.
-    fn reset(&self, py: Python<'_>, snapshot: &PySnapshot) -> PyResult<u64> {
+    ///     WaitTimeoutError: a callback of the machine did not return within `timeout` seconds. The
+    ///         machine is as before.
+    #[pyo3(signature = (snapshot, timeout = None))]
+    fn reset(&self, py: Python<'_>, snapshot: &PySnapshot, timeout: Option<f64>) -> PyResult<u64> {
         let (vmm, snapshot) = (self.core()?, snapshot.core()?);
-        let changed = py.detach(|| vmm.reset(snapshot));
-        changed.map_err(|e| self.device_failure(e.into()))
+        let changed = interrupt::limited(py, timeout, |limit| vmm.reset(snapshot, limit));
+        changed.map_err(|error| self.device_failure(error))
     }
 }

@@ -1,0 +1,98 @@
+//! The serial port as a device on the bus: the guest's accesses, and its state for a snapshot. On
+//! vCPU threads; `save`, `restore` and `quiesce` while the guest is at rest.
+
+use smallvec::SmallVec;
+
+use super::bus::Device;
+use super::serial::Serial;
+use crate::bytes::Reader;
+use crate::error::Result;
+use crate::exit_handler::Outcome;
+
+impl Device for Serial {
+    fn read(&self, offset: u64, data: &mut [u8]) -> Outcome {
+        for (register, byte) in (offset..).zip(data.iter_mut()) {
+            *byte = self.change(|guest| guest.uart.read(register));
+        }
+        Outcome::Continue
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> Outcome {
+        self.write_many(offset, data, data.len())
+    }
+
+    /// All elements, however full the output is: the guest waits after the instruction.
+    fn write_many(&self, offset: u64, data: &[u8], size: usize) -> Outcome {
+        let mut sent = SmallVec::<[u8; 16]>::new();
+        for element in data.chunks(size.max(1)) {
+            for (register, byte) in (offset..).zip(element) {
+                sent.extend(self.change(|guest| guest.uart.write(register, *byte)));
+            }
+        }
+        if sent.is_empty() { Outcome::Continue } else { self.print(&sent) }
+    }
+
+    fn wait_for_room(&self, is_called_out: &dyn Fn() -> bool) -> bool {
+        self.output.wait_for_room(is_called_out)
+    }
+
+    fn wake(&self) {
+        self.output.wake();
+    }
+
+    fn acts_by_itself(&self) -> bool {
+        true
+    }
+
+    fn quiesce(&self) -> Result<()> {
+        self.guest.lock().quiesced += 1;
+        Ok(())
+    }
+
+    fn resume(&self) {
+        self.change(|guest| {
+            guest.quiesced = guest.quiesced.saturating_sub(1);
+            if guest.quiesced == 0 {
+                guest.queue.append(&mut guest.held);
+            }
+        });
+    }
+
+    /// Nine registers; then, each after its length, the input in the UART, the input that waits for
+    /// room in it, and the output that has not been taken.
+    fn save(&self) -> Result<Vec<u8>> {
+        let (registers, received, queue) = {
+            let guest = self.guest.lock();
+            let received: Vec<u8> = guest.uart.received().collect();
+            let queue: Vec<u8> = guest.queue.iter().chain(&guest.held).copied().collect();
+            (guest.uart.registers(), received, queue)
+        };
+        let mut bytes = registers.to_vec();
+        for part in [received, queue, self.output.copy()] {
+            bytes.extend(u32::try_from(part.len()).unwrap_or(u32::MAX).to_le_bytes());
+            bytes.extend(part);
+        }
+        Ok(bytes)
+    }
+
+    fn restore(&self, state: &[u8]) -> Result<()> {
+        let mut reader = Reader::new("serial", state);
+        let registers = reader.take::<9>()?;
+        let mut part = || {
+            let length = usize::try_from(reader.u32()?).unwrap_or(usize::MAX);
+            reader.bytes(length).map(<[u8]>::to_vec)
+        };
+        let (received, queue, output) = (part()?, part()?, part()?);
+        reader.end()?;
+        self.change(|guest| {
+            guest.queue = guest.uart.restore(registers, received);
+            guest.queue.extend(queue);
+            guest.held.clear();
+        });
+        if self.input_waiting() == 0 {
+            let _ = self.input_wanted.get().map(|wanted| wanted.write(1));
+        }
+        self.output.restore(output);
+        Ok(())
+    }
+}

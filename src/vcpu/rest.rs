@@ -1,0 +1,79 @@
+//! Waiting for a vCPU to come to rest, or for the callback that it is in. Any thread.
+
+use std::time::Instant;
+
+use super::handle::{HandleState, VcpuHandle, closed};
+use super::kick::this_thread;
+use crate::error::{Error, ErrorKind, Result};
+use crate::limit::Limit;
+use crate::sync::{MutexGuard, rank};
+
+impl VcpuHandle {
+    /// Wait for a vCPU that is on its way to rest, also where a callback answers its exit.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] when this thread is the one that answers its exit; what `limit` ends
+    /// the wait with.
+    pub(crate) fn wait_while_leaving(&self, limit: &Limit<'_>) -> Result<()> {
+        self.rested(limit).map(drop)
+    }
+
+    pub(super) fn rested(
+        &self,
+        limit: &Limit<'_>,
+    ) -> Result<MutexGuard<'_, HandleState, rank::Vcpu>> {
+        self.check_process()?;
+        let mut state = self.state.lock();
+        while state.is_leaving() {
+            if state.runner == Some(this_thread()) {
+                let (at, detail) = (format!("vcpu_{}", self.id()), "its exit is not answered yet");
+                let error = Error::new(ErrorKind::State, at, detail);
+                return Err(error.hint("let the callback return first"));
+            }
+            MutexGuard::unlocked(&mut state, || {
+                let is_over = |state: &HandleState| !state.is_leaving();
+                limit.wait(&format!("vcpu_{}", self.id()), |until| self.wait_until(until, is_over))
+            })?;
+        }
+        if state.is_closed { Err(closed()) } else { Ok(state) }
+    }
+
+    /// Wait until this time at most for the state to be one in which a wait `is_over`. Whether it
+    /// is.
+    fn wait_until(&self, until: Instant, is_over: impl Fn(&HandleState) -> bool) -> bool {
+        let mut state = self.state.lock();
+        while !is_over(&state) {
+            if self.changed.wait_until(&mut state, until) {
+                return is_over(&state);
+            }
+        }
+        true
+    }
+
+    /// Wait until a run that has ended has no callback left in progress.
+    pub(crate) fn wait_for_callback(&self, limit: &Limit<'_>) -> Result<()> {
+        let is_over = |state: &HandleState| !state.is_leaving() && !state.is_reporting;
+        limit.wait(&format!("vcpu_{}", self.id()), |until| self.wait_until(until, is_over))
+    }
+
+    /// Wait until the vCPU is at rest, or has been since it was counted: another thread may have
+    /// sent it off again. False if this time, none for no limit, came first.
+    pub(crate) fn wait_for_rest(&self, counted: u64, until: Option<Instant>) -> bool {
+        let is_over = |state: &HandleState| state.is_at_rest() || state.transitions != counted;
+        if let Some(until) = until {
+            return self.wait_until(until, is_over);
+        }
+        let mut state = self.state.lock();
+        while !is_over(&state) {
+            self.changed.wait(&mut state);
+        }
+        true
+    }
+
+    /// Whether a thread runs it, or calls the program's code for it.
+    pub(crate) fn is_out(&self) -> bool {
+        let state = self.state.lock();
+        let is_out = state.vcpu.is_none() || state.is_completing || state.is_reporting;
+        is_out && !state.is_lost && !state.is_closed
+    }
+}

@@ -1,0 +1,257 @@
+//! How a `KvmVm` is made: of a configuration, of the shape of a snapshot, or bare. On the caller's
+//! thread.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use kvm_bindings::{
+    KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2, kvm_enable_cap,
+    kvm_pit_config,
+};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+
+use super::KvmVm;
+use super::shape::Shape;
+use super::vcpus::Vcpus;
+use crate::config::{Boot, ExitPort, FlatBoot, VmmConfig};
+use crate::cpu::{CpuMode, cpuid, msrs, tables};
+use crate::devices;
+use crate::error::{Error, ErrorKind, Result};
+use crate::exit_handler::ExitHandler;
+use crate::fixup;
+use crate::hop::hop;
+use crate::kvm::open_kvm;
+use crate::layout;
+use crate::memory::GuestMemory;
+use crate::process::ProcessTag;
+use crate::resources::{Kind, Resources};
+use crate::sync::Mutex;
+use crate::vcpu::{self, ExitRouter, RunState, VcpuHandle};
+
+/// What KVM gives a machine besides vCPUs and memory.
+#[derive(Clone, Copy, Debug, Default)]
+struct Chips {
+    irqchip: bool,
+    pit: bool,
+    fixups: bool,
+}
+
+impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
+    /// Create the machine: interrupt controller, PIT, memory slots, vCPUs, in the order that costs
+    /// least.
+    ///
+    /// # Errors
+    /// When KVM refuses a part.
+    pub fn new(
+        config: &VmmConfig,
+        memory: GuestMemory,
+        router: Arc<ExitRouter>,
+        exit_handler: EH,
+    ) -> Result<Self> {
+        let kvm = open_kvm()?;
+        let (irqchip, pit) = (config.has_irqchip(), config.has_pit());
+        let chips = Chips { irqchip, pit, fixups: config.cpu.fixups };
+        let table = cpuid::guest_cpuid(&kvm, &config.cpu)?;
+        let count = vcpu_count(&kvm, config)?;
+        let mut vm = Self::assemble(&kvm, chips, memory, router, exit_handler)?;
+        vm.create_vcpus(0..u64::from(count), |fd, id| set_up(fd, config, &table, id, count))?;
+        tables::write(&vm.memory, config.mode(), || cpuid::has(&table, "pdpe1gb"))?;
+        vm.mode = config.mode();
+        if let Boot::Flat(FlatBoot { address, .. }) = &config.boot {
+            vm.code = Some(*address);
+        }
+        vm.is_prepared = AtomicBool::new(false);
+        Ok(vm)
+    }
+
+    /// A machine of this shape, whose vCPUs have no CPUID and no registers yet.
+    ///
+    /// # Errors
+    /// When KVM refuses a part.
+    pub(crate) fn of_shape(
+        shape: &Shape,
+        memory: GuestMemory,
+        router: &Arc<ExitRouter>,
+        exit_handler: EH,
+    ) -> Result<Self> {
+        hop!();
+        let kvm = open_kvm()?;
+        let most = kvm.get_max_vcpus();
+        if usize::from(shape.vcpus) > most {
+            let detail = format!("{} is more than this KVM's {most}", shape.vcpus);
+            return Err(Error::new(ErrorKind::Snapshot, "vcpus", detail));
+        }
+        let chips = Chips { irqchip: shape.irqchip, pit: shape.pit, fixups: shape.fixups };
+        let vm = Self::assemble(&kvm, chips, memory, Arc::clone(router), exit_handler)?;
+        vm.create_vcpus(0..u64::from(shape.vcpus), |_, _| Ok(()))?;
+        Ok(vm)
+    }
+
+    /// A machine of nothing: no memory, no devices, no vCPUs.
+    ///
+    /// # Errors
+    /// When KVM refuses it.
+    pub fn bare(exit_handler: EH) -> Result<Self> {
+        let memory = GuestMemory::empty();
+        claim_for_kvm(memory.resources(), false)?;
+        Self::assemble(&open_kvm()?, Chips::default(), memory, Arc::default(), exit_handler)
+    }
+
+    /// A machine without vCPUs, whose registers whoever makes it sets.
+    fn assemble(
+        kvm: &Kvm,
+        chips: Chips,
+        memory: GuestMemory,
+        router: Arc<ExitRouter>,
+        exit_handler: EH,
+    ) -> Result<Self> {
+        let fd = create_vm(kvm)?;
+        create_irqchip(&fd, chips.irqchip, chips.pit)?;
+        memory.kvm_slots().attach(&fd)?;
+        let (run_state, exit) = (RunState::default(), Mutex::new(None));
+        Ok(Self {
+            vcpus: Vcpus::default(),
+            fd,
+            memory,
+            shared: Arc::new(vcpu::Shared { exit_handler, run_state, exit }),
+            router,
+            paused_devices: Mutex::default(),
+            mode: CpuMode::Real16,
+            code: None,
+            fixups: Arc::default(),
+            has_fixups: chips.fixups,
+            irqchip: chips.irqchip,
+            pit: chips.pit,
+            lines: Mutex::default(),
+            is_prepared: AtomicBool::new(true),
+            process_tag: ProcessTag::current(),
+        })
+    }
+
+    /// Add the vCPUs of these numbers, each `set_up` before pyvmm drives it.
+    fn create_vcpus(
+        &self,
+        ids: impl Iterator<Item = u64>,
+        set_up: impl Fn(&VcpuFd, u64) -> Result<()>,
+    ) -> Result<()> {
+        for id in ids {
+            self.vcpus.add(|| {
+                let fd = self.create_vcpu_fd(id)?;
+                set_up(&fd, id)?;
+                vcpu::create(id, fd, Arc::clone(&self.router), self.memory.clone())
+            })?;
+        }
+        if self.has_fixups {
+            switch_fixups_on(&self.fd, &self.handles(), &self.fixups)
+        } else {
+            Ok(())
+        }
+    }
+
+    pub(super) fn create_vcpu_fd(&self, id: u64) -> Result<VcpuFd> {
+        self.fd.create_vcpu(id).map_err(|e| Error::kvm("KVM_CREATE_VCPU", e))
+    }
+}
+
+/// Claim what KVM and the built-in devices answer, before anything that names it is written.
+///
+/// # Errors
+/// When there is something else already.
+pub(crate) fn claim_platform(
+    resources: &Resources,
+    irqchip: bool,
+    exit_port: ExitPort,
+) -> Result<()> {
+    claim_for_kvm(resources, irqchip)?;
+    devices::claim(resources, irqchip, exit_port)
+}
+
+/// Claim what KVM answers itself: pages of its own and, with an interrupt controller, the chips.
+///
+/// # Errors
+/// [`ErrorKind::Memory`] when there is something else already.
+fn claim_for_kvm(resources: &Resources, irqchip: bool) -> Result<()> {
+    let claim = |kind, (start, length), name: &str| {
+        resources.claim(kind, (start, length), name).map_err(|other| {
+            let detail = format!("{name} overlaps {other}");
+            Error::new(ErrorKind::Memory, format!("{start:#x}"), detail)
+                .hint("leave that range out: add memory below and above it")
+        })
+    };
+    for (range, name) in layout::kernel_addresses(irqchip) {
+        claim(Kind::Mmio, range, name)?;
+    }
+    let ports = layout::KERNEL_PORTS.into_iter().filter(|_| irqchip);
+    ports.into_iter().try_for_each(|(range, name)| claim(Kind::Pio, range, name))
+}
+
+/// A VM with the pages that KVM itself needs on some processors.
+fn create_vm(kvm: &Kvm) -> Result<Arc<VmFd>> {
+    let fd = kvm.create_vm().map_err(|e| Error::kvm("KVM_CREATE_VM", e))?;
+    fd.set_identity_map_address(layout::KVM_IDENTITY_MAP)
+        .map_err(|e| Error::kvm("KVM_SET_IDENTITY_MAP_ADDR", e))?;
+    fd.set_tss_address(layout::KVM_TSS).map_err(|e| Error::kvm("KVM_SET_TSS_ADDR", e))?;
+    Ok(Arc::new(fd))
+}
+
+fn create_irqchip(fd: &VmFd, has_irqchip: bool, has_pit: bool) -> Result<()> {
+    // Before the memory slots: KVM waits for its readers at each slot that comes before a
+    // controller.
+    if has_irqchip {
+        fd.create_irq_chip().map_err(|e| Error::kvm("KVM_CREATE_IRQCHIP", e))?;
+    }
+    if has_pit {
+        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        fd.create_pit2(pit).map_err(|e| Error::kvm("KVM_CREATE_PIT2", e))?;
+    }
+    Ok(())
+}
+
+/// Have KVM hand over every instruction it cannot emulate, also those of ring 3, before it raises
+/// #UD.
+fn switch_fixups_on(
+    fd: &VmFd,
+    vcpus: &[Arc<VcpuHandle>],
+    counts: &Arc<fixup::Counts>,
+) -> Result<()> {
+    let mut cap = kvm_enable_cap { cap: KVM_CAP_EXIT_ON_EMULATION_FAILURE, ..Default::default() };
+    cap.args[0] = 1;
+    fd.enable_cap(&cap).map_err(|e| {
+        let error = Error::kvm("KVM_CAP_EXIT_ON_EMULATION_FAILURE", e);
+        Error { at: "cpu.fixups".into(), ..error }.hint("Linux has it since 5.14")
+    })?;
+    vcpus.iter().try_for_each(|handle| {
+        handle.with_vcpu(|vcpu| {
+            vcpu.fixups = Some(Arc::clone(counts));
+            Ok(())
+        })
+    })
+}
+
+fn vcpu_count(kvm: &Kvm, config: &VmmConfig) -> Result<u8> {
+    let most = u64::try_from(kvm.get_max_vcpus()).unwrap_or(1);
+    if config.cpu.vcpus > most {
+        let detail = format!("{} is more than this KVM's {most}", config.cpu.vcpus);
+        return Err(Error::new(ErrorKind::Config, "cpu.vcpus", detail));
+    }
+    Ok(u8::try_from(config.cpu.vcpus).unwrap_or(u8::MAX))
+}
+
+/// Give a vCPU what the configuration says of it.
+fn set_up(
+    vcpu: &VcpuFd,
+    config: &VmmConfig,
+    table: &[kvm_cpuid_entry2],
+    id: u64,
+    count: u8,
+) -> Result<()> {
+    let cpuid = cpuid::for_vcpu(table, u8::try_from(id).unwrap_or(u8::MAX), count)?;
+    vcpu.set_cpuid2(&cpuid).map_err(|e| Error::kvm("KVM_SET_CPUID2", e))?;
+    if config.mode() == CpuMode::Linux64 {
+        msrs::set_boot_msrs(vcpu)?;
+    }
+    if config.has_irqchip() {
+        msrs::set_lapic_lines(vcpu)?;
+    }
+    Ok(())
+}

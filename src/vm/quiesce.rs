@@ -1,0 +1,153 @@
+//! A machine that stands still: every vCPU out of its guest, and no device that changes what the
+//! guest sees. One mechanism, counted, for a pause, a snapshot, a reset and an NMI. Any thread but
+//! the machine's own where it has to wait for a callback.
+
+use super::KvmVm;
+use super::life::not_running;
+use super::vcpus::Leaving;
+use crate::devices::QuiescedDevices;
+use crate::error::Result;
+use crate::exit_handler::ExitHandler;
+use crate::limit::Limit;
+use crate::vcpu::VmRunState;
+
+impl<EH: ExitHandler> KvmVm<EH> {
+    /// Bring the vCPUs of the run in progress out of their guests, wait until they are at rest, and
+    /// quiesce the devices. Does nothing when they are paused already.
+    ///
+    /// # Errors
+    /// [`crate::error::ErrorKind::State`] when the machine is not running; what `limit` ends the
+    /// wait with, or a device refuses with. Then the machine runs on.
+    pub fn pause(&self, limit: &Limit<'_>) -> Result<()> {
+        self.check_process()?;
+        let run_state = &self.shared.run_state;
+        let leaving = self.vcpus.pause(|| match run_state.set_and_notify(VmRunState::Paused) {
+            Ok(_) | Err(VmRunState::Paused) => Ok(()),
+            Err(state) => Err(not_running("pause", state)),
+        })?;
+        // The machine's state keeps the vCPUs at rest when this is dropped.
+        let mut quiesced = self.wait(leaving, limit).inspect_err(|_| {
+            self.vcpus.undo_pause(|| {
+                // Fails if the guest has ended.
+                let _ = run_state.set_and_notify(VmRunState::Running);
+            });
+        })?;
+        let former = self.paused_devices.lock().replace(std::mem::take(&mut quiesced.devices));
+        if self.state() != VmRunState::Paused {
+            // Another thread has resumed the machine, perhaps before the devices were there.
+            self.resume_devices();
+        }
+        drop(former);
+        Ok(())
+    }
+
+    /// The devices that a pause has quiesced go on. With no lock held: one may be the program's.
+    pub(super) fn resume_devices(&self) {
+        let devices = self.paused_devices.lock().take();
+        drop(devices);
+    }
+
+    /// Have the machine stand still until the result is dropped, whether it runs or not. Its state
+    /// stays as it is: a pause or a resume meanwhile takes effect when the last of them is dropped.
+    /// A vCPU in a callback of the program's is out of its guest.
+    ///
+    /// # Errors
+    /// [`crate::error::ErrorKind::Closed`] when the machine is closed, and an error in a forked
+    /// child; what `limit` ends the wait with, or a device refuses with.
+    pub(crate) fn quiesce(&self, limit: &Limit<'_>) -> Result<Quiesced<'_, EH>> {
+        self.check_process()?;
+        let leaving = self.vcpus.quiesce(|| Ok(()))?;
+        self.wait(leaving, limit)
+    }
+
+    fn wait(&self, leaving: Leaving, limit: &Limit<'_>) -> Result<Quiesced<'_, EH>> {
+        let mut quiesced = Quiesced { vm: self, devices: QuiescedDevices::default() };
+        leaving.wait(limit)?;
+        quiesced.devices = QuiescedDevices::new(&self.router.buses)?;
+        Ok(quiesced)
+    }
+}
+
+/// A machine that stands still for as long as this lives.
+#[derive(Debug)]
+pub(crate) struct Quiesced<'a, EH: ExitHandler> {
+    vm: &'a KvmVm<EH>,
+    devices: QuiescedDevices,
+}
+
+impl<EH: ExitHandler> Drop for Quiesced<'_, EH> {
+    fn drop(&mut self) {
+        // In a child that a callback has forked the machine is the parent's.
+        if self.vm.is_forked_child() {
+            std::mem::take(&mut self.devices).forget();
+            return;
+        }
+        drop(std::mem::take(&mut self.devices));
+        self.vm.vcpus.release(|| self.vm.state());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::mpsc::{Receiver, Sender, channel};
+    use std::time::Duration;
+
+    use super::*;
+    use crate::config::{Boot, Code, FlatBoot, VmmConfig};
+    use crate::cpu::CpuMode;
+    use crate::devices::{Access, Device};
+    use crate::error::ErrorKind;
+    use crate::exit_handler::Outcome;
+    use crate::sync::{Mutex, rank};
+    use crate::vmm::Vmm;
+
+    /// Holds up the vCPU in a write until it is told to go on.
+    #[derive(Debug)]
+    struct Slow {
+        entered: Sender<()>,
+        go: Mutex<Receiver<()>, rank::Test>,
+    }
+
+    impl Device for Slow {
+        fn read(&self, _offset: u64, _data: &mut [u8]) -> Outcome {
+            Outcome::Continue
+        }
+        fn write(&self, _offset: u64, _data: &[u8]) -> Outcome {
+            let _ = self.entered.send(());
+            // Fails when the test is over.
+            let _ = self.go.lock().recv();
+            Outcome::Continue
+        }
+    }
+
+    #[test]
+    fn a_pause_that_cannot_be_waited_for_leaves_the_machine_running() {
+        if crate::kvm::open_kvm().is_err() {
+            return;
+        }
+        // back: out 0x80, al; jmp back
+        let code = Code::Bytes(vec![0xe6, 0x80, 0xeb, 0xfc]);
+        let mode = CpuMode::Protected32;
+        let boot = Boot::Flat(FlatBoot { code, address: 0x1000, entry: None, mode });
+        let mut config = VmmConfig { boot, ..VmmConfig::default() };
+        config.memory.size_mib = 1;
+        let vmm = Vmm::try_from(config).unwrap();
+        let ((entered, has_entered), (go, goes)) = (channel(), channel());
+        let slow = Slow { entered, go: Mutex::new(goes) };
+        vmm.add_device(Access::Pio, 0x80, 1, Arc::new(slow)).unwrap();
+        vmm.start().unwrap();
+        let deadline = Duration::from_secs(60);
+        has_entered.recv_timeout(deadline).unwrap();
+        let brief = Limit::new(Some(Duration::from_millis(1)), &|| Ok(()));
+        assert_eq!(vmm.pause(&brief).unwrap_err().kind, ErrorKind::Timeout);
+        assert_eq!(vmm.state(), VmRunState::Running);
+        go.send(()).unwrap();
+        has_entered.recv_timeout(deadline).unwrap(); // the guest has gone on
+        go.send(()).unwrap();
+        // The next write waits for this sender.
+        drop(go);
+        vmm.pause(&Limit::NONE).unwrap();
+        assert_eq!(vmm.state(), VmRunState::Paused);
+    }
+}

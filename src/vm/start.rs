@@ -1,0 +1,72 @@
+//! Where vCPUs start: new vCPUs of a bare machine, and the registers of a first run. On the
+//! caller's thread, while the vCPUs are at rest.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state};
+
+use super::KvmVm;
+use crate::cpu::{CpuMode, regs};
+use crate::error::{Error, ErrorKind, Result};
+use crate::exit_handler::ExitHandler;
+use crate::vcpu::{self, Vcpu, VcpuHandle, VmRunState};
+
+impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
+    /// Add a vCPU as KVM makes it: at the reset vector, with a CPUID that says nothing.
+    ///
+    /// # Errors
+    /// When the machine has run, there is one of this number, or KVM refuses it.
+    pub fn create_vcpu(&self, id: u64) -> Result<Arc<VcpuHandle>> {
+        self.check_process()?;
+        self.vcpus.add(|| {
+            if self.state() != VmRunState::Created {
+                let detail = "the machine has run: it keeps its vCPUs";
+                return Err(Error::new(ErrorKind::State, "create_vcpu", detail));
+            }
+            let fd = self.create_vcpu_fd(id)?;
+            vcpu::create(id, fd, Arc::clone(&self.router), self.memory.clone())
+        })
+    }
+
+    /// Put the vCPUs where a first run would start them, so that they can be looked into and
+    /// changed before.
+    ///
+    /// # Errors
+    /// When KVM refuses the registers.
+    pub fn prepare(&self, address: u64) -> Result<()> {
+        self.check_process()?;
+        if self.state() != VmRunState::Created || self.is_prepared.swap(true, Ordering::AcqRel) {
+            return Ok(());
+        }
+        self.vcpus.each(|handle| handle.with_vcpu(|vcpu| self.set_start_state(vcpu, address)))
+    }
+
+    /// Where a run that is to start at `address` has to put the vCPUs; none when they stand there,
+    /// or further on.
+    #[must_use]
+    pub fn first_address(&self, address: u64) -> Option<u64> {
+        let is_first =
+            self.state() == VmRunState::Created && !self.is_prepared.load(Ordering::Acquire);
+        is_first.then_some(address)
+    }
+
+    /// Registers of a first start.
+    pub(super) fn set_start_state(&self, vcpu: &mut Vcpu, address: u64) -> Result<()> {
+        vcpu.has_page_registers = false;
+        if self.mode == CpuMode::Linux64 && vcpu.id != 0 {
+            return Ok(()); // waits for INIT and SIPI
+        }
+        let mut sregs = vcpu.fd.get_sregs().map_err(|e| Error::kvm("KVM_GET_SREGS", e))?;
+        regs::set_start_sregs(&mut sregs, self.mode, address);
+        vcpu.fd.set_sregs(&sregs).map_err(|e| Error::kvm("KVM_SET_SREGS", e))?;
+        let code = self.code.unwrap_or(address);
+        let start = regs::start_regs(self.mode, address, code, vcpu.id);
+        vcpu.fd.set_regs(&start).map_err(|e| Error::kvm("KVM_SET_REGS", e))?;
+        if self.irqchip && vcpu.id != 0 {
+            let state = kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE };
+            vcpu.fd.set_mp_state(state).map_err(|e| Error::kvm("KVM_SET_MP_STATE", e))?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,191 @@
+"""Devices stand still while their machine is paused, snapshotted or reset.
+
+Covers src/devices/quiesce.rs, src/vm/quiesce.rs.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+from typing import Any
+
+import pytest
+from guests import flat
+from pyvmm import ExitReason, SerialConfig, Vmm, VmRunState
+
+pytestmark = pytest.mark.kvm
+DEADLINE_S = 60.0
+SPIN = b"\xeb\xfe"
+# Reads the serial port's line status until there is input, reads it, and ends the run with it.
+ECHO = bytes.fromhex("bafd03eca80174fbbaf803ece6f4")
+
+
+class Clock:
+    """A device with a half of its own."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.error: Exception | None = None
+
+    def read(self, offset: int, size: int) -> int:
+        return 0
+
+    def quiesce(self) -> None:
+        self.calls.append("quiesce")
+        if self.error:
+            raise self.error
+
+    def resume(self) -> None:
+        self.calls.append("resume")
+
+    def save(self) -> bytes:
+        self.calls.append("save")
+        return b""
+
+    def restore(self, state: bytes) -> None:
+        self.calls.append("restore")
+
+
+def test_a_device_stands_still_for_a_snapshot_and_a_reset() -> None:
+    clock = Clock()
+    with Vmm(flat(SPIN)) as vmm:
+        vmm.add_pio_device(0x500, 1, clock)
+        before = vmm.snapshot()
+        assert clock.calls == ["quiesce", "save", "resume"]
+        clock.calls.clear()
+        vmm.reset(before)
+        assert clock.calls == ["quiesce", "restore", "resume"]
+
+
+def test_a_device_stands_still_for_as_long_as_the_machine_is_paused() -> None:
+    clock = Clock()
+    with Vmm(flat(SPIN)) as vmm:
+        vmm.add_pio_device(0x500, 1, clock)
+        vmm.start()
+        vmm.pause()
+        assert clock.calls == ["quiesce"]
+        vmm.snapshot()
+        assert clock.calls == ["quiesce", "quiesce", "save", "resume"]
+        vmm.resume()
+        assert clock.calls[4:] == ["resume"]
+        vmm.pause()
+        vmm.stop()
+        exit = vmm.wait(DEADLINE_S)
+        assert exit is not None
+        assert exit.reason is ExitReason.STOPPED
+        assert clock.calls[5:] == ["quiesce", "resume"], "the end of the run ends the pause"
+        vmm.start()
+        vmm.pause()
+    assert clock.calls[7:] == ["quiesce", "resume"], "as a close does"
+
+
+class Half:
+    """Counts its calls, and checks that it stands still where its state is kept or changed."""
+
+    def __init__(self) -> None:
+        self.lock, self.still = threading.Lock(), 0
+
+    def read(self, offset: int, size: int) -> int:
+        return 0
+
+    def quiesce(self) -> None:
+        with self.lock:
+            self.still += 1
+
+    def resume(self) -> None:
+        with self.lock:
+            self.still -= 1
+            assert self.still >= 0
+
+    def save(self) -> bytes:
+        assert self.still > 0
+        return b""
+
+    def restore(self, state: bytes) -> None:
+        assert self.still > 0
+
+
+def test_pauses_and_resumes_from_many_threads_leave_the_device_going() -> None:
+    half = Half()
+    with Vmm(flat(SPIN)) as vmm:
+        vmm.add_pio_device(0x500, 1, half)
+        vmm.start()
+
+        def work() -> None:
+            for _ in range(30):
+                vmm.pause()
+                vmm.snapshot()
+                vmm.resume()
+
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert vmm.state is VmRunState.RUNNING
+        assert half.still == 0
+
+
+@pytest.mark.parametrize("call", ["pause", "snapshot", "reset"])
+def test_what_quiesce_raises_comes_out_and_the_machine_goes_on(call: str) -> None:
+    clock = Clock()
+    with Vmm(flat(SPIN)) as vmm:
+        vmm.add_pio_device(0x500, 1, clock)
+        before = vmm.snapshot()
+        vmm.start()
+        clock.error = LookupError("no")
+        with pytest.raises(LookupError, match="no"):
+            getattr(vmm, call)(*([before] if call == "reset" else []))
+        assert vmm.state is VmRunState.RUNNING
+        clock.error = None
+        vmm.pause()
+        assert vmm.wait(0.01) is None
+
+
+def test_what_resume_raises_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Bad(Clock):
+        def resume(self) -> None:
+            raise LookupError("no")
+
+    seen: list[Any] = []
+    monkeypatch.setattr("sys.unraisablehook", lambda unraisable: seen.append(unraisable.exc_value))
+    with Vmm(flat(SPIN)) as vmm:
+        vmm.add_pio_device(0x500, 1, Bad())
+        vmm.snapshot()
+    assert [str(error) for error in seen] == ["no"]
+
+
+@pytest.mark.parametrize("missing", ["quiesce", "resume"])
+def test_a_device_has_both_or_neither(missing: str) -> None:
+    clock = Clock()
+    setattr(clock, missing, None)
+    with Vmm(flat(SPIN)) as vmm:
+        with pytest.raises(TypeError, match=r"Clock has one of quiesce\(\) and resume\(\): both go together"):
+            vmm.add_pio_device(0x500, 1, clock)
+        vmm.add_pio_device(0x500, 1, Clock())
+
+
+def test_a_coroutine_is_no_quiesce() -> None:
+    class Bad(Clock):
+        async def quiesce(self) -> None:  # type: ignore[override]
+            pass
+
+    with Vmm(flat(SPIN)) as vmm:
+        vmm.add_pio_device(0x500, 1, Bad())
+        with pytest.raises(TypeError, match="quiesce"):
+            vmm.snapshot()
+    gc.collect()
+
+
+def test_input_that_comes_while_the_machine_is_paused_is_read_afterwards() -> None:
+    with Vmm(flat(ECHO)) as vmm:
+        vmm.start()
+        vmm.pause()
+        vmm.serial.send(b"A")
+        assert vmm.serial.input_waiting == 1
+        fork = vmm.snapshot().fork(serial=SerialConfig())
+        vmm.resume()
+        for machine in (vmm.wait(DEADLINE_S), fork.run(DEADLINE_S)):
+            assert machine is not None
+            assert (machine.reason, machine.code) == (ExitReason.CODE, ord("A"))
+        fork.close()

@@ -1,0 +1,176 @@
+"""Calls beside a callback that does not return: time limits end them, and the machine is as before.
+
+Covers src/limit.rs, src/vcpu/rest.rs, src/vmm/run.rs.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import pytest
+from guests import flat
+from pyvmm import ExitReason, KvmVm, StateError, Vmm, VmmError, VmRunState, WaitTimeoutError
+
+if TYPE_CHECKING:
+    from typing import Any
+
+pytestmark = pytest.mark.kvm
+DEADLINE_S = 60.0
+OUT_FOR_EVER = b"\xba\x00\x05\xb0\x78\xee\xeb\xfd"  # mov dx, 0x500; mov al, 'x'; back: out dx, al; jmp back
+
+
+class Slow:
+    """A device that returns when it is told to."""
+
+    def __init__(self) -> None:
+        self.entered, self.go = threading.Event(), threading.Event()
+        self.calls = 0
+        self.error: Exception | None = None
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        self.entered.set()
+        assert self.go.wait(DEADLINE_S)
+        self.calls += 1
+        if self.error:
+            raise self.error
+
+    def save(self) -> bytes:
+        return b""
+
+    def restore(self, state: bytes) -> None:
+        pass
+
+
+@pytest.fixture
+def slow() -> Iterator[Slow]:
+    slow = Slow()
+    yield slow
+    slow.go.set()
+
+
+@pytest.fixture
+def vmm(slow: Slow) -> Iterator[Vmm]:
+    with Vmm(flat(OUT_FOR_EVER)) as vmm:
+        vmm.add_pio_device(0x500, 1, slow)
+        yield vmm
+        slow.go.set()
+
+
+def test_a_run_ends_in_time_beside_a_callback_that_does_not_return(vmm: Vmm, slow: Slow) -> None:
+    assert vmm.run(0.01).reason is ExitReason.TIMEOUT
+    assert slow.entered.is_set()
+    assert not slow.calls
+    assert vmm.state is VmRunState.PAUSED
+    assert vmm.vcpus[0].regs.rdx == 0x500
+    slow.go.set()
+    assert vmm.run(0.05).reason is ExitReason.TIMEOUT
+    assert slow.calls > 1, "the guest has gone on"
+
+
+def test_what_such_a_callback_raises_comes_out_of_the_next_run(vmm: Vmm, slow: Slow) -> None:
+    assert vmm.run(0.01).reason is ExitReason.TIMEOUT
+    slow.error = ValueError("late")
+    slow.go.set()
+    with pytest.raises(ValueError, match="late"):
+        vmm.run(DEADLINE_S)
+
+
+def test_a_run_that_was_stopped_waits_for_the_callback(vmm: Vmm, slow: Slow) -> None:
+    with ThreadPoolExecutor() as others:
+        ran = others.submit(vmm.run, DEADLINE_S)
+        assert slow.entered.wait(DEADLINE_S)
+        vmm.stop()
+        while vmm.state is VmRunState.RUNNING:
+            time.sleep(0.001)
+        assert not ran.done()
+        slow.go.set()
+        assert ran.result().reason is ExitReason.STOPPED
+    assert slow.calls == 1
+
+
+def test_a_callback_may_stop_its_run_and_do_more(vmm: Vmm, slow: Slow) -> None:
+    done: list[int] = []
+
+    class Stopper:
+        def write(self, offset: int, size: int, value: int) -> None:
+            vmm.stop()
+            time.sleep(0.05)
+            done.append(value)
+
+    vmm.remove_pio_device(0x500)
+    vmm.add_pio_device(0x500, 1, Stopper())
+    assert vmm.run(DEADLINE_S).reason is ExitReason.STOPPED
+    assert done == [0x78]
+
+
+@pytest.mark.parametrize("call", ["snapshot", "reset"])
+def test_a_time_limit_ends_a_wait_for_a_callback(vmm: Vmm, slow: Slow, call: str) -> None:
+    before = vmm.snapshot()
+    calls: dict[str, Callable[[float], Any]] = {
+        "snapshot": vmm.snapshot,
+        "reset": lambda limit: vmm.reset(before, limit),
+    }
+    vmm.start()
+    assert slow.entered.wait(DEADLINE_S)
+    with pytest.raises(WaitTimeoutError, match="vcpu_0: a callback of the machine did not return") as raised:
+        calls[call](0.01)
+    assert isinstance(raised.value, TimeoutError)
+    assert isinstance(raised.value, VmmError)
+    assert vmm.state is VmRunState.RUNNING
+    slow.go.set()
+    calls[call](DEADLINE_S)
+    assert vmm.wait(0.01) is None
+    assert slow.calls > 0
+
+
+def test_a_pause_does_not_wait_for_a_callback(vmm: Vmm, slow: Slow) -> None:
+    vmm.start()
+    assert slow.entered.wait(DEADLINE_S)
+    vmm.pause(DEADLINE_S)
+    assert vmm.state is VmRunState.PAUSED
+    assert not slow.calls
+    vmm.resume()
+    slow.go.set()
+    assert vmm.wait(0.01) is None
+
+
+@pytest.mark.parametrize("timeout", [-1.0, float("nan"), "1"])
+def test_a_time_limit_that_cannot_be_is_refused(vmm: Vmm, timeout: Any) -> None:
+    before = vmm.snapshot()
+    calls: list[Callable[[], Any]] = [
+        lambda: vmm.pause(timeout),
+        lambda: vmm.snapshot(timeout),
+        lambda: vmm.reset(before, timeout),
+    ]
+    for call in calls:
+        with pytest.raises((ValueError, TypeError)):
+            call()
+    assert vmm.state is VmRunState.CREATED
+
+
+def test_a_callback_cannot_snapshot_its_own_machine(vmm: Vmm, slow: Slow) -> None:
+    raised: list[StateError] = []
+
+    class Device:
+        def write(self, offset: int, size: int, value: int) -> None:
+            with pytest.raises(StateError, match="let the callback return first") as error:
+                vmm.snapshot(DEADLINE_S)
+            raised.append(error.value)
+            vmm.stop()
+
+    vmm.remove_pio_device(0x500)
+    vmm.add_pio_device(0x500, 1, Device())
+    assert vmm.run(DEADLINE_S).reason is ExitReason.STOPPED
+    assert raised
+
+
+def test_a_kvm_vms_pause_takes_a_time_limit() -> None:
+    with KvmVm(flat(b"\xeb\xfe")) as vm:
+        vm.run()
+        vm.pause(DEADLINE_S)
+        assert vm.state is VmRunState.PAUSED
+        vm.shutdown()
