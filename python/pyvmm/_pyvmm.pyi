@@ -537,11 +537,19 @@ class GuestMemory:
             ClosedError: the machine is closed.
         """
 
-    def view(self, address: int, length: int) -> memoryview:
+    def view(self, address: int, length: int, *, readonly: bool = False) -> memoryview:
         """Return a memoryview of guest memory, without a copy. The range must be in one memory slot.
 
         The memory stays mapped while the view is alive, even if the slot is removed or the machine is closed. In a
         forked child, writes through the view are private to the child.
+
+        While dirty pages are logged, the log includes every page of a view that can be written, for as long as the view
+        is alive: writes through it cannot be seen.
+
+        Args:
+            address: the guest-physical start.
+            length: the number of bytes.
+            readonly: the view cannot be written, and is not in the log.
 
         Raises:
             GuestMemoryError: a part of the range is not memory, or the range spans several slots.
@@ -602,8 +610,8 @@ class GuestMemory:
     def take_dirty(self) -> DirtyPages:
         """Return the pages written since the last call, or since `log_dirty` was set.
 
-        This covers writes of the guest and of calls of this object. Every written page is included, except for writes
-        through a view. KVM may add pages that the guest has only read.
+        This covers writes of the guest and of calls of this object. Every written page is included. So is every page of
+        a writable view that was alive since the last call. KVM may add pages that the guest has only read.
 
         Raises:
             StateError: `log_dirty` is not set, or the machine is closed.

@@ -16,8 +16,12 @@ const ET_EXEC_X86_64: (u16, u16) = (2, 62);
 
 /// Load an ELF64 vmlinux where its segments say; returns the entry and the end of what was loaded.
 pub(super) fn load(image: &[u8], memory: &GuestMemory) -> Result<(u64, u64)> {
-    let end = check(image, memory)?;
-    let loaded = Elf::load(&*memory.mmap(), None, &mut Cursor::new(image), None)
+    let segments = check(image, memory)?;
+    let Some((_, end)) = segments.last().copied() else {
+        return Err(bad("the ELF file has nothing to load"));
+    };
+    let loaded = memory
+        .write_with(&segments, |mmap| Elf::load(mmap, None, &mut Cursor::new(image), None))
         .map_err(|e| bad(e.to_string()))?;
     let GuestAddress(entry) = loaded.kernel_load;
     if !layout::in_memory(memory.size(), entry) {
@@ -26,9 +30,9 @@ pub(super) fn load(image: &[u8], memory: &GuestMemory) -> Result<(u64, u64)> {
     Ok((entry, end))
 }
 
-/// The highest end of a segment, if every segment lies in the file and in memory, above the first
-/// MiB, and none over another.
-fn check(image: &[u8], memory: &GuestMemory) -> Result<u64> {
+/// Start and end of each segment, by address, if every segment lies in the file and in memory,
+/// above the first MiB, and none over another.
+fn check(image: &[u8], memory: &GuestMemory) -> Result<Vec<(u64, u64)>> {
     if image.get(4) != Some(&2) || image.get(5) != Some(&1) {
         return Err(bad("not a 64-bit little-endian ELF file"));
     }
@@ -60,10 +64,7 @@ fn check(image: &[u8], memory: &GuestMemory) -> Result<u64> {
         }
     }
     check_overlap(&mut segments)?;
-    match segments.last() {
-        Some((_, end, _)) => Ok(*end),
-        None => Err(bad("the ELF file has nothing to load")),
-    }
+    Ok(segments.into_iter().map(|(start, end, _)| (start, end)).collect())
 }
 
 /// Sort segments, each with its start, its end and its number, by address. Each byte is loaded once
@@ -151,6 +152,14 @@ pub(super) mod tests {
         let mut data = [0; 4];
         memory.read(entry, &mut data).unwrap();
         assert_eq!((entry, end, &data), (0x10_0000, 0x10_0004, b"code"));
+    }
+
+    #[test]
+    fn a_kernel_loaded_while_the_log_is_on_is_in_it() {
+        let memory = memory();
+        memory.log_dirty(true).unwrap();
+        load(&elf(0x10_1000, b"code"), &memory).unwrap();
+        assert_eq!(memory.take_dirty().unwrap()[0].ranges(), [(0x10_1000, 0x1000)]);
     }
 
     /// An ELF whose segments, each with address and size, are the same bytes of the file.

@@ -79,6 +79,8 @@ impl Slots {
             let error = Error::new(ErrorKind::State, "dirty", "dirty pages are not logged");
             return Err(error.hint("set memory.log_dirty to True first"));
         }
+        let map = self.map();
+        self.views.note(&map);
         let mut all = Vec::new();
         for entry in &table.entries {
             let size = usize::try_from(entry.slot.size).unwrap_or(0);

@@ -14,6 +14,7 @@ use super::mapping::Mapping;
 use super::ram::Ram;
 use super::slots::Slots;
 use super::table::Slot;
+use super::view::WritableView;
 use crate::error::{Error, Result};
 use crate::hop::hop;
 use crate::layout;
@@ -142,10 +143,29 @@ impl GuestMemory {
         self.map().size()
     }
 
-    /// The mappings as vm-memory has them, for loaders.
-    #[must_use]
-    pub fn mmap(&self) -> Arc<GuestMemoryMmap> {
-        Arc::clone(&self.map().mmap)
+    /// Have another crate write the memory, and log `written`: the start and end of each range that
+    /// `write` may have changed. There is no other way to the mappings, so no write is missed.
+    pub(crate) fn write_with<T>(
+        &self,
+        written: &[(u64, u64)],
+        write: impl FnOnce(&GuestMemoryMmap) -> T,
+    ) -> T {
+        let map = self.map();
+        let result = write(&map.mmap);
+        for (start, end) in written {
+            self.note_write(*start, end.saturating_sub(*start));
+        }
+        result
+    }
+
+    /// A view for somebody who may write it at any time: the log includes its pages, each time it
+    /// is read, for as long as the view lives.
+    ///
+    /// # Errors
+    /// As for [`Self::view`].
+    pub fn writable_view(&self, address: u64, length: u64) -> Result<WritableView> {
+        let view = self.view(address, length)?;
+        Ok(WritableView::new(view, address, &self.0.map, &self.0.views))
     }
 
     /// Guest-physical start and size of each slot.
@@ -158,7 +178,58 @@ impl GuestMemory {
 
 #[cfg(test)]
 mod tests {
+    use vm_memory::{Bytes, GuestAddress};
+
     use super::*;
+
+    #[test]
+    fn what_another_crate_writes_is_logged() {
+        let memory = GuestMemory::new(1 << 20).unwrap();
+        memory.log_dirty(true).unwrap();
+        let written = [(0x2000, 0x2004), (0x5000, 0x5000)];
+        let write = |mmap: &GuestMemoryMmap| mmap.write_slice(b"code", GuestAddress(0x2000));
+        memory.write_with(&written, write).unwrap();
+        assert_eq!(memory.take_dirty().unwrap()[0].ranges(), [(0x2000, 0x1000)]);
+    }
+
+    #[test]
+    fn a_writable_view_is_logged_as_long_as_it_lives_and_once_more() {
+        let memory = GuestMemory::new(1 << 20).unwrap();
+        memory.log_dirty(true).unwrap();
+        let logged = || memory.take_dirty().unwrap()[0].ranges();
+        let view: WritableView = memory.writable_view(0x2ffe, 4).unwrap();
+        let _only_read = memory.view(0x7000, 4).unwrap();
+        for _ in 0..2 {
+            assert_eq!(logged(), [(0x2000, 0x2000)]);
+        }
+        drop(view);
+        assert_eq!(logged(), [(0x2000, 0x2000)]);
+        assert_eq!(logged(), []);
+    }
+
+    #[test]
+    fn a_view_of_memory_that_was_removed_is_not_logged_in_what_came_there() {
+        let memory = GuestMemory::empty();
+        let add = || memory.add(0, anonymous(0x2000).unwrap(), Backing::default()).unwrap();
+        let slot = add();
+        let view = memory.writable_view(0, 4).unwrap();
+        memory.remove(&slot).unwrap();
+        add();
+        memory.log_dirty(true).unwrap();
+        assert_eq!(memory.take_dirty().unwrap()[0].ranges(), []);
+        drop(view);
+        assert_eq!(memory.take_dirty().unwrap()[0].ranges(), []);
+    }
+
+    #[test]
+    fn a_view_does_not_keep_the_machines_memory() {
+        let memory = GuestMemory::new(1 << 20).unwrap();
+        let slots = Arc::downgrade(&memory.0);
+        let view = memory.writable_view(0, 4).unwrap();
+        drop(memory);
+        assert!(slots.upgrade().is_none());
+        assert_eq!(view.view().len(), 4);
+    }
 
     #[test]
     fn more_than_the_host_has_is_refused() {

@@ -9,6 +9,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use super::mapping::Mapping;
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::PAGE;
+use crate::sync::{RwLock, rank};
 
 /// One bit per page of a slot: whether the host has written it since the log was last read.
 pub(super) type Written = Arc<[AtomicU64]>;
@@ -38,6 +39,9 @@ impl Placed {
         }
     }
 }
+
+/// The map as it is now. Reads and writes take a reference to it; a change replaces it.
+pub(super) type CurrentMap = RwLock<Arc<Map>, rank::MemoryMap>;
 
 /// All memory at one moment.
 #[derive(Debug, Default)]

@@ -28,4 +28,4 @@ pub use layer::Layer;
 pub(crate) use layer::{copy_to, memfd};
 pub(crate) use mapping::{is_same, part};
 pub use table::Slot;
-pub use view::View;
+pub use view::{View, WritableView};

@@ -7,13 +7,14 @@ use kvm_ioctls::VmFd;
 use vm_memory::{GuestAddress, GuestRegionMmap};
 
 use super::backing::Backing;
-use super::map::{Map, check_place};
+use super::map::{CurrentMap, Map, check_place};
 use super::mapping::Mapping;
 use super::ram::Ram;
 use super::table::{Entry, Slot, Table};
+use super::view::WritableViews;
 use crate::error::{Error, ErrorKind, Result};
 use crate::resources::{Kind, Resources};
-use crate::sync::{Mutex, RwLock, rank};
+use crate::sync::{Mutex, rank};
 
 /// The slots of one machine. KVM learns of them once the machine exists.
 ///
@@ -26,7 +27,9 @@ pub(crate) struct Slots {
     resources: Arc<Resources>,
     pub(super) table: Mutex<Table, rank::MemorySlots>,
     /// Replaced only with the table's lock held.
-    pub(super) map: RwLock<Arc<Map>, rank::MemoryMap>,
+    pub(super) map: Arc<CurrentMap>,
+    /// Views that the log takes for written.
+    pub(super) views: Arc<WritableViews>,
 }
 
 impl Slots {

@@ -1,10 +1,15 @@
-//! Direct access to a piece of guest memory. Any thread.
+//! Direct access to a piece of guest memory, and the views that somebody may write at any time. Any
+//! thread.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Weak};
 
 use vm_memory::MmapRegion;
 
+use super::map::{CurrentMap, Map};
 use super::mapping::Mapping;
+use crate::process::ProcessTag;
+use crate::sync::{Mutex, rank};
 
 /// A piece of one mapping, which stays mapped until the view is dropped.
 #[derive(Debug)]
@@ -41,6 +46,95 @@ impl View {
     #[must_use]
     pub fn is_writable(&self) -> bool {
         is_writable(self.mapping.region())
+    }
+}
+
+/// A view whose pages the log takes for written: nobody is told of the writes through it.
+#[derive(Debug)]
+pub struct WritableView {
+    view: View,
+    process_tag: ProcessTag,
+    views: Arc<WritableViews>,
+    /// Not kept: the machine's memory goes when the machine is closed.
+    map: Weak<CurrentMap>,
+    number: u64,
+}
+
+impl WritableView {
+    pub(super) fn new(
+        view: View,
+        address: u64,
+        map: &Arc<CurrentMap>,
+        views: &Arc<WritableViews>,
+    ) -> Self {
+        let extent = Extent { address, length: view.length as u64, mapping: view.mapping.host() };
+        let number = views.add(extent);
+        let (map, views) = (Arc::downgrade(map), Arc::clone(views));
+        Self { view, process_tag: ProcessTag::current(), views, map, number }
+    }
+
+    /// The view itself.
+    #[must_use]
+    pub fn view(&self) -> &View {
+        &self.view
+    }
+}
+
+impl Drop for WritableView {
+    fn drop(&mut self) {
+        // A forked child finds the locks as they were at the fork, perhaps held.
+        if self.process_tag.is_forked_child() {
+            return;
+        }
+        let Some(map) = self.map.upgrade() else { return };
+        let map = Arc::clone(&map.read());
+        // What was written since the log was last read. The next reader finds either this or the
+        // view.
+        let mut views = self.views.0.lock();
+        views.all.remove(&self.number).iter().for_each(|extent| extent.note(&map));
+    }
+}
+
+/// Where a writable view lies.
+#[derive(Debug)]
+struct Extent {
+    address: u64,
+    length: u64,
+    /// The host's address of its mapping, which is nobody else's while the view lives.
+    mapping: u64,
+}
+
+impl Extent {
+    /// Log its pages, unless other memory is there by now.
+    fn note(&self, map: &Map) {
+        let placed = map.find(self.address).filter(|placed| placed.mapping.host() == self.mapping);
+        placed.iter().for_each(|placed| placed.note_write(self.address, self.length));
+    }
+}
+
+/// The writable views of one machine's memory.
+#[derive(Debug, Default)]
+pub(super) struct WritableViews(Mutex<Extents, rank::WritableViews>);
+
+/// By number.
+#[derive(Debug, Default)]
+struct Extents {
+    all: BTreeMap<u64, Extent>,
+    added: u64,
+}
+
+impl WritableViews {
+    fn add(&self, extent: Extent) -> u64 {
+        let mut views = self.0.lock();
+        views.added += 1;
+        let number = views.added;
+        views.all.insert(number, extent);
+        number
+    }
+
+    /// Log the pages of all.
+    pub(super) fn note(&self, map: &Map) {
+        self.0.lock().all.values().for_each(|extent| extent.note(map));
     }
 }
 

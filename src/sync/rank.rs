@@ -58,6 +58,8 @@ ranks! {
     MemorySlots,
     /// The map of guest memory.
     MemoryMap,
+    /// Views of guest memory that the log takes for written.
+    WritableViews,
     /// The process's pagemap.
     Pagemap,
     /// How long threads that turn a loop may wait.

@@ -106,17 +106,27 @@ impl PyGuestMemory {
     /// The memory stays mapped while the view is alive, even if the slot is removed or the machine
     /// is closed. In a forked child, writes through the view are private to the child.
     ///
+    /// While dirty pages are logged, the log includes every page of a view that can be written, for
+    /// as long as the view is alive: writes through it cannot be seen.
+    ///
+    /// Args:
+    ///     address: the guest-physical start.
+    ///     length: the number of bytes.
+    ///     readonly: the view cannot be written, and is not in the log.
+    ///
     /// Raises:
     ///     GuestMemoryError: a part of the range is not memory, or the range spans several slots.
     ///     ClosedError: the machine is closed.
+    #[pyo3(signature = (address, length, *, readonly = false))]
     fn view<'py>(
         &self,
         py: Python<'py>,
         address: u64,
         length: u64,
+        readonly: bool,
     ) -> PyResult<Bound<'py, PyMemoryView>> {
-        let view = self.get()?.view(address, length)?;
-        PyMemoryView::from(Bound::new(py, Exporter::of(view))?.as_any())
+        let exporter = Exporter::of(&self.get()?, (address, length), readonly)?;
+        PyMemoryView::from(Bound::new(py, exporter)?.as_any())
     }
 
     /// Return a ctypes structure, union or array in guest memory: `type.from_buffer(view(...))`.
@@ -135,7 +145,7 @@ impl PyGuestMemory {
             return Err(PyTypeError::new_err(text));
         };
         let size = import(py, "ctypes")?.getattr("sizeof")?.call1((r#type,))?;
-        from_buffer.call1((self.view(py, address, size.extract()?)?,))
+        from_buffer.call1((self.view(py, address, size.extract()?, false)?,))
     }
 
     /// Add memory, also while the guest runs.
@@ -215,8 +225,9 @@ impl PyGuestMemory {
 
     /// Return the pages written since the last call, or since `log_dirty` was set.
     ///
-    /// This covers writes of the guest and of calls of this object. Every written page is included,
-    /// except for writes through a view. KVM may add pages that the guest has only read.
+    /// This covers writes of the guest and of calls of this object. Every written page is included.
+    /// So is every page of a writable view that was alive since the last call. KVM may add pages
+    /// that the guest has only read.
     ///
     /// Raises:
     ///     StateError: `log_dirty` is not set, or the machine is closed.

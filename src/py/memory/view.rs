@@ -6,16 +6,33 @@ use pyo3::exceptions::PyBufferError;
 use pyo3::ffi;
 use pyo3::prelude::*;
 
-use crate::memory::View;
+use crate::error::Result;
+use crate::memory::{GuestMemory, View, WritableView};
 
 /// What a memoryview of guest memory holds.
 #[pyclass(frozen, name = "_MemoryView", module = "pyvmm")]
 #[derive(Debug)]
-pub(super) struct PyMemoryView(View);
+pub(super) struct PyMemoryView(Access);
+
+#[derive(Debug)]
+enum Access {
+    ReadOnly(View),
+    Writable(WritableView),
+}
 
 impl PyMemoryView {
-    pub(super) fn of(view: View) -> Self {
-        Self(view)
+    /// A writable one, unless it is to be read only, or the memory is.
+    pub(super) fn of(
+        memory: &GuestMemory,
+        (address, length): (u64, u64),
+        is_read_only: bool,
+    ) -> Result<Self> {
+        let view = memory.view(address, length)?;
+        Ok(Self(if is_read_only || !view.is_writable() {
+            Access::ReadOnly(view)
+        } else {
+            Access::Writable(memory.writable_view(address, length)?)
+        }))
     }
 }
 
@@ -26,10 +43,12 @@ impl PyMemoryView {
         buffer: *mut ffi::Py_buffer,
         flags: c_int,
     ) -> PyResult<()> {
-        let view = &slf.get().0;
+        let (view, readonly) = match &slf.get().0 {
+            Access::ReadOnly(view) => (view, 1),
+            Access::Writable(writable) => (writable.view(), 0),
+        };
         let length = ffi::Py_ssize_t::try_from(view.len())
             .map_err(|_| PyBufferError::new_err("the view is too long"))?;
-        let readonly = c_int::from(!view.is_writable());
         let start = view.as_ptr().cast::<c_void>();
         // SAFETY: the interpreter hands in a buffer to fill; the memory is mapped as long as this
         // object lives, of which the buffer takes a reference.
