@@ -52,11 +52,11 @@ impl<'a> Reader<'a> {
     /// # Errors
     /// When bytes are left.
     pub(crate) fn end(self) -> Result<()> {
-        if self.is_empty() { Ok(()) } else { Err(bad(self.what, "it is longer than it should be")) }
+        if self.is_empty() { Ok(()) } else { Err(bad(self.what, "it is longer than expected")) }
     }
 
     fn short(&self) -> Error {
-        bad(self.what, "it is shorter than it should be")
+        bad(self.what, "it is shorter than expected")
     }
 }
 

@@ -82,7 +82,7 @@ pub const KERNEL_PORTS: [((u64, u64), &str); 5] = [
 pub fn kernel_addresses(irqchip: bool) -> impl Iterator<Item = ((u64, u64), &'static str)> {
     let page = |at: u32, what| ((u64::from(at), PAGE), what);
     let chips = [page(IOAPIC, "the I/O APIC"), page(LAPIC, "the local APICs")];
-    let own = ((KVM_IDENTITY_MAP, KVM_OWN_SIZE), "pages that KVM keeps for itself");
+    let own = ((KVM_IDENTITY_MAP, KVM_OWN_SIZE), "pages that KVM reserves");
     chips.into_iter().filter(move |_| irqchip).chain([own])
 }
 

@@ -138,11 +138,10 @@ __all__ = [
     "set_kick_signal",
 ]
 
-# No vCPU may be running when the interpreter goes down.
+# No vCPU may run while the interpreter finalizes.
 atexit.register(close_all)
 
-# Imported when first used: the event loop needs none of them, and they are most of the import's
-# time.
+# Imported on first use: the event loop does not need them, and they take most of the import time.
 _CONFIG = ("CpuConfig", "EmbeddedBoot", "FlatBoot", "LinuxBoot", "MemoryConfig", "SerialConfig", "VmmConfig")
 _LAZY = {
     **dict.fromkeys(_CONFIG, "pyvmm.config"),

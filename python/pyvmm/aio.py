@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from pyvmm._pyvmm import EventFd, EventManager, TimerFd, Vmm
     from pyvmm.exits import Exit
 
-# How long coroutines may go on after a run has ended.
+# How long coroutines may continue after a run has ended.
 GRACE_S = 1.0
 
 
 class Reads:
-    """What `read` gives, each time the source is readable, until it is closed. For `async for`."""
+    """The async iterator of an `EventFd` or `TimerFd`: yields each count until the source is closed."""
 
     def __init__(self, source: EventFd | TimerFd) -> None:
         self._source = source
@@ -37,8 +37,8 @@ class Reads:
         return self
 
     async def __anext__(self) -> int:
-        # Others have their turn, also where the source is always ready. A cancellation here loses
-        # no count.
+        # Let other tasks run, even if the source is always ready. A cancellation here loses no
+        # count.
         await asyncio.sleep(0)
         try:
             while True:
@@ -51,7 +51,7 @@ class Reads:
 
 
 class Wait:
-    """One wait of a task for a source. Nothing of it is left when it ends."""
+    """One wait of a task for a source. It removes its registration when it ends."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -62,14 +62,13 @@ class Wait:
             self._woken.set_result(None)
 
     def closed(self) -> None:
-        """End it: the source is closed. From any thread."""
+        """End the wait because the source is closed. May be called from any thread."""
         with suppress(RuntimeError):  # the asyncio loop is closed
             self._loop.call_soon_threadsafe(self._wake)
 
     async def until_ready(self, source: EventFd | TimerFd) -> None:
-        """Until the source is readable or closed."""
-        # A number of its own: that of the source may be closed, and somebody else's, before the
-        # loop has forgotten it.
+        """Wait until the source is readable or closed."""
+        # Use a duplicate: the source's number may be closed and reused before the loop removes it.
         fd = os.dup(source._begin_wait(self))
         try:
             self._loop.add_reader(fd, self._wake)
@@ -83,13 +82,13 @@ class Wait:
 
 
 def forget_reader(loop: asyncio.AbstractEventLoop, fd: int) -> None:
-    """Watch a number no longer."""
+    """Stop watching a file descriptor number."""
     with suppress(RuntimeError):  # the asyncio loop is closed, and watches nothing
         loop.remove_reader(fd)
 
 
 class Tasks:
-    """What the callbacks of one run return to be awaited, as tasks; the first that fails ends the run."""
+    """The awaitables returned by the callbacks of one run, as tasks. The first failure ends the run."""
 
     def __init__(self, manager: EventManager, end: Callable[[], None]) -> None:
         self._manager = manager
@@ -106,7 +105,7 @@ class Tasks:
         self._end_run()
 
     def take(self, awaitable: Any, name: str) -> None:
-        """Run what a callback returned. From any thread."""
+        """Run the awaitable that a callback returned. May be called from any thread."""
         if threading.get_ident() == self._thread:
             self._start(awaitable, name)
         else:
@@ -115,7 +114,7 @@ class Tasks:
     def _start(self, awaitable: Any, name: str) -> None:
         if self._is_over:
             dismiss(awaitable)
-            self._tell(f"{name} returned what the run that ended meanwhile does not await")
+            self._tell(f"{name} returned an awaitable after the run had ended; it is not awaited")
             return
         task: asyncio.Future[Any]
         if asyncio.isfuture(awaitable):
@@ -138,7 +137,7 @@ class Tasks:
         self._loop.call_exception_handler({"message": f"pyvmm: {text}", **more})
 
     async def end(self, error: BaseException | None = None) -> None:
-        """The run has ended: wait for its tasks, cancel those that go on, and raise what failed first, or `error`."""
+        """Wait for the tasks of an ended run, cancel the remaining ones, and raise `error` or the first failure."""
         if error is not None:
             self._errors.insert(0, error)
         elif not self._errors:
@@ -146,7 +145,7 @@ class Tasks:
                 async with asyncio.timeout(GRACE_S):
                     while self._tasks and not self._errors:
                         await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
-                        await asyncio.sleep(0)  # what is done is noted by its callback
+                        await asyncio.sleep(0)  # let the done callbacks run
             except TimeoutError:
                 pass
             except asyncio.CancelledError as late:
@@ -154,20 +153,20 @@ class Tasks:
         cancelled = await self._cancel()
         if not self._errors:
             for name in cancelled:
-                self._tell(f"{name} was cancelled: it went on for {GRACE_S:g} s after the run had ended")
+                self._tell(f"{name} was cancelled: it was still running {GRACE_S:g} s after the end of the run")
             return
         first, *others = self._errors
         for name in cancelled:
-            first.add_note(f"{name} was cancelled: it had not come to its end")
+            first.add_note(f"{name} was cancelled: it had not finished")
         for other in others:
             if other is not first:
                 first.add_note(f"another callback raised {other!r}")
-                self._tell("another callback of a run that failed raised, too", exception=other)
+                self._tell("another callback of a failed run raised as well", exception=other)
         self._errors.clear()
         raise first
 
     async def _cancel(self) -> list[str]:
-        """Cancel what still runs, and say what that was."""
+        """Cancel the running tasks and return their names."""
         self._is_over = True
         left = list(self._tasks)
         for task in left:
@@ -185,7 +184,7 @@ async def wait_for(awaitable: Any) -> Any:
 
 @types.coroutine
 def timed(awaitable: Any, name: str, manager: EventManager) -> Generator[Any, Any, Any]:
-    """Await what a callback returned and time each of its steps, as the callback itself was timed."""
+    """Await the awaitable that a callback returned, and time each of its steps."""
     steps = awaitable.__await__() if hasattr(awaitable, "__await__") else awaitable
     step = partial(next, steps)
     while True:
@@ -209,33 +208,33 @@ def timed(awaitable: Any, name: str, manager: EventManager) -> Generator[Any, An
 
 
 def needs_await(value: Any) -> bool:
-    """Whether a value does nothing unless it is awaited. A future runs by itself."""
+    """Whether a value does nothing unless it is awaited. Futures complete without being awaited."""
     if "asyncio" in sys.modules and asyncio.isfuture(value):
         return False
     return inspect.isawaitable(value) or inspect.isasyncgen(value)
 
 
 def dismiss(value: Any) -> None:
-    """Have a coroutine that will not be awaited not warn of it."""
+    """Close a coroutine that will not be awaited, to suppress Python's warning."""
     if inspect.iscoroutine(value):
         value.close()
 
 
 def take_returned(awaiter: Callable[[Any, str], None] | None, value: Any, name: str) -> None:
-    """Give what a callback returned to whoever awaits it, or refuse what would never run."""
+    """Pass the result of a callback to the awaiter. Without one, refuse an awaitable, which would never run."""
     if awaiter is not None and inspect.isawaitable(value):
         awaiter(value, name)
     elif needs_await(value):
         dismiss(value)
         kind = type(value).__name__
         raise StateError(
-            f"{name} returned a {kind}, which nobody awaits",
-            hint="await run_async() runs coroutines: here no asyncio loop hosts the run",
+            f"{name} returned a {kind}, which is not awaited",
+            hint="only await run_async() runs coroutines; no asyncio loop hosts this run",
         )
 
 
 def refuse_awaitable(value: Any, name: str) -> None:
-    """Refuse what a callback that nobody can await returned."""
+    """Refuse an awaitable returned by a callback that cannot be awaited."""
     if needs_await(value):
         dismiss(value)
         raise TypeError(f"{name} cannot be a coroutine function: it returned a {type(value).__name__}")
@@ -264,7 +263,7 @@ async def run_manager(manager: EventManager) -> None:
     tasks = Tasks(manager, end)
     manager._begin_hosting(tasks.take)
     try:
-        # A number of its own: the program may host the manager by hand beside.
+        # Use a duplicate: the program may also watch the manager itself.
         fd = os.dup(manager.fileno())
         try:
             loop.add_reader(fd, turn)
@@ -273,7 +272,7 @@ async def run_manager(manager: EventManager) -> None:
         finally:
             forget_reader(loop, fd)
             os.close(fd)
-    except GeneratorExit:  # the asyncio loop is closed: nothing can be awaited any more
+    except GeneratorExit:  # the asyncio loop is closed, so nothing can be awaited
         raise
     except BaseException as error:
         manager._end_hosting()
@@ -284,22 +283,22 @@ async def run_manager(manager: EventManager) -> None:
 
 
 class Background:
-    """A call in a thread of its own. An asyncio loop's executor has few threads, which are for short calls."""
+    """A call in its own thread. An asyncio executor has few threads, which are meant for short calls."""
 
     def __init__(self, call: Callable[[], Any], name: str) -> None:
         self._loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[None] = self._loop.create_future()
         self._value: Any = None
         self._error: BaseException | None = None
-        # The thread does not hold the task that waits for it: that ends when its asyncio loop is
-        # closed and forgotten.
+        # The thread holds no reference to the waiting task, so that the task is released when its
+        # asyncio loop is closed and dropped.
         arguments = (run_for, weakref.ref(self), call)
-        # A daemon: at the interpreter's end machines are closed, but only after all other threads
-        # have ended.
+        # A daemon thread: at interpreter exit, machines are closed only after all non-daemon
+        # threads have ended.
         threading.Thread(target=contextvars.copy_context().run, args=arguments, name=name, daemon=True).start()
 
     def give(self, value: Any, error: BaseException | None) -> bool:
-        """What the call came to, from its thread. False when the asyncio loop is closed."""
+        """Store the result of the call; called from its thread. False if the asyncio loop is closed."""
         self._value, self._error = value, error
         try:
             self._loop.call_soon_threadsafe(self._end)
@@ -312,21 +311,21 @@ class Background:
             self.ended.set_result(None)
 
     def result(self) -> Any:
-        """What the call returned or raised."""
+        """Return the value of the call, or raise its exception."""
         if self._error is not None:
             raise self._error
         return self._value
 
 
 def run_for(background: weakref.ref[Background], call: Callable[[], Any]) -> None:
-    """The thread of a `Background`."""
+    """Run a call for a `Background`, in its thread."""
     value, error = None, None
     try:
         value = call()
     except BaseException as raised:
         error = raised
     waiting = background()
-    # Where nobody waits any more the thread ends with the exception, which Python reports.
+    # If no task waits any more, the exception ends the thread, and Python reports it.
     if not (waiting and waiting.give(value, error)) and error is not None:
         raise error
 
@@ -340,10 +339,10 @@ async def run_vmm(vmm: Vmm, timeout: float | None) -> Exit:
     while not run.ended.done():
         try:
             await asyncio.wait({run.ended})
-        except GeneratorExit:  # the asyncio loop is closed: nothing can be awaited any more
+        except GeneratorExit:  # the asyncio loop is closed, so nothing can be awaited
             cancel.set()
             raise
-        except BaseException as error:  # of two cancellations the first is the one
+        except BaseException as error:  # keep the first of several cancellations
             cancelled = cancelled or error
             cancel.set()
     exit: Exit | None = None
@@ -358,12 +357,12 @@ async def run_vmm(vmm: Vmm, timeout: float | None) -> Exit:
 
 
 async def give(vmm: Vmm) -> Vmm:
-    """What `async with` binds."""
+    """Return the machine, as the value of `async with`."""
     return vmm
 
 
 async def close_vmm(vmm: Vmm) -> None:
-    """Close without holding up the loop: an interrupt controller takes milliseconds."""
+    """Close without blocking the asyncio loop: releasing an interrupt controller takes milliseconds."""
     closing = Background(vmm.close, "pyvmm close")
     await closing.ended
     closing.result()

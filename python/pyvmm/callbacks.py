@@ -1,4 +1,4 @@
-"""Functions as subscribers: `EventManager.on`. What `EventManager.call_later` gives."""
+"""Functions as subscribers: `EventManager.on`. The result of `EventManager.call_later`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Function:
 
 
 def name_of(subscriber: object) -> str:
-    """The name of what a subscriber calls."""
+    """The name of the callable that a subscriber calls."""
     return subscriber.name if isinstance(subscriber, Function) else f"{type(subscriber).__qualname__}.process"
 
 
@@ -54,7 +54,7 @@ def warn_slow(name: str, seconds: float) -> None:
 
 
 def leave_fork(error: BaseException | None) -> NoReturn:
-    """End a process that a callback on a vCPU's thread has forked and left: what it would return to is its parent's."""
+    """End a process forked by a callback on a vCPU thread: it cannot return to the parent's machine."""
     status = 0 if error is None else 1
     try:
         if isinstance(error, SystemExit):
@@ -69,13 +69,13 @@ def leave_fork(error: BaseException | None) -> NoReturn:
 
 
 def check_callable(function: object) -> None:
-    """Refuse what could only fail later."""
+    """Refuse an object that is not callable."""
     if not callable(function):
-        raise TypeError(f"a function is needed here, not {type(function).__qualname__}")
+        raise TypeError(f"expected a function, not {type(function).__qualname__}")
 
 
 class Registered:
-    """In place of a callable that takes no attributes, as a method: called it calls that one."""
+    """Wraps a callable that cannot take attributes, such as a bound method."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         update_wrapper(self, function)
@@ -96,8 +96,7 @@ def on(manager: EventManager, source: Any, event_set: int, data: int, drain: boo
         check_callable(function)
         id = manager.add_subscriber(Function(events, function))
         former = getattr(function, "subscriber_ids", ())
-        # Of a function that is registered again and again, those of this manager that were removed
-        # since go.
+        # Drop ids that this manager has removed, in case the function is registered repeatedly.
         kept = [known for known in former if not manager._has_removed(known)]
         try:
             function.subscriber_id = id
@@ -111,7 +110,7 @@ def on(manager: EventManager, source: Any, event_set: int, data: int, drain: boo
 
 
 class Later:
-    """A call that is due at a time; `cancel` takes it back. Made by `EventManager.call_later`."""
+    """A scheduled call that can be cancelled. Created by `EventManager.call_later`."""
 
     def __init__(self, manager: EventManager, number: int, when: float) -> None:
         self._manager = manager
@@ -120,7 +119,7 @@ class Later:
         self._is_cancelled = False
 
     def cancel(self) -> None:
-        """Do not call. Does nothing when it was called or cancelled before."""
+        """Cancel the call. Does nothing if it was already made or cancelled."""
         self._is_cancelled |= self._manager._cancel_later(self._number)
 
     def cancelled(self) -> bool:
@@ -128,5 +127,5 @@ class Later:
         return self._is_cancelled
 
     def when(self) -> float:
-        """When it is due, as a time of `time.monotonic()`."""
+        """The time of the call, as `time.monotonic()` counts."""
         return self._when

@@ -1,6 +1,6 @@
 """The command line: ``pyvmm run``, ``snapshot``, ``restore``, ``inspect``, ``doctor``, ``config``.
 
-Machines are run in `runner`.
+`runner` runs the machines.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 EXIT_STATUSES = """\b
 Exit status:
-  0-99  the guest's own exit code; 0 too for a halt, a reset or a shutdown
-   120  the guest failed: a triple fault, or what KVM cannot execute
-   124  the time given by --timeout passed
+  0-99  the guest's own exit code; also 0 for a halt, a reset or a shutdown
+   120  the guest failed: a triple fault, or an instruction that KVM cannot execute
+   124  the time of --timeout passed
    125  pyvmm could not run the machine
    129  ended by SIGHUP
    130  ended by Ctrl-A x or Ctrl-C
@@ -54,33 +54,33 @@ def main() -> NoReturn:
             click.echo(f"pyvmm: error: {_one_line(str(error))}", err=True)
         status = Status.ERROR
     except SystemExit:
-        status = Status.ERROR  # the reader of the output has gone
+        status = Status.ERROR  # the reader has closed the output
     _flush()
     sys.exit(status if isinstance(status, int) else 0)
 
 
 def _one_line(text: str) -> str:
-    """A text from who knows where, without line ends, control characters and what no terminal can show."""
+    """An untrusted text in one line, with control and unprintable characters escaped."""
     line = "; ".join(part.strip() for part in text.splitlines() if part.strip())
     shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
     return shown.encode(errors="backslashreplace").decode()
 
 
 def _open_standard_streams() -> None:
-    """Have 0 to 2 open, so that no other file becomes the console."""
+    """Open descriptors 0 to 2 if they are closed, so that no other file becomes the console."""
     while (fd := os.open(os.devnull, os.O_RDWR)) <= STDERR:
         pass
     os.close(fd)
 
 
 def _flush() -> None:
-    """Write out what is left; nobody is told that nobody reads it."""
+    """Flush stdout and stderr, ignoring errors if the reader is gone."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:
                 stream.flush()
         except (OSError, ValueError):
-            # What is still in its buffer would be tried again at the end of the process.
+            # Otherwise Python would flush the rest of the buffer again at exit.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, stream.fileno())
             os.close(nowhere)
@@ -88,34 +88,34 @@ def _flush() -> None:
 
 def _check_seconds(_context: click.Context, _option: click.Parameter, value: float | None) -> float | None:
     if value is not None and not value >= 0:
-        raise click.BadParameter(f"{value} is not a number of seconds from 0.")
+        raise click.BadParameter(f"{value} is not a number of seconds of at least 0.")
     return value
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(pyvmm.__version__, message="pyvmm %(version)s")
 def cli() -> None:
-    """Virtual machines by KVM, inside one process."""
+    """KVM virtual machines inside one process."""
 
 
 _MACHINE = (
     click.argument("kernel", required=False, type=click.Path()),
     click.option(
-        "--kernel", "kernel_form", metavar="path=FILE,cmdline=TEXT", help="The kernel, as rust-vmm's VMM has it."
+        "--kernel", "kernel_form", metavar="path=FILE,cmdline=TEXT", help="The kernel, in the syntax of rust-vmm's VMM."
     ),
     click.option("--initrd", type=click.Path(), help="The initial RAM disk."),
     click.option("--append", metavar="TEXT", help="The kernel command line."),
     click.option("--memory", metavar="MIB", help="Guest memory: a number of MiB, or size_mib=MIB."),
-    click.option("--vcpus", "--vcpu", metavar="N", help="How many vCPUs: a number, or num=N."),
+    click.option("--vcpus", "--vcpu", metavar="N", help="The number of vCPUs: N, or num=N."),
     click.option("--hide", multiple=True, metavar="NAME", help="Hide a CPU feature; names as in /proc/cpuinfo."),
-    click.option("--expose", multiple=True, metavar="NAME", help="Show a CPU feature that is hidden else."),
-    click.option("--fixups", is_flag=True, help="Execute what KVM's emulator refuses, and go on."),
+    click.option("--expose", multiple=True, metavar="NAME", help="Show a CPU feature that is otherwise hidden."),
+    click.option("--fixups", is_flag=True, help="Execute instructions that KVM's emulator refuses."),
     click.option("--config", "config_file", type=click.Path(), help="A TOML or JSON file; options override it."),
 )
 
 
 def machine_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The argument and options that say what a machine is made of."""
+    """Add the argument and options that configure a machine."""
     for option in reversed(_MACHINE):
         command = option(command)
     return command
@@ -124,10 +124,12 @@ def machine_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @cli.command(epilog=EXIT_STATUSES)
 @machine_options
 @click.option("--timeout", type=float, callback=_check_seconds, metavar="SECONDS", help="End the run after this time.")
-@click.option("--json", "as_json", is_flag=True, help="Print how the run ended as JSON; the console goes to stderr.")
-@click.option("--stats", is_flag=True, help="Print a table of the exits and of the vCPUs' time at the end.")
-@click.option("--live-stats", is_flag=True, help="The same table, renewed while the guest runs, on a terminal.")
-@click.option("--trace", "trace_file", type=click.Path(), metavar="FILE", help="Write every hop, for Perfetto.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the result of the run as JSON; the console goes to stderr."
+)
+@click.option("--stats", is_flag=True, help="Print tables of the exits and of the vCPUs' time at the end.")
+@click.option("--live-stats", is_flag=True, help="Show these tables on a terminal while the guest runs.")
+@click.option("--trace", "trace_file", type=click.Path(), metavar="FILE", help="Write a trace for Perfetto.")
 def run(
     config_file: str | None,
     timeout: float | None,
@@ -137,7 +139,7 @@ def run(
     trace_file: str | None,
     **options: Any,
 ) -> int:
-    """Run KERNEL, an ELF vmlinux or a bzImage; without one, the guest inside the package.
+    """Run KERNEL, an ELF vmlinux or a bzImage; without one, run the built-in guest.
 
     The guest's serial port is connected to the terminal. Ctrl-A x ends the machine.
     """
@@ -149,14 +151,15 @@ def run(
 @cli.command()
 @machine_options
 @click.option("-o", "--output", required=True, type=click.Path(), help="The file to write.")
-@click.option("--base", type=click.Path(), help="Write only what differs from this file's snapshot.")
-@click.option("--text", metavar="TEXT", help="Take it when the console has said this.")
+@click.option("--base", type=click.Path(), help="Write only the differences from the snapshot in this file.")
+@click.option("--text", metavar="TEXT", help="Take the snapshot when the console prints this text.")
 @click.option("--after", type=float, callback=_check_seconds, metavar="SECONDS", help="Take it after this time.")
 @click.option("--timeout", type=float, callback=_check_seconds, metavar="SECONDS", help="Give up after this time.")
 def snapshot(config_file: str | None, **options: Any) -> int:
-    """Run KERNEL until its console says a text, a time has passed, or it ends, and write a snapshot of it.
+    """Run KERNEL until it prints a text, a time has passed, or it ends, and write a snapshot.
 
-    A guest that ends by its exit port goes on behind that when it is restored.
+    If the guest ends through its exit port, it continues after that instruction when it is
+    restored.
     """
     from pyvmm import snapshot_tool
 
@@ -168,11 +171,13 @@ def snapshot(config_file: str | None, **options: Any) -> int:
 @cli.command(epilog=EXIT_STATUSES)
 @click.argument("file", type=click.Path())
 @click.option("--base", type=click.Path(), help="The file that this one was saved against.")
-@click.option("--force", is_flag=True, help="Also where this machine lacks something of the one it was taken on.")
+@click.option("--force", is_flag=True, help="Load it although this host lacks something that the original one had.")
 @click.option("--timeout", type=float, callback=_check_seconds, metavar="SECONDS", help="End the run after this time.")
-@click.option("--json", "as_json", is_flag=True, help="Print how the run ended as JSON; the console goes to stderr.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the result of the run as JSON; the console goes to stderr."
+)
 def restore(file: str, base: str | None, force: bool, timeout: float | None, as_json: bool) -> int:
-    """Go on with the machine that a snapshot's FILE holds, as `run` does."""
+    """Continue the machine in a snapshot FILE, like `run`."""
     loaded = pyvmm.Snapshot.load(file, base, force=force)
     return run_with(SerialConfig(), lambda serial: loaded.fork(serial=serial), timeout, as_json, Watch())
 
@@ -180,10 +185,10 @@ def restore(file: str, base: str | None, force: bool, timeout: float | None, as_
 @cli.command()
 @click.argument("file", type=click.Path())
 @click.option("--base", type=click.Path(), help="The file that this one was saved against, for --verify.")
-@click.option("--verify", is_flag=True, help="Read all pages and check their checksum, too.")
+@click.option("--verify", is_flag=True, help="Also read all pages and check their checksum.")
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
 def inspect(file: str, base: str | None, verify: bool, as_json: bool) -> None:
-    """Say what a snapshot's FILE holds."""
+    """Describe a snapshot FILE."""
     from pyvmm import snapshot_tool
 
     if verify:
@@ -197,10 +202,10 @@ def inspect(file: str, base: str | None, verify: bool, as_json: bool) -> None:
 
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.option("--machine", "of_machine", is_flag=True, help="Print what answers where in a machine instead.")
+@click.option("--machine", "of_machine", is_flag=True, help="Print a machine's addresses, ports and lines instead.")
 @click.option("--config", "file", type=click.Path(), help="With --machine: the machine of this configuration file.")
 def doctor(as_json: bool, of_machine: bool, file: str | None) -> int:
-    """Say what this machine can do for pyvmm, what is missing, and how to mend it."""
+    """Check what pyvmm needs on this host, and print what is missing and how to fix it."""
     from pyvmm.doctor import examine, is_healthy, resources_of
 
     if file is not None and not of_machine:
@@ -218,7 +223,7 @@ def doctor(as_json: bool, of_machine: bool, file: str | None) -> int:
 
 @cli.group()
 def config() -> None:
-    """Look at configurations."""
+    """Check and describe configurations."""
 
 
 @config.command()

@@ -1,9 +1,9 @@
-"""What a machine is made of: typed, with defaults, loadable from a dict, TOML and JSON.
+"""The configuration of a machine: typed, with defaults, loadable from a dict, TOML and JSON.
 
-Every field is passed by keyword, except the one that a boot needs: `FlatBoot(code)` and `LinuxBoot(kernel)`.
+Fields are keyword-only, except the required field of a boot: `FlatBoot(code)` and `LinuxBoot(kernel)`.
 
-An object built in Python is checked when a machine is made of it; what is loaded is checked at once. Either
-way the error is a `ConfigError` that starts with the key: ``memory.size_mib: ...``.
+An object built in Python is checked when a machine is created from it; loaded values are checked at once. In both
+cases the error is a `ConfigError` that starts with the key: ``memory.size_mib: ...``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pyvmm.exceptions import ConfigError
 
 Address: TypeAlias = Annotated[int, Meta(ge=0, extra_json_schema={"maximum": 2**64 - 1})]
 Port: TypeAlias = Annotated[int, Meta(ge=0, le=0xFFFC)]
-# A path is a string in a file; an object built in Python may have a Path, and any sequence of
+# In a file, a path is a string. An object built in Python may also have a Path, and any sequence of
 # names.
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,7 +38,7 @@ else:
 STREAM_SCHEMA = {"type": ["string", "integer", "null"]}
 Stream: TypeAlias = Annotated[Any, Meta(extra_json_schema=STREAM_SCHEMA)]
 
-# Of a configuration in a file.
+# The limit for a configuration file, in bytes.
 MOST_FILE = 1 << 24
 WRITER_COMES_S = 0.5
 DEFAULT_CMDLINE = "console=ttyS0 panic=-1 reboot=k"
@@ -62,16 +62,17 @@ class CpuConfig(_Part, frozen=True, kw_only=True):
     """The vCPUs.
 
     Attributes:
-        vcpus: how many, 1 to 254.
+        vcpus: the number of vCPUs, 1 to 254.
         hide: names of CPUID features to hide from the guest, as in /proc/cpuinfo; `pyvmm.cpu_features()` lists
             them.
-        expose: names of features to show it, also where the template hides them or KVM does not offer them: whether
-            they work is up to the processor and KVM.
-        template: what is hidden besides. "host" is vmx and svm, whose state no snapshot keeps; "software-kvm" is also
-            what a KVM that emulates ring 0 in software cannot execute or answer, and an Intel vendor; "auto" is
-            "software-kvm" where the host's processor has neither vmx nor svm, else "host".
-        fixups: execute in pyvmm what KVM's emulator refuses, as the processor would, and let the guest go on; which
-            instructions is in docs/fixups.md, how many `vmm.fixups` says. For a KVM that emulates ring 0.
+        expose: names of features to show to the guest, even if the template hides them or KVM does not offer them.
+            Whether they work depends on the processor and KVM.
+        template: which other features are hidden. "host" hides vmx and svm, because snapshots do not include their
+            state. "software-kvm" also hides the features that a KVM which emulates ring 0 cannot execute or answer,
+            and presents an Intel vendor. "auto" is "software-kvm" if the host's processor has neither vmx nor svm,
+            otherwise "host".
+        fixups: pyvmm executes instructions that KVM's emulator refuses, as the processor would. For a KVM that emulates
+            ring 0. docs/fixups.md lists the instructions; `vmm.fixups` counts them.
     """
 
     vcpus: Annotated[int, Meta(ge=1, le=254)] = 1
@@ -82,7 +83,7 @@ class CpuConfig(_Part, frozen=True, kw_only=True):
 
 
 class EmbeddedBoot(_Part, frozen=True, tag_field="type", tag="embedded"):
-    """The guest inside the package: it prints, measures, answers what is typed, and ends."""
+    """The built-in guest: it prints, measures, answers its input, and ends."""
 
 
 class _Code(_Part, frozen=True):
@@ -92,17 +93,16 @@ class _Code(_Part, frozen=True):
 class FlatBoot(_Code, frozen=True, kw_only=True, tag_field="type", tag="flat"):
     """Code at an address.
 
-    Every vCPU starts at the entry, its number in RDI (EDI, DI) and a stack of 4 KiB of its own right below
-    the code.
+    Every vCPU starts at the entry, with its number in RDI (EDI, DI) and its own stack of 4 KiB right below the code.
 
     Attributes:
-        code: the machine code. In TOML and JSON: base64.
-        path: or the file it stands in.
-        address: where it is loaded, guest-physical.
-        entry: where it starts; None: at `address`.
+        code: the machine code; base64 in TOML and JSON.
+        path: the file with the code, instead of `code`.
+        address: the guest-physical load address.
+        entry: the start address; None means `address`.
         mode: "real16", 16-bit real mode; "protected32", 32-bit ring 0 without paging; "long64", 64-bit ring 0;
-            "user64", 64-bit ring 3 with a TSS that allows every port. Both 64-bit modes map addresses to
-            themselves. Except in real mode, 0x80000 to 0x9fbff is taken by the tables for this.
+            "user64", 64-bit ring 3 with a TSS that allows every port. Both 64-bit modes use identity mapping. Except in
+            real mode, the tables for this use 0x80000 to 0x9fbff.
     """
 
     path: FilePath | None = None
@@ -116,13 +116,13 @@ class _Kernel(_Part, frozen=True):
 
 
 class LinuxBoot(_Kernel, frozen=True, kw_only=True, tag_field="type", tag="linux"):
-    """A Linux kernel, by the 64-bit boot protocol (the kernel's Documentation/arch/x86/boot.rst).
+    """A Linux kernel, booted by the 64-bit boot protocol (the kernel's Documentation/arch/x86/boot.rst).
 
     Attributes:
         kernel: the file of an ELF vmlinux or a bzImage.
-        initrd: the initial RAM disk's file.
+        initrd: the file of the initial RAM disk.
         cmdline: the kernel command line, at most 2,047 bytes of printable ASCII.
-        load_address: where a bzImage is loaded, 1 MiB to 3 GiB; None: where it asks to be.
+        load_address: the load address of a bzImage, 1 MiB to 3 GiB; None means its preferred address.
     """
 
     initrd: FilePath | None = None
@@ -135,12 +135,12 @@ class SerialConfig(_Part, frozen=True, kw_only=True):
 
     Attributes:
         output: where the guest's output goes: a path, a file descriptor, a socket, a binary file object, or a
-            callable that is given bytes. None: the newest MiB is kept for `vmm.serial.take_output()`.
-        input: where its input comes from: a path, bytes, a file descriptor, a socket, a binary file object, or
-            a callable that returns bytes (empty at the end). None: what `vmm.serial.send()` gives. Of a file
-            object with a descriptor, the descriptor is read: what the object has buffered is not seen.
-        input_eof: the bytes the guest receives when the input ends: ^D unless told otherwise. In TOML and
-            JSON: base64.
+            callable that takes bytes. None keeps the newest MiB for `vmm.serial.take_output()`.
+        input: where the guest's input comes from: a path, bytes, a file descriptor, a socket, a binary file object, or
+            a callable that returns bytes (empty at the end). None means that only `vmm.serial.send()` sends input. If
+            a file object has a file descriptor, the descriptor is read, without the object's buffer.
+        input_eof: the bytes that the guest receives at the end of the input; base64 in TOML and JSON. The default is
+            ^D.
     """
 
     output: Stream = None
@@ -149,16 +149,16 @@ class SerialConfig(_Part, frozen=True, kw_only=True):
 
 
 class VmmConfig(_Part, frozen=True, kw_only=True):
-    """A whole machine.
+    """A complete machine.
 
     Attributes:
         memory: guest memory.
         cpu: the vCPUs.
-        boot: what the machine starts with.
+        boot: the code or kernel that the machine starts.
         serial: the first serial port.
-        exit_port: the port whose write ends the run with the value as its code; None: no such port.
-        irqchip: an in-kernel interrupt controller (PIC, I/O APIC, LAPICs); None: for Linux only.
-        pit: an in-kernel timer (PIT); None: as `irqchip`.
+        exit_port: a write to this port ends the run with the value as its code; None means no such port.
+        irqchip: an in-kernel interrupt controller (PIC, I/O APIC, LAPICs); None means only for Linux.
+        pit: an in-kernel timer (PIT); None means the same as `irqchip`.
     """
 
     memory: MemoryConfig = MemoryConfig()
@@ -171,7 +171,7 @@ class VmmConfig(_Part, frozen=True, kw_only=True):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VmmConfig:
-        """A configuration from nested dicts.
+        """Create a configuration from nested dicts.
 
         Raises:
             ConfigError: a key is unknown or a value is of the wrong type or out of range.
@@ -180,17 +180,17 @@ class VmmConfig(_Part, frozen=True, kw_only=True):
 
     @classmethod
     def from_toml(cls, text: str | bytes) -> VmmConfig:
-        """A configuration from TOML text; errors as for `from_dict`."""
+        """Create a configuration from TOML text. Raises the same exceptions as `from_dict`."""
         return _checked(lambda: msgspec.toml.decode(text, type=cls))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> VmmConfig:
-        """A configuration from JSON text; errors as for `from_dict`."""
+        """Create a configuration from JSON text. Raises the same exceptions as `from_dict`."""
         return _checked(lambda: msgspec.json.decode(text, type=cls))
 
     @classmethod
     def from_file(cls, path: str | Path) -> VmmConfig:
-        """A configuration from a .toml or .json file. Relative paths in it count from the file's directory.
+        """Create a configuration from a .toml or .json file. Its paths are relative to the file's directory.
 
         Raises:
             ConfigError: as for `from_dict`, or the file cannot be read.
@@ -198,7 +198,7 @@ class VmmConfig(_Part, frozen=True, kw_only=True):
         path = Path(path)
         decode: Any = {".toml": msgspec.toml.decode, ".json": msgspec.json.decode}.get(path.suffix)
         if decode is None:
-            raise _error(str(path), "the name of a configuration ends in .toml or .json")
+            raise _error(str(path), "the name of a configuration file must end in .toml or .json")
         try:
             text = _read(path)
         except (OSError, ValueError) as error:  # ValueError: a null byte in the name
@@ -216,7 +216,7 @@ class VmmConfig(_Part, frozen=True, kw_only=True):
         return msgspec.json.schema(VmmConfig)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain values, for TOML and JSON.
+        """Convert the configuration to plain values, for TOML and JSON.
 
         Raises:
             ConfigError: a stream of the serial port is a Python object.
@@ -230,7 +230,7 @@ class VmmConfig(_Part, frozen=True, kw_only=True):
 
 
 def _read(path: Path) -> bytes:
-    """A whole file; a FIFO's writer has a moment to come."""
+    """Read a whole file. Waits briefly for the writer of a FIFO."""
     flags = os.O_NONBLOCK | os.O_NOCTTY
     with open(path, "rb", buffering=0, opener=lambda name, mode: os.open(name, mode | flags)) as file:
         is_fifo = stat.S_ISFIFO(os.fstat(file.fileno()).st_mode)
@@ -245,14 +245,14 @@ def _read(path: Path) -> bytes:
             elif text or not is_fifo:
                 return bytes(text)
             elif time.monotonic() > deadline:
-                raise OSError(errno.ENXIO, "a FIFO that nobody writes")
+                raise OSError(errno.ENXIO, "a FIFO without a writer")
             else:
                 time.sleep(0.005)
         raise OSError(errno.EFBIG, f"more than {MOST_FILE} bytes")
 
 
 def _beside(part: Any, directory: Path, *names: str) -> Any:
-    """The part with its relative paths made to count from a directory."""
+    """Make the relative paths of a part relative to a directory."""
     values = {name: getattr(part, name, None) for name in names}
     paths = {n: str(directory / v) for n, v in values.items() if isinstance(v, (str, Path))}
     return msgspec.structs.replace(part, **paths) if paths else part
@@ -278,7 +278,7 @@ def _checked(load: Any, source: str = "config") -> VmmConfig:
 
 
 def _choices(key: str, detail: str) -> str:
-    """What a key with few values may be, for a value that is none of them."""
+    """The valid values of a key that has only a few, as a suffix of the error."""
     tags = [str(boot.__struct_config__.tag) for boot in (EmbeddedBoot, FlatBoot, LinuxBoot)]
     values: dict[str, Sequence[str]] = {
         "boot.type": tags,

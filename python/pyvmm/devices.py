@@ -1,4 +1,4 @@
-"""Devices in Python, as `Vmm.add_pio_device` and `add_mmio_device` take them, and what the buses tell."""
+"""The protocol of Python devices for `Vmm.add_pio_device` and `add_mmio_device`, and reports of the buses."""
 
 from __future__ import annotations
 
@@ -10,47 +10,49 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class ReadableDevice(Protocol):
-    """A device that the guest reads. A device without this half reads as ones."""
+    """A device that the guest can read. Reads of a device without this method return all one bits."""
 
     def read(self, offset: int, size: int, /) -> int | bytes | Stop:
-        """Say what the guest reads.
+        """Return what the guest reads.
 
-        On the thread of the vCPU. An exception ends the run and comes out of it, with the guest's address in a note.
+        Called on the thread of the vCPU. An exception ends the run and comes out of it, with the guest's address in a
+        note.
 
         Args:
-            offset: counts from the start of the device's range.
-            size: bytes of the access: 1, 2 or 4; memory-mapped also 8, and less where an access is split.
+            offset: the offset from the start of the device's range.
+            size: the size of the access in bytes: 1, 2 or 4; memory-mapped also 8, and other sizes if an access is
+                split.
 
         Returns:
-            A number of so many bytes, or the bytes; or a `Stop`, which ends the run.
+            A number of `size` bytes, or the bytes; or a `Stop`, which ends the run.
         """
 
 
 @runtime_checkable
 class WritableDevice(Protocol):
-    """A device that the guest writes. Writes to a device without this half are dropped."""
+    """A device that the guest can write. Writes to a device without this method are dropped."""
 
     def write(self, offset: int, size: int, value: int, /) -> object:
-        """Take what the guest wrote: a little-endian number of `size` bytes. A `Stop` that it returns ends the run."""
+        """Handle a write of the guest: a little-endian number of `size` bytes. Returning a `Stop` ends the run."""
 
 
 Device = ReadableDevice | WritableDevice
-"""Either half, or both. Two more methods are called where they are there, for string instructions:
+"""A device has one of these methods, or both. Further methods are optional.
 
-`read_many(offset, size, count) -> bytes` answers `REP INS` in one call a page of guest memory, of 1,024 elements at
-most, `write_many(offset, size, data)` takes `REP OUTS` in one call a page. Without them each element is a call of
-`read` or `write`.
+For string instructions: `read_many(offset, size, count) -> bytes` answers `REP INS` in one call for each page of guest
+memory, with at most 1,024 elements. `write_many(offset, size, data)` handles `REP OUTS` in one call for each page.
+Without them, `read` or `write` is called for each element.
 
-`save() -> bytes` and `restore(state)` make it part of snapshots: called on the thread that takes one, forks or resets,
-while the guest is at rest. Without them `Vmm.snapshot` refuses and names the device.
+For snapshots: `save() -> bytes` and `restore(state)`, called on the thread that takes a snapshot, forks or resets,
+while the guest is stopped. Without them, `Vmm.snapshot` fails and names the device.
 """
 
 
 class Unanswered(NamedTuple):
-    """How often an address that no device answers was read and written.
+    """The number of reads and writes of an address that no device answers.
 
-    Reads gave all ones, writes were dropped. The bus is "pio" or "mmio"; "other", with no address, sums up
-    what came beyond the first 1,024 addresses.
+    Reads returned all one bits, and writes were dropped. The bus is "pio" or "mmio". "other", with no address, sums up
+    all addresses after the first 1,024.
     """
 
     bus: str
@@ -60,15 +62,15 @@ class Unanswered(NamedTuple):
 
 
 class Resource(NamedTuple):
-    """A range of a machine's addresses, ports or interrupt lines, and what uses it: see `Vmm.resources`."""
+    """A range of a machine's addresses, ports or interrupt lines, and its owner: see `Vmm.resources`."""
 
     kind: Literal["memory", "mmio", "pio", "gsi"]
-    """Guest-physical addresses with memory or of a device, ports, or lines of the interrupt controllers."""
+    """Memory, addresses of a device, ports, or lines of the interrupt controllers."""
     start: int
     """The first address, port or line."""
     length: int
-    """How many addresses, ports or lines."""
+    """The number of addresses, ports or lines."""
     name: str
-    """What uses it: "memory", a built-in device, a class of Python's, "irqfd", "ioeventfd", or what of KVM."""
+    """The owner: "memory", a built-in device, a Python class, "irqfd", "ioeventfd", or a part of KVM."""
     shared: bool
-    """Other uses may overlap it: eventfds share lines and addresses with devices."""
+    """Whether other ranges may overlap it: eventfds share lines and addresses with devices."""

@@ -1,4 +1,4 @@
-"""What this machine can do for pyvmm, what is missing, and what to type about it."""
+"""Checks what pyvmm needs on this host, reports what is missing, and suggests a fix."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from pyvmm.devices import Resource
 
-# What is lost without a capability of KVM.
+# The consequence of each missing KVM capability.
 CAPABILITIES = {
     "user-memory": "no machine at all",
     "immediate-exit": "no machine at all: a kick could be lost",
@@ -56,7 +56,7 @@ class Check(msgspec.Struct, frozen=True):
 
 
 def examine() -> list[Check]:
-    """Every check, in the order they build on each other."""
+    """Run every check, prerequisites first."""
     checks = [_platform(), _processors(), _memory(), _files()]
     try:
         info: dict[str, Any] = kvm_info()
@@ -69,7 +69,7 @@ def examine() -> list[Check]:
 
 
 def resources_of(config: VmmConfig | None) -> list[Resource]:
-    """What answers where in a machine of this configuration; without one, in that of a Linux guest."""
+    """The resources of a machine with this configuration. None means a machine as Linux needs it."""
     if config is None:
         config = VmmConfig(boot=FlatBoot(TRIAL_CODE), irqchip=True, pit=True)
     with Vmm(config) as vmm:
@@ -116,7 +116,7 @@ def _kind(info: dict[str, Any]) -> Check:
 
 
 def _template(template: Template) -> Check:
-    """Try a CPU template: KVM may refuse its CPUID, XCR0, the registers that a fork sets, or the first run."""
+    """Try a CPU template: KVM may refuse its CPUID or XCR0, the registers that a fork sets, or the first run."""
     name = f"CPU template {template}"
     failed = [f"{what}: {problem}" for what, problem in _trials(template) if problem]
     if not failed:
@@ -129,14 +129,14 @@ def _template(template: Template) -> Check:
 
 
 def _trials(template: Template) -> Iterator[tuple[str, str | None]]:
-    """What was tried, and how it failed if it did."""
+    """The name of each trial, and the reason if it failed."""
     for mode in ("real16", "long64", "user64"):
         yield mode, _trial(template, mode, irqchip=False)
     yield "two processors with interrupt controllers", _trial(template, "long64", irqchip=True)
 
 
 def _trial(template: Template, mode: Any, *, irqchip: bool) -> str | None:
-    """Run a guest and a fork of it; the reason when either does not end as it should."""
+    """Run a guest and a fork of it. Return the reason if one of them fails."""
     config = VmmConfig(
         boot=FlatBoot(TRIAL_CODE, mode=mode),
         memory=MemoryConfig(size_mib=1),

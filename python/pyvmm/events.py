@@ -1,4 +1,4 @@
-"""What the event loop speaks: `EventSet`, and the protocol of a subscriber."""
+"""`EventSet`, and the protocol of a subscriber."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class EventSet(IntFlag):
 
 
 class Subscriber(Protocol):
-    """Any object with these two methods can be given to `add_subscriber`."""
+    """Any object with these two methods can be passed to `add_subscriber`."""
 
     def init(self, ops: EventOps, /) -> object:
         """Register file descriptors. Called once, before `add_subscriber` returns."""
 
     def process(self, events: Events, ops: EventOps, /) -> object:
-        """Handle one event. Called on the thread that turns the loop."""
+        """Handle one event. Called on the thread that runs the loop."""

@@ -1,12 +1,12 @@
-"""Every exception of pyvmm. All are `VmmError`; each is also the built-in class a caller would expect."""
+"""The exceptions of pyvmm. All derive from `VmmError`, and also from the matching built-in class."""
 
 
 class VmmError(Exception):
     """The base of every exception of pyvmm.
 
     Attributes:
-        at: the place: a configuration key, a system call, an address; None where there is none.
-        hint: what to do about it, where that is known.
+        at: the place: a configuration key, a system call or an address, or None.
+        hint: what to do about it, or None.
     """
 
     at: str | None
@@ -31,11 +31,11 @@ class KvmUnavailableError(KvmError):
 
 
 class GuestMemoryError(VmmError, IndexError):
-    """An address range that is not all in guest memory."""
+    """An address range is not entirely guest memory."""
 
 
 class BootError(VmmError):
-    """A kernel, initial RAM disk or code that cannot be loaded."""
+    """A kernel, initial RAM disk or code cannot be loaded."""
 
 
 class StateError(VmmError, RuntimeError):
@@ -43,7 +43,7 @@ class StateError(VmmError, RuntimeError):
 
 
 class ClosedError(StateError, ValueError):
-    """What it is called on is closed, or its machine is; `at` names it. A ValueError too, as a closed file gives."""
+    """The object, or its machine, is closed; `at` names it. Also a ValueError, as closed files raise."""
 
 
 class WaitTimeoutError(VmmError, TimeoutError):
@@ -51,7 +51,7 @@ class WaitTimeoutError(VmmError, TimeoutError):
 
 
 class SnapshotError(VmmError, ValueError):
-    """A snapshot cannot be used: damaged, of another machine, or no longer as it was; `at` names the part."""
+    """A snapshot cannot be used: it is damaged, of another machine, or has changed; `at` names the part."""
 
 
 class EventError(VmmError, OSError):

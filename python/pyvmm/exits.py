@@ -1,4 +1,4 @@
-"""How a run ends: `Exit` and its `ExitReason`, where a machine stands, and who is told."""
+"""How a run ends: `Exit` and `ExitReason`. Also exit hooks, run states, and the exit handler protocol."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class ExitReason(StrEnum):
     SHUTDOWN = "shutdown"
     """The guest shut down: a triple fault (then with a fault text), or KVM's system event."""
     CODE = "code"
-    """The guest wrote the exit port; `Exit.code` is the value."""
+    """The guest wrote to the exit port; `Exit.code` is the value."""
     STOPPED = "stopped"
     """The host ended the run: `stop()` or a kick."""
     TIMEOUT = "timeout"
-    """The time given to `run` passed."""
+    """The timeout of `run` passed."""
     INTERNAL_ERROR = "internal-error"
-    """KVM_EXIT_INTERNAL_ERROR: KVM could not go on, often an instruction it cannot emulate."""
+    """KVM_EXIT_INTERNAL_ERROR: KVM could not continue, often because of an instruction that it cannot emulate."""
     FAIL_ENTRY = "fail-entry"
     """KVM_EXIT_FAIL_ENTRY: the processor refused the vCPU's state; `Exit.code` is its reason."""
     UNKNOWN_EXIT = "unknown-exit"
@@ -35,14 +35,14 @@ class ExitReason(StrEnum):
 
 
 class Exit(NamedTuple):
-    """What `run` returns. It compares only with another `Exit`, never with a plain tuple of the same values.
+    """The result of `run`. It compares only with another `Exit`, never a plain tuple of the same values.
 
     Attributes:
         reason: why the run ended.
-        code: the guest's exit code; for an unknown exit, a failed entry or a failed KVM_RUN its number.
-        vcpu: the vCPU that ended; None where the host ended the run.
-        fault: for a fault, KVM's words, the instruction, its bytes and the registers, as text.
-        value: what a device or an exit hook has ended the run with: the value of its `Stop`.
+        code: the guest's exit code; for an unknown exit, a failed entry or a failed KVM_RUN, its number.
+        vcpu: the vCPU that ended; None if the host ended the run.
+        fault: for a fault, KVM's report, the instruction, its bytes and the registers, as text.
+        value: the value of the `Stop` with which a device or an exit hook ended the run.
     """
 
     reason: ExitReason
@@ -55,11 +55,11 @@ class Exit(NamedTuple):
         """Whether both are exits with the same values."""
         if isinstance(other, Exit):
             return tuple(self) == tuple(other)
-        # NotImplemented would have a tuple compare itself with this one, which is a tuple too.
+        # NotImplemented would make Python try the other tuple's `==`, which accepts this one.
         return False if isinstance(other, tuple) else NotImplemented
 
     def __ne__(self, other: object) -> bool:
-        """Whether `==` is false; a tuple has a `!=` of its own."""
+        """Whether `==` is false. Needed because tuple defines its own `!=`."""
         equal = self.__eq__(other)
         return equal if equal is NotImplemented else not equal
 
@@ -118,9 +118,9 @@ class ExitKind(StrEnum):
     DEBUG = "debug"
     """A breakpoint or a single step."""
     INTERNAL_ERROR = "internal-error"
-    """KVM could not go on: mostly an instruction that it could not emulate."""
+    """KVM could not continue, usually because of an instruction that it could not emulate."""
     SYSTEM_EVENT = "system-event"
-    """The platform's code asks for a reset or to be turned off."""
+    """The guest's platform code requests a reset or power-off."""
     FAIL_ENTRY = "fail-entry"
     """The processor refused the vCPU's state."""
     MEMORY_FAULT = "memory-fault"
@@ -130,25 +130,25 @@ class ExitKind(StrEnum):
 
 
 class ExitAction(Enum):
-    """What an exit hook has done with an exit."""
+    """How an exit hook has handled an exit."""
 
     CONTINUE = "continue"
-    """It has been answered: the guest goes on. A read gives ones, unless `Vcpu.answer` was called; RDMSR gives 0."""
+    """The exit is answered. A read returns all one bits unless `Vcpu.answer` was called; RDMSR returns 0."""
     RETRY = "retry"
-    """The guest executes the instruction again, of which nothing is left. A write has been executed and cannot be."""
+    """The guest executes the instruction again, without traces of the first attempt. Writes cannot be retried."""
 
 
 class Stop(NamedTuple):
-    """What a device's method or an exit hook returns to end the run: `Exit.value` is the value.
+    """Returned by a device's method or an exit hook to end the run. `Exit.value` is the value.
 
-    The exit's reason is `ExitReason.STOPPED`; the guest goes on with the next `run`.
+    The exit's reason is `ExitReason.STOPPED`, and the next `run` continues the guest.
     """
 
     value: object = None
 
 
 class VmRunState(StrEnum):
-    """Where a machine stands."""
+    """The run state of a machine."""
 
     CREATED = "created"
     RUNNING = "running"
@@ -161,11 +161,11 @@ class ExitHandler(Protocol):
     """Any object with this method can be a `KvmVm`'s exit handler."""
 
     def kick(self) -> object:
-        """Make the owner of the run loop look. Called on the thread of the vCPU whose guest has ended."""
+        """Notify the owner of the run loop. Called on the thread of the vCPU whose guest has ended."""
 
 
 def _vcpu_exit(kind: str, *fields: object) -> VcpuExit:
-    """The `VcpuExit` that a pickle or a copy holds."""
+    """Rebuild a `VcpuExit` from a pickle or a copy."""
     from pyvmm import VcpuExit
 
     exit: VcpuExit = getattr(VcpuExit, kind)(*fields)

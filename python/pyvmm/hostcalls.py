@@ -1,22 +1,22 @@
 """Calls from the guest to Python functions: the host's side of `@vmm.hostcall`.
 
 The guest fills a block in its memory and writes the block's guest-physical address to port 0x7076, as 16 or 32 bits.
-When the instruction is done the block holds the status and the result. `examples/guest/hostcall.c` and `hostcall.s` are
-the guest's side. All numbers are little-endian:
+After the instruction, the block contains the status and the result. `examples/guest` has the guest's side. All numbers
+are little-endian:
 
     offset  bytes
          0      4  the function's number
          4      4  status: a `HostcallStatus`
          8      8  result, signed
-        16      4  count of arguments, at most 6
+        16      4  number of arguments, at most 6
         20      4  zero
         24     16  for each argument:
                        4  kind: 0 unsigned, 1 signed, 2 bytes, 3 a buffer
-                       4  length of bytes or buffer
+                       4  length of the bytes or the buffer
                        8  the number, or the guest-physical address
 
-A reading of the port gives the status of the last call of the machine: that of a block which is not in memory cannot be
-written there.
+Reading the port returns the status of the machine's last call. The guest needs it if the block is not in memory, where
+the status cannot be written.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pyvmm._pyvmm import GuestMemory, Vmm
 
 PORT = 0x7076
-# The longest block: what most calls read at once.
+# The longest block. A call reads this much at once.
 _LONGEST = 120
 _HEAD = struct.Struct("<IIqII")
 _ARGUMENT = struct.Struct("<IIQ")
@@ -45,30 +45,30 @@ _UNSIGNED, _SIGNED, _BYTES, _BUFFER = range(4)
 
 
 class HostcallStatus(IntEnum):
-    """What the guest finds in its block."""
+    """The status in the guest's block."""
 
     OK = 0
-    """The function returned; the result is what it returned."""
+    """The function returned; the result is its value."""
     BAD_BLOCK = 1
     """The block is not in memory, or was written with a width of 1."""
     NO_SUCH_FUNCTION = 2
     """No function has this number."""
     BAD_ARGUMENT = 3
-    """More than 6 arguments, or a kind that there is not."""
+    """There are more than 6 arguments, or one has an unknown kind."""
     BAD_MEMORY = 4
-    """Bytes or a buffer that are not all in memory; a buffer lies in one memory slot."""
+    """Bytes or a buffer are not entirely in memory; a buffer must be in one memory slot."""
     BAD_RESULT = 5
-    """The function returned bytes that do not fit into the call's last buffer, or there is none."""
+    """The function returned bytes that do not fit into the call's last buffer, or the call has no buffer."""
     FAILED = 6
     """The function raised `HostcallError`; the result is its code."""
 
 
-# Plain numbers: a member of an enum takes longer to look up.
+# Plain numbers, because looking up an enum member is slower.
 _OK, _BAD_BLOCK = int(HostcallStatus.OK), int(HostcallStatus.BAD_BLOCK)
 
 
 class HostcallError(Exception):
-    """Raise it in a hostcall to have the guest find `HostcallStatus.FAILED` and this code.
+    """Raised in a hostcall to return `HostcallStatus.FAILED` and this code to the guest.
 
     Any other exception ends the run and comes out of `Vmm.run`.
     """
@@ -79,7 +79,7 @@ class HostcallError(Exception):
 
 
 class _RefusedError(Exception):
-    """The call is not made; the guest finds the status."""
+    """The call is not made, and the guest gets the status."""
 
     def __init__(self, status: HostcallStatus) -> None:
         super().__init__(status)
@@ -87,7 +87,7 @@ class _RefusedError(Exception):
 
 
 class Hostcalls:
-    """The device behind the port of one machine."""
+    """The device at the hostcall port of one machine."""
 
     def __init__(self, memory: GuestMemory) -> None:
         self.functions: dict[int, Callable[..., Any]] = {}
@@ -95,11 +95,11 @@ class Hostcalls:
         self._status = _OK
 
     def read(self, _offset: int, size: int) -> int:
-        """Give the status of the last call."""
+        """Return the status of the last call."""
         return self._status & ((1 << 8 * size) - 1)
 
     def write(self, _offset: int, size: int, address: int) -> Stop | None:
-        """Make the call of the block at an address."""
+        """Make the call described by the block at an address."""
         try:
             if size == 1:
                 raise _RefusedError(HostcallStatus.BAD_BLOCK)
@@ -177,32 +177,32 @@ class Hostcalls:
         try:
             reply = (_UNSIGNED_REPLY if value > 0 else _SIGNED_REPLY).pack(status, value)
         except struct.error:
-            raise OverflowError(f"a hostcall's result has 64 bits, {value:#x} has more") from None
+            raise OverflowError(f"a hostcall's result has at most 64 bits; {value:#x} has more") from None
         self._memory.write(address + 4, reply)
 
 
 def _add(vmm: Vmm, number: int | None, function: Callable[..., Any]) -> Callable[..., Any]:
     if not callable(function):
         raise TypeError(f"a hostcall is a function, not {type(function).__name__}")
-    _ = vmm.memory.size  # of a machine that is not closed
+    _ = vmm.memory.size  # raises if the machine is closed
     port = vmm._pio_device(PORT)
     if port is None:
         port = Hostcalls(vmm.memory)
         vmm.add_pio_device(PORT, 4, port)
     elif not isinstance(port, Hostcalls):
-        raise ValueError(f"port {PORT:#x}, where hostcalls are made, is another device's")
+        raise ValueError(f"port {PORT:#x}, which hostcalls use, belongs to another device")
     if number is None:
         number = next(free for free in range(len(port.functions) + 1) if free not in port.functions)
     if not 0 <= number < 1 << 32:
-        raise ValueError(f"{number} is not a number of 32 bits")
+        raise ValueError(f"hostcall number {number} does not fit in 32 bits")
     if number in port.functions:
-        raise ValueError(f"hostcall {number} is there already")
+        raise ValueError(f"hostcall {number} is already registered")
     port.functions[number] = function
     return function
 
 
 def hostcall(vmm: Vmm, number: int | Callable[..., Any] | None = None) -> Callable[..., Any]:
-    """Do what `Vmm.hostcall` says."""
+    """Implement `Vmm.hostcall`."""
     if callable(number):
         return _add(vmm, None, number)
     if number is not None and not isinstance(number, int):

@@ -1,4 +1,4 @@
-"""The rust-vmm reference VMM's form of an option: ``path=vmlinux,cmdline="console=ttyS0 panic=1"``."""
+"""Parses options as the rust-vmm reference VMM takes them: ``path=vmlinux,cmdline="console=ttyS0 panic=1"``."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from pyvmm.exceptions import ConfigError
 
 
 def parse(option: str, text: str, keys: dict[str, type[str] | type[int]]) -> dict[str, str | int]:
-    """The values of ``key=value,...`` by key.
+    """Parse ``key=value,...`` to a dict.
 
-    A part that starts with no known key belongs to the value before it, so a command line may contain commas
+    A part that does not start with a known key belongs to the value before it, so a command line may contain commas
     and equals signs. Quotes around a value are removed.
 
     Raises:
-        ConfigError: the text does not start with a known key, a key stands twice, or a number is none.
+        ConfigError: the text does not start with a known key, a key appears twice, or a number is invalid.
     """
     found: dict[str, str] = {}
     last = None
@@ -20,7 +20,7 @@ def parse(option: str, text: str, keys: dict[str, type[str] | type[int]]) -> dic
         key, equals, value = part.partition("=")
         if equals and key in keys and not _is_open(found.get(last, "") if last else ""):
             if key in found:
-                raise _error(f"{option}.{key}", "stands twice")
+                raise _error(f"{option}.{key}", "given twice")
             found[key] = value
             last = key
         elif last is None:
@@ -31,7 +31,7 @@ def parse(option: str, text: str, keys: dict[str, type[str] | type[int]]) -> dic
 
 
 def _is_open(value: str) -> bool:
-    """Whether a quoted value goes on."""
+    """Whether a quoted value is incomplete."""
     return value.startswith('"') and (len(value) == 1 or not value.endswith('"'))
 
 

@@ -1,4 +1,4 @@
-"""Names of KVM's numbers (Linux, include/uapi/linux/kvm.h)."""
+"""Names of KVM's capabilities (Linux, include/uapi/linux/kvm.h)."""
 
 from __future__ import annotations
 

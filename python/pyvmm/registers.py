@@ -74,7 +74,7 @@ class Segment(View):
 
 
 class DescriptorTable(View):
-    """A descriptor table's place: struct kvm_dtable."""
+    """Base and limit of a descriptor table: struct kvm_dtable."""
 
     __slots__ = ()
     _size: ClassVar[int] = 16
@@ -196,18 +196,18 @@ class Vectors:
         return index % self._count
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Return the number of registers."""
         return self._count
 
     def __getitem__(self, index: int) -> int:
-        """Read one."""
+        """Read one register."""
         index = self._index(index)
         data = self._registers.read()
         parts = [data[offset + 16 * index :][:size] for offset, size in self._parts]
         return int.from_bytes(b"".join(parts), "little")
 
     def __setitem__(self, index: int, value: int) -> None:
-        """Change one."""
+        """Set one register."""
         index, value = self._index(index), operator.index(value)
         try:
             data = value.to_bytes(self._bits // 8, "little")
@@ -222,7 +222,7 @@ class Vectors:
         self._registers.replace(0, bytes(area))
 
     def __repr__(self) -> str:
-        """All of them, in hex."""
+        """Show all registers, in hex."""
         return f"[{', '.join(f'{self[index]:#x}' for index in range(self._count))}]"
 
 
@@ -295,11 +295,11 @@ class Msrs:
             raise KeyError(f"no MSR has the name {msr!r}; these have one: {known}") from None
 
     def __getitem__(self, msr: int | str) -> int:
-        """Read one."""
+        """Read one register."""
         return self._registers.load(self._index(msr))
 
     def __setitem__(self, msr: int | str, value: int) -> None:
-        """Change one."""
+        """Set one register."""
         self._registers.store(self._index(msr), value)
 
     def _rows(self) -> Iterator[tuple[str, str]]:
@@ -308,16 +308,16 @@ class Msrs:
                 yield msr.name, f"{self[msr]:#x}"
 
     def __repr__(self) -> str:
-        """Those that have a name and that KVM knows."""
+        """Show the registers that have a name and that KVM knows."""
         return f"Msrs({', '.join(f'{name}={text}' for name, text in self._rows())})"
 
     def _repr_html_(self) -> str:
-        """Return a table of the same, for notebooks."""
+        """Return a table of these registers, for notebooks."""
         return table("Msrs", self._rows())
 
 
 class MpState(IntEnum):
-    """What a vCPU is doing: KVM_MP_STATE."""
+    """The run state of a vCPU: KVM_MP_STATE."""
 
     RUNNABLE = 0
     UNINITIALIZED = 1
@@ -339,5 +339,5 @@ class CpuidEntry:
     edx: int
 
     def __repr__(self) -> str:
-        """In hex."""
+        """Show the fields in hex."""
         return f"CpuidEntry({', '.join(f'{name}={value:#x}' for name, value in asdict(self).items())})"

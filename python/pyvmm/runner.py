@@ -1,4 +1,4 @@
-"""A machine on the command line: the console at the terminal, signals, and the exit status."""
+"""Runs a machine for the command line: the console on the terminal, signals, and the exit status."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LIVE_HZ = 2.0
 
 
 class Status(IntEnum):
-    """What `pyvmm run` exits with beside the guest's own codes."""
+    """The exit statuses of `pyvmm run` other than the guest's own codes."""
 
     GUEST_FAULT = 120
     TIMEOUT = 124
@@ -47,7 +47,7 @@ NO_CURSOR = ("dumb", "unknown")
 
 
 class Watch(NamedTuple):
-    """What a run is watched with: counters, shown at the end or live, and the file of a trace."""
+    """How a run is observed: by counters, shown at the end or live, and by a trace file."""
 
     stats: bool = False
     live: bool = False
@@ -55,7 +55,7 @@ class Watch(NamedTuple):
 
     @property
     def is_live(self) -> bool:
-        """Whether there is a terminal to renew the counters on."""
+        """Whether the counters can be updated on a terminal."""
         return self.live and os.isatty(STDERR) and os.environ.get("TERM", "").lower() not in NO_CURSOR
 
 
@@ -71,7 +71,7 @@ def run_machine(config: VmmConfig, timeout: float | None, as_json: bool, watch: 
 def run_with(
     serial: SerialConfig, build: Callable[[SerialConfig], Vmm], timeout: float | None, as_json: bool, watch: Watch
 ) -> int:
-    """Run the machine that `build` makes with its console at the terminal; the exit status."""
+    """Run the machine that `build` creates, with its console on the terminal. Return the exit status."""
     start = time.monotonic()
     try:
         return _run(serial, build, timeout, as_json, watch)
@@ -84,13 +84,13 @@ def run_with(
     except VmmError as error:
         if as_json:
             _print_json(None, time.monotonic() - start, {"unanswered": [], "error": str(error)})
-        if isinstance(error, StreamError) and error.errno == errno.EPIPE:  # the reader has seen enough
+        if isinstance(error, StreamError) and error.errno == errno.EPIPE:  # the reader has closed the pipe
             return Status.ERROR
         raise
 
 
 class _TraceError(Exception):
-    """The run has been told of, but its trace could not be written."""
+    """The run was reported, but its trace could not be written."""
 
     def __init__(self, failure: StreamError) -> None:
         self.failure = failure
@@ -105,7 +105,7 @@ def _run(
         console = _console(serial, keys, STDERR if as_json else STDOUT)
         vmm = stack.enter_context(build(console))
         if watch.stats and not as_json and not watch.is_live:
-            stack.callback(_print_stats, vmm)  # when the terminal is as it was, however the run ends
+            stack.callback(_print_stats, vmm)  # after the terminal is restored, however the run ends
         ending = stack.enter_context(Ending(vmm.stop))
         keyboard = terminal.Keyboard(STDIN, pipe, vmm.stop) if typing else None
         if keyboard:
@@ -130,7 +130,7 @@ def _run(
 
 
 def _watched(vmm: Vmm, watch: Watch, timeout: float | None) -> tuple[Exit, StreamError | None]:
-    """Run with what watches; also what the trace's file failed with, which does not end the run."""
+    """Run with counters and trace. Also return the error of the trace file, which does not end the run."""
     exit: Exit | None = None
     try:
         with ExitStack() as stack:
@@ -149,7 +149,7 @@ def _watched(vmm: Vmm, watch: Watch, timeout: float | None) -> tuple[Exit, Strea
 
 
 class _Lines(io.TextIOBase):
-    """Stderr, where it may be a terminal in raw mode."""
+    """Stderr, which may be a terminal in raw mode."""
 
     def write(self, text: str) -> int:
         return sys.stderr.write(text.replace("\n", "\r\n"))
@@ -165,7 +165,7 @@ class _Lines(io.TextIOBase):
 
 
 def _live(vmm: Vmm) -> Live:
-    """The counters on the terminal, renewed by a thread of their own; they stay there in the end."""
+    """The counters on the terminal, updated by their own thread. The last state stays visible."""
     from rich.console import Console
     from rich.live import Live
 
@@ -189,7 +189,7 @@ def _print_stats(vmm: Vmm) -> None:
 
 
 def exit_status(exit: Exit) -> int:
-    """The exit status that tells how the guest ended."""
+    """The exit status for the end of a guest."""
     if exit.reason is ExitReason.TIMEOUT:
         return Status.TIMEOUT
     if exit.reason is ExitReason.STOPPED:
@@ -200,7 +200,7 @@ def exit_status(exit: Exit) -> int:
 
 
 def _pipe(stack: ExitStack) -> tuple[int, int]:
-    """The two ends of a pipe, closed with the stack."""
+    """Create a pipe that is closed with the stack."""
     reader, writer = os.pipe()
     for end in (reader, writer):
         stack.callback(os.close, end)
@@ -209,7 +209,7 @@ def _pipe(stack: ExitStack) -> tuple[int, int]:
 
 
 def _console(serial: SerialConfig, input: int, output: int) -> SerialConfig:
-    """The port's two ends at this process's, where the configuration names no others."""
+    """Connect the serial port to these descriptors where the configuration names no stream."""
     values: dict[str, Any] = {}
     if serial.output is None:
         values["output"] = output
@@ -227,7 +227,7 @@ def _is_open(fd: int) -> bool:
 
 
 def _build(config: VmmConfig) -> Vmm:
-    """The machine; if that takes long, a terminal is told."""
+    """Create the machine. If this takes long, show a message on the terminal."""
     if not os.isatty(STDERR):
         return Vmm(config)
     import threading
@@ -261,7 +261,7 @@ def _report(exit: Exit, as_json: bool, seconds: float, more: dict[str, Any]) -> 
 
 
 def _print_json(exit: Exit | None, seconds: float, more: dict[str, Any]) -> None:
-    """How a run ended; without an exit, it could not be run to its end."""
+    """Print how a run ended. Without an exit, the machine could not be run."""
     keys = [key for key in Exit._fields if key != "value"]
     values = {key: getattr(exit, key, None) for key in keys}
     values["reason"] = exit.reason if exit else "error"

@@ -1,4 +1,4 @@
-"""Signals that end a run on the command line, so that its report comes and the terminal is as it was."""
+"""Signals that end a run on the command line, so that it is reported and the terminal is restored."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Ending:
-    """While it is entered, the first of the signals calls a function, and a second SIGINT is a KeyboardInterrupt.
+    """While entered, the first signal calls a function, and a second SIGINT raises KeyboardInterrupt.
 
-    What the process ignores, as under nohup, it goes on ignoring.
+    Signals that the process ignores, as under nohup, stay ignored.
     """
 
     def __init__(self, stop: Callable[[], object]) -> None:
@@ -42,5 +42,5 @@ class Ending:
 
     @property
     def status(self) -> int | None:
-        """The exit status of a process that such a signal has ended; None without one."""
+        """The exit status of a process ended by the signal that arrived; None if none arrived."""
         return None if self.number is None else 128 + self.number

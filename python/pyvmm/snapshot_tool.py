@@ -1,4 +1,4 @@
-"""What ``pyvmm snapshot`` and ``pyvmm inspect`` do."""
+"""Implements ``pyvmm snapshot`` and ``pyvmm inspect``."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pyvmm.runner import STDERR, STDOUT, Status, exit_status
 if TYPE_CHECKING:
     from pyvmm.config import VmmConfig
 
-# Shorter files are written before a bar is of use.
+# Smaller files are written too quickly for a progress bar.
 SHOWN_FROM = 64 << 20
 
 
 class Taking(NamedTuple):
-    """When a snapshot is taken, and where it goes."""
+    """When a snapshot is taken, and where it is written."""
 
     output: str
     base: str | None
@@ -31,10 +31,10 @@ class Taking(NamedTuple):
 
 
 def take(config: VmmConfig, how: Taking) -> int:
-    """Run until it is time, and write the file; the exit status."""
+    """Run until the condition is met, and write the file. Return the exit status."""
     text = None if how.text is None else os.fsencode(how.text)
     if text == b"":
-        raise ConfigError("--text: it is empty, so that nothing would be waited for", at="--text")
+        raise ConfigError("--text: the text is empty", at="--text")
     _check_output(how.output)
     base = None if how.base is None else Snapshot.load(how.base)
     serial = config.serial
@@ -55,15 +55,15 @@ def take(config: VmmConfig, how: Taking) -> int:
 
 
 def _check_output(path: str) -> None:
-    """Refuse at once what could not be written after a long run."""
+    """Refuse an unusable path now rather than after a long run."""
     if os.path.exists(path) and not os.path.isfile(path):
-        raise StreamError(f"snapshot: {path}: only a regular file is replaced", at="snapshot")
+        raise StreamError(f"snapshot: {path}: only a regular file can be replaced", at="snapshot")
     if not os.path.isdir(os.path.dirname(os.path.realpath(path))):
         raise StreamError(f"snapshot: {path}: there is no such directory", at="snapshot")
 
 
 def save(snapshot: Snapshot, path: str, base: Snapshot | None) -> None:
-    """Write it; where that takes long, a terminal shows how far it has come."""
+    """Write the snapshot. If this takes long, show a progress bar on the terminal."""
     if snapshot.memory_bytes < SHOWN_FROM or not os.isatty(STDERR):
         snapshot.save(path, base)
         return
@@ -77,7 +77,7 @@ def save(snapshot: Snapshot, path: str, base: Snapshot | None) -> None:
 
 
 def show(path: str, found: dict[str, Any]) -> None:
-    """What a file holds, as a table."""
+    """Print the contents of a file as a table."""
     from rich.console import Console
     from rich.table import Table
 

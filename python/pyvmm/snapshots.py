@@ -1,4 +1,4 @@
-"""Many forks of a snapshot at once, and a pool of them that computes."""
+"""Parallel forks of a snapshot, and a pool whose workers are forks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def config_of(memory: int, vcpus: int, exit_port: int | None, irqchip: bool, pit: bool, fixups: bool) -> VmmConfig:
-    """The configuration that can be told from a file: not what the machine was booted with."""
+    """The configuration as far as a snapshot file describes it; the boot is not included."""
     from pyvmm.config import CpuConfig, MemoryConfig, VmmConfig
 
     mib = max(1, memory >> 20)
@@ -37,19 +37,19 @@ def config_of(memory: int, vcpus: int, exit_port: int | None, irqchip: bool, pit
 
 
 def unpickled(path: Path, base: Snapshot | None, id: str, force: bool) -> Snapshot:
-    """The snapshot that was pickled by its file, and no other that has taken the file's name."""
+    """Load a pickled snapshot from its file. Refuse the file if it contains another snapshot by now."""
     from pyvmm._pyvmm import Snapshot
 
     loaded = Snapshot.load(path, base, force=force)
     if loaded.id != id:
-        raise SnapshotError(f"file: {path} holds another snapshot than when this one was pickled", at="file")
+        raise SnapshotError(f"file: {path} no longer contains the snapshot that was pickled", at="file")
     return loaded
 
 
 def fork_many(
     snapshot: Snapshot, count: int, changes: Callable[[int], dict[str, Any]] | None, entropy: Entropy | None
 ) -> list[Vmm]:
-    """`Snapshot.fork_many`."""
+    """Implement `Snapshot.fork_many`."""
 
     def fork(number: int) -> Vmm:
         return snapshot.fork(**{"entropy": entropy, **(changes(number) if changes else {})})
@@ -61,7 +61,7 @@ def fork_many(
         for future in made:
             if future.exception() is None:
                 future.result().close()
-        made.clear()  # the traceback would keep them
+        made.clear()  # otherwise the traceback would keep them alive
         raise failed[0]
     return [future.result() for future in made]
 
@@ -74,7 +74,7 @@ def map_inputs(
     timeout: float | None,
     entropy: Entropy | None,
 ) -> list[Any]:
-    """`Snapshot.map`."""
+    """Implement `Snapshot.map`."""
     pool = ForkExecutor(snapshot, workers, timeout=timeout, entropy=entropy)
     try:
         futures = [pool.submit(function, value) for value in inputs]
@@ -96,21 +96,21 @@ class _Job(NamedTuple):
 class ForkExecutor(Executor):
     """A `concurrent.futures` executor whose workers are forks of a snapshot.
 
-    A job is a function that is given a machine, which stands at the snapshot, and the arguments of `submit`. It does
-    with the machine what it likes: the next job finds nothing of it. A worker's fork is reset for the next job when the
-    last one has left nothing that a reset does not take back; otherwise it is closed and made anew. The machine that a
-    job was given, and whatever it got from it, belongs to that job alone: whoever uses it later finds it closed.
+    A job is a function that takes a machine in the state of the snapshot, and the arguments of `submit`. It may use the
+    machine freely; the next job sees no trace of it. A worker's fork is reset for the next job if a reset undoes
+    everything that the job did; otherwise it is closed and a new fork is created. The machine and objects obtained from
+    it belong to the job alone. They are closed when they are used later.
 
-    A job that takes longer than `timeout` seconds gets its machine closed under it and its future a TimeoutError; the
-    others go on.
+    If a job takes longer than `timeout` seconds, its machine is closed and its future raises TimeoutError. Other jobs
+    are not affected.
 
     Args:
-        snapshot: what each job starts from.
-        workers: how many forks run at once; None: as many as the host has processors.
-        timeout: seconds for each job, counted from its start; None: no limit.
-        changes: called with a worker's number for the arguments of `Snapshot.fork`, as a dict, whenever its fork is
-            made. What `setup` adds is there for each job.
-        entropy: as for `Snapshot.fork`, written before each job; None: jobs draw the same random numbers.
+        snapshot: the state that each job starts from.
+        workers: the number of parallel forks; None means the number of processors.
+        timeout: seconds for each job, counted from its start; None means no limit.
+        changes: called with a worker's number whenever its fork is created; returns a dict of arguments for
+            `Snapshot.fork`. The devices and hooks that `setup` adds are available to each job.
+        entropy: as for `Snapshot.fork`, written before each job. With None, all jobs draw the same random numbers.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class ForkExecutor(Executor):
         if count < 1:
             raise ValueError(f"workers: {count} is not at least 1")
         if timeout is not None and not timeout >= 0:
-            raise ValueError(f"timeout: {timeout} is not a number of seconds from 0")
+            raise ValueError(f"timeout: {timeout} is not a number of seconds of at least 0")
         self._snapshot = snapshot
         self._changes = changes
         self._entropy = entropy
@@ -142,7 +142,7 @@ class ForkExecutor(Executor):
             thread.start()
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any, **keywords: Any) -> Future[Any]:
-        """Have `function(vmm, *arguments, **keywords)` called on a worker."""
+        """Queue a call of `function(vmm, *arguments, **keywords)` on a worker."""
         with self._lock:
             if self._is_shut:
                 raise ClosedError("the executor is closed", at="executor")
@@ -151,7 +151,7 @@ class ForkExecutor(Executor):
             return job.future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no more jobs; `wait` for those there are, or cancel those that have not begun. The forks are closed."""
+        """Accept no more jobs and close the forks. `wait` for queued jobs, or cancel those that have not started."""
         with self._lock:
             is_first, self._is_shut = not self._is_shut, True
         if cancel_futures:
@@ -165,7 +165,7 @@ class ForkExecutor(Executor):
             self._watch.stop()
 
     def kill(self) -> None:
-        """Cancel what has not begun and close the machines of what has."""
+        """Cancel jobs that have not started, and close the machines of running jobs."""
         with self._lock:
             is_first, self._is_shut = not self._is_shut, True
         self._cancel()
@@ -202,13 +202,13 @@ class ForkExecutor(Executor):
     def _do(self, job: _Job, worker: _Worker) -> None:
         try:
             fork = worker.ready()
-        except BaseException as error:  # what a fork raises belongs to the job
+        except BaseException as error:  # an error of the fork is the result of the job
             job.future.set_exception(error)
             return
         watched = self._watch.begin(fork)
         try:
-            # Held by nobody but the job: whether somebody still holds it tells what the fork is
-            # good for.
+            # Only the job holds this object. If a reference is left after the job, the fork cannot
+            # be reused.
             result = job.function(fork._lend(), *job.arguments, **job.keywords)
         except BaseException as error:
             self._put_away(worker, watched)
@@ -222,15 +222,15 @@ class ForkExecutor(Executor):
 
     def _put_away(self, worker: _Worker, watched: _Watched) -> None:
         if self._watch.end(watched):
-            worker.take()  # it is being closed
+            worker.take()  # another thread is closing it
         elif watched.vmm._is_running():
-            # Nobody is to hear of it any more, and a callback that does not return keeps no other
-            # job waiting.
+            # Close it in another thread: the result is not needed, and a callback that does not
+            # return must not delay other jobs.
             self._watch.close_soon(worker.take())
 
 
 class _Worker:
-    """A fork that is given to one job after another."""
+    """A fork that is used by one job after another."""
 
     def __init__(
         self,
@@ -248,7 +248,7 @@ class _Worker:
         self._reads_input = False
 
     def ready(self) -> Vmm:
-        """A machine that stands at the snapshot, of which nobody else holds a part."""
+        """Return a machine in the state of the snapshot, to which nothing else has a reference."""
         fork = self.take()
         if fork is not None:
             if self._renew(fork):
@@ -262,7 +262,7 @@ class _Worker:
         fork = self._snapshot.fork(**arguments)
         fork._settle()
         serial = arguments.get("serial")
-        # What a job has read of an input is gone: the next one's begins where that begins.
+        # An input stream cannot be rewound, so each job needs a new fork.
         self._reads_input = serial is not None and serial.input is not None
         self._entropy = arguments["entropy"]
         self._fork = fork
@@ -275,13 +275,13 @@ class _Worker:
             if self._entropy is None:
                 return True
             fork._stir(self._entropy)
-            # Done again, it would have done twice what it does besides.
+            # If entropy did something that a reset cannot undo, the next job needs a new fork.
             return fork._is_clean()
-        except Exception:  # a new fork raises it too, unless that helps
+        except Exception:  # a new fork may help; otherwise it raises the same exception
             return False
 
     def take(self) -> Vmm | None:
-        """The fork, which is not the worker's any more."""
+        """Take the fork out of the worker."""
         fork, self._fork = self._fork, None
         return fork
 
@@ -296,7 +296,7 @@ def _late(timeout: float | None) -> TimeoutError:
 
 
 class _Watched:
-    """A machine at work, and when its time is up."""
+    """A machine in use, and its deadline."""
 
     def __init__(self, vmm: Vmm, deadline: float | None) -> None:
         self.vmm = vmm
@@ -305,9 +305,9 @@ class _Watched:
 
 
 class _Watch:
-    """One thread that has the machines of jobs closed whose time is up.
+    """A thread that closes the machines of jobs which exceed their time limit.
 
-    Each is closed by a thread of its own, which waits for the callbacks that still run.
+    Each machine is closed in its own thread, which waits for running callbacks.
     """
 
     def __init__(self, timeout: float | None) -> None:
@@ -316,7 +316,7 @@ class _Watch:
         self._watched: dict[int, _Watched] = {}
         self._is_over = False
         self._is_killed = False
-        self._is_idle = False  # no deadline lies before it
+        self._is_idle = False  # whether there is no deadline to wait for
         self._closing: list[threading.Thread] = []
         self._thread: threading.Thread | None = None
         if timeout is not None:
@@ -332,11 +332,11 @@ class _Watch:
                 self.close_soon(vmm)
             self._watched[id(watched)] = watched
             if deadline is not None and self._is_idle:
-                self._changed.notify()  # else the thread waits for one that is earlier
+                self._changed.notify()  # otherwise the thread already waits for an earlier one
         return watched
 
     def end(self, watched: _Watched) -> bool:
-        """Whether it was too late."""
+        """Stop watching a machine. Return whether it exceeded its time limit."""
         with self._changed:
             self._watched.pop(id(watched), None)
             return watched.is_late
@@ -351,7 +351,7 @@ class _Watch:
             self.close_soon(watched.vmm)
 
     def close_soon(self, vmm: Vmm | None) -> None:
-        """Close a machine without waiting for that."""
+        """Close a machine in another thread."""
         if vmm is None:
             return
         closing = threading.Thread(target=vmm.close, name="close", daemon=True)

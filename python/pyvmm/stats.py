@@ -1,4 +1,4 @@
-"""What `Vmm.stats` counts, and how it is shown: tables on a terminal, HTML in a notebook."""
+"""The rows of `Vmm.stats`, and their display: tables on a terminal, HTML in a notebook."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ MOST_ROWS = 30
 
 
 class ExitCount(NamedTuple):
-    """How often a vCPU came out of its guest for one reason.
+    """The number of exits of a vCPU for one reason.
 
     Attributes:
         vcpu: the vCPU's number.
-        kind: the name of an `ExitKind`; "interrupted" for a kick or another signal; "other" for what came beyond the
-            first 1,024 addresses of a vCPU.
-        access: "read" or "write", of a port, an address or a register (kinds "io", "mmio" and "msr"); else None.
-        address: the port, guest-physical address or register; None where there is none.
-        exits: how many.
-        seconds: the time they took to answer, outside the guest.
+        kind: the name of an `ExitKind`; "interrupted" for a kick or another signal; "other" for all addresses after the
+            first 1,024 of a vCPU.
+        access: "read" or "write" of a port, an address or a register (kinds "io", "mmio" and "msr"); otherwise None.
+        address: the port, guest-physical address or register, or None.
+        exits: the number of exits.
+        seconds: the time outside the guest to answer them.
     """
 
     vcpu: int
@@ -34,13 +34,13 @@ class ExitCount(NamedTuple):
 
 
 class VcpuTime(NamedTuple):
-    """Where a vCPU's time went.
+    """The time of a vCPU inside and outside the guest.
 
     Attributes:
-        vcpu: its number.
-        exits: how often it came out of its guest.
-        guest_s: seconds inside KVM_RUN, also of a stay that still lasts; a guest that sleeps in KVM is inside, too.
-        host_s: seconds outside, to answer exits.
+        vcpu: the vCPU's number.
+        exits: the number of exits.
+        guest_s: seconds inside KVM_RUN, including a stay in progress and the time a guest sleeps in KVM.
+        host_s: seconds outside the guest, spent on answering exits.
     """
 
     vcpu: int

@@ -1,6 +1,6 @@
-"""Python objects at the serial port's two ends, as subscribers of the machine's event manager.
+"""Python objects as streams of the serial port, served by subscribers of the machine's event manager.
 
-File descriptors, sockets, paths and the file objects over a descriptor do not come here: the native module serves them.
+File descriptors, sockets, paths and file objects over a descriptor are served by the native module instead.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 
 READ_SIZE = 1024
 WRITE_SIZE = 1 << 16
-# After a stream that had nothing to read or no room: how soon it is tried again.
+# The delay before another attempt, if a stream had no input or no room.
 RETRY_S = 0.01
-# How long a write may go on taking nothing without saying why.
+# How long a write may return 0 before it is an error.
 PATIENCE_S = 1.0
 MOST_DESCRIPTOR = 2**31 - 1
 
 
 def endpoint(stream: object, at: str) -> int | str | None:
-    """What the native module takes of a stream: a descriptor, a path, or None for what Python serves."""
+    """The descriptor or path that the native module serves, or None if Python serves the stream."""
     if isinstance(stream, bool):
-        raise ConfigError(f"{at}: a stream is needed, not {stream}", at=at)
+        raise ConfigError(f"{at}: expected a stream, not {stream}", at=at)
     if isinstance(stream, int):
         if not 0 <= stream <= MOST_DESCRIPTOR:
-            raise ConfigError(f"{at}: {stream:#x} is no file descriptor", at=at)
+            raise ConfigError(f"{at}: {stream:#x} is not a file descriptor", at=at)
         return stream
     if isinstance(stream, (str, os.PathLike)):
         return os.fsdecode(stream)
@@ -55,7 +55,7 @@ def endpoint(stream: object, at: str) -> int | str | None:
 
 
 def connect(serial: Serial, manager: EventManager, config: SerialConfig) -> list[SubscriberId]:
-    """Subscribe the streams of a configuration that Python serves; returns their ids."""
+    """Add subscribers for the streams that Python serves. Return their ids."""
     ids = []
     if config.output is not None and endpoint(config.output, "serial.output") is None:
         ids.append(manager.add_subscriber(Writer(serial, _writer(config.output, "serial.output"))))
@@ -67,7 +67,7 @@ def connect(serial: Serial, manager: EventManager, config: SerialConfig) -> list
 
 
 class Writer:
-    """Hands what the guest prints to a callable or a file object."""
+    """Passes the guest's output to a callable or a file object."""
 
     def __init__(self, serial: Serial, write: Callable[[bytes], object] | FileWriter) -> None:
         self._serial = serial
@@ -78,7 +78,7 @@ class Writer:
         ops.add(Events(self._serial, EventSet.IN))
 
     def process(self, events: Events, ops: EventOps) -> None:
-        """Take all there is; what a file object does not take stays the port's, for the next time."""
+        """Pass on the output. The port keeps what a file object does not accept."""
         if not isinstance(self._write, FileWriter):
             if output := self._serial.take_output():
                 self._write(output)
@@ -92,19 +92,18 @@ class Writer:
 
 
 class FileWriter:
-    """Writes pieces to a file object, which may take less than it is given, or nothing for now."""
+    """Writes to a file object, which may accept only a part, or nothing for now."""
 
     def __init__(self, file: Any) -> None:
         self.file = file
-        # None means "nothing for now" for these alone; others return it for want of anything to
-        # say.
+        # For a raw file, None means "nothing for now"; other objects return it by default.
         self._is_raw = isinstance(file, io.RawIOBase)
         self._stuck_since: float | None = None
         self.taken = 0
         self.must_flush = False
 
     def __call__(self, piece: bytes) -> None:
-        """Write what the file takes without waiting; `taken` says how much of the piece that was."""
+        """Write as much as the file accepts without waiting, and set `taken` to the number of bytes."""
         self.taken = 0
         try:
             while self.taken < len(piece):
@@ -122,13 +121,14 @@ class FileWriter:
                 flush()
             self.must_flush = False
         except BlockingIOError as error:
-            # Of a write: how much it has taken. A flush has it all in the file object's own buffer.
+            # After a write, characters_written is the accepted count. After a flush, everything is
+            # in the file object's own buffer.
             if self.taken < len(piece):
                 self.taken += min(max(getattr(error, "characters_written", 0), 0), len(piece) - self.taken)
             self.must_flush = True
 
     def _count(self, written: object, most: int) -> int | None:
-        """How much a write has taken; None: nothing for now."""
+        """The number of bytes that a write has accepted; None means nothing for now."""
         if written is None:
             return None if self._is_raw else most
         if not isinstance(written, int) or isinstance(written, bool) or not 0 <= written <= most:
@@ -141,11 +141,11 @@ class FileWriter:
             self._stuck_since = now
         elif now - self._stuck_since >= PATIENCE_S:
             self._stuck_since = None
-            raise StreamError("serial.output: write() returns 0 again and again", at="serial.output")
+            raise StreamError("serial.output: write() returned 0 repeatedly", at="serial.output")
 
 
 class Reader:
-    """Asks a callable or a file object for more input each time the guest has read what it had."""
+    """Reads more input from a callable or a file object each time the guest has read all of it."""
 
     def __init__(self, serial: Serial, source: Any, eof: bytes) -> None:
         self._serial = serial
@@ -156,11 +156,11 @@ class Reader:
         self._again: TimerFd | None = None
 
     def init(self, ops: EventOps) -> None:
-        """Watch for the guest's want."""
+        """Watch for the guest's demand."""
         ops.add(Events(self._wanted, EventSet.IN))
 
     def process(self, events: Events, ops: EventOps) -> None:
-        """Give it the next piece, or tell it the end."""
+        """Send the next input to the guest, or `input_eof` at the end."""
         if self._again is not None and events.fd == self._again.fileno():
             self._again.read()
         else:
@@ -185,7 +185,7 @@ class Reader:
 
 
 def _writer(stream: Any, at: str) -> Callable[[bytes], object] | FileWriter:
-    # The bound method of a file object returns what that takes, too.
+    # The bound `write` of a file object returns a count as well, so use the file object.
     owner = getattr(stream, "__self__", None)
     if isinstance(owner, io.IOBase) and getattr(stream, "__name__", None) == "write":
         stream = owner
@@ -194,23 +194,23 @@ def _writer(stream: Any, at: str) -> Callable[[bytes], object] | FileWriter:
 
 
 def _check(stream: Any, at: str, method: str) -> None:
-    """Refuse what is neither a binary file object with this method nor a callable."""
+    """Refuse anything but a binary file object with this method, or a callable."""
     if not hasattr(stream, method):
         if not callable(stream):
             kinds = "a path, a file descriptor, a socket, a binary file object or a callable"
-            raise ConfigError(f"{at}: {kinds} is needed, not {type(stream).__name__}", at=at)
+            raise ConfigError(f"{at}: expected {kinds}, not {type(stream).__name__}", at=at)
         if inspect.iscoroutinefunction(stream) or inspect.iscoroutinefunction(type(stream).__call__):
-            raise ConfigError(f"{at}: a coroutine function cannot be a stream: nobody awaits it", at=at)
+            raise ConfigError(f"{at}: a coroutine function cannot be a stream, because it is not awaited", at=at)
     elif hasattr(stream, "encoding"):
-        raise ConfigError(f"{at}: a binary stream is needed, not text; use its .buffer", at=at)
+        raise ConfigError(f"{at}: expected a binary stream, not text; use its .buffer", at=at)
     elif getattr(stream, "closed", False) is True:
         raise ConfigError(f"{at}: the file object is closed", at=at)
 
 
 def _descriptor(stream: Any) -> int | None:
-    """The descriptor behind a file object that passes bytes on as they are; None for any other.
+    """The descriptor of a file object that passes bytes through unchanged; None for any other.
 
-    A file that compresses has the descriptor of what it writes, and one in memory has none.
+    The descriptor of a compressing file would bypass the compression, and a file in memory has no descriptor.
     """
     is_buffered = type(stream) in {io.BufferedReader, io.BufferedWriter, io.BufferedRandom}
     raw = stream.raw if is_buffered else stream
@@ -221,6 +221,6 @@ def _descriptor(stream: Any) -> int | None:
             stream.flush()
         fd: int = raw.fileno()
     except (OSError, ValueError):
-        # It is full, or closed below: Python tells.
+        # The buffer cannot be flushed, or the file below is closed: Python's `write` reports it.
         return None
     return fd

@@ -1,4 +1,4 @@
-"""The terminal as the guest's console: raw mode, and Ctrl-A as the way out."""
+"""The terminal as the guest's console: raw mode, and Ctrl-A as the escape key."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ HELP = "Ctrl-A x ends the machine, Ctrl-A a sends Ctrl-A"
 
 
 class Keys:
-    """Takes typed bytes and tells what is for the guest; `quit` is set by Ctrl-A x."""
+    """Filters typed bytes for the guest. Ctrl-A x sets `quit`."""
 
     def __init__(self) -> None:
         self.quit = False
         self._escaped = False
 
     def feed(self, typed: bytes) -> bytes:
-        """The bytes for the guest. After Ctrl-A x there are none."""
+        """Return the bytes for the guest; none after Ctrl-A x."""
         out = bytearray()
         for byte in typed:
             if self.quit:
@@ -48,7 +48,7 @@ class Keys:
 
 
 class Keyboard:
-    """A subscriber that passes on what is typed, and stops the run at Ctrl-A x."""
+    """A subscriber that passes typed bytes to the guest, and stops the run at Ctrl-A x."""
 
     def __init__(self, fd: int, pipe: int, stop: Callable[[], object]) -> None:
         self.keys = Keys()
@@ -61,14 +61,14 @@ class Keyboard:
         ops.add(Events(self._fd, EventSet.IN))
 
     def process(self, events: Events, ops: EventOps) -> None:
-        """Pass on what was typed; end the run at Ctrl-A x or when the terminal is gone."""
+        """Pass on typed bytes. End the run at Ctrl-A x, or if the terminal hangs up."""
         try:
             typed = os.read(self._fd, 1024) if events.event_set & EventSet.IN else b""
-        except OSError:  # EIO: it has been hung up
+        except OSError:  # EIO: the terminal has hung up
             typed = b""
         if for_guest := self.keys.feed(typed):
-            # As on a real line: what comes while the guest's buffers are full is lost, and the way
-            # out is not.
+            # As on a real line, input is lost while the guest's buffers are full. Ctrl-A x still
+            # works.
             with suppress(BlockingIOError):
                 os.write(self._pipe, for_guest)
         if self.keys.quit or not typed:
@@ -78,14 +78,14 @@ class Keyboard:
 
 @contextmanager
 def raw(fd: int) -> Iterator[None]:
-    """The terminal in raw mode; as it was before, afterwards, and while the process is suspended."""
+    """Put the terminal in raw mode. Restore it afterwards, and while the process is suspended."""
     before = termios.tcgetattr(fd)
 
     def suspend(_number: int, _frame: object) -> None:
         restore(fd, before)
         signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         signal.raise_signal(signal.SIGTSTP)
-        # Here again after SIGCONT.
+        # Execution continues here after SIGCONT.
         signal.signal(signal.SIGTSTP, suspend)
         tty.setraw(fd, termios.TCSANOW)
 
@@ -99,10 +99,10 @@ def raw(fd: int) -> Iterator[None]:
 
 
 def restore(fd: int, modes: list[Any]) -> None:
-    """Give a terminal its modes back, at once and from the background too; one that is gone needs none."""
+    """Restore a terminal's modes at once, also from the background. Does nothing if the terminal is gone."""
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
     try:
-        # Not behind its output, which nobody may read.
+        # TCSANOW, because waiting for unread output could take forever.
         termios.tcsetattr(fd, termios.TCSANOW, modes)
     except termios.error:
         pass

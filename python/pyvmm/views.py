@@ -28,13 +28,13 @@ class Register:
     @overload
     def __get__(self, view: View, owner: object) -> int: ...
     def __get__(self, view: View | None, owner: object) -> Self | int:
-        """Read it."""
+        """Read the register."""
         if view is None:
             return self
         return view._registers.load(view._base + self.offset, self.size)
 
     def __set__(self, view: View, value: int) -> None:
-        """Change it."""
+        """Set the register."""
         view._registers.store(view._base + self.offset, self.size, value)
 
 
@@ -82,7 +82,7 @@ class View:
                     raise OverflowError(f"{name}: {value:#x} does not fit into {8 * member.size} bits") from None
             elif isinstance(member, Register | Part):
                 needed = "an int" if isinstance(member, Register) else "a mapping"
-                raise TypeError(f"{name}: {needed} is needed here, not {type(value).__name__}")
+                raise TypeError(f"{name}: expected {needed}, not {type(value).__name__}")
             else:
                 raise AttributeError(f"{type(self).__name__} has no register {name!r}")
 
@@ -92,7 +92,7 @@ class View:
             yield name, f"{value:#x}" if isinstance(value, int) else repr(value)
 
     def __repr__(self) -> str:
-        """Every register, in hex."""
+        """Show every register, in hex."""
         return f"{type(self).__name__}({', '.join(f'{name}={text}' for name, text in self._rows())})"
 
     def _repr_html_(self) -> str:
@@ -110,7 +110,7 @@ V = TypeVar("V", bound=View)
 
 
 class Part(Generic[V]):
-    """A structure inside another."""
+    """A structure inside another structure."""
 
     def __init__(self, view: type[V], offset: int) -> None:
         self.view = view
@@ -121,19 +121,19 @@ class Part(Generic[V]):
     @overload
     def __get__(self, view: View, owner: object) -> V: ...
     def __get__(self, view: View | None, owner: object) -> Self | V:
-        """Return a view of it."""
+        """Return a view of the part."""
         if view is None:
             return self
         return self.view(view._registers, view._base + self.offset)
 
     def __set__(self, view: View, value: View) -> None:
-        """Copy another one here."""
+        """Copy another structure into this one."""
         if not isinstance(value, self.view):
-            raise TypeError(f"{self.view.__name__} is needed here, not {type(value).__name__}")
+            raise TypeError(f"expected {self.view.__name__}, not {type(value).__name__}")
         data = value._registers.read()[value._base :][: self.view._size]
         view._registers.replace(view._base + self.offset, data)
 
 
 def flags(value: int, names: Sequence[tuple[int, str]]) -> str:
-    """Name the bits that are set."""
+    """Return the names of the bits that are set."""
     return " ".join(name for bit, name in names if value >> bit & 1)

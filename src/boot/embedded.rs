@@ -1,4 +1,4 @@
-//! The guest inside the package: what runs when nothing else is named. Its code is in `embedded.s`.
+//! The built-in guest, which runs by default. Its code is in `embedded.s`.
 
 use crate::config::{ExitPort, VmmConfig};
 use crate::error::Result;

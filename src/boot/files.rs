@@ -1,4 +1,4 @@
-//! The files that a machine starts with: read whole, without waiting where nobody writes.
+//! Reads the files that a machine starts with, without waiting for a writer that never comes.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
@@ -9,21 +9,21 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// A FIFO may be opened a moment before its writer comes.
+/// How long to wait for the writer of a FIFO.
 const WRITER_COMES: Duration = Duration::from_millis(500);
-/// How often a wait asks whether it is interrupted.
+/// How often a wait checks for an interruption.
 const SLICE: Duration = Duration::from_millis(50);
 const CHUNK: usize = 1 << 20;
 
 /// See the module.
 pub(super) struct Files<'a> {
-    /// What guest memory could hold: larger files are refused, and endless ones not read on.
+    /// The size of guest memory. Larger files are refused, and endless ones are not read further.
     pub(super) most: u64,
     pub(super) interrupted: &'a dyn Fn() -> Result<()>,
 }
 
 impl Files<'_> {
-    /// A whole file of `most` bytes at most.
+    /// Read a whole file of at most `most` bytes.
     ///
     /// # Errors
     /// [`ErrorKind::Boot`], with `at` as the place, when it cannot be read, is too large, or is a
@@ -42,14 +42,13 @@ impl Files<'_> {
         let began = Instant::now();
         let mut bytes = Vec::new();
         loop {
-            // One byte more than fits: an endless file, such as a device, is found out without
-            // reading on.
+            // One byte more than fits, to detect an endless file such as a device.
             let left = most.saturating_add(1).saturating_sub(bytes.len() as u64);
             let count = CHUNK.min(usize::try_from(left).unwrap_or(CHUNK));
             match read_some(&mut file, &mut bytes, count) {
                 Ok(0) if bytes.is_empty() && is_fifo => {
                     if began.elapsed() >= WRITER_COMES {
-                        return Err(refused("a FIFO that nobody writes"));
+                        return Err(refused("a FIFO without a writer"));
                     }
                     (self.interrupted)()?;
                     std::thread::sleep(Duration::from_millis(5));
@@ -78,7 +77,7 @@ fn read_some(file: &mut File, bytes: &mut Vec<u8>, count: usize) -> io::Result<u
     result
 }
 
-/// Until there is something to read, or a while has passed, or a signal came.
+/// Wait until the file is readable, a slice of time has passed, or a signal arrives.
 fn wait(file: &File) {
     let mut poll = libc::pollfd { fd: file.as_raw_fd(), events: libc::POLLIN, revents: 0 };
     let milliseconds = i32::try_from(SLICE.as_millis()).unwrap_or(i32::MAX);
@@ -101,7 +100,7 @@ mod tests {
     fn fifo(name: &str) -> PathBuf {
         let path = std::env::temp_dir().join(format!("pyvmm-{name}-{}", std::process::id()));
         let text = CString::new(path.as_os_str().as_bytes()).unwrap();
-        // SAFETY: a path that ends in zero.
+        // SAFETY: the path ends in a zero byte.
         assert_eq!(unsafe { libc::mkfifo(text.as_ptr(), 0o600) }, 0);
         path
     }

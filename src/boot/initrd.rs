@@ -1,4 +1,4 @@
-//! The initial RAM disk: as high in low memory as it fits.
+//! The initial RAM disk, loaded as high in low memory as possible.
 
 use std::path::Path;
 
@@ -9,7 +9,7 @@ use crate::memory::GuestMemory;
 
 const PAGE: u64 = 4096;
 
-/// Load it above `floor` and at most up to `ceiling`; returns its address and size.
+/// Load it above `floor` and not beyond `ceiling`. Returns its address and size.
 pub(super) fn load(
     path: &Path,
     memory: &GuestMemory,

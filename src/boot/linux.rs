@@ -1,5 +1,5 @@
-//! Linux by its 64-bit boot protocol (the kernel's Documentation/arch/x86/boot.rst): an ELF vmlinux
-//! or a bzImage, the initial RAM disk, the command line, and the zero page that tells the kernel of
+//! Loads Linux for its 64-bit boot protocol (the kernel's Documentation/arch/x86/boot.rst): an ELF
+//! vmlinux or a bzImage, the initial RAM disk, the command line, and the zero page that describes
 //! them.
 
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
@@ -20,13 +20,14 @@ const HEADER_MAGIC: u32 = 0x5372_6448;
 const HEADER_OFFSET: usize = 0x1f1;
 const LOADER_UNDEFINED: u8 = 0xff;
 const MIN_ALIGNMENT: u32 = 0x100_0000;
-/// A vmlinux has no header to say how high its RAM disk may be: what every x86-64 kernel allows.
+/// The limit for the RAM disk of a vmlinux, which has no header to say it. All x86-64 kernels allow
+/// this.
 const INITRD_CEILING: u64 = 0x7fff_ffff;
-/// A bzImage of this version or newer has a 64-bit entry, if it says so.
+/// From this version on, a bzImage says whether it has a 64-bit entry.
 const VERSION_2_12: u16 = 0x020c;
 const XLF_KERNEL_64: u16 = 1;
 const LOADED_HIGH: u8 = 1;
-/// The 64-bit entry stands this far behind the start of the protected-mode kernel.
+/// The offset of the 64-bit entry from the start of the protected-mode kernel.
 const ENTRY_64: u64 = 0x200;
 
 /// A kernel in memory.
@@ -76,22 +77,22 @@ fn load_bzimage(image: &[u8], config: &LinuxBoot, memory: &GuestMemory) -> Resul
     let mut header = read_header(image)?;
     let sectors = if header.setup_sects == 0 { 4 } else { usize::from(header.setup_sects) };
     let body = image.get((sectors + 1) * 512..).filter(|body| !body.is_empty());
-    let body = body.ok_or_else(|| bad("the bzImage is cut off: it ends within its setup code"))?;
+    let body = body.ok_or_else(|| bad("the bzImage is truncated in its setup code"))?;
     let preferred = header.pref_address;
     let address =
         config.load_address.unwrap_or(if preferred == 0 { layout::HIGH_MEMORY } else { preferred });
-    // It decompresses itself in place, within init_size of where it is loaded.
+    // The kernel decompresses itself in place, within init_size of its load address.
     let needed = u64::from(header.init_size).max(body.len() as u64);
     memory.check(address, needed).map_err(|e| {
         bad(format!("the kernel: {}", e.detail))
             .hint("give the machine more memory (memory.size_mib)")
     })?;
     if address < layout::HIGH_MEMORY {
-        return Err(bad(format!("the bzImage wants to be at {address:#x}, below 1 MiB")));
+        return Err(bad(format!("the bzImage's preferred address {address:#x} is below 1 MiB")));
     }
     memory.write(address, body)?;
-    header.code32_start =
-        u32::try_from(address).map_err(|_| bad("the bzImage wants to be above 4 GiB"))?;
+    header.code32_start = u32::try_from(address)
+        .map_err(|_| bad("the bzImage's preferred address is above 4 GiB"))?;
     let initrd_ceiling = match header.initrd_addr_max {
         0 => INITRD_CEILING,
         most => u64::from(most),
@@ -101,15 +102,15 @@ fn load_bzimage(image: &[u8], config: &LinuxBoot, memory: &GuestMemory) -> Resul
 
 fn read_header(image: &[u8]) -> Result<setup_header> {
     let mut header = setup_header::default();
-    // The header ends where the jump at 0x200 leads; what the struct has beyond is newer than the
-    // kernel.
+    // The header ends at the target of the jump at 0x200. Later fields of the struct are newer than
+    // the kernel.
     let end = HEADER_OFFSET.max(0x202 + usize::from(image.get(0x201).copied().unwrap_or(0)));
     let length = (end - HEADER_OFFSET).min(size_of::<setup_header>());
     let bytes = image.get(HEADER_OFFSET..HEADER_OFFSET + length);
     let target = header.as_mut_slice().get_mut(..length);
     match (bytes, target) {
         (Some(bytes), Some(target)) => target.copy_from_slice(bytes),
-        _ => return Err(bad("the bzImage is cut off within its header")),
+        _ => return Err(bad("the bzImage is truncated in its header")),
     }
     if u16_at(image, 0x1fe) != Some(BOOT_FLAG) || header.loadflags & LOADED_HIGH == 0 {
         return Err(bad("not a bzImage: its boot flag or its load flag is wrong"));
@@ -126,7 +127,7 @@ fn write_cmdline(config: &LinuxBoot, memory: &GuestMemory, params: &mut boot_par
         most => usize::try_from(most).unwrap_or(usize::MAX),
     };
     if config.cmdline.len() > most {
-        let detail = format!("{} bytes, this kernel takes {most}", config.cmdline.len());
+        let detail = format!("{} bytes; this kernel accepts at most {most}", config.cmdline.len());
         return Err(Error::new(ErrorKind::Config, "boot.cmdline", detail));
     }
     let mut line = config.cmdline.clone().into_bytes();
@@ -138,7 +139,7 @@ fn write_cmdline(config: &LinuxBoot, memory: &GuestMemory, params: &mut boot_par
     Ok(())
 }
 
-/// RAM below the EBDA, the EBDA and ROMs reserved, RAM from 1 MiB on around the gap.
+/// RAM below the EBDA, the EBDA and ROMs as reserved, and RAM from 1 MiB on, without the gap.
 fn fill_e820(memory: &GuestMemory, params: &mut boot_params) -> Result<()> {
     let mut map = vec![
         (0, layout::EBDA_START, E820_RAM),

@@ -1,4 +1,4 @@
-//! Putting into guest memory what the machine starts with. No KVM here.
+//! Loads the code or kernel that the machine starts into guest memory. There is no KVM here.
 
 mod elf;
 mod embedded;
@@ -15,13 +15,13 @@ use crate::config::{Boot, VmmConfig};
 use crate::error::Result;
 use crate::memory::GuestMemory;
 
-/// Load what the configuration names; returns where vCPU 0 starts.
+/// Load the code or kernel of the configuration. Returns the entry of vCPU 0.
 ///
 /// # Errors
 /// When a file cannot be read, is not what it should be, or does not fit.
 ///
-/// A pipe may have its writer wait for long: `interrupted` is asked now and then, and its error
-/// ends the loading.
+/// Reading a pipe may take long, so `interrupted` is called periodically. Its error ends the
+/// loading.
 pub fn load(
     config: &VmmConfig,
     memory: &GuestMemory,

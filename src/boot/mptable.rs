@@ -1,5 +1,6 @@
-//! The MP table (Intel's MultiProcessor Specification 1.4), through which Linux without ACPI finds
-//! its processors and interrupts: one LAPIC a vCPU, one I/O APIC, an ISA bus with 16 lines.
+//! The MP table (Intel's MultiProcessor Specification 1.4), which describes processors and
+//! interrupts to Linux without ACPI: one LAPIC for each vCPU, one I/O APIC, an ISA bus with 16
+//! lines.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout;
@@ -22,15 +23,16 @@ const EXTINT: u8 = 3;
 
 /// Write the table where the kernel looks for it.
 pub(super) fn write(memory: &GuestMemory, vcpus: u64) -> Result<()> {
-    let vcpus = u8::try_from(vcpus)
-        .map_err(|_| Error::new(ErrorKind::Config, "cpu.vcpus", "more than an MP table holds"))?;
+    let vcpus = u8::try_from(vcpus).map_err(|_| {
+        Error::new(ErrorKind::Config, "cpu.vcpus", "more than an MP table can hold")
+    })?;
     let bytes = table(vcpus)?;
     let room = layout::HIGH_MEMORY - layout::MP_TABLE;
     if bytes.len() as u64 > room {
         return Err(Error::new(
             ErrorKind::Config,
             "cpu.vcpus",
-            "the MP table has no room for them",
+            "the MP table does not fit below them",
         ));
     }
     memory.write(layout::MP_TABLE, &bytes)
@@ -48,8 +50,9 @@ fn table(vcpus: u8) -> Result<Vec<u8>> {
     floating.extend_from_slice(&[FLOATING_POINTER_SIZE / 16, SPEC_1_4, 0, 0, 0, 0, 0, 0]);
     set_checksum(&mut floating, 10);
 
-    let length = u16::try_from(HEADER_SIZE + body.len())
-        .map_err(|_| Error::new(ErrorKind::Config, "cpu.vcpus", "more than an MP table holds"))?;
+    let length = u16::try_from(HEADER_SIZE + body.len()).map_err(|_| {
+        Error::new(ErrorKind::Config, "cpu.vcpus", "more than an MP table can hold")
+    })?;
     let mut config = Vec::from(*b"PCMP");
     config.extend_from_slice(&length.to_le_bytes());
     config.extend_from_slice(&[SPEC_1_4, 0]);
@@ -65,7 +68,7 @@ fn table(vcpus: u8) -> Result<Vec<u8>> {
 }
 
 fn entries(vcpus: u8) -> Vec<Vec<u8>> {
-    let ioapic = vcpus; // the first id that no LAPIC has
+    let ioapic = vcpus; // the first id not used by a LAPIC
     let mut entries: Vec<Vec<u8>> = (0..vcpus).map(processor).collect();
     entries.push([&[1, 0][..], b"ISA   "].concat());
     entries.push(

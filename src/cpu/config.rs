@@ -1,4 +1,4 @@
-//! What is asked of a machine's vCPUs, as plain structs, and the check of its values.
+//! The configuration of a machine's vCPUs as plain structs, and its validation.
 
 use super::features::feature;
 use crate::error::{Error, ErrorKind, Result};
@@ -6,15 +6,15 @@ use crate::error::{Error, ErrorKind, Result};
 /// The vCPUs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CpuConfig {
-    /// How many, from 1.
+    /// The number of vCPUs, from 1.
     pub vcpus: u64,
     /// Names of CPUID features to hide from the guest.
     pub hide: Vec<String>,
-    /// Names of CPUID features to show it, whatever the template and KVM say.
+    /// Names of CPUID features to show to the guest, whatever the template and KVM say.
     pub expose: Vec<String>,
-    /// Which features are hidden besides.
+    /// Which other features are hidden.
     pub template: CpuTemplate,
-    /// Execute here what KVM's emulator refuses.
+    /// Execute instructions here that KVM's emulator refuses.
     pub fixups: bool,
 }
 
@@ -31,13 +31,13 @@ impl CpuConfig {
     pub(crate) fn check(&self) -> Result<()> {
         for (key, names) in [("cpu.hide", &self.hide), ("cpu.expose", &self.expose)] {
             if let Some(name) = names.iter().find(|name| feature(name).is_none()) {
-                let detail = format!("'{name}' is no CPUID feature known here");
+                let detail = format!("'{name}' is not a known CPUID feature");
                 return Err(bad(key, detail)
                     .hint("names are those of /proc/cpuinfo; pyvmm.cpu_features() lists them"));
             }
         }
         match self.expose.iter().find(|name| self.hide.contains(name)) {
-            Some(name) => Err(bad("cpu.expose", format!("'{name}' is in cpu.hide too"))),
+            Some(name) => Err(bad("cpu.expose", format!("'{name}' is also in cpu.hide"))),
             None => Ok(()),
         }
     }
@@ -46,16 +46,16 @@ impl CpuConfig {
 /// A set of CPUID features to hide.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum CpuTemplate {
-    /// `SoftwareKvm` where the host has neither vmx nor svm, else `Host`.
+    /// `SoftwareKvm` if the host has neither vmx nor svm, otherwise `Host`.
     #[default]
     Auto,
-    /// All that KVM offers.
+    /// Everything that KVM offers, except nested virtualization.
     Host,
-    /// Without what a KVM that emulates ring 0 in software cannot execute.
+    /// Without the features that a KVM which emulates ring 0 in software cannot execute.
     SoftwareKvm,
 }
 
-/// The processor mode code starts in.
+/// The processor mode in which code starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CpuMode {
     /// 16-bit real mode.

@@ -1,5 +1,5 @@
-//! What CPUID tells the guest: all that KVM supports, less what is hidden by name, with each vCPU's
-//! own id.
+//! The CPUID of the guest: the features that KVM supports, except those hidden by name, and the id
+//! of each vCPU.
 
 use kvm_bindings::{
     CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2,
@@ -12,22 +12,22 @@ use super::topology::Place;
 use crate::error::{Error, Result};
 use crate::process::Learnt;
 
-/// Hardware virtualization, which no template offers: a guest that uses it has state that no
-/// snapshot keeps.
+/// Hardware virtualization. No template offers it, because snapshots do not include the state of a
+/// guest that uses it.
 const NESTING: &str = "vmx svm";
 
-/// What a KVM that emulates ring 0 in software refuses to execute, or runs for long, and the
-/// hypercalls that it does not answer. Its guests see an Intel processor besides; see
+/// Features that a KVM which emulates ring 0 in software cannot execute or executes very slowly,
+/// and hypercalls that it does not answer. Its guests also see an Intel processor; see
 /// [`set_vendor`].
 const SOFTWARE_KVM: &str = "xsave smap smep popcnt fsgsbase umip pcid invpcid rdpid erms fsrm avx f16c fma avx2 \
     vaes vpclmulqdq avx_vnni avx512f avx512dq avx512ifma avx512cd avx512bw avx512vl avx512vbmi avx512_vbmi2 \
     avx512_vnni avx512_bitalg avx512_vpopcntdq avx512_bf16 avx512_vp2intersect xsaveopt xsavec xgetbv1 xsaves \
     arch_capabilities kvm_pv_unhalt kvm_pv_ipi kvm_pv_sched_yield";
 
-/// Whether the host's processor offers no hardware virtualization, so that its KVM must emulate.
+/// Whether KVM must emulate, because the host's processor has no hardware virtualization.
 #[must_use]
 pub fn host_is_software_kvm() -> bool {
-    // Asked once: where the host is itself a guest, CPUID costs an exit.
+    // Queried once, because CPUID costs an exit if the host is itself a guest.
     static ANSWER: Learnt<bool> = Learnt::unknown();
     *ANSWER.get_or_make(|| {
         // CPUID leaves 1 and 0x80000001: VMX is ECX bit 5, SVM is ECX bit 2.
@@ -37,7 +37,7 @@ pub fn host_is_software_kvm() -> bool {
     })
 }
 
-/// What KVM supports, less what a template hides: made once a process for each template.
+/// The features that KVM supports and a template does not hide. Computed once for each template.
 fn templated(kvm: &Kvm, is_software: bool) -> Result<&'static [kvm_cpuid_entry2]> {
     static TABLES: [Learnt<Vec<kvm_cpuid_entry2>>; 2] = [const { Learnt::unknown() }; 2];
     let [host, software] = &TABLES;
@@ -56,10 +56,10 @@ fn templated(kvm: &Kvm, is_software: bool) -> Result<&'static [kvm_cpuid_entry2]
     Ok(table.get_or_make(|| entries))
 }
 
-/// The CPUID table of one machine, before the vCPUs put their ids in.
+/// The CPUID table of one machine, before the ids of the vCPUs are added.
 ///
 /// # Errors
-/// When KVM does not say what it supports.
+/// When KVM does not report its supported CPUID.
 pub fn guest_cpuid(kvm: &Kvm, config: &CpuConfig) -> Result<Vec<kvm_cpuid_entry2>> {
     let mut entries = templated(kvm, is_software(config.template))?.to_vec();
     config.hide.iter().filter_map(|name| feature(name)).for_each(|f| hide(&mut entries, f));
@@ -67,7 +67,7 @@ pub fn guest_cpuid(kvm: &Kvm, config: &CpuConfig) -> Result<Vec<kvm_cpuid_entry2
     Ok(entries)
 }
 
-/// What [`CpuTemplate::Auto`] hides on this host.
+/// The features that [`CpuTemplate::Auto`] hides on this host.
 #[must_use]
 pub fn hidden_by_default() -> Vec<&'static str> {
     hidden(is_software(CpuTemplate::Auto)).collect()
@@ -86,8 +86,8 @@ fn is_software(template: CpuTemplate) -> bool {
     }
 }
 
-/// KVM's emulator executes SYSENTER from 32-bit code under a 64-bit kernel for an Intel processor
-/// alone, and the SYSCALL that Linux takes on any other loses the upper half of the kernel's
+/// KVM's emulator executes SYSENTER from 32-bit code under a 64-bit kernel only for an Intel
+/// processor. The SYSCALL that Linux uses on other processors loses the upper half of the kernel's
 /// address.
 fn set_vendor(entries: &mut [kvm_cpuid_entry2], vendor: [u8; 12]) {
     let word = |at: usize| u32::from_le_bytes(std::array::from_fn(|n| vendor[at + n]));
@@ -105,8 +105,7 @@ fn hide(entries: &mut [kvm_cpuid_entry2], feature: Feature) {
 fn expose(entries: &mut Vec<kvm_cpuid_entry2>, feature: Feature) {
     let (function, index) = feature.leaf;
     if !entries.iter().any(|e| (e.function, e.index) == feature.leaf) {
-        // Leaves without subleaves have none of this flag; those of `WORDS` that have them are 7
-        // and 0xd.
+        // Only leaves with subleaves have this flag. In `WORDS` these are 7 and 0xd.
         let flags = if matches!(function, 7 | 0xd) { KVM_CPUID_FLAG_SIGNIFCANT_INDEX } else { 0 };
         entries.push(kvm_cpuid_entry2 { function, index, flags, ..Default::default() });
     }
@@ -128,18 +127,17 @@ pub fn has(entries: &[kvm_cpuid_entry2], name: &str) -> bool {
     })
 }
 
-/// The table that KVM has for a vCPU.
+/// Read a vCPU's table from KVM.
 ///
 /// # Errors
-/// When KVM refuses to tell.
+/// When KVM refuses the ioctl.
 pub fn of_vcpu(fd: &VcpuFd) -> Result<Vec<kvm_cpuid_entry2>> {
     let table =
         fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(|e| Error::kvm("KVM_GET_CPUID2", e))?;
     Ok(without_tail(table.as_slice().to_vec()))
 }
 
-/// Linux 6.1 does not say how many entries it fills in. The rest stays as the caller had it, which
-/// is zeros.
+/// Linux 6.1 does not report how many entries it fills in. The caller's zeros remain in the others.
 #[must_use]
 pub fn without_tail(mut entries: Vec<kvm_cpuid_entry2>) -> Vec<kvm_cpuid_entry2> {
     while entries.last() == Some(&kvm_cpuid_entry2::default()) {
@@ -148,7 +146,7 @@ pub fn without_tail(mut entries: Vec<kvm_cpuid_entry2>) -> Vec<kvm_cpuid_entry2>
     entries
 }
 
-/// The bits of XCR0 that KVM lets a guest set, by a table of what it supports.
+/// The bits of XCR0 that a guest may set, according to KVM's table of supported features.
 #[must_use]
 pub fn xcr0_mask(supported: &[kvm_cpuid_entry2]) -> u64 {
     let leaf = supported.iter().find(|entry| (entry.function, entry.index) == (0xd, 0));
@@ -163,7 +161,7 @@ pub fn vendor(entries: &[kvm_cpuid_entry2]) -> String {
     String::from_utf8_lossy(&letters).into_owned()
 }
 
-/// Names of the features that one table has and the other has not.
+/// Names of the features that are only in the first table.
 #[must_use]
 pub fn missing(has: &[kvm_cpuid_entry2], lacks: &[kvm_cpuid_entry2]) -> Vec<&'static str> {
     feature_names().filter(|name| self::has(has, name) && !self::has(lacks, name)).collect()
@@ -178,10 +176,10 @@ fn register_mut(entry: &mut kvm_cpuid_entry2, register: Register) -> &mut u32 {
     }
 }
 
-/// The table of one vCPU: its place among the machine's put in.
+/// The table of one vCPU, with its id and the machine's topology.
 ///
 /// # Errors
-/// Never in practice: the table is no longer than what KVM gave.
+/// Never in practice: the table is no longer than KVM's own.
 pub fn for_vcpu(table: &[kvm_cpuid_entry2], id: u8, vcpus: u8) -> Result<CpuId> {
     let mut entries = table.to_vec();
     entries.iter_mut().filter(|entry| entry.function == 1).for_each(|entry| {

@@ -13,7 +13,7 @@ pub enum Register {
     Edx,
 }
 
-/// Where a feature's bit stands.
+/// The position of a feature's bit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Feature {
     /// CPUID leaf and subleaf.
@@ -24,7 +24,8 @@ pub struct Feature {
     pub bit: u32,
 }
 
-/// One register's features by bit, named as /proc/cpuinfo names them; `-` for a bit without a name.
+/// The features of one register by bit, with their names in /proc/cpuinfo, or `-` for an unnamed
+/// bit.
 struct Word {
     leaf: (u32, u32),
     register: Register,
@@ -87,7 +88,7 @@ const WORDS: [Word; 10] = [
                 skinit wdt - lwp fma4 tce - nodeid_msr - tbm topoext perfctr_core perfctr_nb - bpext ptsc \
                 perfctr_llc mwaitx - -",
     },
-    // KVM's own: the kernel's Documentation/virt/kvm/x86/cpuid.rst, with QEMU's names for the bits.
+    // KVM's own features: the kernel's Documentation/virt/kvm/x86/cpuid.rst, with QEMU's names.
     Word {
         leaf: (0x4000_0001, 0),
         register: Register::Eax,
@@ -97,7 +98,7 @@ const WORDS: [Word; 10] = [
     },
 ];
 
-/// The feature of this name.
+/// Look up a feature by name.
 #[must_use]
 pub fn feature(name: &str) -> Option<Feature> {
     WORDS.iter().find_map(|word| {

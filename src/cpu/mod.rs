@@ -1,4 +1,4 @@
-//! What a vCPU is before its first instruction: CPUID, MSRs, registers, tables in guest memory.
+//! The initial state of a vCPU: CPUID, MSRs, registers, and the tables in guest memory.
 
 mod config;
 pub mod cpuid;

@@ -1,4 +1,4 @@
-//! The model-specific registers a PC's firmware leaves behind, and the LAPIC's two lines.
+//! The MSRs and the two LAPIC lines as a PC's firmware leaves them.
 
 use kvm_bindings::{Msrs, kvm_lapic_state, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
@@ -8,7 +8,7 @@ use crate::error::{Error, ErrorKind, Result};
 const IA32_MISC_ENABLE: u32 = 0x1a0;
 const MISC_ENABLE_FAST_STRING: u64 = 1;
 const IA32_MTRR_DEF_TYPE: u32 = 0x2ff;
-/// MTRRs on, write-back where none says otherwise.
+/// MTRRs enabled, with write-back as the default type.
 const MTRR_ENABLE_WRITE_BACK: u64 = 1 << 11 | 6;
 
 /// Set the MSRs that a kernel expects firmware to have set.
@@ -38,7 +38,7 @@ const LVT_LINT1: usize = 0x360;
 const DELIVER_NMI: u8 = 4;
 const DELIVER_EXTINT: u8 = 7;
 
-/// LINT0 takes the PIC's interrupts, LINT1 the NMI: as the MP table says.
+/// Connect LINT0 to the PIC and LINT1 to the NMI, as the MP table says.
 ///
 /// # Errors
 /// When KVM refuses the LAPIC's state.

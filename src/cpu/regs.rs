@@ -1,4 +1,4 @@
-//! The registers a vCPU starts with in each mode.
+//! The initial registers of a vCPU in each mode.
 
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 
@@ -23,10 +23,10 @@ const RFLAGS_RESERVED: u64 = 2;
 /// Bytes of stack for each vCPU of a flat guest, right below its code.
 const STACK_SIZE: u64 = 4096;
 
-/// General registers at the start of `mode` at `entry`, for the vCPU with this number.
+/// The initial general registers in `mode` at `entry`, for the vCPU with this number.
 ///
-/// A flat guest finds its vCPU's number in RDI and a stack right below `code`, 4 KiB for each vCPU.
-/// Linux finds its boot parameters in RSI.
+/// A flat guest has its vCPU's number in RDI and a stack right below `code`, 4 KiB for each vCPU.
+/// Linux has the address of its boot parameters in RSI.
 #[must_use]
 pub fn start_regs(mode: CpuMode, entry: u64, code: u64, vcpu: u64) -> kvm_regs {
     let stack = code.saturating_sub(vcpu * STACK_SIZE) & !15;
@@ -49,12 +49,12 @@ pub fn start_regs(mode: CpuMode, entry: u64, code: u64, vcpu: u64) -> kvm_regs {
     }
 }
 
-/// Code in the first 64 KiB runs with CS = 0; beyond, CS takes what the offset cannot hold.
+/// Code in the first 64 KiB runs with CS = 0. Beyond, CS has the part that the offset cannot hold.
 fn real_mode_segment(entry: u64) -> u64 {
     if entry <= 0xffff { 0 } else { entry >> 4 }
 }
 
-/// Turn a fresh vCPU's system registers into those of `mode` at `entry`.
+/// Change a new vCPU's system registers to those of `mode` at `entry`.
 pub fn set_start_sregs(sregs: &mut kvm_sregs, mode: CpuMode, entry: u64) {
     if mode == CpuMode::Real16 {
         let segment = u16::try_from(real_mode_segment(entry)).unwrap_or(u16::MAX);

@@ -1,11 +1,11 @@
-//! The tables a start in protected or 64-bit mode needs in guest memory: GDT, page tables, TSS.
+//! The tables in guest memory for a start in protected or 64-bit mode: GDT, page tables, TSS.
 
 use crate::cpu::CpuMode;
 use crate::error::Result;
 use crate::layout;
 use crate::memory::GuestMemory;
 
-/// Selectors of the one GDT that serves every mode. Linux's boot protocol fixes the first two.
+/// Selectors of the GDT, which serves every mode. Linux's boot protocol fixes the first two.
 pub mod selector {
     /// Code of ring 0: 32 or 64 bits, by mode.
     pub const CODE: u16 = 0x10;
@@ -32,7 +32,7 @@ const PAGE_LARGE: u64 = 1 << 7;
 const ENTRIES: u64 = 512;
 const GIB: u64 = 1 << 30;
 
-/// Bytes of the GDT less one.
+/// The size of the GDT minus one.
 pub const GDT_LIMIT: u16 = 8 * 8 - 1;
 
 /// The GDT for a mode.
@@ -44,7 +44,8 @@ pub fn gdt(mode: CpuMode) -> [u64; 8] {
     [0, 0, code, DATA, tss, 0, CODE64 | RING_3, DATA | RING_3]
 }
 
-/// Write what the mode needs. `one_gib_pages`: whether the vCPU has them, for memory above 4 GiB.
+/// Write the tables that the mode needs. `one_gib_pages`: whether the vCPU supports 1 GiB pages,
+/// for memory above 4 GiB.
 ///
 /// # Errors
 /// When guest memory is too small to hold the tables.
@@ -58,15 +59,15 @@ pub fn write(memory: &GuestMemory, mode: CpuMode, one_gib_pages: impl Fn() -> bo
     }
     write_page_tables(memory, mode, one_gib_pages())?;
     if mode == CpuMode::User64 {
-        // All zero but the bitmap's offset, at 102, and the byte of ones that closes the bitmap.
+        // All zeros except the bitmap's offset, at 102, and the byte of ones that ends the bitmap.
         memory.write(layout::TSS + 102, &104u16.to_le_bytes())?;
         memory.write(layout::TSS + u64::from(layout::TSS_LIMIT), &[0xff])?;
     }
     Ok(())
 }
 
-/// Identity: 4 GiB in pages of 2 MiB; what lies above in pages of 1 GiB, or as far as there is room
-/// for the directories of smaller ones (to 25 GiB).
+/// Identity mapping: 4 GiB in pages of 2 MiB, and the memory above in pages of 1 GiB. Without
+/// those, it is mapped in pages of 2 MiB as far as there is room for their directories (to 25 GiB).
 fn write_page_tables(memory: &GuestMemory, mode: CpuMode, one_gib_pages: bool) -> Result<()> {
     let flags = PAGE_PRESENT_WRITABLE | if mode == CpuMode::User64 { PAGE_USER } else { 0 };
     memory.write(layout::PML4, &(layout::PDPT | flags).to_le_bytes())?;
@@ -78,7 +79,7 @@ fn write_page_tables(memory: &GuestMemory, mode: CpuMode, one_gib_pages: bool) -
         (0..4 * ENTRIES).map(|n| n << 21 | flags | PAGE_LARGE),
     )?;
     if mode == CpuMode::Linux64 {
-        return Ok(()); // it makes its own tables, and its parameters stand where directories would
+        return Ok(()); // Linux makes its own tables, and its parameters are where the directories would be
     }
     for gib in 4..end_of_memory(memory).div_ceil(GIB).min(ENTRIES) {
         let entry = if one_gib_pages {
@@ -101,7 +102,7 @@ fn end_of_memory(memory: &GuestMemory) -> u64 {
     memory.ranges().iter().map(|(start, size)| start + size).max().unwrap_or(0)
 }
 
-/// Where the directory of a GiB above 4 stands, if there is room for one.
+/// The address of the directory for a GiB above 4, if there is room for one.
 fn high_directory(gib: u64) -> Option<u64> {
     let at = layout::PAGE_DIRECTORIES + gib * 0x1000;
     (at + 0x1000 <= layout::EBDA_START).then_some(at)

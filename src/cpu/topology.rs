@@ -1,5 +1,5 @@
-//! What CPUID says of the machine's processors: one package, a core for each vCPU, one thread a
-//! core. KVM gives the host's, or zeros. Intel SDM volume 2, CPUID; AMD APM volume 3, appendix E.
+//! The topology in CPUID: one package, a core for each vCPU, one thread in each core. KVM's table
+//! has the host's topology, or zeros. Intel SDM volume 2, CPUID; AMD APM volume 3, appendix E.
 
 use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
@@ -10,24 +10,24 @@ const CACHE_TYPE: u32 = 0x1f;
 const CACHE_SHARING: u32 = 0xfff << 14;
 const CACHE_CORES: u32 = 0x3f << 26;
 
-/// One vCPU among the machine's.
+/// One of the machine's vCPUs.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Place {
     /// Its APIC id, which is its number.
     pub(super) id: u32,
-    /// How many vCPUs there are.
+    /// The number of vCPUs.
     pub(super) vcpus: u32,
-    /// The table is an AMD processor's, or that of one like it.
+    /// Whether the table is that of an AMD or a compatible processor.
     pub(super) is_amd: bool,
 }
 
 impl Place {
-    /// Bits of an APIC id that tell the package's cores apart.
+    /// The number of APIC id bits that distinguish the cores of the package.
     fn bits(self) -> u32 {
         self.vcpus.next_power_of_two().trailing_zeros()
     }
 
-    /// Put it into a table.
+    /// Write the topology to a table.
     pub(super) fn put(self, entries: &mut Vec<kvm_cpuid_entry2>) {
         let Self { id, vcpus, is_amd } = self;
         let is_many = u32::from(vcpus > 1);
@@ -42,10 +42,10 @@ impl Place {
                 }
                 4 => self.put_cache(entry, CACHE_CORES),
                 0x8000_0001 => {
-                    // cmp_legacy: they are cores, not threads of one.
+                    // cmp_legacy: the processors are cores, not threads of one core.
                     entry.ecx = entry.ecx & !(1 << 1) | (is_many & u32::from(is_amd)) << 1;
                 }
-                // Another vendor's has nothing there, or what its host's had.
+                // On other vendors the leaf is empty, or was copied from the host.
                 0x8000_0008 if is_amd || entry.ecx != 0 => {
                     entry.ecx = entry.ecx & !0xf0ff | (vcpus - 1).min(0xff) | self.bits() << 12;
                 }
@@ -53,17 +53,17 @@ impl Place {
                 0x8000_001e => {
                     (entry.eax, entry.ebx, entry.ecx) = (id, id & 0xff, 0);
                 }
-                // Nothing where it counts levels by itself: the others say it.
+                // The level list is empty here; the other leaves describe the levels.
                 0x8000_0026 => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, id),
                 _ => {}
             }
         }
     }
 
-    /// A cache: the third level is the package's, the others each core's own.
+    /// A cache: the package shares the third level, and each core has its own others.
     fn put_cache(self, entry: &mut kvm_cpuid_entry2, cores: u32) {
         if entry.eax & CACHE_TYPE == 0 {
-            return; // behind the last one
+            return; // after the last cache
         }
         let others = (1 << self.bits()) - 1;
         let is_shared = entry.eax >> 5 & 7 >= 3;
@@ -72,7 +72,7 @@ impl Place {
         entry.eax = kept | sharing & CACHE_SHARING | others << 26 & cores;
     }
 
-    /// The levels of a leaf that lists them, if the table has it.
+    /// Write the levels of a leaf that lists them, if the table has it.
     fn put_levels(self, entries: &mut Vec<kvm_cpuid_entry2>, leaf: u32) {
         let Some(first) = entries.iter().position(|entry| entry.function == leaf) else { return };
         entries.retain(|entry| entry.function != leaf);
@@ -104,7 +104,7 @@ mod tests {
     }
 
     fn table(is_amd: bool, id: u32, vcpus: u32) -> Vec<kvm_cpuid_entry2> {
-        // Of a host with 32 threads on 16 cores.
+        // From a host with 32 threads on 16 cores.
         let mut table = vec![
             entry(0, 0, 0x1f),
             kvm_cpuid_entry2 { ebx: 0x0520_0800, edx: 1 << 28, ..entry(1, 0, 0) },

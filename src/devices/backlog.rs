@@ -1,5 +1,5 @@
-//! What a serial port's guest has printed and the consumer has not taken. vCPU threads add to it,
-//! and wait if it is full; the loop's thread, or any other, takes from it.
+//! The output of a serial port that its consumer has not taken yet. vCPU threads add to it, and
+//! wait if it is full. Any thread, usually the loop's, takes from it.
 
 use std::collections::VecDeque;
 use std::io;
@@ -14,12 +14,12 @@ use crate::sync::{Condvar, Mutex, rank};
 
 /// How much output is kept without a consumer: the newest bytes.
 const CAPTURE_SIZE: usize = 1 << 20;
-/// A guest that is this far ahead of its consumer waits.
+/// The guest waits if this many bytes have not been taken.
 const BACKLOG_SIZE: usize = 1 << 16;
-/// Guests print byte by byte: the consumer is notified of the first one this much later, to find
-/// more with it,
+/// Guests print byte by byte. The consumer is notified this long after the first byte, so that it
+/// takes several at once,
 const GATHER: Duration = Duration::from_millis(2);
-/// or at once when so many have come together.
+/// or immediately when this many bytes are buffered.
 const GATHERED: usize = 4096;
 const AT_ONCE: Duration = Duration::from_nanos(1);
 
@@ -27,9 +27,9 @@ const AT_ONCE: Duration = Duration::from_nanos(1);
 #[derive(Debug)]
 pub(super) struct Backlog {
     state: Mutex<State, rank::SerialOutput>,
-    /// There is room, or a vCPU that waits for it is brought out.
+    /// Signalled when there is room, or a vCPU that waits for it has to leave.
     room: Condvar,
-    /// The descriptor that shows `State::ready`.
+    /// The file descriptor of `State::ready`.
     fd: Option<RawFd>,
 }
 
@@ -38,12 +38,14 @@ struct State {
     bytes: VecDeque<u8>,
     /// How many bytes a consumer is writing now.
     in_flight: usize,
-    /// The output has a consumer, so none is dropped and the guest may have to wait.
+    /// Whether the output has a consumer. Then no output is dropped, and the guest may have to
+    /// wait.
     has_consumer: bool,
     failed: Option<Error>,
-    /// Expires when there is output to take; none without a consumer.
+    /// Expires when there is output to take. None without a consumer.
     ready: Option<TimerFd>,
-    /// How often a restore has replaced the output: what was taken before is not put back.
+    /// Counts the restores that replaced the output. Pieces taken before a restore are not put
+    /// back.
     epoch: u64,
     stop: TextStop,
 }
@@ -52,7 +54,7 @@ struct State {
 #[derive(Debug)]
 #[must_use]
 pub struct Piece {
-    /// The bytes.
+    /// Its bytes.
     pub bytes: Vec<u8>,
     epoch: u64,
 }
@@ -117,8 +119,8 @@ impl Backlog {
         if state.is_full() { Printed::Full } else { Printed::Taken }
     }
 
-    /// Wait until there is room, or until `is_called_out` after a [`Self::wake`]. Whether there is
-    /// room.
+    /// Wait until there is room, or until `is_called_out` is true after a [`Self::wake`]. Returns
+    /// whether there is room.
     pub(super) fn wait_for_room(&self, is_called_out: &dyn Fn() -> bool) -> bool {
         let mut state = self.state.lock();
         while state.is_full() {
@@ -130,9 +132,9 @@ impl Backlog {
         true
     }
 
-    /// Have threads that wait for room check `is_called_out` again.
+    /// Make threads that wait for room check `is_called_out` again.
     pub(super) fn wake(&self) {
-        // With the lock: one that has looked already waits by now.
+        // Under the lock, so that a thread between its check and its wait is not missed.
         let _state = self.state.lock();
         self.room.notify_all();
     }
@@ -140,7 +142,7 @@ impl Backlog {
     /// Take at most `most` bytes. They are not part of a snapshot, and no other call returns them.
     pub(super) fn take(&self, most: usize) -> Piece {
         let mut state = self.state.lock();
-        // Not readable until there is more. Cannot fail: the descriptor is a timer's.
+        // Not readable until there is more. Cannot fail on a timer's descriptor.
         let _ = state.ready.as_mut().map(TimerFd::clear);
         let count = most.min(state.bytes.len());
         let bytes = if count == state.bytes.len() {
@@ -171,7 +173,7 @@ impl Backlog {
         self.state.lock().tell_in(delay);
     }
 
-    /// The output cannot be written: from now on it is kept as without a consumer.
+    /// The output cannot be written: from now on it is buffered as without a consumer.
     pub(super) fn fail(&self, error: Error) {
         let mut state = self.state.lock();
         state.has_consumer = false;
@@ -179,12 +181,12 @@ impl Backlog {
         self.room.notify_all();
     }
 
-    /// A failure of the port that does not concern the output.
+    /// Report a failure of the port that does not affect the output.
     pub(super) fn report(&self, error: Error) {
         self.state.lock().failed.get_or_insert(error);
     }
 
-    /// Takes the failure.
+    /// Take the failure.
     pub(super) fn take_failure(&self) -> Option<Error> {
         self.state.lock().failed.take()
     }
@@ -200,17 +202,17 @@ impl Backlog {
         self.state.lock().stop = TextStop::at(text);
     }
 
-    /// Takes the text that has been found.
+    /// Take the text that was found.
     pub(super) fn take_found(&self) -> Option<Vec<u8>> {
         self.state.lock().stop.take_found()
     }
 
-    /// A copy of what has not been taken.
+    /// A copy of the output that has not been taken.
     pub(super) fn copy(&self) -> Vec<u8> {
         self.state.lock().bytes.clone().into()
     }
 
-    /// Take a saved state.
+    /// Restore a saved state.
     pub(super) fn restore(&self, bytes: Vec<u8>) {
         let mut state = self.state.lock();
         state.bytes = bytes.into();

@@ -1,5 +1,5 @@
-//! The i8042 keyboard controller without a keyboard and without a second port: it answers its own
-//! commands, so that drivers need not time out, and resets the machine. It raises no interrupt.
+//! The i8042 keyboard controller without a keyboard or a second port. It answers its own commands,
+//! so that drivers do not time out, and can reset the machine. It raises no interrupts.
 
 use super::Device;
 use crate::error::{Error, ErrorKind, Result};
@@ -34,8 +34,8 @@ const NO_PORT: u8 = 1;
 const INPUT_PORT: u8 = 1 << 7;
 
 const RAM: usize = 32;
-/// The RAM, the output port, the command that waits for its byte, the last written port, and the
-/// output buffer with whether it is full.
+/// The RAM, the output port, the command that waits for its byte, the last written port, the output
+/// buffer, and whether it is full.
 const STATE_BYTES: usize = RAM + 5;
 
 /// Answers at ports 0x60 to 0x64.
@@ -46,7 +46,7 @@ pub struct I8042(Mutex<State, rank::KeyboardController>);
 struct State {
     ram: [u8; RAM],
     output_port: u8,
-    /// The command whose byte the next write to the data port is; 0 if there is none.
+    /// The command that takes the next write to the data port as its byte; 0 if there is none.
     waiting: u8,
     was_command: bool,
     output: u8,
@@ -54,7 +54,7 @@ struct State {
 }
 
 impl Default for State {
-    /// The state that firmware leaves.
+    /// The state after the firmware.
     fn default() -> Self {
         let mut ram = [0; RAM];
         let [command_byte, ..] = &mut ram;
@@ -155,7 +155,7 @@ impl Device for I8042 {
         let mut state = self.0.lock();
         if let Some(first) = data.first_mut() {
             *first = match offset {
-                // An empty buffer shows what it had last.
+                // An empty buffer returns its last byte.
                 DATA => {
                     state.is_full = false;
                     state.output
@@ -179,7 +179,7 @@ impl Device for I8042 {
         Ok(self.0.lock().to_bytes())
     }
 
-    /// Snapshots of older versions have no state for it.
+    /// Snapshots of older versions have no state for this device.
     fn restore(&self, state: &[u8]) -> Result<()> {
         *self.0.lock() = match state {
             [] => State::default(),
@@ -202,7 +202,7 @@ mod tests {
         data[0]
     }
 
-    /// What a command answers, if it answers.
+    /// The answer of a command, if there is one.
     fn asked(controller: &I8042, command: u8) -> Option<u8> {
         assert_eq!(controller.write(COMMAND, &[command]), Outcome::Continue);
         let is_full = status(controller) & STATUS_OUTPUT_FULL != 0;

@@ -1,6 +1,6 @@
-//! The buses and the devices a PC needs to boot. A device answers accesses and keeps its own state
-//! and locks; which vCPU exits and what becomes of it is `vcpu`'s. Devices are called on the thread
-//! of the vCPU that exited; their half that reads and writes streams runs on the loop's thread.
+//! The buses and the devices that a PC needs to boot. A device answers accesses, and has its own
+//! state and locks; `vcpu` handles the exits. Devices are called on the thread of the vCPU that
+//! exited. The code that reads and writes streams runs on the loop's thread.
 
 mod backlog;
 mod bus;

@@ -1,5 +1,5 @@
-//! Paths and descriptors of the serial port's ends: opened without waiting for anybody, and checked
-//! when they are configured.
+//! Opens and checks the paths and file descriptors of serial streams when they are configured.
+//! Opening never waits.
 
 use std::fs::{File, FileType, OpenOptions};
 use std::io;
@@ -37,24 +37,24 @@ impl Direction {
     }
 }
 
-/// How a stream is used without ever waiting in it, and without a change of its blocking mode,
-/// which others may share.
+/// How a stream is used without ever blocking, and without changing its blocking mode, which other
+/// processes may share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
-    /// By calls that do not wait.
+    /// With calls that do not wait.
     Socket {
-        /// An empty message is no end, and no message is larger than this.
+        /// An empty message is not the end of the input.
         has_messages: bool,
     },
-    /// By an open file of our own that does not block.
+    /// Through our own open file description, which does not block.
     NonBlocking,
     /// A regular file or a directory, which never blocks.
     File,
-    /// As much at a time as poll says is ready, if no other process uses it in between.
+    /// As much at a time as poll reports ready, assuming that no other process uses it in between.
     Polled,
 }
 
-/// Open the file that input comes from. A FIFO has no end before it has had a writer.
+/// Open the input file. A FIFO does not end before it has had a writer.
 ///
 /// # Errors
 /// [`ErrorKind::Config`] when it cannot be opened or read.
@@ -68,7 +68,7 @@ pub fn input_file(path: &Path) -> Result<OwnedFd> {
     Ok(file.into())
 }
 
-/// Make or empty the file that output goes to. A FIFO needs a reader.
+/// Create or truncate the output file. A FIFO needs a reader.
 ///
 /// # Errors
 /// [`ErrorKind::Io`] when it cannot be opened.
@@ -80,7 +80,7 @@ pub(super) fn output_file(path: &Path) -> Result<File> {
         let is_fifo = path.metadata().is_ok_and(|found| found.file_type().is_fifo());
         let mut error = of_path(Direction::Output, ErrorKind::Io, path, &e);
         if is_fifo && e.raw_os_error() == Some(libc::ENXIO) {
-            error.detail = format!("{}: a FIFO that nobody reads", path.display());
+            error.detail = format!("{}: a FIFO without a reader", path.display());
             return error.hint("open it for reading first");
         }
         error
@@ -93,10 +93,10 @@ fn of_path(direction: Direction, kind: ErrorKind, path: &Path, error: &io::Error
     failed
 }
 
-/// A second descriptor of the same open file, for a stream that its owner may close.
+/// Duplicate a file descriptor, because the owner of the stream may close it.
 ///
 /// # Errors
-/// [`ErrorKind::Config`] when it is not open, or cannot be what it is to be.
+/// [`ErrorKind::Config`] when it is not open, or cannot be used in this direction.
 pub fn duplicate(fd: RawFd, direction: Direction) -> Result<OwnedFd> {
     let bad = |detail: String| {
         let detail = format!("file descriptor {fd}: {detail}");
@@ -112,7 +112,7 @@ pub fn duplicate(fd: RawFd, direction: Direction) -> Result<OwnedFd> {
     if copy < 0 {
         return Err(failed());
     }
-    // SAFETY: fcntl has just given us this number, which is known nowhere else.
+    // SAFETY: fcntl has just returned this number, and nothing else knows it.
     let file = File::from(unsafe { OwnedFd::from_raw_fd(copy) });
     // SAFETY: as above; the descriptor lives through the call.
     let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
@@ -133,12 +133,12 @@ pub fn duplicate(fd: RawFd, direction: Direction) -> Result<OwnedFd> {
     Ok(file.into())
 }
 
-/// A socket that listens, or has no peer, can never be a stream.
+/// Refuse a socket that is listening or has no peer.
 fn check_connected(socket: &File, direction: Direction) -> std::result::Result<(), String> {
     if option(socket, libc::SO_ACCEPTCONN) == Some(1) {
-        return Err("the socket listens: a connection of it is needed".into());
+        return Err("the socket is listening; pass a connected socket".into());
     }
-    // One of messages can receive without a connection.
+    // A datagram socket can receive without a connection.
     if has_messages(socket) && direction == Direction::Input {
         return Ok(());
     }
@@ -167,8 +167,8 @@ fn has_messages(socket: &File) -> bool {
     option(socket, libc::SO_TYPE).is_some_and(|kind| kind != libc::SOCK_STREAM)
 }
 
-/// The stream to use, and how. Pipes and terminals are opened again, so that they do not block here
-/// and other users do not notice.
+/// Return the stream to use, and how. Pipes and terminals are opened again, so that they are
+/// non-blocking here without affecting other users.
 pub(super) fn unblocked(file: File, direction: Direction) -> (File, Kind) {
     let Ok(kind) = file.metadata().map(|found| found.file_type()) else {
         return (file, Kind::Polled);
@@ -187,8 +187,8 @@ pub(super) fn unblocked(file: File, direction: Direction) -> (File, Kind) {
     }
 }
 
-/// Whether a second opening leads to the same: not at the controlling end of a pseudo-terminal,
-/// where it would make another pair, and not at devices of which nothing is known.
+/// Whether opening it again gives the same stream. This is not so for the controlling end of a
+/// pseudo-terminal, where it would create another pair, and is not known for other devices.
 fn can_be_opened_again(file: &File, kind: FileType) -> bool {
     if kind.is_fifo() {
         return true;
@@ -210,7 +210,7 @@ fn again(file: &File, direction: Direction) -> io::Result<File> {
         .open(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
-/// Whether a read or a write of a descriptor would find something to do, or an error to report.
+/// Whether a read or a write would make progress, or report an error.
 pub(super) fn is_ready(file: &File, events: libc::c_short) -> bool {
     let mut poll = libc::pollfd { fd: file.as_raw_fd(), events, revents: 0 };
     // SAFETY: one pollfd that lives through the call, which does not wait.

@@ -1,4 +1,4 @@
-//! The devices that every machine has, at their places. On the thread that makes the machine.
+//! Attaches the devices that every machine has. Runs on the thread that builds the machine.
 
 use std::sync::Arc;
 
@@ -14,8 +14,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::layout;
 use crate::resources::{Kind, Resources};
 
-/// Claim the built-in devices' ports and interrupt line, before anything that names them is
-/// written.
+/// Claim the built-in devices' ports and interrupt line, before boot data names them.
 ///
 /// # Errors
 /// [`ErrorKind::Config`] when KVM or another device answers at the exit port.
@@ -25,7 +24,7 @@ pub(crate) fn claim(resources: &Resources, irqchip: bool, exit_port: ExitPort) -
     };
     claim(layout::COM1, 8, "COM1")?;
     claim(layout::RTC, 2, "RTC")?;
-    // KVM answers the speaker's port in the midst of the i8042's.
+    // KVM's speaker port is between the ports of the i8042.
     let ports: &[(u16, u64)] = if irqchip { &[(0, 1), (2, 3)] } else { &[(0, 5)] };
     for (offset, length) in ports {
         claim(layout::I8042 + offset, *length, "i8042")?;
@@ -44,7 +43,7 @@ pub(crate) fn claim(resources: &Resources, irqchip: bool, exit_port: ExitPort) -
 /// Claim the range of a device.
 ///
 /// # Errors
-/// [`ErrorKind::Config`] with what is there already.
+/// [`ErrorKind::Config`] with the present owner of the range.
 pub(crate) fn claim_range(
     resources: &Resources,
     access: Access,
@@ -56,7 +55,7 @@ pub(crate) fn claim_range(
     })
 }
 
-/// Put the built-in devices on the buses; returns the serial port, whose interrupt line this is.
+/// Add the built-in devices to the buses. Returns the serial port, which uses this interrupt line.
 pub(crate) fn attach(
     buses: &Buses,
     irq: Option<Box<dyn InterruptLine>>,

@@ -1,5 +1,5 @@
-//! The CMOS real-time clock (MC146818): the host's time in UTC, until the guest sets another, in
-//! the format that status B selects; no alarms, no interrupts.
+//! The CMOS real-time clock (MC146818). It shows the host's time in UTC until the guest sets
+//! another, in the format that status B selects. It has no alarms and no interrupts.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -25,16 +25,16 @@ const CENTURY: u8 = 0x32;
 const UPDATING: u8 = 0x80;
 /// Status A after a reset: the 32 kHz crystal, 1,024 Hz.
 const OSCILLATOR: u8 = 0x26;
-/// The update at each full second takes 1,984 us, and is announced 244 us before.
+/// The update at each full second takes 1,984 us, and is announced 244 us earlier.
 const UPDATE: Duration = Duration::from_micros(2228);
-/// Status B: the clock stands still to be set.
+/// Status B: the clock is stopped so that it can be set.
 const SET: u8 = 0x80;
-/// The registers that are the time.
+/// The time registers.
 const TIME: [u8; 8] = [SECONDS, MINUTES, HOURS, WEEKDAY, DAY, MONTH, YEAR, CENTURY];
 const UPDATE_INTERRUPT: u8 = 0x10;
 const BINARY: u8 = 0b100;
 const HOURS_24: u8 = 0b10;
-/// Status C: an update has ended, and an interrupt that is enabled was due.
+/// Status C: an update has ended, which would have raised an interrupt if enabled.
 const UPDATED: u8 = 0x10;
 const INTERRUPT: u8 = 0x80;
 const AFTERNOON: u8 = 0x80;
@@ -44,14 +44,14 @@ const RAM_AND_TIME_VALID: u8 = 0x80;
 #[derive(Debug)]
 pub struct Rtc {
     state: Mutex<State, rank::Rtc>,
-    /// Since 1970.
+    /// The time since 1970.
     now: fn() -> Duration,
 }
 
 #[derive(Debug)]
 struct State {
     index: u8,
-    /// The cells of the time count while the clock stands still.
+    /// The time cells are valid only while the clock is stopped.
     ram: [u8; 128],
     /// The seconds by which the guest's time is ahead of the host's.
     ahead: i64,
@@ -110,7 +110,7 @@ impl Rtc {
             state.set_cell(index, value);
         }
         let stands = state.cell(STATUS_B) & SET != 0;
-        // A change of the form alone sets no time.
+        // Changing only the format does not set the time.
         if !stands && (stood || index != STATUS_B) {
             state.ahead = state.time_in_cells().saturating_sub(seconds(now));
         }
@@ -140,7 +140,7 @@ impl Device for Rtc {
         Outcome::Continue
     }
 
-    /// The index, the cells, and by how much the time is ahead of the host's, which goes on.
+    /// The index, the cells, and the seconds by which the time is ahead of the host's.
     fn save(&self) -> Result<Vec<u8>> {
         let state = self.state.lock();
         Ok([&[state.index][..], &state.ram, &state.ahead.to_le_bytes()].concat())
@@ -323,7 +323,7 @@ mod tests {
         let rtc = Rtc::with_clock(now);
         write(&rtc, YEAR, 0x55);
         assert_eq!([CENTURY, YEAR, DAY].map(|index| read(&rtc, index)), [0x20, 0x55, 0x31]);
-        // Together, while it stands still: each alone would not be a date for a moment.
+        // Set together while the clock is stopped, because the intermediate dates are invalid.
         write(&rtc, STATUS_B, HOURS_24 | SET);
         for (index, value) in [(MONTH, 0x02), (DAY, 0x28), (YEAR, 0x00), (CENTURY, 0x21)] {
             write(&rtc, index, value);
@@ -335,7 +335,7 @@ mod tests {
         let time = || TIME.map(|index| read(&rtc, index));
         // Monday 2100-03-01: that year has no leap day.
         assert_eq!(time(), [0x01, 0x00, 0x00, 0x02, 0x01, 0x03, 0x00, 0x21]);
-        // A change of the form is no change of the time.
+        // Changing the format does not change the time.
         write(&rtc, STATUS_B, BINARY);
         assert_eq!((read(&rtc, HOURS), read(&rtc, YEAR)), (12, 0));
         write(&rtc, HOURS, 11 | AFTERNOON);

@@ -1,5 +1,5 @@
-//! File descriptors at the serial port's two ends, as subscribers of the event manager: on the
-//! loop's thread, which never blocks in a read or write.
+//! Serves serial streams that are file descriptors, as subscribers of the event manager. Runs on
+//! the loop's thread, which never blocks in a read or write.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -16,20 +16,21 @@ use crate::config::{SerialConfig, SerialInput, SerialOutput};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
 
-/// Written at a time.
+/// The most bytes of one write.
 const CHUNK: usize = 1 << 16;
-/// A message of this size goes through every kind of socket.
+/// Every kind of socket accepts a message of this size.
 const MESSAGE: usize = 1024;
-/// What polls ready has room for this much, even if a terminal makes eight columns of each byte.
+/// A terminal that polls ready has room for this much, even if it expands each byte to eight
+/// columns.
 const POLLED_CHUNK: usize = 32;
-/// After a write that took nothing although there was room: how soon it is tried again.
+/// The delay before another attempt, if a write accepted nothing although there was room.
 const RETRY: Duration = Duration::from_millis(10);
 /// Input is read ahead of the guest up to here.
 const READ_AHEAD: usize = 4096;
-/// No message is cut off.
+/// A buffer of this size truncates no message.
 const LONGEST_MESSAGE: usize = 1 << 16;
 
-/// Connect the port's ends; returns the subscribers that were added for them.
+/// Connect the port's streams. Returns the subscribers added for them.
 pub(crate) fn connect(
     serial: &Arc<Serial>,
     config: SerialConfig,
@@ -60,17 +61,17 @@ pub(crate) fn connect(
     Ok(ids)
 }
 
-/// Whether the output is taken as it comes.
+/// Whether the output has a consumer.
 pub(crate) fn has_consumer(config: &SerialConfig) -> bool {
     config.output.is_some()
 }
 
-/// Writes what the guest prints.
+/// Writes the guest's output.
 struct OutputPump {
     serial: Arc<Serial>,
     file: File,
     kind: Kind,
-    /// The file is watched for room.
+    /// Whether the file is watched for room.
     waits_for_room: bool,
 }
 
@@ -86,12 +87,12 @@ impl OutputPump {
             let result = self.write(&piece.bytes);
             self.serial.settle(&piece, *result.as_ref().unwrap_or(&0));
             match result {
-                // No file should do so, and asking it again at once would spin.
+                // No file should do so. Retrying at once would spin.
                 Ok(0) => return self.retry(ops),
                 Ok(_) => {}
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    // A terminal with room for one column takes no newline that becomes two.
+                    // A terminal with room for one column refuses a newline, which takes two.
                     let lies = has_room && is_first;
                     return if lies { self.retry(ops) } else { self.watch(true, ops) };
                 }
@@ -112,7 +113,7 @@ impl OutputPump {
         }
     }
 
-    /// Write what there is room for, without waiting.
+    /// Write as much as there is room for, without waiting.
     fn write(&mut self, chunk: &[u8]) -> io::Result<usize> {
         match self.kind {
             Kind::Socket { .. } => {
@@ -162,7 +163,7 @@ impl MutEventSubscriber for OutputPump {
     }
 }
 
-/// How the input is followed.
+/// How the input is read.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Source {
     /// Not watched: the guest has enough to read.
@@ -175,7 +176,7 @@ enum Source {
     Ended,
 }
 
-/// Reads what the guest receives.
+/// Reads the guest's input.
 struct InputPump {
     serial: Arc<Serial>,
     wanted: Arc<EventFd>,
@@ -191,7 +192,7 @@ impl InputPump {
         match self.source {
             Source::Idle => match ops.add(Events::new(&self.file, EventSet::IN)) {
                 Ok(()) => self.source = Source::Watched,
-                // EPERM, the only refusal of an open fd: a file that epoll does not watch.
+                // EPERM, the only error for an open fd: epoll does not support the file.
                 Err(_) => {
                     self.source = Source::File;
                     self.read(ops);
@@ -229,7 +230,7 @@ impl InputPump {
         }
     }
 
-    /// Read what is there, without waiting. None: the end, or an empty message.
+    /// Read the available input, without waiting. Empty at the end, or for an empty message.
     fn read_some(&mut self) -> io::Result<Vec<u8>> {
         let size = match self.kind {
             Kind::Socket { has_messages: true } => LONGEST_MESSAGE,
@@ -291,7 +292,7 @@ mod tests {
     use std::os::fd::OwnedFd;
     use std::os::unix::net::UnixStream;
 
-    /// Turn until nothing has come for longer than output is gathered.
+    /// Run the loop until nothing has arrived for longer than the output delay.
     fn turn(manager: &EventManager) {
         while manager.run_with_timeout(20).unwrap() > 0 {}
     }

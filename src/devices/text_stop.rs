@@ -1,18 +1,18 @@
-//! A text in a stream of bytes, found at the byte that completes it (Knuth, Morris and Pratt's
-//! way).
+//! Finds a text in a stream of bytes, at the byte that completes it (the Knuth-Morris-Pratt
+//! algorithm).
 
-/// Looks for one text; finds it once.
+/// Looks for one text, and finds it once.
 #[derive(Debug, Default)]
 pub(super) struct TextStop {
     text: Vec<u8>,
-    /// For each length of what has matched: how long the next shorter match is.
+    /// For each matched length, the length of the next shorter match.
     shorter: Vec<usize>,
     matched: usize,
     is_found: bool,
 }
 
 impl TextStop {
-    /// Look for this text; an empty one is never found.
+    /// Look for this text. An empty text is never found.
     pub(super) fn at(text: Vec<u8>) -> Self {
         let mut shorter = vec![0; text.len()];
         let mut length = 0;
@@ -30,7 +30,7 @@ impl TextStop {
         Self { text, shorter, matched: 0, is_found: false }
     }
 
-    /// The next byte; whether it completes the text.
+    /// Feed the next byte. Returns whether it completes the text.
     pub(super) fn feed(&mut self, byte: u8) -> bool {
         if self.is_found || self.text.is_empty() {
             return false;
@@ -45,7 +45,7 @@ impl TextStop {
         self.is_found
     }
 
-    /// Takes the text if it has been found; the search ends then.
+    /// Take the text if it was found. This ends the search.
     pub(super) fn take_found(&mut self) -> Option<Vec<u8>> {
         self.is_found.then(|| std::mem::take(self).text)
     }

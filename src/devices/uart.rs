@@ -1,12 +1,12 @@
-//! The registers of a 16550A: what the guest reads and writes, what it has been sent, and when the
-//! interrupt line rises. Transmission takes no time. The modem's side is in `uart_modem.rs`, what a
-//! snapshot keeps in `uart_state.rs`. No locks and no I/O here: [`super::Serial`] has both.
+//! The registers of a 16550A, its receiver, and its interrupt line. Transmission takes no time. The
+//! modem lines are in `uart_modem.rs`, the saved state is in `uart_state.rs`. There are no locks
+//! and no I/O here; [`super::Serial`] has both.
 
 use std::collections::VecDeque;
 
 use super::uart_bits::{LCR_DIVISOR, fcr, ier, iir, lsr, mcr, msr};
 
-/// What the receiver holds with its FIFO on. Off, it holds one byte.
+/// The size of the receiver with its FIFO enabled. Disabled, it holds one byte.
 const FIFO_SIZE: usize = 16;
 /// The receiver's trigger levels, by the two top bits of FCR.
 const TRIGGERS: [usize; 4] = [1, 4, 8, 14];
@@ -24,17 +24,17 @@ pub(super) struct Uart {
     /// The error bits of LSR.
     pub(super) errors: u8,
     pub(super) received: VecDeque<u8>,
-    /// The holding register has become empty, and the guest has not seen that in IIR.
+    /// Whether the holding register has become empty and the guest has not yet seen it in IIR.
     pub(super) is_thr_pending: bool,
-    /// The receiver has just been cleared, and the guest is to find it so: nothing comes in until
-    /// its next access.
+    /// Whether the receiver has just been cleared. No input arrives until the guest's next access,
+    /// so that the guest finds the receiver empty.
     pub(super) is_cleared: bool,
     pub(super) is_line_high: bool,
     pub(super) has_risen: bool,
 }
 
 impl Default for Uart {
-    /// As after a reset, at 9600 baud.
+    /// The state after a reset, at 9600 baud.
     fn default() -> Self {
         Self {
             divisor: [12, 0],
@@ -55,7 +55,7 @@ impl Default for Uart {
 }
 
 impl Uart {
-    /// What the guest reads from one of the eight registers.
+    /// Return the value that the guest reads from one of the eight registers.
     pub(super) fn read(&mut self, register: u64) -> u8 {
         self.is_cleared = false;
         match (register, self.lcr & LCR_DIVISOR != 0) {
@@ -63,8 +63,8 @@ impl Uart {
             (1, true) => self.divisor[1],
             (0, false) => {
                 let byte = self.received.pop_front().unwrap_or(0);
-                // With more to read the line falls and rises again: an interrupt controller that
-                // looks for edges gives an interrupt for each byte to a handler that reads one.
+                // With more to read, the line falls and rises again. An edge-triggered controller
+                // then interrupts for each byte, as a handler that reads only one byte needs.
                 self.update(true);
                 byte
             }
@@ -89,7 +89,7 @@ impl Uart {
         }
     }
 
-    /// Take what the guest writes to a register; the byte that it sends, if it sends one.
+    /// Handle a write to a register. Returns the transmitted byte, if there is one.
     pub(super) fn write(&mut self, register: u64, value: u8) -> Option<u8> {
         self.is_cleared = false;
         match (register, self.lcr & LCR_DIVISOR != 0) {
@@ -117,8 +117,8 @@ impl Uart {
         None
     }
 
-    /// How many bytes the receiver takes from the line now. In loop-back mode it is not connected
-    /// to it.
+    /// The number of bytes that the receiver accepts from the line now. In loop-back mode it is
+    /// disconnected from the line.
     pub(super) fn room(&self) -> usize {
         if self.is_cleared || self.mcr & mcr::LOOP != 0 {
             return 0;
@@ -126,10 +126,10 @@ impl Uart {
         self.capacity().saturating_sub(self.received.len())
     }
 
-    /// Bytes arrive, no more than there is room for.
+    /// Receive bytes, no more than there is room for.
     pub(super) fn receive(&mut self, bytes: impl IntoIterator<Item = u8>) {
         self.received.extend(bytes);
-        // What arrives ends the receiver's time-out before it begins again.
+        // Arriving bytes end the receiver's timeout before it restarts.
         self.update(self.ier & ier::RECEIVED != 0);
     }
 
@@ -138,7 +138,7 @@ impl Uart {
         self.received.len()
     }
 
-    /// Whether the interrupt line has risen since this was last asked.
+    /// Whether the interrupt line has risen since the last call.
     pub(super) fn take_edge(&mut self) -> bool {
         std::mem::take(&mut self.has_risen)
     }
@@ -170,8 +170,7 @@ impl Uart {
             return iir::LINE_STATUS;
         }
         if is_enabled(ier::RECEIVED) && !self.received.is_empty() {
-            // Nothing more is on its way, so what is below the trigger level has waited long
-            // enough.
+            // No more bytes are on the way, so bytes below the trigger level have timed out.
             return if self.received.len() >= self.trigger() {
                 iir::RECEIVED
             } else {
@@ -187,7 +186,7 @@ impl Uart {
         iir::NONE
     }
 
-    /// Work out the line. After the guest has `served` a cause it is low for a moment, whatever
+    /// Update the line. After the guest has `served` a cause, the line is briefly low, whatever
     /// else is pending.
     pub(super) fn update(&mut self, served: bool) {
         let is_high = self.cause() != iir::NONE;
@@ -223,7 +222,7 @@ impl Uart {
         if value & fcr::CLEAR_RECEIVER != 0 {
             self.received.clear();
             self.errors &= lsr::OVERRUN;
-            // A driver that waits for interrupts may make no access before one comes.
+            // A driver that waits for interrupts may make no access before one arrives.
             self.is_cleared = self.ier & ier::RECEIVED == 0;
         }
         if value & fcr::CLEAR_TRANSMITTER != 0 {
@@ -297,7 +296,7 @@ pub(super) mod tests {
         uart.write(2, 7);
         assert_eq!((uart.room(), uart.read(5) & 1), (0, 0));
         assert_eq!(uart.room(), 16, "from the next access on");
-        // With the interrupt on there may be no access before it comes.
+        // With the interrupt enabled there may be no access before it arrives.
         uart.write(1, 1);
         uart.write(2, 7);
         assert_eq!(uart.room(), 16);

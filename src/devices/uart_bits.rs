@@ -8,7 +8,7 @@ pub(super) mod ier {
     pub(in super::super) const ALL: u8 = 0xf;
 }
 
-/// What an interrupt is for, the most urgent first.
+/// The causes of interrupts, the most urgent first.
 pub(super) mod iir {
     pub(in super::super) const LINE_STATUS: u8 = 6;
     pub(in super::super) const RECEIVED: u8 = 4;
@@ -23,7 +23,7 @@ pub(super) mod fcr {
     pub(in super::super) const ENABLE: u8 = 1;
     pub(in super::super) const CLEAR_RECEIVER: u8 = 1 << 1;
     pub(in super::super) const CLEAR_TRANSMITTER: u8 = 1 << 2;
-    /// What a write leaves behind: the enable bit and the trigger level.
+    /// The bits that are kept: the enable bit and the trigger level.
     pub(in super::super) const KEPT: u8 = 0xc1;
 }
 
@@ -54,6 +54,6 @@ pub(super) mod msr {
     pub(in super::super) const DSR: u8 = 1 << 5;
     pub(in super::super) const RING: u8 = 1 << 6;
     pub(in super::super) const DCD: u8 = 1 << 7;
-    /// A modem that is there and ready.
+    /// A modem that is connected and ready.
     pub(in super::super) const READY: u8 = CTS | DSR | DCD;
 }

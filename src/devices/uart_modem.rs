@@ -1,5 +1,4 @@
-//! The modem's side of a 16550A: its lines, and loop-back mode, which connects the outputs to the
-//! inputs.
+//! The modem lines of a 16550A, and loop-back mode, which connects the outputs to the inputs.
 
 use super::uart::Uart;
 use super::uart_bits::{lsr, mcr, msr};
@@ -16,7 +15,7 @@ impl Uart {
         self.received.push_back(byte);
     }
 
-    /// What MSR's upper half shows: in loop-back mode the outputs of MCR.
+    /// The upper half of MSR. In loop-back mode it shows the outputs of MCR.
     pub(super) fn modem_lines(&self) -> u8 {
         if self.mcr & mcr::LOOP == 0 {
             return msr::READY;
@@ -34,7 +33,7 @@ impl Uart {
     pub(super) fn set_modem_lines(&mut self, lines: u8) {
         let before = self.msr;
         let changed = (before ^ lines) & !msr::DELTAS;
-        // Of the ring indicator only the end is reported.
+        // Only the end of the ring indicator is reported.
         let reported = changed & !(msr::RING & lines);
         self.msr = lines | before & msr::DELTAS | reported >> 4;
         debug_assert_eq!(msr::RING >> 4, msr::RING_ENDED);

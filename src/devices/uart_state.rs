@@ -1,4 +1,4 @@
-//! What a snapshot keeps of a 16550A.
+//! The saved state of a 16550A.
 
 use std::collections::VecDeque;
 
@@ -23,8 +23,8 @@ impl Uart {
         self.received.iter().copied()
     }
 
-    /// Take a saved state. An interrupt that was pending is raised again: the first may not have
-    /// arrived. Returns the bytes that the receiver has no room for.
+    /// Restore a saved state. A pending interrupt is raised again, because it may not have arrived.
+    /// Returns the bytes that the receiver has no room for.
     pub(super) fn restore(&mut self, registers: [u8; 9], received: Vec<u8>) -> VecDeque<u8> {
         let [low, high, ier, control, lcr, status, mcr, msr, scratch] = registers;
         let mut received = VecDeque::from(received);

@@ -44,7 +44,7 @@ fn detail(errno: i32) -> Option<&'static str> {
         libc::EBADF => Some("is not open"),
         libc::ENOENT => Some("was closed while it was registered"),
         libc::EINVAL => Some("cannot be watched with these events: epoll refuses them"),
-        libc::ELOOP => Some("would have event loops watch each other in a circle, or too deeply"),
+        libc::ELOOP => Some("would make event loops watch each other in a circle, or too deeply"),
         _ => None,
     }
 }

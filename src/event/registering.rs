@@ -58,7 +58,7 @@ impl EventManager {
         }
         if let Some(owner) = registrations.watched(fd).map(|watched| watched.owner) {
             if self.epoll.watches(fd) {
-                let detail = format!("file descriptor {fd} is registered already");
+                let detail = format!("file descriptor {fd} is already registered");
                 return Err(Error::new(ErrorKind::Event, "EventOps.add", detail));
             }
             // The number's former file was closed while it was registered: forget that one.

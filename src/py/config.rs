@@ -1,5 +1,4 @@
-//! From the Python configuration objects to the crate's `VmmConfig`: by attribute, with the place
-//! of what is wrong in the error.
+//! Converts the Python configuration objects to the crate's `VmmConfig`. Errors name the key.
 
 use std::os::fd::RawFd;
 use std::path::PathBuf;
@@ -19,7 +18,7 @@ use crate::cpu::{CpuConfig, CpuMode, CpuTemplate};
 use crate::devices::{Direction, duplicate, input_file};
 use crate::error::{Error, ErrorKind};
 
-/// An object of the configuration and the key that leads to it.
+/// An object of the configuration and its key.
 struct Part<'py> {
     object: Bound<'py, PyAny>,
     key: &'static str,
@@ -30,7 +29,7 @@ impl<'py> Part<'py> {
         if self.key.is_empty() { name.to_owned() } else { format!("{}.{name}", self.key) }
     }
 
-    /// The value of a key, of which the error says what is `needed`.
+    /// The value of a key. The error says what is `needed`.
     fn get<T>(&self, name: &Bound<'py, PyString>, needed: &str) -> PyResult<T>
     where
         T: for<'a> FromPyObject<'a, 'py>,
@@ -39,7 +38,7 @@ impl<'py> Part<'py> {
         value.extract().map_err(|_| bad(self.at(&name.to_string()), unlike(&value, needed)))
     }
 
-    /// The part of this class, or of any that is looked at later.
+    /// A part of the configuration, of this class or of any class that is checked later.
     fn part(
         &self,
         name: &Bound<'py, PyString>,
@@ -85,22 +84,22 @@ fn classes(py: Python<'_>) -> PyResult<&'static Classes> {
     })
 }
 
-/// That something else is needed than this value, in the words of an error.
+/// The error text for a value of the wrong kind.
 fn unlike(value: &Bound<'_, PyAny>, needed: &str) -> String {
-    /// Characters of a value that are shown.
+    /// The maximum number of characters of a value in an error.
     const SHOWN: usize = 60;
     let shown = value.repr().map(|shown| shown.to_string()).unwrap_or_default();
     let class = value.get_type().name().map(|name| name.to_string()).unwrap_or_default();
     let is_short = (1..=SHOWN).contains(&shown.chars().count());
-    format!("{needed} is needed, not {}", if is_short { shown } else { class })
+    format!("expected {needed}, not {}", if is_short { shown } else { class })
 }
 
 fn bad(at: impl Into<String>, detail: impl Into<String>) -> PyErr {
     Error::new(ErrorKind::Config, at, detail).into()
 }
 
-/// The crate's configuration. Files are opened and descriptors duplicated here: the machine owns
-/// its own.
+/// The crate's configuration. Files are opened and descriptors duplicated here, so that the machine
+/// owns them.
 pub(super) fn from_python(config: &Bound<'_, PyAny>) -> PyResult<VmmConfig> {
     let py = config.py();
     if !config.is_instance(classes(py)?.config.bind(py))? {
@@ -134,7 +133,7 @@ fn cpu(part: &Part<'_>) -> PyResult<CpuConfig> {
             return Err(bad("cpu.template", detail));
         }
     };
-    let names = "a sequence of names, as in [\"avx2\"],";
+    let names = "a sequence of names, as in [\"avx2\"]";
     Ok(CpuConfig {
         vcpus: part.get(intern!(py, "vcpus"), "a number from 1 to 254")?,
         hide: part.get(intern!(py, "hide"), names)?,
@@ -171,7 +170,7 @@ fn flat(part: &Part<'_>) -> PyResult<FlatBoot> {
     let path: Option<PathBuf> = part.get(intern!(py, "path"), "a path, or None")?;
     let code = match path {
         Some(_) if !code.is_empty() => {
-            return Err(bad("boot.path", "code is given too: one of them is enough"));
+            return Err(bad("boot.path", "give either path or code, not both"));
         }
         Some(path) => Code::File(path),
         None => Code::Bytes(code.to_vec()),
@@ -195,7 +194,7 @@ fn flat(part: &Part<'_>) -> PyResult<FlatBoot> {
     })
 }
 
-/// What `pyvmm.streams.endpoint` makes of a stream.
+/// The result of `pyvmm.streams.endpoint` for a stream.
 #[derive(FromPyObject)]
 enum Endpoint {
     Fd(RawFd),
@@ -234,7 +233,7 @@ pub(super) fn has_python_streams(serial: &SerialConfig) -> bool {
         || matches!(serial.input, Some(SerialInput::Subscriber))
 }
 
-/// None: no stream. An inner none: a Python object, which `pyvmm.streams` connects.
+/// None means no stream. An inner None means a Python object, which `pyvmm.streams` connects.
 fn endpoint<'py>(
     part: &Part<'py>,
     name: &Bound<'py, PyString>,

@@ -1,4 +1,4 @@
-//! File descriptors: the number behind a Python object, and the kernel's errors as exceptions.
+//! File descriptors: the descriptor of a Python object, and the kernel's errors as exceptions.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -21,13 +21,13 @@ pub(super) fn descriptor(source: &Bound<'_, PyAny>) -> PyResult<RawFd> {
     let py = source.py();
     let error = PyErr::fetch(py);
     if error.is_instance_of::<PyOverflowError>(py) || error.is_instance_of::<PyValueError>(py) {
-        let detail = format!("{} is no open file descriptor", source.repr()?);
+        let detail = format!("{} is not an open file descriptor", source.repr()?);
         return Err(Error::new(ErrorKind::Config, "source", detail).into());
     }
     Err(error)
 }
 
-/// Python picks the class by the number: `BlockingIOError` for an empty counter.
+/// Python chooses the class by the errno: `BlockingIOError` for an empty counter.
 pub(super) fn os_error(error: &io::Error) -> PyErr {
     match error.raw_os_error() {
         Some(errno) => PyOSError::new_err((errno, error.to_string())),

@@ -1,11 +1,9 @@
-//! The end of the interpreter, which threads may outlive: those of vCPUs, and daemon threads that
-//! are inside the binding.
-//!
-//! Once CPython finalizes, it ends every other thread that asks for the GIL with `pthread_exit(3)`
-//! (3.14 and newer leave such a thread asleep). That unwinds the thread's stack by force, and Rust
-//! aborts the process when its frames are reached. So every thread that enters the binding
-//! registers a cleanup handler, which the C library calls before it unwinds the first frame: the
-//! handler puts the thread to sleep until the process ends.
+//! Handles the end of the interpreter, which vCPU threads and daemon threads inside the binding may
+//! outlive. Once CPython finalizes, it ends every other thread that requests the GIL with
+//! `pthread_exit(3)` (3.14 and newer leave such a thread asleep). This is a forced unwinding of the
+//! thread's stack, and Rust aborts the process when it reaches a Rust frame. Every thread that
+//! enters the binding therefore registers a cleanup handler. The C library calls it before it
+//! unwinds the first frame, and the handler puts the thread to sleep until the process ends.
 
 use std::cell::UnsafeCell;
 use std::ffi::{CStr, c_int, c_void};
@@ -26,7 +24,7 @@ struct CleanupBuffer {
     previous: *mut Self,
 }
 
-// The functions behind `pthread_cleanup_push(3)` where it is no macro of try and catch.
+// The functions that `pthread_cleanup_push(3)` uses where it is not a macro with try and catch.
 unsafe extern "C" {
     fn _pthread_cleanup_push(
         buffer: *mut CleanupBuffer,
@@ -36,13 +34,13 @@ unsafe extern "C" {
     fn _pthread_cleanup_pop(buffer: *mut CleanupBuffer, execute: c_int);
 }
 
-/// `Py_IsFinalizing`, or what it is called before Python 3.13: found when the module is imported.
+/// `Py_IsFinalizing`, or its name before Python 3.13. Looked up when the module is imported.
 static IS_FINALIZING: AtomicPtr<c_void> = AtomicPtr::new(ptr::null_mut());
 
-/// Find what tells that the interpreter ends. As the module is imported.
+/// Look up the function that reports finalization. Called when the module is imported.
 pub(crate) fn prepare() {
     let find = |name: &CStr| {
-        // SAFETY: a name that ends with a zero.
+        // SAFETY: a zero-terminated name.
         unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) }
     };
     let found = [c"Py_IsFinalizing", c"_Py_IsFinalizing"].map(find);
@@ -51,7 +49,7 @@ pub(crate) fn prepare() {
     IS_FINALIZING.store(found.unwrap_or(ptr::null_mut()), Ordering::Relaxed);
 }
 
-/// Whether the interpreter finalizes: then no thread but the one that does so gets the GIL.
+/// Whether the interpreter is finalizing. Then only the finalizing thread gets the GIL.
 pub(super) fn is_ending() -> bool {
     let function = IS_FINALIZING.load(Ordering::Relaxed);
     if function.is_null() {
@@ -63,11 +61,10 @@ pub(super) fn is_ending() -> bool {
     function() != 0
 }
 
-/// A thread's registration, with the buffer at an address that does not change.
-///
-/// The C library calls a handler as soon as it unwinds past the address of its buffer on the stack.
-/// This buffer is on the heap, which it takes for the outside of the frames that are left: the
-/// handler is called before the first of them is unwound.
+/// A thread's registration, with the buffer at an address that does not change. The C library calls
+/// a handler as soon as it unwinds past the address of its buffer on the stack. This buffer is on
+/// the heap, which the C library considers outside the remaining frames, so it calls the handler
+/// before it unwinds the first one.
 struct Registration(Box<UnsafeCell<CleanupBuffer>>);
 
 impl Registration {
@@ -75,8 +72,8 @@ impl Registration {
         let (argument, previous) = (ptr::null_mut(), ptr::null_mut());
         let buffer = CleanupBuffer { routine: None, argument, cancel_type: 0, previous };
         let buffer = Box::new(UnsafeCell::new(buffer));
-        // SAFETY: the buffer stays where it is until this thread takes it back as it ends. The C
-        // library alone uses it.
+        // SAFETY: the buffer does not move until this thread removes it at its end. Only the C
+        // library uses it.
         unsafe { _pthread_cleanup_push(buffer.get(), stay, ptr::null_mut()) };
         Self(buffer)
     }
@@ -94,8 +91,8 @@ thread_local! {
     static REGISTRATION: Registration = Registration::new();
 }
 
-/// The C library's exit of a thread has begun. Where Python ends, that is where the thread stays;
-/// any other goes on.
+/// Called when the C library begins the exit of a thread. If Python is finalizing, the thread stays
+/// here; otherwise its exit continues.
 extern "C" fn stay(_argument: *mut c_void) {
     // Relaxed: as in `is_ending`.
     if is_ending() || IS_FINALIZING.load(Ordering::Relaxed).is_null() {
@@ -103,33 +100,32 @@ extern "C" fn stay(_argument: *mut c_void) {
     }
 }
 
-/// What remains for a thread that can get the GIL no more.
+/// Put a thread to sleep that can no longer get the GIL.
 pub(super) fn sleep_until_the_process_ends() -> ! {
     loop {
-        // SAFETY: no arguments. It returns after a signal's handler.
+        // SAFETY: no arguments. It returns after a signal handler.
         unsafe { libc::pause() };
     }
 }
 
-/// This thread may run Python code inside the binding. Cheap but for the first time.
+/// Called before this thread runs Python code inside the binding. Cheap except for the first call.
 pub(super) fn guard_thread() {
-    // Fails as the thread ends, and then it runs no more code of the program's.
+    // Fails while the thread ends, when it no longer runs code of the program.
     let _ = REGISTRATION.try_with(|_| ());
 }
 
 /// # Errors
-/// [`ErrorKind::State`] where the interpreter ends: other threads sleep, so nothing can be waited
-/// for.
+/// [`ErrorKind::State`] while the interpreter finalizes, because other threads sleep and cannot be
+/// waited for.
 pub(super) fn check() -> Result<()> {
     guard_thread();
     if !is_ending() {
         return Ok(());
     }
-    Err(Error::new(ErrorKind::State, "pyvmm", "the interpreter is ending: nothing runs any more"))
+    Err(Error::new(ErrorKind::State, "pyvmm", "the interpreter is finalizing"))
 }
 
-/// Import a module, which runs Python code: as everything that does so, on a thread that is
-/// guarded.
+/// Import a module. This runs Python code, so the thread is guarded first.
 pub(super) fn import<'py>(
     py: Python<'py>,
     name: impl IntoPyObject<'py, Target = PyString>,

@@ -1,4 +1,4 @@
-//! From the crate's one error to the exception classes of `pyvmm.exceptions`.
+//! Converts the crate's error type to the exception classes of `pyvmm.exceptions`.
 
 use pyo3::prelude::*;
 use pyo3::types::{IntoPyDict, PyTuple};

@@ -1,4 +1,4 @@
-//! `Exit` and `VmRunState` for Python: both are classes written in Python.
+//! `Exit` and `VmRunState` for Python. Both classes are written in Python.
 
 use std::time::Duration;
 
@@ -25,8 +25,7 @@ pub(super) fn to_python<'py>(py: Python<'py>, exit: &Exit) -> PyResult<Bound<'py
     ))
 }
 
-/// A `pyvmm.Exit` of a run that a callback has ended with `Stop(value)`, or the text that the port
-/// was to stop at.
+/// A `pyvmm.Exit` for a run ended by a callback's `Stop(value)`, or by the text of `stop_at`.
 pub(super) fn stopped<'py>(
     py: Python<'py>,
     vcpu: Option<u64>,
@@ -44,14 +43,14 @@ pub(super) fn state(py: Python<'_>, state: VmRunState) -> PyResult<Bound<'_, PyA
     STATE.import(py, "pyvmm.exits", "VmRunState")?.call1((state.name(),))
 }
 
-/// Seconds as a duration; none and infinity for no limit.
+/// Convert seconds to a duration. None and infinity mean no limit.
 pub(super) fn timeout(seconds: Option<f64>) -> PyResult<Option<Duration>> {
     match seconds {
         None => Ok(None),
         Some(seconds) if seconds.is_nan() || seconds < 0.0 => Err(PyValueError::new_err(format!(
-            "timeout: {seconds} is not a number of seconds from 0"
+            "timeout: {seconds} is not a number of seconds of at least 0"
         ))),
-        // What does not fit is longer than any run.
+        // A value that does not fit is longer than any run.
         Some(seconds) => Ok(Duration::try_from_secs_f64(seconds).ok()),
     }
 }

@@ -1,5 +1,5 @@
-//! State of the binding that is reached only with the GIL held, so that the GIL is its lock. Where
-//! Python has no GIL, it has a lock of its own. On any thread.
+//! State of the binding that is accessed only with the GIL held, so that the GIL is its lock. In a
+//! Python without a GIL, the cell contains a lock. Used on any thread.
 
 use std::fmt;
 
@@ -11,10 +11,10 @@ type Inner<T> = std::cell::RefCell<T>;
 #[cfg(Py_GIL_DISABLED)]
 type Inner<T> = crate::sync::Mutex<T, crate::sync::rank::GilCell>;
 
-// SAFETY: the cell is reached through `with`, which asks for the GIL, and `peek`, whose caller has
-// it. So no two threads are at the cell, its flag included, at once, and what one leaves there the
-// next one sees: the GIL's handover is a lock's. A closure that let the GIL go would have another
-// thread's borrow fail, not alias.
+// SAFETY: the cell is accessed through `with`, which requires the GIL, and `peek`, whose caller
+// holds it. Two threads therefore never access the cell, including its flag, at the same time, and
+// each thread sees the changes of the previous one, because the GIL is handed over like a lock. If
+// a closure released the GIL, another thread's borrow would fail instead of aliasing.
 #[cfg(not(Py_GIL_DISABLED))]
 unsafe impl<T: Send> Sync for GilCell<T> {}
 
@@ -23,7 +23,7 @@ impl<T> GilCell<T> {
         Self(Inner::new(value))
     }
 
-    /// Look at it or change it. The closure must neither enter Python nor let the GIL go.
+    /// Access the data. The closure must neither enter Python nor release the GIL.
     pub(super) fn with<R>(&self, _py: pyo3::Python<'_>, f: impl FnOnce(&mut T) -> R) -> R {
         #[cfg(not(Py_GIL_DISABLED))]
         return f(&mut self.0.borrow_mut());
@@ -31,7 +31,7 @@ impl<T> GilCell<T> {
         f(&mut self.0.lock())
     }
 
-    /// Look at it where pyo3 hands out no `Python`; none while it is in use.
+    /// Access the data where pyo3 provides no `Python`. None while it is in use.
     ///
     /// # Safety
     /// The caller holds the GIL.

@@ -1,5 +1,5 @@
-//! Exit hooks: Python functions that look at a machine's exits before they are answered. They are
-//! called on the thread of the vCPU that exited.
+//! Exit hooks: Python functions that are called for a machine's exits before these are answered.
+//! They run on the thread of the vCPU that exited.
 
 use std::sync::{Arc, Weak};
 
@@ -30,9 +30,10 @@ type Functions = Arc<Vec<Py<PyAny>>>;
 #[derive(Debug, Default)]
 pub(super) struct Hooks {
     functions: Mutex<[Functions; ExitKind::ALL.len()], rank::HookFunctions>,
-    /// The machine's object and its parts, weakly: it holds these hooks.
+    /// Weak references to the machine's object and its parts, because the machine holds these
+    /// hooks.
     machine: GilCell<Option<(Py<PyWeakrefReference>, Weak<Parts>)>>,
-    /// Model-specific registers whose accesses come out.
+    /// The MSRs whose accesses cause exits.
     msrs: Mutex<Vec<u32>, rank::HookMsrs>,
     pub(super) pending: Arc<PendingOutcome>,
     tie: Tie,
@@ -50,7 +51,7 @@ impl Hooks {
             std::mem::replace(of_kind, Arc::new(changed))
         });
         drop(functions);
-        // Outside the lock: it may run Python code.
+        // Outside the lock, because dropping it may run Python code.
         drop(former);
     }
 
@@ -60,11 +61,12 @@ impl Hooks {
         });
     }
 
-    /// Remove a hook; whether it was there.
+    /// Remove a hook. Returns whether it existed.
     pub(super) fn remove(&self, kind: ExitKind, function: &Bound<'_, PyAny>) -> PyResult<bool> {
         let py = function.py();
         let known = self.of(kind);
-        // Compared outside the lock, as Python compares: bound methods are made anew each time.
+        // Compared outside the lock and with Python's `==`, because each access creates a new bound
+        // method.
         let mut at = None;
         for (number, known) in known.iter().enumerate() {
             if known.bind(py).eq(function)? {
@@ -74,8 +76,7 @@ impl Hooks {
         }
         let Some(at) = at.and_then(|at| known.get(at)) else { return Ok(false) };
         self.change(kind, |now| {
-            // By then another thread may have removed it. One that was added twice is asked once
-            // more.
+            // Another thread may have removed it meanwhile. A hook that was added twice stays once.
             let gone = now.iter().position(|other| other.is(at));
             let others = now.iter().enumerate().filter(|(number, _)| Some(*number) != gone);
             others.map(|(_, other)| other.clone_ref(py)).collect()
@@ -83,7 +84,7 @@ impl Hooks {
         Ok(true)
     }
 
-    /// Remember more registers to filter; all of them, and those that were not among them before.
+    /// Add registers to the filter. Returns all registers, and those that were new.
     pub(super) fn filter(&self, more: Vec<u32>) -> (Vec<u32>, Vec<u32>) {
         let mut msrs = self.msrs.lock();
         let mut added: Vec<u32> = more.into_iter().filter(|msr| !msrs.contains(msr)).collect();
@@ -93,7 +94,8 @@ impl Hooks {
         (msrs.clone(), added)
     }
 
-    /// Forget registers again: all of them when no hook of their kind is left. Whether that is so.
+    /// Remove registers from the filter, or all of them if no hook of their kind is left. Returns
+    /// whether that is so.
     pub(super) fn unfilter(&self, added: &[u32]) -> bool {
         let is_last = self.of(ExitKind::Msr).is_empty();
         self.msrs.lock().retain(|msr| !is_last && !added.contains(msr));
@@ -110,7 +112,7 @@ impl Hooks {
         self.functions.lock().get(kind as usize).cloned().unwrap_or_default()
     }
 
-    /// Remember whose hooks they are, for the vCPUs that they are given.
+    /// Store the machine of these hooks, for the vCPU objects that are passed to them.
     pub(super) fn belong_to(&self, machine: &Bound<'_, PyAny>, parts: &Arc<Parts>) -> PyResult<()> {
         let new = (PyWeakrefReference::new(machine)?.unbind(), Arc::downgrade(parts));
         let former = self.machine.with(machine.py(), |known| known.replace(new));
@@ -118,7 +120,7 @@ impl Hooks {
         Ok(())
     }
 
-    /// The object for a vCPU, which keeps the machine unless that is being dropped.
+    /// The object for a vCPU. It keeps the machine alive unless the machine is being dropped.
     pub(super) fn vcpu<'py>(
         &self,
         py: Python<'py>,
@@ -137,7 +139,7 @@ impl Hooks {
 
     pub(super) fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
         if let Some(functions) = self.functions.try_lock() {
-            // An Arc that a call holds too is visited too seldom: then the machine runs, and is no
+            // An Arc that a call also holds is not visited. Then the machine is running and is not
             // garbage.
             functions.iter().flat_map(|of_kind| of_kind.iter()).try_for_each(|f| visit.call(f))?;
         }
@@ -151,7 +153,7 @@ impl ExitHook for Hooks {
     }
 }
 
-/// Ask the hooks of an exit's kind, in the order they were added, until one has something to say.
+/// Call the hooks of an exit's kind, in the order they were added, until one answers.
 fn on_exit(hooks: &Hooks, exit: &VcpuExit, reply: &mut Reply) -> Option<Outcome> {
     let (kind, handle) = (exit.kind()?, current()?);
     on_vcpu_thread(
@@ -167,7 +169,7 @@ fn on_exit(hooks: &Hooks, exit: &VcpuExit, reply: &mut Reply) -> Option<Outcome>
     )
 }
 
-/// What the first hook that answers says.
+/// The answer of the first hook that answers.
 fn ask<'py>(
     py: Python<'py>,
     hooks: &Hooks,
@@ -188,7 +190,7 @@ fn ask<'py>(
     Ok(None)
 }
 
-/// What becomes of the exit by a hook's answer, and what the guest finds in `reply`.
+/// The outcome for a hook's answer. Fills `reply` with the value that the guest reads.
 fn outcome_of(
     hooks: &Hooks,
     exit: &VcpuExit,
@@ -201,7 +203,7 @@ fn outcome_of(
         let name: String = said.getattr(intern!(py, "value"))?.extract()?;
         if name == "retry" && exit.is_write() {
             return Err(PyValueError::new_err(
-                "ExitAction.RETRY: the guest's write has been executed and cannot be taken back",
+                "ExitAction.RETRY: the guest's write has already been executed",
             ));
         }
         if name == "retry" {

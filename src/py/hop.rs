@@ -8,7 +8,7 @@ use crate::hop;
 
 #[pymethods]
 impl PyTrace {
-    /// Begin to record hops, or end it. Those since the last call: thread, file, function.
+    /// Start or stop recording hops. Returns those since the last call: thread, file, function.
     #[staticmethod]
     fn _record_hops(is_recording: bool) -> Vec<(Option<String>, &'static str, &'static str)> {
         let hops = hop::record(is_recording);

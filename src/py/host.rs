@@ -1,4 +1,4 @@
-//! What this machine's KVM can do, for `pyvmm doctor`.
+//! The capabilities of this host's KVM, for `pyvmm doctor`.
 
 use kvm_ioctls::Cap;
 use pyo3::prelude::*;

@@ -1,11 +1,10 @@
-//! What a `Vmm` for Python has in the event loop that its runs turn, until it is closed. With the
-//! GIL held.
+//! The objects of a `Vmm` for Python in its event loop, until it is closed. Used with the GIL held.
 
 use pyo3::prelude::*;
 
 use super::event::{PyEventManager, PyWrappedExitHandler};
 
-/// What a machine has in the event loop that its runs turn.
+/// The objects of a machine in its event loop.
 #[derive(Debug)]
 pub(super) struct InLoop {
     pub(super) event_manager: Py<PyEventManager>,

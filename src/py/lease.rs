@@ -1,39 +1,38 @@
-//! What tells a pool whether a machine may go to another job: what the program has done to it that
-//! a reset does not take back, and whether anybody still holds an object that leads to it. With the
-//! GIL held, or while somebody who holds it waits.
+//! Tells a pool whether another job may use a machine: whether a job has changed it in a way that a
+//! reset cannot undo, or still holds an object of it. Used with the GIL held, or while a thread
+//! that holds it waits.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// What the program has done to a machine, beyond what a reset takes back.
+/// Changes of a machine that a reset cannot undo.
 #[derive(Debug, Default)]
 struct Traces {
     has_changed: AtomicBool,
     has_handed_out: AtomicBool,
 }
 
-/// Every object of Python's that leads to a machine has one. An object that does not know better
-/// calls [`Self::hand_out`].
+/// Every Python object of a machine has one. By default an object calls [`Self::hand_out`].
 #[derive(Clone, Debug, Default)]
 pub(super) struct Tie {
     traces: Arc<Traces>,
-    /// Of objects that a job was given: counts them.
+    /// Counts the objects that were passed to a job.
     lease: Option<Lease>,
 }
 
-/// As many as there are objects, and one more.
+/// A reference for each object, and one more.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Lease(Arc<()>);
 
 impl Lease {
-    /// Whether a job has let go of everything that it was given.
+    /// Whether a job has released all objects that were passed to it.
     pub(super) fn is_over(&self) -> bool {
         Arc::strong_count(&self.0) == 1
     }
 }
 
 impl Tie {
-    /// For the objects that a job is given.
+    /// The tie for objects that are passed to a job.
     pub(super) fn lend(&self, lease: &Lease) -> Self {
         Self { traces: Arc::clone(&self.traces), lease: Some(lease.clone()) }
     }
@@ -42,24 +41,24 @@ impl Tie {
         self.lease.is_some()
     }
 
-    /// The machine is changed in a way that a reset does not take back.
+    /// Record a change of the machine that a reset cannot undo.
     pub(super) fn change(&self) {
-        // Relaxed: looked at with the GIL held, by which this has been done.
+        // Relaxed: read with the GIL held, which orders it after this store.
         self.traces.has_changed.store(true, Ordering::Relaxed);
     }
 
-    /// Somebody gets what may change the machine later, and does not say when.
+    /// Record that an object is handed out that may change the machine later, without notice.
     pub(super) fn hand_out(&self) {
         // Relaxed, as above.
         self.traces.has_handed_out.store(true, Ordering::Relaxed);
     }
 
-    /// What was changed up to here is how the machine is to be. What was handed out stays so.
+    /// Accept the changes so far as the initial state. Objects stay handed out.
     pub(super) fn settle(&self) {
         self.traces.has_changed.store(false, Ordering::Relaxed);
     }
 
-    /// Whether a reset brings back everything.
+    /// Whether a reset undoes all changes.
     pub(super) fn is_clean(&self) -> bool {
         let Traces { has_changed, has_handed_out } = &*self.traces;
         // Relaxed, as above.

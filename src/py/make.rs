@@ -1,5 +1,5 @@
-//! How an object of Python's comes to stand for a machine: `Vmm(...)`, and the object of a fork.
-//! With the GIL held, which is let go while the machine is made.
+//! Creates the Python object of a machine: `Vmm(...)`, and the object of a fork. Runs with the GIL
+//! held, which is released while the machine is built.
 
 use std::sync::{Arc, OnceLock, Weak};
 
@@ -22,7 +22,7 @@ use crate::sync::Mutex;
 use crate::vmm::Vmm;
 
 impl PyVmm {
-    /// An object whose machine is still to be made.
+    /// An object without a machine.
     fn vacant() -> Self {
         let tie = Tie::default();
         Self {
@@ -50,7 +50,7 @@ impl PyVmm {
         Ok(this)
     }
 
-    /// Have the object stand for a machine.
+    /// Attach a machine to the object.
     fn fill(
         &self,
         config: &Bound<'_, PyAny>,
@@ -66,7 +66,7 @@ impl PyVmm {
             None => Py::new(py, PyEventManager::over(vmm.event_manager()?))?,
         };
         let streams = if has_python_streams {
-            // The loop holds them, so they hold no machine.
+            // The loop holds them, so they must not hold the machine.
             let serial = Py::new(py, PySerial::over(Arc::clone(vmm.serial()), tie))?;
             import(py, "pyvmm.streams")?
                 .call_method1("connect", (serial, &event_manager, config.getattr("serial")?))?
@@ -75,8 +75,7 @@ impl PyVmm {
             Vec::new()
         };
         let exit_handler = Py::new(py, PyWrappedExitHandler::over(vmm.exit_handler()?))?;
-        // Two threads that call __init__ at once may both have come here: the first one's machine
-        // is the object's.
+        // Two threads may call __init__ at the same time. The object keeps the first machine.
         self.vmm.fill(vmm)?;
         let _ = self.origin.set(Origin { config: config.clone().unbind(), is_shared });
         self.in_loop.with(py, |own| *own = Some(InLoop { event_manager, exit_handler }));
@@ -87,7 +86,7 @@ impl PyVmm {
 
 #[pymethods]
 impl PyVmm {
-    /// The machine is made by `__init__`, so that a subclass's may take arguments of its own.
+    /// `__init__` builds the machine, so that a subclass's `__init__` may take other arguments.
     #[new]
     #[pyo3(
         signature = (*_args, **_kwargs),

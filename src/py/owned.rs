@@ -35,7 +35,7 @@ impl<T> Owned<T> {
     }
 
     fn made_already(&self) -> Error {
-        Error::new(ErrorKind::State, self.what, "it has been made already")
+        Error::new(ErrorKind::State, self.what, "it is already initialized")
     }
 
     /// Whether it is still to be made.
@@ -65,7 +65,7 @@ impl<T> Owned<T> {
         self.process_tag.check(self.what)?;
         ending::check()?;
         let vacant = || {
-            let error = Error::new(ErrorKind::State, self.what, "it has not been made");
+            let error = Error::new(ErrorKind::State, self.what, "it is not initialized");
             error.hint("a subclass's __init__ calls super().__init__() before it uses the object")
         };
         self.value.get().ok_or_else(vacant)

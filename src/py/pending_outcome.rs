@@ -115,7 +115,7 @@ pub(super) fn position() -> String {
 fn note(py: Python<'_>, error: &Bound<'_, PyBaseException>, other: &Bound<'_, PyBaseException>) {
     let text = match other.repr() {
         Ok(repr) => format!("another callback raised {repr}"),
-        Err(_) => "another callback raised, too".to_owned(),
+        Err(_) => "another callback raised as well".to_owned(),
     };
     // Fails when memory is short: then the first exception alone has to do.
     let _ = error.call_method1(intern!(py, "add_note"), (text,));

@@ -148,7 +148,7 @@ impl PySerial {
     /// Raises:
     ///     ValueError: the machine has no configured output.
     fn fileno(&self) -> PyResult<RawFd> {
-        let none = "nobody takes this machine's output as it comes: take_output() has it";
+        let none = "this machine has no configured output; use take_output()";
         self.port()?.output_fd().ok_or_else(|| PyValueError::new_err(none))
     }
 

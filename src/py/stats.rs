@@ -38,7 +38,7 @@ impl PyStats {
     /// Start counting, at each vCPU's next entry to the guest. May be called while the guest runs.
     fn enable(&self, py: Python<'_>) -> PyResult<()> {
         let (stats, router) = self.parts()?;
-        // A machine that is closed has no more exits to count.
+        // A closed machine has no exits to count.
         self.vmm.get().vmm()?.vm()?;
         Ok(py.detach(|| stats.enable(router))?)
     }

@@ -54,7 +54,7 @@ impl PyTrace {
             current.map_or(Ok(()), |trace| vmm.watching().end_trace(&trace))
         });
         match ended {
-            // What the block raised is what the caller should see.
+            // The caller should see the exception of the block.
             Err(failure) if !error.is_none() => {
                 let text = format!("the trace is not complete: {failure}");
                 error.call_method1(intern!(py, "add_note"), (text,)).map(drop)
@@ -86,7 +86,7 @@ impl PyVmm {
     ///     StreamError: the file cannot be created or written; this does not end a run.
     fn trace(slf: Bound<'_, Self>, path: PathBuf) -> PyResult<PyTrace> {
         slf.get().vmm()?;
-        // What names callbacks: not to be imported between two of them.
+        // It names callbacks, so it must not be imported between two of them.
         import(slf.py(), "pyvmm.callbacks")?;
         Ok(PyTrace { vmm: slf.unbind(), path, current: Mutex::default() })
     }

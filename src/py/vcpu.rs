@@ -1,4 +1,4 @@
-//! `Vcpu` for Python: a virtual processor at rest, looked into by its classes of registers.
+//! `Vcpu` for Python: access to the registers of a stopped vCPU.
 
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -20,20 +20,19 @@ use super::wakeup;
 use crate::error::{Error, ErrorKind, Result};
 use crate::vcpu::{DebugOwner, DebugRequest, RegisterClass, Vcpu, VcpuHandle};
 
-/// A virtual processor, as long as its machine is not closed.
+/// A vCPU, usable until its machine is closed.
 #[derive(Debug)]
 struct Processor {
     handle: Owned<Weak<VcpuHandle>>,
-    /// The machine's object, which does not close it for as long as somebody has a vCPU or its
-    /// registers.
+    /// The machine's object, so that the machine stays open while a vCPU or its registers are
+    /// referenced.
     machine: Option<Py<PyAny>>,
     tie: Tie,
 }
 
 impl Processor {
-    /// Look into the vCPU, and change what a reset takes back. Where another thread looks into it
-    /// for long, as a snapshot does, this waits without the GIL, and a signal handler that raises
-    /// ends the wait.
+    /// Access the vCPU, with changes that a reset undoes. If another thread uses it for long, as a
+    /// snapshot does, this waits without the GIL, and a signal handler that raises ends the wait.
     fn look<T: Send>(
         &self,
         py: Python<'_>,
@@ -51,7 +50,7 @@ impl Processor {
         }
     }
 
-    /// Change what a reset does not take back.
+    /// Access the vCPU, with changes that a reset cannot undo.
     fn change<T: Send>(
         &self,
         py: Python<'_>,
@@ -61,7 +60,7 @@ impl Processor {
         self.look(py, change)
     }
 
-    /// The vCPU, to drive it by hand.
+    /// The vCPU, to run it directly.
     fn handle(&self) -> Result<Arc<VcpuHandle>> {
         self.tie.hand_out();
         self.upgrade()
@@ -190,7 +189,7 @@ impl PyVcpu {
         Self { id: handle.id(), processor: Processor::of(Arc::downgrade(handle), machine, tie) }
     }
 
-    /// The object for a vCPU of a machine's object: the one that somebody holds, or a new one.
+    /// The object for a vCPU of a machine's object: the existing one, or a new one.
     pub(super) fn of_machine<'py>(
         machine: &Bound<'py, PyAny>,
         handle: &Arc<VcpuHandle>,
@@ -202,7 +201,7 @@ impl PyVcpu {
         })
     }
 
-    /// A view of one class of its registers: made when it is asked for, it keeps the machine.
+    /// A view of one class of registers, created on demand. It keeps the machine alive.
     fn view<'py>(
         &self,
         py: Python<'py>,
@@ -215,7 +214,7 @@ impl PyVcpu {
     }
 }
 
-/// CPUID leaves as Python has them.
+/// CPUID leaves as Python objects.
 pub(super) fn cpuid_entries<'py>(
     py: Python<'py>,
     table: &[kvm_cpuid_entry2],
@@ -329,7 +328,7 @@ impl PyVcpu {
     fn set_cpuid(&self, py: Python<'_>, entries: Vec<Bound<'_, PyAny>>) -> PyResult<()> {
         let entries: Vec<_> = entries.iter().map(cpuid_entry).collect::<PyResult<_>>()?;
         if self.processor.tie.is_lent() {
-            let detail = "the job's machine has run for other jobs, or may: it keeps its processor";
+            let detail = "the job's machine may have run other jobs, so its CPUID cannot change";
             let error = Error::new(ErrorKind::State, "cpuid", detail);
             return Err(error.hint("change it in the setup of the pool's forks").into());
         }

@@ -1,4 +1,4 @@
-//! `VcpuExit` for Python: what `Vcpu.run_once` returns, one class a kind.
+//! `VcpuExit` for Python, the result of `Vcpu.run_once`, with one class for each kind.
 
 use kvm_bindings::{KVM_MSR_EXIT_REASON_FILTER, KVM_MSR_EXIT_REASON_INVAL};
 use pyo3::prelude::*;
@@ -19,25 +19,25 @@ pub enum PyVcpuExit {
     IoIn {
         /// The port.
         port: u16,
-        /// Bytes of one read: 1, 2 or 4.
+        /// The size of one read in bytes: 1, 2 or 4.
         size: usize,
-        /// Reads; more than one for `REP INS`.
+        /// The number of reads; more than one for `REP INS`.
         count: usize,
     },
     /// `OUT` or `OUTS`: writes of `size` bytes each to a port.
     IoOut {
         /// The port.
         port: u16,
-        /// Bytes of one write: 1, 2 or 4.
+        /// The size of one write in bytes: 1, 2 or 4.
         size: usize,
-        /// What was written, all of it.
+        /// All bytes that were written.
         data: Py<PyBytes>,
     },
     /// A read where there is no memory. `Vcpu.answer` sets the value; the default is all one bits.
     MmioRead {
         /// The guest-physical address.
         address: u64,
-        /// Bytes: 1 to 8.
+        /// The size in bytes: 1 to 8.
         length: usize,
     },
     /// A write where there is no memory, or read-only memory.
@@ -88,13 +88,13 @@ pub enum PyVcpuExit {
     InternalError {
         /// KVM_INTERNAL_ERROR_*; 1 for an instruction that KVM could not emulate.
         suberror: u32,
-        /// Bytes of that instruction, where KVM says them.
+        /// The bytes of that instruction, if KVM reports them.
         instruction: Py<PyBytes>,
-        /// What else it says.
+        /// KVM's additional data.
         data: Py<PyTuple>,
-        /// That instruction as text, in the syntax of nasm; None where it is no instruction.
+        /// That instruction as text, in nasm syntax. None if the bytes are not an instruction.
         disassembly: Option<String>,
-        /// The registers it stood with, by name.
+        /// The registers at the exit, by name.
         registers: Py<PyDict>,
     },
     /// A breakpoint or a single step.
@@ -112,7 +112,7 @@ pub enum PyVcpuExit {
     SystemEvent {
         /// KVM_SYSTEM_EVENT_*.
         kind: u32,
-        /// What else KVM says.
+        /// KVM's additional data.
         data: Py<PyTuple>,
     },
     /// An access that the memory's attributes forbid.
@@ -226,7 +226,7 @@ impl PyVcpuExit {
         Ok(true)
     }
 
-    /// Dicts stay out of it: they can change, and a hash may not.
+    /// Dicts are not included, because they can change and a hash must not.
     fn __hash__(slf: &Bound<'_, Self>) -> PyResult<isize> {
         let values = fields(slf.as_any())?.into_iter().map(|(_, value)| value);
         let values = PyTuple::new(
@@ -236,7 +236,7 @@ impl PyVcpuExit {
         (variant(slf.as_any())?, values).into_pyobject(slf.py())?.hash()
     }
 
-    /// By a function of the package: pickle does not find a variant's class by its name.
+    /// Uses a function of the package, because pickle cannot find a variant's class by name.
     fn __reduce__<'py>(
         slf: &Bound<'py, Self>,
     ) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyTuple>)> {

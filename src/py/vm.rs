@@ -1,5 +1,4 @@
-//! `KvmVm` for Python: the machine without an event loop, told of its guest's end through any exit
-//! handler.
+//! `KvmVm` for Python: the machine without an event loop, with any exit handler.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -39,7 +38,7 @@ pub(super) enum Handler {
     Python(Arc<PythonHandler>),
 }
 
-/// A Python object with `kick()`, and what a kick raised.
+/// A Python object with `kick()`, and the exception of a kick.
 #[derive(Debug)]
 pub(super) struct PythonHandler {
     object: Py<PyAny>,
@@ -62,9 +61,9 @@ impl ExitHandler for Handler {
 #[derive(Debug)]
 struct Machine {
     state: Mutex<Open, rank::Machine>,
-    /// One that closes it is done with it.
+    /// Signalled when a closing thread has released it.
     closed: Condvar,
-    /// Tells its vCPUs' threads from all others.
+    /// Identifies the threads of its vCPUs.
     id: usize,
 }
 
@@ -72,7 +71,7 @@ struct Machine {
 struct Open {
     /// None once it is closed.
     vm: Option<Arc<KvmVm<Handler>>>,
-    /// How many callers of `close` may hold it still.
+    /// The number of `close` calls that may still hold it.
     closers: usize,
 }
 
@@ -119,7 +118,7 @@ impl Machine {
 
 impl Close for Machine {
     fn stop(&self) {
-        // There is no loop: closing ends it.
+        // There is no loop to drop.
     }
 
     fn is_open(&self) -> bool {
@@ -136,7 +135,7 @@ impl Close for Machine {
             state.vm.clone()
         };
         vm.iter().for_each(|vm| vm.close());
-        // Taken only when it is closed: another thread that closes it waits for the same.
+        // Taken only after it is closed, because another closing thread waits for the same.
         let last = self.state.lock().vm.take();
         drop((vm, last));
         let mut state = self.state.lock();
@@ -170,7 +169,7 @@ pub struct PyKvmVm {
     /// The address where the configured code starts.
     #[pyo3(get)]
     entry: u64,
-    /// None of a bare machine.
+    /// None for a bare VM.
     serial: Option<Arc<Serial>>,
     /// The objects of its vCPUs, its memory and its serial port.
     parts: Parts,
@@ -179,9 +178,9 @@ pub struct PyKvmVm {
 impl Drop for PyKvmVm {
     fn drop(&mut self) {
         let Some(machine) = self.machine.take() else { return };
-        // Its vCPUs may be running, and may need the GIL to end.
+        // Its vCPUs may be running, and may need the GIL to stop.
         attach(|py| {
-            // A close that a signal has cut short goes on by itself.
+            // A close that a signal has interrupted continues in the background.
             if !machine.is_closing()
                 && let Err(error) = machine.close_interruptibly(py)
             {
@@ -226,7 +225,7 @@ fn handler(object: &Bound<'_, PyAny>) -> PyResult<(Handler, Option<Arc<PythonHan
     }
     if !object.getattr_opt("kick")?.is_some_and(|kick| kick.is_callable()) {
         let class = object.get_type();
-        let text = format!("an exit handler needs kick(): {} has none", class.name()?);
+        let text = format!("an exit handler needs kick(), which {} lacks", class.name()?);
         return Err(PyTypeError::new_err(text));
     }
     let handler = PythonHandler { object: object.clone().unbind(), raised: Mutex::new(None) };
@@ -466,7 +465,8 @@ impl PyKvmVm {
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {
-        // The Arc has other owners, but one reference to the object: this visit is it.
+        // The Arc has other owners, but there is one reference to the object, which is visited
+        // here.
         self.python_handler.as_ref().map_or(Ok(()), |handler| visit.call(&handler.object))
     }
 }

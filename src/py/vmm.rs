@@ -1,4 +1,4 @@
-//! `Vmm` for Python: the spine with the GIL let go where it waits.
+//! `Vmm` for Python. The GIL is released while it waits.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock, Weak};
@@ -49,28 +49,29 @@ use crate::vmm::{Vmm, closed};
 #[derive(Debug)]
 pub struct PyVmm {
     pub(super) vmm: Owned<Arc<Vmm>>,
-    /// Exit hooks, and what they and Python devices leave for the run.
+    /// Exit hooks, and the pending outcomes of hooks and Python devices for the run.
     pub(super) hooks: Arc<Hooks>,
     /// The Python devices on its buses.
     pub(super) devices: Devices,
     /// Subscribers that serve the serial port's Python streams.
     pub(super) streams: Mutex<Vec<Py<PySubscriberId>>, rank::PythonStreams>,
-    /// Empty until `__init__` has made the machine.
+    /// Empty until `__init__` has built the machine.
     pub(super) origin: OnceLock<Origin>,
-    /// None once it is closed: then their descriptors go, unless the program holds them.
+    /// None once the machine is closed, which closes their descriptors unless the program holds
+    /// them.
     pub(super) in_loop: GilCell<Option<InLoop>>,
     pub(super) tie: Tie,
     /// The objects of its vCPUs, its memory and its serial port.
     pub(super) parts: Arc<Parts>,
-    /// What the job of a pool was given that the machine was lent to last.
+    /// The objects that were passed to the last job of a pool.
     pub(super) lent: Mutex<Option<Lease>, rank::Lease>,
 }
 
-/// What a machine was made of.
+/// The configuration and the loop of a machine.
 #[derive(Debug)]
 pub(super) struct Origin {
     pub(super) config: Py<PyAny>,
-    /// Other machines may be in the same loop.
+    /// Whether other machines may share the loop.
     pub(super) is_shared: bool,
 }
 
@@ -93,39 +94,40 @@ impl Close for Vmm {
 }
 
 impl PyVmm {
-    /// The machine, for whatever a reset does not take back: a pool closes it behind the job.
+    /// The machine, for operations that a reset cannot undo. A pool closes it after the job.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] in a forked child, and where the
-    /// interpreter ends.
+    /// [`ErrorKind::State`] in a forked child, and while the interpreter finalizes.
     pub(super) fn vmm(&self) -> Result<&Arc<Vmm>> {
         self.tie.hand_out();
         self.core()
     }
 
-    /// The machine, for a change that a reset does not take back, and that is over when the call
+    /// The machine, for a change that a reset cannot undo and that is complete when the call
     /// returns.
     pub(super) fn changing(&self) -> Result<&Arc<Vmm>> {
         self.tie.change();
         self.core()
     }
 
-    /// The machine, for what changes nothing, or nothing that [`Vmm::renew`] does not take back or
-    /// find.
+    /// The machine, for operations that change nothing, or only what [`Vmm::renew`] undoes or
+    /// detects.
     pub(super) fn core(&self) -> Result<&Arc<Vmm>> {
         self.vmm.get()
     }
 
-    /// What the machine was made of.
+    /// The configuration and the loop of the machine.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] where it has not been made.
+    /// [`ErrorKind::State`] when it is not initialized.
     pub(super) fn origin(&self) -> Result<&Origin> {
         match self.origin.get() {
             Some(origin) => Ok(origin),
-            None => {
-                self.core().and(Err(Error::new(ErrorKind::State, "machine", "it is being made")))
-            }
+            None => self.core().and(Err(Error::new(
+                ErrorKind::State,
+                "machine",
+                "it is being initialized",
+            ))),
         }
     }
 
@@ -134,19 +136,19 @@ impl PyVmm {
         found.ok_or_else(|| closed().into())
     }
 
-    /// The event manager whose loop `run` turns.
+    /// The event manager whose loop runs inside `run`.
     pub(super) fn manager(&self, py: Python<'_>) -> PyResult<Py<PyEventManager>> {
         self.in_loop(py, |own| own.event_manager.clone_ref(py))
     }
 
-    /// An error, or in its place what a device's `save` or `restore` raised.
+    /// The error, or instead the exception of a device's `save` or `restore`.
     pub(super) fn device_failure(&self, error: PyErr) -> PyErr {
         let devices = self.devices.lock().clone();
         devices.iter().find_map(|device| device.take_failure()).unwrap_or(error)
     }
 
-    /// Let go of what a closed machine does not need: its devices, and the subscribers of its
-    /// streams, which a loop that others use would keep. Whether it is closed.
+    /// If the machine is closed, drop its devices, and the subscribers of its streams, which a
+    /// shared loop would keep. Returns whether it is closed.
     pub(super) fn let_go_if_closed(&self, py: Python<'_>, vmm: &Vmm) -> bool {
         let is_closed = vmm.state() == VmRunState::Closed;
         if is_closed {
@@ -156,13 +158,13 @@ impl PyVmm {
     }
 
     fn let_go(&self, py: Python<'_>) {
-        // Outside the locks: it may run Python code.
+        // Outside the locks, because this may run Python code.
         let devices = std::mem::take(&mut *self.devices.lock());
         drop(devices);
         let streams = std::mem::take(&mut *self.streams.lock());
         let Some(own) = self.in_loop.with(py, Option::take) else { return };
         for id in streams {
-            // Fails when the program has removed it already.
+            // Fails if the program has already removed it.
             let _ = own.event_manager.get().remove_subscriber(py, id.get());
         }
     }
@@ -181,13 +183,13 @@ impl Drop for PyVmm {
     fn drop(&mut self) {
         let Some(vmm) = self.vmm.take() else { return };
         if self.tie.is_lent() {
-            // The machine goes on to the next job, or is closed by the pool.
+            // The next job uses the machine, or the pool closes it.
             return attach(|py| py.detach(|| drop(vmm)));
         }
-        // Its devices and hooks may hold parts of it, so it is closed, not only let go. That may
-        // sleep in the kernel, and its threads may need the GIL to end.
+        // Its devices and hooks may hold parts of it, so it is closed explicitly. That may sleep in
+        // the kernel, and its threads may need the GIL to end.
         attach(|py| {
-            // A close that a signal has cut short goes on by itself.
+            // A close that a signal has interrupted continues in the background.
             if !vmm.is_closing()
                 && let Err(error) = close(py, &vmm)
             {
@@ -344,8 +346,8 @@ impl PyVmm {
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         let Some(vmm) = self.vmm.peek() else { return Ok(()) };
         close(py, vmm)?;
-        // Called from a callback, the machine closes at the end of the run: its last output is
-        // still to be taken.
+        // Called from a callback, the machine closes at the end of the run, because its last output
+        // has not been taken yet.
         if self.let_go_if_closed(py, vmm) {
             self.hooks.pending.report(py);
         }
@@ -422,8 +424,8 @@ impl PyVmm {
             self.in_loop.peek(|own| own.iter().try_for_each(|own| visit.call(&own.event_manager)))
         };
         visited.unwrap_or(Ok(()))?;
-        // The others are shared by the objects of one machine, and visited by the one that it
-        // belongs to.
+        // The other fields are shared by the objects of one machine, and visited by the object that
+        // owns them.
         if self.vmm.peek().is_none() || self.tie.is_lent() {
             return Ok(());
         }

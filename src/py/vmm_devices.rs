@@ -32,7 +32,7 @@ impl PyVmm {
         vmm.vm()?;
         let is_it = |device: &Arc<PythonDevice>| device.is_at(access, base);
         let Some(device) = self.devices.lock().iter().find(|device| is_it(device)).cloned() else {
-            let detail = "no device that was added starts here";
+            let detail = "no added device starts here";
             return Err(Error::new(ErrorKind::Config, format!("{base:#x}"), detail).into());
         };
         py.detach(|| vmm.remove_device(access, base))?;

@@ -88,7 +88,7 @@ impl PyVmm {
                     this.hooks.unfilter(&added);
                 })?;
             }
-            (_, Some(_)) => return Err(PyValueError::new_err("msrs goes with the kind msr")),
+            (_, Some(_)) => return Err(PyValueError::new_err("msrs needs the kind msr")),
             (_, None) => vm.check_process()?,
         }
         this.hooks.belong_to(slf, &this.parts)?;
@@ -106,11 +106,11 @@ impl PyVmm {
         self.changing()?;
         let of_kind = kind_of(kind)?;
         if !self.hooks.remove(of_kind, function)? {
-            return Err(PyValueError::new_err("this function is no hook of this kind of exit"));
+            return Err(PyValueError::new_err("this function is not a hook of this kind of exit"));
         }
         self.set_hooks()?;
         if of_kind == ExitKind::Msr && self.hooks.unfilter(&[]) {
-            // A machine that is closed has none.
+            // A closed machine has no hooks.
             if let Ok(vm) = self.changing()?.vm() {
                 kind.py().detach(|| vm.filter_msrs(&[]))?;
             }

@@ -1,6 +1,6 @@
-//! Signals that arrive while a thread waits in Rust. Python's own C handler writes each to the
-//! process's wake-up fd; on the main thread, a wait that lasts puts a pipe of ours there and waits
-//! for that too.
+//! Handles signals that arrive while a thread waits in Rust. Python's own C handler writes each
+//! signal to the process's wake-up fd. A longer wait on the main thread installs its own pipe there
+//! and also waits for it.
 
 use std::cell::Cell;
 use std::io;
@@ -24,13 +24,13 @@ const PIPE_DELAY: Duration = Duration::from_millis(5);
 /// The longest wait between two checks for signals if the pipe cannot be created.
 pub(super) const SIGNAL_CHECK_INTERVAL: Duration = Duration::from_millis(50);
 
-/// The pipe, and whose fd it has displaced.
+/// The pipe, and the program's fd that it has displaced.
 static PIPE: GilCell<Option<Pipe>> = GilCell::new(None);
 
 struct Pipe {
     reader: OwnedFd,
     writer: OwnedFd,
-    /// Where it is installed, the program's own fd, or -1.
+    /// While it is installed, the program's own fd, or -1.
     displaced: Option<RawFd>,
 }
 
@@ -39,10 +39,10 @@ thread_local! {
     static RUNS_HANDLERS: Cell<Option<(ProcessTag, bool)>> = const { Cell::new(None) };
 }
 
-/// Wait; on Python's main thread, until a signal arrives at most. `wait` gets the time when it has
-/// to end and what else to wait for, and gives none when nothing came. Handlers of signals from
-/// before it may run here; those of signals from meanwhile are left to the caller. Called, and
-/// waits, without the GIL.
+/// Wait. On Python's main thread, the arrival of a signal ends the wait. `wait` is called with its
+/// deadline and another fd to wait for, and returns None if nothing arrived. Handlers of earlier
+/// signals may run here; the caller runs those of signals that arrive during the wait. Called
+/// without the GIL.
 pub(super) fn wait<T: Send>(
     deadline: Option<Instant>,
     wait: impl Fn(Option<Instant>, Option<RawFd>) -> Option<T> + Send + Sync,
@@ -52,7 +52,7 @@ pub(super) fn wait<T: Send>(
     }
     let brief = Instant::now() + PIPE_DELAY;
     let found = wait(Some(earlier(deadline, brief)), None);
-    // Before that time it was a signal, which this thread got itself.
+    // If it ended earlier, this thread received the signal itself.
     let now = Instant::now();
     if found.is_some() || now < brief || deadline.is_some_and(|deadline| now >= deadline) {
         return Ok(found);
@@ -77,7 +77,7 @@ fn wait_long<T: Send>(
         let slice = earlier(deadline, Instant::now() + SIGNAL_CHECK_INTERVAL);
         return Ok(py.detach(|| wait(Some(slice), None)));
     };
-    // A signal from before the pipe was there is noted, but not in the pipe.
+    // Python has recorded a signal from before the pipe, but it is not in the pipe.
     py.check_signals()?;
     let reader = wakeup.reader;
     Ok(py.detach(|| wait(deadline, Some(reader))))
@@ -91,10 +91,10 @@ pub(super) fn runs_handlers(py: Python<'_>) -> PyResult<bool> {
     {
         return Ok(runs);
     }
-    // Python says so by letting it be set.
+    // Python allows setting the fd only on that thread.
     let runs = match set_wakeup_fd(py, -1) {
         Ok(former) => {
-            // Fails when the program has closed it.
+            // Fails if the program has closed it.
             drop(set_wakeup_fd(py, former));
             true
         }
@@ -109,7 +109,7 @@ pub(super) fn runs_handlers(py: Python<'_>) -> PyResult<bool> {
 struct Wakeup<'py> {
     py: Python<'py>,
     reader: RawFd,
-    /// It was installed already: by a wait in whose signal handlers this one is.
+    /// Whether an outer wait had installed it, and this wait is in one of its signal handlers.
     is_inner: bool,
 }
 
@@ -117,7 +117,8 @@ impl<'py> Wakeup<'py> {
     fn install(py: Python<'py>) -> PyResult<Self> {
         let (reader, writer) = Pipe::numbers(py)?;
         let former = set_wakeup_fd(py, writer)?;
-        // The handler notes a signal before it looks for the fd; we look for notes after this.
+        // The handler records a signal before it reads the fd. We check the record after this
+        // fence.
         fence(Ordering::SeqCst);
         let is_inner = PIPE.with(py, |pipe| {
             let Some(pipe) = pipe else { return false };
@@ -150,10 +151,10 @@ impl Drop for Wakeup<'_> {
     }
 }
 
-/// Put the program's fd back where `writer` is.
+/// Restore the program's fd if `writer` is installed.
 fn restore(py: Python<'_>, writer: RawFd, displaced: RawFd) {
     match set_wakeup_fd(py, displaced) {
-        // The program has set another one, which stays.
+        // The program has set another fd, which stays.
         Ok(found) if found != writer && found != displaced => drop(set_wakeup_fd(py, found)),
         Ok(_) => {}
         // The program has closed its fd.
@@ -165,12 +166,12 @@ fn restore(py: Python<'_>, writer: RawFd, displaced: RawFd) {
 fn forward(reader: RawFd, to: RawFd) {
     let mut signals = [0u8; 64];
     loop {
-        // SAFETY: room for so many bytes.
+        // SAFETY: the buffer has room for this many bytes.
         let length = unsafe { libc::read(reader, signals.as_mut_ptr().cast(), signals.len()) };
         let Ok(length @ 1..) = usize::try_from(length) else { return };
         if to >= 0 {
-            // SAFETY: as many bytes as were read. A full or closed fd loses them, as it does from
-            // the C handler.
+            // SAFETY: as many bytes as were read. A full or closed fd loses them, as with the C
+            // handler.
             unsafe { libc::write(to, signals.as_ptr().cast(), length) };
         }
     }
@@ -183,7 +184,7 @@ impl Pipe {
         if unsafe { libc::pipe2(fds.as_mut_ptr(), libc::O_CLOEXEC | libc::O_NONBLOCK) } < 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: the kernel has just given us these numbers and nobody else knows them.
+        // SAFETY: the kernel has just returned these numbers, and nothing else knows them.
         let [reader, writer] = fds.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) });
         Ok(Self { reader, writer, displaced: None })
     }
@@ -202,8 +203,8 @@ impl Pipe {
     }
 }
 
-/// In a child that another thread has forked off during a wait, nobody waits: the program gets its
-/// fd back there too. The parent's pipe is none of the child's.
+/// If another thread forks during a wait, no thread waits in the child. The program's fd is
+/// restored there too, and the child does not use the parent's pipe.
 fn forget_in_children(py: Python<'_>) -> PyResult<()> {
     let forget = |arguments: &Bound<'_, PyTuple>, _: Option<&Bound<'_, PyDict>>| {
         let pipe = PIPE.with(arguments.py(), Option::take);
@@ -217,7 +218,7 @@ fn forget_in_children(py: Python<'_>) -> PyResult<()> {
     import(py, "os")?.call_method("register_at_fork", (), Some(&options)).map(drop)
 }
 
-/// Sets it, and says what it was. On the main thread.
+/// Set the wake-up fd and return the previous one. On the main thread.
 fn set_wakeup_fd(py: Python<'_>, fd: RawFd) -> PyResult<RawFd> {
     static FUNCTION: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     FUNCTION.import(py, "signal", "set_wakeup_fd")?.call1((fd,))?.extract()

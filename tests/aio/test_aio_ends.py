@@ -129,13 +129,13 @@ async def no_items(*_: object) -> Any:
 def test_a_coroutine_that_nobody_awaits_is_refused(function: Callable[..., Any]) -> None:
     manager = EventManager()
     manager.add_subscriber(Once(function))
-    with pytest.raises(StateError, match=r"Once\.process returned an? .*, which nobody awaits"):
+    with pytest.raises(StateError, match=r"Once\.process returned an? .*, which is not awaited"):
         manager.run()
     with pytest.raises(TypeError, match="cannot be a coroutine function"):
         manager.add_subscriber(type("Subscriber", (), {"init": function, "process": print})())
     assert repr(manager) == "EventManager(subscribers=1)"
     manager.remote_endpoint().fire(function)
-    with pytest.raises(StateError, match="nobody awaits"):
+    with pytest.raises(StateError, match="is not awaited"):
         manager.run_with_timeout(0)
 
 

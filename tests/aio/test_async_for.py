@@ -134,7 +134,7 @@ def test_one_task_at_a_time_waits(run: Any) -> None:
         first = asyncio.ensure_future(anext(aiter(fd)))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
-        with pytest.raises(RuntimeError, match="one reader at a time"):
+        with pytest.raises(RuntimeError, match="already waiting"):
             await anext(aiter(fd))
         fd.write(2)
         assert await first == 1

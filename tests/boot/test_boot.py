@@ -33,7 +33,7 @@ def kernel(path: Path, image: bytes, **boot: object) -> VmmConfig:
         (b"hello", "neither an ELF vmlinux nor a bzImage"),
         (b"\x7fELF", "not a 64-bit"),
         (elf(0x100000, b"\xf4")[:100], "outside the file"),
-        (elf(0x100000, b"\xf4" * 64)[:-1], "cut off"),
+        (elf(0x100000, b"\xf4" * 64)[:-1], "truncated"),
         (elf(0x1000, b"\xf4"), "below 1 MiB"),
         (elf(1 << 40, b"\xf4"), "not all in guest memory"),
         (elf(2**64 - 1, b"\xf4"), "not all in guest memory"),

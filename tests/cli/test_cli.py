@@ -198,7 +198,7 @@ def test_trace_is_a_file_and_its_failure_no_harm_to_the_run(tmp_path: Path) -> N
         (["run", "--memory", "0"], b"pyvmm: error: memory.size_mib: 0 is not from 1 to"),
         (["run", "--memory", "size=5"], b"pyvmm: error: memory: 'size' is not one of size_mib"),
         (["run", "--vcpu", "num=many"], b"pyvmm: error: vcpus.num: 'many' is not a number"),
-        (["run", "--hide", "nonsense"], b"pyvmm: error: cpu.hide: 'nonsense' is no CPUID feature"),
+        (["run", "--hide", "nonsense"], b"pyvmm: error: cpu.hide: 'nonsense' is not a known CPUID feature"),
         (["run", "--initrd", "x"], b"pyvmm: error: kernel: --initrd and --append need a KERNEL"),
         (["run", "--config", "none.toml"], b"pyvmm: error: none.toml: No such file"),
         (["run", "--timeout", "-1"], b"Error: Invalid value for '--timeout'"),

@@ -33,7 +33,7 @@ def test_values_are_found(text: str, values: dict[str, object]) -> None:
     [
         ("", "kernel: '' is not one of path, cmdline, kernel_load_addr"),
         ("file=a", "kernel: 'file' is not one of path, cmdline, kernel_load_addr"),
-        ("path=a,path=b", "kernel.path: stands twice"),
+        ("path=a,path=b", "kernel.path: given twice"),
         ("kernel_load_addr=high", "kernel.kernel_load_addr: 'high' is not a number"),
     ],
 )

@@ -184,8 +184,8 @@ def test_what_takes_no_attributes_is_wrapped() -> None:
 
 def test_what_is_no_function_is_refused_at_once() -> None:
     manager = EventManager()
-    with pytest.raises(TypeError, match="a function is needed here, not int"):
+    with pytest.raises(TypeError, match="expected a function, not int"):
         manager.on(EventFd())(5)  # type: ignore[type-var]
-    with pytest.raises(TypeError, match="a function is needed here, not str"):
+    with pytest.raises(TypeError, match="expected a function, not str"):
         manager.call_later(0, "x")  # type: ignore[arg-type]
     assert repr(manager) == "EventManager(subscribers=0)"

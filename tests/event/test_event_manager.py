@@ -224,7 +224,7 @@ def test_bad_sources_are_told_apart() -> None:
     with pytest.raises(EventError, match="is not open"):
         manager.add_subscriber(Recorder(Events(99999)))
     fd = EventFd()
-    with pytest.raises(EventError, match="registered already"):
+    with pytest.raises(EventError, match="already registered"):
         manager.add_subscriber(Recorder(Events(fd), Events(fd)))
     with pytest.raises(EventError, match="not registered"):
         manager.add_subscriber(Remover(fd))
@@ -271,7 +271,7 @@ def test_second_run_fails_at_once() -> None:
     manager = EventManager()
 
     def run_again(events: Events, ops: EventOps) -> None:
-        with pytest.raises(StateError, match="one run at a time"):
+        with pytest.raises(StateError, match="already running"):
             manager.run()
 
     manager.add_subscriber(Recorder(Events(EventFd(1)), on_event=run_again))

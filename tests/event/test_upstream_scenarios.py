@@ -109,7 +109,7 @@ def test_everything_is_done_through_the_endpoint() -> None:
     counter, extra = Counter(), EventFd()
     id = endpoint.call_blocking(lambda manager: manager.add_subscriber(counter))
     endpoint.call_blocking(lambda manager: manager.event_ops(id).add(Events(extra)))
-    with pytest.raises(EventError, match="registered already"):
+    with pytest.raises(EventError, match="already registered"):
         endpoint.call_blocking(lambda manager: manager.event_ops(id).add(Events(extra)))
     endpoint.call_blocking(lambda manager: manager.event_ops(id).remove(Events(extra)))
     assert endpoint.call_blocking(lambda manager: manager.remove_subscriber(id)) is counter
@@ -177,7 +177,7 @@ def test_adding_twice_is_an_error_and_changes_nothing() -> None:
     manager.add_subscriber(counter)
     counter.do = "add"
     counter.fd.write()
-    with pytest.raises(EventError, match="registered already"):
+    with pytest.raises(EventError, match="already registered"):
         manager.run()
     counter.do = None
     assert manager.run() == 1
@@ -201,7 +201,7 @@ def test_descriptor_of_another_subscriber_is_out_of_reach() -> None:
     ops = manager.event_ops(manager.add_subscriber(second))
     with pytest.raises(EventError, match="another subscriber"):
         ops.remove(first.fd)
-    with pytest.raises(EventError, match="registered already"):
+    with pytest.raises(EventError, match="already registered"):
         ops.add(Events(first.fd))
     first.fd.write()
     assert manager.run() == 1

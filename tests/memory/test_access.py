@@ -179,7 +179,7 @@ def test_a_vcpu_of_another_machine_has_no_say() -> None:
         vcpu = other.create_vcpu()
         with pytest.raises(StateError, match="another machine"):
             one.memory.read(0, 1, vcpu=vcpu)
-        with pytest.raises(GuestMemoryError, match="more than all"):
+        with pytest.raises(GuestMemoryError, match="more than the size"):
             one.memory.read(0, 2**63, vcpu=one.create_vcpu())
 
 

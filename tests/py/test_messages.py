@@ -41,42 +41,50 @@ kvm = pytest.mark.kvm
 
 # A configuration built in Python with one wrong value, and what the error says.
 WRONG: list[tuple[Callable[[Any], VmmConfig], Any, str]] = [
-    (lambda v: VmmConfig(memory=v), 128, "memory: a MemoryConfig is needed, not 128"),
-    (lambda v: VmmConfig(memory=v), None, "memory: a MemoryConfig is needed, not None"),
-    (lambda v: VmmConfig(cpu=v), 2, "cpu: a CpuConfig is needed, not 2"),
-    (lambda v: VmmConfig(serial=v), "out.txt", "serial: a SerialConfig is needed, not 'out.txt'"),
-    (lambda v: VmmConfig(boot=v), b"\xf4", "boot: an EmbeddedBoot, FlatBoot or LinuxBoot is needed, not b'\\xf4'"),
-    (lambda v: VmmConfig(exit_port=v), 0x10000, "exit_port: a port from 0 to 0xfffc, or None is needed, not 65536"),
-    (lambda v: VmmConfig(exit_port=v), -1, "exit_port: a port from 0 to 0xfffc, or None is needed, not -1"),
-    (lambda v: VmmConfig(irqchip=v), "yes", "irqchip: True, False or None is needed, not 'yes'"),
+    (lambda v: VmmConfig(memory=v), 128, "memory: expected a MemoryConfig, not 128"),
+    (lambda v: VmmConfig(memory=v), None, "memory: expected a MemoryConfig, not None"),
+    (lambda v: VmmConfig(cpu=v), 2, "cpu: expected a CpuConfig, not 2"),
+    (lambda v: VmmConfig(serial=v), "out.txt", "serial: expected a SerialConfig, not 'out.txt'"),
+    (lambda v: VmmConfig(boot=v), b"\xf4", "boot: expected an EmbeddedBoot, FlatBoot or LinuxBoot, not b'\\xf4'"),
+    (lambda v: VmmConfig(exit_port=v), 0x10000, "exit_port: expected a port from 0 to 0xfffc, or None, not 65536"),
+    (lambda v: VmmConfig(exit_port=v), -1, "exit_port: expected a port from 0 to 0xfffc, or None, not -1"),
+    (lambda v: VmmConfig(irqchip=v), "yes", "irqchip: expected True, False or None, not 'yes'"),
     (
         lambda v: VmmConfig(memory=MemoryConfig(size_mib=v)),
         1.5,
-        "memory.size_mib: a number of MiB from 1 to 8388607 is needed",
+        "memory.size_mib: expected a number of MiB from 1 to 8388607",
     ),
     (
         lambda v: VmmConfig(memory=MemoryConfig(size_mib=v)),
         10**30,
-        "memory.size_mib: a number of MiB from 1 to 8388607 is needed",
+        "memory.size_mib: expected a number of MiB from 1 to 8388607",
     ),
-    (lambda v: VmmConfig(cpu=CpuConfig(vcpus=v)), "2", "cpu.vcpus: a number from 1 to 254 is needed, not '2'"),
-    (lambda v: VmmConfig(cpu=CpuConfig(hide=v)), "avx2", 'cpu.hide: a sequence of names, as in ["avx2"], is needed'),
-    (lambda v: VmmConfig(cpu=CpuConfig(expose=v)), [1], 'cpu.expose: a sequence of names, as in ["avx2"], is needed'),
+    (lambda v: VmmConfig(cpu=CpuConfig(vcpus=v)), "2", "cpu.vcpus: expected a number from 1 to 254, not '2'"),
+    (lambda v: VmmConfig(cpu=CpuConfig(hide=v)), "avx2", 'cpu.hide: expected a sequence of names, as in ["avx2"]'),
+    (lambda v: VmmConfig(cpu=CpuConfig(expose=v)), [1], 'cpu.expose: expected a sequence of names, as in ["avx2"]'),
     (lambda v: VmmConfig(cpu=CpuConfig(template=v)), "intel", "cpu.template: 'intel' is not one of auto, host"),
     (
         lambda v: VmmConfig(cpu=CpuConfig(template=v)),
         3,
-        "cpu.template: one of auto, host, software-kvm is needed, not 3",
+        "cpu.template: expected one of auto, host, software-kvm, not 3",
     ),
-    (lambda v: VmmConfig(cpu=CpuConfig(fixups=v)), 1, "cpu.fixups: True or False is needed, not 1"),
-    (lambda v: VmmConfig(boot=FlatBoot(v)), "\xf4", "boot.code: bytes is needed, not 'ô'"),
-    (lambda v: VmmConfig(boot=FlatBoot(HALT, address=v)), -1, "boot.address: an address from 0 to 2^64 - 1 is needed"),
-    (lambda v: VmmConfig(boot=FlatBoot(HALT, entry=v)), 2**64, "boot.entry: an address from 0 to 2^64 - 1, or None"),
-    (lambda v: VmmConfig(boot=FlatBoot(HALT, mode=v)), None, "boot.mode: one of real16, protected32, long64, user64"),
-    (lambda v: VmmConfig(boot=LinuxBoot(v)), 3, "boot.kernel: a path is needed, not 3"),
-    (lambda v: VmmConfig(boot=LinuxBoot("/k", cmdline=v)), b"quiet", "boot.cmdline: a str is needed, not b'quiet'"),
-    (lambda v: VmmConfig(serial=SerialConfig(input_eof=v)), "x", "serial.input_eof: bytes is needed, not 'x'"),
-    (lambda v: VmmConfig(serial=SerialConfig(output=v)), object(), "serial.output: a path, a file descriptor"),
+    (lambda v: VmmConfig(cpu=CpuConfig(fixups=v)), 1, "cpu.fixups: expected True or False, not 1"),
+    (lambda v: VmmConfig(boot=FlatBoot(v)), "\xf4", "boot.code: expected bytes, not 'ô'"),
+    (lambda v: VmmConfig(boot=FlatBoot(HALT, address=v)), -1, "boot.address: expected an address from 0 to 2^64 - 1"),
+    (
+        lambda v: VmmConfig(boot=FlatBoot(HALT, entry=v)),
+        2**64,
+        "boot.entry: expected an address from 0 to 2^64 - 1, or None",
+    ),
+    (
+        lambda v: VmmConfig(boot=FlatBoot(HALT, mode=v)),
+        None,
+        "boot.mode: expected one of real16, protected32, long64, user64",
+    ),
+    (lambda v: VmmConfig(boot=LinuxBoot(v)), 3, "boot.kernel: expected a path, not 3"),
+    (lambda v: VmmConfig(boot=LinuxBoot("/k", cmdline=v)), b"quiet", "boot.cmdline: expected a str, not b'quiet'"),
+    (lambda v: VmmConfig(serial=SerialConfig(input_eof=v)), "x", "serial.input_eof: expected bytes, not 'x'"),
+    (lambda v: VmmConfig(serial=SerialConfig(output=v)), object(), "serial.output: expected a path, a file descriptor"),
 ]
 
 
@@ -90,7 +98,7 @@ def test_wrong_value_of_a_configuration_is_named_with_what_it_may_be(
 
 
 def test_what_is_no_configuration_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"config: a VmmConfig is needed, not 'vm\.toml'"):
+    with pytest.raises(ConfigError, match=r"config: expected a VmmConfig, not 'vm\.toml'"):
         Vmm("vm.toml")  # type: ignore[arg-type]
 
 

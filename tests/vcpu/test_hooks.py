@@ -109,7 +109,7 @@ def test_a_read_is_executed_again_and_a_write_is_not() -> None:
         assert vmm.run(DEADLINE_S).code == 0x33
     with Vmm(flat(out(0x80, 1) + exit_with(1))) as vmm:
         vmm.on_exit("io", lambda _vcpu, _exit: RETRY)
-        with pytest.raises(ValueError, match="cannot be taken back"):
+        with pytest.raises(ValueError, match="already been executed"):
             vmm.run(DEADLINE_S)
 
 
@@ -195,7 +195,7 @@ def test_hooks_are_removed_also_bound_methods() -> None:
             vmm.off_exit("io", last)
 
         assert vmm.run(DEADLINE_S).code == 1
-        with pytest.raises(ValueError, match="no hook"):
+        with pytest.raises(ValueError, match="not a hook"):
             vmm.off_exit("io", last)
     assert hooks.seen == 1
 

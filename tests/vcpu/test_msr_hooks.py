@@ -74,7 +74,7 @@ def test_filters_of_several_hooks_add_up_and_have_a_bound() -> None:
         assert vmm.run(DEADLINE_S).code == 1
         with pytest.raises(ConfigError, match="ranges"):
             vmm.on_exit("msr", print, msrs=[number << 16 for number in range(17)])
-        with pytest.raises(ValueError, match="msrs goes with"):
+        with pytest.raises(ValueError, match="msrs needs"):
             vmm.on_exit("io", print, msrs=[1])
         vmm.on_exit("msr", print, msrs=[0x11])  # what was refused is forgotten
     assert seen == [0x10, 0xC000_0102]

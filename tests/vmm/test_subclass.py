@@ -77,18 +77,18 @@ def test_before_it_is_made_every_use_is_refused_with_what_to_do() -> None:
             assert repr(self) == "Early(unreachable)"
             self.close()
             for use in (self.run, self.start, self.snapshot, self.stop, lambda: self.irq(0)):
-                with pytest.raises(StateError, match="it has not been made") as raised:
+                with pytest.raises(StateError, match="it is not initialized") as raised:
                     use()
                 assert raised.value.hint is not None
                 assert "super().__init__()" in raised.value.hint
             for name in ("vcpus", "memory", "serial", "state", "config", "stats", "fixups", "unanswered"):
-                with pytest.raises(StateError, match="it has not been made"):
+                with pytest.raises(StateError, match="it is not initialized"):
                     getattr(self, name)
             super().__init__(flat(HALT))
 
     with Early() as vmm:
         assert vmm.state == "created"
-    with pytest.raises(StateError, match="it has not been made"):
+    with pytest.raises(StateError, match="it is not initialized"):
         Vmm.__new__(Vmm).run()
 
 
@@ -98,7 +98,7 @@ def test_a_machine_is_made_once_and_a_failure_can_be_tried_again() -> None:
         vmm.__init__(1)  # type: ignore[misc]
     vmm.__init__(flat(exit_with(7)))  # type: ignore[misc]
     with vmm:
-        with pytest.raises(StateError, match="made already"):
+        with pytest.raises(StateError, match="already initialized"):
             vmm.__init__(flat(exit_with(8)))  # type: ignore[misc]
         assert vmm.run(60).code == 7
 

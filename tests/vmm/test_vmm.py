@@ -248,7 +248,7 @@ def test_bad_values_are_named_by_their_key(config: VmmConfig, key: str) -> None:
 
 
 def test_what_is_no_config_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"a VmmConfig is needed, not \{\}"):
+    with pytest.raises(ConfigError, match=r"expected a VmmConfig, not \{\}"):
         Vmm({})  # type: ignore[arg-type]
 
 

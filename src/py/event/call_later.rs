@@ -1,4 +1,4 @@
-//! `EventManager.call_later`, and the calls that are due, made on the thread that turns the loop.
+//! `EventManager.call_later`, and the due calls, which are made on the loop's thread.
 
 use std::time::Duration;
 
@@ -14,19 +14,19 @@ use crate::py::ending::import;
 use crate::py::recorded::{name_of, recorded};
 use crate::py::returned::take_returned;
 
-/// Make the calls that are due; returns how many. The first exception ends that, and the next turn
+/// Make the due calls. Returns their number. The first exception ends this, and the next iteration
 /// makes the others.
 pub(crate) fn make_due(manager: &Bound<'_, PyEventManager>) -> PyResult<usize> {
     let (this, py) = (manager.get(), manager.py());
     let timers = this.timers();
     let at = now();
-    // A call that is asked for by one of these waits for the next turn.
+    // A call scheduled by one of these waits for the next iteration.
     let last = timers.last(py);
     let (mut made, mut result) = (0, Ok(()));
     while let Some(later) = timers.pop_due(py, at, last) {
         made += 1;
         result = make(&later, manager);
-        // In a child that the call has forked the timer is its parent's.
+        // If the call has forked, the child's timer belongs to the parent.
         if let Err(refused) = this.core().check_process() {
             return result.and(Err(refused.into()));
         }
@@ -85,7 +85,7 @@ impl PyEventManager {
         import(py, "pyvmm.callbacks")?.call_method1("Later", (slf, number, due.as_secs_f64()))
     }
 
-    /// Take a call back; whether it was not made and not taken back before.
+    /// Cancel a call. Returns false if it was already made or cancelled.
     fn _cancel_later(&self, py: Python<'_>, number: u64) -> bool {
         self.timers().cancel(py, number)
     }

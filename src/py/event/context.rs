@@ -1,5 +1,5 @@
 //! Context variables: each callback of a loop runs in the context in which it was registered or
-//! asked for, as in asyncio, and leaves the one of the loop's caller as it is.
+//! requested, as in asyncio. The context of the loop's caller does not change.
 
 use std::ptr;
 
@@ -9,7 +9,7 @@ use pyo3::prelude::*;
 #[cfg(not(Py_LIMITED_API))]
 use pyo3::ffi::{PyContext_Copy, PyContext_CopyCurrent, PyContext_Enter, PyContext_Exit};
 
-// The limited API leaves them out, though they are what they were since Python 3.7.1.
+// The limited API omits them, although they have not changed since Python 3.7.1.
 #[cfg(Py_LIMITED_API)]
 unsafe extern "C" {
     fn PyContext_Copy(context: *mut ffi::PyObject) -> *mut ffi::PyObject;
@@ -23,19 +23,19 @@ unsafe extern "C" {
 pub(crate) struct Context(Py<PyAny>);
 
 impl Context {
-    /// A copy of the one that this thread is in.
+    /// A copy of this thread's current context.
     pub(crate) fn copy_current(py: Python<'_>) -> PyResult<Self> {
         // SAFETY: with the GIL held; a new reference or an exception.
         let copy = unsafe { Bound::from_owned_ptr_or_err(py, PyContext_CopyCurrent()) }?;
         Ok(Self(copy.unbind()))
     }
 
-    /// This one, which a program gave; none for a copy of the one that this thread is in.
+    /// The context passed by the program. None means a copy of this thread's current context.
     pub(crate) fn given(context: Option<&Bound<'_, PyAny>>, py: Python<'_>) -> PyResult<Self> {
         let Some(context) = context else { return Self::copy_current(py) };
         let class = py.import("contextvars")?.getattr("Context")?;
         if !context.is_instance(&class)? {
-            let text = format!("a contextvars.Context is needed here, not {}", context.get_type());
+            let text = format!("expected a contextvars.Context, not {}", context.get_type());
             return Err(pyo3::exceptions::PyTypeError::new_err(text));
         }
         Ok(Self(context.clone().unbind()))
@@ -49,8 +49,8 @@ impl Context {
         &self.0
     }
 
-    /// Call in it. Where it is entered already, by the callback that called back into the loop, a
-    /// copy has to do.
+    /// Call in the context. If it is already entered, by a callback that called back into the loop,
+    /// a copy is used.
     pub(crate) fn run<T>(&self, py: Python<'_>, call: impl FnOnce() -> PyResult<T>) -> PyResult<T> {
         // SAFETY: a context, with the GIL held.
         if unsafe { PyContext_Enter(self.0.as_ptr()) } == 0 {
@@ -67,7 +67,7 @@ impl Context {
     }
 }
 
-/// Leave the context that this thread has entered last.
+/// Leave the context that this thread entered last.
 fn leave<T>(py: Python<'_>, context: *mut ffi::PyObject, result: PyResult<T>) -> PyResult<T> {
     debug_assert!(!ptr::eq(context, ptr::null_mut()));
     // SAFETY: a context that the caller holds and has entered, with the GIL held.

@@ -1,5 +1,5 @@
-//! Calls the subscribers for what a dispatch has fetched, then makes the calls that are due and
-//! those that other threads have asked for. On the thread that turns the loop, with the GIL.
+//! Calls the subscribers for the events of a dispatch, then makes the due calls and the calls
+//! requested by other threads. Runs on the loop's thread, with the GIL.
 
 use std::time::Instant;
 
@@ -20,7 +20,7 @@ use crate::py::recorded::record_process;
 use crate::py::returned::take_returned;
 use crate::trace;
 
-/// The arguments of `process`, used again for the next event unless a callback has kept one.
+/// The arguments of `process`, reused for the next event unless a callback has kept one.
 #[derive(Debug)]
 struct Arguments {
     events: Py<PyEvents>,
@@ -36,21 +36,18 @@ impl Arguments {
     }
 
     fn is_kept(&self) -> bool {
-        // SAFETY: two live objects of ours, with the GIL held.
+        // SAFETY: two live objects that we own, with the GIL held.
         unsafe { ffi::Py_REFCNT(self.events.as_ptr()) > 1 || ffi::Py_REFCNT(self.ops.as_ptr()) > 1 }
     }
 }
 
-/// Those that no delivery uses.
+/// Spare arguments that no delivery uses.
 static SPARE: GilCell<Option<Arguments>> = GilCell::new(None);
 
-/// Call `process(events, ops)` for what was fetched, then make the calls that are due and those
-/// that other threads have asked for. On the thread that turns the loop. Returns how many events
-/// and calls that were due there were, of so many fetched. Those whose subscriber, or its interest,
-/// had gone since are none.
-///
-/// The first exception ends the delivery. What was fetched behind it is reported again by the next
-/// dispatch.
+/// Call `process(events, ops)` for the fetched events, then make the due calls and the calls
+/// requested by other threads. Runs on the loop's thread. Returns the number of events and due
+/// calls, without the events whose subscriber or registration was removed meanwhile. The first
+/// exception ends the delivery. The next dispatch reports the remaining events again.
 pub(crate) fn deliver(
     manager: &Bound<'_, PyEventManager>,
     batch: &[QueuedEvent],
@@ -78,11 +75,11 @@ fn deliver_all(
     make_calls(manager).map(|()| delivered)
 }
 
-/// Returns how many events had no receiver any more.
+/// Returns the number of events without a subscriber.
 fn deliver_events(manager: &Bound<'_, PyEventManager>, batch: &[QueuedEvent]) -> PyResult<usize> {
     let mut arguments = SPARE.with(manager.py(), Option::take);
     let result = deliver_each(manager, batch, &mut arguments);
-    // Outside: a callback's own turn of a loop may have left others.
+    // Outside the cell, because an iteration inside a callback may have left others.
     drop(SPARE.with(manager.py(), |spare| std::mem::replace(spare, arguments)));
     result
 }
@@ -97,7 +94,7 @@ fn deliver_each(
     let is_recorded = trace::is_recorded();
     for (at, event) in batch.iter().enumerate() {
         let result = match this.receiver(manager.py(), event) {
-            // A callback written in C does not look for signals itself.
+            // A callback written in C does not check for signals itself.
             Ok(Some(receiver)) => process(manager, event, &receiver, arguments, is_recorded)
                 .and_then(|()| manager.py().check_signals()),
             Ok(None) => {
@@ -106,7 +103,7 @@ fn deliver_each(
             }
             Err(error) => Err(error),
         };
-        // A child that the callback has forked: the rest of the events is its parent's.
+        // If the callback has forked, the remaining events belong to the parent.
         if let Err(refused) = this.core().check_process() {
             return Err(result.err().unwrap_or_else(|| refused.into()));
         }

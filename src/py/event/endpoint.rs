@@ -1,7 +1,6 @@
-//! `RemoteEndpoint` for Python: calls made on the loop's thread from any other.
-//!
-//! Upstream's endpoint calls inside a dispatch, under the manager's lock, where no Python code may
-//! run. Here the calls wait in a queue beside the fetched events and are made after them.
+//! `RemoteEndpoint` for Python: calls made on the loop's thread from any other. Upstream's endpoint
+//! makes its calls inside a dispatch, under the manager's lock, where no Python code may run. Here
+//! the calls are queued and made after the fetched events.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,8 +15,8 @@ use crate::py::exit::timeout as as_timeout;
 use crate::py::recorded::{name_of, recorded};
 use crate::py::returned::take_returned;
 
-/// Whether an exception is the whole program's to hear, and not only that of whoever asked for the
-/// call: Ctrl-C, for one, comes in whatever the main thread does.
+/// Whether an exception must also end the run, and not only reach the caller. For example, Ctrl-C
+/// interrupts whatever the main thread is doing.
 fn is_everyones(py: Python<'_>, error: &PyErr) -> bool {
     error.is_instance_of::<PyKeyboardInterrupt>(py) || error.is_instance_of::<PySystemExit>(py)
 }
@@ -35,7 +34,7 @@ fn make(call: &Call, manager: &Bound<'_, PyEventManager>) -> PyResult<Py<PyAny>>
     })
 }
 
-/// Make the calls that other threads have asked for: those that were there when it began.
+/// Make the calls requested by other threads that were queued when this began.
 pub(crate) fn make_calls(manager: &Bound<'_, PyEventManager>) -> PyResult<()> {
     let (this, py) = (manager.get(), manager.py());
     let mut replies = Vec::new();
@@ -46,7 +45,7 @@ pub(crate) fn make_calls(manager: &Bound<'_, PyEventManager>) -> PyResult<()> {
         };
         let result = make(&call, manager);
         if let Err(refused) = this.core().check_process() {
-            // In a child that the function has forked, no thread waits.
+            // If the function has forked, no thread waits in the child.
             std::mem::forget((call.reply, replies));
             return result.and(Err(refused.into()));
         }

@@ -1,5 +1,5 @@
-//! `EventFd`: eventfd(2) as a Python object. The descriptor is shared, so that a close while
-//! another thread reads leaves that read its descriptor.
+//! `EventFd`: eventfd(2) as a Python object. The descriptor is shared, so that it stays open for
+//! another thread's `read` during `close`.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -29,16 +29,16 @@ use crate::py::gil_cell::GilCell;
 #[derive(Debug)]
 pub struct PyEventFd {
     fd: GilCell<Option<Arc<EventFd>>>,
-    /// Its calls return at once: the GIL is not worth letting go.
+    /// Whether its calls return at once, so that the GIL need not be released.
     nonblocking: bool,
-    /// So much was written that a write may have to wait, where somebody has made the descriptor
-    /// blocking.
+    /// Whether so much was written that a write may have to wait, if other code has made the
+    /// descriptor blocking.
     may_be_full: AtomicBool,
     /// The task that iterates it.
     reader: Reader,
 }
 
-/// Less than this at a time fills no counter within a century.
+/// Smaller writes do not fill a counter within a century.
 const LARGE_COUNT: u64 = 1 << 32;
 
 impl Drain for EventFd {
@@ -48,7 +48,7 @@ impl Drain for EventFd {
 }
 
 impl PyEventFd {
-    /// Over a nonblocking one of the crate's.
+    /// Wrap a nonblocking eventfd of the crate.
     pub(crate) fn over(fd: Arc<EventFd>) -> Self {
         Self::of(fd, true, false)
     }
@@ -74,17 +74,17 @@ impl PyEventFd {
         Ok(self.open(py)?)
     }
 
-    /// Call what returns at once.
+    /// Make a call that returns at once.
     fn call_now<T>(
         &self,
         py: Python<'_>,
         call: impl FnOnce(&EventFd) -> io::Result<T>,
     ) -> PyResult<io::Result<T>> {
-        // No close comes meanwhile.
+        // `close` cannot run meanwhile.
         self.fd.with(py, |fd| fd.as_deref().map(call)).ok_or_else(closed)
     }
 
-    /// Call what may wait, without the GIL. After a signal, run Python's handlers and call again.
+    /// Make a call that may wait, without the GIL. After a signal, run Python's handlers and retry.
     fn call_waiting<T: Send>(
         &self,
         py: Python<'_>,
@@ -128,8 +128,7 @@ impl PyEventFd {
         if self.nonblocking {
             match self.call_now(py, |fd| take_count(fd.as_raw_fd()))? {
                 Ok(count) => return Ok(count),
-                // Somebody may have made the descriptor blocking since: then it waits as one that
-                // was made so.
+                // Other code may have made the descriptor blocking. Then the call waits.
                 Err(e) if e.kind() != io::ErrorKind::WouldBlock => return Err(os_error(&e)),
                 Err(e) if !is_blocking(self.open(py)?.as_raw_fd()) => return Err(os_error(&e)),
                 Err(_) => {}

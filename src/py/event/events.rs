@@ -1,4 +1,4 @@
-//! `Events`, `EventOps` and `SubscriberId`: what a Python subscriber is given and gives.
+//! `Events`, `EventOps` and `SubscriberId`: the objects that Python subscribers use.
 
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -43,14 +43,14 @@ pub struct PyEvents {
     /// Kept alive while it is registered.
     source: Option<Py<PyAny>>,
     drain: Option<Arc<dyn Drain>>,
-    /// What was read of a drained source, or [`NOT_DRAINED`], which no eventfd or timer reaches.
+    /// The count of a drained source, or [`NOT_DRAINED`], which no eventfd or timer reaches.
     count: AtomicU64,
 }
 
 const NOT_DRAINED: u64 = u64::MAX;
 
 impl PyEvents {
-    /// What happened.
+    /// An object for an event.
     pub(crate) fn happened(events: Events) -> Self {
         Self::new_with(events, None, None)
     }
@@ -66,7 +66,7 @@ impl PyEvents {
         }
     }
 
-    /// What happened next.
+    /// Reuse the object for the next event.
     pub(crate) fn happened_next(&self, events: Events, count: Option<u64>) {
         let event = events.epoll_event();
         // Relaxed, here and below: there is no other reference to this object while it changes.
@@ -76,7 +76,7 @@ impl PyEvents {
     }
 
     pub(crate) fn events(&self) -> Events {
-        // The crate keeps the data above the fd, as it gives both to epoll.
+        // The crate passes both to epoll, with the data in the bits above the fd.
         let packed = self.fd_and_data.load(Ordering::Relaxed);
         let [fd, data] =
             [packed, packed >> 32].map(|half| u32::try_from(half & 0xffff_ffff).unwrap_or(0));
@@ -128,7 +128,7 @@ impl PyEvents {
     /// What to watch for, or what happened.
     #[getter]
     fn event_set<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        // A Flag is looked up by its value in Python code: a dict is ten times as quick.
+        // Python looks a Flag up by its value in Python code. A dict is ten times as fast.
         static KNOWN: PyOnceLock<Py<PyDict>> = PyOnceLock::new();
         static CLASS: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
         guard_thread();
@@ -156,7 +156,7 @@ impl PyEvents {
 #[pyclass(frozen, eq, hash, name = "SubscriberId", module = "pyvmm")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PySubscriberId {
-    /// Tells the ids of different managers apart.
+    /// Distinguishes the ids of different managers.
     pub(crate) manager: u64,
     pub(crate) token: u64,
 }
@@ -181,7 +181,7 @@ pub struct PyEventOps {
     manager: AtomicPtr<ffi::PyObject>,
     /// The subscriber that is called.
     token: AtomicU64,
-    /// The manager, for one that belongs to no call.
+    /// The manager of an `EventOps` that belongs to no call.
     own: Option<Py<PyEventManager>>,
 }
 
@@ -194,7 +194,7 @@ impl Drop for OpsCall<'_> {
     }
 }
 
-/// Whose registrations an `EventOps` changes.
+/// The manager and the subscriber whose registrations an `EventOps` changes.
 struct Target {
     manager: Py<PyEventManager>,
     token: u64,
@@ -206,12 +206,12 @@ impl PyEventOps {
         Self { manager: AtomicPtr::default(), token: AtomicU64::default(), own: None }
     }
 
-    /// One that belongs to no call.
+    /// An `EventOps` that belongs to no call.
     pub(crate) fn lasting(manager: Py<PyEventManager>, token: u64) -> Self {
         Self { manager: AtomicPtr::default(), token: AtomicU64::new(token), own: Some(manager) }
     }
 
-    /// The call it is passed to begins.
+    /// Begin the call that the `EventOps` is passed to.
     pub(crate) fn begin<'a>(
         &'a self,
         manager: &'a Bound<'_, PyEventManager>,
@@ -314,7 +314,7 @@ fn as_events<'a>(object: &'a Bound<'_, PyAny>) -> PyResult<&'a PyEvents> {
     match object.cast::<PyEvents>() {
         Ok(events) => Ok(events.get()),
         Err(_) => Err(PyTypeError::new_err(format!(
-            "Events(source, event_set) is needed here, not {}",
+            "expected Events(source, event_set), not {}",
             object.get_type().name()?
         ))),
     }

@@ -37,7 +37,7 @@ pub struct PyWrappedExitHandler(Shared);
 #[derive(Debug)]
 struct Shared {
     handler: Owned<WrappedExitHandler>,
-    /// Its address: the same for all that share it.
+    /// The handler's address, which all objects of this handler share.
     key: u64,
 }
 
@@ -64,8 +64,7 @@ impl Shared {
     }
 }
 
-/// The crate's own subscriber behind a Python object, if it is one: then no Python code runs for
-/// it.
+/// The crate's own subscriber of a Python object, if it has one. Then no Python code runs for it.
 pub(crate) fn as_native_subscriber(object: &Bound<'_, PyAny>) -> PyResult<Option<BoxedSubscriber>> {
     let handler = if let Ok(wrapped) = object.cast::<PyWrappedExitHandler>() {
         wrapped.get().0.get()?

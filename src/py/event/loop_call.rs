@@ -1,4 +1,4 @@
-//! Calls that other threads have asked a loop for, and where their callers wait for the results.
+//! Calls requested by other threads, and the replies that their callers wait for.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,16 +11,16 @@ use pyo3::prelude::*;
 use super::context::Context;
 use crate::sync::{Condvar, Mutex, rank};
 
-/// How long a caller looks for its result before it sleeps.
+/// How long a caller polls for its result before it sleeps.
 const SPIN: Duration = Duration::from_micros(100);
 
 /// A call that waits for the loop's thread.
 #[derive(Debug)]
 pub(crate) struct Call {
     pub(crate) function: Py<PyAny>,
-    /// The caller's.
+    /// The caller's context.
     pub(crate) context: Context,
-    /// None if no caller waits: then an exception ends the run.
+    /// None if no caller waits. Then an exception ends the run.
     pub(crate) reply: Option<Arc<Reply>>,
 }
 
@@ -52,7 +52,7 @@ impl Reply {
         drop(former);
     }
 
-    /// Wait without sleeping: to be woken costs more than a short call takes.
+    /// Wait without sleeping, because a wake-up takes longer than a short call.
     pub(crate) fn spin(&self) -> Option<PyResult<Py<PyAny>>> {
         let end = Instant::now() + SPIN;
         while Instant::now() < end {
@@ -79,5 +79,5 @@ pub(crate) fn check_callable(function: &Bound<'_, PyAny>) -> PyResult<()> {
         return Ok(());
     }
     let class = function.get_type();
-    Err(PyTypeError::new_err(format!("a function is needed here, not {}", class.name()?)))
+    Err(PyTypeError::new_err(format!("expected a function, not {}", class.name()?)))
 }

@@ -1,6 +1,6 @@
-//! `EventManager` for Python: what all that turns, changes and watches a loop shares. The crate's
-//! manager, the Python objects subscribed to it, and the queue between them. `registration.rs`
-//! changes the subscribers, `event_loop.rs` turns the loop, and `delivery.rs` calls the objects.
+//! `EventManager` for Python: the crate's manager, the Python objects subscribed to it, and the
+//! queue between them. `registration.rs` changes the subscribers, `run.rs` runs the loop, and
+//! `delivery.rs` calls the subscribers.
 
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -32,9 +32,9 @@ use crate::sync::{Mutex, rank};
 #[derive(Debug)]
 pub struct PyEventManager {
     core: Arc<EventManager>,
-    /// What the last dispatch fetched for Python.
+    /// The events that the last dispatch fetched for Python.
     event_queue: Arc<EventQueue>,
-    /// Room for the events of the next delivery.
+    /// The event buffer for the next delivery.
     batch: Mutex<Vec<QueuedEvent>, rank::Delivery>,
     subscribers: Subscribers,
     next_token: AtomicU64,
@@ -42,7 +42,7 @@ pub struct PyEventManager {
     number: u64,
     owners: LoopOwners,
     turn_lock: TurnLock,
-    /// What other threads ask of the one that turns the loop.
+    /// Requests of other threads to the loop's thread.
     calls: Calls<Call>,
     stats: LoopStats,
     timers: Timers,
@@ -57,7 +57,7 @@ impl PyEventManager {
             batch: Mutex::default(),
             subscribers: Subscribers::default(),
             next_token: AtomicU64::new(0),
-            // Relaxed, here and below: all that matters is that no number is given twice.
+            // Relaxed, here and below: the numbers only have to be unique.
             number: NUMBERS.fetch_add(1, Ordering::Relaxed),
             owners: LoopOwners::default(),
             turn_lock: TurnLock::default(),
@@ -75,7 +75,7 @@ impl PyEventManager {
         &self.subscribers
     }
 
-    /// The subscriber an event is for, if it still wants it.
+    /// The subscriber of an event, if it still watches for it.
     pub(crate) fn receiver<'py>(
         &self,
         py: Python<'py>,
@@ -88,7 +88,7 @@ impl PyEventManager {
         self.subscribers.receiver(py, ready, &self.core)
     }
 
-    /// Drop a registration whose number was closed. Says whether it was one.
+    /// Drop a registration if its number was closed. Returns whether it was.
     fn drop_closed(&self, py: Python<'_>, ready: &QueuedEvent) -> PyResult<bool> {
         let fd = ready.events.fd();
         let Some(id) = self.subscribers.id_of(py, ready.token) else {
@@ -101,7 +101,7 @@ impl PyEventManager {
         Ok(is_dropped)
     }
 
-    /// Before anything else, a lock above all: see `owned`.
+    /// Called before anything else, especially before any lock: see `owned`.
     ///
     /// # Errors
     /// [`ErrorKind::State`](crate::error::ErrorKind::State) in a forked child, and while the
@@ -123,12 +123,12 @@ impl PyEventManager {
         &self.owners
     }
 
-    /// What its turns have counted is forgotten.
+    /// Reset the counts of the loop.
     pub(crate) fn forget_counts(&self) {
         self.stats.forget();
     }
 
-    /// Have a call made by the thread that turns the loop.
+    /// Queue a call for the loop's thread.
     pub(crate) fn queue(&self, call: Call) -> PyResult<()> {
         self.check()?;
         self.calls.push(call);
@@ -147,7 +147,7 @@ impl PyEventManager {
         &self.calls
     }
 
-    /// Calls that were not made have the next dispatch look at them.
+    /// Keep calls that were not made for the next dispatch.
     pub(crate) fn keep_calls(&self) -> PyResult<()> {
         if self.calls.keep() {
             self.core.kick()?;
@@ -155,18 +155,18 @@ impl PyEventManager {
         Ok(())
     }
 
-    /// With the room that the last delivery has left.
+    /// Call `f` with the event buffer, which each delivery reuses.
     pub(crate) fn with_batch<T>(&self, f: impl FnOnce(&mut Vec<QueuedEvent>) -> T) -> T {
         let mut batch = std::mem::take(&mut *self.batch.lock());
         let result = f(&mut batch);
-        // In a child that a callback has forked, the lock is its parent's.
+        // If a callback has forked, the child's lock belongs to the parent.
         if self.core.check_process().is_ok() {
             *self.batch.lock() = batch;
         }
         result
     }
 
-    /// Where a dispatch puts what is for Python.
+    /// The queue to which a dispatch adds the events for Python.
     pub(crate) fn event_queue(&self) -> &Arc<EventQueue> {
         &self.event_queue
     }
@@ -181,7 +181,7 @@ impl PyEventManager {
         self.next_token.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Have an event that was not delivered reported again.
+    /// Report an event again that was not delivered.
     pub(crate) fn rearm(&self, py: Python<'_>, ready: &QueuedEvent) {
         if let Some(id) = self.subscribers.id_of(py, ready.token) {
             self.core.rearm(id, ready.events.fd());
@@ -190,7 +190,7 @@ impl PyEventManager {
 }
 
 impl Drop for PyEventManager {
-    /// What another thread may have been changing at the fork is left as it is.
+    /// In a forked child, data that another thread may have been changing is not dropped.
     fn drop(&mut self) {
         if self.check().is_err() {
             std::mem::forget(Arc::clone(&self.core));
@@ -283,8 +283,8 @@ impl PyEventManager {
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {
-        // A lock is held by another thread only while that one has let the GIL go, and for no
-        // Python object's sake.
+        // Another thread holds a lock only while it has released the GIL, and not for Python
+        // objects.
         self.subscribers.traverse(&visit)?;
         if self.core.check_process().is_err() {
             return Ok(());

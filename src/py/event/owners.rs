@@ -17,11 +17,11 @@ pub(crate) struct LoopOwners(Mutex<Vec<LoopOwner>, rank::LoopOwners>);
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Role {
-    /// Inside a run of the loop's own.
+    /// Runs the loop itself.
     Runner,
-    /// Inside the run of one machine of several, which turn the loop at once.
+    /// Runs the loop for one of several machines that share it.
     Sharer,
-    /// Runs an asyncio loop that turns this one when it is ready.
+    /// Runs an asyncio loop that hosts this one.
     Host,
 }
 
@@ -29,11 +29,11 @@ enum Role {
 struct LoopOwner {
     thread: ThreadId,
     role: Role,
-    /// Called with what a callback returns to be awaited, and its name. From any thread.
+    /// Called with an awaitable returned by a callback, and its name, from any thread.
     awaiter: Option<Py<PyAny>>,
 }
 
-/// While it lives, its thread is one that turns the loop.
+/// Registers its thread as one that runs the loop, until it is dropped.
 pub(crate) struct Ownership<'a> {
     owners: &'a LoopOwners,
     role: Role,
@@ -42,7 +42,7 @@ pub(crate) struct Ownership<'a> {
 
 impl Drop for Ownership<'_> {
     fn drop(&mut self) {
-        // In a child that a callback has forked, the loop is its parent's.
+        // If a callback has forked, the child's loop belongs to the parent.
         if !self.process_tag.is_forked_child() {
             self.owners.leave(self.role);
         }
@@ -50,7 +50,7 @@ impl Drop for Ownership<'_> {
 }
 
 impl LoopOwners {
-    /// Be one of them, unless `refuse` has something against one that is there.
+    /// Register a thread, unless `refuse` returns a reason against a registered one.
     fn enter_unless(
         &self,
         role: Role,
@@ -75,18 +75,18 @@ impl LoopOwners {
         let at = owners.iter().rposition(|owner| owner.thread == thread && owner.role == role);
         let left = at.map(|at| owners.remove(at));
         drop(owners);
-        // Outside the lock: its awaiter may run Python code as it goes.
+        // Outside the lock, because dropping its awaiter may run Python code.
         drop(left);
     }
 
-    /// Become the one thread that turns the loop; machines that share it may turn it beside. The
-    /// host's thread may, too: that is how it hosts.
+    /// Become the thread that runs the loop. Machines that share the loop may run it at the same
+    /// time, and so may the thread that hosts it.
     pub(crate) fn claim(&self, what: &str, awaiter: Option<Py<PyAny>>) -> PyResult<Ownership<'_>> {
         let thread = std::thread::current().id();
         self.enter_unless(Role::Runner, awaiter, |other| {
             let refused = match other.role {
-                Role::Runner => "is running already: one run at a time",
-                Role::Sharer if other.thread == thread => "is running already: one run at a time",
+                Role::Runner => "is already running",
+                Role::Sharer if other.thread == thread => "is already running",
                 Role::Host if other.thread != thread => {
                     "is hosted by an asyncio loop in another thread: one run at a time"
                 }
@@ -96,22 +96,22 @@ impl LoopOwners {
         })
     }
 
-    /// Become one of the threads that turn the loop for a machine each.
+    /// Become one of the threads that run the loop, each for a machine.
     pub(crate) fn share(&self, awaiter: Option<Py<PyAny>>) -> PyResult<Ownership<'_>> {
         self.enter_unless(Role::Sharer, awaiter, |_| None)
     }
 
-    /// Have this thread's asyncio loop turn the loop, until [`Self::end_hosting`].
+    /// Let this thread's asyncio loop host the loop, until [`Self::end_hosting`].
     pub(crate) fn host(&self, awaiter: Py<PyAny>) -> PyResult<()> {
         let hosting = self.enter_unless(Role::Host, Some(awaiter), |other| {
-            let detail = "this event manager is running or hosted already: one run at a time";
+            let detail = "this event manager already runs or has a host";
             (other.role != Role::Sharer).then(|| detail.to_owned())
         })?;
         std::mem::forget(hosting);
         Ok(())
     }
 
-    /// This thread's asyncio loop hosts the loop no longer.
+    /// End the hosting by this thread's asyncio loop.
     pub(crate) fn end_hosting(&self) {
         let mut owners = self.0.lock();
         let at = owners.iter().position(|owner| owner.role == Role::Host);
@@ -125,8 +125,8 @@ impl LoopOwners {
         self.0.lock().iter().any(|owner| owner.thread == thread)
     }
 
-    /// Who takes what a callback on this thread returns to be awaited: whoever turns the loop here,
-    /// otherwise any of those that turn it elsewhere.
+    /// The awaiter for the results of callbacks on this thread: that of this thread's run,
+    /// otherwise that of any other run.
     pub(crate) fn awaiter(&self, py: Python<'_>) -> Option<Py<PyAny>> {
         let thread = std::thread::current().id();
         let owners = self.0.lock();

@@ -1,6 +1,5 @@
-//! What lies between a dispatch and its delivery to Python: the events fetched for Python objects,
-//! each by the token of its subscriber. Filled under the crate manager's lock, where no Python code
-//! may run.
+//! The events fetched for Python objects, between a dispatch and their delivery, each with the
+//! token of its subscriber. Filled under the crate manager's lock, where no Python code may run.
 
 use std::cell::UnsafeCell;
 use std::hash::Hasher;
@@ -20,30 +19,31 @@ pub(crate) struct QueuedEvent {
     pub(crate) removals: u64,
 }
 
-/// A source whose count is taken for its subscriber, just before that is called.
+/// A source whose count is read just before its subscriber is called.
 pub(crate) trait Drain: Send + Sync + std::fmt::Debug {
-    /// The count since the last time. Does not wait.
+    /// Read the count. Does not wait.
     fn take(&self) -> io::Result<u64>;
 }
 
-/// The events that dispatches have fetched for Python. The crate manager's lock, under which its
-/// subscribers are called, guards them: another one would have to be taken for each event.
+/// The events that dispatches have fetched for Python. The crate manager's lock protects them,
+/// because its subscribers are called with this lock held; another lock would have to be taken for
+/// each event.
 #[derive(Debug, Default)]
 pub(crate) struct EventQueue(UnsafeCell<Vec<QueuedEvent>>);
 
-// SAFETY: the callers of both methods hold the same lock, so no two threads are at the vector at
-// once.
+// SAFETY: the callers of both methods hold the same lock, so two threads never access the vector at
+// the same time.
 unsafe impl Sync for EventQueue {}
 
 impl EventQueue {
     /// # Safety
-    /// The caller holds the lock of the manager whose events these are.
+    /// The caller holds the lock of the manager of these events.
     unsafe fn push(&self, ready: QueuedEvent) {
         // SAFETY: under the lock there is no other reference to the vector.
         unsafe { &mut *self.0.get() }.push(ready);
     }
 
-    /// Take them, for an empty vector.
+    /// Take the events, in exchange for an empty vector.
     ///
     /// # Safety
     /// As for `push`.
@@ -53,7 +53,7 @@ impl EventQueue {
     }
 }
 
-/// Stands for a Python object in the crate's manager.
+/// Represents a Python object in the crate's manager.
 pub(crate) struct QueueingSubscriber {
     pub(crate) token: u64,
     pub(crate) removals: Arc<AtomicU64>,
@@ -66,14 +66,14 @@ impl MutEventSubscriber for QueueingSubscriber {
         // Acquire: pairs with the release of the thread that removed a registration.
         let removals = self.removals.load(Ordering::Acquire);
         let ready = QueuedEvent { token: self.token, events, removals };
-        // SAFETY: the crate's manager alone calls this, and is reached under its lock only.
+        // SAFETY: only the crate's manager calls this, with its lock held.
         unsafe { self.queue.push(ready) };
     }
 
     fn init(&mut self, _ops: &mut EventOps) {}
 }
 
-/// Tokens are counted up: each is its own hash.
+/// A hasher for tokens, which are consecutive numbers.
 #[derive(Debug, Default)]
 pub(crate) struct TokenHasher(u64);
 
@@ -91,7 +91,7 @@ impl Hasher for TokenHasher {
     }
 
     fn write_u64(&mut self, token: u64) {
-        // The table looks at the highest bits too.
+        // The hash table also uses the highest bits.
         self.0 = token.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     }
 }

@@ -1,5 +1,5 @@
-//! The task that iterates a source with `async for`: one at a time, and woken when the source is
-//! closed.
+//! The task that iterates over a source with `async for`. There is at most one, and closing the
+//! source wakes it.
 
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::intern;
@@ -8,30 +8,30 @@ use pyo3::types::{PyWeakrefMethods, PyWeakrefReference};
 
 use crate::py::gil_cell::GilCell;
 
-/// See the module. The reference is weak: the task that waits keeps its waiter alive.
+/// See the module. The reference is weak, because the waiting task keeps its waiter alive.
 #[derive(Debug, Default)]
 pub(crate) struct Reader(GilCell<Option<Py<PyWeakrefReference>>>);
 
 impl Reader {
-    /// A task begins to wait.
+    /// Register a waiting task.
     pub(crate) fn begin(&self, waiter: &Bound<'_, PyAny>, source: &str) -> PyResult<()> {
         let py = waiter.py();
         let mine = PyWeakrefReference::new(waiter)?.unbind();
         let known = self.0.with(py, |known| known.as_ref().map(|known| known.clone_ref(py)));
         if known.is_some_and(|known| known.bind(py).upgrade().is_some()) {
-            let text = format!("another task waits for this {source}: one reader at a time");
+            let text = format!("another task is already waiting for this {source}");
             return Err(PyRuntimeError::new_err(text));
         }
         drop(self.0.with(py, |known| known.replace(mine)));
         Ok(())
     }
 
-    /// It waits no longer.
+    /// Unregister the waiting task.
     pub(crate) fn forget(&self, py: Python<'_>) {
         drop(self.0.with(py, Option::take));
     }
 
-    /// The source is closed: wake the task that waits.
+    /// Wake the waiting task, because the source is closed.
     pub(crate) fn end(&self, py: Python<'_>) -> PyResult<()> {
         let known = self.0.with(py, Option::take);
         match known.and_then(|known| known.bind(py).upgrade()) {

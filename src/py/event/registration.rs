@@ -1,5 +1,5 @@
-//! Subscribers come and go: `EventManager.add_subscriber`, `remove_subscriber`, `event_ops`, `on`.
-//! From any thread.
+//! Adds and removes subscribers, from any thread: `EventManager.add_subscriber`,
+//! `remove_subscriber`, `event_ops`, `on`.
 
 use std::sync::Arc;
 
@@ -17,7 +17,7 @@ use crate::error::{Error, ErrorKind};
 use crate::py::ending::import;
 use crate::py::returned::refuse_awaitable;
 
-/// Call a new subscriber's `init(ops)`. On the thread that adds it.
+/// Call a new subscriber's `init(ops)`, on the thread that adds it.
 fn init(
     manager: &Bound<'_, PyEventManager>,
     token: u64,
@@ -39,7 +39,7 @@ impl PyEventManager {
             if !object.getattr_opt(method)?.is_some_and(|method| method.is_callable()) {
                 let class = object.get_type();
                 return Err(PyTypeError::new_err(format!(
-                    "a subscriber needs {method}(): {} has none",
+                    "a subscriber needs {method}(), which {} lacks",
                     class.name()?
                 )));
             }
@@ -53,7 +53,7 @@ impl PyEventManager {
         let id = slf.py().detach(|| this.core().add_unrecorded(Box::new(collector)));
         this.subscribers().insert(slf.py(), token, id, kept, context);
         init(slf, token, object).inspect_err(|_| {
-            // What init() raised is what the caller should see.
+            // The caller should see the exception of init(), not another error.
             let _ = this.take_out(slf.py(), token);
         })
     }
@@ -62,7 +62,7 @@ impl PyEventManager {
         if id.manager == self.number() {
             return Ok(());
         }
-        Err(Error::new(ErrorKind::Event, at, "this id is another event manager's").into())
+        Err(Error::new(ErrorKind::Event, at, "this id belongs to another event manager").into())
     }
 
     fn take_out(&self, py: Python<'_>, token: u64) -> PyResult<Py<PyAny>> {
@@ -146,7 +146,7 @@ impl PyEventManager {
         callbacks.call_method1("on", (slf, source, event_set, data, drain))
     }
 
-    /// Whether it names a subscriber of this manager that is registered no longer.
+    /// Whether this manager has removed the subscriber with this id.
     fn _has_removed(&self, py: Python<'_>, id: &PySubscriberId) -> bool {
         id.manager == self.number() && self.subscribers().id_of(py, id.token).is_none()
     }

@@ -1,5 +1,5 @@
-//! Turns of a loop: `EventManager.run` and its kind, and the turn that a machine's run makes. Each
-//! waits and dispatches without the GIL, then delivers with it.
+//! Iterations of a loop: `EventManager.run` and its variants, and the iterations of a machine's
+//! run. Each waits and dispatches without the GIL, then delivers with the GIL.
 
 use std::time::{Duration, Instant};
 
@@ -14,20 +14,20 @@ use crate::py::pending_outcome::PendingOutcome;
 use crate::py::wakeup;
 use crate::trace;
 
-/// Turns of a loop from one call of a Python function to the next.
+/// The number of iterations between two calls of a Python function.
 const TURNS_PER_HANDOVER: u32 = 16;
 
-/// Wait until this time at most and dispatch; returns how many events were fetched: none also after
-/// a kick or a signal. Without the GIL.
+/// Wait until this time at most and dispatch, without the GIL. Returns the number of fetched
+/// events, which is 0 after a kick or a signal.
 fn wait(core: &EventManager, deadline: Option<Instant>) -> PyResult<usize> {
     let fetched =
         wakeup::wait(deadline, |until, interrupt| core.wait_until(until, interrupt).transpose())?;
     Ok(fetched.unwrap_or(Ok(0))?)
 }
 
-/// A turn of a machine's loop: wait until this time at most, dispatch and deliver, or wait until
-/// the thread of another machine has done so; then raise what vCPU threads have left, and run
-/// Python's signal handlers. Without the GIL.
+/// An iteration of a machine's loop: wait until this time at most, dispatch and deliver, or wait
+/// until the thread of another machine has done so. Then raise the pending exceptions of vCPU
+/// threads, and run Python's signal handlers. Called without the GIL.
 pub(crate) fn turn(
     manager: &Py<PyEventManager>,
     pending: &PendingOutcome,
@@ -52,8 +52,8 @@ pub(crate) fn turn(
     })
 }
 
-/// Gives other threads and signal handlers their turn beside a loop that never waits, though its
-/// callbacks may run no Python code.
+/// Lets other threads and signal handlers run while a loop never waits, even if its callbacks run
+/// no Python code.
 #[derive(Debug)]
 pub(crate) struct Pace<'py> {
     turns: u32,
@@ -62,14 +62,14 @@ pub(crate) struct Pace<'py> {
 
 impl<'py> Pace<'py> {
     pub(crate) fn new(py: Python<'py>) -> PyResult<Self> {
-        // Compiled here: an import would need a file descriptor.
+        // Compiled here, because an import would need a file descriptor.
         Ok(Self { turns: 0, breathe: py.eval(c"lambda: None", None, None)? })
     }
 
-    /// After a turn, call a Python function now and then: the interpreter hands the GIL over
-    /// between two instructions of Python code, if another thread has waited for its switch
-    /// interval. Letting the GIL go from here would wake such a thread, and so start its interval
-    /// again: it might never get its turn.
+    /// After some iterations, call a Python function. The interpreter hands the GIL over between
+    /// two instructions of Python code if another thread has waited for its switch interval.
+    /// Releasing the GIL here would wake such a thread and restart its interval, so it might never
+    /// get the GIL.
     pub(crate) fn turned(&mut self) -> PyResult<()> {
         self.turns += 1;
         if self.turns < TURNS_PER_HANDOVER {
@@ -81,14 +81,14 @@ impl<'py> Pace<'py> {
 }
 
 impl PyEventManager {
-    /// Take the events fetched and not yet delivered.
+    /// Take the fetched events that are not yet delivered.
     fn swap_fetched(&self, batch: &mut Vec<QueuedEvent>) {
         batch.clear();
-        // SAFETY: under the lock that guards them.
+        // SAFETY: with the lock held that protects them.
         self.core().locked(|| unsafe { self.event_queue().swap(batch) });
     }
 
-    /// Dispatch once, waiting until this time at most; returns how many events were dispatched.
+    /// Wait until this time at most and dispatch once. Returns the number of dispatched events.
     fn turn(
         slf: &Bound<'_, Self>,
         deadline: Option<Instant>,
@@ -109,11 +109,12 @@ impl PyEventManager {
     ) -> PyResult<usize> {
         let this = slf.get();
         batch.clear();
-        // SAFETY: `try_dispatch` calls it under the lock that guards them.
+        // SAFETY: `try_dispatch` calls it with the lock held that protects them.
         let take = || unsafe { this.event_queue().swap(batch) };
-        // What is ready is fetched without letting the GIL go: that costs less than the fetching.
+        // Ready events are fetched without releasing the GIL, because releasing it costs more than
+        // the fetch.
         let Some(_guard) = this.turn_lock().begin() else {
-            // A machine's thread makes a turn.
+            // A machine's thread performs an iteration.
             slf.py().detach(|| this.turn_lock().wait(deadline));
             return Ok(0);
         };
@@ -125,7 +126,7 @@ impl PyEventManager {
         Self::deliver(slf, fetched, batch)
     }
 
-    /// Deliver what a wait has fetched.
+    /// Deliver the events that a wait has fetched.
     pub(crate) fn deliver_fetched(slf: &Bound<'_, Self>, fetched: usize) -> PyResult<usize> {
         let this = slf.get();
         this.with_batch(|batch| {
@@ -134,7 +135,7 @@ impl PyEventManager {
         })
     }
 
-    /// Hand over what was fetched; returns how many events were dispatched.
+    /// Deliver the fetched events. Returns the number of dispatched events.
     fn deliver(slf: &Bound<'_, Self>, fetched: usize, batch: &[QueuedEvent]) -> PyResult<usize> {
         let delivered = deliver(slf, batch, fetched)?;
         slf.get().stats().count_turn(delivered);

@@ -1,5 +1,5 @@
-//! What a person can see of a loop: how often it has turned, and its slowest callback. On the
-//! thread that turns it, and read from any.
+//! Statistics of a loop: its iterations and its slowest callback. Written by the loop's thread,
+//! read from any thread.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -14,24 +14,24 @@ use crate::sync::{Mutex, rank};
 pub(crate) struct LoopStats {
     dispatched: AtomicU64,
     turns: AtomicU64,
-    /// Nanoseconds above which a callback is logged; 0 for none.
+    /// The nanoseconds above which a callback is logged; 0 disables this.
     slow_callback: AtomicU64,
     slowest: Mutex<(Duration, String), rank::SlowestCallback>,
 }
 
-/// Relaxed, and not in one step: with the GIL held, and a figure for a person.
+/// Relaxed, and not one atomic step: the GIL is held, and the number is only informative.
 fn count(counter: &AtomicU64, more: u64) {
     counter.store(counter.load(Ordering::Relaxed) + more, Ordering::Relaxed);
 }
 
 impl LoopStats {
-    /// The loop has turned.
+    /// Count an iteration.
     pub(crate) fn count_turn(&self, dispatched: usize) {
         count(&self.turns, 1);
         count(&self.dispatched, dispatched as u64);
     }
 
-    /// Count from nothing again.
+    /// Reset the counts.
     pub(crate) fn forget(&self) {
         self.turns.store(0, Ordering::Relaxed);
         self.dispatched.store(0, Ordering::Relaxed);
@@ -64,7 +64,7 @@ impl LoopStats {
         self.slowest.lock().clone()
     }
 
-    /// Call, and time that where callbacks are timed; also a call that raises.
+    /// Make a call, and time it if callbacks are timed, even if it raises.
     pub(crate) fn timed<T>(
         &self,
         py: Python<'_>,
@@ -87,8 +87,7 @@ impl LoopStats {
         }
     }
 
-    /// Note a callback that took the longest so far, and log one that took longer than the
-    /// threshold.
+    /// Record the slowest callback, and log a callback that exceeds the threshold.
     pub(crate) fn note(
         &self,
         py: Python<'_>,

@@ -19,7 +19,7 @@ use crate::py::gil_cell::GilCell;
 
 type ByNumber<K, V> = HashMap<K, V, BuildHasherDefault<TokenHasher>>;
 
-/// See the module. No Python code runs while it is looked at.
+/// See the module. No Python code runs while it is accessed.
 #[derive(Debug, Default)]
 pub(crate) struct Subscribers(GilCell<ByNumber<u64, Subscriber>>);
 
@@ -27,7 +27,7 @@ pub(crate) struct Subscribers(GilCell<ByNumber<u64, Subscriber>>);
 pub(crate) struct Subscriber {
     pub(crate) id: SubscriberId,
     object: Py<PyAny>,
-    /// That in which it was added.
+    /// The context in which it was added.
     context: Context,
     /// Sources stay alive while they are registered. Most subscribers have one.
     first: Option<(RawFd, WatchedSource)>,
@@ -40,14 +40,14 @@ impl Subscriber {
     }
 }
 
-/// The subscriber an event is for, and what its source was drained of.
+/// The subscriber of an event, and the count of its drained source.
 pub(crate) struct Receiver<'py> {
     pub(crate) object: Bound<'py, PyAny>,
     pub(crate) context: Context,
     pub(crate) count: Option<u64>,
 }
 
-/// What is kept of a source while it is registered.
+/// The data of a source while it is registered.
 #[derive(Debug)]
 pub(crate) struct WatchedSource {
     pub(crate) object: Option<Py<PyAny>>,
@@ -55,7 +55,7 @@ pub(crate) struct WatchedSource {
 }
 
 fn unknown_id(at: &str) -> PyErr {
-    Error::new(ErrorKind::Event, at, "no subscriber has this id, or no longer").into()
+    Error::new(ErrorKind::Event, at, "no subscriber has this id: it may have been removed").into()
 }
 
 impl Subscriber {
@@ -70,7 +70,7 @@ impl Subscriber {
         }
     }
 
-    /// The former one, to be dropped where Python code may run.
+    /// Store a source. Returns the previous one, to be dropped where Python code may run.
     fn keep(&mut self, fd: RawFd, source: WatchedSource) -> Option<WatchedSource> {
         match &mut self.first {
             Some((first, former)) if *first == fd => Some(std::mem::replace(former, source)),
@@ -116,7 +116,7 @@ impl Subscribers {
         self.0.with(py, |subscribers| subscribers.len())
     }
 
-    /// All of them, to be dropped where Python code may run.
+    /// Take all of them, to be dropped where Python code may run.
     pub(crate) fn take_all(&self, py: Python<'_>) -> impl Sized + use<> {
         self.0.with(py, std::mem::take)
     }
@@ -131,8 +131,8 @@ impl Subscribers {
         self.id_of(py, token).ok_or_else(|| unknown_id("EventOps"))
     }
 
-    /// The subscriber an event is for, if it is still there, still watches the event's fd, and that
-    /// is still ready where it is to be drained.
+    /// The subscriber of an event, if it still exists, still watches the event's fd, and a source
+    /// to be drained is still ready.
     pub(crate) fn receiver<'py>(
         &self,
         py: Python<'py>,

@@ -82,7 +82,7 @@ impl PyTimerFd {
     fn read(&self, py: Python<'_>) -> PyResult<u64> {
         let timer = self.open()?;
         let mut count = timer.read();
-        // Somebody may have made the descriptor blocking: then it waits, without the GIL.
+        // Other code may have made the descriptor blocking. Then the read waits, without the GIL.
         while let Err(e) = &count {
             match e.kind() {
                 io::ErrorKind::WouldBlock if is_blocking(timer.as_raw_fd()) => {}
@@ -161,6 +161,6 @@ impl PyTimerFd {
 
 fn seconds(name: &str, value: f64) -> PyResult<Duration> {
     Duration::try_from_secs_f64(value).map_err(|_| {
-        PyValueError::new_err(format!("{name}: {value} is not a number of seconds from 0"))
+        PyValueError::new_err(format!("{name}: {value} is not a number of seconds of at least 0"))
     })
 }

@@ -1,5 +1,5 @@
-//! Calls that are due at a time: a heap of them for each event manager, and one timer behind them
-//! all. Asked for and cancelled from any thread; `call_later.rs` makes them.
+//! Scheduled calls: a heap for each event manager, with one timer for all of them. They are
+//! scheduled and cancelled from any thread; `call_later.rs` makes the calls.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
@@ -18,29 +18,29 @@ use crate::event::{EventManager, Expiry, TimerFd};
 use crate::py::descriptor::os_error;
 use crate::py::gil_cell::GilCell;
 
-/// A time that no clock reaches: the timer is not set for it.
+/// A time that no clock reaches. The timer is not armed for it.
 pub(crate) const NEVER: Duration = Duration::from_secs(1 << 32);
 
-/// So many cancelled calls stay in the heap, unless they are most of it.
+/// Up to this many cancelled calls may stay in the heap, unless they are the majority.
 const MAX_CANCELLED: usize = 64;
 
-/// See the module. No Python code runs while it is looked at.
+/// See the module. No Python code runs while it is accessed.
 #[derive(Debug, Default)]
 pub(crate) struct Timers {
     state: GilCell<State>,
-    /// The timer has expired since calls were last made.
+    /// Whether the timer has expired since calls were last made.
     has_expired: Arc<AtomicBool>,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    /// By the time of the monotonic clock, then in the order in which they were asked for.
+    /// Sorted by the time of the monotonic clock, then by the order in which they were scheduled.
     queue: BinaryHeap<Reverse<(Duration, u64)>>,
-    /// Those that were not cancelled.
+    /// The calls that were not cancelled.
     calls: HashMap<u64, Later>,
     last: u64,
     timer: Option<Arc<TimerFd>>,
-    /// What the timer is set to.
+    /// The time for which the timer is armed.
     set_to: Option<Duration>,
 }
 
@@ -52,13 +52,13 @@ pub(crate) struct Later {
     pub(crate) context: Context,
 }
 
-/// Stands for the timer in the crate's manager.
+/// Represents the timer in the crate's manager.
 struct Expired(Arc<AtomicBool>);
 
 impl MutEventSubscriber for Expired {
     fn process(&mut self, _events: Events, _ops: &mut EventOps) {
-        // Relaxed: read by the thread that dispatches, after it. The timer is not read: to be set
-        // anew makes it unready.
+        // Relaxed: the dispatching thread reads it later. The timer is not read, because arming it
+        // again makes it not ready.
         self.0.store(true, Ordering::Relaxed);
     }
 
@@ -74,7 +74,7 @@ pub(crate) fn now() -> Duration {
 }
 
 impl State {
-    /// Set the timer to the first call that is due.
+    /// Arm the timer for the first call.
     fn set_timer(&mut self) -> io::Result<()> {
         while let Some(Reverse((_, number))) = self.queue.peek() {
             if self.calls.contains_key(number) {
@@ -91,7 +91,7 @@ impl State {
         }
     }
 
-    /// The next call that was due at this time, of those asked for up to this one.
+    /// Take the next call that is due at this time and was scheduled no later than `last`.
     fn pop_due(&mut self, at: Duration, last: u64) -> Option<Later> {
         while let Some(Reverse((due, number))) = self.queue.peek().copied() {
             if due > at || number > last {
@@ -113,29 +113,29 @@ impl Timers {
         self.has_expired.load(Ordering::Relaxed) && self.has_expired.swap(false, Ordering::Relaxed)
     }
 
-    /// The last call that was asked for.
+    /// The number of the last scheduled call.
     pub(crate) fn last(&self, py: Python<'_>) -> u64 {
         self.state.with(py, |state| state.last)
     }
 
-    /// The next call that was due at this time, of those asked for up to `last`.
+    /// Take the next call that is due at this time and was scheduled no later than `last`.
     pub(crate) fn pop_due(&self, py: Python<'_>, at: Duration, last: u64) -> Option<Later> {
         self.state.with(py, |state| state.pop_due(at, last))
     }
 
-    /// Set the timer to the first call that is left.
+    /// Arm the timer for the first remaining call.
     pub(crate) fn set_timer(&self, py: Python<'_>) -> PyResult<()> {
         self.state.with(py, State::set_timer).map_err(|e| os_error(&e))
     }
 
-    /// The timer, made and registered the first time it is needed.
+    /// The timer, created and registered on first use.
     pub(crate) fn ensure_timer(&self, py: Python<'_>, core: &EventManager) -> PyResult<()> {
         if self.state.with(py, |state| state.timer.is_some()) {
             return Ok(());
         }
         let timer = Arc::new(TimerFd::new().map_err(|e| os_error(&e))?);
-        // With the GIL held: so no other thread makes a second one. Whoever holds the manager's
-        // lock does not need it.
+        // With the GIL held, so that no other thread creates a second one. A thread that holds the
+        // manager's lock does not need the GIL.
         let id = core.add_unrecorded(Box::new(Expired(Arc::clone(&self.has_expired))));
         if let Err(error) = core.add(id, Events::new(&*timer, EventSet::IN)) {
             let _ = core.remove_subscriber(id);
@@ -167,7 +167,7 @@ impl Timers {
             }
             cancelled
         });
-        // Outside: it may run Python code as it goes.
+        // Outside the cell, because dropping it may run Python code.
         cancelled.is_some()
     }
 

@@ -23,7 +23,7 @@ pub(crate) struct TurnLock {
 /// An iteration in progress.
 pub(crate) struct TurnGuard<'a> {
     turn_lock: &'a TurnLock,
-    /// Taken again by a callback of this thread, which keeps the lock.
+    /// Whether a callback of this thread took the lock again; the outer guard keeps it.
     is_inner: bool,
     process_tag: ProcessTag,
 }
@@ -40,7 +40,7 @@ impl TurnLock {
     /// Begin an iteration, unless another thread performs one.
     pub(crate) fn begin(&self) -> Option<TurnGuard<'_>> {
         let (this, process_tag) = (this_thread(), ProcessTag::current());
-        // Acquire: what the last leader has done is seen. SeqCst besides, for one order with
+        // Acquire, to see everything the last leader did. SeqCst, for a single order with
         // `waiting`.
         match self.leader.compare_exchange(0, this, Ordering::SeqCst, Ordering::SeqCst) {
             Ok(_) => Some(TurnGuard { turn_lock: self, is_inner: false, process_tag }),
@@ -51,14 +51,14 @@ impl TurnLock {
         }
     }
 
-    /// Wait until the turn in progress has been made, or this time at most. Without the GIL: the
-    /// turn may need it.
+    /// Wait for the iteration in progress, or until this time at most. Called without the GIL,
+    /// which the iteration may need.
     pub(crate) fn wait(&self, deadline: Option<Instant>) {
         let slice = Instant::now() + MAX_WAIT;
         let until = deadline.map_or(slice, |deadline| deadline.min(slice));
         let mut lock = self.lock.lock();
-        // SeqCst, here and at the end of a turn: either that one sees somebody waiting, or the
-        // leader is found gone.
+        // SeqCst, here and at the end of an iteration: either the leader sees a waiting thread, or
+        // this thread sees that the leader is gone.
         self.waiting.fetch_add(1, Ordering::SeqCst);
         if self.leader.load(Ordering::SeqCst) != 0 {
             self.changed.wait_until(&mut lock, until);
@@ -69,13 +69,13 @@ impl TurnLock {
 
 impl Drop for TurnGuard<'_> {
     fn drop(&mut self) {
-        // In a child that a callback has forked: the waiting threads exist in the parent only.
+        // If a callback has forked, the waiting threads exist only in the parent.
         if self.is_inner || self.process_tag.is_forked_child() {
             return;
         }
         self.turn_lock.leader.store(0, Ordering::SeqCst);
         if self.turn_lock.waiting.load(Ordering::SeqCst) > 0 {
-            // Taken so that a thread that saw a holder is waiting by now.
+            // Taken so that a thread which saw the leader is already waiting.
             drop(self.turn_lock.lock.lock());
             self.turn_lock.changed.notify_all();
         }

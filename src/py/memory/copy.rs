@@ -39,7 +39,7 @@ fn copy(py: Python<'_>, length: usize, work: impl FnOnce() -> Result<()> + Send)
 type Pieces = Vec<(u64, usize)>;
 
 fn too_long((address, length): (u64, u64)) -> Error {
-    let detail = format!("{length} bytes are more than all of guest memory");
+    let detail = format!("{length} bytes are more than the size of guest memory");
     Error::new(ErrorKind::Memory, format!("{address:#x}"), detail)
 }
 
@@ -60,7 +60,7 @@ fn pieces(
     }
     vcpu.look(py, |vcpu| {
         if !vcpu.memory().is(memory) {
-            let detail = "the vCPU is another machine's";
+            let detail = "the vCPU belongs to another machine";
             return Err(Error::new(ErrorKind::State, "memory", detail));
         }
         translated(vcpu, memory, range)
@@ -79,7 +79,7 @@ fn translated(
     loop {
         let here = left.min(PAGE - at % PAGE);
         let Some(physical) = vcpu.translate(&paging, at) else {
-            let detail = "nothing is mapped there by the vCPU's page tables";
+            let detail = "the address is not mapped by the vCPU's page tables";
             return Err(Error::new(ErrorKind::Memory, format!("{at:#x}"), detail));
         };
         memory.check(physical, here)?;

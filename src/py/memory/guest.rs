@@ -95,7 +95,7 @@ impl PyGuestMemory {
         end: Option<u64>,
     ) -> PyResult<Option<u64>> {
         if data.is_empty() {
-            return Err(PyValueError::new_err("there is nothing to look for: data is empty"));
+            return Err(PyValueError::new_err("data is empty"));
         }
         let memory = self.bytes()?;
         Ok(py.detach(|| memory.find(&data, start, end.unwrap_or(u64::MAX)))?)
@@ -141,7 +141,7 @@ impl PyGuestMemory {
         r#type: &Bound<'py, PyAny>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let Some(from_buffer) = r#type.getattr_opt("from_buffer")? else {
-            let text = "a ctypes type is needed: a Structure, Union or array class";
+            let text = "expected a ctypes type: a Structure, Union or array class";
             return Err(PyTypeError::new_err(text));
         };
         let size = import(py, "ctypes")?.getattr("sizeof")?.call1((r#type,))?;

@@ -139,7 +139,8 @@ impl PySnapshot {
 
     fn __reduce__<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
         let Some(path) = &self.path else {
-            let text = "a snapshot is pickled by its file: save() it and pickle what load() gives";
+            let text =
+                "a snapshot is pickled by its file: save() it, load() it, and pickle the result";
             return Err(PyTypeError::new_err(text));
         };
         let base = self.base.as_ref().map(|base| base.clone_ref(py));

@@ -17,7 +17,7 @@ use crate::snapshot::Snapshot;
 use crate::vmm::{ForkConfig, Vmm};
 
 impl PySnapshot {
-    /// The configuration of a fork with another serial port.
+    /// A configuration with another serial port, for a fork.
     fn config_with<'py>(
         &self,
         py: Python<'py>,
@@ -32,7 +32,7 @@ impl PySnapshot {
     }
 }
 
-/// What a fork needs before it can run: the program's setup, the devices' state and entropy.
+/// Complete a fork: run the program's setup, restore the devices and write entropy.
 fn complete(
     fork: &Bound<'_, PyVmm>,
     snapshot: &Snapshot,
@@ -94,7 +94,7 @@ impl PySnapshot {
         match complete(fork.bind(py), core, setup.as_ref(), entropy.as_ref()) {
             Ok(()) => Ok(fork),
             Err(error) => {
-                // At once, not when the last traceback that refers to it is dropped.
+                // Close it now, not when the last traceback that refers to it is dropped.
                 if let Ok(vmm) = fork.get().core()
                     && let Err(signalled) = close(py, vmm)
                 {

@@ -1,6 +1,6 @@
-//! `Snapshot` for Python: the crate's snapshot, with the configuration it was taken with and the
-//! file it came from. `python/pyvmm/snapshots.py` holds pools and what else needs no native code.
-//! On the caller's thread; whatever takes long releases the GIL.
+//! `Snapshot` for Python: the crate's snapshot, with its configuration and its file.
+//! `python/pyvmm/snapshots.py` has the pools and other code that need not be native. Runs on the
+//! caller's thread; long operations release the GIL.
 
 mod file;
 mod fork;

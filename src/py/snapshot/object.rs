@@ -23,9 +23,9 @@ pub struct PySnapshot {
     /// The file it was loaded from, or None.
     #[pyo3(get)]
     pub(super) path: Option<PathBuf>,
-    /// What that file was saved against.
+    /// The base of that file.
     pub(super) base: Option<Py<Self>>,
-    /// It was loaded although this machine lacks something.
+    /// Whether it was loaded although this host lacks something.
     pub(super) is_forced: bool,
 }
 
@@ -35,8 +35,9 @@ impl PySnapshot {
     }
 
     /// # Errors
-    /// [`ErrorKind::State`](crate::error::ErrorKind::State) where the interpreter ends. A forked
-    /// child may use it: nothing changes it, and nothing of it waits for another thread.
+    /// [`ErrorKind::State`](crate::error::ErrorKind::State) while the interpreter finalizes. A
+    /// forked child may use a snapshot, because it never changes and never waits for another
+    /// thread.
     pub(crate) fn core(&self) -> PyResult<&Snapshot> {
         ending::check()?;
         Ok(&self.core)
