@@ -1,8 +1,8 @@
-//! Reads saved state from bytes that may be anything. Pure data.
+//! Parses saved state from untrusted bytes. Pure data.
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// Takes bytes from the front, with an error where there are too few.
+/// Takes bytes from the front, and fails if there are too few.
 #[derive(Debug)]
 pub(crate) struct Reader<'a> {
     what: &'a str,
@@ -32,7 +32,7 @@ impl<'a> Reader<'a> {
         self.take().map(u64::from_le_bytes)
     }
 
-    /// So many bytes.
+    /// Take this many bytes.
     pub(crate) fn bytes(&mut self, length: usize) -> Result<&'a [u8]> {
         let Some((first, left)) = self.left.split_at_checked(length) else {
             return Err(self.short());
@@ -60,7 +60,7 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// State that is not what it should be: a file, a record or a device's bytes.
+/// The error for invalid state: a file, a record or a device's bytes.
 pub(crate) fn bad(at: &str, detail: impl Into<String>) -> Error {
     Error::new(ErrorKind::Snapshot, at, detail)
 }

@@ -1,5 +1,5 @@
-//! What a machine is made of, as plain structs, and the check of their values.
-//! No I/O and no KVM here: a value that passes `validate` may still be refused by the machine.
+//! The configuration of a machine as plain structs, and its validation.
+//! There is no I/O and no KVM here, so a valid configuration may still be refused by the machine.
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -13,17 +13,17 @@ use crate::layout;
 pub struct VmmConfig {
     /// Guest memory.
     pub memory: MemoryConfig,
-    /// vCPUs and what they say they can do.
+    /// The vCPUs and their features.
     pub cpu: CpuConfig,
-    /// What the machine starts with.
+    /// The code or kernel that the machine starts.
     pub boot: Boot,
     /// The first serial port, COM1.
     pub serial: SerialConfig,
-    /// The port whose write ends the run with the value as code; none for no such port.
+    /// A write to this port ends the run with the value as its code. None for no such port.
     pub exit_port: ExitPort,
-    /// An in-kernel PIC, IOAPIC and LAPICs. Unset: where the boot needs them, that is for Linux.
+    /// An in-kernel PIC, I/O APIC and LAPICs. By default only for Linux, which needs them.
     pub irqchip: Option<bool>,
-    /// An in-kernel PIT. Unset: as `irqchip`.
+    /// An in-kernel PIT. By default the same as `irqchip`.
     pub pit: Option<bool>,
 }
 
@@ -50,10 +50,10 @@ impl Default for MemoryConfig {
     }
 }
 
-/// What the machine starts with.
+/// The code or kernel that the machine starts.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Boot {
-    /// The guest inside this package.
+    /// The built-in guest.
     #[default]
     Embedded,
     /// Code at an address.
@@ -65,17 +65,17 @@ pub enum Boot {
 /// Code at an address, started in one of four modes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FlatBoot {
-    /// The code, or the file it stands in.
+    /// The code, or its file.
     pub code: Code,
-    /// Where it is loaded.
+    /// The load address.
     pub address: u64,
-    /// Where it starts; unset: at `address`.
+    /// The start address; by default `address`.
     pub entry: Option<u64>,
-    /// The processor mode it starts in.
+    /// The processor mode in which it starts.
     pub mode: CpuMode,
 }
 
-/// Bytes, or a file of them.
+/// Bytes, or a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Code {
     /// The bytes.
@@ -93,18 +93,18 @@ pub struct LinuxBoot {
     pub initrd: Option<PathBuf>,
     /// The kernel command line, at most 2,047 bytes of ASCII.
     pub cmdline: String,
-    /// Where a bzImage is loaded; unset: where it asks to be.
+    /// The load address of a bzImage; by default its preferred address.
     pub load_address: Option<u64>,
 }
 
 /// The first serial port.
 #[derive(Debug, Default)]
 pub struct SerialConfig {
-    /// Where its output goes; none: the newest of it is kept for the host to read.
+    /// Where the output goes. None keeps the newest output for the host.
     pub output: Option<SerialOutput>,
-    /// Where its input comes from; none: what the host sends it.
+    /// Where the input comes from. None means only the host sends input.
     pub input: Option<SerialInput>,
-    /// Bytes the guest receives when the input ends.
+    /// The bytes that the guest receives at the end of the input.
     pub input_eof: Vec<u8>,
 }
 
@@ -113,7 +113,7 @@ pub struct SerialConfig {
 pub enum SerialOutput {
     /// Written on the loop's thread.
     Fd(OwnedFd),
-    /// A file, made or emptied when the machine is built.
+    /// A file, created or truncated when the machine is built.
     File(PathBuf),
     /// Taken by a subscriber of the machine's event manager, such as Python's.
     Subscriber,
@@ -141,7 +141,7 @@ impl VmmConfig {
         self.pit.unwrap_or_else(|| self.has_irqchip())
     }
 
-    /// The mode the vCPUs start in.
+    /// The mode in which the vCPUs start.
     #[must_use]
     pub fn mode(&self) -> CpuMode {
         match &self.boot {
@@ -151,7 +151,7 @@ impl VmmConfig {
         }
     }
 
-    /// Check what can be checked without I/O.
+    /// Check the values as far as possible without I/O.
     ///
     /// # Errors
     /// [`ErrorKind::Config`], with the key of the first bad value as its place.

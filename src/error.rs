@@ -1,30 +1,30 @@
-//! The one error of the crate: what kind, at which place, what happened, the errno and what to do.
-//! The binding maps each kind to one Python exception class.
+//! The error type of the crate: its kind, its place, a description, the errno, and a hint. The
+//! binding maps each kind to one Python exception class.
 
 use std::fmt;
 
-/// What went wrong, as coarse as a caller can act on.
+/// What went wrong, in the categories that a caller can act on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ErrorKind {
     /// A value of the configuration cannot be used.
     Config,
-    /// This machine offers no usable KVM.
+    /// This host has no usable KVM.
     Unavailable,
     /// KVM refused a call.
     Kvm,
-    /// A guest address outside guest memory.
+    /// A guest address is outside guest memory.
     Memory,
-    /// A kernel, initrd or code that cannot be loaded.
+    /// A kernel, initrd or code cannot be loaded.
     Boot,
     /// The call is not possible in this state.
     State,
-    /// What it is called on is closed; it is made by [`Error::closed`].
+    /// The object is closed. Created by [`Error::closed`].
     Closed,
     /// The event manager or an event source refused a call.
     Event,
     /// Input or output of a stream failed.
     Io,
-    /// A snapshot that cannot be used: damaged, of another machine, or no longer as it was.
+    /// A snapshot cannot be used: it is damaged, of another machine, or has changed.
     Snapshot,
     /// A wait has lasted for as long as it may.
     Timeout,
@@ -33,15 +33,15 @@ pub enum ErrorKind {
 /// An error of this crate. `at` names the place: a configuration key, an ioctl, an address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Error {
-    /// What a caller can act on.
+    /// The category.
     pub kind: ErrorKind,
     /// The configuration key, system call or address.
     pub at: String,
     /// What happened, in a sentence without a full stop.
     pub detail: String,
-    /// The operating system's error number, where there is one.
+    /// The operating system's error number, if there is one.
     pub errno: Option<i32>,
-    /// What to do about it, where that is known.
+    /// What to do about it, if known.
     pub hint: Option<&'static str>,
 }
 

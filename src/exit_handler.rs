@@ -1,6 +1,6 @@
 //! The exit path: `ExitHandler` with `kick()`, `VmmExitHandler` with its eventfd and flag,
-//! `WrappedExitHandler` shared by every vCPU, and `Exit`: why `run()` returned.
-//! `kick` may come from any thread; `process` runs on the loop's thread.
+//! `WrappedExitHandler`, which all vCPUs share, and `Exit`, the result of `run()`. `kick` may be
+//! called from any thread; `process` runs on the loop's thread.
 
 use std::fmt;
 use std::io;
@@ -15,21 +15,21 @@ use crate::poll::take_count;
 use crate::process::ProcessTag;
 use crate::sync::{Mutex, rank};
 
-/// What a vCPU notifies when its guest has ended.
+/// Notified by a vCPU when its guest has ended.
 pub trait ExitHandler {
-    /// Make the owner of the run loop look. Called on the vCPU's thread; must not block.
+    /// Notify the owner of the run loop. Called on the vCPU's thread; must not block.
     ///
     /// # Errors
-    /// What the handler's own notification fails with.
+    /// When the notification fails.
     fn kick(&self) -> io::Result<()>;
 }
 
-/// Stops a run loop: an eventfd that a kick writes and a flag that the loop reads.
+/// Stops a run loop: a kick writes to an eventfd, and the loop reads a flag.
 #[derive(Debug)]
 pub struct VmmExitHandler {
     exit_event: Arc<EventFd>,
     keep_running: bool,
-    /// How many loops it was registered in.
+    /// The number of loops in which it was registered.
     loops: usize,
 }
 
@@ -37,13 +37,13 @@ impl VmmExitHandler {
     /// A handler whose loop keeps running.
     ///
     /// # Errors
-    /// When no eventfd can be made.
+    /// When no eventfd can be created.
     pub fn new() -> io::Result<Self> {
         let exit_event = Arc::new(EventFd::new(EFD_NONBLOCK)?);
         Ok(Self { exit_event, keep_running: true, loops: 0 })
     }
 
-    /// The eventfd that a kick writes.
+    /// The eventfd that a kick writes to.
     #[must_use]
     pub fn exit_event(&self) -> &Arc<EventFd> {
         &self.exit_event
@@ -55,10 +55,10 @@ impl VmmExitHandler {
         self.keep_running
     }
 
-    /// Write the exit event.
+    /// Write to the exit event.
     ///
     /// # Errors
-    /// Never for want of room: a full counter is kick enough.
+    /// When the write fails. A full counter is not an error, because it also wakes the loop.
     pub fn kick(&self) -> io::Result<()> {
         match self.exit_event.write(1) {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(()),
@@ -66,7 +66,7 @@ impl VmmExitHandler {
         }
     }
 
-    /// Whether a kick waits to be processed.
+    /// Whether a kick is pending.
     #[must_use]
     pub fn is_kicked(&self) -> bool {
         let mut poll =
@@ -75,16 +75,15 @@ impl VmmExitHandler {
         unsafe { libc::poll(&raw mut poll, 1, 0) > 0 }
     }
 
-    /// A kick is processed: drained, so that it ends this run and no later one, and the flag
-    /// cleared.
+    /// Process a kick: drain it, so that it does not end a later run, and clear the flag.
     pub fn stop(&mut self) {
-        // Fails when there was no kick. Not a plain read: a duplicate's holder may have made the
-        // eventfd blocking.
+        // Fails if there was no kick. Not a plain read, because the holder of a duplicate may have
+        // made the eventfd blocking.
         let _ = take_count(self.exit_event.as_raw_fd());
         self.keep_running = false;
     }
 
-    /// Ready for another run: the kicks so far belonged to the last one.
+    /// Prepare for another run: set the flag and drop previous kicks.
     pub fn rearm(&mut self) {
         // As in `stop`.
         let _ = take_count(self.exit_event.as_raw_fd());
@@ -104,16 +103,16 @@ impl MutEventSubscriber for VmmExitHandler {
 
     fn init(&mut self, ops: &mut EventOps) {
         self.loops += 1;
-        // Fails only for a handler that is registered already: it is kicked there all the same.
+        // Fails only for a handler that is already registered; it is kicked there.
         let _ = ops.add(Events::new(&*self.exit_event, EventSet::IN));
     }
 }
 
-/// The handler as the loop, the VM and every vCPU share it.
+/// The handler, shared by the loop, the VM and every vCPU.
 #[derive(Clone, Debug)]
 pub struct WrappedExitHandler {
     handler: Arc<Mutex<VmmExitHandler, rank::ExitHandler>>,
-    /// Beside the lock, which another thread may have held at the fork.
+    /// Outside the lock, which another thread may have held at a fork.
     process_tag: ProcessTag,
 }
 
@@ -121,7 +120,7 @@ impl WrappedExitHandler {
     /// A new handler, not yet shared.
     ///
     /// # Errors
-    /// When no eventfd can be made.
+    /// When no eventfd can be created.
     pub fn new() -> io::Result<Self> {
         let handler = Arc::new(Mutex::new(VmmExitHandler::new()?));
         Ok(Self { handler, process_tag: ProcessTag::current() })
@@ -133,20 +132,20 @@ impl WrappedExitHandler {
         self.handler.lock().keep_running()
     }
 
-    /// Whether a kick waits to be processed by the loop.
+    /// Whether the loop has a pending kick.
     #[must_use]
     pub fn is_kicked(&self) -> bool {
         self.handler.lock().is_kicked()
     }
 
-    /// Whether another loop may process a kick, unseen by the first.
+    /// Whether another loop may process a kick instead of the first one.
     #[must_use]
     pub fn is_in_several_loops(&self) -> bool {
         self.handler.lock().loops > 1
     }
 
     /// # Errors
-    /// In a forked child: a kick there would end its parent's run.
+    /// In a forked child, where a kick would end the parent's run.
     pub fn check_process(&self) -> Result<()> {
         self.process_tag.check("exit handler")
     }
@@ -190,17 +189,18 @@ impl MutEventSubscriber for WrappedExitHandler {
 pub enum ExitReason {
     /// The guest executed HLT with no in-kernel interrupt controller to wake it.
     Halt,
-    /// The guest asked for a reset (the i8042 controller, or KVM's system event).
+    /// The guest requested a reset (through the i8042 controller, or KVM's system event).
     Reset,
     /// The guest shut down: a triple fault, or KVM's system event.
     Shutdown,
-    /// The guest wrote the exit port; the code is what it wrote.
+    /// The guest wrote to the exit port; the code is the value.
     Code,
     /// The host stopped the run.
     Stopped,
-    /// The time given to `run` passed.
+    /// The timeout of `run` passed.
     Timeout,
-    /// `KVM_EXIT_INTERNAL_ERROR`: KVM could not go on, often an instruction it cannot emulate.
+    /// `KVM_EXIT_INTERNAL_ERROR`: KVM could not continue, often because of an instruction that it
+    /// cannot emulate.
     InternalError,
     /// `KVM_EXIT_FAIL_ENTRY`: the processor refused the vCPU's state.
     FailEntry,
@@ -211,7 +211,7 @@ pub enum ExitReason {
 }
 
 impl ExitReason {
-    /// The name of the reason, as Python's `ExitReason` has it.
+    /// The name of the reason in Python's `ExitReason`.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -228,44 +228,44 @@ impl ExitReason {
         }
     }
 
-    /// Whether the guest can go on with another `run`: the host ended this one, not the guest.
+    /// Whether another `run` can continue the guest, because the host ended this run.
     #[must_use]
     pub fn resumable(self) -> bool {
         matches!(self, Self::Stopped | Self::Timeout)
     }
 }
 
-/// How a run ended: the reason, the code the guest gave, the vCPU, and for a fault its state.
+/// How a run ended: the reason, the guest's code, the vCPU, and for a fault its state.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Exit {
-    /// Why.
+    /// Why the run ended.
     pub reason: ExitReason,
     /// The guest's exit code, or the number of an unknown exit or a failed entry.
     pub code: Option<u64>,
-    /// The vCPU that ended; none where the host ended the run.
+    /// The vCPU that ended. None if the host ended the run.
     pub vcpu: Option<u64>,
-    /// For a fault: what KVM said, the instruction bytes and the registers, as text.
+    /// For a fault: KVM's report, the instruction bytes and the registers, as text.
     pub fault: Option<String>,
 }
 
-/// What a vCPU does after an exit: decided by a device, a hook or the exit itself, and carried out
-/// by the vCPU's thread.
+/// The next step of a vCPU after an exit. A device, a hook or the exit itself decides it, and the
+/// vCPU's thread carries it out.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// Enter the guest again, unless the vCPU has been kicked.
     Continue,
-    /// The same, once the device has room for more
+    /// As `Continue`, once the device has room for more
     /// ([`crate::devices::Device::wait_for_room`]).
     Wait,
-    /// The run ends, and the guest could go on. The device or hook has left the reason with its
-    /// owner.
+    /// The run ends, and the guest could continue. The device or hook has stored the reason with
+    /// its owner.
     Stop,
     /// The guest has ended.
     End(Exit),
 }
 
 impl Exit {
-    /// An exit with a reason alone.
+    /// An exit with only a reason.
     #[must_use]
     pub fn new(reason: ExitReason) -> Self {
         Self { reason, code: None, vcpu: None, fault: None }

@@ -1,8 +1,8 @@
-//! The hops of a flow: which function of which file is entered, in what order, for the test that
-//! compares them with docs/architecture.md. On the thread that makes the hop. A release build has
-//! nothing of it.
+//! Records the hops of a flow, which are the functions that it enters, for the test that compares
+//! them with docs/architecture.md. Runs on the thread of the hop. A release build contains none of
+//! this.
 
-/// Note that the flow goes through the function in which this stands.
+/// Record that the flow enters the surrounding function.
 macro_rules! hop {
     () => {
         #[cfg(all(debug_assertions, any(feature = "python", test)))]
@@ -29,7 +29,7 @@ mod recording {
     /// A function that a thread has entered.
     #[derive(Debug, PartialEq, Eq)]
     pub(crate) struct Hop {
-        /// The thread's name; none for one that the program has made.
+        /// The thread's name. None for a thread created by the program.
         pub(crate) thread: Option<String>,
         pub(crate) file: &'static str,
         pub(crate) function: &'static str,
@@ -38,23 +38,23 @@ mod recording {
     static IS_RECORDING: AtomicBool = AtomicBool::new(false);
     static HOPS: Mutex<Vec<Hop>, rank::Hops> = Mutex::new(Vec::new());
 
-    /// Begin to record, or end it. The hops since the last call.
+    /// Start or stop recording. Returns the hops since the last call.
     pub(crate) fn record(is_recording: bool) -> Vec<Hop> {
-        // Relaxed: guards nothing, and the lock below orders the hops.
+        // Relaxed: it protects no data, and the lock below orders the hops.
         IS_RECORDING.store(is_recording, Ordering::Relaxed);
         std::mem::take(&mut *HOPS.lock())
     }
 
-    /// What `hop!` calls, with the path of a function within the one it stands in.
+    /// Called by `hop!`, with the path of a function inside the surrounding one.
     pub(crate) fn note(file: &'static str, path: &'static str) {
-        // Relaxed: a thread that begins to record later starts with its next hop.
+        // Relaxed: a thread that sees the flag late starts with its next hop.
         if IS_RECORDING.load(Ordering::Relaxed) {
             let thread = thread::current().name().map(str::to_owned);
             HOPS.lock().push(Hop { thread, file, function: name_of(path) });
         }
     }
 
-    /// The name of the function: the last but one of the path that is no closure.
+    /// The name of the function: the second to last part of the path that is not a closure.
     fn name_of(path: &'static str) -> &'static str {
         path.rsplit("::").skip(1).find(|name| *name != "{{closure}}").unwrap_or(path)
     }
@@ -79,7 +79,7 @@ mod recording {
 
         #[test]
         fn a_hop_has_the_name_of_its_function_and_is_recorded_only_when_asked() {
-            // Other tests may be at hops of theirs.
+            // Other tests may record hops at the same time.
             let own = |is_recording| {
                 let me = thread::current().name().map(str::to_owned);
                 let mut hops = record(is_recording);

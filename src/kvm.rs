@@ -1,4 +1,4 @@
-//! /dev/kvm itself: opening it, with an error that says what to do.
+//! Opens and checks /dev/kvm. An error says what to do.
 
 use std::io;
 
@@ -10,11 +10,11 @@ use crate::process::Learnt;
 /// KVM's API has been at this version since 2007.
 const API_VERSION: i32 = 12;
 
-/// Open /dev/kvm and check that it is one pyvmm can use.
+/// Open /dev/kvm and check that pyvmm can use it.
 ///
 /// # Errors
-/// [`ErrorKind::Unavailable`] with what to do, when it is missing, forbidden, or lacks what pyvmm
-/// needs.
+/// [`ErrorKind::Unavailable`], with a hint, when it is missing, forbidden, or lacks a capability
+/// that pyvmm needs.
 pub fn open_kvm() -> Result<Kvm> {
     static CHECKED: Learnt<()> = Learnt::unknown();
     let kvm = Kvm::new().map_err(|e| unavailable(e.errno()))?;
@@ -49,7 +49,7 @@ fn unavailable(errno: i32) -> Error {
     Error::os(ErrorKind::Unavailable, "/dev/kvm", &io::Error::from_raw_os_error(errno)).hint(hint)
 }
 
-/// What an ioctl gave, or the error that names it.
+/// Check the result of an ioctl. An error names the ioctl.
 ///
 /// # Errors
 /// [`ErrorKind::Kvm`] when it failed.

@@ -5,26 +5,26 @@ use std::ops::RangeInclusive;
 /// A page of guest memory.
 pub const PAGE: u64 = 4096;
 
-/// Conventional memory ends here; above stand the EBDA and the ROMs of a PC.
+/// Conventional memory ends here. Above are the EBDA and the ROMs of a PC.
 pub const EBDA_START: u64 = 0x9_fc00;
 /// The first MiB ends here.
 pub const HIGH_MEMORY: u64 = 0x10_0000;
-/// Between 3 and 4 GiB there are devices, no RAM.
+/// Between 3 and 4 GiB there are devices instead of RAM.
 pub const MMIO_GAP_START: u64 = 0xc000_0000;
-/// RAM goes on here.
+/// RAM continues here.
 pub const MMIO_GAP_END: u64 = 0x1_0000_0000;
 
-/// What pyvmm itself writes into guest memory before a start stands from here to the EBDA.
+/// The tables that pyvmm writes to guest memory before a start are between here and the EBDA.
 pub const SYSTEM_AREA: u64 = 0x8_0000;
 /// The global descriptor table.
 pub const GDT: u64 = SYSTEM_AREA;
 /// The TSS of 64-bit ring 3, with an I/O bitmap that allows every port.
 pub const TSS: u64 = 0x8_1000;
-/// The TSS ends here: 104 bytes, an 8 KiB bitmap and the byte of ones behind it.
+/// The limit of the TSS: 104 bytes, an 8 KiB bitmap and a final byte of ones.
 pub const TSS_LIMIT: u32 = 0x2068;
 /// The top page table.
 pub const PML4: u64 = 0x8_4000;
-/// Its one page of pointers.
+/// Its only page of pointers.
 pub const PDPT: u64 = 0x8_5000;
 /// Four page directories: 4 GiB in pages of 2 MiB.
 pub const PAGE_DIRECTORIES: u64 = 0x8_6000;
@@ -34,7 +34,7 @@ pub const ZERO_PAGE: u64 = 0x9_0000;
 pub const CMDLINE: u64 = 0x9_1000;
 /// The size of Linux's buffer for it, with the closing zero.
 pub const CMDLINE_SIZE: usize = 2048;
-/// The MP table stands at the start of the EBDA, where Linux looks for it.
+/// The MP table is at the start of the EBDA, where Linux looks for it.
 pub const MP_TABLE: u64 = EBDA_START;
 
 /// The I/O APIC.
@@ -44,7 +44,7 @@ pub const LAPIC: u32 = 0xfee0_0000;
 /// One page for KVM's identity map, which Intel's real mode needs. Below the last 16 MiB under 4
 /// GiB, where a PC has its firmware.
 pub const KVM_IDENTITY_MAP: u64 = 0xfeff_c000;
-/// Three pages for KVM's TSS, right behind it.
+/// Three pages for KVM's TSS, right after it.
 pub const KVM_TSS: usize = 0xfeff_d000;
 /// Bytes of both.
 pub const KVM_OWN_SIZE: u64 = 4 * PAGE;
@@ -53,13 +53,13 @@ pub const KVM_OWN_SIZE: u64 = 4 * PAGE;
 pub const COM1: u16 = 0x3f8;
 /// COM1's interrupt line.
 pub const COM1_IRQ: u32 = 4;
-/// The exit port, where QEMU's isa-debug-exit stands too.
+/// The exit port, as of QEMU's isa-debug-exit.
 pub const EXIT_PORT: u16 = 0xf4;
 /// The real-time clock's index port; its data port follows.
 pub const RTC: u16 = 0x70;
 /// The i8042's data port; its command port is four above.
 pub const I8042: u16 = 0x60;
-/// The in-kernel PICs and PIT answer at these, ahead of any device here.
+/// The ports of the in-kernel PICs and PIT, which answer before any device here.
 pub const BUILT_IN_PORTS: [(&str, RangeInclusive<u16>); 6] = [
     ("PIC", 0x20..=0x21),
     ("PIT", 0x40..=0x43),
@@ -69,7 +69,7 @@ pub const BUILT_IN_PORTS: [(&str, RangeInclusive<u16>); 6] = [
     ("COM1", COM1..=COM1 + 7),
 ];
 
-/// Ports that KVM answers itself where it has an interrupt controller and a PIT.
+/// Ports that KVM answers itself if the VM has an interrupt controller and a PIT.
 pub const KERNEL_PORTS: [((u64, u64), &str); 5] = [
     ((0x20, 2), "the PIC of KVM"),
     ((0x40, 4), "the PIT of KVM"),
@@ -78,7 +78,7 @@ pub const KERNEL_PORTS: [((u64, u64), &str); 5] = [
     ((0x4d0, 2), "the PIC's trigger modes of KVM"),
 ];
 
-/// Guest-physical addresses that are KVM's own, as start and bytes, and what for.
+/// Guest-physical addresses that KVM uses itself: start, length, and purpose.
 pub fn kernel_addresses(irqchip: bool) -> impl Iterator<Item = ((u64, u64), &'static str)> {
     let page = |at: u32, what| ((u64::from(at), PAGE), what);
     let chips = [page(IOAPIC, "the I/O APIC"), page(LAPIC, "the local APICs")];
@@ -86,7 +86,7 @@ pub fn kernel_addresses(irqchip: bool) -> impl Iterator<Item = ((u64, u64), &'st
     chips.into_iter().filter(move |_| irqchip).chain([own])
 }
 
-/// The most vCPUs an xAPIC can number, less the I/O APIC's id.
+/// The maximum number of vCPUs: the ids of an xAPIC minus one for the I/O APIC.
 pub const MAX_VCPUS: u64 = 254;
 
 /// The ranges of RAM for a size: one, or two around the gap.
@@ -98,7 +98,7 @@ pub fn ram_ranges(size: u64) -> Vec<(u64, u64)> {
     vec![(0, MMIO_GAP_START), (MMIO_GAP_END, size - MMIO_GAP_START)]
 }
 
-/// Whether an address lies in RAM.
+/// Whether an address is in RAM.
 #[must_use]
 pub fn in_memory(size: u64, address: u64) -> bool {
     ram_ranges(size).iter().any(|(start, length)| address >= *start && address - start < *length)

@@ -1,11 +1,11 @@
-//! Waits for file descriptors, and reads of counters that never wait. On whichever thread calls.
+//! Waits for file descriptors, and non-blocking reads of counters. Runs on the caller's thread.
 
 use std::io;
 use std::os::fd::RawFd;
 use std::time::Instant;
 
-/// Wait until one of two is readable, and say which are. Neither when the deadline passed or a
-/// signal came. A negative number is no file descriptor.
+/// Wait until one of two file descriptors is readable, and return which are. Neither is, if the
+/// deadline passed or a signal arrived. A negative number means no file descriptor.
 pub(crate) fn wait_for_either(fds: [RawFd; 2], deadline: Option<Instant>) -> io::Result<[bool; 2]> {
     let mut polls = fds.map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 });
     let timeout = deadline.map(|deadline| {
@@ -27,15 +27,15 @@ pub(crate) fn wait_for_either(fds: [RawFd; 2], deadline: Option<Instant>) -> io:
 }
 
 #[cfg(feature = "python")]
-/// Whether the descriptor's own flag has its reads and writes wait. False when it is not open.
+/// Whether the file descriptor is in blocking mode. False if it is not open.
 pub(crate) fn is_blocking(fd: RawFd) -> bool {
     // SAFETY: no pointers; the result is checked.
     let flags = unsafe { libc::fcntl(fd, libc::F_GETFL) };
     flags >= 0 && flags & libc::O_NONBLOCK == 0
 }
 
-/// Take the count of an eventfd or a timer without waiting, whatever its flag says: any holder of a
-/// duplicate may change that.
+/// Take the count of an eventfd or a timer without waiting, whatever its blocking mode, which any
+/// holder of a duplicate may change.
 ///
 /// # Errors
 /// `WouldBlock` when the count is zero.
@@ -48,7 +48,7 @@ pub(crate) fn take_count(fd: RawFd) -> io::Result<u64> {
         return Ok(count);
     }
     match io::Error::last_os_error() {
-        // Timers know the flag only since Linux 6.10.
+        // Timers support the flag only since Linux 6.10.
         e if matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS)) => read_if_ready(fd),
         e => Err(e),
     }
@@ -58,13 +58,13 @@ fn read_if_ready(fd: RawFd) -> io::Result<u64> {
     let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
     // SAFETY: one pollfd that lives through the call, which does not wait.
     if unsafe { libc::poll(&raw mut poll, 1, 0) } <= 0 {
-        // With its number, as the kernel's own: Python tells errors by it.
+        // With the errno, as the kernel returns it, because Python chooses the exception by it.
         return Err(io::Error::from_raw_os_error(libc::EAGAIN));
     }
     read_count(fd)
 }
 
-/// Read a count as the descriptor's flag says: it may wait.
+/// Read a count. This may wait, depending on the descriptor's blocking mode.
 pub(crate) fn read_count(fd: RawFd) -> io::Result<u64> {
     let mut count = 0u64;
     // SAFETY: eight bytes of a local.

@@ -1,5 +1,5 @@
-//! Telling a forked child from its parent: KVM ties a machine to the process that made it, and an
-//! epoll set is shared with the parent, so objects remember where they were made.
+//! Distinguishes a forked child from its parent. KVM ties a VM to the process that created it, and
+//! a child shares an epoll set with its parent, so objects record the process that created them.
 
 use std::convert::Infallible;
 use std::fmt;
@@ -13,11 +13,11 @@ use crate::error::{Error, ErrorKind, Result as Checked};
 static FORKS: AtomicU64 = AtomicU64::new(0);
 
 extern "C" fn count_fork() {
-    // Relaxed: in the child there is one thread.
+    // Relaxed: the child has only one thread.
     FORKS.fetch_add(1, Ordering::Relaxed);
 }
 
-/// The process that an object was made in: how many forks lie before it. Cheaper to ask than
+/// Identifies the process that created an object, by the number of forks before it. Cheaper than
 /// getpid(2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ProcessTag(u64);
@@ -27,20 +27,20 @@ impl ProcessTag {
     pub(crate) fn current() -> Self {
         static REGISTERED: Once = Once::new();
         REGISTERED.call_once(|| {
-            // SAFETY: the handler only adds to an atomic, which is safe in a forked child of many
-            // threads.
+            // SAFETY: the handler only adds to an atomic, which is safe in the child of a
+            // multi-threaded process.
             unsafe { libc::pthread_atfork(None, None, Some(count_fork)) };
         });
         Self(FORKS.load(Ordering::Relaxed))
     }
 
-    /// How many forks lie before it.
+    /// The number of forks before the process.
     #[cfg(debug_assertions)]
     pub(crate) fn number(self) -> u64 {
         self.0
     }
 
-    /// Whether this is a forked child's copy of what its parent made.
+    /// Whether this is a forked child's copy of an object of the parent.
     pub(crate) fn is_forked_child(self) -> bool {
         self != Self::current()
     }
@@ -56,10 +56,9 @@ impl ProcessTag {
     }
 }
 
-/// Something that is learnt once and never changes. Whoever finds it unknown learns it, several
-/// threads at once if need be, and the first one's answer stays. So nobody waits for anybody: a
-/// lock that another thread held at a fork, or a `Once` that it was running, would be waited for in
-/// the child for ever.
+/// A value that is computed once and never changes. Several threads may compute it at the same
+/// time, and the first result is kept. No thread waits for another: a lock or a `Once` that another
+/// thread held at a fork would block the child forever.
 pub(crate) struct Learnt<T>(AtomicPtr<T>, PhantomData<Box<T>>);
 
 impl<T> Learnt<T> {
@@ -68,14 +67,14 @@ impl<T> Learnt<T> {
     }
 
     pub(crate) fn get(&self) -> Option<&T> {
-        // Acquire: pairs with the release in `get_or`, so that the value is seen whole.
+        // Acquire: pairs with the release in `get_or`, so that the value is complete.
         let known = self.0.load(Ordering::Acquire);
-        // SAFETY: null, or a value that `get_or` has leaked, which lives until this is dropped and
-        // is never changed.
+        // SAFETY: null, or a value that `get_or` has leaked. It lives until this is dropped, and
+        // never changes.
         unsafe { known.as_ref() }
     }
 
-    /// The value; `learn` finds it out.
+    /// The value. `learn` computes it.
     ///
     /// # Errors
     /// Those of `learn`.
@@ -92,7 +91,7 @@ impl<T> Learnt<T> {
         let known = match self.0.compare_exchange(ptr::null_mut(), new, success, failure) {
             Ok(_) => new,
             Err(first) => {
-                // SAFETY: it was leaked above, and nobody else has seen it.
+                // SAFETY: it was leaked above, and no other thread has seen it.
                 drop(unsafe { Box::from_raw(new) });
                 first
             }
@@ -103,7 +102,7 @@ impl<T> Learnt<T> {
 }
 
 impl<T> Learnt<T> {
-    /// The value; `learn` makes it, which cannot fail.
+    /// The value. `learn` computes it and cannot fail.
     pub(crate) fn get_or_make(&self, learn: impl FnOnce() -> T) -> &T
     where
         T: Send,
@@ -119,8 +118,8 @@ impl<T> Drop for Learnt<T> {
     fn drop(&mut self) {
         let known = *self.0.get_mut();
         if !known.is_null() {
-            // SAFETY: it was leaked by `get_or`, and by the exclusive reference nobody refers to
-            // it.
+            // SAFETY: `get_or` leaked it, and the exclusive reference shows that no other reference
+            // is left.
             drop(unsafe { Box::from_raw(known) });
         }
     }
@@ -156,8 +155,8 @@ mod tests {
     fn a_forked_child_is_told_from_its_parent() {
         let process_tag = ProcessTag::current();
         process_tag.check("machine").unwrap();
-        // SAFETY: the child only compares two integers and leaves without running anything of its
-        // parent's.
+        // SAFETY: the child only compares two integers and exits without running code of the
+        // parent.
         let child = unsafe { libc::fork() };
         if child == 0 {
             // SAFETY: as above.

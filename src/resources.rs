@@ -1,18 +1,18 @@
-//! What answers where in a machine: guest-physical addresses, ports and interrupt lines, each with
-//! the name of its user. Claims are made before boot data is written, which may name them.
-//! Any thread may claim; nothing is called under the lock.
+//! The owners of a machine's guest-physical addresses, ports and interrupt lines. Ranges are
+//! claimed before boot data is written, because boot data may name them. Any thread may claim;
+//! nothing is called with the lock held.
 
 use std::fmt;
 use std::ops::RangeInclusive;
 
 use crate::sync::{Mutex, rank};
 
-/// What a range is made of.
+/// The kind of a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
     /// Guest-physical addresses with memory.
     Memory,
-    /// Guest-physical addresses at which a device answers.
+    /// Guest-physical addresses of a device.
     Mmio,
     /// Ports.
     Pio,
@@ -39,18 +39,18 @@ impl Kind {
     }
 }
 
-/// A range and its user.
+/// A range and its owner.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Resource {
-    /// What it is made of.
+    /// The kind.
     pub kind: Kind,
     /// The first address, port or line.
     pub start: u64,
-    /// How many.
+    /// The number of addresses, ports or lines.
     pub length: u64,
-    /// Its user.
+    /// The owner.
     pub name: String,
-    /// Others may use it, too: an irqfd's line, an ioeventfd's address.
+    /// Whether others may use it too, such as an irqfd's line or an ioeventfd's address.
     pub is_shared: bool,
 }
 
@@ -78,7 +78,7 @@ pub struct Resources {
 }
 
 impl Resources {
-    /// Claim a range, alone.
+    /// Claim a range exclusively.
     ///
     /// # Errors
     /// The claim that it would overlap.
@@ -99,14 +99,14 @@ impl Resources {
         Ok(())
     }
 
-    /// List a use that excludes no other.
+    /// Add a shared use of a range.
     pub fn share(&self, kind: Kind, (start, length): (u64, u64), name: &str) {
         let name = name.to_owned();
         insert(&mut self.claims.lock(), Resource { kind, start, length, name, is_shared: true });
     }
 
-    /// Claim the first free range of this length within limits, at a multiple of `align`, and say
-    /// where it starts; none when there is no room. Shared uses count as taken.
+    /// Claim the first free range of this length within limits, at a multiple of `align`. Returns
+    /// its start, or None if there is no room. Shared uses count as taken.
     pub fn allocate(
         &self,
         kind: Kind,
@@ -133,14 +133,14 @@ impl Resources {
         Some(start)
     }
 
-    /// Give a claim back. Does nothing when there is none that starts there.
+    /// Release a claim. Does nothing if no claim starts there.
     pub fn release(&self, kind: Kind, start: u64) {
         let mut claims = self.claims.lock();
         let at = claims.iter().position(|c| (c.kind, c.start, c.is_shared) == (kind, start, false));
         at.map(|at| claims.remove(at));
     }
 
-    /// Give a shared use back.
+    /// Release a shared use.
     pub fn release_shared(&self, kind: Kind, start: u64, name: &str) {
         let mut claims = self.claims.lock();
         let is_it = |c: &Resource| {

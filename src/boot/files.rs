@@ -121,7 +121,7 @@ mod tests {
     #[test]
     fn a_fifo_without_a_writer_and_an_endless_file_are_refused() {
         let path = fifo("alone");
-        assert!(read(&path, &|| Ok(())).unwrap_err().detail.ends_with("nobody writes"));
+        assert!(read(&path, &|| Ok(())).unwrap_err().detail.ends_with("without a writer"));
         std::fs::remove_file(path).unwrap();
         let endless = read(Path::new("/dev/zero"), &|| Ok(())).unwrap_err();
         assert!(endless.detail.ends_with("larger than guest memory"));

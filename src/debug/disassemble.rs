@@ -1,12 +1,12 @@
-//! One instruction as text, in the syntax of nasm, for the mode its vCPU is in. Any bytes will do.
+//! Disassembles one instruction, in nasm syntax, for the mode of its vCPU. Accepts any bytes.
 
 use iced_x86::{Decoder, DecoderOptions, Formatter, Instruction, NasmFormatter};
 use kvm_bindings::kvm_sregs;
 
 const EFER_LMA: u64 = 1 << 10;
 
-/// The bits that code runs with: 16, 32 or 64, by CS and the mode (Intel SDM volume 3, section
-/// 3.4.5). In real mode CS may have been left with 32 bits.
+/// The width of code, 16, 32 or 64 bits, from CS and the mode (Intel SDM volume 3, section 3.4.5).
+/// In real mode, CS may still be a 32-bit segment.
 #[must_use]
 pub fn bitness(sregs: &kvm_sregs) -> u32 {
     match (sregs.efer & EFER_LMA != 0 && sregs.cs.l != 0, sregs.cs.db != 0) {
@@ -16,15 +16,15 @@ pub fn bitness(sregs: &kvm_sregs) -> u32 {
     }
 }
 
-/// The first instruction of some bytes at `ip`; none when they are no whole instruction.
+/// Decode the first instruction of some bytes at `ip`. None if they are not a complete instruction.
 #[must_use]
 pub fn decode(bytes: &[u8], bitness: u32, ip: u64) -> Option<Instruction> {
     let instruction = Decoder::with_ip(bitness, bytes, ip, DecoderOptions::NONE).decode();
     (!instruction.is_invalid()).then_some(instruction)
 }
 
-/// The first instruction of some bytes as text: `popcnt rax, [rbx+0x8]`; none when they are no
-/// whole instruction.
+/// The first instruction of some bytes as text: `popcnt rax, [rbx+0x8]`. None if they are not a
+/// complete instruction.
 #[must_use]
 pub fn disassemble(bytes: &[u8], bitness: u32, ip: u64) -> Option<String> {
     let instruction = decode(bytes, bitness, ip)?;

@@ -1,4 +1,4 @@
-//! Looking into a guest: its page tables, its instructions.
+//! Inspects a guest: its page tables and instructions.
 
 mod disassemble;
 mod translate;

@@ -1,7 +1,7 @@
-//! Guest-virtual addresses through the guest's page tables (Intel SDM volume 3, chapter 5; AMD APM
-//! volume 2, chapter 5).
+//! Translates guest-virtual addresses through the guest's page tables (Intel SDM volume 3, chapter
+//! 5; AMD APM volume 2, chapter 5).
 //!
-//! Permissions are not looked at: a debugger may see what the guest's ring may not.
+//! Permissions are not checked: a debugger may read memory that the guest's ring may not.
 
 use kvm_bindings::kvm_sregs;
 
@@ -18,18 +18,18 @@ const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 /// How a vCPU translates addresses now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Paging {
-    /// Page tables there are to walk, 0 with paging off.
+    /// The number of page table levels; 0 if paging is off.
     levels: u32,
-    /// Bytes of an entry: 4 or 8.
+    /// The size of an entry: 4 or 8 bytes.
     entry: u64,
-    /// Where the top table is.
+    /// The address of the top table.
     root: u64,
-    /// Page directory entries may be large pages.
+    /// Whether page directory entries may be large pages.
     has_large: bool,
 }
 
 impl Paging {
-    /// By the control registers and EFER.
+    /// Determine it from the control registers and EFER.
     #[must_use]
     pub fn of(sregs: &kvm_sregs) -> Self {
         let is_set = |value: u64, bit: u64| value & bit != 0;
@@ -40,7 +40,7 @@ impl Paging {
             () if is_set(sregs.cr4, CR4_LA57) => 5,
             () => 4,
         };
-        // The top table of PAE is one of 32 bytes; the others are pages.
+        // The top table of PAE has 32 bytes; the others are pages.
         let mask = if levels == 3 { 0xffff_ffe0 } else { ADDRESS };
         Self {
             levels,
@@ -50,8 +50,8 @@ impl Paging {
         }
     }
 
-    /// The guest-physical address behind `address`, none where nothing is mapped. `read` reads an
-    /// entry of 4 or 8 bytes at a guest-physical address, none where there is no memory.
+    /// Translate `address` to a guest-physical address. None if it is not mapped. `read` reads an
+    /// entry of 4 or 8 bytes at a guest-physical address; None if there is no memory.
     pub fn translate(&self, address: u64, read: impl Fn(u64, u64) -> Option<u64>) -> Option<u64> {
         if !self.reaches(address) {
             return None;
@@ -65,8 +65,7 @@ impl Paging {
             if entry & PRESENT == 0 {
                 return None;
             }
-            // Large pages stand in the directories: of 4 or 2 MiB, and of 1 GiB where that is
-            // another table's level.
+            // Directories contain large pages: of 4 or 2 MiB, and of 1 GiB one level higher.
             let may_be_large = level == 1 || (level == 2 && self.levels > 3);
             if may_be_large && self.has_large && entry & LARGE != 0 {
                 return Some(
@@ -81,7 +80,7 @@ impl Paging {
         Some(table | address & 0xfff)
     }
 
-    /// Whether the address is one that a guest in this mode can form.
+    /// Whether a guest in this mode can form the address.
     fn reaches(&self, address: u64) -> bool {
         match self.levels {
             0 => true,

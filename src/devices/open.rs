@@ -238,7 +238,7 @@ mod tests {
         let name = std::env::temp_dir().join(format!("pyvmm-listens-{}", std::process::id()));
         let listener = UnixListener::bind(&name).unwrap();
         std::fs::remove_file(&name).unwrap();
-        assert!(refusal(&listener, Direction::Input).contains("listens"));
+        assert!(refusal(&listener, Direction::Input).contains("listening"));
         for fd in [-1, i32::MAX] {
             assert_eq!(duplicate(fd, Direction::Input).unwrap_err().errno, Some(libc::EBADF));
         }

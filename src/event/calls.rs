@@ -23,7 +23,7 @@ type Queue<T> = Mutex<VecDeque<T>>;
 #[cfg(loom)]
 type QueueGuard<'a, T> = MutexGuard<'a, VecDeque<T>>;
 
-/// Calls that wait to be made, and whether the loop is to stop.
+/// The queued calls, and the stop request.
 #[derive(Debug)]
 pub struct Calls<T> {
     queue: Queue<T>,
@@ -53,7 +53,7 @@ impl<T> Calls<T> {
         self.queue.lock().unwrap()
     }
 
-    /// Have a call made. The caller kicks the loop then.
+    /// Queue a call. The caller then kicks the loop.
     pub fn push(&self, call: T) {
         self.lock().push_back(call);
         // Release: pairs with the acquire in `waiting`, so that a thread that sees the flag finds
@@ -61,24 +61,24 @@ impl<T> Calls<T> {
         self.has_calls.store(true, Ordering::Release);
     }
 
-    /// How many calls wait.
+    /// The number of queued calls.
     pub fn waiting(&self) -> usize {
         if !self.has_calls.load(Ordering::Acquire) {
             return 0;
         }
-        // Cleared first: a call that comes now sets it again. Release, so that no clearing slides
-        // below the look.
+        // Cleared first: a call queued now sets it again. Release, so that the clearing is not
+        // reordered after the check.
         self.has_calls.store(false, Ordering::Release);
         self.lock().len()
     }
 
-    /// The next one.
+    /// Take the next call.
     pub fn pop(&self) -> Option<T> {
         self.lock().pop_front()
     }
 
-    /// Have the next turn look at those that were not made; whether there are any. The caller kicks
-    /// the loop then.
+    /// Keep the calls that were not made for the next iteration. Returns whether there are any. The
+    /// caller then kicks the loop.
     pub fn keep(&self) -> bool {
         let has_calls = !self.lock().is_empty();
         if has_calls {
@@ -87,25 +87,25 @@ impl<T> Calls<T> {
         has_calls
     }
 
-    /// Have the loop stop. The caller kicks it then.
+    /// Request a stop. The caller then kicks the loop.
     pub fn stop(&self) {
-        // Release: the loop's thread sees what was done before the request.
+        // Release: the loop's thread sees everything done before the request.
         self.stopping.store(true, Ordering::Release);
     }
 
-    /// Whether it is to stop; once.
+    /// Take the stop request. Returns whether there was one.
     pub fn take_stop(&self) -> bool {
-        // Acquire and release: as in `stop`. Looked at before it is written: that is cheaper, and
-        // this is done each turn.
+        // Acquire and release: as in `stop`. Loaded before the swap, which is cheaper and happens
+        // in each iteration.
         self.stopping.load(Ordering::Acquire) && self.stopping.swap(false, Ordering::AcqRel)
     }
 
-    /// All of them.
+    /// Take all calls.
     pub fn take_all(&self) -> VecDeque<T> {
         std::mem::take(&mut *self.lock())
     }
 
-    /// Look at each; not while another thread does something with them.
+    /// Visit each call, under the lock.
     ///
     /// # Errors
     /// The first one of `look`.
@@ -149,7 +149,7 @@ mod tests {
     use super::*;
     use loom::sync::{Arc, Condvar};
 
-    /// The eventfd that a kick writes, and the wait for it.
+    /// The eventfd that a kick writes to, and the wait for it.
     #[derive(Default)]
     struct Wake {
         is_kicked: Mutex<bool>,
@@ -162,7 +162,7 @@ mod tests {
             self.kicked.notify_all();
         }
 
-        /// Returns when it was kicked, or never: loom reports a sleep that nobody ends.
+        /// Returns after a kick. If none comes, loom reports a deadlock.
         fn wait(&self) {
             let mut is_kicked = self.is_kicked.lock().unwrap();
             while !*is_kicked {
@@ -174,7 +174,7 @@ mod tests {
 
     type Shared = Arc<(Calls<usize>, Wake)>;
 
-    /// `run_forever`, until it is told to stop and all calls are made.
+    /// Like `run_forever`: runs until a stop is requested and all calls are made.
     fn run(shared: &Shared, most: usize) {
         let (calls, wake) = &**shared;
         let (mut made, mut is_stopped) = (0, false);
@@ -193,7 +193,7 @@ mod tests {
     #[test]
     fn no_call_and_no_stop_is_lost_at_any_moment() {
         let mut model = loom::model::Builder::new();
-        // Without a bound it takes minutes.
+        // Without a bound the model takes minutes.
         model.preemption_bound = Some(3);
         model.check(|| {
             let shared = Shared::default();

@@ -1,10 +1,8 @@
-//! The epoll set that `event_manager` keeps to itself: found, shared, and purged of stale
-//! registrations.
+//! Finds the private epoll set of `event_manager`, shares it, and purges it of stale registrations.
 //!
-//! Why: with the set's fd a thread can wait outside the manager's lock, another loop can host this
-//! one, and a registration whose fd number was closed (a stale one) can be removed. The crate does
-//! not hand the fd out. How: register an eventfd of our own, then look for the one epoll set that
-//! knows it.
+//! With the set's fd, a thread can wait outside the manager's lock, another loop can host this one,
+//! and a stale registration, whose fd number was closed, can be removed. The crate does not expose
+//! the fd. To find it, this module registers an eventfd and looks for the epoll set that knows it.
 
 use std::fs;
 use std::io;
@@ -26,10 +24,10 @@ use crate::poll::wait_for_either;
 /// The manager's epoll set.
 #[derive(Debug)]
 pub(super) struct EpollSet {
-    /// The number that the manager itself uses; it stays open as long as the manager lives.
+    /// The fd that the manager itself uses. It stays open for the life of the manager.
     number: RawFd,
-    /// What other loops wait on: it watches the set, and is the same file as long as the manager
-    /// lives. Made when it is asked for: each event takes a step more through it.
+    /// An epoll set for other loops to wait on. It watches the manager's set, and stays the same
+    /// file for the life of the manager. Created on demand, because it adds a step to each event.
     host: OnceLock<Epoll>,
     /// Written to wake a waiter.
     wake: Arc<EventFd>,
@@ -53,7 +51,7 @@ impl MutEventSubscriber for Waker {
 }
 
 impl EpollSet {
-    /// Find the set of a manager that has just been made.
+    /// Find the set of a new manager.
     pub(super) fn of(upstream: &mut EventManager<BoxedSubscriber>) -> Result<Self> {
         let wake = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(|e| os("eventfd", &e))?);
         let woken = Arc::new(AtomicBool::new(false));
@@ -69,7 +67,7 @@ impl EpollSet {
         Ok(Self { number, host: OnceLock::new(), wake, woken })
     }
 
-    /// The number for other loops to wait on. For the holder of the manager's lock.
+    /// The fd for other loops to wait on. The caller holds the manager's lock.
     pub(super) fn host_number(&self) -> Result<RawFd> {
         if let Some(host) = self.host.get() {
             return Ok(host.as_raw_fd());
@@ -84,8 +82,8 @@ impl EpollSet {
         host.ctl(ControlOperation::Add, self.number, event).map_err(|e| os("epoll_ctl", &e))
     }
 
-    /// Wait until an event is ready. False when the deadline passed, a signal came, or `interrupt`
-    /// is readable alone.
+    /// Wait until an event is ready. False if the deadline passed, a signal arrived, or only
+    /// `interrupt` is readable.
     pub(super) fn wait(&self, deadline: Option<Instant>, interrupt: Option<RawFd>) -> Result<bool> {
         let [is_ready, _] = wait_for_either([self.number, interrupt.unwrap_or(-1)], deadline)
             .map_err(|e| os("ppoll", &e))?;
@@ -96,21 +94,21 @@ impl EpollSet {
     pub(super) fn wake(&self) -> Result<()> {
         match self.wake.write(1) {
             Err(e) if e.kind() != io::ErrorKind::WouldBlock => Err(os("eventfd", &e)),
-            // A full counter is wake-up enough.
+            // A full counter also wakes the thread.
             _ => Ok(()),
         }
     }
 
-    /// Whether the last dispatch drained a wake-up. For the thread that holds the manager's lock.
+    /// Whether the last dispatch drained a wake-up. The caller holds the manager's lock.
     pub(super) fn take_woken(&self) -> bool {
-        // Relaxed: written by the dispatch, under the same lock.
-        // Looked at before it is written: that is cheaper, and this is done at each dispatch.
+        // Relaxed: the dispatch writes it under the same lock. Loaded before the swap, which is
+        // cheaper and happens at each dispatch.
         self.woken.load(Ordering::Relaxed) && self.woken.swap(false, Ordering::Relaxed)
     }
 
-    /// Whether epoll itself watches the file that has this number now.
+    /// Whether epoll watches the file that now has this number.
     pub(super) fn watches(&self, fd: RawFd) -> bool {
-        // Adding it again is what epoll refuses; adding it for the first time is undone.
+        // Epoll refuses to add a watched file again. If the add succeeds, it is undone.
         match self.control(ControlOperation::Add, fd) {
             Ok(()) => {
                 let _ = self.control(ControlOperation::Delete, fd);
@@ -120,23 +118,22 @@ impl EpollSet {
         }
     }
 
-    /// Watch nothing of `fd`, so that upstream can delete it.
+    /// Register `fd` without events, so that upstream can delete it.
     pub(super) fn add_placeholder(&self, fd: RawFd) -> io::Result<()> {
         self.control(ControlOperation::Add, fd)
     }
 
-    /// Take a number's registration back. False when epoll has none of the file that the number
-    /// leads to now.
+    /// Remove a number's registration. False if epoll has none for the file that now has the
+    /// number.
     pub(super) fn forget(&self, fd: RawFd) -> bool {
         self.control(ControlOperation::Delete, fd).is_ok()
     }
 
-    /// Remove registrations under these numbers that no number leads to any more. For the holder of
-    /// the manager's lock.
+    /// Remove stale registrations under these numbers. The caller holds the manager's lock.
     ///
-    /// Epoll knows a registration by file and number. When the number was closed but the file lives
-    /// on through a duplicate, no call can name it: the set is rebuilt without it and put in the
-    /// old one's place, at the same number, so that the manager does not notice.
+    /// Epoll identifies a registration by file and number. If the number was closed but a duplicate
+    /// keeps the file open, no call can name the registration. The set is therefore rebuilt without
+    /// it and replaces the old one at the same number, so that the manager does not notice.
     pub(super) fn drop_stale(&self, fds: &[RawFd]) -> Result<()> {
         if !fds.iter().any(|fd| may_watch(self.number, *fd)) {
             return Ok(());
@@ -148,16 +145,15 @@ impl EpollSet {
         let fresh = Epoll::new().map_err(|e| os("epoll_create1", &e))?;
         for r in registered.iter().filter(|r| !fds.contains(&r.fd)) {
             let event = EpollEvent::new(EventSet::from_bits_truncate(r.events), r.data);
-            // A registration whose number has been closed since is stale too, and stays behind.
+            // If the number was closed meanwhile, the registration is stale too and is not copied.
             let _ = fresh.ctl(ControlOperation::Add, r.fd, event);
         }
         if let Some(host) = self.host.get() {
-            // A thread that waits keeps the old set alive: it must not be what makes the host
-            // readable.
+            // A waiting thread keeps the old set alive. It must no longer make the host readable.
             let _ = host.ctl(ControlOperation::Delete, self.number, EpollEvent::default());
         }
-        // SAFETY: the number is open and stays its owner's; dup3 swaps the file behind it in one
-        // step, so that no other thread can be given the number in between.
+        // SAFETY: the number is open and keeps its owner. dup3 replaces its file atomically, so no
+        // other thread can get the number in between.
         let swapped = unsafe { libc::dup3(fresh.as_raw_fd(), self.number, libc::O_CLOEXEC) };
         let swapped =
             if swapped < 0 { Err(os("dup3", &io::Error::last_os_error())) } else { Ok(()) };
@@ -165,14 +161,13 @@ impl EpollSet {
             self.watch_from(host)?;
         }
         swapped?;
-        // A thread that waits on the old set sees what was registered there, but nothing added from
-        // here on.
+        // A thread that waits on the old set would miss registrations added from now on.
         self.wake()
     }
 
     fn control(&self, operation: ControlOperation, fd: RawFd) -> io::Result<()> {
         let data = u64::try_from(fd).unwrap_or_default();
-        // Without events and one-shot: nothing but an error could ever be reported, and that once.
+        // Without events, and one-shot: only an error could be reported, and only once.
         let event = EpollEvent::new(EventSet::ONE_SHOT, data);
         let mut event = libc::epoll_event { events: event.events(), u64: event.data() };
         // SAFETY: a valid epoll fd, and an event that lives through the call.
@@ -191,9 +186,9 @@ struct KcmpEpollSlot {
 
 const KCMP_EPOLL_TFD: libc::c_long = 7;
 
-/// Whether a set may have a registration under this number, whatever the number leads to now. It
-/// costs no descriptor, and less than reading the list; where the kernel does not answer, the list
-/// has to be read.
+/// Whether a set may have a registration under this number, whichever file the number has now. This
+/// needs no descriptor and is cheaper than reading the list. If the kernel does not support it, the
+/// list must be read.
 fn may_watch(epoll: RawFd, fd: RawFd) -> bool {
     let (Ok(set), Ok(target)) = (u32::try_from(epoll), u32::try_from(fd)) else { return false };
     let slot = KcmpEpollSlot { epoll: set, target, offset: 0 };
@@ -230,7 +225,7 @@ fn parse_entry(line: &str) -> Option<EpollEntry> {
 
 fn find_set_with(member: &EventFd) -> io::Result<RawFd> {
     let number = member.as_raw_fd();
-    // Made just before the member, so most likely a number or two below it.
+    // The set was created just before the member, so its number is probably slightly lower.
     if let Some(fd) = (1..=4).map(|below| number - below).find(|fd| is_set_with(*fd, member)) {
         return Ok(fd);
     }
@@ -243,8 +238,8 @@ fn find_set_with(member: &EventFd) -> io::Result<RawFd> {
     Err(io::ErrorKind::NotFound.into())
 }
 
-/// Whether the number is an epoll set's that watches the member: only that one can be asked to
-/// change nothing.
+/// Whether the number is an epoll set that watches the member. EPOLL_CTL_MOD succeeds only for that
+/// set, and changes nothing.
 fn is_set_with(fd: RawFd, member: &EventFd) -> bool {
     let event = Events::new(member, EventSet::IN).epoll_event();
     let mut event = libc::epoll_event { events: event.events(), u64: event.data() };

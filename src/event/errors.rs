@@ -1,4 +1,4 @@
-//! What the crate's event manager and epoll answer, as errors that a person can act on.
+//! Converts errors of the crate's event manager and of epoll to helpful messages.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -25,7 +25,7 @@ pub(super) fn at_fd(at: &str, fd: RawFd, error: event_manager::Error) -> Error {
     about(at, fd, errno_of(&error), &error)
 }
 
-/// The same for what epoll itself answers.
+/// Convert an error of epoll itself.
 pub(super) fn refused(at: &str, fd: RawFd, error: &io::Error) -> Error {
     about(at, fd, error.raw_os_error(), error)
 }

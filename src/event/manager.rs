@@ -21,17 +21,17 @@ use crate::trace::Recorders;
 /// The event manager: subscribers, their file descriptors, and the loop that dispatches events to
 /// them.
 ///
-/// One thread at a time turns the loop. Subscribers are called with the manager's lock held: they
-/// change what they watch through the `EventOps` they are given, and must not call the manager
+/// One thread at a time runs the loop. Subscribers are called with the manager's lock held. They
+/// change their registrations through the `EventOps` passed to them, and must not call the manager
 /// itself.
 pub struct EventManager {
     pub(super) registrations: Mutex<Registrations, rank::EventManager>,
     pub(super) epoll: EpollSet,
     process_tag: ProcessTag,
-    /// Goes up, under the lock, with each registration that is taken back.
+    /// Counts removed registrations; incremented under the lock.
     pub(super) removals: Arc<AtomicU64>,
     pub(super) waits: Waits,
-    /// Traces that see the loop's turns.
+    /// Traces that record the loop.
     pub recorders: Recorders,
 }
 
@@ -55,9 +55,9 @@ impl EventManager {
         Ok(Self { registrations, epoll, process_tag, removals, waits, recorders })
     }
 
-    /// From here on several threads may turn this loop at once. One of them may take the event, or
-    /// the kick, that another waits for: so none waits for longer than 50 ms. Returns when no
-    /// thread is in a longer wait any more.
+    /// From now on, several threads may run this loop at once. One of them may take the event or
+    /// the kick that another waits for, so no wait is longer than 50 ms. Returns once all longer
+    /// waits have ended.
     ///
     /// # Errors
     /// When the wake-up cannot be written.
@@ -75,13 +75,13 @@ impl EventManager {
     }
 
     /// # Errors
-    /// In a forked child: its epoll set is its parent's.
+    /// In a forked child, because the epoll set belongs to the parent.
     pub fn check_process(&self) -> Result<()> {
         self.process_tag.check("event manager")
     }
 
-    /// A number for other loops to wait on: readable when an event is ready. It is the same file as
-    /// long as the manager lives.
+    /// A file descriptor for other loops to wait on, readable when an event is ready. It stays the
+    /// same file for the life of the manager.
     ///
     /// # Errors
     /// When the process has no file descriptor left, or in a forked child.
@@ -91,7 +91,7 @@ impl EventManager {
         self.epoll.host_number()
     }
 
-    /// Under the lock that subscribers are called with.
+    /// Call `f` with the manager's lock held, as subscribers are called.
     pub fn locked<T>(&self, f: impl FnOnce() -> T) -> T {
         let _registrations = self.registrations.lock();
         f()
@@ -162,7 +162,7 @@ mod tests {
         let fd = ready_eventfd();
         manager.add(id, Events::new(&fd, EventSet::IN)).unwrap();
         let error = manager.add(id, Events::new(&fd, EventSet::IN)).unwrap_err();
-        assert!(error.detail.contains("registered already"), "{error}");
+        assert!(error.detail.contains("already registered"), "{error}");
     }
 
     #[test]
@@ -259,7 +259,7 @@ mod tests {
             manager.remove(id, number).unwrap();
             assert_eq!(manager.run_with_timeout(0).unwrap(), 0);
             let again = ready_eventfd();
-            // SAFETY: a number of ours, put where the closed one was; nothing owns it.
+            // SAFETY: the number is this test's, and nothing owns it since it was closed.
             unsafe { libc::dup2(again.as_raw_fd(), number) };
             manager.add(id, Events::new_raw(number, EventSet::IN)).unwrap();
             assert_eq!(manager.run_with_timeout(1000).unwrap(), 1);

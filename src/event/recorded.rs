@@ -1,4 +1,4 @@
-//! Shows a trace the events that a loop dispatches. On the thread that turns the loop.
+//! Records the events that a loop dispatches in traces. Runs on the loop's thread.
 
 use std::time::Instant;
 
@@ -25,7 +25,7 @@ impl MutEventSubscriber for Recorded {
     }
 }
 
-/// Record that the event of a file descriptor has been dispatched to its subscriber.
+/// Record the dispatch of a file descriptor's event to its subscriber.
 pub(crate) fn record_event(events: Events, times: (Instant, Instant)) {
     let fd = events.fd().unsigned_abs();
     let values = [

@@ -1,4 +1,5 @@
-//! Adds, changes and removes subscribers of an `EventManager` and what they watch. From any thread.
+//! Adds, changes and removes subscribers of an `EventManager` and their registrations, from any
+//! thread.
 
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -19,7 +20,7 @@ impl EventManager {
         self.add_unrecorded(Box::new(Recorded(subscriber)))
     }
 
-    /// The same for one whose events are no events of a trace.
+    /// Register a subscriber whose events are not recorded in traces.
     pub(crate) fn add_unrecorded(&self, subscriber: BoxedSubscriber) -> SubscriberId {
         self.registrations.lock().upstream.add_subscriber(subscriber)
     }
@@ -32,15 +33,15 @@ impl EventManager {
         self.check_process()?;
         let mut registrations = self.registrations.lock();
         ops(&mut registrations.upstream, id)?;
-        // One that its owner closed while a duplicate of it lives on cannot be forgotten by number,
-        // and would reach upstream as an fd it does not know.
+        // A file whose number was closed while a duplicate is open cannot be removed by number, and
+        // its events would reach upstream with an unknown fd.
         let left = registrations.unwatch_all(id);
         registrations.stale.extend(left.into_iter().filter(|fd| !self.epoll.forget(*fd)));
         let subscriber = registrations.upstream.remove_subscriber(id).map_err(event_error)?;
         self.count_removal();
         registrations.closed.retain(|_, owner| *owner != id);
-        // Without descriptors it is tried again before the next dispatch, which says so: the
-        // subscriber is gone by now.
+        // If no descriptor is available, the next dispatch tries again and reports an error. The
+        // subscriber is already removed.
         let _ = registrations.drop_stale(&self.epoll);
         Ok(subscriber)
     }
@@ -61,7 +62,7 @@ impl EventManager {
                 let detail = format!("file descriptor {fd} is already registered");
                 return Err(Error::new(ErrorKind::Event, "EventOps.add", detail));
             }
-            // The number's former file was closed while it was registered: forget that one.
+            // The number's previous file was closed while registered: remove that registration.
             self.count_removal();
             registrations.forget_closed(&self.epoll, owner, fd)?;
         } else if let Some(owner) = registrations.closed.get(&fd).copied() {
@@ -74,7 +75,7 @@ impl EventManager {
         Ok(())
     }
 
-    /// Change what is watched of an fd that the subscriber has added.
+    /// Change the events of an fd that the subscriber has added.
     ///
     /// # Errors
     /// When the id is unknown, the fd is not registered by this subscriber, or epoll refuses the
@@ -91,18 +92,18 @@ impl EventManager {
         Ok(())
     }
 
-    /// Have what is ready on `fd` reported again: an edge-triggered or one-shot event that was
-    /// fetched and not handled. Does nothing for an fd that the subscriber does not watch any more.
+    /// Report the ready events of `fd` again, after an edge-triggered or one-shot event was fetched
+    /// but not handled. Does nothing if the subscriber no longer watches the fd.
     pub fn rearm(&self, id: SubscriberId, fd: RawFd) {
         let mut registrations = self.registrations.lock();
         let watched = registrations.watched(fd).filter(|watched| watched.owner == id);
         if let (Some(watched), Ok(ops)) = (watched, ops(&mut registrations.upstream, id)) {
-            // Fails only for an fd that was closed since: then there is nothing to report.
+            // Fails only if the fd was closed meanwhile. Then there is nothing to report.
             let _ = ops.modify(watched.events);
         }
     }
 
-    /// Stop watching an fd that the subscriber has added. It may have been closed since.
+    /// Stop watching an fd that the subscriber has added. The fd may already be closed.
     ///
     /// # Errors
     /// When the id is unknown or the fd is not registered by this subscriber.
@@ -113,8 +114,8 @@ impl EventManager {
         self.stop_watching(&mut registrations, id, fd)
     }
 
-    /// Stop watching an fd if its number was closed and a duplicate keeps the registration alive:
-    /// nobody could handle the hang-up that it reports for ever. Says whether that was so.
+    /// Stop watching an fd if its number was closed and a duplicate keeps the registration alive.
+    /// Otherwise it would report a hang-up endlessly. Returns whether that was the case.
     ///
     /// # Errors
     /// When the epoll set cannot be purged.
@@ -143,8 +144,8 @@ impl EventManager {
         Ok(())
     }
 
-    /// How often a registration was taken back. While it stays, every fetched event still has its
-    /// receiver.
+    /// The number of removed registrations. While it is unchanged, every fetched event still has
+    /// its subscriber.
     #[must_use]
     pub fn removals(&self) -> u64 {
         // Acquire: a thread that sees the count sees the removal.
@@ -162,7 +163,7 @@ impl EventManager {
         self.removals.fetch_add(1, Ordering::Release);
     }
 
-    /// Whether this subscriber still watches this fd: what a queued event is checked against.
+    /// Whether this subscriber still watches this fd. Queued events are checked with this.
     #[must_use]
     pub fn is_watching(&self, id: SubscriberId, fd: RawFd) -> bool {
         self.registrations.lock().watched(fd).is_some_and(|watched| watched.owner == id)

@@ -1,5 +1,5 @@
-//! What the event manager's lock guards: the crate's manager, and which subscriber watches which
-//! descriptor. On the thread that holds the lock.
+//! The data of the event manager's lock: the crate's manager, and which subscriber watches which
+//! descriptor. Used by the thread that holds the lock.
 
 use std::collections::HashMap;
 use std::os::fd::RawFd;
@@ -13,13 +13,15 @@ use crate::error::{Error, ErrorKind, Result};
 
 pub(super) struct Registrations {
     pub(super) upstream: Upstream<BoxedSubscriber>,
-    /// What is watched, by fd, of what came through [`add`](super::EventManager::add).
+    /// The registrations made by [`add`](super::EventManager::add), by fd.
     watched: HashMap<RawFd, Registration>,
-    /// The fds among them by their owner: removing one subscriber does not look at the others'.
+    /// Their fds by owner, so that removing one subscriber does not visit the others.
     owned: HashMap<SubscriberId, Vec<RawFd>>,
-    /// What was closed before it was removed: upstream still takes these numbers for their owners'.
+    /// Numbers that were closed before they were removed. Upstream still assigns them to their
+    /// owners.
     pub(super) closed: HashMap<RawFd, SubscriberId>,
-    /// Numbers whose stale registrations could not be dropped yet, for want of descriptors.
+    /// Numbers whose stale registrations could not be dropped yet, because no descriptor was
+    /// available.
     pub(super) stale: Vec<RawFd>,
 }
 
@@ -35,7 +37,7 @@ impl Registrations {
         Self { upstream, watched, owned, closed: HashMap::new(), stale: Vec::new() }
     }
 
-    /// What an fd is watched for, and by whom.
+    /// The events and the owner of an fd.
     pub(super) fn watched(&self, fd: RawFd) -> Option<Registration> {
         self.watched.get(&fd).copied()
     }
@@ -54,7 +56,7 @@ impl Registrations {
         }
     }
 
-    /// Forget all that a subscriber watches, and say what that was.
+    /// Remove all registrations of a subscriber. Returns their fds.
     pub(super) fn unwatch_all(&mut self, owner: SubscriberId) -> Vec<RawFd> {
         let fds = self.owned.remove(&owner).unwrap_or_default();
         for fd in &fds {
@@ -63,8 +65,8 @@ impl Registrations {
         fds
     }
 
-    /// Drop the stale registrations that are left. Until that is done nothing may be dispatched:
-    /// upstream knows no receiver of their events.
+    /// Drop the remaining stale registrations. Until then nothing may be dispatched, because
+    /// upstream does not know a subscriber for their events.
     pub(super) fn drop_stale(&mut self, epoll: &EpollSet) -> Result<()> {
         if !self.stale.is_empty() {
             epoll.drop_stale(&self.stale)?;
@@ -87,8 +89,8 @@ impl Registrations {
         }
     }
 
-    /// Make upstream forget `fd`, whose registered file is gone and whose number names another file
-    /// now.
+    /// Make upstream remove `fd`, whose registered file is gone and whose number now names another
+    /// file.
     pub(super) fn forget_closed(
         &mut self,
         epoll: &EpollSet,
@@ -96,7 +98,7 @@ impl Registrations {
         fd: RawFd,
     ) -> Result<()> {
         epoll.drop_stale(&[fd])?;
-        // Upstream forgets an fd only when epoll deletes it: so epoll must have it for a moment.
+        // Upstream removes an fd only if epoll deletes it, so it is registered there briefly.
         epoll.add_placeholder(fd).map_err(|e| refused("EventOps.add", fd, &e))?;
         self.unwatch(fd);
         self.closed.remove(&fd);

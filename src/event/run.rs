@@ -1,4 +1,4 @@
-//! How a loop is turned: wait, dispatch, or the other way around. On the thread that turns it.
+//! Runs an iteration of the loop: wait and dispatch, or dispatch first. Runs on the loop's thread.
 
 use std::os::fd::RawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -11,7 +11,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::hop::hop;
 
 impl EventManager {
-    /// Wait for events and dispatch them once; returns how many were dispatched.
+    /// Wait for events and dispatch them once. Returns the number of dispatched events.
     ///
     /// # Errors
     /// When epoll fails.
@@ -24,8 +24,8 @@ impl EventManager {
         }
     }
 
-    /// [`Self::run`] for at most this long; -1 for no limit. Returns 0 when the time passed, a
-    /// signal interrupted the wait, or [`Self::kick`] was called.
+    /// Like [`Self::run`], but wait at most this long; -1 means no limit. Returns 0 if the time
+    /// passed, a signal interrupted the wait, or [`Self::kick`] was called.
     ///
     /// # Errors
     /// When epoll fails.
@@ -35,9 +35,9 @@ impl EventManager {
         Ok(dispatched.unwrap_or(0))
     }
 
-    /// [`Self::run`] until this time, none for no limit. After [`Self::kick`] it returns 0: who was
-    /// kicked has something to look at. None when the time passed, a signal interrupted the wait,
-    /// `interrupt` turned readable, or, in a shared loop, every 50 ms.
+    /// Like [`Self::run`], but wait at most until this time; None means no limit. Returns 0 after
+    /// [`Self::kick`], so that the caller checks its requests. Returns None if the time passed, a
+    /// signal interrupted the wait, `interrupt` is readable, or, in a shared loop, every 50 ms.
     ///
     /// # Errors
     /// When epoll fails.
@@ -61,8 +61,8 @@ impl EventManager {
         }
     }
 
-    /// [`Self::run_until`] for a thread that expects nothing to be ready yet: it waits before it
-    /// looks.
+    /// Like [`Self::run_until`], for a thread that expects no ready events: it waits before it
+    /// dispatches.
     ///
     /// # Errors
     /// When epoll fails.
@@ -78,9 +78,8 @@ impl EventManager {
         Ok(Some(self.dispatch(&mut self.registrations.lock())?.events))
     }
 
-    /// [`Self::run_with_timeout`] without waiting, not even for the manager's lock: none when
-    /// another thread holds it, or when nothing was ready. `take` is called after the dispatch,
-    /// under the lock still.
+    /// Dispatch without waiting, not even for the manager's lock. None if another thread holds the
+    /// lock, or nothing was ready. `take` is called after the dispatch, with the lock still held.
     ///
     /// # Errors
     /// When epoll fails.
@@ -94,13 +93,13 @@ impl EventManager {
         Ok((events > 0 || woken).then_some(events))
     }
 
-    /// Dispatch what is ready now, without waiting.
+    /// Dispatch the ready events, without waiting.
     pub(super) fn dispatch(&self, registrations: &mut Registrations) -> Result<Dispatched> {
         hop!();
         registrations.drop_stale(&self.epoll)?;
-        // Upstream's dispatch has an `unreachable!` for an fd it does not know. Stale registrations
-        // are dropped when they arise; this keeps one that got through, or a panic in a subscriber,
-        // from unwinding a run.
+        // Upstream's dispatch has an `unreachable!` for an unknown fd. Stale registrations are
+        // dropped when they arise. If one is missed, or a subscriber panics, this stops the
+        // unwinding.
         match catch_unwind(AssertUnwindSafe(|| registrations.upstream.run_with_timeout(0))) {
             Ok(result) => {
                 let woken = self.epoll.take_woken();
@@ -115,9 +114,9 @@ impl EventManager {
     }
 }
 
-/// What a dispatch came to.
+/// The result of a dispatch.
 pub(super) struct Dispatched {
     pub(super) events: usize,
-    /// A wake-up was consumed: the caller has to check its requests.
+    /// Whether a wake-up was consumed. The caller then has to check its requests.
     pub(super) woken: bool,
 }

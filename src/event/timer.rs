@@ -6,16 +6,16 @@ use std::time::Duration;
 
 use crate::poll::take_count;
 
-/// A timer behind a file descriptor, readable when it has expired.
+/// A timer with a file descriptor that is readable when the timer has expired.
 #[derive(Debug)]
 pub struct TimerFd(OwnedFd);
 
 /// When a timer expires first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Expiry {
-    /// So much later. Zero: at once.
+    /// After this time. Zero means at once.
     In(Duration),
-    /// At this time of `CLOCK_MONOTONIC`. A time that has passed: at once.
+    /// At this time of `CLOCK_MONOTONIC`. A time in the past means at once.
     At(Duration),
 }
 
@@ -31,11 +31,11 @@ impl TimerFd {
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: the kernel has just given us this number and nobody else knows it.
+        // SAFETY: the kernel has just returned this number, and nothing else knows it.
         Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 
-    /// Set it; with an interval it goes on expiring. Expirations so far are forgotten.
+    /// Arm the timer. With an interval it expires repeatedly. Clears previous expirations.
     ///
     /// # Errors
     /// When the kernel refuses the time.
@@ -44,11 +44,11 @@ impl TimerFd {
             Expiry::In(delay) => (delay, 0),
             Expiry::At(time) => (time, libc::TFD_TIMER_ABSTIME),
         };
-        // Zero would unset it.
+        // Zero would disarm the timer.
         self.settime(first.max(Duration::from_nanos(1)), interval, flags)
     }
 
-    /// Unset it and forget the expirations so far.
+    /// Disarm the timer and clear previous expirations.
     ///
     /// # Errors
     /// Never in practice.
@@ -59,18 +59,18 @@ impl TimerFd {
     fn settime(&self, first: Duration, interval: Duration, flags: i32) -> io::Result<()> {
         let times =
             libc::itimerspec { it_value: timespec(first)?, it_interval: timespec(interval)? };
-        // SAFETY: a timer of ours, and times that live through the call; the former ones are not
-        // asked for.
+        // SAFETY: our own timer, and times that live through the call. The old value is not
+        // requested.
         let result = unsafe {
             libc::timerfd_settime(self.as_raw_fd(), flags, &raw const times, std::ptr::null_mut())
         };
         if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
-    /// How often it has expired since the last read or set. Does not wait.
+    /// The number of expirations since the last read or set. Does not wait.
     ///
     /// # Errors
-    /// `WouldBlock` when it has not.
+    /// `WouldBlock` when the timer has not expired.
     pub fn read(&self) -> io::Result<u64> {
         take_count(self.as_raw_fd())
     }

@@ -1,5 +1,5 @@
-//! How long the threads that turn a loop may wait. Alone, as long as they like; in a shared loop in
-//! slices, because another thread may take what they wait for.
+//! Limits the waits of threads that run a loop. In a shared loop a wait has a maximum length,
+//! because another thread may take the event that it waits for.
 
 use std::time::{Duration, Instant};
 
@@ -12,19 +12,19 @@ const MAX_SHARED_WAIT: Duration = Duration::from_millis(50);
 #[derive(Debug, Default)]
 pub(super) struct Waits {
     state: Mutex<State, rank::LoopWaits>,
-    /// The last long wait is over.
+    /// Signalled when the last long wait has ended.
     ended: Condvar,
 }
 
 #[derive(Debug, Default)]
 struct State {
     is_shared: bool,
-    /// Threads in a wait that began before the loop was shared.
+    /// The number of threads in a wait that began before the loop was shared.
     long: usize,
 }
 
 impl Waits {
-    /// Wait until this time at most, as `wait` does it.
+    /// Wait until this time at most, by calling `wait`.
     pub(super) fn wait<T>(
         &self,
         deadline: Option<Instant>,
@@ -37,7 +37,7 @@ impl Waits {
         result
     }
 
-    /// A wait begins; when it has to end, in a shared loop.
+    /// Begin a wait. Returns when it has to end, in a shared loop.
     fn begin(&self) -> Option<Instant> {
         let mut state = self.state.lock();
         if state.is_shared {
@@ -47,7 +47,7 @@ impl Waits {
         None
     }
 
-    /// The wait that began with this answer is over.
+    /// End the wait for which `begin` returned this.
     fn end(&self, slice: Option<Instant>) {
         if slice.is_none() {
             self.state.lock().long -= 1;
@@ -55,13 +55,14 @@ impl Waits {
         }
     }
 
-    /// Have every wait be short from here on; `kick` ends one that is not.
+    /// Limit every wait from now on. `kick` ends a longer wait in progress.
     pub(super) fn share(&self, kick: impl Fn() -> Result<()>) -> Result<()> {
         let mut state = self.state.lock();
         state.is_shared = true;
         while state.long > 0 {
             kick()?;
-            // Not for ever: a waiter that was woken for something else may have taken the kick.
+            // With a timeout, because a waiter that was woken for another reason may have taken the
+            // kick.
             self.ended.wait_for(&mut state, Duration::from_millis(1));
         }
         Ok(())

@@ -1,12 +1,11 @@
-//! Arithmetic on general registers: POPCNT, CRC32, MOVBE, ADCX, ADOX, and the two sets of bit
-//! manipulation, BMI1 and BMI2 (Intel SDM volume 2). Flags that the manual leaves undefined stay as
-//! they are.
+//! Arithmetic on general registers: POPCNT, CRC32, MOVBE, ADCX, ADOX, and bit manipulation with
+//! BMI1 and BMI2 (Intel SDM volume 2). Flags that are undefined in the manual do not change.
 
 use iced_x86::{Instruction, Mnemonic};
 
 use super::cpu::{ARITHMETIC, CF, Cpu, Done, Flow, OF, SF, Stop, UD, ZF, fault, mask};
 
-/// What is executed here, and its name.
+/// The instructions executed here, with their names.
 const TABLE: [(Mnemonic, &str); 21] = [
     (Mnemonic::Popcnt, "popcnt"),
     (Mnemonic::Crc32, "crc32"),
@@ -185,7 +184,7 @@ fn gather(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<()> {
 fn multiply(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<()> {
     let (value, size) = cpu.load(i, 2)?;
     let product = u128::from(value) * u128::from(cpu.regs.rdx & mask(size));
-    // The upper half last: where both go to one register, it is what stays.
+    // The upper half last: if both go to one register, the upper half remains.
     cpu.store(i, 1, low(product) & mask(size))?;
     cpu.store(i, 0, low(product >> bits(size)) & mask(size))
 }

@@ -8,7 +8,7 @@ use iced_x86::Mnemonic;
 use super::{bits, sse, system, x87, xsave};
 use crate::sync::{Mutex, rank};
 
-/// How often each instruction was executed here, by mnemonic. What a machine's vCPUs share.
+/// Counts of the executed instructions, by mnemonic. Shared by the vCPUs of a machine.
 #[derive(Debug, Default)]
 pub struct Counts(Mutex<BTreeMap<&'static str, u64>, rank::FixupCounts>);
 
@@ -29,7 +29,7 @@ impl Counts {
     }
 }
 
-/// The name of an instruction that has a fix-up, as its manual has it.
+/// The name of an instruction that has a fix-up, as in the manual.
 fn name(mnemonic: Mnemonic) -> &'static str {
     match mnemonic {
         Mnemonic::Int => "int",

@@ -1,6 +1,5 @@
-//! The processor that a fix-up works on: a copy of its registers, and the rest that it may need
-//! through
-//! `Platform`. What an instruction changes in the copy counts only when it has come to its end.
+//! The processor of a fix-up: a copy of the registers, and other state through `Platform`. Changes
+//! to the copy take effect only if the instruction completes.
 
 use iced_x86::{Instruction, MemorySize, Mnemonic, OpKind, Register};
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
@@ -44,21 +43,21 @@ pub(crate) const GP: u8 = 13;
 pub(crate) const PAGE_FAULT: u8 = 14;
 pub(crate) const MF: u8 = 16;
 
-/// An exception that the instruction raises instead of being executed.
+/// An exception that the instruction raises.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Fault {
     pub(crate) vector: u8,
     pub(crate) code: Option<u32>,
-    /// What CR2 takes: the address of a page fault.
+    /// The address of a page fault, for CR2.
     pub(crate) address: Option<u64>,
 }
 
 /// Why an instruction has not been executed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stop {
-    /// It faults, as on the processor.
+    /// The instruction faults, as on the processor.
     Fault(Fault),
-    /// There is no fix-up for it, or for its operands.
+    /// There is no fix-up for the instruction or its operands.
     Unknown,
 }
 
@@ -74,22 +73,22 @@ pub(crate) fn fault_with<T>(vector: u8, code: u32) -> Done<T> {
     Err(Stop::Fault(Fault { vector, code: Some(code), address: None }))
 }
 
-/// Where an instruction without an end of its own goes on.
+/// Where execution continues after an instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Flow {
-    /// Behind it.
+    /// At the next instruction.
     Next,
-    /// Where RIP points now.
+    /// At the new RIP.
     Jumped,
 }
 
-/// The rest of the processor: memory by guest-physical address, and rarer state.
+/// The rest of the processor: memory by guest-physical address, and rarely used state.
 pub(crate) trait Platform {
-    /// Fill `data`; false where it is not all memory.
+    /// Read `data`. False if a part of the range is not memory.
     fn read(&mut self, address: u64, data: &mut [u8]) -> bool;
-    /// Write `data`; false, and nothing written, where it is not all memory that can be written.
+    /// Write `data`. If a part of the range is not writable memory, write nothing and return false.
     fn write(&mut self, address: u64, data: &[u8]) -> bool;
-    /// Set bits of an entry of a page table that is still what it was; false where it is not.
+    /// Set bits of a page table entry if it is unchanged. False if it has changed.
     fn set_bits(&mut self, address: u64, size: u64, old: u64, bits: u64) -> bool;
     /// A model-specific register.
     fn msr(&mut self, index: u32) -> Option<u64>;
@@ -97,12 +96,12 @@ pub(crate) trait Platform {
     fn xcr0(&mut self) -> Option<u64>;
     /// x87, SSE and what XCR0 enables, in the standard format of XSAVE.
     fn xsave(&mut self) -> Option<Vec<u8>>;
-    /// Set those.
+    /// Set the same state.
     fn set_xsave(&mut self, image: &[u8]) -> bool;
-    /// Put `new` at an address of 16 bytes if `old` is there, in one access; what was there. None
-    /// where there is no memory that can be written.
+    /// Compare and exchange 16 bytes in one access. Returns the previous value. None if the address
+    /// is not writable memory.
     fn exchange(&mut self, address: u64, old: u128, new: u128) -> Option<u128>;
-    /// Forget every translation.
+    /// Flush all translations.
     fn flush_translations(&mut self) -> bool;
 }
 
@@ -119,12 +118,12 @@ impl std::fmt::Debug for Cpu<'_> {
     }
 }
 
-/// The number of a register among its kind, where it is one of `count` from `first`.
+/// The number of a register relative to `first`, if it is one of the `count` registers from there.
 fn number(register: Register, first: Register, count: usize) -> Option<usize> {
     (register as usize).checked_sub(first as usize).filter(|number| *number < count)
 }
 
-/// The bytes of a memory operand that is a number; 0 where it is none.
+/// The size of a memory operand that is a number, in bytes. 0 if it is not a number.
 fn memory_bytes(instruction: &Instruction) -> usize {
     match instruction.memory_size() {
         MemorySize::UInt8 | MemorySize::Int8 => 1,
@@ -135,7 +134,7 @@ fn memory_bytes(instruction: &Instruction) -> usize {
     }
 }
 
-/// What a width in bytes leaves of a number.
+/// The bit mask for a width in bytes.
 pub(crate) fn mask(size: usize) -> u64 {
     match size {
         0 => 0,
@@ -158,7 +157,7 @@ impl Cpu<'_> {
         self.sregs.cr0 & CR0_PE != 0
     }
 
-    /// Long mode, its compatibility mode too.
+    /// Whether the processor is in long mode, including compatibility mode.
     pub(crate) fn is_long(&self) -> bool {
         self.sregs.efer & EFER_LMA != 0
     }
@@ -167,14 +166,14 @@ impl Cpu<'_> {
         self.is_long() && self.sregs.cs.l != 0
     }
 
-    /// Whether an address is one that can be formed.
+    /// Whether an address is canonical.
     pub(crate) fn is_canonical(&self, address: u64) -> bool {
         let top = if self.sregs.cr4 & CR4_LA57 != 0 { 56 } else { 47 };
         let sign = address >> top;
         sign == 0 || sign == u64::MAX >> top
     }
 
-    /// One of the sixteen, whole.
+    /// One of the sixteen registers, in full width.
     pub(crate) fn general(&mut self, number: usize) -> Option<&mut u64> {
         let r = &mut self.regs;
         Some(match number {
@@ -219,7 +218,7 @@ impl Cpu<'_> {
         Ok((value & mask(size), size))
     }
 
-    /// Set a general register: 32 bits clear the upper half, fewer leave it.
+    /// Set a general register. Writing 32 bits clears the upper half; narrower writes keep it.
     pub(crate) fn set_register(&mut self, register: Register, value: u64) -> Done<()> {
         let (number, size, is_high) = place(register)?;
         let whole = self.general(number).ok_or(Stop::Unknown)?;
@@ -232,7 +231,7 @@ impl Cpu<'_> {
         Ok(())
     }
 
-    /// The offset in its segment of a memory operand.
+    /// The offset of a memory operand in its segment.
     pub(crate) fn offset(&mut self, instruction: &Instruction, operand: u32) -> Done<u64> {
         instruction
             .virtual_address(operand, 0, |register, _, _| match self.segment(register) {
@@ -242,7 +241,7 @@ impl Cpu<'_> {
             .ok_or(Stop::Unknown)
     }
 
-    /// The value of an operand of a register or memory, zero-extended.
+    /// Load a register or memory operand, zero-extended.
     pub(crate) fn load(&mut self, instruction: &Instruction, operand: u32) -> Done<(u64, usize)> {
         match instruction.op_kind(operand) {
             OpKind::Register => self.register(instruction.op_register(operand)),
@@ -258,7 +257,7 @@ impl Cpu<'_> {
         }
     }
 
-    /// Set an operand of a register or memory.
+    /// Store a register or memory operand.
     pub(crate) fn store(
         &mut self,
         instruction: &Instruction,
@@ -278,7 +277,7 @@ impl Cpu<'_> {
         }
     }
 
-    /// Read a memory operand as the guest's own privilege allows.
+    /// Read a memory operand with the guest's privilege.
     pub(crate) fn read_operand(
         &mut self,
         instruction: &Instruction,
@@ -290,7 +289,7 @@ impl Cpu<'_> {
         self.read_linear(linear, data, Access::explicit(self.cpl(), false))
     }
 
-    /// Fault as a write of a memory operand would, before anything is read of it.
+    /// Fault as a write of a memory operand would, before it is read.
     pub(crate) fn check_write(
         &mut self,
         instruction: &Instruction,
@@ -302,7 +301,7 @@ impl Cpu<'_> {
         self.pieces(linear, length, Access::explicit(self.cpl(), true)).map(drop)
     }
 
-    /// Write a memory operand as the guest's own privilege allows.
+    /// Write a memory operand with the guest's privilege.
     pub(crate) fn write_operand(
         &mut self,
         instruction: &Instruction,

@@ -1,5 +1,5 @@
-//! Segment descriptors: those of the GDT and the LDT, and what a segment register keeps of one
-//! (Intel SDM volume 3, section 3.4.5).
+//! Segment descriptors of the GDT and the LDT, and segment registers loaded from them (Intel SDM
+//! volume 3, section 3.4.5).
 
 use kvm_bindings::kvm_segment;
 
@@ -8,7 +8,7 @@ use super::cpu::{Cpu, Done};
 
 const ACCESSED: u64 = 1 << 40;
 
-/// The eight bytes of a descriptor, and where they stand.
+/// The eight bytes of a descriptor, and their address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Descriptor {
     pub(crate) raw: u64,
@@ -48,7 +48,7 @@ impl Descriptor {
         self.is_code() && self.kind() & 4 != 0
     }
 
-    /// A code segment that can be read, or data.
+    /// Whether it is a data segment or a readable code segment.
     pub(crate) fn is_readable(&self) -> bool {
         !self.is_system() && (!self.is_code() || self.kind() & 2 != 0)
     }
@@ -57,12 +57,12 @@ impl Descriptor {
         !self.is_system() && !self.is_code() && self.kind() & 2 != 0
     }
 
-    /// L without D.
+    /// Whether L is set and D is clear.
     pub(crate) fn is_64_bit(&self) -> bool {
         self.field(53, 2) == 1
     }
 
-    /// The last offset, in bytes.
+    /// The last valid offset, in bytes.
     pub(crate) fn limit(&self) -> u32 {
         let pages = self.field(0, 16) | self.field(48, 4) << 16;
         let limit = if self.field(55, 1) != 0 { pages << 12 | 0xfff } else { pages };
@@ -70,7 +70,7 @@ impl Descriptor {
     }
 }
 
-/// What a segment register keeps of a descriptor. `level`: the privilege that goes with it.
+/// The segment register for a descriptor. `level`: the privilege level of the selector.
 pub(crate) fn segment_of(selector: u16, d: &Descriptor, level: u8) -> kvm_segment {
     kvm_segment {
         base: d.field(16, 24) | d.field(56, 8) << 24,
@@ -90,7 +90,7 @@ pub(crate) fn segment_of(selector: u16, d: &Descriptor, level: u8) -> kvm_segmen
 }
 
 impl Cpu<'_> {
-    /// The descriptor of a selector; none where its table has none.
+    /// The descriptor of a selector. None if its table does not contain it.
     pub(crate) fn descriptor(&mut self, selector: u16) -> Done<Option<Descriptor>> {
         let (base, limit) = if selector & 4 == 0 {
             (self.sregs.gdt.base, u32::from(self.sregs.gdt.limit))
@@ -109,7 +109,7 @@ impl Cpu<'_> {
         Ok(Some(Descriptor { raw: u64::from_le_bytes(bytes), linear }))
     }
 
-    /// A descriptor that a segment register is loaded with has its accessed bit set.
+    /// Set the accessed bit of a descriptor that a segment register is loaded with.
     pub(crate) fn mark_accessed(&mut self, descriptor: &Descriptor) -> Done<()> {
         if descriptor.raw & ACCESSED != 0 {
             return Ok(());

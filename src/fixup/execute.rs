@@ -5,8 +5,7 @@ use iced_x86::{Code, Instruction, Mnemonic};
 use super::cpu::{Cpu, Done, Flow, OF, RF, UD, fault, mask};
 use super::{bits, sse, system, x87, xsave};
 
-/// Execute an instruction on a copy of the processor. What it says of memory is done when it
-/// returns.
+/// Execute an instruction on a copy of the processor. Writes to memory are complete when it returns.
 pub(crate) fn execute(cpu: &mut Cpu<'_>, instruction: &Instruction) -> Done<Flow> {
     if instruction.has_lock_prefix() && instruction.code() != Code::Cmpxchg16b_m128 {
         return fault(UD);
@@ -47,7 +46,7 @@ mod tests {
     fn a_lock_prefix_where_none_may_be_is_undefined() {
         let mut ram = Ram::new(0x2000);
         let popcnt = [0xf0, 0xf3, 0x0f, 0xb8, 0x03];
-        // The decoder refuses it already.
+        // The decoder already refuses it.
         assert_eq!(decode(&popcnt, 32, 0), None);
         let regs = kvm_regs::default();
         let popcnt = [0xf3, 0x0f, 0xb8, 0xc3];
@@ -55,7 +54,7 @@ mod tests {
         assert_eq!((after.rax, after.rip), (3, 0x1004));
     }
 
-    /// Two pages of bytes that a seed decides (xorshift).
+    /// Two pages of pseudo-random bytes from a seed (xorshift).
     fn noise(seed: u64) -> Vec<u8> {
         let mut state = seed | 1;
         let next = || {
@@ -67,7 +66,7 @@ mod tests {
         std::iter::repeat_with(next).take(0x400).flatten().collect()
     }
 
-    /// Bytes that reach the fix-ups more often than any bytes do.
+    /// Bytes that reach the fix-ups more often than uniformly random ones.
     fn code() -> impl Strategy<Value = Vec<u8>> {
         let prefix = proptest::collection::vec(
             prop_oneof![Just(0x66), Just(0xf2), Just(0xf3), Just(0x48), Just(0x67), Just(0xf0)],

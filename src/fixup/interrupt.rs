@@ -1,7 +1,7 @@
-//! Software interrupts delivered as the processor does: through the vectors of real mode, the gates
+//! Delivers software interrupts as the processor does: through the vectors of real mode, the gates
 //! of protected mode, and those of long mode (Intel SDM volume 3, sections 6.12 and 6.14, and
-//! volume 2, INT n). What faults on the way is returned for KVM to inject. Task gates, virtual-8086
-//! mode, shadow stacks and FRED are left to the exit.
+//! volume 2, INT n). A fault during the delivery is returned, and KVM injects it. Task gates,
+//! virtual-8086 mode, shadow stacks and FRED are not supported, and the exit is reported.
 
 use super::access::Access;
 use super::cpu::{
@@ -10,7 +10,7 @@ use super::cpu::{
 use super::descriptor::{Descriptor, segment_of};
 use super::stack::{Stack, null_stack};
 
-/// In an error code: the index is one of the IDT.
+/// In an error code: the index refers to the IDT.
 const CODE_IDT: u32 = 2;
 const CR4_FRED: u64 = 1 << 32;
 
@@ -18,17 +18,17 @@ const CR4_FRED: u64 = 1 << 32;
 struct Gate {
     selector: u16,
     offset: u64,
-    /// It leaves interrupts as they are.
+    /// Whether it is a trap gate, which does not disable interrupts.
     is_trap: bool,
-    /// Bytes of what is pushed: 2, 4 or 8.
+    /// The size of each pushed value in bytes: 2, 4 or 8.
     width: usize,
-    /// A stack of the TSS's interrupt stack table; 0 for none.
+    /// The index in the TSS's interrupt stack table; 0 for none.
     stack: u8,
 }
 
 impl Cpu<'_> {
-    /// Deliver a software interrupt from an instruction that ends at `next`. `is_checked`: the
-    /// gate's privilege is looked at, as for all but INT1.
+    /// Deliver a software interrupt from an instruction that ends at `next`. `is_checked`: whether
+    /// the gate's privilege is checked, as for all but INT1.
     pub(crate) fn interrupt(&mut self, vector: u8, next: u64, is_checked: bool) -> Done<Flow> {
         if self.regs.rflags & VM != 0 || self.sregs.cr4 & (CR4_CET | CR4_FRED) != 0 {
             return Err(Stop::Unknown);
@@ -66,7 +66,7 @@ impl Cpu<'_> {
         Ok(Flow::Jumped)
     }
 
-    /// The address that a gate leads to.
+    /// The address of the gate's handler.
     fn entry_of(&self, gate: &Gate, code: &Descriptor) -> Done<u64> {
         let offset = gate.offset & mask(if gate.width == 8 { 8 } else { 4 });
         let is_outside = match gate.width {
@@ -136,7 +136,7 @@ impl Cpu<'_> {
         })
     }
 
-    /// The code segment that a gate leads to.
+    /// The code segment of the gate's handler.
     fn code_of_gate(&mut self, selector: u16) -> Done<Descriptor> {
         let code = u32::from(selector & !3);
         if code == 0 {
@@ -169,7 +169,7 @@ impl Cpu<'_> {
         if !self.is_canonical(pointer) {
             return fault_with(SS, 0);
         }
-        // A null selector with the new privilege: KVM takes the level from the segment's DPL.
+        // A null selector with the new privilege. KVM takes the level from the segment's DPL.
         let segment = match new < old {
             true => null_stack(new),
             false => same.segment,

@@ -10,7 +10,7 @@ use super::xsave::{SSE, get, image, put, set_image};
 
 const XMM: usize = 160;
 
-/// What is executed here, its name, and how.
+/// The instructions executed here, with their names and kinds.
 const TABLE: [(Mnemonic, &str, Kind); 61] = [
     (Mnemonic::Movd, "movd", Kind::Scalar),
     (Mnemonic::Movq, "movq", Kind::Scalar),
@@ -86,23 +86,23 @@ const TABLE: [(Mnemonic, &str, Kind); 61] = [
 const LOW: u128 = u64::MAX as u128;
 const WORD: u64 = u32::MAX as u64;
 
-/// What an instruction does with its operands.
+/// How an instruction uses its operands.
 #[derive(Clone, Copy)]
 enum Kind {
-    /// A number between a register of either kind and the lowest part of an XMM register, which
-    /// clears the rest.
+    /// Moves a number between the lowest part of an XMM register and another operand. Writing the
+    /// XMM register clears its upper part.
     Scalar,
-    /// Half of a register, at this byte, from or to memory.
+    /// Moves half of a register, at this byte, from or to memory.
     Half(u32),
-    /// The sign of each byte to a general register.
+    /// Moves the sign of each byte to a general register.
     Mask,
-    /// From both registers whole.
+    /// Combines both registers as a whole.
     Both(fn(u128, u128) -> u128),
-    /// From each pair of numbers of so many bits.
+    /// Combines each pair of numbers of this many bits.
     Lanes(u32, fn(u64, u64) -> u64),
-    /// From both and an immediate byte.
+    /// Combines both registers and an immediate byte.
     Immediate(fn(u128, u128, u32) -> u128),
-    /// Each number of so many bits, by a count for all.
+    /// Shifts each number of this many bits by a common count.
     Shift(u32, fn(u64, u64, u32) -> u64),
 }
 
@@ -235,7 +235,7 @@ fn lane(value: u128, at: u32, bits: u32) -> u64 {
     u64::try_from(masked).unwrap_or(u64::MAX)
 }
 
-/// All numbers of `bits`, made by where they stand.
+/// Build a register from numbers of `bits`, computed from their positions.
 fn lanes(bits: u32, made: impl Fn(u32) -> u64) -> u128 {
     (0..128 / bits).fold(0, |all, n| {
         let number = u128::from(made(n * bits)) & (u128::MAX >> (128 - bits));
@@ -247,7 +247,7 @@ fn equal(a: u64, b: u64) -> u64 {
     if a == b { u64::MAX } else { 0 }
 }
 
-/// The numbers of the lower halves, taken in turn.
+/// Interleave the numbers of the lower halves.
 fn interleave(a: u128, b: u128, bits: u32) -> u128 {
     lanes(bits, |at| {
         let from = if (at / bits).is_multiple_of(2) { a } else { b };
@@ -272,7 +272,7 @@ fn shuffle(a: u128, b: u128, order: u32, bits: u32, start: u32) -> u128 {
     })
 }
 
-/// Sixteen bytes of the thirty-two of both, from byte `count` of the second on.
+/// Sixteen of the thirty-two bytes of both, starting at byte `count` of the second.
 fn align(a: u128, b: u128, count: u32) -> u128 {
     match count {
         0 => b,

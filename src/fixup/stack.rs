@@ -1,5 +1,5 @@
-//! The stack that an interrupt pushes its frame on: the current one, or the one that the task-state
-//! segment has for a level. Intel SDM volume 3, 7.12 and 9.
+//! The stack for the frame of an interrupt: the current one, or the one in the task-state segment
+//! for the new level. Intel SDM volume 3, 7.12 and 9.
 
 use kvm_bindings::kvm_segment;
 
@@ -7,16 +7,16 @@ use super::access::Access;
 use super::cpu::{Cpu, Done, SS, Stop, TS, fault_with, mask};
 use super::descriptor::segment_of;
 
-/// A stack to push a frame on. The vCPU switches to it only at the end.
+/// A stack for a frame. The vCPU switches to it only at the end.
 pub(super) struct Stack {
     pub(super) segment: kvm_segment,
     pub(super) pointer: u64,
 }
 
 impl Cpu<'_> {
-    /// The stack that the TSS of protected mode has for a level.
+    /// The stack for a level in the TSS of protected mode.
     pub(super) fn inner_stack(&mut self, level: u8) -> Done<Stack> {
-        // Types 9 and 11: a TSS of 32 bits; 1 and 3: of 16.
+        // Types 9 and 11 are a 32-bit TSS, 1 and 3 a 16-bit one.
         let (pointer, selector) = if self.sregs.tr.type_ & 8 != 0 {
             let at = 4 + u32::from(level) * 8;
             (self.task_field(at, 4)?, self.task_field(at + 4, 2)?)
@@ -56,7 +56,7 @@ impl Cpu<'_> {
         Ok(u64::from_le_bytes(bytes))
     }
 
-    /// Push a frame, the first word at the highest address, as the new level would.
+    /// Push a frame with the permissions of the new level, the first word at the highest address.
     pub(super) fn push(
         &mut self,
         stack: &mut Stack,
@@ -79,7 +79,7 @@ impl Cpu<'_> {
             stack.pointer = pointer;
             return Ok(());
         }
-        // A stack of 16 bits wraps within its 64 KiB and leaves the upper half of ESP.
+        // A 16-bit stack wraps within its 64 KiB and does not change the upper half of ESP.
         let wrap = mask(if stack.segment.db != 0 { 4 } else { 2 });
         let pointer = stack.pointer.wrapping_sub(length) & wrap;
         if pointer.checked_add(length).is_none_or(|end| end > wrap + 1) {

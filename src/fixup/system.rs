@@ -1,5 +1,5 @@
 //! System instructions: CLAC and STAC, the segment checks, the bases of FS and GS, the time stamp,
-//! hints, CMPXCHG16B, INVPCID, and the opcodes that are undefined for ever (Intel SDM volume 2).
+//! hints, CMPXCHG16B, INVPCID, and the reserved undefined opcodes (Intel SDM volume 2).
 
 use iced_x86::{Instruction, Mnemonic};
 
@@ -13,7 +13,7 @@ const IA32_TSC: u32 = 0x10;
 const IA32_TSC_AUX: u32 = 0xc000_0103;
 const CR4_TSD: u64 = 1 << 2;
 
-/// What is executed here, and its name.
+/// The instructions executed here, with their names.
 const TABLE: [(Mnemonic, &str); 26] = [
     (Mnemonic::Clac, "clac"),
     (Mnemonic::Stac, "stac"),
@@ -50,7 +50,7 @@ pub(super) fn name(mnemonic: Mnemonic) -> Option<&'static str> {
 pub(super) fn execute(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<Flow> {
     match i.mnemonic() {
         Mnemonic::Clac | Mnemonic::Stac => {
-            // Without privilege they are undefined, also in virtual-8086 mode.
+            // Undefined outside ring 0, also in virtual-8086 mode.
             if cpu.cpl() != 0 {
                 return fault(UD);
             }
@@ -69,11 +69,10 @@ pub(super) fn execute(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<Flow> {
         Mnemonic::Cmpxchg16b => compare_exchange(cpu, i)?,
         Mnemonic::Invpcid => invalidate(cpu, i)?,
         Mnemonic::Clwb | Mnemonic::Clflushopt => cpu.read_operand(i, 0, &mut [0])?,
-        // Hints; RDSSP does nothing where there are no shadow stacks, and delivery leaves those to
-        // the exit.
+        // Hints. RDSSP does nothing without shadow stacks, which are not supported here.
         Mnemonic::Cldemote | Mnemonic::Rdsspd | Mnemonic::Rdsspq => {}
         Mnemonic::Pause | Mnemonic::Nop => {}
-        // KVM takes them as no operations too, where a guest has them.
+        // KVM also treats them as no-ops, if the guest has them.
         Mnemonic::Monitor | Mnemonic::Mwait if cpu.cpl() == 0 => {}
         Mnemonic::Monitor | Mnemonic::Mwait => return fault(UD),
         Mnemonic::Ud0 | Mnemonic::Ud1 | Mnemonic::Ud2 => return fault(UD),
@@ -82,7 +81,7 @@ pub(super) fn execute(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<Flow> {
     Ok(Flow::Next)
 }
 
-/// The types of system descriptors that LAR and LSL look at: TSSs and LDTs, for LAR gates too
+/// Whether LAR and LSL accept a type of system descriptor: TSSs and LDTs, and for LAR also gates
 /// (Intel SDM volume 2).
 fn is_inspectable(cpu: &Cpu<'_>, kind: u8, is_limit: bool) -> bool {
     match (cpu.is_long(), is_limit) {
@@ -93,7 +92,7 @@ fn is_inspectable(cpu: &Cpu<'_>, kind: u8, is_limit: bool) -> bool {
     }
 }
 
-/// VERR, VERW, LAR and LSL: ZF says whether the segment can be reached so.
+/// VERR, VERW, LAR and LSL: ZF is set if the segment is accessible.
 fn inspect(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<()> {
     if !cpu.is_protected() || cpu.regs.rflags & VM != 0 {
         return fault(UD);
@@ -188,7 +187,7 @@ fn compare_exchange(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<()> {
     Ok(())
 }
 
-/// INVPCID, taken as widely as it is allowed to be: every translation is forgotten.
+/// INVPCID. Flushes all translations, as the manual permits.
 fn invalidate(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<()> {
     if cpu.cpl() != 0 {
         return fault_with(GP, 0);

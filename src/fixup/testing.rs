@@ -6,7 +6,7 @@ use super::cpu::{Cpu, Done, Platform};
 use super::execute::execute;
 use crate::debug::{bitness, decode};
 
-/// Memory from address 0 on, and a little state.
+/// Memory from address 0 on, and a little other state.
 pub(crate) struct Ram {
     pub(crate) bytes: Vec<u8>,
     pub(crate) xsave: Vec<u8>,
@@ -111,7 +111,7 @@ pub(crate) fn protected(ring: u8) -> kvm_sregs {
     }
 }
 
-/// Execute some bytes at 0x1000; the registers after it.
+/// Execute some bytes at 0x1000. Returns the registers after it.
 pub(crate) fn run(
     ram: &mut Ram,
     regs: kvm_regs,

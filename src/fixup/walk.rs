@@ -1,6 +1,4 @@
-//! Memory by linear address, as the processor reaches it: through the page tables with every
-//! permission checked, the accessed and dirty bits set, and page faults with their error code
-//! (Intel SDM volume 3, sections 5.6 to 5.8).
+//! Accesses memory by linear address, as the processor does: through the page tables, with permission checks, accessed and dirty bits, and page faults with their error code (Intel SDM volume 3, sections 5.6 to 5.8).
 
 use super::access::Access;
 use super::cpu::{AC, Cpu, Done, Fault, PAGE_FAULT, Stop, mask};
@@ -25,7 +23,7 @@ const NO_EXECUTE: u64 = 1 << 63;
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 const PAGE: u64 = 4096;
 
-/// How often a walk starts again because another processor changes an entry under it.
+/// How often a walk may restart because another processor has changed an entry.
 const MOST_WALKS: u32 = 64;
 
 const CODE_PRESENT: u32 = 1;
@@ -33,7 +31,7 @@ const CODE_WRITE: u32 = 1 << 1;
 const CODE_USER: u32 = 1 << 2;
 const CODE_RESERVED: u32 = 1 << 3;
 
-/// The page tables of a mode: how many, bytes of an entry, where the top one is.
+/// The page tables of a mode: the number of levels, the size of an entry, the address of the top table.
 struct Tables {
     levels: u32,
     entry: u64,
@@ -72,7 +70,7 @@ impl Rights {
 }
 
 impl Cpu<'_> {
-    /// Fill `data` from a linear address.
+    /// Read `data` from a linear address.
     pub(crate) fn read_linear(&mut self, linear: u64, data: &mut [u8], access: Access) -> Done<()> {
         let mut rest = data;
         for (address, length) in self.pieces(linear, rest.len(), access)? {
@@ -85,11 +83,11 @@ impl Cpu<'_> {
         Ok(())
     }
 
-    /// Write `data` to a linear address: all of it, or nothing and a fault.
+    /// Write `data` to a linear address. If it faults, nothing is written.
     pub(crate) fn write_linear(&mut self, linear: u64, data: &[u8], access: Access) -> Done<()> {
         let pieces = self.pieces(linear, data.len(), access)?;
         let mut scratch = [0];
-        // Where there is no memory KVM's own exit stays: before anything is written.
+        // If there is no memory, KVM's own exit is reported, before anything is written.
         if !pieces.iter().all(|(address, _)| self.platform.read(*address, &mut scratch)) {
             return Err(Stop::Unknown);
         }
@@ -139,7 +137,7 @@ impl Cpu<'_> {
         Some(Tables { levels, entry, root })
     }
 
-    /// The guest-physical address of a linear one.
+    /// Translate a linear address to a guest-physical one.
     pub(crate) fn walk(&mut self, linear: u64, access: Access) -> Done<u64> {
         for _ in 0..MOST_WALKS {
             if let Some(address) = self.walk_once(linear, access)? {
@@ -210,7 +208,7 @@ impl Cpu<'_> {
         }
     }
 
-    /// Set bits of an entry, unless it has changed since it was read.
+    /// Set bits of an entry, unless it has changed since the read.
     fn note(&mut self, at: u64, size: u64, entry: u64, bits: u64) -> bool {
         entry & bits == bits || self.platform.set_bits(at, size, entry, bits)
     }
@@ -229,7 +227,7 @@ impl Cpu<'_> {
         if is_refused {
             return self.page_fault(linear, access, CODE_PRESENT);
         }
-        // Protection keys but the first are not looked at here.
+        // Protection keys other than the first are not supported here.
         if s.cr4 & CR4_PKE != 0 && rights.is_user && rights.entry >> 59 & 15 != 0 {
             return Err(Stop::Unknown);
         }

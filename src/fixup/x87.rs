@@ -9,10 +9,10 @@ use super::xsave::{CONTROL, MXCSR, SSE, X87, check_mxcsr, get, image, put, set_i
 
 const STATUS: usize = 2;
 const TAGS: usize = 4;
-/// An exception that is not masked waits to be raised.
+/// An unmasked exception is pending.
 const STATUS_SUMMARY: u64 = 1 << 7;
 
-/// What is executed here, and its name.
+/// The instructions executed here, with their names.
 const TABLE: [(Mnemonic, &str); 7] = [
     (Mnemonic::Wait, "fwait"),
     (Mnemonic::Fnclex, "fnclex"),
@@ -41,8 +41,8 @@ pub(super) fn execute(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<Flow> {
     Ok(Flow::Next)
 }
 
-/// Raise #MF for a pending x87 exception. With CR0.NE clear it is an external interrupt: then the
-/// exit is reported.
+/// Raise #MF for a pending x87 exception. If CR0.NE is clear, it would be an external interrupt,
+/// and the exit is reported instead.
 fn raise_pending(cpu: &mut Cpu<'_>) -> Done<()> {
     if get(&image(cpu)?, STATUS, 2)? & STATUS_SUMMARY == 0 {
         return Ok(());
@@ -75,7 +75,7 @@ fn x87(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<()> {
             cpu.read_operand(i, 0, &mut word)?;
             let control = u64::from(u16::from_le_bytes(word)) | 0x40;
             put(&mut image, CONTROL, 2, control)?;
-            // An exception whose mask goes waits from now on.
+            // An exception that is no longer masked is pending from now on.
             let status = get(&image, STATUS, 2)?;
             let is_waiting = status & !control & 0x3f != 0;
             let summary = if is_waiting { STATUS_SUMMARY | 1 << 15 } else { 0 };

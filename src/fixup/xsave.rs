@@ -1,5 +1,5 @@
-//! XGETBV and the XSAVE family (Intel SDM volume 1, chapter 13). KVM hands the state over in the
-//! standard format of XSAVE; where each component stands and how long it is, CPUID says.
+//! XGETBV and the XSAVE family (Intel SDM volume 1, chapter 13). KVM provides the state in the
+//! standard format of XSAVE. CPUID gives the position and length of each component.
 
 use iced_x86::{Instruction, Mnemonic};
 
@@ -16,7 +16,7 @@ pub(super) const SSE: u64 = 2;
 const AVX: u64 = 4;
 const COMPACT: u64 = 1 << 63;
 
-/// What is executed here, and its name.
+/// The instructions executed here, with their names.
 const TABLE: [(Mnemonic, &str); 13] = [
     (Mnemonic::Xgetbv, "xgetbv"),
     (Mnemonic::Xsave, "xsave"),
@@ -43,7 +43,7 @@ pub(super) fn execute(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<Flow> {
             check_xsave(cpu, false)?;
             let value = match cpu.regs.rcx & mask(4) {
                 0 => cpu.platform.xcr0().ok_or(Stop::Unknown)?,
-                // XCR0 and what of it is in use.
+                // The components of XCR0 that are in use.
                 1 => cpu.platform.xcr0().ok_or(Stop::Unknown)? & in_use(&image(cpu)?)?,
                 _ => return fault_with(GP, 0),
             };
@@ -74,12 +74,12 @@ pub(super) fn put(image: &mut [u8], at: usize, size: usize, value: u64) -> Done<
     Ok(())
 }
 
-/// The components that are not as they were at the start.
+/// The components that are not in their initial state.
 fn in_use(image: &[u8]) -> Done<u64> {
     get(image, HEADER, 8)
 }
 
-/// Hand a changed image back, with these components in it.
+/// Set a changed image with these components.
 pub(super) fn set_image(cpu: &mut Cpu<'_>, mut image: Vec<u8>, components: u64) -> Done<()> {
     let now = in_use(&image)? | components;
     put(&mut image, HEADER, 8, now)?;
@@ -101,8 +101,8 @@ fn check_xsave(cpu: &Cpu<'_>, is_using: bool) -> Done<()> {
     if is_using && cpu.sregs.cr0 & CR0_TS != 0 { fault(NM) } else { Ok(()) }
 }
 
-/// Where a component stands in the standard format, its bytes, and whether it starts at 64 bytes in
-/// the compact one.
+/// The position and length of a component in the standard format, and whether it is aligned to 64
+/// bytes in the compact one.
 #[derive(Clone, Copy, Debug)]
 struct Place {
     number: u32,
@@ -111,7 +111,7 @@ struct Place {
     is_aligned: bool,
 }
 
-/// The components from AVX on that `which` names, as this processor has them.
+/// The components from AVX on that are in `which`, as on this processor.
 fn places(which: u64) -> impl Iterator<Item = Place> {
     (2..63).filter(move |number| which >> number & 1 != 0).map(|number| {
         let leaf = std::arch::x86_64::__cpuid_count(0xd, number);
@@ -130,8 +130,8 @@ fn compact_places(which: u64) -> impl Iterator<Item = (Place, usize)> {
     })
 }
 
-/// What both directions need: the operand's components, and whether the extended state of
-/// supervisors is meant.
+/// The requested components, after the checks that saving and restoring share. `is_supervisor`:
+/// whether supervisor state is included.
 fn requested(cpu: &mut Cpu<'_>, i: &Instruction, is_supervisor: bool) -> Done<u64> {
     check_xsave(cpu, true)?;
     if is_supervisor {
@@ -176,11 +176,11 @@ fn save(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<()> {
         used |= SSE;
     }
     let end = area_end(components, is_compact);
-    // What is not saved stays as it was in memory.
+    // Memory of components that are not saved does not change.
     let mut area = vec![0; end];
     cpu.check_write(i, 0, end)?;
     cpu.read_operand(i, 0, &mut area)?;
-    // Only XSAVE itself writes components that are in their first state.
+    // Only XSAVE itself writes components that are in their initial state.
     let is_all = matches!(i.mnemonic(), Mnemonic::Xsave | Mnemonic::Xsave64);
     let written = if is_all { components } else { components & used };
     save_legacy(&mut area, &image, written, is_wide(i.mnemonic()))?;
@@ -236,7 +236,7 @@ fn save_legacy(area: &mut [u8], image: &[u8], written: u64, is_wide: bool) -> Do
         copy(area, 0, image, 0, MXCSR)?;
         copy(area, 32, image, 32, 128)?;
         if !is_wide {
-            // The selectors, which processors of today save as zero.
+            // The selectors, which current processors save as zero.
             put(area, 12, 4, 0)?;
             put(area, 20, 4, 0)?;
         }
@@ -269,7 +269,7 @@ fn restore(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<()> {
         {
             load(&mut image, place, at)?;
         }
-        // Those that the area has no room for take their first state.
+        // Components that are not in the area get their initial state.
         for place in places(components & !in_area) {
             blank(&mut image, place.offset, place.size)?;
         }
@@ -278,14 +278,13 @@ fn restore(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<()> {
             load(&mut image, place, place.offset)?;
         }
     }
-    // What is loaded replaces what was in use; the rest stays.
+    // Loaded components replace those in use; the others do not change.
     let used = in_use(&image)? & !components;
     put(&mut image, HEADER, 8, used)?;
     set_image(cpu, image, components)
 }
 
-/// The header of an area: which components it has, and its format. A fault if it cannot be
-/// restored.
+/// The header of an area: its components and its format. Faults if the area cannot be restored.
 fn header(area: &[u8], enabled: u64, is_supervisor: bool) -> Done<(u64, u64)> {
     let (saved, format) = (get(area, HEADER, 8)?, get(area, HEADER + 8, 8)?);
     let is_reserved_used =

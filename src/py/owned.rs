@@ -60,7 +60,7 @@ impl<T> Owned<T> {
     /// The thing itself.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] in a forked child, and where the interpreter ends.
+    /// [`ErrorKind::State`] in a forked child, and while the interpreter finalizes.
     pub(super) fn get(&self) -> Result<&T> {
         self.process_tag.check(self.what)?;
         ending::check()?;

@@ -1,5 +1,5 @@
-//! Which locks a thread holds, and the checks of their order. In a release build there is nothing
-//! of it.
+//! Tracks which locks a thread holds, and checks their order. A release build contains none of
+//! this.
 
 #[cfg(debug_assertions)]
 pub use self::checked::assert_unlocked;
@@ -19,7 +19,7 @@ mod checked {
     use super::super::rank::Rank;
     use crate::process::ProcessTag;
 
-    /// A lock's place in the order.
+    /// The position of a lock in the order.
     #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
     struct Entry {
         rank: usize,
@@ -32,14 +32,13 @@ mod checked {
         static HELD: RefCell<Vec<Entry>> = const { RefCell::new(Vec::new()) };
     }
 
-    /// What a thread holds is not known any more while its thread-local values are dropped: then
-    /// nothing is checked.
+    /// While a thread's thread-local values are dropped, its held locks are unknown, and nothing is
+    /// checked.
     fn with_held<T>(f: impl FnOnce(&mut Vec<Entry>) -> T) -> Option<T> {
         HELD.try_with(|held| f(&mut held.borrow_mut())).ok()
     }
 
-    // A violated order is a fault of ours that no caller can handle, in a build that is there to
-    // find it.
+    // A violated order is a bug that no caller can handle, in a build that is meant to find it.
     #[allow(clippy::panic)]
     fn violated(text: &str) -> ! {
         panic!("locks: {text}")
@@ -76,12 +75,13 @@ mod checked {
         }
     }
 
-    /// Where a lock stands in the order.
+    /// The place of a lock in the order.
     #[derive(Debug)]
     pub(in super::super) struct Place<R> {
         number: Option<u64>,
         rank: PhantomData<R>,
-        /// The process that took it first, or 0: one more than the forks before it.
+        /// The process that first took the lock, as one more than the number of earlier forks, or
+        /// 0.
         process: AtomicU64,
     }
 
@@ -100,17 +100,16 @@ mod checked {
             Entry { rank: R::NUMBER, number: self.number, name: R::NAME }
         }
 
-        /// The lock may be waited for now.
+        /// Check that this thread may wait for the lock now.
         pub(in super::super) fn check(&self) {
             self.check_process();
             check(self.entry());
         }
 
-        /// In a forked child a lock of the parent's may be held for ever, by a thread that the
-        /// child does not have.
+        /// In a forked child, a thread of the parent may hold the parent's lock forever.
         fn check_process(&self) {
             let here = ProcessTag::current().number() + 1;
-            // Relaxed: a number that is compared, and guards nothing.
+            // Relaxed: the number is only compared, and protects no data.
             let (success, failure) = (Ordering::Relaxed, Ordering::Relaxed);
             let first = self.process.compare_exchange(0, here, success, failure);
             if first.is_err_and(|first| first != here) {
@@ -119,7 +118,7 @@ mod checked {
         }
     }
 
-    /// A lock that this thread holds, for as long as this lives.
+    /// Records a lock that this thread holds, until it is dropped.
     #[derive(Debug)]
     pub(in super::super) struct Held<R: Rank> {
         entry: Entry,
@@ -144,7 +143,7 @@ mod checked {
             push(self.entry);
         }
 
-        /// Whoever waits lets this lock go, and no other.
+        /// A waiting thread releases this lock, and must hold no other.
         pub(in super::super) fn assert_alone(&self) {
             let other = |held: &mut Vec<Entry>| held.iter().find(|e| **e != self.entry).copied();
             if let Some(other) = with_held(other).flatten() {

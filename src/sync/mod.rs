@@ -1,6 +1,6 @@
-//! The locks of the house: parking_lot's, each with a rank in its type. A debug build checks that
-//! every thread takes them in the order of their ranks, and that it holds none while it waits or
-//! enters Python; a release build pays nothing for it.
+//! The locks of pyvmm: parking_lot's, each with a rank in its type. A debug build checks that every
+//! thread takes them in the order of their ranks, and that it holds none while it waits or enters
+//! Python. In a release build the checks cost nothing.
 
 mod held;
 pub mod rank;
@@ -19,14 +19,14 @@ pub struct Mutex<T, R> {
     lock: parking_lot::Mutex<T>,
 }
 
-/// Holds a [`Mutex`].
+/// The guard of a [`Mutex`].
 #[derive(Debug)]
 pub struct MutexGuard<'a, T, R: Rank> {
     guard: parking_lot::MutexGuard<'a, T>,
     held: Held<R>,
 }
 
-/// Holds a [`Mutex`], for a part of what it guards.
+/// The guard of a [`Mutex`], for a part of its data.
 #[derive(Debug)]
 pub struct MappedMutexGuard<'a, T, R: Rank> {
     guard: parking_lot::MappedMutexGuard<'a, T>,
@@ -34,37 +34,37 @@ pub struct MappedMutexGuard<'a, T, R: Rank> {
 }
 
 impl<T, R> Mutex<T, R> {
-    /// A mutex that is taken with no other of its rank.
+    /// A mutex that is never held together with another of its rank.
     pub const fn new(value: T) -> Self {
         Self { place: Place::new(), lock: parking_lot::Mutex::new(value) }
     }
 
-    /// One of several, which a thread takes together in rising order of their numbers.
+    /// One of several mutexes that a thread may hold together, taken in ascending order of numbers.
     pub const fn numbered(number: u64, value: T) -> Self {
         Self { place: Place::numbered(number), lock: parking_lot::Mutex::new(value) }
     }
 
-    /// What it guards, which nobody else can reach.
+    /// Access the data without locking, because the reference is exclusive.
     pub fn get_mut(&mut self) -> &mut T {
         self.lock.get_mut()
     }
 }
 
 impl<T, R: Rank> Mutex<T, R> {
-    /// Take it, once others have let it go.
+    /// Take the lock, waiting for other holders.
     pub fn lock(&self) -> MutexGuard<'_, T, R> {
         self.place.check();
         MutexGuard { guard: self.lock.lock(), held: Held::new(&self.place) }
     }
 
-    /// Take it, if others let it go within this time.
+    /// Take the lock, waiting at most this long.
     pub fn try_lock_for(&self, limit: Duration) -> Option<MutexGuard<'_, T, R>> {
         self.place.check();
         let guard = self.lock.try_lock_for(limit)?;
         Some(MutexGuard { guard, held: Held::new(&self.place) })
     }
 
-    /// Take it if nobody has it. That waits for nobody, so its rank does not matter.
+    /// Take the lock if it is free. This never waits, so the rank does not matter.
     pub fn try_lock(&self) -> Option<MutexGuard<'_, T, R>> {
         let guard = self.lock.try_lock()?;
         Some(MutexGuard { guard, held: Held::new(&self.place) })
@@ -72,7 +72,7 @@ impl<T, R: Rank> Mutex<T, R> {
 }
 
 impl<'a, T, R: Rank> MutexGuard<'a, T, R> {
-    /// Let it go for as long as `f` takes.
+    /// Release the lock while `f` runs.
     pub fn unlocked<U>(this: &mut Self, f: impl FnOnce() -> U) -> U {
         let Self { guard, held } = this;
         held.let_go();
@@ -85,7 +85,7 @@ impl<'a, T, R: Rank> MutexGuard<'a, T, R> {
         result
     }
 
-    /// Hold it for the part that `f` finds; if it finds none, let it go.
+    /// Keep the lock for the part of the data that `f` returns. Release it if `f` returns None.
     pub fn try_map<U>(
         this: Self,
         f: impl FnOnce(&mut T) -> Option<&mut U>,
@@ -136,12 +136,12 @@ impl<T: fmt::Debug, R> fmt::Debug for Mutex<T, R> {
     }
 }
 
-/// A condition variable for one [`Mutex`]. Whoever waits on it holds that lock alone.
+/// A condition variable for one [`Mutex`]. A waiting thread holds no other lock.
 #[derive(Debug, Default)]
 pub struct Condvar(parking_lot::Condvar);
 
 impl Condvar {
-    /// Nobody waits on it.
+    /// A condition variable without waiters.
     #[must_use]
     pub const fn new() -> Self {
         Self(parking_lot::Condvar::new())
@@ -153,19 +153,19 @@ impl Condvar {
         self.0.wait(&mut guard.guard);
     }
 
-    /// Wait until this time at most; whether it passed.
+    /// Wait until this time at most. Returns whether it passed.
     pub fn wait_until<T, R: Rank>(&self, guard: &mut MutexGuard<'_, T, R>, until: Instant) -> bool {
         guard.held.assert_alone();
         self.0.wait_until(&mut guard.guard, until).timed_out()
     }
 
-    /// Wait for this long at most; whether the time passed.
+    /// Wait for this long at most. Returns whether the time passed.
     pub fn wait_for<T, R: Rank>(&self, guard: &mut MutexGuard<'_, T, R>, limit: Duration) -> bool {
         guard.held.assert_alone();
         self.0.wait_for(&mut guard.guard, limit).timed_out()
     }
 
-    /// Wake all that wait.
+    /// Wake all waiters.
     pub fn notify_all(&self) {
         self.0.notify_all();
     }
@@ -177,46 +177,46 @@ pub struct RwLock<T, R> {
     lock: parking_lot::RwLock<T>,
 }
 
-/// Holds an [`RwLock`], for reading or writing as `G` says.
+/// The guard of an [`RwLock`], for reading or writing, depending on `G`.
 #[derive(Debug)]
 pub struct RwLockGuard<G, R: Rank> {
     guard: G,
     _held: Held<R>,
 }
 
-/// Holds an [`RwLock`] beside other readers.
+/// The guard of an [`RwLock`] for reading.
 pub type ReadGuard<'a, T, R> = RwLockGuard<parking_lot::RwLockReadGuard<'a, T>, R>;
-/// Holds an [`RwLock`] alone.
+/// The guard of an [`RwLock`] for writing.
 pub type WriteGuard<'a, T, R> = RwLockGuard<parking_lot::RwLockWriteGuard<'a, T>, R>;
 
 impl<T, R> RwLock<T, R> {
-    /// A lock that nobody holds.
+    /// An unlocked lock.
     pub const fn new(value: T) -> Self {
         Self { place: Place::new(), lock: parking_lot::RwLock::new(value) }
     }
 }
 
 impl<T, R: Rank> RwLock<T, R> {
-    /// Take it beside other readers. A thread that has it already must not: a writer may wait
-    /// between the two.
+    /// Take the lock for reading. A thread that already holds it must not, because a writer may
+    /// wait in between.
     pub fn read(&self) -> ReadGuard<'_, T, R> {
         self.place.check();
         RwLockGuard { guard: self.lock.read(), _held: Held::new(&self.place) }
     }
 
-    /// Take it alone.
+    /// Take the lock for writing.
     pub fn write(&self) -> WriteGuard<'_, T, R> {
         self.place.check();
         RwLockGuard { guard: self.lock.write(), _held: Held::new(&self.place) }
     }
 
-    /// Take it beside other readers if no writer has it or waits for it.
+    /// Take the lock for reading if no writer holds it or waits for it.
     pub fn try_read(&self) -> Option<ReadGuard<'_, T, R>> {
         let guard = self.lock.try_read()?;
         Some(RwLockGuard { guard, _held: Held::new(&self.place) })
     }
 
-    /// Take it alone if nobody has it.
+    /// Take the lock for writing if it is free.
     pub fn try_write(&self) -> Option<WriteGuard<'_, T, R>> {
         let guard = self.lock.try_write()?;
         Some(RwLockGuard { guard, _held: Held::new(&self.place) })
@@ -263,7 +263,7 @@ mod tests {
     type Low = Mutex<u8, rank::Runner>;
     type High = Mutex<u8, rank::Vcpus>;
 
-    /// What `f` is refused with.
+    /// The message with which `f` is refused.
     fn refusal(f: impl FnOnce()) -> String {
         match catch_unwind(AssertUnwindSafe(f)).map_err(|panic| panic.downcast()) {
             Err(Ok(text)) => *text,

@@ -17,11 +17,11 @@ use crate::sync::{RwLock, rank};
 type Tracks = SmallVec<[Arc<Track>; 1]>;
 
 thread_local! {
-    /// Where this thread is recorded.
+    /// The tracks on which this thread is recorded.
     static CURRENT: RefCell<Tracks> = RefCell::default();
 }
 
-/// While it lives, its thread is recorded.
+/// Records its thread until it is dropped.
 #[derive(Debug)]
 pub struct Recording {
     former: Tracks,
@@ -30,7 +30,7 @@ pub struct Recording {
 }
 
 impl Recording {
-    /// Record this thread on these tracks; none without one.
+    /// Record this thread on these tracks. None if there are no tracks.
     pub(crate) fn on(tracks: impl Iterator<Item = Arc<Track>>) -> Option<Self> {
         let tracks: Tracks = tracks.collect();
         if tracks.is_empty() {
@@ -52,19 +52,19 @@ pub fn is_recorded() -> bool {
     CURRENT.try_with(|tracks| !tracks.borrow().is_empty()).unwrap_or(false)
 }
 
-/// Record what has happened on this thread, from when to when, where it is recorded.
+/// Record a span of this thread, with its start and end, on the thread's tracks.
 pub fn record(category: &str, name: &str, times: (Instant, Instant), values: &[(&str, Value<'_>)]) {
     let span = Span { category, name, times, values };
-    // Fails when the thread ends.
+    // Fails while the thread ends.
     let _ = CURRENT.try_with(|tracks| tracks.borrow().iter().for_each(|track| track.record(&span)));
 }
 
-/// Write what this thread has recorded, if that is much. May wait for the disk.
+/// Write this thread's buffers, if they are large enough. May wait for the disk.
 pub fn flush() {
     let _ = CURRENT.try_with(|tracks| tracks.borrow().iter().for_each(|track| track.flush()));
 }
 
-/// The traces that see an event loop's turns.
+/// The traces that record an event loop.
 #[derive(Debug, Default)]
 pub struct Recorders {
     is_any: AtomicBool,
@@ -72,12 +72,11 @@ pub struct Recorders {
 }
 
 impl Recorders {
-    /// Show a trace each turn, from the next on.
+    /// Record the loop in a trace, starting with the next iteration.
     pub fn add(&self, trace: Arc<Trace>) {
         let mut traces = self.traces.write();
         traces.push(trace);
-        // Relaxed, here and below: the lock orders what it stands for, and a turn may come late to
-        // it.
+        // Relaxed, here and below: the lock orders the data, and an iteration may see the flag late.
         self.is_any.store(true, Ordering::Relaxed);
     }
 
@@ -88,7 +87,7 @@ impl Recorders {
         self.is_any.store(!traces.is_empty(), Ordering::Relaxed);
     }
 
-    /// Record this thread, which turns the loop, where a trace wants it.
+    /// Record this thread, which runs the loop, in all these traces.
     #[must_use]
     pub fn recording(&self) -> Option<Recording> {
         if !self.is_any.load(Ordering::Relaxed) {

@@ -1,5 +1,5 @@
-//! The file of a trace: events as JSON, one a line, in the trace-event format that Perfetto and
-//! chrome://tracing open. Written by the threads that record, each when its buffer is full.
+//! The file of a trace: events as JSON, one on each line, in the trace-event format for Perfetto
+//! and chrome://tracing. Each recorded thread writes its own buffer when it is full.
 
 use std::fmt::Write as _;
 use std::fs::{File, FileType};
@@ -12,7 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::process::ProcessTag;
 use crate::sync::{Mutex, rank};
 
-/// A value beside an event.
+/// An additional value of an event.
 #[derive(Clone, Copy, Debug)]
 pub enum Value<'a> {
     /// A number.
@@ -23,16 +23,16 @@ pub enum Value<'a> {
     Text(&'a str),
 }
 
-/// What happened, from when to when.
+/// An event with its start and end.
 #[derive(Clone, Copy, Debug)]
 pub struct Span<'a> {
-    /// Which hop it is.
+    /// The kind of hop.
     pub category: &'a str,
-    /// What is shown.
+    /// The displayed name.
     pub name: &'a str,
-    /// When it began and ended.
+    /// Its start and end.
     pub times: (Instant, Instant),
-    /// Further values.
+    /// Additional values.
     pub values: &'a [(&'a str, Value<'a>)],
 }
 
@@ -47,24 +47,24 @@ pub(super) struct Sink {
 
 #[derive(Debug)]
 struct Output {
-    /// None when the end has been written.
+    /// None after the end has been written.
     file: Option<File>,
     path: String,
-    /// How much of it is whole events.
+    /// The length of the complete events.
     written: u64,
     error: Option<Error>,
 }
 
 impl Output {
-    /// Write whole events, or nothing: an error is kept for the end.
+    /// Write complete events, or nothing. An error is kept for the end.
     fn write(&mut self, text: &str) {
         let Some(file) = self.file.as_mut().filter(|_| self.error.is_none()) else { return };
         match file.write_all(text.as_bytes()) {
             Ok(()) => self.written += text.len() as u64,
             Err(error) => {
                 self.error = Some(Error::os(ErrorKind::Io, self.path.as_str(), &error));
-                // What was written of them goes. No matter if it does not: the array may lack its
-                // end, too.
+                // Truncate partial events. If this fails, it does not matter: readers accept an array
+                // without its end.
                 let _ = file.set_len(self.written);
                 let _ = file.seek(SeekFrom::Start(self.written));
             }
@@ -74,10 +74,10 @@ impl Output {
 
 impl Sink {
     /// # Errors
-    /// [`ErrorKind::Io`] when the file cannot be made.
+    /// [`ErrorKind::Io`] when the file cannot be created.
     pub(super) fn create(path: &Path) -> Result<Self> {
         let name = path.display().to_string();
-        // The reader of a pipe can block its writer, which here is the guest.
+        // The reader of a pipe can block its writer, which would block the guest.
         let is_pipe = |kind: FileType| kind.is_fifo() || kind.is_socket();
         if path.metadata().is_ok_and(|found| is_pipe(found.file_type())) {
             return Err(Error::new(
@@ -86,7 +86,7 @@ impl Sink {
                 "a trace needs a file, and this is a pipe",
             ));
         }
-        // A terminal that is stopped does not stop the guest either.
+        // Non-blocking, because a stopped terminal must not stop the guest.
         let file = File::options()
             .write(true)
             .create(true)
@@ -114,7 +114,7 @@ impl Sink {
     /// Write the end, once.
     ///
     /// # Errors
-    /// The first of those that came while the file was written.
+    /// The first error that occurred while the file was written.
     pub(super) fn end(&self) -> Result<()> {
         let mut output = self.output.lock();
         let error = output.error.take();
@@ -135,7 +135,8 @@ impl Sink {
         text.push_str("}}");
     }
 
-    /// Append a complete event. What began before the trace is shown from there on.
+    /// Append a complete event. If it began before the trace, it is shown from the start of the
+    /// trace.
     pub(super) fn put_span(&self, text: &mut String, track: u64, span: &Span) {
         let nanoseconds = |at: Instant| at.saturating_duration_since(self.start).as_nanos();
         let (from, to) = (nanoseconds(span.times.0), nanoseconds(span.times.1));

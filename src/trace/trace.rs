@@ -18,10 +18,10 @@ pub struct Trace {
 }
 
 impl Trace {
-    /// A trace into a new file, of a machine with so many vCPUs.
+    /// Create a trace in a new file, for a machine with this number of vCPUs.
     ///
     /// # Errors
-    /// [`crate::error::ErrorKind::Io`] when the file cannot be made.
+    /// [`crate::error::ErrorKind::Io`] when the file cannot be created.
     pub fn create(path: &Path, vcpus: u64) -> Result<Self> {
         let sink = Arc::new(Sink::create(path)?);
         let track = |id| Track::new(id + 1, &format!("vcpu_{id}"), &sink);
@@ -29,11 +29,10 @@ impl Trace {
         Ok(Self { sink, vcpus, loops: Mutex::default() })
     }
 
-    /// Record no more, and complete the file. Does nothing the second time, and in a forked child.
+    /// Stop recording and complete the file. A second call does nothing, nor does a forked child's.
     ///
     /// # Errors
-    /// [`crate::error::ErrorKind::Io`] when the file could not be written: then the trace ends
-    /// before.
+    /// [`crate::error::ErrorKind::Io`] when the file could not be written; the trace then ends earlier.
     pub fn finish(&self) -> Result<()> {
         if self.sink.process_tag.is_forked_child() {
             return Ok(());
@@ -43,12 +42,12 @@ impl Trace {
         self.sink.end()
     }
 
-    /// The track of a vCPU; none for a number that does not exist.
+    /// The track of a vCPU. None if the number does not exist.
     pub(crate) fn vcpu(&self, vcpu: u64) -> Option<&Arc<Track>> {
         usize::try_from(vcpu).ok().and_then(|vcpu| self.vcpus.get(vcpu))
     }
 
-    /// The track of this thread, which turns a loop.
+    /// The track of this thread, which runs a loop.
     pub(super) fn of_loop(&self) -> Arc<Track> {
         let this = std::thread::current().id();
         let mut loops = self.loops.lock();
@@ -65,7 +64,7 @@ impl Trace {
 
 impl Drop for Trace {
     fn drop(&mut self) {
-        // There is no caller to report a failure to.
+        // An error cannot be reported to a caller here.
         let _ = self.finish();
     }
 }

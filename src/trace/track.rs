@@ -29,10 +29,9 @@ impl Track {
         Arc::new(Self { number, sink: Arc::clone(sink), buffer: Mutex::new(buffer) })
     }
 
-    /// Does not write: it may be called with the GIL held.
+    /// Buffer a span. Does not write to the file, because the GIL may be held.
     pub(crate) fn record(&self, span: &Span) {
-        // In a forked child the lock may be held by a thread that is not there, and the file is the
-        // parent's.
+        // In a forked child, a thread of the parent may hold the lock, and the file is the parent's.
         if self.sink.process_tag.is_forked_child() {
             return;
         }
@@ -42,14 +41,14 @@ impl Track {
         }
     }
 
-    /// Write what has been gathered, if that is much.
+    /// Write the buffer, if it is large enough.
     pub(crate) fn flush(&self) {
         if self.sink.process_tag.is_forked_child() {
             return;
         }
         let mut buffer = self.buffer.lock();
         if buffer.text.len() >= BUFFER {
-            // Under the lock, so that the end of the trace comes after it.
+            // Under the lock, so that the end of the trace is written later.
             self.sink.write(&buffer.text);
             buffer.text.clear();
         }

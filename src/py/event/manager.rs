@@ -301,7 +301,7 @@ impl PyEventManager {
         }
         let calls = self.calls.take_all();
         let awaiters = self.owners.take_awaiters();
-        // Outside the locks: it may run Python code.
+        // Outside the locks, because this may run Python code.
         drop((subscribers, calls, awaiters, self.timers.take_all(py)));
     }
 }

@@ -171,7 +171,7 @@ impl Timers {
         cancelled.is_some()
     }
 
-    /// All of them, to be dropped where Python code may run.
+    /// Take all of them, to be dropped where Python code may run.
     pub(crate) fn take_all(&self, py: Python<'_>) -> impl Sized + use<> {
         self.state.with(py, |state| std::mem::take(&mut state.calls))
     }
