@@ -63,8 +63,8 @@ impl Output {
             Ok(()) => self.written += text.len() as u64,
             Err(error) => {
                 self.error = Some(Error::os(ErrorKind::Io, self.path.as_str(), &error));
-                // Truncate partial events. If this fails, it does not matter: readers accept an array
-                // without its end.
+                // Truncate partial events. If this fails, it does not matter: readers accept an
+                // array without its end.
                 let _ = file.set_len(self.written);
                 let _ = file.seek(SeekFrom::Start(self.written));
             }
