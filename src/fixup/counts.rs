@@ -1,4 +1,4 @@
-//! How often each instruction was executed by a fix-up. Shared by the vCPUs of a machine; any
+//! Counts of the instructions executed by fix-ups. Shared by the vCPUs of a machine; usable on any
 //! thread.
 
 use std::collections::BTreeMap;

@@ -1,11 +1,12 @@
-//! Executes one instruction: finds its fix-up, and steps over it. On the vCPU's thread.
+//! Executes one instruction: finds its fix-up, and steps over it. Runs on the vCPU's thread.
 
 use iced_x86::{Code, Instruction, Mnemonic};
 
 use super::cpu::{Cpu, Done, Flow, OF, RF, UD, fault, mask};
 use super::{bits, sse, system, x87, xsave};
 
-/// Execute an instruction on a copy of the processor. Writes to memory are complete when it returns.
+/// Execute an instruction on a copy of the processor. Writes to memory are complete when it
+/// returns.
 pub(crate) fn execute(cpu: &mut Cpu<'_>, instruction: &Instruction) -> Done<Flow> {
     if instruction.has_lock_prefix() && instruction.code() != Code::Cmpxchg16b_m128 {
         return fault(UD);

@@ -1,6 +1,7 @@
-//! Instructions that KVM's emulator refuses, executed as the processor would. A fix-up works on a
-//! copy of the registers and reaches the rest through `Platform`; `vcpu/fixup.rs` takes the result
-//! or the fault when the instruction has ended. Nothing here calls KVM. On the vCPU's thread.
+//! Executes instructions that KVM's emulator refuses, as the processor would. A fix-up works on a
+//! copy of the registers, and accesses other state through `Platform`. `vcpu/fixup.rs` applies the
+//! result or the fault when the instruction has ended. Nothing here calls KVM. Runs on the vCPU's
+//! thread.
 
 mod access;
 mod bits;

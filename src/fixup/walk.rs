@@ -1,4 +1,6 @@
-//! Accesses memory by linear address, as the processor does: through the page tables, with permission checks, accessed and dirty bits, and page faults with their error code (Intel SDM volume 3, sections 5.6 to 5.8).
+//! Accesses memory by linear address, as the processor does: through the page tables, with
+//! permission checks, accessed and dirty bits, and page faults with their error code (Intel SDM
+//! volume 3, sections 5.6 to 5.8).
 
 use super::access::Access;
 use super::cpu::{AC, Cpu, Done, Fault, PAGE_FAULT, Stop, mask};
@@ -31,7 +33,8 @@ const CODE_WRITE: u32 = 1 << 1;
 const CODE_USER: u32 = 1 << 2;
 const CODE_RESERVED: u32 = 1 << 3;
 
-/// The page tables of a mode: the number of levels, the size of an entry, the address of the top table.
+/// The page tables of a mode: the number of levels, the size of an entry, the address of the top
+/// table.
 struct Tables {
     levels: u32,
     entry: u64,

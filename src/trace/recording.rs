@@ -1,5 +1,5 @@
 //! Which traces record the current thread: a vCPU's thread during each exit, the loop's during each
-//! turn.
+//! iteration.
 
 use std::cell::RefCell;
 use std::marker::PhantomData;
@@ -76,7 +76,8 @@ impl Recorders {
     pub fn add(&self, trace: Arc<Trace>) {
         let mut traces = self.traces.write();
         traces.push(trace);
-        // Relaxed, here and below: the lock orders the data, and an iteration may see the flag late.
+        // Relaxed, here and below: the lock orders the data, and an iteration may see the flag
+        // late.
         self.is_any.store(true, Ordering::Relaxed);
     }
 

@@ -1,4 +1,4 @@
-//! The trace of one machine: its file, with one track per vCPU and per thread that turns its loop.
+//! The trace of one machine: its file, with one track per vCPU and per thread that runs its loop.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -32,7 +32,8 @@ impl Trace {
     /// Stop recording and complete the file. A second call does nothing, nor does a forked child's.
     ///
     /// # Errors
-    /// [`crate::error::ErrorKind::Io`] when the file could not be written; the trace then ends earlier.
+    /// [`crate::error::ErrorKind::Io`] when the file could not be written; the trace then ends
+    /// earlier.
     pub fn finish(&self) -> Result<()> {
         if self.sink.process_tag.is_forked_child() {
             return Ok(());

@@ -1,4 +1,4 @@
-//! The hops of one thread, gathered until there are enough of them to write.
+//! The hops of one thread, buffered before they are written.
 
 use std::sync::Arc;
 
@@ -31,7 +31,8 @@ impl Track {
 
     /// Buffer a span. Does not write to the file, because the GIL may be held.
     pub(crate) fn record(&self, span: &Span) {
-        // In a forked child, a thread of the parent may hold the lock, and the file is the parent's.
+        // In a forked child, a thread of the parent may hold the lock, and the file is the
+        // parent's.
         if self.sink.process_tag.is_forked_child() {
             return;
         }
