@@ -88,7 +88,7 @@ def test_memory_beside_the_chips_and_where_there_are_none_is_taken() -> None:
             vmm.memory.add(address, 4096)
     with KvmVm() as bare:
         bare.memory.add(LAPIC, 4096)
-        with pytest.raises(GuestMemoryError, match="KVM keeps"):
+        with pytest.raises(GuestMemoryError, match="KVM reserves"):
             bare.memory.add(KVM_OWN, 4096)
 
 
