@@ -1,5 +1,5 @@
-//! The port and memory-mapped buses: which device answers an access, and counts of unanswered
-//! accesses. Lookups come from every vCPU's thread at once; a device does its own locking.
+//! The port and memory-mapped buses, which find the device for an access, and counts of unanswered
+//! accesses. All vCPU threads look devices up concurrently; a device does its own locking.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,10 +13,10 @@ use crate::sync::{Mutex, RwLock, rank};
 
 /// Something that answers accesses on a bus. Offsets count from the start of its range.
 pub trait Device: Send + Sync + fmt::Debug {
-    /// Fill `data`, which is all ones, with what the guest reads.
+    /// Fill `data` with the value that the guest reads. It contains all one bits before the call.
     fn read(&self, offset: u64, data: &mut [u8]) -> Outcome;
 
-    /// Take what the guest wrote.
+    /// Handle a write of the guest.
     fn write(&self, offset: u64, data: &[u8]) -> Outcome;
 
     /// `INS`: elements of `size` bytes, all from the same offset.
@@ -35,21 +35,22 @@ pub trait Device: Send + Sync + fmt::Debug {
         name.rsplit("::").next().unwrap_or(name)
     }
 
-    /// Whether it takes all elements of a repeated `OUTS` in one call.
+    /// Whether it accepts all elements of a repeated `OUTS` in one call.
     fn coalesces_outs(&self) -> bool {
         false
     }
 
-    /// Wait, on the vCPU's thread and before it enters its guest again, until the device has room
-    /// for more, or until `is_called_out` says so after a [`Self::wake`]. Whether it has room.
+    /// Wait until the device has room for more, or until `is_called_out` is true after a
+    /// [`Self::wake`]. Called on the vCPU's thread before it enters the guest again. Returns
+    /// whether there is room.
     fn wait_for_room(&self, _is_called_out: &dyn Fn() -> bool) -> bool {
         true
     }
 
-    /// Have vCPU threads that wait for room check `is_called_out` again.
+    /// Make vCPU threads that wait for room check `is_called_out` again.
     fn wake(&self) {}
 
-    /// Whether it calls the program's code, which may block and may look into the vCPU meanwhile.
+    /// Whether it calls the program's code, which may block and access the vCPU meanwhile.
     fn may_block(&self) -> bool {
         false
     }
@@ -73,33 +74,33 @@ pub trait Device: Send + Sync + fmt::Debug {
     /// Undo a [`Self::quiesce`].
     fn resume(&self) {}
 
-    /// Its state for a snapshot; empty for a device without state. The guest is at rest.
+    /// The device's state for a snapshot; empty for a device without state. The vCPUs are stopped.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] when it cannot be kept.
+    /// [`ErrorKind::State`] when the device cannot be saved.
     fn save(&self) -> Result<Vec<u8>> {
         Ok(Vec::new())
     }
 
     /// # Errors
-    /// [`ErrorKind::State`] if it cannot be given a state.
+    /// [`ErrorKind::State`] if the device cannot be restored.
     fn check_restorable(&self) -> Result<()> {
         Ok(())
     }
 
-    /// Take a saved state. The guest is at rest.
+    /// Restore a saved state. The vCPUs are stopped.
     ///
     /// # Errors
-    /// [`ErrorKind::Snapshot`] when that is nothing `save` gives.
+    /// [`ErrorKind::Snapshot`] when the state is not in the format of `save`.
     fn restore(&self, state: &[u8]) -> Result<()> {
         if state.is_empty() {
             return Ok(());
         }
-        Err(Error::new(ErrorKind::Snapshot, "device", "it has no state to bring back"))
+        Err(Error::new(ErrorKind::Snapshot, "device", "the device has no state to restore"))
     }
 }
 
-/// Make one access after the other until one does not continue.
+/// Make the accesses in order until one does not continue.
 pub fn each<T>(elements: impl Iterator<Item = T>, access: impl FnMut(T) -> Outcome) -> Outcome {
     elements.map(access).find(|outcome| *outcome != Outcome::Continue).unwrap_or(Outcome::Continue)
 }
@@ -114,7 +115,7 @@ pub enum Access {
 }
 
 impl Access {
-    /// What a range of it is, as a resource.
+    /// The kind of its ranges as resources.
     #[must_use]
     pub fn kind(self) -> Kind {
         match self {
@@ -127,7 +128,7 @@ impl Access {
 /// How often an address without a device was read and written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Unanswered {
-    /// Reads; each gave all ones.
+    /// Reads; each returned all one bits.
     pub reads: u64,
     /// Writes; each was dropped.
     pub writes: u64,
@@ -148,7 +149,7 @@ pub struct Bus {
 }
 
 impl Bus {
-    /// Put a device on the bus.
+    /// Add a device to the bus.
     ///
     /// # Errors
     /// When the range is empty, wraps around, or overlaps another device's.
@@ -170,7 +171,7 @@ impl Bus {
         Ok(())
     }
 
-    /// Take the device away whose range starts here. An access that has found it already is still
+    /// Remove the device whose range starts here. An access that has already found it is still
     /// answered.
     ///
     /// # Errors
@@ -191,14 +192,14 @@ impl Bus {
         std::mem::take(&mut *self.entries.write())
     }
 
-    /// Every device with the range that it answers.
+    /// Every device with its range.
     #[must_use]
     pub fn devices(&self) -> Vec<(u64, u64, Arc<dyn Device>)> {
         let entries = self.entries.read();
         entries.iter().map(|e| (e.base, e.length, Arc::clone(&e.device))).collect()
     }
 
-    /// The device that answers all of this access, and the offset in it.
+    /// The device whose range contains the whole access, and the offset in it.
     pub(crate) fn find(&self, address: u64, length: usize) -> Option<(Arc<dyn Device>, u64)> {
         hop!();
         let entries = self.entries.read();
@@ -219,7 +220,8 @@ pub struct Buses {
     unanswered: Mutex<Counts, rank::Unanswered>,
 }
 
-/// A guest can touch any number of addresses: the first so many are kept apart.
+/// A guest can access any number of addresses. The first ones, up to this limit, are counted
+/// separately.
 const MOST_COUNTED: usize = 1024;
 
 #[derive(Debug, Default)]
@@ -229,7 +231,7 @@ struct Counts {
 }
 
 impl Buses {
-    /// Counts of unanswered accesses by address, and of those beyond the first 1,024 addresses.
+    /// Counts of unanswered accesses by address, and their sum beyond the first 1,024 addresses.
     #[must_use]
     pub fn unanswered(&self) -> (Vec<(Access, u64, Unanswered)>, Unanswered) {
         let counts = self.unanswered.lock();
@@ -237,7 +239,7 @@ impl Buses {
         (rows.collect(), counts.others)
     }
 
-    /// Count from nothing again.
+    /// Reset the counts.
     pub(crate) fn forget_unanswered(&self) {
         *self.unanswered.lock() = Counts::default();
     }

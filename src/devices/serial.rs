@@ -23,11 +23,11 @@ pub struct Serial {
     /// None on a machine without an interrupt controller.
     pub(super) irq: Option<Box<dyn InterruptLine>>,
     pub(super) output: Backlog,
-    /// Made when it is first asked for.
+    /// Created on first use.
     pub(super) input_wanted: OnceLock<Arc<EventFd>>,
 }
 
-/// What the guest's accesses change.
+/// The state that the guest's accesses change.
 #[derive(Debug, Default)]
 pub(super) struct GuestSide {
     pub(super) uart: Uart,
@@ -46,11 +46,11 @@ impl GuestSide {
 }
 
 impl Serial {
-    /// A port with an interrupt line, if there is one. `has_consumer`: the output is taken as it
-    /// comes.
+    /// A port with an interrupt line, if there is one. `has_consumer`: whether a consumer takes the
+    /// output.
     ///
     /// # Errors
-    /// When no descriptor can be made.
+    /// When no file descriptor can be created.
     pub fn new(irq: Option<Box<dyn InterruptLine>>, has_consumer: bool) -> Result<Self> {
         Ok(Self {
             guest: Mutex::default(),
@@ -60,10 +60,10 @@ impl Serial {
         })
     }
 
-    /// Readable when the guest has read all its input; readable at first, too.
+    /// Readable when the guest has read all its input, and at the start.
     ///
     /// # Errors
-    /// When no eventfd can be made.
+    /// When no eventfd can be created.
     pub fn input_wanted(&self) -> Result<&Arc<EventFd>> {
         if let Some(wanted) = self.input_wanted.get() {
             return Ok(wanted);
@@ -74,14 +74,13 @@ impl Serial {
         Ok(self.input_wanted.get_or_init(|| Arc::new(wanted)))
     }
 
-    /// Readable when there is output to take, for as long as it is not taken; none without a
-    /// consumer.
+    /// Readable while there is output to take. None without a consumer.
     #[must_use]
     pub fn output_fd(&self) -> Option<RawFd> {
         self.output.fd()
     }
 
-    /// Give the guest input. Takes any amount; the guest reads it at its own pace.
+    /// Send input to the guest, of any size. The guest reads it at its own pace.
     pub fn feed(&self, bytes: &[u8]) {
         self.change(|guest| match guest.quiesced {
             0 => guest.queue.extend(bytes),
@@ -118,13 +117,13 @@ impl Serial {
         self.output.tell_in(delay);
     }
 
-    /// The output cannot be written: the loop's turn ends with this error, and further output is
-    /// kept as without a consumer.
+    /// The output cannot be written: the loop's iteration ends with this error, and further output
+    /// is buffered as without a consumer.
     pub fn fail(&self, error: Error) {
         self.output.fail(error);
     }
 
-    /// The input cannot be read: the loop's turn ends with this error.
+    /// The input cannot be read: the loop's iteration ends with this error.
     pub fn fail_input(&self, error: Error) {
         self.output.report(error);
     }
@@ -141,20 +140,20 @@ impl Serial {
         self.output.waiting()
     }
 
-    /// End the run once, at the byte that completes this text in what the guest prints from now on.
-    /// An empty text never ends it.
+    /// End the run once, at the byte that completes this text in the output from now on. An empty
+    /// text never ends it.
     pub fn stop_at(&self, text: Vec<u8>) {
         self.output.stop_at(text);
     }
 
-    /// Takes the text that has ended a run.
+    /// Take the text that ended a run.
     #[must_use]
     pub fn take_found(&self) -> Option<Vec<u8>> {
         self.output.take_found()
     }
 
-    /// Change the guest's side, give the UART the input that it has room for, and raise the
-    /// interrupts and notifications that follow.
+    /// Change the guest's side, move input to the UART as far as it has room, and raise the
+    /// resulting interrupts and notifications.
     pub(super) fn change<T>(&self, change: impl FnOnce(&mut GuestSide) -> T) -> T {
         let mut guest = self.guest.lock();
         let had_input = guest.waiting() > 0;
@@ -174,7 +173,7 @@ impl Serial {
     }
 
     pub(super) fn print(&self, sent: &[u8]) -> Outcome {
-        // Outside the lock of the guest's side: input goes on while output is slow.
+        // Without the lock of the guest's side, so that slow output does not block input.
         match self.output.print(sent) {
             Printed::Taken => Outcome::Continue,
             Printed::Full => Outcome::Wait,

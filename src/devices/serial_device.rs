@@ -21,7 +21,7 @@ impl Device for Serial {
         self.write_many(offset, data, data.len())
     }
 
-    /// All elements, however full the output is: the guest waits after the instruction.
+    /// Accepts all elements even if the output is full; the guest waits after the instruction.
     fn write_many(&self, offset: u64, data: &[u8], size: usize) -> Outcome {
         let mut sent = SmallVec::<[u8; 16]>::new();
         for element in data.chunks(size.max(1)) {
@@ -58,8 +58,8 @@ impl Device for Serial {
         });
     }
 
-    /// Nine registers; then, each after its length, the input in the UART, the input that waits for
-    /// room in it, and the output that has not been taken.
+    /// Nine registers, and then, each after its length, the input in the UART, the input queued for
+    /// it, and the output that has not been taken.
     fn save(&self) -> Result<Vec<u8>> {
         let (registers, received, queue) = {
             let guest = self.guest.lock();

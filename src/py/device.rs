@@ -54,7 +54,7 @@ fn method(object: &Bound<'_, PyAny>, name: &str) -> PyResult<Option<Py<PyAny>>> 
         Some(method) if method.is_callable() => Ok(Some(method.unbind())),
         Some(_) => {
             let class = object.get_type();
-            let text = format!("a device's {name} is a method: that of {} is none", class.name()?);
+            let text = format!("the {name} of {} is not a method", class.name()?);
             Err(PyTypeError::new_err(text))
         }
     }
@@ -80,7 +80,8 @@ impl PythonDevice {
         let Methods { read, write, read_many, write_many, .. } = &methods;
         if [read, write, read_many, write_many].into_iter().all(Option::is_none) {
             let class = object.get_type();
-            let text = format!("a device needs read() or write(): {} has neither", class.name()?);
+            let text =
+                format!("a device needs read() or write(), and {} has neither", class.name()?);
             return Err(PyTypeError::new_err(text));
         }
         if methods.quiesce.is_some() != methods.resume.is_some() {
@@ -102,7 +103,7 @@ impl PythonDevice {
         &self.object
     }
 
-    /// Where the accesses at an offset come from, for the note of an exception.
+    /// The place of an access, for the note of an exception.
     pub(super) fn place(&self, offset: u64) -> String {
         let bus = if self.access == Access::Pio { "port" } else { "address" };
         format!("{bus} {:#x}, offset {offset:#x} of the device", self.base.wrapping_add(offset))
@@ -122,7 +123,7 @@ impl PythonDevice {
         format!("{bus} {:#x}", self.base)
     }
 
-    /// Keep what a method raised, and say that it did.
+    /// Store the exception of a method, and return an error for it.
     fn keep<T>(&self, what: &str, result: PyResult<T>) -> Result<T> {
         result.map_err(|error| {
             let failed = Error::new(ErrorKind::State, self.at(), format!("{what} raised: {error}"));
@@ -132,7 +133,7 @@ impl PythonDevice {
     }
 
     /// # Errors
-    /// [`ErrorKind::State`]: it cannot be in a snapshot.
+    /// [`ErrorKind::State`], because the device cannot be in a snapshot.
     fn stateless<T>(&self, lacking: &str) -> Result<T> {
         let name = &self.name;
         let detail = format!("the {name} there has no {lacking}");
@@ -230,8 +231,7 @@ impl Device for PythonDevice {
     }
 }
 
-/// Call a device on the vCPU's thread; what it raises is left for the run, with the place in a
-/// note.
+/// Call a device on the vCPU's thread. The run raises its exception, with the place in a note.
 fn call_device(
     device: &PythonDevice,
     method: &'static str,
@@ -249,14 +249,14 @@ fn call_device(
     )
 }
 
-/// Give the guest what a device's read returned.
+/// Pass the result of a device's read to the guest.
 fn answer(device: &PythonDevice, value: &Bound<'_, PyAny>, data: &mut [u8]) -> PyResult<Outcome> {
-    // The usual answer is a number.
+    // Usually the result is a number.
     if !value.is_instance_of::<PyInt>() && device.pending().take_if_stop(value)? {
         return Ok(Outcome::Stop);
     }
     let bytes = bytes_of(value, data.len())?;
-    // They are as many: `bytes_of` has checked it.
+    // Both have the same length, as checked by `bytes_of`.
     data.iter_mut().zip(bytes).for_each(|(to, from)| *to = from);
     Ok(Outcome::Continue)
 }
@@ -342,7 +342,7 @@ fn call_restore(method: &Py<PyAny>, state: &[u8]) -> PyResult<()> {
     })
 }
 
-/// What a device gave as the bytes of a read: an int in little-endian order, or bytes.
+/// Convert a device's result to the bytes of a read: an int in little-endian order, or bytes.
 pub(super) fn bytes_of(value: &Bound<'_, PyAny>, wanted: usize) -> PyResult<Data> {
     if let Ok(number) = value.extract::<u64>() {
         let all = number.to_le_bytes();
@@ -360,8 +360,7 @@ pub(super) fn bytes_of(value: &Bound<'_, PyAny>, wanted: usize) -> PyResult<Data
     }
     let Ok(bytes) = value.extract::<std::borrow::Cow<'_, [u8]>>() else {
         let class = value.get_type();
-        let text =
-            format!("an int or bytes are needed for what the guest reads, not {}", class.name()?);
+        let text = format!("a read must return an int or bytes, not {}", class.name()?);
         return Err(PyTypeError::new_err(text));
     };
     if bytes.len() != wanted {

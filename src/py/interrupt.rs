@@ -1,5 +1,5 @@
-//! Long calls of the crate that Ctrl-C ends: on the thread that makes the call, or in the
-//! background, where the call itself waits for what no signal ends.
+//! Long calls of the crate that Ctrl-C can end. They run on the caller's thread, or in the
+//! background if the call waits for something that a signal cannot end.
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SendError, channel};
 use std::thread::Builder;
@@ -17,8 +17,8 @@ use crate::limit::Limit;
 use crate::sync::{Mutex, rank};
 use crate::vcpu;
 
-/// Make a long call without the GIL that runs Python's signal handlers now and then. What one
-/// raises comes out of it.
+/// Make a long call without the GIL that periodically runs Python's signal handlers. An exception
+/// of a handler is returned.
 pub(super) fn interruptible<T: Send, E: Send>(
     py: Python<'_>,
     call: impl FnOnce(&dyn Fn() -> Result<()>) -> std::result::Result<T, E> + Send,
@@ -52,14 +52,15 @@ pub(super) fn limited<T: Send>(
     interruptible(py, |interrupted| call(&Limit::new(timeout, interrupted)))
 }
 
-/// Make a call that waits for callbacks of the program's. On Python's main thread the call is made
-/// in the background: what a signal handler raises comes out of here at once, and the call goes on.
+/// Make a call that waits for callbacks of the program. On Python's main thread, the call is made
+/// in the background. If a signal handler raises, its exception is returned at once, and the call
+/// continues.
 pub(super) fn waiting<F: FnOnce() + Send + 'static>(py: Python<'_>, call: F) -> PyResult<()> {
     if !runs_handlers(py)? {
         py.detach(call);
         return Ok(());
     }
-    // Signals from before, too: nobody knows how long the call takes.
+    // Handle earlier signals too, because the call may take arbitrarily long.
     py.check_signals()?;
     match Background::start(py, call) {
         Ok(background) => background.wait(py, None),
@@ -70,12 +71,12 @@ pub(super) fn waiting<F: FnOnce() + Send + 'static>(py: Python<'_>, call: F) -> 
     }
 }
 
-/// A call on a thread of its own, `pyvmm-close`, on which Python objects may be dropped.
+/// A call on a separate thread, `pyvmm-close`, on which Python objects may be dropped.
 pub(super) struct Background(Receiver<()>);
 
 impl Background {
     /// # Errors
-    /// Gives the call back when no thread can be started, not even with the smallest stack.
+    /// Returns the call when no thread can be started, not even with the smallest stack.
     pub(super) fn start<F: FnOnce() + Send + 'static>(
         py: Python<'_>,
         call: F,
@@ -88,7 +89,7 @@ impl Background {
                 // Fails when the thread was not started.
                 if let Ok(call) = take.recv() {
                     call();
-                    // Nobody listens any more when a handler has raised.
+                    // Fails if a handler has raised and the caller is no longer waiting.
                     let _ = done.send(());
                 }
             };
@@ -121,8 +122,8 @@ impl Background {
     }
 }
 
-/// Tell a function how far a long call has come, and run Python's signal handlers. On the thread of
-/// that call.
+/// Report the progress of a long call to a function, and run Python's signal handlers, on the
+/// thread of that call.
 pub(super) fn progress(function: Option<&Py<PyAny>>, done: u64, total: u64) -> PyResult<()> {
     attach(|py| {
         if let Some(function) = function {

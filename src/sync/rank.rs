@@ -1,10 +1,10 @@
-//! The ranks of all locks, in the order in which they are taken. docs/threads.md shows the same
-//! table with what each lock guards and who takes it; a test compares the two.
+//! The ranks of all locks, in the order in which they are taken. docs/threads.md has the same
+//! table, with the data of each lock and its users; a test compares the two.
 
 /// A place in the order of locks: a thread takes a lock only while every lock that it holds has a
 /// lower rank.
 pub trait Rank {
-    /// Goes up in the order in which locks are taken.
+    /// Increases in the order in which locks are taken.
     const NUMBER: usize;
     /// As the table names it.
     const NAME: &'static str;
@@ -32,29 +32,29 @@ macro_rules! ranks {
 }
 
 ranks! {
-    /// Who is inside `run`, and whether the machine has been started or is to be closed.
+    /// Which thread is inside `run`, and whether the machine is started or to be closed.
     Runner,
     /// The KVM side of a machine with a loop, until it is closed.
     VmmParts,
-    /// The subscribers that are the machine's own.
+    /// The machine's own subscribers.
     OwnSubscribers,
     /// The KVM side of a bare machine, until it is closed.
     Machine,
     /// The trace of a Python `Trace` object.
     TraceObject,
-    /// The one trace of a machine.
+    /// The only trace of a machine.
     MachineTrace,
     /// Whether exits are counted.
     StatsSwitch,
     /// The vCPUs of a machine and their threads.
     Vcpus,
-    /// One vCPU: at rest here, or out with its thread. Numbered: several are taken in rising order.
+    /// One vCPU, at rest or in use by its thread. Numbered: several are taken in ascending order.
     Vcpu,
-    /// The interrupt lines that the host holds high.
+    /// The interrupt lines that the host drives high.
     IrqLines,
     /// The devices that a pause keeps still.
     PausedDevices,
-    /// The memory slots of a machine, and what they hold.
+    /// The memory slots of a machine, which must not change during a snapshot or reset.
     MemorySlots,
     /// The map of guest memory.
     MemoryMap,
@@ -62,27 +62,27 @@ ranks! {
     WritableViews,
     /// The process's pagemap.
     Pagemap,
-    /// How long threads that turn a loop may wait.
+    /// How long threads that run a loop may wait.
     LoopWaits,
-    /// The event manager, with its subscribers, which are called under it.
+    /// The event manager and its subscribers, which are called with the lock held.
     EventManager,
     /// The exit handler of a machine.
     ExitHandler,
     /// The run state of a machine.
     RunState,
-    /// Descriptors that are written when the run state changes.
+    /// File descriptors that are written when the run state changes.
     RunStateWakers,
     /// How the guest ended.
     GuestExit,
-    /// The hooks that look at exits first.
+    /// The exit hooks.
     ExitHooks,
-    /// What looks at exits afterwards; called under it.
+    /// Counters and traces of exits, called with the lock held.
     Observers,
     /// The devices of a bus.
     Bus,
-    /// What answers where in a machine.
+    /// The owners of a machine's addresses, ports and lines.
     Resources,
-    /// Accesses that nobody answered.
+    /// Counts of accesses that no device answered.
     Unanswered,
     /// The guest's side of a serial port.
     SerialGuest,
@@ -96,27 +96,27 @@ ranks! {
     FixupCounts,
     /// Counts of one vCPU's exits.
     ExitCounts,
-    /// The traces that see a loop's turns.
+    /// The traces that record a loop.
     Recorders,
-    /// The tracks of threads that turn loops.
+    /// The tracks of threads that run loops.
     LoopTracks,
-    /// What a thread's track has gathered.
+    /// The buffered events of a thread's track.
     Track,
     /// The file of a trace.
     TraceFile,
-    /// What a signal handler raised during a long call.
+    /// The exception that a signal handler raised during a long call.
     Interruption,
-    /// Output that the writer of a Python stream has taken and not settled.
+    /// Output that the writer of a Python stream has taken but not settled.
     TakenOutput,
-    /// Which threads turn a loop, and what takes the results of its callbacks.
+    /// Which threads run a loop, and what takes the results of its callbacks.
     LoopOwners,
-    /// The wait for another thread's turn.
+    /// The wait for another thread's iteration.
     TurnLock,
-    /// What a delivery leaves for the next.
+    /// The event buffer, reused by each delivery.
     Delivery,
-    /// Calls that wait for a loop's thread.
+    /// Calls queued for a loop's thread.
     Calls,
-    /// The answer to such a call.
+    /// The result of such a call.
     Reply,
     /// The slowest callback so far.
     SlowestCallback,
@@ -124,23 +124,23 @@ ranks! {
     TimerObject,
     /// Exit hooks by kind.
     HookFunctions,
-    /// The registers that hooks have filtered.
+    /// The MSRs filtered for hooks.
     HookMsrs,
     /// The Python devices of a machine.
     PythonDevices,
-    /// The subscribers behind a machine's Python streams.
+    /// The subscribers of a machine's Python streams.
     PythonStreams,
-    /// What the last job of a pool was given of a machine.
+    /// The objects of a machine given to the last job of a pool.
     Lease,
-    /// What a Python device's `save` or `restore` has raised.
+    /// The exception of a Python device's `save` or `restore`.
     DeviceFailure,
-    /// What callbacks on vCPU threads leave for the run.
+    /// Exceptions and stops of callbacks on vCPU threads, until the run takes them.
     PendingOutcome,
-    /// What a Python exit handler's `kick` has raised.
+    /// The exception of a Python exit handler's `kick`.
     KickRaised,
-    /// Threads of vCPUs that nobody has joined yet.
+    /// vCPU threads that have not been joined yet.
     LeftThreads,
-    /// State that the GIL guards where there is one.
+    /// State that the GIL protects, in a Python that has one.
     GilCell,
     /// The hops that a test records.
     Hops,
