@@ -1,5 +1,5 @@
-//! An ELF kernel's headers, checked before linux-loader copies its segments: hostile files end
-//! here.
+//! Checks an ELF kernel's headers before linux-loader copies its segments. Hostile files are
+//! refused here.
 
 use std::io::Cursor;
 
@@ -14,11 +14,11 @@ pub(super) const MAGIC: &[u8] = b"\x7fELF";
 const PT_LOAD: u32 = 1;
 const ET_EXEC_X86_64: (u16, u16) = (2, 62);
 
-/// Load an ELF64 vmlinux where its segments say; returns the entry and the end of what was loaded.
+/// Load the segments of an ELF64 vmlinux. Returns the entry and the end of the loaded range.
 pub(super) fn load(image: &[u8], memory: &GuestMemory) -> Result<(u64, u64)> {
     let segments = check(image, memory)?;
     let Some((_, end)) = segments.last().copied() else {
-        return Err(bad("the ELF file has nothing to load"));
+        return Err(bad("the ELF file has no segments to load"));
     };
     let loaded = memory
         .write_with(&segments, |mmap| Elf::load(mmap, None, &mut Cursor::new(image), None))
@@ -37,7 +37,7 @@ fn check(image: &[u8], memory: &GuestMemory) -> Result<Vec<(u64, u64)>> {
         return Err(bad("not a 64-bit little-endian ELF file"));
     }
     let (Some(kind), Some(machine)) = (u16_at(image, 16), u16_at(image, 18)) else {
-        return Err(bad("the ELF header is cut off"));
+        return Err(bad("the ELF header is truncated"));
     };
     if (kind, machine) != ET_EXEC_X86_64 {
         return Err(bad(format!("not an x86-64 executable (type {kind}, machine {machine})")));
@@ -45,7 +45,7 @@ fn check(image: &[u8], memory: &GuestMemory) -> Result<Vec<(u64, u64)>> {
     let (Some(offset), Some(size), Some(count)) =
         (u64_at(image, 32), u16_at(image, 54), u16_at(image, 56))
     else {
-        return Err(bad("the ELF header is cut off"));
+        return Err(bad("the ELF header is truncated"));
     };
     let (mut segments, mut left) = (Vec::new(), memory.size());
     for n in 0..u64::from(count) {
@@ -55,10 +55,10 @@ fn check(image: &[u8], memory: &GuestMemory) -> Result<Vec<(u64, u64)>> {
             header.ok_or_else(|| bad(format!("program header {n} is outside the file")))?;
         if u32_at(header, 0) == Some(PT_LOAD) {
             let (start, end) = check_segment(n, header, image, memory)?;
-            // Segments that do not overlap are no more than memory. More than that is not even
-            // sorted.
+            // Segments that do not overlap are together no larger than memory. If they are larger,
+            // refuse them without sorting.
             left = left.checked_sub(end - start).ok_or_else(|| {
-                bad(format!("segments 0 to {n} overlap: together they are more than memory"))
+                bad(format!("segments 0 to {n} overlap: together they are larger than memory"))
             })?;
             segments.push((start, end, n));
         }
@@ -67,8 +67,8 @@ fn check(image: &[u8], memory: &GuestMemory) -> Result<Vec<(u64, u64)>> {
     Ok(segments.into_iter().map(|(start, end, _)| (start, end)).collect())
 }
 
-/// Sort segments, each with its start, its end and its number, by address. Each byte is loaded once
-/// at most: the work is bounded by memory, whatever the headers say.
+/// Sort segments (start, end, number) by address, and refuse overlaps. Each byte is loaded at most
+/// once, so the size of memory bounds the work, whatever the headers say.
 fn check_overlap(segments: &mut Vec<(u64, u64, u64)>) -> Result<()> {
     segments.retain(|(start, end, _)| start < end);
     segments.sort_unstable();
@@ -82,11 +82,13 @@ fn check_overlap(segments: &mut Vec<(u64, u64, u64)>) -> Result<()> {
 }
 
 fn check_segment(n: u64, header: &[u8], image: &[u8], memory: &GuestMemory) -> Result<(u64, u64)> {
-    let field = |at| u64_at(header, at).ok_or_else(|| bad("a program header is cut off"));
+    let field = |at| u64_at(header, at).ok_or_else(|| bad("a program header is truncated"));
     let (offset, address, in_file, in_memory) = (field(8)?, field(24)?, field(32)?, field(40)?);
     let file_end = offset.checked_add(in_file);
     if file_end.is_none_or(|end| end > image.len() as u64) {
-        return Err(bad(format!("segment {n} is cut off: the file ends before it does")));
+        return Err(bad(format!(
+            "segment {n} is truncated: it extends beyond the end of the file"
+        )));
     }
     if in_memory < in_file {
         return Err(bad(format!("segment {n} is larger in the file than in memory")));
