@@ -66,13 +66,13 @@ pub enum PyVcpuExit {
         reason: Py<PyString>,
     },
     /// `HLT`.
-    Hlt(),
+    Hlt {},
     /// A triple fault.
-    Shutdown(),
+    Shutdown {},
     /// `Vcpu.kick` ended the call; the guest caused no exit.
-    Interrupted(),
+    Interrupted {},
     /// The guest can accept an interrupt now.
-    IrqWindowOpen(),
+    IrqWindowOpen {},
     /// The processor refused to enter the guest.
     FailEntry {
         /// The processor's reason.
@@ -148,10 +148,10 @@ impl PyVcpuExit {
             VcpuExit::Wrmsr { index, value, reason } => {
                 Self::Wrmsr { index, value, reason: msr_reason(py, reason) }
             }
-            VcpuExit::Hlt => Self::Hlt(),
-            VcpuExit::Shutdown => Self::Shutdown(),
-            VcpuExit::Interrupted => Self::Interrupted(),
-            VcpuExit::IrqWindowOpen => Self::IrqWindowOpen(),
+            VcpuExit::Hlt => Self::Hlt {},
+            VcpuExit::Shutdown => Self::Shutdown {},
+            VcpuExit::Interrupted => Self::Interrupted {},
+            VcpuExit::IrqWindowOpen => Self::IrqWindowOpen {},
             VcpuExit::FailEntry { reason, cpu } => Self::FailEntry { reason, cpu },
             VcpuExit::InternalError { suberror, instruction, data, disassembly, registers } => {
                 Self::InternalError {

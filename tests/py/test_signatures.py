@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
-from pyvmm import _pyvmm
+from pyvmm import EventSet, _pyvmm
 
 STUB = ast.parse((ROOT / "python" / "pyvmm" / "_pyvmm.pyi").read_text())
 # A name, its kind and whether it has a default.
@@ -61,6 +61,13 @@ def functions(body: list[ast.stmt], owner: Any, path: str) -> Iterator[Any]:
 @pytest.mark.parametrize(("stub", "function", "drop_self"), list(functions(STUB.body, _pyvmm, "")))
 def test_signature_is_that_of_the_stub(stub: Parameters, function: Callable[..., Any], drop_self: bool) -> None:
     assert of_runtime(function, drop_self) == stub
+
+
+def test_every_default_is_said() -> None:
+    functions_of_all = [case.values for case in functions(STUB.body, _pyvmm, "")]
+    shown = {str(function): inspect.signature(function).parameters.values() for _, function, _ in functions_of_all}
+    assert [name for name, parameters in shown.items() if any(p.default is ... for p in parameters)] == []
+    assert inspect.signature(_pyvmm.Events).parameters["event_set"].default == EventSet.IN
 
 
 def public(owner: Any, path: str) -> Iterator[tuple[str, Any]]:

@@ -49,6 +49,12 @@ def test_an_exit_equals_only_one_of_its_kind_and_values() -> None:
     assert VcpuExit.InternalError(1, b"", (), None, {}) != VcpuExit.InternalError(1, b"", (), None, REGISTERS)
 
 
+def test_an_exit_without_fields_is_no_empty_sequence() -> None:
+    for exit in of_each_kind():
+        assert exit, "an empty sequence would be false"
+        assert not hasattr(exit, "__len__")
+
+
 def test_the_hash_of_an_exit_does_not_follow_its_registers() -> None:
     exit = VcpuExit.InternalError(1, b"", (), None, dict(REGISTERS))
     before = hash(exit)

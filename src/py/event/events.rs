@@ -95,7 +95,10 @@ impl PyEvents {
 #[pymethods]
 impl PyEvents {
     #[new]
-    #[pyo3(signature = (source, event_set = EventSet::IN.bits(), data = 0, *, drain = false))]
+    #[pyo3(
+        signature = (source, event_set = EventSet::IN.bits(), data = 0, *, drain = false),
+        text_signature = "(source, event_set=1, data=0, *, drain=False)"
+    )]
     fn new(source: &Bound<'_, PyAny>, event_set: u32, data: u32, drain: bool) -> PyResult<Self> {
         let fd = descriptor(source)?;
         let set = EventSet::from_bits(event_set).ok_or_else(|| {

@@ -133,7 +133,10 @@ impl PyEventManager {
     /// The function gets the attributes `subscriber_id`, for `remove_subscriber`, and
     /// `subscriber_ids`, which has the ids of all its decorators. If the function cannot take
     /// attributes, as a bound method, the decorator returns a callable that has them.
-    #[pyo3(signature = (source, event_set = EventSet::IN.bits(), data = 0, *, drain = false))]
+    #[pyo3(
+        signature = (source, event_set = EventSet::IN.bits(), data = 0, *, drain = false),
+        text_signature = "($self, source, event_set=1, data=0, *, drain=False)"
+    )]
     fn on<'py>(
         slf: &Bound<'py, Self>,
         source: &Bound<'py, PyAny>,
