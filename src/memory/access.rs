@@ -139,7 +139,8 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// Direct access to a piece of memory, which must lie in one slot.
+    /// Direct access to a piece of memory, which must lie in one slot. Writes through it are not
+    /// logged; [`Self::writable_view`] is for those.
     ///
     /// # Errors
     /// If it does not.
