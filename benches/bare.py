@@ -24,12 +24,12 @@ def time_run(code: bytes) -> float:
 
 
 def time_cycles(code: bytes, cycles: int, threads: bool = False) -> float:
-    """Seconds of so many machines made, run (each in a thread of its own if so wished) and destroyed."""
+    """Seconds to create, run (optionally in a thread each) and destroy this many machines."""
     return _checked(_library().time_cycles(code, len(code), cycles, threads))
 
 
 def time_kicks(code: bytes, kicks: int, microseconds: int) -> list[float]:
-    """Seconds that each kick of a guest takes, so many microseconds after it was entered."""
+    """Seconds for each kick of a guest, this many microseconds after its entry."""
     seconds = (ctypes.c_double * kicks)()
     _checked(_library().time_kicks(code, len(code), kicks, microseconds, seconds))
     return list(seconds)
@@ -41,7 +41,7 @@ def time_rings(code: bytes, port: int, rings: int) -> float:
 
 
 def leave_machines(code: bytes, count: int) -> None:
-    """Make so many machines, run each to the exit port, and leave them there."""
+    """Create this many machines, run each to the exit port, and keep them."""
     _checked(_library().leave_machines(code, len(code), count))
 
 
@@ -54,18 +54,18 @@ def _snapshots() -> ctypes.CDLL:
 
 
 def time_snapshot(code: bytes, memory: int, touched: int) -> float:
-    """Seconds of reading one vCPU's state and remapping so much memory, of which so much is touched."""
+    """Seconds to read one vCPU's state and remap memory, of which a part is touched."""
     sizes = ctypes.c_uint64(memory), ctypes.c_uint64(touched)
     return _checked(_snapshots().time_snapshot(code, len(code), *sizes))
 
 
 def time_copy(size: int) -> float:
-    """Seconds of a memcpy of so many bytes."""
+    """Seconds of a memcpy of this many bytes."""
     return _checked(_snapshots().time_copy(ctypes.c_uint64(size)))
 
 
 def time_forks(code: bytes, memory: int, forks: int, threads: bool = False) -> float:
-    """The median seconds of so many machines made over the same frozen memory, given a state and run to an exit."""
+    """The median seconds to create a machine over the same frozen memory, set its state and run it to an exit."""
     return _checked(_snapshots().time_forks(code, len(code), ctypes.c_uint64(memory), forks, threads))
 
 

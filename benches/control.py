@@ -1,4 +1,4 @@
-"""A machine stopped and looked into: exits by hand, pauses, registers."""
+"""Control and inspection of a machine: exits by hand, pauses, registers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SPIN = b"\xeb\xfe"  # jmp $
 
 
 def writing(exits: int) -> bytes:
-    """Write a port so many times, in real mode, then the exit port."""
+    """Write to a port repeatedly, in real mode, then to the exit port."""
     return (
         b"\x66\xb9" + struct.pack("<I", exits) +  # mov ecx, exits
         b"\xe6\x80"  #     out 0x80, al

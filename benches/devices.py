@@ -20,7 +20,7 @@ BLOCK, TEXT = 0x8000, 0x9000
 
 
 def loading(exits: int) -> bytes:
-    """Read the byte behind the memory so many times, in real mode, then exit."""
+    """Read the byte after the end of memory repeatedly, in real mode, then exit."""
     return (
         b"\xb8\xff\xff\x8e\xd8"  # mov ax, 0xffff; mov ds, ax
         b"\x66\xb9" + struct.pack("<I", exits) +  # mov ecx, exits
@@ -31,7 +31,7 @@ def loading(exits: int) -> bytes:
 
 
 def calling(calls: int) -> bytes:
-    """Make a hostcall so many times, in real mode, then exit."""
+    """Make a hostcall repeatedly, in real mode, then exit."""
     return (
         b"\xba" + struct.pack("<H", PORT) +  #        mov dx, port
         b"\x66\xb8" + struct.pack("<I", BLOCK) +  #   mov eax, block
@@ -43,7 +43,7 @@ def calling(calls: int) -> bytes:
 
 
 def ringing(rings: int) -> bytes:
-    """Ring the bell and wait until the word at 0x2000 has counted it, so many times, in real mode, then exit."""
+    """Repeatedly ring the bell and wait until the word at 0x2000 counts it, in real mode, then exit."""
     return (
         b"\xbb\x00\x00"  #             mov bx, 0
         b"\x43"  #                     ring: inc bx

@@ -1,4 +1,4 @@
-"""What a machine costs in memory, each measured in a process of its own."""
+"""The memory use of a machine, measured in a separate process each time."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ EXIT = b"\xb0\x00\xe6\xf4"  # mov al, 0; out 0xf4, al
 
 
 def reading(exits: int) -> bytes:
-    """Read the serial port's line status so many times, in real mode, then exit."""
+    """Read the serial port's line status repeatedly, in real mode, then exit."""
     return (
         b"\xba\xfd\x03"  # mov dx, 0x3fd
         b"\x66\xb9" + struct.pack("<I", exits) +  # mov ecx, exits

@@ -72,7 +72,7 @@ def compiled(source: Path) -> str:
 
 
 def emulation() -> Any:
-    """The unicorn package, what one would take to look into a guest from Python without a machine."""
+    """The unicorn package, the alternative for inspecting a guest from Python without a VM."""
     try:
         from unicorn import x86_const  # noqa: F401
     except ImportError as error:

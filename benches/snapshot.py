@@ -45,7 +45,7 @@ def to_exit(snapshot: Snapshot) -> float:
 
 
 def snapshots(runs: int = RUNS) -> Iterator[Result]:
-    """snapshot() of a machine at rest."""
+    """snapshot() of a stopped machine."""
 
     def ours(size_mib: int, touched_mib: int) -> float:
         with machine(size_mib) as vmm:
@@ -146,7 +146,7 @@ def resident() -> int:
 
 
 def dirtying(pages: int) -> bytes:
-    """Write a word in each of so many pages from 64 KiB, in real mode, and exit."""
+    """Write a word in each page of a range from 64 KiB, in real mode, and exit."""
     return (
         (
             b"\xb9" + struct.pack("<H", pages) + b"\xba\x00\x10"  # mov cx, pages; mov dx, 0x1000
@@ -160,7 +160,7 @@ def dirtying(pages: int) -> bytes:
 def resets(runs: int = RUNS) -> Iterator[Result]:
     """reset() after a run that has dirtied some pages; the run is not counted."""
     for pages in (8, 64, 512):
-        per_run = min(pages, 200)  # real mode reaches so many; the host writes the rest
+        per_run = min(pages, 200)  # real mode reaches this many; the host writes the rest
         code = dirtying(per_run)
 
         def ours(pages: int = pages, per_run: int = per_run, code: bytes = code) -> float:
@@ -226,7 +226,7 @@ class Qemu:
         if shutil.which("qemu-system-x86_64") is None:
             raise UnmeasurableError("QEMU is not installed: apt-get install qemu-system-x86")
         self.directory = Path(tempfile.mkdtemp(prefix="pyvmm-bench-"))
-        # A BIOS image that says ! on COM1 for ever: each restore is told by its first one.
+        # A BIOS image that prints ! on COM1 endlessly: the first one shows that a restore has run.
         image = bytearray(b"\xf4" * 65536)
         code = b"\xba\xf8\x03\xb0\x21\xee\xeb\xfd"  # mov dx, 0x3f8; mov al, '!'; out dx, al; jmp back
         image[: len(code)] = code

@@ -1,4 +1,4 @@
-"""What watching a machine costs: port exits with nobody watching, with counters, and with a trace."""
+"""The cost of statistics and traces: port exits without them, with counters, and with a trace."""
 
 from __future__ import annotations
 

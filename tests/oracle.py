@@ -1,4 +1,4 @@
-"""A guest that counts in many places at once: one that goes on exactly cannot have been started again."""
+"""A guest that counts in many places at once. If its counts continue exactly, it was not restarted."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def finish(vmm: Vmm) -> bytes:
 
 
 def while_it_runs(vmm: Vmm, count: int) -> list[Snapshot]:
-    """At most so many snapshots, and at least one, of a guest that has not ended."""
+    """Take up to this many snapshots, and at least one, of a guest that has not ended."""
     snapshots: list[Snapshot] = []
     while len(snapshots) < count:
         snapshot = vmm.snapshot()

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 DEADLINE_S = 60
-# How long a guest may go on that what was done to it before keeps from its end.
+# How long a guest may run that an earlier job keeps from its end.
 ACT_S = 1.0
 SEED_AT = 0x8000
-# 64 bits, ring 0: a port that nobody answers, a character, the exit port; and again.
+# 64 bits, ring 0: an unanswered port, a character, the exit port; and again.
 GUEST = (
     b"\x66\xba\x00\x05\xec"  #          back: mov dx, 0x500; in al, dx
     b"\x88\x04\x25\x00\x30\x00\x00"  #  mov [0x3000], al

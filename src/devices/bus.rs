@@ -55,18 +55,19 @@ pub trait Device: Send + Sync + fmt::Debug {
         false
     }
 
-    /// Whether something other than the guest's accesses changes what the guest sees of it: input,
-    /// a timer, a thread. Then [`Self::quiesce`] and [`Self::resume`] are called.
+    /// Whether something other than the guest's accesses changes what the guest sees of the device,
+    /// such as input, a timer or a thread. Then [`Self::quiesce`] and [`Self::resume`] are called.
     fn acts_by_itself(&self) -> bool {
         false
     }
 
-    /// Change nothing that the guest can see, in memory or on an interrupt line either, until
-    /// [`Self::resume`]: the machine is paused, snapshotted or reset. Several may ask for it: there
-    /// is a call of `resume` for each. The guest is at rest, or its last access is completed.
+    /// Stop changing what the guest can see, including memory and interrupt lines, until
+    /// [`Self::resume`]. Called when the machine is paused, snapshotted or reset. Calls nest, and
+    /// each has its own call of `resume`. The vCPUs are stopped, or their last access is being
+    /// completed.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] when it cannot: then the machine goes on.
+    /// [`ErrorKind::State`] when the device cannot be quiesced. The machine then continues.
     fn quiesce(&self) -> Result<()> {
         Ok(())
     }

@@ -1,21 +1,21 @@
-//! Devices that stand still: what a loop, a timer or another thread of theirs changes for the guest
-//! waits until the machine goes on. On the thread that quiesces the machine.
+//! Quiesces devices: they stop changing what the guest sees from a loop, a timer or another thread
+//! until they are resumed. Runs on the thread that quiesces the machine.
 
 use std::sync::Arc;
 
 use super::bus::{Buses, Device};
 use crate::error::Result;
 
-/// Devices that are quiesced for as long as this lives.
+/// Quiesced devices. They are resumed when this is dropped.
 #[derive(Debug, Default)]
 pub struct QuiescedDevices(Vec<Arc<dyn Device>>);
 
 impl QuiescedDevices {
-    /// Quiesce every device of the buses that does something by itself. With no lock held: a device
-    /// may be the program's.
+    /// Quiesce every device of the buses that acts by itself. Called with no lock held, because a
+    /// device may call the program.
     ///
     /// # Errors
-    /// What a device returns. Those before it have been resumed then.
+    /// The error of a device. The devices before it have been resumed.
     pub fn new(buses: &Buses) -> Result<Self> {
         let mut quiesced = Self::default();
         for (_, _, device) in buses.pio.devices().into_iter().chain(buses.mmio.devices()) {
@@ -27,7 +27,7 @@ impl QuiescedDevices {
         Ok(quiesced)
     }
 
-    /// In a forked child the devices are the parent's.
+    /// In a forked child the devices belong to the parent.
     pub(crate) fn forget(mut self) {
         self.0.clear();
     }

@@ -31,7 +31,7 @@ pub(super) struct PythonDevice {
     name: String,
     methods: Methods,
     pending: Arc<PendingOutcome>,
-    /// What its `save`, `restore` or `quiesce` raised, for whoever has asked for it.
+    /// The exception of its `save`, `restore` or `quiesce`, until the caller takes it.
     failed: Mutex<Option<PyErr>, rank::DeviceFailure>,
 }
 

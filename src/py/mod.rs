@@ -1,6 +1,6 @@
-//! The Python binding: the only code that names pyo3. One file for each class or two, above what it
-//! uses. Threads of the loop and of vCPUs enter Python only through `enter.rs`, with no Rust lock
-//! held. Nothing here is reached without the `python` feature.
+//! The Python binding, and the only code that uses pyo3, with one file for each class or two. The
+//! loop and the vCPU threads enter Python only through `enter.rs`, with no Rust lock held. Compiled
+//! only with the `python` feature.
 
 mod config;
 mod descriptor;

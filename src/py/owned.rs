@@ -1,9 +1,7 @@
-//! What an object of the binding reaches, and the one way to it: not from a forked child, and not
-//! while the interpreter ends.
-//!
-//! Another thread may have held any lock at the fork, or may have been put to sleep in the middle
-//! of a run. So the way is refused before a lock is touched; and what cannot be reached is not
-//! dropped either.
+//! Access to the data of the binding's objects. It is refused in a forked child and while the
+//! interpreter finalizes. Another thread may have held any lock at the fork, or may have been put
+//! to sleep in the middle of a run. Access is therefore refused before any lock is taken, and data
+//! that cannot be accessed is not dropped.
 
 use std::mem::ManuallyDrop;
 use std::sync::OnceLock;
@@ -12,13 +10,13 @@ use super::ending;
 use crate::error::{Error, ErrorKind, Result};
 use crate::process::ProcessTag;
 
-/// Something that belongs to the process that made it, for as long as its interpreter lives.
+/// Data that belongs to the process that created it, while its interpreter runs.
 #[derive(Debug)]
 pub(super) struct Owned<T> {
     process_tag: ProcessTag,
-    /// What it is, for the error.
+    /// The name of the data, for errors.
     what: &'static str,
-    /// Empty until it is made, and once it was taken.
+    /// Empty before it is filled, and after it is taken.
     value: ManuallyDrop<OnceLock<T>>,
 }
 
@@ -28,7 +26,7 @@ impl<T> Owned<T> {
         Self { process_tag: ProcessTag::current(), what, value }
     }
 
-    /// For something that is made later.
+    /// An empty value that is filled later.
     pub(super) fn vacant(what: &'static str) -> Self {
         let value = ManuallyDrop::new(OnceLock::new());
         Self { process_tag: ProcessTag::current(), what, value }
@@ -38,17 +36,18 @@ impl<T> Owned<T> {
         Error::new(ErrorKind::State, self.what, "it is already initialized")
     }
 
-    /// Whether it is still to be made.
+    /// Check that it is still empty.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] where it has been, in a forked child, and where the interpreter ends.
+    /// [`ErrorKind::State`] when it is already filled, in a forked child, and while the interpreter
+    /// finalizes.
     pub(super) fn check_vacant(&self) -> Result<()> {
         self.process_tag.check(self.what)?;
         ending::check()?;
         self.value.get().map_or(Ok(()), |_| Err(self.made_already()))
     }
 
-    /// Put in what has been made.
+    /// Fill it.
     ///
     /// # Errors
     /// As [`Self::check_vacant`].
@@ -57,7 +56,7 @@ impl<T> Owned<T> {
         self.value.set(value).map_err(|_| self.made_already())
     }
 
-    /// The thing itself.
+    /// Access the data.
     ///
     /// # Errors
     /// [`ErrorKind::State`] in a forked child, and while the interpreter finalizes.
@@ -71,7 +70,8 @@ impl<T> Owned<T> {
         self.value.get().ok_or_else(vacant)
     }
 
-    /// The same for what reports no error: a finalizer, a representation, the garbage collector.
+    /// Access the data where no error can be reported: in a finalizer, `repr`, or the garbage
+    /// collector.
     pub(super) fn peek(&self) -> Option<&T> {
         if self.process_tag.is_forked_child() || ending::is_ending() {
             return None;
@@ -80,7 +80,7 @@ impl<T> Owned<T> {
         self.value.get()
     }
 
-    /// Take it out to be dropped; none where it must not be.
+    /// Take the data to drop it. None if it must not be dropped.
     pub(super) fn take(&mut self) -> Option<T> {
         if self.process_tag.is_forked_child() || ending::is_ending() {
             return None;

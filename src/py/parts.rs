@@ -1,5 +1,5 @@
-//! The objects that a machine's object has handed out: its vCPUs, its memory and its serial port.
-//! While somebody holds one, asking again gives the same object. With the GIL held.
+//! The objects of a machine's vCPUs, memory and serial port. While such an object exists, the
+//! machine returns it again. Used with the GIL held.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +10,7 @@ use pyo3::types::{PyWeakrefMethods, PyWeakrefReference};
 use super::gil_cell::GilCell;
 use super::lease::Tie;
 
-/// A part of a machine that has an object of its own.
+/// A part of a machine that has its own object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Part {
     Memory,
@@ -19,12 +19,13 @@ pub(super) enum Part {
     Vcpu(u64),
 }
 
-/// The objects of one machine's parts, held weakly: each holds the machine, and a strong reference
-/// back would be a cycle that keeps a forgotten machine until the garbage collector comes.
+/// Weak references to the objects of one machine's parts. Each object holds the machine, and a
+/// strong reference back would be a cycle that keeps a dropped machine alive until the garbage
+/// collector runs.
 #[derive(Debug, Default)]
 pub(super) struct Parts {
     objects: GilCell<BTreeMap<Part, Py<PyWeakrefReference>>>,
-    /// That of each object.
+    /// The tie of each object.
     pub(super) tie: Tie,
 }
 
@@ -33,7 +34,7 @@ impl Parts {
         Self { tie: tie.clone(), ..Self::default() }
     }
 
-    /// The object of a part; a new one where nobody holds one.
+    /// The object of a part: the existing one, or a new one.
     pub(super) fn get_or_make<'py, T: PyTypeInfo>(
         &self,
         py: Python<'py>,
@@ -45,8 +46,8 @@ impl Parts {
         }
         let new = make()?;
         let weak = PyWeakrefReference::new(new.as_any())?.unbind();
-        // An allocation may run the garbage collector, and with it Python code that lets another
-        // thread make the same.
+        // An allocation may run the garbage collector and thus Python code, during which another
+        // thread may create the same object.
         if let Some(known) = self.find(py, part)? {
             return Ok(known);
         }

@@ -1,5 +1,5 @@
-//! The outcome that callbacks on vCPU threads hand to the thread in `run`: an exception, or the
-//! value of a `Stop`.
+//! The outcome of callbacks on vCPU threads for the thread in `run`: an exception, or the value of
+//! a `Stop`.
 
 use pyo3::exceptions::PyBaseException;
 use pyo3::gc::{PyTraverseError, PyVisit};
@@ -37,20 +37,20 @@ impl PendingOutcome {
         }
     }
 
-    /// A callback ends the run with a value.
+    /// Store the value with which a callback ends the run.
     pub(super) fn stop(&self, vcpu: u64, value: Py<PyAny>) {
         // Kept until the lock is free: dropping one may run Python code.
         let _later = self.0.lock().stop.replace((vcpu, value));
     }
 
-    /// Keep an exception, with the place where it was raised in a note.
+    /// Store an exception, with a note that names its place.
     pub(super) fn raise_with_note(&self, py: Python<'_>, error: PyErr, text: &str) {
-        // Fails when memory is short: then the exception alone has to do.
+        // Fails if memory is short. Then the exception has no note.
         let _ = error.value(py).call_method1(intern!(py, "add_note"), (text,));
         self.raise(py, error);
     }
 
-    /// Keep the value of a `Stop` that a callback has returned. Whether it was one.
+    /// Store the value of a `Stop` that a callback has returned. Returns whether it was one.
     pub(super) fn take_if_stop(&self, value: &Bound<'_, PyAny>) -> PyResult<bool> {
         let py = value.py();
         static STOP: PyOnceLock<Py<PyType>> = PyOnceLock::new();
@@ -62,7 +62,7 @@ impl PendingOutcome {
         Ok(true)
     }
 
-    /// Raise what a callback has raised, once.
+    /// Raise the stored exception, once.
     pub(super) fn check(&self, py: Python<'_>) -> PyResult<()> {
         let error = self.0.lock().error.take();
         error.map_or(Ok(()), |error| Err(PyErr::from_value(error.into_bound(py).into_any())))
@@ -85,13 +85,13 @@ impl PendingOutcome {
         }
     }
 
-    /// Whether something waits to be taken.
+    /// Whether an outcome is stored.
     pub(super) fn is_left(&self) -> bool {
         let left = self.0.lock();
         left.error.is_some() || left.stop.is_some()
     }
 
-    /// The vCPU and the value of a `Stop`, once.
+    /// Take the vCPU and the value of a `Stop`.
     pub(super) fn take_stop(&self) -> Option<(u64, Py<PyAny>)> {
         self.0.lock().stop.take()
     }
@@ -103,7 +103,7 @@ impl PendingOutcome {
     }
 }
 
-/// Where the vCPU of this thread stands, for a note.
+/// The position of this thread's vCPU, for a note.
 pub(super) fn position() -> String {
     let Some(handle) = current() else { return String::new() };
     match handle.with_vcpu(|vcpu| vcpu.general()) {
@@ -117,6 +117,6 @@ fn note(py: Python<'_>, error: &Bound<'_, PyBaseException>, other: &Bound<'_, Py
         Ok(repr) => format!("another callback raised {repr}"),
         Err(_) => "another callback raised as well".to_owned(),
     };
-    // Fails when memory is short: then the first exception alone has to do.
+    // Fails if memory is short. Then only the first exception is reported.
     let _ = error.call_method1(intern!(py, "add_note"), (text,));
 }

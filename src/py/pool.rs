@@ -1,5 +1,5 @@
-//! `Vmm` for the pool of `pyvmm.snapshots`: a machine that is lent to one job after another. With
-//! the GIL held.
+//! `Vmm` for the pool of `pyvmm.snapshots`: a machine that is used by one job after another. Used
+//! with the GIL held.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,7 +19,7 @@ use crate::limit::Limit;
 use crate::sync::Mutex;
 
 impl PyVmm {
-    /// An object of its own for the same machine.
+    /// Another object for the same machine.
     fn handle(&self, py: Python<'_>, lease: &Lease) -> PyResult<Self> {
         let (tie, Origin { config, is_shared }) = (self.tie.lend(lease), self.origin()?);
         Ok(Self {
@@ -40,8 +40,8 @@ impl PyVmm {
 
 #[pymethods]
 impl PyVmm {
-    /// An object for one job of a pool. The machine stays this object's, whose `_renew` finds out
-    /// what the job has left.
+    /// An object for one job of a pool. This object keeps the machine, and its `_renew` detects
+    /// what the job has left behind.
     fn _lend(&self, py: Python<'_>) -> PyResult<Py<Self>> {
         let lease = Lease::default();
         let handle = Py::new(py, self.handle(py, &lease)?)?;
@@ -49,24 +49,24 @@ impl PyVmm {
         Ok(handle)
     }
 
-    /// What has been done to the machine so far is how each job is to find it.
+    /// Accept the changes so far as the initial state of each job.
     fn _settle(&self) {
         self.tie.settle();
     }
 
-    /// Whether its vCPUs run, or somebody is in a call that runs them.
+    /// Whether its vCPUs run, or a thread is in a call that runs them.
     fn _is_running(&self) -> PyResult<bool> {
         Ok(self.core()?.is_in_run())
     }
 
-    /// Whether a reset takes back all that has been done to the machine since it was settled.
+    /// Whether a reset undoes all changes of the machine since it was settled.
     fn _is_clean(&self) -> bool {
         self.tie.is_clean()
     }
 
-    /// Bring the machine back to a snapshot for the next job, as a new fork would be. False where
-    /// something of the last job is left that a reset does not take back, or somebody holds an
-    /// object that the job was given: then it is to be closed.
+    /// Reset the machine to a snapshot for the next job, equal to a new fork. False if the last job
+    /// has left something that a reset cannot undo, or if an object of the job is still referenced.
+    /// Then the machine must be closed.
     fn _renew(&self, py: Python<'_>, snapshot: &PySnapshot) -> PyResult<bool> {
         let is_held = self.lent.lock().as_ref().is_some_and(|lease| !lease.is_over());
         if is_held || !self.tie.is_clean() || self.hooks.pending.is_left() {
@@ -87,7 +87,7 @@ impl PyVmm {
         Ok(is_renewed && self.tie.is_clean())
     }
 
-    /// Write randomness into the guest: by the callable, or at an address and of a length.
+    /// Write randomness to the guest, by the callable, or at an address and of a length.
     fn _stir(slf: &Bound<'_, Self>, entropy: &Bound<'_, PyAny>) -> PyResult<()> {
         let py = slf.py();
         if entropy.is_callable() {

@@ -1,4 +1,4 @@
-//! What a callable is called, and its calls as spans of a trace.
+//! Names callables, and records their calls as spans of a trace.
 
 use std::time::Instant;
 
@@ -9,10 +9,10 @@ use pyo3::prelude::*;
 use crate::event::record_event;
 use crate::trace::{is_recorded, record};
 
-/// A callable that does not say its name.
+/// The name of a callable without a name.
 const UNNAMED: &str = "callback";
 
-/// Make a call of the program's code, and record it where this thread is recorded. The GIL is held.
+/// Call the program's code, and record it if this thread is recorded. The GIL is held.
 pub(super) fn recorded<T>(name: impl FnOnce() -> PyResult<String>, call: impl FnOnce() -> T) -> T {
     if !is_recorded() {
         return call();
@@ -20,15 +20,14 @@ pub(super) fn recorded<T>(name: impl FnOnce() -> PyResult<String>, call: impl Fn
     let began = Instant::now();
     let result = call();
     let ended = Instant::now();
-    // Asking for a name may run the program's code, too, and what that raises is nothing to the
-    // run.
+    // Getting the name may run the program's code too. Its exceptions do not affect the run.
     let name = name().unwrap_or_else(|_| UNNAMED.to_owned());
     record("callback", &name, (began, ended), &[]);
     result
 }
 
-/// Record that a subscriber has been called for an event. Apart from the call, which is made far
-/// more often unrecorded.
+/// Record the call of a subscriber for an event. Separate from the call, which is usually not
+/// recorded.
 #[cold]
 pub(super) fn record_process(
     events: Events,
@@ -36,7 +35,7 @@ pub(super) fn record_process(
     name: impl FnOnce() -> PyResult<String>,
 ) {
     let returned = Instant::now();
-    // Before the callback: what begins at the same time is its child.
+    // Before the callback, because a later span with the same start time is its child.
     record_event(events, (called, Instant::now()));
     let name = name().unwrap_or_else(|_| UNNAMED.to_owned());
     record("callback", &name, (called, returned), &[]);

@@ -13,20 +13,20 @@ use crate::vcpu::left;
 /// How long interpreter exit waits for callbacks in progress.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Something that can be stopped and closed from any thread, any number of times.
+/// A machine that can be stopped and closed from any thread, any number of times.
 pub(super) trait Close: Send + Sync {
     /// Ask a run in progress to end. Does not wait.
     fn stop(&self);
     /// End the run and release everything, once the callbacks in progress have returned.
     fn close(&self);
-    /// Whether nobody has closed it.
+    /// Whether it is not closed.
     fn is_open(&self) -> bool;
 }
 
-/// The machines of this process, and whose copies a forked child finds here.
+/// The machines of this process, with the process that created each: a forked child has copies.
 static LIVE: GilCell<Vec<(ProcessTag, Weak<dyn Close>)>> = GilCell::new(Vec::new());
 
-/// Remember a machine for as long as it lives.
+/// Register a machine for its lifetime.
 pub(super) fn register(py: Python<'_>, machine: Weak<dyn Close>) {
     LIVE.with(py, |live| {
         if live.len() == live.capacity() {
@@ -52,7 +52,7 @@ pub(crate) fn close_all(py: Python<'_>) -> PyResult<()> {
         drop(machines);
         left::join_all();
     };
-    // The thread that closes may have to wait for a callback that never returns: this one does not.
+    // The closing thread may have to wait for a callback that never returns. This thread does not.
     match Background::start(py, close) {
         Ok(closing) => closing.wait(py, Some(deadline)),
         Err(close) => {

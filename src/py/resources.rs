@@ -1,4 +1,4 @@
-//! What answers where in a machine, for Python: `Vmm.resources` and `KvmVm.resources`.
+//! The resources of a machine for Python: `Vmm.resources` and `KvmVm.resources`.
 
 use pyo3::prelude::*;
 use pyo3::types::PyList;

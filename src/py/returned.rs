@@ -1,5 +1,5 @@
-//! What callbacks return: usually None. A coroutine goes to the run that can await it, or is
-//! refused.
+//! Handles the results of callbacks, which are usually None. A coroutine is passed to the run that
+//! can await it, or is refused.
 
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -7,8 +7,8 @@ use pyo3::types::{PyBool, PyBytes, PyFloat, PyInt, PyString};
 
 use super::ending::import;
 
-/// Whether a value does nothing unless it is awaited or iterated. The usual values are found
-/// quickly.
+/// Whether a value does nothing unless it is awaited or iterated. The check is quick for usual
+/// values.
 fn may_wait(value: &Bound<'_, PyAny>) -> PyResult<bool> {
     if value.is_none()
         || value.is_exact_instance_of::<PyInt>()
@@ -20,15 +20,14 @@ fn may_wait(value: &Bound<'_, PyAny>) -> PyResult<bool> {
         return Ok(false);
     }
     let (py, class) = (value.py(), value.get_type());
-    // Of generators Python code has to tell which are coroutines.
+    // Python code must determine which generators are coroutines.
     Ok(class.hasattr(intern!(py, "__await__"))?
         || class.hasattr(intern!(py, "gi_frame"))?
         || class.hasattr(intern!(py, "ag_frame"))?)
 }
 
-/// Have what a callback of a loop has returned awaited, where an asyncio loop is there for it.
-///
-/// An error where none is and the value would never run.
+/// Pass the result of a loop's callback to the asyncio loop that awaits it, if there is one.
+/// An error if there is none and the value would never run.
 pub(super) fn take_returned(
     awaiter: impl FnOnce(Python<'_>) -> Option<Py<PyAny>>,
     value: &Bound<'_, PyAny>,

@@ -1,4 +1,4 @@
-//! A machine's run that an asyncio task awaits, and can cancel. On a thread of its own.
+//! A machine's run that an asyncio task awaits and can cancel. Runs on a separate thread.
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,7 +20,7 @@ use crate::exit_handler::{Exit, ExitReason};
 #[pyclass(frozen, name = "_Cancel", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyCancel {
-    /// Gone when the machine is closed: then the run is over.
+    /// Dropped when the machine is closed, which ends the run.
     core: Weak<EventManager>,
     is_set: AtomicBool,
 }
@@ -29,7 +29,7 @@ pub struct PyCancel {
 impl PyCancel {
     /// Request the end of the run. May be called from any thread, at any time.
     fn set(&self) -> PyResult<()> {
-        // Release: pairs with the acquire of the turn that the kick wakes.
+        // Release: pairs with the acquire of the iteration that the kick wakes.
         self.is_set.store(true, Ordering::Release);
         let Some(core) = self.core.upgrade() else { return Ok(()) };
         Ok(core.kick()?)
@@ -43,9 +43,8 @@ impl PyCancel {
 }
 
 impl PyVmm {
-    /// Turn the loop on this thread. In a shared loop each machine's run turns it for all.
-    ///
-    /// `awaiter` takes what callbacks on this thread return to be awaited.
+    /// Run the loop on this thread. In a shared loop, each machine's run runs it for all machines.
+    /// `awaiter` takes the awaitables returned by callbacks on this thread.
     pub(super) fn claim<'a>(
         &self,
         manager: &'a Py<PyEventManager>,
@@ -59,7 +58,8 @@ impl PyVmm {
         }
     }
 
-    /// What `run` and `wait` return or raise, with what callbacks on vCPU threads have left.
+    /// The result or exception of `run` and `wait`, including the outcomes of callbacks on vCPU
+    /// threads.
     pub(super) fn finish<'py>(
         &self,
         py: Python<'py>,
@@ -70,8 +70,8 @@ impl PyVmm {
         let exit = match ended {
             Ok(None) => return Ok(None),
             Ok(Some(exit)) => exit,
-            // What was left is for the run in progress, which another thread waits for; or a forked
-            // child's parent does.
+            // The stored outcome belongs to the run in progress, for which another thread waits, or
+            // to the parent of a forked child.
             Err(error) if self.core().map_or(true, |vmm| vmm.is_in_run()) => return Err(error),
             Err(error) => {
                 let error = pending.beside(py, error);
@@ -102,14 +102,14 @@ impl PyVmm {
 
 #[pymethods]
 impl PyVmm {
-    /// What ends one `_run_cancellable`.
+    /// Create the object that ends one `_run_cancellable`.
     fn _new_cancel(&self, py: Python<'_>) -> PyResult<PyCancel> {
         let core = Arc::downgrade(&self.manager(py)?.get().shared_core());
         Ok(PyCancel { core, is_set: AtomicBool::new(false) })
     }
 
-    /// `run` for `pyvmm.aio`; None after it was cancelled. `awaiter` is called with what callbacks
-    /// return to be awaited.
+    /// Like `run`, for `pyvmm.aio`. Returns None after it was cancelled. `awaiter` is called with
+    /// the awaitables that callbacks return.
     fn _run_cancellable<'py>(
         &self,
         py: Python<'py>,

@@ -23,10 +23,9 @@ use crate::sync::{Mutex, rank};
 #[derive(Debug)]
 pub struct PySerial {
     serial: Owned<Arc<Serial>>,
-    /// What the writer of `pyvmm.streams` has taken and not settled.
+    /// Output that the writer of `pyvmm.streams` has taken but not settled.
     taken: Mutex<Option<Piece>, rank::TakenOutput>,
-    /// The machine's object, which lives as long as its port's, and its core; none for the loop's
-    /// own use.
+    /// The machine's object, kept alive by this object, and its core. None for the loop's own use.
     machine: Option<(Py<PyAny>, Weak<dyn Close>)>,
     tie: Tie,
 }
@@ -38,7 +37,7 @@ impl PySerial {
         Self { serial, taken, machine: None, tie: tie.clone() }
     }
 
-    /// That of a machine's object, whose core is `core`.
+    /// The port of a machine's object, whose core is `core`.
     pub(super) fn of_machine(
         serial: Arc<Serial>,
         machine: Py<PyAny>,
@@ -58,14 +57,14 @@ impl PySerial {
         }
     }
 
-    /// The port, for what a reset does not take back.
+    /// The port, for operations that a reset cannot undo.
     fn port(&self) -> PyResult<&Arc<Serial>> {
         self.tie.hand_out();
         self.bytes()
     }
 
-    /// The port, for its input and output, which a reset takes back; not in a forked child, whose
-    /// parent's guest would be interrupted.
+    /// The port, for input and output, which a reset undoes. Fails in a forked child, where it
+    /// would interrupt the parent's guest.
     fn bytes(&self) -> PyResult<&Arc<Serial>> {
         Ok(self.serial.get()?)
     }
@@ -112,7 +111,7 @@ impl PySerial {
         })?)
     }
 
-    /// For `pyvmm.streams`: take so many bytes of the output at most, to be settled.
+    /// For `pyvmm.streams`: take at most `most` bytes of the output, to be settled.
     fn _take<'py>(&self, py: Python<'py>, most: usize) -> PyResult<Bound<'py, PyBytes>> {
         let port = self.port()?;
         let piece = py.detach(|| port.take_piece(most));
@@ -121,8 +120,8 @@ impl PySerial {
         Ok(bytes)
     }
 
-    /// For `pyvmm.streams`: so many of the bytes that were taken have been written. The others are
-    /// output again, of which the loop is told after this time.
+    /// For `pyvmm.streams`: settle the taken output, of which `written` bytes were written. The
+    /// other bytes are pending again, and the loop is notified of them after `again_s`.
     fn _settle(&self, py: Python<'_>, written: usize, again_s: Option<f64>) -> PyResult<()> {
         let port = self.port()?;
         let taken = self.taken.lock().take();

@@ -1,4 +1,4 @@
-"""A manager hosted by other loops: it goes on being heard whatever its sources do, and has one host."""
+"""A manager hosted by other loops: its events arrive whatever happens to its sources, and it has one host."""
 
 from __future__ import annotations
 

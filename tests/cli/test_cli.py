@@ -130,7 +130,7 @@ def test_live_stats_are_renewed_on_a_terminal(tmp_path: Path) -> None:
             seen += read_within(controller, 60)
         assert process.poll() is None
         process.terminate()
-        with contextlib.suppress(OSError):  # EIO: nobody has the terminal any more
+        with contextlib.suppress(OSError):  # EIO: the terminal is closed
             while True:
                 seen += read_within(controller, 60)
         assert process.wait(60) == 143

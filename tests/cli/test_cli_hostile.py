@@ -1,4 +1,4 @@
-"""The command line, as nobody should type it: one line of error, a status, the JSON, and the terminal as it was.
+"""Invalid command lines: one line of error, a status, the JSON, and the terminal is restored.
 
 Covers python/pyvmm/signals.py.
 """
@@ -109,7 +109,7 @@ def test_what_is_no_time_is_refused(text: str, option: str, tmp_path: Path) -> N
 
 @contextmanager
 def started(*arguments: object, **streams: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """The command in a process of its own, which does not outlive the test."""
+    """The command in a separate process, which does not outlive the test."""
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
     with subprocess.Popen([*COMMAND, *map(str, arguments)], **streams) as process:
         try:

@@ -1,4 +1,4 @@
-"""Every call that looks into a machine, with values that nobody should pass: a typed error, and nothing has changed."""
+"""Invalid values for every call that inspects a machine: a typed error, and nothing changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A console that nobody reads: the guest waits, and nobody else does."""
+"""A console without a reader: only the guest waits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.kvm
 DEADLINE_S = 60.0
 
-# Lines of one letter for ever, 32 at a time and counted at 0x2000. Each newline takes two columns
+# Endless lines of one letter, 32 at a time and counted at 0x2000. Each newline takes two columns
 # of a terminal.
 PRINT_LINES = (
     b"\xba\xf8\x03"  # mov dx, 0x3f8
@@ -120,7 +120,7 @@ def until_stuck(vmm: Vmm) -> int:
 
 
 def soon(call: Callable[[], object]) -> object:
-    """What a call returns, which must not take long, in a thread of its own."""
+    """The result of a call in another thread, which must return soon."""
     result: list[object] = []
     thread = threading.Thread(target=lambda: result.append(call()), daemon=True)
     thread.start()

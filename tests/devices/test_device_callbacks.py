@@ -1,4 +1,4 @@
-"""What a device's callback can do with its machine: look into its vCPU, pause, stop, close, start threads, fork."""
+"""What a device's callback can do with its machine: access its vCPU, pause, stop, close, start threads, fork."""
 
 from __future__ import annotations
 

@@ -200,7 +200,7 @@ def test_machines_in_cycles_with_their_devices_are_collected() -> None:
 
 
 def test_a_device_that_holds_the_memory_goes_with_the_machine() -> None:
-    """The memory holds the machine, the machine its device, and the device the memory: nobody else holds them."""
+    """The memory refers to the machine, the machine to its device, and the device to the memory, in a cycle."""
 
     class Device:
         def __init__(self, vmm: Vmm) -> None:

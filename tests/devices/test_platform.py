@@ -1,4 +1,4 @@
-"""The built-in devices as a guest sees them: keyboard controller, exit port, clock, and what nobody answers."""
+"""The built-in devices as a guest sees them: keyboard controller, exit port, clock, and unanswered accesses."""
 
 from __future__ import annotations
 

@@ -250,7 +250,7 @@ def test_an_empty_datagram_is_no_end_and_none_is_cut_off() -> None:
 
 
 class Odd(io.RawIOBase):
-    """A file object whose `write` returns what it is told, one after the other."""
+    """A file object whose `write` returns the given values in order."""
 
     def __init__(self, *returned: Any) -> None:
         self.returned = list(returned)

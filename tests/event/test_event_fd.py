@@ -104,7 +104,7 @@ def test_it_is_a_plain_descriptor_not_inherited() -> None:
 
 @pytest.mark.parametrize("kind", ["EventFd", "TimerFd", "full EventFd"])
 def test_descriptor_made_blocking_later_holds_up_only_its_caller(kind: str) -> None:
-    """Any holder of a duplicate can do that. Where the wait held the GIL nobody could end it."""
+    """Any holder of a duplicate can do that. If the wait held the GIL, no thread could end it."""
     code = f"""
 import os, threading
 from pyvmm import EventFd, TimerFd

@@ -19,7 +19,7 @@ Fd = TypeVar("Fd", EventFd, TimerFd)
 
 
 class Watched(Generic[Fd]):
-    """A subscriber of one source, which notes what it is told."""
+    """A subscriber of one source, which records its events."""
 
     def __init__(self, log: list[tuple[int, int]], flags: EventSet, fd: Fd) -> None:
         self.fd: Fd = fd
@@ -96,7 +96,7 @@ class Model(RuleBasedStateMachine):
 
     @rule(entry=consumes(subscribers), how=st.sampled_from(["subscriber", "number"]), ready=st.booleans())
     def close_while_a_duplicate_lives(self, entry: Entry, how: str, ready: bool) -> None:
-        """No number leads to the source any more, and the kernel goes on watching it."""
+        """No number refers to the source any more, and the kernel still watches it."""
         watched, id = entry
         number = watched.fd.fileno()
         del self.alive[number]

@@ -1,4 +1,4 @@
-"""What event-manager's own tests expect of it, told for Python."""
+"""The scenarios of event-manager's own tests, in Python."""
 
 from __future__ import annotations
 

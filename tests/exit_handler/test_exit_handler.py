@@ -1,4 +1,4 @@
-"""`VmmExitHandler` and `WrappedExitHandler`, in a manager of one's own."""
+"""`VmmExitHandler` and `WrappedExitHandler`, in a manager created by the program."""
 
 from __future__ import annotations
 

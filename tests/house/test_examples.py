@@ -30,7 +30,7 @@ def run(example: Path, *arguments: str) -> str:
 def test_example_prints_what_it_says(example: Path) -> None:
     expected = re.findall(r"print\(.*\)  # (.*)", example.read_text())
     assert expected
-    # A callback may print before or after what stands above it.
+    # A callback may print before or after the preceding lines.
     assert sorted(run(example).splitlines()) == sorted(expected)
 
 

@@ -47,7 +47,7 @@ def test_a_guest_goes_through_every_hop_in_order() -> None:
         assert threading.get_ident() == main
         hops.append(f"device's output {piece!r}")
         subscriber.fd.write()
-        # The guest waits for this byte before it goes on to its exit.
+        # The guest waits for this byte before its exit.
         vmm.serial.send(b"y")
 
     class Device:

@@ -113,7 +113,7 @@ def covered(test: Path) -> list[str]:
 
 
 def folder_of(source: Path) -> Path:
-    """Where the tests of a source file stand: in the folder of its room."""
+    """The folder with the tests of a source file: that of its room."""
     first, *rest = source.relative_to(ROOT).parts
     return TESTS / ("python" if first == "python" else rest[0].removesuffix(".rs"))
 

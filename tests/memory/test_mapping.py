@@ -27,7 +27,7 @@ def libc_fork() -> int:
 
 
 def bare_fork() -> int:
-    """Past the C library, which would have told pyvmm of it."""
+    """Without the C library, which would have notified pyvmm."""
     return int(ctypes.CDLL(None, use_errno=True).syscall(SYS_FORK))
 
 

@@ -85,7 +85,7 @@ def test_every_call_on_what_is_closed_says_so(closed: dict[str, Any], name: str)
         except ClosedError as error:
             if (str(error), error.at) != (f"the {what(thing)} is closed", what(thing)):
                 wrong.append(f"{member}: {error}, at {error.at}")
-        except Exception as error:  # told below
+        except Exception as error:  # reported below
             wrong.append(f"{member} raised {type(error).__name__}: {error}")
         else:
             wrong.append(f"{member} answered")

@@ -49,7 +49,7 @@ def spinning() -> Iterator[Snapshot]:
         yield vmm.snapshot()
 
 
-# What a job's callback raised, and nobody waited for, is told where its machine is closed.
+# An uncollected exception of a job's callback is reported when its machine is closed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @given(jobs=st.lists(st.lists(st.sampled_from(sorted(ACTS)), min_size=1, max_size=4), min_size=1, max_size=3))
 @settings(max_examples=120)
@@ -197,7 +197,7 @@ def test_late_job_whose_callback_waits_delays_no_other_time_limit(spinning: Snap
 
 
 class Answers:
-    """A device of the pool's, which stays for each job."""
+    """A device of the pool, which stays for each job."""
 
     def __init__(self) -> None:
         self.reads = 0

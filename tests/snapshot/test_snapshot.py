@@ -1,4 +1,4 @@
-"""Snapshots and forks, told by guests that count: one that goes on exactly cannot have been started again.
+"""Snapshots and forks of guests that count. If the counts continue exactly, the guest was not restarted.
 
 Covers src/py/snapshot/fork.rs, src/py/snapshot/object.rs.
 """
@@ -73,7 +73,7 @@ def test_snapshots_from_several_threads_at_once_all_succeed() -> None:
 def test_forked_child_resets_and_snapshots_its_own_machines() -> None:
     with oracle() as vmm:
         vmm.snapshot()
-        snapshot = vmm.snapshot()  # the second looks into the page tables
+        snapshot = vmm.snapshot()  # the second one reads the page tables
         child = os.fork()
         if child == 0:
             status = 1

@@ -89,7 +89,7 @@ def test_snapshot_from_a_devices_own_callback_is_refused_and_from_another_thread
         assert entered.wait(DEADLINE_S)
         other = threading.Thread(target=lambda: snapshots.append(vmm.snapshot()))
         other.start()
-        # While the machine is held for the snapshot, its vCPU can be looked into.
+        # While the machine is stopped for the snapshot, its vCPU is accessible.
         is_held = False
         while not is_held:
             with contextlib.suppress(StateError):

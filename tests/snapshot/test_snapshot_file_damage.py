@@ -95,7 +95,7 @@ def test_every_flipped_bit_of_header_and_state_is_refused(file: Path, tmp_path: 
 
 
 def with_checksums(content: bytearray) -> bytes:
-    """The file with both checksums made right again, so that what is behind them is looked at."""
+    """The file with both checksums corrected, so that the data itself is checked."""
     length = struct.unpack_from("<Q", content, 24)[0]
     struct.pack_into("<I", content, 40, zlib.crc32(content[HEADER : HEADER + length]))
     struct.pack_into("<I", content, 12, 0)

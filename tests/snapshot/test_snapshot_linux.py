@@ -51,7 +51,7 @@ def test_linux_goes_on_from_a_file(booted_linux: BootedLinux, tmp_path: Path) ->
 
 
 def test_snapshot_of_a_booting_linux_boots_on(linux_once: Linux) -> None:
-    """Stopped at marks on its console, copied and gone on: the last copy still comes to userspace."""
+    """Linux is stopped at marks on its console, forked and continued: the last fork still reaches userspace."""
     marks = [b"Zone ranges:", b"Memory: ", b"pid_max:", b"Unpacking initramfs"]
     seen = bytearray()
 

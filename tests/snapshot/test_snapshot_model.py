@@ -26,7 +26,7 @@ DEADLINE_S = 60
 TARGET, COUNT, SCRATCH = 0x2000, 0x2004, 0x40000
 T = TypeVar("T")
 
-# Real mode: counts at 0x2004 up to what stands at 0x2000, printing each number's low byte.
+# Real mode: counts at 0x2004 up to the number at 0x2000, printing each number's low byte.
 COUNTER = (
     b"\xa1\x00\x20"  #          back: mov ax, [0x2000]
     b"\x3b\x06\x04\x20"  #      cmp ax, [0x2004]
@@ -107,7 +107,7 @@ class Machines(RuleBasedStateMachine):
 
     @rule(target=snapshots, machine=machines, running=st.booleans(), paused=st.booleans())
     def snapshot(self, machine: tuple[Vmm, Model], running: bool, paused: bool) -> tuple[Snapshot, Model]:
-        """Of a machine at rest, or one that spins, or one that is paused while it spins."""
+        """Of a stopped machine, a spinning one, or one that is paused while it spins."""
         vmm, model = machine
         if running:
             self.elsewhere(vmm.start)

@@ -56,7 +56,7 @@ def test_a_full_disk_is_told_at_the_end_and_does_not_harm_the_run() -> None:
 
 
 def test_a_disk_that_fills_up_leaves_whole_events(tmp_path: Path) -> None:
-    """The limit of a file's size stands for the disk."""
+    """The limit of a file's size replaces a full disk."""
     import resource
     import signal
 

@@ -31,14 +31,14 @@ from pyvmm import (
 
 pytestmark = pytest.mark.kvm
 
-# Counts in RBX for ever: inc rbx; jmp -5
+# Counts in RBX without end: inc rbx; jmp -5
 COUNT = bytes.fromhex("48ffc3 ebfb")
 THREADS = 4
 KICKS = 25_000
 
 
 def test_kicks_at_random_moments_from_four_threads_are_all_seen() -> None:
-    """A pause returns when the vCPU is out, so a lost kick hangs; a stale one would keep the guest from going on."""
+    """A pause returns when the vCPU is out, so a lost kick hangs. A stale kick would stop the guest again."""
     with KvmVm(VmmConfig(boot=FlatBoot(COUNT, address=0x1000, mode="user64"))) as vm:
         (vcpu,) = vm.vcpus
         vm.run()
@@ -62,7 +62,7 @@ def test_kicks_at_random_moments_from_four_threads_are_all_seen() -> None:
         assert paused == [KICKS] * THREADS
         vm.pause()
         before = vcpu.regs.rbx
-        while vcpu.regs.rbx == before:  # for ever, if a kick had cancelled the runs that follow
+        while vcpu.regs.rbx == before:  # never ends if a kick has cancelled the later runs
             vm.resume()
             vm.pause()
 
@@ -145,7 +145,7 @@ def test_a_chosen_signal_goes_on_reaching_the_handler_that_was_there() -> None:
 
 @pytest.mark.parametrize("at", [1, 10, 1024, 1025, 2500])
 def test_a_repeated_access_is_completed_for_so_many_steps_and_no_more(at: int) -> None:
-    """A vCPU that is brought out in the midst of REP OUTS: its registers tell how far the instruction has come."""
+    """A vCPU is kicked in the middle of REP OUTS: its registers show the progress of the instruction."""
     count = 5000
     code = (
         b"\xba\x00\x05\xbe\x00\x20"  # mov dx, 0x500; mov si, 0x2000

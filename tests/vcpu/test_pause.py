@@ -1,4 +1,4 @@
-"""Stopping a machine and letting it go on: pauses, and every call in every state, from any thread.
+"""Pausing and resuming a machine: pauses, and every call in every state, from any thread.
 
 Covers src/vcpu/handle.rs, src/vcpu/host_access.rs, src/vm/vcpus.rs.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 pytestmark = pytest.mark.kvm
-# Counts in RBX for ever: inc rbx; jmp -5
+# Counts in RBX without end: inc rbx; jmp -5
 COUNT = bytes.fromhex("48ffc3 ebfb")
 COUNT_AT = 0x1000
 

@@ -235,7 +235,7 @@ def test_string_from_a_port_is_read_by_the_device_that_came() -> None:
 
 
 def test_register_read_again_faults_in_no_guest() -> None:
-    """RDMSR of a register that nobody knows, at first."""
+    """RDMSR of a register that KVM does not know, at first."""
     code = b"\xb9\x00\x02\x00\x4a\x0f\x32" + OUT_EAX  # mov ecx, 0x4a000200; rdmsr
     answers: list[object] = [ExitAction.RETRY, ExitAction.RETRY, 0x55]
     with Vmm(flat(code, "long64", size_mib=4)) as vmm:

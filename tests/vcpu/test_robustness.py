@@ -215,7 +215,7 @@ def test_callable_that_fails_ends_the_run(make: Callable[[VmmConfig], Vmm]) -> N
 
 
 def test_output_that_nobody_takes_is_left_for_the_host(make: Callable[[VmmConfig], Vmm]) -> None:
-    """More than a pipe holds: the guest ends, the run does not wait for ever, and no byte is lost."""
+    """More than a pipe can hold: the guest ends, the run does not hang, and no byte is lost."""
     code = (
         b"\x66\xb9\xa0\x86\x01\x00"  # mov ecx, 100000
         b"\xba\xf8\x03\xb0\x78"  #     mov dx, 0x3f8; mov al, 'x'

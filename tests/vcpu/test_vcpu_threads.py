@@ -373,7 +373,7 @@ class Device:
 with Vmm(flat(out(0x500, 1) + exit_with(3))) as vmm:
     vmm.add_pio_device(0x500, 1, Device())
     vmm.start()
-    # Nobody waits for the machine meanwhile: the callback alone could do so.
+    # No thread waits for the machine meanwhile: only the callback could do so.
     assert returned.wait(50)
     print(vmm.wait(50).code)
 """

@@ -24,7 +24,7 @@ OUT_FOR_EVER = b"\xba\x00\x05\xb0\x78\xee\xeb\xfd"  # mov dx, 0x500; mov al, 'x'
 
 
 class Slow:
-    """A device that returns when it is told to."""
+    """A device that returns when the test lets it."""
 
     def __init__(self) -> None:
         self.entered, self.go = threading.Event(), threading.Event()

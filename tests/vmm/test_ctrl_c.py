@@ -1,4 +1,4 @@
-"""Ctrl-C where a call waits for a callback in progress or for a snapshot. Each program has a process of its own.
+"""Ctrl-C while a call waits for a callback in progress or for a snapshot. Each program runs in its own process.
 
 Covers src/py/interrupt.rs.
 """
@@ -39,7 +39,7 @@ def closers():
     return sum(Path(task, "comm").read_text() == "pyvmm-close\\n" for task in Path("/proc/self/task").iterdir())
 
 def interrupt_close(number=1):
-    """Send Ctrl-C when so many calls wait for a machine's threads."""
+    """Send Ctrl-C when this many calls wait for a machine's threads."""
     def send():
         while closers() < number:
             time.sleep(0.001)

@@ -1,4 +1,4 @@
-"""A class of one's own over `Vmm`: arguments, attributes, methods, and what it is while it has not been made.
+"""Subclasses of `Vmm`: arguments, attributes, methods, and calls before the initialization.
 
 Covers src/py/make.rs.
 """

@@ -13,10 +13,10 @@ use crate::memory::GuestMemory;
 use crate::py::vcpu::PyVcpu;
 use crate::vcpu::Vcpu;
 
-/// Copies of at least so many bytes are made without the GIL.
+/// Copies of at least this many bytes are made without the GIL.
 const LARGE: usize = 1 << 16;
 
-/// A pointer that crosses to where the GIL is not held.
+/// A pointer that is used where the GIL is not held.
 #[derive(Clone, Copy)]
 struct Place(*mut u8);
 
@@ -43,7 +43,7 @@ fn too_long((address, length): (u64, u64)) -> Error {
     Error::new(ErrorKind::Memory, format!("{address:#x}"), detail)
 }
 
-/// Where a range is, checked to be memory. With a vCPU its addresses are guest-virtual.
+/// The pieces of a range, checked to be memory. With a vCPU, the addresses are guest-virtual.
 fn pieces(
     py: Python<'_>,
     memory: &GuestMemory,
@@ -67,7 +67,7 @@ fn pieces(
     })
 }
 
-/// The pieces of a guest-virtual range, by the vCPU's page tables.
+/// The pieces of a guest-virtual range, translated by the vCPU's page tables.
 fn translated(
     vcpu: &mut Vcpu,
     memory: &GuestMemory,
@@ -132,8 +132,8 @@ impl PyGuestMemory {
         // First, so that a length out of range allocates nothing.
         let pieces = pieces(py, &memory, (address, length), vcpu)?;
         let length = usize::try_from(length)?;
-        // SAFETY: a new bytes object that nobody else knows, filled before anybody can. A length
-        // over isize::MAX cannot be: the range has been found in memory.
+        // SAFETY: a new bytes object that is filled before anything else can refer to it. The
+        // length cannot exceed isize::MAX, because the range is in memory.
         unsafe {
             let size = pyo3::ffi::Py_ssize_t::try_from(length)?;
             let new = pyo3::ffi::PyBytes_FromStringAndSize(std::ptr::null(), size);

@@ -25,9 +25,9 @@ use crate::py::owned::Owned;
 /// OverflowError.
 #[pyclass(frozen, weakref, name = "GuestMemory", module = "pyvmm")]
 pub struct PyGuestMemory {
-    /// Asked each time, so that the memory goes when the machine is closed.
+    /// Called for each access, so that the memory is released when the machine is closed.
     ask: Owned<Ask>,
-    /// The machine, which is not closed for as long as somebody has its memory.
+    /// The machine, so that it stays open while its memory is referenced.
     machine: Py<PyAny>,
     tie: Tie,
 }
@@ -51,7 +51,7 @@ impl PyGuestMemory {
     where
         T: Send + Sync + 'static,
     {
-        // The object holds the core: to be the last to do so is for it alone.
+        // Only the machine's object may hold the last reference to the core.
         let core = Arc::downgrade(core);
         let closed = || Error::closed("machine");
         let ask: Ask = Box::new(move || ask(&*core.upgrade().ok_or_else(closed)?));
@@ -59,20 +59,20 @@ impl PyGuestMemory {
         Self { ask, machine, tie: tie.clone() }
     }
 
-    /// The memory, for what a reset does not take back.
+    /// The memory, for operations that a reset cannot undo.
     fn get(&self) -> Result<GuestMemory> {
         self.tie.hand_out();
         self.bytes()
     }
 
-    /// The memory, for a change that a reset does not take back, and that is over when the call
+    /// The memory, for a change that a reset cannot undo and that is complete when the call
     /// returns.
     fn changing(&self) -> Result<GuestMemory> {
         self.tie.change();
         self.bytes()
     }
 
-    /// The memory, to read and write what it holds.
+    /// The memory, to read and write its contents.
     pub(super) fn bytes(&self) -> Result<GuestMemory> {
         self.ask.get()?()
     }
@@ -177,7 +177,7 @@ impl PyGuestMemory {
         let mapping = match (source, size) {
             (Some(source), _) => {
                 let fd: RawFd = descriptor(source)?;
-                // SAFETY: it is used before this returns, while the source is held.
+                // SAFETY: it is used only before this returns, while the source is alive.
                 let fd = unsafe { BorrowedFd::borrow_raw(fd) };
                 shared(fd, offset, size, read_only)?
             }

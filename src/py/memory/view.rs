@@ -1,4 +1,4 @@
-//! The buffer behind a memoryview of guest memory.
+//! The buffer of a memoryview of guest memory.
 
 use std::ffi::{c_int, c_void};
 
@@ -9,7 +9,7 @@ use pyo3::prelude::*;
 use crate::error::Result;
 use crate::memory::{GuestMemory, View, WritableView};
 
-/// What a memoryview of guest memory holds.
+/// The exporter of a memoryview of guest memory.
 #[pyclass(frozen, name = "_MemoryView", module = "pyvmm")]
 #[derive(Debug)]
 pub(super) struct PyMemoryView(Access);
