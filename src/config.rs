@@ -169,20 +169,27 @@ impl VmmConfig {
             return Err(bad("irqchip", "Linux needs an interrupt controller"));
         }
         if let ExitPort(Some(port)) = self.exit_port {
-            if layout::BUILT_IN_PORTS.iter().any(|(_, range)| range.contains(&port))
-                || port > 0xfffc
-            {
-                return Err(bad(
-                    "exit_port",
-                    format!("{port:#x} is taken or has no room for 4 bytes"),
-                ));
-            }
+            check_exit_port(u64::from(port), self.has_irqchip())?;
         }
         match &self.boot {
             Boot::Embedded => Ok(()),
             Boot::Flat(flat) => flat.validate(size),
             Boot::Linux(linux) => linux.validate(),
         }
+    }
+}
+
+/// Check that the ports exist and nothing else answers at them.
+fn check_exit_port(start: u64, irqchip: bool) -> Result<()> {
+    let end = start + layout::EXIT_PORTS;
+    if end > 0x1_0000 {
+        return Err(bad("exit_port", format!("{start:#x} leaves no room for 4 ports")));
+    }
+    let kernel = layout::KERNEL_PORTS.iter().filter(|_| irqchip);
+    let mut taken = kernel.chain(layout::device_ports(irqchip));
+    match taken.find(|((first, count), _)| *first < end && start < first + count) {
+        Some((_, name)) => Err(bad("exit_port", format!("{start:#x} overlaps {name}"))),
+        None => Ok(()),
     }
 }
 
@@ -276,6 +283,13 @@ mod tests {
         assert_eq!(place(&config), "exit_port");
         config.exit_port = ExitPort(Some(0xffff));
         assert_eq!(place(&config), "exit_port");
+        config.exit_port = ExitPort(Some(0x3f6)); // the last two are COM1's
+        assert_eq!(place(&config), "exit_port");
+        config.exit_port = ExitPort(Some(0x20)); // a PIC's, if there is one
+        config.validate().unwrap();
+        config.irqchip = Some(true);
+        assert_eq!(place(&config), "exit_port");
+        config.irqchip = None;
         config.exit_port = ExitPort(None);
         config.pit = Some(true);
         assert_eq!(place(&config), "pit");

@@ -1,7 +1,5 @@
 //! Every guest-physical address and port that pyvmm chooses, in one place.
 
-use std::ops::RangeInclusive;
-
 /// A page of guest memory.
 pub const PAGE: u64 = 4096;
 
@@ -55,21 +53,27 @@ pub const COM1: u16 = 0x3f8;
 pub const COM1_IRQ: u32 = 4;
 /// The exit port, as of QEMU's isa-debug-exit.
 pub const EXIT_PORT: u16 = 0xf4;
+/// The number of its ports.
+pub const EXIT_PORTS: u64 = 4;
 /// The real-time clock's index port; its data port follows.
 pub const RTC: u16 = 0x70;
 /// The i8042's data port; its command port is four above.
 pub const I8042: u16 = 0x60;
-/// The ports of the in-kernel PICs and PIT, which answer before any device here.
-pub const BUILT_IN_PORTS: [(&str, RangeInclusive<u16>); 6] = [
-    ("PIC", 0x20..=0x21),
-    ("PIT", 0x40..=0x43),
-    ("i8042", I8042..=I8042 + 4),
-    ("RTC", RTC..=RTC + 1),
-    ("PIC", 0xa0..=0xa1),
-    ("COM1", COM1..=COM1 + 7),
-];
+/// The ports of the built-in devices, as start and count, and their names. If there is an interrupt
+/// controller, KVM answers the speaker's port in the middle of the i8042's.
+#[must_use]
+pub fn device_ports(irqchip: bool) -> &'static [((u64, u64), &'static str)] {
+    const COM1_PORTS: ((u64, u64), &str) = ((COM1 as u64, 8), "COM1");
+    const RTC_PORTS: ((u64, u64), &str) = ((RTC as u64, 2), "RTC");
+    const START: u64 = I8042 as u64;
+    if irqchip {
+        &[COM1_PORTS, RTC_PORTS, ((START, 1), "i8042"), ((START + 2, 3), "i8042")]
+    } else {
+        &[COM1_PORTS, RTC_PORTS, ((START, 5), "i8042")]
+    }
+}
 
-/// Ports that KVM answers itself if the VM has an interrupt controller and a PIT.
+/// The ports that KVM answers itself if there is an interrupt controller.
 pub const KERNEL_PORTS: [((u64, u64), &str); 5] = [
     ((0x20, 2), "the PIC of KVM"),
     ((0x40, 4), "the PIT of KVM"),

@@ -2,6 +2,7 @@
 
 Everything here is exported by `pyvmm`, under the same name.
 """
+# Long because `stubtest` checks only what the stub of the module itself declares.
 
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextvars import Context

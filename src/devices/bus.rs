@@ -145,31 +145,23 @@ struct Entry {
 /// One bus.
 #[derive(Debug, Default)]
 pub struct Bus {
-    /// Sorted by base, without overlap.
+    /// Sorted by base, without overlap: each range has been claimed.
     entries: RwLock<Vec<Entry>, rank::Bus>,
 }
 
 impl Bus {
-    /// Add a device to the bus.
-    ///
-    /// # Errors
-    /// When the range is empty, wraps around, or overlaps another device's.
-    pub fn add(&self, base: u64, length: u64, device: Arc<dyn Device>) -> Result<()> {
-        let refuse =
-            |detail: String| Err(Error::new(ErrorKind::Config, format!("{base:#x}"), detail));
-        let Some(last) = length.checked_sub(1).and_then(|l| base.checked_add(l)) else {
-            return refuse(format!("a device cannot have {length} addresses here"));
-        };
+    /// Add a device to the bus, at a range that has been claimed for it (`platform.rs`).
+    pub(crate) fn add(&self, base: u64, length: u64, device: Arc<dyn Device>) {
         let mut entries = self.entries.write();
         let at = entries.partition_point(|e| e.base < base);
-        let neighbours = [at.checked_sub(1), Some(at)];
-        for entry in neighbours.into_iter().flatten().filter_map(|n| entries.get(n)) {
-            if entry.base <= last && base - entry.base.min(base) < entry.length {
-                return refuse(format!("overlaps the device at {:#x}", entry.base));
-            }
-        }
+        debug_assert!(
+            at.checked_sub(1)
+                .and_then(|last| entries.get(last))
+                .is_none_or(|e| base - e.base >= e.length)
+                && entries.get(at).is_none_or(|e| e.base - base >= length),
+            "a range is claimed before it is added"
+        );
         entries.insert(at, Entry { base, length, device });
-        Ok(())
     }
 
     /// Remove the device whose range starts here. An access that has already found it is still
@@ -276,6 +268,8 @@ impl Buses {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::devices::claim_range;
+    use crate::resources::Resources;
     use proptest::prelude::*;
 
     #[derive(Debug)]
@@ -291,22 +285,30 @@ mod tests {
         }
     }
 
-    fn add(bus: &Bus, base: u64, length: u64) -> Result<()> {
-        bus.add(base, length, Arc::new(Constant(7)))
+    fn add(bus: &Bus, base: u64, length: u64) {
+        bus.add(base, length, Arc::new(Constant(7)));
+    }
+
+    /// As a machine adds one.
+    fn claim_and_add(claims: &Resources, bus: &Bus, base: u64, length: u64) -> Result<()> {
+        claim_range(claims, Access::Pio, (base, length), "a device")?;
+        add(bus, base, length);
+        Ok(())
     }
 
     #[test]
     fn overlaps_are_refused_and_neighbours_are_not() {
-        let bus = Bus::default();
-        add(&bus, 0x100, 0x10).unwrap();
+        let (claims, bus) = (Resources::default(), Bus::default());
+        let add = |base, length| claim_and_add(&claims, &bus, base, length);
+        add(0x100, 0x10).unwrap();
         for (base, length) in [(0x100, 1), (0xff, 2), (0x10f, 1), (0x80, 0x1000), (0x108, 2)] {
-            assert!(add(&bus, base, length).is_err(), "{base:#x}+{length:#x}");
+            assert!(add(base, length).is_err(), "{base:#x}+{length:#x}");
         }
-        add(&bus, 0xf0, 0x10).unwrap();
-        add(&bus, 0x110, 1).unwrap();
-        assert!(add(&bus, 5, 0).is_err());
-        assert!(add(&bus, u64::MAX, 2).is_err());
-        add(&bus, u64::MAX, 1).unwrap();
+        add(0xf0, 0x10).unwrap();
+        add(0x110, 1).unwrap();
+        assert!(add(5, 0).is_err());
+        assert!(add(u64::MAX, 2).is_err());
+        add(u64::MAX, 1).unwrap();
     }
 
     #[test]
@@ -324,11 +326,11 @@ mod tests {
     #[test]
     fn a_device_that_was_removed_answers_no_more() {
         let bus = Bus::default();
-        add(&bus, 0x100, 8).unwrap();
+        add(&bus, 0x100, 8);
         assert!(bus.remove(0x104).is_err(), "not where it starts");
         bus.remove(0x100).unwrap();
         assert!(bus.find(0x100, 1).is_none());
-        add(&bus, 0x104, 8).unwrap();
+        add(&bus, 0x104, 8);
     }
 
     #[test]
@@ -355,11 +357,12 @@ mod tests {
         #[test]
         fn find_agrees_with_the_ranges(ranges in prop::collection::vec((0u64..256, 1u64..32), 0..12),
                                        address in 0u64..300, length in 1usize..9) {
-            let bus = Bus::default();
+            let (claims, bus) = (Resources::default(), Bus::default());
             let mut added: Vec<(u64, u64)> = Vec::new();
             for (base, size) in ranges {
                 let overlaps = added.iter().any(|(b, s)| base < b + s && *b < base + size);
-                prop_assert_eq!(add(&bus, base, size).is_err(), overlaps);
+                let refused = claim_and_add(&claims, &bus, base, size).is_err();
+                prop_assert_eq!(refused, overlaps);
                 if !overlaps {
                     added.push((base, size));
                 }

@@ -80,12 +80,12 @@ mod tests {
         let calls: Arc<Mutex<Vec<String>, rank::Test>> = Arc::default();
         let half = |name, refuses| Arc::new(Half { name, calls: Arc::clone(&calls), refuses });
         let buses = Buses::default();
-        buses.pio.add(0x10, 1, half("first", false)).unwrap();
-        buses.mmio.add(0x1000, 1, half("second", false)).unwrap();
+        buses.pio.add(0x10, 1, half("first", false));
+        buses.mmio.add(0x1000, 1, half("second", false));
         drop(QuiescedDevices::new(&buses).unwrap());
         let all = ["first rests", "second rests", "second goes on", "first goes on"];
         assert_eq!(std::mem::take(&mut *calls.lock()), all);
-        buses.mmio.add(0x2000, 1, half("third", true)).unwrap();
+        buses.mmio.add(0x2000, 1, half("third", true));
         assert_eq!(QuiescedDevices::new(&buses).unwrap_err().at, "third");
         assert_eq!(*calls.lock(), all);
     }

@@ -175,11 +175,8 @@ impl Vmm {
         }
         let resources = vm.memory().resources();
         devices::claim_range(resources, access, (base, length), device.name())?;
-        let added = self.router.buses.bus(access).add(base, length, device);
-        if added.is_err() {
-            resources.release(access.kind(), base);
-        }
-        added
+        self.router.buses.bus(access).add(base, length, device);
+        Ok(())
     }
 
     /// Take a device away again. An access that has found it already is still answered.

@@ -340,12 +340,11 @@ mod tests {
 
     fn with_counter(vmm: &Vmm) -> Arc<Counter> {
         let counter = Arc::new(Counter::default());
-        vmm.router().buses.pio.add(0x80, 2, Arc::clone(&counter) as Arc<dyn Device>).unwrap();
-        vmm.router()
-            .buses
-            .mmio
-            .add(0xd000_0000, 4096, Arc::clone(&counter) as Arc<dyn Device>)
-            .unwrap();
+        let places = [(devices::Access::Pio, 0x80, 2), (devices::Access::Mmio, 0xd000_0000, 4096)];
+        for (access, base, length) in places {
+            let device = Arc::clone(&counter) as Arc<dyn Device>;
+            vmm.add_device(access, base, length, device).unwrap();
+        }
         counter
     }
 

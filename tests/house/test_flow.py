@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.kvm
 
 
+# Long because the guest's code, what answers it and the order of the hops are read together.
 def test_a_guest_goes_through_every_hop_in_order() -> None:
     hops: list[str] = []
     main = threading.get_ident()

@@ -30,6 +30,17 @@ class Sum:
         self.total += self.fd.read()
 
 
+def add_and_remove(manager: EventManager, end: float, failures: list[BaseException]) -> None:
+    try:
+        while time.monotonic() < end:
+            mine = Sum()
+            mine.fd.write(1)
+            id = manager.add_subscriber(mine)
+            assert manager.remove_subscriber(id) is mine
+    except BaseException as error:
+        failures.append(error)
+
+
 def test_every_write_is_seen_once_while_subscribers_come_and_go() -> None:
     manager = EventManager()
     sums = [Sum() for _ in range(WRITERS)]
@@ -44,20 +55,10 @@ def test_every_write_is_seen_once_while_subscribers_come_and_go() -> None:
             sums[n].fd.write(1)
             written[n] += 1
 
-    def change() -> None:
-        try:
-            while time.monotonic() < end:
-                mine = Sum()
-                mine.fd.write(1)
-                id = manager.add_subscriber(mine)
-                assert manager.remove_subscriber(id) is mine
-        except BaseException as error:
-            failures.append(error)
-
     before = held()
     loop = threading.Thread(target=manager.run_forever)
     workers = [threading.Thread(target=write, args=(n,)) for n in range(WRITERS)]
-    workers += [threading.Thread(target=change) for _ in range(CHANGERS)]
+    workers += [threading.Thread(target=add_and_remove, args=(manager, end, failures)) for _ in range(CHANGERS)]
     for thread in (loop, *workers):
         thread.start()
     for thread in workers:
