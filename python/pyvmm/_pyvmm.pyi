@@ -63,8 +63,8 @@ class EventFd:
 
     Args:
         initial: the initial count, 0 to 2^64 - 2.
-        nonblocking: if true, `read` of an empty counter and `write` to a full one raise BlockingIOError; otherwise they
-            wait.
+        nonblocking: if true, `read` of an empty counter and `write` to a full one raise
+            BlockingIOError; otherwise they wait.
         semaphore: `read` takes one at a time instead of the whole count.
     """
 
@@ -164,11 +164,13 @@ class Events:
     """Events of a file descriptor: what to watch for, or what happened.
 
     Args:
-        source: an int, or an object with `fileno()`; the object is kept alive while it is registered.
+        source: an int, or an object with `fileno()`; the object is kept alive while it is
+            registered.
         event_set: what to watch for.
         data: a number from 0 to 2^32 - 1 that is passed back with each event.
-        drain: read the source, a nonblocking `EventFd` or a `TimerFd`, before each call of the subscriber, and pass the
-            result in `count`. The source stays open while it is registered.
+        drain: read the source, a nonblocking `EventFd` or a `TimerFd`, before each call of the
+            subscriber, and pass the result in `count`. The source stays open while it is
+            registered.
 
     Raises:
         ValueError: the source is closed, or a flag has no meaning.
@@ -204,15 +206,17 @@ class SubscriberId:
 class EventOps:
     """Changes the file descriptors that a subscriber watches.
 
-    An EventOps passed to `init` or `process` is usable only during that call; later use raises RuntimeError. One from
-    `EventManager.event_ops` is usable as long as its subscriber is registered.
+    An EventOps passed to `init` or `process` is usable only during that call; later use raises
+    RuntimeError. One from `EventManager.event_ops` is usable as long as its subscriber is
+    registered.
     """
 
     def add(self, events: Events) -> None:
         """Watch a file descriptor.
 
         Raises:
-            EventError: it is already registered, it is closed, or it is a regular file, which epoll does not support.
+            EventError: it is already registered, it is closed, or it is a regular file, which epoll
+                does not support.
         """
 
     def modify(self, events: Events) -> None:
@@ -253,8 +257,8 @@ _Hook = TypeVar("_Hook", bound=Callable[["Vcpu", "VcpuExit"], object])
 class EventManager:
     """Subscribers, and the loop that dispatches events to them by file descriptor.
 
-    One thread at a time may run the loop. Any thread may add and remove subscribers meanwhile. The manager needs no
-    machine and no /dev/kvm.
+    One thread at a time may run the loop. Any thread may add and remove subscribers meanwhile. The
+    manager needs no machine and no /dev/kvm.
     """
 
     def __new__(cls) -> Self: ...
@@ -283,8 +287,8 @@ class EventManager:
     def run(self) -> int:
         """Wait for events, dispatch them once, and return how many there were.
 
-        The first exception of a callback ends the dispatch and is raised here. The next run reports the remaining
-        events again.
+        The first exception of a callback ends the dispatch and is raised here. The next run reports
+        the remaining events again.
 
         Raises:
             StateError: `run` is in progress in another thread, or further up in this one.
@@ -312,9 +316,9 @@ class EventManager:
 
         `data` and `drain` are the same as for `Events`.
 
-        The function gets the attributes `subscriber_id`, for `remove_subscriber`, and `subscriber_ids`, which has the
-        ids of all its decorators. If the function cannot take attributes, as a bound method, the decorator returns a
-        callable that has them.
+        The function gets the attributes `subscriber_id`, for `remove_subscriber`, and
+        `subscriber_ids`, which has the ids of all its decorators. If the function cannot take
+        attributes, as a bound method, the decorator returns a callable that has them.
         """
 
     def call_later(
@@ -322,8 +326,9 @@ class EventManager:
     ) -> Later:
         """Call a function once with these arguments, after `seconds`. The result has `cancel()`.
 
-        If the time is in the past, the call is made in the next iteration. Calls are made in the order of their times,
-        and share one file descriptor. The function runs in `context`, or in a copy of the caller's context.
+        If the time is in the past, the call is made in the next iteration. Calls are made in the
+        order of their times, and share one file descriptor. The function runs in `context`, or in a
+        copy of the caller's context.
 
         Raises:
             ValueError: the time is NaN.
@@ -332,14 +337,14 @@ class EventManager:
     def run_async(self) -> Coroutine[Any, Any, None]:
         """Run the loop like `run_forever`, hosted by the running asyncio loop, which stays responsive.
 
-        A subscriber's `process` may be a coroutine function: it runs as a task, and its exception ends the run. After
-        `stop`, running coroutines have one second to finish. Then they are cancelled, and their names are passed to the
-        asyncio loop's exception handler.
+        A subscriber's `process` may be a coroutine function: it runs as a task, and its exception
+        ends the run. After `stop`, running coroutines have one second to finish. Then they are
+        cancelled, and their names are passed to the asyncio loop's exception handler.
 
         Raises:
             StateError: the manager already has a host, or is already in a run.
-            Exception: the first exception of a callback or a coroutine. Further ones are added to its notes and passed
-                to the asyncio loop's exception handler.
+            Exception: the first exception of a callback or a coroutine. Further ones are added to
+                its notes and passed to the asyncio loop's exception handler.
         """
 
     @property
@@ -398,10 +403,12 @@ class RemoteEndpoint:
     def call_blocking(self, function: Callable[[EventManager], _T], timeout: float | None = None) -> _T:
         """Call `function(manager)` on the loop's thread, and return its value or raise its exception.
 
-        On the loop's own thread, the function is called directly. Otherwise another thread must be running the loop.
+        On the loop's own thread, the function is called directly. Otherwise another thread must be
+        running the loop.
 
         Raises:
-            TimeoutError: the call was not made within `timeout` seconds; it may still be made later.
+            TimeoutError: the call was not made within `timeout` seconds; it may still be made
+                later.
         """
 
     def fire(self, function: Callable[[EventManager], object]) -> None:
@@ -479,13 +486,15 @@ class WrappedExitHandler:
 class GuestMemory:
     """The memory of a machine, by guest-physical address. It can be read and written at any time, from any thread.
 
-    Numbers are little-endian. Addresses and lengths are from 0 to 2^64 - 1; others raise OverflowError.
+    Numbers are little-endian. Addresses and lengths are from 0 to 2^64 - 1; others raise
+    OverflowError.
     """
 
     def read(self, address: int, length: int, *, vcpu: Vcpu | None = None) -> bytes:
         """Return a copy of guest memory.
 
-        With `vcpu`, which must not be running, the address is guest-virtual and translated by that vCPU's page tables.
+        With `vcpu`, which must not be running, the address is guest-virtual and translated by that
+        vCPU's page tables.
 
         Raises:
             GuestMemoryError: a part of the range is not memory, or not mapped.
@@ -541,11 +550,11 @@ class GuestMemory:
     def view(self, address: int, length: int, *, readonly: bool = False) -> memoryview:
         """Return a memoryview of guest memory, without a copy. The range must be in one memory slot.
 
-        The memory stays mapped while the view is alive, even if the slot is removed or the machine is closed. In a
-        forked child, writes through the view are private to the child.
+        The memory stays mapped while the view is alive, even if the slot is removed or the machine
+        is closed. In a forked child, writes through the view are private to the child.
 
-        While dirty pages are logged, the log includes every page of a view that can be written, for as long as the view
-        is alive: writes through it cannot be seen.
+        While dirty pages are logged, the log includes every page of a view that can be written, for
+        as long as the view is alive: writes through it cannot be seen.
 
         Args:
             address: the guest-physical start.
@@ -579,13 +588,15 @@ class GuestMemory:
         Args:
             address: the guest-physical start, a multiple of 4 KiB.
             size: the number of bytes, a multiple of 4 KiB; optional with a source.
-            source: a file or memfd whose pages the guest shares with everyone who maps them, or None for zeroed pages.
+            source: a file or memfd whose pages the guest shares with everyone who maps them, or
+                None for zeroed pages.
             offset: the offset in the source, a multiple of 4 KiB.
             read_only: the guest cannot write to the memory; its writes are MMIO accesses.
 
         Raises:
-            GuestMemoryError: the range overlaps other memory, a device, or KVM's own pages; it is not a whole number of
-                pages; or the source is too short or open only for reading. Nothing changes.
+            GuestMemoryError: the range overlaps other memory, a device, or KVM's own pages; it is
+                not a whole number of pages; or the source is too short or open only for reading.
+                Nothing changes.
             KvmError: KVM refuses it.
             ClosedError: the machine is closed.
         """
@@ -611,8 +622,9 @@ class GuestMemory:
     def take_dirty(self) -> DirtyPages:
         """Return the pages written since the last call, or since `log_dirty` was set.
 
-        This covers writes of the guest and of calls of this object. Every written page is included. So is every page of
-        a writable view that was alive since the last call. KVM may add pages that the guest has only read.
+        This covers writes of the guest and of calls of this object. Every written page is included.
+        So is every page of a writable view that was alive since the last call. KVM may add pages
+        that the guest has only read.
 
         Raises:
             StateError: `log_dirty` is not set, or the machine is closed.
@@ -688,9 +700,9 @@ class Serial:
     def stop_at(self, text: bytes | bytearray) -> None:
         """End the current run, or the next one, at the byte that completes this text. This happens once.
 
-        Output printed before this call does not count. The run ends with `Exit(reason="stopped", value=text)`. The
-        guest stops after the instruction that printed the byte, and the next run continues there. An empty text cancels
-        the request.
+        Output printed before this call does not count. The run ends with `Exit(reason="stopped",
+        value=text)`. The guest stops after the instruction that printed the byte, and the next run
+        continues there. An empty text cancels the request.
 
         Raises:
             ClosedError: the machine is closed.
@@ -735,13 +747,15 @@ class Snapshot:
         The fork does not affect the snapshot, the original machine or other forks.
 
         Args:
-            serial: the streams of its serial port; None keeps the output for `serial.take_output()`.
+            serial: the streams of its serial port; None keeps the output for
+                `serial.take_output()`.
             event_manager: a loop shared with others; None creates one.
-            setup: called with the machine before the devices are restored. It adds the Python devices of the snapshot,
-                and hooks, eventfds and subscribers if the program uses them.
-            entropy: writes new randomness to the guest before it runs: a callable that takes the machine, or a
-                guest-physical address and a number of bytes that are filled from os.urandom. With None, every fork
-                draws the same random numbers.
+            setup: called with the machine before the devices are restored. It adds the Python
+                devices of the snapshot, and hooks, eventfds and subscribers if the program uses
+                them.
+            entropy: writes new randomness to the guest before it runs: a callable that takes the
+                machine, or a guest-physical address and a number of bytes that are filled from
+                os.urandom. With None, every fork draws the same random numbers.
 
         Raises:
             KvmError: KVM refused a part.
@@ -758,8 +772,8 @@ class Snapshot:
     ) -> list[Vmm]:
         """Create `count` forks in parallel. If one fails, all are closed.
 
-        `changes`, if given, is called with the number of each fork and returns a dict of arguments for `fork`.
-        `entropy` applies to the forks whose arguments do not include it.
+        `changes`, if given, is called with the number of each fork and returns a dict of arguments
+        for `fork`. `entropy` applies to the forks whose arguments do not include it.
         """
 
     def save(
@@ -770,18 +784,19 @@ class Snapshot:
     ) -> None:
         """Write the snapshot to a file for `load`: see docs/snapshot-format.md.
 
-        Pages of zeros take no space. The file gets its name once all data is on disk; until then, and after any error,
-        an existing file of that name is unchanged.
+        Pages of zeros take no space. The file gets its name once all data is on disk; until then,
+        and after any error, an existing file of that name is unchanged.
 
         Args:
             path: the file.
             base: write only the pages that differ from this snapshot; loading needs it again.
-            progress: called with the number of bytes written and the total; an exception that it raises ends the save.
+            progress: called with the number of bytes written and the total; an exception that it
+                raises ends the save.
 
         Raises:
             OSError: (a StreamError) the file cannot be written.
-            SnapshotError: the base's memory has another size, a file of this snapshot has changed, or the state of the
-                devices exceeds 256 MiB.
+            SnapshotError: the base's memory has another size, a file of this snapshot has changed,
+                or the state of the devices exceeds 256 MiB.
         """
 
     @staticmethod
@@ -795,8 +810,8 @@ class Snapshot:
     ) -> Snapshot:
         """Load a snapshot from its file. Pages are mapped on demand, so the time does not depend on the size.
 
-        The file must not change while the snapshot or one of its forks is alive. `save` to the same name is safe,
-        because it creates a new file. A change is detected at the next fork or reset.
+        The file must not change while the snapshot or one of its forks is alive. `save` to the same
+        name is safe, because it creates a new file. A change is detected at the next fork or reset.
 
         Args:
             path: the file.
@@ -829,10 +844,11 @@ class Snapshot:
     ) -> list[_T]:
         """Call `function(fork, input)` for each input, on several forks at once, and return the results in order.
 
-        Each job starts from this snapshot and is isolated from other jobs. See `pyvmm.ForkExecutor`.
+        Each job starts from this snapshot and is isolated from other jobs. See
+        `pyvmm.ForkExecutor`.
 
-        `entropy` is the same as for `fork`, and is written again for each job. Without it, the result of a job depends
-        only on its input.
+        `entropy` is the same as for `fork`, and is written again for each job. Without it, the
+        result of a job depends only on its input.
 
         Raises:
             TimeoutError: a job took longer than `timeout` seconds.
@@ -884,8 +900,8 @@ class Snapshot:
     def state(self) -> tuple[tuple[str, int, bytes], ...]:
         """The state other than memory: the name of each record, its vCPU or chip, and its bytes.
 
-        Snapshots of two identical machines have the same state, except for what depends on time: `clock`, `pit`, the
-        TSC in `msrs`, and the counter in `lapic`.
+        Snapshots of two identical machines have the same state, except for what depends on time:
+        `clock`, `pit`, the TSC in `msrs`, and the counter in `lapic`.
         """
 
     def __reduce__(self) -> tuple[Any, ...]: ...
@@ -939,8 +955,8 @@ class MsrBytes:
 class Vcpu:
     """A virtual CPU of a machine. Its state can be read and changed while its guest is not running.
 
-    The registers are views: each access reads or changes the vCPU itself. While the guest runs, an access raises
-    StateError. `vcpus` and hooks always return the same object for a vCPU.
+    The registers are views: each access reads or changes the vCPU itself. While the guest runs, an
+    access raises StateError. `vcpus` and hooks always return the same object for a vCPU.
     """
 
     def __eq__(self, other: object, /) -> bool: ...
@@ -996,7 +1012,8 @@ class Vcpu:
     def run_once(self) -> VcpuExit:
         """Enter the guest on this thread and return its next exit. No device answers the exit.
 
-        After a read, call `answer`; the next `run_once` completes it. Ctrl-C on the main thread ends the call.
+        After a read, call `answer`; the next `run_once` completes it. Ctrl-C on the main thread
+        ends the call.
 
         Raises:
             StateError: the guest is running, or the machine is closed.
@@ -1027,8 +1044,8 @@ class Vcpu:
     def debug(self, *, single_step: bool = False, breakpoints: Sequence[int] | None = None) -> None:
         """Exit with kind "debug" after each instruction, or before execution at up to four linear addresses.
 
-        Uses KVM_SET_GUEST_DEBUG; without arguments, both are switched off. To continue from a breakpoint, remove it for
-        one step.
+        Uses KVM_SET_GUEST_DEBUG; without arguments, both are switched off. To continue from a
+        breakpoint, remove it for one step.
 
         Raises:
             StateError: the guest is running, or the machine is closed.
@@ -1172,9 +1189,9 @@ class VcpuExit:
     class InternalError(VcpuExit):
         """KVM could not continue.
 
-        Suberror 1 means that KVM cannot emulate an instruction. The exit then has the instruction's bytes, perhaps with
-        following ones, its disassembly in nasm syntax, and the registers by name: the general ones, rip, rflags, efer,
-        cr0 to cr4 and the selectors.
+        Suberror 1 means that KVM cannot emulate an instruction. The exit then has the instruction's
+        bytes, perhaps with following ones, its disassembly in nasm syntax, and the registers by
+        name: the general ones, rip, rflags, efer, cr0 to cr4 and the selectors.
         """
 
         __match_args__ = ("suberror", "instruction", "data", "disassembly", "registers")
@@ -1281,9 +1298,10 @@ class KvmVm:
     """A KVM virtual machine without an event loop. A kick of the exit handler reports the end of the guest.
 
     Args:
-        config: the configuration, whose serial port must have no streams. None creates a bare VM: no memory, devices or
-            vCPUs until `memory.add` and `create_vcpu` are called.
-        exit_handler: an object with `kick()`, called on the thread of the vCPU whose guest has ended. None creates one.
+        config: the configuration, whose serial port must have no streams. None creates a bare VM:
+            no memory, devices or vCPUs until `memory.add` and `create_vcpu` are called.
+        exit_handler: an object with `kick()`, called on the thread of the vCPU whose guest has
+            ended. None creates one.
 
     Raises:
         VmmError: as for `Vmm`.
@@ -1303,7 +1321,8 @@ class KvmVm:
     def run(self, vcpu_run_addr: int | None = None) -> None:
         """Start a thread `vcpu_{id}` for each vCPU and return.
 
-        With an address, the vCPUs start there. Otherwise they start at `entry`, or continue where they stopped.
+        With an address, the vCPUs start there. Otherwise they start at `entry`, or continue where
+        they stopped.
 
         Raises:
             StateError: the machine is running, its guest has ended, or it is closed.
@@ -1322,7 +1341,8 @@ class KvmVm:
 
         Raises:
             StateError: the machine is not running.
-            WaitTimeoutError: a vCPU did not leave its guest within `timeout` seconds. The machine continues.
+            WaitTimeoutError: a vCPU did not leave its guest within `timeout` seconds. The machine
+                continues.
         """
 
     def resume(self) -> None:
@@ -1345,8 +1365,8 @@ class KvmVm:
     def close(self) -> None:
         """Shut down and release all resources. A second call does nothing.
 
-        An exception of a signal handler, such as Ctrl-C's, is raised here. The machine is still closed, and another
-        `close` waits for that.
+        An exception of a signal handler, such as Ctrl-C's, is raised here. The machine is still
+        closed, and another `close` waits for that.
         """
 
     @property
@@ -1377,8 +1397,8 @@ class KvmVm:
     def resources(self) -> list[Resource]:
         """The owner of each range of addresses, ports and lines: memory, devices, KVM's own chips, eventfds.
 
-        The list is sorted by kind and start, and follows the memory and devices that are added and removed. Ranges
-        never overlap, except shared ones: an overlapping addition is refused.
+        The list is sorted by kind and start, and follows the memory and devices that are added and
+        removed. Ranges never overlap, except shared ones: an overlapping addition is refused.
 
         Raises:
             StateError: the machine is closed, or the process is a forked child.
@@ -1405,13 +1425,14 @@ class KvmVm:
 class Vmm:
     """A virtual machine: the constructor builds it, `run` runs it, and `close` or the end of a `with` releases it.
 
-    A subclass's `__init__` may take any arguments and calls `super().__init__`. Forks and pools create plain `Vmm`
-    objects.
+    A subclass's `__init__` may take any arguments and calls `super().__init__`. Forks and pools
+    create plain `Vmm` objects.
 
     Args:
         config: the configuration; None uses the built-in guest.
-        event_manager: a loop shared with others; None creates one. In a shared loop, the `run` of each machine runs the
-            loop for all machines, on its own thread, and ends only for its own machine.
+        event_manager: a loop shared with others; None creates one. In a shared loop, the `run` of
+            each machine runs the loop for all machines, on its own thread, and ends only for its
+            own machine.
 
     Raises:
         ConfigError: a value cannot be used; the text starts with its key.
@@ -1424,8 +1445,9 @@ class Vmm:
     def run(self, timeout: float | None = None) -> Exit:
         """Run the guest until it ends, `stop` is called, or `timeout` seconds have passed.
 
-        The call runs the event loop meanwhile: subscribers are called on this thread, devices and exit hooks on those
-        of the vCPUs. After a stop, a timeout or an exception, the next `run` continues where this one ended.
+        The call runs the event loop meanwhile: subscribers are called on this thread, devices and
+        exit hooks on those of the vCPUs. After a stop, a timeout or an exception, the next `run`
+        continues where this one ended.
 
         Raises:
             StateError: a run is in progress, the guest has ended, or the machine is closed.
@@ -1439,9 +1461,10 @@ class Vmm:
 
         The guest's loop runs in its own thread.
 
-        Cancelling the call stops the guest. A subscriber's `process` may be a coroutine function: it runs as a task of
-        the asyncio loop, and its exception ends the run. When the guest has ended, running coroutines have one second
-        to finish. Then they are cancelled, and their names are passed to the asyncio loop's exception handler.
+        Cancelling the call stops the guest. A subscriber's `process` may be a coroutine function:
+        it runs as a task of the asyncio loop, and its exception ends the run. When the guest has
+        ended, running coroutines have one second to finish. Then they are cancelled, and their
+        names are passed to the asyncio loop's exception handler.
         """
 
     def _new_cancel(self) -> _Cancel: ...
@@ -1476,7 +1499,8 @@ class Vmm:
 
         Raises:
             StateError: the machine is not running.
-            WaitTimeoutError: a vCPU did not leave its guest within `timeout` seconds. The machine continues.
+            WaitTimeoutError: a vCPU did not leave its guest within `timeout` seconds. The machine
+                continues.
         """
 
     def resume(self) -> None:
@@ -1503,8 +1527,9 @@ class Vmm:
     def close(self) -> None:
         """Stop the guest, wait for the run in progress to end, and release all resources. A second call does nothing.
 
-        In a callback, it takes effect when the run ends. If a signal handler raises during the wait, as Ctrl-C's does,
-        the exception is raised here. The machine is still closed, and another `close` waits for that.
+        In a callback, it takes effect when the run ends. If a signal handler raises during the
+        wait, as Ctrl-C's does, the exception is raised here. The machine is still closed, and
+        another `close` waits for that.
         """
 
     def add_subscriber(self, subscriber: Subscriber | WrappedExitHandler | VmmExitHandler) -> SubscriberId:
@@ -1515,27 +1540,28 @@ class Vmm:
 
         The result can be forked, saved, and reset to.
 
-        A running machine is paused meanwhile. Memory is not copied: the machine continues with private copies of the
-        pages that it writes from now on. If the guest has ended, the snapshot continues after the instruction that
-        ended it.
+        A running machine is paused meanwhile. Memory is not copied: the machine continues with
+        private copies of the pages that it writes from now on. If the guest has ended, the snapshot
+        continues after the instruction that ended it.
 
         Raises:
-            StateError: the machine is closed, a device cannot be saved, memory is shared with others, or another thread
-                resumed the machine meanwhile.
-            WaitTimeoutError: a callback of the machine did not return within `timeout` seconds. The machine is as
-                before.
+            StateError: the machine is closed, a device cannot be saved, memory is shared with
+                others, or another thread resumed the machine meanwhile.
+            WaitTimeoutError: a callback of the machine did not return within `timeout` seconds. The
+                machine is as before.
         """
 
     def reset(self, snapshot: Snapshot, timeout: float | None = None) -> int:
         """Restore the state of a snapshot in place. Return the number of memory pages that changed.
 
-        If the guest has ended, the machine can be run again. If it is running, it continues from the snapshot. Output
-        that was not collected is dropped.
+        If the guest has ended, the machine can be run again. If it is running, it continues from
+        the snapshot. Output that was not collected is dropped.
 
         Raises:
-            StateError: the machine is closed, its run is ending, or the snapshot has another shape, device or CPUID.
-            WaitTimeoutError: a callback of the machine did not return within `timeout` seconds. The machine is as
-                before.
+            StateError: the machine is closed, its run is ending, or the snapshot has another shape,
+                device or CPUID.
+            WaitTimeoutError: a callback of the machine did not return within `timeout` seconds. The
+                machine is as before.
         """
 
     def remove_subscriber(self, id: SubscriberId) -> object:
@@ -1580,9 +1606,9 @@ class Vmm:
     def trace(self, path: str | PathLike[str]) -> Trace:
         """Write a trace with every hop of the machine and its times, for Perfetto: `with vmm.trace(path): ...`.
 
-        Each thread has a track, with the time inside the guest, exits, calls of devices, events of the loop, and calls
-        of Python code. If the machine is already running, the trace starts with each vCPU's next entry and the loop's
-        next iteration.
+        Each thread has a track, with the time inside the guest, exits, calls of devices, events of
+        the loop, and calls of Python code. If the machine is already running, the trace starts with
+        each vCPU's next entry and the loop's next iteration.
 
         Raises, when it is entered or left:
             StateError: another trace of this machine is being written.
@@ -1593,8 +1619,8 @@ class Vmm:
     def resources(self) -> list[Resource]:
         """The owner of each range of addresses, ports and lines: memory, devices, KVM's own chips, eventfds.
 
-        The list is sorted by kind and start, and follows the memory and devices that are added and removed. Ranges
-        never overlap, except shared ones: an overlapping addition is refused.
+        The list is sorted by kind and start, and follows the memory and devices that are added and
+        removed. Ranges never overlap, except shared ones: an overlapping addition is refused.
 
         Raises:
             StateError: the machine is closed, or the process is a forked child.
@@ -1624,8 +1650,8 @@ class Vmm:
 
         It has `read(offset, size)`, `write(offset, size, value)`, or both.
 
-        May be called while the guest runs and from callbacks. The methods are looked up now and called on the thread of
-        the vCPU; see `pyvmm.devices`.
+        May be called while the guest runs and from callbacks. The methods are looked up now and
+        called on the thread of the vCPU; see `pyvmm.devices`.
 
         Raises:
             ConfigError: the range is not a range of ports, or overlaps another device's.
@@ -1671,7 +1697,8 @@ class Vmm:
         """Send a message-signalled interrupt (KVM_SIGNAL_MSI). Return whether a vCPU accepted it.
 
         Args:
-            address: 0xfee00000 plus the destination's APIC id shifted left by 12 (Intel SDM volume 3, 11.11.1).
+            address: 0xfee00000 plus the destination's APIC id shifted left by 12 (Intel SDM volume
+                3, 11.11.1).
             data: the vector, with the delivery mode in the higher bits.
 
         Raises:
@@ -1792,15 +1819,16 @@ class Vmm:
     ) -> Callable[[_Hook], _Hook]:
         """Register a function that is called for each exit of a kind before pyvmm answers it: `function(vcpu, exit)`.
 
-        It takes effect at the next exit, and is called on the vCPU's thread. It returns None for the usual answer, an
-        `ExitAction`, a `Stop`, or for a read the value that the guest reads. Without a function, this is a decorator.
-        The hooks of a kind are called in the order they were added.
+        It takes effect at the next exit, and is called on the vCPU's thread. It returns None for
+        the usual answer, an `ExitAction`, a `Stop`, or for a read the value that the guest reads.
+        Without a function, this is a decorator. The hooks of a kind are called in the order they
+        were added.
 
         Args:
             kind: an `ExitKind` or its name.
             function: the hook.
-            msrs: for the kind "msr", the numbers of additional registers whose accesses exit. Accesses to registers
-                that KVM does not know always do.
+            msrs: for the kind "msr", the numbers of additional registers whose accesses exit.
+                Accesses to registers that KVM does not know always do.
 
         Raises:
             ValueError: there is no such kind.
@@ -1823,7 +1851,8 @@ class Vmm:
         Its arguments are integers and parts of guest memory: see `pyvmm.hostcalls`.
 
         Args:
-            number: the function's number. If a function is passed instead, it gets the next unused number.
+            number: the function's number. If a function is passed instead, it gets the next unused
+                number.
 
         Raises:
             ValueError: the number is taken, or does not fit in 32 bits.
@@ -1855,8 +1884,9 @@ class IrqLine:
 class Stats:
     """Counters of a machine's exits, and of the time its vCPUs spend inside and outside the guest: `Vmm.stats`.
 
-    They count between `enable` and `disable`, or inside `with vmm.stats:`. They can be read at any time, from any
-    thread, also after the machine is closed. In a forked child every call raises StateError.
+    They count between `enable` and `disable`, or inside `with vmm.stats:`. They can be read at any
+    time, from any thread, also after the machine is closed. In a forked child every call raises
+    StateError.
     """
 
     def enable(self) -> None:
@@ -1925,8 +1955,8 @@ def kick_signal() -> int:
 def set_kick_signal(signal: int) -> None:
     """Choose the kick signal before the first machine is created.
 
-    By default it is the first real-time signal that has no handler then. If the chosen signal already has a handler,
-    that handler is still called for signals that are not kicks.
+    By default it is the first real-time signal that has no handler then. If the chosen signal
+    already has a handler, that handler is still called for signals that are not kicks.
 
     Raises:
         ConfigError: the signal cannot be used.

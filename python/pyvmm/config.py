@@ -1,9 +1,10 @@
 """The configuration of a machine: typed, with defaults, loadable from a dict, TOML and JSON.
 
-Fields are keyword-only, except the required field of a boot: `FlatBoot(code)` and `LinuxBoot(kernel)`.
+Fields are keyword-only, except the required field of a boot: `FlatBoot(code)` and
+`LinuxBoot(kernel)`.
 
-An object built in Python is checked when a machine is created from it; loaded values are checked at once. In both
-cases the error is a `ConfigError` that starts with the key: ``memory.size_mib: ...``.
+An object built in Python is checked when a machine is created from it; loaded values are checked at
+once. In both cases the error is a `ConfigError` that starts with the key: ``memory.size_mib: ...``.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class MemoryConfig(_Part, frozen=True, kw_only=True):
     """Guest memory.
 
     Attributes:
-        size_mib: size in MiB, 1 to 8,388,607 and at most the host's memory. RAM beyond 3 GiB starts at 4 GiB.
+        size_mib: size in MiB, 1 to 8,388,607 and at most the host's memory. RAM beyond 3 GiB starts
+            at 4 GiB.
     """
 
     size_mib: Annotated[int, Meta(ge=1, le=2**23 - 1)] = 128
@@ -63,16 +65,17 @@ class CpuConfig(_Part, frozen=True, kw_only=True):
 
     Attributes:
         vcpus: the number of vCPUs, 1 to 254.
-        hide: names of CPUID features to hide from the guest, as in /proc/cpuinfo; `pyvmm.cpu_features()` lists
+        hide: names of CPUID features to hide from the guest, as in /proc/cpuinfo;
+            `pyvmm.cpu_features()` lists them.
+        expose: names of features to show to the guest, even if the template hides them or KVM does
+            not offer them. Whether they work depends on the processor and KVM.
+        template: which other features are hidden. "host" hides vmx and svm, because snapshots do
+            not include their state. "software-kvm" also hides the features that a KVM which
+            emulates ring 0 cannot execute or answer, and presents an Intel vendor. "auto" is
+            "software-kvm" if the host's processor has neither vmx nor svm, otherwise "host".
+        fixups: pyvmm executes instructions that KVM's emulator refuses, as the processor would. For
+            a KVM that emulates ring 0. docs/fixups.md lists the instructions; `vmm.fixups` counts
             them.
-        expose: names of features to show to the guest, even if the template hides them or KVM does not offer them.
-            Whether they work depends on the processor and KVM.
-        template: which other features are hidden. "host" hides vmx and svm, because snapshots do not include their
-            state. "software-kvm" also hides the features that a KVM which emulates ring 0 cannot execute or answer,
-            and presents an Intel vendor. "auto" is "software-kvm" if the host's processor has neither vmx nor svm,
-            otherwise "host".
-        fixups: pyvmm executes instructions that KVM's emulator refuses, as the processor would. For a KVM that emulates
-            ring 0. docs/fixups.md lists the instructions; `vmm.fixups` counts them.
     """
 
     vcpus: Annotated[int, Meta(ge=1, le=254)] = 1
@@ -93,16 +96,18 @@ class _Code(_Part, frozen=True):
 class FlatBoot(_Code, frozen=True, kw_only=True, tag_field="type", tag="flat"):
     """Code at an address.
 
-    Every vCPU starts at the entry, with its number in RDI (EDI, DI) and its own stack of 4 KiB right below the code.
+    Every vCPU starts at the entry, with its number in RDI (EDI, DI) and its own stack of 4 KiB
+    right below the code.
 
     Attributes:
         code: the machine code; base64 in TOML and JSON.
         path: the file with the code, instead of `code`.
         address: the guest-physical load address.
         entry: the start address; None means `address`.
-        mode: "real16", 16-bit real mode; "protected32", 32-bit ring 0 without paging; "long64", 64-bit ring 0;
-            "user64", 64-bit ring 3 with a TSS that allows every port. Both 64-bit modes use identity mapping. Except in
-            real mode, the tables for this use 0x80000 to 0x9fbff.
+        mode: "real16", 16-bit real mode; "protected32", 32-bit ring 0 without paging; "long64",
+            64-bit ring 0; "user64", 64-bit ring 3 with a TSS that allows every port. Both 64-bit
+            modes use identity mapping. Except in real mode, the tables for this use 0x80000 to
+            0x9fbff.
     """
 
     path: FilePath | None = None
@@ -122,7 +127,8 @@ class LinuxBoot(_Kernel, frozen=True, kw_only=True, tag_field="type", tag="linux
         kernel: the file of an ELF vmlinux or a bzImage.
         initrd: the file of the initial RAM disk.
         cmdline: the kernel command line, at most 2,047 bytes of printable ASCII.
-        load_address: the load address of a bzImage, 1 MiB to 3 GiB; None means its preferred address.
+        load_address: the load address of a bzImage, 1 MiB to 3 GiB; None means its preferred
+            address.
     """
 
     initrd: FilePath | None = None
@@ -134,13 +140,15 @@ class SerialConfig(_Part, frozen=True, kw_only=True):
     """The first serial port, COM1 at 0x3f8.
 
     Attributes:
-        output: where the guest's output goes: a path, a file descriptor, a socket, a binary file object, or a
-            callable that takes bytes. None keeps the newest MiB for `vmm.serial.take_output()`.
-        input: where the guest's input comes from: a path, bytes, a file descriptor, a socket, a binary file object, or
-            a callable that returns bytes (empty at the end). None means that only `vmm.serial.send()` sends input. If
-            a file object has a file descriptor, the descriptor is read, without the object's buffer.
-        input_eof: the bytes that the guest receives at the end of the input; base64 in TOML and JSON. The default is
-            ^D.
+        output: where the guest's output goes: a path, a file descriptor, a socket, a binary file
+            object, or a callable that takes bytes. None keeps the newest MiB for
+            `vmm.serial.take_output()`.
+        input: where the guest's input comes from: a path, bytes, a file descriptor, a socket, a
+            binary file object, or a callable that returns bytes (empty at the end). None means that
+            only `vmm.serial.send()` sends input. If a file object has a file descriptor, the
+            descriptor is read, without the object's buffer.
+        input_eof: the bytes that the guest receives at the end of the input; base64 in TOML and
+            JSON. The default is ^D.
     """
 
     output: Stream = None
@@ -156,8 +164,10 @@ class VmmConfig(_Part, frozen=True, kw_only=True):
         cpu: the vCPUs.
         boot: the code or kernel that the machine starts.
         serial: the first serial port.
-        exit_port: a write to this port ends the run with the value as its code; None means no such port.
-        irqchip: an in-kernel interrupt controller (PIC, I/O APIC, LAPICs); None means only for Linux.
+        exit_port: a write to this port ends the run with the value as its code; None means no such
+            port.
+        irqchip: an in-kernel interrupt controller (PIC, I/O APIC, LAPICs); None means only for
+            Linux.
         pit: an in-kernel timer (PIT); None means the same as `irqchip`.
     """
 

@@ -15,13 +15,13 @@ class ReadableDevice(Protocol):
     def read(self, offset: int, size: int, /) -> int | bytes | Stop:
         """Return what the guest reads.
 
-        Called on the thread of the vCPU. An exception ends the run and comes out of it, with the guest's address in a
-        note.
+        Called on the thread of the vCPU. An exception ends the run and comes out of it, with the
+        guest's address in a note.
 
         Args:
             offset: the offset from the start of the device's range.
-            size: the size of the access in bytes: 1, 2 or 4; memory-mapped also 8, and other sizes if an access is
-                split.
+            size: the size of the access in bytes: 1, 2 or 4; memory-mapped also 8, and other sizes
+                if an access is split.
 
         Returns:
             A number of `size` bytes, or the bytes; or a `Stop`, which ends the run.
@@ -51,8 +51,8 @@ while the guest is stopped. Without them, `Vmm.snapshot` fails and names the dev
 class Unanswered(NamedTuple):
     """The number of reads and writes of an address that no device answers.
 
-    Reads returned all one bits, and writes were dropped. The bus is "pio" or "mmio". "other", with no address, sums up
-    all addresses after the first 1,024.
+    Reads returned all one bits, and writes were dropped. The bus is "pio" or "mmio". "other", with
+    no address, sums up all addresses after the first 1,024.
     """
 
     bus: str

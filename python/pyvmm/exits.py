@@ -39,7 +39,8 @@ class Exit(NamedTuple):
 
     Attributes:
         reason: why the run ended.
-        code: the guest's exit code; for an unknown exit, a failed entry or a failed KVM_RUN, its number.
+        code: the guest's exit code; for an unknown exit, a failed entry or a failed KVM_RUN, its
+            number.
         vcpu: the vCPU that ended; None if the host ended the run.
         fault: for a fault, KVM's report, the instruction, its bytes and the registers, as text.
         value: the value of the `Stop` with which a device or an exit hook ended the run.

@@ -1,8 +1,8 @@
 """Calls from the guest to Python functions: the host's side of `@vmm.hostcall`.
 
-The guest fills a block in its memory and writes the block's guest-physical address to port 0x7076, as 16 or 32 bits.
-After the instruction, the block contains the status and the result. `examples/guest` has the guest's side. All numbers
-are little-endian:
+The guest fills a block in its memory and writes the block's guest-physical address to port 0x7076,
+as 16 or 32 bits. After the instruction, the block contains the status and the result.
+`examples/guest` has the guest's side. All numbers are little-endian:
 
     offset  bytes
          0      4  the function's number
@@ -15,8 +15,8 @@ are little-endian:
                        4  length of the bytes or the buffer
                        8  the number, or the guest-physical address
 
-Reading the port returns the status of the machine's last call. The guest needs it if the block is not in memory, where
-the status cannot be written.
+Reading the port returns the status of the machine's last call. The guest needs it if the block is
+not in memory, where the status cannot be written.
 """
 
 from __future__ import annotations

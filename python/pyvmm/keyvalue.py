@@ -8,11 +8,12 @@ from pyvmm.exceptions import ConfigError
 def parse(option: str, text: str, keys: dict[str, type[str] | type[int]]) -> dict[str, str | int]:
     """Parse ``key=value,...`` to a dict.
 
-    A part that does not start with a known key belongs to the value before it, so a command line may contain commas
-    and equals signs. Quotes around a value are removed.
+    A part that does not start with a known key belongs to the value before it, so a command line
+    may contain commas and equals signs. Quotes around a value are removed.
 
     Raises:
-        ConfigError: the text does not start with a known key, a key appears twice, or a number is invalid.
+        ConfigError: the text does not start with a known key, a key appears twice, or a number is
+            invalid.
     """
     found: dict[str, str] = {}
     last = None

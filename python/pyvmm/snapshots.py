@@ -96,21 +96,24 @@ class _Job(NamedTuple):
 class ForkExecutor(Executor):
     """A `concurrent.futures` executor whose workers are forks of a snapshot.
 
-    A job is a function that takes a machine in the state of the snapshot, and the arguments of `submit`. It may use the
-    machine freely; the next job sees no trace of it. A worker's fork is reset for the next job if a reset undoes
-    everything that the job did; otherwise it is closed and a new fork is created. The machine and objects obtained from
-    it belong to the job alone. They are closed when they are used later.
+    A job is a function that takes a machine in the state of the snapshot, and the arguments of
+    `submit`. It may use the machine freely; the next job sees no trace of it. A worker's fork is
+    reset for the next job if a reset undoes everything that the job did; otherwise it is closed and
+    a new fork is created. The machine and objects obtained from it belong to the job alone. They
+    are closed when they are used later.
 
-    If a job takes longer than `timeout` seconds, its machine is closed and its future raises TimeoutError. Other jobs
-    are not affected.
+    If a job takes longer than `timeout` seconds, its machine is closed and its future raises
+    TimeoutError. Other jobs are not affected.
 
     Args:
         snapshot: the state that each job starts from.
         workers: the number of parallel forks; None means the number of processors.
         timeout: seconds for each job, counted from its start; None means no limit.
-        changes: called with a worker's number whenever its fork is created; returns a dict of arguments for
-            `Snapshot.fork`. The devices and hooks that `setup` adds are available to each job.
-        entropy: as for `Snapshot.fork`, written before each job. With None, all jobs draw the same random numbers.
+        changes: called with a worker's number whenever its fork is created; returns a dict of
+            arguments for `Snapshot.fork`. The devices and hooks that `setup` adds are available to
+            each job.
+        entropy: as for `Snapshot.fork`, written before each job. With None, all jobs draw the same
+            random numbers.
     """
 
     def __init__(

@@ -17,9 +17,10 @@ class ExitCount(NamedTuple):
 
     Attributes:
         vcpu: the vCPU's number.
-        kind: the name of an `ExitKind`; "interrupted" for a kick or another signal; "other" for all addresses after the
-            first 1,024 of a vCPU.
-        access: "read" or "write" of a port, an address or a register (kinds "io", "mmio" and "msr"); otherwise None.
+        kind: the name of an `ExitKind`; "interrupted" for a kick or another signal; "other" for all
+            addresses after the first 1,024 of a vCPU.
+        access: "read" or "write" of a port, an address or a register (kinds "io", "mmio" and
+            "msr"); otherwise None.
         address: the port, guest-physical address or register, or None.
         exits: the number of exits.
         seconds: the time outside the guest to answer them.
@@ -39,7 +40,8 @@ class VcpuTime(NamedTuple):
     Attributes:
         vcpu: the vCPU's number.
         exits: the number of exits.
-        guest_s: seconds inside KVM_RUN, including a stay in progress and the time a guest sleeps in KVM.
+        guest_s: seconds inside KVM_RUN, including a stay in progress and the time a guest sleeps in
+            KVM.
         host_s: seconds outside the guest, spent on answering exits.
     """
 

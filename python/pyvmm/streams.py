@@ -1,6 +1,7 @@
 """Python objects as streams of the serial port, served by subscribers of the machine's event manager.
 
-File descriptors, sockets, paths and file objects over a descriptor are served by the native module instead.
+File descriptors, sockets, paths and file objects over a descriptor are served by the native module
+instead.
 """
 
 from __future__ import annotations
@@ -210,7 +211,8 @@ def _check(stream: Any, at: str, method: str) -> None:
 def _descriptor(stream: Any) -> int | None:
     """The descriptor of a file object that passes bytes through unchanged; None for any other.
 
-    The descriptor of a compressing file would bypass the compression, and a file in memory has no descriptor.
+    The descriptor of a compressing file would bypass the compression, and a file in memory has no
+    descriptor.
     """
     is_buffered = type(stream) in {io.BufferedReader, io.BufferedWriter, io.BufferedRandom}
     raw = stream.raw if is_buffered else stream

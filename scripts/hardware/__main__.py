@@ -4,10 +4,10 @@
     python3 scripts/hardware all          every test
     python3 scripts/hardware run COMMAND  anything else, in the checkout
 
-QEMU's TCG emulates AMD's SVM with nested paging. A stock Debian kernel that boots under it loads the real kvm-amd, and
-gives a /dev/kvm with a hardware KVM's behaviour. The machine's own file system is the root there, below a tmpfs: the
-checkout, its .venv and the Linux of the tests are used as they are, and nothing that runs there changes them. Neither
-/dev/kvm nor root is needed here.
+QEMU's TCG emulates AMD's SVM with nested paging. A stock Debian kernel that boots under it loads
+the real kvm-amd, and gives a /dev/kvm with a hardware KVM's behaviour. The machine's own file
+system is the root there, below a tmpfs: the checkout, its .venv and the Linux of the tests are used
+as they are, and nothing that runs there changes them. Neither /dev/kvm nor root is needed here.
 """
 
 from __future__ import annotations

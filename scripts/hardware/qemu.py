@@ -1,9 +1,10 @@
 """A private copy of QEMU 7.2 whose TCG takes a busy TSS for a TSS.
 
-A monitor has to give a vCPU a busy TSS (type 11), as a running processor has it. QEMU 7.2 takes only the available one
-(type 9) for a TSS: guests have no I/O bitmap then, and an interrupt from ring 3 aborts QEMU. Both functions mask the
-type before they compare it, so that a mask without the busy bit (bit 1) mends them. Two bytes change, each in the one
-place of the program that looks like the function named. A program that has none or several is refused.
+A monitor has to give a vCPU a busy TSS (type 11), as in a running processor. QEMU 7.2 accepts only
+an available TSS (type 9). Guests then have no I/O bitmap, and an interrupt from ring 3 aborts QEMU.
+Both functions mask the type before they compare it, so removing the busy bit (bit 1) from the mask
+fixes them. Two bytes change, each in the only place of the program that looks like the function. A
+program with no such place, or with several, is refused.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """How fast this machine's time stamp counter counts, which TCG hands to its guest.
 
-A kernel measures that against an emulated timer. On a busy machine the two drift apart while it measures: its clock may
-run ten times too fast then, and time limits pass in a tenth of their time. So it is told.
+A kernel measures the rate against an emulated timer. On a busy machine the two drift apart during
+the measurement: the kernel's clock may then run ten times too fast, and time limits pass in a tenth
+of their time. So the kernel is given the rate.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-//! Loads the code or kernel that the machine starts into guest memory. There is no KVM here.
+//! Loads the code or kernel that the machine starts into guest memory. There is no KVM here; `vm`
+//! sets the registers. On the thread that makes the machine, which may wait for files.
 
 mod elf;
 mod embedded;
@@ -6,35 +7,8 @@ mod files;
 mod flat;
 mod initrd;
 mod linux;
+mod load;
 mod mptable;
 
 pub use embedded::embedded_guest;
-use files::Files;
-
-use crate::config::{Boot, VmmConfig};
-use crate::error::Result;
-use crate::memory::GuestMemory;
-
-/// Load the code or kernel of the configuration. Returns the entry of vCPU 0.
-///
-/// # Errors
-/// When a file cannot be read, is not what it should be, or does not fit.
-///
-/// Reading a pipe may take long, so `interrupted` is called periodically. Its error ends the
-/// loading.
-pub fn load(
-    config: &VmmConfig,
-    memory: &GuestMemory,
-    interrupted: &dyn Fn() -> Result<()>,
-) -> Result<u64> {
-    let files = Files { most: memory.size(), interrupted };
-    match &config.boot {
-        Boot::Embedded => embedded::load(config, memory),
-        Boot::Flat(flat) => flat::load(flat, memory, &files),
-        Boot::Linux(linux) => {
-            let entry = linux::load(linux, memory, &files)?;
-            mptable::write(memory, config.cpu.vcpus)?;
-            Ok(entry)
-        }
-    }
-}
+pub use load::load;

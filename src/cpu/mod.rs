@@ -1,4 +1,5 @@
-//! The initial state of a vCPU: CPUID, MSRs, registers, and the tables in guest memory.
+//! The initial state of a vCPU: CPUID, MSRs, registers, and the tables in guest memory. `vcpu` runs
+//! it; here on the thread that makes the machine.
 
 mod config;
 pub mod cpuid;

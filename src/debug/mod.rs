@@ -1,4 +1,5 @@
-//! Inspects a guest: its page tables and instructions.
+//! Inspects a guest: translation by its page tables, and its instructions as text. Pure functions
+//! of registers and bytes, which `vcpu` provides. Any thread.
 
 mod disassemble;
 mod translate;

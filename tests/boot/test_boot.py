@@ -1,6 +1,6 @@
 """Hostile kernels: a typed error, or a guest that ends in its own way, never a panic and never a hang.
 
-Covers src/boot/initrd.rs.
+Covers src/boot/initrd.rs, src/boot/load.rs.
 """
 
 from __future__ import annotations
