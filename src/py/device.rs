@@ -54,7 +54,8 @@ fn method(object: &Bound<'_, PyAny>, name: &str) -> PyResult<Option<Py<PyAny>>> 
         Some(method) if method.is_callable() => Ok(Some(method.unbind())),
         Some(_) => {
             let class = object.get_type();
-            let text = format!("the {name} of {} is not a method", class.name()?);
+            let text =
+                format!("a device's {name} must be a method, and that of {} is not", class.name()?);
             Err(PyTypeError::new_err(text))
         }
     }

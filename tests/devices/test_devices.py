@@ -149,12 +149,12 @@ def test_a_device_is_removed_and_given_back() -> None:
     device = Log()
     with Vmm(flat(out(0x500, 1) + exit_with(1))) as vmm:
         vmm.add_pio_device(0x500, 2, device)
-        with pytest.raises(ConfigError, match="no device"):
+        with pytest.raises(ConfigError, match="no added device"):
             vmm.remove_pio_device(0x501)
-        with pytest.raises(ConfigError, match="no device"):
+        with pytest.raises(ConfigError, match="no added device"):
             vmm.remove_mmio_device(0x500)
         assert vmm.remove_pio_device(0x500) is device
-        with pytest.raises(ConfigError, match="no device"):
+        with pytest.raises(ConfigError, match="no added device"):
             vmm.remove_pio_device(0x3F8)
         vmm.run(DEADLINE_S)
         assert [count.address for count in vmm.unanswered] == [0x500]

@@ -292,7 +292,7 @@ def test_processor_of_a_job_cannot_be_changed(ready: Snapshot) -> None:
 
     with ForkExecutor(ready, 1) as pool:
         for _ in range(2):
-            with pytest.raises(StateError, match="keeps its processor"):
+            with pytest.raises(StateError, match="CPUID cannot change"):
                 pool.submit(change).result(DEADLINE_S)
 
 

@@ -124,7 +124,7 @@ def test_second_run_at_the_same_time_fails_at_once() -> None:
 
     def run_again() -> None:
         for again in (vmm.run, vmm.event_manager.run):
-            with pytest.raises(StateError, match="one run at a time") as raised:
+            with pytest.raises(StateError, match="already running") as raised:
                 again()
             errors.append(raised.value)
 
