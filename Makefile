@@ -12,13 +12,13 @@ help: ## List the commands
 
 all: test audit ## What CI runs
 
-run: ## Set everything up and boot the guest inside the package
+run: ## Set everything up and boot the built-in guest
 	@scripts/setup.sh kvm
 	@pyvmm run
 
-test: setup lint rust loom linux pytest checked docs ## Set everything up and pass the tests
+test: setup lint rust loom linux pytest checked docs ## Set everything up and run the tests
 
-setup: ## Make .venv with pyvmm in it, built in release
+setup: ## Create .venv with pyvmm in it, built in release
 	@scripts/setup.sh
 
 lint: setup ## Formatting, lints, types, stubs
@@ -88,5 +88,5 @@ format: setup ## Format all code
 	ruff check --quiet --fix $(PYTHON_CODE)
 	ruff format --quiet $(PYTHON_CODE)
 
-clean: ## Remove what the commands above have made here
+clean: ## Remove the files that these commands have created here
 	rm -rf .venv target dist .pytest_cache .mypy_cache .ruff_cache .hypothesis python/pyvmm/*.so

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv with pyvmm in it, built in release. Installs what it may, and for the rest prints one line that
-# says what to type. With "kvm" as argument it also insists on /dev/kvm.
+# Creates .venv with pyvmm in it, built in release. Installs what it can; anything else is reported with the
+# command to type. With "kvm" as argument it also insists on /dev/kvm.
 set -eu
 cd "$(dirname "$0")/.."
 rust=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)

@@ -136,7 +136,7 @@ def test_machine_runs_inside_asyncio(run: Any) -> None:
 
 
 @pytest.mark.kvm
-def test_asyncio_goes_on_while_the_guest_spins_and_cancellation_stops_it(run: Any) -> None:
+def test_asyncio_is_responsive_while_the_guest_spins_and_cancellation_stops_it(run: Any) -> None:
     async def main() -> int:
         ticks = 0
         async with Vmm(flat(SPIN)) as vmm:

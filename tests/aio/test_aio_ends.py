@@ -43,7 +43,7 @@ def test_coroutines_in_flight_come_to_their_end(run: Any) -> None:
     assert run(main()) == ["done"]
 
 
-def test_a_coroutine_that_goes_on_is_cancelled_and_said(run: Any) -> None:
+def test_a_coroutine_that_is_still_running_is_cancelled_and_reported(run: Any) -> None:
     heard: list[str] = []
 
     async def main() -> None:
@@ -126,7 +126,7 @@ async def no_items(*_: object) -> Any:
 
 
 @pytest.mark.parametrize("function", [nothing, no_items])
-def test_a_coroutine_that_nobody_awaits_is_refused(function: Callable[..., Any]) -> None:
+def test_a_coroutine_that_is_not_awaited_is_refused(function: Callable[..., Any]) -> None:
     manager = EventManager()
     manager.add_subscriber(Once(function))
     with pytest.raises(StateError, match=r"Once\.process returned an? .*, which is not awaited"):

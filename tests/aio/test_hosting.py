@@ -207,7 +207,7 @@ def test_removing_a_closed_source_needs_no_descriptor() -> None:
 
 
 @pytest.mark.parametrize("factory", [asyncio.new_event_loop, uvloop.new_event_loop])
-def test_a_second_host_is_refused_and_the_first_goes_on(factory: Callable[[], Any]) -> None:
+def test_a_second_host_is_refused_and_the_first_continues(factory: Callable[[], Any]) -> None:
     async def main() -> int:
         manager = EventManager()
         ran = 0

@@ -261,7 +261,7 @@ def test_configurations_are_checked_and_described(tmp_path: Path) -> None:
     assert json.loads(pyvmm("config", "schema").stdout)["$defs"].keys() == VmmConfig.json_schema()["$defs"].keys()
 
 
-def test_help_shows_the_statuses_and_version_is_told() -> None:
+def test_help_shows_the_statuses_and_the_version_is_printed() -> None:
     text = pyvmm("run", "--help").stdout
     assert b"120  the guest failed" in text
     assert b"Ctrl-A x" in text

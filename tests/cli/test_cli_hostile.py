@@ -187,7 +187,7 @@ def test_closed_standard_streams_are_no_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.kvm
-def test_the_snapshot_stands_at_the_byte_that_completes_the_text(tmp_path: Path) -> None:
+def test_the_snapshot_is_taken_at_the_byte_that_completes_the_text(tmp_path: Path) -> None:
     path = tmp_path / "snapshot"
     ready = print_text(b"r\xffready")
     for code in (ready + COUNT_IN_MEMORY, ready + exit_with(7)):
@@ -224,7 +224,7 @@ def terminal() -> Any:
 
 
 @pytest.mark.kvm
-def test_a_terminal_that_nobody_reads_is_restored(terminal: tuple[int, int], tmp_path: Path) -> None:
+def test_an_unread_terminal_is_restored(terminal: tuple[int, int], tmp_path: Path) -> None:
     before = termios.tcgetattr(terminal[1])
     with on_terminal(*terminal, "run", "--config", flat_file(tmp_path, PRINT_FOR_EVER)) as process:
         deadline = time.monotonic() + DEADLINE_S

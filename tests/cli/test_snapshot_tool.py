@@ -33,7 +33,7 @@ def test_snapshot_is_taken_restored_and_inspected(when: tuple[str, str], tmp_pat
     assert json.loads(pyvmm("inspect", path, "--json").stdout)["vcpus"] == 1
 
 
-def test_snapshot_of_a_guest_that_says_it_is_ready_goes_on_behind_that(tmp_path: Path) -> None:
+def test_snapshot_of_a_guest_that_reports_ready_continues_after_it(tmp_path: Path) -> None:
     path, other = tmp_path / "snapshot", tmp_path / "other"
     config = flat_file(tmp_path, exit_with(1) + print_text(b"on\n") + exit_with(7))
     assert pyvmm("snapshot", "--config", config, "-o", path).returncode == 0

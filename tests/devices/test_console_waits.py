@@ -130,7 +130,7 @@ def soon(call: Callable[[], object]) -> object:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_everything_goes_on_while_the_guest_waits_for_its_console(kind: str, tmp_path: Path) -> None:
+def test_everything_continues_while_the_guest_waits_for_its_console(kind: str, tmp_path: Path) -> None:
     with stuck(kind, tmp_path) as vmm:
         soon(vmm.pause)
         assert vmm.state is VmRunState.PAUSED
@@ -172,7 +172,7 @@ def test_time_passes_while_the_guest_waits_for_its_console(kind: str, tmp_path: 
         soon(vmm.close)
 
 
-def test_a_started_machine_whose_loop_nobody_turns_can_be_closed() -> None:
+def test_a_started_machine_whose_loop_does_not_run_can_be_closed() -> None:
     vmm = Vmm(flat(PRINT_LINES, serial=SerialConfig(output=lambda piece: None)))
     vmm.start()
     until_stuck(vmm)
@@ -215,7 +215,7 @@ def test_an_output_callable_that_sends_and_reads_is_called_with_each_byte_once()
     assert vmm.state is VmRunState.CLOSED
 
 
-def test_what_an_output_raises_ends_the_run_and_the_next_goes_on() -> None:
+def test_an_exception_of_an_output_ends_the_run_and_the_next_continues() -> None:
     got: list[bytes] = []
 
     def output(piece: bytes) -> None:

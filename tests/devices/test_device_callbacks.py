@@ -106,7 +106,7 @@ def test_devices_may_pause_resume_stop_and_kick_the_machine(vcpus: int) -> None:
         assert vmm.run(DEADLINE_S).reason is ExitReason.STOPPED
 
 
-def test_a_device_that_calls_run_gets_an_error_and_the_run_goes_on() -> None:
+def test_a_device_that_calls_run_gets_an_error_and_the_run_continues() -> None:
     class Device:
         def write(self, _offset: int, _size: int, _value: int) -> None:
             for call in (vmm.run, vmm.start, vmm.wait):

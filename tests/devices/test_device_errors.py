@@ -17,7 +17,7 @@ pytestmark = pytest.mark.kvm
 DEADLINE_S = 60
 
 
-def test_an_exception_comes_out_of_run_with_the_guests_address_and_the_guest_goes_on() -> None:
+def test_an_exception_comes_out_of_run_with_the_guests_address_and_the_guest_continues() -> None:
     class Device:
         def write(self, _offset: int, _size: int, value: int) -> None:
             raise LookupError(value)
@@ -161,7 +161,7 @@ def test_a_run_that_is_refused_leaves_the_exception_to_the_one_in_progress() -> 
             vmm.wait(DEADLINE_S)
 
 
-def test_what_a_device_raised_and_nobody_waited_for_is_told_at_the_close(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_uncollected_exception_of_a_device_is_reported_at_the_close(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[BaseException | None] = []
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: told.append(unraisable.exc_value))
     called = threading.Event()

@@ -123,7 +123,7 @@ def test_functions_without_a_number_get_the_next() -> None:
     ],
     ids=["function", "count", "counts", "kind", "end", "length", "wrap", "buffer", "buffer wraps"],
 )
-def test_what_the_guest_does_wrong_it_is_told(data: bytes, status: HostcallStatus) -> None:
+def test_errors_of_the_guest_have_a_status(data: bytes, status: HostcallStatus) -> None:
     with machine(data) as vmm:
         vmm.hostcall(lambda *_: called.append(1))
         called: list[int] = []
@@ -133,7 +133,7 @@ def test_what_the_guest_does_wrong_it_is_told(data: bytes, status: HostcallStatu
 
 
 @pytest.mark.parametrize("address", [(1 << 20) - 23, 1 << 20, 0xFFFF_FFFF])
-def test_a_block_outside_memory_is_told_by_the_port(address: int) -> None:
+def test_a_block_outside_memory_is_reported_by_the_port(address: int) -> None:
     code = call_at(address) + b"\x66\xed" + b"\x66\xa3\x00\x90" + exit_with(1)  # in eax, dx; mov [0x9000], eax
     with machine(b"", code) as vmm:
         vmm.hostcall(lambda: None)
@@ -141,7 +141,7 @@ def test_a_block_outside_memory_is_told_by_the_port(address: int) -> None:
         assert vmm.memory.read_u32(0x9000) == HostcallStatus.BAD_BLOCK
 
 
-def test_a_block_whose_arguments_are_outside_memory_is_told_by_the_port() -> None:
+def test_a_block_whose_arguments_are_outside_memory_is_reported_by_the_port() -> None:
     address = (1 << 20) - 24
     code = call_at(address) + b"\x66\xed" + b"\x66\xa3\x00\x90" + exit_with(1)
     with machine(b"", code) as vmm:
@@ -159,7 +159,7 @@ def test_bytes_without_room_are_refused(arguments: Sequence[tuple[int, int, int]
         assert answer(vmm)[0] is HostcallStatus.BAD_RESULT
 
 
-def test_an_error_for_the_guest_is_told_and_the_run_goes_on() -> None:
+def test_an_error_for_the_guest_is_reported_and_the_run_continues() -> None:
     with machine(block(0)) as vmm:
 
         @vmm.hostcall

@@ -69,14 +69,14 @@ def test_clock_tells_the_century() -> None:
         assert vmm.run(60).code == 0x20, "BCD"
 
 
-def test_what_nobody_answers_is_counted() -> None:
+def test_unanswered_accesses_are_counted() -> None:
     code = read_in(0x80) + read_in(0x80) + out(0x81, 1) + exit_with(0)
     with Vmm(flat(code)) as vmm:
         vmm.run(60)
         assert vmm.unanswered == [Unanswered("pio", 0x80, 2, 0), Unanswered("pio", 0x81, 0, 1)]
 
 
-def test_mmio_nobody_answers_reads_ones() -> None:
+def test_unanswered_mmio_reads_all_one_bits() -> None:
     code = b"\xb8\x00\x00\x00\xd0\x8a\x00\xe6\xf4"  # mov eax, 0xd0000000; mov al, [rax]; out 0xf4, al
     with Vmm(flat(code, "long64")) as vmm:
         assert vmm.run(60).code == 0xFF

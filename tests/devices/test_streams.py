@@ -97,7 +97,7 @@ def test_socketpair_end_is_both() -> None:
 
 @pytest.mark.kvm
 @pytest.mark.parametrize("kind", ["bytes", "path", "file", "raw", "memory", "callable", "pipe", "sent"])
-def test_input_arrives_and_its_end_is_told(kind: str, tmp_path: Path, make: Callable[[VmmConfig], Vmm]) -> None:
+def test_input_arrives_and_its_end_is_reported(kind: str, tmp_path: Path, make: Callable[[VmmConfig], Vmm]) -> None:
     (tmp_path / "file").write_bytes(TEXT)
     pieces = [TEXT[:100], TEXT[100:], b""]
     reader, writer = os.pipe()
@@ -290,7 +290,7 @@ def test_a_write_that_fails_ends_the_run_and_loses_nothing(returned: Any) -> Non
 
 
 @pytest.mark.kvm
-def test_a_write_that_takes_nothing_for_ever_is_an_error() -> None:
+def test_a_write_that_never_accepts_anything_is_an_error() -> None:
     with Vmm(printing(Odd(*[0] * 10_000))) as vmm, pytest.raises(StreamError, match="0 repeatedly"):
         while True:
             vmm.run(60)

@@ -60,7 +60,7 @@ def test_call_runs_on_the_loops_thread_and_gives_its_value(running: EventManager
     assert manager is running
 
 
-def test_exception_comes_back_to_the_caller_and_the_loop_goes_on(running: EventManager) -> None:
+def test_exception_reaches_the_caller_and_the_loop_continues(running: EventManager) -> None:
     def fail(manager: EventManager) -> None:
         raise LookupError("on purpose")
 
@@ -94,7 +94,7 @@ def test_many_threads_call_at_once(running: EventManager) -> None:
     assert sorted(results) == sorted(n * 100 + m for n in range(8) for m in range(50))
 
 
-def test_fire_is_called_and_nobody_waits(running: EventManager) -> None:
+def test_fire_is_called_without_a_waiting_caller(running: EventManager) -> None:
     called = threading.Event()
     running.remote_endpoint().fire(lambda _: called.set())
     assert called.wait(DEADLINE_S)
@@ -129,7 +129,7 @@ def test_call_from_the_loops_own_thread_is_made_at_once() -> None:
     assert seen == [manager]
 
 
-def test_call_times_out_when_nobody_turns_the_loop() -> None:
+def test_call_times_out_when_no_thread_runs_the_loop() -> None:
     endpoint = EventManager().remote_endpoint()
     with pytest.raises(TimeoutError, match="is a thread in its run"):
         endpoint.call_blocking(lambda _: None, timeout=0.01)

@@ -217,7 +217,7 @@ def test_what_is_no_subscriber_is_refused(subscriber: object) -> None:
         EventManager().add_subscriber(subscriber)  # type: ignore[arg-type]
 
 
-def test_bad_sources_are_told_apart() -> None:
+def test_bad_sources_have_distinct_errors() -> None:
     manager = EventManager()
     with open(__file__) as file, pytest.raises(EventError, match="regular file"):
         manager.add_subscriber(Recorder(Events(file)))

@@ -108,7 +108,7 @@ def test_a_grandchild_and_a_child_of_after_a_snapshot_write_their_own_too() -> N
         assert vmm.memory.read(0x8000, 6) == b"parent"
 
 
-def test_a_child_is_told_that_the_machine_is_its_parents_and_its_views_may_go() -> None:
+def test_calls_of_a_child_are_refused_and_its_views_may_be_dropped() -> None:
     with Vmm(flat(HALT)) as vmm:
         memory, views = vmm.memory, [vmm.memory.view(0, 4096)]
 

@@ -140,7 +140,7 @@ def test_a_guest_that_has_ended_can_be_reset() -> None:
 
 
 @kvm
-def test_breakpoint_that_nobody_takes_says_what_it_is() -> None:
+def test_unhandled_breakpoint_says_what_it_is() -> None:
     with Vmm(flat(COUNT_IN_MEMORY)) as vmm:
         vmm.vcpus[0].debug(breakpoints=[0x1000])
         exit = vmm.run(60)

@@ -82,7 +82,7 @@ def test_next_job_finds_nothing_of(ready: Snapshot, act: str) -> None:
     kept.clear()
 
 
-def test_machine_of_a_job_that_is_over_is_closed_to_whoever_has_kept_it(ready: Snapshot) -> None:
+def test_machine_kept_after_its_job_is_closed(ready: Snapshot) -> None:
     def keep(vmm: Vmm) -> Any:
         return vmm, vmm.memory, vmm.vcpus[0], vmm.vcpus[0].regs, vmm.vcpus[0].msrs
 
@@ -233,7 +233,7 @@ def test_what_setup_adds_is_there_for_each_job_and_the_fork_is_reset(ready: Snap
         assert len(made) == 2
 
 
-def test_hook_of_the_setup_that_changes_the_machine_has_it_made_anew(ready: Snapshot) -> None:
+def test_hook_of_the_setup_that_changes_the_machine_causes_a_new_fork(ready: Snapshot) -> None:
     made: list[int] = []
 
     def setup(vmm: Vmm) -> None:

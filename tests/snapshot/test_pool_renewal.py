@@ -25,7 +25,7 @@ def test_every_call_is_known_to_be_taken_back_or_to_close_the_fork() -> None:
 
 
 @pytest.mark.parametrize("name", [*TAKEN_BACK, *CLOSES])
-def test_fork_is_reset_where_that_takes_back_all_and_made_anew_otherwise(name: str) -> None:
+def test_fork_is_reset_if_that_undoes_everything_and_replaced_otherwise(name: str) -> None:
     with Vmm(flat(exit_with(1), irqchip=True)) as vmm:
         snapshot = vmm.snapshot()
     kept_snapshot[:] = [snapshot]

@@ -59,7 +59,7 @@ def test_reset_goes_to_any_snapshot_of_such_a_machine() -> None:
             assert finish(vmm) == counted(nonce)
 
 
-def test_reset_of_a_running_machine_goes_on_from_there() -> None:
+def test_reset_of_a_running_machine_continues_from_the_snapshot() -> None:
     with oracle() as vmm:
         snapshot = vmm.snapshot()
         vmm.start()

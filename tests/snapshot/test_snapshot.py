@@ -33,7 +33,7 @@ RAM_AT = 0x3000
 
 @given(before=st.floats(0, 0.06), after=st.floats(0, 0.06), nonce=st.integers(0, 2**32 - 1))
 @settings(max_examples=25)
-def test_original_fork_and_reset_go_on_exactly(before: float, after: float, nonce: int) -> None:
+def test_original_fork_and_reset_continue_exactly(before: float, after: float, nonce: int) -> None:
     with oracle(nonce) as vmm:
         vmm.run(before) if before else None
         if vmm.state is VmRunState.EXITING:
@@ -48,7 +48,7 @@ def test_original_fork_and_reset_go_on_exactly(before: float, after: float, nonc
         assert finish(vmm) == counted(nonce)
 
 
-def test_snapshot_of_a_running_machine_lets_it_go_on() -> None:
+def test_snapshot_of_a_running_machine_lets_it_continue() -> None:
     with oracle() as vmm:
         vmm.start()
         snapshots = while_it_runs(vmm, 20)
@@ -106,7 +106,7 @@ def test_snapshot_before_the_first_run_starts_forks_where_it_would() -> None:
         assert finish(vmm) == counted(0x1234_5678)
 
 
-def test_snapshot_of_an_ended_guest_goes_on_behind_its_end() -> None:
+def test_snapshot_of_an_ended_guest_continues_after_its_end() -> None:
     with Vmm(flat(exit_with(1) + print_text(b"on") + exit_with(2))) as vmm:
         assert vmm.run(DEADLINE_S).code == 1
         snapshot = vmm.snapshot()

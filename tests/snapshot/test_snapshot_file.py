@@ -40,7 +40,7 @@ def file(started: Snapshot, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("copy", [False, True])
-def test_loaded_snapshot_goes_on_exactly(started: Snapshot, file: Path, copy: bool) -> None:
+def test_loaded_snapshot_continues_exactly(started: Snapshot, file: Path, copy: bool) -> None:
     loaded = Snapshot.load(file, copy=copy, verify=True)
     assert (loaded.id, loaded.state, loaded.path) == (started.id, started.state, file)
     with loaded.fork() as fork:
@@ -132,7 +132,7 @@ def test_pickle_is_of_one_snapshot_and_not_of_another_in_its_file(file: Path, tm
         pickle.loads(pickled)
 
 
-def test_progress_is_told_and_can_end_the_writing(tmp_path: Path) -> None:
+def test_progress_is_reported_and_can_end_the_save(tmp_path: Path) -> None:
     with Vmm(flat(SPIN, size_mib=8)) as vmm:
         vmm.memory.write(0, os.urandom(8 << 20))
         snapshot = vmm.snapshot()

@@ -40,7 +40,7 @@ def test_one_fork_is_reset_and_asked_again(booted_linux: BootedLinux) -> None:
             assert fork.reset(booted_linux.snapshot) > 0
 
 
-def test_linux_goes_on_from_a_file(booted_linux: BootedLinux, tmp_path: Path) -> None:
+def test_linux_continues_from_a_file(booted_linux: BootedLinux, tmp_path: Path) -> None:
     booted_linux.snapshot.save(tmp_path / "linux")
     assert (tmp_path / "linux").stat().st_size < 64 << 20
     with Snapshot.load(tmp_path / "linux").fork() as fork:

@@ -345,7 +345,7 @@ def test_reset_that_is_refused_leaves_an_access_to_be_completed() -> None:
         assert vmm.run(DEADLINE_S).code == 2
 
 
-def test_access_that_nobody_has_answered_is_given_up_by_a_reset_and_refused_by_a_snapshot() -> None:
+def test_unanswered_access_is_abandoned_by_a_reset_and_refused_by_a_snapshot() -> None:
     with Vmm(flat(exit_with(1) + ACCESSES["in"] + exit_with(2), "long64", address=0x10000)) as vmm:
         snapshot = vmm.snapshot()
         vmm.vcpus[0].run_once()

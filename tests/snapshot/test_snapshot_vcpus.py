@@ -66,7 +66,7 @@ HOLDS_YMM = (
 ) + exit_with(4)  # fmt: skip
 
 
-def test_two_vcpus_go_on_together() -> None:
+def test_two_vcpus_continue_together() -> None:
     with Vmm(flat(count_vcpus(2), "user64", address=0x10000, cpu=CpuConfig(vcpus=2))) as vmm:
         snapshot = vmm.snapshot()
         for machine in (vmm, *(snapshot.fork() for _ in range(3))):
@@ -163,7 +163,7 @@ def test_halt_is_left_behind(halted: Vmm) -> None:
         assert fork.vcpus[0].regs.rip == 0x1001
 
 
-def test_avx_registers_go_on() -> None:
+def test_avx_registers_are_kept() -> None:
     nonce = os.urandom(64)
     with Vmm(flat(HOLDS_YMM, "user64", address=0x10000, size_mib=2, cpu=CpuConfig(template="host"))) as vmm:
         vcpu = vmm.vcpus[0]

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.kvm
 WRITE_FOR_EVER = b"\xba\x80\x00\xee\xeb\xfd"  # mov dx, 0x80; out dx, al; jmp back
 
 
-def test_a_path_that_cannot_be_written_is_told_before_the_run(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_written_is_refused_before_the_run(tmp_path: Path) -> None:
     with Vmm(flat(exit_with(0))) as vmm:
         for path, number in [(tmp_path / "no" / "trace.json", errno.ENOENT), (tmp_path, errno.EISDIR)]:
             with pytest.raises(StreamError) as caught, vmm.trace(path):
@@ -44,7 +44,7 @@ def test_a_path_that_cannot_be_written_is_told_before_the_run(tmp_path: Path) ->
             assert vmm.run(60).code == 0
 
 
-def test_a_full_disk_is_told_at_the_end_and_does_not_harm_the_run() -> None:
+def test_a_full_disk_is_reported_at_the_end_and_does_not_end_the_run() -> None:
     with Vmm(flat(exit_with(5))) as vmm:
         with pytest.raises(StreamError) as caught, vmm.trace("/dev/full"):
             exit = vmm.run(60)
@@ -105,7 +105,7 @@ def test_a_trace_may_outlive_its_machine(tmp_path: Path) -> None:
     assert len(of(hops(path), "exit")) == 1
 
 
-def test_a_trace_that_nobody_ends_ends_with_the_machine(tmp_path: Path) -> None:
+def test_an_open_trace_ends_with_the_machine(tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
     manager = EventManager()
     vmm = Vmm(flat(exit_with(0)), event_manager=manager)

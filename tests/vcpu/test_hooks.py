@@ -76,7 +76,7 @@ def test_a_hook_sees_addresses_without_memory() -> None:
     ]
 
 
-def test_hlt_goes_on_or_ends_the_run() -> None:
+def test_hlt_continues_or_ends_the_run() -> None:
     answers: list[object] = [CONTINUE, Stop({"reason": "tired"}), None]
     with Vmm(flat(HALT * 3 + exit_with(1))) as vmm:
         vmm.on_exit("hlt", lambda _vcpu, _exit: answers.pop(0))
@@ -283,7 +283,7 @@ def test_a_hook_that_stops_every_exit_does_not_hang_the_close() -> None:
             assert vmm.run(DEADLINE_S).value == 1
 
 
-def test_retrying_for_ever_is_ended_by_the_host() -> None:
+def test_endless_retries_are_ended_by_the_host() -> None:
     with Vmm(flat(read_in(0x80) + SPIN)) as vmm:
         vmm.on_exit("io", lambda _vcpu, _exit: RETRY)
         assert vmm.run(0.05).reason is ExitReason.TIMEOUT

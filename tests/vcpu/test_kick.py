@@ -129,7 +129,7 @@ def test_a_signal_that_the_program_uses_is_left_alone() -> None:
     assert printed == "timeout\nthe program's\n"
 
 
-def test_a_chosen_signal_goes_on_reaching_the_handler_that_was_there() -> None:
+def test_a_chosen_signal_still_reaches_its_previous_handler() -> None:
     printed = program("""
         import signal
         signal.signal(signal.SIGUSR1, lambda *_: print("the program's"))

@@ -29,7 +29,7 @@ def counting(vcpus: int = 1) -> Vmm:
     return Vmm(VmmConfig(boot=FlatBoot(COUNT, address=COUNT_AT, mode="user64"), cpu=CpuConfig(vcpus=vcpus)))
 
 
-def test_a_paused_guest_stands_still_and_goes_on() -> None:
+def test_a_paused_guest_stops_and_continues() -> None:
     with counting() as vmm:
         (vcpu,) = vmm.vcpus
         vmm.start()

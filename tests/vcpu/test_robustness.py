@@ -214,7 +214,7 @@ def test_callable_that_fails_ends_the_run(make: Callable[[VmmConfig], Vmm]) -> N
         vmm.run(DEADLINE_S)
 
 
-def test_output_that_nobody_takes_is_left_for_the_host(make: Callable[[VmmConfig], Vmm]) -> None:
+def test_uncollected_output_is_left_for_the_host(make: Callable[[VmmConfig], Vmm]) -> None:
     """More than a pipe can hold: the guest ends, the run does not hang, and no byte is lost."""
     code = (
         b"\x66\xb9\xa0\x86\x01\x00"  # mov ecx, 100000

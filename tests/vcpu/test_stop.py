@@ -157,7 +157,7 @@ def test_close_from_a_callback_takes_effect_at_the_end_of_the_run() -> None:
     assert vmm.state is VmRunState.CLOSED
 
 
-def test_guest_that_prints_for_ever_can_be_stopped(make: Callable[[VmmConfig], Vmm]) -> None:
+def test_guest_that_prints_endlessly_can_be_stopped(make: Callable[[VmmConfig], Vmm]) -> None:
     reader, writer = os.pipe()
     try:
         vmm = make(flat(PRINT_FOR_EVER, serial=SerialConfig(output=writer)))
@@ -168,7 +168,7 @@ def test_guest_that_prints_for_ever_can_be_stopped(make: Callable[[VmmConfig], V
         os.close(writer)
 
 
-def test_halt_with_nobody_to_wake_it_can_be_stopped() -> None:
+def test_halt_that_nothing_wakes_can_be_stopped() -> None:
     with Vmm(flat(HALT + SPIN, irqchip=True)) as vmm:
         start = time.monotonic()
         assert vmm.run(0.05).reason is ExitReason.TIMEOUT

@@ -71,7 +71,7 @@ with Vmm(flat(bytes.fromhex("ba0005b078eeebfd"))) as vmm:
 """
 
 
-def test_a_callback_has_the_stack_that_threading_was_told_to_give() -> None:
+def test_a_callback_has_the_stack_size_of_threading() -> None:
     depth = 4000
     source = DEEP.replace("DEPTH", str(depth)).replace("SIZE", str(64 << 20))
     assert in_a_process(source).strip() == str(depth * (depth + 1) // 2)
@@ -265,7 +265,7 @@ with Vmm(flat(SPIN)) as vmm:
     assert in_a_process(source).split() == ["stopped", "True"]
 
 
-def test_a_callback_has_two_mebibytes_of_stack_though_threading_was_told_to_give_less() -> None:
+def test_a_callback_has_two_mebibytes_of_stack_even_if_threading_has_less() -> None:
     source = """
 import ctypes, threading
 from pyvmm import Stop, Vmm

@@ -80,7 +80,7 @@ def reset_in_place(vmm: Vmm) -> None:
 
 
 @pytest.mark.parametrize("pause", [pause_and_resume, stop_and_start, take_a_snapshot, reset_in_place])
-def test_guest_is_told_of_a_pause(machine: Vmm, pause: Callable[[Vmm], None]) -> None:
+def test_guest_is_notified_of_a_pause(machine: Vmm, pause: Callable[[Vmm], None]) -> None:
     with machine as vmm:
         vmm.start()
         deadline = time.monotonic() + DEADLINE_S
@@ -94,7 +94,7 @@ def test_guest_is_told_of_a_pause(machine: Vmm, pause: Callable[[Vmm], None]) ->
         vmm.wait(DEADLINE_S)
 
 
-def test_fork_is_told_of_it(machine: Vmm) -> None:
+def test_fork_is_notified_of_it(machine: Vmm) -> None:
     with machine as vmm:
         while vmm.memory.read(0x5000, 32) == bytes(32):
             vmm.run(0.01)

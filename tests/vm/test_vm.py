@@ -76,7 +76,7 @@ def test_run_starts_at_the_address_it_is_given() -> None:
     assert exit.code == 2
 
 
-def test_shutdown_leaves_a_machine_that_goes_on() -> None:
+def test_shutdown_leaves_a_machine_that_can_continue() -> None:
     with KvmVm(flat(COUNT_IN_MEMORY), Handler()) as vm:
         vm.run()
         with pytest.raises(StateError, match="running already"):

@@ -92,7 +92,7 @@ def test_close_in_a_callback_while_the_run_is_ending(timeout: float | None) -> N
     assert vmm.state is VmRunState.CLOSED
 
 
-def test_close_in_a_callback_of_a_machine_that_nobody_waits_for_stops_its_guest() -> None:
+def test_close_in_a_callback_without_a_waiting_thread_stops_the_guest() -> None:
     vmm, device = machine(lambda vmm: vmm.close())
     vmm.start()
     device.go.set()

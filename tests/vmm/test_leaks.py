@@ -84,7 +84,7 @@ def test_machines_leave_nothing() -> None:
 
 
 @pytest.mark.kvm
-def test_machines_that_nobody_closes_leave_nothing() -> None:
+def test_machines_that_are_never_closed_leave_nothing() -> None:
     class Handler:
         def __init__(self) -> None:
             self.kicked = threading.Event()

@@ -163,7 +163,7 @@ def test_a_device_that_has_stopped_the_run_is_not_called_again_by_a_hold() -> No
         assert (exit.value, device.writes) == (1, 1)
 
 
-def test_whoever_holds_an_event_manager_has_it_after_its_machine_is_closed() -> None:
+def test_an_event_manager_stays_usable_after_its_machine_is_closed() -> None:
     called: list[int] = []
     with Vmm(flat(exit_with(0))) as vmm:
         manager = vmm.event_manager

@@ -128,7 +128,7 @@ def test_a_subclass_in_a_cycle_is_collected_with_its_class() -> None:
     assert cls() is None
 
 
-def test_a_subclass_nobody_holds_is_closed_at_once() -> None:
+def test_a_dropped_subclass_is_closed_at_once() -> None:
     gc.disable()
     try:
         before = len(os.listdir("/proc/self/fd"))

@@ -183,7 +183,7 @@ def test_memory_beyond_3_gib_is_there_on_both_sides_of_the_gap() -> None:
     assert exit.code == 0x5A
 
 
-def test_timeout_leaves_a_machine_that_goes_on() -> None:
+def test_timeout_leaves_a_machine_that_can_continue() -> None:
     with Vmm(flat(COUNT_IN_MEMORY)) as vmm:
         assert vmm.state is VmRunState.CREATED
         exit = vmm.run(0.01)
