@@ -60,7 +60,7 @@ pub const RTC: u16 = 0x70;
 /// The i8042's data port; its command port is four above.
 pub const I8042: u16 = 0x60;
 /// The ports of the built-in devices, as start and count, and their names. If there is an interrupt
-/// controller, KVM answers the speaker's port in the middle of the i8042's.
+/// controller, KVM's speaker port is between the ports of the i8042.
 #[must_use]
 pub fn device_ports(irqchip: bool) -> &'static [((u64, u64), &'static str)] {
     const COM1_PORTS: ((u64, u64), &str) = ((COM1 as u64, 8), "COM1");

@@ -1,5 +1,5 @@
-//! The serial port as a device on the bus: the guest's accesses, and its state for a snapshot. On
-//! vCPU threads; `save`, `restore` and `quiesce` while the guest is at rest.
+//! The serial port as a device on the bus: the guest's accesses, on vCPU threads, and its state for
+//! a snapshot. `save`, `restore` and `quiesce` run while the vCPUs are stopped.
 
 use smallvec::SmallVec;
 

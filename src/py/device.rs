@@ -114,7 +114,7 @@ impl PythonDevice {
         &self.pending
     }
 
-    /// What its `save`, `restore` or `quiesce` has raised, once.
+    /// Take the exception of its `save`, `restore` or `quiesce`.
     pub(super) fn take_failure(&self) -> Option<PyErr> {
         self.failed.lock().take()
     }

@@ -41,8 +41,8 @@ where
     }
 }
 
-/// Make a call without the GIL that waits for callbacks of the program's, for so many seconds at
-/// most, and that a signal handler ends when it raises.
+/// Make a call without the GIL that waits for callbacks of the program, for at most `timeout`
+/// seconds. A signal handler that raises ends it.
 pub(super) fn limited<T: Send>(
     py: Python<'_>,
     timeout: Option<f64>,

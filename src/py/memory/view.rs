@@ -21,7 +21,7 @@ enum Access {
 }
 
 impl PyMemoryView {
-    /// A writable one, unless it is to be read only, or the memory is.
+    /// A writable view, unless it should be read-only or the memory is.
     pub(super) fn of(
         memory: &GuestMemory,
         (address, length): (u64, u64),
