@@ -6,6 +6,7 @@
 use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::time::Instant;
 
 use event_manager::EventManager as Upstream;
 
@@ -63,6 +64,14 @@ impl EventManager {
     /// When the wake-up cannot be written.
     pub fn share(&self) -> Result<()> {
         self.waits.share(|| self.kick())
+    }
+
+    /// Whether an event is ready to be dispatched. Waits for nobody.
+    ///
+    /// # Errors
+    /// When epoll fails.
+    pub fn is_ready(&self) -> Result<bool> {
+        self.epoll.wait(Some(Instant::now()), None)
     }
 
     /// End the wait of the thread in `run_with_timeout`, or the next wait. From any thread.

@@ -55,7 +55,9 @@ pub(super) fn on_vcpu_thread<T>(
     otherwise: impl FnOnce(Python<'_>, PyErr) -> T,
 ) -> T {
     hop!();
-    KEPT.with(|_kept| attach(|py| call_out(py, call).unwrap_or_else(|error| otherwise(py, error))))
+    let enter = || attach(|py| call_out(py, call).unwrap_or_else(|error| otherwise(py, error)));
+    // A thread of the program's has a state of its own, for as long as it lives.
+    if vcpu::is_own_thread() { KEPT.with(|_kept| enter()) } else { enter() }
 }
 
 /// Call the program in the middle of native work. If the call forks, the child exits when it

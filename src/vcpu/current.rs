@@ -10,6 +10,7 @@ thread_local! {
     static CURRENT: RefCell<Weak<VcpuHandle>> = RefCell::default();
     /// The machine that this thread runs a vCPU of, by its `Shared::id`.
     static MACHINE: Cell<usize> = const { Cell::new(0) };
+    static IS_OWN: Cell<bool> = const { Cell::new(false) };
 }
 
 /// Whether this thread runs a vCPU of that machine: if it asks, it is in one of its callbacks.
@@ -24,8 +25,31 @@ pub fn current() -> Option<Arc<VcpuHandle>> {
     CURRENT.with_borrow(Weak::upgrade)
 }
 
-/// This thread is the vCPU's from here on.
+/// Whether this thread is a vCPU's own: it ends when pyvmm says so.
+#[cfg_attr(not(feature = "python"), allow(dead_code, reason = "for the binding"))]
+pub(crate) fn is_own_thread() -> bool {
+    IS_OWN.get()
+}
+
+/// This thread is the vCPU's own from here on.
 pub(super) fn set_current(handle: &Arc<VcpuHandle>, machine: usize) {
     CURRENT.set(Arc::downgrade(handle));
     MACHINE.set(machine);
+    IS_OWN.set(true);
+}
+
+/// While it lives, its thread runs a vCPU of that machine. It may be in a callback of another one.
+pub(super) struct Current(Weak<VcpuHandle>, usize);
+
+impl Current {
+    pub(super) fn enter(handle: &Arc<VcpuHandle>, machine: usize) -> Self {
+        Self(CURRENT.replace(Arc::downgrade(handle)), MACHINE.replace(machine))
+    }
+}
+
+impl Drop for Current {
+    fn drop(&mut self) {
+        CURRENT.set(std::mem::take(&mut self.0));
+        MACHINE.set(self.1);
+    }
 }

@@ -13,6 +13,7 @@ use super::signal::SignalMask;
 use super::vcpu::Vcpu;
 use crate::devices::Device;
 use crate::error::{Error, ErrorKind, Result};
+use crate::event::EventManager;
 use crate::process::ProcessTag;
 use crate::sync::{Condvar, Mutex, rank};
 
@@ -39,6 +40,8 @@ pub(super) struct HandleState {
     pub(super) mask: Option<SignalMask>,
     /// Between the start of a run and its end the own thread stays, however long the vCPU rests.
     pub(super) is_in_run: bool,
+    /// The loop of the thread in `run_here`, which runs the vCPU in place of one of its own.
+    pub(super) here: Option<Arc<EventManager>>,
     /// That thread's vCPU, while it calls the program's code.
     pub(super) host_access: Option<HostAccess>,
     /// The thread that has it.
@@ -143,6 +146,7 @@ impl VcpuHandle {
             threads: 0,
             mask: None,
             is_in_run: false,
+            here: None,
             host_access: None,
             runner: None,
             waits_for: None,

@@ -12,6 +12,7 @@ mod fault;
 mod fixup;
 mod guest_debug;
 mod handle;
+mod here;
 mod host_access;
 mod kick;
 pub(crate) mod left;
@@ -30,14 +31,19 @@ mod state;
 mod stats;
 mod string_io;
 mod thread;
+mod tick;
+mod ticked;
 #[allow(clippy::module_inception, reason = "it is where `Vcpu` is")]
 mod vcpu;
 
 pub use current::current;
+#[cfg_attr(not(feature = "python"), allow(unused_imports, reason = "for the binding"))]
+pub(crate) use current::is_own_thread;
 pub(crate) use current::is_thread_of;
 pub use exit::{Data, ExitKind, VcpuExit};
 pub use guest_debug::{DebugOwner, DebugRequest};
 pub use handle::VcpuHandle;
+pub(crate) use here::{Here, Left, begin as begin_here};
 pub use registers::RegisterClass;
 pub use router::{ExitHook, ExitRouter, HookPriority, Observer, Reply, Seen};
 pub use signal::{kick_signal, use_signal};

@@ -39,7 +39,7 @@ impl VcpuHandle {
         state.command = VcpuCommand::Park;
         state.runs_on_resume = false;
         state.mask = Some(SignalMask::of_this_thread());
-        state.is_in_run = true;
+        (state.is_in_run, state.here) = (true, None);
         // One in a callback goes on with the stack that it has.
         let is_usable = |own: &OwnThread| own.stack_size == stack_size || state.vcpu.is_none();
         if state.thread.as_ref().is_some_and(is_usable) {
@@ -68,6 +68,8 @@ impl VcpuHandle {
         state.runs_on_resume = false;
         state.transitions += 1;
         self.changed.notify_all();
+        // A thread in `run_here` waits in its loop. Fails in a forked child alone.
+        state.here.iter().for_each(|event_manager| drop(event_manager.kick()));
     }
 
     /// Have a vCPU that [`Self::stop_with`] has brought to rest enter its guest again. One that
@@ -89,7 +91,7 @@ impl VcpuHandle {
     pub(crate) fn end_run(&self) {
         self.stop_with(VcpuCommand::Park);
         let mut state = self.state.lock();
-        state.is_in_run = false;
+        (state.is_in_run, state.here) = (false, None);
         state.runs_on_resume = false;
         self.changed.notify_all();
     }
@@ -110,6 +112,7 @@ impl VcpuHandle {
                 return None;
             }
             if state.command != VcpuCommand::Park
+                && state.here.is_none()
                 && let Some(vcpu) = state.vcpu.take()
             {
                 let completes = state.command == VcpuCommand::Complete;
@@ -150,7 +153,8 @@ impl VcpuHandle {
     /// of a vCPU's thread when another one enters the guest, which takes milliseconds before Linux
     /// 6.13. Whether there is such a thread.
     pub(super) fn complete_on_own_thread(&self, state: &mut HandleState) -> bool {
-        if state.thread.is_none() || state.command != VcpuCommand::Park {
+        let is_there = state.thread.is_some() && state.here.is_none();
+        if !is_there || state.command != VcpuCommand::Park {
             return false;
         }
         state.command = VcpuCommand::Complete;

@@ -31,6 +31,7 @@ pub(crate) fn step(vcpu: &mut Vcpu, handle: &VcpuHandle) -> Outcome {
 
 /// KVM_RUN has failed, which a signal makes it do too.
 fn refused(vcpu: &mut Vcpu, error: kvm_ioctls::Error) -> Outcome {
+    vcpu.is_interrupted = error.errno() == libc::EINTR;
     with_fault_report(vcpu, on_error(error))
 }
 

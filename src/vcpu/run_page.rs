@@ -79,6 +79,22 @@ impl RunPage {
         Self(NonNull::new(page.cast()).unwrap())
     }
 
+    #[cfg(test)]
+    pub(crate) fn is_set(&self) -> bool {
+        // SAFETY: the page is mapped for as long as this lives.
+        unsafe { &*self.flag() }.load(Ordering::SeqCst) != 0
+    }
+
+    /// `immediate_exit`, which other threads and signal handlers set.
+    pub(super) fn flag(&self) -> *const AtomicU8 {
+        // SAFETY: kvm-ioctls has &mut to *its* mapping of this page while `run` is in progress.
+        // This is another mapping, at other addresses, so the two never alias as Rust objects. The
+        // byte is one that the kernel documents as written by user space from other threads; it is
+        // in bounds and an AtomicU8 needs no alignment.
+        let flag = unsafe { AtomicU8::from_ptr(&raw mut (*self.0.as_ptr()).immediate_exit) };
+        std::ptr::from_ref(flag)
+    }
+
     /// `kvm_run.exit_reason` of the last exit. On the vCPU's thread, between two runs.
     pub(crate) fn exit_reason(&self) -> u32 {
         // SAFETY: in bounds of the mapping; volatile because the kernel writes it.
@@ -196,11 +212,8 @@ impl RunPage {
 
 impl ImmediateExit for RunPage {
     fn set(&self, value: bool) {
-        // SAFETY: kvm-ioctls has &mut to *its* mapping of this page while `run` is in progress.
-        // This is another mapping, at other addresses, so the two never alias as Rust objects. The
-        // byte is one that the kernel documents as written by user space from other threads; it is
-        // in bounds and an AtomicU8 needs no alignment.
-        let flag = unsafe { AtomicU8::from_ptr(&raw mut (*self.0.as_ptr()).immediate_exit) };
+        // SAFETY: the page is mapped for as long as this lives.
+        let flag = unsafe { &*self.flag() };
         // SeqCst: ordered against the stop word, which the vCPU's thread reads after it was
         // returned by this flag.
         flag.store(u8::from(value), Ordering::SeqCst);

@@ -6,6 +6,7 @@
 use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::ticked::on_tick;
 use crate::error::{Error, ErrorKind, Result};
 use crate::process::Learnt;
 
@@ -29,7 +30,7 @@ impl Claim {
     /// The thread must not have ended.
     unsafe fn send(&self, thread: libc::pthread_t) -> bool {
         self.keep_installed();
-        let value = libc::sigval { sival_ptr: cookie() };
+        let value = libc::sigval { sival_ptr: kick_cookie() };
         // SAFETY: by the caller. A queued signal arrives 10 us later, so it is sent only if a
         // handler has to distinguish it from others.
         unsafe {
@@ -68,7 +69,8 @@ static IS_INSTALLED: AtomicBool = AtomicBool::new(false);
 const FAULTS: [libc::c_int; 6] =
     [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP, libc::SIGSYS];
 
-fn cookie() -> *mut libc::c_void {
+/// What a kick or a tick of pyvmm's carries, and no signal of the program's.
+pub(super) fn kick_cookie() -> *mut libc::c_void {
     (&raw const COOKIE).cast_mut().cast()
 }
 
@@ -182,6 +184,18 @@ pub(super) unsafe fn send(thread: libc::pthread_t) {
     let _ = spare.map(|claim| unsafe { claim.send(thread) });
 }
 
+/// How a signal was sent that has our cookie.
+///
+/// # Safety
+/// `info` is that of a signal.
+unsafe fn ours(info: *const libc::siginfo_t) -> Option<libc::c_int> {
+    // SAFETY: by the caller. A signal without a value has something else there, which is no address
+    // of ours.
+    let (code, value) = unsafe { ((*info).si_code, (*info).si_value().sival_ptr) };
+    let is_ours = [libc::SI_QUEUE, libc::SI_TIMER].contains(&code) && value == kick_cookie();
+    is_ours.then_some(code)
+}
+
 extern "C" fn on_signal(
     signal: libc::c_int,
     info: *mut libc::siginfo_t,
@@ -192,9 +206,11 @@ extern "C" fn on_signal(
         return;
     };
     // SAFETY: the kernel hands a valid siginfo to a handler with SA_SIGINFO.
-    let is_kick =
-        unsafe { (*info).si_code == libc::SI_QUEUE && (*info).si_value().sival_ptr == cookie() };
-    if is_kick || !claim.has_handler() {
+    let code = unsafe { ours(info) };
+    if code == Some(libc::SI_TIMER) {
+        on_tick();
+    }
+    if code.is_some() || !claim.has_handler() {
         return;
     }
     let previous = claim.previous.sa_sigaction;

@@ -23,7 +23,7 @@ use crate::memory::GuestMemory;
 use crate::sync::{Mutex, rank};
 
 /// How many accesses of a repeated instruction a stop completes at most.
-const MOST_STEPS_AT_STOP: usize = 1024;
+pub(super) const MOST_STEPS_AT_STOP: usize = 1024;
 
 /// What the vCPUs of one machine share.
 #[derive(Debug)]
@@ -47,6 +47,12 @@ impl<EH: ExitHandler> Shared<EH> {
         self.exit.lock().get_or_insert(exit);
         // A failure needs no report: the loop checks the state below next.
         let _ = self.exit_handler.kick();
+        let _ = self.run_state.set_and_notify(VmRunState::Exiting);
+    }
+
+    /// [`Self::vcpu_ended`] on the thread that would be kicked.
+    pub(super) fn note_end(&self, exit: Exit) {
+        self.exit.lock().get_or_insert(exit);
         let _ = self.run_state.set_and_notify(VmRunState::Exiting);
     }
 }
@@ -159,9 +165,9 @@ fn turn_until_end(vcpu: &mut Vcpu, handle: &VcpuHandle) -> Outcome {
 }
 
 /// Ends the run if the vCPU's thread panics, which is a bug of pyvmm.
-struct PanicGuard<'a, EH: ExitHandler> {
-    handle: &'a VcpuHandle,
-    shared: &'a Shared<EH>,
+pub(super) struct PanicGuard<'a, EH: ExitHandler> {
+    pub(super) handle: &'a VcpuHandle,
+    pub(super) shared: &'a Shared<EH>,
 }
 
 impl<EH: ExitHandler> Drop for PanicGuard<'_, EH> {

@@ -47,6 +47,8 @@ pub struct Vcpu {
     pub(crate) rests: u64,
     /// The program's code answers its exit, and has access to it.
     pub(super) has_host_access: bool,
+    /// KVM_RUN has returned because of a signal or a kick.
+    pub(super) is_interrupted: bool,
     /// Calls of devices are recorded.
     pub(super) is_recorded: bool,
     /// The current instruction reads memory that was added after its exit.
@@ -80,6 +82,7 @@ impl Vcpu {
             has_page_registers: false,
             rests: 0,
             has_host_access: false,
+            is_interrupted: false,
             is_recorded: false,
             has_found_memory: false,
             guest_debug: GuestDebug::default(),
@@ -116,6 +119,12 @@ impl Vcpu {
     #[must_use]
     pub fn wanted(&self) -> Option<usize> {
         self.pending.awaits_answer().then(|| self.page.answer(&[]))
+    }
+
+    /// Whether the device that its last access found full has room now.
+    pub(super) fn has_room(&mut self) -> bool {
+        self.waits_for.take_if(|device| device.wait_for_room(&|| true));
+        self.waits_for.is_none()
     }
 
     /// Notify the guest's watchdogs of a pause, which they would take for a hang. A guest that does

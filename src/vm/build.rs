@@ -187,7 +187,13 @@ fn claim_for_kvm(resources: &Resources, irqchip: bool) -> Result<()> {
 
 /// A VM with the pages that KVM itself needs on some processors.
 fn create_vm(kvm: &Kvm) -> Result<Arc<VmFd>> {
-    let fd = kvm.create_vm().map_err(|e| Error::kvm("KVM_CREATE_VM", e))?;
+    let fd = loop {
+        match kvm.create_vm() {
+            // Any signal to this thread ends it, and it has changed nothing then.
+            Err(error) if error.errno() == libc::EINTR => {}
+            other => break other.map_err(|e| Error::kvm("KVM_CREATE_VM", e))?,
+        }
+    };
     fd.set_identity_map_address(layout::KVM_IDENTITY_MAP)
         .map_err(|e| Error::kvm("KVM_SET_IDENTITY_MAP_ADDR", e))?;
     fd.set_tss_address(layout::KVM_TSS).map_err(|e| Error::kvm("KVM_SET_TSS_ADDR", e))?;

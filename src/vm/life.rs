@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use super::KvmVm;
 use crate::error::{Error, ErrorKind, Result};
+use crate::event::EventManager;
 use crate::exit_handler::ExitHandler;
 use crate::limit::Limit;
-use crate::vcpu::{self, VcpuHandle, VmRunState};
+use crate::vcpu::{self, Here, Vcpu, VcpuHandle, VmRunState};
 
 impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     /// Send each vCPU's thread `vcpu_{id}` into its guest; one that is not there is started. With
@@ -20,6 +21,39 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     /// When the machine is running, has ended or is closed, or a thread cannot be started: then
     /// none runs.
     pub fn run(&self, vcpu_run_addr: Option<u64>) -> Result<()> {
+        self.start(|handle, is_held| {
+            vcpu::start(handle, &self.shared, is_held, |vcpu| self.prepare_run(vcpu, vcpu_run_addr))
+        })?;
+        self.set_prepared();
+        Ok(())
+    }
+
+    /// [`Self::run`] for a machine with one vCPU, which the caller's thread runs from here on.
+    ///
+    /// # Errors
+    /// As for [`Self::run`]; [`ErrorKind::State`] if the machine has several vCPUs.
+    pub(crate) fn run_here<'a>(
+        &'a self,
+        handle: &'a Arc<VcpuHandle>,
+        event_manager: &Arc<EventManager>,
+        vcpu_run_addr: Option<u64>,
+    ) -> Result<Here<'a, EH>> {
+        let mut here = None;
+        self.start(|_, is_held| {
+            let prepare = |vcpu: &mut Vcpu| self.prepare_run(vcpu, vcpu_run_addr);
+            here = Some(vcpu::begin_here(handle, &self.shared, event_manager, is_held, prepare)?);
+            Ok(())
+        })?;
+        self.set_prepared();
+        here.ok_or_else(|| Error::new(ErrorKind::State, "run_here", "the machine has no vCPU"))
+    }
+
+    fn prepare_run(&self, vcpu: &mut Vcpu, address: Option<u64>) -> Result<()> {
+        address.map_or(Ok(()), |address| self.set_start_state(vcpu, address))
+    }
+
+    /// Start the vCPUs by `start`, which is told whether they are to stay at rest.
+    fn start(&self, start: impl FnMut(&Arc<VcpuHandle>, bool) -> Result<()>) -> Result<()> {
         self.check_process()?;
         if self.has_this_thread() {
             let detail = "a callback on a vCPU's thread cannot start the machine it belongs to";
@@ -34,12 +68,6 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             self.enter(VmRunState::Running)?;
             is_started.set(true);
             Ok(())
-        };
-        let start = |handle: &Arc<VcpuHandle>, is_held| {
-            vcpu::start(handle, &self.shared, is_held, |vcpu| match vcpu_run_addr {
-                Some(address) => self.set_start_state(vcpu, address),
-                None => Ok(()),
-            })
         };
         self.vcpus.start(enter, start).inspect_err(|_| {
             if is_started.get() {

@@ -1,8 +1,6 @@
 //! A `KvmVm` as a snapshot needs it: captured as a whole while its vCPUs are at rest, and brought
 //! back to life. On the thread that takes the snapshot or resets.
 
-use std::sync::atomic::Ordering;
-
 use kvm_ioctls::VmFd;
 
 use super::KvmVm;
@@ -63,8 +61,7 @@ impl<EH: ExitHandler> KvmVm<EH> {
 
     /// The vCPUs have other registers: the guest has not ended, and starts where they say.
     pub(crate) fn revive(&self) {
-        // Release: whoever finds it prepared finds the registers.
-        self.is_prepared.store(true, Ordering::Release);
+        self.set_prepared();
         *self.shared.exit.lock() = None;
         self.shared.run_state.revive();
     }

@@ -36,19 +36,25 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     /// When KVM refuses the registers.
     pub fn prepare(&self, address: u64) -> Result<()> {
         self.check_process()?;
-        if self.state() != VmRunState::Created || self.is_prepared.swap(true, Ordering::AcqRel) {
+        if self.is_prepared.load(Ordering::Acquire) {
             return Ok(());
         }
-        self.vcpus.each(|handle| handle.with_vcpu(|vcpu| self.set_start_state(vcpu, address)))
+        self.vcpus.each(|handle| {
+            // Another thread may have prepared or started them meanwhile.
+            if self.is_prepared.load(Ordering::Acquire) {
+                return Ok(());
+            }
+            handle.with_vcpu(|vcpu| self.set_start_state(vcpu, address))
+        })?;
+        self.set_prepared();
+        Ok(())
     }
 
     /// Where a run that is to start at `address` has to put the vCPUs; none when they stand there,
     /// or further on.
     #[must_use]
     pub fn first_address(&self, address: u64) -> Option<u64> {
-        let is_first =
-            self.state() == VmRunState::Created && !self.is_prepared.load(Ordering::Acquire);
-        is_first.then_some(address)
+        (!self.is_prepared.load(Ordering::Acquire)).then_some(address)
     }
 
     /// Registers of a first start.
@@ -68,5 +74,13 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             vcpu.fd.set_mp_state(state).map_err(|e| Error::kvm("KVM_SET_MP_STATE", e))?;
         }
         Ok(())
+    }
+}
+
+impl<EH: ExitHandler> KvmVm<EH> {
+    /// The vCPUs have the registers that they start with.
+    pub(super) fn set_prepared(&self) {
+        // Release: whoever finds it set finds the registers.
+        self.is_prepared.store(true, Ordering::Release);
     }
 }

@@ -2,6 +2,7 @@
 //! stopped, copied and reset. No KVM ioctl here. `run` turns the loop on the caller's thread; any
 //! thread may call the rest.
 
+mod here;
 mod instruments;
 mod life;
 mod machine;

@@ -21,12 +21,12 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// How long a run that a time limit or an error has ended waits for callbacks in progress.
 const CALLBACK_GRACE: Duration = Duration::from_millis(50);
 
-fn deadline_of(timeout: Option<Duration>) -> Option<Instant> {
+pub(super) fn deadline_of(timeout: Option<Duration>) -> Option<Instant> {
     timeout.and_then(|timeout| Instant::now().checked_add(timeout))
 }
 
 /// What asks for signals while a callback is waited for.
-type Interrupted<'a> = &'a dyn Fn() -> Result<()>;
+pub(super) type Interrupted<'a> = &'a dyn Fn() -> Result<()>;
 
 impl Vmm {
     /// Run until the guest ends, `stop` is called, or the time passes. `turn` turns the event loop
@@ -67,12 +67,7 @@ impl Vmm {
             .start_vcpus()
             .map_err(E::from)
             .and_then(|()| running.turn_until(deadline, &mut turn));
-        let reason = match ended {
-            // A child that a callback has forked: the run is its parent's.
-            Err(error) if running.vm.is_forked_child() => return Err(error),
-            ended => ended.map(|reason| reason.unwrap_or(ExitReason::Timeout)),
-        };
-        running.finish(reason, deadline, interrupted, &mut turn)
+        running.conclude(ended, deadline, interrupted, &mut turn)
     }
 
     /// What `run` does, for a machine that has been started; none when the time passed: then the
@@ -113,7 +108,7 @@ impl Running<'_> {
     }
 
     /// Turn the loop until the exit handler says stop; none when the deadline came first.
-    fn turn_until<E: From<Error>>(
+    pub(super) fn turn_until<E: From<Error>>(
         &self,
         deadline: Option<Instant>,
         turn: &mut impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
@@ -125,6 +120,22 @@ impl Running<'_> {
             self.turn(deadline, turn)?;
         }
         Ok(Some(ExitReason::Stopped))
+    }
+
+    /// The end of a run: shut the machine down, except in a child that a callback has forked. There
+    /// the run is the parent's.
+    pub(super) fn conclude<E: From<Error>>(
+        &self,
+        ended: std::result::Result<Option<ExitReason>, E>,
+        deadline: Option<Instant>,
+        interrupted: Interrupted<'_>,
+        turn: &mut impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
+    ) -> std::result::Result<Exit, E> {
+        let reason = match ended {
+            Err(error) if self.vm.is_forked_child() => return Err(error),
+            ended => ended.map(|reason| reason.unwrap_or(ExitReason::Timeout)),
+        };
+        self.finish(reason, deadline, interrupted, turn)
     }
 
     /// The end of a run: shut the machine down and bring out what the guest printed last.
@@ -168,7 +179,7 @@ impl Running<'_> {
     }
 
     /// One turn of the event loop.
-    fn turn<E: From<Error>>(
+    pub(super) fn turn<E: From<Error>>(
         &self,
         deadline: Option<Instant>,
         turn: &mut impl FnMut(Option<Instant>) -> std::result::Result<(), E>,

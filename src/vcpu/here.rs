@@ -1,0 +1,158 @@
+//! Running a vCPU for its machine on the caller's thread, in place of a thread of its own: until
+//! the guest ends, somebody calls the vCPU out, or a tick comes. On the thread that is in
+//! `run_here`.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::current::Current;
+use super::handle::{VcpuCommand, VcpuHandle};
+use super::kick::{ImmediateExit, this_thread};
+use super::run::{complete_pending_io, step};
+use super::thread::{MOST_STEPS_AT_STOP, PanicGuard, Shared};
+use super::tick::Ticks;
+use super::vcpu::Vcpu;
+use crate::error::{Error, ErrorKind, Result};
+use crate::event::EventManager;
+use crate::exit_handler::{Exit, ExitHandler, Outcome};
+
+/// Why the vCPU is out of its guest. It is at rest in its handle then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Left {
+    /// The guest has ended: the machine has its exit.
+    Ended,
+    /// A callback or a device has ended the run.
+    Stopped,
+    /// Somebody has paused the machine, or keeps it still.
+    CalledOut,
+    /// The tick has come.
+    Ticked,
+    /// A device has no room for what the guest wrote last.
+    Waits,
+    /// A signal has come to this thread.
+    Signalled,
+}
+
+/// A vCPU that this thread runs for its machine.
+pub(crate) struct Here<'a, EH: ExitHandler> {
+    handle: &'a Arc<VcpuHandle>,
+    shared: &'a Shared<EH>,
+    ticks: Ticks<'a>,
+}
+
+/// Begin a run of a vCPU on this thread, which is `prepare`d for it. While it `is_held` the vCPU
+/// stays at rest; this thread waits in its loop, which is kicked when the vCPU may go on.
+///
+/// # Errors
+/// When there is no timer or no signal for it; what `prepare` returns.
+pub(crate) fn begin<'a, EH: ExitHandler>(
+    handle: &'a Arc<VcpuHandle>,
+    shared: &'a Shared<EH>,
+    event_manager: &Arc<EventManager>,
+    is_held: bool,
+    prepare: impl FnOnce(&mut Vcpu) -> Result<()>,
+) -> Result<Here<'a, EH>> {
+    let ticks = Ticks::begin(&handle.page)?;
+    {
+        let mut state = handle.state.lock();
+        state.here = Some(Arc::clone(event_manager));
+        state.is_in_run = true;
+        state.command = VcpuCommand::Park;
+        state.runs_on_resume = false;
+    }
+    handle.with_vcpu(prepare)?;
+    if is_held {
+        handle.run_on_resume();
+    } else {
+        let mut state = handle.state.lock();
+        handle.stop.clear(&*handle.page); // Kick, point 7.
+        state.command = VcpuCommand::Run;
+        state.transitions += 1;
+    }
+    Ok(Here { handle, shared, ticks })
+}
+
+impl<EH: ExitHandler> Here<'_, EH> {
+    /// Run the guest until there is something to do for this thread, at this time at the latest.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] when a callback of an earlier run is still in progress.
+    pub(crate) fn run(&self, until: Instant) -> Result<Left> {
+        let Some(mut vcpu) = self.take()? else { return Ok(Left::CalledOut) };
+        let (handle, shared) = (&**self.handle, self.shared);
+        let guard = PanicGuard { handle, shared };
+        let current = Current::enter(self.handle, shared.id());
+        vcpu.notify_of_pause();
+        vcpu.is_interrupted = false;
+        // A tick of an earlier call may have left the flag set; kick, point 8.
+        self.ticks.page().set(handle.stop.is_set());
+        self.ticks.arm(until);
+        let (left, end) = self.run_guest(&mut vcpu);
+        drop(current);
+        std::mem::forget(guard);
+        match (left, end) {
+            (_, Outcome::End(exit)) => {
+                handle.put_back(vcpu, true);
+                shared.note_end(Exit { vcpu: Some(handle.id()), ..exit });
+                return Ok(Left::Ended);
+            }
+            (_, Outcome::Stop) => {
+                handle.put_back(vcpu, true);
+                return Ok(Left::Stopped);
+            }
+            (Left::CalledOut, _) => handle.put_back(vcpu, false),
+            // The command to run stays: the vCPU is taken again when this thread has looked around.
+            _ => handle.rest(&mut handle.state.lock(), vcpu),
+        }
+        Ok(left)
+    }
+
+    /// The vCPU, unless it is to stay at rest.
+    fn take(&self) -> Result<Option<Vcpu>> {
+        let mut state = self.handle.state.lock();
+        if state.command != VcpuCommand::Run {
+            return Ok(None);
+        }
+        if state.vcpu.is_none() {
+            let at = format!("vcpu_{}", self.handle.id());
+            let detail = "a callback of an earlier run has not returned yet";
+            return Err(Error::new(ErrorKind::State, at, detail).hint("use run()"));
+        }
+        state.runner = Some(this_thread());
+        Ok(state.vcpu.take())
+    }
+
+    fn run_guest(&self, vcpu: &mut Vcpu) -> (Left, Outcome) {
+        let handle = self.handle;
+        while !handle.stop.is_set() {
+            if !vcpu.has_room() {
+                return (Left::Waits, Outcome::Continue);
+            }
+            let outcome = step(vcpu, handle);
+            match outcome {
+                Outcome::Continue | Outcome::Wait => {}
+                Outcome::Stop => break,
+                Outcome::End(_) => {
+                    vcpu.complete();
+                    return (Left::Ended, outcome);
+                }
+            }
+            let is_interrupted = std::mem::take(&mut vcpu.is_interrupted);
+            if self.ticks.take_tick() {
+                // Kick, point 8: a kick that came meanwhile has set the word first.
+                self.ticks.page().set(handle.stop.is_set());
+                return (Left::Ticked, Outcome::Continue);
+            }
+            if is_interrupted && !handle.stop.is_set() {
+                return (Left::Signalled, Outcome::Continue);
+            }
+        }
+        let is_stopped = !handle.stop.is_set();
+        let end = complete_pending_io(vcpu, handle, MOST_STEPS_AT_STOP);
+        match end {
+            Outcome::Continue | Outcome::Wait if is_stopped => (Left::Stopped, Outcome::Stop),
+            Outcome::Continue | Outcome::Wait => (Left::CalledOut, Outcome::Continue),
+            end => (Left::Stopped, end),
+        }
+    }
+}

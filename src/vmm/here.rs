@@ -1,0 +1,89 @@
+//! `run_here`: a run whose guest the caller's thread enters itself, beside turning the loop. There
+//! is no other thread to start, to wake or to wait for.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::life::Running;
+use super::machine::Vmm;
+use super::run::{Interrupted, deadline_of};
+use crate::error::{Error, ErrorKind};
+use crate::exit_handler::{Exit, ExitReason};
+use crate::vcpu::Left;
+
+/// How long a guest runs before this thread looks at its loop.
+const TICK: Duration = Duration::from_millis(2);
+
+/// How often it looks for signals that another thread of the process has taken.
+const SIGNAL_CHECK_INTERVAL: Duration = Duration::from_millis(50);
+
+impl Vmm {
+    /// [`Self::run`] for a machine with one vCPU, on the caller's thread alone: devices and hooks
+    /// are called there too. Events of the loop are dispatched within 2 ms.
+    ///
+    /// # Errors
+    /// As for [`Self::run_interruptibly`]; [`ErrorKind::State`] if the machine has several vCPUs.
+    pub fn run_here<E: From<Error>>(
+        &self,
+        timeout: Option<Duration>,
+        interrupted: Interrupted<'_>,
+        mut turn: impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
+    ) -> std::result::Result<Exit, E> {
+        let running = self.enter_run("run_here", false)?;
+        let deadline = deadline_of(timeout);
+        let ended = running.run_guest(deadline, interrupted, &mut turn);
+        running.conclude(ended, deadline, interrupted, &mut turn)
+    }
+}
+
+impl Running<'_> {
+    /// Run the guest until it ends, something ends the run, or the deadline comes: none then.
+    // Long because it is one loop, with all that may interrupt it in one place.
+    fn run_guest<E: From<Error>>(
+        &self,
+        deadline: Option<Instant>,
+        interrupted: Interrupted<'_>,
+        turn: &mut impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
+    ) -> std::result::Result<Option<ExitReason>, E> {
+        let vm = &self.vm;
+        vm.check_may_run()?;
+        if self.exit_handler.is_kicked() {
+            return self.turn_until(deadline, turn);
+        }
+        let handle = match vm.handles().as_slice() {
+            [handle] => Arc::clone(handle),
+            others => return Err(several(others.len()).into()),
+        };
+        let here = vm.run_here(&handle, &self.event_manager, vm.first_address(self.vmm.entry))?;
+        let mut next_check = Instant::now() + SIGNAL_CHECK_INTERVAL;
+        while self.exit_handler.keep_running() {
+            let now = Instant::now();
+            if deadline.is_some_and(|deadline| now >= deadline) {
+                return Ok(None);
+            }
+            let tick = now + TICK;
+            let until = deadline.map_or(tick, |deadline| deadline.min(tick));
+            match here.run(until)? {
+                Left::Ended | Left::Stopped => break,
+                // Until a resume wakes the loop.
+                Left::CalledOut => self.turn(deadline, turn)?,
+                Left::Waits => self.turn(Some(until), turn)?,
+                Left::Signalled => interrupted()?,
+                Left::Ticked if now >= next_check => {
+                    interrupted()?;
+                    next_check = now + SIGNAL_CHECK_INTERVAL;
+                }
+                Left::Ticked => {}
+            }
+            if self.event_manager.is_ready()? {
+                self.turn(Some(now), turn)?;
+            }
+        }
+        Ok(Some(ExitReason::Stopped))
+    }
+}
+
+fn several(vcpus: usize) -> Error {
+    let detail = format!("one thread runs one vCPU, and the machine has {vcpus}");
+    Error::new(ErrorKind::State, "run_here", detail).hint("use run()")
+}
