@@ -38,6 +38,7 @@ kept: list[object] = []
 # it is closed.
 TAKEN_BACK: dict[str, Callable[[Vmm], object]] = {
     "Vmm.run": lambda vmm: vmm.run(DEADLINE_S),
+    "Vmm.run_here": lambda vmm: vmm.run_here(DEADLINE_S),
     "Vmm.reset": lambda vmm: vmm.reset(kept_snapshot[0]),
     "Vmm.stop": lambda vmm: vmm.stop(),
     "Vmm.state": lambda vmm: vmm.state,
