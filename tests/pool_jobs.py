@@ -93,6 +93,9 @@ TAKEN_BACK: dict[str, Callable[[Vmm], object]] = {
 kept_snapshot: list[Snapshot] = []
 
 
+left_threads: list[threading.Thread] = []
+
+
 def hear(*_: object) -> None:
     heard.append("a callback")
 
@@ -108,6 +111,8 @@ class Device:
 
 def observe(vmm: Vmm) -> dict[str, object]:
     """All that tells a machine from another, and how it runs."""
+    while left_threads:  # one may still call a subscriber of its own machine, which is heard too
+        left_threads.pop().join(DEADLINE_S)
     heard.clear()
     vcpu = vmm.vcpus[0]
     seen: dict[str, object] = {
@@ -179,7 +184,9 @@ def leave_thread(vmm: Vmm) -> None:
         with contextlib.suppress(Exception):  # also what a hook of the job raises
             vmm.run(0.01)
 
-    threading.Thread(target=run, daemon=True).start()
+    thread = threading.Thread(target=run, daemon=True)
+    left_threads.append(thread)
+    thread.start()
 
 
 def leave_msrs(vmm: Vmm) -> None:
