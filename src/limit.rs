@@ -7,13 +7,21 @@ use std::time::{Duration, Instant};
 use crate::error::{Error, ErrorKind, Result};
 
 /// How long a wait lasts before it asks again whether it is interrupted.
-const CHECK_INTERVAL: Duration = Duration::from_millis(50);
+pub(crate) const CHECK_INTERVAL: Duration = Duration::from_millis(50);
+
+/// The end of a time limit that begins now; none for no limit, or one beyond the clock's range.
+pub(crate) fn deadline_of(timeout: Option<Duration>) -> Option<Instant> {
+    timeout.and_then(|timeout| Instant::now().checked_add(timeout))
+}
+
+/// Asked now and then during a wait, with no lock held: its error ends the wait.
+pub type Interrupted<'a> = &'a (dyn Fn() -> Result<()> + 'a);
 
 /// Ends a wait for vCPUs that may be in callbacks.
 #[derive(Clone, Copy)]
 pub struct Limit<'a> {
     deadline: Option<Instant>,
-    interrupted: &'a (dyn Fn() -> Result<()> + 'a),
+    interrupted: Interrupted<'a>,
 }
 
 impl fmt::Debug for Limit<'_> {
@@ -28,9 +36,8 @@ impl<'a> Limit<'a> {
 
     /// Until this time from now; none for no limit. `interrupted` is called with no lock held each
     /// 50 ms while the wait lasts: its error ends the wait.
-    pub fn new(timeout: Option<Duration>, interrupted: &'a (dyn Fn() -> Result<()> + 'a)) -> Self {
-        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
-        Self { deadline, interrupted }
+    pub fn new(timeout: Option<Duration>, interrupted: Interrupted<'a>) -> Self {
+        Self { deadline: deadline_of(timeout), interrupted }
     }
 
     /// Wait with `wait`, which returns whether it is over at the time it is given, at the latest.
@@ -38,7 +45,11 @@ impl<'a> Limit<'a> {
     /// # Errors
     /// [`ErrorKind::Timeout`], with this place, when the time has passed; what `interrupted`
     /// returns.
-    pub(crate) fn wait(&self, at: &str, mut wait: impl FnMut(Instant) -> bool) -> Result<()> {
+    pub(crate) fn wait(
+        &self,
+        at: impl fmt::Display,
+        mut wait: impl FnMut(Instant) -> bool,
+    ) -> Result<()> {
         loop {
             let slice = Instant::now() + CHECK_INTERVAL;
             if wait(self.deadline.map_or(slice, |deadline| deadline.min(slice))) {
@@ -47,7 +58,7 @@ impl<'a> Limit<'a> {
             (self.interrupted)()?;
             if self.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 let detail = "a callback of the machine did not return within the time limit";
-                return Err(Error::new(ErrorKind::Timeout, at, detail));
+                return Err(Error::new(ErrorKind::Timeout, at.to_string(), detail));
             }
         }
     }

@@ -14,6 +14,7 @@ import pytest
 import pyvmm
 import uvloop
 from hypothesis import HealthCheck, settings
+from oracle import NONCE, oracle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -106,6 +107,22 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if REQUIRED:
             pytest.fail(f"PYVMM_REQUIRE_KVM is set, but {reason}", pytrace=False)
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def oracle_snapshot() -> Iterator[Snapshot]:
+    """An oracle in the middle of its count."""
+    with oracle(NONCE) as vmm:
+        vmm.run(0.01)
+        yield vmm.snapshot()
+
+
+@pytest.fixture(scope="module")
+def oracle_file(oracle_snapshot: Snapshot, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in a file."""
+    path = tmp_path_factory.mktemp("snapshot") / "oracle.snapshot"
+    oracle_snapshot.save(path)
+    return path
 
 
 @pytest.fixture

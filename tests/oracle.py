@@ -10,6 +10,7 @@ from pyvmm import Snapshot, Vmm, VmRunState
 
 DEADLINE_S = 60
 NONCE_AT = 0x5000
+NONCE = 0x1234_5678
 STEPS = 200
 
 # 64 bits, ring 3, native. From a nonce that the host leaves in memory it counts in five places at
@@ -44,7 +45,7 @@ def counted(nonce: int) -> bytes:
     return bytes(b & 0xFF for n in steps for b in (*[nonce + n] * 4, STEPS - n))
 
 
-def oracle(nonce: int = 0x1234_5678, **rest: Any) -> Vmm:
+def oracle(nonce: int = NONCE, **rest: Any) -> Vmm:
     vmm = Vmm(flat(ORACLE, "user64", address=0x10000, size_mib=2, **rest))
     vmm.memory.write(NONCE_AT, struct.pack("<I", nonce))
     return vmm

@@ -164,6 +164,13 @@ impl Bus {
         entries.insert(at, Entry { base, length, device });
     }
 
+    /// The devices that act by themselves.
+    pub(super) fn acting(&self) -> Vec<Arc<dyn Device>> {
+        let entries = self.entries.read();
+        let acting = entries.iter().filter(|e| e.device.acts_by_itself());
+        acting.map(|e| Arc::clone(&e.device)).collect()
+    }
+
     /// Remove the device whose range starts here. An access that has already found it is still
     /// answered.
     ///

@@ -18,11 +18,9 @@ impl QuiescedDevices {
     /// The error of a device. The devices before it have been resumed.
     pub fn new(buses: &Buses) -> Result<Self> {
         let mut quiesced = Self::default();
-        for (_, _, device) in buses.pio.devices().into_iter().chain(buses.mmio.devices()) {
-            if device.acts_by_itself() {
-                device.quiesce()?;
-                quiesced.0.push(device);
-            }
+        for device in buses.pio.acting().into_iter().chain(buses.mmio.acting()) {
+            device.quiesce()?;
+            quiesced.0.push(device);
         }
         Ok(quiesced)
     }

@@ -21,7 +21,7 @@ use crate::sync::{Mutex, rank};
 pub struct Serial {
     pub(super) guest: Mutex<GuestSide, rank::SerialGuest>,
     /// None on a machine without an interrupt controller.
-    pub(super) irq: Option<Box<dyn InterruptLine>>,
+    irq: Option<Box<dyn InterruptLine>>,
     pub(super) output: Backlog,
     /// Created on first use.
     pub(super) input_wanted: OnceLock<Arc<EventFd>>,

@@ -3,6 +3,7 @@
 use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
 
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
@@ -16,6 +17,11 @@ use super::{exit, interrupt};
 use crate::error::{Error, ErrorKind};
 use crate::event::EventManager;
 use crate::exit_handler::{Exit, ExitReason};
+use crate::limit::Interrupted;
+use crate::vmm::Vmm;
+
+/// One turn of the loop, which waits until this time at most.
+type Turn<'a> = dyn FnMut(Option<Instant>) -> PyResult<()> + 'a;
 
 /// Ends one run of a machine, and no other run.
 #[pyclass(frozen, name = "_Cancel", module = "pyvmm")]
@@ -57,6 +63,45 @@ impl PyVmm {
         } else {
             owners.claim("the machine", awaiter)
         }
+    }
+
+    /// Call one of the crate's runs on this thread. It gets what asks for signals, and the turn of
+    /// the loop.
+    pub(super) fn run_by<'py>(
+        &self,
+        py: Python<'py>,
+        timeout: Option<f64>,
+        run: impl FnOnce(&Vmm, Option<Duration>, Interrupted<'_>, &mut Turn<'_>) -> PyResult<Exit>
+        + Send,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let exit = self.turn_by(py, timeout, |vmm, timeout, interrupted, turn| {
+            run(vmm, timeout, interrupted, turn).map(Some)
+        })?;
+        exit.ok_or_else(|| PyRuntimeError::new_err("a run ends with an exit"))
+    }
+
+    /// [`Self::run_by`] for a call that may return before the run has ended.
+    pub(super) fn turn_by<'py>(
+        &self,
+        py: Python<'py>,
+        timeout: Option<f64>,
+        run: impl FnOnce(
+            &Vmm,
+            Option<Duration>,
+            Interrupted<'_>,
+            &mut Turn<'_>,
+        ) -> PyResult<Option<Exit>>
+        + Send,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let vmm = self.core()?;
+        let timeout = exit::timeout(timeout)?;
+        let manager = &self.manager(py)?;
+        let _ownership = self.claim(manager, None)?;
+        let pending = &self.hooks.pending;
+        let ended = interrupt::interruptible(py, |interrupted| {
+            run(vmm, timeout, interrupted, &mut |until| turn(manager, pending, until))
+        });
+        self.finish(py, ended)
     }
 
     /// The result or exception of `run` and `wait`, including the outcomes of callbacks on vCPU
@@ -164,16 +209,9 @@ impl PyVmm {
     ///     Exception: the first exception of a callback.
     #[pyo3(signature = (timeout = None))]
     fn run_here<'py>(&self, py: Python<'py>, timeout: Option<f64>) -> PyResult<Bound<'py, PyAny>> {
-        let vmm = self.core()?;
-        let timeout = exit::timeout(timeout)?;
-        let manager = &self.manager(py)?;
-        let _ownership = self.claim(manager, None)?;
-        let pending = &self.hooks.pending;
-        let ended = interrupt::interruptible(py, |interrupted| {
-            vmm.run_here(timeout, interrupted, |until| turn(manager, pending, until))
-        });
-        let exit = self.finish(py, ended.map(Some))?;
-        exit.ok_or_else(|| PyRuntimeError::new_err("a run ends with an exit"))
+        self.run_by(py, timeout, |vmm, timeout, interrupted, turn| {
+            vmm.run_here(timeout, interrupted, turn)
+        })
     }
 
     /// Run the guest like `run`, in a running asyncio loop, which stays responsive.

@@ -26,6 +26,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::{ExitHandler, WrappedExitHandler};
 use crate::fixup::Counts;
 use crate::layout;
+use crate::limit::deadline_of;
 use crate::memory::GuestMemory;
 use crate::sync::{Condvar, Mutex, rank};
 use crate::vcpu::{ExitRouter, VmRunState, is_thread_of};
@@ -317,8 +318,7 @@ impl PyKvmVm {
         timeout: Option<f64>,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
         let vm = self.vm()?;
-        let limit = exit::timeout(timeout)?;
-        let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
+        let deadline = deadline_of(exit::timeout(timeout)?);
         let ends = [VmRunState::Exiting, VmRunState::Paused, VmRunState::Closed];
         loop {
             let found = py.detach(|| {

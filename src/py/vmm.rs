@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock, Weak};
 
-use pyo3::exceptions::PyRuntimeError;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyTuple};
@@ -11,7 +10,7 @@ use pyo3::types::{PyList, PyTuple};
 use super::device::PythonDevice;
 use super::ending::import;
 use super::enter::{attach, prepare_vcpu_threads};
-use super::event::{PyEventManager, PySubscriberId, turn};
+use super::event::{PyEventManager, PySubscriberId};
 use super::gil_cell::GilCell;
 use super::hooks::Hooks;
 use super::in_loop::InLoop;
@@ -217,17 +216,10 @@ impl PyVmm {
     ///     Exception: the first exception of a callback.
     #[pyo3(signature = (timeout = None))]
     fn run<'py>(&self, py: Python<'py>, timeout: Option<f64>) -> PyResult<Bound<'py, PyAny>> {
-        let vmm = self.core()?;
-        let timeout = exit::timeout(timeout)?;
-        let manager = &self.manager(py)?;
-        let _ownership = self.claim(manager, None)?;
-        let pending = &self.hooks.pending;
         prepare_vcpu_threads(py);
-        let ended = interrupt::interruptible(py, |interrupted| {
-            vmm.run_interruptibly(timeout, interrupted, |until| turn(manager, pending, until))
-        });
-        let exit = self.finish(py, ended.map(Some))?;
-        exit.ok_or_else(|| PyRuntimeError::new_err("a run ends with an exit"))
+        self.run_by(py, timeout, |vmm, timeout, interrupted, turn| {
+            vmm.run_interruptibly(timeout, interrupted, turn)
+        })
     }
 
     /// Start the vCPUs and return. `wait` runs the event loop for them.
@@ -252,15 +244,9 @@ impl PyVmm {
         py: Python<'py>,
         timeout: Option<f64>,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
-        let vmm = self.core()?;
-        let timeout = exit::timeout(timeout)?;
-        let manager = &self.manager(py)?;
-        let _ownership = self.claim(manager, None)?;
-        let pending = &self.hooks.pending;
-        let ended = interrupt::interruptible(py, |interrupted| {
-            vmm.wait(timeout, interrupted, |until| turn(manager, pending, until))
-        });
-        self.finish(py, ended)
+        self.turn_by(py, timeout, |vmm, timeout, interrupted, turn| {
+            vmm.wait(timeout, interrupted, turn)
+        })
     }
 
     /// Stop all vCPUs and wait until they are out of the guest.

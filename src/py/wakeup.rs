@@ -16,13 +16,14 @@ use pyo3::types::{PyCFunction, PyDict, PyTuple};
 use super::ending::import;
 use super::enter::attach;
 use super::gil_cell::GilCell;
+use crate::limit::CHECK_INTERVAL;
 use crate::process::ProcessTag;
 
 /// How long a wait lasts before the pipe is installed, which takes system calls and the GIL.
 const PIPE_DELAY: Duration = Duration::from_millis(5);
 
 /// The longest wait between two checks for signals if the pipe cannot be created.
-pub(super) const SIGNAL_CHECK_INTERVAL: Duration = Duration::from_millis(50);
+pub(super) const SIGNAL_CHECK_INTERVAL: Duration = CHECK_INTERVAL;
 
 /// The pipe, and the program's fd that it has displaced.
 static PIPE: GilCell<Option<Pipe>> = GilCell::new(None);

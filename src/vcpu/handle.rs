@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 use super::kick::{StopWord, interrupt};
 use super::run_page::RunPage;
 use super::signal::SignalMask;
-use super::vcpu::Vcpu;
+use super::vcpu::{Place, Vcpu};
 use crate::devices::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
@@ -172,7 +172,7 @@ impl VcpuHandle {
     }
 
     pub(super) fn running(&self) -> Error {
-        let at = format!("vcpu_{}", self.id);
+        let at = Place(self.id).to_string();
         Error::new(ErrorKind::State, at, "its guest is running").hint("pause the machine first")
     }
 

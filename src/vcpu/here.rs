@@ -11,7 +11,7 @@ use super::kick::{ImmediateExit, this_thread};
 use super::run::{complete_pending_io, step};
 use super::thread::{MOST_STEPS_AT_STOP, PanicGuard, Shared};
 use super::tick::Ticks;
-use super::vcpu::Vcpu;
+use super::vcpu::{Place, Vcpu};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
 use crate::exit_handler::{Exit, ExitHandler, Outcome};
@@ -114,7 +114,7 @@ impl<EH: ExitHandler> Here<'_, EH> {
             return Ok(None);
         }
         if state.vcpu.is_none() {
-            let at = format!("vcpu_{}", self.handle.id());
+            let at = Place(self.handle.id()).to_string();
             let detail = "a callback of an earlier run has not returned yet";
             return Err(Error::new(ErrorKind::State, at, detail).hint("use run()"));
         }

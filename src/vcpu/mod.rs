@@ -53,4 +53,5 @@ pub(crate) use stack::spawn;
 pub use state::{RunState, VmRunState};
 pub use stats::{Count, ExitKey, Stats, VcpuTime};
 pub(crate) use thread::{Shared, create, start};
+pub(crate) use vcpu::Place;
 pub use vcpu::Vcpu;

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use super::handle::{HandleState, VcpuHandle, closed};
 use super::kick::this_thread;
+use super::vcpu::Place;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limit::Limit;
 use crate::sync::{MutexGuard, rank};
@@ -26,13 +27,13 @@ impl VcpuHandle {
         let mut state = self.state.lock();
         while state.is_leaving() {
             if state.runner == Some(this_thread()) {
-                let (at, detail) = (format!("vcpu_{}", self.id()), "its exit is not answered yet");
+                let (at, detail) = (Place(self.id()).to_string(), "its exit is not answered yet");
                 let error = Error::new(ErrorKind::State, at, detail);
                 return Err(error.hint("let the callback return first"));
             }
             MutexGuard::unlocked(&mut state, || {
                 let is_over = |state: &HandleState| !state.is_leaving();
-                limit.wait(&format!("vcpu_{}", self.id()), |until| self.wait_until(until, is_over))
+                limit.wait(Place(self.id()), |until| self.wait_until(until, is_over))
             })?;
         }
         if state.is_closed { Err(closed()) } else { Ok(state) }
@@ -53,7 +54,7 @@ impl VcpuHandle {
     /// Wait until a run that has ended has no callback left in progress.
     pub(crate) fn wait_for_callback(&self, limit: &Limit<'_>) -> Result<()> {
         let is_over = |state: &HandleState| !state.is_leaving() && !state.is_reporting;
-        limit.wait(&format!("vcpu_{}", self.id()), |until| self.wait_until(until, is_over))
+        limit.wait(Place(self.id()), |until| self.wait_until(until, is_over))
     }
 
     /// Wait until the vCPU is at rest, or has been since it was counted: another thread may have

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::limit::deadline_of;
 use crate::poll::wait_for_either;
 use crate::sync::{Condvar, Mutex, rank};
 
@@ -125,7 +126,7 @@ impl RunState {
 
     /// Wait until the state is one of `wanted`; the state then, or none when the time passed first.
     pub fn wait_for(&self, wanted: &[VmRunState], timeout: Option<Duration>) -> Option<VmRunState> {
-        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        let deadline = deadline_of(timeout);
         let mut state = self.state.lock();
         while !wanted.contains(&state) {
             match deadline {

@@ -1,6 +1,7 @@
 //! `struct Vcpu`: the descriptor of one virtual processor and what is known of it between two
 //! entries. What drives it is in `enter.rs`, its registers are in `registers.rs`.
 
+use std::fmt;
 use std::sync::Arc;
 
 use kvm_bindings::kvm_regs;
@@ -16,6 +17,15 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::fixup;
 use crate::kvm::checked as kvm;
 use crate::memory::GuestMemory;
+
+/// The place of a vCPU in an error, and the name of its thread.
+pub(crate) struct Place(pub(crate) u64);
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "vcpu_{}", self.0)
+    }
+}
 
 /// One virtual processor. Its ioctls are made by its own thread, or by another while it is at rest.
 #[derive(Debug)]
@@ -101,7 +111,7 @@ impl Vcpu {
     /// [`ErrorKind::State`] when none does; [`ErrorKind::Config`] when it is another number of
     /// bytes.
     pub fn answer(&mut self, data: &[u8]) -> Result<()> {
-        let at = format!("vcpu_{}", self.id);
+        let at = Place(self.id).to_string();
         if !self.pending.awaits_answer() {
             let detail = "its last exit was no read, or the instruction has been completed since";
             return Err(Error::new(ErrorKind::State, at, detail));
@@ -148,7 +158,7 @@ impl Vcpu {
     pub(super) fn check_answered(&self) -> Result<()> {
         if self.pending.awaits_answer() {
             let detail = "its guest waits for an answer to a read";
-            return Err(Error::new(ErrorKind::State, format!("vcpu_{}", self.id), detail));
+            return Err(Error::new(ErrorKind::State, Place(self.id).to_string(), detail));
         }
         Ok(())
     }

@@ -8,7 +8,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::hop::hop;
 use crate::limit::Limit;
 use crate::sync::{Condvar, MappedMutexGuard, Mutex, MutexGuard, assert_unlocked, rank};
-use crate::vcpu::{Vcpu, VcpuHandle, VmRunState, left};
+use crate::vcpu::{Place, Vcpu, VcpuHandle, VmRunState, left};
 
 /// All vCPUs of a machine. The lock orders those who start and stop them; a vCPU's own thread never
 /// needs it to get out of its guest, and nobody waits for a thread with it held.
@@ -43,8 +43,7 @@ impl Leaving {
     /// What `limit` ends the wait with.
     pub(super) fn wait(self, limit: &Limit<'_>) -> Result<()> {
         self.0.iter().try_for_each(|(handle, counted)| {
-            let at = format!("vcpu_{}", handle.id());
-            limit.wait(&at, |until| handle.wait_for_rest(*counted, Some(until)))
+            limit.wait(Place(handle.id()), |until| handle.wait_for_rest(*counted, Some(until)))
         })
     }
 }

@@ -6,16 +6,13 @@ use std::time::{Duration, Instant};
 
 use super::life::Running;
 use super::machine::Vmm;
-use super::run::{Interrupted, deadline_of};
 use crate::error::{Error, ErrorKind};
 use crate::exit_handler::{Exit, ExitReason};
+use crate::limit::{CHECK_INTERVAL, Interrupted, deadline_of};
 use crate::vcpu::Left;
 
 /// How long a guest runs before this thread looks at its loop.
 const TICK: Duration = Duration::from_millis(2);
-
-/// How often it looks for signals that another thread of the process has taken.
-const SIGNAL_CHECK_INTERVAL: Duration = Duration::from_millis(50);
 
 impl Vmm {
     /// [`Self::run`] for a machine with one vCPU, on the caller's thread alone: devices and hooks
@@ -55,7 +52,8 @@ impl Running<'_> {
             others => return Err(several(others.len()).into()),
         };
         let here = vm.run_here(&handle, &self.event_manager, vm.first_address(self.vmm.entry))?;
-        let mut next_check = Instant::now() + SIGNAL_CHECK_INTERVAL;
+        // For signals that another thread of the process has taken.
+        let mut next_check = Instant::now() + CHECK_INTERVAL;
         while self.exit_handler.keep_running() {
             let now = Instant::now();
             if deadline.is_some_and(|deadline| now >= deadline) {
@@ -71,7 +69,7 @@ impl Running<'_> {
                 Left::Signalled => interrupted()?,
                 Left::Ticked if now >= next_check => {
                     interrupted()?;
-                    next_check = now + SIGNAL_CHECK_INTERVAL;
+                    next_check = now + CHECK_INTERVAL;
                 }
                 Left::Ticked => {}
             }

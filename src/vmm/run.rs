@@ -9,7 +9,7 @@ use super::machine::Vmm;
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::{Exit, ExitReason};
 use crate::hop::hop;
-use crate::limit::Limit;
+use crate::limit::{Interrupted, Limit, deadline_of};
 use crate::trace;
 
 /// The longest wait where another loop may take what this one waits for.
@@ -20,13 +20,6 @@ const PATIENCE: Duration = Duration::from_secs(1);
 
 /// How long a run that a time limit or an error has ended waits for callbacks in progress.
 const CALLBACK_GRACE: Duration = Duration::from_millis(50);
-
-pub(super) fn deadline_of(timeout: Option<Duration>) -> Option<Instant> {
-    timeout.and_then(|timeout| Instant::now().checked_add(timeout))
-}
-
-/// What asks for signals while a callback is waited for.
-pub(super) type Interrupted<'a> = &'a dyn Fn() -> Result<()>;
 
 impl Vmm {
     /// Run until the guest ends, `stop` is called, or the time passes. `turn` turns the event loop
@@ -84,14 +77,14 @@ impl Vmm {
     ) -> std::result::Result<Option<Exit>, E> {
         let running = self.enter_run("wait", true)?;
         let deadline = deadline_of(timeout);
-        let reason = match running.turn_until(deadline, &mut turn) {
-            Ok(None) => return Ok(None),
-            Ok(Some(reason)) => Ok(reason),
-            Err(error) if running.vm.is_forked_child() => return Err(error),
-            Err(error) => Err(error),
-        };
-        self.runner.lock().is_started = false;
-        running.finish(reason, deadline, interrupted, &mut turn).map(Some)
+        let ended = running.turn_until(deadline, &mut turn);
+        if matches!(ended, Ok(None)) {
+            return Ok(None);
+        }
+        if ended.is_ok() || !running.vm.is_forked_child() {
+            self.runner.lock().is_started = false;
+        }
+        running.conclude(ended, deadline, interrupted, &mut turn).map(Some)
     }
 }
 

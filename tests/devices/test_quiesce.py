@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from guests import flat
 from pyvmm import ExitReason, SerialConfig, Vmm, VmRunState
+from threads import all_at_once
 
 pytestmark = pytest.mark.kvm
 DEADLINE_S = 60.0
@@ -117,11 +118,7 @@ def test_pauses_and_resumes_from_many_threads_leave_the_device_going() -> None:
                 vmm.snapshot()
                 vmm.resume()
 
-        threads = [threading.Thread(target=work) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        all_at_once(*[work] * 3)
         assert vmm.state is VmRunState.RUNNING
         assert half.still == 0
 

@@ -14,7 +14,7 @@ import pytest
 from guests import SPIN, exit_with, flat, print_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import NONCE_AT, counted, finish, oracle, while_it_runs
+from oracle import NONCE, NONCE_AT, counted, finish, oracle, while_it_runs
 from pyvmm import (
     ConfigError,
     EventManager,
@@ -55,10 +55,10 @@ def test_snapshot_of_a_running_machine_lets_it_continue() -> None:
         exit = vmm.wait(DEADLINE_S)
         assert exit is not None
         assert exit.code == 9
-        assert vmm.serial.take_output() == counted(0x1234_5678)
+        assert vmm.serial.take_output() == counted(NONCE)
     for fork in (snapshots[0].fork(), snapshots[-1].fork()):
         with fork:
-            assert finish(fork) == counted(0x1234_5678)
+            assert finish(fork) == counted(NONCE)
 
 
 def test_snapshots_from_several_threads_at_once_all_succeed() -> None:
@@ -102,8 +102,8 @@ def test_snapshot_before_the_first_run_starts_forks_where_it_would() -> None:
     with oracle() as vmm:
         snapshot = vmm.snapshot()
         with snapshot.fork() as fork:
-            assert finish(fork) == counted(0x1234_5678)
-        assert finish(vmm) == counted(0x1234_5678)
+            assert finish(fork) == counted(NONCE)
+        assert finish(vmm) == counted(NONCE)
 
 
 def test_snapshot_of_an_ended_guest_continues_after_its_end() -> None:
@@ -191,7 +191,7 @@ def test_many_forks_are_made_in_parallel_or_not_at_all() -> None:
     for number, fork in enumerate(forks):
         with fork:
             assert fork.memory.read(0x6000, 1) == bytes([number])
-            assert finish(fork) == counted(0x1234_5678)
+            assert finish(fork) == counted(NONCE)
 
     gc.collect()
     before = len(os.listdir("/proc/self/fd"))

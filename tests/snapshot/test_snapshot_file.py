@@ -12,55 +12,38 @@ from typing import TYPE_CHECKING
 
 import pytest
 from guests import SPIN, flat
-from oracle import counted, finish, oracle
+from oracle import NONCE, counted, finish, oracle
 from pyvmm import CpuConfig, Snapshot, SnapshotError, StreamError, Vmm
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 
 pytestmark = pytest.mark.kvm
-NONCE = 0x1234_5678
-
-
-@pytest.fixture(scope="module")
-def started() -> Iterator[Snapshot]:
-    """An oracle in the middle of its count."""
-    with oracle(NONCE) as vmm:
-        vmm.run(0.01)
-        yield vmm.snapshot()
-
-
-@pytest.fixture(scope="module")
-def file(started: Snapshot, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("snapshot") / "oracle.snapshot"
-    started.save(path)
-    return path
 
 
 @pytest.mark.parametrize("copy", [False, True])
-def test_loaded_snapshot_continues_exactly(started: Snapshot, file: Path, copy: bool) -> None:
-    loaded = Snapshot.load(file, copy=copy, verify=True)
-    assert (loaded.id, loaded.state, loaded.path) == (started.id, started.state, file)
+def test_loaded_snapshot_continues_exactly(oracle_snapshot: Snapshot, oracle_file: Path, copy: bool) -> None:
+    loaded = Snapshot.load(oracle_file, copy=copy, verify=True)
+    assert (loaded.id, loaded.state, loaded.path) == (oracle_snapshot.id, oracle_snapshot.state, oracle_file)
     with loaded.fork() as fork:
         assert finish(fork) == counted(NONCE)
         fork.reset(loaded)
         assert finish(fork) == counted(NONCE)
 
 
-def test_saved_loaded_and_saved_again_is_the_same_byte_for_byte(file: Path, tmp_path: Path) -> None:
+def test_saved_loaded_and_saved_again_is_the_same_byte_for_byte(oracle_file: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
-    Snapshot.load(file).save(again)
-    assert again.read_bytes() == file.read_bytes()
+    Snapshot.load(oracle_file).save(again)
+    assert again.read_bytes() == oracle_file.read_bytes()
 
 
-def test_file_may_have_as_long_a_name_as_there_is(started: Snapshot, tmp_path: Path) -> None:
+def test_file_may_have_as_long_a_name_as_there_is(oracle_snapshot: Snapshot, tmp_path: Path) -> None:
     path = tmp_path / ("x" * 255)
-    started.save(path)
-    assert Snapshot.load(path).id == started.id
+    oracle_snapshot.save(path)
+    assert Snapshot.load(path).id == oracle_snapshot.id
     with pytest.raises(StreamError):
-        started.save(tmp_path / ("x" * 256))
+        oracle_snapshot.save(tmp_path / ("x" * 256))
     assert os.listdir(tmp_path) == [path.name]
 
 
@@ -114,18 +97,18 @@ def test_file_against_a_base_holds_what_changed(tmp_path: Path) -> None:
         after.save(tmp_path / "diff", smaller.snapshot())
 
 
-def test_snapshots_are_pickled_by_their_file(file: Path, started: Snapshot) -> None:
-    loaded = pickle.loads(pickle.dumps(Snapshot.load(file)))
-    assert loaded.id == started.id
+def test_snapshots_are_pickled_by_their_file(oracle_file: Path, oracle_snapshot: Snapshot) -> None:
+    loaded = pickle.loads(pickle.dumps(Snapshot.load(oracle_file)))
+    assert loaded.id == oracle_snapshot.id
     with pytest.raises(TypeError, match="save"):
-        pickle.dumps(started)
+        pickle.dumps(oracle_snapshot)
 
 
-def test_pickle_is_of_one_snapshot_and_not_of_another_in_its_file(file: Path, tmp_path: Path) -> None:
+def test_pickle_is_of_one_snapshot_and_not_of_another_in_its_file(oracle_file: Path, tmp_path: Path) -> None:
     path = tmp_path / "pickled"
-    Snapshot.load(file).save(path)
+    Snapshot.load(oracle_file).save(path)
     pickled = pickle.dumps(Snapshot.load(path))
-    assert pickle.loads(pickled).id == Snapshot.load(file).id
+    assert pickle.loads(pickled).id == Snapshot.load(oracle_file).id
     with Vmm(flat(SPIN)) as vmm:
         vmm.snapshot().save(path)
     with pytest.raises(SnapshotError, match="no longer contains"):
@@ -146,9 +129,9 @@ def test_progress_is_reported_and_can_end_the_save(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_bytes() == before
 
 
-def test_file_replaced_by_another_save_does_not_touch_live_forks(file: Path, tmp_path: Path) -> None:
+def test_file_replaced_by_another_save_does_not_touch_live_forks(oracle_file: Path, tmp_path: Path) -> None:
     path = tmp_path / "replaced"
-    path.write_bytes(file.read_bytes())
+    path.write_bytes(oracle_file.read_bytes())
     loaded = Snapshot.load(path)
     with loaded.fork() as fork, oracle(99) as other:
         other.snapshot().save(path)
@@ -156,9 +139,9 @@ def test_file_replaced_by_another_save_does_not_touch_live_forks(file: Path, tmp
             assert finish(fork) == finish(later) == counted(NONCE)
 
 
-def test_inspection_says_what_is_in_a_file(file: Path, started: Snapshot) -> None:
-    found = Snapshot.inspect(file)
-    assert (found["id"], found["base"], found["vcpus"]) == (started.id, None, 1)
+def test_inspection_says_what_is_in_a_file(oracle_file: Path, oracle_snapshot: Snapshot) -> None:
+    found = Snapshot.inspect(oracle_file)
+    assert (found["id"], found["base"], found["vcpus"]) == (oracle_snapshot.id, None, 1)
     assert found["ranges"] == [(0, 2 << 20, False)]
     assert ("regs", 0, 144) in found["records"]
     json.dumps(found)

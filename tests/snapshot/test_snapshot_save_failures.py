@@ -12,16 +12,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 from guests import SPIN, flat
-from oracle import counted, finish, oracle
+from oracle import NONCE, counted, finish, oracle
 from pyvmm import Snapshot, StreamError, Vmm, VmmError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 
 pytestmark = pytest.mark.kvm
-NONCE = 0x1234_5678
 LIMITED = """
 import os, resource, signal, sys
 sys.path.insert(0, "tests")
@@ -51,21 +49,6 @@ with Vmm(flat(SPIN, size_mib=64)) as vmm:
     while True:
         snapshot.save(sys.argv[1], progress=tell)
 """
-
-
-@pytest.fixture(scope="module")
-def started() -> Iterator[Snapshot]:
-    """An oracle in the middle of its count."""
-    with oracle(NONCE) as vmm:
-        vmm.run(0.01)
-        yield vmm.snapshot()
-
-
-@pytest.fixture(scope="module")
-def file(started: Snapshot, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("snapshot") / "oracle.snapshot"
-    started.save(path)
-    return path
 
 
 def test_no_space_left_leaves_the_old_file_whole(tmp_path: Path) -> None:
@@ -101,10 +84,10 @@ def has_unnamed_files(directory: Path) -> bool:
     return True
 
 
-def test_killed_while_it_saves_the_file_is_the_old_one_or_the_new(tmp_path: Path, started: Snapshot) -> None:
+def test_killed_while_it_saves_the_file_is_the_old_one_or_the_new(tmp_path: Path, oracle_snapshot: Snapshot) -> None:
     path = tmp_path / "file"
     for delay_ms in (0, 5, 20, 50):
-        started.save(path)
+        oracle_snapshot.save(path)
         with subprocess.Popen([sys.executable, "-c", KILLED, path], stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             process.stdout.readline()
@@ -121,7 +104,7 @@ def test_killed_while_it_saves_the_file_is_the_old_one_or_the_new(tmp_path: Path
 
 
 @pytest.mark.parametrize("room", range(12))
-def test_no_descriptors_left_is_an_error_and_leaks_nothing(room: int, file: Path) -> None:
+def test_no_descriptors_left_is_an_error_and_leaks_nothing(room: int, oracle_file: Path) -> None:
     """Each call in turn finds no number for its descriptor."""
     with oracle(NONCE) as vmm:
         snapshot = vmm.snapshot()
@@ -131,7 +114,7 @@ def test_no_descriptors_left_is_an_error_and_leaks_nothing(room: int, file: Path
         made = []
         resource.setrlimit(resource.RLIMIT_NOFILE, (before + room, hard))
         try:
-            for act in (vmm.snapshot, snapshot.fork, snapshot.flatten, lambda: Snapshot.load(file)):
+            for act in (vmm.snapshot, snapshot.fork, snapshot.flatten, lambda: Snapshot.load(oracle_file)):
                 try:
                     made.append(act())
                 except OSError as error:

@@ -22,6 +22,7 @@ import contextlib, faulthandler, random, sys, threading, time
 from pathlib import Path
 from guests import flat
 from pyvmm import CpuConfig, KvmVm, Vmm, VmmError
+from threads import vcpu_threads
 
 SEED, SECONDS, VCPUS = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
 DEADLINE = 60
@@ -29,13 +30,6 @@ DEADLINE = 60
 LOOP = b"\\x43\\xba\\x00\\x05\\xee\\xec\\xeb\\xf8"
 END = time.monotonic() + SECONDS
 failures = []
-
-def workers_left():
-    names = []
-    for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(OSError):
-            names.append((task / "comm").read_text().strip())
-    return [name for name in names if name.startswith("vcpu_")]
 
 def attempt(call):
     try:
@@ -59,8 +53,8 @@ def several(count, life, seed):
 
 def no_worker_is_left():
     give_up = time.monotonic() + DEADLINE
-    while workers_left():
-        assert time.monotonic() < give_up, workers_left()
+    while vcpu_threads():
+        assert time.monotonic() < give_up, vcpu_threads()
         time.sleep(0.001)
 """
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from functools import partial
 
 import pytest
 from guests import exit_with, flat
@@ -28,6 +29,7 @@ from pyvmm import (
     kick_signal,
     set_kick_signal,
 )
+from threads import all_at_once
 
 pytestmark = pytest.mark.kvm
 
@@ -53,12 +55,7 @@ def test_kicks_at_random_moments_from_four_threads_are_all_seen() -> None:
                 paused[number] += 1
                 vm.resume()
 
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(THREADS)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(600)
-            assert not thread.is_alive()
+        all_at_once(*(partial(work, number) for number in range(THREADS)), deadline=600)
         assert paused == [KICKS] * THREADS
         vm.pause()
         before = vcpu.regs.rbx

@@ -5,28 +5,19 @@ Covers src/vcpu/own_thread.rs.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import threading
 import time
-from pathlib import Path
 
 import pytest
 from guests import flat
 from pyvmm import Stop, Vmm
+from threads import vcpu_threads
 
 pytestmark = pytest.mark.kvm
 DEADLINE_S = 60.0
 OUT_FOR_EVER = b"\xba\x00\x05\xb0\x78\xee\xeb\xfd"  # mov dx, 0x500; mov al, 'x'; back: out dx, al; jmp back
-
-
-def vcpu_threads() -> list[str]:
-    names = []
-    for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(OSError):
-            names.append((task / "comm").read_text().strip())
-    return [name for name in names if name.startswith("vcpu_")]
 
 
 class Where:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from functools import partial
 from typing import TYPE_CHECKING
 
 import guests
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyvmm import CpuConfig, FlatBoot, KvmVm, StateError, Vmm, VmmConfig
+from threads import all_at_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -113,12 +115,7 @@ def test_pauses_at_random_moments_from_several_threads_lose_nothing() -> None:
                 vmm.pause()
                 vmm.resume()
 
-        threads = [threading.Thread(target=work) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-            assert not thread.is_alive()
+        all_at_once(*[work] * 4)
         vmm.stop()
         assert str(vmm.wait(60)) == "stopped"
 
@@ -267,12 +264,7 @@ def test_every_call_in_every_state_from_four_threads_at_once(
             unexpected.append(error)
 
     before = vm.state
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
+    all_at_once(*[work] * 4)
     assert not unexpected
     assert vm.state == (before if outcome.startswith("!") else outcome)
     vm.close()
@@ -288,12 +280,7 @@ def test_any_calls_from_several_threads_leave_a_machine_that_works(plans: list[l
             with contextlib.suppress(StateError):
                 getattr(vm, call)()
 
-    threads = [threading.Thread(target=work, args=(plan,)) for plan in plans]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
+    all_at_once(*(partial(work, plan) for plan in plans))
     vm.shutdown()
     assert vm.state in ("created", "paused")
     vm.run()

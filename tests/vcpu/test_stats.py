@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import struct
-import threading
 import time
 from collections import Counter
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 from pyvmm import CpuConfig, ExitCount, ExitKind, StateError, Stats, VcpuTime, Vmm
 from pyvmm.stats import MOST_ROWS, html, tables
 from rich.console import Console
+from threads import all_at_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -179,12 +179,7 @@ def test_counters_are_read_while_they_count() -> None:
                 last = now
                 _ = stats.exits
 
-        threads = [threading.Thread(target=read) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-            assert not thread.is_alive()
+        all_at_once(*[read] * 3)
         vmm.stop()
         vmm.wait()
     assert not failures

@@ -5,7 +5,6 @@ Covers src/vmm/here.rs, src/vcpu/here.rs, src/vcpu/tick.rs, src/vcpu/ticked.rs.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import threading
@@ -27,6 +26,7 @@ from pyvmm import (
     Vmm,
     VmRunState,
 )
+from threads import vcpu_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,14 +36,6 @@ DEADLINE_S = 60.0
 SPIN = b"\xeb\xfe"
 OUT_FOR_EVER = b"\xba\x00\x05\xb0\x78\xee\xeb\xfd"  # mov dx, 0x500; mov al, 'x'; back: out dx, al; jmp back
 TRIPLE_FAULT = b"\x0f\x01\x1e\x00\x00\xcc"  # lidt [0]; int3
-
-
-def vcpu_threads() -> list[str]:
-    names = []
-    for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(OSError):
-            names.append((task / "comm").read_text().strip())
-    return [name for name in names if name.startswith("vcpu_")]
 
 
 class Calls:

@@ -21,9 +21,8 @@ OUT_FOR_EVER = {OUT_FOR_EVER!r}
 SPIN = {SPIN!r}
 """
 
-CTRL_C = """
-vmm = Vmm(flat(SPIN))
-threading.Timer(0.05, lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)).start()
+# How each of these programs ends: the run is interrupted by a signal.
+INTERRUPTED = """
 try:
     vmm.run_here()
 except KeyboardInterrupt:
@@ -31,17 +30,17 @@ except KeyboardInterrupt:
 vmm.close()
 """
 
-# The signal is blocked on the main thread, so that another one takes it.
+CTRL_C = """
+vmm = Vmm(flat(SPIN))
+threading.Timer(0.05, lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)).start()
+"""
+
+# Another thread takes the signal.
 ELSEWHERE = """
 vmm = Vmm(flat(SPIN))
 taker = threading.Thread(target=time.sleep, args=(60,), daemon=True)
 taker.start()
 threading.Timer(0.05, lambda: signal.pthread_kill(taker.ident, signal.SIGINT)).start()
-try:
-    vmm.run_here()
-except KeyboardInterrupt:
-    print("interrupted", vmm.state.name)
-vmm.close()
 """
 
 IN_A_DEVICE = """
@@ -51,11 +50,6 @@ class Device:
         time.sleep(60)
 vmm = Vmm(flat(OUT_FOR_EVER))
 vmm.add_pio_device(0x500, 1, Device())
-try:
-    vmm.run_here()
-except KeyboardInterrupt:
-    print("interrupted", vmm.state.name)
-vmm.close()
 """
 
 NO_TIMER = """
@@ -94,9 +88,9 @@ print("left")
 @pytest.mark.parametrize(
     ("source", "printed"),
     [
-        pytest.param(CTRL_C, "interrupted PAUSED", id="ctrl-c"),
-        pytest.param(ELSEWHERE, "interrupted PAUSED", id="a signal that another thread takes"),
-        pytest.param(IN_A_DEVICE, "interrupted PAUSED", id="ctrl-c in a device"),
+        pytest.param(CTRL_C + INTERRUPTED, "interrupted PAUSED", id="ctrl-c"),
+        pytest.param(ELSEWHERE + INTERRUPTED, "interrupted PAUSED", id="a signal that another thread takes"),
+        pytest.param(IN_A_DEVICE + INTERRUPTED, "interrupted PAUSED", id="ctrl-c in a device"),
         pytest.param(NO_TIMER, "3", id="no timer"),
         pytest.param(FORK, "0 TIMEOUT", id="fork"),
         pytest.param(DAEMON, "left", id="a daemon thread at exit"),

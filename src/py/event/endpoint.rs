@@ -3,7 +3,7 @@
 //! the calls are queued and made after the fetched events.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use pyo3::exceptions::{PyKeyboardInterrupt, PySystemExit, PyTimeoutError};
 use pyo3::gc::{PyTraverseError, PyVisit};
@@ -11,9 +11,11 @@ use pyo3::prelude::*;
 
 use super::loop_call::{Call, Reply, check_callable};
 use super::manager::PyEventManager;
+use crate::limit::deadline_of;
 use crate::py::exit::timeout as as_timeout;
 use crate::py::recorded::{name_of, recorded};
 use crate::py::returned::take_returned;
+use crate::py::wakeup::SIGNAL_CHECK_INTERVAL;
 
 /// Whether an exception must also end the run, and not only reach the caller. For example, Ctrl-C
 /// interrupts whatever the main thread is doing.
@@ -109,7 +111,7 @@ impl PyRemoteEndpoint {
         if manager.owners().has_this_thread() {
             return function.call1((&self.0,)).map(Bound::unbind);
         }
-        let deadline = as_timeout(timeout)?.and_then(|limit| Instant::now().checked_add(limit));
+        let deadline = deadline_of(as_timeout(timeout)?);
         let reply = Arc::new(Reply::default());
         let call = Call::new(function, Some(Arc::clone(&reply)))?;
         // Without the GIL, which the loop needs for the call.
@@ -117,9 +119,9 @@ impl PyRemoteEndpoint {
             return result;
         }
         loop {
-            let slice = Duration::from_millis(50);
-            let left =
-                deadline.map_or(slice, |d| d.saturating_duration_since(Instant::now()).min(slice));
+            let left = deadline.map_or(SIGNAL_CHECK_INTERVAL, |deadline| {
+                deadline.saturating_duration_since(Instant::now()).min(SIGNAL_CHECK_INTERVAL)
+            });
             if let Some(result) = py.detach(|| reply.wait(left)) {
                 return result;
             }
