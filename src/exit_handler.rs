@@ -85,9 +85,14 @@ impl VmmExitHandler {
 
     /// Prepare for another run: set the flag and drop previous kicks.
     pub fn rearm(&mut self) {
+        self.take_stop();
+    }
+
+    /// [`Self::rearm`]. Returns whether there was a kick, processed or not.
+    pub fn take_stop(&mut self) -> bool {
         // As in `stop`.
-        let _ = take_count(self.exit_event.as_raw_fd());
-        self.keep_running = true;
+        let kicks = take_count(self.exit_event.as_raw_fd()).unwrap_or(0);
+        !std::mem::replace(&mut self.keep_running, true) || kicks > 0
     }
 }
 
@@ -159,6 +164,11 @@ impl WrappedExitHandler {
     /// See [`VmmExitHandler::rearm`].
     pub fn rearm(&self) {
         self.handler.lock().rearm();
+    }
+
+    /// See [`VmmExitHandler::take_stop`].
+    pub fn take_stop(&self) -> bool {
+        self.handler.lock().take_stop()
     }
 
     /// The shared handler.

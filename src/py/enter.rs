@@ -13,9 +13,14 @@ use crate::vcpu;
 /// Take the GIL and call `f`. A thread that has the GIL may wait for any lock, so this thread must
 /// hold none. If the interpreter is finalizing, this thread can no longer get the GIL and sleeps.
 pub(super) fn attach<T>(f: impl for<'py> FnOnce(Python<'py>) -> T) -> T {
+    try_attach(f).unwrap_or_else(|| sleep_until_the_process_ends())
+}
+
+/// [`attach`], for what is left out if the interpreter is finalizing.
+pub(super) fn try_attach<T>(f: impl for<'py> FnOnce(Python<'py>) -> T) -> Option<T> {
     assert_unlocked("Python is entered");
     guard_thread();
-    Python::try_attach(f).unwrap_or_else(|| sleep_until_the_process_ends())
+    Python::try_attach(f)
 }
 
 /// A vCPU thread's Python thread state, kept between callbacks, because creating one takes

@@ -8,6 +8,7 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyType;
 
+use super::enter::try_attach;
 use crate::sync::{Mutex, rank};
 use crate::vcpu::current;
 
@@ -100,6 +101,17 @@ impl PendingOutcome {
         let Some(left) = self.0.try_lock() else { return Ok(()) };
         visit.call(&left.error)?;
         left.stop.as_ref().map_or(Ok(()), |(_, value)| visit.call(value))
+    }
+}
+
+/// A callback that has dropped its machine may raise when nobody is left to run it.
+impl Drop for PendingOutcome {
+    fn drop(&mut self) {
+        let Some(error) = self.0.get_mut().error.take() else { return };
+        // Nobody can be told once the interpreter finalizes.
+        let _ = try_attach(|py| {
+            PyErr::from_value(error.into_bound(py).into_any()).write_unraisable(py, None);
+        });
     }
 }
 

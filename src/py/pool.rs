@@ -83,8 +83,9 @@ impl PyVmm {
         if !self.origin()?.is_shared {
             self.manager(py)?.get().forget_counts();
         }
-        // A device's `restore` may have done something to the machine.
-        Ok(is_renewed && self.tie.is_clean())
+        // A device's `restore` may have done something to the machine, and a callback of the last
+        // job may have returned meanwhile.
+        Ok(is_renewed && self.tie.is_clean() && !self.hooks.pending.is_left())
     }
 
     /// Write randomness to the guest, by the callable, or at an address and of a length.

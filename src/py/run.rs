@@ -126,22 +126,19 @@ impl PyVmm {
                 return Err(error);
             }
         };
-        let stop = pending.take_stop();
-        pending.check(py)?;
-        match stop {
-            Some((vcpu, value)) if exit.reason == ExitReason::Stopped => {
-                exit::stopped(py, Some(vcpu), &value).map(Some)
+        pending.check(py).inspect_err(|_| drop(pending.take_stop()))?;
+        if exit.reason != ExitReason::Stopped {
+            // A value that has come meanwhile is the next run's, which its stop ends.
+            return exit::to_python(py, &exit).map(Some);
+        }
+        if let Some((vcpu, value)) = pending.take_stop() {
+            return exit::stopped(py, Some(vcpu), &value).map(Some);
+        }
+        match self.core()?.serial().take_found() {
+            Some(text) => {
+                exit::stopped(py, None, PyBytes::new(py, &text).as_any().as_unbound()).map(Some)
             }
-            None if exit.reason == ExitReason::Stopped => {
-                match self.core()?.serial().take_found() {
-                    Some(text) => {
-                        exit::stopped(py, None, PyBytes::new(py, &text).as_any().as_unbound())
-                            .map(Some)
-                    }
-                    None => exit::to_python(py, &exit).map(Some),
-                }
-            }
-            _ => exit::to_python(py, &exit).map(Some),
+            None => exit::to_python(py, &exit).map(Some),
         }
     }
 }

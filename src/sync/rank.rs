@@ -52,8 +52,6 @@ ranks! {
     Vcpu,
     /// The interrupt lines that the host drives high.
     IrqLines,
-    /// The devices that a pause keeps still.
-    PausedDevices,
     /// The memory slots of a machine, which must not change during a snapshot or reset.
     MemorySlots,
     /// The map of guest memory.

@@ -63,11 +63,12 @@ impl VcpuHandle {
             let is_held = state.is_held();
             let vcpu = state.vcpu.take_if(|_| is_held).ok_or_else(|| self.running())?;
             self.stop.clear(&*self.page); // Kick, point 7.
-            state.runner = Some(this_thread());
+            (state.runner, state.is_in_run_once) = (Some(this_thread()), true);
             vcpu
         };
         let exit = run_once(&mut vcpu, &self.stop);
         let mut state = self.state.lock();
+        state.is_in_run_once = false;
         if matches!(exit, Ok(Some(VcpuExit::Interrupted))) {
             state.is_kicked = false;
         }

@@ -15,7 +15,7 @@ use crate::devices::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
 use crate::process::ProcessTag;
-use crate::sync::{Condvar, Mutex, rank};
+use crate::sync::{Condvar, Mutex, MutexGuard, rank};
 
 /// A vCPU, at rest in here or out with the thread that runs it.
 #[derive(Debug)]
@@ -46,6 +46,8 @@ pub(super) struct HandleState {
     pub(super) host_access: Option<HostAccess>,
     /// The thread that has it.
     pub(super) runner: Option<libc::pthread_t>,
+    /// That thread is in `run_once`.
+    pub(super) is_in_run_once: bool,
     /// The device that this thread waits for.
     pub(super) waits_for: Option<Arc<dyn Device>>,
     /// It was lost in a panic on the thread.
@@ -64,7 +66,7 @@ pub(super) struct HandleState {
     pub(super) is_closed: bool,
     /// Its own thread completes what the last exit has left, and reports what that came to.
     pub(super) is_completing: bool,
-    /// Its own thread reports an end, which may call the program's exit handler.
+    /// The thread that had it reports why it rests, which may call the program's exit handler.
     pub(super) is_reporting: bool,
 }
 
@@ -75,12 +77,6 @@ pub(super) struct OwnThread {
     /// Tells it from one that it has replaced.
     pub(super) number: u64,
     pub(super) stack_size: usize,
-}
-
-impl OwnThread {
-    pub(super) fn is_current(&self) -> bool {
-        self.thread.thread().id() == std::thread::current().id()
-    }
 }
 
 /// The vCPU of a thread that calls the program's code.
@@ -122,6 +118,12 @@ impl HandleState {
         is_out && self.is_held() && !self.is_lost && !self.is_closed
     }
 
+    /// Whether nothing is left of its last exit: it is not on its way to rest, and why it rests is
+    /// reported.
+    pub(super) fn is_settled(&self) -> bool {
+        !self.is_leaving() && !self.is_reporting
+    }
+
     pub(super) fn belongs_to(&self, number: u64) -> bool {
         self.thread.as_ref().is_some_and(|own| own.number == number)
     }
@@ -129,6 +131,17 @@ impl HandleState {
     /// The own thread has nothing to wait for.
     pub(super) fn is_idle(&self, number: u64) -> bool {
         self.command == VcpuCommand::Park && !self.is_in_run && self.belongs_to(number)
+    }
+
+    /// A run begins, with the vCPU kept at rest until it is sent off. Somebody waits for an exit
+    /// that is to be completed: that command stays until the vCPU is sent off, which completes it
+    /// too. `here` is the loop of a thread that runs it in place of one of its own.
+    fn begin_run(&mut self, here: Option<Arc<EventManager>>) {
+        if self.command != VcpuCommand::Complete {
+            self.command = VcpuCommand::Park;
+        }
+        self.runs_on_resume = false;
+        (self.is_in_run, self.here) = (true, here);
     }
 
     /// Its thread has not been sent into the guest. A vCPU that has counts as running, even if the
@@ -149,6 +162,7 @@ impl VcpuHandle {
             here: None,
             host_access: None,
             runner: None,
+            is_in_run_once: false,
             waits_for: None,
             is_lost: false,
             command: VcpuCommand::Park,
@@ -169,6 +183,23 @@ impl VcpuHandle {
     #[must_use]
     pub fn id(&self) -> u64 {
         self.id
+    }
+
+    /// A run begins, on a thread of the vCPU's own or `here`. The vCPU may still be in a callback,
+    /// or complete an exit for a snapshot.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] while a thread is in `run_once`.
+    pub(super) fn begin(
+        &self,
+        here: Option<Arc<EventManager>>,
+    ) -> Result<MutexGuard<'_, HandleState, rank::Vcpu>> {
+        let mut state = self.state.lock();
+        if state.is_in_run_once {
+            return Err(self.running());
+        }
+        state.begin_run(here);
+        Ok(state)
     }
 
     pub(super) fn running(&self) -> Error {

@@ -50,24 +50,15 @@ pub(crate) fn begin<'a, EH: ExitHandler>(
     shared: &'a Shared<EH>,
     event_manager: &Arc<EventManager>,
     is_held: bool,
-    prepare: impl FnOnce(&mut Vcpu) -> Result<()>,
+    prepare: Option<impl FnOnce(&mut Vcpu) -> Result<()>>,
 ) -> Result<Here<'a, EH>> {
     let ticks = Ticks::begin(&handle.page)?;
-    {
-        let mut state = handle.state.lock();
-        state.here = Some(Arc::clone(event_manager));
-        state.is_in_run = true;
-        state.command = VcpuCommand::Park;
-        state.runs_on_resume = false;
-    }
-    handle.with_vcpu(prepare)?;
+    drop(handle.begin(Some(Arc::clone(event_manager)))?);
+    prepare.map_or(Ok(()), |prepare| handle.with_vcpu(prepare))?;
     if is_held {
         handle.run_on_resume();
     } else {
-        let mut state = handle.state.lock();
-        handle.stop.clear(&*handle.page); // Kick, point 7.
-        state.command = VcpuCommand::Run;
-        state.transitions += 1;
+        handle.send_off(&mut handle.state.lock());
     }
     Ok(Here { handle, shared, ticks })
 }
@@ -94,10 +85,13 @@ impl<EH: ExitHandler> Here<'_, EH> {
             (_, Outcome::End(exit)) => {
                 handle.put_back(vcpu, true);
                 shared.note_end(Exit { vcpu: Some(handle.id()), ..exit });
+                handle.reported();
                 return Ok(Left::Ended);
             }
             (_, Outcome::Stop) => {
                 handle.put_back(vcpu, true);
+                // The thread that runs it is this one: it looks at what this returns.
+                handle.reported();
                 return Ok(Left::Stopped);
             }
             (Left::CalledOut, _) => handle.put_back(vcpu, false),

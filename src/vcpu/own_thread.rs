@@ -29,17 +29,14 @@ impl VcpuHandle {
     /// wants now.
     ///
     /// # Errors
-    /// What `spawn` returns.
+    /// As for [`Self::begin`]; what `spawn` returns.
     pub(super) fn begin_run(
         &self,
         spawn: impl FnOnce(u64) -> Result<JoinHandle<()>>,
     ) -> Result<()> {
         let stack_size = stack::size();
-        let mut state = self.state.lock();
-        state.command = VcpuCommand::Park;
-        state.runs_on_resume = false;
+        let mut state = self.begin(None)?;
         state.mask = Some(SignalMask::of_this_thread());
-        (state.is_in_run, state.here) = (true, None);
         // One in a callback goes on with the stack that it has.
         let is_usable = |own: &OwnThread| own.stack_size == stack_size || state.vcpu.is_none();
         if state.thread.as_ref().is_some_and(is_usable) {
@@ -57,6 +54,13 @@ impl VcpuHandle {
     /// Have the thread enter the guest, at once or when it comes up; one that is to end does not.
     pub(super) fn run(&self) {
         let mut state = self.state.lock();
+        self.send_off(&mut state);
+        // A thread in `run_here` waits in its loop. Fails in a forked child alone.
+        state.here.iter().for_each(|event_manager| drop(event_manager.kick()));
+    }
+
+    /// The command to enter the guest.
+    pub(super) fn send_off(&self, state: &mut HandleState) {
         if state.command == VcpuCommand::Exit {
             return;
         }
@@ -68,8 +72,6 @@ impl VcpuHandle {
         state.runs_on_resume = false;
         state.transitions += 1;
         self.changed.notify_all();
-        // A thread in `run_here` waits in its loop. Fails in a forked child alone.
-        state.here.iter().for_each(|event_manager| drop(event_manager.kick()));
     }
 
     /// Have a vCPU that [`Self::stop_with`] has brought to rest enter its guest again. One that
@@ -111,11 +113,13 @@ impl VcpuHandle {
             if state.command == VcpuCommand::Exit || !state.belongs_to(number) {
                 return None;
             }
+            let completes = state.command == VcpuCommand::Complete;
+            // A thread in `run_here` follows the command to run.
+            let is_mine = completes || state.here.is_none();
             if state.command != VcpuCommand::Park
-                && state.here.is_none()
+                && is_mine
                 && let Some(vcpu) = state.vcpu.take()
             {
-                let completes = state.command == VcpuCommand::Complete;
                 if completes {
                     state.command = VcpuCommand::Park;
                 }
@@ -134,7 +138,7 @@ impl VcpuHandle {
     }
 
     /// The vCPU comes to rest. `by_itself`: it stays there until the next run, even if the machine
-    /// is paused and resumed meanwhile.
+    /// is paused and resumed meanwhile. Then the caller reports why, and calls [`Self::reported`].
     pub(super) fn put_back(&self, vcpu: Vcpu, by_itself: bool) {
         let mut state = self.state.lock();
         // One that was sent off while its last exit was completed goes on.
@@ -144,8 +148,7 @@ impl VcpuHandle {
             state.runs_on_resume = true;
         }
         state.runs_on_resume &= !by_itself;
-        let is_own = state.thread.as_ref().is_some_and(|own| own.is_current());
-        state.is_reporting = by_itself && is_own;
+        state.is_reporting = by_itself;
         self.rest(&mut state, vcpu);
     }
 
@@ -163,8 +166,8 @@ impl VcpuHandle {
         true
     }
 
-    /// The own thread has reported what its task came to.
-    pub(super) fn reported(&self) {
+    /// What brought the vCPU to rest is reported: the machine's state and its exit handler say it.
+    pub(crate) fn reported(&self) {
         let mut state = self.state.lock();
         (state.is_completing, state.is_reporting) = (false, false);
         self.changed.notify_all();

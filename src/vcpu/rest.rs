@@ -10,7 +10,8 @@ use crate::limit::Limit;
 use crate::sync::{MutexGuard, rank};
 
 impl VcpuHandle {
-    /// Wait for a vCPU that is on its way to rest, also where a callback answers its exit.
+    /// Wait for a vCPU that is on its way to rest, also where a callback answers its exit, and
+    /// until it is reported why. A later report would be of a guest that a reset has replaced.
     ///
     /// # Errors
     /// [`ErrorKind::State`] when this thread is the one that answers its exit; what `limit` ends
@@ -25,15 +26,15 @@ impl VcpuHandle {
     ) -> Result<MutexGuard<'_, HandleState, rank::Vcpu>> {
         self.check_process()?;
         let mut state = self.state.lock();
-        while state.is_leaving() {
+        while !state.is_settled() {
             if state.runner == Some(this_thread()) {
                 let (at, detail) = (Place(self.id()).to_string(), "its exit is not answered yet");
                 let error = Error::new(ErrorKind::State, at, detail);
                 return Err(error.hint("let the callback return first"));
             }
             MutexGuard::unlocked(&mut state, || {
-                let is_over = |state: &HandleState| !state.is_leaving();
-                limit.wait(Place(self.id()), |until| self.wait_until(until, is_over))
+                limit
+                    .wait(Place(self.id()), |until| self.wait_until(until, HandleState::is_settled))
             })?;
         }
         if state.is_closed { Err(closed()) } else { Ok(state) }
@@ -53,8 +54,7 @@ impl VcpuHandle {
 
     /// Wait until a run that has ended has no callback left in progress.
     pub(crate) fn wait_for_callback(&self, limit: &Limit<'_>) -> Result<()> {
-        let is_over = |state: &HandleState| !state.is_leaving() && !state.is_reporting;
-        limit.wait(Place(self.id()), |until| self.wait_until(until, is_over))
+        limit.wait(Place(self.id()), |until| self.wait_until(until, HandleState::is_settled))
     }
 
     /// Wait until the vCPU is at rest, or has been since it was counted: another thread may have
@@ -69,6 +69,12 @@ impl VcpuHandle {
             self.changed.wait(&mut state);
         }
         true
+    }
+
+    /// Whether it is at rest, or comes to rest without another command.
+    pub(crate) fn stays_out(&self) -> bool {
+        let state = self.state.lock();
+        state.is_held() && !state.is_lost && !state.is_closed
     }
 
     /// Whether a thread runs it, or calls the program's code for it.

@@ -82,14 +82,14 @@ pub(crate) fn start<EH>(
     handle: &Arc<VcpuHandle>,
     shared: &Arc<Shared<EH>>,
     is_held: bool,
-    prepare: impl FnOnce(&mut Vcpu) -> Result<()>,
+    prepare: Option<impl FnOnce(&mut Vcpu) -> Result<()>>,
 ) -> Result<()>
 where
     EH: ExitHandler + Send + Sync + 'static,
 {
     kick_signal()?; // without one nothing could bring the guest out
     handle.begin_run(|number| spawn(handle, shared, number))?;
-    handle.with_vcpu(prepare)?;
+    prepare.map_or(Ok(()), |prepare| handle.with_vcpu(prepare))?;
     if is_held {
         handle.run_on_resume();
     } else {

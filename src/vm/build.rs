@@ -115,7 +115,6 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             memory,
             shared: Arc::new(vcpu::Shared { exit_handler, run_state, exit }),
             router,
-            paused_devices: Mutex::default(),
             mode: CpuMode::Real16,
             code: None,
             fixups: Arc::default(),

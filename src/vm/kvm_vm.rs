@@ -11,7 +11,6 @@ use kvm_ioctls::VmFd;
 
 use super::vcpus::Vcpus;
 use crate::cpu::CpuMode;
-use crate::devices::QuiescedDevices;
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::{Exit, ExitHandler};
 use crate::fixup;
@@ -29,8 +28,6 @@ pub struct KvmVm<EH: ExitHandler> {
     pub(super) memory: GuestMemory,
     pub(super) shared: Arc<vcpu::Shared<EH>>,
     pub(super) router: Arc<ExitRouter>,
-    /// Devices that a pause keeps still until the machine is resumed or stopped.
-    pub(super) paused_devices: Mutex<Option<QuiescedDevices>, rank::PausedDevices>,
     pub(super) mode: CpuMode,
     /// Where a flat guest's stacks end.
     pub(super) code: Option<u64>,

@@ -22,7 +22,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     /// none runs.
     pub fn run(&self, vcpu_run_addr: Option<u64>) -> Result<()> {
         self.start(|handle, is_held| {
-            vcpu::start(handle, &self.shared, is_held, |vcpu| self.prepare_run(vcpu, vcpu_run_addr))
+            vcpu::start(handle, &self.shared, is_held, self.start_state(vcpu_run_addr))
         })?;
         self.set_prepared();
         Ok(())
@@ -40,7 +40,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     ) -> Result<Here<'a, EH>> {
         let mut here = None;
         self.start(|_, is_held| {
-            let prepare = |vcpu: &mut Vcpu| self.prepare_run(vcpu, vcpu_run_addr);
+            let prepare = self.start_state(vcpu_run_addr);
             here = Some(vcpu::begin_here(handle, &self.shared, event_manager, is_held, prepare)?);
             Ok(())
         })?;
@@ -48,8 +48,12 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         here.ok_or_else(|| Error::new(ErrorKind::State, "run_here", "the machine has no vCPU"))
     }
 
-    fn prepare_run(&self, vcpu: &mut Vcpu, address: Option<u64>) -> Result<()> {
-        address.map_or(Ok(()), |address| self.set_start_state(vcpu, address))
+    /// What puts a vCPU at the address; none leaves it where it is.
+    fn start_state(
+        &self,
+        address: Option<u64>,
+    ) -> Option<impl FnOnce(&mut Vcpu) -> Result<()> + '_> {
+        address.map(|address| move |vcpu: &mut Vcpu| self.set_start_state(vcpu, address))
     }
 
     /// Start the vCPUs by `start`, which is told whether they are to stay at rest.
@@ -73,7 +77,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             if is_started.get() {
                 // From Running a machine leaves to Paused; a first run that failed may be tried
                 // again.
-                self.vcpus.stop(false, || self.set_stopped());
+                drop(self.vcpus.stop(false, || self.set_stopped()));
             }
         })
     }
@@ -84,7 +88,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     /// [`ErrorKind::State`] when no run is in progress, or the guest has ended.
     pub fn resume(&self) -> Result<()> {
         self.check_process()?;
-        self.vcpus.resume(|is_in_run, are_at_rest| {
+        let devices = self.vcpus.resume(|is_in_run, are_at_rest| {
             let state = if self.exit().is_some() { VmRunState::Exiting } else { self.state() };
             match state {
                 VmRunState::Running => return Ok(false),
@@ -95,7 +99,8 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             let entered = self.shared.run_state.set_and_notify(VmRunState::Running);
             entered.map(|_| true).map_err(|state| not_running("resume", state))
         })?;
-        self.resume_devices();
+        // With no lock held: a device may be the program's.
+        drop(devices);
         Ok(())
     }
 
@@ -132,8 +137,8 @@ impl<EH: ExitHandler> KvmVm<EH> {
         if self.is_forked_child() {
             return;
         }
-        self.vcpus.stop(self.has_this_thread(), || self.set_stopped());
-        self.resume_devices();
+        // With no lock held: a device may be the program's.
+        drop(self.vcpus.stop(self.has_this_thread(), || self.set_stopped()));
     }
 
     /// [`Self::stop`], and wait for callbacks in progress. A thread of one of the vCPUs does not
@@ -164,8 +169,7 @@ impl<EH: ExitHandler> KvmVm<EH> {
         if self.is_forked_child() {
             return;
         }
-        self.vcpus.close(self.has_this_thread(), || self.set_stopped());
-        self.resume_devices();
+        drop(self.vcpus.close(self.has_this_thread(), || self.set_stopped()));
         // A callback that closes does not wait for the last to stop them.
         self.set_stopped();
         let _ = self.shared.run_state.set_and_notify(VmRunState::Closed);

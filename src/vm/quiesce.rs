@@ -21,30 +21,23 @@ impl<EH: ExitHandler> KvmVm<EH> {
     pub fn pause(&self, limit: &Limit<'_>) -> Result<()> {
         self.check_process()?;
         let run_state = &self.shared.run_state;
-        let leaving = self.vcpus.pause(|| match run_state.set_and_notify(VmRunState::Paused) {
-            Ok(_) | Err(VmRunState::Paused) => Ok(()),
-            Err(state) => Err(not_running("pause", state)),
-        })?;
+        let (leaving, period) =
+            self.vcpus.pause(|| match run_state.set_and_notify(VmRunState::Paused) {
+                Ok(_) | Err(VmRunState::Paused) => Ok(()),
+                Err(state) => Err(not_running("pause", state)),
+            })?;
         // The machine's state keeps the vCPUs at rest when this is dropped.
         let mut quiesced = self.wait(leaving, limit).inspect_err(|_| {
-            self.vcpus.undo_pause(|| {
+            self.vcpus.undo_pause(period, || {
                 // Fails if the guest has ended.
                 let _ = run_state.set_and_notify(VmRunState::Running);
             });
         })?;
-        let former = self.paused_devices.lock().replace(std::mem::take(&mut quiesced.devices));
-        if self.state() != VmRunState::Paused {
-            // Another thread has resumed the machine, perhaps before the devices were there.
-            self.resume_devices();
-        }
-        drop(former);
+        let devices = std::mem::take(&mut quiesced.devices);
+        let is_paused = || self.state() == VmRunState::Paused;
+        // With no lock held: a device may be the program's.
+        drop(self.vcpus.keep_paused(period, devices, is_paused));
         Ok(())
-    }
-
-    /// The devices that a pause has quiesced go on. With no lock held: one may be the program's.
-    pub(super) fn resume_devices(&self) {
-        let devices = self.paused_devices.lock().take();
-        drop(devices);
     }
 
     /// Have the machine stand still until the result is dropped, whether it runs or not. Its state

@@ -25,14 +25,16 @@ impl<EH: ExitHandler> KvmVm<EH> {
     /// Hold every vCPU at rest while `act` looks at all of the machine, or changes it.
     ///
     /// # Errors
-    /// [`crate::error::ErrorKind::State`] when one is running; what `act` returns.
+    /// [`crate::error::ErrorKind::State`] when one is running; what `limit` ends the wait for one
+    /// with that completes an exit for another thread; what `act` returns.
     pub(crate) fn at_rest<T>(
         &self,
+        limit: &Limit<'_>,
         act: impl FnOnce(&VmFd, &mut [MappedMutexGuard<'_, Vcpu, rank::Vcpu>]) -> Result<T>,
     ) -> Result<T> {
         hop!();
         self.check_process()?;
-        self.vcpus.at_rest(|vcpus| act(&self.fd, vcpus))
+        self.vcpus.at_rest(limit, |vcpus| act(&self.fd, vcpus))
     }
 
     /// Complete all that the vCPUs' last exits began. They are at rest, or on their way there. If
@@ -48,8 +50,11 @@ impl<EH: ExitHandler> KvmVm<EH> {
                     self.shared.vcpu_ended(Exit { vcpu: Some(handle.id()), ..exit });
                 }
                 Outcome::Stop => drop(self.shared.exit_handler.kick()),
-                _ => {}
+                Outcome::End(_) => {}
+                // Another thread has reported what it came to, or there is nothing to report.
+                Outcome::Continue | Outcome::Wait => continue,
             }
+            handle.reported();
         }
         Ok(())
     }

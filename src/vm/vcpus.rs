@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
+use crate::devices::QuiescedDevices;
 use crate::error::{Error, ErrorKind, Result};
 use crate::hop::hop;
 use crate::limit::Limit;
@@ -26,8 +27,16 @@ struct List {
     quiesced: usize,
     /// How many callers of `pause` have made or found the machine paused since it last ran.
     pauses: usize,
+    /// Counts the times that all pauses have ended: by a resume, a start or the end of a run.
+    period: Period,
+    /// The devices that the pause has quiesced.
+    paused_devices: Option<QuiescedDevices>,
     is_closed: bool,
 }
+
+/// Tells a pause from one that came after a resume, a start or the end of a run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Period(u64);
 
 /// A vCPU that somebody waits for, and how often it had been at rest before.
 type Awaited = (Arc<VcpuHandle>, u64);
@@ -77,6 +86,27 @@ impl List {
         }
     }
 
+    /// See [`Vcpus::quiesce`].
+    fn quiesce(&mut self, enter: impl FnOnce() -> Result<()>) -> Result<Leaving> {
+        if self.is_closed {
+            return Err(Error::closed("machine"));
+        }
+        enter()?;
+        self.quiesced += 1;
+        // Otherwise they are at rest, or driven by hand.
+        let running = self.vcpus.iter().filter(|_| self.is_in_run);
+        let all = running.clone().map(awaited).collect();
+        running.for_each(|vcpu| vcpu.pause());
+        Ok(Leaving(all))
+    }
+
+    /// All pauses have ended. Their devices are to be resumed with no lock held.
+    fn end_pauses(&mut self) -> Option<QuiescedDevices> {
+        self.pauses = 0;
+        self.period.0 += 1;
+        self.paused_devices.take()
+    }
+
     /// Send off those that a pause or a quiesce has stopped, unless another keeps them at rest.
     fn release(&self, state: VmRunState) {
         let is_running = self.is_in_run && self.stopping == 0 && state == VmRunState::Running;
@@ -113,7 +143,9 @@ impl Vcpus {
         let mut list = self.0.lock();
         list.check_open("run")?;
         enter(list.is_in_run)?;
-        (list.is_in_run, list.pauses) = (true, 0);
+        list.is_in_run = true;
+        // No devices: those of a pause in the last run were resumed at its end.
+        list.end_pauses();
         let is_held = list.quiesced > 0;
         list.vcpus.iter().try_for_each(|vcpu| start(vcpu, is_held))
     }
@@ -123,27 +155,41 @@ impl Vcpus {
     /// resumed meanwhile, which counts when the last lets go. Returns before they are out.
     pub(super) fn quiesce(&self, enter: impl FnOnce() -> Result<()>) -> Result<Leaving> {
         hop!();
-        let mut list = self.0.lock();
-        if list.is_closed {
-            return Err(Error::closed("machine"));
-        }
-        enter()?;
-        list.quiesced += 1;
-        // Otherwise they are at rest, or driven by hand.
-        let running = list.vcpus.iter().filter(|_| list.is_in_run);
-        let all = running.clone().map(awaited).collect();
-        running.for_each(|vcpu| vcpu.pause());
-        Ok(Leaving(all))
+        self.0.lock().quiesce(enter)
     }
 
     /// [`Self::quiesce`] for a pause, which stays when it is released.
-    pub(super) fn pause(&self, enter: impl FnOnce() -> Result<()>) -> Result<Leaving> {
-        self.quiesce(enter).inspect(|_| self.0.lock().pauses += 1)
+    pub(super) fn pause(&self, enter: impl FnOnce() -> Result<()>) -> Result<(Leaving, Period)> {
+        let mut list = self.0.lock();
+        let leaving = list.quiesce(enter)?;
+        list.pauses += 1;
+        Ok((leaving, list.period))
     }
 
-    /// A pause could not be waited for. `undo` it, unless others have paused the machine too.
-    pub(super) fn undo_pause(&self, undo: impl FnOnce()) {
+    /// A pause has quiesced these devices, which stay so until it ends. Returns those that are to
+    /// be resumed, with no lock held: the ones of an earlier pause, or these if the pause has ended
+    /// meanwhile, or there is no run that it could pause.
+    pub(super) fn keep_paused(
+        &self,
+        period: Period,
+        devices: QuiescedDevices,
+        is_paused: impl FnOnce() -> bool,
+    ) -> Option<QuiescedDevices> {
         let mut list = self.0.lock();
+        if list.period == period && list.is_in_run && is_paused() {
+            list.paused_devices.replace(devices)
+        } else {
+            Some(devices)
+        }
+    }
+
+    /// A pause could not be waited for. `undo` it, unless it has ended meanwhile, or others have
+    /// paused the machine too.
+    pub(super) fn undo_pause(&self, period: Period, undo: impl FnOnce()) {
+        let mut list = self.0.lock();
+        if list.period != period {
+            return;
+        }
         list.pauses = list.pauses.saturating_sub(1);
         if list.pauses == 0 && list.stopping == 0 {
             undo();
@@ -160,22 +206,25 @@ impl Vcpus {
 
     /// Let those that a pause has stopped go on, unless somebody keeps them at rest. `enter` says
     /// whether they may, given whether a run is in progress and all are at rest, and that nothing
-    /// is to be done where they run already.
-    pub(super) fn resume(&self, mut enter: impl FnMut(bool, bool) -> Result<bool>) -> Result<()> {
+    /// is to be done where they run already. Returns the devices that the pause has quiesced.
+    pub(super) fn resume(
+        &self,
+        mut enter: impl FnMut(bool, bool) -> Result<bool>,
+    ) -> Result<Option<QuiescedDevices>> {
         let mut list = self.0.lock();
         loop {
             let stays = list.is_in_run && list.stopping == 0;
             // A pause from another thread may not have seen them at rest yet.
             let late = list.vcpus.iter().find(|vcpu| !vcpu.is_at_rest()).map(awaited);
             if !enter(stays, late.is_none())? {
-                return Ok(());
+                return Ok(None);
             }
             let Some(late) = late else { break };
             MutexGuard::unlocked(&mut list, || wait_for(&[late]));
         }
-        list.pauses = 0;
+        let devices = list.end_pauses();
         list.release(VmRunState::Running);
-        Ok(())
+        Ok(devices)
     }
 
     /// Do something to each, which nobody starts meanwhile.
@@ -183,23 +232,35 @@ impl Vcpus {
         self.0.lock().vcpus.iter().try_for_each(act)
     }
 
-    /// Keep all at rest for as long as `act` takes.
+    /// Keep all at rest for as long as `act` takes. One that completes an exit for another thread
+    /// is waited for.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] when one is running; what `act` returns.
+    /// [`ErrorKind::State`] when one is running; what `limit` ends the wait with; what `act`
+    /// returns.
     pub(super) fn at_rest<T>(
         &self,
+        limit: &Limit<'_>,
         act: impl FnOnce(&mut [MappedMutexGuard<'_, Vcpu, rank::Vcpu>]) -> Result<T>,
     ) -> Result<T> {
-        let list = self.0.lock();
-        let held: Result<Vec<_>> = list.vcpus.iter().map(|vcpu| vcpu.at_rest()).collect();
-        act(&mut held?)
+        loop {
+            let all = {
+                let list = self.0.lock();
+                let held: Result<Vec<_>> = list.vcpus.iter().map(|vcpu| vcpu.at_rest()).collect();
+                match held {
+                    Ok(mut held) => return act(&mut held),
+                    Err(_) if list.vcpus.iter().all(|vcpu| vcpu.stays_out()) => list.vcpus.clone(),
+                    Err(error) => return Err(error),
+                }
+            };
+            all.iter().try_for_each(|vcpu| vcpu.wait_while_leaving(limit))?;
+        }
     }
 
     /// End their run: bring them out of their guests, where they rest until the next one. Callbacks
     /// in progress are not waited for. `stopped` is called when the last caller is done, before
-    /// anybody can start them again.
-    pub(super) fn stop(&self, is_own: bool, stopped: impl FnOnce()) {
+    /// anybody can start them again. That caller gets the devices that a pause has quiesced.
+    pub(super) fn stop(&self, is_own: bool, stopped: impl FnOnce()) -> Option<QuiescedDevices> {
         self.bring_down(
             is_own,
             |vcpu| {
@@ -207,19 +268,20 @@ impl Vcpus {
                 None
             },
             stopped,
-        );
+        )
     }
 
     /// End their run, and their threads. A thread of the machine's own (`is_own`) waits for none of
-    /// them: two would wait for each other.
-    pub(super) fn close(&self, is_own: bool, stopped: impl FnOnce()) {
+    /// them: two would wait for each other. Returns what [`Self::stop`] returns.
+    pub(super) fn close(&self, is_own: bool, stopped: impl FnOnce()) -> Option<QuiescedDevices> {
         self.0.lock().is_closed = true;
         let leave = |vcpu: &VcpuHandle| {
             vcpu.leave();
             if is_own { None } else { vcpu.take_thread() }
         };
-        self.bring_down(is_own, leave, stopped);
+        let devices = self.bring_down(is_own, leave, stopped);
         self.handles().iter().for_each(|handle| handle.close());
+        devices
     }
 
     /// All are kicked before any is waited for: their ways out overlap. What `order` returns is
@@ -229,7 +291,7 @@ impl Vcpus {
         is_own: bool,
         mut order: impl FnMut(&VcpuHandle) -> Option<JoinHandle<()>>,
         stopped: impl FnOnce(),
-    ) {
+    ) -> Option<QuiescedDevices> {
         let (all, threads): (Vec<Awaited>, Vec<_>) = {
             let mut list = self.0.lock();
             list.stopping += 1;
@@ -242,8 +304,10 @@ impl Vcpus {
         threads.into_iter().for_each(join);
         let mut list = self.0.lock();
         list.stopping -= 1;
+        let mut devices = None;
         if list.stopping == 0 {
             list.is_in_run = false;
+            devices = list.end_pauses();
             stopped();
         }
         self.1.notify_all();
@@ -251,6 +315,7 @@ impl Vcpus {
         while list.stopping > 0 && !is_own {
             self.1.wait(&mut list);
         }
+        devices
     }
 
     /// Wait until the callbacks that a run has left in progress have returned.

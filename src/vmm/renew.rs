@@ -24,7 +24,7 @@ impl Vmm {
         if exit_handler.is_kicked() || !exit_handler.keep_running() {
             return Ok(false);
         }
-        self.reset(snapshot, limit)?;
+        self.reset(snapshot, limit, || ())?;
         self.vm()?.renew();
         self.router().buses.forget_unanswered();
         self.fixups().clear();

@@ -142,13 +142,15 @@ impl Running<'_> {
         self.vm.stop();
         let is_over = matches!(reason, Ok(ExitReason::Stopped));
         let waited = self.wait_for_callbacks(is_over, deadline, interrupted);
-        self.exit_handler.rearm();
+        // One that came when the time had passed already: a callback's result is not lost.
+        let mut is_stopped = self.exit_handler.take_stop();
         let reason = reason?;
         waited?;
         if self.vmm.serial.backlog() > 0 {
             self.drain_serial(deadline, turn)?;
-            self.exit_handler.rearm();
+            is_stopped |= self.exit_handler.take_stop();
         }
+        let reason = if is_stopped { ExitReason::Stopped } else { reason };
         Ok(self.vm.exit().unwrap_or_else(|| Exit::new(reason)))
     }
 

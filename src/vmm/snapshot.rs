@@ -51,7 +51,7 @@ impl Vmm {
         // Without a lock: a device may be Python's.
         let devices = save_devices(&self.router().buses)?;
         let shape = self.shape(&vm);
-        vm.at_rest(|fd, vcpus| {
+        vm.at_rest(limit, |fd, vcpus| {
             check_rests(vcpus, &rests)?;
             self.resets.check(Some(resets))?;
             capture(&vm, shape, fd, vcpus, devices)
@@ -60,13 +60,20 @@ impl Vmm {
 
     /// Bring a snapshot back in place: memory, vCPUs, devices and clock. A guest that has ended
     /// lives again; a running one goes on from there. How many pages of memory were changed for it.
+    /// `forget_stop` is called when a stop that nobody has run into is dropped: it was for a run of
+    /// the guest that went.
     ///
     /// # Errors
     /// [`ErrorKind::State`] when the machine is closed, a run is ending, or the snapshot is of a
     /// machine of another shape or CPUID, or with a device that this one has not: nothing is
     /// changed then. When KVM or a device refuses or memory is missing the machine may be part one
     /// and part the other: reset it again, or close it.
-    pub fn reset(&self, snapshot: &Snapshot, limit: &Limit<'_>) -> Result<u64> {
+    pub fn reset(
+        &self,
+        snapshot: &Snapshot,
+        limit: &Limit<'_>,
+        forget_stop: impl FnOnce(),
+    ) -> Result<u64> {
         let vm = self.vm()?;
         vm.check_process()?;
         self.shape(&vm).check_same(&snapshot.shape)?;
@@ -77,17 +84,19 @@ impl Vmm {
         let in_run = self.is_in_run();
         let _running = if in_run { None } else { Some(self.enter_run("reset", false)?) };
         let _quiesced = vm.quiesce(limit)?;
+        vm.handles().iter().try_for_each(|handle| handle.wait_while_leaving(limit))?;
+        // Only now: a callback that was waited for may have ended the guest.
         if in_run && vm.state() == VmRunState::Exiting {
             let detail = "the guest has ended, and its run is not over yet";
             return Err(Error::new(ErrorKind::State, "reset", detail));
         }
-        vm.handles().iter().try_for_each(|handle| handle.wait_while_leaving(limit))?;
         self.resets.reset(|| {
-            let changed = vm.at_rest(|fd, vcpus| bring_back(&vm, fd, vcpus, snapshot))?;
+            let changed = vm.at_rest(limit, |fd, vcpus| bring_back(&vm, fd, vcpus, snapshot))?;
             vm.revive();
             if !in_run {
                 // A stop that came before this was for a run of the guest that went.
-                self.exit_handler()?.rearm();
+                self.exit_handler()?.take_stop();
+                forget_stop();
             }
             restore_devices(&devices)?;
             Ok(changed / layout::PAGE)
@@ -117,7 +126,7 @@ impl Vmm {
             WrappedExitHandler::new().map_err(|e| Error::os(ErrorKind::Event, "eventfd", &e))?;
         let router = Arc::new(ExitRouter::default());
         let vm = KvmVm::of_shape(shape, memory, &router, exit_handler.clone())?;
-        vm.at_rest(|fd, vcpus| set_state(&vm, fd, vcpus, snapshot))?;
+        vm.at_rest(&Limit::NONE, |fd, vcpus| set_state(&vm, fd, vcpus, snapshot))?;
         let irq = vm.irq(layout::COM1_IRQ);
         let serial = devices::attach(&router.buses, irq, &streams, shape.exit_port())?;
         let parts = Parts { vm, event_manager, exit_handler, router, serial, entry: 0 };
@@ -392,7 +401,7 @@ mod tests {
             with_counter(&fork);
             fork.restore_devices(&snapshot).unwrap();
             assert_eq!(finish(&fork), expected, "the fork, from access {access}");
-            fork.reset(&snapshot, &Limit::NONE).unwrap();
+            fork.reset(&snapshot, &Limit::NONE, || ()).unwrap();
             assert_eq!(finish(&fork), expected, "reset to access {access}");
         }
     }

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import gc
 import threading
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from guests import flat
 from pyvmm import ExitReason, SerialConfig, Vmm, VmRunState
 from threads import all_at_once
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 pytestmark = pytest.mark.kvm
 DEADLINE_S = 60.0
@@ -137,6 +141,91 @@ def test_what_quiesce_raises_comes_out_and_the_machine_goes_on(call: str) -> Non
         clock.error = None
         vmm.pause()
         assert vmm.wait(0.01) is None
+
+
+def test_a_pause_between_two_runs_holds_no_device_in_the_next() -> None:
+    clock = Clock()
+    with Vmm(flat(SPIN)) as vmm:
+        vmm.add_pio_device(0x500, 1, clock)
+        vmm.run(0.01)
+        vmm.pause()
+        vmm.start()
+        assert clock.calls == ["quiesce", "resume"]
+
+
+class SlowClock(Clock):
+    """Its first quiesce() returns when the test lets it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entered, self.go = threading.Event(), threading.Event()
+
+    def quiesce(self) -> None:
+        self.calls.append("quiesce")
+        if self.calls.count("quiesce") > 1:
+            return
+        self.entered.set()
+        assert self.go.wait(DEADLINE_S)
+        if self.error:
+            raise self.error
+
+
+def pause_meanwhile(vmm: Vmm, clock: SlowClock, act: Callable[[], object]) -> None:
+    """Pause, and `act` before the pause has quiesced the device."""
+
+    def pause() -> None:
+        try:
+            vmm.pause()
+        except LookupError as error:
+            assert error is clock.error
+
+    with ThreadPoolExecutor() as others:
+        paused = others.submit(pause)
+        assert clock.entered.wait(DEADLINE_S)
+        try:
+            act()
+        finally:
+            clock.go.set()
+        paused.result()
+
+
+@pytest.mark.parametrize("error", [None, LookupError("no")])
+def test_a_pause_that_was_resumed_meanwhile_undoes_no_later_one(error: Exception | None) -> None:
+    clock = SlowClock()
+    clock.error = error
+    with Vmm(flat(SPIN)) as vmm:
+        vmm.add_pio_device(0x500, 1, clock)
+        vmm.start()
+
+        def resume_and_pause() -> None:
+            vmm.resume()
+            vmm.pause()
+
+        pause_meanwhile(vmm, clock, resume_and_pause)
+        assert vmm.state is VmRunState.PAUSED
+        quiesced = clock.calls.count("quiesce") - (error is not None)
+        assert quiesced - clock.calls.count("resume") == 1
+        vmm.resume()
+        assert quiesced == clock.calls.count("resume")
+
+
+@pytest.mark.parametrize("error", [None, LookupError("no")])
+def test_a_pause_whose_run_ended_meanwhile_leaves_nothing_behind(error: Exception | None) -> None:
+    clock = SlowClock()
+    clock.error = error
+    with Vmm(flat(SPIN)) as vmm:
+        vmm.add_pio_device(0x500, 1, clock)
+        vmm.start()
+
+        def end() -> None:
+            vmm.stop()
+            assert vmm.wait(DEADLINE_S) is not None
+
+        pause_meanwhile(vmm, clock, end)
+        assert vmm.state is VmRunState.PAUSED
+        vmm.start()
+        assert vmm.wait(0.01) is None
+        assert clock.calls == ["quiesce"] + ["resume"] * (error is None)
 
 
 def test_what_resume_raises_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,23 +18,25 @@ SECONDS = float(os.environ.get("PYVMM_STRESS_S", "2"))
 SEED = int(os.environ.get("PYVMM_STRESS_SEED", str(random.SystemRandom().getrandbits(32))))
 
 COMMON = """
-import contextlib, faulthandler, random, sys, threading, time
-from pathlib import Path
+import faulthandler, random, sys, threading, time
 from guests import flat
 from pyvmm import CpuConfig, KvmVm, Vmm, VmmError
 from threads import vcpu_threads
 
 SEED, SECONDS, VCPUS = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
 DEADLINE = 60
-# Counts in BX, and writes and reads port 0x500 each time.
-LOOP = b"\\x43\\xba\\x00\\x05\\xee\\xec\\xeb\\xf8"
+# Counts in BX, writes and reads port 0x500 each time, and writes it 64 times with one instruction.
+LOOP = b"\\x43\\xba\\x00\\x05\\xee\\xec\\xbe\\x00\\x20\\xb9\\x40\\x00\\xf3\\x6e\\xeb\\xf0"
 END = time.monotonic() + SECONDS
 failures = []
 
+class Refused(Exception):
+    pass
+
 def attempt(call):
     try:
-        call()
-    except VmmError:
+        return call()
+    except (VmmError, Refused):
         pass
 
 def several(count, life, seed):
@@ -61,10 +63,12 @@ def no_worker_is_left():
 MACHINE = """
 class Machine:
     def __init__(self, seed):
-        self.chance = random.Random(seed)
+        self.chance, self.lock, self.still = random.Random(seed), threading.Lock(), 0
         self.vmm = Vmm(flat(LOOP, irqchip=True, cpu=CpuConfig(vcpus=VCPUS)))
         self.vmm.add_pio_device(0x500, 4, self)
-        self.kept = self.vmm.snapshot()
+        self.kept = None
+        while self.kept is None:
+            self.kept = attempt(self.vmm.snapshot)
         self.vmm.on_exit("io", self.hook)
 
     def read(self, offset, size):
@@ -73,6 +77,20 @@ class Machine:
 
     def write(self, offset, size, value):
         pass
+
+    def quiesce(self):
+        if self.chance.random() < 0.05:
+            raise Refused
+        with self.lock:
+            self.still += 1
+        if self.chance.random() < 0.1:
+            time.sleep(self.chance.random() * 0.003)
+
+    def resume(self):
+        with self.lock:
+            self.still -= 1
+            if self.still < 0:
+                failures.append("a device was resumed that was not quiesced")
 
     def save(self):
         return b""
@@ -86,6 +104,12 @@ class Machine:
     def in_callback(self):
         if self.chance.random() < 0.05:
             attempt(self.chance.choice(self.from_callbacks()))
+        # Some outlive the run, or the wait of the thread that pauses or snapshots.
+        if self.chance.random() < 0.01:
+            time.sleep(self.chance.random() * 0.1)
+
+    def limit(self):
+        return self.chance.choice([0, 0.0005, 0.005, None])
 
     def keep(self):
         self.kept = self.vmm.snapshot()
@@ -102,11 +126,12 @@ class Machine:
         vmm = self.vmm
         return [vmm.stop, vmm.pause, vmm.resume, vmm.nmi, lambda: vmm.state, lambda: vmm.irq(5).pulse(), self.slots,
             self.registers, vmm.snapshot, lambda: vmm.reset(self.kept), lambda: vmm.run(0.01), vmm.start,
-            lambda: vmm.wait(0.01), lambda: repr(vmm)]
+            lambda: vmm.wait(0.01), lambda: repr(vmm), lambda: vmm.pause(self.limit()),
+            lambda: vmm.snapshot(self.limit()), lambda: vmm.reset(self.kept, self.limit()), lambda: vmm.run_here(0.01)]
 
     def life(self, chance):
-        often = [lambda: self.vmm.run(0.01), lambda: self.vmm.wait(0.01), self.vmm.start]
-        calls = often * 3 + self.from_callbacks() + [self.keep]
+        often = [lambda: self.vmm.run(chance.random() * 0.01), lambda: self.vmm.wait(0.01), self.vmm.start]
+        calls = often * 4 + self.from_callbacks() + [self.keep]
         for _ in range(chance.randrange(5, 40)):
             attempt(chance.choice(calls))
         if chance.random() < 0.3:
@@ -119,9 +144,50 @@ while time.monotonic() < END and not failures:
     several(3, machine.life, seed)
     machine.vmm.close()
     assert machine.vmm.state == "closed"
+    assert machine.still == 0, (seed, "a device was not resumed")
     no_worker_is_left()
     seed += 1
 assert not failures, (seed, failures)
+"""
+
+# Runs, snapshots and resets, each in a thread of its own, while the guest repeats an access.
+BESIDE = """
+class Sink:
+    def write(self, offset, size, value):
+        pass
+
+    def save(self):
+        return b""
+
+    def restore(self, state):
+        pass
+
+def loop(call):
+    while time.monotonic() < END:
+        try:
+            call()
+        except VmmError as error:
+            if "its guest is running" in str(error):
+                failures.append(error)
+
+faulthandler.dump_traceback_later(SECONDS + DEADLINE, exit=True)
+# cld; mov si, 0x2000; mov cx, 0xfff; mov dx, 0x500; rep outsb; jmp back
+REPEAT = b"\\xfc\\xbe\\x00\\x20\\xb9\\xff\\x0f\\xba\\x00\\x05\\xf3\\x6e\\xeb\\xf4"
+with Vmm(flat(REPEAT, cpu=CpuConfig(vcpus=VCPUS))) as vmm:
+    vmm.add_pio_device(0x500, 1, Sink())
+    kept, chance = vmm.snapshot(), random.Random(SEED)
+    runs = [vmm.run, vmm.run_here] if VCPUS == 1 else [vmm.run]
+    calls = [
+        lambda: chance.choice(runs)(chance.random() * 0.003),
+        lambda: vmm.snapshot(chance.choice([0.0005, None])),
+        lambda: vmm.reset(kept, chance.choice([0.0005, None])),
+    ]
+    threads = [threading.Thread(target=loop, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+assert not failures, failures
 """
 
 BY_HAND = """
@@ -170,3 +236,8 @@ def test_a_machine_survives_any_calls(vcpus: int) -> None:
 @pytest.mark.parametrize("vcpus", [1, 3])
 def test_a_bare_machine_survives_any_calls(vcpus: int) -> None:
     survives(BY_HAND, vcpus)
+
+
+@pytest.mark.parametrize("vcpus", [1, 2])
+def test_runs_survive_snapshots_and_resets_beside_them(vcpus: int) -> None:
+    survives(BESIDE, vcpus)

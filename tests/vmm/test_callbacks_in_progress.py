@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from guests import flat
-from pyvmm import ExitReason, KvmVm, StateError, Vmm, VmmError, VmRunState, WaitTimeoutError
+from pyvmm import ExitReason, KvmVm, StateError, Stop, Vmm, VmmError, VmRunState, WaitTimeoutError
 
 if TYPE_CHECKING:
     from typing import Any
@@ -30,13 +30,15 @@ class Slow:
         self.entered, self.go = threading.Event(), threading.Event()
         self.calls = 0
         self.error: Exception | None = None
+        self.result: Stop | None = None
 
-    def write(self, offset: int, size: int, value: int) -> None:
+    def write(self, offset: int, size: int, value: int) -> Stop | None:
         self.entered.set()
         assert self.go.wait(DEADLINE_S)
         self.calls += 1
         if self.error:
             raise self.error
+        return self.result
 
     def save(self) -> bytes:
         return b""
@@ -105,6 +107,79 @@ def test_a_callback_may_stop_its_run_and_do_more(vmm: Vmm, slow: Slow) -> None:
     vmm.add_pio_device(0x500, 1, Stopper())
     assert vmm.run(DEADLINE_S).reason is ExitReason.STOPPED
     assert done == [0x78]
+
+
+def test_a_stop_of_a_callback_is_not_lost_when_the_time_passes_meanwhile(vmm: Vmm, slow: Slow) -> None:
+    # Whenever the device returns, also within what a run waits for it after its time has passed:
+    # one run ends with the value.
+    for number, delay in enumerate([0.0, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08]):
+        slow.go.clear()
+        slow.result = Stop(number)
+        timer = threading.Timer(delay, slow.go.set)
+        timer.start()
+        exits = [vmm.run(0.01)]
+        while exits[-1].reason is ExitReason.TIMEOUT:
+            exits.append(vmm.run(0.01))
+        timer.join()
+        assert (exits[-1].reason, exits[-1].value) == (ExitReason.STOPPED, number)
+
+
+def test_a_stop_for_a_guest_that_went_ends_no_run_of_the_next(vmm: Vmm, slow: Slow) -> None:
+    before = vmm.snapshot()
+    slow.result = Stop("of the former guest")
+    assert vmm.run(0.01).reason is ExitReason.TIMEOUT
+    slow.go.set()
+    vmm.reset(before, DEADLINE_S)
+    slow.result = None
+    assert vmm.run(0.01).reason is ExitReason.TIMEOUT
+    vmm.stop()
+    exit = vmm.run(DEADLINE_S)
+    assert (exit.reason, exit.value) == (ExitReason.STOPPED, None)
+
+
+@pytest.mark.parametrize("run", ["run", "run_here"])
+def test_a_reset_beside_the_end_of_the_guest_is_refused_or_brings_it_back(run: str) -> None:
+    # out 0x80, al; hlt
+    with Vmm(flat(b"\xe6\x80\xf4")) as vmm, ThreadPoolExecutor() as others:
+        before = vmm.snapshot()
+        for _ in range(200):
+            ran = others.submit(getattr(vmm, run), DEADLINE_S)
+            while not ran.done():
+                try:
+                    vmm.reset(before, DEADLINE_S)
+                except StateError:
+                    continue
+            try:
+                reason = ran.result().reason
+            except StateError:  # the reset came first: one of them at a time
+                continue
+            assert reason is ExitReason.HALT
+            vmm.reset(before)
+            assert vmm.state is not VmRunState.EXITING
+
+
+def test_what_a_callback_raises_that_has_dropped_its_machine_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    reported = threading.Event()
+    seen: list[Any] = []
+
+    def hook(unraisable: Any) -> None:
+        seen.append(str(unraisable.exc_value))
+        reported.set()
+
+    monkeypatch.setattr("sys.unraisablehook", hook)
+    slow, machines = Slow(), [Vmm(flat(OUT_FOR_EVER))]
+
+    class Dropping:
+        def write(self, offset: int, size: int, value: int) -> None:
+            slow.write(offset, size, value)
+            machines.clear()
+            raise LookupError("nobody is left")
+
+    machines[0].add_pio_device(0x500, 1, Dropping())
+    assert machines[0].run(0.01).reason is ExitReason.TIMEOUT
+    slow.go.set()
+    assert reported.wait(DEADLINE_S)
+    assert seen == ["nobody is left"]
 
 
 @pytest.mark.parametrize("call", ["snapshot", "reset"])

@@ -44,7 +44,11 @@ impl PyVmm {
     #[pyo3(signature = (snapshot, timeout = None))]
     fn reset(&self, py: Python<'_>, snapshot: &PySnapshot, timeout: Option<f64>) -> PyResult<u64> {
         let (vmm, snapshot) = (self.core()?, snapshot.core()?);
-        let changed = interrupt::limited(py, timeout, |limit| vmm.reset(snapshot, limit));
+        // Dropped with the GIL held.
+        let mut stop = None;
+        let changed = interrupt::limited(py, timeout, |limit| {
+            vmm.reset(snapshot, limit, || stop = self.hooks.pending.take_stop())
+        });
         changed.map_err(|error| self.device_failure(error))
     }
 }
