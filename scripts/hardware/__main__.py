@@ -138,7 +138,7 @@ def pytest_command(mode: str, more: list[str]) -> str:
     """The tests of a mode. Each has more time than elsewhere: the processor is an emulated one."""
     files = [f"tests/{name}.py" for name in SUBSET] if mode == "subset" else []
     words = [".venv/bin/python", "-m", "pytest", "--quiet", "-p", "no:cacheprovider", "--durations=10", "--tb=native"]
-    words += ["--timeout", str(TEST_LIMIT_S)]
+    words += ["--timeout", str(TEST_LIMIT_S), "-o", f"faulthandler_timeout={3 * TEST_LIMIT_S}"]
     return shlex.join([*words, *files, *more])
 
 
