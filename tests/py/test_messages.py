@@ -178,8 +178,9 @@ ODD = st.one_of(
     st.sampled_from([-1, 2**31, 2**32, 2**63, 2**64, 10**40, math.nan, math.inf, -math.inf, 1e300, "\udc80", object()]),
     st.builds(EventFd), st.builds(EventManager), st.builds(object),
 )  # fmt: skip
-# What waits, what ends the process's own things, and what is tried elsewhere.
-LEFT_OUT = {"set_kick_signal", "run", "run_once", "run_forever", "call_blocking", "wait", "map", "fork_many"}
+# What waits for the guest without a limit, which is tried elsewhere, and what can be called once a process.
+WAITS = {"run", "run_here", "run_once", "run_forever", "call_blocking", "wait", "map", "fork_many"}
+LEFT_OUT = WAITS | {"set_kick_signal"}
 TYPED = (TypeError, ValueError, OverflowError, VmmError, BlockingIOError, OSError, AttributeError, LookupError)
 
 
