@@ -12,7 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 /// How long to wait for the writer of a FIFO.
 const WRITER_COMES: Duration = Duration::from_millis(500);
 /// How often a wait checks for an interruption.
-const SLICE: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 const CHUNK: usize = 1 << 20;
 
 /// See the module.
@@ -80,7 +80,7 @@ fn read_some(file: &mut File, bytes: &mut Vec<u8>, count: usize) -> io::Result<u
 /// Wait until the file is readable, a slice of time has passed, or a signal arrives.
 fn wait(file: &File) {
     let mut poll = libc::pollfd { fd: file.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-    let milliseconds = i32::try_from(SLICE.as_millis()).unwrap_or(i32::MAX);
+    let milliseconds = i32::try_from(POLL_INTERVAL.as_millis()).unwrap_or(i32::MAX);
     // SAFETY: one pollfd that lives through the call.
     unsafe { libc::poll(&raw mut poll, 1, milliseconds) };
 }

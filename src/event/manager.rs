@@ -211,11 +211,11 @@ mod tests {
             let manager = Arc::clone(&manager);
             std::thread::spawn(move || manager.run().unwrap())
         };
-        let ghost = EventFd::new(EFD_NONBLOCK).unwrap();
-        let _duplicate = ghost.try_clone().unwrap();
+        let closed = EventFd::new(EFD_NONBLOCK).unwrap();
+        let _duplicate = closed.try_clone().unwrap();
         let other = manager.add_subscriber(Box::new(Counter::default()));
-        manager.add(other, Events::new(&ghost, EventSet::IN)).unwrap();
-        drop(ghost);
+        manager.add(other, Events::new(&closed, EventSet::IN)).unwrap();
+        drop(closed);
         manager.remove_subscriber(other).map(drop).unwrap();
         let late = ready_eventfd();
         manager.add(id, Events::new(&late, EventSet::IN)).unwrap();

@@ -152,7 +152,7 @@ impl GuestMemory {
         let offset = address - placed.start;
         if length > placed.mapping.size() - offset {
             self.check(address, length)?;
-            let detail = format!("{length} bytes there lie in more than one memory slot");
+            let detail = format!("{length} bytes there span more than one memory slot");
             return Err(Error::new(ErrorKind::Memory, format!("{address:#x}"), detail));
         }
         Ok(View::of(Arc::clone(&placed.mapping), to_usize(offset)?, to_usize(length)?))

@@ -1,5 +1,5 @@
-//! The pages behind a memory slot: zeroed memory of its own, or part of a file that others may map.
-//! Any thread.
+//! The pages behind a memory slot: zeroed memory of its own, or part of a file that other processes
+//! may map. Any thread.
 
 use std::fs::File;
 use std::io;
@@ -17,7 +17,7 @@ use crate::process::Learnt;
 pub struct Backing {
     /// The guest's writes become MMIO exits.
     pub read_only: bool,
-    /// The pages are those of a file or memfd that others may map too.
+    /// The pages are those of a file or memfd that other processes may map too.
     pub shared: bool,
 }
 
@@ -39,12 +39,12 @@ pub fn anonymous(size: u64) -> Result<MmapRegion> {
     MmapRegion::build(Some(file), length, access, flags).map_err(|e| refused(&e))
 }
 
-/// Part of a file or memfd, shared with everyone who maps it. A file that is open for reading only
-/// can be `read_only` memory. A memfd is sealed against shrinking if possible; a file must not
-/// shrink while it is mapped.
+/// Part of a file or memfd, shared with everything else that maps it. A file that is open for
+/// reading only can be `read_only` memory. A memfd is sealed against shrinking if possible; a file
+/// must not shrink while it is mapped.
 ///
 /// # Errors
-/// If the file is shorter, or cannot be mapped that way.
+/// If the file is too short or cannot be mapped that way.
 pub fn shared(
     file: BorrowedFd<'_>,
     offset: u64,
@@ -54,7 +54,7 @@ pub fn shared(
     let failed = |e: &io::Error| Error::os(ErrorKind::Memory, AT, e);
     let file = File::from(file.try_clone_to_owned().map_err(|e| failed(&e))?);
     if !offset.is_multiple_of(PAGE) {
-        let detail = format!("the offset {offset:#x} is not at a whole page of 4 KiB");
+        let detail = format!("the offset {offset:#x} is not a multiple of 4 KiB");
         return Err(Error::new(ErrorKind::Memory, AT, detail));
     }
     let size = check_length(&file, offset, size)?;
@@ -63,12 +63,12 @@ pub fn shared(
     let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
     let can_write = flags & libc::O_ACCMODE == libc::O_RDWR;
     if !can_write && !read_only {
-        let detail = "it is open for reading only: the memory has to be read-only too";
+        let detail = "it is open for reading only, so the memory must be read-only";
         return Err(Error::new(ErrorKind::Memory, AT, detail));
     }
-    // SAFETY: no pointers. A file that is not a memfd refuses.
+    // SAFETY: no pointers. The call fails for a file that is not a memfd.
     unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_SHRINK) };
-    // From here on a memfd keeps its length. It may have shrunk since the first check.
+    // A sealed memfd keeps its length. It may have shrunk since the first check.
     check_length(&file, offset, Some(size))?;
     let access = libc::PROT_READ | if can_write { libc::PROT_WRITE } else { 0 };
     let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
@@ -84,8 +84,7 @@ fn check_length(file: &File, offset: u64, size: Option<u64>) -> Result<u64> {
     let most = length.checked_next_multiple_of(PAGE).and_then(|length| length.checked_sub(offset));
     let size = size.or(most).unwrap_or(0);
     if size == 0 || most.is_none_or(|most| size > most) {
-        let detail =
-            format!("{size} bytes from offset {offset} are not all in it: it has {length}");
+        let detail = format!("{size} bytes at offset {offset} exceed its {length} bytes");
         return Err(Error::new(ErrorKind::Memory, AT, detail));
     }
     Ok(size)
@@ -95,7 +94,7 @@ fn whole(size: u64) -> Result<usize> {
     match usize::try_from(size) {
         Ok(size) if size > 0 && size % 4096 == 0 => Ok(size),
         _ => {
-            let detail = format!("{size:#x} bytes are no whole pages of 4 KiB");
+            let detail = format!("{size:#x} bytes is not a multiple of 4 KiB");
             Err(Error::new(ErrorKind::Memory, "memory", detail))
         }
     }

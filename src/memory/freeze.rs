@@ -1,5 +1,5 @@
-//! The contents of all slots: frozen for a snapshot, and brought back by a reset. The guest is
-//! stopped meanwhile, by the caller; host threads may write at any time.
+//! The contents of all slots: frozen for a snapshot, and restored by a reset. The caller keeps the
+//! guest stopped; host threads may write at any time.
 
 use super::image::MemoryRange;
 use super::ram::Ram;
@@ -9,17 +9,17 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::hop::hop;
 
 impl Slots {
-    /// Freeze what every slot holds.
+    /// Freeze the contents of every slot.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] if memory is shared with others; if the process is out of descriptors
-    /// or memory.
+    /// [`ErrorKind::State`] if any memory is shared. If the process is out of descriptors or
+    /// memory.
     pub(crate) fn freeze(&self) -> Result<Vec<MemoryRange>> {
         hop!();
         let mut table = self.table.lock();
         if let Some(entry) = table.entries.iter().find(|entry| entry.ram.is_none()) {
             let at = format!("memory at {:#x}", entry.slot.start);
-            let detail = "it is shared with others, who may go on writing it";
+            let detail = "it is shared: other processes may write it at any time";
             let error = Error::new(ErrorKind::State, at, detail);
             return Err(error.hint("remove that slot before the snapshot, and add it to each fork"));
         }
@@ -33,7 +33,7 @@ impl Slots {
         Ok(all)
     }
 
-    /// Check that these ranges can be brought back now.
+    /// Check that these ranges can be restored now.
     ///
     /// # Errors
     /// [`ErrorKind::State`] if the machine's slots have changed.
@@ -41,12 +41,12 @@ impl Slots {
         self.table.lock().check(ranges)
     }
 
-    /// Check once more, call `begin`, and bring the ranges back, each to the slot at its address.
-    /// Returns how many bytes were changed.
+    /// Check once more, call `begin`, and restore each range to the slot at its address. Returns
+    /// how many bytes were changed.
     ///
     /// # Errors
-    /// As for `check`, and if a file behind the ranges has been changed: nothing is changed then.
-    /// If the process is out of memory or mappings, part of the machine's memory is as before.
+    /// As for `check`, and if a file behind the ranges has been changed. Nothing is changed then.
+    /// If the process is out of memory or mappings: part of the machine's memory is restored then.
     pub(crate) fn reset(&self, ranges: &[MemoryRange], begin: impl FnOnce()) -> Result<u64> {
         let mut table = self.table.lock();
         table.check(ranges)?;

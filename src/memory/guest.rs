@@ -1,5 +1,5 @@
-//! The guest memory of one machine, as everything else sees it: made here, with its slots added and
-//! removed. `access.rs` reads and writes it, `search.rs` searches it. Any thread.
+//! `GuestMemory`, the guest memory of one machine: creates it, and adds and removes slots.
+//! `access.rs` reads and writes it, `search.rs` searches it. Any thread.
 
 use std::fmt;
 use std::sync::Arc;
@@ -31,7 +31,7 @@ impl fmt::Debug for GuestMemory {
 }
 
 impl GuestMemory {
-    /// No memory yet; [`Self::add`] adds some.
+    /// Without any memory; [`Self::add`] adds some.
     #[must_use]
     pub fn empty() -> Self {
         Self(Arc::default())
@@ -52,18 +52,18 @@ impl GuestMemory {
         Ok(memory)
     }
 
-    /// What occupies which addresses in the machine that has this memory.
+    /// The owners of addresses in the machine that has this memory.
     #[must_use]
     pub fn resources(&self) -> &Arc<Resources> {
         self.0.resources()
     }
 
-    /// What memory there is now.
+    /// The current map of memory.
     pub(super) fn map(&self) -> Arc<Map> {
         self.0.map()
     }
 
-    /// Its slots, for KVM and for snapshots.
+    /// Its slots, as KVM and snapshots need them.
     pub(crate) fn kvm_slots(&self) -> &Slots {
         &self.0
     }
@@ -74,13 +74,14 @@ impl GuestMemory {
         self.0.all()
     }
 
-    /// Whether both are the memory of the same machine.
+    /// Whether both are handles of the same memory.
     #[must_use]
     pub fn is(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
     }
 
-    /// Map memory at a guest-physical address. A machine that exists sees it at once.
+    /// Map memory at a guest-physical address. If the machine exists, its guest sees the memory at
+    /// once.
     ///
     /// # Errors
     /// If it overlaps other memory or a device, is not a whole number of pages, or KVM refuses it.
@@ -94,7 +95,7 @@ impl GuestMemory {
     /// Map a snapshot's memory at its address.
     ///
     /// # Errors
-    /// As for `add`; if a file behind the snapshot has been changed.
+    /// As for `add`. If a file behind the snapshot has been changed.
     pub(crate) fn add_image(&self, address: u64, image: &Image, read_only: bool) -> Result<Slot> {
         hop!();
         let mapping = Mapping::new(image.map()?);
@@ -127,7 +128,7 @@ impl GuestMemory {
     /// Return and clear the log of written pages, slot by slot.
     ///
     /// # Errors
-    /// [`crate::error::ErrorKind::State`] if the log is off; if KVM refuses.
+    /// [`crate::error::ErrorKind::State`] if the log is off. If KVM refuses.
     pub fn take_dirty(&self) -> Result<Vec<DirtyPages>> {
         self.0.take_dirty()
     }
@@ -137,14 +138,15 @@ impl GuestMemory {
         self.0.note_write(address, length);
     }
 
-    /// The bytes of memory in all slots.
+    /// The size of all slots together, in bytes.
     #[must_use]
     pub fn size(&self) -> u64 {
         self.map().size()
     }
 
-    /// Have another crate write the memory, and log `written`: the start and end of each range that
-    /// `write` may have changed. There is no other way to the mappings, so no write is missed.
+    /// Have another crate write the memory with `write`, and log `written`: the start and end of
+    /// each range that it may have changed. This is the only access to the mappings, so no write is
+    /// missed.
     pub(crate) fn write_with<T>(
         &self,
         written: &[(u64, u64)],
@@ -158,8 +160,8 @@ impl GuestMemory {
         result
     }
 
-    /// A view for somebody who may write it at any time: the log includes its pages, each time it
-    /// is read, for as long as the view lives.
+    /// A view that may be written at any time: while it lives, each read of the log includes its
+    /// pages.
     ///
     /// # Errors
     /// As for [`Self::view`].

@@ -1,5 +1,5 @@
-//! What a range of guest memory held at a snapshot: runs of pages, each in a layer that no longer
-//! changes. Machines map them copy-on-write. Any thread.
+//! The contents of a range of guest memory at a snapshot: runs of pages, each in an immutable
+//! layer. Machines map them copy-on-write. Any thread.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -79,7 +79,7 @@ struct Inner {
     size: u64,
     /// By address, without gaps.
     runs: Vec<Run>,
-    /// For comparing and copying; mapped at first use.
+    /// A mapping for comparing and copying, created at first use.
     mapping: Learnt<MmapRegion>,
 }
 
@@ -129,7 +129,8 @@ impl Image {
         self.0.runs.iter().skip(first).map_while(move |run| run.part(range))
     }
 
-    /// The image with some ranges (by address) taken from another layer, at the same offsets.
+    /// The image with some ranges (sorted by address) replaced by another layer, at the same
+    /// offsets.
     pub(crate) fn overlaid(&self, changed: &[ByteRange], layer: &Arc<Layer>) -> Self {
         let mut runs: Vec<Run> = Vec::new();
         let mut at = 0;
@@ -169,7 +170,7 @@ impl Image {
     /// A new private mapping of it, which shares every page until it is written.
     ///
     /// # Errors
-    /// If no address space is left, or a file has been changed.
+    /// If the process is out of address space, or a file has been changed.
     pub(crate) fn map(&self) -> Result<MmapRegion> {
         self.map_with(READ_WRITE)
     }
@@ -189,15 +190,15 @@ impl Image {
         Ok(region)
     }
 
-    /// Replace the pages under a mapping of guest memory with it.
+    /// Replace the pages under a mapping of guest memory with this image.
     ///
     /// # Errors
-    /// If the mapping has another size, or the kernel refuses: then any of the runs may have been
-    /// replaced.
+    /// If the mapping has another size. If the kernel refuses: any of the runs may have been
+    /// replaced then.
     pub(crate) fn map_over(&self, mapping: &Mapping) -> Result<()> {
         if mapping.size() != self.0.size {
             let detail =
-                format!("{:#x} bytes, the snapshot has {:#x}", mapping.size(), self.0.size);
+                format!("{:#x} bytes, but the snapshot has {:#x}", mapping.size(), self.0.size);
             return Err(Error::new(ErrorKind::State, "memory", detail));
         }
         self.0.runs.iter().try_for_each(|run| run.map_in(mapping.region(), READ_WRITE))
@@ -233,7 +234,7 @@ impl Image {
 pub struct MemoryRange {
     /// Guest-physical start.
     pub start: u64,
-    /// Whether the guest is kept from writing it.
+    /// Whether it is read-only for the guest.
     pub read_only: bool,
     /// Its contents.
     pub image: Image,

@@ -1,5 +1,5 @@
-//! Pages that no longer change: a sealed memfd, or a snapshot's file that is checked before use.
-//! Also makes the memfds behind guest memory. Any thread.
+//! Immutable pages: a sealed memfd, or a snapshot's file that is checked before use. Also creates
+//! the memfds behind guest memory. Any thread.
 
 use std::fs::File;
 use std::io;
@@ -13,7 +13,7 @@ use super::mapping::part;
 use super::ranges::ByteRange;
 use crate::error::{Error, ErrorKind, Result};
 
-/// Pages that no longer change: a sealed memfd, or a snapshot's file.
+/// Immutable pages: a sealed memfd, or a snapshot's file.
 #[derive(Debug)]
 pub struct Layer {
     file: Arc<File>,
@@ -22,7 +22,7 @@ pub struct Layer {
 }
 
 impl Layer {
-    /// A memfd that is sealed later, once no writable mapping of it is left.
+    /// A memfd that is sealed once no writable mapping of it is left.
     pub(crate) fn of_memfd(file: Arc<File>) -> Arc<Self> {
         Arc::new(Self { file, stamp: None })
     }
@@ -58,7 +58,7 @@ impl Layer {
         }
     }
 
-    /// A file that must not change: [`Self::check`] notices if it does.
+    /// A file that must not change: [`Self::check`] detects a change.
     pub(crate) fn of_file(file: File) -> Result<Arc<Self>> {
         let stamp = Some(stamp(&file)?);
         Ok(Arc::new(Self { file: Arc::new(file), stamp }))
@@ -72,7 +72,7 @@ impl Layer {
         }
         let detail = "the snapshot's file has been written since it was loaded";
         Err(Error::new(ErrorKind::Snapshot, "file", detail)
-            .hint("replace such a file by a new one of the same name, or load it with copy=True"))
+            .hint("write a new file and rename it over the old one, or load with copy=True"))
     }
 
     /// Bytes allocated for it, in memory or on disk.
@@ -89,12 +89,12 @@ impl Layer {
         &self.file
     }
 
-    /// The next part between two offsets that is not a hole, in whole pages.
+    /// The next range between two offsets that is not a hole, in whole pages.
     pub(super) fn next_data(&self, at: u64, end: u64) -> Option<ByteRange> {
         let seek = |from: u64, whence| {
             let from = i64::try_from(from).ok()?;
-            // SAFETY: no pointers. Nothing relies on the file position: all reads and writes name
-            // their offsets.
+            // SAFETY: no pointers. Nothing depends on the file position: all reads and writes give
+            // offsets.
             u64::try_from(unsafe { libc::lseek(self.file.as_raw_fd(), from, whence) }).ok()
         };
         if at >= end {

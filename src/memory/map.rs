@@ -68,7 +68,8 @@ impl Map {
 
     /// The error for a range that is not entirely memory.
     pub(super) fn outside(&self, address: u64, length: u64) -> Error {
-        let detail = format!("{length} bytes there are not all in guest memory ({})", self.shown());
+        let detail =
+            format!("{length} bytes there are not entirely in guest memory ({})", self.shown());
         Error::new(ErrorKind::Memory, format!("{address:#x}"), detail)
     }
 
@@ -86,13 +87,13 @@ impl Map {
         }
     }
 
-    /// Bytes of memory.
+    /// The size of all memory, in bytes.
     pub(super) fn size(&self) -> u64 {
         self.placed.iter().map(|placed| placed.mapping.size()).sum()
     }
 }
 
-/// Check that a slot can have this place.
+/// Check that a slot can have this address and size.
 ///
 /// # Errors
 /// If the address or the size is not a multiple of the page size, or the end is beyond the last
@@ -101,10 +102,10 @@ pub(super) fn check_place(address: u64, size: u64) -> Result<()> {
     let refuse =
         |detail: String| Err(Error::new(ErrorKind::Memory, format!("{address:#x}"), detail));
     if !address.is_multiple_of(PAGE) || !size.is_multiple_of(PAGE) {
-        return refuse("memory starts and ends at whole pages of 4 KiB".into());
+        return refuse("memory must start and end at a multiple of 4 KiB".into());
     }
     if address.checked_add(size).is_none() {
-        return refuse(format!("{size:#x} bytes there reach beyond the last address"));
+        return refuse(format!("{size:#x} bytes there extend beyond the last address"));
     }
     Ok(())
 }

@@ -1,6 +1,6 @@
-//! Guest memory: host mappings by guest-physical address, which KVM has as slots, and the
-//! copy-on-write images that snapshots keep of it. No vCPU, no device and no file format here. Any
-//! thread may call it; a guest may write the bytes at any time.
+//! Guest memory: host mappings by guest-physical address, which are KVM's memory slots, and their
+//! copy-on-write images in snapshots. vCPUs, devices and file formats are elsewhere. Any thread may
+//! call this room. A guest may write the memory at any time.
 
 mod access;
 mod backing;

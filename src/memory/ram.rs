@@ -1,5 +1,5 @@
-//! The RAM of one slot, which a snapshot freezes without a copy and a reset brings back. The guest
-//! is stopped meanwhile, by the caller; host threads may write at any time.
+//! The RAM of one slot. A snapshot freezes it without a copy, and a reset restores it. The caller
+//! keeps the guest stopped; host threads may write at any time.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -21,8 +21,8 @@ const IDLE_RESETS: u32 = 8;
 /// if they are more than this, and more than eight times the pages that changed.
 const IDLE_PAGES: u64 = 1024;
 
-/// RAM that belongs to one machine. It keeps its mapping, so that whatever it maps over it never
-/// replaces anything else.
+/// RAM that belongs to one machine. It owns its mapping, so new pages mapped over it replace
+/// nothing else.
 #[derive(Debug)]
 pub(crate) struct Ram {
     mapping: Arc<Mapping>,
@@ -30,7 +30,7 @@ pub(crate) struct Ram {
     idle_resets: u32,
 }
 
-/// What is mapped.
+/// The current pages.
 #[derive(Debug)]
 enum Under {
     /// The machine's own memfd, mapped shared.
@@ -61,7 +61,7 @@ impl Ram {
         self.mapping.region()
     }
 
-    /// An image of what it holds now. From here on the machine writes to private copies.
+    /// An image of the current contents. From now on the machine writes to private copies.
     ///
     /// # Errors
     /// If the process is out of descriptors, memory or mappings. The contents do not change.
@@ -98,7 +98,7 @@ impl Ram {
         }
     }
 
-    /// A copy of what it holds, for when the memfd may still be written: by a child that was forked
+    /// A copy of the contents, used if the memfd may still be written: by a child that was forked
     /// without the C library, or by a kernel transfer in progress.
     fn copy(&self, image: &Image) -> Result<Image> {
         let (host, size) = (self.mapping.host(), self.mapping.size());
@@ -108,11 +108,11 @@ impl Ram {
         Ok(Image::whole(size, Layer::sealed(file)?))
     }
 
-    /// Bring back an image of the same size. Returns the ranges that were changed.
+    /// Restore an image of the same size. Returns the ranges that were changed.
     ///
     /// # Errors
-    /// If the process is out of memory or mappings: then it may hold parts of both. Another reset
-    /// can still succeed.
+    /// If the process is out of memory or mappings: the RAM may hold parts of both then. Another
+    /// reset can still succeed.
     pub(crate) fn reset(&mut self, image: &Image) -> Result<Vec<ByteRange>> {
         image.check()?;
         let (host, size) = (self.mapping.host(), self.mapping.size());
@@ -148,7 +148,7 @@ impl Ram {
     }
 }
 
-/// The pages that are as in the image, and the others.
+/// The pages that equal the image, and the others.
 struct Comparison {
     same: Vec<ByteRange>,
     other: Vec<ByteRange>,
@@ -172,7 +172,7 @@ fn compare(region: &MmapRegion, image: &Image, candidates: &[ByteRange]) -> Resu
     Ok(Comparison { same, other })
 }
 
-/// Release the private copies, so that the image's pages show again.
+/// Release the private copies, so that the image's pages are visible again.
 fn release(region: &MmapRegion, range: ByteRange) -> Result<()> {
     let slice = part(region, range)?;
     let start = slice.ptr_guard_mut();
@@ -274,7 +274,7 @@ mod tests {
         let image = ram.freeze().unwrap();
         assert!(ram.reset(&image).unwrap().is_empty());
         [3, 4, 60].into_iter().for_each(|page| set(&mapping, page, 1));
-        set(&mapping, 5, 9); // written, and the same
+        set(&mapping, 5, 9); // written with the same value
         let expected = [(3 * PAGE, 5 * PAGE), (60 * PAGE, 61 * PAGE)];
         assert_eq!(ram.reset(&image).unwrap(), expected);
         assert!(ram.reset(&image).unwrap().is_empty());
@@ -289,7 +289,7 @@ mod tests {
         let second = ram.freeze().unwrap();
         assert_eq!(second.differing(&first), [(7 * PAGE, 8 * PAGE)]);
         assert_eq!(second.layers().iter().map(|layer| layer.allocated()).sum::<u64>(), 65 * PAGE);
-        assert!(ram.freeze().unwrap().is(&second), "nothing has changed since");
+        assert!(ram.freeze().unwrap().is(&second), "nothing has changed");
     }
 
     #[test]
@@ -298,7 +298,7 @@ mod tests {
         set(&mapping, 3, 7);
         let file = mapping.own_file().unwrap();
         let offset = vm_memory::FileOffset::new(file.try_clone().unwrap(), 0);
-        // As a child has it that was forked by a bare system call.
+        // As in a child that was forked by a bare system call.
         let elsewhere =
             Mapping::new(MmapRegion::from_file(offset, mapping.region().size()).unwrap());
         let image = ram.freeze().unwrap();
@@ -308,7 +308,7 @@ mod tests {
         assert_eq!((all(image.mapping().unwrap()), held[3], held[4]), (held.clone(), 7, 0));
         ram.reset(&image).unwrap();
         set(&elsewhere, 3, 8);
-        assert_eq!(all(mapping.region()), held, "and a reset parts the machine from it");
+        assert_eq!(all(mapping.region()), held, "after a reset, the machine no longer shares it");
     }
 
     #[test]

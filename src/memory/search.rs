@@ -16,7 +16,7 @@ impl GuestMemory {
     /// If `wanted` is empty.
     pub fn find(&self, wanted: &[u8], start: u64, end: u64) -> Result<Option<u64>> {
         if wanted.is_empty() {
-            let detail = "there is nothing to look for: no bytes";
+            let detail = "no bytes to search for";
             return Err(Error::new(ErrorKind::Memory, "find", detail));
         }
         let finder = memmem::Finder::new(wanted);

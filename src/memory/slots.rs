@@ -1,4 +1,4 @@
-//! The memory slots of a machine, and their lock: adds and removes them, and tells KVM. Any thread.
+//! The memory slots of a machine, and their lock: adds and removes slots, also in KVM. Any thread.
 
 use std::sync::{Arc, OnceLock};
 
@@ -16,11 +16,11 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::resources::{Kind, Resources};
 use crate::sync::{Mutex, rank};
 
-/// The slots of one machine. KVM learns of them once the machine exists.
+/// The slots of one machine. They are set in KVM once the machine exists.
 ///
-/// Every change of the slots, of the log or of what the slots hold keeps one lock from its check to
+/// Every change of the slots, of the log or of the slots' contents holds one lock from its check to
 /// its end. So a snapshot freezes, and a reset replaces, exactly the mappings that were checked.
-/// Reads and writes do not need the lock: they use a map, which every change replaces.
+/// Reads and writes do not need the lock: they use a map, which every change of the slots replaces.
 #[derive(Debug, Default)]
 pub(crate) struct Slots {
     pub(super) vm: OnceLock<Arc<VmFd>>,
@@ -28,12 +28,12 @@ pub(crate) struct Slots {
     pub(super) table: Mutex<Table, rank::MemorySlots>,
     /// Replaced only with the table's lock held.
     pub(super) map: Arc<CurrentMap>,
-    /// Views that the log takes for written.
+    /// Views whose pages the log always includes.
     pub(super) views: Arc<WritableViews>,
 }
 
 impl Slots {
-    /// Give a new machine every slot.
+    /// Set every slot in a new machine.
     ///
     /// # Errors
     /// If the memory belongs to another machine already, or KVM refuses a slot.
@@ -47,12 +47,12 @@ impl Slots {
         table.entries.iter().try_for_each(|entry| self.set_region(region(entry)))
     }
 
-    /// What memory there is now.
+    /// The current map of memory.
     pub(super) fn map(&self) -> Arc<Map> {
         Arc::clone(&self.map.read())
     }
 
-    /// What occupies which addresses in the machine.
+    /// The owners of the machine's addresses.
     pub(crate) fn resources(&self) -> &Arc<Resources> {
         &self.resources
     }
@@ -66,7 +66,7 @@ impl Slots {
     /// Add a slot.
     ///
     /// # Errors
-    /// If it overlaps something, or KVM refuses it. Nothing is changed then.
+    /// If it overlaps something else, or KVM refuses it. Nothing is changed then.
     pub(super) fn add(
         &self,
         address: u64,
@@ -123,7 +123,7 @@ impl Slots {
     pub(super) fn remove(&self, slot: &Slot) -> Result<()> {
         let mut table = self.table.lock();
         let Some(at) = table.entries.iter().position(|e| e.slot == *slot) else {
-            let detail = "the machine has no such memory slot, or no longer";
+            let detail = "the machine has no such memory slot";
             return Err(Error::new(ErrorKind::Memory, format!("{:#x}", slot.start), detail));
         };
         self.set_region(table.entries[at].region(0, false))?;
@@ -142,12 +142,12 @@ impl Slots {
     pub(super) fn all(&self) -> Vec<Slot> {
         self.table.lock().entries.iter().map(|e| e.slot).collect()
     }
-    /// Tell KVM of a slot, if the machine exists.
+    /// Set a slot in KVM, if the machine exists.
     pub(super) fn set_region(&self, region: kvm_userspace_memory_region) -> Result<()> {
         let Some(vm) = self.vm.get() else { return Ok(()) };
-        // SAFETY: the range is a mapping that its entry owns. An entry is dropped only after KVM
-        // has been told that its slot is gone, or after the VM descriptor. Slots do not overlap:
-        // the caller holds the table's lock and has checked that.
+        // SAFETY: the range is a mapping that its entry owns. An entry is dropped only after its
+        // slot has been removed in KVM, or after the VM descriptor. Slots do not overlap: the
+        // caller holds the table's lock and has checked that.
         unsafe { vm.set_user_memory_region(region) }.map_err(|e| {
             let error = Error::kvm("KVM_SET_USER_MEMORY_REGION", e);
             let (start, size) = (region.guest_phys_addr, region.memory_size);

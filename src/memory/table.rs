@@ -1,5 +1,5 @@
-//! The table of a machine's memory slots: what each one is, and the region that KVM is told of it.
-//! Only used with the lock of `slots.rs` held.
+//! The table of a machine's memory slots, and the KVM region of each. Used only with the lock of
+//! `slots.rs` held.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -18,7 +18,7 @@ use crate::layout::PAGE;
 /// A memory slot of a machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Slot {
-    /// KVM's number for it.
+    /// Its slot number in KVM.
     pub number: u32,
     /// Guest-physical start.
     pub start: u64,
@@ -33,14 +33,14 @@ pub struct Slot {
 pub(super) struct Entry {
     pub(super) slot: Slot,
     pub(super) mapping: Arc<Mapping>,
-    /// None for memory that is shared with others.
+    /// `None` for memory that is shared with other processes.
     pub(super) ram: Option<Ram>,
-    /// The pages written by the host. None if the log is off.
+    /// The pages written by the host; `None` if the log is off.
     pub(super) written: Option<Written>,
 }
 
 impl Entry {
-    /// What KVM is told of it; a size of zero removes the slot.
+    /// Its KVM region. A size of zero removes the slot.
     pub(super) fn region(&self, size: u64, is_logging: bool) -> kvm_userspace_memory_region {
         let log = if is_logging { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
         let read_only = if self.slot.backing.read_only { KVM_MEM_READONLY } else { 0 };
@@ -67,7 +67,7 @@ impl Entry {
         Placed { start: self.slot.start, mapping, written }
     }
 
-    /// Whether a reset can bring a snapshot's range back to it.
+    /// Whether a reset can restore a snapshot's range in it.
     fn is_at(&self, range: &MemoryRange) -> bool {
         let Slot { start, size, backing, .. } = self.slot;
         self.ram.is_some()
@@ -85,11 +85,11 @@ pub(super) struct Table {
 }
 
 impl Table {
-    /// Check that a reset can bring these ranges back. Memory shared with others is left out: no
-    /// snapshot has it.
+    /// Check that a reset can restore these ranges. Shared memory is ignored: no snapshot contains
+    /// it.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] if the slots are not those of the snapshot.
+    /// [`ErrorKind::State`] if the slots differ from the snapshot's.
     pub(super) fn check(&self, ranges: &[MemoryRange]) -> Result<()> {
         let own = self.entries.iter().filter(|entry| entry.ram.is_some());
         if own.clone().count() == ranges.len()

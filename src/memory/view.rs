@@ -1,4 +1,4 @@
-//! Direct access to a piece of guest memory, and the views that somebody may write at any time. Any
+//! Direct access to a piece of guest memory, and the views that may be written at any time. Any
 //! thread.
 
 use std::collections::BTreeMap;
@@ -49,13 +49,13 @@ impl View {
     }
 }
 
-/// A view whose pages the log takes for written: nobody is told of the writes through it.
+/// A view whose pages the log always includes, because writes through it cannot be detected.
 #[derive(Debug)]
 pub struct WritableView {
     view: View,
     process_tag: ProcessTag,
     views: Arc<WritableViews>,
-    /// Not kept: the machine's memory goes when the machine is closed.
+    /// Weak: the machine's memory is released when the machine is closed.
     map: Weak<CurrentMap>,
     number: u64,
 }
@@ -82,14 +82,14 @@ impl WritableView {
 
 impl Drop for WritableView {
     fn drop(&mut self) {
-        // A forked child finds the locks as they were at the fork, perhaps held.
+        // In a forked child, the locks are as they were at the fork, perhaps held.
         if self.process_tag.is_forked_child() {
             return;
         }
         let Some(map) = self.map.upgrade() else { return };
         let map = Arc::clone(&map.read());
-        // What was written since the log was last read. The next reader finds either this or the
-        // view.
+        // Log what was written since the log was last read. The next reader finds either this or
+        // the view.
         let mut views = self.views.0.lock();
         views.all.remove(&self.number).iter().for_each(|extent| extent.note(&map));
     }
@@ -100,12 +100,12 @@ impl Drop for WritableView {
 struct Extent {
     address: u64,
     length: u64,
-    /// The host's address of its mapping, which is nobody else's while the view lives.
+    /// The host address of its mapping, which no other mapping has while the view lives.
     mapping: u64,
 }
 
 impl Extent {
-    /// Log its pages, unless other memory is there by now.
+    /// Log its pages, unless other memory is mapped there now.
     fn note(&self, map: &Map) {
         let placed = map.find(self.address).filter(|placed| placed.mapping.host() == self.mapping);
         placed.iter().for_each(|placed| placed.note_write(self.address, self.length));

@@ -25,7 +25,7 @@ pub struct PyStats {
 impl PyStats {
     fn parts(&self) -> PyResult<(&Arc<Stats>, &Arc<ExitRouter>)> {
         let vmm = self.vmm.get().vmm()?;
-        Ok((&vmm.watching().stats, vmm.router()))
+        Ok((&vmm.instruments().stats, vmm.router()))
     }
 
     fn stats(&self) -> PyResult<&Arc<Stats>> {

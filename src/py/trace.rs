@@ -51,7 +51,7 @@ impl PyTrace {
         let Ok(vmm) = self.vmm.get().vmm() else { return Ok(()) };
         let ended = py.detach(|| {
             let current = self.current.lock().take();
-            current.map_or(Ok(()), |trace| vmm.watching().end_trace(&trace))
+            current.map_or(Ok(()), |trace| vmm.instruments().end_trace(&trace))
         });
         match ended {
             // The caller should see the exception of the block.

@@ -18,7 +18,7 @@ impl VcpuHandle {
     ///
     /// # Errors
     /// [`crate::error::ErrorKind::State`] while its guest runs, or when this thread is the one that
-    /// answers its exit; when it reads and no answer has been given; what `limit` ends the wait
+    /// answers its exit; if it reads and no answer has been given; what `limit` ends the wait
     /// with.
     pub(crate) fn complete_pending_io(&self, limit: &Limit<'_>) -> Result<Outcome> {
         let mut vcpu = {
@@ -43,7 +43,7 @@ impl VcpuHandle {
     }
 
     /// Enter the guest on this thread and return its next exit, unanswered, or
-    /// [`VcpuExit::Interrupted`] because of [`Self::kick`]; none for a signal to this thread that
+    /// [`VcpuExit::Interrupted`] because of [`Self::kick`]; `None` for a signal to this thread that
     /// is the program's.
     ///
     /// # Errors

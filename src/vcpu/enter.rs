@@ -17,7 +17,7 @@ use crate::hop::hop;
 /// An instruction makes at most this many accesses of eight bytes: those of XSAVE, with room.
 const ABANDONED_PARTS: usize = 4096;
 
-/// Enter the guest until it exits or the stop word is set; none for a signal that was no kick.
+/// Enter the guest until it exits or the stop word is set; `None` for a signal that was no kick.
 /// Until a read is answered, its data is all ones.
 pub(super) fn run_once(vcpu: &mut Vcpu, stop: &StopWord) -> Result<Option<VcpuExit>> {
     // Kick, point 4.

@@ -185,7 +185,8 @@ impl ExitKind {
 }
 
 impl VcpuExit {
-    /// The kind by which hooks and counters select it; none for exits that the guest did not cause.
+    /// The kind by which hooks and counters select it; `None` for exits that the guest did not
+    /// cause.
     #[must_use]
     pub fn kind(&self) -> Option<ExitKind> {
         Some(match self {

@@ -42,9 +42,9 @@ fn is_after_init(regs: &kvm_regs, sregs: &kvm_sregs) -> bool {
 pub(super) struct Instruction {
     /// Its linear address: CS's base and RIP.
     pub(super) address: u64,
-    /// Its bytes, and perhaps some after it; none if no memory is mapped there.
+    /// Its bytes, and perhaps some after it; `None` if no memory is mapped there.
     pub(super) bytes: Vec<u8>,
-    /// As text; none if the bytes are no instruction.
+    /// As text; `None` if the bytes are no instruction.
     pub(super) text: Option<String>,
 }
 

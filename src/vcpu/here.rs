@@ -44,7 +44,7 @@ pub(crate) struct Here<'a, EH: ExitHandler> {
 /// stays at rest; this thread waits in its loop, which is kicked when the vCPU may go on.
 ///
 /// # Errors
-/// When there is no timer or no signal for it; what `prepare` returns.
+/// If there is no timer or no signal for it; what `prepare` returns.
 pub(crate) fn begin<'a, EH: ExitHandler>(
     handle: &'a Arc<VcpuHandle>,
     shared: &'a Shared<EH>,
@@ -67,7 +67,7 @@ impl<EH: ExitHandler> Here<'_, EH> {
     /// Run the guest until there is something to do for this thread, at this time at the latest.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] when a callback of an earlier run is still in progress.
+    /// [`ErrorKind::State`] if a callback of an earlier run is still in progress.
     pub(crate) fn run(&self, until: Instant) -> Result<Left> {
         let Some(mut vcpu) = self.take()? else { return Ok(Left::CalledOut) };
         let (handle, shared) = (&**self.handle, self.shared);

@@ -11,7 +11,7 @@ impl Vcpu {
     /// A model-specific register.
     ///
     /// # Errors
-    /// When KVM does not know it.
+    /// If KVM does not know it.
     pub fn msr(&self, index: u32) -> Result<u64> {
         msr_of(&self.fd, index)
     }
@@ -19,7 +19,7 @@ impl Vcpu {
     /// Set a model-specific register.
     ///
     /// # Errors
-    /// When KVM does not know it or refuses the value.
+    /// If KVM does not know it or refuses the value.
     pub fn set_msr(&mut self, index: u32, value: u64) -> Result<()> {
         match kvm("KVM_SET_MSRS", self.fd.set_msrs(&one_msr(index, value)?))? {
             1 => Ok(()),

@@ -104,7 +104,7 @@ impl VcpuHandle {
         self.state.lock().thread.take().map(|own| own.thread)
     }
 
-    /// The own thread's side: what it does next; none when it is to end, because the machine is
+    /// The own thread's side: what it does next; `None` if it is to end, because the machine is
     /// closed, another thread has replaced it, or nobody has run the machine for a while.
     pub(super) fn next(&self, number: u64) -> Option<Task> {
         let mut state = self.state.lock();

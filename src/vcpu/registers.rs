@@ -50,7 +50,7 @@ impl Vcpu {
     /// Read a class of registers.
     ///
     /// # Errors
-    /// When KVM refuses it.
+    /// If KVM refuses it.
     pub fn load<T>(&mut self, class: RegisterClass, look: impl FnOnce(&[u8]) -> T) -> Result<T> {
         self.complete();
         let fd = &self.fd;
@@ -71,7 +71,7 @@ impl Vcpu {
     /// Change a class of registers.
     ///
     /// # Errors
-    /// When KVM refuses the new values; they are as before then.
+    /// If KVM refuses the new values; they are as before then.
     pub fn store(&mut self, class: RegisterClass, change: impl FnOnce(&mut [u8])) -> Result<()> {
         self.give_up_answer();
         self.complete();
@@ -139,7 +139,7 @@ impl Vcpu {
     /// What CPUID says to the guest.
     ///
     /// # Errors
-    /// When KVM refuses it.
+    /// If KVM refuses it.
     pub fn cpuid(&self) -> Result<Vec<kvm_cpuid_entry2>> {
         cpuid::of_vcpu(&self.fd)
     }
@@ -163,8 +163,8 @@ impl Vcpu {
     /// same owner asked for before.
     ///
     /// # Errors
-    /// [`ErrorKind::Config`] when both owners together have more breakpoints than the processor's
-    /// four; when KVM refuses. The requests are as before then.
+    /// [`ErrorKind::Config`] if both owners together have more breakpoints than the processor's
+    /// four; if KVM refuses. The requests are as before then.
     pub fn debug(&mut self, owner: DebugOwner, request: DebugRequest) -> Result<()> {
         let wanted = self.guest_debug.with(owner, request);
         let debug = wanted.merged()?;
@@ -177,7 +177,7 @@ impl Vcpu {
     /// How the vCPU translates addresses now.
     ///
     /// # Errors
-    /// When KVM refuses it.
+    /// If KVM refuses it.
     pub fn paging(&mut self) -> Result<Paging> {
         self.complete();
         Ok(Paging::of(&kvm("KVM_GET_SREGS", self.fd.get_sregs())?))

@@ -14,7 +14,7 @@ impl VcpuHandle {
     /// until it is reported why. A later report would be of a guest that a reset has replaced.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] when this thread is the one that answers its exit; what `limit` ends
+    /// [`ErrorKind::State`] if this thread is the one that answers its exit; what `limit` ends
     /// the wait with.
     pub(crate) fn wait_while_leaving(&self, limit: &Limit<'_>) -> Result<()> {
         self.rested(limit).map(drop)
@@ -58,7 +58,7 @@ impl VcpuHandle {
     }
 
     /// Wait until the vCPU is at rest, or has been since it was counted: another thread may have
-    /// sent it off again. False if this time, none for no limit, came first.
+    /// sent it off again. False if this time, `None` for no limit, came first.
     pub(crate) fn wait_for_rest(&self, counted: u64, until: Option<Instant>) -> bool {
         let is_over = |state: &HandleState| state.is_at_rest() || state.transitions != counted;
         if let Some(until) = until {

@@ -122,7 +122,7 @@ pub(crate) fn drain_string_io(vcpu: &mut Vcpu, handle: &VcpuHandle) -> Outcome {
     last
 }
 
-/// Let hooks look first; none when they leave the exit to the devices.
+/// Let hooks look first; `None` if they leave the exit to the devices.
 fn ask_hooks(vcpu: &mut Vcpu, handle: &VcpuHandle, exit: &VcpuExit) -> Option<Outcome> {
     let (id, router) = (vcpu.id, Arc::clone(&vcpu.router));
     let (outcome, reply) = handle.with_host_access(vcpu, || router.ask_hooks(id, exit))?;

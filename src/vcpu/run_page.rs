@@ -134,7 +134,7 @@ impl RunPage {
         wanted
     }
 
-    /// Where KVM takes the data of a read from, and how many bytes; none if the last exit was no
+    /// Where KVM takes the data of a read from, and how many bytes; `None` if the last exit was no
     /// read. They lie in the mapping.
     fn answer_place(&self) -> Option<(*mut u8, usize)> {
         // SAFETY: in bounds; every bit pattern is valid for both views.

@@ -90,7 +90,7 @@ pub fn kick_signal() -> Result<libc::c_int> {
 /// Use this signal for kicks. Its present handler is still called for signals that are no kicks.
 ///
 /// # Errors
-/// When it cannot be used so, or kicks use another one already.
+/// If it cannot be used so, or kicks use another one already.
 pub fn use_signal(signal: libc::c_int) -> Result<()> {
     let at = "kick_signal";
     let is_possible = (1..=libc::SIGRTMAX()).contains(&signal)

@@ -31,7 +31,7 @@ pub(super) fn size() -> usize {
 /// Start a thread on which the program's code may run.
 ///
 /// # Errors
-/// When the process has no room for its stack, or may have no more threads.
+/// If the process has no room for its stack, or may have no more threads.
 pub(crate) fn spawn(name: String, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
     let size = size();
     let thread = Builder::new().name(name.clone()).stack_size(size).spawn(run);

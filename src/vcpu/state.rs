@@ -89,7 +89,7 @@ impl RunState {
     /// before.
     ///
     /// # Errors
-    /// With the present state, when the table does not allow it; nothing changes then.
+    /// With the present state, if the table does not allow it; nothing changes then.
     pub fn set_and_notify(&self, next: VmRunState) -> Result<VmRunState, VmRunState> {
         let mut state = self.state.lock();
         let before = *state;
@@ -124,7 +124,7 @@ impl RunState {
         }
     }
 
-    /// Wait until the state is one of `wanted`; the state then, or none when the time passed first.
+    /// Wait until the state is one of `wanted`; the state then, or `None` if the time passed first.
     pub fn wait_for(&self, wanted: &[VmRunState], timeout: Option<Duration>) -> Option<VmRunState> {
         let deadline = deadline_of(timeout);
         let mut state = self.state.lock();
@@ -143,7 +143,7 @@ impl RunState {
     /// [`Self::wait_for`] until a time, or until `interrupt` turns readable or a signal comes.
     ///
     /// # Errors
-    /// When the process has no file descriptor left.
+    /// If the process has no file descriptor left.
     pub fn wait_for_or(
         &self,
         wanted: &[VmRunState],

@@ -36,7 +36,7 @@ struct Outs {
 }
 
 /// All elements of the repeated `OUTS` that the vCPU executes, the first of which is this exit's;
-/// none if it executes no such instruction, or this was the last. The guest continues after them.
+/// `None` if it executes no such instruction, or this was the last. The guest continues after them.
 ///
 /// Elements beyond the page in which the first one ends are left to the guest, whose access rights
 /// may differ there.
@@ -72,7 +72,7 @@ pub(super) fn coalesce(vcpu: &mut Vcpu, port: u16, size: usize, first: &[u8]) ->
 }
 
 /// The guest-physical pieces that the string instruction at RIP, an `INS` or a `MOVS`, writes with
-/// its next elements, which are so many bytes; none where it is no such instruction.
+/// its next elements, which are so many bytes; `None` if it is no such instruction.
 pub(super) fn target(
     vcpu: &Vcpu,
     regs: &kvm_regs,
@@ -98,7 +98,7 @@ pub(super) fn target(
     Some(pieces)
 }
 
-/// With how many bits `INS` or `MOVS` counts; none for another instruction.
+/// With how many bits `INS` or `MOVS` counts; `None` for another instruction.
 fn string_target(code: &[u8; LONGEST], bits: u32) -> Option<u32> {
     let mut has_address_size = false;
     for byte in code {

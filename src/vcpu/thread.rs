@@ -60,7 +60,7 @@ impl<EH: ExitHandler> Shared<EH> {
 /// A new vCPU, at rest and without a thread.
 ///
 /// # Errors
-/// When its run page cannot be mapped.
+/// If its run page cannot be mapped.
 pub(crate) fn create(
     id: u64,
     fd: VcpuFd,
@@ -77,7 +77,7 @@ pub(crate) fn create(
 /// for as long as `is_held` says so.
 ///
 /// # Errors
-/// When no thread can be started; what `prepare` returns.
+/// If no thread can be started; what `prepare` returns.
 pub(crate) fn start<EH>(
     handle: &Arc<VcpuHandle>,
     shared: &Arc<Shared<EH>>,

@@ -44,7 +44,7 @@ impl Timer {
         Ok(Self { id: unsafe { id.assume_init() }, process_tag: ProcessTag::current() })
     }
 
-    /// Send a tick after this time; none for never.
+    /// Send a tick after this time; `None` for never.
     fn set(&self, after: Option<Duration>) {
         // Zero would disarm it.
         let after = after.map_or(Duration::ZERO, |after| after.max(Duration::from_nanos(1)));
@@ -77,7 +77,7 @@ pub(crate) struct Ticks<'a> {
 
 impl<'a> Ticks<'a> {
     /// # Errors
-    /// When the kernel gives no timer, or there is no signal for kicks.
+    /// If the kernel gives no timer, or there is no signal for kicks.
     pub(super) fn begin(page: &'a RunPage) -> Result<Self> {
         unblock_kicks()?;
         TIMER.with_borrow_mut(|timer| {

@@ -108,7 +108,7 @@ impl Vcpu {
     /// Give the guest what it reads, after an exit that waits for it.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] when none does; [`ErrorKind::Config`] when it is another number of
+    /// [`ErrorKind::State`] if none does; [`ErrorKind::Config`] if it is another number of
     /// bytes.
     pub fn answer(&mut self, data: &[u8]) -> Result<()> {
         let at = Place(self.id).to_string();
@@ -125,7 +125,7 @@ impl Vcpu {
         Ok(())
     }
 
-    /// How many bytes the guest waits for; none when it does not.
+    /// How many bytes the guest waits for; `None` if it does not.
     #[must_use]
     pub fn wanted(&self) -> Option<usize> {
         self.pending.awaits_answer().then(|| self.page.answer(&[]))
@@ -154,7 +154,7 @@ impl Vcpu {
     }
 
     /// # Errors
-    /// [`ErrorKind::State`] when its guest waits for an answer to a read.
+    /// [`ErrorKind::State`] if its guest waits for an answer to a read.
     pub(super) fn check_answered(&self) -> Result<()> {
         if self.pending.awaits_answer() {
             let detail = "its guest waits for an answer to a read";
@@ -179,7 +179,7 @@ impl Vcpu {
         kvm("KVM_GET_REGS", self.fd.get_regs())
     }
 
-    /// The guest-physical address of a guest-virtual one; none if nothing is mapped there.
+    /// The guest-physical address of a guest-virtual one; `None` if nothing is mapped there.
     #[must_use]
     pub fn translate(&self, paging: &Paging, address: u64) -> Option<u64> {
         paging.translate(address, |at, length| match length {

@@ -1,5 +1,5 @@
-//! How a `KvmVm` is made: of a configuration, of the shape of a snapshot, or bare. On the caller's
-//! thread.
+//! Creates a `KvmVm`: from a configuration, with the topology of a snapshot, or bare. On the
+//! caller's thread.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -28,7 +28,7 @@ use crate::resources::{Kind, Resources};
 use crate::sync::Mutex;
 use crate::vcpu::{self, ExitRouter, RunState, VcpuHandle};
 
-/// What KVM gives a machine besides vCPUs and memory.
+/// The in-kernel parts of a machine besides vCPUs and memory.
 #[derive(Clone, Copy, Debug, Default)]
 struct Chips {
     irqchip: bool,
@@ -37,11 +37,11 @@ struct Chips {
 }
 
 impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
-    /// Create the machine: interrupt controller, PIT, memory slots, vCPUs, in the order that costs
-    /// least.
+    /// Create the machine: interrupt controller, PIT, memory slots, vCPUs. This order is the
+    /// fastest.
     ///
     /// # Errors
-    /// When KVM refuses a part.
+    /// If KVM refuses any of them.
     pub fn new(
         config: &VmmConfig,
         memory: GuestMemory,
@@ -64,10 +64,10 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         Ok(vm)
     }
 
-    /// A machine of this shape, whose vCPUs have no CPUID and no registers yet.
+    /// A machine of this shape. Its vCPUs have no CPUID and no registers yet.
     ///
     /// # Errors
-    /// When KVM refuses a part.
+    /// If KVM refuses any of them.
     pub(crate) fn of_shape(
         shape: &Shape,
         memory: GuestMemory,
@@ -87,17 +87,17 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         Ok(vm)
     }
 
-    /// A machine of nothing: no memory, no devices, no vCPUs.
+    /// A machine without memory, devices and vCPUs.
     ///
     /// # Errors
-    /// When KVM refuses it.
+    /// If KVM refuses it.
     pub fn bare(exit_handler: EH) -> Result<Self> {
         let memory = GuestMemory::empty();
         claim_for_kvm(memory.resources(), false)?;
         Self::assemble(&open_kvm()?, Chips::default(), memory, Arc::default(), exit_handler)
     }
 
-    /// A machine without vCPUs, whose registers whoever makes it sets.
+    /// A machine without vCPUs. The caller creates them and sets their registers.
     fn assemble(
         kvm: &Kvm,
         chips: Chips,
@@ -127,7 +127,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         })
     }
 
-    /// Add the vCPUs of these numbers, each `set_up` before pyvmm drives it.
+    /// Add the vCPUs with these numbers. `set_up` gets each one's descriptor first.
     fn create_vcpus(
         &self,
         ids: impl Iterator<Item = u64>,
@@ -152,10 +152,11 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     }
 }
 
-/// Claim what KVM and the built-in devices answer, before anything that names it is written.
+/// Claim the addresses of KVM and of the built-in devices, before boot data that names them is
+/// written.
 ///
 /// # Errors
-/// When there is something else already.
+/// [`ErrorKind::Memory`] if something else occupies one of them.
 pub(crate) fn claim_platform(
     resources: &Resources,
     irqchip: bool,
@@ -165,10 +166,11 @@ pub(crate) fn claim_platform(
     devices::claim(resources, irqchip, exit_port)
 }
 
-/// Claim what KVM answers itself: pages of its own and, with an interrupt controller, the chips.
+/// Claim the addresses that KVM answers itself: its own pages and, with an interrupt controller,
+/// those of the chips.
 ///
 /// # Errors
-/// [`ErrorKind::Memory`] when there is something else already.
+/// [`ErrorKind::Memory`] if something else occupies one of them.
 fn claim_for_kvm(resources: &Resources, irqchip: bool) -> Result<()> {
     let claim = |kind, (start, length), name: &str| {
         resources.claim(kind, (start, length), name).map_err(|other| {
@@ -184,11 +186,11 @@ fn claim_for_kvm(resources: &Resources, irqchip: bool) -> Result<()> {
     ports.into_iter().try_for_each(|(range, name)| claim(Kind::Pio, range, name))
 }
 
-/// A VM with the pages that KVM itself needs on some processors.
+/// Create a VM, with the pages that KVM needs for itself on some processors.
 fn create_vm(kvm: &Kvm) -> Result<Arc<VmFd>> {
     let fd = loop {
         match kvm.create_vm() {
-            // Any signal to this thread ends it, and it has changed nothing then.
+            // Any signal to this thread interrupts the call, which has changed nothing then.
             Err(error) if error.errno() == libc::EINTR => {}
             other => break other.map_err(|e| Error::kvm("KVM_CREATE_VM", e))?,
         }
@@ -200,8 +202,7 @@ fn create_vm(kvm: &Kvm) -> Result<Arc<VmFd>> {
 }
 
 fn create_irqchip(fd: &VmFd, has_irqchip: bool, has_pit: bool) -> Result<()> {
-    // Before the memory slots: KVM waits for its readers at each slot that comes before a
-    // controller.
+    // Before the memory slots: otherwise KVM waits for its readers once for each slot.
     if has_irqchip {
         fd.create_irq_chip().map_err(|e| Error::kvm("KVM_CREATE_IRQCHIP", e))?;
     }
@@ -212,7 +213,7 @@ fn create_irqchip(fd: &VmFd, has_irqchip: bool, has_pit: bool) -> Result<()> {
     Ok(())
 }
 
-/// Have KVM hand over every instruction it cannot emulate, also those of ring 3, before it raises
+/// Have KVM exit for every instruction that it cannot emulate, also in ring 3, instead of raising
 /// #UD.
 fn switch_fixups_on(
     fd: &VmFd,
@@ -242,7 +243,7 @@ fn vcpu_count(kvm: &Kvm, config: &VmmConfig) -> Result<u8> {
     Ok(u8::try_from(config.cpu.vcpus).unwrap_or(u8::MAX))
 }
 
-/// Give a vCPU what the configuration says of it.
+/// Set a vCPU's CPUID and MSRs from the configuration.
 fn set_up(
     vcpu: &VcpuFd,
     config: &VmmConfig,

@@ -1,5 +1,5 @@
-//! What a device has of a machine besides its bus: interrupt lines and messages, NMIs, eventfds in
-//! the kernel, and the filter of model-specific registers. From any thread.
+//! Interrupt lines and messages, NMIs, eventfds in the kernel, and the filter of model-specific
+//! registers. From any thread.
 
 use std::sync::{Arc, Weak};
 
@@ -18,22 +18,22 @@ use crate::layout;
 use crate::limit::Limit;
 use crate::resources::Kind;
 
-/// The pins of the I/O APIC; the first sixteen are the PICs' too.
+/// The pins of the I/O APIC. The first sixteen are also connected to the PICs.
 pub const IRQ_LINES: u32 = 24;
 
 /// MSI data of a non-maskable interrupt (Intel SDM volume 3, 11.11.2).
 const NMI_DELIVERY: u32 = 4 << 8;
 
-/// The writes that an ioeventfd is signalled by.
+/// The guest writes that signal an ioeventfd.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IoEvent {
     /// Which bus.
     pub access: Access,
     /// The port or guest-physical address.
     pub address: u64,
-    /// Bytes of a write that matches: 1, 2, 4 or 8; 0 for all writes there.
+    /// The size of the writes that match: 1, 2, 4 or 8 bytes; 0 for any size.
     pub length: usize,
-    /// The one value that matches; none for all writes.
+    /// The only value that matches; `None` for any value.
     pub datamatch: Option<u64>,
 }
 
@@ -59,7 +59,7 @@ impl IoEvent {
     }
 }
 
-/// A line to the interrupt controllers of a machine, which it does not keep from being closed.
+/// A line to a machine's interrupt controllers. It does not keep the machine open.
 #[derive(Debug)]
 struct Line {
     fd: Weak<VmFd>,
@@ -70,7 +70,7 @@ impl InterruptLine for Line {
     fn pulse(&self) {
         let Some(fd) = self.fd.upgrade() else { return };
         for is_high in [true, false] {
-            // Fails in a forked child alone, whose machine this is not.
+            // Fails only in a forked child, where the machine cannot be used.
             let _ = fd.set_irq_line(self.number, is_high);
         }
     }
@@ -89,8 +89,8 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     /// Check that the machine has an interrupt line.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] without an interrupt controller, [`ErrorKind::Config`] for a line that
-    /// it has not.
+    /// [`ErrorKind::State`] without an interrupt controller; [`ErrorKind::Config`] if there is no
+    /// such line.
     pub fn check_irq_line(&self, line: u32) -> Result<()> {
         self.check_irqchip("irq")?;
         if line < IRQ_LINES {
@@ -100,7 +100,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         Err(Error::new(ErrorKind::Config, "irq", detail))
     }
 
-    /// An interrupt line for a device of the machine's; none without an interrupt controller.
+    /// An interrupt line for a device of this machine; `None` without an interrupt controller.
     #[must_use]
     pub fn irq(&self, line: u32) -> Option<Box<dyn InterruptLine>> {
         let line = Line { fd: Arc::downgrade(&self.fd), number: line };
@@ -110,8 +110,8 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     /// Set the level of an interrupt line: KVM_IRQ_LINE.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] without an interrupt controller, [`ErrorKind::Config`] for a line that
-    /// it has not.
+    /// [`ErrorKind::State`] without an interrupt controller; [`ErrorKind::Config`] if there is no
+    /// such line.
     pub fn set_irq_line(&self, line: u32, is_high: bool) -> Result<()> {
         self.check_irq_line(line)?;
         let mut lines = self.lines.lock();
@@ -120,10 +120,10 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         Ok(())
     }
 
-    /// Send a message-signalled interrupt: KVM_SIGNAL_MSI. Whether a vCPU took it.
+    /// Send a message-signalled interrupt: KVM_SIGNAL_MSI. Returns whether a vCPU accepted it.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] without an interrupt controller; when KVM refuses it.
+    /// [`ErrorKind::State`] without an interrupt controller. If KVM refuses it.
     pub fn signal_msi(&self, address: u64, data: u32) -> Result<bool> {
         self.check_irqchip("msi")?;
         let [low, high] = [address, address >> 32]
@@ -136,7 +136,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     /// Send a vCPU a non-maskable interrupt.
     ///
     /// # Errors
-    /// When there is no such vCPU, or KVM refuses.
+    /// If there is no such vCPU, or KVM refuses.
     pub fn nmi(&self, vcpu: u64, limit: &Limit<'_>) -> Result<()> {
         self.check_process()?;
         let found = self.handles().into_iter().find(|handle| handle.id() == vcpu);
@@ -148,7 +148,8 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             let address = u64::from(layout::LAPIC) | vcpu << 12;
             return self.signal_msi(address, NMI_DELIVERY).map(drop);
         }
-        // Without an interrupt controller only the vCPU itself takes one, out of its guest.
+        // Without an interrupt controller, KVM takes an NMI only by a vCPU ioctl: the vCPU must be
+        // at rest.
         let _quiesced = self.quiesce(limit)?;
         handle.with_vcpu(|vcpu| vcpu.fd.nmi().map_err(|e| Error::kvm("KVM_NMI", e)))
     }
@@ -156,7 +157,8 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     /// Have each write of an eventfd pulse an interrupt line, in the kernel: KVM_IRQFD.
     ///
     /// # Errors
-    /// As for [`Self::set_irq_line`]; when KVM refuses it, as for an eventfd that does so already.
+    /// As for [`Self::set_irq_line`]. If KVM refuses it, for example because the eventfd already
+    /// has a line.
     pub fn add_irqfd(&self, event: &EventFd, line: u32) -> Result<()> {
         self.check_irq_line(line)?;
         self.fd.register_irqfd(event, line).map_err(|e| Error::kvm("KVM_IRQFD", e))?;
@@ -175,12 +177,11 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         Ok(())
     }
 
-    /// Have writes of the guest's write an eventfd, in the kernel: KVM_IOEVENTFD. They are no
-    /// exits.
+    /// Have the kernel signal an eventfd for these guest writes, instead of an exit: KVM_IOEVENTFD.
     ///
     /// # Errors
-    /// [`ErrorKind::Config`] for an impossible write; when KVM refuses it, as for one that is
-    /// taken.
+    /// [`ErrorKind::Config`] for writes that cannot exist. If KVM refuses it, for example because
+    /// another eventfd has these writes.
     pub fn add_ioeventfd(&self, event: &EventFd, on: &IoEvent) -> Result<()> {
         self.ioeventfd(event, on, true)
     }
@@ -233,12 +234,12 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         }
     }
 
-    /// Have the accesses to these model-specific registers come out as exits, besides those that
-    /// KVM does not know: KVM_CAP_X86_USER_SPACE_MSR and KVM_X86_SET_MSR_FILTER.
+    /// Have accesses to these model-specific registers exit, besides those to registers unknown to
+    /// KVM: KVM_CAP_X86_USER_SPACE_MSR and KVM_X86_SET_MSR_FILTER.
     ///
     /// # Errors
-    /// [`ErrorKind::Config`] for more than KVM can filter; [`ErrorKind::Unavailable`] where it
-    /// cannot.
+    /// [`ErrorKind::Config`] for more ranges than KVM can filter; [`ErrorKind::Unavailable`] if it
+    /// has no filter.
     pub fn filter_msrs(&self, msrs: &[u32]) -> Result<()> {
         self.check_process()?;
         let has = |cap| self.fd.check_extension(cap);
@@ -266,14 +267,14 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     }
 }
 
-/// How many registers one range of the filter spans here, and its bitmap's bytes.
+/// How many registers one range of the filter spans, and the bytes of its bitmap.
 const BLOCK: u32 = 0x2000;
 const BLOCK_BYTES: usize = 0x400;
 
 /// A range of the filter.
 struct Block {
     base: u32,
-    /// A zero bit for each register whose accesses come out.
+    /// One bit per register; zero if accesses to it exit.
     allowed: Vec<u8>,
 }
 

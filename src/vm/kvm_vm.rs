@@ -1,5 +1,5 @@
-//! `KvmVm`: one KVM virtual machine with its memory slots, interrupt controller and vCPUs, and what
-//! can be asked of it. Any thread.
+//! `KvmVm`: one KVM virtual machine with its memory slots, interrupt controller and vCPUs, and
+//! queries of its state. Any thread.
 
 use std::fmt;
 use std::os::fd::RawFd;
@@ -20,9 +20,10 @@ use crate::resources::Resource;
 use crate::sync::{Mutex, rank};
 use crate::vcpu::{self, ExitRouter, VcpuHandle, VmRunState};
 
-/// A KVM virtual machine whose vCPUs tell `EH` when their guest ends.
+/// A KVM virtual machine. Its vCPUs kick an `EH` when their guest ends.
 pub struct KvmVm<EH: ExitHandler> {
-    /// Before `fd` and `memory`: fields drop in this order, and the vCPUs must go first.
+    /// Before `fd` and `memory`: fields are dropped in this order, and the vCPUs must be dropped
+    /// first.
     pub(super) vcpus: Vcpus,
     pub(super) fd: Arc<VmFd>,
     pub(super) memory: GuestMemory,
@@ -37,7 +38,7 @@ pub struct KvmVm<EH: ExitHandler> {
     pub(super) pit: bool,
     /// A bit for each interrupt line that [`Self::set_irq_line`] holds high.
     pub(super) lines: Mutex<u32, rank::IrqLines>,
-    /// The vCPUs have the registers of a first start.
+    /// Whether the vCPUs have the registers of a first start.
     pub(super) is_prepared: AtomicBool,
     pub(super) process_tag: ProcessTag,
 }
@@ -49,7 +50,7 @@ impl<EH: ExitHandler> fmt::Debug for KvmVm<EH> {
 }
 
 impl<EH: ExitHandler> KvmVm<EH> {
-    /// Tells its vCPUs' threads from all others.
+    /// Identifies the threads of its vCPUs.
     pub(crate) fn id(&self) -> usize {
         self.shared.id()
     }
@@ -60,23 +61,24 @@ impl<EH: ExitHandler> KvmVm<EH> {
         vcpu::is_thread_of(self.shared.id())
     }
 
-    /// Where the machine stands.
+    /// The machine's run state.
     #[must_use]
     pub fn state(&self) -> VmRunState {
         self.shared.run_state.get()
     }
 
-    /// Wait until the machine stands at one of these; none when the time passed first.
+    /// Wait until the run state is one of these, and return it; `None` after the timeout.
     #[must_use]
     pub fn wait_for(&self, wanted: &[VmRunState], timeout: Option<Duration>) -> Option<VmRunState> {
         self.shared.run_state.wait_for(wanted, timeout)
     }
 
-    /// [`Self::wait_for`] until a time, or until `interrupt` turns readable or a signal comes.
+    /// [`Self::wait_for`] with a deadline; also returns if `interrupt` becomes readable or a signal
+    /// arrives.
     ///
     /// # Errors
-    /// When the process has no file descriptor left, and on the thread of one of its vCPUs, which
-    /// would wait for itself.
+    /// If the process has no file descriptor left; on the thread of one of its vCPUs, which would
+    /// wait for itself.
     pub fn wait_for_or(
         &self,
         wanted: &[VmRunState],
@@ -91,25 +93,25 @@ impl<EH: ExitHandler> KvmVm<EH> {
         found.map_err(|e| Error::os(ErrorKind::Kvm, "eventfd", &e))
     }
 
-    /// The vCPUs, to be looked into while they are at rest.
+    /// The handles of its vCPUs.
     #[must_use]
     pub fn handles(&self) -> Vec<Arc<VcpuHandle>> {
         self.vcpus.handles()
     }
 
-    /// How the guest ended, once it has.
+    /// How the guest ended; `None` if it has not.
     #[must_use]
     pub fn exit(&self) -> Option<Exit> {
         self.shared.exit.lock().clone()
     }
 
-    /// The instructions that KVM refused and that were executed here.
+    /// Counts of the instructions that KVM refused and fix-ups executed.
     #[must_use]
     pub fn fixups(&self) -> &Arc<fixup::Counts> {
         &self.fixups
     }
 
-    /// What answers where: memory, devices, KVM's chips and interrupt lines.
+    /// Which owner answers each address and port: memory, devices, KVM's chips and interrupt lines.
     ///
     /// # Errors
     /// In a forked child.
@@ -124,14 +126,14 @@ impl<EH: ExitHandler> KvmVm<EH> {
         &self.memory
     }
 
-    /// Whether this is a forked child's copy of a machine that its parent runs.
+    /// Whether this is a forked child's copy of its parent's machine.
     #[must_use]
     pub fn is_forked_child(&self) -> bool {
         self.process_tag.is_forked_child()
     }
 
     /// # Errors
-    /// In a forked child: KVM ties a machine to the process that made it.
+    /// In a forked child: a KVM machine can be used only in the process that created it.
     pub fn check_process(&self) -> Result<()> {
         self.process_tag.check("machine")
     }

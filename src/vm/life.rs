@@ -11,15 +11,15 @@ use crate::limit::Limit;
 use crate::vcpu::{self, Here, Vcpu, VcpuHandle, VmRunState};
 
 impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
-    /// Send each vCPU's thread `vcpu_{id}` into its guest; one that is not there is started. With
-    /// an address the vCPUs start there, in the mode of the configuration; without one they go on
+    /// Run each vCPU on its own thread `vcpu_{id}`, which is started if it does not exist. With an
+    /// address, the vCPUs start there, in the mode of the configuration. Otherwise they continue
     /// where they were stopped.
     ///
     /// When a guest ends, its vCPU kicks the exit handler and the state becomes `Exiting`.
     ///
     /// # Errors
-    /// When the machine is running, has ended or is closed, or a thread cannot be started: then
-    /// none runs.
+    /// If the machine is running, has ended or is closed, or a thread cannot be started. In all
+    /// cases no vCPU runs.
     pub fn run(&self, vcpu_run_addr: Option<u64>) -> Result<()> {
         self.start(|handle, is_held| {
             vcpu::start(handle, &self.shared, is_held, self.start_state(vcpu_run_addr))
@@ -48,7 +48,8 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         here.ok_or_else(|| Error::new(ErrorKind::State, "run_here", "the machine has no vCPU"))
     }
 
-    /// What puts a vCPU at the address; none leaves it where it is.
+    /// Returns what sets a vCPU's registers for a start at this address. Without one, the registers
+    /// stay.
     fn start_state(
         &self,
         address: Option<u64>,
@@ -56,7 +57,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         address.map(|address| move |vcpu: &mut Vcpu| self.set_start_state(vcpu, address))
     }
 
-    /// Start the vCPUs by `start`, which is told whether they are to stay at rest.
+    /// Start the vCPUs with `start`, which gets whether they are held at rest.
     fn start(&self, start: impl FnMut(&Arc<VcpuHandle>, bool) -> Result<()>) -> Result<()> {
         self.check_process()?;
         if self.has_this_thread() {
@@ -75,17 +76,17 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         };
         self.vcpus.start(enter, start).inspect_err(|_| {
             if is_started.get() {
-                // From Running a machine leaves to Paused; a first run that failed may be tried
-                // again.
+                // A running machine becomes `Paused`. After a first run that failed, another can be
+                // tried.
                 drop(self.vcpus.stop(false, || self.set_stopped()));
             }
         })
     }
 
-    /// Let the vCPUs that `pause` stopped go on. Does nothing when they are running.
+    /// Continue the vCPUs that `pause` stopped. Does nothing if they are running.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] when no run is in progress, or the guest has ended.
+    /// [`ErrorKind::State`] if no run is in progress, or the guest has ended.
     pub fn resume(&self) -> Result<()> {
         self.check_process()?;
         let devices = self.vcpus.resume(|is_in_run, are_at_rest| {
@@ -99,7 +100,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             let entered = self.shared.run_state.set_and_notify(VmRunState::Running);
             entered.map(|_| true).map_err(|state| not_running("resume", state))
         })?;
-        // With no lock held: a device may be the program's.
+        // With no lock held: a device may be implemented in Python.
         drop(devices);
         Ok(())
     }
@@ -111,7 +112,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     /// Whether a `run` would start now.
     ///
     /// # Errors
-    /// [`ErrorKind::State`], with the reason, when it would not.
+    /// [`ErrorKind::State`], with the reason, if it would not.
     pub fn check_may_run(&self) -> Result<()> {
         self.check_process()?;
         let state = self.state();
@@ -120,32 +121,31 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
 }
 
 impl<EH: ExitHandler> KvmVm<EH> {
-    /// The error of a call that a guest's end has made impossible.
+    /// The error of a call that is impossible once the guest has ended.
     pub(crate) fn has_ended(&self, what: &str) -> Error {
         not_running(what, VmRunState::Exiting)
     }
 
-    /// The vCPUs are stopped, and nobody starts them meanwhile: a state that came later would be a
-    /// next run's.
+    /// The vCPUs have stopped. The caller prevents a new start, so the state belongs to this run.
     fn set_stopped(&self) {
         let _ = self.shared.run_state.set_and_notify(VmRunState::Paused);
     }
 
-    /// End the run: bring every vCPU out of its guest. Callbacks in progress go on, and their vCPUs
-    /// come to rest after them. A guest that had not ended can go on with `run(None)`.
+    /// End the run: bring every vCPU out of its guest. Callbacks in progress continue, and their
+    /// vCPUs come to rest when they return. If the guest has not ended, `run(None)` continues it.
     pub fn stop(&self) {
         if self.is_forked_child() {
             return;
         }
-        // With no lock held: a device may be the program's.
+        // With no lock held: a device may be implemented in Python.
         drop(self.vcpus.stop(self.has_this_thread(), || self.set_stopped()));
     }
 
-    /// [`Self::stop`], and wait for callbacks in progress. A thread of one of the vCPUs does not
-    /// wait for itself.
+    /// [`Self::stop`], then wait for callbacks in progress. A vCPU's own thread does not wait for
+    /// itself.
     ///
     /// # Errors
-    /// What `limit` ends the wait with; the run has ended all the same.
+    /// The error of `limit`, which ends the wait. The run has ended in any case.
     pub fn shutdown(&self, limit: &Limit<'_>) -> Result<()> {
         self.stop();
         self.wait_for_callbacks(limit)
@@ -154,7 +154,7 @@ impl<EH: ExitHandler> KvmVm<EH> {
     /// Wait until no callback of an ended run is in progress.
     ///
     /// # Errors
-    /// What `limit` ends the wait with.
+    /// The error of `limit`, which ends the wait.
     pub(crate) fn wait_for_callbacks(&self, limit: &Limit<'_>) -> Result<()> {
         if self.is_forked_child() || self.has_this_thread() {
             return Ok(());
@@ -162,15 +162,15 @@ impl<EH: ExitHandler> KvmVm<EH> {
         self.vcpus.wait_for_callbacks(limit)
     }
 
-    /// Stop the vCPUs and end their threads: no guest and no callback runs after this, except the
-    /// callback that calls it. Everything else that a caller still tries raises
-    /// [`ErrorKind::State`].
+    /// Stop the vCPUs and end their threads. Afterwards no guest and no callback runs, except a
+    /// callback that made this call. Later calls fail with [`ErrorKind::State`].
     pub fn close(&self) {
         if self.is_forked_child() {
             return;
         }
         drop(self.vcpus.close(self.has_this_thread(), || self.set_stopped()));
-        // A callback that closes does not wait for the last to stop them.
+        // A callback that closes the machine does not wait for a concurrent caller to stop the
+        // vCPUs.
         self.set_stopped();
         let _ = self.shared.run_state.set_and_notify(VmRunState::Closed);
     }
@@ -201,7 +201,7 @@ pub(super) fn not_running(what: &str, state: VmRunState) -> Error {
     }
 }
 
-/// What helps where a guest has ended.
+/// The hint of errors that occur because the guest has ended.
 const AFTER_THE_END: &str = "reset() it to a snapshot, or make a new machine";
 
 fn refused(state: VmRunState) -> Error {

@@ -1,14 +1,14 @@
 //! One KVM virtual machine, `KvmVm`: its VM file descriptor, memory slots, interrupt controller and
-//! vCPUs, and how they are made, started, quiesced and stopped together. What one vCPU does is in
-//! `vcpu`, devices and the loop are added by `vmm`. Any thread may call it; each vCPU's guest is
-//! entered on its own thread.
+//! vCPUs, which are created, started, quiesced and stopped together. `vcpu` has what a single vCPU
+//! does; `vmm` adds devices and the event loop. Any thread may call this room. Each vCPU runs on
+//! its own thread.
 
+mod at_rest;
 mod build;
 mod interrupts;
 mod kvm_vm;
 mod life;
 mod quiesce;
-mod restore;
 mod shape;
 mod start;
 mod vcpus;

@@ -1,6 +1,6 @@
-//! A machine that stands still: every vCPU out of its guest, and no device that changes what the
-//! guest sees. One mechanism, counted, for a pause, a snapshot, a reset and an NMI. Any thread but
-//! the machine's own where it has to wait for a callback.
+//! Quiesces a machine: every vCPU is out of its guest, and no device changes guest-visible state. A
+//! pause, a snapshot, a reset and an NMI all use this one counted mechanism. Any thread, except
+//! that a vCPU's own thread must not wait for its callback.
 
 use super::KvmVm;
 use super::life::not_running;
@@ -13,11 +13,11 @@ use crate::vcpu::VmRunState;
 
 impl<EH: ExitHandler> KvmVm<EH> {
     /// Bring the vCPUs of the run in progress out of their guests, wait until they are at rest, and
-    /// quiesce the devices. Does nothing when they are paused already.
+    /// quiesce the devices. Does nothing if the machine is paused already.
     ///
     /// # Errors
-    /// [`crate::error::ErrorKind::State`] when the machine is not running; what `limit` ends the
-    /// wait with, or a device refuses with. Then the machine runs on.
+    /// [`crate::error::ErrorKind::State`] if the machine is not running; the error of `limit`,
+    /// which ends the wait; the error of a device. In all cases the machine continues to run.
     pub fn pause(&self, limit: &Limit<'_>) -> Result<()> {
         self.check_process()?;
         let run_state = &self.shared.run_state;
@@ -26,7 +26,7 @@ impl<EH: ExitHandler> KvmVm<EH> {
                 Ok(_) | Err(VmRunState::Paused) => Ok(()),
                 Err(state) => Err(not_running("pause", state)),
             })?;
-        // The machine's state keeps the vCPUs at rest when this is dropped.
+        // When this is dropped, the machine's state still keeps the vCPUs at rest.
         let mut quiesced = self.wait(leaving, limit).inspect_err(|_| {
             self.vcpus.undo_pause(period, || {
                 // Fails if the guest has ended.
@@ -40,13 +40,13 @@ impl<EH: ExitHandler> KvmVm<EH> {
         Ok(())
     }
 
-    /// Have the machine stand still until the result is dropped, whether it runs or not. Its state
-    /// stays as it is: a pause or a resume meanwhile takes effect when the last of them is dropped.
-    /// A vCPU in a callback of the program's is out of its guest.
+    /// Hold the machine quiesced until the result is dropped, whether it runs or not. Its state
+    /// does not change. A pause or a resume in between takes effect when the last hold is dropped.
+    /// A vCPU in a callback counts as out of its guest.
     ///
     /// # Errors
-    /// [`crate::error::ErrorKind::Closed`] when the machine is closed, and an error in a forked
-    /// child; what `limit` ends the wait with, or a device refuses with.
+    /// [`crate::error::ErrorKind::Closed`] if the machine is closed; any error in a forked child;
+    /// the error of `limit`, which ends the wait; the error of a device.
     pub(crate) fn quiesce(&self, limit: &Limit<'_>) -> Result<Quiesced<'_, EH>> {
         self.check_process()?;
         let leaving = self.vcpus.quiesce(|| Ok(()))?;
@@ -61,7 +61,7 @@ impl<EH: ExitHandler> KvmVm<EH> {
     }
 }
 
-/// A machine that stands still for as long as this lives.
+/// Keeps a machine quiesced until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Quiesced<'a, EH: ExitHandler> {
     vm: &'a KvmVm<EH>,
@@ -70,7 +70,7 @@ pub(crate) struct Quiesced<'a, EH: ExitHandler> {
 
 impl<EH: ExitHandler> Drop for Quiesced<'_, EH> {
     fn drop(&mut self) {
-        // In a child that a callback has forked the machine is the parent's.
+        // In a child that was forked in a callback, the machine belongs to the parent.
         if self.vm.is_forked_child() {
             std::mem::take(&mut self.devices).forget();
             return;
@@ -95,7 +95,7 @@ mod tests {
     use crate::sync::{Mutex, rank};
     use crate::vmm::Vmm;
 
-    /// Holds up the vCPU in a write until it is told to go on.
+    /// Blocks the vCPU in a write until the test lets it continue.
     #[derive(Debug)]
     struct Slow {
         entered: Sender<()>,
@@ -108,7 +108,7 @@ mod tests {
         }
         fn write(&self, _offset: u64, _data: &[u8]) -> Outcome {
             let _ = self.entered.send(());
-            // Fails when the test is over.
+            // Fails at the end of the test.
             let _ = self.go.lock().recv();
             Outcome::Continue
         }
@@ -136,7 +136,7 @@ mod tests {
         assert_eq!(vmm.pause(&brief).unwrap_err().kind, ErrorKind::Timeout);
         assert_eq!(vmm.state(), VmRunState::Running);
         go.send(()).unwrap();
-        has_entered.recv_timeout(deadline).unwrap(); // the guest has gone on
+        has_entered.recv_timeout(deadline).unwrap(); // the guest has continued
         go.send(()).unwrap();
         // The next write waits for this sender.
         drop(go);

@@ -1,22 +1,22 @@
-//! The shape of a machine: what has to be created before its state can be set. Pure data.
+//! The shape of a machine: the parts that must exist before its state can be set. Pure data.
 
 use crate::bytes::{Reader, bad};
 use crate::config::ExitPort;
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout;
 
-/// What a machine consists of, beside its memory.
+/// The parts of a machine besides its memory and its devices in Python.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shape {
-    /// How many vCPUs, numbered from 0.
+    /// The number of vCPUs. Their ids start at 0.
     pub vcpus: u16,
     /// An in-kernel PIC, I/O APIC and LAPICs.
     pub irqchip: bool,
     /// An in-kernel PIT.
     pub pit: bool,
-    /// What KVM's emulator refuses is executed by pyvmm.
+    /// Whether pyvmm executes instructions that KVM's emulator refuses.
     pub fixups: bool,
-    /// The port whose write ends the run.
+    /// The port that ends the run when it is written.
     pub exit_port: Option<u16>,
 }
 
@@ -25,7 +25,7 @@ impl Shape {
         ExitPort(self.exit_port)
     }
 
-    /// Its 8 bytes in a record: vCPUs, irqchip, PIT, whether there is an exit port, fix-ups, the
+    /// Its 8 bytes in a record: vCPUs, irqchip, PIT, whether it has an exit port, fix-ups, the
     /// port.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
@@ -38,7 +38,7 @@ impl Shape {
     /// From the bytes of a record.
     ///
     /// # Errors
-    /// [`ErrorKind::Snapshot`] when they are not such a machine's.
+    /// [`ErrorKind::Snapshot`] if they do not describe such a machine.
     pub fn decode(bytes: &[u8]) -> Result<Self> {
         let mut reader = Reader::new("shape", bytes);
         let vcpus = reader.u16()?;
@@ -47,7 +47,7 @@ impl Shape {
         reader.end()?;
         let is_known = [irqchip, pit, has_port, fixups].iter().all(|flag| *flag < 2);
         if !is_known || vcpus == 0 || u64::from(vcpus) > layout::MAX_VCPUS || pit > irqchip {
-            return Err(bad("shape", "no machine of this pyvmm has it"));
+            return Err(bad("shape", "this version of pyvmm has no such machine"));
         }
         let exit_port = (has_port == 1).then_some(port);
         let [irqchip, pit, fixups] = [irqchip, pit, fixups].map(|flag| flag == 1);
@@ -55,7 +55,7 @@ impl Shape {
     }
 
     /// # Errors
-    /// [`ErrorKind::State`], naming what differs, when they are not the same.
+    /// [`ErrorKind::State`] if the shapes differ; the error names the difference.
     pub(crate) fn check_same(&self, other: &Self) -> Result<()> {
         let differ = |what: &str, ours: String, theirs: String| {
             let detail = format!("this machine has {what} {ours}, the snapshot {theirs}");

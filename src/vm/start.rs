@@ -1,5 +1,5 @@
-//! Where vCPUs start: new vCPUs of a bare machine, and the registers of a first run. On the
-//! caller's thread, while the vCPUs are at rest.
+//! Creates the vCPUs of a bare machine, and sets the registers of a first run. On the caller's
+//! thread, while the vCPUs are at rest.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -13,10 +13,10 @@ use crate::exit_handler::ExitHandler;
 use crate::vcpu::{self, Vcpu, VcpuHandle, VmRunState};
 
 impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
-    /// Add a vCPU as KVM makes it: at the reset vector, with a CPUID that says nothing.
+    /// Add a vCPU as KVM creates it: at the reset vector, with an empty CPUID.
     ///
     /// # Errors
-    /// When the machine has run, there is one of this number, or KVM refuses it.
+    /// If the machine has run, a vCPU with this number exists, or KVM refuses it.
     pub fn create_vcpu(&self, id: u64) -> Result<Arc<VcpuHandle>> {
         self.check_process()?;
         self.vcpus.add(|| {
@@ -29,18 +29,18 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         })
     }
 
-    /// Put the vCPUs where a first run would start them, so that they can be looked into and
-    /// changed before.
+    /// Set the registers with which a first run starts, so that they can be read and changed before
+    /// it.
     ///
     /// # Errors
-    /// When KVM refuses the registers.
+    /// If KVM refuses the registers.
     pub fn prepare(&self, address: u64) -> Result<()> {
         self.check_process()?;
         if self.is_prepared.load(Ordering::Acquire) {
             return Ok(());
         }
         self.vcpus.each(|handle| {
-            // Another thread may have prepared or started them meanwhile.
+            // Another thread may have prepared or started them since.
             if self.is_prepared.load(Ordering::Acquire) {
                 return Ok(());
             }
@@ -50,18 +50,18 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         Ok(())
     }
 
-    /// Where a run that is to start at `address` has to put the vCPUs; none when they stand there,
-    /// or further on.
+    /// The address to which a run from `address` has to set the vCPUs; `None` if they have been set
+    /// to it already.
     #[must_use]
     pub fn first_address(&self, address: u64) -> Option<u64> {
         (!self.is_prepared.load(Ordering::Acquire)).then_some(address)
     }
 
-    /// Registers of a first start.
+    /// Set the registers of a first start.
     pub(super) fn set_start_state(&self, vcpu: &mut Vcpu, address: u64) -> Result<()> {
         vcpu.has_page_registers = false;
         if self.mode == CpuMode::Linux64 && vcpu.id != 0 {
-            return Ok(()); // waits for INIT and SIPI
+            return Ok(()); // it waits for INIT and SIPI
         }
         let mut sregs = vcpu.fd.get_sregs().map_err(|e| Error::kvm("KVM_GET_SREGS", e))?;
         regs::set_start_sregs(&mut sregs, self.mode, address);
@@ -78,9 +78,9 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
 }
 
 impl<EH: ExitHandler> KvmVm<EH> {
-    /// The vCPUs have the registers that they start with.
+    /// Note that the vCPUs have their initial registers.
     pub(super) fn set_prepared(&self) {
-        // Release: whoever finds it set finds the registers.
+        // Release: a thread that finds it set finds the registers.
         self.is_prepared.store(true, Ordering::Release);
     }
 }

@@ -1,5 +1,4 @@
-//! The vCPUs of one machine: started, brought to rest, sent off again and stopped together. Any
-//! thread.
+//! Starts, quiesces, resumes and stops all vCPUs of one machine together. Any thread.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -11,8 +10,8 @@ use crate::limit::Limit;
 use crate::sync::{Condvar, MappedMutexGuard, Mutex, MutexGuard, assert_unlocked, rank};
 use crate::vcpu::{Place, Vcpu, VcpuHandle, VmRunState, left};
 
-/// All vCPUs of a machine. The lock orders those who start and stop them; a vCPU's own thread never
-/// needs it to get out of its guest, and nobody waits for a thread with it held.
+/// All vCPUs of a machine. The lock serializes starts and stops. A vCPU's own thread does not take
+/// it to leave its guest, and no thread is waited for with it held.
 #[derive(Debug, Default)]
 pub(super) struct Vcpus(Mutex<List, rank::Vcpus>, Condvar);
 
@@ -38,18 +37,18 @@ struct List {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Period(u64);
 
-/// A vCPU that somebody waits for, and how often it had been at rest before.
+/// A vCPU to wait for, and its count of transitions before the wait.
 type Awaited = (Arc<VcpuHandle>, u64);
 
-/// VCPUs on their way out of their guests. A vCPU in a callback of the program's is out.
+/// vCPUs that are leaving their guests. A vCPU in a callback has left its guest.
 #[derive(Debug)]
 pub(super) struct Leaving(Vec<Awaited>);
 
 impl Leaving {
-    /// Wait until each is out. Without a lock: one on its way may be in a callback that needs it.
+    /// Wait until each has left. No lock may be held: a vCPU may be in a callback that needs it.
     ///
     /// # Errors
-    /// What `limit` ends the wait with.
+    /// The error of `limit`, which ends the wait.
     pub(super) fn wait(self, limit: &Limit<'_>) -> Result<()> {
         self.0.iter().try_for_each(|(handle, counted)| {
             limit.wait(Place(handle.id()), |until| handle.wait_for_rest(*counted, Some(until)))
@@ -67,8 +66,7 @@ fn join(thread: JoinHandle<()>) {
     let _ = thread.join();
 }
 
-/// Wait until each is out of its guest, which a kick takes microseconds for. Callbacks are not
-/// waited for.
+/// Wait until each has left its guest, microseconds after a kick. Does not wait for callbacks.
 fn wait_for(vcpus: &[Awaited]) {
     vcpus.iter().for_each(|(handle, counted)| {
         handle.wait_for_rest(*counted, None);
@@ -93,21 +91,22 @@ impl List {
         }
         enter()?;
         self.quiesced += 1;
-        // Otherwise they are at rest, or driven by hand.
+        // Outside a run they are at rest, or `run_once` drives them.
         let running = self.vcpus.iter().filter(|_| self.is_in_run);
         let all = running.clone().map(awaited).collect();
         running.for_each(|vcpu| vcpu.pause());
         Ok(Leaving(all))
     }
 
-    /// All pauses have ended. Their devices are to be resumed with no lock held.
+    /// End all pauses. The caller resumes the returned devices with no lock held.
     fn end_pauses(&mut self) -> Option<QuiescedDevices> {
         self.pauses = 0;
         self.period.0 += 1;
         self.paused_devices.take()
     }
 
-    /// Send off those that a pause or a quiesce has stopped, unless another keeps them at rest.
+    /// Have the vCPUs that a pause or a quiesce stopped enter their guests, unless another hold
+    /// remains.
     fn release(&self, state: VmRunState) {
         let is_running = self.is_in_run && self.stopping == 0 && state == VmRunState::Running;
         if is_running && self.quiesced == 0 {
@@ -121,7 +120,7 @@ impl Vcpus {
         self.0.lock().vcpus.clone()
     }
 
-    /// Add the vCPU that `make` makes.
+    /// Add the vCPU that `make` returns.
     pub(super) fn add(
         &self,
         make: impl FnOnce() -> Result<Arc<VcpuHandle>>,
@@ -133,8 +132,9 @@ impl Vcpus {
         Ok(vcpu)
     }
 
-    /// `start` each, once `enter` has found that they may be, given whether a run is in progress.
-    /// `start` is told whether they are held. Nobody else starts, pauses or resumes them meanwhile.
+    /// Call `start` for each vCPU, if `enter` allows it. `enter` gets whether a run is in progress;
+    /// `start` gets whether the vCPUs are held at rest. No other thread can start, pause or resume
+    /// them during the call.
     pub(super) fn start(
         &self,
         enter: impl FnOnce(bool) -> Result<()>,
@@ -144,21 +144,21 @@ impl Vcpus {
         list.check_open("run")?;
         enter(list.is_in_run)?;
         list.is_in_run = true;
-        // No devices: those of a pause in the last run were resumed at its end.
+        // Returns no devices: those of a pause in the last run were resumed at its end.
         list.end_pauses();
         let is_held = list.quiesced > 0;
         list.vcpus.iter().try_for_each(|vcpu| start(vcpu, is_held))
     }
 
-    /// Bring them out of their guests, once `enter` allows it, and keep them out until
-    /// [`Self::release`]. Counted: several may ask for it, and the machine may be paused and
-    /// resumed meanwhile, which counts when the last lets go. Returns before they are out.
+    /// If `enter` allows it, bring the vCPUs out of their guests and hold them out until
+    /// [`Self::release`]. Holds are counted. A pause or resume in between takes effect when the
+    /// last hold is released. Returns before the vCPUs are out.
     pub(super) fn quiesce(&self, enter: impl FnOnce() -> Result<()>) -> Result<Leaving> {
         hop!();
         self.0.lock().quiesce(enter)
     }
 
-    /// [`Self::quiesce`] for a pause, which stays when it is released.
+    /// [`Self::quiesce`] for a pause, which outlasts the hold.
     pub(super) fn pause(&self, enter: impl FnOnce() -> Result<()>) -> Result<(Leaving, Period)> {
         let mut list = self.0.lock();
         let leaving = list.quiesce(enter)?;
@@ -166,9 +166,9 @@ impl Vcpus {
         Ok((leaving, list.period))
     }
 
-    /// A pause has quiesced these devices, which stay so until it ends. Returns those that are to
-    /// be resumed, with no lock held: the ones of an earlier pause, or these if the pause has ended
-    /// meanwhile, or there is no run that it could pause.
+    /// Keep the devices that a pause has quiesced until it ends. Returns devices that the caller
+    /// resumes with no lock held: those of an earlier pause, or these if the pause or the run has
+    /// already ended.
     pub(super) fn keep_paused(
         &self,
         period: Period,
@@ -183,8 +183,8 @@ impl Vcpus {
         }
     }
 
-    /// A pause could not be waited for. `undo` it, unless it has ended meanwhile, or others have
-    /// paused the machine too.
+    /// The wait for a pause has failed: `undo` it, unless it has ended already or another caller
+    /// has paused the machine too.
     pub(super) fn undo_pause(&self, period: Period, undo: impl FnOnce()) {
         let mut list = self.0.lock();
         if list.period != period {
@@ -197,16 +197,18 @@ impl Vcpus {
         }
     }
 
-    /// Undo a [`Self::quiesce`]. The last one sends the vCPUs off if the machine runs.
+    /// Undo a [`Self::quiesce`]. If this was the last hold and the machine runs, the vCPUs enter
+    /// their guests.
     pub(super) fn release(&self, state: impl FnOnce() -> VmRunState) {
         let mut list = self.0.lock();
         list.quiesced -= 1;
         list.release(state());
     }
 
-    /// Let those that a pause has stopped go on, unless somebody keeps them at rest. `enter` says
-    /// whether they may, given whether a run is in progress and all are at rest, and that nothing
-    /// is to be done where they run already. Returns the devices that the pause has quiesced.
+    /// Continue the vCPUs that a pause has stopped, unless they are held at rest. `enter` gets
+    /// whether a run is in progress and whether all vCPUs are at rest; it fails if they may not
+    /// continue, and returns false if they run already. Returns the devices that the pause has
+    /// quiesced.
     pub(super) fn resume(
         &self,
         mut enter: impl FnMut(bool, bool) -> Result<bool>,
@@ -214,7 +216,7 @@ impl Vcpus {
         let mut list = self.0.lock();
         loop {
             let stays = list.is_in_run && list.stopping == 0;
-            // A pause from another thread may not have seen them at rest yet.
+            // A pause from another thread may still be waiting for them to come to rest.
             let late = list.vcpus.iter().find(|vcpu| !vcpu.is_at_rest()).map(awaited);
             if !enter(stays, late.is_none())? {
                 return Ok(None);
@@ -227,17 +229,17 @@ impl Vcpus {
         Ok(devices)
     }
 
-    /// Do something to each, which nobody starts meanwhile.
+    /// Call `act` for each vCPU. None can be started during the call.
     pub(super) fn each(&self, act: impl FnMut(&Arc<VcpuHandle>) -> Result<()>) -> Result<()> {
         self.0.lock().vcpus.iter().try_for_each(act)
     }
 
-    /// Keep all at rest for as long as `act` takes. One that completes an exit for another thread
-    /// is waited for.
+    /// Keep all vCPUs at rest during `act`. First waits for vCPUs that are completing an exit for
+    /// another thread.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] when one is running; what `limit` ends the wait with; what `act`
-    /// returns.
+    /// [`ErrorKind::State`] if a vCPU is running; the error of `limit`, which ends the wait; the
+    /// error of `act`.
     pub(super) fn at_rest<T>(
         &self,
         limit: &Limit<'_>,
@@ -257,9 +259,9 @@ impl Vcpus {
         }
     }
 
-    /// End their run: bring them out of their guests, where they rest until the next one. Callbacks
-    /// in progress are not waited for. `stopped` is called when the last caller is done, before
-    /// anybody can start them again. That caller gets the devices that a pause has quiesced.
+    /// End the run: bring the vCPUs out of their guests; they rest until the next run. Does not
+    /// wait for callbacks in progress. The last concurrent caller calls `stopped`, before the vCPUs
+    /// can be started again, and gets the devices that a pause has quiesced.
     pub(super) fn stop(&self, is_own: bool, stopped: impl FnOnce()) -> Option<QuiescedDevices> {
         self.bring_down(
             is_own,
@@ -271,8 +273,9 @@ impl Vcpus {
         )
     }
 
-    /// End their run, and their threads. A thread of the machine's own (`is_own`) waits for none of
-    /// them: two would wait for each other. Returns what [`Self::stop`] returns.
+    /// End the run and the vCPUs' threads. If the caller is one of these threads (`is_own`), it
+    /// does not wait for the others: two such callers would wait for each other. Returns as
+    /// [`Self::stop`] does.
     pub(super) fn close(&self, is_own: bool, stopped: impl FnOnce()) -> Option<QuiescedDevices> {
         self.0.lock().is_closed = true;
         let leave = |vcpu: &VcpuHandle| {
@@ -284,8 +287,8 @@ impl Vcpus {
         devices
     }
 
-    /// All are kicked before any is waited for: their ways out overlap. What `order` returns is
-    /// waited for to its end.
+    /// Kick all vCPUs before waiting for any, so that they leave in parallel. Joins the threads
+    /// that `order` returns.
     fn bring_down(
         &self,
         is_own: bool,
@@ -298,8 +301,8 @@ impl Vcpus {
             let all = list.vcpus.iter().map(awaited).collect();
             (all, list.vcpus.iter().filter_map(|vcpu| order(vcpu)).collect())
         };
-        // One that is driven by hand has another thread. One in a callback of the program's is at
-        // rest.
+        // A vCPU in a callback counts as at rest. `run_once` runs a vCPU on a thread that is not
+        // joined here.
         wait_for(&all);
         threads.into_iter().for_each(join);
         let mut list = self.0.lock();
@@ -318,33 +321,33 @@ impl Vcpus {
         devices
     }
 
-    /// Wait until the callbacks that a run has left in progress have returned.
+    /// Wait until the callbacks still in progress at the end of a run have returned.
     ///
     /// # Errors
-    /// What `limit` ends the wait with.
+    /// The error of `limit`, which ends the wait.
     pub(super) fn wait_for_callbacks(&self, limit: &Limit<'_>) -> Result<()> {
         self.handles().iter().try_for_each(|vcpu| vcpu.wait_for_callback(limit))
     }
 
-    /// Whether somebody has begun to close them.
+    /// Whether a thread has begun to close them.
     #[cfg_attr(not(feature = "python"), allow(dead_code, reason = "for the binding"))]
     pub(super) fn are_closed(&self) -> bool {
         self.0.lock().is_closed
     }
 
-    /// Whether `close` would wait for a guest, or for a callback.
+    /// Whether `close` would wait for a guest or for a callback.
     pub(super) fn are_busy(&self) -> bool {
         let list = self.0.lock();
         list.stopping > 0 || list.vcpus.iter().any(|vcpu| vcpu.is_out())
     }
 
-    /// The machine goes. A thread that was not joined is one of its own, in a callback, or knows of
-    /// one.
+    /// The machine is dropped. A thread that was not joined is in a callback. The dropping thread
+    /// is one of the machine's own, or must not wait for one.
     pub(super) fn leave(&mut self) {
         self.0.get_mut().vcpus.iter().filter_map(|vcpu| vcpu.take_thread()).for_each(left::leave);
     }
 
-    /// In a forked child the threads do not exist.
+    /// In a forked child: drop the threads, which do not exist there.
     pub(super) fn forget(&mut self) {
         let threads = self.0.get_mut().vcpus.iter().filter_map(|vcpu| vcpu.take_thread());
         threads.for_each(std::mem::forget);

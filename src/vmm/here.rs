@@ -1,5 +1,5 @@
-//! `run_here`: a run whose guest the caller's thread enters itself, beside turning the loop. There
-//! is no other thread to start, to wake or to wait for.
+//! `run_here`: the caller's thread enters the guest itself and runs the event loop in between. No
+//! other thread has to be started, woken or waited for.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,11 +11,11 @@ use crate::exit_handler::{Exit, ExitReason};
 use crate::limit::{CHECK_INTERVAL, Interrupted, deadline_of};
 use crate::vcpu::Left;
 
-/// How long a guest runs before this thread looks at its loop.
+/// How long a guest runs at most before this thread checks its event loop.
 const TICK: Duration = Duration::from_millis(2);
 
 impl Vmm {
-    /// [`Self::run`] for a machine with one vCPU, on the caller's thread alone: devices and hooks
+    /// [`Self::run`] for a machine with one vCPU, on the caller's thread alone. Devices and hooks
     /// are called there too. Events of the loop are dispatched within 2 ms.
     ///
     /// # Errors
@@ -34,8 +34,8 @@ impl Vmm {
 }
 
 impl Running<'_> {
-    /// Run the guest until it ends, something ends the run, or the deadline comes: none then.
-    // Long because it is one loop, with all that may interrupt it in one place.
+    /// Run the guest until the run ends, or until the deadline: `None` then.
+    // Long because it is one loop, with everything that may interrupt it in one place.
     fn run_guest<E: From<Error>>(
         &self,
         deadline: Option<Instant>,
@@ -52,7 +52,7 @@ impl Running<'_> {
             others => return Err(several(others.len()).into()),
         };
         let here = vm.run_here(&handle, &self.event_manager, vm.first_address(self.vmm.entry))?;
-        // For signals that another thread of the process has taken.
+        // For signals that were delivered to another thread of the process.
         let mut next_check = Instant::now() + CHECK_INTERVAL;
         while self.exit_handler.keep_running() {
             let now = Instant::now();
@@ -63,7 +63,7 @@ impl Running<'_> {
             let until = deadline.map_or(tick, |deadline| deadline.min(tick));
             match here.run(until)? {
                 Left::Ended | Left::Stopped => break,
-                // Until a resume wakes the loop.
+                // A resume wakes the loop.
                 Left::CalledOut => self.turn(deadline, turn)?,
                 Left::Waits => self.turn(Some(until), turn)?,
                 Left::Signalled => interrupted()?,

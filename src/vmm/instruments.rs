@@ -1,4 +1,4 @@
-//! A machine's instruments: its counters, and the one trace that may be written. From any thread.
+//! A machine's counters, and its trace, of which there is at most one. From any thread.
 
 use std::path::Path;
 use std::sync::{Arc, Weak};
@@ -13,21 +13,20 @@ use crate::sync::{Mutex, rank};
 use crate::trace::{Span, Trace, Track, Value};
 use crate::vcpu::{ExitKey, ExitRouter, Observer, Seen, Stats};
 
-/// See the module.
+/// The counters and the trace of one machine.
 #[derive(Debug)]
-pub struct Watching {
+pub struct Instruments {
     /// The counters of its exits.
     pub stats: Arc<Stats>,
     router: Arc<ExitRouter>,
-    /// Gone when the machine is closed, unless others have it.
+    /// Dropped when the machine is closed, unless other machines share it.
     event_manager: Weak<EventManager>,
     process_tag: ProcessTag,
     trace: Mutex<Option<Arc<Trace>>, rank::MachineTrace>,
 }
 
-impl Watching {
-    /// For a machine with so many vCPUs, whose exits go to this dispatch and whose events to this
-    /// loop.
+impl Instruments {
+    /// Instruments for a machine with this many vCPUs, this exit router and this event loop.
     #[must_use]
     pub fn new(vcpus: u64, router: &Arc<ExitRouter>, event_manager: &Arc<EventManager>) -> Self {
         Self {
@@ -39,11 +38,12 @@ impl Watching {
         }
     }
 
-    /// Write every hop to a new file, from each vCPU's next entry and the loop's next turn on.
+    /// Write a trace to a new file. It begins with each vCPU's next entry and the loop's next
+    /// iteration.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] while another trace is written; [`ErrorKind::Io`] when the file cannot
-    /// be made.
+    /// [`ErrorKind::State`] while another trace is written; [`ErrorKind::Io`] if the file cannot be
+    /// created.
     pub fn start_trace(&self, path: &Path) -> Result<Arc<Trace>> {
         let mut current = self.trace.lock();
         if current.is_some() {
@@ -54,19 +54,19 @@ impl Watching {
         self.router.observe(Arc::clone(&trace) as Arc<dyn Observer>);
         if let Some(event_manager) = self.event_manager.upgrade() {
             event_manager.recorders.add(Arc::clone(&trace));
-            // A loop that waits begins a new turn. If it cannot be told, it does so at its next
-            // event.
+            // Wake the loop, so that it begins a new iteration. If this fails, it does so at its
+            // next event.
             let _ = event_manager.kick();
         }
         *current = Some(Arc::clone(&trace));
         Ok(trace)
     }
 
-    /// Complete the trace that [`Self::start_trace`] began. In a forked child it is the parent's,
-    /// and left alone.
+    /// Complete the trace that [`Self::start_trace`] began. Does nothing in a forked child: the
+    /// trace belongs to the parent.
     ///
     /// # Errors
-    /// [`ErrorKind::Io`] when the file could not be written.
+    /// [`ErrorKind::Io`] if the file could not be written.
     pub fn end_trace(&self, trace: &Arc<Trace>) -> Result<()> {
         if self.process_tag.is_forked_child() {
             return Ok(());
@@ -80,11 +80,11 @@ impl Watching {
     }
 }
 
-impl Drop for Watching {
-    /// In a loop that others use too, a trace must not outlive its machine.
+impl Drop for Instruments {
+    /// A loop may be shared with other machines: a trace must not outlive its machine there.
     fn drop(&mut self) {
         if let Some(trace) = self.trace.get_mut().take() {
-            // Nobody is left to be told.
+            // No caller is left to report an error to.
             let _ = self.end_trace(&trace);
         }
     }
@@ -150,15 +150,15 @@ mod tests {
     #[test]
     fn one_trace_at_a_time_and_none_after_the_machine() {
         let (router, manager) = (Arc::default(), Arc::new(EventManager::new().unwrap()));
-        let watching = Watching::new(1, &router, &manager);
-        let trace = watching.start_trace(Path::new("/dev/null")).unwrap();
-        let again = watching.start_trace(Path::new("/dev/null")).unwrap_err();
+        let instruments = Instruments::new(1, &router, &manager);
+        let trace = instruments.start_trace(Path::new("/dev/null")).unwrap();
+        let again = instruments.start_trace(Path::new("/dev/null")).unwrap_err();
         assert_eq!(again.kind, ErrorKind::State);
-        watching.end_trace(&trace).unwrap();
-        watching.end_trace(&trace).unwrap();
-        watching.start_trace(Path::new("/dev/null")).unwrap();
+        instruments.end_trace(&trace).unwrap();
+        instruments.end_trace(&trace).unwrap();
+        instruments.start_trace(Path::new("/dev/null")).unwrap();
         assert!(manager.recorders.recording().is_some());
-        drop(watching);
+        drop(instruments);
         assert!(manager.recorders.recording().is_none());
     }
 }

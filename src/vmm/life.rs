@@ -1,5 +1,4 @@
-//! The life of a machine from outside its run: start, stop, pause, resume and close. From any
-//! thread.
+//! Start, stop, pause, resume and close a machine, outside of its `run`. From any thread.
 
 use std::sync::Arc;
 
@@ -12,20 +11,20 @@ use crate::limit::Limit;
 use crate::vcpu::{self, VmRunState};
 use crate::vm::KvmVm;
 
-/// What a thread that closes a machine does next.
+/// The next step of a thread that closes a machine.
 enum ToClose {
-    /// It is closed, or will be without this thread.
+    /// The machine is closed, or another thread will close it.
     Nothing,
-    /// Stop the vCPUs: this is the thread of one, and nobody waits for the machine.
+    /// Stop the vCPUs: this is the thread of one of them, and no thread is in `run` or `wait`.
     Shutdown,
-    /// Wait for the thread that runs or closes it.
+    /// Wait for the thread that runs or closes the machine.
     Wait,
-    /// Release what it is made of.
+    /// Release the machine's parts.
     Release,
 }
 
 impl Vmm {
-    /// Start the vCPUs and return; [`Self::wait`] turns the event loop for them.
+    /// Start the vCPUs and return. [`Self::wait`] runs the event loop for them.
     ///
     /// # Errors
     /// [`ErrorKind::State`] as for `run`.
@@ -37,32 +36,32 @@ impl Vmm {
         Ok(())
     }
 
-    /// End the run in progress, or the next one if there is none. It may go on later. From any
-    /// thread.
+    /// End the run in progress, or the next one if there is none. A later run continues it. From
+    /// any thread.
     ///
     /// # Errors
-    /// When the exit event cannot be written, or in a forked child.
+    /// If the exit event cannot be written, or in a forked child.
     pub fn stop(&self) -> Result<()> {
         self.process_tag.check("vmm")?;
-        let Ok(exit_handler) = self.exit_handler() else { return Ok(()) }; // closed: nothing runs
+        let Ok(exit_handler) = self.exit_handler() else { return Ok(()) }; // closed: no run is in progress
         exit_handler.kick().map_err(|e| Error::os(ErrorKind::Event, "stop", &e))
     }
 
-    /// Stop, wait for the run to end, and release everything. No guest and no callback goes on
-    /// behind it. Does nothing the second time, but wait for the first. Called from inside a run,
-    /// it takes effect when that run ends; from a callback of a machine that was started and that
-    /// nobody waits for, the vCPUs stop, and the rest is up to the next `wait` or `close`.
+    /// Stop, wait for the run to end, and release everything. No guest and no callback runs
+    /// afterwards. A second call waits for the first and does nothing else. A call from inside a
+    /// run takes effect when that run ends. A call from a callback on a vCPU's thread, while no
+    /// thread is in `wait`, stops the vCPUs; the next `wait` or `close` releases the rest.
     pub fn close(&self) {
         self.close_or_tell(false);
     }
 
-    /// [`Self::close`], but only if it waits for no other thread. Whether it did so.
+    /// [`Self::close`], but only if it need not wait for another thread. Returns whether it closed.
     #[cfg_attr(not(feature = "python"), allow(dead_code, reason = "for the binding"))]
     pub(crate) fn close_without_wait(&self) -> bool {
         self.close_or_tell(true)
     }
 
-    /// Whether a thread closes it, which waits for callbacks at most.
+    /// Whether a thread is closing it. That thread waits only for callbacks.
     #[cfg_attr(not(feature = "python"), allow(dead_code, reason = "for the binding"))]
     pub(crate) fn is_closing(&self) -> bool {
         !self.process_tag.is_forked_child() && matches!(self.runner.lock().life, Life::Closing(_))
@@ -70,7 +69,7 @@ impl Vmm {
 
     fn close_or_tell(&self, is_hurried: bool) -> bool {
         if self.process_tag.is_forked_child() {
-            return true; // the run in progress, if any, is the parent's
+            return true; // a run in progress belongs to the parent
         }
         let mut runner = self.runner.lock();
         loop {
@@ -95,19 +94,19 @@ impl Vmm {
         true
     }
 
-    /// What this thread does next to close the machine. A run in progress is told to end.
+    /// The next step of this thread to close the machine. Ends a run in progress.
     fn next_to_close(&self, runner: &mut Runner) -> ToClose {
         let this = std::thread::current().id();
         let is_on_vcpu = vcpu::is_thread_of(self.vm_id);
         match (runner.life, runner.thread) {
             (Life::Closed, _) => ToClose::Nothing,
-            // Whoever closes it waits for this callback.
+            // The closing thread waits for this callback.
             (Life::Closing(_), _) if is_on_vcpu => ToClose::Nothing,
             (Life::Closing(closer), _) if closer == this => ToClose::Nothing,
             (Life::Closing(_), _) => ToClose::Wait,
             (Life::Open, None) if !is_on_vcpu => ToClose::Release,
             (Life::Open, thread) => {
-                // Fails only in a forked child.
+                // This fails only in a forked child.
                 let _ = self.stop();
                 let is_inside = is_on_vcpu || thread == Some(this);
                 runner.close_at_end |= is_inside;
@@ -120,18 +119,18 @@ impl Vmm {
         }
     }
 
-    /// Release what the machine was made of. Without a lock: its threads are waited for, and
-    /// devices may be the program's.
+    /// Release the machine's parts, with no lock held: this waits for its threads, and devices may
+    /// be implemented in Python.
     fn release(&self) {
         let in_loop = self.in_loop.lock().take();
         for InLoop { event_manager, subscribers, .. } in in_loop.iter() {
             for id in subscribers {
-                // Fails when the program has removed it already.
+                // Fails if the program has removed it already.
                 let _ = event_manager.remove_subscriber(*id);
             }
         }
         let vm = self.vm.lock().take();
-        // Others may hold it for as long as a call of theirs takes.
+        // Other threads may hold it until their calls return.
         vm.iter().for_each(|vm| vm.close());
         drop((vm, in_loop));
         self.router.close();
@@ -139,8 +138,8 @@ impl Vmm {
         self.run_ended.notify_all();
     }
 
-    /// Nobody is left to use it: a callback of its own that holds the last reference does not wait
-    /// for itself.
+    /// The last reference may be dropped in one of the machine's callbacks, which must not wait for
+    /// itself.
     pub(super) fn release_last(&self) {
         if self.process_tag.is_forked_child() || self.runner.lock().life == Life::Closed {
             return;
@@ -149,24 +148,24 @@ impl Vmm {
     }
 
     /// Bring the vCPUs of the run in progress out of the guest and wait until they are at rest.
-    /// From any thread or callback; the loop goes on turning.
+    /// From any thread or callback. The event loop continues.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] when the machine is not running; what `limit` ends the wait with, and
-    /// then the machine runs on.
+    /// [`ErrorKind::State`] if the machine is not running; the error of `limit`, which ends the
+    /// wait. The machine continues to run then.
     pub fn pause(&self, limit: &Limit<'_>) -> Result<()> {
         self.vm()?.pause(limit)
     }
 
-    /// Let the vCPUs that `pause` stopped go on.
+    /// Continue the vCPUs that `pause` stopped.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] when no run is in progress, or the guest has ended.
+    /// [`ErrorKind::State`] if no run is in progress, or the guest has ended.
     pub fn resume(&self) -> Result<()> {
         self.vm()?.resume()
     }
 
-    /// Become the thread that is inside `run`, with the machine to run.
+    /// Become the only thread inside `run`. Returns the machine to run.
     pub(crate) fn enter_run(&self, what: &str, for_started: bool) -> Result<Running<'_>> {
         let mut runner = self.runner.lock();
         let vm = match runner.life {
@@ -193,17 +192,17 @@ impl Vmm {
         Err(Error::new(ErrorKind::State, what, detail))
     }
 
-    /// Whether vCPU threads are there, or somebody is inside `run`.
+    /// Whether the machine has been started or a thread is inside `run`.
     pub(crate) fn is_in_run(&self) -> bool {
         let runner = self.runner.lock();
         runner.thread.is_some() || runner.is_started
     }
 }
 
-/// While it lives, its thread is the one inside `run`.
+/// While it lives, its thread is the only one inside `run`.
 pub(crate) struct Running<'a> {
     pub(super) vmm: &'a Vmm,
-    /// The machine, which is not closed meanwhile.
+    /// The machine, which cannot be closed while this lives.
     pub(super) vm: Arc<KvmVm<WrappedExitHandler>>,
     pub(super) event_manager: Arc<EventManager>,
     pub(super) exit_handler: WrappedExitHandler,

@@ -1,4 +1,4 @@
-//! `Vmm`: a configuration becomes a machine, top to bottom, and its parts.
+//! `Vmm`: builds a machine from a configuration, and gives access to its parts.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 
 use event_manager::SubscriberId;
 
-use super::instruments::Watching;
+use super::instruments::Instruments;
 use super::parts::Parts;
 use super::resets::Resets;
 use super::runner::{Runner, closed};
@@ -29,33 +29,33 @@ use crate::vm::{KvmVm, claim_platform};
 /// A machine: its KVM side, its devices, and the event loop they share.
 #[derive(Debug)]
 pub struct Vmm {
-    /// None once it is closed.
+    /// `None` once it is closed.
     pub(super) vm: Mutex<Option<Arc<KvmVm<WrappedExitHandler>>>, rank::VmmParts>,
-    /// None once it is closed: then whoever else holds its parts has them.
+    /// `None` once it is closed. Other holders may keep them alive.
     pub(super) in_loop: Mutex<Option<InLoop>, rank::OwnSubscribers>,
     pub(super) process_tag: ProcessTag,
     pub(super) router: Arc<ExitRouter>,
-    watching: Watching,
+    instruments: Instruments,
     pub(super) serial: Arc<Serial>,
     fixups: Arc<Counts>,
-    /// Where the vCPUs start.
+    /// The address at which the vCPUs start.
     pub(super) entry: u64,
     pub(super) exit_port: ExitPort,
-    /// Tells a thread of one of its vCPUs.
+    /// Identifies the threads of its vCPUs.
     pub(super) vm_id: usize,
     pub(super) resets: Resets,
-    /// A stream of the console has failed, and what comes is dropped.
+    /// A stream of the console has failed; further output is dropped.
     pub(super) has_failed: AtomicBool,
     pub(super) runner: Mutex<Runner, rank::Runner>,
     pub(super) run_ended: Condvar,
 }
 
-/// What a machine has in the event loop that its runs turn.
+/// A machine's event loop and what it has registered there.
 #[derive(Debug)]
 pub(super) struct InLoop {
     pub(super) event_manager: Arc<EventManager>,
     pub(super) exit_handler: WrappedExitHandler,
-    /// Subscribers that are the machine's own and go with it.
+    /// The machine's own subscribers, which are removed with it.
     pub(super) subscribers: Vec<SubscriberId>,
 }
 
@@ -68,11 +68,11 @@ impl TryFrom<VmmConfig> for Vmm {
 }
 
 impl Vmm {
-    /// A machine in a loop that others use too; none for one of its own.
+    /// A machine in a shared event loop, or with `None` in a new one of its own.
     ///
     /// # Errors
-    /// When a value cannot be used, a file cannot be loaded, or KVM refuses a part;
-    /// when `interrupted`, which is asked while a file has to be waited for, says so.
+    /// If a value is invalid, a file cannot be loaded, or KVM refuses any part. The error of
+    /// `interrupted`, which is called while loading waits for a file.
     pub fn build(
         config: VmmConfig,
         shared: Option<Arc<EventManager>>,
@@ -96,7 +96,7 @@ impl Vmm {
         Self::assemble(parts, config.serial, config.exit_port)
     }
 
-    /// The machine of these parts, in its loop.
+    /// Assemble the machine from these parts, in its event loop.
     pub(super) fn assemble(
         parts: Parts,
         streams: SerialConfig,
@@ -107,13 +107,13 @@ impl Vmm {
         subscribers.extend(devices::connect(&serial, streams, &event_manager)?);
         let fixups = Arc::clone(vm.fixups());
         let vm_id = vm.id();
-        let watching = Watching::new(vm.handles().len() as u64, &router, &event_manager);
+        let instruments = Instruments::new(vm.handles().len() as u64, &router, &event_manager);
         Ok(Self {
             vm: Mutex::new(Some(Arc::new(vm))),
             in_loop: Mutex::new(Some(InLoop { event_manager, exit_handler, subscribers })),
             process_tag: ProcessTag::current(),
             router,
-            watching,
+            instruments,
             serial,
             fixups,
             entry,
@@ -128,11 +128,11 @@ impl Vmm {
 }
 
 impl Vmm {
-    /// The vCPUs, to be looked into while they are at rest. Before the first run they stand where
-    /// it will start.
+    /// The handles of the vCPUs. Before the first run, their registers are those with which it
+    /// starts.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] when the machine is closed.
+    /// [`ErrorKind::State`] if the machine is closed.
     pub fn vcpus(&self) -> Result<Vec<Arc<VcpuHandle>>> {
         let vm = self.vm()?;
         vm.prepare(self.entry)?;
@@ -142,24 +142,24 @@ impl Vmm {
     /// The KVM side of the machine.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] when it is closed.
+    /// [`ErrorKind::State`] if it is closed.
     pub fn vm(&self) -> Result<Arc<KvmVm<WrappedExitHandler>>> {
         self.vm.lock().clone().ok_or_else(closed)
     }
 
-    /// The event manager whose loop `run` turns.
+    /// The event manager whose loop `run` runs.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] when the machine is closed.
+    /// [`ErrorKind::State`] if the machine is closed.
     pub fn event_manager(&self) -> Result<Arc<EventManager>> {
         let in_loop = self.in_loop.lock();
         in_loop.as_ref().map(|own| Arc::clone(&own.event_manager)).ok_or_else(closed)
     }
 
-    /// Put a device on one of the buses, at any time.
+    /// Add a device to one of the buses. This is possible at any time.
     ///
     /// # Errors
-    /// [`ErrorKind::Config`] when the range is no such bus's, or something else answers there.
+    /// [`ErrorKind::Config`] if the range is not on that bus, or overlaps something else.
     pub fn add_device(
         &self,
         access: Access,
@@ -179,10 +179,10 @@ impl Vmm {
         Ok(())
     }
 
-    /// Take a device away again. An access that has found it already is still answered.
+    /// Remove a device. An access that has found it already is still answered.
     ///
     /// # Errors
-    /// [`ErrorKind::Config`] when no device's range starts there.
+    /// [`ErrorKind::Config`] if no device starts at this address.
     pub fn remove_device(&self, access: Access, base: u64) -> Result<()> {
         let vm = self.vm()?;
         drop(self.router.buses.bus(access).remove(base)?);
@@ -193,34 +193,34 @@ impl Vmm {
     /// The handler that ends a run.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] when the machine is closed.
+    /// [`ErrorKind::State`] if the machine is closed.
     pub fn exit_handler(&self) -> Result<WrappedExitHandler> {
         let in_loop = self.in_loop.lock();
         in_loop.as_ref().map(|own| own.exit_handler.clone()).ok_or_else(closed)
     }
 
-    /// Where the vCPUs' exits go: the buses, hooks and observers.
+    /// The router of the vCPUs' exits: the buses, hooks and observers.
     #[must_use]
     pub fn router(&self) -> &Arc<ExitRouter> {
         &self.router
     }
 
-    /// What it can be watched with: counters, and a trace.
+    /// Its counters and its trace.
     #[must_use]
-    pub fn watching(&self) -> &Watching {
-        &self.watching
+    pub fn instruments(&self) -> &Instruments {
+        &self.instruments
     }
 
-    /// See [`Watching::start_trace`].
+    /// See [`Instruments::start_trace`].
     ///
     /// # Errors
-    /// [`ErrorKind::State`] when the machine is closed, too.
+    /// Also [`ErrorKind::State`] if the machine is closed.
     pub fn start_trace(&self, path: &Path) -> Result<Arc<Trace>> {
         self.vm()?.check_process()?;
-        self.watching.start_trace(path)
+        self.instruments.start_trace(path)
     }
 
-    /// The instructions that KVM refused and that were executed here.
+    /// Counts of the instructions that KVM refused and fix-ups executed.
     #[must_use]
     pub fn fixups(&self) -> &Counts {
         &self.fixups
@@ -235,14 +235,14 @@ impl Vmm {
     /// Guest memory.
     ///
     /// # Errors
-    /// When the machine is closed, or in a forked child.
+    /// If the machine is closed, or in a forked child.
     pub fn memory(&self) -> Result<GuestMemory> {
         let vm = self.vm()?;
         vm.check_process()?;
         Ok(vm.memory().clone())
     }
 
-    /// Where the machine stands.
+    /// The machine's run state.
     #[must_use]
     pub fn state(&self) -> VmRunState {
         self.vm().map_or(VmRunState::Closed, |vm| vm.state())
@@ -250,7 +250,7 @@ impl Vmm {
 }
 
 impl Drop for Vmm {
-    /// In a loop that others use too, the machine's subscribers must not outlive it.
+    /// The loop may be shared: the machine's subscribers must not outlive it there.
     fn drop(&mut self) {
         self.release_last();
     }

@@ -1,6 +1,6 @@
-//! A whole machine: a `KvmVm`, its devices and the event loop that it shares with others; run,
-//! stopped, copied and reset. No KVM ioctl here. `run` turns the loop on the caller's thread; any
-//! thread may call the rest.
+//! A complete machine: a `KvmVm`, its devices and its event loop, which may be shared. It is run,
+//! stopped, forked and reset here. No KVM ioctl is made here. `run` runs the loop on the caller's
+//! thread; any thread may call the rest.
 
 mod here;
 mod instruments;
@@ -9,12 +9,13 @@ mod machine;
 mod parts;
 mod renew;
 mod resets;
+mod restore;
 mod run;
 mod runner;
 mod snapshot;
 
-pub use instruments::Watching;
+pub use instruments::Instruments;
 pub use machine::Vmm;
+pub use restore::ForkConfig;
 #[cfg(feature = "python")]
 pub(crate) use runner::closed;
-pub use snapshot::ForkConfig;

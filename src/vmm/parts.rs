@@ -1,4 +1,4 @@
-//! What a machine is assembled of. Pure data.
+//! The parts of a machine before it is assembled. Pure data.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use crate::exit_handler::WrappedExitHandler;
 use crate::vcpu::ExitRouter;
 use crate::vm::KvmVm;
 
-/// What a machine is assembled of.
+/// The parts of a machine.
 #[derive(Debug)]
 pub(crate) struct Parts {
     pub(crate) vm: KvmVm<WrappedExitHandler>,

@@ -1,4 +1,4 @@
-//! A machine that is to be again what a new fork of a snapshot is. From any thread.
+//! Resets a machine so that it can replace a new fork of a snapshot. From any thread.
 
 use std::sync::atomic::Ordering;
 
@@ -8,14 +8,14 @@ use crate::limit::Limit;
 use crate::snapshot::Snapshot;
 
 impl Vmm {
-    /// Bring the machine back to a snapshot, with everything that its runs have left on the host's
-    /// side: nothing tells it from a new fork then. False where it cannot be: a run is in progress,
-    /// somebody has asked for a stop, or its console has failed.
+    /// Reset the machine to a snapshot, and also everything on the host's side that its runs have
+    /// changed, so that it equals a new fork. Returns false if this is impossible: a run is in
+    /// progress, a stop is pending, or its console has failed.
     ///
     /// # Errors
     /// As for [`Self::reset`].
     pub fn renew(&self, snapshot: &Snapshot, limit: &Limit<'_>) -> Result<bool> {
-        // Relaxed: whoever ran it has told us since.
+        // Relaxed: the caller has synchronized with the thread that ran it.
         let has_failed = self.has_failed.load(Ordering::Relaxed);
         if self.is_in_run() || has_failed || self.serial().take_failure().is_some() {
             return Ok(false);

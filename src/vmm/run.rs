@@ -1,5 +1,5 @@
-//! `run` and `wait`: turn the event loop until the exit handler says stop, and shut the machine
-//! down. On the caller's thread.
+//! `run` and `wait`: run the event loop until the exit handler ends it, then shut the machine down.
+//! On the caller's thread.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -12,29 +12,30 @@ use crate::hop::hop;
 use crate::limit::{Interrupted, Limit, deadline_of};
 use crate::trace;
 
-/// The longest wait where another loop may take what this one waits for.
-const SLICE: Duration = Duration::from_millis(50);
+/// The longest wait if the loop is shared: another thread may take the event that this one waits
+/// for.
+const SHARED_LOOP_WAIT: Duration = Duration::from_millis(50);
 
-/// How long the end of a run waits for somebody to take the guest's last output.
-const PATIENCE: Duration = Duration::from_secs(1);
+/// How long the end of a run waits for a reader to take the guest's last output.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How long a run that a time limit or an error has ended waits for callbacks in progress.
+/// How long a run waits for callbacks in progress after a time limit or an error.
 const CALLBACK_GRACE: Duration = Duration::from_millis(50);
 
 impl Vmm {
-    /// Run until the guest ends, `stop` is called, or the time passes. `turn` turns the event loop
-    /// once, waiting until the time it is given at most; its error ends the run.
+    /// Run until the guest ends, `stop` is called, or the deadline passes. `turn` runs one
+    /// iteration of the event loop, which waits until the given time at most. An error of `turn`
+    /// ends the run.
     ///
-    /// Callbacks in progress on vCPU threads have returned when this returns. There is one
-    /// exception: if the time has passed or a call has failed they have 50 ms. A callback that is
-    /// left goes on, and its vCPU comes to rest after it.
+    /// Callbacks in progress on vCPU threads have returned when this returns, with one exception:
+    /// after a timeout or an error they have 50 ms. A callback that takes longer continues, and its
+    /// vCPU comes to rest when it returns.
     ///
-    /// After a stop, a timeout or an error another `run` goes on where this one ended.
+    /// After a stop, a timeout or an error, another `run` continues where this one ended.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] when another thread is in `run`, the
-    /// guest has ended or the machine is closed; [`ErrorKind::Io`]
-    /// when a stream of the serial port fails; what `turn` returns.
+    /// [`ErrorKind::State`] if another thread is in `run`, the guest has ended or the machine is
+    /// closed; [`ErrorKind::Io`] if a stream of the serial port fails; the error of `turn`.
     pub fn run<E: From<Error>>(
         &self,
         timeout: Option<Duration>,
@@ -43,10 +44,10 @@ impl Vmm {
         self.run_interruptibly(timeout, &|| Ok(()), turn)
     }
 
-    /// [`Self::run`], whose wait for callbacks `interrupted` may end with an error.
+    /// [`Self::run`]; an error of `interrupted` ends the wait for callbacks.
     ///
     /// # Errors
-    /// As for [`Self::run`]; what `interrupted` returns.
+    /// As for [`Self::run`]; the error of `interrupted`.
     pub fn run_interruptibly<E: From<Error>>(
         &self,
         timeout: Option<Duration>,
@@ -63,12 +64,12 @@ impl Vmm {
         running.conclude(ended, deadline, interrupted, &mut turn)
     }
 
-    /// What `run` does, for a machine that has been started; none when the time passed: then the
-    /// guest goes on.
+    /// [`Self::run`] for a machine that has been started. Returns `None` after the timeout; the
+    /// guest continues then.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] when the machine has not been started,
-    /// or another thread waits; else as for `run`.
+    /// [`ErrorKind::State`] if the machine has not been started or another thread waits; otherwise
+    /// as for `run`.
     pub fn wait<E: From<Error>>(
         &self,
         timeout: Option<Duration>,
@@ -93,14 +94,14 @@ impl Running<'_> {
         hop!();
         let vm = &self.vm;
         vm.check_may_run()?;
-        // After a stop from before this run the guest does not start for nothing.
+        // A stop from before this run ends it: the guest is not started.
         if !self.exit_handler.is_kicked() {
             vm.run(vm.first_address(self.vmm.entry))?;
         }
         Ok(())
     }
 
-    /// Turn the loop until the exit handler says stop; none when the deadline came first.
+    /// Run the loop until the exit handler ends it; `None` at the deadline.
     pub(super) fn turn_until<E: From<Error>>(
         &self,
         deadline: Option<Instant>,
@@ -115,8 +116,8 @@ impl Running<'_> {
         Ok(Some(ExitReason::Stopped))
     }
 
-    /// The end of a run: shut the machine down, except in a child that a callback has forked. There
-    /// the run is the parent's.
+    /// End a run and shut the machine down, except in a child that was forked in a callback: there
+    /// the run belongs to the parent.
     pub(super) fn conclude<E: From<Error>>(
         &self,
         ended: std::result::Result<Option<ExitReason>, E>,
@@ -131,7 +132,7 @@ impl Running<'_> {
         self.finish(reason, deadline, interrupted, turn)
     }
 
-    /// The end of a run: shut the machine down and bring out what the guest printed last.
+    /// End a run: shut the machine down and flush the guest's last output.
     fn finish<E: From<Error>>(
         &self,
         reason: std::result::Result<ExitReason, E>,
@@ -142,7 +143,7 @@ impl Running<'_> {
         self.vm.stop();
         let is_over = matches!(reason, Ok(ExitReason::Stopped));
         let waited = self.wait_for_callbacks(is_over, deadline, interrupted);
-        // One that came when the time had passed already: a callback's result is not lost.
+        // A callback may have ended the run after the deadline: its result is not lost.
         let mut is_stopped = self.exit_handler.take_stop();
         let reason = reason?;
         waited?;
@@ -154,8 +155,9 @@ impl Running<'_> {
         Ok(self.vm.exit().unwrap_or_else(|| Exit::new(reason)))
     }
 
-    /// Wait for callbacks in progress. If the run `is_over`, until the deadline; otherwise for a
-    /// moment. What they do later is for the next run, or for `close`.
+    /// Wait for callbacks in progress: until the deadline if the run `is_over`, otherwise for
+    /// [`DRAIN_TIMEOUT`]. Results of callbacks that return later belong to the next run or to
+    /// `close`.
     fn wait_for_callbacks(
         &self,
         is_over: bool,
@@ -173,28 +175,29 @@ impl Running<'_> {
         }
     }
 
-    /// One turn of the event loop.
+    /// One iteration of the event loop.
     pub(super) fn turn<E: From<Error>>(
         &self,
         deadline: Option<Instant>,
         turn: &mut impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
     ) -> std::result::Result<(), E> {
-        let slice = self.exit_handler.is_in_several_loops().then(|| Instant::now() + SLICE);
-        let until = slice
-            .map_or(deadline, |slice| Some(deadline.map_or(slice, |deadline| deadline.min(slice))));
+        let wait_end =
+            self.exit_handler.is_in_several_loops().then(|| Instant::now() + SHARED_LOOP_WAIT);
+        let until = wait_end
+            .map_or(deadline, |end| Some(deadline.map_or(end, |deadline| deadline.min(end))));
         let recording = self.event_manager.recorders.recording();
         turn(until)?;
         if recording.is_some() {
             trace::flush();
         }
         let Some(failure) = self.vmm.serial.take_failure() else { return Ok(()) };
-        // Relaxed: looked at when this run is over.
+        // Relaxed: it is read after this run.
         self.vmm.has_failed.store(true, Ordering::Relaxed);
         Err(failure.into())
     }
 
-    /// Bring out what the guest printed last. A stop, the deadline, or a reader that takes nothing
-    /// for a while leaves the rest for another run or
+    /// Flush the guest's last output. After a stop, at the deadline, or if a reader takes nothing
+    /// for a while, the rest stays for the next run or for
     /// [`Serial::take_output`](crate::devices::Serial::take_output).
     fn drain_serial<E: From<Error>>(
         &self,
@@ -202,13 +205,13 @@ impl Running<'_> {
         turn: &mut impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
     ) -> std::result::Result<(), E> {
         let mut left = self.vmm.serial.backlog();
-        let mut patience = Instant::now() + PATIENCE;
+        let mut drain_end = Instant::now() + DRAIN_TIMEOUT;
         while left > 0 && self.exit_handler.keep_running() {
-            let until = deadline.map_or(patience, |deadline| deadline.min(patience));
+            let until = deadline.map_or(drain_end, |deadline| deadline.min(drain_end));
             self.turn(Some(until), turn)?;
             let now = self.vmm.serial.backlog();
             if now < left {
-                patience = Instant::now() + PATIENCE;
+                drain_end = Instant::now() + DRAIN_TIMEOUT;
             } else if Instant::now() >= until {
                 break;
             }

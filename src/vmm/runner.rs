@@ -1,27 +1,27 @@
-//! Who runs a machine, and whether it is still open. Pure data: `life.rs` and `run.rs` change it
-//! under its lock.
+//! Which thread runs a machine, and whether the machine is open. Pure data, which `life.rs` and
+//! `run.rs` change under its lock.
 
 use std::thread::ThreadId;
 
 use crate::error::Error;
 
-/// Who is inside `run`.
+/// The thread inside `run`.
 #[derive(Debug, Default)]
 pub(super) struct Runner {
     pub(super) thread: Option<ThreadId>,
-    /// `start` was called, and nobody has waited to the end.
+    /// `start` was called, and no `wait` has seen the end.
     pub(super) is_started: bool,
-    /// `close` was called from inside: it happens when the run ends.
+    /// `close` was called from inside the run, and takes effect at its end.
     pub(super) close_at_end: bool,
     pub(super) life: Life,
 }
 
-/// Whether the machine is still there.
+/// Whether the machine is open.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum Life {
     #[default]
     Open,
-    /// This thread closes it.
+    /// This thread is closing it.
     Closing(ThreadId),
     Closed,
 }

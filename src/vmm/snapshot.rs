@@ -1,45 +1,27 @@
-//! From a machine to a snapshot and back: `snapshot`, `fork` and `reset` of a [`Vmm`]. Any thread
-//! but a vCPU's.
-
-use std::sync::Arc;
+//! Takes a snapshot of a [`Vmm`]. Any thread but a vCPU's.
 
 use kvm_ioctls::VmFd;
 
 use super::machine::Vmm;
-use super::parts::Parts;
-use crate::config::SerialConfig;
-use crate::devices::{self, Buses, Device};
+use crate::devices::Buses;
 use crate::error::{Error, ErrorKind, Result};
-use crate::event::EventManager;
 use crate::exit_handler::WrappedExitHandler;
 use crate::hop::hop;
-use crate::layout;
 use crate::limit::Limit;
-use crate::memory::{GuestMemory, MemoryRange};
 use crate::snapshot::{Classes, DeviceState, Snapshot, chips, new_id, vcpu};
-use crate::vcpu::{ExitRouter, Vcpu, VmRunState};
-use crate::vm::{KvmVm, Shape, claim_platform};
+use crate::vcpu::Vcpu;
+use crate::vm::{KvmVm, Shape};
 
-type Vm = KvmVm<WrappedExitHandler>;
-
-/// What a fork has of its own.
-#[derive(Debug, Default)]
-pub struct ForkConfig {
-    /// Its serial port's streams.
-    pub serial: SerialConfig,
-    /// A loop that others use too; none for one of its own.
-    pub event_manager: Option<Arc<EventManager>>,
-}
+pub(super) type Vm = KvmVm<WrappedExitHandler>;
 
 impl Vmm {
-    /// Everything a guest can see of this machine. A running one is paused for it and goes on. Its
-    /// memory is not copied: it goes on with private copies of the pages that it writes from now
-    /// on.
+    /// Capture all guest-visible state of this machine. A running machine is paused meanwhile. Its
+    /// memory is not copied: from now on the machine writes to private copies of pages.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] when the machine is closed, a device's state cannot be kept, memory is
-    /// shared with others, or somebody resumes it meanwhile; when KVM refuses. The machine goes on
-    /// as before then.
+    /// [`ErrorKind::State`] if the machine is closed, a device cannot save its state, memory is
+    /// shared, or another thread resumes the machine meanwhile. If KVM refuses. In all cases the
+    /// machine continues as before.
     pub fn snapshot(&self, limit: &Limit<'_>) -> Result<Snapshot> {
         hop!();
         let vm = self.vm()?;
@@ -48,7 +30,7 @@ impl Vmm {
         let _quiesced = vm.quiesce(limit)?;
         vm.complete_pending_io(limit)?;
         let (rests, resets) = (rests(&vm), self.resets.check(None)?);
-        // Without a lock: a device may be Python's.
+        // With no lock held: a device may be implemented in Python.
         let devices = save_devices(&self.router().buses)?;
         let shape = self.shape(&vm);
         vm.at_rest(limit, |fd, vcpus| {
@@ -58,91 +40,7 @@ impl Vmm {
         })
     }
 
-    /// Bring a snapshot back in place: memory, vCPUs, devices and clock. A guest that has ended
-    /// lives again; a running one goes on from there. How many pages of memory were changed for it.
-    /// `forget_stop` is called when a stop that nobody has run into is dropped: it was for a run of
-    /// the guest that went.
-    ///
-    /// # Errors
-    /// [`ErrorKind::State`] when the machine is closed, a run is ending, or the snapshot is of a
-    /// machine of another shape or CPUID, or with a device that this one has not: nothing is
-    /// changed then. When KVM or a device refuses or memory is missing the machine may be part one
-    /// and part the other: reset it again, or close it.
-    pub fn reset(
-        &self,
-        snapshot: &Snapshot,
-        limit: &Limit<'_>,
-        forget_stop: impl FnOnce(),
-    ) -> Result<u64> {
-        let vm = self.vm()?;
-        vm.check_process()?;
-        self.shape(&vm).check_same(&snapshot.shape)?;
-        vm.memory().kvm_slots().check(&snapshot.ranges)?;
-        snapshot.ranges.iter().try_for_each(|range| range.image.check())?;
-        let devices = devices_of(&self.router().buses, snapshot)?;
-        // Nobody starts a run meanwhile; of a run in progress the vCPUs stand still.
-        let in_run = self.is_in_run();
-        let _running = if in_run { None } else { Some(self.enter_run("reset", false)?) };
-        let _quiesced = vm.quiesce(limit)?;
-        vm.handles().iter().try_for_each(|handle| handle.wait_while_leaving(limit))?;
-        // Only now: a callback that was waited for may have ended the guest.
-        if in_run && vm.state() == VmRunState::Exiting {
-            let detail = "the guest has ended, and its run is not over yet";
-            return Err(Error::new(ErrorKind::State, "reset", detail));
-        }
-        self.resets.reset(|| {
-            let changed = vm.at_rest(limit, |fd, vcpus| bring_back(&vm, fd, vcpus, snapshot))?;
-            vm.revive();
-            if !in_run {
-                // A stop that came before this was for a run of the guest that went.
-                self.exit_handler()?.take_stop();
-                forget_stop();
-            }
-            restore_devices(&devices)?;
-            Ok(changed / layout::PAGE)
-        })
-    }
-
-    /// A new machine that goes on from a snapshot, which it leaves as it is. It shares every page
-    /// that it does not write.
-    ///
-    /// # Errors
-    /// When KVM refuses a part, there is no memory or descriptor left, or a device of the snapshot
-    /// is missing.
-    pub fn fork(snapshot: &Snapshot, config: ForkConfig) -> Result<Self> {
-        hop!();
-        let ForkConfig { serial: streams, event_manager } = config;
-        let shape = &snapshot.shape;
-        let memory = GuestMemory::empty();
-        for MemoryRange { start, read_only, image } in &snapshot.ranges {
-            memory.add_image(*start, image, *read_only)?;
-        }
-        claim_platform(memory.resources(), shape.irqchip, shape.exit_port())?;
-        let event_manager = match event_manager {
-            Some(shared) => shared.share().map(|()| shared)?,
-            None => Arc::new(EventManager::new()?),
-        };
-        let exit_handler =
-            WrappedExitHandler::new().map_err(|e| Error::os(ErrorKind::Event, "eventfd", &e))?;
-        let router = Arc::new(ExitRouter::default());
-        let vm = KvmVm::of_shape(shape, memory, &router, exit_handler.clone())?;
-        vm.at_rest(&Limit::NONE, |fd, vcpus| set_state(&vm, fd, vcpus, snapshot))?;
-        let irq = vm.irq(layout::COM1_IRQ);
-        let serial = devices::attach(&router.buses, irq, &streams, shape.exit_port())?;
-        let parts = Parts { vm, event_manager, exit_handler, router, serial, entry: 0 };
-        Self::assemble(parts, streams, shape.exit_port())
-    }
-
-    /// Give the devices what the snapshot kept of them: the last step of a fork, when all are
-    /// attached.
-    ///
-    /// # Errors
-    /// When one is missing, or refuses its state.
-    pub fn restore_devices(&self, snapshot: &Snapshot) -> Result<()> {
-        restore_devices(&devices_of(&self.router().buses, snapshot)?)
-    }
-
-    fn shape(&self, vm: &Vm) -> Shape {
+    pub(super) fn shape(&self, vm: &Vm) -> Shape {
         let (irqchip, pit, fixups) = vm.chips();
         let vcpus = u16::try_from(vm.handles().len()).unwrap_or(u16::MAX);
         Shape { vcpus, irqchip, pit, fixups, exit_port: self.exit_port.0 }
@@ -171,12 +69,12 @@ fn rests(vm: &Vm) -> Vec<u64> {
 }
 
 /// # Errors
-/// [`ErrorKind::State`] when a vCPU has run since its rests were counted.
+/// [`ErrorKind::State`] if a vCPU has left rest since `before` was counted.
 fn check_rests(vcpus: &[impl std::ops::Deref<Target = Vcpu>], before: &[u64]) -> Result<()> {
     if vcpus.iter().map(|vcpu| vcpu.rests).eq(before.iter().copied()) {
         return Ok(());
     }
-    let detail = "the machine was resumed while it was looked at";
+    let detail = "the machine was resumed during the snapshot";
     Err(Error::new(ErrorKind::State, "snapshot", detail))
 }
 
@@ -190,89 +88,27 @@ fn save_devices(buses: &Buses) -> Result<Vec<DeviceState>> {
     Ok(all)
 }
 
-/// A device, and the state that it is to be given.
-type Restored<'a> = (Arc<dyn Device>, &'a [u8]);
-
-/// The device of each state that the snapshot has.
-///
-/// # Errors
-/// [`ErrorKind::State`] when one is missing, or cannot be given a state.
-fn devices_of<'a>(buses: &Buses, snapshot: &'a Snapshot) -> Result<Vec<Restored<'a>>> {
-    let find = |saved: &'a DeviceState| {
-        let bus = if saved.is_mmio { &buses.mmio } else { &buses.pio };
-        let mut there = bus.devices().into_iter();
-        match there.find(|(base, length, _)| (*base, *length) == (saved.base, saved.length)) {
-            Some((.., device)) => {
-                device.check_restorable()?;
-                Ok((device, saved.state.as_slice()))
-            }
-            None => {
-                let detail = "the snapshot has a device there, and this machine has none like it";
-                let error = Error::new(ErrorKind::State, saved.place(), detail);
-                Err(error.hint("fork(setup=...) adds devices"))
-            }
-        }
-    };
-    snapshot.devices.iter().map(find).collect()
-}
-
-fn restore_devices(devices: &[Restored<'_>]) -> Result<()> {
-    devices.iter().try_for_each(|(device, state)| device.restore(state))
-}
-
-/// Everything but memory and devices, in the order that docs/snapshots.md gives with its reasons.
-fn set_state(
-    vm: &Vm,
-    fd: &VmFd,
-    vcpus: &mut [impl std::ops::DerefMut<Target = Vcpu>],
-    snapshot: &Snapshot,
-) -> Result<()> {
-    let Snapshot { shape, chips, .. } = snapshot;
-    let classes = Classes::of(fd, shape.irqchip);
-    chips::apply_controllers(fd, shape, chips, &mut vm.lines())?;
-    for ((number, vcpu), state) in (0..).zip(vcpus.iter_mut()).zip(&snapshot.vcpus) {
-        vcpu::apply(vcpu, number, state, classes)?;
-    }
-    chips::apply_timers(fd, shape, chips)
-}
-
-fn bring_back(
-    vm: &Vm,
-    fd: &VmFd,
-    vcpus: &mut [impl std::ops::DerefMut<Target = Vcpu>],
-    snapshot: &Snapshot,
-) -> Result<u64> {
-    for ((number, vcpu), state) in (0..).zip(vcpus.iter_mut()).zip(&snapshot.vcpus) {
-        vcpu::check_cpuid(vcpu, number, state)?;
-    }
-    let changed = vm.memory().kvm_slots().reset(&snapshot.ranges, || {
-        // What KVM would complete at the next entry belongs to the guest that goes. It may write
-        // memory.
-        vcpus.iter_mut().for_each(|vcpu| vcpu.abandon());
-    })?;
-    set_state(vm, fd, vcpus, snapshot)?;
-    Ok(changed)
-}
-
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU64, Ordering};
     use std::sync::mpsc::{Sender, channel};
     use std::time::{Duration, Instant};
 
-    use std::sync::atomic::{AtomicU64, Ordering};
-
+    use super::super::restore::ForkConfig;
     use super::*;
     use crate::config::{Boot, Code, FlatBoot, VmmConfig};
     use crate::cpu::CpuMode;
-    use crate::exit_handler::ExitReason;
-    use crate::exit_handler::Outcome;
+    use crate::devices::{Access, Device};
+    use crate::exit_handler::{ExitReason, Outcome};
     use crate::sync::{Mutex, rank};
     use crate::vcpu::VcpuHandle;
 
-    /// At which access, which vCPU, and whom to tell.
+    /// At which access, of which vCPU, and where to report it.
     type Park = (u64, Arc<VcpuHandle>, Sender<()>);
 
-    /// Counts accesses, reads as their number, and at one of them parks the vCPU behind that exit.
+    /// Counts accesses. A read returns its number. At one of them the vCPU is parked after the
+    /// exit.
     #[derive(Debug, Default)]
     struct Counter {
         seen: AtomicU64,
@@ -309,8 +145,8 @@ mod tests {
         }
     }
 
-    /// Ports in and out by the byte and the word, repeated ones, and memory in and out where no
-    /// memory is; what each read gives is printed. 32 bits, at 0x1000.
+    /// Port reads and writes of one and two bytes, repeated ones, and MMIO reads and writes. The
+    /// guest prints each value that it reads. 32 bits, at 0x1000.
     const LIFE: &[u8] = &[
         0xbb, 0x00, 0x00, 0x00, 0xd0, //       mov ebx, 0xd0000000
         0xb9, 0x05, 0x00, 0x00, 0x00, //       mov ecx, 5
@@ -349,7 +185,7 @@ mod tests {
 
     fn with_counter(vmm: &Vmm) -> Arc<Counter> {
         let counter = Arc::new(Counter::default());
-        let places = [(devices::Access::Pio, 0x80, 2), (devices::Access::Mmio, 0xd000_0000, 4096)];
+        let places = [(Access::Pio, 0x80, 2), (Access::Mmio, 0xd000_0000, 4096)];
         for (access, base, length) in places {
             let device = Arc::clone(&counter) as Arc<dyn Device>;
             vmm.add_device(access, base, length, device).unwrap();
@@ -367,7 +203,7 @@ mod tests {
         vmm.serial().take_output()
     }
 
-    /// Run up to an access, snapshot right behind it, and finish.
+    /// Run up to an access, take a snapshot right after it, and finish.
     fn snapshot_at(access: u64) -> (Snapshot, Vec<u8>) {
         let vmm = Vmm::try_from(life()).unwrap();
         let counter = with_counter(&vmm);

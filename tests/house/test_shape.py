@@ -37,7 +37,6 @@ TOO_LONG = {
     "src/py/vm.rs",
     "src/py/vmm.rs",
     "src/vcpu/enter.rs::owned",
-    "src/vmm/snapshot.rs",
 }
 # Likewise for comments and docstrings beyond the width.
 TOO_WIDE = {

@@ -41,7 +41,7 @@ def test_what_is_written_is_read(memory: GuestMemory) -> None:
     [(SIZE, 1), (SIZE - 1, 2), (0, SIZE + 1), (0, 2**63), (2**64 - 1, 2**64 - 1), (SIZE, 0)],
 )
 def test_range_outside_is_refused(memory: GuestMemory, address: int, length: int) -> None:
-    with pytest.raises(GuestMemoryError, match="not all in guest memory"):
+    with pytest.raises(GuestMemoryError, match="not entirely in guest memory"):
         memory.read(address, length)
 
 

@@ -72,7 +72,7 @@ def test_view_outlives_its_machine_and_its_slot() -> None:
         views = [vm.memory.view(0, 4096), vm.memory.view(0x1000, 4096)]
         vm.memory.remove(removed)
         views[1][0] = 5
-        with pytest.raises(GuestMemoryError, match="not all"):
+        with pytest.raises(GuestMemoryError, match="not entirely"):
             vm.memory.read(0x1000, 1)
         with pytest.raises(GuestMemoryError, match="no such"):
             vm.memory.remove(removed)

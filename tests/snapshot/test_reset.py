@@ -1,6 +1,6 @@
 """Resets: the machine is exactly what it was, whatever it did, or is refused and unchanged.
 
-Covers src/vmm/resets.rs.
+Covers src/vmm/resets.rs and src/vmm/restore.rs.
 """
 
 from __future__ import annotations

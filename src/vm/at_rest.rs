@@ -1,5 +1,5 @@
-//! A `KvmVm` as a snapshot needs it: captured as a whole while its vCPUs are at rest, and brought
-//! back to life. On the thread that takes the snapshot or resets.
+//! What snapshot and reset need of a `KvmVm`: its vCPUs at rest with their last exits completed,
+//! and its run state after a reset. On the calling thread.
 
 use kvm_ioctls::VmFd;
 
@@ -12,21 +12,21 @@ use crate::sync::{MappedMutexGuard, MutexGuard, rank};
 use crate::vcpu::{Vcpu, VmRunState};
 
 impl<EH: ExitHandler> KvmVm<EH> {
-    /// Whether it has an in-kernel interrupt controller, a PIT, and fix-ups.
+    /// Whether it has an in-kernel interrupt controller, an in-kernel PIT, and fix-ups.
     pub(crate) fn chips(&self) -> (bool, bool, bool) {
         (self.irqchip, self.pit, self.has_fixups)
     }
 
-    /// The interrupt lines that the host holds high, which nobody changes meanwhile.
+    /// The interrupt lines that the host holds high. None can be changed while the result lives.
     pub(crate) fn lines(&self) -> MutexGuard<'_, u32, rank::IrqLines> {
         self.lines.lock()
     }
 
-    /// Hold every vCPU at rest while `act` looks at all of the machine, or changes it.
+    /// Keep every vCPU at rest during `act`, which reads or changes the state of the whole machine.
     ///
     /// # Errors
-    /// [`crate::error::ErrorKind::State`] when one is running; what `limit` ends the wait for one
-    /// with that completes an exit for another thread; what `act` returns.
+    /// [`crate::error::ErrorKind::State`] if a vCPU is running; the error of `limit`, which ends
+    /// the wait for a vCPU that is completing an exit; the error of `act`.
     pub(crate) fn at_rest<T>(
         &self,
         limit: &Limit<'_>,
@@ -37,12 +37,12 @@ impl<EH: ExitHandler> KvmVm<EH> {
         self.vcpus.at_rest(limit, |vcpus| act(&self.fd, vcpus))
     }
 
-    /// Complete all that the vCPUs' last exits began. They are at rest, or on their way there. If
-    /// that ends the guest, the machine's state says so.
+    /// Complete the instructions of the vCPUs' last exits. The vCPUs are at rest or leaving their
+    /// guests. If this ends the guest, the run state becomes `Exiting`.
     ///
     /// # Errors
-    /// [`crate::error::ErrorKind::State`] when one is running, or its exit is not answered yet;
-    /// what `limit` ends the wait for a callback with.
+    /// [`crate::error::ErrorKind::State`] if a vCPU is running or its exit is not answered yet; the
+    /// error of `limit`, which ends the wait for a callback.
     pub(crate) fn complete_pending_io(&self, limit: &Limit<'_>) -> Result<()> {
         for handle in self.handles() {
             match handle.complete_pending_io(limit)? {
@@ -51,7 +51,7 @@ impl<EH: ExitHandler> KvmVm<EH> {
                 }
                 Outcome::Stop => drop(self.shared.exit_handler.kick()),
                 Outcome::End(_) => {}
-                // Another thread has reported what it came to, or there is nothing to report.
+                // Another thread has reported the result, or there is nothing to report.
                 Outcome::Continue | Outcome::Wait => continue,
             }
             handle.reported();
@@ -59,12 +59,12 @@ impl<EH: ExitHandler> KvmVm<EH> {
         Ok(())
     }
 
-    /// The machine is as it was before its first run.
+    /// Mark the machine as one that has not run.
     pub(crate) fn renew(&self) {
         self.shared.run_state.renew();
     }
 
-    /// The vCPUs have other registers: the guest has not ended, and starts where they say.
+    /// Mark the guest as not ended, after a reset has replaced its vCPUs' registers.
     pub(crate) fn revive(&self) {
         self.set_prepared();
         *self.shared.exit.lock() = None;

@@ -1,0 +1,181 @@
+//! From a snapshot to a machine: `fork` creates one, `reset` changes one in place. Any thread but a
+//! vCPU's.
+
+use std::sync::Arc;
+
+use kvm_ioctls::VmFd;
+
+use super::machine::Vmm;
+use super::parts::Parts;
+use super::snapshot::Vm;
+use crate::config::SerialConfig;
+use crate::devices::{self, Buses, Device};
+use crate::error::{Error, ErrorKind, Result};
+use crate::event::EventManager;
+use crate::exit_handler::WrappedExitHandler;
+use crate::hop::hop;
+use crate::layout;
+use crate::limit::Limit;
+use crate::memory::{GuestMemory, MemoryRange};
+use crate::snapshot::{Classes, DeviceState, Snapshot, chips, vcpu};
+use crate::vcpu::{ExitRouter, Vcpu, VmRunState};
+use crate::vm::{KvmVm, claim_platform};
+
+/// What a fork does not take from the snapshot.
+#[derive(Debug, Default)]
+pub struct ForkConfig {
+    /// The streams of its serial port.
+    pub serial: SerialConfig,
+    /// A shared event loop; `None` for a new one of its own.
+    pub event_manager: Option<Arc<EventManager>>,
+}
+
+impl Vmm {
+    /// Reset the machine to a snapshot in place: memory, vCPUs, devices and clock. A guest that has
+    /// ended can run again; a running guest continues from the snapshot. Returns how many pages of
+    /// memory were changed. Outside a run, a pending stop is dropped, because it was for a run of
+    /// the replaced guest; `forget_stop` is called then.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] if the machine is closed, a run is ending, or the snapshot's machine
+    /// has another shape, another CPUID or a device that this machine lacks. Nothing is changed
+    /// then. If KVM or a device refuses, or the process is out of memory: the machine may be reset
+    /// in part then. Reset it again, or close it.
+    pub fn reset(
+        &self,
+        snapshot: &Snapshot,
+        limit: &Limit<'_>,
+        forget_stop: impl FnOnce(),
+    ) -> Result<u64> {
+        let vm = self.vm()?;
+        vm.check_process()?;
+        self.shape(&vm).check_same(&snapshot.shape)?;
+        vm.memory().kvm_slots().check(&snapshot.ranges)?;
+        snapshot.ranges.iter().try_for_each(|range| range.image.check())?;
+        let devices = devices_of(&self.router().buses, snapshot)?;
+        // Outside a run, prevent one from starting. In a run, hold its vCPUs at rest.
+        let in_run = self.is_in_run();
+        let _running = if in_run { None } else { Some(self.enter_run("reset", false)?) };
+        let _quiesced = vm.quiesce(limit)?;
+        vm.handles().iter().try_for_each(|handle| handle.wait_while_leaving(limit))?;
+        // Checked only now: a callback that was waited for may have ended the guest.
+        if in_run && vm.state() == VmRunState::Exiting {
+            let detail = "the guest has ended, and its run is not over yet";
+            return Err(Error::new(ErrorKind::State, "reset", detail));
+        }
+        self.resets.reset(|| {
+            let changed = vm.at_rest(limit, |fd, vcpus| bring_back(&vm, fd, vcpus, snapshot))?;
+            vm.revive();
+            if !in_run {
+                // A pending stop was for a run of the replaced guest.
+                self.exit_handler()?.take_stop();
+                forget_stop();
+            }
+            restore_devices(&devices)?;
+            Ok(changed / layout::PAGE)
+        })
+    }
+
+    /// A new machine that continues from a snapshot. The snapshot does not change. The machine
+    /// shares every page that it does not write.
+    ///
+    /// # Errors
+    /// If KVM refuses any part, the process is out of memory or descriptors, or a device of the
+    /// snapshot is missing.
+    pub fn fork(snapshot: &Snapshot, config: ForkConfig) -> Result<Self> {
+        hop!();
+        let ForkConfig { serial: streams, event_manager } = config;
+        let shape = &snapshot.shape;
+        let memory = GuestMemory::empty();
+        for MemoryRange { start, read_only, image } in &snapshot.ranges {
+            memory.add_image(*start, image, *read_only)?;
+        }
+        claim_platform(memory.resources(), shape.irqchip, shape.exit_port())?;
+        let event_manager = match event_manager {
+            Some(shared) => shared.share().map(|()| shared)?,
+            None => Arc::new(EventManager::new()?),
+        };
+        let exit_handler =
+            WrappedExitHandler::new().map_err(|e| Error::os(ErrorKind::Event, "eventfd", &e))?;
+        let router = Arc::new(ExitRouter::default());
+        let vm = KvmVm::of_shape(shape, memory, &router, exit_handler.clone())?;
+        vm.at_rest(&Limit::NONE, |fd, vcpus| set_state(&vm, fd, vcpus, snapshot))?;
+        let irq = vm.irq(layout::COM1_IRQ);
+        let serial = devices::attach(&router.buses, irq, &streams, shape.exit_port())?;
+        let parts = Parts { vm, event_manager, exit_handler, router, serial, entry: 0 };
+        Self::assemble(parts, streams, shape.exit_port())
+    }
+
+    /// Restore the devices from the snapshot. This is the last step of a fork, once all are
+    /// attached.
+    ///
+    /// # Errors
+    /// If a device is missing or refuses its state.
+    pub fn restore_devices(&self, snapshot: &Snapshot) -> Result<()> {
+        restore_devices(&devices_of(&self.router().buses, snapshot)?)
+    }
+}
+
+/// A device and the state to restore.
+type Restored<'a> = (Arc<dyn Device>, &'a [u8]);
+
+/// Find the device of each state in the snapshot.
+///
+/// # Errors
+/// [`ErrorKind::State`] if a device is missing or cannot restore a state.
+fn devices_of<'a>(buses: &Buses, snapshot: &'a Snapshot) -> Result<Vec<Restored<'a>>> {
+    let find = |saved: &'a DeviceState| {
+        let bus = if saved.is_mmio { &buses.mmio } else { &buses.pio };
+        let mut there = bus.devices().into_iter();
+        match there.find(|(base, length, _)| (*base, *length) == (saved.base, saved.length)) {
+            Some((.., device)) => {
+                device.check_restorable()?;
+                Ok((device, saved.state.as_slice()))
+            }
+            None => {
+                let detail = "the snapshot has a device there, and this machine has none like it";
+                let error = Error::new(ErrorKind::State, saved.place(), detail);
+                Err(error.hint("fork(setup=...) adds devices"))
+            }
+        }
+    };
+    snapshot.devices.iter().map(find).collect()
+}
+
+fn restore_devices(devices: &[Restored<'_>]) -> Result<()> {
+    devices.iter().try_for_each(|(device, state)| device.restore(state))
+}
+
+/// Set everything but memory and devices. docs/snapshots.md gives the order and its reasons.
+fn set_state(
+    vm: &Vm,
+    fd: &VmFd,
+    vcpus: &mut [impl std::ops::DerefMut<Target = Vcpu>],
+    snapshot: &Snapshot,
+) -> Result<()> {
+    let Snapshot { shape, chips, .. } = snapshot;
+    let classes = Classes::of(fd, shape.irqchip);
+    chips::apply_controllers(fd, shape, chips, &mut vm.lines())?;
+    for ((number, vcpu), state) in (0..).zip(vcpus.iter_mut()).zip(&snapshot.vcpus) {
+        vcpu::apply(vcpu, number, state, classes)?;
+    }
+    chips::apply_timers(fd, shape, chips)
+}
+
+fn bring_back(
+    vm: &Vm,
+    fd: &VmFd,
+    vcpus: &mut [impl std::ops::DerefMut<Target = Vcpu>],
+    snapshot: &Snapshot,
+) -> Result<u64> {
+    for ((number, vcpu), state) in (0..).zip(vcpus.iter_mut()).zip(&snapshot.vcpus) {
+        vcpu::check_cpuid(vcpu, number, state)?;
+    }
+    let changed = vm.memory().kvm_slots().reset(&snapshot.ranges, || {
+        // KVM would complete the replaced guest's last instruction at the next entry, which may
+        // write memory.
+        vcpus.iter_mut().for_each(|vcpu| vcpu.abandon());
+    })?;
+    set_state(vm, fd, vcpus, snapshot)?;
+    Ok(changed)
+}
