@@ -35,8 +35,8 @@ def kernel(path: Path, image: bytes, **boot: object) -> VmmConfig:
         (elf(0x100000, b"\xf4")[:100], "outside the file"),
         (elf(0x100000, b"\xf4" * 64)[:-1], "truncated"),
         (elf(0x1000, b"\xf4"), "below 1 MiB"),
-        (elf(1 << 40, b"\xf4"), "not all in guest memory"),
-        (elf(2**64 - 1, b"\xf4"), "not all in guest memory"),
+        (elf(1 << 40, b"\xf4"), "not entirely in guest memory"),
+        (elf(2**64 - 1, b"\xf4"), "not entirely in guest memory"),
     ],
 )
 def test_bad_kernel_is_refused_with_the_reason(image: bytes, reason: str, tmp_path: Path) -> None:
