@@ -1,4 +1,4 @@
-//! Takes a guest's access to the device on its bus and back. On the vCPU's thread.
+//! Passes a guest's access to the device on its bus, and the answer back. On the vCPU's thread.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -76,7 +76,7 @@ fn read(
     size: usize,
     count: usize,
 ) -> Outcome {
-    // All ones is what a PC's bus gives where no device drives it.
+    // On a PC, a bus that no device drives reads as all one bits.
     let mut data = Data::from_elem(0xff, size.saturating_mul(count));
     let outcome = reach(vcpu, handle, place, size, true, |vcpu, handle, device, offset| {
         call_device(vcpu, handle, device, |device| match count {
@@ -132,7 +132,7 @@ fn reach(
     }
 }
 
-/// Note the device that the vCPU waits for before the next entry.
+/// If the outcome is to wait, note the device that the vCPU waits for before its next entry.
 fn waits(vcpu: &mut Vcpu, device: Arc<dyn Device>, outcome: Outcome) -> Outcome {
     if outcome != Outcome::Wait {
         return outcome;
@@ -141,7 +141,7 @@ fn waits(vcpu: &mut Vcpu, device: Arc<dyn Device>, outcome: Outcome) -> Outcome 
     Outcome::Continue
 }
 
-/// Call a device; one that calls the program's code has access to the vCPU meanwhile.
+/// Call a device. If it calls Python code, that code has access to the vCPU during the call.
 fn call_device(
     vcpu: &mut Vcpu,
     handle: &VcpuHandle,

@@ -1,5 +1,5 @@
-//! Running a vCPU from its handle, on the caller's thread: one exit at a time for a bare machine,
-//! and what its last exit has left for a snapshot or a reset.
+//! Operations on a vCPU by the calling thread: `run_once` for a bare machine, and completing its
+//! last exit for a snapshot or a reset.
 
 use super::enter::run_once;
 use super::exit::VcpuExit;
@@ -12,14 +12,13 @@ use crate::exit_handler::Outcome;
 use crate::limit::Limit;
 
 impl VcpuHandle {
-    /// Bring a vCPU that is on its way to rest there, and complete all that its last exit began,
-    /// with every element of a repeated instruction. Returns what that came to, for the
-    /// caller to act on; the vCPU's own thread, where there is one, does both.
+    /// Wait for a vCPU that is leaving its guest, then complete the instruction of its last exit,
+    /// with every element of a repeated instruction. Returns the outcome, on which the caller has
+    /// to act. If the vCPU has its own thread, that thread does both.
     ///
     /// # Errors
-    /// [`crate::error::ErrorKind::State`] while its guest runs, or when this thread is the one that
-    /// answers its exit; if it reads and no answer has been given; what `limit` ends the wait
-    /// with.
+    /// [`crate::error::ErrorKind::State`] while its guest runs, if this thread is answering its
+    /// exit, or if a read is unanswered; the error of `limit`, which ends the wait.
     pub(crate) fn complete_pending_io(&self, limit: &Limit<'_>) -> Result<Outcome> {
         let mut vcpu = {
             let mut state = self.rested(limit)?;
@@ -42,13 +41,13 @@ impl VcpuHandle {
         Ok(outcome)
     }
 
-    /// Enter the guest on this thread and return its next exit, unanswered, or
-    /// [`VcpuExit::Interrupted`] because of [`Self::kick`]; `None` for a signal to this thread that
-    /// is the program's.
+    /// Enter the guest on this thread and return its next exit, unanswered. Returns
+    /// [`VcpuExit::Interrupted`] after [`Self::kick`], and `None` after another signal to this
+    /// thread.
     ///
     /// # Errors
-    /// [`crate::error::ErrorKind::State`] while its guest runs already, or when there is no signal
-    /// for kicks; what KVM_RUN fails with.
+    /// [`crate::error::ErrorKind::State`] while its guest runs already, or if there is no kick
+    /// signal; the error of KVM_RUN.
     pub fn run_once(&self) -> Result<Option<VcpuExit>> {
         self.check_process()?;
         unblock_kicks()?;
@@ -76,11 +75,11 @@ impl VcpuHandle {
         exit
     }
 
-    /// Bring `run_once` back, the one in progress or the next. From any thread.
+    /// Make `run_once` return: the call in progress, or the next one. From any thread.
     pub fn kick(&self) {
         let mut state = self.state.lock();
         state.is_kicked = true;
-        // A vCPU that a thread of its own runs is not `run_once`'s to stop: it would stay at rest.
+        // If its own thread runs the vCPU, this must not stop it: the vCPU would stay at rest.
         if state.is_held() {
             self.bring_out(&state);
         }

@@ -1,4 +1,4 @@
-//! Which vCPU, and which machine's, a thread runs.
+//! Which vCPU of which machine the current thread runs.
 
 use std::cell::{Cell, RefCell};
 use std::sync::{Arc, Weak};
@@ -8,14 +8,14 @@ use super::handle::VcpuHandle;
 thread_local! {
     /// The vCPU whose thread this is.
     static CURRENT: RefCell<Weak<VcpuHandle>> = RefCell::default();
-    /// The machine that this thread runs a vCPU of, by its `Shared::id`.
+    /// The machine of the vCPU that this thread runs, by its `Shared::id`.
     static MACHINE: Cell<usize> = const { Cell::new(0) };
     static IS_OWN: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Whether this thread runs a vCPU of that machine: if it asks, it is in one of its callbacks.
+/// Whether this thread runs a vCPU of that machine. A caller on such a thread is in a callback.
 pub(crate) fn is_thread_of(machine: usize) -> bool {
-    // Fails when the thread's own values are gone: then it runs no callback any more.
+    // Fails once the thread's local storage is destroyed. No callback runs on it then.
     MACHINE.try_with(|current| current.get() == machine).unwrap_or(false)
 }
 
@@ -25,20 +25,21 @@ pub fn current() -> Option<Arc<VcpuHandle>> {
     CURRENT.with_borrow(Weak::upgrade)
 }
 
-/// Whether this thread is a vCPU's own: it ends when pyvmm says so.
+/// Whether this thread is a vCPU's own, which pyvmm has started.
 #[cfg_attr(not(feature = "python"), allow(dead_code, reason = "for the binding"))]
 pub(crate) fn is_own_thread() -> bool {
     IS_OWN.get()
 }
 
-/// This thread is the vCPU's own from here on.
+/// Make this thread the vCPU's own.
 pub(super) fn set_current(handle: &Arc<VcpuHandle>, machine: usize) {
     CURRENT.set(Arc::downgrade(handle));
     MACHINE.set(machine);
     IS_OWN.set(true);
 }
 
-/// While it lives, its thread runs a vCPU of that machine. It may be in a callback of another one.
+/// While it lives, its thread runs a vCPU of that machine, perhaps in a callback of another
+/// machine.
 pub(super) struct Current(Weak<VcpuHandle>, usize);
 
 impl Current {

@@ -1,5 +1,5 @@
-//! Drives KVM_RUN: enters the guest, and completes, abandons or edits the instruction that an exit
-//! left half done. What an exit means is decided in `run.rs`. On the thread that has the vCPU.
+//! Calls KVM_RUN: enters the guest, and completes, abandons or edits the instruction of the last
+//! exit. `run.rs` decides what an exit means. On the thread that has the vCPU.
 
 use kvm_bindings::{KVM_INTERNAL_ERROR_EMULATION, kvm_regs};
 use kvm_ioctls::{MsrExitReason, VcpuExit as Borrowed};
@@ -17,8 +17,8 @@ use crate::hop::hop;
 /// An instruction makes at most this many accesses of eight bytes: those of XSAVE, with room.
 const ABANDONED_PARTS: usize = 4096;
 
-/// Enter the guest until it exits or the stop word is set; `None` for a signal that was no kick.
-/// Until a read is answered, its data is all ones.
+/// Enter the guest until it exits or the stop word is set; `None` after a signal that was not a
+/// kick. Until a read is answered, its data is all one bits.
 pub(super) fn run_once(vcpu: &mut Vcpu, stop: &StopWord) -> Result<Option<VcpuExit>> {
     // Kick, point 4.
     while !stop.is_set() {
@@ -28,7 +28,7 @@ pub(super) fn run_once(vcpu: &mut Vcpu, stop: &StopWord) -> Result<Option<VcpuEx
                 // Kick, point 6.
                 libc::EINTR if stop.is_set() => break,
                 libc::EINTR => return Ok(None),
-                // A vCPU that waited for INIT and SIPI has got one.
+                // A vCPU that waited for INIT or SIPI has received one.
                 libc::EAGAIN => {}
                 _ => return Err(Error::kvm("KVM_RUN", error)),
             },
@@ -37,8 +37,8 @@ pub(super) fn run_once(vcpu: &mut Vcpu, stop: &StopWord) -> Result<Option<VcpuEx
     Ok(Some(VcpuExit::Interrupted))
 }
 
-/// Enter the guest, or take the exit that was found when an instruction was completed. Until it is
-/// answered, a read gives all ones, and an access to a model-specific register faults.
+/// Enter the guest, or take the exit that completing an instruction has produced. Until it is
+/// answered, a read gives all one bits, and an access to a model-specific register faults.
 pub(super) fn enter(vcpu: &mut Vcpu) -> std::result::Result<VcpuExit, kvm_ioctls::Error> {
     hop!();
     vcpu.has_run = true;
@@ -53,8 +53,7 @@ pub(super) fn enter(vcpu: &mut Vcpu) -> std::result::Result<VcpuExit, kvm_ioctls
     result
 }
 
-/// Run the guest to its next exit, except for exits that a fix-up resolves. A kick ends this: it
-/// makes the next KVM_RUN fail.
+/// Run the guest to its next exit that no fix-up resolves. A kick makes the next KVM_RUN fail.
 fn run(vcpu: &mut Vcpu) -> std::result::Result<VcpuExit, kvm_ioctls::Error> {
     loop {
         let exit = vcpu.fd.run().map(|exit| owned(exit, &vcpu.page))?;
@@ -81,7 +80,8 @@ fn with_state(mut exit: VcpuExit, vcpu: &Vcpu) -> VcpuExit {
     exit
 }
 
-/// An exit as a value of its own. One arm a kind of exit, hence its length.
+/// Copy an exit out of the run page.
+// Long because it has one arm for each kind of exit.
 fn owned(exit: Borrowed<'_>, page: &RunPage) -> VcpuExit {
     match exit {
         Borrowed::IoIn(port, data) => {
@@ -142,7 +142,7 @@ fn owned(exit: Borrowed<'_>, page: &RunPage) -> VcpuExit {
 
 impl Vcpu {
     /// Complete an access that has been answered, so that the registers are those after the
-    /// instruction. While an access waits for its answer, they are those before it.
+    /// instruction. While an access is unanswered, they are those before it.
     pub(super) fn complete(&mut self) {
         if self.has_host_access || !self.pending.is_answered() {
             return;
@@ -150,19 +150,19 @@ impl Vcpu {
         self.page.set(true);
         let result = self.fd.run().map(|exit| owned(exit, &self.page));
         self.has_page_registers = true;
-        // Another access of the instruction, or an end, is left to the next entry.
+        // A further exit of the instruction is kept for the next entry.
         self.pending = result.map_or(PendingIo::Idle, PendingIo::Exit);
     }
 
-    /// Have KVM forget the access that it would complete at the next entry: reads give ones, what
-    /// is written goes nowhere, and a repeated instruction ends with the element that it is at.
+    /// Complete the access that KVM has begun, without an effect outside the vCPU: reads give all
+    /// one bits, writes reach no device, and a repeated instruction ends at the current element.
     pub(crate) fn abandon(&mut self) {
         let mut is_access = self.pending.is_access();
         let mut left = ABANDONED_PARTS;
         while is_access && left > 0 {
             if let Ok(regs) = self.fd.get_regs() {
-                // Otherwise KVM would exit for each of its elements. Zero would leave the current
-                // one behind.
+                // Otherwise KVM would exit for each element. With zero it would not complete the
+                // current one.
                 let _ = self.fd.set_regs(&kvm_regs { rcx: 1, ..regs });
             }
             self.page.set(true);
@@ -174,16 +174,16 @@ impl Vcpu {
         self.forget_access();
     }
 
-    /// Complete the instruction whose exit has been answered, and change the registers after it as
-    /// the program's code asked. `is_stopped` looks at the stop word.
+    /// Complete the instruction whose exit has been answered, then apply the changes of registers
+    /// that a hook made. `is_stopped` reads the stop word.
     pub(super) fn apply_edits(&mut self, is_stopped: impl Fn() -> bool) {
         let Some(edits) = self.pending.take_edits() else { return };
         self.complete();
-        // Kick, point 8: a kick that came meanwhile has set the word first, and the word is checked
-        // before the next entry.
+        // Kick, point 8: a concurrent kick has set the word first, and the word is checked before
+        // the next entry.
         self.page.set(is_stopped());
         let after = edits.over(&self.page.registers());
-        // KVM takes any general registers.
+        // Cannot fail: KVM accepts any general registers.
         if self.fd.set_regs(&after).is_ok() {
             self.page.set_registers(&after);
         }

@@ -2,19 +2,19 @@
 
 use smallvec::SmallVec;
 
-/// The bytes of an access: most have at most eight.
+/// The bytes of an access. Most accesses have at most eight.
 pub type Data = SmallVec<[u8; 8]>;
 
-/// Why KVM_RUN came back: the exits of the kernel's KVM documentation, chapter 5.
+/// Why KVM_RUN returned. The kernel's KVM documentation describes the exits in chapter 5.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum VcpuExit {
-    /// `IN` or `INS`: `count` reads of `size` bytes, which wait for an answer.
+    /// `IN` or `INS`: `count` reads of `size` bytes. The guest waits for the data.
     IoIn {
         /// The port.
         port: u16,
         /// Bytes of one read.
         size: usize,
-        /// Reads; more than one for `REP INS`.
+        /// The number of reads; more than one for `REP INS`.
         count: usize,
     },
     /// `OUT` or `OUTS`: one or more writes of `size` bytes.
@@ -23,24 +23,25 @@ pub enum VcpuExit {
         port: u16,
         /// Bytes of one write.
         size: usize,
-        /// All of them.
+        /// The bytes of all writes.
         data: Data,
     },
-    /// A read where no memory is, which waits for an answer.
+    /// A read of an address without memory. The guest waits for the data.
     MmioRead {
         /// The guest-physical address.
         address: u64,
         /// Bytes.
         length: usize,
     },
-    /// A write where no memory is, or where the guest cannot write.
+    /// A write to an address without memory, or to read-only memory.
     MmioWrite {
         /// The guest-physical address.
         address: u64,
-        /// What was written.
+        /// The bytes written.
         data: Data,
     },
-    /// `RDMSR` of a register that KVM does not know or that is filtered: it waits for an answer.
+    /// `RDMSR` of a register that KVM does not know or that is filtered. The guest waits for the
+    /// value.
     Rdmsr {
         /// The register's number.
         index: u32,
@@ -71,7 +72,7 @@ pub enum VcpuExit {
         /// The host's processor.
         cpu: u32,
     },
-    /// KVM could not go on.
+    /// KVM's internal error, for example an instruction that it cannot emulate.
     InternalError {
         /// `KVM_INTERNAL_ERROR_*`
         suberror: u32,
@@ -95,14 +96,14 @@ pub enum VcpuExit {
         /// DR7
         dr7: u64,
     },
-    /// The guest's platform code asks for a reset or to be turned off.
+    /// The guest requests a reset or power-off through KVM's platform interface.
     SystemEvent {
         /// `KVM_SYSTEM_EVENT_*`
         kind: u32,
         /// KVM's further data.
         data: Vec<u64>,
     },
-    /// An access that the memory's attributes forbid.
+    /// An access that the attributes of the memory forbid.
     MemoryFault {
         /// `KVM_MEMORY_EXIT_FLAG_*`
         flags: u64,
@@ -111,7 +112,7 @@ pub enum VcpuExit {
         /// Bytes.
         size: u64,
     },
-    /// Another exit, by its number.
+    /// An exit of another kind.
     Unknown {
         /// `KVM_EXIT_*`
         number: u32,
@@ -121,9 +122,9 @@ pub enum VcpuExit {
 /// Kinds of exits, by which hooks and counters select them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum ExitKind {
-    /// Ports.
+    /// Port I/O.
     Io,
-    /// Addresses without memory.
+    /// Memory-mapped I/O.
     Mmio,
     /// Model-specific registers.
     Msr,
@@ -133,15 +134,15 @@ pub enum ExitKind {
     Shutdown,
     /// A breakpoint or a single step.
     Debug,
-    /// KVM could not go on.
+    /// KVM's internal error, for example an instruction that it cannot emulate.
     InternalError,
-    /// A reset or power-off that the guest's platform code asks for.
+    /// A reset or power-off that the guest requests through KVM's platform interface.
     SystemEvent,
     /// The processor refused the guest.
     FailEntry,
-    /// An access that the memory's attributes forbid.
+    /// An access that the attributes of the memory forbid.
     MemoryFault,
-    /// Any other.
+    /// An exit of another kind.
     Unknown,
 }
 
@@ -220,7 +221,7 @@ impl VcpuExit {
         }
     }
 
-    /// Whether the guest waits for data.
+    /// Whether the guest waits for the data of a read.
     pub(super) fn is_read(&self) -> bool {
         matches!(self, Self::IoIn { .. } | Self::MmioRead { .. } | Self::Rdmsr { .. })
     }
@@ -230,7 +231,7 @@ impl VcpuExit {
         self.is_write() || self.is_read()
     }
 
-    /// Whether the guest has written to a device or to a register that the host emulates.
+    /// Whether it is a write, to a device or to a register that the host emulates.
     #[must_use]
     pub fn is_write(&self) -> bool {
         matches!(self, Self::IoOut { .. } | Self::MmioWrite { .. } | Self::Wrmsr { .. })

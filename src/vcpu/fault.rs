@@ -1,4 +1,4 @@
-//! A fault as text: KVM's report, the instruction bytes and the registers.
+//! Describes a fault as text: KVM's report, the instruction bytes and the registers.
 
 use std::fmt::{self, Write};
 
@@ -12,7 +12,7 @@ use crate::debug::{Paging, bitness, decode, disassemble};
 const MOST_BYTES: u64 = 15;
 const CR0_PE: u64 = 1;
 
-/// What happened, then the instruction and the vCPU's state. On the vCPU's thread.
+/// Text with `what` happened, the instruction and the vCPU's registers. On the vCPU's thread.
 pub(crate) fn describe(vcpu: &Vcpu, what: &str) -> String {
     match (vcpu.fd.get_regs(), vcpu.fd.get_sregs()) {
         (Ok(regs), Ok(sregs)) if is_after_init(&regs, &sregs) => {
@@ -26,8 +26,8 @@ pub(crate) fn describe(vcpu: &Vcpu, what: &str) -> String {
     }
 }
 
-/// What stands in place of the instruction.
-const LOST: &str = "the instruction and the registers of the fault are lost: kvm-amd resets a vCPU that shuts down, and it is \
+/// Replaces the instruction in the text.
+const LOST: &str = "the instruction and the registers of the fault are lost: kvm-amd resets a vCPU that shuts down, so it is \
     in its state after INIT";
 
 /// Whether a vCPU is at the reset vector with the registers that INIT leaves: Intel SDM volume
@@ -42,9 +42,9 @@ fn is_after_init(regs: &kvm_regs, sregs: &kvm_sregs) -> bool {
 pub(super) struct Instruction {
     /// Its linear address: CS's base and RIP.
     pub(super) address: u64,
-    /// Its bytes, and perhaps some after it; `None` if no memory is mapped there.
+    /// Its bytes, and perhaps some after it; empty if no memory is mapped there.
     pub(super) bytes: Vec<u8>,
-    /// As text; `None` if the bytes are no instruction.
+    /// Its disassembly; `None` if the bytes are not a known instruction.
     pub(super) text: Option<String>,
 }
 
@@ -75,8 +75,8 @@ impl fmt::Display for Instruction {
         write!(f, "instruction at {:#x}: ", self.address)?;
         match &self.text {
             Some(text) => f.write_str(text)?,
-            None if self.bytes.is_empty() => return f.write_str("there is no memory"),
-            None => f.write_str("no known one")?,
+            None if self.bytes.is_empty() => return f.write_str("no memory is mapped there"),
+            None => f.write_str("unknown")?,
         }
         write!(f, "\ninstruction bytes: {}", hex(&self.bytes))
     }
@@ -94,7 +94,7 @@ fn emulation_bytes(error: &InternalError) -> Vec<u8> {
     error.instruction.get(..error.instruction_len).unwrap_or_default().to_vec()
 }
 
-/// The bytes at a linear address, as many as an instruction has at most and there are.
+/// Up to 15 bytes at a linear address, the maximum length of an instruction.
 fn fetch(vcpu: &Vcpu, sregs: &kvm_sregs, address: u64) -> Vec<u8> {
     let paging = Paging::of(sregs);
     (0..MOST_BYTES)
@@ -105,17 +105,17 @@ fn fetch(vcpu: &Vcpu, sregs: &kvm_sregs, address: u64) -> Vec<u8> {
         .collect()
 }
 
-/// KVM's internal error, by the kernel's `KVM_INTERNAL_ERROR_*` numbers.
+/// Describes KVM's internal error, by the kernel's `KVM_INTERNAL_ERROR_*` numbers.
 pub(crate) fn internal_error(error: &InternalError) -> String {
     let name = match error.suberror {
         1 => "KVM could not emulate an instruction",
-        2 => "an exception arose while KVM delivered another",
-        3 => "an exit arose while KVM delivered an event",
+        2 => "an exception occurred while KVM delivered another",
+        3 => "an exit occurred while KVM delivered an event",
         4 => "an exit reason that KVM did not expect",
         _ => "KVM internal error",
     };
     let mut text = format!("{name} (suberror {})", error.suberror);
-    // An instruction is shown with its bytes instead.
+    // The fault shows the instruction with its bytes instead.
     let data =
         error.data.get(..error.ndata).filter(|d| !d.is_empty() && error.instruction_len == 0);
     if let Some(data) = data {
@@ -219,9 +219,9 @@ mod tests {
             Instruction { address: 0x7c00, bytes: vec![0xcd, 0x80], text: Some("int 0x80".into()) };
         assert_eq!(int.to_string(), "instruction at 0x7c00: int 0x80\ninstruction bytes: cd 80");
         let unknown = Instruction { text: None, ..int.clone() };
-        assert!(unknown.to_string().contains("no known one\ninstruction bytes: cd 80"));
+        assert!(unknown.to_string().contains("unknown\ninstruction bytes: cd 80"));
         let nowhere = Instruction { bytes: Vec::new(), ..unknown };
-        assert_eq!(nowhere.to_string(), "instruction at 0x7c00: there is no memory");
+        assert_eq!(nowhere.to_string(), "instruction at 0x7c00: no memory is mapped there");
     }
 
     #[test]
@@ -230,7 +230,7 @@ mod tests {
         let mut sregs = kvm_sregs { cr0: 0x6000_0010, ..Default::default() };
         sregs.cs.base = 0xffff_0000;
         assert!(is_after_init(&regs, &sregs));
-        assert!(!is_after_init(&kvm_regs { rsp: 8, ..regs }, &sregs), "it has run on");
+        assert!(!is_after_init(&kvm_regs { rsp: 8, ..regs }, &sregs), "it has run since INIT");
         assert!(!is_after_init(&regs, &kvm_sregs { cr0: CR0_PE, ..sregs }));
         assert!(!is_after_init(&kvm_regs { rip: 0x1000, ..regs }, &sregs));
     }

@@ -13,13 +13,13 @@ use crate::fixup::{Cpu, Fault, Flow, Platform, RF, Stop, TF, execute};
 use crate::memory::GuestMemory;
 
 const UD: u8 = 6;
-/// Its number as an exception, and DR6: a single step.
+/// The vector of the debug exception, and the single-step bit of DR6.
 const DB: u8 = 1;
 const DR6_STEP: u64 = 1 << 14;
 const CR4_PGE: u64 = 1 << 7;
 
-/// Execute the instruction that KVM has refused, if fix-ups are on and one exists for it. False:
-/// the exit is reported.
+/// Execute the instruction that KVM has refused, if fix-ups are on and one exists for it. Returns
+/// false if the exit has to be reported.
 pub(super) fn fix_up(vcpu: &mut Vcpu) -> bool {
     let Some(counts) = vcpu.fixups.clone() else { return false };
     let error = vcpu.page.internal_error();
@@ -50,8 +50,8 @@ pub(super) fn fix_up(vcpu: &mut Vcpu) -> bool {
     is_fixed
 }
 
-/// Raise #UD for an instruction that cannot be emulated in ring 3, as KVM does unless it has been
-/// asked to exit.
+/// Raise #UD if the instruction was in ring 3. KVM does this itself unless it has been asked to
+/// exit instead.
 fn refuse(vcpu: &Vcpu, regs: &kvm_regs, sregs: &kvm_sregs) -> bool {
     let is_user = sregs.cr0 & 1 != 0 && sregs.ss.dpl == 3;
     is_user && raise(vcpu, regs, sregs, Fault { vector: UD, code: None, address: None })
@@ -93,7 +93,7 @@ fn put_back(
     })
 }
 
-/// An instruction has ended: the shadow of one before it is over, and a fault waits to be
+/// The events after an instruction: no interrupt shadow of the one before it, and its fault to be
 /// delivered.
 fn events_after(mut events: kvm_vcpu_events, fault: Option<Fault>) -> kvm_vcpu_events {
     if events.interrupt.shadow != 0 {
@@ -110,14 +110,14 @@ fn events_after(mut events: kvm_vcpu_events, fault: Option<Fault>) -> kvm_vcpu_e
     events
 }
 
-/// What a fix-up reaches through the vCPU.
+/// A fix-up's access to the vCPU.
 struct Host<'a> {
     fd: &'a VcpuFd,
     memory: &'a GuestMemory,
 }
 
 impl Host<'_> {
-    /// A place in memory that the host may write, aligned to its size.
+    /// A host pointer to guest memory that the host may write, aligned to its size.
     fn place(&self, address: u64, size: u64) -> Option<crate::memory::View> {
         if !address.is_multiple_of(size) {
             return None;
@@ -139,8 +139,8 @@ impl Platform for Host<'_> {
         let Some(place) = self.place(address, size) else { return false };
         let is_set = match (size, u32::try_from(old), u32::try_from(old | bits)) {
             (4, Ok(old), Ok(new)) => {
-                // SAFETY: `place` is 4 aligned bytes of a mapping that it keeps; guests and hosts
-                // change them as atomics or not at all, and any value is valid.
+                // SAFETY: `place` is 4 aligned bytes of a mapping that it keeps alive. Rust code
+                // accesses them only as atomics, and any value is valid.
                 let entry = unsafe { AtomicU32::from_ptr(place.as_ptr().cast()) };
                 // SeqCst: as the processor's own locked update.
                 entry.compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst).is_ok()
@@ -171,9 +171,8 @@ impl Platform for Host<'_> {
         };
         let ((mut high, mut low), (new_high, new_low)) = (halves(old), halves(new));
         // SAFETY: the processor has the instruction; `place` is 16 aligned bytes of a mapping that
-        // it keeps. RBX, which the compiler keeps for itself, is put back. The operands have
-        // registers of their own: RBX can be among those of the class `reg`, and what it is given
-        // there is lost at the exchange.
+        // it keeps alive. RBX, which the compiler reserves, is restored. All operands name their
+        // registers: the class `reg` may include RBX, whose value the exchange would replace.
         unsafe {
             std::arch::asm!(
                 "xchg rsi, rbx",

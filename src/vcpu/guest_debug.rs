@@ -1,6 +1,5 @@
-//! What KVM is asked to report of a guest's execution (KVM_SET_GUEST_DEBUG). `Vcpu::debug` asks it.
-//! The program and the host's own debuggers ask each for themselves, and KVM gets what they ask
-//! together.
+//! Single steps and hardware breakpoints (KVM_SET_GUEST_DEBUG), which `Vcpu::debug` sets. The
+//! program and a debugger of pyvmm's own each have requests of their own; KVM gets their union.
 
 use kvm_bindings::{
     KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP, kvm_guest_debug,
@@ -17,11 +16,11 @@ pub(super) const AT: &str = "KVM_SET_GUEST_DEBUG";
 pub enum DebugOwner {
     /// The program, through `Vcpu.debug`.
     Program,
-    /// A debugger of the host's own.
+    /// A debugger of pyvmm's own.
     Host,
 }
 
-/// What one owner asks for.
+/// The requests of one owner.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DebugRequest {
     /// An exit after each instruction.
@@ -45,12 +44,13 @@ impl GuestDebug {
         }
     }
 
-    /// Both requests as KVM takes them.
+    /// The union of both requests, in KVM's format.
     ///
     /// # Errors
-    /// [`ErrorKind::Config`] for more breakpoints than the processor has registers for.
+    /// [`ErrorKind::Config`] if there are more breakpoints than breakpoint registers.
     pub(super) fn merged(&self) -> Result<kvm_guest_debug> {
-        // The program's come first: the bits of DR6 that its exits report count from its list.
+        // The program's breakpoints come first, so that the bits of DR6 follow the order of its
+        // list.
         let mut breakpoints = self.program.breakpoints.clone();
         let others = self.host.breakpoints.iter();
         breakpoints.extend(others.filter(|other| !self.program.breakpoints.contains(other)));
@@ -66,8 +66,8 @@ impl GuestDebug {
         }
         if !breakpoints.is_empty() {
             debug.control |= KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP;
-            // DR7: the bit that is always one, and for each breakpoint the bit that enables it
-            // globally: Intel SDM volume 3, 18.2.4.
+            // DR7: the bit that is always one, and the global enable bit of each breakpoint. Intel
+            // SDM volume 3, 18.2.4.
             let enabled = (0..breakpoints.len()).fold(0x400, |dr7, number| dr7 | 2 << (2 * number));
             if let Some(dr7) = debug.arch.debugreg.get_mut(7) {
                 *dr7 = enabled;

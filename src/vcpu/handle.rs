@@ -1,7 +1,7 @@
-//! `VcpuHandle`: what everybody but the thread that runs a vCPU has of it. The vCPU lies in here
-//! while it is at rest; its thread takes it out to run it. Kicks and pauses are here, its own
-//! thread's side is in `own_thread.rs`, waiting for it in `rest.rs`, looking into it in
-//! `host_access.rs`, and running it by hand in `by_hand.rs`.
+//! `VcpuHandle`: the access of all other threads to a vCPU. It holds the vCPU at rest; the vCPU's
+//! thread takes it out to run it. Kicks and pauses are here. `own_thread.rs` has the side of the
+//! vCPU's own thread, `rest.rs` waits for a vCPU, `host_access.rs` reads and changes one at rest,
+//! and `by_hand.rs` runs one on the calling thread.
 
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use crate::event::EventManager;
 use crate::process::ProcessTag;
 use crate::sync::{Condvar, Mutex, MutexGuard, rank};
 
-/// A vCPU, at rest in here or out with the thread that runs it.
+/// A vCPU, either at rest in here or taken by the thread that runs it.
 #[derive(Debug)]
 pub struct VcpuHandle {
     id: u64,
@@ -30,43 +30,44 @@ pub struct VcpuHandle {
 
 #[derive(Debug)]
 pub(super) struct HandleState {
-    /// None while a thread has it.
+    /// `None` while a thread has it.
     pub(super) vcpu: Option<Vcpu>,
     /// The vCPU's own thread, which outlives the run.
     pub(super) thread: Option<OwnThread>,
-    /// How many such threads there have been.
+    /// How many such threads have been started.
     pub(super) threads: u64,
-    /// The signal mask of the thread that has started the run, until the own thread has taken it.
+    /// The signal mask of the thread that started the run, until the own thread has adopted it.
     pub(super) mask: Option<SignalMask>,
-    /// Between the start of a run and its end the own thread stays, however long the vCPU rests.
+    /// Between the start and the end of a run, the own thread does not end when it is idle.
     pub(super) is_in_run: bool,
-    /// The loop of the thread in `run_here`, which runs the vCPU in place of one of its own.
+    /// The event loop of the thread in `run_here`, which replaces the vCPU's own thread.
     pub(super) here: Option<Arc<EventManager>>,
-    /// That thread's vCPU, while it calls the program's code.
+    /// Access to the vCPU of that thread while it is in a callback.
     pub(super) host_access: Option<HostAccess>,
-    /// The thread that has it.
+    /// The thread that has the vCPU.
     pub(super) runner: Option<libc::pthread_t>,
-    /// That thread is in `run_once`.
+    /// Whether that thread is in `run_once`.
     pub(super) is_in_run_once: bool,
     /// The device that this thread waits for.
     pub(super) waits_for: Option<Arc<dyn Device>>,
-    /// It was lost in a panic on the thread.
+    /// Whether the vCPU was lost in a panic on its thread.
     pub(super) is_lost: bool,
     pub(super) command: VcpuCommand,
     /// A kick for `run_once` that has not ended one yet.
     pub(super) is_kicked: bool,
     /// How often the vCPU has come to rest.
     pub(super) rests: u64,
-    /// How often it has come to rest or left: if the count has changed since somebody asked it to
-    /// stop, it was at rest in between.
+    /// How often it has come to rest or left. If the count has changed since a request to stop, the
+    /// vCPU was at rest in between.
     pub(super) transitions: u64,
-    /// It was running when it was stopped, and [`VcpuHandle::resume`] sends it off again.
+    /// Whether [`VcpuHandle::resume`] makes it enter its guest: it was running when it was stopped.
     pub(super) runs_on_resume: bool,
-    /// Its machine is closed.
+    /// Whether its machine is closed.
     pub(super) is_closed: bool,
-    /// Its own thread completes what the last exit has left, and reports what that came to.
+    /// Whether its own thread is completing the last exit and reporting the outcome.
     pub(super) is_completing: bool,
-    /// The thread that had it reports why it rests, which may call the program's exit handler.
+    /// Whether the thread that had it is reporting why it rests, which may call an exit handler in
+    /// Python.
     pub(super) is_reporting: bool,
 }
 
@@ -74,12 +75,12 @@ pub(super) struct HandleState {
 #[derive(Debug)]
 pub(super) struct OwnThread {
     pub(super) thread: JoinHandle<()>,
-    /// Tells it from one that it has replaced.
+    /// Distinguishes it from a thread that it has replaced.
     pub(super) number: u64,
     pub(super) stack_size: usize,
 }
 
-/// The vCPU of a thread that calls the program's code.
+/// The vCPU of a thread in a callback.
 #[derive(Debug)]
 pub(super) struct HostAccess(pub(super) NonNull<Vcpu>);
 
@@ -87,7 +88,7 @@ pub(super) struct HostAccess(pub(super) NonNull<Vcpu>);
 // state.
 unsafe impl Send for HostAccess {}
 
-/// What its own thread does with a vCPU at rest.
+/// What the vCPU's own thread does with the vCPU at rest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum VcpuCommand {
     /// Leave it there.
@@ -105,20 +106,20 @@ pub(super) fn closed() -> Error {
 }
 
 impl HandleState {
-    /// There is nothing to wait for: it is out of its guest, and does not go back by itself.
+    /// Whether it is at rest: out of its guest, and it does not enter again without a command.
     pub(super) fn is_at_rest(&self) -> bool {
         let is_held = self.host_access.is_some() && self.is_held();
         self.vcpu.is_some() || is_held || self.is_lost || self.is_closed
     }
 
-    /// A thread has it, and brings it to rest without another command. One that was lost in a panic
-    /// is not waited for.
+    /// Whether a thread has it and brings it to rest without another command. False for a vCPU that
+    /// was lost in a panic.
     pub(super) fn is_leaving(&self) -> bool {
         let is_out = self.vcpu.is_none() || self.is_completing;
         is_out && self.is_held() && !self.is_lost && !self.is_closed
     }
 
-    /// Whether nothing is left of its last exit: it is not on its way to rest, and why it rests is
+    /// Whether its last exit is finished: it is not leaving its guest, and why it rests has been
     /// reported.
     pub(super) fn is_settled(&self) -> bool {
         !self.is_leaving() && !self.is_reporting
@@ -128,14 +129,14 @@ impl HandleState {
         self.thread.as_ref().is_some_and(|own| own.number == number)
     }
 
-    /// The own thread has nothing to wait for.
+    /// Whether the own thread has nothing to do.
     pub(super) fn is_idle(&self, number: u64) -> bool {
         self.command == VcpuCommand::Park && !self.is_in_run && self.belongs_to(number)
     }
 
-    /// A run begins, with the vCPU kept at rest until it is sent off. Somebody waits for an exit
-    /// that is to be completed: that command stays until the vCPU is sent off, which completes it
-    /// too. `here` is the loop of a thread that runs it in place of one of its own.
+    /// Begin a run, with the vCPU at rest until [`VcpuHandle::run`]. A pending command to complete
+    /// its last exit stays, because another thread waits for it; entering the guest completes the
+    /// exit too. `here` is the event loop of a thread that replaces the own thread.
     fn begin_run(&mut self, here: Option<Arc<EventManager>>) {
         if self.command != VcpuCommand::Complete {
             self.command = VcpuCommand::Park;
@@ -144,8 +145,8 @@ impl HandleState {
         (self.is_in_run, self.here) = (true, here);
     }
 
-    /// Its thread has not been sent into the guest. A vCPU that has counts as running, even if the
-    /// thread has not taken it yet.
+    /// Whether its thread has no command to enter the guest. With such a command the vCPU counts as
+    /// running, even before the thread has taken it.
     pub(super) fn is_held(&self) -> bool {
         self.command != VcpuCommand::Run
     }
@@ -185,8 +186,8 @@ impl VcpuHandle {
         self.id
     }
 
-    /// A run begins, on a thread of the vCPU's own or `here`. The vCPU may still be in a callback,
-    /// or complete an exit for a snapshot.
+    /// Begin a run, on the vCPU's own thread or `here`. The vCPU may still be in a callback, or
+    /// completing an exit for a snapshot.
     ///
     /// # Errors
     /// [`ErrorKind::State`] while a thread is in `run_once`.
@@ -208,13 +209,13 @@ impl VcpuHandle {
     }
 
     /// # Errors
-    /// In a forked child: the run page is shared with its parent.
+    /// In a forked child: its parent shares the run page.
     pub(crate) fn check_process(&self) -> Result<()> {
         self.process_tag.check("vCPU")
     }
 
-    /// Have a vCPU that its thread runs come to rest after the exit that is answered now, until
-    /// somebody stops it and resumes it.
+    /// Have a running vCPU come to rest after the exit that is being answered, until it is stopped
+    /// and resumed.
     #[cfg(test)]
     pub(crate) fn park(&self) {
         self.bring_out(&self.state.lock());
@@ -223,22 +224,22 @@ impl VcpuHandle {
     /// Points 1 to 3 of the kick.
     pub(super) fn bring_out(&self, state: &HandleState) {
         self.stop.kick(&*self.page, || {
-            // In a callback the thread needs no signal: it looks at the stop word before it enters
-            // its guest again. Signals of a storm of pauses would queue up there, and keep it from
-            // the GIL that others wait for behind it.
+            // In a callback the thread needs no signal: it checks the stop word before it enters
+            // its guest again. With many pauses, signals would queue up there and delay the thread,
+            // which may hold the GIL.
             let runner = state.runner.filter(|_| state.host_access.is_none());
             // The runner needs this lock before it can end.
             if let Some(thread) = runner {
-                // SAFETY: the thread takes itself out of the state before it ends, and we hold the
-                // state's lock.
+                // SAFETY: the thread removes itself from the state before it ends, and this holds
+                // the state's lock.
                 unsafe { interrupt(thread) };
             }
         });
         state.waits_for.iter().for_each(|device| device.wake());
     }
 
-    /// Before the guest is entered: wait until the device has room that its last access found full.
-    /// False when the vCPU is brought out first; then it waits again before the next entry.
+    /// Before an entry: if the last access found its device full, wait until the device has room.
+    /// Returns false if the vCPU is called out first; it waits again before the next entry then.
     pub(super) fn wait_for_room(&self, vcpu: &mut Vcpu) -> bool {
         let Some(device) = vcpu.waits_for.take() else { return true };
         self.state.lock().waits_for = Some(Arc::clone(&device));
@@ -250,18 +251,18 @@ impl VcpuHandle {
         has_room
     }
 
-    /// Bring the vCPU out of the guest and keep it out. Returns before it is out.
+    /// Bring the vCPU out of its guest and keep it out. Returns before it is out.
     pub(crate) fn pause(&self) {
         self.stop_with(VcpuCommand::Park);
     }
 
-    /// Bring the vCPU out of the guest and have its thread end. Returns before it has.
+    /// Bring the vCPU out of its guest and end its thread. Returns before the thread has ended.
     pub(crate) fn leave(&self) {
         self.stop_with(VcpuCommand::Exit);
     }
 
-    /// Bring the vCPU out of its guest and give its thread another command, in place of one that it
-    /// has not followed yet. The command to end stays.
+    /// Bring the vCPU out of its guest and give its thread a command, which replaces a pending one.
+    /// The command to end is never replaced.
     pub(super) fn stop_with(&self, command: VcpuCommand) {
         let mut state = self.state.lock();
         state.runs_on_resume |= state.command == VcpuCommand::Run;
@@ -277,8 +278,8 @@ impl VcpuHandle {
         self.changed.notify_all();
     }
 
-    /// The machine is closed: the vCPU can no longer be looked into, and its descriptor is closed,
-    /// at once or when its thread is done with it.
+    /// Close the vCPU: it can no longer be accessed. Its descriptor is closed, at once or when its
+    /// thread returns it.
     pub(crate) fn close(&self) {
         let vcpu = {
             let mut state = self.state.lock();
@@ -289,7 +290,7 @@ impl VcpuHandle {
         drop(vcpu);
     }
 
-    /// Whether there is nothing to wait for: a vCPU that was lost in a panic is at rest for ever.
+    /// Whether it is at rest. A vCPU that was lost in a panic is.
     pub(crate) fn is_at_rest(&self) -> bool {
         self.state.lock().is_at_rest()
     }
@@ -299,7 +300,7 @@ impl VcpuHandle {
         self.state.lock().rests
     }
 
-    /// How often it has come to rest or left by now, for [`Self::wait_for_rest`].
+    /// How often it has come to rest or left by now. [`Self::wait_for_rest`] takes this number.
     pub(crate) fn transitions(&self) -> u64 {
         self.state.lock().transitions
     }

@@ -1,6 +1,5 @@
-//! Running a vCPU for its machine on the caller's thread, in place of a thread of its own: until
-//! the guest ends, somebody calls the vCPU out, or a tick comes. On the thread that is in
-//! `run_here`.
+//! Runs a vCPU on the caller's thread instead of its own, until the guest ends, the vCPU is called
+//! out, or a tick comes. On the thread that is in `run_here`.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -16,35 +15,36 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
 use crate::exit_handler::{Exit, ExitHandler, Outcome};
 
-/// Why the vCPU is out of its guest. It is at rest in its handle then.
+/// Why the vCPU is out of its guest, at rest in its handle.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Left {
-    /// The guest has ended: the machine has its exit.
+    /// The guest has ended. The machine has its `Exit`.
     Ended,
     /// A callback or a device has ended the run.
     Stopped,
-    /// Somebody has paused the machine, or keeps it still.
+    /// The machine is paused or quiesced.
     CalledOut,
     /// The tick has come.
     Ticked,
-    /// A device has no room for what the guest wrote last.
+    /// A device has no room for the guest's last write.
     Waits,
-    /// A signal has come to this thread.
+    /// This thread has received a signal.
     Signalled,
 }
 
-/// A vCPU that this thread runs for its machine.
+/// A vCPU that this thread runs.
 pub(crate) struct Here<'a, EH: ExitHandler> {
     handle: &'a Arc<VcpuHandle>,
     shared: &'a Shared<EH>,
     ticks: Ticks<'a>,
 }
 
-/// Begin a run of a vCPU on this thread, which is `prepare`d for it. While it `is_held` the vCPU
-/// stays at rest; this thread waits in its loop, which is kicked when the vCPU may go on.
+/// Begin a run of a vCPU on this thread, and `prepare` the vCPU for it. If it `is_held`, the vCPU
+/// stays at rest, and this thread waits in its event loop, which is kicked when the vCPU may
+/// continue.
 ///
 /// # Errors
-/// If there is no timer or no signal for it; what `prepare` returns.
+/// If there is no timer or no kick signal; the error of `prepare`.
 pub(crate) fn begin<'a, EH: ExitHandler>(
     handle: &'a Arc<VcpuHandle>,
     shared: &'a Shared<EH>,
@@ -64,7 +64,7 @@ pub(crate) fn begin<'a, EH: ExitHandler>(
 }
 
 impl<EH: ExitHandler> Here<'_, EH> {
-    /// Run the guest until there is something to do for this thread, at this time at the latest.
+    /// Run the guest until this thread has something else to do, but not beyond this time.
     ///
     /// # Errors
     /// [`ErrorKind::State`] if a callback of an earlier run is still in progress.
@@ -75,7 +75,7 @@ impl<EH: ExitHandler> Here<'_, EH> {
         let current = Current::enter(self.handle, shared.id());
         vcpu.notify_of_pause();
         vcpu.is_interrupted = false;
-        // A tick of an earlier call may have left the flag set; kick, point 8.
+        // A tick of an earlier call may have left the flag set. Kick, point 8.
         self.ticks.page().set(handle.stop.is_set());
         self.ticks.arm(until);
         let (left, end) = self.run_guest(&mut vcpu);
@@ -90,18 +90,20 @@ impl<EH: ExitHandler> Here<'_, EH> {
             }
             (_, Outcome::Stop) => {
                 handle.put_back(vcpu, true);
-                // The thread that runs it is this one: it looks at what this returns.
+                // No wake-up is needed: this thread runs the vCPU, and the caller checks the
+                // result.
                 handle.reported();
                 return Ok(Left::Stopped);
             }
             (Left::CalledOut, _) => handle.put_back(vcpu, false),
-            // The command to run stays: the vCPU is taken again when this thread has looked around.
+            // The command to run stays: this thread takes the vCPU again after it has run its event
+            // loop.
             _ => handle.rest(&mut handle.state.lock(), vcpu),
         }
         Ok(left)
     }
 
-    /// The vCPU, unless it is to stay at rest.
+    /// Take the vCPU, unless it has to stay at rest.
     fn take(&self) -> Result<Option<Vcpu>> {
         let mut state = self.handle.state.lock();
         if state.command != VcpuCommand::Run {

@@ -1,5 +1,5 @@
-//! Looking into a vCPU: from any thread while it is at rest, and from its own thread and others
-//! while that thread calls the program's code.
+//! Access to a vCPU's registers and other state: from any thread while the vCPU is at rest or its
+//! thread is in a callback.
 
 use std::ptr::NonNull;
 use std::time::Duration;
@@ -10,38 +10,38 @@ use super::vcpu::Vcpu;
 use crate::error::Result;
 use crate::sync::{MappedMutexGuard, MutexGuard, rank};
 
-/// Ends the host's access, also when the program's code panics.
+/// Ends the host's access, also if the callback panics.
 struct HostAccessGuard<'a>(&'a VcpuHandle, NonNull<Vcpu>);
 
 impl Drop for HostAccessGuard<'_> {
     fn drop(&mut self) {
         self.0.state.lock().host_access = None;
-        // SAFETY: the vCPU of our caller, which no other thread can reach any more.
+        // SAFETY: the caller's vCPU, which no other thread can reach any more.
         unsafe { self.1.as_mut() }.has_host_access = false;
     }
 }
 
 impl VcpuHandle {
-    /// Look into the vCPU, which stays at rest meanwhile. On its own thread that is possible while
-    /// it calls the program's code.
+    /// Call `look` with the vCPU, which stays at rest during the call. The vCPU's own thread can
+    /// call this in a callback.
     ///
     /// # Errors
-    /// [`crate::error::ErrorKind::State`] while its guest runs, and in a forked child; what `look`
-    /// returns.
+    /// [`crate::error::ErrorKind::State`] while its guest runs, and in a forked child; the error of
+    /// `look`.
     pub fn with_vcpu<T>(&self, look: impl FnOnce(&mut Vcpu) -> Result<T>) -> Result<T> {
         self.check_process()?;
         self.look_in(&mut self.state.lock(), look)
     }
 
-    /// [`Self::with_vcpu`] for a thread that must not wait for longer than this.
+    /// [`Self::with_vcpu`] with a limit on the time to wait for the lock.
     ///
     /// # Errors
-    /// Gives `look` back when another thread looks into the vCPU for that long.
+    /// Returns `look` if another thread has access to the vCPU for that long.
     pub fn try_with_vcpu<T, F>(&self, limit: Duration, look: F) -> std::result::Result<Result<T>, F>
     where
         F: FnOnce(&mut Vcpu) -> Result<T>,
     {
-        // In a forked child the lock may be held by a thread that is not there.
+        // In a forked child, a thread that does not exist there may hold the lock.
         if let Err(error) = self.check_process() {
             return Ok(Err(error));
         }
@@ -66,15 +66,15 @@ impl VcpuHandle {
         match state {
             HandleState { vcpu: Some(vcpu), .. } if is_held => look(vcpu),
             HandleState { host_access: Some(HostAccess(vcpu)), .. } if is_held || is_own => {
-                // SAFETY: its thread is inside `with_host_access`, which ends the access under the
-                // lock that we hold.
+                // SAFETY: its thread is inside `with_host_access`, which ends the access only under
+                // the lock that this holds.
                 look(unsafe { vcpu.as_mut() })
             }
             _ => Err(self.running()),
         }
     }
 
-    /// The vCPU, which stays at rest for as long as this is held.
+    /// The vCPU, which stays at rest while the result lives.
     ///
     /// # Errors
     /// [`crate::error::ErrorKind::State`] while its guest runs or its exit is answered, and in a
@@ -87,9 +87,9 @@ impl VcpuHandle {
             .ok_or_else(|| self.running())
     }
 
-    /// Call the program's code from the thread that runs the vCPU. Meanwhile that code may look
-    /// into the vCPU, and a thread that pauses the machine finds it at rest; it does not go back to
-    /// its guest before the machine is resumed.
+    /// Call Python code from the thread that runs the vCPU. During the call that code may access
+    /// the vCPU, and for a thread that pauses the machine the vCPU counts as at rest. After a
+    /// pause, it enters its guest again only when the machine is resumed.
     pub(super) fn with_host_access<T>(&self, vcpu: &mut Vcpu, call: impl FnOnce() -> T) -> T {
         vcpu.has_host_access = true;
         let vcpu = NonNull::from(vcpu);

@@ -1,4 +1,4 @@
-//! The kick: how a vCPU is brought out of the guest. `signal` has the signal that it uses.
+//! The kick, which brings a vCPU out of its guest. `signal.rs` has the signal that it uses.
 //!
 //! The kicker, under the handle's lock:
 //!   1. sets the stop word;
@@ -56,13 +56,13 @@ impl StopWord {
     pub(crate) fn kick(&self, flag: &impl ImmediateExit, signal: impl FnOnce()) {
         self.0.store(true, Ordering::SeqCst);
         flag.set(true);
-        // Checked only now: if the vCPU is at rest, a thread takes it after point 1, and point 4
-        // keeps it out of the guest.
+        // Checked only now: if the vCPU is at rest, a thread that takes it later finds the word of
+        // point 1 at point 4, and does not enter.
         signal();
     }
 }
 
-/// This thread, as `interrupt` wants it.
+/// This thread, as the argument of `interrupt`.
 pub(crate) fn this_thread() -> libc::pthread_t {
     // SAFETY: takes nothing and cannot fail.
     unsafe { libc::pthread_self() }
@@ -73,7 +73,7 @@ pub(crate) fn this_thread() -> libc::pthread_t {
 /// # Safety
 /// The thread must not have ended: the caller holds a lock that the thread needs to end.
 pub(crate) unsafe fn interrupt(thread: libc::pthread_t) {
-    // SAFETY: as the caller has it.
+    // SAFETY: the caller guarantees that the thread exists.
     unsafe { signal::send(thread) };
 }
 
@@ -82,8 +82,8 @@ mod tests {
     use super::*;
     use loom::sync::{Arc, Condvar, Mutex};
 
-    /// The kernel's side of a vCPU: the flag that `KVM_RUN` looks at when it is entered, and the
-    /// signal that it sleeps for.
+    /// The kernel's side of a vCPU: the flag that `KVM_RUN` checks on entry, and the signal that
+    /// interrupts it.
     #[derive(Default)]
     struct Kernel {
         immediate_exit: AtomicBool,
@@ -103,7 +103,7 @@ mod tests {
             self.came.notify_all();
         }
 
-        /// Returns with EINTR, or never. A guest that spins: loom reports a sleep that never ends.
+        /// The guest spins: this returns with EINTR or never. loom reports a sleep that never ends.
         fn run(&self) {
             let mut signals = self.signals.lock().unwrap();
             while !self.immediate_exit.load(Ordering::SeqCst) && *signals == 0 {

@@ -1,5 +1,5 @@
-//! Threads of vCPUs whose machine was dropped while they were in one of its callbacks. They end
-//! when the callback returns; the end of the interpreter waits for them. On any thread.
+//! vCPU threads whose machine was dropped during one of their callbacks. They end when the callback
+//! returns; the interpreter waits for them at exit. On any thread.
 
 use std::thread::JoinHandle;
 
@@ -10,7 +10,7 @@ type Left = Vec<(ProcessTag, JoinHandle<()>)>;
 
 static LEFT: Mutex<Left, rank::LeftThreads> = Mutex::new(Vec::new());
 
-/// Keep a thread that is not joined: its machine is dropped on this very thread, or on one that
+/// Keep a thread that cannot be joined: its machine is dropped on this very thread, or on one that
 /// must not wait for it.
 pub(crate) fn leave(thread: JoinHandle<()>) {
     let mut left = LEFT.lock();
@@ -18,13 +18,13 @@ pub(crate) fn leave(thread: JoinHandle<()>) {
     left.push((ProcessTag::current(), thread));
 }
 
-/// Whether there is none.
+/// Whether there are none.
 #[cfg_attr(not(feature = "python"), allow(dead_code, reason = "for the end of the interpreter"))]
 pub(crate) fn is_empty() -> bool {
     LEFT.lock().is_empty()
 }
 
-/// Wait for all of them. In a forked child those of its parent do not exist.
+/// Wait for all of them. In a forked child, the threads of its parent do not exist.
 #[cfg_attr(not(feature = "python"), allow(dead_code, reason = "for the end of the interpreter"))]
 pub(crate) fn join_all() {
     assert_unlocked("threads that were left are waited for");

@@ -1,7 +1,7 @@
 //! One vCPU: its descriptor and registers, the thread that runs it, the one match over KVM's exits,
-//! and the kick that brings it out of its guest. All the vCPUs of a machine together are in `vm`,
-//! devices in `devices`. A vCPU's own thread runs this, `vcpu_{id}`; from other threads come kicks
-//! and commands, and looks at a vCPU at rest.
+//! and the kick that brings it out of its guest. `vm` has the set of a machine's vCPUs, `devices`
+//! its devices. Each vCPU runs on its own thread, `vcpu_{id}`. Other threads kick and command it,
+//! and access it while it is *at rest*: out of its guest, and not entering again by itself.
 
 mod access;
 mod by_hand;

@@ -8,7 +8,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::kvm::checked as kvm;
 
 impl Vcpu {
-    /// A model-specific register.
+    /// Read a model-specific register.
     ///
     /// # Errors
     /// If KVM does not know it.
@@ -31,7 +31,7 @@ impl Vcpu {
     }
 }
 
-/// A model-specific register of a vCPU.
+/// Read a model-specific register of a vCPU.
 pub(super) fn msr_of(fd: &VcpuFd, index: u32) -> Result<u64> {
     let mut msrs = one_msr(index, 0)?;
     let found = kvm("KVM_GET_MSRS", fd.get_msrs(&mut msrs))?;

@@ -1,6 +1,6 @@
-//! A vCPU's own thread as its handle sees it: when there is one, what it is to do, and what it
-//! brings back. What it does with the vCPU is in `thread.rs`. It outlives the run, and ends with
-//! its machine or when it has had nothing to do for a while.
+//! The handle's side of a vCPU's own thread: starts it, gives it commands, and takes the vCPU back.
+//! What the thread does with the vCPU is in `thread.rs`. The thread outlives a run. It ends with
+//! its machine, or when it has been idle for a while.
 
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -18,18 +18,18 @@ const IDLE_LIMIT: Duration = Duration::from_secs(1);
 /// What the vCPU's own thread does next.
 pub(super) struct Task {
     pub(super) vcpu: Vcpu,
-    /// Complete what the last exit has left, instead of running the guest.
+    /// Complete the last exit instead of running the guest.
     pub(super) completes: bool,
     pub(super) mask: Option<SignalMask>,
 }
 
 impl VcpuHandle {
-    /// A run begins, with the vCPU at rest until it is sent off. `spawn` starts a thread, which
-    /// gets its number, where there is none or it has a stack of another size than the program
-    /// wants now.
+    /// Begin a run, with the vCPU at rest until [`Self::run`]. `spawn` starts a thread with the
+    /// given number if there is none, or if its stack does not have the size that is now
+    /// configured.
     ///
     /// # Errors
-    /// As for [`Self::begin`]; what `spawn` returns.
+    /// As for [`Self::begin`]; the error of `spawn`.
     pub(super) fn begin_run(
         &self,
         spawn: impl FnOnce(u64) -> Result<JoinHandle<()>>,
@@ -37,7 +37,7 @@ impl VcpuHandle {
         let stack_size = stack::size();
         let mut state = self.begin(None)?;
         state.mask = Some(SignalMask::of_this_thread());
-        // One in a callback goes on with the stack that it has.
+        // A thread in a callback keeps its stack.
         let is_usable = |own: &OwnThread| own.stack_size == stack_size || state.vcpu.is_none();
         if state.thread.as_ref().is_some_and(is_usable) {
             return Ok(());
@@ -45,21 +45,22 @@ impl VcpuHandle {
         let number = state.threads + 1;
         let thread = spawn(number)?;
         state.threads = number;
-        // One that was there before sees that it has been replaced, and ends by itself.
+        // A previous thread finds that it has been replaced, and ends by itself.
         state.thread = Some(OwnThread { thread, number, stack_size });
         self.changed.notify_all();
         Ok(())
     }
 
-    /// Have the thread enter the guest, at once or when it comes up; one that is to end does not.
+    /// Have the thread enter the guest, at once or when it has started. A command to end is not
+    /// replaced.
     pub(super) fn run(&self) {
         let mut state = self.state.lock();
         self.send_off(&mut state);
-        // A thread in `run_here` waits in its loop. Fails in a forked child alone.
+        // A thread in `run_here` waits in its event loop. Fails only in a forked child.
         state.here.iter().for_each(|event_manager| drop(event_manager.kick()));
     }
 
-    /// The command to enter the guest.
+    /// Set the command to enter the guest.
     pub(super) fn send_off(&self, state: &mut HandleState) {
         if state.command == VcpuCommand::Exit {
             return;
@@ -74,8 +75,8 @@ impl VcpuHandle {
         self.changed.notify_all();
     }
 
-    /// Have a vCPU that [`Self::stop_with`] has brought to rest enter its guest again. One that
-    /// rested before stays at rest.
+    /// Have a vCPU that [`Self::stop_with`] has stopped enter its guest again. A vCPU that was at
+    /// rest before stays at rest.
     pub(crate) fn resume(&self) {
         let runs = self.state.lock().runs_on_resume;
         if runs {
@@ -88,8 +89,8 @@ impl VcpuHandle {
         self.state.lock().runs_on_resume = true;
     }
 
-    /// The run ends: bring the vCPU out of its guest, where it rests until the next run. Returns
-    /// before it is out.
+    /// End the run: bring the vCPU out of its guest; it rests until the next run. Returns before it
+    /// is out.
     pub(crate) fn end_run(&self) {
         self.stop_with(VcpuCommand::Park);
         let mut state = self.state.lock();
@@ -98,14 +99,14 @@ impl VcpuHandle {
         self.changed.notify_all();
     }
 
-    /// The vCPU's own thread, which is to end, to be joined. In a forked child it does not exist
-    /// and is to be forgotten.
+    /// Take the vCPU's own thread. The caller joins it, except in a forked child, where it does not
+    /// exist.
     pub(crate) fn take_thread(&self) -> Option<JoinHandle<()>> {
         self.state.lock().thread.take().map(|own| own.thread)
     }
 
-    /// The own thread's side: what it does next; `None` if it is to end, because the machine is
-    /// closed, another thread has replaced it, or nobody has run the machine for a while.
+    /// Called by the own thread: wait for its next task. `None` if it has to end, because the
+    /// machine is closed, another thread has replaced it, or it has been idle for [`IDLE_LIMIT`].
     pub(super) fn next(&self, number: u64) -> Option<Task> {
         let mut state = self.state.lock();
         let mut idle = Instant::now() + IDLE_LIMIT;
@@ -114,7 +115,7 @@ impl VcpuHandle {
                 return None;
             }
             let completes = state.command == VcpuCommand::Complete;
-            // A thread in `run_here` follows the command to run.
+            // In `run_here`, the caller's thread follows the command to run.
             let is_mine = completes || state.here.is_none();
             if state.command != VcpuCommand::Park
                 && is_mine
@@ -130,18 +131,19 @@ impl VcpuHandle {
                 self.changed.wait(&mut state);
                 idle = Instant::now() + IDLE_LIMIT;
             } else if self.changed.wait_until(&mut state, idle) && state.is_idle(number) {
-                // Dropped, not joined: nobody waits for it.
+                // Dropped, not joined: no thread waits for it.
                 state.thread = None;
                 return None;
             }
         }
     }
 
-    /// The vCPU comes to rest. `by_itself`: it stays there until the next run, even if the machine
-    /// is paused and resumed meanwhile. Then the caller reports why, and calls [`Self::reported`].
+    /// Put the vCPU to rest. If it stopped `by_itself`, it rests until the next run, even if the
+    /// machine is paused and resumed in between; the caller reports why, then calls
+    /// [`Self::reported`].
     pub(super) fn put_back(&self, vcpu: Vcpu, by_itself: bool) {
         let mut state = self.state.lock();
-        // One that was sent off while its last exit was completed goes on.
+        // A vCPU that got the command to run while it completed its last exit continues.
         let goes_on = state.is_completing && !by_itself;
         if state.command == VcpuCommand::Run && !goes_on {
             state.command = VcpuCommand::Park;
@@ -152,9 +154,9 @@ impl VcpuHandle {
         self.rest(&mut state, vcpu);
     }
 
-    /// Have the vCPU's own thread complete what its last exit has left: KVM waits for all readers
-    /// of a vCPU's thread when another one enters the guest, which takes milliseconds before Linux
-    /// 6.13. Whether there is such a thread.
+    /// Have the vCPU's own thread complete the last exit. When KVM_RUN is called from another
+    /// thread than before, KVM waits for an RCU grace period, which takes milliseconds before Linux
+    /// 6.13. Returns whether there is such a thread.
     pub(super) fn complete_on_own_thread(&self, state: &mut HandleState) -> bool {
         let is_there = state.thread.is_some() && state.here.is_none();
         if !is_there || state.command != VcpuCommand::Park {
@@ -166,14 +168,14 @@ impl VcpuHandle {
         true
     }
 
-    /// What brought the vCPU to rest is reported: the machine's state and its exit handler say it.
+    /// Note that the reason for the rest has been reported to the run state and the exit handler.
     pub(crate) fn reported(&self) {
         let mut state = self.state.lock();
         (state.is_completing, state.is_reporting) = (false, false);
         self.changed.notify_all();
     }
 
-    /// The vCPU is lost with its thread.
+    /// Mark the vCPU as lost in a panic of its thread.
     pub(super) fn mark_lost(&self) {
         let mut state = self.state.lock();
         state.is_lost = true;

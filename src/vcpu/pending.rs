@@ -1,4 +1,4 @@
-//! What the last exit of a vCPU has left for its next entry.
+//! Work that the last exit of a vCPU has left for its next entry.
 
 use kvm_bindings::kvm_regs;
 use zerocopy::IntoBytes;
@@ -13,17 +13,18 @@ pub(crate) enum PendingIo {
     Idle,
     /// An access whose instruction KVM completes at the next entry.
     Access {
-        /// It is a read, and its data may still be given; until then the guest reads ones.
+        /// Whether it is a read whose data can still be given. Until then the guest reads all one
+        /// bits.
         awaits_answer: bool,
-        /// What the program's code changes once the instruction is complete.
+        /// Changes to apply once the instruction is complete.
         edits: Option<Box<RegisterEdits>>,
     },
-    /// An exit that came when an instruction was completed: the next entry returns it.
+    /// An exit that completing an instruction has produced. The next entry returns it.
     Exit(VcpuExit),
 }
 
 impl PendingIo {
-    /// What an exit leaves that is handed out now.
+    /// The work that this exit leaves.
     pub(super) fn after(exit: &VcpuExit) -> Self {
         match exit.is_access() {
             true => Self::Access { awaits_answer: exit.is_read(), edits: None },
@@ -35,7 +36,7 @@ impl PendingIo {
         matches!(self, Self::Idle)
     }
 
-    /// Whether KVM would complete an access, now or after the exit that waits.
+    /// Whether KVM would complete an access, now or after the pending exit.
     pub(super) fn is_access(&self) -> bool {
         match self {
             Self::Idle => false,
@@ -52,7 +53,7 @@ impl PendingIo {
         matches!(self, Self::Access { awaits_answer: true, .. })
     }
 
-    /// The read has its data.
+    /// Note that the read has its data.
     pub(super) fn set_answered(&mut self) {
         if let Self::Access { awaits_answer, .. } = self {
             *awaits_answer = false;
@@ -74,12 +75,12 @@ impl PendingIo {
     }
 }
 
-/// Changes of general registers that wait for the end of an instruction.
+/// Changes of general registers to apply at the end of an instruction.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RegisterEdits {
     /// The registers at the exit.
     pub(super) from: kvm_regs,
-    /// The registers as the program's code has set them.
+    /// The registers as a hook has set them.
     pub(super) to: kvm_regs,
 }
 
@@ -88,7 +89,7 @@ impl RegisterEdits {
         self.from != self.to
     }
 
-    /// The registers after the instruction, with the changes.
+    /// Apply the changes to the registers after the instruction.
     pub(super) fn over(&self, after: &kvm_regs) -> kvm_regs {
         let mut regs = *after;
         let words = regs.as_mut_bytes().chunks_exact_mut(8);

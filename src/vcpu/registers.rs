@@ -50,7 +50,7 @@ impl Vcpu {
     /// Read a class of registers.
     ///
     /// # Errors
-    /// If KVM refuses it.
+    /// If KVM refuses.
     pub fn load<T>(&mut self, class: RegisterClass, look: impl FnOnce(&[u8]) -> T) -> Result<T> {
         self.complete();
         let fd = &self.fd;
@@ -68,7 +68,7 @@ impl Vcpu {
         })
     }
 
-    /// Change a class of registers.
+    /// Change a class of registers, with `change` on the bytes of its structure.
     ///
     /// # Errors
     /// If KVM refuses the new values; they are as before then.
@@ -111,8 +111,8 @@ impl Vcpu {
         }
     }
 
-    /// A read that nobody has answered gives ones. While its exit is being answered, the answer is
-    /// still to come.
+    /// While no hook or device has answered a read, its data is all one bits. An answer can still
+    /// come while its exit is being answered.
     fn give_up_answer(&mut self) {
         if !self.has_host_access {
             self.pending.set_answered();
@@ -125,7 +125,7 @@ impl Vcpu {
         if self.has_host_access
             && let PendingIo::Access { edits, .. } = &mut self.pending
         {
-            // KVM has the instruction half done: it would overwrite them.
+            // KVM has not completed the instruction, and would overwrite the registers.
             let from = edits.as_ref().map_or(from, |edits| edits.from);
             *edits = Some(Box::new(RegisterEdits { from, to }));
             return Ok(());
@@ -136,18 +136,18 @@ impl Vcpu {
         Ok(())
     }
 
-    /// What CPUID says to the guest.
+    /// The CPUID table of the guest.
     ///
     /// # Errors
-    /// If KVM refuses it.
+    /// If KVM refuses.
     pub fn cpuid(&self) -> Result<Vec<kvm_cpuid_entry2>> {
         cpuid::of_vcpu(&self.fd)
     }
 
-    /// Change what CPUID says to the guest.
+    /// Change the CPUID table of the guest.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] once the vCPU has run: its processor stays what it was.
+    /// [`ErrorKind::State`] once the vCPU has run: KVM does not allow a change then.
     pub fn set_cpuid(&mut self, entries: &[kvm_cpuid_entry2]) -> Result<()> {
         let at = "KVM_SET_CPUID2";
         if self.has_run {
@@ -159,12 +159,11 @@ impl Vcpu {
         kvm(at, self.fd.set_cpuid2(&table))
     }
 
-    /// Have single steps and accesses to linear addresses come out as exits, in place of what the
-    /// same owner asked for before.
+    /// Have single steps and breakpoints exit. Replaces the previous request of the same owner.
     ///
     /// # Errors
     /// [`ErrorKind::Config`] if both owners together have more breakpoints than the processor's
-    /// four; if KVM refuses. The requests are as before then.
+    /// four. If KVM refuses. The requests do not change then.
     pub fn debug(&mut self, owner: DebugOwner, request: DebugRequest) -> Result<()> {
         let wanted = self.guest_debug.with(owner, request);
         let debug = wanted.merged()?;
@@ -174,17 +173,17 @@ impl Vcpu {
         Ok(())
     }
 
-    /// How the vCPU translates addresses now.
+    /// The current paging mode of the vCPU.
     ///
     /// # Errors
-    /// If KVM refuses it.
+    /// If KVM refuses.
     pub fn paging(&mut self) -> Result<Paging> {
         self.complete();
         Ok(Paging::of(&kvm("KVM_GET_SREGS", self.fd.get_sregs())?))
     }
 }
 
-/// Says which bits KVM would have taken: of what the processor has it may offer a guest less.
+/// Adds the bits that KVM accepts to the error. KVM may offer a guest fewer than the processor has.
 fn xcrs_refused(xcrs: &kvm_xcrs, error: kvm_ioctls::Error) -> Error {
     let mut refused = Error::kvm("KVM_SET_XCRS", error);
     let supported = open_kvm()

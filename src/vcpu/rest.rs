@@ -1,4 +1,4 @@
-//! Waiting for a vCPU to come to rest, or for the callback that it is in. Any thread.
+//! Waits for a vCPU to come to rest, or for its callback to return. Any thread.
 
 use std::time::Instant;
 
@@ -10,12 +10,13 @@ use crate::limit::Limit;
 use crate::sync::{MutexGuard, rank};
 
 impl VcpuHandle {
-    /// Wait for a vCPU that is on its way to rest, also where a callback answers its exit, and
-    /// until it is reported why. A later report would be of a guest that a reset has replaced.
+    /// Wait until a vCPU that is leaving its guest is at rest, including a callback that answers
+    /// its exit, and until the reason has been reported. A later report would concern a guest that
+    /// a reset has replaced.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] if this thread is the one that answers its exit; what `limit` ends
-    /// the wait with.
+    /// [`ErrorKind::State`] if this thread is answering its exit; the error of `limit`, which ends
+    /// the wait.
     pub(crate) fn wait_while_leaving(&self, limit: &Limit<'_>) -> Result<()> {
         self.rested(limit).map(drop)
     }
@@ -40,8 +41,7 @@ impl VcpuHandle {
         if state.is_closed { Err(closed()) } else { Ok(state) }
     }
 
-    /// Wait until this time at most for the state to be one in which a wait `is_over`. Whether it
-    /// is.
+    /// Wait until `is_over` returns true for the state, or until this time. Returns whether it did.
     fn wait_until(&self, until: Instant, is_over: impl Fn(&HandleState) -> bool) -> bool {
         let mut state = self.state.lock();
         while !is_over(&state) {
@@ -52,13 +52,13 @@ impl VcpuHandle {
         true
     }
 
-    /// Wait until a run that has ended has no callback left in progress.
+    /// Wait until no callback of an ended run is in progress.
     pub(crate) fn wait_for_callback(&self, limit: &Limit<'_>) -> Result<()> {
         limit.wait(Place(self.id()), |until| self.wait_until(until, HandleState::is_settled))
     }
 
-    /// Wait until the vCPU is at rest, or has been since it was counted: another thread may have
-    /// sent it off again. False if this time, `None` for no limit, came first.
+    /// Wait until the vCPU is at rest, or has been at rest since `counted`: another thread may have
+    /// made it run again. Returns false at the deadline; `None` is no deadline.
     pub(crate) fn wait_for_rest(&self, counted: u64, until: Option<Instant>) -> bool {
         let is_over = |state: &HandleState| state.is_at_rest() || state.transitions != counted;
         if let Some(until) = until {
@@ -71,13 +71,13 @@ impl VcpuHandle {
         true
     }
 
-    /// Whether it is at rest, or comes to rest without another command.
+    /// Whether it is at rest, or will come to rest without a further command.
     pub(crate) fn stays_out(&self) -> bool {
         let state = self.state.lock();
         state.is_held() && !state.is_lost && !state.is_closed
     }
 
-    /// Whether a thread runs it, or calls the program's code for it.
+    /// Whether a thread runs it, or is in a callback for it.
     pub(crate) fn is_out(&self) -> bool {
         let state = self.state.lock();
         let is_out = state.vcpu.is_none() || state.is_completing || state.is_reporting;

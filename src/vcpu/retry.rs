@@ -1,5 +1,5 @@
-//! Makes a guest execute the instruction of an exit again: the part that KVM has begun is completed
-//! without effect. On the vCPU's thread.
+//! Makes a guest execute the instruction of an exit again: completes the part that KVM has begun,
+//! then undoes its effect. On the vCPU's thread.
 
 use kvm_bindings::{kvm_fpu, kvm_regs, kvm_sregs};
 
@@ -10,12 +10,12 @@ use super::string_io;
 use super::vcpu::Vcpu;
 use crate::memory::GuestMemory;
 
-/// Bytes of guest-physical memory as they were.
+/// Saved bytes of guest-physical memory.
 type Kept = Vec<(u64, Vec<u8>)>;
 
 impl Vcpu {
-    /// Have the guest execute the instruction of this exit again, with the registers as the
-    /// program's code has set them.
+    /// Have the guest execute the instruction of this exit again, with the registers that a hook
+    /// has set.
     pub(super) fn execute_again(&mut self, exit: &VcpuExit, stop: &StopWord) {
         if exit.is_read() {
             let is_edited = self.pending.edits().is_some_and(RegisterEdits::is_change);
@@ -31,8 +31,8 @@ impl Vcpu {
         }
     }
 
-    /// If memory has been added there, the instruction reads it: KVM completes the instruction as
-    /// if it had begun after that. False: there is no memory.
+    /// If memory has been added there, answer the read from it, as if the instruction had begun
+    /// after that. Returns false if there is no memory.
     pub(super) fn answer_from_memory(&mut self, exit: &VcpuExit) -> bool {
         let VcpuExit::MmioRead { address, length } = exit else { return false };
         let Some(data) = read(&self.memory, *address, *length) else { return false };
@@ -43,30 +43,31 @@ impl Vcpu {
         true
     }
 
-    /// Have KVM complete the read with ones, and restore what that has changed: registers, and
-    /// memory if the instruction writes what it read.
+    /// Have KVM complete the read with all one bits, then restore what that has changed: registers,
+    /// and memory if the instruction writes what it has read.
     fn undo(&mut self, exit: &VcpuExit, stop: &StopWord) {
         let Ok(to) = self.general() else { return };
         let from = self.pending.take_edits().map_or(to, |edits| edits.from);
         let (sregs, fpu) = (self.fd.get_sregs().ok(), self.fd.get_fpu().ok());
         let kept = self.written_by(exit, &from, sregs.as_ref());
         self.abandon();
-        // Kick, point 8: a kick that came meanwhile has set the word first, and the word is checked
-        // before the next entry.
+        // Kick, point 8: a concurrent kick has set the word first, and the word is checked before
+        // the next entry.
         self.page.set(stop.is_set());
         for (address, bytes) in kept {
-            // Fails if the slot has been removed since: then the bytes are gone with it.
+            // Fails if the slot has been removed since, and the bytes with it.
             let _ = self.memory.write(address, &bytes);
         }
         self.put_back(sregs, fpu);
-        // KVM takes any general registers, and drops a pending exception.
+        // Cannot fail: KVM accepts any general registers. This also drops a pending exception.
         if self.fd.set_regs(&to).is_ok() {
             self.page.set_registers(&to);
             self.has_page_registers = true;
         }
     }
 
-    /// The ones may have been loaded into a segment, a table's address or a vector register.
+    /// The one bits may have been loaded into a segment register, a table register or a vector
+    /// register.
     fn put_back(&self, sregs: Option<kvm_sregs>, fpu: Option<kvm_fpu>) {
         if let Some(sregs) = sregs.filter(|sregs| self.fd.get_sregs().ok() != Some(*sregs)) {
             // Cannot fail: KVM has just returned these values.
@@ -77,8 +78,8 @@ impl Vcpu {
         }
     }
 
-    /// The memory that the instruction writes: at the address that it reads, or at the target of a
-    /// string instruction.
+    /// The memory that the instruction writes: at the address that it reads, or at the destination
+    /// of a string instruction.
     fn written_by(&self, exit: &VcpuExit, regs: &kvm_regs, sregs: Option<&kvm_sregs>) -> Kept {
         let mut kept = Kept::new();
         if let VcpuExit::MmioRead { address, length } = exit {

@@ -1,6 +1,6 @@
-//! Where the exits of a machine's vCPUs go: the buses with their devices, hooks that look at an
-//! exit first, and observers that look at it afterwards. Shared by the vCPUs' threads; hooks and
-//! observers come and go while they run.
+//! Routes the exits of a machine's vCPUs: to hooks first, then to the devices on the buses, and
+//! afterwards to observers. The vCPUs' threads share it. Hooks and observers can be added and
+//! removed while they run.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,38 +12,38 @@ use crate::exit_handler::Outcome;
 use crate::sync::{RwLock, rank};
 use crate::trace::{Recording, Track};
 
-/// Looks at exits before they are answered. Called on the vCPU's thread, with the vCPU open to the
-/// host meanwhile.
+/// Sees exits before they are answered. Called on the vCPU's thread; the host can access the vCPU
+/// during the call.
 pub trait ExitHook: Send + Sync + std::fmt::Debug {
-    /// What becomes of the exit, with what the guest finds in `reply`; none leaves it to the next
-    /// hook and to the devices.
+    /// Answer the exit, with the data for the guest in `reply`; `None` leaves it to the next hook
+    /// and the devices.
     fn on_exit(&self, vcpu: u64, exit: &VcpuExit, reply: &mut Reply) -> Option<Outcome>;
 }
 
-/// What the guest finds after an exit that a hook has answered with [`Outcome::Continue`].
+/// How the guest continues after an exit that a hook has answered with [`Outcome::Continue`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Reply {
-    /// A read gives all one bits; a write has been taken.
+    /// A read gives all one bits; a write is complete.
     #[default]
     Default,
     /// A read gives these bytes.
     Data(Data),
-    /// It executes the instruction again.
+    /// The guest executes the instruction again.
     Retry,
 }
 
-/// Which hooks are asked first.
+/// The order in which hooks are asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum HookPriority {
-    /// Hooks of pyvmm's own, for example a debugger's.
+    /// Hooks of pyvmm itself, for example a debugger's.
     Host,
-    /// The program's.
+    /// Hooks of the program.
     Program,
 }
 
-/// Sees every exit after it has been answered. Called on the vCPU's thread; must be quick.
+/// Sees every exit after it has been answered. Called on the vCPU's thread; must return quickly.
 pub trait Observer: Send + Sync + std::fmt::Debug {
-    /// A guest is about to be entered.
+    /// Called right before a guest is entered.
     fn enters(&self, _vcpu: u64, _at: Instant) {}
 
     /// The track that records how an exit is answered.
@@ -51,7 +51,7 @@ pub trait Observer: Send + Sync + std::fmt::Debug {
         None
     }
 
-    /// An exit has been answered.
+    /// Called after an exit has been answered.
     fn saw(&self, seen: &Seen);
 }
 
@@ -81,20 +81,20 @@ struct HookEntry {
 /// Above the bits of the kinds of exits.
 const OBSERVED: u64 = 1 << 63;
 
-/// See the module.
+/// The buses, hooks and observers of one machine.
 #[derive(Debug, Default)]
 pub struct ExitRouter {
     /// The buses.
     pub buses: Buses,
-    /// A bit for each kind of exit that a hook looks at, and [`OBSERVED`]. Zero costs one load an
-    /// exit.
+    /// One bit for each kind of exit that has a hook, and [`OBSERVED`]. If all are zero, an exit
+    /// costs one load.
     mask: AtomicU64,
-    /// In the order in which they are asked. A call in progress keeps the list that it began with.
+    /// In the order in which they are asked. A call in progress keeps its copy of the list.
     hooks: RwLock<Arc<[HookEntry]>, rank::ExitHooks>,
     observers: RwLock<Vec<Arc<dyn Observer>>, rank::Observers>,
 }
 
-/// Whether hooks and observers look at an exit.
+/// Which exits hooks and observers see.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ExitMask(u64);
 
@@ -109,8 +109,8 @@ impl ExitMask {
 }
 
 impl ExitRouter {
-    /// Have a hook look at exits of these kinds, from the next exit on, and at no others; without
-    /// kinds it is removed. A new hook is asked after those of its priority.
+    /// Set the kinds of exits that a hook sees, from the next exit on. Without kinds, the hook is
+    /// removed. A new hook is asked after the others of its priority.
     pub fn set_hook(&self, priority: HookPriority, hook: &Arc<dyn ExitHook>, kinds: &[ExitKind]) {
         let kinds = kinds.iter().fold(0, |bits, kind| bits | kind.bit());
         let mut hooks = self.hooks.write();
@@ -126,17 +126,17 @@ impl ExitRouter {
         let former = std::mem::replace(&mut *hooks, changed.into());
         self.change_mask(|mask| mask & OBSERVED | bits);
         drop(hooks);
-        // Outside the lock: dropping a hook may run the program's code.
+        // Outside the lock: dropping a hook may run Python code.
         drop(former);
     }
 
-    /// Show an observer every exit, from the next entry on.
+    /// Add an observer, which sees every exit from the next entry on.
     pub fn observe(&self, observer: Arc<dyn Observer>) {
         self.observers.write().push(observer);
         self.change_mask(|mask| mask | OBSERVED);
     }
 
-    /// Show the observer no more exits.
+    /// Remove an observer.
     pub fn unobserve(&self, observer: &Arc<dyn Observer>) {
         let mut observers = self.observers.write();
         observers.retain(|known| !Arc::ptr_eq(known, observer));
@@ -145,14 +145,14 @@ impl ExitRouter {
         }
     }
 
-    /// The machine is closed: no hook, observer or device is called any more. What they hold, which
-    /// may be the machine, is released.
+    /// Remove all hooks, observers and devices when the machine is closed. They may refer to the
+    /// machine.
     pub(crate) fn close(&self) {
         self.mask.store(0, Ordering::Release);
         let hooks = std::mem::take(&mut *self.hooks.write());
         let observers = std::mem::take(&mut *self.observers.write());
         let devices = [self.buses.pio.clear(), self.buses.mmio.clear()];
-        // Outside the locks: it may run the program's code.
+        // Outside the locks: this may run Python code.
         drop((hooks, observers, devices));
     }
 
@@ -182,7 +182,7 @@ impl ExitRouter {
         self.observers.read().iter().for_each(|observer| observer.enters(vcpu, at));
     }
 
-    /// Record this thread, which answers an exit, if an observer wants that.
+    /// If an observer traces this vCPU, record on this thread while it answers an exit.
     pub(super) fn recording(&self, vcpu: u64) -> Option<Recording> {
         Recording::on(self.observers.read().iter().filter_map(|observer| observer.track(vcpu)))
     }

@@ -1,5 +1,5 @@
-//! One turn of a vCPU: enter the guest, and the one match over every KVM exit. On the vCPU's
-//! thread.
+//! One iteration of a vCPU: enters the guest and handles its exit, in one match over all exits. On
+//! the vCPU's thread.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -17,7 +17,7 @@ use super::vcpu::Vcpu;
 use crate::exit_handler::{Exit, ExitReason, Outcome};
 use crate::hop::hop;
 
-/// Enter the guest once and answer its exit.
+/// Enter the guest once and handle its exit.
 pub(crate) fn step(vcpu: &mut Vcpu, handle: &VcpuHandle) -> Outcome {
     let mask = vcpu.router.mask();
     if mask.is_observed() {
@@ -29,7 +29,7 @@ pub(crate) fn step(vcpu: &mut Vcpu, handle: &VcpuHandle) -> Outcome {
     }
 }
 
-/// KVM_RUN has failed, which a signal makes it do too.
+/// The outcome if KVM_RUN fails. A signal also makes it fail.
 fn refused(vcpu: &mut Vcpu, error: kvm_ioctls::Error) -> Outcome {
     vcpu.is_interrupted = error.errno() == libc::EINTR;
     with_fault_report(vcpu, on_error(error))
@@ -79,7 +79,7 @@ fn answer(vcpu: &mut Vcpu, handle: &VcpuHandle, exit: &VcpuExit, mask: ExitMask)
     step
 }
 
-/// An end for a fault says what KVM said; add the vCPU's state to it.
+/// If the run ends with a fault, add the vCPU's state to KVM's report.
 fn with_fault_report(vcpu: &Vcpu, outcome: Outcome) -> Outcome {
     match outcome {
         Outcome::End(Exit { fault: Some(what), reason, code, vcpu: number }) => {
@@ -90,8 +90,8 @@ fn with_fault_report(vcpu: &Vcpu, outcome: Outcome) -> Outcome {
     }
 }
 
-/// Complete an access that has been answered, and at most so many that follow from it, without
-/// running the guest on.
+/// Complete an access that has been answered, and its follow-ups, at most `steps` together, without
+/// running the guest further.
 pub(crate) fn complete_pending_io(vcpu: &mut Vcpu, handle: &VcpuHandle, steps: usize) -> Outcome {
     for _ in 0..steps {
         if vcpu.pending.is_idle() {
@@ -106,8 +106,8 @@ pub(crate) fn complete_pending_io(vcpu: &mut Vcpu, handle: &VcpuHandle, steps: u
     Outcome::Continue
 }
 
-/// Complete a repeated access to its last element: KVM leaves it at every 1,024th step. A device
-/// that stops the run or ends the guest does not end this; the last that did is the outcome.
+/// Complete a repeated access up to its last element: KVM interrupts it every 1,024 steps. A device
+/// that stops the run or ends the guest does not interrupt this. The last such outcome is returned.
 pub(crate) fn drain_string_io(vcpu: &mut Vcpu, handle: &VcpuHandle) -> Outcome {
     let mut last = Outcome::Continue;
     for _ in 0..2048 {
@@ -122,7 +122,7 @@ pub(crate) fn drain_string_io(vcpu: &mut Vcpu, handle: &VcpuHandle) -> Outcome {
     last
 }
 
-/// Let hooks look first; `None` if they leave the exit to the devices.
+/// Ask the hooks; `None` if they leave the exit to the devices.
 fn ask_hooks(vcpu: &mut Vcpu, handle: &VcpuHandle, exit: &VcpuExit) -> Option<Outcome> {
     let (id, router) = (vcpu.id, Arc::clone(&vcpu.router));
     let (outcome, reply) = handle.with_host_access(vcpu, || router.ask_hooks(id, exit))?;
@@ -148,7 +148,7 @@ fn handle_exit(exit: &VcpuExit, vcpu: &mut Vcpu, handle: &VcpuHandle) -> Outcome
             access::mmio_read(vcpu, handle, *address, *length)
         }
         VcpuExit::MmioWrite { address, data } => access::mmio_write(vcpu, handle, *address, data),
-        // The guest finds a general protection fault, as KVM itself would have given it.
+        // The guest gets a general protection fault, as KVM itself would have raised.
         VcpuExit::Rdmsr { .. } | VcpuExit::Wrmsr { .. } => Outcome::Continue,
         _ => end_of(exit, vcpu.page.exit_reason(), || {
             fault::internal_error(&vcpu.page.internal_error())
@@ -156,7 +156,7 @@ fn handle_exit(exit: &VcpuExit, vcpu: &mut Vcpu, handle: &VcpuHandle) -> Outcome
     }
 }
 
-/// What an exit that is no access comes to. `internal_error` says what KVM says of one.
+/// The outcome of an exit that is not an access. `internal_error` returns KVM's report.
 fn end_of(exit: &VcpuExit, number: u32, internal_error: impl FnOnce() -> String) -> Outcome {
     match exit {
         VcpuExit::Hlt => end(Exit::new(ExitReason::Halt)),
@@ -182,7 +182,7 @@ fn end_of(exit: &VcpuExit, number: u32, internal_error: impl FnOnce() -> String)
             format!("memory fault at guest-physical {address:#x}, {size} bytes, flags {flags:#x}"),
         ),
         VcpuExit::Unknown { number } => unknown(*number),
-        // Exits that nothing here has asked KVM for.
+        // Exits that pyvmm does not enable.
         _ => unknown(number),
     }
 }
@@ -190,7 +190,7 @@ fn end_of(exit: &VcpuExit, number: u32, internal_error: impl FnOnce() -> String)
 fn on_error(error: kvm_ioctls::Error) -> Outcome {
     match error.errno() {
         libc::EINTR => Outcome::Continue,
-        // A vCPU that waited for INIT and SIPI has got one: KVM asks to be entered again.
+        // A vCPU that waited for INIT or SIPI has received one; it has to be entered again.
         libc::EAGAIN => Outcome::Continue,
         errno => fault(
             Exit::with_code(ExitReason::VcpuError, errno_code(errno)),
@@ -203,7 +203,7 @@ fn end(exit: Exit) -> Outcome {
     Outcome::End(exit)
 }
 
-/// An end whose text gets the vCPU's state.
+/// An end of the run with a fault, whose text gets the vCPU's state.
 fn fault(exit: Exit, what: String) -> Outcome {
     Outcome::End(Exit { fault: Some(what), ..exit })
 }

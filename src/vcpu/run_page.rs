@@ -14,11 +14,11 @@ use kvm_ioctls::VcpuFd;
 use super::kick::ImmediateExit;
 use crate::error::{Error, ErrorKind, Result};
 
-/// What is mapped: `kvm_run`, followed by the data of port accesses.
+/// The mapping: `kvm_run`, followed by the data of port accesses.
 const PAGES: usize = 2 * 4096;
 const _: () = assert!(size_of::<kvm_run>() <= PAGES);
 
-/// The page, mapped for as long as this lives.
+/// The page, mapped while this lives.
 #[derive(Debug)]
 pub(crate) struct RunPage(NonNull<kvm_run>);
 
@@ -108,7 +108,7 @@ impl RunPage {
         unsafe { (&raw const (*self.0.as_ptr()).s.regs.regs).read_volatile() }
     }
 
-    /// Store the general registers that KVM has been given. While the vCPU is at rest.
+    /// Store general registers that have been set in KVM. While the vCPU is at rest.
     pub(crate) fn set_registers(&self, registers: &kvm_regs) {
         // SAFETY: as above; no other thread writes there while the vCPU is at rest.
         unsafe { (&raw mut (*self.0.as_ptr()).s.regs.regs).write_volatile(*registers) };
@@ -134,7 +134,7 @@ impl RunPage {
         wanted
     }
 
-    /// Where KVM takes the data of a read from, and how many bytes; `None` if the last exit was no
+    /// Where KVM reads the data of a read, and how many bytes; `None` if the last exit was not a
     /// read. They lie in the mapping.
     fn answer_place(&self) -> Option<(*mut u8, usize)> {
         // SAFETY: in bounds; every bit pattern is valid for both views.
@@ -167,7 +167,7 @@ impl RunPage {
         }
     }
 
-    /// The access to a model-specific register does not fault. Only after its exit, before the next
+    /// Have the access to a model-specific register succeed. Only after its exit, before the next
     /// entry.
     pub(crate) fn allow_msr(&self) {
         if matches!(self.exit_reason(), KVM_EXIT_X86_RDMSR | KVM_EXIT_X86_WRMSR) {

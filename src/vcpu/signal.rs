@@ -1,7 +1,7 @@
 //! The kick's signal: which one, and its handler. The only place that touches signals.
 //!
-//! The program can still use the signal: one that is no kick reaches the handler that was installed
-//! before.
+//! The program can still use the signal: if it is not a kick, the previously installed handler is
+//! called.
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -31,7 +31,7 @@ impl Claim {
     unsafe fn send(&self, thread: libc::pthread_t) -> bool {
         self.keep_installed();
         let value = libc::sigval { sival_ptr: kick_cookie() };
-        // SAFETY: by the caller. A queued signal arrives 10 us later, so it is sent only if a
+        // SAFETY: by the caller. A queued signal takes 10 us longer, so it is sent only if a
         // handler has to distinguish it from others.
         unsafe {
             if self.has_handler() {
@@ -42,12 +42,12 @@ impl Claim {
         }
     }
 
-    /// Install the handler again if the program has ignored the signal or restored its default
-    /// since: the first would lose kicks, and the second would end the process. A handler of the
-    /// program's serves as well, because any handler interrupts KVM_RUN.
+    /// Install the handler again if the program has since ignored the signal, which would lose
+    /// kicks, or restored its default, which would end the process. A handler of the program needs
+    /// no change: any handler interrupts KVM_RUN.
     fn keep_installed(&self) {
         if present(self.signal).is_ok_and(|now| !has_handler(&now)) {
-            // Fails for no signal that could be read.
+            // Cannot fail for a signal whose action could be read.
             let _ = install(self.signal);
         }
     }
@@ -57,25 +57,25 @@ fn has_handler(action: &libc::sigaction) -> bool {
     ![libc::SIG_DFL, libc::SIG_IGN].contains(&action.sa_sigaction)
 }
 
-/// The signal for kicks when the kernel refuses to queue the other: claimed when that first
+/// The signal for kicks if the kernel refuses to queue the other. It is claimed when this first
 /// happens.
 static SPARE: Learnt<Claim> = Learnt::unknown();
 
-/// Read by the signal handler: that is one atomic load.
+/// The signal handler reads it with one atomic load.
 static CLAIM: Learnt<Option<Claim>> = Learnt::unknown();
-/// Whether the handler of the claim is in place.
+/// Whether the handler of the claim is installed.
 static IS_INSTALLED: AtomicBool = AtomicBool::new(false);
 
 const FAULTS: [libc::c_int; 6] =
     [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGTRAP, libc::SIGSYS];
 
-/// What a kick or a tick of pyvmm's carries, and no signal of the program's.
+/// The value that distinguishes pyvmm's kicks and ticks from signals of the program.
 pub(super) fn kick_cookie() -> *mut libc::c_void {
     (&raw const COOKIE).cast_mut().cast()
 }
 
-/// The signal that kicks: the one chosen by [`use_signal`], or the first real-time signal that had
-/// no handler when the first machine was made.
+/// The signal for kicks: the one chosen with [`use_signal`], or the first real-time signal without
+/// a handler when the first machine was created.
 ///
 /// # Errors
 /// If the program has handlers for all real-time signals.
@@ -87,10 +87,10 @@ pub fn kick_signal() -> Result<libc::c_int> {
     })
 }
 
-/// Use this signal for kicks. Its present handler is still called for signals that are no kicks.
+/// Use this signal for kicks. Its current handler is still called for signals that are not kicks.
 ///
 /// # Errors
-/// If it cannot be used so, or kicks use another one already.
+/// If it cannot be used for kicks, or kicks use another signal already.
 pub fn use_signal(signal: libc::c_int) -> Result<()> {
     let at = "kick_signal";
     let is_possible = (1..=libc::SIGRTMAX()).contains(&signal)
@@ -110,8 +110,8 @@ pub fn use_signal(signal: libc::c_int) -> Result<()> {
     }
 }
 
-/// The claim, made by the first caller. It is visible before the handler is installed, which
-/// several threads may do; so does a child that is forked in between.
+/// The claim, made by the first caller. It is visible before the handler is installed. Several
+/// threads may install the handler, and so may a child that is forked in between.
 fn claim(chosen: Option<libc::c_int>) -> Result<Option<&'static Claim>> {
     let claim = CLAIM.get_or(|| {
         Ok(match chosen {
@@ -148,8 +148,8 @@ fn present(signal: libc::c_int) -> Result<libc::sigaction> {
 }
 
 fn install(signal: libc::c_int) -> Result<()> {
-    // SAFETY: a sigaction of zeros is valid. The handler makes one atomic load and calls what was
-    // installed before, so it is as safe in a signal's context as that. Without SA_RESTART, so that
+    // SAFETY: a sigaction of zeros is valid. The handler makes one atomic load and calls the
+    // previous handler, so it is as async-signal-safe as that one. Without SA_RESTART, so that
     // KVM_RUN is interrupted.
     unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
@@ -164,10 +164,10 @@ fn install(signal: libc::c_int) -> Result<()> {
 
 /// Send the kick signal to a thread.
 ///
-/// The kernel queues a real-time signal or refuses it, and refuses it at RLIMIT_SIGPENDING. A
-/// standard signal is delivered without a place in the queue, so then SIGURG kicks, which is
-/// ignored where the program does not use it. Where it does, its handler is called too: without a
-/// place in the queue a kick has no cookie.
+/// At RLIMIT_SIGPENDING the kernel refuses to queue a real-time signal. A standard signal needs no
+/// place in the queue, so SIGURG is used then, which is ignored by default. If the program has a
+/// handler for it, that handler is called too, because a kick without a place in the queue carries
+/// no value.
 ///
 /// # Safety
 /// The thread must not have ended.
@@ -184,13 +184,12 @@ pub(super) unsafe fn send(thread: libc::pthread_t) {
     let _ = spare.map(|claim| unsafe { claim.send(thread) });
 }
 
-/// How a signal was sent that has our cookie.
+/// How a signal was sent, if it carries pyvmm's value.
 ///
 /// # Safety
 /// `info` is that of a signal.
 unsafe fn ours(info: *const libc::siginfo_t) -> Option<libc::c_int> {
-    // SAFETY: by the caller. A signal without a value has something else there, which is no address
-    // of ours.
+    // SAFETY: by the caller. In a signal without a value, the field never holds this address.
     let (code, value) = unsafe { ((*info).si_code, (*info).si_value().sival_ptr) };
     let is_ours = [libc::SI_QUEUE, libc::SI_TIMER].contains(&code) && value == kick_cookie();
     is_ours.then_some(code)
@@ -214,8 +213,8 @@ extern "C" fn on_signal(
         return;
     }
     let previous = claim.previous.sa_sigaction;
-    // SAFETY: the address came out of sigaction as this signal's handler, of the kind that its
-    // flags say.
+    // SAFETY: sigaction returned the address as this signal's handler, with the signature that its
+    // flags give.
     unsafe {
         if claim.previous.sa_flags & libc::SA_SIGINFO == 0 {
             let handler: extern "C" fn(libc::c_int) = std::mem::transmute(previous);
@@ -229,7 +228,7 @@ extern "C" fn on_signal(
 }
 
 thread_local! {
-    /// Whether kicks reach this thread, as far as is known.
+    /// Whether this thread is known not to block kicks.
     static IS_REACHED: Cell<bool> = const { Cell::new(false) };
 }
 
@@ -244,7 +243,8 @@ impl std::fmt::Debug for SignalMask {
 
 impl SignalMask {
     pub(super) fn of_this_thread() -> Self {
-        // SAFETY: a set of zeros is valid, and the call fills it; it fails for no such argument.
+        // SAFETY: a set of zeros is valid, and the call fills it. It cannot fail with these
+        // arguments.
         unsafe {
             let mut set: libc::sigset_t = std::mem::zeroed();
             libc::pthread_sigmask(libc::SIG_BLOCK, std::ptr::null(), &raw mut set);
@@ -252,11 +252,12 @@ impl SignalMask {
         }
     }
 
-    /// Have this thread block the same signals, but for kicks, which have to reach it. Children
-    /// that callbacks make inherit the mask.
+    /// Have this thread block the same signals, except for kicks. Child processes of callbacks
+    /// inherit the mask.
     pub(super) fn adopt(&self) {
         let mut set = self.0;
-        // SAFETY: a set of this process's. The signal for kicks is one, or there is none.
+        // SAFETY: a valid set of this process. A signal for kicks, if there is one, is a valid
+        // signal.
         unsafe {
             if let Ok(kick) = kick_signal() {
                 libc::sigdelset(&raw mut set, kick);
@@ -267,7 +268,8 @@ impl SignalMask {
     }
 }
 
-/// Let kicks reach this thread, which runs a vCPU by hand. The system call is made once per thread.
+/// Unblock kicks on this thread, which is in `run_once` or `run_here`. The system call is made once
+/// per thread.
 ///
 /// # Errors
 /// As for [`kick_signal`].

@@ -1,5 +1,5 @@
-//! The stack of vCPU threads, on which the program's callbacks run. The same for every machine of
-//! the process.
+//! The stack of vCPU threads, on which callbacks run. Its size is the same for every machine of the
+//! process.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::{Builder, JoinHandle};
@@ -9,17 +9,17 @@ use crate::error::{Error, ErrorKind, Result};
 /// The minimum: Rust's own default.
 const LEAST: usize = 2 << 20;
 
-/// Bytes that the program has chosen; 0 for the C library's default.
+/// The size that the program has chosen, in bytes; 0 for the C library's default.
 static CHOSEN: AtomicUsize = AtomicUsize::new(0);
 
-/// Give threads that start from now on a stack of this many bytes; 0 for the C library's default,
-/// which is RLIMIT_STACK.
+/// Set the stack size of threads that are started from now on, in bytes; 0 for the C library's
+/// default, which is RLIMIT_STACK.
 pub fn set_stack_size(bytes: usize) {
-    // Relaxed: a number alone, for threads that the caller starts later.
+    // Relaxed: a single number, for threads that the caller starts later.
     CHOSEN.store(bytes, Ordering::Relaxed);
 }
 
-/// Bytes for the next thread. They are address space; memory is allocated as it is used.
+/// The stack size of the next thread, in bytes of address space. Memory is allocated as it is used.
 pub(super) fn size() -> usize {
     match CHOSEN.load(Ordering::Relaxed) {
         0 => default_size(),
@@ -28,10 +28,10 @@ pub(super) fn size() -> usize {
     .max(LEAST)
 }
 
-/// Start a thread on which the program's code may run.
+/// Start a thread on which Python code may run.
 ///
 /// # Errors
-/// If the process has no room for its stack, or may have no more threads.
+/// If the process has no address space for its stack, or may not have more threads.
 pub(crate) fn spawn(name: String, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
     let size = size();
     let thread = Builder::new().name(name.clone()).stack_size(size).spawn(run);
@@ -47,7 +47,7 @@ pub(crate) fn spawn(name: String, run: impl FnOnce() + Send + 'static) -> Result
 
 fn default_size() -> usize {
     let mut size = 0;
-    // SAFETY: attributes of zeros are overwritten by the call that makes them, and given back once.
+    // SAFETY: the call initializes the attributes, and they are destroyed once.
     unsafe {
         let mut attributes: libc::pthread_attr_t = std::mem::zeroed();
         if libc::pthread_attr_init(&raw mut attributes) == 0 {

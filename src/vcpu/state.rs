@@ -1,5 +1,5 @@
-//! The run state of a machine: a pure state machine, and the word with a condvar that threads
-//! share.
+//! The run state of a machine: a pure state machine, and the shared state with a condition
+//! variable.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -12,17 +12,17 @@ use crate::limit::deadline_of;
 use crate::poll::wait_for_either;
 use crate::sync::{Condvar, Mutex, rank};
 
-/// Where a machine stands.
+/// The run state of a machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum VmRunState {
     /// Built; its guest has not run yet.
     Created,
     /// Its vCPUs are running.
     Running,
-    /// The host has paused the vCPUs or ended the last run; they go on from there. A guest may turn
-    /// out to have ended while the pause came.
+    /// The host has paused the vCPUs or ended the last run; they can continue. The guest may have
+    /// ended just before the pause.
     Paused,
-    /// The guest has ended; its memory can still be read, and a reset brings it back.
+    /// The guest has ended. Its memory can still be read, and the machine can be reset.
     Exiting,
     /// Everything is released.
     Closed,
@@ -33,8 +33,8 @@ impl VmRunState {
     pub const ALL: [Self; 5] =
         [Self::Created, Self::Running, Self::Paused, Self::Exiting, Self::Closed];
 
-    /// Whether a machine may go from this state to the next: the whole table, but for a reset
-    /// ([`RunState::revive`]).
+    /// Whether a machine may go from this state to the next. This is the whole table, except for a
+    /// reset ([`RunState::revive`]).
     #[must_use]
     pub fn may_become(self, next: Self) -> bool {
         match self {
@@ -64,7 +64,7 @@ impl VmRunState {
 pub struct RunState {
     state: Mutex<VmRunState, rank::RunState>,
     changed: Condvar,
-    /// Written at each change, for threads that wait for other things too.
+    /// Written at each change, for threads that also wait for other file descriptors.
     wakers: Mutex<Vec<Arc<EventFd>>, rank::RunStateWakers>,
 }
 
@@ -79,17 +79,16 @@ impl RunState {
         Self { state: Mutex::new(state), changed: Condvar::new(), wakers: Mutex::default() }
     }
 
-    /// The state now.
+    /// The current state.
     #[must_use]
     pub fn get(&self) -> VmRunState {
         *self.state.lock()
     }
 
-    /// Enter `next` if the table allows it and wake the threads that wait. Returns the state
-    /// before.
+    /// Enter `next` if the table allows it, and wake waiting threads. Returns the previous state.
     ///
     /// # Errors
-    /// With the present state, if the table does not allow it; nothing changes then.
+    /// If the table does not allow it. The error is the current state, which does not change.
     pub fn set_and_notify(&self, next: VmRunState) -> Result<VmRunState, VmRunState> {
         let mut state = self.state.lock();
         let before = *state;
@@ -98,19 +97,18 @@ impl RunState {
         }
         *state = next;
         self.changed.notify_all();
-        // Fails if it is full: then it is readable already.
+        // Fails if the counter is at its maximum: it is readable already then.
         self.wakers.lock().iter().for_each(|fd| drop(fd.write(1)));
         Ok(before)
     }
 
-    /// A guest that had ended has been brought back to what it was: from `Exiting` to `Paused`.
-    /// Otherwise nothing changes.
+    /// After a reset of an ended guest: from `Exiting` to `Paused`. Otherwise nothing changes.
     pub fn revive(&self) {
         self.change(VmRunState::Exiting, VmRunState::Paused);
     }
 
-    /// A machine that is not being run is as it was built: from `Paused` to `Created`. Otherwise
-    /// nothing changes.
+    /// Mark a machine as one that has not run: from `Paused` to `Created`. Otherwise nothing
+    /// changes.
     pub fn renew(&self) {
         self.change(VmRunState::Paused, VmRunState::Created);
     }
@@ -124,7 +122,7 @@ impl RunState {
         }
     }
 
-    /// Wait until the state is one of `wanted`; the state then, or `None` if the time passed first.
+    /// Wait until the state is one of `wanted`, and return it; `None` after the timeout.
     pub fn wait_for(&self, wanted: &[VmRunState], timeout: Option<Duration>) -> Option<VmRunState> {
         let deadline = deadline_of(timeout);
         let mut state = self.state.lock();
@@ -140,7 +138,8 @@ impl RunState {
         Some(*state)
     }
 
-    /// [`Self::wait_for`] until a time, or until `interrupt` turns readable or a signal comes.
+    /// [`Self::wait_for`] with a deadline; also returns if `interrupt` becomes readable or a signal
+    /// arrives.
     ///
     /// # Errors
     /// If the process has no file descriptor left.
@@ -154,7 +153,7 @@ impl RunState {
         self.wakers.lock().push(Arc::clone(&waker));
         let mut is_woken = true;
         while is_woken && !wanted.contains(&self.get()) {
-            // Fails if it has not been written.
+            // Fails if the counter is zero.
             let _ = waker.read();
             if wanted.contains(&self.get()) {
                 break;

@@ -1,6 +1,5 @@
-//! Counts of a machine's exits by kind, port and address, and the time its vCPUs spend inside the
-//! guest and outside. Each vCPU counts on its own thread in a block of its own; any thread may
-//! read.
+//! Counts a machine's exits by kind, port and address, and the time of its vCPUs inside and outside
+//! the guest. Each vCPU counts on its own thread in a separate block; any thread may read.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -12,16 +11,16 @@ use crate::error::Result;
 use crate::process::ProcessTag;
 use crate::sync::{Mutex, rank};
 
-/// A guest can touch any number of addresses: for each vCPU the first of them are counted
+/// A guest can access any number of addresses. For each vCPU, only this many keys are counted
 /// separately.
 const MOST_PLACES: usize = 1024;
 
-/// What exits are counted by.
+/// The key by which exits are counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ExitKey {
-    /// The name of their kind; "interrupted" for a kick or another signal.
+    /// The name of the kind of exit; "interrupted" for a kick or another signal.
     pub kind: &'static str,
-    /// "read" or "write", of an access to a port, an address or a register.
+    /// "read" or "write", for an access to a port, an address or a register.
     pub access: Option<&'static str>,
     /// The port, address or register.
     pub address: Option<u64>,
@@ -42,16 +41,16 @@ impl ExitKey {
         Self { kind, access, address: address.map(|(address, _)| address) }
     }
 
-    /// Exits with further keys.
+    /// The key of exits beyond the limit on keys.
     const OTHER: Self = Self { kind: "other", access: None, address: None };
 }
 
-/// How many exits, and how long they took to answer.
+/// The number of exits, and the time that it took to answer them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Count {
-    /// Exits.
+    /// The number of exits.
     pub count: u64,
-    /// From leaving the guest to having the answer.
+    /// The time from leaving the guest to having the answer.
     pub time: Duration,
 }
 
@@ -62,20 +61,20 @@ impl Count {
     }
 }
 
-/// What a vCPU has spent.
+/// The exits and times of a vCPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VcpuTime {
     /// Its number.
     pub vcpu: u64,
-    /// Exits.
+    /// The number of exits.
     pub exits: u64,
-    /// Time inside the guest, including a stay in progress.
+    /// Time inside the guest, including a current stay.
     pub guest: Duration,
-    /// Time outside, to answer exits.
+    /// Time outside the guest, to answer exits.
     pub host: Duration,
 }
 
-/// One vCPU's, on cache lines of its own.
+/// The counters of one vCPU, on separate cache lines.
 #[derive(Debug, Default)]
 #[repr(align(128))]
 struct Block(Mutex<Counts, rank::ExitCounts>);
@@ -85,7 +84,7 @@ struct Counts {
     exits: u64,
     guest: Duration,
     host: Duration,
-    /// When the guest was entered, if that is counted.
+    /// When the guest was entered, if this stay is counted.
     inside: Option<Instant>,
     places: HashMap<ExitKey, Count>,
     others: Count,
@@ -102,7 +101,7 @@ impl Counts {
     }
 }
 
-/// See the module.
+/// The counters of one machine.
 #[derive(Debug)]
 pub struct Stats {
     vcpus: Vec<Block>,
@@ -118,13 +117,13 @@ impl Stats {
         Self { vcpus, is_enabled: Mutex::default(), process_tag: ProcessTag::current() }
     }
 
-    /// How many vCPUs the machine has.
+    /// The number of the machine's vCPUs.
     #[must_use]
     pub fn vcpu_count(&self) -> u64 {
         self.vcpus.len() as u64
     }
 
-    /// Count, from each vCPU's next entry on.
+    /// Start to count, with each vCPU's next entry.
     ///
     /// # Errors
     /// [`crate::error::ErrorKind::State`] in a forked child, here and below.
@@ -137,7 +136,7 @@ impl Stats {
         Ok(())
     }
 
-    /// Stop counting; the counts stay.
+    /// Stop counting and keep the counts.
     ///
     /// # Errors
     /// As for `enable`.
@@ -155,7 +154,7 @@ impl Stats {
         Ok(())
     }
 
-    /// Whether it counts.
+    /// Whether counting is enabled.
     ///
     /// # Errors
     /// As for `enable`.
@@ -164,7 +163,7 @@ impl Stats {
         Ok(*self.is_enabled.lock())
     }
 
-    /// Start from zero.
+    /// Set all counts to zero.
     ///
     /// # Errors
     /// As for `enable`.
@@ -213,7 +212,7 @@ impl Stats {
     }
 
     fn with(&self, vcpu: u64, change: impl FnOnce(&mut Counts)) {
-        // In a forked child the lock may be held by a thread that is not there.
+        // In a forked child, a thread that does not exist there may hold the lock.
         if self.process_tag.is_forked_child() {
             return;
         }
@@ -231,7 +230,7 @@ impl Observer for Stats {
 
     fn saw(&self, seen: &Seen) {
         self.with(seen.vcpu, |counts| {
-            // None if counting began while the guest was inside.
+            // `None` if counting began during this stay in the guest.
             if let Some(since) = counts.inside.take() {
                 counts.guest += seen.left.saturating_duration_since(since);
             }
@@ -306,7 +305,7 @@ mod tests {
         stats.disable(&router).unwrap();
         let before = stats.vcpus().unwrap();
         assert_eq!(stats.vcpus().unwrap(), before);
-        // Its exit comes when counting is on again: its time is unknown.
+        // Its exit comes after counting is enabled again, so its time is unknown.
         stats.enable(&router).unwrap();
         let now = Instant::now();
         let exit = VcpuExit::Hlt;

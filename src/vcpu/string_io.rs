@@ -1,7 +1,7 @@
-//! A repeated `OUTS` as one access. KVM exits for each element; for a device that takes them
-//! together, those after the first are read from the guest's memory, and the guest's registers are
-//! advanced as the instruction would have done. On the vCPU's thread. Intel SDM volume 2,
-//! OUTS and REP.
+//! Coalesces a repeated `OUTS` into one access. KVM exits for each element. For a device that
+//! accepts several at once, the elements after the first are read from guest memory, and the
+//! guest's registers are advanced as the instruction would do. On the vCPU's thread. Intel SDM
+//! volume 2, OUTS and REP.
 
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 
@@ -14,7 +14,7 @@ const VIRTUAL_8086: u64 = 1 << 17;
 /// The longest instruction.
 const LONGEST: usize = 15;
 
-/// Which segment the elements lie in.
+/// The segment of the elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Segment {
     Cs,
@@ -28,18 +28,19 @@ enum Segment {
 /// A decoded `REP OUTS`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Outs {
-    /// Bytes of an element.
+    /// The size of an element, in bytes.
     size: usize,
-    /// RCX and RSI count with so many bits.
+    /// The width of RCX and RSI, in bits.
     address_bits: u32,
     segment: Segment,
 }
 
-/// All elements of the repeated `OUTS` that the vCPU executes, the first of which is this exit's;
-/// `None` if it executes no such instruction, or this was the last. The guest continues after them.
+/// Return all elements of the repeated `OUTS` that the vCPU executes, beginning with that of this
+/// exit; `None` if it executes no such instruction, or this was the last element. The guest
+/// continues after them.
 ///
-/// Elements beyond the page in which the first one ends are left to the guest, whose access rights
-/// may differ there.
+/// Elements beyond the page in which the first one ends are not included, because the guest's
+/// access rights may differ there.
 pub(super) fn coalesce(vcpu: &mut Vcpu, port: u16, size: usize, first: &[u8]) -> Option<Vec<u8>> {
     // KVM's emulator has counted the first one already, and the exit came with the registers.
     let regs = vcpu.general().ok()?;
@@ -59,7 +60,7 @@ pub(super) fn coalesce(vcpu: &mut Vcpu, port: u16, size: usize, first: &[u8]) ->
     let after = advance(&outs, &regs, count as u64);
     vcpu.fd.set_regs(&after).ok()?;
     vcpu.page.set_registers(&after);
-    // Downwards the bytes of the elements come in memory's order, the elements do not.
+    // If the direction is down, the elements are in reverse order; the bytes of each are not.
     let is_down = regs.rflags & DIRECTION != 0;
     let elements = data.chunks_exact(size);
     let mut all = first.to_vec();
@@ -87,7 +88,7 @@ pub(super) fn target(
     let mut pieces = Vec::new();
     let mut done = 0;
     while done < length {
-        // Downwards there is one element at a time.
+        // If the direction is down, there is one element at a time.
         let at = linear(base, regs.rdi.wrapping_add(done) & mask(address_bits), bits == 64);
         let here = (PAGE - at % PAGE).min(length - done);
         if let Some(physical) = vcpu.translate(&paging, at) {
@@ -133,7 +134,7 @@ fn read_code(vcpu: &Vcpu, regs: &kvm_regs, sregs: &kvm_sregs, bits: u32) -> Opti
     let at = linear(base, regs.rip, bits == 64);
     let paging = crate::debug::Paging::of(sregs);
     let mut code = [0; LONGEST];
-    // Up to the end of its page: a longer one is not coalesced.
+    // Up to the end of its page. An instruction that crosses it is not coalesced.
     let here = usize::try_from((PAGE - at % PAGE).min(LONGEST as u64)).ok()?;
     let physical = vcpu.translate(&paging, at)?;
     vcpu.memory().read(physical, code.get_mut(..here)?).ok()?;
@@ -189,14 +190,14 @@ fn mask(bits: u32) -> u64 {
     u64::MAX >> (64 - bits)
 }
 
-/// Outside 64 bits a linear address has 32.
+/// Outside of 64-bit mode, a linear address has 32 bits.
 fn linear(base: u64, offset: u64, is_long: bool) -> u64 {
     let address = base.wrapping_add(offset);
     if is_long { address } else { address & mask(32) }
 }
 
-/// The linear address and the bytes of the elements left, as far as they lie whole in the page that
-/// the one before them, which KVM has read, reached last, and in its segment.
+/// The linear address and the size of the remaining elements that lie entirely in the segment and
+/// in the page where the previous element, which KVM has read, ends.
 fn span(
     outs: &Outs,
     regs: &kvm_regs,
@@ -219,7 +220,7 @@ fn span(
         return None;
     }
     let room = if is_down { within / size + 1 } else { (PAGE - within) / size };
-    // Up to where the offset would wrap around, or the segment ends.
+    // Up to the end of the segment, or to where the offset would wrap around.
     let room = room.min(if is_down { offset / size + 1 } else { (mask - offset) / size });
     let count = left.min(room);
     if count == 0 {
@@ -227,7 +228,7 @@ fn span(
     }
     if !is_long {
         let last = if is_down { offset + size - 1 } else { offset + count * size - 1 };
-        // Expand-down segments, which are not in use, are left to the guest.
+        // Expand-down segments, which are not used in practice, are not coalesced.
         let grows_down = segment.s != 0 && segment.type_ & 0b1100 == 0b0100;
         if grows_down || last > u64::from(segment.limit) {
             return None;
@@ -245,7 +246,7 @@ fn advance(outs: &Outs, regs: &kvm_regs, count: u64) -> kvm_regs {
     } else {
         regs.rsi.wrapping_add(bytes)
     };
-    // Registers of 16 bits keep their upper halves; those of 32 bits do not.
+    // A 16-bit write keeps the upper bits of a register. A 32-bit write clears them.
     let keep = if outs.address_bits == 16 { !mask } else { 0 };
     kvm_regs {
         rcx: regs.rcx & keep | regs.rcx.wrapping_sub(count) & mask,

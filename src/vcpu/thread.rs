@@ -1,5 +1,5 @@
-//! A vCPU and the thread that runs it, `vcpu_{id}`. Whatever happens on that thread, it ends by
-//! kicking the exit handler and setting `VmRunState::Exiting`, unless the host has stopped it.
+//! The thread that runs a vCPU, `vcpu_{id}`. Whatever happens on that thread, a run there ends by
+//! kicking the exit handler and setting `VmRunState::Exiting`, unless the host stops it.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -25,12 +25,12 @@ use crate::sync::{Mutex, rank};
 /// How many accesses of a repeated instruction a stop completes at most.
 pub(super) const MOST_STEPS_AT_STOP: usize = 1024;
 
-/// What the vCPUs of one machine share.
+/// State that the vCPUs of one machine share.
 #[derive(Debug)]
 pub(crate) struct Shared<EH> {
     pub(crate) exit_handler: EH,
     pub(crate) run_state: RunState,
-    /// How the guest ended, by the first vCPU that ended.
+    /// How the guest ended, set by the first vCPU that ended.
     pub(crate) exit: Mutex<Option<Exit>, rank::GuestExit>,
 }
 
@@ -42,22 +42,22 @@ impl<EH> Shared<EH> {
 }
 
 impl<EH: ExitHandler> Shared<EH> {
-    /// A vCPU's guest has ended, or the vCPU failed.
+    /// Report that a vCPU's guest has ended or the vCPU has failed.
     pub(crate) fn vcpu_ended(&self, exit: Exit) {
         self.exit.lock().get_or_insert(exit);
-        // A failure needs no report: the loop checks the state below next.
+        // An error can be ignored: the loop also checks the state set below.
         let _ = self.exit_handler.kick();
         let _ = self.run_state.set_and_notify(VmRunState::Exiting);
     }
 
-    /// [`Self::vcpu_ended`] on the thread that would be kicked.
+    /// [`Self::vcpu_ended`] on the thread that runs the loop, which needs no kick.
     pub(super) fn note_end(&self, exit: Exit) {
         self.exit.lock().get_or_insert(exit);
         let _ = self.run_state.set_and_notify(VmRunState::Exiting);
     }
 }
 
-/// A new vCPU, at rest and without a thread.
+/// Create a vCPU, at rest and without a thread.
 ///
 /// # Errors
 /// If its run page cannot be mapped.
@@ -72,12 +72,12 @@ pub(crate) fn create(
     Ok(Arc::new(VcpuHandle::new(id, page, vcpu)))
 }
 
-/// Begin a run of the vCPU: `prepare` it and send its own thread into the guest. The thread of the
-/// last run is used again if it is still there. When this fails the vCPU stays at rest, as it does
-/// for as long as `is_held` says so.
+/// Begin a run of the vCPU: `prepare` it and have its own thread enter the guest. The thread of the
+/// last run is reused if it still exists. If this fails, or if the vCPU `is_held`, it stays at
+/// rest.
 ///
 /// # Errors
-/// If no thread can be started; what `prepare` returns.
+/// If no thread can be started; the error of `prepare`.
 pub(crate) fn start<EH>(
     handle: &Arc<VcpuHandle>,
     shared: &Arc<Shared<EH>>,
@@ -87,7 +87,7 @@ pub(crate) fn start<EH>(
 where
     EH: ExitHandler + Send + Sync + 'static,
 {
-    kick_signal()?; // without one nothing could bring the guest out
+    kick_signal()?; // without it, nothing could bring the vCPU out of its guest
     handle.begin_run(|number| spawn(handle, shared, number))?;
     prepare.map_or(Ok(()), |prepare| handle.with_vcpu(prepare))?;
     if is_held {
@@ -115,7 +115,7 @@ where
     stack::spawn(name, run)
 }
 
-/// The vCPU's own thread: follow the commands of its handle until it is to end.
+/// The vCPU's own thread: follows the commands of its handle until it has to end.
 fn serve<EH: ExitHandler>(handle: &VcpuHandle, shared: &Shared<EH>, number: u64) {
     hop!();
     while let Some(Task { mut vcpu, completes, mask }) = handle.next(number) {
@@ -131,7 +131,7 @@ fn serve<EH: ExitHandler>(handle: &VcpuHandle, shared: &Shared<EH>, number: u64)
         handle.put_back(vcpu, matches!(end, Outcome::Stop | Outcome::End(_)));
         match end {
             Outcome::End(exit) => shared.vcpu_ended(Exit { vcpu: Some(handle.id()), ..exit }),
-            // A failure needs no report: the loop finds what stopped it within a turn.
+            // An error can be ignored: the loop finds the reason in its next iteration.
             Outcome::Stop => drop(shared.exit_handler.kick()),
             Outcome::Continue | Outcome::Wait => {}
         }
@@ -139,7 +139,7 @@ fn serve<EH: ExitHandler>(handle: &VcpuHandle, shared: &Shared<EH>, number: u64)
     }
 }
 
-/// Until the guest ends, a device or a hook ends the run, or the stop word is set.
+/// Run the guest until it ends, a device or a hook ends the run, or the stop word is set.
 fn turn_until_end(vcpu: &mut Vcpu, handle: &VcpuHandle) -> Outcome {
     let mut last = Outcome::Continue;
     while !handle.stop.is_set() {
@@ -151,13 +151,14 @@ fn turn_until_end(vcpu: &mut Vcpu, handle: &VcpuHandle) -> Outcome {
             Outcome::Continue | Outcome::Wait => {}
             Outcome::Stop => break,
             Outcome::End(_) => {
-                // Here, not on the thread of whoever resets the machine: that would move the vCPU.
+                // Here, not later on a thread that resets the machine: that would move the vCPU to
+                // another thread.
                 vcpu.complete();
                 return last;
             }
         }
     }
-    // Whoever looks into it is to see the registers after the instruction.
+    // So that the host sees the registers after the instruction.
     match complete_pending_io(vcpu, handle, MOST_STEPS_AT_STOP) {
         Outcome::Continue | Outcome::Wait => last,
         end => end,

@@ -1,5 +1,5 @@
-//! A timer of this thread that brings it out of the guest it runs: a run on the caller's thread
-//! has to look at its loop and its deadline now and then. One a thread, used by the innermost run.
+//! A timer that brings this thread out of its guest: a run on the caller's thread has to check its
+//! event loop and its deadline periodically. There is one per thread, used by the innermost run.
 
 use std::cell::RefCell;
 use std::mem::MaybeUninit;
@@ -17,7 +17,7 @@ thread_local! {
     static TIMER: RefCell<Option<Timer>> = const { RefCell::new(None) };
 }
 
-/// A timer of the kernel's that signals the thread that has made it.
+/// A kernel timer that signals the thread that created it.
 struct Timer {
     id: libc::timer_t,
     process_tag: ProcessTag,
@@ -44,7 +44,7 @@ impl Timer {
         Ok(Self { id: unsafe { id.assume_init() }, process_tag: ProcessTag::current() })
     }
 
-    /// Send a tick after this time; `None` for never.
+    /// Send a tick after this time; `None` disarms the timer.
     fn set(&self, after: Option<Duration>) {
         // Zero would disarm it.
         let after = after.map_or(Duration::ZERO, |after| after.max(Duration::from_nanos(1)));
@@ -54,7 +54,7 @@ impl Timer {
         };
         let it_interval = libc::timespec { tv_sec: 0, tv_nsec: 0 };
         let time = libc::itimerspec { it_interval, it_value };
-        // SAFETY: a timer of this process's. It fails for no such time.
+        // SAFETY: a timer of this process. The call cannot fail for such a time.
         unsafe { libc::timer_settime(self.id, 0, &raw const time, ptr::null_mut()) };
     }
 }
@@ -63,7 +63,7 @@ impl Drop for Timer {
     fn drop(&mut self) {
         // A forked child does not inherit timers.
         if !self.process_tag.is_forked_child() {
-            // SAFETY: made by this process, and deleted once.
+            // SAFETY: created by this process, and deleted once.
             unsafe { libc::timer_delete(self.id) };
         }
     }
@@ -77,7 +77,7 @@ pub(crate) struct Ticks<'a> {
 
 impl<'a> Ticks<'a> {
     /// # Errors
-    /// If the kernel gives no timer, or there is no signal for kicks.
+    /// If no timer can be created, or there is no kick signal.
     pub(super) fn begin(page: &'a RunPage) -> Result<Self> {
         unblock_kicks()?;
         TIMER.with_borrow_mut(|timer| {
@@ -108,7 +108,7 @@ impl<'a> Ticks<'a> {
 impl Drop for Ticks<'_> {
     fn drop(&mut self) {
         FLAG.set(self.outer);
-        // An outer run, in whose callback this one was, looks at its loop soon.
+        // If this run was in a callback of an outer run, that one checks its loop soon.
         set((!self.outer.is_null()).then_some(Duration::from_millis(1)));
     }
 }

@@ -1,5 +1,5 @@
-//! `struct Vcpu`: the descriptor of one virtual processor and what is known of it between two
-//! entries. What drives it is in `enter.rs`, its registers are in `registers.rs`.
+//! `struct Vcpu`: the descriptor of one virtual processor and its state between two entries.
+//! `enter.rs` enters its guest, and `registers.rs` has its registers.
 
 use std::fmt;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use crate::fixup;
 use crate::kvm::checked as kvm;
 use crate::memory::GuestMemory;
 
-/// The place of a vCPU in an error, and the name of its thread.
+/// The name of a vCPU, in errors and as the name of its thread.
 pub(crate) struct Place(pub(crate) u64);
 
 impl fmt::Display for Place {
@@ -27,43 +27,44 @@ impl fmt::Display for Place {
     }
 }
 
-/// One virtual processor. Its ioctls are made by its own thread, or by another while it is at rest.
+/// One virtual processor. Its own thread calls its ioctls, or another thread while it is at rest.
 #[derive(Debug)]
 pub struct Vcpu {
     pub(crate) id: u64,
     pub(crate) fd: VcpuFd,
     pub(crate) page: Arc<RunPage>,
     pub(crate) router: Arc<ExitRouter>,
-    /// After `fd`: as long as the guest can run, its memory is there.
+    /// After `fd`, so that memory exists as long as the guest can run.
     pub(super) memory: GuestMemory,
-    /// Instructions that KVM refuses are executed here and counted; none: they end the run.
+    /// Counts of executed fix-ups; `None` if fix-ups are off.
     pub(crate) fixups: Option<Arc<fixup::Counts>>,
-    /// KVM_RUN has been called: what CPUID says cannot be changed any more.
+    /// Whether KVM_RUN has been called. CPUID cannot be changed afterwards.
     pub(crate) has_run: bool,
-    /// The guest has been notified of the pause that it is in, or has never run.
+    /// Whether the guest has been notified of its current pause, or has never run.
     pub(crate) knows_of_pause: bool,
-    /// A CPUID table, as snapshots keep it, that is known to be this one's.
+    /// The CPUID table of this vCPU in the format of snapshots, if known.
     pub(crate) known_cpuid: Option<Vec<u8>>,
-    /// Model-specific registers with values that they have and that KVM does not take.
+    /// Model-specific registers whose values KVM returns but refuses to set.
     pub(crate) constant_msrs: Vec<(u32, u64)>,
-    /// What the last exit has left for the next entry.
+    /// Work that the last exit has left for the next entry.
     pub(super) pending: PendingIo,
-    /// The device whose last access found no room: the vCPU waits for it before the next entry.
+    /// The device that had no room for the last access. The vCPU waits for it before the next
+    /// entry.
     pub(super) waits_for: Option<Arc<dyn Device>>,
-    /// The run page has the general registers: each exit puts them there (KVM_CAP_SYNC_REGS), as
-    /// does `store`.
+    /// Whether the run page has the general registers. Each exit stores them there
+    /// (KVM_CAP_SYNC_REGS), and so does `store`.
     pub(crate) has_page_registers: bool,
-    /// How often it had come to rest when it did so last.
+    /// The handle's count of rests when it last came to rest.
     pub(crate) rests: u64,
-    /// The program's code answers its exit, and has access to it.
+    /// Whether a callback that answers its exit has access to it.
     pub(super) has_host_access: bool,
-    /// KVM_RUN has returned because of a signal or a kick.
+    /// Whether KVM_RUN has returned because of a signal or a kick.
     pub(super) is_interrupted: bool,
-    /// Calls of devices are recorded.
+    /// Whether calls of devices are recorded in a trace.
     pub(super) is_recorded: bool,
-    /// The current instruction reads memory that was added after its exit.
+    /// Whether the current instruction reads memory that was added after its exit.
     pub(super) has_found_memory: bool,
-    /// What KVM has been asked to report of the guest's execution.
+    /// The requests for single steps and breakpoints.
     pub(super) guest_debug: GuestDebug,
 }
 
@@ -99,21 +100,21 @@ impl Vcpu {
         }
     }
 
-    /// The memory that its guest sees.
+    /// The memory of its guest.
     #[must_use]
     pub fn memory(&self) -> &GuestMemory {
         &self.memory
     }
 
-    /// Give the guest what it reads, after an exit that waits for it.
+    /// Give the guest the data of a read, after an exit that waits for it.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] if none does; [`ErrorKind::Config`] if it is another number of
-    /// bytes.
+    /// [`ErrorKind::State`] if no read waits for data; [`ErrorKind::Config`] if the size is wrong.
     pub fn answer(&mut self, data: &[u8]) -> Result<()> {
         let at = Place(self.id).to_string();
         if !self.pending.awaits_answer() {
-            let detail = "its last exit was no read, or the instruction has been completed since";
+            let detail =
+                "its last exit was not a read, or the instruction has been completed since";
             return Err(Error::new(ErrorKind::State, at, detail));
         }
         let wanted = self.page.answer(data);
@@ -125,28 +126,28 @@ impl Vcpu {
         Ok(())
     }
 
-    /// How many bytes the guest waits for; `None` if it does not.
+    /// The size of the read that waits for data, in bytes; `None` if none does.
     #[must_use]
     pub fn wanted(&self) -> Option<usize> {
         self.pending.awaits_answer().then(|| self.page.answer(&[]))
     }
 
-    /// Whether the device that its last access found full has room now.
+    /// Whether the device that was full at its last access has room now.
     pub(super) fn has_room(&mut self) -> bool {
         self.waits_for.take_if(|device| device.wait_for_room(&|| true));
         self.waits_for.is_none()
     }
 
-    /// Notify the guest's watchdogs of a pause, which they would take for a hang. A guest that does
-    /// not use KVM's clock is not notified.
+    /// Notify the guest of a pause, which its watchdogs would otherwise report as a hang. A guest
+    /// that does not use KVM's clock is not notified.
     pub(super) fn notify_of_pause(&mut self) {
         if !std::mem::replace(&mut self.knows_of_pause, false) {
-            // KVM refuses it for such a guest.
+            // KVM refuses this for such a guest.
             let _ = self.fd.kvmclock_ctrl();
         }
     }
 
-    /// Have these general registers from the next entry on.
+    /// Set the general registers.
     pub(crate) fn enter_with(&mut self, registers: &kvm_regs) {
         self.page.set_registers(registers);
         self.fd.set_sync_dirty_reg(SyncReg::Register);
@@ -154,16 +155,16 @@ impl Vcpu {
     }
 
     /// # Errors
-    /// [`ErrorKind::State`] if its guest waits for an answer to a read.
+    /// [`ErrorKind::State`] if its guest waits for the data of a read.
     pub(super) fn check_answered(&self) -> Result<()> {
         if self.pending.awaits_answer() {
-            let detail = "its guest waits for an answer to a read";
+            let detail = "its guest waits for the data of a read";
             return Err(Error::new(ErrorKind::State, Place(self.id).to_string(), detail));
         }
         Ok(())
     }
 
-    /// Its registers are replaced: nothing is left of the last access.
+    /// Forget the last access, because the registers are replaced.
     pub(crate) fn forget_access(&mut self) {
         self.pending = PendingIo::Idle;
         self.has_found_memory = false;
@@ -179,7 +180,7 @@ impl Vcpu {
         kvm("KVM_GET_REGS", self.fd.get_regs())
     }
 
-    /// The guest-physical address of a guest-virtual one; `None` if nothing is mapped there.
+    /// The guest-physical address of a guest-virtual address; `None` if nothing is mapped there.
     #[must_use]
     pub fn translate(&self, paging: &Paging, address: u64) -> Option<u64> {
         paging.translate(address, |at, length| match length {

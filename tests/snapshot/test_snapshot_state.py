@@ -350,7 +350,7 @@ def test_unanswered_access_is_abandoned_by_a_reset_and_refused_by_a_snapshot() -
         snapshot = vmm.snapshot()
         vmm.vcpus[0].run_once()
         vmm.vcpus[0].run_once()
-        with pytest.raises(StateError, match="waits for an answer"):
+        with pytest.raises(StateError, match="waits for the data"):
             vmm.snapshot()
         vmm.reset(snapshot)
         assert vmm.run(DEADLINE_S).code == 1
