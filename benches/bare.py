@@ -70,9 +70,10 @@ def time_forks(code: bytes, memory: int, forks: int, threads: bool = False) -> f
 
 
 def time_resets(code: bytes, memory: int, resets: int, pages: int, how: int = 0) -> float:
-    """The median seconds of so many resets after runs that dirty so many pages.
+    """The median seconds of one reset, after a run that dirties this many pages.
 
-    By copying what has been written (0), by dropping it (1), or by the dirty log (2). The runs are not counted.
+    By copying what has been written (0), by dropping it (1), or by the dirty log (2). The runs are
+    not counted.
     """
     return time_resets_and_runs(code, memory, resets, pages, how)[0]
 

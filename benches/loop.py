@@ -1,6 +1,7 @@
 """The event loop against uvloop, asyncio, selectors and select.epoll, and against event-manager in pure Rust.
 
-Each dispatch reads one EventFd and writes it, in a Python callback, for which pyvmm's loop may read it already.
+Each dispatch reads one EventFd and writes it, in a Python callback. pyvmm's loop can read it for
+the callback.
 Patterns: one descriptor; 64 ready at once; 1,024 registered and one ready.
 """
 

@@ -37,11 +37,6 @@ TOO_LONG = {
     "src/py/vm.rs",
     "src/py/vmm.rs",
 }
-# Likewise for comments and docstrings beyond the width.
-TOO_WIDE = {
-    "benches/bare.py",
-    "benches/loop.py",
-}
 
 
 def name(path: Path) -> str:
@@ -189,8 +184,7 @@ def wide_comments(path: Path) -> list[int]:
 
 def test_comments_wrap() -> None:
     found = {name(path): wide for path in CODE if (wide := wide_comments(path))}
-    assert found.keys() - TOO_WIDE == set(), found
-    assert TOO_WIDE - found.keys() == set(), "these wrap now: take them off the list"
+    assert found == {}
 
 
 def test_every_lock_has_a_rank() -> None:

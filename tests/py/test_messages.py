@@ -178,7 +178,8 @@ ODD = st.one_of(
     st.sampled_from([-1, 2**31, 2**32, 2**63, 2**64, 10**40, math.nan, math.inf, -math.inf, 1e300, "\udc80", object()]),
     st.builds(EventFd), st.builds(EventManager), st.builds(object),
 )  # fmt: skip
-# What waits for the guest without a limit, which is tried elsewhere, and what can be called once a process.
+# Calls that wait for the guest without a limit, which other tests make, and a call that is possible
+# once per process.
 WAITS = {"run", "run_here", "run_once", "run_forever", "call_blocking", "wait", "map", "fork_many"}
 LEFT_OUT = WAITS | {"set_kick_signal"}
 TYPED = (TypeError, ValueError, OverflowError, VmmError, BlockingIOError, OSError, AttributeError, LookupError)
