@@ -210,16 +210,17 @@ fn set_xcrs(vcpu: &Vcpu, state: &[u8]) -> Result<()> {
 fn set_sregs(vcpu: &Vcpu, records: &[Record], number: u16, classes: Classes) -> Result<()> {
     let sregs2 = get(records, RecordKind::Sregs2, number);
     if let Some(sregs) = sregs2.filter(|_| classes.has_sregs2) {
-        let sregs: Sregs2 = plain("sregs2", sregs)?;
-        // SAFETY: KVM reads a `kvm_sregs2`, which has the size and alignment of these words.
-        let result = unsafe { ioctl_with_ref(&vcpu.fd, kvm_set_sregs2(), &sregs) };
-        return done("KVM_SET_SREGS2", result);
+        let words: Sregs2 = plain("sregs2", sregs)?;
+        return vcpu.set_special(&first_of_sregs2(sregs)?, |fd| {
+            // SAFETY: KVM reads a `kvm_sregs2`, which has the size and alignment of these words.
+            done("KVM_SET_SREGS2", unsafe { ioctl_with_ref(fd, kvm_set_sregs2(), &words) })
+        });
     }
     let sregs: kvm_sregs = match sregs2 {
         Some(sregs2) => first_of_sregs2(sregs2)?,
         None => plain("sregs", get(records, RecordKind::Sregs, number).unwrap_or(&[]))?,
     };
-    kvm("KVM_SET_SREGS", vcpu.fd.set_sregs(&sregs))
+    vcpu.set_sregs(&sregs)
 }
 
 /// The fields that both structures begin with: all except the interrupt bitmap, which the flags

@@ -10,7 +10,6 @@ use super::fault::instruction_bytes;
 use super::vcpu::Vcpu;
 use crate::debug::{bitness, decode};
 use crate::fixup::{Cpu, Fault, Flow, Platform, RF, Stop, TF, execute};
-use crate::memory::GuestMemory;
 
 const UD: u8 = 6;
 /// The vector of the debug exception, and the single-step bit of DR6.
@@ -31,7 +30,7 @@ pub(super) fn fix_up(vcpu: &mut Vcpu) -> bool {
     let Some(instruction) = decode(&bytes, bitness(&sregs), regs.rip) else {
         return refuse(vcpu, &regs, &sregs);
     };
-    let mut host = Host { fd: &vcpu.fd, memory: &vcpu.memory };
+    let mut host = Host { vcpu };
     let mut cpu = Cpu { regs, sregs, platform: &mut host };
     let done = execute(&mut cpu, &instruction);
     let (regs_after, sregs_after) = (cpu.regs, cpu.sregs);
@@ -80,7 +79,7 @@ fn put_back(
     before: &kvm_sregs,
     fault: Option<Fault>,
 ) -> bool {
-    if sregs != before && vcpu.fd.set_sregs(sregs).is_err() {
+    if sregs != before && vcpu.set_sregs(sregs).is_err() {
         return false;
     }
     if vcpu.fd.set_regs(regs).is_err() {
@@ -112,8 +111,7 @@ fn events_after(mut events: kvm_vcpu_events, fault: Option<Fault>) -> kvm_vcpu_e
 
 /// A fix-up's access to the vCPU.
 struct Host<'a> {
-    fd: &'a VcpuFd,
-    memory: &'a GuestMemory,
+    vcpu: &'a Vcpu,
 }
 
 impl Host<'_> {
@@ -122,17 +120,17 @@ impl Host<'_> {
         if !address.is_multiple_of(size) {
             return None;
         }
-        self.memory.view(address, size).ok().filter(crate::memory::View::is_writable)
+        self.vcpu.memory.view(address, size).ok().filter(crate::memory::View::is_writable)
     }
 }
 
 impl Platform for Host<'_> {
     fn read(&mut self, address: u64, data: &mut [u8]) -> bool {
-        self.memory.read(address, data).is_ok()
+        self.vcpu.memory.read(address, data).is_ok()
     }
 
     fn write(&mut self, address: u64, data: &[u8]) -> bool {
-        self.memory.write(address, data).is_ok()
+        self.vcpu.memory.write(address, data).is_ok()
     }
 
     fn set_bits(&mut self, address: u64, size: u64, old: u64, bits: u64) -> bool {
@@ -154,7 +152,7 @@ impl Platform for Host<'_> {
             _ => false,
         };
         if is_set {
-            self.memory.note_write(address, size);
+            self.vcpu.memory.note_write(address, size);
         }
         is_set
     }
@@ -188,17 +186,17 @@ impl Platform for Host<'_> {
         }
         let found = u128::from(high) << 64 | u128::from(low);
         if found == old {
-            self.memory.note_write(address, 16);
+            self.vcpu.memory.note_write(address, 16);
         }
         Some(found)
     }
 
     fn msr(&mut self, index: u32) -> Option<u64> {
-        super::msr::msr_of(self.fd, index).ok()
+        super::msr::msr_of(&self.vcpu.fd, index).ok()
     }
 
     fn xcr0(&mut self) -> Option<u64> {
-        let xcrs = self.fd.get_xcrs().ok()?;
+        let xcrs = self.vcpu.fd.get_xcrs().ok()?;
         xcrs.xcrs
             .iter()
             .take(usize::try_from(xcrs.nr_xcrs).ok()?)
@@ -207,7 +205,7 @@ impl Platform for Host<'_> {
     }
 
     fn xsave(&mut self) -> Option<Vec<u8>> {
-        let area = self.fd.get_xsave().ok()?;
+        let area = self.vcpu.fd.get_xsave().ok()?;
         Some(area.region.iter().flat_map(|word| word.to_le_bytes()).collect())
     }
 
@@ -218,13 +216,13 @@ impl Platform for Host<'_> {
         }
         // SAFETY: KVM_SET_XSAVE reads 4 KiB, the size of kvm_xsave, unless a permission for dynamic
         // features has been asked for, which nothing here does.
-        unsafe { self.fd.set_xsave(&area) }.is_ok()
+        unsafe { self.vcpu.fd.set_xsave(&area) }.is_ok()
     }
 
     fn flush_translations(&mut self) -> bool {
-        let Ok(sregs) = self.fd.get_sregs() else { return false };
+        let Ok(sregs) = self.vcpu.fd.get_sregs() else { return false };
         let other = kvm_sregs { cr4: sregs.cr4 ^ CR4_PGE, ..sregs };
-        self.fd.set_sregs(&other).is_ok() && self.fd.set_sregs(&sregs).is_ok()
+        self.vcpu.set_sregs(&other).is_ok() && self.vcpu.set_sregs(&sregs).is_ok()
     }
 }
 

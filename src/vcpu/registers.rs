@@ -79,7 +79,7 @@ impl Vcpu {
             RegisterClass::General => self.store_general(change),
             RegisterClass::Special => {
                 let sregs = changed(kvm("KVM_GET_SREGS", self.fd.get_sregs())?, change);
-                kvm("KVM_SET_SREGS", self.fd.set_sregs(&sregs))
+                self.set_sregs(&sregs)
             }
             RegisterClass::Debug => {
                 let regs = changed(kvm("KVM_GET_DEBUGREGS", self.fd.get_debug_regs())?, change);

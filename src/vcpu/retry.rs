@@ -71,7 +71,7 @@ impl Vcpu {
     fn put_back(&self, sregs: Option<kvm_sregs>, fpu: Option<kvm_fpu>) {
         if let Some(sregs) = sregs.filter(|sregs| self.fd.get_sregs().ok() != Some(*sregs)) {
             // Cannot fail: KVM has just returned these values.
-            let _ = self.fd.set_sregs(&sregs);
+            let _ = self.set_sregs(&sregs);
         }
         if let Some(fpu) = fpu.filter(|fpu| self.fd.get_fpu().ok() != Some(*fpu)) {
             let _ = self.fd.set_fpu(&fpu);

@@ -4,7 +4,9 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use kvm_bindings::{KVM_EXIT_DEBUG, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
+use kvm_bindings::{
+    KVM_EXIT_DEBUG, KVM_EXIT_SET_TPR, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
+};
 
 use super::access;
 use super::enter::enter;
@@ -161,6 +163,8 @@ fn end_of(exit: &VcpuExit, number: u32, internal_error: impl FnOnce() -> String)
     match exit {
         VcpuExit::Hlt => end(Exit::new(ExitReason::Halt)),
         VcpuExit::Interrupted => Outcome::Continue,
+        // The guest has lowered CR8, which tells a LAPIC in user space to look for an interrupt.
+        VcpuExit::Unknown { number: KVM_EXIT_SET_TPR } => Outcome::Continue,
         VcpuExit::Shutdown => fault(Exit::new(ExitReason::Shutdown), "triple fault".into()),
         VcpuExit::SystemEvent { kind: KVM_SYSTEM_EVENT_RESET, .. } => {
             end(Exit::new(ExitReason::Reset))
@@ -254,6 +258,12 @@ mod tests {
         assert_eq!(reason(outcome(&failed)), (ExitReason::InternalError, None));
         let reset = VcpuExit::SystemEvent { kind: KVM_SYSTEM_EVENT_RESET, data: vec![] };
         assert_eq!(reason(outcome(&reset)), (ExitReason::Reset, None));
+    }
+
+    #[test]
+    fn a_lowered_cr8_ends_nothing() {
+        let lowered = VcpuExit::Unknown { number: KVM_EXIT_SET_TPR };
+        assert_eq!(outcome(&lowered), Outcome::Continue);
     }
 
     #[test]

@@ -1,5 +1,18 @@
 //! A second mapping of a vCPU's `kvm_run` page: to set `immediate_exit` from another thread while
-//! `VcpuFd::run` borrows its own, and to read fields that kvm-ioctls does not expose.
+//! `VcpuFd::run` borrows its own, and to access fields that kvm-ioctls does not expose.
+//!
+//! KVM_RUN reads these fields on entry, so none may keep a value of a guest that has been replaced:
+//!
+//! - `cr8`, without an in-kernel LAPIC, replaces the register; `apic_base` is documented as an
+//!   input too. Whatever sets the special registers sets both (`Vcpu::set_special`).
+//! - `immediate_exit` belongs to the kick (`kick.rs`), and is cleared before the next run.
+//! - `kvm_valid_regs` never changes. `kvm_dirty_regs` and the registers that it refers to are set
+//!   together (`Vcpu::enter_with`), and KVM clears the bits.
+//! - `request_interrupt_window` is never set.
+//! - The answer to the last exit is read only if KVM has an access to complete, which a reset
+//!   abandons first.
+//!
+//! `flags`, `if_flag` and `ready_for_interrupt_injection` are only outputs.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -112,6 +125,16 @@ impl RunPage {
     pub(crate) fn set_registers(&self, registers: &kvm_regs) {
         // SAFETY: as above; no other thread writes there while the vCPU is at rest.
         unsafe { (&raw mut (*self.0.as_ptr()).s.regs.regs).write_volatile(*registers) };
+    }
+
+    /// Give KVM what it takes from the page instead of from KVM_SET_SREGS, if the vCPU has no
+    /// in-kernel LAPIC. While the vCPU is at rest.
+    pub(crate) fn set_special(&self, cr8: u64, apic_base: u64) {
+        // SAFETY: in bounds; no other thread writes there while the vCPU is at rest.
+        unsafe {
+            (&raw mut (*self.0.as_ptr()).cr8).write_volatile(cr8);
+            (&raw mut (*self.0.as_ptr()).apic_base).write_volatile(apic_base);
+        }
     }
 
     /// The width of the last port access. Only after `KVM_EXIT_IO`, on the vCPU's thread.

@@ -4,7 +4,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use kvm_bindings::kvm_regs;
+use kvm_bindings::{kvm_regs, kvm_sregs};
 use kvm_ioctls::{SyncReg, VcpuFd};
 
 use super::guest_debug::GuestDebug;
@@ -17,6 +17,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::fixup;
 use crate::kvm::checked as kvm;
 use crate::memory::GuestMemory;
+
+/// CR8 is a priority of four bits.
+const MOST_CR8: u64 = 15;
 
 /// The name of a vCPU, in errors and as the name of its thread.
 pub(crate) struct Place(pub(crate) u64);
@@ -152,6 +155,35 @@ impl Vcpu {
         self.page.set_registers(registers);
         self.fd.set_sync_dirty_reg(SyncReg::Register);
         self.has_page_registers = true;
+    }
+
+    /// Set the special registers by `set`. This is the only way to set them: KVM_RUN takes some of
+    /// them from the run page.
+    ///
+    /// # Errors
+    /// If KVM refuses them, or would ignore CR8.
+    pub(crate) fn set_special(
+        &self,
+        sregs: &kvm_sregs,
+        set: impl FnOnce(&VcpuFd) -> Result<()>,
+    ) -> Result<()> {
+        if sregs.cr8 > MOST_CR8 {
+            let detail =
+                format!("CR8 is {:#x}, and the processor has {MOST_CR8} at most", sregs.cr8);
+            return Err(Error::new(ErrorKind::Kvm, "KVM_SET_SREGS", detail));
+        }
+        set(&self.fd)?;
+        self.page.set_special(sregs.cr8, sregs.apic_base);
+        Ok(())
+    }
+
+    /// Set the special registers.
+    ///
+    /// # Errors
+    /// As for [`Self::set_special`].
+    pub(crate) fn set_sregs(&self, sregs: &kvm_sregs) -> Result<()> {
+        #[allow(clippy::disallowed_methods, reason = "the call that sets the run page as well")]
+        self.set_special(sregs, |fd| kvm("KVM_SET_SREGS", fd.set_sregs(sregs)))
     }
 
     /// # Errors

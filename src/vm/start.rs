@@ -65,7 +65,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         }
         let mut sregs = vcpu.fd.get_sregs().map_err(|e| Error::kvm("KVM_GET_SREGS", e))?;
         regs::set_start_sregs(&mut sregs, self.mode, address);
-        vcpu.fd.set_sregs(&sregs).map_err(|e| Error::kvm("KVM_SET_SREGS", e))?;
+        vcpu.set_sregs(&sregs)?;
         let code = self.code.unwrap_or(address);
         let start = regs::start_regs(self.mode, address, code, vcpu.id);
         vcpu.fd.set_regs(&start).map_err(|e| Error::kvm("KVM_SET_REGS", e))?;
