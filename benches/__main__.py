@@ -13,6 +13,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "pio-exit": machines.pio_exits,
     "watched-exits": watching.watched_exits,
     "create-run-close": machines.lives,
+    "run-again": machines.runs_again,
     "run-once": control.exits_by_hand,
     "device": devices.accesses,
     "hook": devices.hooks,

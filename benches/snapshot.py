@@ -11,10 +11,11 @@ import struct
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
-from pyvmm import FlatBoot, MemoryConfig, Snapshot, Vmm, VmmConfig, kvm_info
+from pyvmm import Exit, FlatBoot, MemoryConfig, Snapshot, Vmm, VmmConfig, kvm_info
 
 from benches import bare
 from benches.linux import SOFTWARE_CPU
@@ -34,11 +35,11 @@ def machine(size_mib: int, code: bytes = EXITS) -> Vmm:
     return Vmm(VmmConfig(boot=FlatBoot(code), memory=MemoryConfig(size_mib=size_mib)))
 
 
-def to_exit(snapshot: Snapshot) -> float:
+def to_exit(snapshot: Snapshot, run: Callable[[Vmm], Exit] = Vmm.run) -> float:
     """Seconds of a fork to its first exit."""
     start = time.perf_counter()
     fork = snapshot.fork()
-    fork.run()
+    run(fork)
     seconds = time.perf_counter() - start
     fork.close()
     return seconds
@@ -82,24 +83,19 @@ def forks(runs: int = RUNS) -> Iterator[Result]:
             vmm.run()
             taken[size] = vmm.snapshot()
 
-    def ours(size_mib: int) -> float:
-        return statistics.median(to_exit(taken[size_mib]) for _ in range(20)) * 1e3
+    def ours(size_mib: int, run: Callable[[Vmm], Exit] = Vmm.run) -> float:
+        return statistics.median(to_exit(taken[size_mib], run) for _ in range(20)) * 1e3
+
+    def limit(size_mib: int, threads: bool = False) -> float:
+        return bare.time_forks(EXITS, size_mib * MIB, 20, threads) * 1e3
 
     for size in (64, 4096):
-
-        def limit(size: int = size) -> float:
-            return bare.time_forks(EXITS, size * MIB, 20) * 1e3
-
-        def fork(size: int = size) -> float:
-            return ours(size)
-
-        def with_thread(size: int = size) -> float:
-            return bare.time_forks(EXITS, size * MIB, 20, True) * 1e3
-
         name = f"fork to the first exit, {size} MiB"
-        yield compare(name, "ms", fork, limit, "bare loop", 1 / 1.25, runs)
+        loop, with_thread = partial(limit, size), partial(limit, size, True)
+        yield compare(f"{name}, run_here", "ms", partial(ours, size, Vmm.run_here), loop, "bare loop", 0.95, runs)
+        yield compare(name, "ms", partial(ours, size), loop, "bare loop", 0.9, runs)
         # What a thread for the vCPU costs the bare loop: the limit of any machine that has one.
-        yield compare(name, "ms", fork, with_thread, "bare loop with a thread", 1 / 1.25, runs)
+        yield compare(name, "ms", partial(ours, size), with_thread, "bare loop with a thread", 0.9, runs)
     flat = "64 MiB"
     yield compare("fork to the first exit, 4 GiB", "ms", lambda: ours(4096), lambda: ours(64), flat, 1 / 1.2, runs)
     with Qemu() as qemu:

@@ -26,7 +26,7 @@ with Vmm(VmmConfig(boot=FlatBoot(PARSER, address=0x10000, mode="long64"), memory
         for _ in range(random.choice((1, 1, 2))):
             tried[random.randrange(8)] = random.randrange(256)
         vmm.memory.write(INPUT, tried)
-        exit = vmm.run(timeout=10)
+        exit = vmm.run_here(timeout=10)
         executions += 1
         if exit.reason is ExitReason.SHUTDOWN:
             break

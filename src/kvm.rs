@@ -37,6 +37,12 @@ fn check(kvm: &Kvm) -> Result<()> {
     Ok(())
 }
 
+/// How many vCPUs a machine may have. Asked for once in a process.
+pub(crate) fn max_vcpus(kvm: &Kvm) -> usize {
+    static MOST: Learnt<usize> = Learnt::unknown();
+    *MOST.get_or_make(|| kvm.get_max_vcpus())
+}
+
 fn unavailable(errno: i32) -> Error {
     let hint = match errno {
         libc::ENOENT | libc::ENXIO | libc::ENODEV => {

@@ -1,6 +1,8 @@
 //! The CPUID of the guest: the features that KVM supports, except those hidden by name, and the id
 //! of each vCPU.
 
+use std::borrow::Cow;
+
 use kvm_bindings::{
     CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2,
 };
@@ -37,34 +39,54 @@ pub fn host_is_software_kvm() -> bool {
     })
 }
 
-/// The features that KVM supports and a template does not hide. Computed once for each template.
-fn templated(kvm: &Kvm, is_software: bool) -> Result<&'static [kvm_cpuid_entry2]> {
-    static TABLES: [Learnt<Vec<kvm_cpuid_entry2>>; 2] = [const { Learnt::unknown() }; 2];
+/// What is computed once for each template.
+struct Templated {
+    /// The features that KVM supports and the template does not hide.
+    entries: Vec<kvm_cpuid_entry2>,
+    /// The table of the only vCPU of a machine with these features.
+    only_vcpu: Learnt<CpuId>,
+}
+
+fn templated(kvm: &Kvm, is_software: bool) -> Result<&'static Templated> {
+    static TABLES: [Learnt<Templated>; 2] = [const { Learnt::unknown() }; 2];
     let [host, software] = &TABLES;
     let table = if is_software { software } else { host };
-    if let Some(entries) = table.get() {
-        return Ok(entries);
-    }
-    let supported = kvm
-        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-        .map_err(|e| Error::kvm("KVM_GET_SUPPORTED_CPUID", e))?;
-    let mut entries = supported.as_slice().to_vec();
-    hidden(is_software).filter_map(feature).for_each(|f| hide(&mut entries, f));
-    if is_software {
-        set_vendor(&mut entries, *b"GenuineIntel");
-    }
-    Ok(table.get_or_make(|| entries))
+    table.get_or(|| {
+        let supported = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(|e| Error::kvm("KVM_GET_SUPPORTED_CPUID", e))?;
+        let mut entries = supported.as_slice().to_vec();
+        hidden(is_software).filter_map(feature).for_each(|f| hide(&mut entries, f));
+        if is_software {
+            set_vendor(&mut entries, *b"GenuineIntel");
+        }
+        Ok(Templated { entries, only_vcpu: Learnt::unknown() })
+    })
 }
 
 /// The CPUID table of one machine, before the ids of the vCPUs are added.
+#[derive(Debug)]
+pub struct GuestCpuid {
+    entries: Cow<'static, [kvm_cpuid_entry2]>,
+    /// Where the table of its only vCPU is kept, if the features are those of a template.
+    only_vcpu: Option<&'static Learnt<CpuId>>,
+}
+
+/// The CPUID table of one machine.
 ///
 /// # Errors
 /// When KVM does not report its supported CPUID.
-pub fn guest_cpuid(kvm: &Kvm, config: &CpuConfig) -> Result<Vec<kvm_cpuid_entry2>> {
-    let mut entries = templated(kvm, is_software(config.template))?.to_vec();
-    config.hide.iter().filter_map(|name| feature(name)).for_each(|f| hide(&mut entries, f));
-    config.expose.iter().filter_map(|name| feature(name)).for_each(|f| expose(&mut entries, f));
-    Ok(entries)
+pub fn guest_cpuid(kvm: &Kvm, config: &CpuConfig) -> Result<GuestCpuid> {
+    let Templated { entries, only_vcpu } = templated(kvm, is_software(config.template))?;
+    let mut table = GuestCpuid { entries: entries.into(), only_vcpu: Some(only_vcpu) };
+    if config.hide.is_empty() && config.expose.is_empty() {
+        return Ok(table);
+    }
+    let entries = table.entries.to_mut();
+    config.hide.iter().filter_map(|name| feature(name)).for_each(|f| hide(entries, f));
+    config.expose.iter().filter_map(|name| feature(name)).for_each(|f| expose(entries, f));
+    table.only_vcpu = None;
+    Ok(table)
 }
 
 /// The features that [`CpuTemplate::Auto`] hides on this host.
@@ -176,11 +198,33 @@ fn register_mut(entry: &mut kvm_cpuid_entry2, register: Register) -> &mut u32 {
     }
 }
 
-/// The table of one vCPU, with its id and the machine's topology.
-///
-/// # Errors
-/// Never in practice: the table is no longer than KVM's own.
-pub fn for_vcpu(table: &[kvm_cpuid_entry2], id: u8, vcpus: u8) -> Result<CpuId> {
+impl GuestCpuid {
+    /// Whether it has a feature.
+    #[must_use]
+    pub fn has(&self, name: &str) -> bool {
+        has(&self.entries, name)
+    }
+
+    /// Call `set` with the table of one vCPU, with its id and the machine's topology.
+    ///
+    /// # Errors
+    /// Those of `set`. The table itself is no longer than KVM's own.
+    pub fn with_vcpu<T>(
+        &self,
+        id: u8,
+        vcpus: u8,
+        set: impl FnOnce(&CpuId) -> Result<T>,
+    ) -> Result<T> {
+        match self.only_vcpu {
+            Some(kept) if (id, vcpus) == (0, 1) => {
+                set(kept.get_or(|| for_vcpu(&self.entries, id, vcpus))?)
+            }
+            _ => set(&for_vcpu(&self.entries, id, vcpus)?),
+        }
+    }
+}
+
+fn for_vcpu(table: &[kvm_cpuid_entry2], id: u8, vcpus: u8) -> Result<CpuId> {
     let mut entries = table.to_vec();
     entries.iter_mut().filter(|entry| entry.function == 1).for_each(|entry| {
         entry.ecx |= 1 << 31; // hypervisor
@@ -292,5 +336,19 @@ mod tests {
         let entry = kvm_cpuid_entry2 { function: 1, ebx: u32::MAX, ..Default::default() };
         let cpuid = for_vcpu(&[entry], 3, 4).unwrap();
         assert_eq!(cpuid.as_slice()[0].ebx, 0x0304_ffff);
+    }
+
+    #[test]
+    fn only_the_table_of_a_single_vcpu_is_kept() {
+        static KEPT: Learnt<CpuId> = Learnt::unknown();
+        let entry = kvm_cpuid_entry2 { function: 1, ebx: u32::MAX, ..Default::default() };
+        let table = GuestCpuid { entries: vec![entry].into(), only_vcpu: Some(&KEPT) };
+        let ebx =
+            |id, vcpus| table.with_vcpu(id, vcpus, |cpuid| Ok(cpuid.as_slice()[0].ebx)).unwrap();
+        assert_eq!(
+            [ebx(1, 2), ebx(0, 2), ebx(0, 1), ebx(0, 1)],
+            [0x0102_ffff, 0x0002_ffff, 0x0001_ffff, 0x0001_ffff]
+        );
+        assert!(KEPT.get().is_some());
     }
 }

@@ -1,5 +1,6 @@
 //! `Exit` and `VmRunState` for Python. Both classes are written in Python.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use pyo3::exceptions::PyValueError;
@@ -7,22 +8,37 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::IntoPyDict;
 
-use super::ending::guard_thread;
+use super::ending::{guard_thread, import};
 use crate::exit_handler::{Exit, ExitReason};
 use crate::vcpu::VmRunState;
 
 /// A `pyvmm.Exit`.
 pub(super) fn to_python<'py>(py: Python<'py>, exit: &Exit) -> PyResult<Bound<'py, PyAny>> {
     static EXIT: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-    static REASON: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     guard_thread();
-    let reason = REASON.import(py, "pyvmm.exits", "ExitReason")?.call1((exit.reason.name(),))?;
+    let reason = reason(py, exit.reason)?;
     EXIT.import(py, "pyvmm.exits", "Exit")?.call1((
         reason,
         exit.code,
         exit.vcpu,
         exit.fault.as_deref(),
     ))
+}
+
+/// A member of `pyvmm.ExitReason`, looked up by its name once: a call of the class takes as long as
+/// the rest of an exit.
+fn reason(py: Python<'_>, reason: ExitReason) -> PyResult<&Bound<'_, PyAny>> {
+    static REASONS: PyOnceLock<HashMap<String, Py<PyAny>>> = PyOnceLock::new();
+    let reasons = REASONS.get_or_try_init(py, || {
+        let class = import(py, "pyvmm.exits")?.getattr("ExitReason")?;
+        let named = |member: PyResult<Bound<'_, PyAny>>| {
+            let member = member?;
+            Ok::<_, PyErr>((member.extract()?, member.unbind()))
+        };
+        class.try_iter()?.map(named).collect()
+    })?;
+    let unknown = || PyValueError::new_err(format!("ExitReason has no {}", reason.name()));
+    reasons.get(reason.name()).map(|member| member.bind(py)).ok_or_else(unknown)
 }
 
 /// A `pyvmm.Exit` for a run ended by a callback's `Stop(value)`, or by the text of `stop_at`.

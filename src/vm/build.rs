@@ -5,8 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use kvm_bindings::{
-    KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2, kvm_enable_cap,
-    kvm_pit_config,
+    KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_pit_config,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
@@ -14,13 +13,14 @@ use super::KvmVm;
 use super::shape::Shape;
 use super::vcpus::Vcpus;
 use crate::config::{Boot, ExitPort, FlatBoot, VmmConfig};
-use crate::cpu::{CpuMode, cpuid, msrs, tables};
+use crate::cpu::cpuid::{self, GuestCpuid};
+use crate::cpu::{CpuMode, msrs, tables};
 use crate::devices;
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::ExitHandler;
 use crate::fixup;
 use crate::hop::hop;
-use crate::kvm::open_kvm;
+use crate::kvm::{max_vcpus, open_kvm};
 use crate::layout;
 use crate::memory::GuestMemory;
 use crate::process::ProcessTag;
@@ -55,7 +55,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         let count = vcpu_count(&kvm, config)?;
         let mut vm = Self::assemble(&kvm, chips, memory, router, exit_handler)?;
         vm.create_vcpus(0..u64::from(count), |fd, id| set_up(fd, config, &table, id, count))?;
-        tables::write(&vm.memory, config.mode(), || cpuid::has(&table, "pdpe1gb"))?;
+        tables::write(&vm.memory, config.mode(), || table.has("pdpe1gb"))?;
         vm.mode = config.mode();
         if let Boot::Flat(FlatBoot { address, .. }) = &config.boot {
             vm.code = Some(*address);
@@ -76,7 +76,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     ) -> Result<Self> {
         hop!();
         let kvm = open_kvm()?;
-        let most = kvm.get_max_vcpus();
+        let most = max_vcpus(&kvm);
         if usize::from(shape.vcpus) > most {
             let detail = format!("{} is more than this KVM's {most}", shape.vcpus);
             return Err(Error::new(ErrorKind::Snapshot, "vcpus", detail));
@@ -235,7 +235,7 @@ fn switch_fixups_on(
 }
 
 fn vcpu_count(kvm: &Kvm, config: &VmmConfig) -> Result<u8> {
-    let most = u64::try_from(kvm.get_max_vcpus()).unwrap_or(1);
+    let most = u64::try_from(max_vcpus(kvm)).unwrap_or(1);
     if config.cpu.vcpus > most {
         let detail = format!("{} is more than this KVM's {most}", config.cpu.vcpus);
         return Err(Error::new(ErrorKind::Config, "cpu.vcpus", detail));
@@ -244,15 +244,10 @@ fn vcpu_count(kvm: &Kvm, config: &VmmConfig) -> Result<u8> {
 }
 
 /// Set a vCPU's CPUID and MSRs from the configuration.
-fn set_up(
-    vcpu: &VcpuFd,
-    config: &VmmConfig,
-    table: &[kvm_cpuid_entry2],
-    id: u64,
-    count: u8,
-) -> Result<()> {
-    let cpuid = cpuid::for_vcpu(table, u8::try_from(id).unwrap_or(u8::MAX), count)?;
-    vcpu.set_cpuid2(&cpuid).map_err(|e| Error::kvm("KVM_SET_CPUID2", e))?;
+fn set_up(vcpu: &VcpuFd, config: &VmmConfig, table: &GuestCpuid, id: u64, count: u8) -> Result<()> {
+    table.with_vcpu(u8::try_from(id).unwrap_or(u8::MAX), count, |cpuid| {
+        vcpu.set_cpuid2(cpuid).map_err(|e| Error::kvm("KVM_SET_CPUID2", e))
+    })?;
     if config.mode() == CpuMode::Linux64 {
         msrs::set_boot_msrs(vcpu)?;
     }
