@@ -209,6 +209,8 @@ pub enum ExitReason {
     Stopped,
     /// The timeout of `run` passed.
     Timeout,
+    /// `KVM_EXIT_DEBUG`: a breakpoint or a single step that no hook has handled.
+    Debug,
     /// `KVM_EXIT_INTERNAL_ERROR`: KVM could not continue, often because of an instruction that it
     /// cannot emulate.
     InternalError,
@@ -231,6 +233,7 @@ impl ExitReason {
             Self::Code => "code",
             Self::Stopped => "stopped",
             Self::Timeout => "timeout",
+            Self::Debug => "debug",
             Self::InternalError => "internal-error",
             Self::FailEntry => "fail-entry",
             Self::UnknownExit => "unknown-exit",
@@ -241,7 +244,7 @@ impl ExitReason {
     /// Whether another `run` can continue the guest, because the host ended this run.
     #[must_use]
     pub fn resumable(self) -> bool {
-        matches!(self, Self::Stopped | Self::Timeout)
+        matches!(self, Self::Stopped | Self::Timeout | Self::Debug)
     }
 }
 

@@ -1,20 +1,19 @@
-//! How long a wait for the program's own code may last, and what ends it before: a time limit, or
-//! a signal. Any thread.
+//! Limits on waits for callbacks: a deadline, and interruption by a signal. Any thread.
 
 use std::fmt;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// How long a wait lasts before it asks again whether it is interrupted.
+/// The interval at which a wait checks whether it is interrupted.
 pub(crate) const CHECK_INTERVAL: Duration = Duration::from_millis(50);
 
-/// The end of a time limit that begins now; none for no limit, or one beyond the clock's range.
+/// The end of a timeout that begins now; `None` without a timeout, or beyond the clock's range.
 pub(crate) fn deadline_of(timeout: Option<Duration>) -> Option<Instant> {
     timeout.and_then(|timeout| Instant::now().checked_add(timeout))
 }
 
-/// Asked now and then during a wait, with no lock held: its error ends the wait.
+/// Called periodically during a wait, with no lock held. An error ends the wait.
 pub type Interrupted<'a> = &'a (dyn Fn() -> Result<()> + 'a);
 
 /// Ends a wait for vCPUs that may be in callbacks.
@@ -31,20 +30,19 @@ impl fmt::Debug for Limit<'_> {
 }
 
 impl<'a> Limit<'a> {
-    /// As long as it takes.
+    /// No limit.
     pub const NONE: Limit<'static> = Limit { deadline: None, interrupted: &|| Ok(()) };
 
-    /// Until this time from now; none for no limit. `interrupted` is called with no lock held each
-    /// 50 ms while the wait lasts: its error ends the wait.
+    /// A limit that ends after `timeout`, if given. `interrupted` is called every 50 ms during the
+    /// wait, with no lock held. An error ends the wait.
     pub fn new(timeout: Option<Duration>, interrupted: Interrupted<'a>) -> Self {
         Self { deadline: deadline_of(timeout), interrupted }
     }
 
-    /// Wait with `wait`, which returns whether it is over at the time it is given, at the latest.
+    /// Call `wait` repeatedly until it returns true. It gets the time until which it may wait.
     ///
     /// # Errors
-    /// [`ErrorKind::Timeout`], with this place, when the time has passed; what `interrupted`
-    /// returns.
+    /// [`ErrorKind::Timeout`] at `at` after the timeout; the error of `interrupted`.
     pub(crate) fn wait(
         &self,
         at: impl fmt::Display,
@@ -71,7 +69,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_wait_that_is_over_asks_nobody() {
+    fn a_wait_that_is_over_is_not_interrupted() {
         let limit = Limit::new(Some(Duration::ZERO), &|| panic!("nothing is waited for"));
         limit.wait("here", |_| true).unwrap();
     }

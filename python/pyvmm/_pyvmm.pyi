@@ -1614,7 +1614,10 @@ class Vmm:
 
     @property
     def stats(self) -> Stats:
-        """Counters of exits and of the time inside and outside the guest. They count only while they are enabled."""
+        """Counters of exits and of the time inside and outside the guest; the same object each time.
+
+        They count only while they are enabled.
+        """
 
     def trace(self, path: str | PathLike[str]) -> Trace:
         """Write a trace with every hop of the machine and its times, for Perfetto: `with vmm.trace(path): ...`.

@@ -24,6 +24,8 @@ class ExitReason(StrEnum):
     """The host ended the run: `stop()` or a kick."""
     TIMEOUT = "timeout"
     """The timeout of `run` passed."""
+    DEBUG = "debug"
+    """A breakpoint or a single step that no hook handled. The next `run` continues."""
     INTERNAL_ERROR = "internal-error"
     """KVM_EXIT_INTERNAL_ERROR: KVM could not continue, often because of an instruction that it cannot emulate."""
     FAIL_ENTRY = "fail-entry"

@@ -7,7 +7,7 @@ use kvm_ioctls::Kvm;
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
-use super::vcpu::cpuid_entries;
+use super::cpuid::cpuid_entries;
 use crate::error::Error;
 use crate::kvm::open_kvm;
 

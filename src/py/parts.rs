@@ -1,5 +1,5 @@
-//! The objects of a machine's vCPUs, memory and serial port. While such an object exists, the
-//! machine returns it again. Used with the GIL held.
+//! The objects of a machine's vCPUs, memory, serial port and counters. While such an object exists,
+//! the machine returns the same one. Used with the GIL held.
 
 use std::collections::BTreeMap;
 
@@ -15,6 +15,7 @@ use super::lease::Tie;
 pub(super) enum Part {
     Memory,
     Serial,
+    Stats,
     /// By number.
     Vcpu(u64),
 }

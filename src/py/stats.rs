@@ -7,6 +7,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyList;
 
 use super::ending::import;
+use super::parts::Part;
 use super::vmm::PyVmm;
 use crate::vcpu::{ExitRouter, Stats};
 
@@ -16,7 +17,7 @@ use crate::vcpu::{ExitRouter, Stats};
 /// They count between `enable` and `disable`, or inside `with vmm.stats:`. They can be read at any
 /// time, from any thread, also after the machine is closed. In a forked child every call raises
 /// StateError.
-#[pyclass(frozen, name = "Stats", module = "pyvmm")]
+#[pyclass(frozen, weakref, name = "Stats", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyStats {
     vmm: Py<PyVmm>,
@@ -129,11 +130,14 @@ impl PyStats {
 
 #[pymethods]
 impl PyVmm {
-    /// Counters of exits and of the time inside and outside the guest. They count only while they
-    /// are enabled.
+    /// Counters of exits and of the time inside and outside the guest; the same object each time.
+    ///
+    /// They count only while they are enabled.
     #[getter]
-    fn stats(slf: Py<Self>) -> PyResult<PyStats> {
+    fn stats<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyStats>> {
         slf.get().core()?;
-        Ok(PyStats { vmm: slf })
+        slf.get().parts.get_or_make(slf.py(), Part::Stats, || {
+            Bound::new(slf.py(), PyStats { vmm: slf.clone().unbind() })
+        })
     }
 }

@@ -1,166 +1,22 @@
-//! `Vcpu` for Python: access to the registers of a stopped vCPU.
+//! `Vcpu` for Python: the state of a stopped vCPU, and running one on the calling thread.
 
-use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::sync::Arc;
 
-use kvm_bindings::kvm_cpuid_entry2;
-use pyo3::exceptions::{PyOverflowError, PyValueError};
+use pyo3::exceptions::PyValueError;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyInt, PyString, PyTuple};
+use pyo3::types::{PyInt, PyString, PyTuple};
 
+use super::cpuid::{cpuid_entries, cpuid_entry};
 use super::ending::import;
 use super::lease::Tie;
-use super::owned::Owned;
 use super::parts::{Part, Parts};
+use super::processor::Processor;
+use super::registers::{PyMsrBytes, PyRegisterBytes};
 use super::vcpu_exit::PyVcpuExit;
-use super::wakeup;
-
 use crate::error::{Error, ErrorKind, Result};
 use crate::vcpu::{DebugOwner, DebugRequest, RegisterClass, Vcpu, VcpuHandle};
-
-/// A vCPU, usable until its machine is closed.
-#[derive(Debug)]
-struct Processor {
-    handle: Owned<Weak<VcpuHandle>>,
-    /// The machine's object, so that the machine stays open while a vCPU or its registers are
-    /// referenced.
-    machine: Option<Py<PyAny>>,
-    tie: Tie,
-}
-
-impl Processor {
-    /// Access the vCPU, with changes that a reset undoes. If another thread uses it for long, as a
-    /// snapshot does, this waits without the GIL, and a signal handler that raises ends the wait.
-    fn look<T: Send>(
-        &self,
-        py: Python<'_>,
-        look: impl FnOnce(&mut Vcpu) -> Result<T> + Send,
-    ) -> PyResult<T> {
-        let handle = self.upgrade()?;
-        let mut tried = handle.try_with_vcpu(Duration::ZERO, look);
-        loop {
-            let look = match tried {
-                Ok(result) => return Ok(result?),
-                Err(look) => look,
-            };
-            py.check_signals()?;
-            tried = py.detach(|| handle.try_with_vcpu(wakeup::SIGNAL_CHECK_INTERVAL, look));
-        }
-    }
-
-    /// Access the vCPU, with changes that a reset cannot undo.
-    fn change<T: Send>(
-        &self,
-        py: Python<'_>,
-        change: impl FnOnce(&mut Vcpu) -> Result<T> + Send,
-    ) -> PyResult<T> {
-        self.tie.change();
-        self.look(py, change)
-    }
-
-    /// The vCPU, to run it directly.
-    fn handle(&self) -> Result<Arc<VcpuHandle>> {
-        self.tie.hand_out();
-        self.upgrade()
-    }
-
-    fn upgrade(&self) -> Result<Arc<VcpuHandle>> {
-        self.handle.get()?.upgrade().ok_or_else(|| Error::closed("machine"))
-    }
-
-    fn of(handle: Weak<VcpuHandle>, machine: Option<Py<PyAny>>, tie: &Tie) -> Self {
-        Self { handle: Owned::new("vCPU", handle), machine, tie: tie.clone() }
-    }
-
-    fn another(&self, py: Python<'_>) -> Result<Self> {
-        let machine = self.machine.as_ref().map(|machine| machine.clone_ref(py));
-        Ok(Self::of(Weak::clone(self.handle.get()?), machine, &self.tie))
-    }
-
-    fn traverse(&self, visit: &PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {
-        visit.call(&self.machine)
-    }
-}
-
-/// One class of a vCPU's registers, as the bytes of the kernel's structure. `pyvmm.registers` names
-/// them.
-#[pyclass(frozen, name = "RegisterBytes", module = "pyvmm")]
-#[derive(Debug)]
-pub struct PyRegisterBytes {
-    processor: Processor,
-    class: RegisterClass,
-}
-
-fn outside() -> PyErr {
-    PyValueError::new_err("these bytes are outside the registers")
-}
-
-#[pymethods]
-impl PyRegisterBytes {
-    /// Return the little-endian number of 1 to 8 bytes at an offset.
-    ///
-    /// Raises:
-    ///     StateError: the guest is running, or the machine is closed.
-    fn load(&self, py: Python<'_>, offset: usize, size: usize) -> PyResult<u64> {
-        let number = self.processor.look(py, |vcpu| {
-            vcpu.load(self.class, |bytes| {
-                let from = bytes.get(offset..)?.get(..size)?;
-                let mut number = [0; 8];
-                number.get_mut(..size)?.copy_from_slice(from);
-                Some(u64::from_le_bytes(number))
-            })
-        })?;
-        number.ok_or_else(outside)
-    }
-
-    /// Write a number of 1 to 8 bytes at an offset.
-    ///
-    /// Raises:
-    ///     OverflowError: the number has more bits.
-    ///     KvmError: KVM refuses it; nothing changes.
-    ///     StateError: the guest is running, or the machine is closed.
-    fn store(&self, py: Python<'_>, offset: usize, size: usize, value: u64) -> PyResult<()> {
-        let number = value.to_le_bytes();
-        let Some((low, high)) = number.split_at_checked(size) else {
-            return Err(outside());
-        };
-        if high.iter().any(|byte| *byte != 0) {
-            let detail = format!("{value:#x} does not fit into {} bits", 8 * size);
-            return Err(PyOverflowError::new_err(detail));
-        }
-        self.replace(py, offset, low)
-    }
-
-    /// Return all bytes.
-    ///
-    /// Raises:
-    ///     StateError: the guest is running, or the machine is closed.
-    fn read<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
-        let bytes = self.processor.look(py, |vcpu| vcpu.load(self.class, <[u8]>::to_vec))?;
-        Ok(PyBytes::new(py, &bytes))
-    }
-
-    /// Write bytes at an offset. Raises the same exceptions as `store`.
-    fn replace(&self, py: Python<'_>, offset: usize, bytes: &[u8]) -> PyResult<()> {
-        let mut is_inside = false;
-        self.processor.look(py, |vcpu| {
-            vcpu.store(self.class, |all| {
-                let end = offset.saturating_add(bytes.len());
-                if let Some(to) = all.get_mut(offset..end) {
-                    to.copy_from_slice(bytes);
-                    is_inside = true;
-                }
-            })
-        })?;
-        if is_inside { Ok(()) } else { Err(outside()) }
-    }
-
-    fn __traverse__(&self, visit: PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {
-        self.processor.traverse(&visit)
-    }
-}
 
 /// A virtual CPU of a machine. Its state can be read and changed while its guest is not running.
 ///
@@ -212,33 +68,6 @@ impl PyVcpu {
         let bytes = PyRegisterBytes { processor, class };
         import(py, intern!(py, "pyvmm.registers"))?.getattr(name)?.call1((bytes,))
     }
-}
-
-/// CPUID leaves as Python objects.
-pub(super) fn cpuid_entries<'py>(
-    py: Python<'py>,
-    table: &[kvm_cpuid_entry2],
-) -> PyResult<Bound<'py, PyTuple>> {
-    let class = import(py, "pyvmm.registers")?.getattr("CpuidEntry")?;
-    let entries: Vec<_> = table
-        .iter()
-        .map(|e| class.call1((e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx)))
-        .collect::<PyResult<_>>()?;
-    PyTuple::new(py, entries)
-}
-
-fn cpuid_entry(entry: &Bound<'_, PyAny>) -> PyResult<kvm_cpuid_entry2> {
-    let number = |name: &str| entry.getattr(name)?.extract::<u32>();
-    Ok(kvm_cpuid_entry2 {
-        function: number("function")?,
-        index: number("index")?,
-        flags: number("flags")?,
-        eax: number("eax")?,
-        ebx: number("ebx")?,
-        ecx: number("ecx")?,
-        edx: number("edx")?,
-        ..Default::default()
-    })
 }
 
 /// The vCPUs of a machine's object.
@@ -432,34 +261,6 @@ impl PyVcpu {
 
     fn __hash__(&self) -> u64 {
         self.id
-    }
-
-    fn __traverse__(&self, visit: PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {
-        self.processor.traverse(&visit)
-    }
-}
-
-/// Model-specific registers by number. `pyvmm.registers` names them.
-#[pyclass(frozen, name = "MsrBytes", module = "pyvmm")]
-#[derive(Debug)]
-pub struct PyMsrBytes {
-    processor: Processor,
-}
-
-#[pymethods]
-impl PyMsrBytes {
-    /// Return the register's value.
-    ///
-    /// Raises:
-    ///     KvmError: KVM does not know the register.
-    ///     StateError: the guest is running, or the machine is closed.
-    fn load(&self, py: Python<'_>, index: u32) -> PyResult<u64> {
-        self.processor.look(py, |vcpu| vcpu.msr(index))
-    }
-
-    /// Set the register. Raises the same exceptions as `load`.
-    fn store(&self, py: Python<'_>, index: u32, value: u64) -> PyResult<()> {
-        self.processor.change(py, |vcpu| vcpu.set_msr(index, value))
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {

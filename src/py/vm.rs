@@ -1,153 +1,35 @@
 //! `KvmVm` for Python: the machine without an event loop, with any exit handler.
 
 use std::collections::BTreeMap;
-use std::io;
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
-use pyo3::exceptions::PyTypeError;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyTuple};
 
 use super::ending::guard_thread;
 use super::enter::{attach, prepare_vcpu_threads};
-use super::event::{PyWrappedExitHandler, call_kick};
+use super::kick_handler::{Handler, PythonHandler, handler};
+use super::machine::Machine;
 use super::memory::PyGuestMemory;
 use super::owned::Owned;
 use super::parts::{Part, Parts};
 use super::registry::{self, Close};
 use super::serial::PySerial;
+use super::unanswered::unanswered;
 use super::vcpu::PyVcpu;
-use super::{config, exit, interrupt, vcpu, vmm, wakeup};
+use super::{config, exit, interrupt, vcpu, wakeup};
 use crate::boot;
 use crate::devices::{self, Serial};
 use crate::error::{Error, ErrorKind, Result};
-use crate::exit_handler::{ExitHandler, WrappedExitHandler};
+use crate::exit_handler::WrappedExitHandler;
 use crate::fixup::Counts;
 use crate::layout;
 use crate::limit::deadline_of;
 use crate::memory::GuestMemory;
-use crate::sync::{Condvar, Mutex, rank};
-use crate::vcpu::{ExitRouter, VmRunState, is_thread_of};
+use crate::vcpu::{ExitRouter, VmRunState};
 use crate::vm::{KvmVm, claim_platform};
-
-/// An exit handler as the vCPUs hold it.
-#[derive(Debug)]
-pub(super) enum Handler {
-    Native(WrappedExitHandler),
-    Python(Arc<PythonHandler>),
-}
-
-/// A Python object with `kick()`, and the exception of a kick.
-#[derive(Debug)]
-pub(super) struct PythonHandler {
-    object: Py<PyAny>,
-    raised: Mutex<Option<PyErr>, rank::KickRaised>,
-}
-
-impl ExitHandler for Handler {
-    fn kick(&self) -> io::Result<()> {
-        match self {
-            Self::Native(handler) => handler.kick(),
-            Self::Python(handler) => call_kick(&handler.object).map_err(|error| {
-                handler.raised.lock().get_or_insert(error);
-                io::Error::other("kick() raised")
-            }),
-        }
-    }
-}
-
-/// The machine, until it is closed.
-#[derive(Debug)]
-struct Machine {
-    state: Mutex<Open, rank::Machine>,
-    /// Signalled when a closing thread has released it.
-    closed: Condvar,
-    /// Identifies the threads of its vCPUs.
-    id: usize,
-}
-
-#[derive(Debug)]
-struct Open {
-    /// None once it is closed.
-    vm: Option<Arc<KvmVm<Handler>>>,
-    /// The number of `close` calls that may still hold it.
-    closers: usize,
-}
-
-impl Machine {
-    fn new(vm: KvmVm<Handler>) -> Self {
-        let id = vm.id();
-        let open = Open { vm: Some(Arc::new(vm)), closers: 0 };
-        Self { state: Mutex::new(open), closed: Condvar::new(), id }
-    }
-
-    fn vm(&self) -> Option<Arc<KvmVm<Handler>>> {
-        self.state.lock().vm.clone()
-    }
-
-    fn get(&self) -> Result<Arc<KvmVm<Handler>>> {
-        self.vm().ok_or_else(|| Error::closed("machine"))
-    }
-
-    fn memory(&self) -> Result<GuestMemory> {
-        Ok(self.get()?.memory().clone())
-    }
-
-    fn state(&self) -> VmRunState {
-        self.get().map_or(VmRunState::Closed, |vm| vm.state())
-    }
-}
-
-impl Machine {
-    fn is_closing(&self) -> bool {
-        self.vm().is_some_and(|vm| vm.is_closing())
-    }
-
-    fn close_interruptibly(self: &Arc<Self>, py: Python<'_>) -> PyResult<()> {
-        let others_close = self.state.lock().closers > 0 && !is_thread_of(self.id);
-        if others_close || self.vm().is_some_and(|vm| vm.is_busy()) {
-            let this = Arc::clone(self);
-            interrupt::waiting(py, move || this.close())
-        } else {
-            py.detach(|| self.close());
-            Ok(())
-        }
-    }
-}
-
-impl Close for Machine {
-    fn stop(&self) {
-        // There is no loop to drop.
-    }
-
-    fn is_open(&self) -> bool {
-        self.vm().is_some()
-    }
-
-    fn close(&self) {
-        let vm = {
-            let mut state = self.state.lock();
-            if state.vm.as_ref().is_some_and(|vm| vm.is_forked_child()) {
-                return;
-            }
-            state.closers += 1;
-            state.vm.clone()
-        };
-        vm.iter().for_each(|vm| vm.close());
-        // Taken only after it is closed, because another closing thread waits for the same.
-        let last = self.state.lock().vm.take();
-        drop((vm, last));
-        let mut state = self.state.lock();
-        state.closers -= 1;
-        self.closed.notify_all();
-        // The others wait for the callback that closes it.
-        while state.closers > 0 && !is_thread_of(self.id) {
-            self.closed.wait(&mut state);
-        }
-    }
-}
 
 /// A KVM virtual machine without an event loop. A kick of the exit handler reports the end of the
 /// guest.
@@ -215,23 +97,8 @@ impl PyKvmVm {
 
     /// Raise what the exit handler's `kick()` raised, once.
     fn check_kick(&self) -> PyResult<()> {
-        let raised = self.python_handler.as_ref().and_then(|handler| handler.raised.lock().take());
-        raised.map_or(Ok(()), Err)
+        self.python_handler.as_ref().map_or(Ok(()), |handler| handler.check())
     }
-}
-
-fn handler(object: &Bound<'_, PyAny>) -> PyResult<(Handler, Option<Arc<PythonHandler>>)> {
-    if let Ok(native) = object.cast::<PyWrappedExitHandler>() {
-        return Ok((Handler::Native(native.get().handler()?.clone()), None));
-    }
-    if !object.getattr_opt("kick")?.is_some_and(|kick| kick.is_callable()) {
-        let class = object.get_type();
-        let text = format!("an exit handler needs kick(), which {} lacks", class.name()?);
-        return Err(PyTypeError::new_err(text));
-    }
-    let handler = PythonHandler { object: object.clone().unbind(), raised: Mutex::new(None) };
-    let handler = Arc::new(handler);
-    Ok((Handler::Python(Arc::clone(&handler)), Some(handler)))
 }
 
 #[pymethods]
@@ -429,7 +296,7 @@ impl PyKvmVm {
     #[getter]
     fn unanswered<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
         self.machine.get()?;
-        vmm::unanswered(py, &self.router.buses)
+        unanswered(py, &self.router.buses)
     }
 
     /// The instructions that KVM refused and pyvmm executed, counted by mnemonic: as for `Vmm`.

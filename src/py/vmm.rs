@@ -8,8 +8,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyList, PyTuple};
 
 use super::device::PythonDevice;
-use super::ending::import;
-use super::enter::{attach, prepare_vcpu_threads};
+use super::enter::prepare_vcpu_threads;
 use super::event::{PyEventManager, PySubscriberId};
 use super::gil_cell::GilCell;
 use super::hooks::Hooks;
@@ -20,11 +19,10 @@ use super::owned::Owned;
 use super::parts::{Part, Parts};
 use super::registry::Close;
 use super::serial::PySerial;
+use super::unanswered::unanswered;
 use super::{exit, interrupt, vcpu};
-use crate::devices::Buses;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::{Mutex, rank};
-use crate::vcpu::VmRunState;
 use crate::vmm::{Vmm, closed};
 
 /// A virtual machine: the constructor builds it, `run` runs it, and `close` or the end of a `with`
@@ -144,60 +142,6 @@ impl PyVmm {
     pub(super) fn device_failure(&self, error: PyErr) -> PyErr {
         let devices = self.devices.lock().clone();
         devices.iter().find_map(|device| device.take_failure()).unwrap_or(error)
-    }
-
-    /// If the machine is closed, drop its devices, and the subscribers of its streams, which a
-    /// shared loop would keep. Returns whether it is closed.
-    pub(super) fn let_go_if_closed(&self, py: Python<'_>, vmm: &Vmm) -> bool {
-        let is_closed = vmm.state() == VmRunState::Closed;
-        if is_closed {
-            self.let_go(py);
-        }
-        is_closed
-    }
-
-    fn let_go(&self, py: Python<'_>) {
-        // Outside the locks, because this may run Python code.
-        let devices = std::mem::take(&mut *self.devices.lock());
-        drop(devices);
-        let streams = std::mem::take(&mut *self.streams.lock());
-        let Some(own) = self.in_loop.with(py, Option::take) else { return };
-        for id in streams {
-            // Fails if the program has already removed it.
-            let _ = own.event_manager.get().remove_subscriber(py, id.get());
-        }
-    }
-}
-
-/// Close a machine, however long its callbacks take; a signal handler that raises ends the wait.
-pub(super) fn close(py: Python<'_>, vmm: &Arc<Vmm>) -> PyResult<()> {
-    if py.detach(|| vmm.close_without_wait()) {
-        return Ok(());
-    }
-    let vmm = Arc::clone(vmm);
-    interrupt::waiting(py, move || vmm.close())
-}
-
-impl Drop for PyVmm {
-    fn drop(&mut self) {
-        let Some(vmm) = self.vmm.take() else { return };
-        if self.tie.is_lent() {
-            // The next job uses the machine, or the pool closes it.
-            return attach(|py| py.detach(|| drop(vmm)));
-        }
-        // Its devices and hooks may hold parts of it, so it is closed explicitly. That may sleep in
-        // the kernel, and its threads may need the GIL to end.
-        attach(|py| {
-            // A close that a signal has interrupted continues in the background.
-            if !vmm.is_closing()
-                && let Err(error) = close(py, &vmm)
-            {
-                error.write_unraisable(py, None);
-            }
-            py.detach(|| drop(vmm));
-            self.let_go(py);
-            self.hooks.pending.report(py);
-        });
     }
 }
 
@@ -323,23 +267,6 @@ impl PyVmm {
         Ok(self.core()?.stop()?)
     }
 
-    /// Stop the guest, wait for the run in progress to end, and release all resources. A second
-    /// call does nothing.
-    ///
-    /// In a callback, it takes effect when the run ends. If a signal handler raises during the
-    /// wait, as Ctrl-C's does, the exception is raised here. The machine is still closed, and
-    /// another `close` waits for that.
-    fn close(&self, py: Python<'_>) -> PyResult<()> {
-        let Some(vmm) = self.vmm.peek() else { return Ok(()) };
-        close(py, vmm)?;
-        // Called from a callback, the machine closes at the end of the run, because its last output
-        // has not been taken yet.
-        if self.let_go_if_closed(py, vmm) {
-            self.hooks.pending.report(py);
-        }
-        Ok(())
-    }
-
     /// The machine's run state.
     #[getter]
     fn state<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
@@ -358,41 +285,6 @@ impl PyVmm {
     #[getter]
     fn fixups(&self) -> PyResult<BTreeMap<&'static str, u64>> {
         Ok(self.core()?.fixups().all())
-    }
-
-    fn __aenter__<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
-        import(slf.py(), "pyvmm.aio")?.call_method1("give", (slf,))
-    }
-
-    #[pyo3(
-        signature = (_kind, _error, _traceback, /),
-        text_signature = "($self, kind, error, traceback, /)"
-    )]
-    fn __aexit__<'py>(
-        slf: &Bound<'py, Self>,
-        _kind: Py<PyAny>,
-        _error: Py<PyAny>,
-        _traceback: Py<PyAny>,
-    ) -> PyResult<Bound<'py, PyAny>> {
-        import(slf.py(), "pyvmm.aio")?.call_method1("close_vmm", (slf,))
-    }
-
-    fn __enter__(slf: Py<Self>) -> Py<Self> {
-        slf
-    }
-
-    #[pyo3(
-        signature = (_kind, _error, _traceback, /),
-        text_signature = "($self, kind, error, traceback, /)"
-    )]
-    fn __exit__(
-        slf: &Bound<'_, Self>,
-        _kind: Py<PyAny>,
-        _error: Py<PyAny>,
-        _traceback: Py<PyAny>,
-    ) -> PyResult<()> {
-        // A subclass may do more to close it.
-        slf.call_method0("close").map(drop)
     }
 
     fn __repr__(slf: &Bound<'_, Self>) -> PyResult<String> {
@@ -422,19 +314,4 @@ impl PyVmm {
             None => Ok(()),
         }
     }
-}
-
-/// A list of `pyvmm.Unanswered`.
-pub(super) fn unanswered<'py>(py: Python<'py>, buses: &Buses) -> PyResult<Bound<'py, PyList>> {
-    let class = import(py, "pyvmm.devices")?.getattr("Unanswered")?;
-    let (rows, others) = buses.unanswered();
-    let list = PyList::empty(py);
-    for (access, address, counts) in rows {
-        let bus = access.kind().name();
-        list.append(class.call1((bus, address, counts.reads, counts.writes))?)?;
-    }
-    if others.reads + others.writes > 0 {
-        list.append(class.call1(("other", py.None(), others.reads, others.writes))?)?;
-    }
-    Ok(list)
 }

@@ -4,9 +4,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use kvm_bindings::{
-    KVM_EXIT_DEBUG, KVM_EXIT_SET_TPR, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
-};
+use kvm_bindings::{KVM_EXIT_SET_TPR, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 
 use super::access;
 use super::enter::enter;
@@ -185,6 +183,7 @@ fn end_of(exit: &VcpuExit, number: u32, internal_error: impl FnOnce() -> String)
             Exit::new(ExitReason::VcpuError),
             format!("memory fault at guest-physical {address:#x}, {size} bytes, flags {flags:#x}"),
         ),
+        VcpuExit::Debug { .. } => end(Exit::new(ExitReason::Debug)),
         VcpuExit::Unknown { number } => unknown(*number),
         // Exits that pyvmm does not enable.
         _ => unknown(number),
@@ -214,12 +213,7 @@ fn fault(exit: Exit, what: String) -> Outcome {
 
 fn unknown(number: u32) -> Outcome {
     let exit = Exit::with_code(ExitReason::UnknownExit, u64::from(number));
-    let what = match number {
-        KVM_EXIT_DEBUG => {
-            "a breakpoint or a single step, which only a hook of the kind \"debug\" answers".into()
-        }
-        _ => format!("KVM exit number {number}, which pyvmm does not handle"),
-    };
+    let what = format!("KVM exit number {number}, which pyvmm does not handle");
     fault(exit, what)
 }
 
@@ -258,6 +252,8 @@ mod tests {
         assert_eq!(reason(outcome(&failed)), (ExitReason::InternalError, None));
         let reset = VcpuExit::SystemEvent { kind: KVM_SYSTEM_EVENT_RESET, data: vec![] };
         assert_eq!(reason(outcome(&reset)), (ExitReason::Reset, None));
+        let debug = VcpuExit::Debug { exception: 1, pc: 0x1000, dr6: 0, dr7: 0 };
+        assert_eq!(reason(outcome(&debug)), (ExitReason::Debug, None));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::KvmVm;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
-use crate::exit_handler::ExitHandler;
+use crate::exit_handler::{Exit, ExitHandler};
 use crate::limit::Limit;
 use crate::vcpu::{self, Here, Vcpu, VcpuHandle, VmRunState};
 
@@ -141,6 +141,17 @@ impl<EH: ExitHandler> KvmVm<EH> {
         drop(self.vcpus.stop(self.has_this_thread(), || self.set_stopped()));
     }
 
+    /// How the run ended, once its vCPUs are at rest. After a breakpoint or a single step, this
+    /// makes the guest able to continue.
+    pub(crate) fn take_exit(&self) -> Option<Exit> {
+        let exit = self.exit()?;
+        if exit.reason.resumable() {
+            *self.shared.exit.lock() = None;
+            self.shared.run_state.revive();
+        }
+        Some(exit)
+    }
+
     /// [`Self::stop`], then wait for callbacks in progress. A vCPU's own thread does not wait for
     /// itself.
     ///
@@ -148,7 +159,9 @@ impl<EH: ExitHandler> KvmVm<EH> {
     /// The error of `limit`, which ends the wait. The run has ended in any case.
     pub fn shutdown(&self, limit: &Limit<'_>) -> Result<()> {
         self.stop();
-        self.wait_for_callbacks(limit)
+        self.wait_for_callbacks(limit)?;
+        self.take_exit();
+        Ok(())
     }
 
     /// Wait until no callback of an ended run is in progress.

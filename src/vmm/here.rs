@@ -43,7 +43,7 @@ impl Running<'_> {
         turn: &mut impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
     ) -> std::result::Result<Option<ExitReason>, E> {
         let vm = &self.vm;
-        vm.check_may_run()?;
+        self.check_may_run()?;
         if self.exit_handler.is_kicked() {
             return self.turn_until(deadline, turn);
         }

@@ -90,10 +90,16 @@ impl Vmm {
 }
 
 impl Running<'_> {
+    pub(super) fn check_may_run(&self) -> Result<()> {
+        // A callback that outlasted the last run may have met a breakpoint since.
+        self.vm.take_exit();
+        self.vm.check_may_run()
+    }
+
     pub(super) fn start_vcpus(&self) -> Result<()> {
         hop!();
         let vm = &self.vm;
-        vm.check_may_run()?;
+        self.check_may_run()?;
         // A stop from before this run ends it: the guest is not started.
         if !self.exit_handler.is_kicked() {
             vm.run(vm.first_address(self.vmm.entry))?;
@@ -152,7 +158,7 @@ impl Running<'_> {
             is_stopped |= self.exit_handler.take_stop();
         }
         let reason = if is_stopped { ExitReason::Stopped } else { reason };
-        Ok(self.vm.exit().unwrap_or_else(|| Exit::new(reason)))
+        Ok(self.vm.take_exit().unwrap_or_else(|| Exit::new(reason)))
     }
 
     /// Wait for callbacks in progress: until the deadline if the run `is_over`, otherwise for

@@ -1,6 +1,6 @@
 """What CPUID says of a machine's processors, by every leaf that the host's KVM has.
 
-Covers src/cpu/config.rs.
+Covers src/cpu/config.rs, src/py/cpuid.rs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The built-in devices as a guest sees them: keyboard controller, exit port, clock, and unanswered accesses."""
+"""The built-in devices as a guest sees them: keyboard controller, exit port, clock, and unanswered accesses.
+
+Covers src/py/unanswered.rs.
+"""
 
 from __future__ import annotations
 

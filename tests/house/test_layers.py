@@ -155,6 +155,11 @@ def test_every_room_has_its_place_in_the_order() -> None:
     assert set(rooms()) == there
 
 
+def test_the_table_of_rooms_has_each_in_the_same_order() -> None:
+    table = (ROOT / "docs" / "architecture.md").read_text()
+    assert re.findall(r"^\| `src/(\w+)(?:/|\.rs)` \|", table, re.MULTILINE) == rooms()
+
+
 @pytest.mark.parametrize("room", rooms())
 def test_a_room_imports_from_those_before_it_only(room: str) -> None:
     order = rooms()

@@ -139,16 +139,6 @@ def test_a_guest_that_has_ended_can_be_reset() -> None:
                 call()
 
 
-@kvm
-def test_unhandled_breakpoint_says_what_it_is() -> None:
-    with Vmm(flat(COUNT_IN_MEMORY)) as vmm:
-        vmm.vcpus[0].debug(breakpoints=[0x1000])
-        exit = vmm.run(60)
-        if exit.reason is ExitReason.UNKNOWN_EXIT:  # not where KVM gives it to the guest
-            assert exit.fault is not None
-            assert 'a hook of the kind "debug"' in exit.fault
-
-
 def classes() -> Iterator[type]:
     for name in pyvmm.__all__:
         found = getattr(pyvmm, name)

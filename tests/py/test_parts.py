@@ -31,6 +31,8 @@ def test_parts_are_the_same_objects_each_time(machine: Vmm | KvmVm) -> None:
     assert all(one is other for one, other in zip(first, second, strict=True))
     assert first[0] is not first[1]
     assert machine.memory is machine.memory
+    if isinstance(machine, Vmm):
+        assert machine.stats is machine.stats
     assert machine.serial is machine.serial
 
 

@@ -1,7 +1,7 @@
 """The registers of a stopped vCPU, by name.
 
 Covers src/vcpu/vcpu.rs, src/vcpu/registers.rs, src/vcpu/msr.rs, src/py/vcpu.rs,
-python/pyvmm/registers.py, python/pyvmm/views.py.
+src/py/processor.rs, python/pyvmm/registers.py, python/pyvmm/views.py.
 """
 
 from __future__ import annotations

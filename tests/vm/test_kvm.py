@@ -153,7 +153,7 @@ def test_wrong_answer_is_refused_and_changes_nothing(answer: object, error: type
 
 
 def test_answer_to_nothing_is_refused(spinning: Vcpu) -> None:
-    with pytest.raises(StateError, match="no read"):
+    with pytest.raises(StateError, match="not a read"):
         spinning.answer(1)
 
 

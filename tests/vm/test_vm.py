@@ -1,6 +1,7 @@
 """`KvmVm`: the machine without an event loop.
 
-Covers src/vm/life.rs, src/vm/kvm_vm.rs, src/vm/start.rs.
+Covers src/vm/life.rs, src/vm/kvm_vm.rs, src/vm/start.rs,
+src/py/machine.rs, src/py/kick_handler.rs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Closing a machine: beside callbacks, from them, from several threads, and with everything released."""
+"""Closing a machine: beside callbacks, from them, from several threads, and with everything released.
+
+Covers src/py/vmm_close.rs.
+"""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ use crate::hop::hop;
 use crate::py::config;
 use crate::py::ending::import;
 use crate::py::event::PyEventManager;
-use crate::py::vmm::{PyVmm, close};
+use crate::py::vmm::PyVmm;
+use crate::py::vmm_close::close;
 use crate::snapshot::Snapshot;
 use crate::vmm::{ForkConfig, Vmm};
 

@@ -1,0 +1,77 @@
+//! A vCPU as its Python objects refer to it: usable until the machine is closed.
+
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use pyo3::gc::{PyTraverseError, PyVisit};
+use pyo3::prelude::*;
+
+use super::lease::Tie;
+use super::owned::Owned;
+use super::wakeup;
+use crate::error::{Error, Result};
+use crate::vcpu::{Vcpu, VcpuHandle};
+
+/// A vCPU, usable until its machine is closed.
+#[derive(Debug)]
+pub(super) struct Processor {
+    pub(super) handle: Owned<Weak<VcpuHandle>>,
+    /// The machine's object, so that the machine stays open while a vCPU or its registers are
+    /// referenced.
+    machine: Option<Py<PyAny>>,
+    pub(super) tie: Tie,
+}
+
+impl Processor {
+    /// Access the vCPU, with changes that a reset undoes. If another thread uses it for long, as a
+    /// snapshot does, this waits without the GIL, and a signal handler that raises ends the wait.
+    pub(super) fn look<T: Send>(
+        &self,
+        py: Python<'_>,
+        look: impl FnOnce(&mut Vcpu) -> Result<T> + Send,
+    ) -> PyResult<T> {
+        let handle = self.upgrade()?;
+        let mut tried = handle.try_with_vcpu(Duration::ZERO, look);
+        loop {
+            let look = match tried {
+                Ok(result) => return Ok(result?),
+                Err(look) => look,
+            };
+            py.check_signals()?;
+            tried = py.detach(|| handle.try_with_vcpu(wakeup::SIGNAL_CHECK_INTERVAL, look));
+        }
+    }
+
+    /// Access the vCPU, with changes that a reset cannot undo.
+    pub(super) fn change<T: Send>(
+        &self,
+        py: Python<'_>,
+        change: impl FnOnce(&mut Vcpu) -> Result<T> + Send,
+    ) -> PyResult<T> {
+        self.tie.change();
+        self.look(py, change)
+    }
+
+    /// The vCPU, to run it directly.
+    pub(super) fn handle(&self) -> Result<Arc<VcpuHandle>> {
+        self.tie.hand_out();
+        self.upgrade()
+    }
+
+    fn upgrade(&self) -> Result<Arc<VcpuHandle>> {
+        self.handle.get()?.upgrade().ok_or_else(|| Error::closed("machine"))
+    }
+
+    pub(super) fn of(handle: Weak<VcpuHandle>, machine: Option<Py<PyAny>>, tie: &Tie) -> Self {
+        Self { handle: Owned::new("vCPU", handle), machine, tie: tie.clone() }
+    }
+
+    pub(super) fn another(&self, py: Python<'_>) -> Result<Self> {
+        let machine = self.machine.as_ref().map(|machine| machine.clone_ref(py));
+        Ok(Self::of(Weak::clone(self.handle.get()?), machine, &self.tie))
+    }
+
+    pub(super) fn traverse(&self, visit: &PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {
+        visit.call(&self.machine)
+    }
+}

@@ -1,0 +1,123 @@
+//! `Vmm` for Python: how it is closed, by a call, the end of a `with`, or its last reference.
+
+use std::sync::Arc;
+
+use pyo3::prelude::*;
+
+use super::ending::import;
+use super::enter::attach;
+use super::interrupt;
+use super::vmm::PyVmm;
+use crate::vcpu::VmRunState;
+use crate::vmm::Vmm;
+
+/// Close a machine, however long its callbacks take; a signal handler that raises ends the wait.
+pub(super) fn close(py: Python<'_>, vmm: &Arc<Vmm>) -> PyResult<()> {
+    if py.detach(|| vmm.close_without_wait()) {
+        return Ok(());
+    }
+    let vmm = Arc::clone(vmm);
+    interrupt::waiting(py, move || vmm.close())
+}
+
+impl PyVmm {
+    /// If the machine is closed, drop its devices, and the subscribers of its streams, which a
+    /// shared loop would keep. Returns whether it is closed.
+    pub(super) fn let_go_if_closed(&self, py: Python<'_>, vmm: &Vmm) -> bool {
+        let is_closed = vmm.state() == VmRunState::Closed;
+        if is_closed {
+            self.let_go(py);
+        }
+        is_closed
+    }
+
+    fn let_go(&self, py: Python<'_>) {
+        // Outside the locks, because this may run Python code.
+        let devices = std::mem::take(&mut *self.devices.lock());
+        drop(devices);
+        let streams = std::mem::take(&mut *self.streams.lock());
+        let Some(own) = self.in_loop.with(py, Option::take) else { return };
+        for id in streams {
+            // Fails if the program has already removed it.
+            let _ = own.event_manager.get().remove_subscriber(py, id.get());
+        }
+    }
+}
+
+impl Drop for PyVmm {
+    fn drop(&mut self) {
+        let Some(vmm) = self.vmm.take() else { return };
+        if self.tie.is_lent() {
+            // The next job uses the machine, or the pool closes it.
+            return attach(|py| py.detach(|| drop(vmm)));
+        }
+        // Its devices and hooks may hold parts of it, so it is closed explicitly. That may sleep in
+        // the kernel, and its threads may need the GIL to end.
+        attach(|py| {
+            // A close that a signal has interrupted continues in the background.
+            if !vmm.is_closing()
+                && let Err(error) = close(py, &vmm)
+            {
+                error.write_unraisable(py, None);
+            }
+            py.detach(|| drop(vmm));
+            self.let_go(py);
+            self.hooks.pending.report(py);
+        });
+    }
+}
+
+#[pymethods]
+impl PyVmm {
+    /// Stop the guest, wait for the run in progress to end, and release all resources. A second
+    /// call does nothing.
+    ///
+    /// In a callback, it takes effect when the run ends. If a signal handler raises during the
+    /// wait, as Ctrl-C's does, the exception is raised here. The machine is still closed, and
+    /// another `close` waits for that.
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        let Some(vmm) = self.vmm.peek() else { return Ok(()) };
+        close(py, vmm)?;
+        // Called from a callback, the machine closes at the end of the run, because its last output
+        // has not been taken yet.
+        if self.let_go_if_closed(py, vmm) {
+            self.hooks.pending.report(py);
+        }
+        Ok(())
+    }
+
+    fn __aenter__<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        import(slf.py(), "pyvmm.aio")?.call_method1("give", (slf,))
+    }
+
+    #[pyo3(
+        signature = (_kind, _error, _traceback, /),
+        text_signature = "($self, kind, error, traceback, /)"
+    )]
+    fn __aexit__<'py>(
+        slf: &Bound<'py, Self>,
+        _kind: Py<PyAny>,
+        _error: Py<PyAny>,
+        _traceback: Py<PyAny>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        import(slf.py(), "pyvmm.aio")?.call_method1("close_vmm", (slf,))
+    }
+
+    fn __enter__(slf: Py<Self>) -> Py<Self> {
+        slf
+    }
+
+    #[pyo3(
+        signature = (_kind, _error, _traceback, /),
+        text_signature = "($self, kind, error, traceback, /)"
+    )]
+    fn __exit__(
+        slf: &Bound<'_, Self>,
+        _kind: Py<PyAny>,
+        _error: Py<PyAny>,
+        _traceback: Py<PyAny>,
+    ) -> PyResult<()> {
+        // A subclass may do more to close it.
+        slf.call_method0("close").map(drop)
+    }
+}
