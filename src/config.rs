@@ -58,6 +58,8 @@ pub enum Boot {
     Embedded,
     /// Code at an address.
     Flat(FlatBoot),
+    /// An ELF program in 64-bit ring 3.
+    Elf(ElfBoot),
     /// A Linux kernel.
     Linux(LinuxBoot),
 }
@@ -73,6 +75,15 @@ pub struct FlatBoot {
     pub entry: Option<u64>,
     /// The processor mode in which it starts.
     pub mode: CpuMode,
+}
+
+/// A static ELF program, whose exceptions end the run.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ElfBoot {
+    /// The program's file.
+    pub path: PathBuf,
+    /// The size of its stack, in whole pages.
+    pub stack_kib: u64,
 }
 
 /// Bytes, or a file.
@@ -147,6 +158,7 @@ impl VmmConfig {
         match &self.boot {
             Boot::Embedded => CpuMode::User64,
             Boot::Flat(flat) => flat.mode,
+            Boot::Elf(_) => CpuMode::Program64,
             Boot::Linux(_) => CpuMode::Linux64,
         }
     }
@@ -174,6 +186,7 @@ impl VmmConfig {
         match &self.boot {
             Boot::Embedded => Ok(()),
             Boot::Flat(flat) => flat.validate(size),
+            Boot::Elf(elf) => elf.validate(self),
             Boot::Linux(linux) => linux.validate(),
         }
     }
@@ -207,8 +220,25 @@ impl FlatBoot {
         if self.mode == CpuMode::Protected32 && entry > 0xffff_ffff {
             return Err(bad("boot.entry", format!("{entry:#x} is beyond 32 bits")));
         }
-        if self.mode == CpuMode::Linux64 {
+        if matches!(self.mode, CpuMode::Linux64 | CpuMode::Program64) {
             return Err(bad("boot.mode", "a flat guest starts in one of its four modes"));
+        }
+        Ok(())
+    }
+}
+
+impl ElfBoot {
+    fn validate(&self, config: &VmmConfig) -> Result<()> {
+        if self.stack_kib == 0 {
+            return Err(bad("boot.stack_kib", "a program needs a stack"));
+        }
+        if config.cpu.vcpus != 1 {
+            let detail = format!("an ELF program runs on one vCPU, not on {}", config.cpu.vcpus);
+            return Err(bad("cpu.vcpus", detail));
+        }
+        if config.has_irqchip() {
+            let detail = "an ELF program has none: its exceptions end the run by HLT";
+            return Err(bad("irqchip", detail));
         }
         Ok(())
     }
@@ -300,6 +330,24 @@ mod tests {
         assert_eq!(place(&flat(0x10_0000, CpuMode::Real16)), "boot.entry");
         assert_eq!(place(&flat(1 << 40, CpuMode::Long64)), "boot.address");
         assert_eq!(place(&flat(0x1000, CpuMode::Linux64)), "boot.mode");
+    }
+
+    #[test]
+    fn an_elf_program_has_one_vcpu_a_stack_and_no_interrupt_controller() {
+        let boot = Boot::Elf(ElfBoot { stack_kib: 64, ..ElfBoot::default() });
+        let mut config = VmmConfig { boot, ..VmmConfig::default() };
+        config.validate().unwrap();
+        assert_eq!(config.mode(), CpuMode::Program64);
+        config.irqchip = Some(true);
+        assert_eq!(place(&config), "irqchip");
+        config.irqchip = None;
+        config.cpu.vcpus = 2;
+        assert_eq!(place(&config), "cpu.vcpus");
+        config.cpu.vcpus = 1;
+        config.boot = Boot::Elf(ElfBoot::default());
+        assert_eq!(place(&config), "boot.stack_kib");
+        config.boot = flat(0x1000, CpuMode::Program64).boot;
+        assert_eq!(place(&config), "boot.mode");
     }
 
     #[test]

@@ -220,6 +220,8 @@ pub enum ExitReason {
     UnknownExit,
     /// The vCPU itself failed: `KVM_RUN` returned an error.
     VcpuError,
+    /// An ELF program has raised an exception.
+    Exception,
 }
 
 impl ExitReason {
@@ -238,6 +240,7 @@ impl ExitReason {
             Self::FailEntry => "fail-entry",
             Self::UnknownExit => "unknown-exit",
             Self::VcpuError => "vcpu-error",
+            Self::Exception => "exception",
         }
     }
 
@@ -259,6 +262,23 @@ pub struct Exit {
     pub vcpu: Option<u64>,
     /// For a fault: KVM's report, the instruction bytes and the registers, as text.
     pub fault: Option<String>,
+    /// The exception that an ELF program has raised.
+    pub exception: Option<Exception>,
+}
+
+/// An exception, as the processor says it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Exception {
+    /// Its number.
+    pub vector: u8,
+    /// Its error code, if it has one.
+    pub error_code: Option<u64>,
+    /// For a page fault, the address that could not be reached.
+    pub cr2: Option<u64>,
+    /// The instruction that failed, or after a trap the next one.
+    pub rip: u64,
+    /// The function or label that it is in.
+    pub symbol: Option<String>,
 }
 
 /// The next step of a vCPU after an exit. A device, a hook or the exit itself decides it, and the
@@ -281,7 +301,7 @@ impl Exit {
     /// An exit with only a reason.
     #[must_use]
     pub fn new(reason: ExitReason) -> Self {
-        Self { reason, code: None, vcpu: None, fault: None }
+        Self { reason, code: None, vcpu: None, fault: None, exception: None }
     }
 
     /// An exit with a code.

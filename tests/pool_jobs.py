@@ -45,6 +45,7 @@ TAKEN_BACK: dict[str, Callable[[Vmm], object]] = {
     "Vmm.config": lambda vmm: vmm.config,
     "Vmm.unanswered": lambda vmm: vmm.unanswered,
     "Vmm.fixups": lambda vmm: vmm.fixups,
+    "Vmm.symbols": lambda vmm: vmm.symbols,
     "Vmm.nmi": lambda vmm: vmm.nmi(),
     "Vmm.msi": lambda vmm: vmm.msi(0xFEE0_0000, 0x41),
     "Vmm.irq": lambda vmm: vmm.irq(5),

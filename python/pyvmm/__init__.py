@@ -57,6 +57,7 @@ from pyvmm.stats import ExitCount, VcpuTime
 if TYPE_CHECKING:
     from pyvmm.config import (
         CpuConfig,
+        ElfBoot,
         EmbeddedBoot,
         FlatBoot,
         LinuxBoot,
@@ -77,6 +78,7 @@ __all__ = [
     "ConfigError",
     "CpuConfig",
     "DirtyPages",
+    "ElfBoot",
     "EmbeddedBoot",
     "EventError",
     "EventFd",
@@ -142,7 +144,16 @@ __all__ = [
 atexit.register(close_all)
 
 # Imported on first use: the event loop does not need them, and they take most of the import time.
-_CONFIG = ("CpuConfig", "EmbeddedBoot", "FlatBoot", "LinuxBoot", "MemoryConfig", "SerialConfig", "VmmConfig")
+_CONFIG = (
+    "CpuConfig",
+    "ElfBoot",
+    "EmbeddedBoot",
+    "FlatBoot",
+    "LinuxBoot",
+    "MemoryConfig",
+    "SerialConfig",
+    "VmmConfig",
+)
 _LAZY = {
     **dict.fromkeys(_CONFIG, "pyvmm.config"),
     **dict.fromkeys(("HostcallError", "HostcallStatus"), "pyvmm.hostcalls"),

@@ -1647,6 +1647,13 @@ class Vmm:
         """Accesses that no device answered, counted by address."""
 
     @property
+    def symbols(self) -> dict[str, int]:
+        """The addresses of the functions, variables and labels of the program of `ElfBoot`, by name.
+
+        Empty if its file has no symbols, or the machine runs something else. Forks have them too.
+        """
+
+    @property
     def fixups(self) -> dict[str, int]:
         """The instructions that KVM refused and pyvmm executed, counted by mnemonic.
 

@@ -1,6 +1,6 @@
 """The configuration of a machine: typed, with defaults, loadable from a dict, TOML and JSON.
 
-Fields are keyword-only, except the required field of a boot: `FlatBoot(code)` and
+Fields are keyword-only, except the required field of a boot: `FlatBoot(code)`, `ElfBoot(path)` and
 `LinuxBoot(kernel)`.
 
 An object built in Python is checked when a machine is created from it; loaded values are checked at
@@ -116,6 +116,27 @@ class FlatBoot(_Code, frozen=True, kw_only=True, tag_field="type", tag="flat"):
     mode: Literal["real16", "protected32", "long64", "user64"] = "real16"
 
 
+class _Program(_Part, frozen=True):
+    path: FilePath
+
+
+class ElfBoot(_Program, frozen=True, kw_only=True, tag_field="type", tag="elf"):
+    """A static ELF program in 64-bit ring 3, without an operating system.
+
+    Only the program's segments, with their permissions, and its stack are mapped, each at its own
+    address. An exception ends the run: `Exit.reason` is `ExitReason.EXCEPTION`, and the exit says
+    what the processor reported. The program can use every port. It starts with the stack of the
+    System V ABI, without arguments.
+
+    Attributes:
+        path: the file, an x86-64 executable linked with -static -no-pie.
+        stack_kib: the size of the stack, in KiB, rounded up to whole pages. It is at the top of
+            memory. The pages around it are not mapped.
+    """
+
+    stack_kib: Annotated[int, Meta(ge=1, le=2**22)] = 256
+
+
 class _Kernel(_Part, frozen=True):
     kernel: FilePath
 
@@ -173,7 +194,7 @@ class VmmConfig(_Part, frozen=True, kw_only=True):
 
     memory: MemoryConfig = MemoryConfig()
     cpu: CpuConfig = CpuConfig()
-    boot: EmbeddedBoot | FlatBoot | LinuxBoot = EmbeddedBoot()
+    boot: EmbeddedBoot | FlatBoot | ElfBoot | LinuxBoot = EmbeddedBoot()
     serial: SerialConfig = SerialConfig()
     exit_port: Port | None = 0xF4
     irqchip: bool | None = None
@@ -289,7 +310,7 @@ def _checked(load: Any, source: str = "config") -> VmmConfig:
 
 def _choices(key: str, detail: str) -> str:
     """The valid values of a key that has only a few, as a suffix of the error."""
-    tags = [str(boot.__struct_config__.tag) for boot in (EmbeddedBoot, FlatBoot, LinuxBoot)]
+    tags = [str(boot.__struct_config__.tag) for boot in (EmbeddedBoot, FlatBoot, ElfBoot, LinuxBoot)]
     values: dict[str, Sequence[str]] = {
         "boot.type": tags,
         "boot.mode": get_args(get_type_hints(FlatBoot)["mode"]),
@@ -305,7 +326,7 @@ def _unknown_key(parent: str, name: str) -> ConfigError:
         "cpu": [CpuConfig],
         "serial": [SerialConfig],
     }
-    boots: list[type[_Part]] = [EmbeddedBoot, FlatBoot, LinuxBoot]
+    boots: list[type[_Part]] = [EmbeddedBoot, FlatBoot, ElfBoot, LinuxBoot]
     structs = parts.get(parent, boots)
     known = [field for struct in structs for field in struct.__struct_fields__]
     close = difflib.get_close_matches(name, known, n=1)

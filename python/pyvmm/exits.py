@@ -34,6 +34,8 @@ class ExitReason(StrEnum):
     """A KVM exit that pyvmm does not handle; `Exit.code` is its number."""
     VCPU_ERROR = "vcpu-error"
     """KVM_RUN failed; `Exit.code` is the errno."""
+    EXCEPTION = "exception"
+    """A program of `ElfBoot` raised an exception; `Exit.vector` is its number."""
 
 
 class Exit(NamedTuple):
@@ -46,6 +48,13 @@ class Exit(NamedTuple):
         vcpu: the vCPU that ended; None if the host ended the run.
         fault: for a fault, KVM's report, the instruction, its bytes and the registers, as text.
         value: the value of the `Stop` with which a device or an exit hook ended the run.
+        vector: the number of the exception that ended a program of `ElfBoot`: 0 divide error, 3
+            breakpoint, 6 invalid opcode, 13 general protection fault, 14 page fault, ...
+        error_code: the exception's error code, if it has one. That of a page fault has bits for a
+            page that is mapped (1), a write (2), ring 3 (4) and an instruction fetch (16).
+        cr2: for a page fault, the address that could not be reached.
+        rip: the instruction that raised the exception; for a breakpoint, the next one.
+        symbol: the function or label that `rip` is in, if the program's file has symbols.
     """
 
     reason: ExitReason
@@ -53,6 +62,11 @@ class Exit(NamedTuple):
     vcpu: int | None = None
     fault: str | None = None
     value: object = None
+    vector: int | None = None
+    error_code: int | None = None
+    cr2: int | None = None
+    rip: int | None = None
+    symbol: str | None = None
 
     def __eq__(self, other: object) -> bool:
         """Whether both are exits with the same values."""

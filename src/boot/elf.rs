@@ -1,147 +1,39 @@
-//! Checks an ELF kernel's headers before linux-loader copies its segments. Hostile files are
-//! refused here.
+//! Loads an ELF kernel at its physical addresses. linux-loader copies the segments.
 
 use std::io::Cursor;
 
 use linux_loader::loader::{Elf, KernelLoader};
 use vm_memory::GuestAddress;
 
-use crate::error::{Error, ErrorKind, Result};
+use super::program_headers::{Executable, LoadAt};
+use crate::error::Result;
 use crate::layout;
 use crate::memory::GuestMemory;
 
-pub(super) const MAGIC: &[u8] = b"\x7fELF";
-const PT_LOAD: u32 = 1;
-const ET_EXEC_X86_64: (u16, u16) = (2, 62);
-
 /// Load the segments of an ELF64 vmlinux. Returns the entry and the end of the loaded range.
 pub(super) fn load(image: &[u8], memory: &GuestMemory) -> Result<(u64, u64)> {
-    let segments = check(image, memory)?;
-    let Some((_, end)) = segments.last().copied() else {
-        return Err(bad("the ELF file has no segments to load"));
+    let executable = Executable::new(image, "boot.kernel")?;
+    let segments = executable.segments(memory, LoadAt::Physical)?;
+    let ranges: Vec<_> = segments.iter().map(|segment| (segment.start, segment.end)).collect();
+    let Some((_, end)) = ranges.last().copied() else {
+        return Err(executable.bad("the ELF file has no segments to load"));
     };
     let loaded = memory
-        .write_with(&segments, |mmap| Elf::load(mmap, None, &mut Cursor::new(image), None))
-        .map_err(|e| bad(e.to_string()))?;
+        .write_with(&ranges, |mmap| Elf::load(mmap, None, &mut Cursor::new(image), None))
+        .map_err(|e| executable.bad(e.to_string()))?;
     let GuestAddress(entry) = loaded.kernel_load;
     if !layout::in_memory(memory.size(), entry) {
-        return Err(bad(format!("the entry {entry:#x} is outside guest memory")));
+        return Err(executable.bad(format!("the entry {entry:#x} is outside guest memory")));
     }
     Ok((entry, end))
 }
 
-/// Start and end of each segment, by address, if every segment lies in the file and in memory,
-/// above the first MiB, and none over another.
-fn check(image: &[u8], memory: &GuestMemory) -> Result<Vec<(u64, u64)>> {
-    if image.get(4) != Some(&2) || image.get(5) != Some(&1) {
-        return Err(bad("not a 64-bit little-endian ELF file"));
-    }
-    let (Some(kind), Some(machine)) = (u16_at(image, 16), u16_at(image, 18)) else {
-        return Err(bad("the ELF header is truncated"));
-    };
-    if (kind, machine) != ET_EXEC_X86_64 {
-        return Err(bad(format!("not an x86-64 executable (type {kind}, machine {machine})")));
-    }
-    let (Some(offset), Some(size), Some(count)) =
-        (u64_at(image, 32), u16_at(image, 54), u16_at(image, 56))
-    else {
-        return Err(bad("the ELF header is truncated"));
-    };
-    let (mut segments, mut left) = (Vec::new(), memory.size());
-    for n in 0..u64::from(count) {
-        let at = offset.checked_add(n * u64::from(size)).and_then(|at| usize::try_from(at).ok());
-        let header = at.and_then(|at| image.get(at..at.checked_add(56)?));
-        let header =
-            header.ok_or_else(|| bad(format!("program header {n} is outside the file")))?;
-        if u32_at(header, 0) == Some(PT_LOAD) {
-            let (start, end) = check_segment(n, header, image, memory)?;
-            // Segments that do not overlap are together no larger than memory. If they are larger,
-            // refuse them without sorting.
-            left = left.checked_sub(end - start).ok_or_else(|| {
-                bad(format!("segments 0 to {n} overlap: together they are larger than memory"))
-            })?;
-            segments.push((start, end, n));
-        }
-    }
-    check_overlap(&mut segments)?;
-    Ok(segments.into_iter().map(|(start, end, _)| (start, end)).collect())
-}
-
-/// Sort segments (start, end, number) by address, and refuse overlaps. Each byte is loaded at most
-/// once, so the size of memory bounds the work, whatever the headers say.
-fn check_overlap(segments: &mut Vec<(u64, u64, u64)>) -> Result<()> {
-    segments.retain(|(start, end, _)| start < end);
-    segments.sort_unstable();
-    for pair in segments.windows(2) {
-        let [(_, end, first), (start, _, second)] = pair else { continue };
-        if start < end {
-            return Err(bad(format!("segments {first} and {second} overlap at {start:#x}")));
-        }
-    }
-    Ok(())
-}
-
-fn check_segment(n: u64, header: &[u8], image: &[u8], memory: &GuestMemory) -> Result<(u64, u64)> {
-    let field = |at| u64_at(header, at).ok_or_else(|| bad("a program header is truncated"));
-    let (offset, address, in_file, in_memory) = (field(8)?, field(24)?, field(32)?, field(40)?);
-    let file_end = offset.checked_add(in_file);
-    if file_end.is_none_or(|end| end > image.len() as u64) {
-        return Err(bad(format!(
-            "segment {n} is truncated: it extends beyond the end of the file"
-        )));
-    }
-    if in_memory < in_file {
-        return Err(bad(format!("segment {n} is larger in the file than in memory")));
-    }
-    if in_memory > 0 && address < layout::HIGH_MEMORY {
-        return Err(bad(format!("segment {n} at {address:#x} is below 1 MiB")));
-    }
-    memory.check(address, in_memory.max(1)).map_err(|e| {
-        bad(format!("segment {n}: {}", e.detail))
-            .hint("give the machine more memory (memory.size_mib)")
-    })?;
-    Ok((address, address + in_memory))
-}
-
-pub(super) fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
-    Some(u16::from_le_bytes(bytes.get(at..at.checked_add(2)?)?.try_into().ok()?))
-}
-
-pub(super) fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
-    Some(u32::from_le_bytes(bytes.get(at..at.checked_add(4)?)?.try_into().ok()?))
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
-    Some(u64::from_le_bytes(bytes.get(at..at.checked_add(8)?)?.try_into().ok()?))
-}
-
-fn bad(detail: impl Into<String>) -> Error {
-    Error::new(ErrorKind::Boot, "boot.kernel", detail)
-}
-
 #[cfg(test)]
-pub(super) mod tests {
+mod tests {
+    use super::super::program_headers::tests::elf;
     use super::*;
+    use crate::error::ErrorKind;
     use proptest::prelude::*;
-
-    /// A valid ELF with one segment of `code` at `address`.
-    pub(in crate::boot) fn elf(address: u64, code: &[u8]) -> Vec<u8> {
-        let mut image = vec![0; 0x78];
-        image[..7].copy_from_slice(b"\x7fELF\x02\x01\x01");
-        image[16..20].copy_from_slice(&[2, 0, 62, 0]);
-        image[24..32].copy_from_slice(&address.to_le_bytes());
-        image[32] = 64;
-        image[54] = 56;
-        image[56] = 1;
-        image[64] = 1;
-        image[72] = 0x78;
-        image[88..96].copy_from_slice(&address.to_le_bytes());
-        let length = (code.len() as u64).to_le_bytes();
-        image[96..104].copy_from_slice(&length);
-        image[104..112].copy_from_slice(&length);
-        image.extend_from_slice(code);
-        image
-    }
 
     fn memory() -> GuestMemory {
         GuestMemory::new(4 << 20).unwrap()

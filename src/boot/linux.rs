@@ -5,9 +5,9 @@
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use vm_memory::ByteValued;
 
-use super::elf::{self, u16_at, u32_at};
 use super::files::Files;
-use super::initrd;
+use super::program_headers::{MAGIC, u16_at, u32_at};
+use super::{elf, initrd};
 use crate::config::LinuxBoot;
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout;
@@ -55,7 +55,7 @@ pub(super) fn load(config: &LinuxBoot, memory: &GuestMemory, files: &Files<'_>) 
 }
 
 fn load_kernel(image: &[u8], config: &LinuxBoot, memory: &GuestMemory) -> Result<Kernel> {
-    if image.starts_with(elf::MAGIC) {
+    if image.starts_with(MAGIC) {
         let (entry, end) = elf::load(image, memory)?;
         let header = setup_header {
             boot_flag: BOOT_FLAG,
@@ -165,7 +165,7 @@ fn bad(detail: impl Into<String>) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::boot::elf::tests::elf;
+    use crate::boot::program_headers::tests::elf;
     use proptest::prelude::*;
 
     /// A bzImage of one setup sector whose kernel is `body`.

@@ -1,7 +1,7 @@
 //! Loads what the configuration names.
 
 use super::files::Files;
-use super::{embedded, flat, linux, mptable};
+use super::{embedded, flat, linux, mptable, program};
 use crate::config::{Boot, VmmConfig};
 use crate::error::Result;
 use crate::memory::GuestMemory;
@@ -22,6 +22,7 @@ pub fn load(
     match &config.boot {
         Boot::Embedded => embedded::load(config, memory),
         Boot::Flat(flat) => flat::load(flat, memory, &files),
+        Boot::Elf(elf) => program::load(elf, memory, &files),
         Boot::Linux(linux) => {
             let entry = linux::load(linux, memory, &files)?;
             mptable::write(memory, config.cpu.vcpus)?;

@@ -9,6 +9,9 @@ mod initrd;
 mod linux;
 mod load;
 mod mptable;
+mod program;
+mod program_headers;
+mod symbols;
 
 pub use embedded::embedded_guest;
 pub use load::load;

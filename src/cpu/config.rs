@@ -66,6 +66,9 @@ pub enum CpuMode {
     Long64,
     /// 64-bit mode, ring 3, identity-mapped, with a TSS that allows every port.
     User64,
+    /// 64-bit mode, ring 3, as `User64`, with only a program's own pages mapped, and exceptions
+    /// that end the run.
+    Program64,
     /// 64-bit mode by the Linux boot protocol: vCPU 0 starts, the others wait for INIT and SIPI.
     Linux64,
 }

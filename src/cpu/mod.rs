@@ -3,8 +3,11 @@
 
 mod config;
 pub mod cpuid;
+pub mod exceptions;
 mod features;
+pub mod gdt;
 pub mod msrs;
+pub mod paging;
 pub mod regs;
 pub mod tables;
 mod topology;

@@ -2,7 +2,8 @@
 
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 
-use super::tables::{GDT_LIMIT, selector};
+use super::exceptions::{IDT_LIMIT, Interrupted};
+use super::gdt::{GDT_LIMIT, selector};
 use crate::cpu::CpuMode;
 use crate::layout;
 
@@ -17,19 +18,24 @@ const CR4_OSFXSR: u64 = 1 << 9;
 const CR4_OSXMMEXCPT: u64 = 1 << 10;
 const EFER_LME: u64 = 1 << 8;
 const EFER_LMA: u64 = 1 << 10;
+const EFER_NXE: u64 = 1 << 11;
 /// The bit of RFLAGS that is always one.
 const RFLAGS_RESERVED: u64 = 2;
 
 /// Bytes of stack for each vCPU of a flat guest, right below its code.
 const STACK_SIZE: u64 = 4096;
 
+/// At the top of an ELF program's stack, by the System V ABI: no arguments, no environment, no
+/// auxiliary vector, all of them zeros.
+const ARGUMENTS: u64 = 64;
+
 /// The initial general registers in `mode` at `entry`, for the vCPU with this number.
 ///
-/// A flat guest has its vCPU's number in RDI and a stack right below `code`, 4 KiB for each vCPU.
+/// A flat guest has its vCPU's number in RDI and a stack right below `stack`, 4 KiB for each vCPU.
 /// Linux has the address of its boot parameters in RSI.
 #[must_use]
-pub fn start_regs(mode: CpuMode, entry: u64, code: u64, vcpu: u64) -> kvm_regs {
-    let stack = code.saturating_sub(vcpu * STACK_SIZE) & !15;
+pub fn start_regs(mode: CpuMode, entry: u64, stack: u64, vcpu: u64) -> kvm_regs {
+    let stack = stack.saturating_sub(vcpu * STACK_SIZE) & !15;
     let base = kvm_regs {
         rip: entry,
         rsp: stack,
@@ -45,6 +51,7 @@ pub fn start_regs(mode: CpuMode, entry: u64, code: u64, vcpu: u64) -> kvm_regs {
         CpuMode::Linux64 => {
             kvm_regs { rsp: layout::ZERO_PAGE, rsi: layout::ZERO_PAGE, rdi: 0, ..base }
         }
+        CpuMode::Program64 => kvm_regs { rsp: stack.saturating_sub(ARGUMENTS), rdi: 0, ..base },
         CpuMode::Protected32 | CpuMode::Long64 | CpuMode::User64 => base,
     }
 }
@@ -63,7 +70,7 @@ pub fn set_start_sregs(sregs: &mut kvm_sregs, mode: CpuMode, entry: u64) {
         return;
     }
     let (code, data, dpl) = match mode {
-        CpuMode::User64 => (selector::USER_CODE, selector::USER_DATA, 3),
+        CpuMode::User64 | CpuMode::Program64 => (selector::USER_CODE, selector::USER_DATA, 3),
         _ => (selector::CODE, selector::DATA, 0),
     };
     let long = mode != CpuMode::Protected32;
@@ -85,8 +92,21 @@ pub fn set_start_sregs(sregs: &mut kvm_sregs, mode: CpuMode, entry: u64) {
         sregs.cr4 |= CR4_PAE;
         sregs.efer = EFER_LME | EFER_LMA;
     }
-    if mode == CpuMode::User64 {
+    if matches!(mode, CpuMode::User64 | CpuMode::Program64) {
         sregs.tr = task_segment();
+    }
+    if mode == CpuMode::Program64 {
+        sregs.efer |= EFER_NXE;
+        (sregs.idt.base, sregs.idt.limit) = (layout::EXCEPTION_PAGE, IDT_LIMIT);
+    }
+}
+
+/// Put a vCPU back into the state of a program that an exception has interrupted.
+pub fn resume_program(regs: &mut kvm_regs, sregs: &mut kvm_sregs, at: &Interrupted) {
+    (regs.rip, regs.rsp, regs.rflags) = (at.rip, at.rsp, at.rflags);
+    if at.cs & 3 == 3 {
+        sregs.cs = code_segment(selector::USER_CODE, 3, true);
+        sregs.ss = data_segment(selector::USER_DATA, 3);
     }
 }
 
@@ -133,6 +153,29 @@ mod tests {
     fn each_vcpu_has_its_number_and_its_own_stack() {
         let regs = start_regs(CpuMode::Long64, 0x10_0000, 0x10_0000, 2);
         assert_eq!((regs.rdi, regs.rsp), (2, 0x10_0000 - 8192));
+    }
+
+    #[test]
+    fn a_program_has_an_aligned_stack_and_the_state_that_an_exception_interrupts_comes_back() {
+        let mut regs = start_regs(CpuMode::Program64, 0x40_0000, 0x80_0000, 0);
+        assert_eq!((regs.rsp, regs.rdi), (0x80_0000 - 64, 0));
+        let mut sregs = kvm_sregs::default();
+        set_start_sregs(&mut sregs, CpuMode::Program64, 0x40_0000);
+        assert_eq!((sregs.idt.base, sregs.efer & EFER_NXE), (layout::EXCEPTION_PAGE, EFER_NXE));
+        let start = sregs;
+        (sregs.cs, sregs.ss) = (code_segment(selector::CODE, 0, true), kvm_segment::default());
+        let at = Interrupted {
+            vector: 0,
+            error_code: None,
+            rip: 0x40_1000,
+            cs: u64::from(selector::USER_CODE),
+            rflags: 0x202,
+            rsp: 0x1234,
+            ss: u64::from(selector::USER_DATA),
+        };
+        resume_program(&mut regs, &mut sregs, &at);
+        assert_eq!((regs.rip, regs.rflags, regs.rsp), (0x40_1000, 0x202, 0x1234));
+        assert_eq!(sregs, start);
     }
 
     #[test]

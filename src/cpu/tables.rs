@@ -1,48 +1,17 @@
-//! The tables in guest memory for a start in protected or 64-bit mode: GDT, page tables, TSS.
+//! The tables in guest memory for a start in protected or 64-bit mode: GDT, page tables, TSS. Those
+//! of an ELF program are in `paging.rs` and `exceptions.rs`.
 
+use super::{exceptions, gdt};
 use crate::cpu::CpuMode;
 use crate::error::Result;
 use crate::layout;
 use crate::memory::GuestMemory;
-
-/// Selectors of the GDT, which serves every mode. Linux's boot protocol fixes the first two.
-pub mod selector {
-    /// Code of ring 0: 32 or 64 bits, by mode.
-    pub const CODE: u16 = 0x10;
-    /// Data of ring 0.
-    pub const DATA: u16 = 0x18;
-    /// The TSS, two entries long.
-    pub const TSS: u16 = 0x20;
-    /// Code of ring 3.
-    pub const USER_CODE: u16 = 0x30 | 3;
-    /// Data of ring 3.
-    pub const USER_DATA: u16 = 0x38 | 3;
-}
-
-// Descriptors as in the Intel manual, volume 3, section 3.4.5: base 0, limit 4 GiB, accessed.
-const CODE32: u64 = 0x00cf_9b00_0000_ffff;
-const CODE64: u64 = 0x00af_9b00_0000_ffff;
-const DATA: u64 = 0x00cf_9300_0000_ffff;
-const RING_3: u64 = 3 << 45;
-const TSS64_BUSY: u64 = 0x0000_8b00_0000_0000;
 
 const PAGE_PRESENT_WRITABLE: u64 = 0b11;
 const PAGE_USER: u64 = 0b100;
 const PAGE_LARGE: u64 = 1 << 7;
 const ENTRIES: u64 = 512;
 const GIB: u64 = 1 << 30;
-
-/// The size of the GDT minus one.
-pub const GDT_LIMIT: u16 = 8 * 8 - 1;
-
-/// The GDT for a mode.
-#[must_use]
-pub fn gdt(mode: CpuMode) -> [u64; 8] {
-    let code = if mode == CpuMode::Protected32 { CODE32 } else { CODE64 };
-    let limit = u64::from(layout::TSS_LIMIT);
-    let tss = TSS64_BUSY | limit & 0xffff | (layout::TSS & 0xff_ffff) << 16;
-    [0, 0, code, DATA, tss, 0, CODE64 | RING_3, DATA | RING_3]
-}
 
 /// Write the tables that the mode needs. `one_gib_pages`: whether the vCPU supports 1 GiB pages,
 /// for memory above 4 GiB.
@@ -53,12 +22,16 @@ pub fn write(memory: &GuestMemory, mode: CpuMode, one_gib_pages: impl Fn() -> bo
     if mode == CpuMode::Real16 {
         return Ok(());
     }
-    write_u64s(memory, layout::GDT, gdt(mode))?;
+    write_u64s(memory, layout::GDT, gdt::gdt(mode))?;
     if mode == CpuMode::Protected32 {
         return Ok(());
     }
-    write_page_tables(memory, mode, one_gib_pages())?;
-    if mode == CpuMode::User64 {
+    if mode == CpuMode::Program64 {
+        exceptions::write(memory)?; // its page tables were written when it was loaded
+    } else {
+        write_page_tables(memory, mode, one_gib_pages())?;
+    }
+    if matches!(mode, CpuMode::User64 | CpuMode::Program64) {
         // All zeros except the bitmap's offset, at 102, and the byte of ones that ends the bitmap.
         memory.write(layout::TSS + 102, &104u16.to_le_bytes())?;
         memory.write(layout::TSS + u64::from(layout::TSS_LIMIT), &[0xff])?;

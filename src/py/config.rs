@@ -11,7 +11,7 @@ use pyo3::types::PyString;
 
 use super::ending::import;
 use crate::config::{
-    Boot, Code, ExitPort, FlatBoot, LinuxBoot, MemoryConfig, SerialConfig, SerialInput,
+    Boot, Code, ElfBoot, ExitPort, FlatBoot, LinuxBoot, MemoryConfig, SerialConfig, SerialInput,
     SerialOutput, VmmConfig,
 };
 use crate::cpu::{CpuConfig, CpuMode, CpuTemplate};
@@ -64,6 +64,7 @@ struct Classes {
     serial: Py<PyAny>,
     embedded: Py<PyAny>,
     flat: Py<PyAny>,
+    elf: Py<PyAny>,
     linux: Py<PyAny>,
 }
 
@@ -79,6 +80,7 @@ fn classes(py: Python<'_>) -> PyResult<&'static Classes> {
             serial: class("SerialConfig")?,
             embedded: class("EmbeddedBoot")?,
             flat: class("FlatBoot")?,
+            elf: class("ElfBoot")?,
             linux: class("LinuxBoot")?,
         })
     })
@@ -158,10 +160,16 @@ fn boot(part: &Part<'_>) -> PyResult<Boot> {
     if is(&classes.flat)? {
         return Ok(Boot::Flat(flat(part)?));
     }
+    if is(&classes.elf)? {
+        return Ok(Boot::Elf(ElfBoot {
+            path: part.get(intern!(py, "path"), "a path")?,
+            stack_kib: part.get(intern!(py, "stack_kib"), "a number of KiB from 1")?,
+        }));
+    }
     if is(&classes.embedded)? {
         return Ok(Boot::Embedded);
     }
-    Err(bad("boot", unlike(&part.object, "an EmbeddedBoot, FlatBoot or LinuxBoot")))
+    Err(bad("boot", unlike(&part.object, "an EmbeddedBoot, FlatBoot, ElfBoot or LinuxBoot")))
 }
 
 fn flat(part: &Part<'_>) -> PyResult<FlatBoot> {

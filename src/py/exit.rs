@@ -9,7 +9,7 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::IntoPyDict;
 
 use super::ending::{guard_thread, import};
-use crate::exit_handler::{Exit, ExitReason};
+use crate::exit_handler::{Exception, Exit, ExitReason};
 use crate::vcpu::VmRunState;
 
 /// A `pyvmm.Exit`.
@@ -17,12 +17,14 @@ pub(super) fn to_python<'py>(py: Python<'py>, exit: &Exit) -> PyResult<Bound<'py
     static EXIT: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
     guard_thread();
     let reason = reason(py, exit.reason)?;
-    EXIT.import(py, "pyvmm.exits", "Exit")?.call1((
-        reason,
-        exit.code,
-        exit.vcpu,
-        exit.fault.as_deref(),
-    ))
+    let class = EXIT.import(py, "pyvmm.exits", "Exit")?;
+    let (code, fault) = (exit.code, exit.fault.as_deref());
+    let Some(exception) = &exit.exception else {
+        return class.call1((reason, code, exit.vcpu, fault));
+    };
+    let Exception { vector, error_code, cr2, rip, symbol } = exception;
+    let value = None::<u64>;
+    class.call1((reason, code, exit.vcpu, fault, value, vector, error_code, cr2, rip, symbol))
 }
 
 /// A member of `pyvmm.ExitReason`, looked up by its name once: a call of the class takes as long as

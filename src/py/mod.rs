@@ -39,6 +39,7 @@ mod run;
 mod serial;
 mod snapshot;
 mod stats;
+mod symbols;
 mod trace;
 mod unanswered;
 mod vcpu;

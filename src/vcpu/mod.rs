@@ -7,6 +7,7 @@ mod access;
 mod by_hand;
 mod current;
 mod enter;
+mod exception;
 mod exit;
 mod fault;
 mod fixup;

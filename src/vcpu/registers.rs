@@ -3,7 +3,7 @@
 
 use std::fmt::Write;
 
-use kvm_bindings::{CpuId, kvm_cpuid_entry2, kvm_xcrs};
+use kvm_bindings::{CpuId, kvm_cpuid_entry2, kvm_regs, kvm_xcrs};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::guest_debug::{self, DebugOwner, DebugRequest};
@@ -130,8 +130,12 @@ impl Vcpu {
             *edits = Some(Box::new(RegisterEdits { from, to }));
             return Ok(());
         }
-        kvm("KVM_SET_REGS", self.fd.set_regs(&to))?;
-        self.page.set_registers(&to);
+        self.set_general(&to)
+    }
+
+    pub(super) fn set_general(&mut self, to: &kvm_regs) -> Result<()> {
+        kvm("KVM_SET_REGS", self.fd.set_regs(to))?;
+        self.page.set_registers(to);
         self.has_page_registers = true;
         Ok(())
     }

@@ -8,6 +8,7 @@ use kvm_bindings::{KVM_EXIT_SET_TPR, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SH
 
 use super::access;
 use super::enter::enter;
+use super::exception;
 use super::exit::VcpuExit;
 use super::fault;
 use super::handle::VcpuHandle;
@@ -80,14 +81,11 @@ fn answer(vcpu: &mut Vcpu, handle: &VcpuHandle, exit: &VcpuExit, mask: ExitMask)
 }
 
 /// If the run ends with a fault, add the vCPU's state to KVM's report.
-fn with_fault_report(vcpu: &Vcpu, outcome: Outcome) -> Outcome {
-    match outcome {
-        Outcome::End(Exit { fault: Some(what), reason, code, vcpu: number }) => {
-            let fault = Some(fault::describe(vcpu, &what));
-            Outcome::End(Exit { fault, reason, code, vcpu: number })
-        }
-        other => other,
+fn with_fault_report(vcpu: &Vcpu, mut outcome: Outcome) -> Outcome {
+    if let Outcome::End(Exit { fault: Some(what), .. }) = &mut outcome {
+        *what = fault::describe(vcpu, what);
     }
+    outcome
 }
 
 /// Complete an access that has been answered, and its follow-ups, at most `steps` together, without
@@ -150,6 +148,7 @@ fn handle_exit(exit: &VcpuExit, vcpu: &mut Vcpu, handle: &VcpuHandle) -> Outcome
         VcpuExit::MmioWrite { address, data } => access::mmio_write(vcpu, handle, *address, data),
         // The guest gets a general protection fault, as KVM itself would have raised.
         VcpuExit::Rdmsr { .. } | VcpuExit::Wrmsr { .. } => Outcome::Continue,
+        VcpuExit::Hlt => end(exception::take(vcpu).unwrap_or_else(|| Exit::new(ExitReason::Halt))),
         _ => end_of(exit, vcpu.page.exit_reason(), || {
             fault::internal_error(&vcpu.page.internal_error())
         }),
@@ -159,7 +158,6 @@ fn handle_exit(exit: &VcpuExit, vcpu: &mut Vcpu, handle: &VcpuHandle) -> Outcome
 /// The outcome of an exit that is not an access. `internal_error` returns KVM's report.
 fn end_of(exit: &VcpuExit, number: u32, internal_error: impl FnOnce() -> String) -> Outcome {
     match exit {
-        VcpuExit::Hlt => end(Exit::new(ExitReason::Halt)),
         VcpuExit::Interrupted => Outcome::Continue,
         // The guest has lowered CR8, which tells a LAPIC in user space to look for an interrupt.
         VcpuExit::Unknown { number: KVM_EXIT_SET_TPR } => Outcome::Continue,
@@ -238,7 +236,6 @@ mod tests {
 
     #[test]
     fn every_end_has_its_reason() {
-        assert_eq!(reason(outcome(&VcpuExit::Hlt)), (ExitReason::Halt, None));
         assert_eq!(reason(outcome(&VcpuExit::Shutdown)), (ExitReason::Shutdown, None));
         let refused = VcpuExit::FailEntry { reason: 33, cpu: 0 };
         assert_eq!(reason(outcome(&refused)), (ExitReason::FailEntry, Some(33)));

@@ -52,14 +52,17 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         let (irqchip, pit) = (config.has_irqchip(), config.has_pit());
         let chips = Chips { irqchip, pit, fixups: config.cpu.fixups };
         let table = cpuid::guest_cpuid(&kvm, &config.cpu)?;
+        check_no_execute(config, &table)?;
         let count = vcpu_count(&kvm, config)?;
         let mut vm = Self::assemble(&kvm, chips, memory, router, exit_handler)?;
         vm.create_vcpus(0..u64::from(count), |fd, id| set_up(fd, config, &table, id, count))?;
         tables::write(&vm.memory, config.mode(), || table.has("pdpe1gb"))?;
         vm.mode = config.mode();
-        if let Boot::Flat(FlatBoot { address, .. }) = &config.boot {
-            vm.code = Some(*address);
-        }
+        vm.stack = match &config.boot {
+            Boot::Flat(FlatBoot { address, .. }) => Some(*address),
+            Boot::Elf(elf) => Some(elf.stack(vm.memory.size()).end),
+            Boot::Embedded | Boot::Linux(_) => None,
+        };
         vm.is_prepared = AtomicBool::new(false);
         Ok(vm)
     }
@@ -116,7 +119,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             shared: Arc::new(vcpu::Shared { exit_handler, run_state, exit }),
             router,
             mode: CpuMode::Real16,
-            code: None,
+            stack: None,
             fixups: Arc::default(),
             has_fixups: chips.fixups,
             irqchip: chips.irqchip,
@@ -232,6 +235,15 @@ fn switch_fixups_on(
             Ok(())
         })
     })
+}
+
+/// The page tables of an ELF program say what cannot be executed.
+fn check_no_execute(config: &VmmConfig, table: &GuestCpuid) -> Result<()> {
+    if config.mode() != CpuMode::Program64 || table.has("nx") {
+        return Ok(());
+    }
+    let detail = "an ELF program needs the feature nx, which this vCPU has not";
+    Err(Error::new(ErrorKind::Config, "cpu.hide", detail))
 }
 
 fn vcpu_count(kvm: &Kvm, config: &VmmConfig) -> Result<u8> {

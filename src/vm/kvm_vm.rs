@@ -30,8 +30,8 @@ pub struct KvmVm<EH: ExitHandler> {
     pub(super) shared: Arc<vcpu::Shared<EH>>,
     pub(super) router: Arc<ExitRouter>,
     pub(super) mode: CpuMode,
-    /// Where a flat guest's stacks end.
-    pub(super) code: Option<u64>,
+    /// Where the stacks end of a guest that is not Linux.
+    pub(super) stack: Option<u64>,
     pub(super) fixups: Arc<fixup::Counts>,
     pub(super) has_fixups: bool,
     pub(super) irqchip: bool,

@@ -1,5 +1,6 @@
 //! `Vmm`: builds a machine from a configuration, and gives access to its parts.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -13,6 +14,7 @@ use super::runner::{Runner, closed};
 
 use crate::boot;
 use crate::config::{ExitPort, SerialConfig, VmmConfig};
+use crate::debug::Symbols;
 use crate::devices::{self, Access, Device, Serial};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
@@ -240,6 +242,16 @@ impl Vmm {
         let vm = self.vm()?;
         vm.check_process()?;
         Ok(vm.memory().clone())
+    }
+
+    /// The addresses of what an ELF program has names for; none for other guests.
+    ///
+    /// # Errors
+    /// When the machine is closed, or in a forked child.
+    pub fn symbols(&self) -> Result<BTreeMap<String, u64>> {
+        let memory = self.memory()?;
+        let read = |at| memory.load::<u64>(at).ok();
+        Ok(Symbols::at(layout::SYMBOLS, &read).map(|symbols| symbols.all()).unwrap_or_default())
     }
 
     /// The machine's run state.

@@ -45,7 +45,11 @@ WRONG: list[tuple[Callable[[Any], VmmConfig], Any, str]] = [
     (lambda v: VmmConfig(memory=v), None, "memory: expected a MemoryConfig, not None"),
     (lambda v: VmmConfig(cpu=v), 2, "cpu: expected a CpuConfig, not 2"),
     (lambda v: VmmConfig(serial=v), "out.txt", "serial: expected a SerialConfig, not 'out.txt'"),
-    (lambda v: VmmConfig(boot=v), b"\xf4", "boot: expected an EmbeddedBoot, FlatBoot or LinuxBoot, not b'\\xf4'"),
+    (
+        lambda v: VmmConfig(boot=v),
+        b"\xf4",
+        "boot: expected an EmbeddedBoot, FlatBoot, ElfBoot or LinuxBoot, not b'\\xf4'",
+    ),
     (lambda v: VmmConfig(exit_port=v), 0x10000, "exit_port: expected a port from 0 to 0xfffc, or None, not 65536"),
     (lambda v: VmmConfig(exit_port=v), -1, "exit_port: expected a port from 0 to 0xfffc, or None, not -1"),
     (lambda v: VmmConfig(irqchip=v), "yes", "irqchip: expected True, False or None, not 'yes'"),
@@ -111,7 +115,7 @@ def test_names_are_any_sequence() -> None:
 @pytest.mark.parametrize(
     ("toml", "message"),
     [
-        ('boot = {type = "elf"}', "boot.type: Invalid value 'elf'; one of embedded, flat, linux"),
+        ('boot = {type = "vmlinux"}', "boot.type: Invalid value 'vmlinux'; one of embedded, flat, elf, linux"),
         ('boot = {type = "flat", mode = "real"}', "one of real16, protected32, long64, user64"),
         ('cpu = {template = "intel"}', "one of auto, host, software-kvm"),
     ],
