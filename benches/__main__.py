@@ -6,7 +6,20 @@ import sys
 
 from pyvmm import VmmError
 
-from benches import control, devices, footprint, imports, jitter, linux, loop, machines, memory, snapshot, watching
+from benches import (
+    control,
+    devices,
+    footprint,
+    fuzz,
+    imports,
+    jitter,
+    linux,
+    loop,
+    machines,
+    memory,
+    snapshot,
+    watching,
+)
 from benches.measure import Benchmark, Result, UnmeasurableError, report
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -33,6 +46,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     "snapshot-footprint": snapshot.footprints,
     "snapshot-reset": snapshot.resets,
     "snapshot-file": snapshot.files,
+    "fuzz-batch": fuzz.batches,
+    "fuzz-single": fuzz.single,
     "linux-userspace": linux.boots,
     "import": imports.imports,
 }
