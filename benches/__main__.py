@@ -30,6 +30,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "run-once": control.exits_by_hand,
     "device": devices.accesses,
     "hook": devices.hooks,
+    "hop": devices.hops,
     "hostcall": devices.hostcalls,
     "doorbell": devices.doorbells,
     "pause": control.pauses,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import sysconfig
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from benches.measure import UnmeasurableError, compiled
 
@@ -86,7 +89,21 @@ def time_resets_and_runs(code: bytes, memory: int, resets: int, pages: int, how:
     return seconds, running.value
 
 
+@cache
+def _calls() -> ctypes.CDLL:
+    source = Path(__file__).with_name("bare_call.c")
+    library = ctypes.CDLL(compiled(source, f"-I{sysconfig.get_path('include')}"))
+    library.time_calls.restype = ctypes.c_double
+    library.time_calls.argtypes = [ctypes.py_object, ctypes.py_object, ctypes.py_object, ctypes.c_int]
+    return library
+
+
+def time_calls(function: Callable[[Any, Any], object], first: object, second: object, calls: int) -> float:
+    """Seconds to call a function with two arguments from C so often, the GIL taken and given back each time."""
+    return _checked(_calls().time_calls(function, first, second, calls))
+
+
 def _checked(seconds: float) -> float:
     if seconds < 0:
-        raise UnmeasurableError("the bare KVM loop failed: is /dev/kvm usable?")
+        raise UnmeasurableError("the C part failed: is /dev/kvm usable?")
     return seconds

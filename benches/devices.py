@@ -6,7 +6,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 
-from pyvmm import EventFd, EventOps, Events, Vcpu, VcpuExit, Vmm
+from pyvmm import EventFd, EventOps, Events, Stop, Vcpu, VcpuExit, Vmm
 from pyvmm.hostcalls import PORT
 
 from benches import bare
@@ -14,6 +14,7 @@ from benches.machines import EXIT, RUNS, config, reading
 from benches.measure import Result, compare
 
 EXITS = 20_000
+ANSWERS, HOP_RUNS = 50_000, 21
 RINGS = 2_000
 BELL = 0x30
 BLOCK, TEXT = 0x8000, 0x9000
@@ -60,6 +61,13 @@ class Register:
 
     def read(self, _offset: int, _size: int) -> int:
         return 0x60
+
+
+class Starts:
+    """A device that ends the run at its first access."""
+
+    def read(self, _offset: int, _size: int) -> Stop:
+        return Stop("ready")
 
 
 def timed(code: bytes, prepare: Callable[[Vmm], object], count: int) -> float:
@@ -113,6 +121,35 @@ def hooks(exits: int = EXITS, runs: int = RUNS) -> Iterator[Result]:
         return timed(code, lambda _: None, exits)
 
     yield compare("exit beside a hook of another kind", "exits/s", unused, without, "without hooks", 0.98, runs)
+
+
+def hops(answers: int = ANSWERS, runs: int = HOP_RUNS) -> Iterator[Result]:
+    """What a hop to Python costs apart from KVM: the same exit answered again and again."""
+
+    def hook(vcpu: Vcpu, _exit: VcpuExit) -> int:
+        regs = vcpu.regs
+        _ = regs.rip + regs.rax
+        return 0x60
+
+    def answering(vmm: Vmm) -> Callable[[], float]:
+        """Stop the guest at its first exit; then each call answers the next one repeatedly."""
+        vmm.run_here()
+        return lambda: vmm._time_answers(answers) / answers * 1e9
+
+    bare_calls = lambda: bare.time_calls(Register().read, 0, 1, answers) / answers * 1e9  # noqa: E731
+    name, port = "a call from C", 0x500
+    code = reading(runs + 3).replace(b"\xba\xfd\x03", b"\xba\x00\x05")
+    with Vmm(config(code)) as vmm:
+        vmm.add_pio_device(port, 1, Starts())
+        ours = answering(vmm)
+        vmm.remove_pio_device(port)
+        vmm.add_pio_device(port, 1, Register())
+        yield compare("hop to a Python device", "ns", ours, bare_calls, name, 1 / 3, runs)
+    with Vmm(config(code)) as vmm:
+        vmm.add_pio_device(port, 1, Starts())
+        ours = answering(vmm)
+        vmm.on_exit("io", hook)
+        yield compare("hop to a hook that reads 2 registers", "ns", ours, bare_calls, name, 1 / 5, runs)
 
 
 def hostcalls(calls: int = EXITS, runs: int = RUNS) -> Iterator[Result]:

@@ -60,12 +60,12 @@ def compare(
     return Result(name, value, unit, baseline, theirs_name, ratio, goal, runs)
 
 
-def compiled(source: Path) -> str:
+def compiled(source: Path, *options: str) -> str:
     """A shared library of one C file, in a temporary directory."""
     directory = tempfile.mkdtemp(prefix="pyvmm-bench-")
     library = f"{directory}/{source.stem}.so"
     try:
-        subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-pthread", "-o", library, source], check=True)
+        subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-pthread", *options, "-o", library, source], check=True)
     except (FileNotFoundError, subprocess.CalledProcessError) as error:
         raise UnmeasurableError(f"{source.name} cannot be compiled: {error}") from error
     return library

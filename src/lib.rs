@@ -71,9 +71,9 @@ mod _pyvmm {
     #[pymodule_export]
     use crate::py::{
         PyDirtyPages, PyEventFd, PyEventManager, PyEventOps, PyEvents, PyGuestMemory, PyIrqLine,
-        PyKvm, PyKvmVm, PyMemorySlot, PyMsrBytes, PyRegisterBytes, PyRemoteEndpoint, PySerial,
-        PySnapshot, PyStats, PySubscriberId, PyTimerFd, PyTrace, PyVcpu, PyVcpuExit, PyVmm,
-        PyVmmExitHandler, PyWrappedExitHandler, close_all, cpu_features, embedded_guest,
-        kick_signal, kvm_info, set_kick_signal,
+        PyKvm, PyKvmVm, PyMemorySlot, PyMsrBytes, PyRegister, PyRegisterBytes, PyRegisterView,
+        PyRemoteEndpoint, PySerial, PySnapshot, PyStats, PySubscriberId, PyTimerFd, PyTrace,
+        PyVcpu, PyVcpuExit, PyVmm, PyVmmExitHandler, PyWrappedExitHandler, close_all, cpu_features,
+        embedded_guest, kick_signal, kvm_info, set_kick_signal,
     };
 }

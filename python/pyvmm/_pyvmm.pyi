@@ -33,7 +33,9 @@ __all__ = [
     "KvmVm",
     "MemorySlot",
     "MsrBytes",
+    "Register",
     "RegisterBytes",
+    "RegisterView",
     "RemoteEndpoint",
     "Serial",
     "Snapshot",
@@ -935,6 +937,38 @@ class RegisterBytes:
 
     def replace(self, offset: int, bytes: bytes) -> None:
         """Write bytes at an offset. Raises the same exceptions as `store`."""
+
+@disjoint_base
+class RegisterView:
+    """What every view of registers has: the bytes of a kernel's structure, from an offset on."""
+
+    def __new__(cls, registers: RegisterBytes, base: int = 0) -> Self: ...
+    @property
+    def _registers(self) -> RegisterBytes: ...
+    @property
+    def _base(self) -> int: ...
+
+@final
+class Register:
+    """A register of a view: an int of this many bytes, at an offset.
+
+    Written in Rust, because hooks read registers at each exit.
+    """
+
+    def __new__(cls, offset: int, size: int = 8) -> Self: ...
+    @property
+    def offset(self) -> int:
+        """Where it is in the view."""
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+
+    @overload
+    def __get__(self, view: None, owner: object = None, /) -> Self: ...
+    @overload
+    def __get__(self, view: RegisterView, owner: object = None, /) -> int: ...
+    def __set__(self, view: RegisterView, value: int, /) -> None: ...
 
 @final
 class MsrBytes:
@@ -1881,6 +1915,8 @@ class Vmm:
             ValueError: the number is taken, or does not fit in 32 bits.
             ClosedError: the machine is closed.
         """
+
+    def _time_answers(self, count: int) -> float: ...
 
 @final
 class IrqLine:

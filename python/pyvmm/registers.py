@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, ClassVar
 
-from pyvmm.views import Part, Register, View, flags, table
+from pyvmm._pyvmm import Register
+from pyvmm.views import Part, View, flags, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -243,7 +244,7 @@ class Fpu(View):
     mxcsr = Register(24, 4)
 
     def __init__(self, registers: RegisterBytes) -> None:
-        super().__init__(registers)
+        super().__init__()
         self.st = Vectors(registers, [(ST, 10)], 1, 8)
         self.xmm = Vectors(registers, [(XMM, 16)], 2, 16)
         self.ymm = Vectors(registers, [(XMM, 16), (YMM_HIGH, 16)], 6, 16)

@@ -9,45 +9,19 @@ from collections.abc import Mapping
 from html import escape
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar, overload
 
+from pyvmm._pyvmm import Register, RegisterView
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from typing import Self
 
-    from pyvmm._pyvmm import RegisterBytes
 
-
-class Register:
-    """A register of a view, as an int of this many bytes."""
-
-    def __init__(self, offset: int, size: int = 8) -> None:
-        self.offset = offset
-        self.size = size
-
-    @overload
-    def __get__(self, view: None, owner: object) -> Self: ...
-    @overload
-    def __get__(self, view: View, owner: object) -> int: ...
-    def __get__(self, view: View | None, owner: object) -> Self | int:
-        """Read the register."""
-        if view is None:
-            return self
-        return view._registers.load(view._base + self.offset, self.size)
-
-    def __set__(self, view: View, value: int) -> None:
-        """Set the register."""
-        view._registers.store(view._base + self.offset, self.size, value)
-
-
-class View:
+class View(RegisterView):
     """Registers of one vCPU, by name."""
 
-    __slots__ = ("_base", "_registers")
+    __slots__ = ()
     _names: ClassVar[tuple[str, ...]] = ()
     _size: ClassVar[int] = 0
-
-    def __init__(self, registers: RegisterBytes, base: int = 0) -> None:
-        self._registers = registers
-        self._base = base
 
     def __init_subclass__(cls) -> None:
         """Collect the names of the registers."""

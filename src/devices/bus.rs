@@ -9,7 +9,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::Outcome;
 use crate::hop::hop;
 use crate::resources::Kind;
-use crate::sync::{Mutex, RwLock, rank};
+use crate::sync::{Copied, Mutex, Published, rank};
 
 /// Something that answers accesses on a bus. Offsets count from the start of its range.
 pub trait Device: Send + Sync + fmt::Debug {
@@ -135,38 +135,41 @@ pub struct Unanswered {
     pub writes: u64,
 }
 
+/// A device of a bus, and its range.
 #[derive(Clone, Debug)]
-struct Entry {
+pub(crate) struct Entry {
     base: u64,
     length: u64,
     device: Arc<dyn Device>,
 }
 
+/// A vCPU's copy of the devices of a bus.
+pub(crate) type BusCopy = Copied<[Entry]>;
+
 /// One bus.
 #[derive(Debug, Default)]
 pub struct Bus {
     /// Sorted by base, without overlap: each range has been claimed.
-    entries: RwLock<Vec<Entry>, rank::Bus>,
+    entries: Published<[Entry], rank::Bus>,
 }
 
 impl Bus {
     /// Add a device to the bus, at a range that has been claimed for it (`platform.rs`).
     pub(crate) fn add(&self, base: u64, length: u64, device: Arc<dyn Device>) {
-        let mut entries = self.entries.write();
-        let at = entries.partition_point(|e| e.base < base);
-        debug_assert!(
-            at.checked_sub(1)
-                .and_then(|last| entries.get(last))
-                .is_none_or(|e| base - e.base >= e.length)
-                && entries.get(at).is_none_or(|e| e.base - base >= length),
-            "a range is claimed before it is added"
-        );
-        entries.insert(at, Entry { base, length, device });
+        self.entries.change(|entries| {
+            let mut entries = entries.to_vec();
+            let at = entries.partition_point(|e| e.base < base);
+            let before = at.checked_sub(1).and_then(|last| entries.get(last));
+            debug_assert!(before.is_none_or(|e| base - e.base >= e.length), "it is claimed");
+            debug_assert!(entries.get(at).is_none_or(|e| e.base - base >= length), "it is claimed");
+            entries.insert(at, Entry { base, length, device });
+            (entries.into(), ())
+        });
     }
 
     /// The devices that act by themselves.
     pub(super) fn acting(&self) -> Vec<Arc<dyn Device>> {
-        let entries = self.entries.read();
+        let entries = self.entries.load();
         let acting = entries.iter().filter(|e| e.device.acts_by_itself());
         acting.map(|e| Arc::clone(&e.device)).collect()
     }
@@ -177,36 +180,47 @@ impl Bus {
     /// # Errors
     /// When none does.
     pub fn remove(&self, base: u64) -> Result<Arc<dyn Device>> {
-        let mut entries = self.entries.write();
-        match entries.binary_search_by_key(&base, |entry| entry.base) {
-            Ok(at) => Ok(entries.remove(at).device),
-            Err(_) => {
-                let detail = "no device's range starts here";
-                Err(Error::new(ErrorKind::Config, format!("{base:#x}"), detail))
+        let (_, removed) = self.entries.change(|entries| {
+            match entries.binary_search_by_key(&base, |entry| entry.base) {
+                Ok(at) => {
+                    let mut entries = entries.to_vec();
+                    let device = entries.remove(at).device;
+                    (entries.into(), Some(device))
+                }
+                Err(_) => (Arc::clone(entries), None),
             }
-        }
+        });
+        removed.ok_or_else(|| {
+            let detail = "no device's range starts here";
+            Error::new(ErrorKind::Config, format!("{base:#x}"), detail)
+        })
     }
 
     /// Take every device away.
     pub(crate) fn clear(&self) -> impl Sized + use<> {
-        std::mem::take(&mut *self.entries.write())
+        self.entries.change(|_| (Arc::new([]), ()))
     }
 
     /// Every device with its range.
     #[must_use]
     pub fn devices(&self) -> Vec<(u64, u64, Arc<dyn Device>)> {
-        let entries = self.entries.read();
+        let entries = self.entries.load();
         entries.iter().map(|e| (e.base, e.length, Arc::clone(&e.device))).collect()
     }
 
     /// The device whose range contains the whole access, and the offset in it.
-    pub(crate) fn find(&self, address: u64, length: usize) -> Option<(Arc<dyn Device>, u64)> {
+    pub(crate) fn find<'a>(
+        &self,
+        copy: &'a mut BusCopy,
+        address: u64,
+        length: usize,
+    ) -> Option<(&'a Arc<dyn Device>, u64)> {
         hop!();
-        let entries = self.entries.read();
+        let entries = self.entries.read(copy);
         let entry = entries.get(entries.partition_point(|e| e.base <= address).checked_sub(1)?)?;
         let offset = address - entry.base;
         let fits = offset < entry.length && u64::try_from(length).ok()? <= entry.length - offset;
-        fits.then(|| (Arc::clone(&entry.device), offset))
+        fits.then_some((&entry.device, offset))
     }
 }
 
@@ -336,7 +350,7 @@ mod tests {
         add(&bus, 0x100, 8);
         assert!(bus.remove(0x104).is_err(), "not where it starts");
         bus.remove(0x100).unwrap();
-        assert!(bus.find(0x100, 1).is_none());
+        assert!(bus.find(&mut BusCopy::default(), 0x100, 1).is_none());
         add(&bus, 0x104, 8);
     }
 
@@ -376,7 +390,8 @@ mod tests {
             }
             let end = address + length as u64;
             let expected = added.iter().find(|(b, s)| *b <= address && end <= b + s);
-            let found = bus.find(address, length).map(|(_, offset)| offset);
+            let mut copy = BusCopy::default();
+            let found = bus.find(&mut copy, address, length).map(|(_, offset)| offset);
             prop_assert_eq!(found, expected.map(|(b, _)| address - b));
         }
     }

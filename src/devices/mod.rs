@@ -21,6 +21,7 @@ mod uart_modem;
 mod uart_state;
 
 pub use backlog::Piece;
+pub(crate) use bus::BusCopy;
 pub use bus::{Access, Bus, Buses, Device, Unanswered, each};
 pub use debug_exit::DebugExit;
 pub use i8042::I8042;

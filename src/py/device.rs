@@ -5,6 +5,7 @@
 use std::sync::Arc;
 
 use pyo3::exceptions::PyTypeError;
+use pyo3::ffi;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
@@ -253,7 +254,11 @@ fn call_device(
 /// Pass the result of a device's read to the guest.
 fn answer(device: &PythonDevice, value: &Bound<'_, PyAny>, data: &mut [u8]) -> PyResult<Outcome> {
     // Usually the result is a number.
-    if !value.is_instance_of::<PyInt>() && device.pending().take_if_stop(value)? {
+    if let Some(number) = number_of(value) {
+        if fill(data, number) {
+            return Ok(Outcome::Continue);
+        }
+    } else if !value.is_instance_of::<PyInt>() && device.pending().take_if_stop(value)? {
         return Ok(Outcome::Stop);
     }
     let bytes = bytes_of(value, data.len())?;
@@ -343,14 +348,35 @@ fn call_restore(method: &Py<PyAny>, state: &[u8]) -> PyResult<()> {
     })
 }
 
+/// The value of an int, quickly: none if it is of another class, or has more bits.
+fn number_of(value: &Bound<'_, PyAny>) -> Option<u64> {
+    if !value.is_exact_instance_of::<PyInt>() {
+        return None;
+    }
+    // SAFETY: an int, with the GIL held.
+    let number = unsafe { ffi::PyLong_AsUnsignedLongLong(value.as_ptr()) };
+    // All one bits are also the sign of an exception.
+    if number == u64::MAX && PyErr::take(value.py()).is_some() { None } else { Some(number) }
+}
+
+/// Write a little-endian number, if it fits.
+fn fill(data: &mut [u8], number: u64) -> bool {
+    let bytes = number.to_le_bytes();
+    let (low, high) = bytes.split_at(data.len().min(8));
+    if high.iter().any(|byte| *byte != 0) {
+        return false;
+    }
+    let (to, rest) = data.split_at_mut(low.len());
+    to.copy_from_slice(low);
+    rest.fill(0);
+    true
+}
+
 /// Convert a device's result to the bytes of a read: an int in little-endian order, or bytes.
 pub(super) fn bytes_of(value: &Bound<'_, PyAny>, wanted: usize) -> PyResult<Data> {
-    if let Ok(number) = value.extract::<u64>() {
-        let all = number.to_le_bytes();
-        let (low, high) = all.split_at(wanted.min(all.len()));
-        if high.iter().all(|byte| *byte == 0) {
-            let mut data = Data::from_slice(low);
-            data.resize(wanted, 0);
+    if let Some(number) = number_of(value).or_else(|| value.extract().ok()) {
+        let mut data = Data::from_elem(0, wanted);
+        if fill(&mut data, number) {
             return Ok(data);
         }
     }

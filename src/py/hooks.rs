@@ -8,7 +8,7 @@ use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyType, PyWeakrefReference};
+use pyo3::types::{PyInt, PyTuple, PyType, PyWeakrefReference};
 
 use super::device::bytes_of;
 use super::enter::on_vcpu_thread;
@@ -19,17 +19,21 @@ use super::pending_outcome::{PendingOutcome, position};
 use super::recorded::{name_of, recorded};
 use super::vcpu::PyVcpu;
 use super::vcpu_exit::PyVcpuExit;
+use crate::error::Error;
 use crate::exit_handler::Outcome;
 use crate::sync::{Mutex, rank};
 use crate::vcpu::{ExitHook, ExitKind, Reply, VcpuExit, VcpuHandle, current};
 
-/// The hooks of one kind.
-type Functions = Arc<Vec<Py<PyAny>>>;
+/// The objects of this many vCPUs are kept at most.
+const MOST_KEPT: usize = 1024;
+
+/// The hooks of one kind. A tuple, so that a call in progress keeps those that it began with.
+type Functions = Option<Py<PyTuple>>;
 
 /// The hooks of one machine. No Python code runs under its locks.
 #[derive(Debug, Default)]
 pub(super) struct Hooks {
-    functions: Mutex<[Functions; ExitKind::ALL.len()], rank::HookFunctions>,
+    functions: GilCell<[Functions; ExitKind::ALL.len()]>,
     /// Weak references to the machine's object and its parts, because the machine holds these
     /// hooks.
     machine: GilCell<Option<(Py<PyWeakrefReference>, Weak<Parts>)>>,
@@ -37,6 +41,51 @@ pub(super) struct Hooks {
     msrs: Mutex<Vec<u32>, rank::HookMsrs>,
     pub(super) pending: Arc<PendingOutcome>,
     tie: Tie,
+    /// The objects that calls of hooks have used, for the next ones.
+    kept: GilCell<Kept>,
+}
+
+/// Objects that are kept while a thread runs the machine, which therefore is not dropped: each
+/// vCPU's object holds the machine.
+#[derive(Debug, Default)]
+struct Kept {
+    /// How many threads run the machine or wait for it.
+    runs: usize,
+    /// By number.
+    vcpus: Vec<Option<KeptVcpu>>,
+}
+
+impl Kept {
+    /// Keep the objects of a vCPU. Returns what they replace, which is dropped outside the cell.
+    fn keep(&mut self, at: usize, new: KeptVcpu) -> Option<KeptVcpu> {
+        if self.runs == 0 || at >= MOST_KEPT {
+            return Some(new);
+        }
+        if self.vcpus.len() <= at {
+            self.vcpus.resize_with(at + 1, || None);
+        }
+        self.vcpus.get_mut(at)?.replace(new)
+    }
+}
+
+#[derive(Debug)]
+struct KeptVcpu {
+    object: Py<PyVcpu>,
+    /// Its last exit. The next one is often the same, and the object cannot change.
+    exit: Option<(VcpuExit, Py<PyAny>)>,
+}
+
+/// A thread runs the machine.
+pub(super) struct KeepsVcpus<'a, 'py>(&'a Hooks, Python<'py>);
+
+impl Drop for KeepsVcpus<'_, '_> {
+    fn drop(&mut self) {
+        let former = self.0.kept.with(self.1, |kept| {
+            kept.runs -= 1;
+            if kept.runs == 0 { std::mem::take(&mut kept.vcpus) } else { Vec::new() }
+        });
+        drop(former);
+    }
 }
 
 impl Hooks {
@@ -44,43 +93,61 @@ impl Hooks {
         Self { pending, tie: tie.clone(), ..Self::default() }
     }
 
-    fn change(&self, kind: ExitKind, change: impl FnOnce(&[Py<PyAny>]) -> Vec<Py<PyAny>>) {
-        let mut functions = self.functions.lock();
-        let former = functions.get_mut(kind as usize).map(|of_kind| {
-            let changed = change(of_kind);
-            std::mem::replace(of_kind, Arc::new(changed))
-        });
-        drop(functions);
-        // Outside the lock, because dropping it may run Python code.
-        drop(former);
+    fn change(
+        &self,
+        py: Python<'_>,
+        kind: ExitKind,
+        change: impl Fn(&[Bound<'_, PyAny>]) -> Vec<Py<PyAny>>,
+    ) -> PyResult<()> {
+        loop {
+            let known = self.of(py, kind);
+            let list: Vec<_> = known.iter().flat_map(|known| known.bind(py).iter()).collect();
+            let changed = PyTuple::new(py, change(&list))?.unbind();
+            // The tuple's allocation may have run Python code, which may have changed the hooks.
+            let is_same = |now: &Functions| match (now, &known) {
+                (Some(now), Some(known)) => now.is(known),
+                (now, known) => now.is_none() && known.is_none(),
+            };
+            let former = self.functions.with(py, |functions| {
+                let now = functions.get_mut(kind as usize).filter(|now| is_same(now))?;
+                Some(now.replace(changed))
+            });
+            // Outside the cell, because dropping it may run Python code.
+            if former.is_some() {
+                return Ok(());
+            }
+        }
     }
 
-    pub(super) fn add(&self, py: Python<'_>, kind: ExitKind, function: Py<PyAny>) {
-        self.change(kind, |known| {
-            known.iter().map(|known| known.clone_ref(py)).chain([function]).collect()
-        });
+    pub(super) fn add(
+        &self,
+        py: Python<'_>,
+        kind: ExitKind,
+        function: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        self.change(py, kind, |known| {
+            known.iter().chain([function]).map(|function| function.clone().unbind()).collect()
+        })
     }
 
     /// Remove a hook. Returns whether it existed.
     pub(super) fn remove(&self, kind: ExitKind, function: &Bound<'_, PyAny>) -> PyResult<bool> {
         let py = function.py();
-        let known = self.of(kind);
-        // Compared outside the lock and with Python's `==`, because each access creates a new bound
-        // method.
-        let mut at = None;
-        for (number, known) in known.iter().enumerate() {
-            if known.bind(py).eq(function)? {
-                at = Some(number);
+        // Compared with Python's `==`, because each access creates a new bound method.
+        let mut found = None;
+        for known in self.of(py, kind).iter().flat_map(|known| known.bind(py).iter()) {
+            if known.eq(function)? {
+                found = Some(known);
                 break;
             }
         }
-        let Some(at) = at.and_then(|at| known.get(at)) else { return Ok(false) };
-        self.change(kind, |now| {
+        let Some(found) = found else { return Ok(false) };
+        self.change(py, kind, |now| {
             // Another thread may have removed it meanwhile. A hook that was added twice stays once.
-            let gone = now.iter().position(|other| other.is(at));
+            let gone = now.iter().position(|other| other.is(&found));
             let others = now.iter().enumerate().filter(|(number, _)| Some(*number) != gone);
-            others.map(|(_, other)| other.clone_ref(py)).collect()
-        });
+            others.map(|(_, other)| other.clone().unbind()).collect()
+        })?;
         Ok(true)
     }
 
@@ -96,36 +163,76 @@ impl Hooks {
 
     /// Remove registers from the filter, or all of them if no hook of their kind is left. Returns
     /// whether that is so.
-    pub(super) fn unfilter(&self, added: &[u32]) -> bool {
-        let is_last = self.of(ExitKind::Msr).is_empty();
+    pub(super) fn unfilter(&self, py: Python<'_>, added: &[u32]) -> bool {
+        let is_last = !self.kinds(py).contains(&ExitKind::Msr);
         self.msrs.lock().retain(|msr| !is_last && !added.contains(msr));
         is_last
     }
 
-    pub(super) fn kinds(&self) -> Vec<ExitKind> {
-        let functions = self.functions.lock();
-        let pairs = ExitKind::ALL.into_iter().zip(functions.iter());
-        pairs.filter(|(_, of_kind)| !of_kind.is_empty()).map(|(kind, _)| kind).collect()
+    pub(super) fn kinds(&self, py: Python<'_>) -> Vec<ExitKind> {
+        let has_any = |kind: &ExitKind| {
+            self.of(py, *kind).is_some_and(|functions| !functions.bind(py).is_empty())
+        };
+        ExitKind::ALL.into_iter().filter(has_any).collect()
     }
 
-    pub(super) fn of(&self, kind: ExitKind) -> Functions {
-        self.functions.lock().get(kind as usize).cloned().unwrap_or_default()
+    fn of(&self, py: Python<'_>, kind: ExitKind) -> Functions {
+        self.functions.with(py, |functions| {
+            functions.get(kind as usize)?.as_ref().map(|functions| functions.clone_ref(py))
+        })
+    }
+
+    /// A thread begins to run the machine, or to wait for it.
+    pub(super) fn keep_vcpus<'py>(&self, py: Python<'py>) -> KeepsVcpus<'_, 'py> {
+        self.kept.with(py, |kept| kept.runs += 1);
+        KeepsVcpus(self, py)
     }
 
     /// Store the machine of these hooks, for the vCPU objects that are passed to them.
     pub(super) fn belong_to(&self, machine: &Bound<'_, PyAny>, parts: &Arc<Parts>) -> PyResult<()> {
         let new = (PyWeakrefReference::new(machine)?.unbind(), Arc::downgrade(parts));
-        let former = self.machine.with(machine.py(), |known| known.replace(new));
-        drop(former);
+        let py = machine.py();
+        let former = self.machine.with(py, |known| known.replace(new));
+        let kept = self.kept.with(py, |kept| std::mem::take(&mut kept.vcpus));
+        drop((former, kept));
         Ok(())
     }
 
-    /// The object for a vCPU. It keeps the machine alive unless the machine is being dropped.
-    pub(super) fn vcpu<'py>(
+    /// The objects for the vCPU of this thread and for its exit.
+    fn objects<'py>(
         &self,
         py: Python<'py>,
-        handle: &Arc<VcpuHandle>,
-    ) -> PyResult<Bound<'py, PyVcpu>> {
+        vcpu: u64,
+        exit: &VcpuExit,
+    ) -> PyResult<(Bound<'py, PyVcpu>, Bound<'py, PyAny>)> {
+        let at = usize::try_from(vcpu).unwrap_or(usize::MAX);
+        let (known, shown) = self.kept.with(py, |kept| match kept.vcpus.get(at) {
+            Some(Some(KeptVcpu { object, exit: known })) => {
+                let known = known.as_ref().filter(|(known, _)| known == exit);
+                (Some(object.clone_ref(py)), known.map(|(_, shown)| shown.clone_ref(py)))
+            }
+            _ => (None, None),
+        });
+        if let (Some(object), Some(shown)) = (&known, &shown) {
+            return Ok((object.bind(py).clone(), shown.bind(py).clone()));
+        }
+        let object = match known {
+            Some(object) => object.into_bound(py),
+            None => {
+                let handle = current().ok_or_else(|| Error::closed("machine"))?;
+                self.vcpu(py, &handle)?
+            }
+        };
+        let shown = PyVcpuExit::of(py, exit.clone())?.into_pyobject(py)?.into_any();
+        // Other exits have parts that the program may change.
+        let exit = exit.is_access().then(|| (exit.clone(), shown.clone().unbind()));
+        let new = KeptVcpu { object: object.clone().unbind(), exit };
+        drop(self.kept.with(py, |kept| kept.keep(at, new)));
+        Ok((object, shown))
+    }
+
+    /// The object for a vCPU. It keeps the machine alive unless the machine is being dropped.
+    fn vcpu<'py>(&self, py: Python<'py>, handle: &Arc<VcpuHandle>) -> PyResult<Bound<'py, PyVcpu>> {
         let machine = self.machine.with(py, |machine| {
             machine.as_ref().map(|(object, parts)| (object.clone_ref(py), Weak::clone(parts)))
         });
@@ -138,28 +245,33 @@ impl Hooks {
     }
 
     pub(super) fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
-        if let Some(functions) = self.functions.try_lock() {
-            // An Arc that a call also holds is not visited. Then the machine is running and is not
-            // garbage.
-            functions.iter().flat_map(|of_kind| of_kind.iter()).try_for_each(|f| visit.call(f))?;
-        }
-        Ok(())
+        // SAFETY: the collector holds the GIL.
+        let visited = unsafe {
+            self.functions.peek(|functions| functions.iter().try_for_each(|of| visit.call(of)))
+        };
+        visited.unwrap_or(Ok(()))
     }
 }
 
 impl ExitHook for Hooks {
-    fn on_exit(&self, _vcpu: u64, exit: &VcpuExit, reply: &mut Reply) -> Option<Outcome> {
-        on_exit(self, exit, reply)
+    fn on_exit(&self, vcpu: u64, exit: &VcpuExit, reply: &mut Reply) -> Option<Outcome> {
+        on_exit(self, vcpu, exit, reply)
     }
 }
 
 /// Call the hooks of an exit's kind, in the order they were added, until one answers.
-fn on_exit(hooks: &Hooks, exit: &VcpuExit, reply: &mut Reply) -> Option<Outcome> {
-    let (kind, handle) = (exit.kind()?, current()?);
+fn on_exit(hooks: &Hooks, vcpu: u64, exit: &VcpuExit, reply: &mut Reply) -> Option<Outcome> {
+    let kind = exit.kind()?;
     on_vcpu_thread(
         |py| {
-            let said = ask(py, hooks, kind, &handle, exit)?;
-            said.map(|said| outcome_of(hooks, exit, &said, reply)).transpose()
+            let said = ask(py, hooks, kind, vcpu, exit)?;
+            let Some(said) = said else { return Ok(None) };
+            // Usually the answer is a number.
+            if let Some(wanted) = exit.wanted().filter(|_| said.is_exact_instance_of::<PyInt>()) {
+                *reply = Reply::Data(bytes_of(&said, wanted)?);
+                return Ok(Some(Outcome::Continue));
+            }
+            outcome_of(hooks, exit, &said, reply).map(Some)
         },
         |py, error| {
             let text = format!("in a hook of an exit of kind {}{}", kind.name(), position());
@@ -174,15 +286,13 @@ fn ask<'py>(
     py: Python<'py>,
     hooks: &Hooks,
     kind: ExitKind,
-    handle: &Arc<VcpuHandle>,
+    vcpu: u64,
     exit: &VcpuExit,
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
-    let functions = hooks.of(kind);
-    let vcpu = hooks.vcpu(py, handle)?;
-    let shown = PyVcpuExit::of(py, exit.clone())?.into_pyobject(py)?;
-    for function in functions.iter() {
-        let function = function.bind(py);
-        let said = recorded(|| name_of(function), || function.call1((&vcpu, &shown)))?;
+    let Some(functions) = hooks.of(py, kind) else { return Ok(None) };
+    let (vcpu, shown) = hooks.objects(py, vcpu, exit)?;
+    for function in functions.bind(py).iter_borrowed() {
+        let said = recorded(|| name_of(&function), || function.call1((&vcpu, &shown)))?;
         if !said.is_none() {
             return Ok(Some(said));
         }

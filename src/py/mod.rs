@@ -62,7 +62,7 @@ pub(crate) use host::{cpu_features, embedded_guest, kick_signal, kvm_info, set_k
 pub(crate) use interpreter::prepare;
 pub use kvm::PyKvm;
 pub use memory::{PyDirtyPages, PyGuestMemory, PyMemorySlot};
-pub use registers::{PyMsrBytes, PyRegisterBytes};
+pub use registers::{PyMsrBytes, PyRegister, PyRegisterBytes, PyRegisterView};
 pub(crate) use registry::close_all;
 pub use run::PyCancel;
 pub use serial::PySerial;

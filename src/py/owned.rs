@@ -70,6 +70,17 @@ impl<T> Owned<T> {
         self.value.get().ok_or_else(vacant)
     }
 
+    /// The data, to be compared only. The caller checks the process.
+    pub(super) fn known(&self) -> Option<&T> {
+        self.value.get()
+    }
+
+    /// # Errors
+    /// [`ErrorKind::State`] in a forked child.
+    pub(super) fn check_process(&self) -> Result<()> {
+        self.process_tag.check(self.what)
+    }
+
     /// Access the data where no error can be reported: in a finalizer, `repr`, or the garbage
     /// collector.
     pub(super) fn peek(&self) -> Option<&T> {

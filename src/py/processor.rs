@@ -10,7 +10,7 @@ use super::lease::Tie;
 use super::owned::Owned;
 use super::wakeup;
 use crate::error::{Error, Result};
-use crate::vcpu::{Vcpu, VcpuHandle};
+use crate::vcpu::{Vcpu, VcpuHandle, with_called};
 
 /// A vCPU, usable until its machine is closed.
 #[derive(Debug)]
@@ -25,13 +25,35 @@ pub(super) struct Processor {
 impl Processor {
     /// Access the vCPU, with changes that a reset undoes. If another thread uses it for long, as a
     /// snapshot does, this waits without the GIL, and a signal handler that raises ends the wait.
+    #[inline]
     pub(super) fn look<T: Send>(
         &self,
         py: Python<'_>,
         look: impl FnOnce(&mut Vcpu) -> Result<T> + Send,
     ) -> PyResult<T> {
+        // Usually in a callback for this vCPU.
+        let try_now = |handle: &VcpuHandle| handle.try_with_vcpu(Duration::ZERO, look);
+        let tried = match self.handle.known() {
+            // It checks the process itself.
+            Some(known) => with_called(known, try_now),
+            None => Err(try_now),
+        };
+        match tried {
+            Ok(Ok(result)) => Ok(result?),
+            Ok(tried) => self.look_patiently(py, tried),
+            Err(try_now) => self.look_patiently(py, try_now(&*self.upgrade()?)),
+        }
+    }
+
+    fn look_patiently<T: Send, F>(
+        &self,
+        py: Python<'_>,
+        mut tried: std::result::Result<Result<T>, F>,
+    ) -> PyResult<T>
+    where
+        F: FnOnce(&mut Vcpu) -> Result<T> + Send,
+    {
         let handle = self.upgrade()?;
-        let mut tried = handle.try_with_vcpu(Duration::ZERO, look);
         loop {
             let look = match tried {
                 Ok(result) => return Ok(result?),

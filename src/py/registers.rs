@@ -28,14 +28,7 @@ impl PyRegisterBytes {
     /// Raises:
     ///     StateError: the guest is running, or the machine is closed.
     pub(super) fn load(&self, py: Python<'_>, offset: usize, size: usize) -> PyResult<u64> {
-        let number = self.processor.look(py, |vcpu| {
-            vcpu.load(self.class, |bytes| {
-                let from = bytes.get(offset..)?.get(..size)?;
-                let mut number = [0; 8];
-                number.get_mut(..size)?.copy_from_slice(from);
-                Some(u64::from_le_bytes(number))
-            })
-        })?;
+        let number = self.processor.look(py, |vcpu| vcpu.load_number(self.class, offset, size))?;
         number.ok_or_else(outside)
     }
 
@@ -89,6 +82,78 @@ impl PyRegisterBytes {
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {
         self.processor.traverse(&visit)
+    }
+}
+
+/// What every view of registers has: the bytes of a kernel's structure, from an offset on.
+#[pyclass(frozen, subclass, name = "RegisterView", module = "pyvmm")]
+#[derive(Debug)]
+pub struct PyRegisterView {
+    registers: Py<PyRegisterBytes>,
+    base: usize,
+}
+
+#[pymethods]
+impl PyRegisterView {
+    #[new]
+    #[pyo3(signature = (registers, base = 0))]
+    fn new(registers: Py<PyRegisterBytes>, base: usize) -> Self {
+        Self { registers, base }
+    }
+
+    #[getter(_registers)]
+    fn registers(&self, py: Python<'_>) -> Py<PyRegisterBytes> {
+        self.registers.clone_ref(py)
+    }
+
+    #[getter(_base)]
+    fn base(&self) -> usize {
+        self.base
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {
+        visit.call(&self.registers)
+    }
+}
+
+/// A register of a view: an int of this many bytes, at an offset.
+///
+/// Written in Rust, because hooks read registers at each exit.
+#[pyclass(frozen, name = "Register", module = "pyvmm")]
+#[derive(Debug)]
+pub struct PyRegister {
+    /// Where it is in the view.
+    #[pyo3(get)]
+    offset: usize,
+    /// Its bytes.
+    #[pyo3(get)]
+    size: usize,
+}
+
+#[pymethods]
+impl PyRegister {
+    #[new]
+    #[pyo3(signature = (offset, size = 8))]
+    fn new(offset: usize, size: usize) -> Self {
+        Self { offset, size }
+    }
+
+    fn __get__<'py>(
+        slf: &Bound<'py, Self>,
+        view: Option<&Bound<'py, PyAny>>,
+        _owner: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let Some(view) = view else { return Ok(slf.clone().into_any()) };
+        let (this, view) = (slf.get(), view.cast::<PyRegisterView>()?.get());
+        let at = view.base.saturating_add(this.offset);
+        let number = view.registers.get().load(slf.py(), at, this.size)?;
+        Ok(number.into_pyobject(slf.py())?.into_any())
+    }
+
+    fn __set__(&self, view: &Bound<'_, PyAny>, value: u64) -> PyResult<()> {
+        let (py, view) = (view.py(), view.cast::<PyRegisterView>()?.get());
+        let at = view.base.saturating_add(self.offset);
+        view.registers.get().store(py, at, self.size, value)
     }
 }
 

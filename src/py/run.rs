@@ -97,6 +97,7 @@ impl PyVmm {
         let timeout = exit::timeout(timeout)?;
         let manager = &self.manager(py)?;
         let _ownership = self.claim(manager, None)?;
+        let _kept = self.hooks.keep_vcpus(py);
         let pending = &self.hooks.pending;
         let ended = interrupt::interruptible(py, |interrupted| {
             run(vmm, timeout, interrupted, &mut |until| turn(manager, pending, until))
@@ -153,6 +154,7 @@ impl PyVmm {
 
     /// Like `run`, for `pyvmm.aio`. Returns None after it was cancelled. `awaiter` is called with
     /// the awaitables that callbacks return.
+    // Long because a run, what cancels it and what it leaves are in one place.
     fn _run_cancellable<'py>(
         &self,
         py: Python<'py>,
@@ -167,6 +169,7 @@ impl PyVmm {
         if cancel.is_set() {
             return Ok(None);
         }
+        let _kept = self.hooks.keep_vcpus(py);
         let pending = &self.hooks.pending;
         prepare_vcpu_threads(py);
         let (ended, is_cancelled) = py.detach(|| {

@@ -10,6 +10,7 @@ use pyo3::types::{PyInt, PyString, PyTuple};
 
 use super::cpuid::{cpuid_entries, cpuid_entry};
 use super::ending::import;
+use super::gil_cell::GilCell;
 use super::lease::Tie;
 use super::parts::{Part, Parts};
 use super::processor::Processor;
@@ -29,6 +30,8 @@ pub struct PyVcpu {
     /// The vCPU's number.
     #[pyo3(get)]
     id: u64,
+    /// The view of the general registers, for the next access.
+    regs: GilCell<Option<Py<PyAny>>>,
 }
 
 impl PyVcpu {
@@ -42,7 +45,8 @@ impl PyVcpu {
 
     /// The object for a vCPU of a machine's object.
     pub(super) fn of(handle: &Arc<VcpuHandle>, machine: Option<Py<PyAny>>, tie: &Tie) -> Self {
-        Self { id: handle.id(), processor: Processor::of(Arc::downgrade(handle), machine, tie) }
+        let processor = Processor::of(Arc::downgrade(handle), machine, tie);
+        Self { id: handle.id(), processor, regs: GilCell::default() }
     }
 
     /// The object for a vCPU of a machine's object: the existing one, or a new one.
@@ -86,7 +90,15 @@ impl PyVcpu {
     /// The general registers, RIP and RFLAGS.
     #[getter]
     fn regs<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        self.view(py, intern!(py, "Regs"), RegisterClass::General)
+        self.processor.handle.check_process()?;
+        if let Some(known) = self.regs.with(py, |regs| regs.as_ref().map(|regs| regs.clone_ref(py)))
+        {
+            return Ok(known.into_bound(py));
+        }
+        let new = self.view(py, intern!(py, "Regs"), RegisterClass::General)?;
+        let former = self.regs.with(py, |regs| regs.replace(new.clone().unbind()));
+        drop(former);
+        Ok(new)
     }
 
     /// Segments, descriptor tables, control registers, EFER.
@@ -264,6 +276,8 @@ impl PyVcpu {
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {
-        self.processor.traverse(&visit)
+        self.processor.traverse(&visit)?;
+        // SAFETY: the collector holds the GIL.
+        unsafe { self.regs.peek(|regs| visit.call(regs)) }.unwrap_or(Ok(()))
     }
 }

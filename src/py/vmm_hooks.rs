@@ -13,8 +13,8 @@ use crate::error::Result;
 use crate::vcpu::{ExitHook, ExitKind, HookPriority};
 
 impl PyVmm {
-    fn set_hooks(&self) -> Result<()> {
-        let kinds = self.hooks.kinds();
+    fn set_hooks(&self, py: Python<'_>) -> Result<()> {
+        let kinds = self.hooks.kinds(py);
         let hook = Arc::clone(&self.hooks) as Arc<dyn ExitHook>;
         self.changing()?.router().set_hook(HookPriority::Program, &hook, &kinds);
         Ok(())
@@ -85,15 +85,15 @@ impl PyVmm {
             (ExitKind::Msr, msrs) => {
                 let (all, added) = this.hooks.filter(msrs.unwrap_or_default());
                 py.detach(|| vm.filter_msrs(&all)).inspect_err(|_| {
-                    this.hooks.unfilter(&added);
+                    this.hooks.unfilter(py, &added);
                 })?;
             }
             (_, Some(_)) => return Err(PyValueError::new_err("msrs needs the kind msr")),
             (_, None) => vm.check_process()?,
         }
         this.hooks.belong_to(slf, &this.parts)?;
-        this.hooks.add(py, of_kind, function.clone().unbind());
-        this.set_hooks()?;
+        this.hooks.add(py, of_kind, function)?;
+        this.set_hooks(py)?;
         Ok(function.clone())
     }
 
@@ -108,11 +108,12 @@ impl PyVmm {
         if !self.hooks.remove(of_kind, function)? {
             return Err(PyValueError::new_err("this function is not a hook of this kind of exit"));
         }
-        self.set_hooks()?;
-        if of_kind == ExitKind::Msr && self.hooks.unfilter(&[]) {
+        let py = kind.py();
+        self.set_hooks(py)?;
+        if of_kind == ExitKind::Msr && self.hooks.unfilter(py, &[]) {
             // A closed machine has no hooks.
             if let Ok(vm) = self.changing()?.vm() {
-                kind.py().detach(|| vm.filter_msrs(&[]))?;
+                py.detach(|| vm.filter_msrs(&[]))?;
             }
         }
         Ok(())
@@ -136,5 +137,12 @@ impl PyVmm {
     ) -> PyResult<Bound<'py, PyAny>> {
         slf.get().core()?;
         import(slf.py(), "pyvmm.hostcalls")?.call_method1("hostcall", (slf, number))
+    }
+
+    /// Seconds to answer the next exit so many times, apart from KVM. The guest is entered once.
+    fn _time_answers(&self, py: Python<'_>, count: u32) -> PyResult<f64> {
+        let vm = self.changing()?.vm()?;
+        let _kept = self.hooks.keep_vcpus(py);
+        Ok(py.detach(|| vm.time_answers(count))?.as_secs_f64())
     }
 }

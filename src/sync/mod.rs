@@ -4,9 +4,11 @@
 
 mod held;
 mod mutex;
+mod published;
 pub mod rank;
 mod rwlock;
 
 pub use held::assert_unlocked;
 pub use mutex::{Condvar, MappedMutexGuard, Mutex, MutexGuard};
+pub use published::{Copied, Published};
 pub use rwlock::{ReadGuard, RwLock, RwLockGuard, WriteGuard};

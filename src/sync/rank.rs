@@ -120,8 +120,6 @@ ranks! {
     SlowestCallback,
     /// A timer that Python holds, until it is closed.
     TimerObject,
-    /// Exit hooks by kind.
-    HookFunctions,
     /// The MSRs filtered for hooks.
     HookMsrs,
     /// The Python devices of a machine.

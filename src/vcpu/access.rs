@@ -77,14 +77,22 @@ fn read(
     count: usize,
 ) -> Outcome {
     // On a PC, a bus that no device drives reads as all one bits.
-    let mut data = Data::from_elem(0xff, size.saturating_mul(count));
+    let mut one = [0xff; 8];
+    let mut many;
+    let data = match one.get_mut(..size) {
+        Some(data) if count == 1 => data,
+        _ => {
+            many = Data::from_elem(0xff, size.saturating_mul(count));
+            many.as_mut_slice()
+        }
+    };
     let outcome = reach(vcpu, handle, place, size, true, |vcpu, handle, device, offset| {
         call_device(vcpu, handle, device, |device| match count {
-            1 => device.read(offset, &mut data),
-            _ => device.read_many(offset, &mut data, size),
+            1 => device.read(offset, data),
+            _ => device.read_many(offset, data, size),
         })
     });
-    vcpu.page.answer(&data);
+    vcpu.page.answer(data);
     outcome
 }
 
@@ -105,11 +113,12 @@ fn reach(
     is_read: bool,
     call: impl FnOnce(&mut Vcpu, &VcpuHandle, &dyn Device, u64) -> Outcome,
 ) -> Outcome {
-    let buses = &vcpu.router.buses;
-    match buses.bus(bus).find(address, size) {
+    // The copy is taken out, because the device may look at the vCPU.
+    let mut copy = std::mem::take(vcpu.copies.bus(bus));
+    let outcome = match vcpu.router.buses.bus(bus).find(&mut copy, address, size) {
         Some((device, offset)) if vcpu.is_recorded => {
             let began = Instant::now();
-            let outcome = call(vcpu, handle, &*device, offset);
+            let outcome = call(vcpu, handle, &**device, offset);
             let bus = if bus == Access::Pio { "pio" } else { "mmio" };
             let access = if is_read { "read" } else { "write" };
             let values = [
@@ -122,22 +131,24 @@ fn reach(
             waits(vcpu, device, outcome)
         }
         Some((device, offset)) => {
-            let outcome = call(vcpu, handle, &*device, offset);
+            let outcome = call(vcpu, handle, &**device, offset);
             waits(vcpu, device, outcome)
         }
         None => {
-            buses.count_unanswered(bus, address, is_read);
+            vcpu.router.buses.count_unanswered(bus, address, is_read);
             Outcome::Continue
         }
-    }
+    };
+    *vcpu.copies.bus(bus) = copy;
+    outcome
 }
 
 /// If the outcome is to wait, note the device that the vCPU waits for before its next entry.
-fn waits(vcpu: &mut Vcpu, device: Arc<dyn Device>, outcome: Outcome) -> Outcome {
+fn waits(vcpu: &mut Vcpu, device: &Arc<dyn Device>, outcome: Outcome) -> Outcome {
     if outcome != Outcome::Wait {
         return outcome;
     }
-    vcpu.waits_for = Some(device);
+    vcpu.waits_for = Some(Arc::clone(device));
     Outcome::Continue
 }
 

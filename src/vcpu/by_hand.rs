@@ -3,10 +3,11 @@
 
 use super::enter::run_once;
 use super::exit::VcpuExit;
-use super::handle::{VcpuHandle, closed};
+use super::handle::{HandleState, VcpuHandle, closed};
 use super::kick::this_thread;
 use super::run::drain_string_io;
 use super::signal::unblock_kicks;
+use super::vcpu::Vcpu;
 use crate::error::Result;
 use crate::exit_handler::Outcome;
 use crate::limit::Limit;
@@ -56,14 +57,7 @@ impl VcpuHandle {
             if std::mem::take(&mut state.is_kicked) {
                 return Ok(Some(VcpuExit::Interrupted));
             }
-            if state.is_closed {
-                return Err(closed());
-            }
-            let is_held = state.is_held();
-            let vcpu = state.vcpu.take_if(|_| is_held).ok_or_else(|| self.running())?;
-            self.stop.clear(&*self.page); // Kick, point 7.
-            (state.runner, state.is_in_run_once) = (Some(this_thread()), true);
-            vcpu
+            self.take_by_hand(&mut state)?
         };
         let exit = run_once(&mut vcpu, &self.stop);
         let mut state = self.state.lock();
@@ -73,6 +67,21 @@ impl VcpuHandle {
         }
         self.rest(&mut state, vcpu);
         exit
+    }
+
+    /// Take a vCPU at rest, to run it on this thread.
+    ///
+    /// # Errors
+    /// [`crate::error::ErrorKind::State`] while its guest is running.
+    pub(super) fn take_by_hand(&self, state: &mut HandleState) -> Result<Vcpu> {
+        if state.is_closed {
+            return Err(closed());
+        }
+        let is_held = state.is_held();
+        let vcpu = state.vcpu.take_if(|_| is_held).ok_or_else(|| self.running())?;
+        self.stop.clear(&*self.page); // Kick, point 7.
+        (state.runner, state.is_in_run_once) = (Some(this_thread()), true);
+        Ok(vcpu)
     }
 
     /// Make `run_once` return: the call in progress, or the next one. From any thread.

@@ -1,6 +1,7 @@
 //! Which vCPU of which machine the current thread runs.
 
 use std::cell::{Cell, RefCell};
+use std::marker::PhantomData;
 use std::sync::{Arc, Weak};
 
 use super::handle::VcpuHandle;
@@ -11,6 +12,8 @@ thread_local! {
     /// The machine of the vCPU that this thread runs, by its `Shared::id`.
     static MACHINE: Cell<usize> = const { Cell::new(0) };
     static IS_OWN: Cell<bool> = const { Cell::new(false) };
+    /// The vCPU for which this thread calls the program's code, or null.
+    static CALLED: Cell<*const VcpuHandle> = const { Cell::new(std::ptr::null()) };
 }
 
 /// Whether this thread runs a vCPU of that machine. A caller on such a thread is in a callback.
@@ -23,6 +26,40 @@ pub(crate) fn is_thread_of(machine: usize) -> bool {
 #[must_use]
 pub fn current() -> Option<Arc<VcpuHandle>> {
     CURRENT.with_borrow(Weak::upgrade)
+}
+
+/// Look at the vCPU for which this thread calls the program's code, if it is this one. Cheaper than
+/// an upgrade of the reference.
+///
+/// # Errors
+/// Gives `look` back if it is not.
+#[cfg_attr(not(feature = "python"), allow(dead_code, reason = "for the binding"))]
+pub(crate) fn with_called<T, F>(which: &Weak<VcpuHandle>, look: F) -> Result<T, F>
+where
+    F: FnOnce(&VcpuHandle) -> T,
+{
+    let called = CALLED.get();
+    if called.is_null() || called != which.as_ptr() {
+        return Err(look);
+    }
+    // SAFETY: `Called` on this thread's stack borrows the handle, and is still there when `look`
+    // returns.
+    Ok(look(unsafe { &*called }))
+}
+
+/// While it lives, its thread calls the program's code for a vCPU.
+pub(super) struct Called<'a>(*const VcpuHandle, PhantomData<&'a VcpuHandle>);
+
+impl<'a> Called<'a> {
+    pub(super) fn enter(handle: &'a VcpuHandle) -> Self {
+        Self(CALLED.replace(handle), PhantomData)
+    }
+}
+
+impl Drop for Called<'_> {
+    fn drop(&mut self) {
+        CALLED.set(self.0);
+    }
 }
 
 /// Whether this thread is a vCPU's own, which pyvmm has started.

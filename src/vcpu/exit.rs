@@ -227,7 +227,7 @@ impl VcpuExit {
     }
 
     /// Whether KVM completes the instruction at the next entry.
-    pub(super) fn is_access(&self) -> bool {
+    pub(crate) fn is_access(&self) -> bool {
         self.is_write() || self.is_read()
     }
 

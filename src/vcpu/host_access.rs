@@ -4,6 +4,7 @@
 use std::ptr::NonNull;
 use std::time::Duration;
 
+use super::current::Called;
 use super::handle::{HandleState, HostAccess, VcpuHandle, closed};
 use super::kick::this_thread;
 use super::vcpu::Vcpu;
@@ -94,6 +95,7 @@ impl VcpuHandle {
         vcpu.has_host_access = true;
         let vcpu = NonNull::from(vcpu);
         let _guard = HostAccessGuard(self, vcpu);
+        let _called = Called::enter(self);
         {
             let mut state = self.state.lock();
             state.host_access = Some(HostAccess(vcpu));

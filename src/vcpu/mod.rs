@@ -34,6 +34,8 @@ mod string_io;
 mod thread;
 mod tick;
 mod ticked;
+#[cfg(feature = "python")]
+mod timing;
 #[allow(clippy::module_inception, reason = "it is where `Vcpu` is")]
 mod vcpu;
 
@@ -41,6 +43,8 @@ pub use current::current;
 #[cfg_attr(not(feature = "python"), allow(unused_imports, reason = "for the binding"))]
 pub(crate) use current::is_own_thread;
 pub(crate) use current::is_thread_of;
+#[cfg_attr(not(feature = "python"), allow(unused_imports, reason = "for the binding"))]
+pub(crate) use current::with_called;
 pub use exit::{Data, ExitKind, VcpuExit};
 pub use guest_debug::{DebugOwner, DebugRequest};
 pub use handle::VcpuHandle;

@@ -141,7 +141,9 @@ impl VcpuHandle {
     /// Put the vCPU to rest. If it stopped `by_itself`, it rests until the next run, even if the
     /// machine is paused and resumed in between; the caller reports why, then calls
     /// [`Self::reported`].
-    pub(super) fn put_back(&self, vcpu: Vcpu, by_itself: bool) {
+    pub(super) fn put_back(&self, mut vcpu: Vcpu, by_itself: bool) {
+        // Without the lock: a device or hook that has been removed may end with its copy.
+        drop(std::mem::take(&mut vcpu.copies));
         let mut state = self.state.lock();
         // A vCPU that got the command to run while it completed its last exit continues.
         let goes_on = state.is_completing && !by_itself;

@@ -68,6 +68,30 @@ impl Vcpu {
         })
     }
 
+    /// The little-endian number of 1 to 8 bytes at an offset of a class; none if they are outside.
+    ///
+    /// # Errors
+    /// When KVM refuses it.
+    pub fn load_number(
+        &mut self,
+        class: RegisterClass,
+        offset: usize,
+        size: usize,
+    ) -> Result<Option<u64>> {
+        if class == RegisterClass::General && size == 8 {
+            self.complete();
+            if self.has_page_registers && self.pending.edits().is_none() {
+                return Ok(self.page.register(offset));
+            }
+        }
+        self.load(class, |bytes| {
+            let from = bytes.get(offset..)?.get(..size)?;
+            let mut number = [0; 8];
+            number.get_mut(..size)?.copy_from_slice(from);
+            Some(u64::from_le_bytes(number))
+        })
+    }
+
     /// Change a class of registers, with `change` on the bytes of its structure.
     ///
     /// # Errors

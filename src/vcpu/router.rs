@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use super::exit::{Data, ExitKind, VcpuExit};
-use crate::devices::Buses;
+use crate::devices::{Access, BusCopy, Buses};
 use crate::exit_handler::Outcome;
-use crate::sync::{RwLock, rank};
+use crate::sync::{Copied, Published, RwLock, rank};
 use crate::trace::{Recording, Track};
 
 /// Sees exits before they are answered. Called on the vCPU's thread; the host can access the vCPU
@@ -72,7 +72,7 @@ pub struct Seen<'a> {
 
 /// A hook, its place in the order, and the kinds that it looks at.
 #[derive(Clone, Debug)]
-struct HookEntry {
+pub(super) struct HookEntry {
     hook: Arc<dyn ExitHook>,
     priority: HookPriority,
     kinds: u64,
@@ -90,8 +90,26 @@ pub struct ExitRouter {
     /// costs one load.
     mask: AtomicU64,
     /// In the order in which they are asked. A call in progress keeps its copy of the list.
-    hooks: RwLock<Arc<[HookEntry]>, rank::ExitHooks>,
+    hooks: Published<[HookEntry], rank::ExitHooks>,
     observers: RwLock<Vec<Arc<dyn Observer>>, rank::Observers>,
+}
+
+/// A vCPU's copies of what it looks up at each exit. Former devices and hooks stay alive in them
+/// until the next exit, or until the vCPU comes to rest.
+#[derive(Debug, Default)]
+pub(super) struct Copies {
+    pio: BusCopy,
+    mmio: BusCopy,
+    pub(super) hooks: Copied<[HookEntry]>,
+}
+
+impl Copies {
+    pub(super) fn bus(&mut self, access: Access) -> &mut BusCopy {
+        match access {
+            Access::Pio => &mut self.pio,
+            Access::Mmio => &mut self.mmio,
+        }
+    }
 }
 
 /// Which exits hooks and observers see.
@@ -113,19 +131,20 @@ impl ExitRouter {
     /// removed. A new hook is asked after the others of its priority.
     pub fn set_hook(&self, priority: HookPriority, hook: &Arc<dyn ExitHook>, kinds: &[ExitKind]) {
         let kinds = kinds.iter().fold(0, |bits, kind| bits | kind.bit());
-        let mut hooks = self.hooks.write();
-        let mut changed = hooks.to_vec();
-        match changed.iter_mut().find(|entry| Arc::ptr_eq(&entry.hook, hook)) {
-            Some(entry) => entry.kinds = kinds,
-            None => changed.push(HookEntry { hook: Arc::clone(hook), priority, kinds }),
-        }
-        changed.retain(|entry| entry.kinds != 0);
-        // Stable: within a priority they stay in the order in which they were added.
-        changed.sort_by_key(|entry| entry.priority);
-        let bits = changed.iter().fold(0, |bits, entry| bits | entry.kinds);
-        let former = std::mem::replace(&mut *hooks, changed.into());
-        self.change_mask(|mask| mask & OBSERVED | bits);
-        drop(hooks);
+        let (former, ()) = self.hooks.change(|hooks| {
+            let mut changed = hooks.to_vec();
+            match changed.iter_mut().find(|entry| Arc::ptr_eq(&entry.hook, hook)) {
+                Some(entry) => entry.kinds = kinds,
+                None => changed.push(HookEntry { hook: Arc::clone(hook), priority, kinds }),
+            }
+            changed.retain(|entry| entry.kinds != 0);
+            // Stable: within a priority they stay in the order in which they were added.
+            changed.sort_by_key(|entry| entry.priority);
+            (changed.into(), ())
+        });
+        // Under the lock again, so that the mask is that of the last list.
+        let bits = |hooks: &[HookEntry]| hooks.iter().fold(0, |bits, entry| bits | entry.kinds);
+        self.hooks.with(|hooks| self.change_mask(|mask| mask & OBSERVED | bits(hooks)));
         // Outside the lock: dropping a hook may run Python code.
         drop(former);
     }
@@ -149,7 +168,7 @@ impl ExitRouter {
     /// machine.
     pub(crate) fn close(&self) {
         self.mask.store(0, Ordering::Release);
-        let hooks = std::mem::take(&mut *self.hooks.write());
+        let hooks = self.hooks.change(|_| (Arc::new([]), ()));
         let observers = std::mem::take(&mut *self.observers.write());
         let devices = [self.buses.pio.clear(), self.buses.mmio.clear()];
         // Outside the locks: this may run Python code.
@@ -166,16 +185,9 @@ impl ExitRouter {
         ExitMask(self.mask.load(Ordering::Acquire))
     }
 
-    /// Ask the hooks of an exit's kind, the host's first, until one decides.
-    pub(super) fn ask_hooks(&self, vcpu: u64, exit: &VcpuExit) -> Option<(Outcome, Reply)> {
-        let bit = exit.kind()?.bit();
-        // A copy: no lock is held while a hook runs.
-        let hooks = Arc::clone(&*self.hooks.read());
-        let mut asked = hooks.iter().filter(|entry| entry.kinds & bit != 0);
-        asked.find_map(|entry| {
-            let mut reply = Reply::Default;
-            entry.hook.on_exit(vcpu, exit, &mut reply).map(|outcome| (outcome, reply))
-        })
+    /// The hooks, as `copy` keeps them.
+    pub(super) fn hooks<'a>(&self, copy: &'a mut Copied<[HookEntry]>) -> &'a [HookEntry] {
+        self.hooks.read(copy)
     }
 
     pub(super) fn enters(&self, vcpu: u64, at: Instant) {
@@ -190,6 +202,21 @@ impl ExitRouter {
     pub(super) fn saw(&self, seen: &Seen) {
         self.observers.read().iter().for_each(|observer| observer.saw(seen));
     }
+}
+
+/// Ask the hooks of an exit's kind, the host's first, until one decides. No lock is held while a
+/// hook runs.
+pub(super) fn ask_hooks(
+    hooks: &[HookEntry],
+    vcpu: u64,
+    exit: &VcpuExit,
+) -> Option<(Outcome, Reply)> {
+    let bit = exit.kind()?.bit();
+    let mut asked = hooks.iter().filter(|entry| entry.kinds & bit != 0);
+    asked.find_map(|entry| {
+        let mut reply = Reply::Default;
+        entry.hook.on_exit(vcpu, exit, &mut reply).map(|outcome| (outcome, reply))
+    })
 }
 
 #[cfg(test)]
@@ -224,6 +251,10 @@ mod tests {
         }
     }
 
+    fn ask(router: &ExitRouter, exit: &VcpuExit) -> Option<(Outcome, Reply)> {
+        ask_hooks(router.hooks(&mut Copied::default()), 0, exit)
+    }
+
     const IN: VcpuExit = VcpuExit::IoIn { port: 1, size: 1, count: 1 };
 
     #[test]
@@ -235,13 +266,13 @@ mod tests {
         let mask = router.mask();
         assert!(mask.has_hook(ExitKind::Io) && mask.has_hook(ExitKind::Hlt));
         assert!(!mask.has_hook(ExitKind::Mmio) && !mask.is_observed());
-        router.ask_hooks(0, &VcpuExit::Shutdown);
+        ask(&router, &VcpuExit::Shutdown);
         assert!(asked.lock().is_empty());
-        router.ask_hooks(0, &IN);
+        ask(&router, &IN);
         assert_eq!(*asked.lock(), [1]);
         router.set_hook(HookPriority::Program, &hook, &[]);
         assert!(!router.mask().has_hook(ExitKind::Io));
-        router.ask_hooks(0, &IN);
+        ask(&router, &IN);
         assert_eq!(*asked.lock(), [1], "it is removed");
     }
 
@@ -255,7 +286,7 @@ mod tests {
         add(HookPriority::Host, 1, None);
         add(HookPriority::Host, 2, None);
         add(HookPriority::Program, 4, None);
-        assert_eq!(router.ask_hooks(0, &IN), Some((Outcome::Continue, Reply::Retry)));
+        assert_eq!(ask(&router, &IN), Some((Outcome::Continue, Reply::Retry)));
         assert_eq!(*asked.lock(), [1, 2, 3]);
     }
 
@@ -267,10 +298,10 @@ mod tests {
         router.set_hook(HookPriority::Program, &other, &[ExitKind::Io]);
         router.set_hook(HookPriority::Host, &one, &[]);
         assert!(router.mask().has_hook(ExitKind::Io) && !router.mask().has_hook(ExitKind::Debug));
-        assert_eq!(router.ask_hooks(0, &IN), None);
+        assert_eq!(ask(&router, &IN), None);
         assert_eq!(*asked.lock(), [2]);
         router.close();
-        assert_eq!((router.ask_hooks(0, &IN), Arc::strong_count(&other)), (None, 1));
+        assert_eq!((ask(&router, &IN), Arc::strong_count(&other)), (None, 1));
     }
 
     #[test]

@@ -1,7 +1,6 @@
 //! One iteration of a vCPU: enters the guest and handles its exit, in one match over all exits. On
 //! the vCPU's thread.
 
-use std::sync::Arc;
 use std::time::Instant;
 
 use kvm_bindings::{KVM_EXIT_SET_TPR, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
@@ -13,7 +12,7 @@ use super::exit::VcpuExit;
 use super::fault;
 use super::handle::VcpuHandle;
 use super::kick::ImmediateExit;
-use super::router::{ExitMask, Reply, Seen};
+use super::router::{self, ExitMask, Reply, Seen};
 use super::vcpu::Vcpu;
 use crate::exit_handler::{Exit, ExitReason, Outcome};
 use crate::hop::hop;
@@ -60,7 +59,13 @@ fn observed_step(vcpu: &mut Vcpu, handle: &VcpuHandle, mask: ExitMask) -> Outcom
     }
 }
 
-fn answer(vcpu: &mut Vcpu, handle: &VcpuHandle, exit: &VcpuExit, mask: ExitMask) -> Outcome {
+/// Have the hooks and the devices answer an exit.
+pub(super) fn answer(
+    vcpu: &mut Vcpu,
+    handle: &VcpuHandle,
+    exit: &VcpuExit,
+    mask: ExitMask,
+) -> Outcome {
     hop!();
     let is_memory = std::mem::take(&mut vcpu.has_found_memory) && vcpu.answer_from_memory(exit);
     let hooked = match exit.kind() {
@@ -122,8 +127,12 @@ pub(crate) fn drain_string_io(vcpu: &mut Vcpu, handle: &VcpuHandle) -> Outcome {
 
 /// Ask the hooks; `None` if they leave the exit to the devices.
 fn ask_hooks(vcpu: &mut Vcpu, handle: &VcpuHandle, exit: &VcpuExit) -> Option<Outcome> {
-    let (id, router) = (vcpu.id, Arc::clone(&vcpu.router));
-    let (outcome, reply) = handle.with_host_access(vcpu, || router.ask_hooks(id, exit))?;
+    // The copy is taken out, because the hooks may look at the vCPU.
+    let (id, mut copy) = (vcpu.id, std::mem::take(&mut vcpu.copies.hooks));
+    let hooks = vcpu.router.hooks(&mut copy);
+    let answered = handle.with_host_access(vcpu, || router::ask_hooks(hooks, id, exit));
+    vcpu.copies.hooks = copy;
+    let (outcome, reply) = answered?;
     if !matches!(outcome, Outcome::Continue | Outcome::Wait) {
         return Some(outcome);
     }

@@ -121,6 +121,16 @@ impl RunPage {
         unsafe { (&raw const (*self.0.as_ptr()).s.regs.regs).read_volatile() }
     }
 
+    /// Eight bytes of [`Self::registers`]; none if they are no register.
+    pub(crate) fn register(&self, offset: usize) -> Option<u64> {
+        let is_one = offset.is_multiple_of(8) && offset < size_of::<kvm_regs>();
+        // SAFETY: in bounds, because the structure consists of words; an integer.
+        is_one.then(|| unsafe {
+            let registers = (&raw const (*self.0.as_ptr()).s.regs.regs).cast::<u64>();
+            registers.add(offset / 8).read_volatile()
+        })
+    }
+
     /// Store general registers that have been set in KVM. While the vCPU is at rest.
     pub(crate) fn set_registers(&self, registers: &kvm_regs) {
         // SAFETY: as above; no other thread writes there while the vCPU is at rest.

@@ -9,7 +9,7 @@ use kvm_ioctls::{SyncReg, VcpuFd};
 
 use super::guest_debug::GuestDebug;
 use super::pending::PendingIo;
-use super::router::ExitRouter;
+use super::router::{Copies, ExitRouter};
 use super::run_page::RunPage;
 use crate::debug::Paging;
 use crate::devices::Device;
@@ -69,6 +69,8 @@ pub struct Vcpu {
     pub(super) has_found_memory: bool,
     /// The requests for single steps and breakpoints.
     pub(super) guest_debug: GuestDebug,
+    /// Its copies of the devices and hooks of its machine, while it is not at rest.
+    pub(super) copies: Copies,
 }
 
 impl Vcpu {
@@ -100,6 +102,7 @@ impl Vcpu {
             is_recorded: false,
             has_found_memory: false,
             guest_debug: GuestDebug::default(),
+            copies: Copies::default(),
         }
     }
 

@@ -2,6 +2,8 @@
 
 use std::cell::Cell;
 use std::sync::Arc;
+#[cfg(feature = "python")]
+use std::time::Duration;
 
 use super::KvmVm;
 use crate::error::{Error, ErrorKind, Result};
@@ -46,6 +48,19 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         })?;
         self.set_prepared();
         here.ok_or_else(|| Error::new(ErrorKind::State, "run_here", "the machine has no vCPU"))
+    }
+
+    /// How long it takes to answer the next exit of the first vCPU so many times, for benchmarks.
+    ///
+    /// # Errors
+    /// As for [`VcpuHandle::time_answers`].
+    #[cfg(feature = "python")]
+    pub(crate) fn time_answers(&self, count: u32) -> Result<Duration> {
+        let handles = self.handles();
+        let handle = handles.first().ok_or_else(|| {
+            Error::new(ErrorKind::State, "time_answers", "the machine has no vCPU")
+        })?;
+        handle.time_answers(self.id(), count)
     }
 
     /// Returns what sets a vCPU's registers for a start at this address. Without one, the registers

@@ -192,7 +192,7 @@ def test_every_export_of_the_native_module_is_public_documented_and_in_the_stub(
     stubbed = {node.name for node in stub.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
     exported = {export for export in vars(_pyvmm) if not export.startswith("_")}
     assert exported == {export for export in stubbed if not export.startswith("_")}
-    assert exported - {"close_all", "MsrBytes", "RegisterBytes"} <= set(pyvmm.__all__)
+    assert exported - {"close_all", "MsrBytes", "Register", "RegisterBytes", "RegisterView"} <= set(pyvmm.__all__)
     for export in exported:
         assert getattr(_pyvmm, export).__doc__, export
 

@@ -1,6 +1,6 @@
 """Exit hooks: every kind of exit, what a hook may answer, and what it may not.
 
-Covers src/vcpu/current.rs, src/py/vmm_hooks.rs.
+Covers src/vcpu/current.rs, src/vcpu/timing.rs, src/py/vmm_hooks.rs.
 """
 
 from __future__ import annotations
@@ -299,3 +299,63 @@ def test_machines_in_cycles_with_their_hooks_are_collected() -> None:
     reference = cycle()
     gc.collect()
     assert reference() is None
+
+
+def test_an_exit_is_answered_again_and_again_without_the_guest() -> None:
+    seen: list[VcpuExit] = []
+    rips: set[int] = set()
+
+    def hook(vcpu: Vcpu, exit: VcpuExit) -> int | Stop:
+        rips.add(vcpu.regs.rip)
+        seen.append(exit)
+        return Stop("ready") if len(seen) == 1 else 7
+
+    with Vmm(flat(read_in(0x500) + read_in(0x501) + exit_with(3))) as vmm:
+        vmm.on_exit("io", hook)
+        assert vmm.run(DEADLINE_S).value == "ready"
+        assert vmm._time_answers(50) > 0
+        assert [exit.port for exit in seen if isinstance(exit, VcpuExit.IoIn)] == [0x500] + 50 * [0x501]
+        assert len(rips) == 2
+        with pytest.raises(StateError):
+            vmm.off_exit("io", hook)
+            vmm.on_exit("io", lambda vcpu, exit: Stop("no"))
+            vmm._time_answers(2)
+
+
+def test_an_exit_that_a_hook_keeps_stays_as_it_was() -> None:
+    kept: list[VcpuExit] = []
+    with Vmm(flat(out(0x500, 1) + out(0x500, 2) + out(0x500, 2) + read_in(0x500) + exit_with(0))) as vmm:
+
+        @vmm.on_exit("io")
+        def _(_vcpu: Vcpu, exit: VcpuExit) -> None:
+            kept.append(exit)
+
+        assert vmm.run(DEADLINE_S).code == 0
+    writes = [exit for exit in kept if isinstance(exit, VcpuExit.IoOut) and exit.port == 0x500]
+    assert [bytes(exit.data) for exit in writes] == [b"\x01", b"\x02", b"\x02"]
+    assert any(isinstance(exit, VcpuExit.IoIn) and exit.port == 0x500 for exit in kept)
+
+
+def test_a_machine_ends_with_its_last_reference_after_a_run_with_hooks() -> None:
+    vmm = Vmm(flat(out(0x500, 1) + exit_with(0)))
+    vcpus: list[weakref.ref[Vcpu]] = []
+    vmm.on_exit("io", lambda vcpu, _exit: vcpus.append(weakref.ref(vcpu)))
+    gc.disable()
+    try:
+        assert vmm.run(DEADLINE_S).code == 0
+        assert vcpus[0]() is None
+        ended = weakref.ref(vmm)
+        del vmm
+        assert ended() is None
+    finally:
+        gc.enable()
+
+
+def test_a_view_of_registers_outlives_its_vcpu_object() -> None:
+    with Vmm(flat(exit_with(0))) as vmm:
+        regs = vmm.vcpus[0].regs
+        gc.collect()
+        regs.rax = 5
+        assert vmm.vcpus[0].regs.rax == 5
+    with pytest.raises(StateError):
+        _ = regs.rax
