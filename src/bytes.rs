@@ -50,7 +50,7 @@ impl<'a> Reader<'a> {
     }
 
     /// # Errors
-    /// When bytes are left.
+    /// If bytes are left.
     pub(crate) fn end(self) -> Result<()> {
         if self.is_empty() { Ok(()) } else { Err(bad(self.what, "it is longer than expected")) }
     }

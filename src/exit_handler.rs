@@ -20,7 +20,7 @@ pub trait ExitHandler {
     /// Notify the owner of the run loop. Called on the vCPU's thread; must not block.
     ///
     /// # Errors
-    /// When the notification fails.
+    /// If the notification fails.
     fn kick(&self) -> io::Result<()>;
 }
 
@@ -37,7 +37,7 @@ impl VmmExitHandler {
     /// A handler whose loop keeps running.
     ///
     /// # Errors
-    /// When no eventfd can be created.
+    /// If no eventfd can be created.
     pub fn new() -> io::Result<Self> {
         let exit_event = Arc::new(EventFd::new(EFD_NONBLOCK)?);
         Ok(Self { exit_event, keep_running: true, loops: 0 })
@@ -58,7 +58,7 @@ impl VmmExitHandler {
     /// Write to the exit event.
     ///
     /// # Errors
-    /// When the write fails. A full counter is not an error, because it also wakes the loop.
+    /// If the write fails. A full counter is not an error, because it also wakes the loop.
     pub fn kick(&self) -> io::Result<()> {
         match self.exit_event.write(1) {
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(()),
@@ -125,7 +125,7 @@ impl WrappedExitHandler {
     /// A new handler, not yet shared.
     ///
     /// # Errors
-    /// When no eventfd can be created.
+    /// If no eventfd can be created.
     pub fn new() -> io::Result<Self> {
         let handler = Arc::new(Mutex::new(VmmExitHandler::new()?));
         Ok(Self { handler, process_tag: ProcessTag::current() })

@@ -13,7 +13,7 @@ const API_VERSION: i32 = 12;
 /// Open /dev/kvm and check that pyvmm can use it.
 ///
 /// # Errors
-/// [`ErrorKind::Unavailable`], with a hint, when it is missing, forbidden, or lacks a capability
+/// [`ErrorKind::Unavailable`], with a hint, if it is missing, forbidden, or lacks a capability
 /// that pyvmm needs.
 pub fn open_kvm() -> Result<Kvm> {
     static CHECKED: Learnt<()> = Learnt::unknown();
@@ -58,7 +58,7 @@ fn unavailable(errno: i32) -> Error {
 /// Check the result of an ioctl. An error names the ioctl.
 ///
 /// # Errors
-/// [`ErrorKind::Kvm`] when it failed.
+/// [`ErrorKind::Kvm`] if it failed.
 pub(crate) fn checked<T>(
     ioctl: &str,
     result: std::result::Result<T, kvm_ioctls::Error>,

@@ -26,7 +26,7 @@ impl Files<'_> {
     /// Read a whole file of at most `most` bytes.
     ///
     /// # Errors
-    /// [`ErrorKind::Boot`], with `at` as the place, when it cannot be read, is too large, or is a
+    /// [`ErrorKind::Boot`], with `at` as the place, if it cannot be read, is too large, or is a
     /// FIFO without a writer; what `interrupted` returns.
     pub(super) fn read(&self, path: &Path, at: &str, most: u64) -> Result<Vec<u8>> {
         let failed = |e: io::Error| {

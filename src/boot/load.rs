@@ -9,7 +9,7 @@ use crate::memory::GuestMemory;
 /// Load the code or kernel of the configuration. Returns the entry of vCPU 0.
 ///
 /// # Errors
-/// When a file cannot be read, is not what it should be, or does not fit.
+/// If a file cannot be read, is not what it should be, or does not fit.
 ///
 /// Reading a pipe may take long, so `interrupted` is called periodically. Its error ends the
 /// loading.

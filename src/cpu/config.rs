@@ -27,7 +27,7 @@ impl Default for CpuConfig {
 
 impl CpuConfig {
     /// # Errors
-    /// [`ErrorKind::Config`] when a feature is not known, or is both hidden and shown.
+    /// [`ErrorKind::Config`] if a feature is not known, or is both hidden and shown.
     pub(crate) fn check(&self) -> Result<()> {
         for (key, names) in [("cpu.hide", &self.hide), ("cpu.expose", &self.expose)] {
             if let Some(name) = names.iter().find(|name| feature(name).is_none()) {

@@ -75,7 +75,7 @@ pub struct GuestCpuid {
 /// The CPUID table of one machine.
 ///
 /// # Errors
-/// When KVM does not report its supported CPUID.
+/// If KVM does not report its supported CPUID.
 pub fn guest_cpuid(kvm: &Kvm, config: &CpuConfig) -> Result<GuestCpuid> {
     let Templated { entries, only_vcpu } = templated(kvm, is_software(config.template))?;
     let mut table = GuestCpuid { entries: entries.into(), only_vcpu: Some(only_vcpu) };
@@ -152,7 +152,7 @@ pub fn has(entries: &[kvm_cpuid_entry2], name: &str) -> bool {
 /// Read a vCPU's table from KVM.
 ///
 /// # Errors
-/// When KVM refuses the ioctl.
+/// If KVM refuses the ioctl.
 pub fn of_vcpu(fd: &VcpuFd) -> Result<Vec<kvm_cpuid_entry2>> {
     let table =
         fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(|e| Error::kvm("KVM_GET_CPUID2", e))?;

@@ -46,7 +46,7 @@ pub struct Interrupted {
 /// Write descriptors, code, and the stack's address.
 ///
 /// # Errors
-/// When guest memory is too small.
+/// If guest memory is too small.
 pub fn write(memory: &GuestMemory) -> Result<()> {
     for vector in 0..COUNT {
         let handler = HANDLERS + vector * HANDLER_SIZE;

@@ -14,7 +14,7 @@ const MTRR_ENABLE_WRITE_BACK: u64 = 1 << 11 | 6;
 /// Set the MSRs that a kernel expects firmware to have set.
 ///
 /// # Errors
-/// When KVM refuses one.
+/// If KVM refuses one.
 pub fn set_boot_msrs(vcpu: &VcpuFd) -> Result<()> {
     let entry = |index, data| kvm_msr_entry { index, data, ..Default::default() };
     let entries = [
@@ -41,7 +41,7 @@ const DELIVER_EXTINT: u8 = 7;
 /// Connect LINT0 to the PIC and LINT1 to the NMI, as the MP table says.
 ///
 /// # Errors
-/// When KVM refuses the LAPIC's state.
+/// If KVM refuses the LAPIC's state.
 pub fn set_lapic_lines(vcpu: &VcpuFd) -> Result<()> {
     let mut lapic = vcpu.get_lapic().map_err(|e| Error::kvm("KVM_GET_LAPIC", e))?;
     set_delivery(&mut lapic, LVT_LINT0, DELIVER_EXTINT);

@@ -56,7 +56,7 @@ const fn system(start: u64, end: u64, write: bool, execute: bool) -> Mapping {
 /// Write tables in which these pages, which do not overlap, are mapped at their own addresses.
 ///
 /// # Errors
-/// [`ErrorKind::Boot`] when a page is beyond 512 GiB, or there is no room for so many tables.
+/// [`ErrorKind::Boot`] if a page is beyond 512 GiB, or there is no room for so many tables.
 pub fn write(memory: &GuestMemory, mappings: &[Mapping]) -> Result<()> {
     let mut tables = Tables::default();
     for mapping in mappings {

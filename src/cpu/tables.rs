@@ -17,7 +17,7 @@ const GIB: u64 = 1 << 30;
 /// for memory above 4 GiB.
 ///
 /// # Errors
-/// When guest memory is too small to hold the tables.
+/// If guest memory is too small to hold the tables.
 pub fn write(memory: &GuestMemory, mode: CpuMode, one_gib_pages: impl Fn() -> bool) -> Result<()> {
     if mode == CpuMode::Real16 {
         return Ok(());

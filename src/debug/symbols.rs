@@ -55,7 +55,7 @@ pub struct Symbols<'a> {
 }
 
 impl<'a> Symbols<'a> {
-    /// The table that this place names; none if there is none.
+    /// The table that this place names; `None` if there is none.
     #[must_use]
     pub fn at(place: u64, read: &'a dyn Fn(u64) -> Option<u64>) -> Option<Self> {
         let word = |n: u64| read(place.checked_add(8 * n)?);

@@ -74,7 +74,7 @@ impl Backlog {
     /// `has_consumer`: the output will be taken.
     ///
     /// # Errors
-    /// When no timer can be made.
+    /// If no timer can be made.
     pub(super) fn new(has_consumer: bool) -> Result<Self> {
         let ready = has_consumer
             .then(TimerFd::new)

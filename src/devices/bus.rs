@@ -67,7 +67,7 @@ pub trait Device: Send + Sync + fmt::Debug {
     /// completed.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] when the device cannot be quiesced. The machine then continues.
+    /// [`ErrorKind::State`] if the device cannot be quiesced. The machine then continues.
     fn quiesce(&self) -> Result<()> {
         Ok(())
     }
@@ -78,7 +78,7 @@ pub trait Device: Send + Sync + fmt::Debug {
     /// The device's state for a snapshot; empty for a device without state. The vCPUs are stopped.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] when the device cannot be saved.
+    /// [`ErrorKind::State`] if the device cannot be saved.
     fn save(&self) -> Result<Vec<u8>> {
         Ok(Vec::new())
     }
@@ -92,7 +92,7 @@ pub trait Device: Send + Sync + fmt::Debug {
     /// Restore a saved state. The vCPUs are stopped.
     ///
     /// # Errors
-    /// [`ErrorKind::Snapshot`] when the state is not in the format of `save`.
+    /// [`ErrorKind::Snapshot`] if the state is not in the format of `save`.
     fn restore(&self, state: &[u8]) -> Result<()> {
         if state.is_empty() {
             return Ok(());
@@ -178,7 +178,7 @@ impl Bus {
     /// answered.
     ///
     /// # Errors
-    /// When none does.
+    /// If none does.
     pub fn remove(&self, base: u64) -> Result<Arc<dyn Device>> {
         let (_, removed) = self.entries.change(|entries| {
             match entries.binary_search_by_key(&base, |entry| entry.base) {

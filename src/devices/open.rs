@@ -57,7 +57,7 @@ pub(super) enum Kind {
 /// Open the input file. A FIFO does not end before it has had a writer.
 ///
 /// # Errors
-/// [`ErrorKind::Config`] when it cannot be opened or read.
+/// [`ErrorKind::Config`] if it cannot be opened or read.
 pub fn input_file(path: &Path) -> Result<OwnedFd> {
     let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
     let failed = |e: io::Error| of_path(Direction::Input, ErrorKind::Config, path, &e);
@@ -71,7 +71,7 @@ pub fn input_file(path: &Path) -> Result<OwnedFd> {
 /// Create or truncate the output file. A FIFO needs a reader.
 ///
 /// # Errors
-/// [`ErrorKind::Io`] when it cannot be opened.
+/// [`ErrorKind::Io`] if it cannot be opened.
 pub(super) fn output_file(path: &Path) -> Result<File> {
     let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
     let mut options = OpenOptions::new();
@@ -96,7 +96,7 @@ fn of_path(direction: Direction, kind: ErrorKind, path: &Path, error: &io::Error
 /// Duplicate a file descriptor, because the owner of the stream may close it.
 ///
 /// # Errors
-/// [`ErrorKind::Config`] when it is not open, or cannot be used in this direction.
+/// [`ErrorKind::Config`] if it is not open, or cannot be used in this direction.
 pub fn duplicate(fd: RawFd, direction: Direction) -> Result<OwnedFd> {
     let bad = |detail: String| {
         let detail = format!("file descriptor {fd}: {detail}");

@@ -17,7 +17,7 @@ use crate::resources::{Kind, Resources};
 /// Claim the built-in devices' ports and interrupt line, before boot data names them.
 ///
 /// # Errors
-/// [`ErrorKind::Config`] when KVM or another device answers at the exit port.
+/// [`ErrorKind::Config`] if KVM or another device answers at the exit port.
 pub(crate) fn claim(resources: &Resources, irqchip: bool, exit_port: ExitPort) -> Result<()> {
     let claim = |ports, name| claim_range(resources, Access::Pio, ports, name);
     layout::device_ports(irqchip).iter().try_for_each(|(ports, name)| claim(*ports, name))?;

@@ -50,7 +50,7 @@ impl Serial {
     /// output.
     ///
     /// # Errors
-    /// When no file descriptor can be created.
+    /// If no file descriptor can be created.
     pub fn new(irq: Option<Box<dyn InterruptLine>>, has_consumer: bool) -> Result<Self> {
         Ok(Self {
             guest: Mutex::default(),
@@ -63,7 +63,7 @@ impl Serial {
     /// Readable when the guest has read all its input, and at the start.
     ///
     /// # Errors
-    /// When no eventfd can be created.
+    /// If no eventfd can be created.
     pub fn input_wanted(&self) -> Result<&Arc<EventFd>> {
         if let Some(wanted) = self.input_wanted.get() {
             return Ok(wanted);

@@ -46,7 +46,7 @@ impl EventManager {
     /// A manager with no subscribers.
     ///
     /// # Errors
-    /// When the process has no file descriptor left, or /proc is not mounted.
+    /// If the process has no file descriptor left, or /proc is not mounted.
     pub fn new() -> Result<Self> {
         let mut upstream = Upstream::new().map_err(event_error)?;
         let epoll = EpollSet::of(&mut upstream)?;
@@ -61,7 +61,7 @@ impl EventManager {
     /// waits have ended.
     ///
     /// # Errors
-    /// When the wake-up cannot be written.
+    /// If the wake-up cannot be written.
     pub fn share(&self) -> Result<()> {
         self.waits.share(|| self.kick())
     }
@@ -69,7 +69,7 @@ impl EventManager {
     /// Whether an event is ready to be dispatched. Waits for nobody.
     ///
     /// # Errors
-    /// When epoll fails.
+    /// If epoll fails.
     pub fn is_ready(&self) -> Result<bool> {
         self.epoll.wait(Some(Instant::now()), None)
     }
@@ -77,7 +77,7 @@ impl EventManager {
     /// End the wait of the thread in `run_with_timeout`, or the next wait. From any thread.
     ///
     /// # Errors
-    /// When the wake-up cannot be written.
+    /// If the wake-up cannot be written.
     pub fn kick(&self) -> Result<()> {
         self.check_process()?;
         self.epoll.wake()
@@ -93,7 +93,7 @@ impl EventManager {
     /// same file for the life of the manager.
     ///
     /// # Errors
-    /// When the process has no file descriptor left, or in a forked child.
+    /// If the process has no file descriptor left, or in a forked child.
     pub fn host_fd(&self) -> Result<RawFd> {
         self.check_process()?;
         let _registrations = self.registrations.lock();

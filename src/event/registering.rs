@@ -28,7 +28,7 @@ impl EventManager {
     /// Unregister a subscriber with all its file descriptors and return it.
     ///
     /// # Errors
-    /// When no subscriber has this id.
+    /// If no subscriber has this id.
     pub fn remove_subscriber(&self, id: SubscriberId) -> Result<BoxedSubscriber> {
         self.check_process()?;
         let mut registrations = self.registrations.lock();
@@ -49,7 +49,7 @@ impl EventManager {
     /// Watch `events` for the subscriber, from any thread.
     ///
     /// # Errors
-    /// When the id is unknown, the fd is watched already, or epoll refuses it.
+    /// If the id is unknown, the fd is watched already, or epoll refuses it.
     pub fn add(&self, id: SubscriberId, events: Events) -> Result<()> {
         self.check_process()?;
         let mut registrations = self.registrations.lock();
@@ -78,7 +78,7 @@ impl EventManager {
     /// Change the events of an fd that the subscriber has added.
     ///
     /// # Errors
-    /// When the id is unknown, the fd is not registered by this subscriber, or epoll refuses the
+    /// If the id is unknown, the fd is not registered by this subscriber, or epoll refuses the
     /// events.
     pub fn modify(&self, id: SubscriberId, events: Events) -> Result<()> {
         self.check_process()?;
@@ -106,7 +106,7 @@ impl EventManager {
     /// Stop watching an fd that the subscriber has added. The fd may already be closed.
     ///
     /// # Errors
-    /// When the id is unknown or the fd is not registered by this subscriber.
+    /// If the id is unknown or the fd is not registered by this subscriber.
     pub fn remove(&self, id: SubscriberId, fd: RawFd) -> Result<()> {
         self.check_process()?;
         let mut registrations = self.registrations.lock();
@@ -118,7 +118,7 @@ impl EventManager {
     /// Otherwise it would report a hang-up endlessly. Returns whether that was the case.
     ///
     /// # Errors
-    /// When the epoll set cannot be purged.
+    /// If the epoll set cannot be purged.
     pub fn remove_if_closed(&self, id: SubscriberId, fd: RawFd) -> Result<bool> {
         let mut registrations = self.registrations.lock();
         if registrations.check_owner("", id, fd).is_err() || self.epoll.watches(fd) {

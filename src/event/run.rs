@@ -14,7 +14,7 @@ impl EventManager {
     /// Wait for events and dispatch them once. Returns the number of dispatched events.
     ///
     /// # Errors
-    /// When epoll fails.
+    /// If epoll fails.
     pub fn run(&self) -> Result<usize> {
         loop {
             let dispatched = self.run_with_timeout(-1)?;
@@ -28,7 +28,7 @@ impl EventManager {
     /// passed, a signal interrupted the wait, or [`Self::kick`] was called.
     ///
     /// # Errors
-    /// When epoll fails.
+    /// If epoll fails.
     pub fn run_with_timeout(&self, milliseconds: i32) -> Result<usize> {
         let limit = u64::try_from(milliseconds).ok().map(Duration::from_millis);
         let dispatched = self.run_until(limit.map(|limit| Instant::now() + limit), None)?;
@@ -40,7 +40,7 @@ impl EventManager {
     /// signal interrupted the wait, `interrupt` is readable, or, in a shared loop, every 50 ms.
     ///
     /// # Errors
-    /// When epoll fails.
+    /// If epoll fails.
     pub fn run_until(
         &self,
         deadline: Option<Instant>,
@@ -65,7 +65,7 @@ impl EventManager {
     /// dispatches.
     ///
     /// # Errors
-    /// When epoll fails.
+    /// If epoll fails.
     pub fn wait_until(
         &self,
         deadline: Option<Instant>,
@@ -82,7 +82,7 @@ impl EventManager {
     /// lock, or nothing was ready. `take` is called after the dispatch, with the lock still held.
     ///
     /// # Errors
-    /// When epoll fails.
+    /// If epoll fails.
     pub fn try_dispatch(&self, take: impl FnOnce()) -> Result<Option<usize>> {
         self.check_process()?;
         let Some(mut registrations) = self.registrations.try_lock() else {

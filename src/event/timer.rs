@@ -23,7 +23,7 @@ impl TimerFd {
     /// A timer that is not set.
     ///
     /// # Errors
-    /// When the process has no file descriptor left.
+    /// If the process has no file descriptor left.
     pub fn new() -> io::Result<Self> {
         let flags = libc::TFD_CLOEXEC | libc::TFD_NONBLOCK;
         // SAFETY: no pointers; the result is checked.
@@ -38,7 +38,7 @@ impl TimerFd {
     /// Arm the timer. With an interval it expires repeatedly. Clears previous expirations.
     ///
     /// # Errors
-    /// When the kernel refuses the time.
+    /// If the kernel refuses the time.
     pub fn set(&self, first: Expiry, interval: Duration) -> io::Result<()> {
         let (first, flags) = match first {
             Expiry::In(delay) => (delay, 0),

@@ -39,7 +39,7 @@ impl<T> Owned<T> {
     /// Check that it is still empty.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] when it is already filled, in a forked child, and while the interpreter
+    /// [`ErrorKind::State`] if it is already filled, in a forked child, and while the interpreter
     /// finalizes.
     pub(super) fn check_vacant(&self) -> Result<()> {
         self.process_tag.check(self.what)?;

@@ -116,7 +116,7 @@ impl PyVmm {
     /// The configuration and the loop of the machine.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] when it is not initialized.
+    /// [`ErrorKind::State`] if it is not initialized.
     pub(super) fn origin(&self) -> Result<&Origin> {
         match self.origin.get() {
             Some(origin) => Ok(origin),

@@ -74,7 +74,7 @@ impl Output {
 
 impl Sink {
     /// # Errors
-    /// [`ErrorKind::Io`] when the file cannot be created.
+    /// [`ErrorKind::Io`] if the file cannot be created.
     pub(super) fn create(path: &Path) -> Result<Self> {
         let name = path.display().to_string();
         // The reader of a pipe can block its writer, which would block the guest.

@@ -21,7 +21,7 @@ impl Trace {
     /// Create a trace in a new file, for a machine with this number of vCPUs.
     ///
     /// # Errors
-    /// [`crate::error::ErrorKind::Io`] when the file cannot be created.
+    /// [`crate::error::ErrorKind::Io`] if the file cannot be created.
     pub fn create(path: &Path, vcpus: u64) -> Result<Self> {
         let sink = Arc::new(Sink::create(path)?);
         let track = |id| Track::new(id + 1, &format!("vcpu_{id}"), &sink);
@@ -32,7 +32,7 @@ impl Trace {
     /// Stop recording and complete the file. A second call does nothing, nor does a forked child's.
     ///
     /// # Errors
-    /// [`crate::error::ErrorKind::Io`] when the file could not be written; the trace then ends
+    /// [`crate::error::ErrorKind::Io`] if the file could not be written; the trace then ends
     /// earlier.
     pub fn finish(&self) -> Result<()> {
         if self.sink.process_tag.is_forked_child() {

@@ -110,10 +110,10 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
                 VmRunState::Running => return Ok(false),
                 VmRunState::Paused if is_in_run && !are_at_rest => return Ok(true),
                 VmRunState::Paused if is_in_run => {}
-                _ => return Err(not_running("resume", state)),
+                _ => return Err(self.not_running("resume", state)),
             }
             let entered = self.shared.run_state.set_and_notify(VmRunState::Running);
-            entered.map(|_| true).map_err(|state| not_running("resume", state))
+            entered.map(|_| true).map_err(|state| self.not_running("resume", state))
         })?;
         // With no lock held: a device may be implemented in Python.
         drop(devices);
@@ -121,7 +121,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     }
 
     fn enter(&self, next: VmRunState) -> Result<()> {
-        self.shared.run_state.set_and_notify(next).map(|_| ()).map_err(refused)
+        self.shared.run_state.set_and_notify(next).map(|_| ()).map_err(|state| self.refused(state))
     }
 
     /// Whether a `run` would start now.
@@ -131,11 +131,33 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     pub fn check_may_run(&self) -> Result<()> {
         self.check_process()?;
         let state = self.state();
-        if state.may_become(VmRunState::Running) { Ok(()) } else { Err(refused(state)) }
+        if state.may_become(VmRunState::Running) { Ok(()) } else { Err(self.refused(state)) }
     }
 }
 
 impl<EH: ExitHandler> KvmVm<EH> {
+    /// The error of a call that needs a run in progress.
+    pub(super) fn not_running(&self, what: &str, state: VmRunState) -> Error {
+        // After a breakpoint the state is `Exiting` until the run has returned.
+        if state == VmRunState::Exiting && self.can_continue() {
+            return Error::new(ErrorKind::State, what, "the run is ending");
+        }
+        not_running(what, state)
+    }
+
+    fn refused(&self, state: VmRunState) -> Error {
+        if state == VmRunState::Exiting && self.can_continue() {
+            let error = Error::new(ErrorKind::State, "run", "the last run has not been shut down");
+            return error.hint("shutdown() the machine first");
+        }
+        refused(state)
+    }
+
+    /// Whether a guest that has stopped can continue after the end of the run.
+    fn can_continue(&self) -> bool {
+        self.exit().is_none_or(|exit| exit.reason.resumable())
+    }
+
     /// The error of a call that is impossible once the guest has ended.
     pub(crate) fn has_ended(&self, what: &str) -> Error {
         not_running(what, VmRunState::Exiting)
@@ -215,7 +237,7 @@ impl<EH: ExitHandler> KvmVm<EH> {
     }
 }
 
-pub(super) fn not_running(what: &str, state: VmRunState) -> Error {
+fn not_running(what: &str, state: VmRunState) -> Error {
     let detail = match state {
         VmRunState::Created => "the machine has not been started",
         VmRunState::Exiting => "the guest has ended",

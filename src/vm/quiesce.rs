@@ -3,7 +3,6 @@
 //! that a vCPU's own thread must not wait for its callback.
 
 use super::KvmVm;
-use super::life::not_running;
 use super::vcpus::Leaving;
 use crate::devices::QuiescedDevices;
 use crate::error::Result;
@@ -24,7 +23,7 @@ impl<EH: ExitHandler> KvmVm<EH> {
         let (leaving, period) =
             self.vcpus.pause(|| match run_state.set_and_notify(VmRunState::Paused) {
                 Ok(_) | Err(VmRunState::Paused) => Ok(()),
-                Err(state) => Err(not_running("pause", state)),
+                Err(state) => Err(self.not_running("pause", state)),
             })?;
         // When this is dropped, the machine's state still keeps the vCPUs at rest.
         let mut quiesced = self.wait(leaving, limit).inspect_err(|_| {

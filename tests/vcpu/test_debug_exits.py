@@ -15,6 +15,7 @@ from pyvmm import (
     ExitKind,
     ExitReason,
     KvmVm,
+    StateError,
     Vcpu,
     VcpuExit,
     Vmm,
@@ -112,6 +113,10 @@ def test_a_kvm_vm_that_a_breakpoint_has_stopped_continues_after_a_shutdown() -> 
         vm.vcpus[0].debug(breakpoints=[0x1003])
         vm.run()
         assert vm.wait(DEADLINE_S) == vm.exit == Exit(ExitReason.DEBUG, vcpu=0)
+        with pytest.raises(StateError, match="the run is ending"):
+            vm.pause()
+        with pytest.raises(StateError, match=r"shutdown\(\)"):
+            vm.run()
         vm.shutdown()
         assert (vm.exit, vm.state) == (None, VmRunState.PAUSED)
         vm.vcpus[0].debug()
