@@ -260,9 +260,13 @@ def _report(exit: Exit, as_json: bool, seconds: float, more: dict[str, Any]) -> 
         print(f"pyvmm: the guest's exit code is {exit.code}; status {MOST_GUEST_CODE}", file=sys.stderr)
 
 
+_OF_AN_EXCEPTION = ("vector", "error_code", "cr2", "rip", "symbol")
+
+
 def _print_json(exit: Exit | None, seconds: float, more: dict[str, Any]) -> None:
     """Print how a run ended. Without an exit, the machine could not be run."""
-    keys = [key for key in Exit._fields if key != "value"]
+    left_out = {"value"} if exit and exit.vector is not None else {"value", *_OF_AN_EXCEPTION}
+    keys = [key for key in Exit._fields if key not in left_out]
     values = {key: getattr(exit, key, None) for key in keys}
     values["reason"] = exit.reason if exit else "error"
     print(json.dumps({**values, "seconds": round(seconds, 6), **more}), flush=True)

@@ -7,6 +7,8 @@ use std::collections::BTreeMap;
 const MAGIC: u64 = u64::from_le_bytes(*b"pyvmmsym");
 /// Bytes of an entry: address, size, and offset of the name.
 const ENTRY: u64 = 16;
+/// How far a label without a size reaches, unless the next symbol comes earlier.
+const LABEL_REACH: u64 = 4096;
 /// More bytes than a name that is shown.
 const MOST_NAME: u64 = 512;
 
@@ -86,7 +88,8 @@ impl<'a> Symbols<'a> {
         }
         let (start, size, name) = self.entry(low.checked_sub(1)?)?;
         let offset = address.checked_sub(start)?;
-        (size == 0 || offset < size).then(|| self.name(name).map(|name| (name, offset)))?
+        let size = if size == 0 { LABEL_REACH } else { size };
+        (offset < size).then(|| self.name(name).map(|name| (name, offset)))?
     }
 
     /// Every symbol's address by its name.
@@ -154,6 +157,7 @@ mod tests {
         assert_eq!(find(0x110).as_deref(), Some("done+0x0"));
         assert_eq!(find(0x114), None, "a gap");
         assert_eq!(find(0x300).as_deref(), Some("label+0x100"));
+        assert_eq!(find(0x8000_0000_0000), None, "far from every label");
         assert_eq!(symbols.all().into_iter().next(), Some(("done".into(), 0x110)));
         assert_eq!(format!("{symbols:?}"), "Symbols { count: 3, .. }");
     }

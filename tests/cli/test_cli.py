@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from command_line import flat_file, pyvmm
-from guests import SPIN, TRIPLE_FAULT, exit_with, out, print_text
+from guests import SPIN, TRIPLE_FAULT, elf, exit_with, out, print_text
 from pyvmm import CpuConfig, LinuxBoot, MemoryConfig, VmmConfig, kvm_info
 from pyvmm.cli import with_options
 
@@ -266,3 +266,13 @@ def test_help_shows_the_statuses_and_the_version_is_printed() -> None:
     assert b"120  the guest failed" in text
     assert b"Ctrl-A x" in text
     assert pyvmm("--version").stdout.startswith(b"pyvmm 0.")
+
+
+@pytest.mark.kvm
+def test_exception_of_an_elf_program_is_in_the_json(tmp_path: Path) -> None:
+    (tmp_path / "program").write_bytes(elf(0x200000, b"\x0f\x0b"))  # ud2
+    (tmp_path / "machine.toml").write_text('boot = {type = "elf", path = "program"}\nmemory = {size_mib = 8}\n')
+    done = pyvmm("run", "--json", "--config", str(tmp_path / "machine.toml"))
+    values = json.loads(done.stdout)
+    assert (values["reason"], values["vector"], values["rip"]) == ("exception", 6, 0x200000)
+    assert done.returncode == 120
