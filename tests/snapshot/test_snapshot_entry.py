@@ -37,7 +37,7 @@ def test_a_guest_has_the_cr8_of_its_snapshot(irqchip: bool, fixups: bool, tmp_pa
     with Vmm(flat(code, "long64", irqchip=irqchip, cpu=CpuConfig(fixups=fixups))) as vmm:
         before = vmm.snapshot()
         assert found(vmm) == 0
-        vmm.reset(vmm.snapshot())  # it goes on behind the exit
+        vmm.reset(vmm.snapshot())  # it continues after the exit
         assert vmm.run(DEADLINE_S).code == 99
         after = vmm.snapshot()
         vmm.reset(before)
