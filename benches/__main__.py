@@ -31,6 +31,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "device": devices.accesses,
     "hook": devices.hooks,
     "hop": devices.hops,
+    "gil": devices.gil,
     "hostcall": devices.hostcalls,
     "doorbell": devices.doorbells,
     "pause": control.pauses,

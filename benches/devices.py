@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from pyvmm import EventFd, EventOps, Events, Stop, Vcpu, VcpuExit, Vmm
 from pyvmm.hostcalls import PORT
 
-from benches import bare
+from benches import bare, loop
 from benches.machines import EXIT, RUNS, config, reading
 from benches.measure import Result, compare
 
@@ -150,6 +152,38 @@ def hops(answers: int = ANSWERS, runs: int = HOP_RUNS) -> Iterator[Result]:
         ours = answering(vmm)
         vmm.on_exit("io", hook)
         yield compare("hop to a hook that reads 2 registers", "ns", ours, bare_calls, name, 1 / 5, runs)
+
+
+def gil(answers: int = ANSWERS, runs: int = HOP_RUNS) -> Iterator[Result]:
+    """Two threads that both call Python, against one: vCPUs in devices, apart from KVM, and loops."""
+
+    def together(work: list[Callable[[], object]]) -> float:
+        threads = [threading.Thread(target=one) for one in work]
+        start = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return time.perf_counter() - start
+
+    def rate(work: list[Callable[[], object]], each: int) -> float:
+        return len(work) * each / together(work)
+
+    code = reading(2 * runs + 6).replace(b"\xba\xfd\x03", b"\xba\x00\x05")
+    with Vmm(config(code)) as first, Vmm(config(code)) as second:
+        for vmm in (first, second):
+            vmm.add_pio_device(0x500, 1, Starts())
+            vmm.run_here()
+            vmm.remove_pio_device(0x500)
+            vmm.add_pio_device(0x500, 1, Register())
+        one, other = (partial(vmm._time_answers, answers) for vmm in (first, second))
+        both, alone = (lambda: rate([one, other], answers)), (lambda: rate([one], answers))
+        yield compare("2 vCPUs in Python devices", "hops/s", both, alone, "1 vCPU", 0.9, runs)
+
+    dispatching = partial(loop.pyvmm_loop, 1, 1)
+    both = lambda: rate([dispatching, dispatching], loop.DISPATCHES)  # noqa: E731
+    alone = lambda: rate([dispatching], loop.DISPATCHES)  # noqa: E731
+    yield compare("2 loops on 2 threads", "dispatches/s", both, alone, "1 loop", 0.9, runs)
 
 
 def hostcalls(calls: int = EXITS, runs: int = RUNS) -> Iterator[Result]:

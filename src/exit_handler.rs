@@ -293,8 +293,8 @@ pub enum Outcome {
     /// The run ends, and the guest could continue. The device or hook has stored the reason with
     /// its owner.
     Stop,
-    /// The guest has ended.
-    End(Exit),
+    /// The guest has ended. In a box, because each exit passes an outcome through many hands.
+    End(Box<Exit>),
 }
 
 impl Exit {

@@ -42,7 +42,8 @@ impl ProcessTag {
 
     /// Whether this is a forked child's copy of an object of the parent.
     pub(crate) fn is_forked_child(self) -> bool {
-        self != Self::current()
+        // Relaxed: as in the handler, which was registered for this tag.
+        self.0 != FORKS.load(Ordering::Relaxed)
     }
 
     /// # Errors

@@ -15,7 +15,7 @@ impl Device for DebugExit {
 
     fn write(&self, _offset: u64, data: &[u8]) -> Outcome {
         let code = data.iter().rev().fold(0, |code, byte| code << 8 | u64::from(*byte));
-        Outcome::End(Exit::with_code(ExitReason::Code, code))
+        Outcome::End(Box::new(Exit::with_code(ExitReason::Code, code)))
     }
 }
 
@@ -26,6 +26,6 @@ mod tests {
     #[test]
     fn the_value_written_is_the_code() {
         let exit = Exit::with_code(ExitReason::Code, 0x0403_0201);
-        assert_eq!(DebugExit.write(0, &[1, 2, 3, 4]), Outcome::End(exit));
+        assert_eq!(DebugExit.write(0, &[1, 2, 3, 4]), Outcome::End(Box::new(exit)));
     }
 }

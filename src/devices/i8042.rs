@@ -146,7 +146,7 @@ impl State {
 }
 
 fn reset() -> Outcome {
-    Outcome::End(Exit::new(ExitReason::Reset))
+    Outcome::End(Box::new(Exit::new(ExitReason::Reset)))
 }
 
 impl Device for I8042 {
@@ -253,7 +253,7 @@ mod tests {
 
     #[test]
     fn the_machine_is_reset_in_three_ways_and_in_no_other() {
-        let reset = Outcome::End(Exit::new(ExitReason::Reset));
+        let reset = Outcome::End(Box::new(Exit::new(ExitReason::Reset)));
         let controller = I8042::default();
         assert_eq!(controller.write(COMMAND, &[0xfe]), reset);
         assert_eq!(controller.write(COMMAND, &[0xfe, 0xfe]), reset);

@@ -84,7 +84,7 @@ impl<EH: ExitHandler> Here<'_, EH> {
         match (left, end) {
             (_, Outcome::End(exit)) => {
                 handle.put_back(vcpu, true);
-                shared.note_end(Exit { vcpu: Some(handle.id()), ..exit });
+                shared.note_end(Exit { vcpu: Some(handle.id()), ..*exit });
                 handle.reported();
                 return Ok(Left::Ended);
             }

@@ -87,7 +87,9 @@ pub(super) fn answer(
 
 /// If the run ends with a fault, add the vCPU's state to KVM's report.
 fn with_fault_report(vcpu: &Vcpu, mut outcome: Outcome) -> Outcome {
-    if let Outcome::End(Exit { fault: Some(what), .. }) = &mut outcome {
+    if let Outcome::End(exit) = &mut outcome
+        && let Some(what) = &mut exit.fault
+    {
         *what = fault::describe(vcpu, what);
     }
     outcome
@@ -210,12 +212,12 @@ fn on_error(error: kvm_ioctls::Error) -> Outcome {
 }
 
 fn end(exit: Exit) -> Outcome {
-    Outcome::End(exit)
+    Outcome::End(Box::new(exit))
 }
 
 /// An end of the run with a fault, whose text gets the vCPU's state.
 fn fault(exit: Exit, what: String) -> Outcome {
-    Outcome::End(Exit { fault: Some(what), ..exit })
+    Outcome::End(Box::new(Exit { fault: Some(what), ..exit }))
 }
 
 fn unknown(number: u32) -> Outcome {

@@ -130,7 +130,7 @@ fn serve<EH: ExitHandler>(handle: &VcpuHandle, shared: &Shared<EH>, number: u64)
         std::mem::forget(guard);
         handle.put_back(vcpu, matches!(end, Outcome::Stop | Outcome::End(_)));
         match end {
-            Outcome::End(exit) => shared.vcpu_ended(Exit { vcpu: Some(handle.id()), ..exit }),
+            Outcome::End(exit) => shared.vcpu_ended(Exit { vcpu: Some(handle.id()), ..*exit }),
             // An error can be ignored: the loop finds the reason in its next iteration.
             Outcome::Stop => drop(shared.exit_handler.kick()),
             Outcome::Continue | Outcome::Wait => {}

@@ -47,7 +47,7 @@ impl<EH: ExitHandler> KvmVm<EH> {
         for handle in self.handles() {
             match handle.complete_pending_io(limit)? {
                 Outcome::End(exit) if self.state() != VmRunState::Exiting => {
-                    self.shared.vcpu_ended(Exit { vcpu: Some(handle.id()), ..exit });
+                    self.shared.vcpu_ended(Exit { vcpu: Some(handle.id()), ..*exit });
                 }
                 Outcome::Stop => drop(self.shared.exit_handler.kick()),
                 Outcome::End(_) => {}
