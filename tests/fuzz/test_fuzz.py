@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 pytestmark = pytest.mark.kvm
-PAGE_FAULT, DIVIDE_ERROR = 14, 0
+PAGE_FAULT, DIVIDE_ERROR, INVALID_OPCODE = 14, 0, 6
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +187,41 @@ def test_constructors_and_initialization_run_before_the_guest_is_ready(tmp_path:
     source = source.replace("(*argv)[0]", "((*argv)[0] != 0)")
     with Target(snapshot_of(tmp_path, source)) as target:
         assert [target.run(b"").value for _ in range(2)] == [42, 42]
+
+
+def test_heap_of_the_header_is_empty_again_for_each_input(tmp_path: Path) -> None:
+    source = """
+    #include "pyvmm_fuzz.h"
+    static char *kept;
+    int LLVMFuzzerInitialize(int *argc, char ***argv)
+    {
+        (void)argc, (void)argv;
+        kept = malloc(100);
+        kept[99] = 7;
+        return 0;
+    }
+    int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+    {
+        char *copy = malloc(size + 1);
+        if (!copy)
+            return -1;
+        memcpy(copy, data, size);
+        copy[size] = 0;
+        copy = realloc(copy, 2 * size + 2);
+        int *zeros = calloc(10, 4);
+        if (calloc((size_t)-1, 16) || malloc((size_t)-1) || malloc(PYVMM_FUZZ_HEAP_SIZE))
+            return -2;
+        free(zeros);
+        if (!strcmp(copy, "abort"))
+            abort();
+        return strlen(copy) + zeros[9] + kept[99];
+    }"""
+    with Target(snapshot_of(tmp_path, source)) as target:
+        assert target.run(b"hello").value == 12
+        assert target.run_batch([b"x" * 1000] * 1500).values == [1007] * 1500
+        assert target.run(b"\0" * target.capacity).value == -1
+        result = target.run(b"abort")
+        assert (result.exit.vector, result.exit.symbol) == (INVALID_OPCODE, "abort")
 
 
 def test_sizes_of_the_header_can_be_chosen(tmp_path: Path) -> None:

@@ -20,6 +20,10 @@
 #define PYVMM_FUZZ_BATCH 256
 #endif
 
+#ifndef PYVMM_FUZZ_HEAP_SIZE /* bytes for malloc */
+#define PYVMM_FUZZ_HEAP_SIZE 0x100000
+#endif
+
 #define PYVMM_FUZZ_VERSION 1
 #define PYVMM_FUZZ_READY 0x64657276 /* exit codes */
 #define PYVMM_FUZZ_DONE 0x656e6476
@@ -73,6 +77,9 @@ static struct pyvmm_fuzz pyvmm_fuzz __attribute__((aligned(4096))) = {
 	.most = PYVMM_FUZZ_BATCH,
 };
 
+static uint8_t pyvmm_fuzz_heap[PYVMM_FUZZ_HEAP_SIZE] __attribute__((aligned(4096)));
+static size_t pyvmm_fuzz_heap_used;
+
 /* The program is ready: the host takes its snapshot here. */
 PYVMM_FUZZ_UNCOVERED static void pyvmm_fuzz_ready(void)
 {
@@ -105,7 +112,9 @@ PYVMM_FUZZ_UNCOVERED __attribute__((noreturn, used)) static void pyvmm_fuzz_main
 	volatile struct pyvmm_fuzz *shared = &pyvmm_fuzz;
 	const uint8_t *input = (const uint8_t *)shared->start;
 	const uint32_t count = shared->count;
+	const size_t used = pyvmm_fuzz_heap_used;
 	for (uint32_t n = 0; n < count; n++) {
+		pyvmm_fuzz_heap_used = used; /* what an input has allocated goes with it */
 		const uint32_t length = shared->lengths[n];
 		shared->current = n;
 		shared->results[n] = LLVMFuzzerTestOneInput(input, length);
@@ -153,7 +162,7 @@ PYVMM_FUZZ_UNCOVERED void __sanitizer_cov_pcs_init(const uintptr_t *start, const
 	(void)stop;
 }
 
-/* What compilers call by themselves. A program's own definitions replace these. */
+/* What compilers call by themselves, and what most parsers need. A program's own definitions replace these. */
 #define PYVMM_FUZZ_LIBC PYVMM_FUZZ_UNCOVERED __attribute__((weak))
 
 PYVMM_FUZZ_LIBC void *memcpy(void *restrict to, const void *restrict from, size_t count)
@@ -186,6 +195,59 @@ PYVMM_FUZZ_LIBC int memcmp(const void *one, const void *other, size_t count)
 		if (*a != *b)
 			return *a - *b;
 	return 0;
+}
+
+PYVMM_FUZZ_LIBC size_t strlen(const char *text)
+{
+	size_t length = 0;
+	while (text[length])
+		length++;
+	return length;
+}
+
+PYVMM_FUZZ_LIBC int strcmp(const char *one, const char *other)
+{
+	while (*one && *one == *other)
+		one++, other++;
+	return *(const uint8_t *)one - *(const uint8_t *)other;
+}
+
+PYVMM_FUZZ_LIBC __attribute__((noreturn)) void abort(void)
+{
+	__builtin_trap();
+}
+
+/* A heap that only grows: `free` does nothing, and all that an input has allocated goes when it ends. The size of a block
+ * precedes it. */
+PYVMM_FUZZ_LIBC void *malloc(size_t size)
+{
+	if (size > PYVMM_FUZZ_HEAP_SIZE - 32 || pyvmm_fuzz_heap_used > PYVMM_FUZZ_HEAP_SIZE - 32 - size)
+		return 0;
+	uint8_t *block = pyvmm_fuzz_heap + pyvmm_fuzz_heap_used + 16;
+	((size_t *)block)[-1] = size;
+	pyvmm_fuzz_heap_used += 16 + ((size + 15) & ~(size_t)15);
+	return block;
+}
+
+PYVMM_FUZZ_LIBC void free(void *block)
+{
+	(void)block;
+}
+
+PYVMM_FUZZ_LIBC void *calloc(size_t count, size_t size)
+{
+	size_t bytes;
+	void *block = __builtin_mul_overflow(count, size, &bytes) ? 0 : malloc(bytes);
+	return block ? memset(block, 0, bytes) : 0;
+}
+
+PYVMM_FUZZ_LIBC void *realloc(void *block, size_t size)
+{
+	if (!block)
+		return malloc(size);
+	const size_t before = ((size_t *)block)[-1];
+	void *larger = malloc(size);
+	return larger ? memcpy(larger, block, before < size ? before : size) : 0;
 }
 
 #endif
