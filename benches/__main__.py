@@ -47,6 +47,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "snapshot-fork": snapshot.forks,
     "snapshot-footprint": snapshot.footprints,
     "snapshot-reset": snapshot.resets,
+    "snapshot-loop": snapshot.loops,
     "snapshot-file": snapshot.files,
     "fuzz-batch": fuzz.batches,
     "fuzz-single": fuzz.single,

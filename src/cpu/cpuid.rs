@@ -39,6 +39,19 @@ pub fn host_is_software_kvm() -> bool {
     })
 }
 
+/// Whether KVM keeps page tables of its own, derived from the guest's: it has no nested paging.
+#[must_use]
+pub fn host_shadows_page_tables() -> bool {
+    static ANSWER: Learnt<bool> = Learnt::unknown();
+    *ANSWER.get_or_make(|| {
+        let is_off =
+            |path| std::fs::read(path).is_ok_and(|value| matches!(value[..], [b'N' | b'0', ..]));
+        host_is_software_kvm()
+            || is_off("/sys/module/kvm_intel/parameters/ept")
+            || is_off("/sys/module/kvm_amd/parameters/npt")
+    })
+}
+
 /// What is computed once for each template.
 struct Templated {
     /// The features that KVM supports and the template does not hide.

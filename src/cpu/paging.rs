@@ -5,7 +5,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::layout;
 use crate::memory::GuestMemory;
 
-const PRESENT: u64 = 1;
+/// With the accessed and dirty bits set, the processor never writes the tables: forks share them,
+/// and a reset finds them unchanged.
+const PRESENT: u64 = 0b110_0001;
 const WRITABLE: u64 = 1 << 1;
 const USER: u64 = 1 << 2;
 const LARGE: u64 = 1 << 7;

@@ -7,7 +7,9 @@ use crate::error::Result;
 use crate::layout;
 use crate::memory::GuestMemory;
 
-const PAGE_PRESENT_WRITABLE: u64 = 0b11;
+/// With the accessed and dirty bits set, the processor never writes the tables: forks share them,
+/// and a reset finds them unchanged.
+const PAGE_PRESENT_WRITABLE: u64 = 0b110_0011;
 const PAGE_USER: u64 = 0b100;
 const PAGE_LARGE: u64 = 1 << 7;
 const ENTRIES: u64 = 512;
@@ -100,9 +102,9 @@ mod tests {
     fn the_map_is_the_identity_in_2_mib_pages() {
         let memory = GuestMemory::new(1 << 20).unwrap();
         write(&memory, CpuMode::Long64, || true).unwrap();
-        assert_eq!(u64_at(&memory, layout::PML4), layout::PDPT | 3);
-        assert_eq!(u64_at(&memory, layout::PDPT + 24), (layout::PAGE_DIRECTORIES + 0x3000) | 3);
-        assert_eq!(u64_at(&memory, layout::PAGE_DIRECTORIES + 8 * 2047), 0xffe0_0083);
+        assert_eq!(u64_at(&memory, layout::PML4), layout::PDPT | 0x63);
+        assert_eq!(u64_at(&memory, layout::PDPT + 24), (layout::PAGE_DIRECTORIES + 0x3000) | 0x63);
+        assert_eq!(u64_at(&memory, layout::PAGE_DIRECTORIES + 8 * 2047), 0xffe0_00e3);
         assert_eq!(u64_at(&memory, layout::PDPT + 32), 0);
     }
 
@@ -110,7 +112,7 @@ mod tests {
     fn memory_above_4_gib_is_mapped_in_1_gib_pages() {
         let memory = GuestMemory::new(4 << 30).unwrap();
         write(&memory, CpuMode::User64, || true).unwrap();
-        assert_eq!(u64_at(&memory, layout::PDPT + 32), 4 << 30 | 0x87);
+        assert_eq!(u64_at(&memory, layout::PDPT + 32), 4 << 30 | 0xe7);
         assert_eq!(u64_at(&memory, layout::PDPT + 40), 0);
     }
 
@@ -119,8 +121,8 @@ mod tests {
         let memory = GuestMemory::new(4 << 30).unwrap();
         write(&memory, CpuMode::Long64, || false).unwrap();
         let directory = layout::PAGE_DIRECTORIES + 0x4000;
-        assert_eq!(u64_at(&memory, layout::PDPT + 32), directory | 3);
-        assert_eq!(u64_at(&memory, directory + 8), 4 << 30 | 2 << 20 | 0x83);
+        assert_eq!(u64_at(&memory, layout::PDPT + 32), directory | 0x63);
+        assert_eq!(u64_at(&memory, directory + 8), 4 << 30 | 2 << 20 | 0xe3);
         assert_eq!(high_directory(24).map(|at| at < layout::EBDA_START), Some(true));
         assert_eq!(high_directory(26), None);
     }

@@ -65,9 +65,7 @@ impl Paging {
             if entry & PRESENT == 0 {
                 return None;
             }
-            // Directories contain large pages: of 4 or 2 MiB, and of 1 GiB one level higher.
-            let may_be_large = level == 1 || (level == 2 && self.levels > 3);
-            if may_be_large && self.has_large && entry & LARGE != 0 {
+            if self.is_large(entry, level) {
                 return Some(
                     self.large(entry) & !((1 << shift) - 1) | address & ((1 << shift) - 1),
                 );
@@ -78,6 +76,40 @@ impl Paging {
             return Some(address);
         }
         Some(table | address & 0xfff)
+    }
+
+    /// The page of each table; empty without paging. None if there are more than `most`. `read` is
+    /// as in [`Self::translate`].
+    pub fn tables(&self, most: usize, read: impl Fn(u64, u64) -> Option<u64>) -> Option<Vec<u64>> {
+        let (mut all, mut here) = (Vec::new(), vec![self.root]);
+        for level in (0..self.levels).rev() {
+            let mut below = Vec::new();
+            for table in here {
+                all.push(table & ADDRESS);
+                let entries = if self.levels == 3 && level == 2 { 4 } else { 4096 / self.entry };
+                let entries = if level == 0 { 0 } else { entries };
+                for index in 0..entries {
+                    let at = table.checked_add(index * self.entry)?;
+                    let entry = read(at, self.entry).unwrap_or(0);
+                    if entry & PRESENT != 0 && !self.is_large(entry, level) {
+                        below.push(entry & if self.entry == 4 { 0xffff_f000 } else { ADDRESS });
+                    }
+                }
+                below.sort_unstable();
+                below.dedup();
+                if all.len() + below.len() > most {
+                    return None;
+                }
+            }
+            here = below;
+        }
+        Some(all)
+    }
+
+    /// Directories contain large pages: of 4 or 2 MiB, and of 1 GiB one level higher.
+    fn is_large(&self, entry: u64, level: u32) -> bool {
+        let may_be_large = level == 1 || (level == 2 && self.levels > 3);
+        may_be_large && self.has_large && entry & LARGE != 0
     }
 
     /// Whether a guest in this mode can form the address.
@@ -127,6 +159,28 @@ mod tests {
         assert_eq!(
             paging(0, 0, 0, 0).translate(0x1234_5678_9abc, |_, _| None),
             Some(0x1234_5678_9abc)
+        );
+    }
+
+    #[test]
+    fn every_table_is_found_once_and_no_more_than_asked_for() {
+        let entries = [
+            (0x1000, 0x2003), // two entries of the top table with the same directory pointers
+            (0x1008, 0x2003), //
+            (0x2000, 0x3003), // a directory,
+            (0x2008, 0x4000_0083), // and a page of 1 GiB
+            (0x3000, 0x4003), // a table, whose entries are pages,
+            (0x3008, 0x20_0083), // and a page of 2 MiB
+            (0x4000, 0x5003),
+        ];
+        let tables = |most| long(0x1000, false).tables(most, look(&entries));
+        assert_eq!(tables(4), Some(vec![0x1000, 0x2000, 0x3000, 0x4000]));
+        assert_eq!(tables(3), None);
+        assert_eq!(paging(0, 0x1000, 0, 0).tables(4, look(&entries)), Some(Vec::new()));
+        let pae = paging(CR0_PG, 0x1020, CR4_PAE, 0);
+        assert_eq!(
+            pae.tables(4, look(&[(0x1020, 0x2001), (0x1040, 0x3001)])),
+            Some(vec![0x1000, 0x2000])
         );
     }
 

@@ -3,6 +3,7 @@
 
 use super::image::MemoryRange;
 use super::ram::Ram;
+use super::ranges::ByteRange;
 use super::slots::Slots;
 use super::table::Entry;
 use crate::error::{Error, ErrorKind, Result};
@@ -42,22 +43,26 @@ impl Slots {
     }
 
     /// Check once more, call `begin`, and restore each range to the slot at its address. Returns
-    /// how many bytes were changed.
+    /// the ranges that were changed, by guest-physical address.
     ///
     /// # Errors
     /// As for `check`, and if a file behind the ranges has been changed. Nothing is changed then.
     /// If the process is out of memory or mappings: part of the machine's memory is restored then.
-    pub(crate) fn reset(&self, ranges: &[MemoryRange], begin: impl FnOnce()) -> Result<u64> {
+    pub(crate) fn reset(
+        &self,
+        ranges: &[MemoryRange],
+        begin: impl FnOnce(),
+    ) -> Result<Vec<ByteRange>> {
         let mut table = self.table.lock();
         table.check(ranges)?;
         ranges.iter().try_for_each(|range| range.image.check())?;
         begin();
-        let mut changed = 0;
+        let mut changed = Vec::new();
         let own = table.entries.iter_mut().filter(|entry| entry.ram.is_some());
         for (entry, range) in own.zip(ranges) {
             let Some(ram) = &mut entry.ram else { continue };
             for (from, to) in ram.reset(&range.image)? {
-                changed += to - from;
+                changed.push((range.start + from, range.start + to));
                 entry.placed().note_write(range.start + from, to - from);
             }
         }

@@ -13,6 +13,7 @@ use super::ram::Ram;
 use super::table::{Entry, Slot, Table};
 use super::view::WritableViews;
 use crate::error::{Error, ErrorKind, Result};
+use crate::layout;
 use crate::resources::{Kind, Resources};
 use crate::sync::{Mutex, rank};
 
@@ -136,6 +137,26 @@ impl Slots {
         // Unmapping can take long, so it happens without the lock.
         drop((removed, before));
         Ok(())
+    }
+
+    /// Have KVM drop the page tables that it derived from the guest's: it keeps them for as long as
+    /// the guest itself does not write its tables. The removal of any slot drops them all.
+    ///
+    /// # Errors
+    /// If KVM refuses.
+    pub(crate) fn drop_shadows(&self) -> Result<()> {
+        let table = self.table.lock();
+        let Some(entry) = table.entries.last() else { return Ok(()) };
+        let end = entry.slot.start.saturating_add(entry.slot.size);
+        let number = table.entries.iter().map(|entry| entry.slot.number).max().unwrap_or(0) + 1;
+        let region = kvm_userspace_memory_region {
+            slot: number,
+            guest_phys_addr: end.max(layout::MMIO_GAP_END),
+            memory_size: layout::PAGE,
+            ..entry.region(0, false)
+        };
+        self.set_region(region)?;
+        self.set_region(kvm_userspace_memory_region { memory_size: 0, ..region })
     }
 
     /// All slots, by address.

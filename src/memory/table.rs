@@ -91,13 +91,15 @@ impl Table {
     /// # Errors
     /// [`ErrorKind::State`] if the slots differ from the snapshot's.
     pub(super) fn check(&self, ranges: &[MemoryRange]) -> Result<()> {
-        let own = self.entries.iter().filter(|entry| entry.ram.is_some());
-        if own.clone().count() == ranges.len()
-            && own.zip(ranges).all(|(entry, range)| entry.is_at(range))
-        {
-            return Ok(());
-        }
-        let detail = "the machine's memory slots differ from the snapshot's";
+        let own = || self.entries.iter().filter(|entry| entry.ram.is_some());
+        let added = own().find(|entry| !ranges.iter().any(|range| entry.is_at(range)));
+        let removed = ranges.iter().find(|range| !own().any(|entry| entry.is_at(range)));
+        let what = match (added, removed) {
+            (None, None) => return Ok(()),
+            (Some(added), _) => format!("it does not have the one at {:#x}", added.slot.start),
+            (_, Some(removed)) => format!("the one at {:#x} is missing", removed.start),
+        };
+        let detail = format!("the machine's memory slots differ from the snapshot's: {what}");
         let error = Error::new(ErrorKind::State, "reset", detail);
         Err(error.hint("add and remove memory so that they are the same, or fork the snapshot"))
     }

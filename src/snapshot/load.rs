@@ -86,7 +86,8 @@ fn parse(
         return Err(bad("state", "it does not have the state of each vCPU"));
     }
     check_ranges(&ranges)?;
-    Ok(Snapshot { id: header.id, shape, chips, vcpus, devices, ranges, host })
+    let known = Arc::default();
+    Ok(Snapshot { id: header.id, shape, chips, vcpus, devices, ranges, host, known })
 }
 
 /// The base, if the file needs one.

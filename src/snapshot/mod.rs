@@ -15,6 +15,7 @@ mod save;
 #[allow(clippy::module_inception, reason = "it is where `Snapshot` is")]
 mod snapshot;
 mod state;
+pub(crate) mod translations;
 pub(crate) mod vcpu;
 
 pub use file::inspect;

@@ -80,7 +80,7 @@ fn values(vcpu: &Vcpu, list: &mut Vec<u32>) -> Result<Vec<kvm_msr_entry>> {
             .map(|index| kvm_msr_entry { index: *index, ..Default::default() })
             .collect();
         let mut msrs = wrap(&entries)?;
-        let count = kvm("KVM_GET_MSRS", vcpu.fd.get_msrs(&mut msrs))?;
+        let count = kvm("KVM_GET_MSRS", vcpu.fd().get_msrs(&mut msrs))?;
         all.extend(msrs.as_slice().iter().take(count));
         if count < entries.len() {
             // KVM stops at the first register that it does not provide.
@@ -97,7 +97,7 @@ fn set<'a>(
     entries: &'a [kvm_msr_entry],
 ) -> Result<(usize, Option<&'a kvm_msr_entry>)> {
     let part = entries.get(..MOST_AT_ONCE).unwrap_or(entries);
-    let count = kvm("KVM_SET_MSRS", vcpu.fd.set_msrs(&wrap(part)?))?;
+    let count = kvm("KVM_SET_MSRS", vcpu.fd().set_msrs(&wrap(part)?))?;
     Ok((count, part.get(count)))
 }
 
@@ -132,7 +132,7 @@ pub(super) fn apply(vcpu: &mut Vcpu, state: &[u8]) -> Result<()> {
     if entries.iter().any(uses_clock) {
         // Tells the guest's watchdogs that it was stopped. It fails, and does not matter, if the
         // guest has not set up the clock.
-        let _ = vcpu.fd.kvmclock_ctrl();
+        let _ = vcpu.fd().kvmclock_ctrl();
     }
     vcpu.knows_of_pause = true;
     Ok(())
@@ -141,7 +141,7 @@ pub(super) fn apply(vcpu: &mut Vcpu, state: &[u8]) -> Result<()> {
 /// A register that has the value already does not need to be set.
 fn check_refused(vcpu: &mut Vcpu, refused: &kvm_msr_entry) -> Result<()> {
     let mut now = wrap(&[kvm_msr_entry { index: refused.index, ..Default::default() }])?;
-    let known = kvm("KVM_GET_MSRS", vcpu.fd.get_msrs(&mut now))?;
+    let known = kvm("KVM_GET_MSRS", vcpu.fd().get_msrs(&mut now))?;
     let has = known == 1 && now.as_slice().iter().all(|entry| entry.data == refused.data);
     // A register that no KVM lists, and that only another implementation or processor has, means
     // nothing here.

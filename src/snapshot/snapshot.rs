@@ -7,6 +7,7 @@ use super::host::Host;
 use super::state::{DeviceState, Records};
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::{Image, Layer, MemoryRange, copy_to, memfd};
+use crate::process::Learnt;
 use crate::vm::Shape;
 
 /// The state of a machine. It never changes.
@@ -26,6 +27,24 @@ pub struct Snapshot {
     pub ranges: Vec<MemoryRange>,
     /// Where it was taken; None for this host.
     pub host: Option<Host>,
+    /// What its forks and resets have learnt.
+    pub(crate) known: Arc<Known>,
+}
+
+/// What is learnt once about a snapshot, and is the same for all machines that use it.
+#[derive(Debug)]
+pub(crate) struct Known {
+    /// Model-specific registers that KVM returns but refuses to set, with their values. Their CPUID
+    /// is the same.
+    pub(crate) constant_msrs: Learnt<Vec<(u32, u64)>>,
+    /// The pages of the page tables in use: see `translations.rs`.
+    pub(crate) tables: Learnt<Option<Vec<u64>>>,
+}
+
+impl Default for Known {
+    fn default() -> Self {
+        Self { constant_msrs: Learnt::unknown(), tables: Learnt::unknown() }
+    }
 }
 
 /// A unique id.

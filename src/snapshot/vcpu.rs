@@ -27,6 +27,7 @@ ioctl_ior_nr!(kvm_get_xsave2, KVMIO, 0xcf, kvm_xsave);
 
 const EFER_SVME: u64 = 1 << 12;
 const CR4_VMXE: u64 = 1 << 13;
+const CR4_LA57: u64 = 1 << 12;
 
 /// Which records the state of a machine's vCPUs consists of.
 #[derive(Clone, Copy, Debug)]
@@ -66,6 +67,7 @@ pub(crate) fn plain<T: FromBytes>(what: &str, bytes: &[u8]) -> Result<T> {
 /// that would say so.
 type Sregs2 = [u64; SREGS2_WORDS];
 const SREGS2_WORDS: usize = size_of::<kvm_sregs2>() / size_of::<u64>();
+const SREGS2_FLAGS: usize = std::mem::offset_of!(kvm_sregs2, flags) / size_of::<u64>();
 
 fn done(at: &str, result: libc::c_int) -> Result<()> {
     if result < 0 { Err(Error::kvm(at, kvm_ioctls::Error::last())) } else { Ok(()) }
@@ -74,7 +76,7 @@ fn done(at: &str, result: libc::c_int) -> Result<()> {
 /// Read everything that KVM reports of a stopped vCPU, whose last access has been completed.
 pub(crate) fn capture(vcpu: &Vcpu, number: u16, classes: Classes) -> Result<Records> {
     hop!();
-    let (mut all, fd) = (Records::with_capacity(12), &vcpu.fd);
+    let (mut all, fd) = (Records::with_capacity(12), vcpu.fd());
     let mut keep = |kind, bytes: &[u8]| put(&mut all, kind, number, bytes);
     let cpuid = cpuid::of_vcpu(fd)?;
     let entries: Vec<u8> = cpuid.iter().flat_map(|entry| bytes(entry).to_vec()).collect();
@@ -131,7 +133,7 @@ fn xsave(vcpu: &Vcpu, classes: Classes) -> Result<Vec<u8>> {
         let result = unsafe { libc::ioctl(vcpu_fd(vcpu), kvm_get_xsave2(), buffer.as_mut_ptr()) };
         done("KVM_GET_XSAVE2", result)?;
     } else if let Some(first) = buffer.first_mut() {
-        *first = kvm("KVM_GET_XSAVE", vcpu.fd.get_xsave())?;
+        *first = kvm("KVM_GET_XSAVE", vcpu.fd().get_xsave())?;
     }
     let mut all = buffer.as_bytes().to_vec();
     all.truncate(classes.xsave_size);
@@ -139,7 +141,7 @@ fn xsave(vcpu: &Vcpu, classes: Classes) -> Result<Vec<u8>> {
 }
 
 fn vcpu_fd(vcpu: &Vcpu) -> std::os::fd::RawFd {
-    std::os::fd::AsRawFd::as_raw_fd(&vcpu.fd)
+    std::os::fd::AsRawFd::as_raw_fd(vcpu.fd())
 }
 
 /// Set the state of a vCPU, which has not run yet or has the same CPUID.
@@ -153,20 +155,14 @@ pub(crate) fn apply(
     classes: Classes,
 ) -> Result<()> {
     hop!();
-    let one = |kind: RecordKind| {
-        let missing = || bad(kind.name(), format!("the state of vCPU {number} has none"));
-        get(records, kind, number).ok_or_else(missing)
-    };
-    vcpu.forget_access();
-    if !vcpu.has_run {
-        set_cpuid(vcpu, one(RecordKind::Cpuid)?)?;
-        get(records, RecordKind::TscKhz, number).map_or(Ok(()), |khz| set_tsc_khz(vcpu, khz))?;
+    let one = |kind| required(records, kind, number);
+    prepare(vcpu, number, records, classes)?;
+    let (special, events) =
+        (Special::of(records, number, classes)?, plain("events", one(RecordKind::Events)?)?);
+    let is_at_entry = !classes.has_lapic && special.can_be_last() && takes(vcpu, &special, &events);
+    if !is_at_entry {
+        special.set(vcpu)?;
     }
-    if classes.has_lapic {
-        // Makes KVM process a pending INIT or SIPI, which would otherwise reach the new state.
-        kvm("KVM_GET_MP_STATE", vcpu.fd.get_mp_state())?;
-    }
-    set_sregs(vcpu, records, number, classes)?;
     set_xsave(vcpu, one(RecordKind::Xsave)?, classes)?;
     set_xcrs(vcpu, one(RecordKind::Xcrs)?)?;
     set_debug_registers(vcpu, one(RecordKind::DebugRegs)?)?;
@@ -174,8 +170,12 @@ pub(crate) fn apply(
         set_lapic(vcpu, &plain("lapic", one(RecordKind::Lapic)?)?)?;
     }
     msrs::apply(vcpu, one(RecordKind::Msrs)?)?;
-    let events: kvm_vcpu_events = plain("events", one(RecordKind::Events)?)?;
-    kvm("KVM_SET_VCPU_EVENTS", vcpu.fd.set_vcpu_events(&events))?;
+    if is_at_entry {
+        vcpu.enter_with_state(&special.sregs, &events);
+    } else {
+        kvm("KVM_SET_VCPU_EVENTS", vcpu.fd().set_vcpu_events(&events))?;
+        vcpu.taken = Some(Box::new((special.sregs, events)));
+    }
     // Last, because it depends on whether the vCPU is in system management mode. Without a LAPIC a
     // vCPU has only one such state.
     if classes.has_lapic {
@@ -186,14 +186,38 @@ pub(crate) fn apply(
     Ok(())
 }
 
+fn required(records: &[Record], kind: RecordKind, number: u16) -> Result<&[u8]> {
+    let missing = || bad(kind.name(), format!("the state of vCPU {number} has none"));
+    get(records, kind, number).ok_or_else(missing)
+}
+
+/// What comes before the state: what KVM checks it against, and the end of what the vCPU has begun.
+fn prepare(vcpu: &mut Vcpu, number: u16, records: &[Record], classes: Classes) -> Result<()> {
+    vcpu.forget_access();
+    if !vcpu.has_run {
+        set_cpuid(vcpu, required(records, RecordKind::Cpuid, number)?)?;
+        get(records, RecordKind::TscKhz, number).map_or(Ok(()), |khz| set_tsc_khz(vcpu, khz))?;
+    }
+    if classes.has_lapic {
+        // Makes KVM process a pending INIT or SIPI, which would otherwise reach the new state.
+        kvm("KVM_GET_MP_STATE", vcpu.fd().get_mp_state())?;
+    }
+    Ok(())
+}
+
+/// Whether KVM has taken these for this vCPU before, so that the next entry cannot fail with them.
+fn takes(vcpu: &Vcpu, special: &Special, events: &kvm_vcpu_events) -> bool {
+    vcpu.taken.as_deref().is_some_and(|taken| *taken == (special.sregs, *events))
+}
+
 fn set_mp_state(vcpu: &Vcpu, state: &[u8]) -> Result<()> {
     let state: kvm_mp_state = plain("mp_state", state)?;
-    kvm("KVM_SET_MP_STATE", vcpu.fd.set_mp_state(state))
+    kvm("KVM_SET_MP_STATE", vcpu.fd().set_mp_state(state))
 }
 
 fn set_debug_registers(vcpu: &Vcpu, state: &[u8]) -> Result<()> {
     let debug: kvm_debugregs = plain("debugregs", state)?;
-    kvm("KVM_SET_DEBUGREGS", vcpu.fd.set_debug_regs(&debug))
+    kvm("KVM_SET_DEBUGREGS", vcpu.fd().set_debug_regs(&debug))
 }
 
 fn set_xcrs(vcpu: &Vcpu, state: &[u8]) -> Result<()> {
@@ -201,26 +225,51 @@ fn set_xcrs(vcpu: &Vcpu, state: &[u8]) -> Result<()> {
     // A processor without XSAVE has none, and KVM refuses an empty list.
     match xcrs.nr_xcrs {
         0 => Ok(()),
-        _ => kvm("KVM_SET_XCRS", vcpu.fd.set_xcrs(&xcrs)),
+        _ => kvm("KVM_SET_XCRS", vcpu.fd().set_xcrs(&xcrs)),
     }
 }
 
-/// Set the special registers. This comes before the LAPIC: its base is one of them, and selects the
-/// format of its registers.
-fn set_sregs(vcpu: &Vcpu, records: &[Record], number: u16, classes: Classes) -> Result<()> {
-    let sregs2 = get(records, RecordKind::Sregs2, number);
-    if let Some(sregs) = sregs2.filter(|_| classes.has_sregs2) {
-        let words: Sregs2 = plain("sregs2", sregs)?;
-        return vcpu.set_special(&first_of_sregs2(sregs)?, |fd| {
-            // SAFETY: KVM reads a `kvm_sregs2`, which has the size and alignment of these words.
-            done("KVM_SET_SREGS2", unsafe { ioctl_with_ref(fd, kvm_set_sregs2(), &words) })
-        });
+/// The special registers of a snapshot. They come before the LAPIC: its base is one of them, and
+/// selects the format of its registers.
+struct Special {
+    sregs: kvm_sregs,
+    /// As `kvm_sregs2`, if the snapshot and this KVM have it.
+    words: Option<Sregs2>,
+}
+
+impl Special {
+    fn of(records: &[Record], number: u16, classes: Classes) -> Result<Self> {
+        let Some(sregs2) = get(records, RecordKind::Sregs2, number) else {
+            let sregs = get(records, RecordKind::Sregs, number).unwrap_or(&[]);
+            return Ok(Self { sregs: plain("sregs", sregs)?, words: None });
+        };
+        let words = classes.has_sregs2.then(|| plain("sregs2", sregs2)).transpose()?;
+        Ok(Self { sregs: first_of_sregs2(sregs2)?, words })
     }
-    let sregs: kvm_sregs = match sregs2 {
-        Some(sregs2) => first_of_sregs2(sregs2)?,
-        None => plain("sregs", get(records, RecordKind::Sregs, number).unwrap_or(&[]))?,
-    };
-    vcpu.set_sregs(&sregs)
+
+    /// Whether they can be set after everything else, as `kvm_sregs`: that has no page directory
+    /// pointers, and 57-bit addresses in MSRs need CR4's bit first.
+    fn can_be_last(&self) -> bool {
+        let has_pointers =
+            self.words.and_then(|words| words.get(SREGS2_FLAGS).copied()).unwrap_or(0) != 0;
+        !has_pointers && self.sregs.cr4 & CR4_LA57 == 0
+    }
+
+    fn set(&self, vcpu: &Vcpu) -> Result<()> {
+        let Some(words) = &self.words else { return vcpu.set_sregs(&self.sregs) };
+        vcpu.set_special(&self.sregs, |fd| {
+            // SAFETY: KVM reads a `kvm_sregs2`, which has the size and alignment of these words.
+            done("KVM_SET_SREGS2", unsafe { ioctl_with_ref(fd, kvm_set_sregs2(), words) })
+        })
+    }
+}
+
+/// The special registers in the state of a vCPU.
+pub(super) fn special_of(records: &[Record], number: u16) -> Option<kvm_sregs> {
+    match get(records, RecordKind::Sregs2, number) {
+        Some(sregs2) => first_of_sregs2(sregs2).ok(),
+        None => plain("sregs", get(records, RecordKind::Sregs, number)?).ok(),
+    }
 }
 
 /// The fields that both structures begin with: all except the interrupt bitmap, which the flags
@@ -245,10 +294,10 @@ fn set_lapic(vcpu: &Vcpu, lapic: &kvm_lapic_state) -> Result<()> {
         let bytes = lapic.regs.get(at..at + 4).and_then(|bytes| <[i8; 4]>::try_from(bytes).ok());
         bytes.map_or(0, |bytes| u32::from_le_bytes(bytes.map(i8::cast_unsigned)))
     };
-    kvm("KVM_SET_LAPIC", vcpu.fd.set_lapic(lapic))?;
+    kvm("KVM_SET_LAPIC", vcpu.fd().set_lapic(lapic))?;
     let counts = word(LVT_TIMER) & TIMER_MODE != TIMER_MODE_DEADLINE;
     if counts && word(TIMER_INITIAL_COUNT) != 0 {
-        kvm("KVM_SET_LAPIC", vcpu.fd.set_lapic(lapic))?;
+        kvm("KVM_SET_LAPIC", vcpu.fd().set_lapic(lapic))?;
     }
     Ok(())
 }
@@ -262,7 +311,7 @@ pub(crate) fn check_cpuid(vcpu: &mut Vcpu, number: u16, records: &[Record]) -> R
     if !vcpu.has_run || vcpu.known_cpuid.as_deref() == Some(table) {
         return Ok(());
     }
-    let here = cpuid::of_vcpu(&vcpu.fd)?;
+    let here = cpuid::of_vcpu(vcpu.fd())?;
     let lasting = |table: &[kvm_cpuid_entry2]| table.iter().map(lasting).collect::<Vec<_>>();
     if lasting(&here) != lasting(&entries(table)?) {
         let detail = format!("the snapshot has another CPUID than vCPU {number}, which has run");
@@ -286,7 +335,7 @@ fn lasting(entry: &kvm_cpuid_entry2) -> [u32; 6] {
 }
 
 fn set_cpuid(vcpu: &Vcpu, table: &[u8]) -> Result<()> {
-    kvm("KVM_SET_CPUID2", vcpu.fd.set_cpuid2(&cpuid(table)?))
+    kvm("KVM_SET_CPUID2", vcpu.fd().set_cpuid2(&cpuid(table)?))
 }
 
 /// The CPUID table of a record.
@@ -303,9 +352,9 @@ fn entries(table: &[u8]) -> Result<Vec<kvm_cpuid_entry2>> {
 /// Set the TSC frequency only if it differs: most hosts cannot change it.
 fn set_tsc_khz(vcpu: &Vcpu, khz: &[u8]) -> Result<()> {
     let khz = Reader::new("tsc_khz", khz).u32()?;
-    match vcpu.fd.get_tsc_khz() {
+    match vcpu.fd().get_tsc_khz() {
         Ok(here) if here.abs_diff(khz) > here / 1000 => {
-            kvm("KVM_SET_TSC_KHZ", vcpu.fd.set_tsc_khz(khz))
+            kvm("KVM_SET_TSC_KHZ", vcpu.fd().set_tsc_khz(khz))
         }
         _ => Ok(()),
     }
@@ -321,7 +370,7 @@ fn set_xsave(vcpu: &Vcpu, state: &[u8], classes: Classes) -> Result<()> {
     let Some(first) = buffer.first() else { return Ok(()) };
     // SAFETY: KVM reads as many bytes as KVM_CAP_XSAVE2 reports, and the buffer that starts with
     // this reference has them.
-    kvm("KVM_SET_XSAVE", unsafe { vcpu.fd.set_xsave(first) })
+    kvm("KVM_SET_XSAVE", unsafe { vcpu.fd().set_xsave(first) })
 }
 
 #[cfg(test)]

@@ -56,7 +56,7 @@ pub(super) fn enter(vcpu: &mut Vcpu) -> std::result::Result<VcpuExit, kvm_ioctls
 /// Run the guest to its next exit that no fix-up resolves. A kick makes the next KVM_RUN fail.
 fn run(vcpu: &mut Vcpu) -> std::result::Result<VcpuExit, kvm_ioctls::Error> {
     loop {
-        let exit = vcpu.fd.run().map(|exit| owned(exit, &vcpu.page))?;
+        let exit = vcpu.raw_fd.run().map(|exit| owned(exit, &vcpu.page))?;
         vcpu.has_page_registers = true;
         match exit {
             VcpuExit::InternalError { .. } if fix_up(vcpu) => {}
@@ -69,7 +69,7 @@ fn run(vcpu: &mut Vcpu) -> std::result::Result<VcpuExit, kvm_ioctls::Error> {
 fn with_state(mut exit: VcpuExit, vcpu: &Vcpu) -> VcpuExit {
     if let VcpuExit::InternalError { suberror, instruction, disassembly, registers, .. } = &mut exit
     {
-        if let (Ok(regs), Ok(sregs)) = (vcpu.general(), vcpu.fd.get_sregs()) {
+        if let (Ok(regs), Ok(sregs)) = (vcpu.general(), vcpu.fd().get_sregs()) {
             if *suberror == KVM_INTERNAL_ERROR_EMULATION {
                 let found = Instruction::at(vcpu, &regs, &sregs);
                 (*instruction, *disassembly) = (found.bytes, found.text);
@@ -148,7 +148,7 @@ impl Vcpu {
             return;
         }
         self.page.set(true);
-        let result = self.fd.run().map(|exit| owned(exit, &self.page));
+        let result = self.raw_fd.run().map(|exit| owned(exit, &self.page));
         self.has_page_registers = true;
         // A further exit of the instruction is kept for the next entry.
         self.pending = result.map_or(PendingIo::Idle, PendingIo::Exit);
@@ -160,17 +160,14 @@ impl Vcpu {
         let mut is_access = self.pending.is_access();
         let mut left = ABANDONED_PARTS;
         while is_access && left > 0 {
-            if let Ok(regs) = self.fd.get_regs() {
-                // Otherwise KVM would exit for each element. With zero it would not complete the
-                // current one.
-                let _ = self.fd.set_regs(&kvm_regs { rcx: 1, ..regs });
-            }
+            // Otherwise KVM would exit for each element. With zero it would not complete the
+            // current one.
+            self.enter_with(&kvm_regs { rcx: 1, ..self.page.registers() });
             self.page.set(true);
-            let exit = self.fd.run().map(|exit| owned(exit, &self.page));
+            let exit = self.raw_fd.run().map(|exit| owned(exit, &self.page));
             is_access = exit.is_ok_and(|exit| exit.is_access());
             left -= 1;
         }
-        self.has_page_registers = false;
         self.forget_access();
     }
 
@@ -184,7 +181,7 @@ impl Vcpu {
         self.page.set(is_stopped());
         let after = edits.over(&self.page.registers());
         // Cannot fail: KVM accepts any general registers.
-        if self.fd.set_regs(&after).is_ok() {
+        if self.fd().set_regs(&after).is_ok() {
             self.page.set_registers(&after);
         }
     }

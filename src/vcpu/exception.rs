@@ -42,7 +42,7 @@ fn symbols<T>(vcpu: &Vcpu, look: impl FnOnce(&Symbols<'_>) -> T) -> Option<T> {
 fn resume(vcpu: &mut Vcpu) -> Result<Option<(Interrupted, u64)>> {
     let mut regs = vcpu.general()?;
     let Some(vector) = exceptions::halted_at(regs.rip) else { return Ok(None) };
-    let mut sregs = kvm("KVM_GET_SREGS", vcpu.fd.get_sregs())?;
+    let mut sregs = kvm("KVM_GET_SREGS", vcpu.fd().get_sregs())?;
     if sregs.idt.base != layout::EXCEPTION_PAGE || sregs.cs.dpl != 0 {
         return Ok(None);
     }

@@ -14,7 +14,7 @@ const CR0_PE: u64 = 1;
 
 /// Text with `what` happened, the instruction and the vCPU's registers. On the vCPU's thread.
 pub(crate) fn describe(vcpu: &Vcpu, what: &str) -> String {
-    match (vcpu.fd.get_regs(), vcpu.fd.get_sregs()) {
+    match (vcpu.fd().get_regs(), vcpu.fd().get_sregs()) {
         (Ok(regs), Ok(sregs)) if is_after_init(&regs, &sregs) => {
             format!("{what}\n{LOST}\n{}", registers(&regs, &sregs))
         }

@@ -25,7 +25,7 @@ pub(super) fn fix_up(vcpu: &mut Vcpu) -> bool {
     if error.suberror != kvm_bindings::KVM_INTERNAL_ERROR_EMULATION {
         return false;
     }
-    let (Ok(regs), Ok(sregs)) = (vcpu.general(), vcpu.fd.get_sregs()) else { return false };
+    let (Ok(regs), Ok(sregs)) = (vcpu.general(), vcpu.fd().get_sregs()) else { return false };
     let bytes = instruction_bytes(vcpu, &regs, &sregs);
     let Some(instruction) = decode(&bytes, bitness(&sregs), regs.rip) else {
         return refuse(vcpu, &regs, &sregs);
@@ -38,7 +38,7 @@ pub(super) fn fix_up(vcpu: &mut Vcpu) -> bool {
         Ok(flow) => {
             let is_step = flow == Flow::Next && regs.rflags & TF != 0;
             put_back(vcpu, (&regs_after, &sregs_after), &sregs, is_step.then_some(step()))
-                && (!is_step || note_step(&vcpu.fd))
+                && (!is_step || note_step(vcpu.fd()))
         }
         Err(Stop::Fault(fault)) => raise(vcpu, &regs, &sregs, fault),
         Err(Stop::Unknown) => return refuse(vcpu, &regs, &sregs),
@@ -82,13 +82,13 @@ fn put_back(
     if sregs != before && vcpu.set_sregs(sregs).is_err() {
         return false;
     }
-    if vcpu.fd.set_regs(regs).is_err() {
+    if vcpu.fd().set_regs(regs).is_err() {
         return false;
     }
     vcpu.page.set_registers(regs);
-    vcpu.fd.get_vcpu_events().is_ok_and(|events| {
+    vcpu.fd().get_vcpu_events().is_ok_and(|events| {
         let after = events_after(events, fault);
-        after == events || vcpu.fd.set_vcpu_events(&after).is_ok()
+        after == events || vcpu.fd().set_vcpu_events(&after).is_ok()
     })
 }
 
@@ -192,11 +192,11 @@ impl Platform for Host<'_> {
     }
 
     fn msr(&mut self, index: u32) -> Option<u64> {
-        super::msr::msr_of(&self.vcpu.fd, index).ok()
+        super::msr::msr_of(self.vcpu.fd(), index).ok()
     }
 
     fn xcr0(&mut self) -> Option<u64> {
-        let xcrs = self.vcpu.fd.get_xcrs().ok()?;
+        let xcrs = self.vcpu.fd().get_xcrs().ok()?;
         xcrs.xcrs
             .iter()
             .take(usize::try_from(xcrs.nr_xcrs).ok()?)
@@ -205,7 +205,7 @@ impl Platform for Host<'_> {
     }
 
     fn xsave(&mut self) -> Option<Vec<u8>> {
-        let area = self.vcpu.fd.get_xsave().ok()?;
+        let area = self.vcpu.fd().get_xsave().ok()?;
         Some(area.region.iter().flat_map(|word| word.to_le_bytes()).collect())
     }
 
@@ -216,11 +216,11 @@ impl Platform for Host<'_> {
         }
         // SAFETY: KVM_SET_XSAVE reads 4 KiB, the size of kvm_xsave, unless a permission for dynamic
         // features has been asked for, which nothing here does.
-        unsafe { self.vcpu.fd.set_xsave(&area) }.is_ok()
+        unsafe { self.vcpu.fd().set_xsave(&area) }.is_ok()
     }
 
     fn flush_translations(&mut self) -> bool {
-        let Ok(sregs) = self.vcpu.fd.get_sregs() else { return false };
+        let Ok(sregs) = self.vcpu.fd().get_sregs() else { return false };
         let other = kvm_sregs { cr4: sregs.cr4 ^ CR4_PGE, ..sregs };
         self.vcpu.set_sregs(&other).is_ok() && self.vcpu.set_sregs(&sregs).is_ok()
     }

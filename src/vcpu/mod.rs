@@ -7,6 +7,7 @@ mod access;
 mod by_hand;
 mod current;
 mod enter;
+mod entry;
 mod exception;
 mod exit;
 mod fault;

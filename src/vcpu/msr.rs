@@ -13,7 +13,7 @@ impl Vcpu {
     /// # Errors
     /// If KVM does not know it.
     pub fn msr(&self, index: u32) -> Result<u64> {
-        msr_of(&self.fd, index)
+        msr_of(self.fd(), index)
     }
 
     /// Set a model-specific register.
@@ -21,7 +21,7 @@ impl Vcpu {
     /// # Errors
     /// If KVM does not know it or refuses the value.
     pub fn set_msr(&mut self, index: u32, value: u64) -> Result<()> {
-        match kvm("KVM_SET_MSRS", self.fd.set_msrs(&one_msr(index, value)?))? {
+        match kvm("KVM_SET_MSRS", self.fd().set_msrs(&one_msr(index, value)?))? {
             1 => Ok(()),
             _ => {
                 let detail = format!("KVM does not know it, or refuses {value:#x}");

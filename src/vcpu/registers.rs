@@ -53,7 +53,7 @@ impl Vcpu {
     /// If KVM refuses.
     pub fn load<T>(&mut self, class: RegisterClass, look: impl FnOnce(&[u8]) -> T) -> Result<T> {
         self.complete();
-        let fd = &self.fd;
+        let fd = self.fd();
         Ok(match class {
             RegisterClass::General => look(bytes(&self.general()?)),
             RegisterClass::Special => look(bytes(&kvm("KVM_GET_SREGS", fd.get_sregs())?)),
@@ -102,35 +102,35 @@ impl Vcpu {
         match class {
             RegisterClass::General => self.store_general(change),
             RegisterClass::Special => {
-                let sregs = changed(kvm("KVM_GET_SREGS", self.fd.get_sregs())?, change);
+                let sregs = changed(kvm("KVM_GET_SREGS", self.fd().get_sregs())?, change);
                 self.set_sregs(&sregs)
             }
             RegisterClass::Debug => {
-                let regs = changed(kvm("KVM_GET_DEBUGREGS", self.fd.get_debug_regs())?, change);
-                kvm("KVM_SET_DEBUGREGS", self.fd.set_debug_regs(&regs))
+                let regs = changed(kvm("KVM_GET_DEBUGREGS", self.fd().get_debug_regs())?, change);
+                kvm("KVM_SET_DEBUGREGS", self.fd().set_debug_regs(&regs))
             }
             RegisterClass::Events => {
                 let events =
-                    changed(kvm("KVM_GET_VCPU_EVENTS", self.fd.get_vcpu_events())?, change);
-                kvm("KVM_SET_VCPU_EVENTS", self.fd.set_vcpu_events(&events))
+                    changed(kvm("KVM_GET_VCPU_EVENTS", self.fd().get_vcpu_events())?, change);
+                kvm("KVM_SET_VCPU_EVENTS", self.fd().set_vcpu_events(&events))
             }
             RegisterClass::MpState => {
-                let state = changed(kvm("KVM_GET_MP_STATE", self.fd.get_mp_state())?, change);
-                kvm("KVM_SET_MP_STATE", self.fd.set_mp_state(state))
+                let state = changed(kvm("KVM_GET_MP_STATE", self.fd().get_mp_state())?, change);
+                kvm("KVM_SET_MP_STATE", self.fd().set_mp_state(state))
             }
             RegisterClass::Xcrs => {
-                let xcrs = changed(kvm("KVM_GET_XCRS", self.fd.get_xcrs())?, change);
-                self.fd.set_xcrs(&xcrs).map_err(|e| xcrs_refused(&xcrs, e))
+                let xcrs = changed(kvm("KVM_GET_XCRS", self.fd().get_xcrs())?, change);
+                self.fd().set_xcrs(&xcrs).map_err(|e| xcrs_refused(&xcrs, e))
             }
             RegisterClass::Xsave => {
-                let xsave = changed(kvm("KVM_GET_XSAVE", self.fd.get_xsave())?, change);
+                let xsave = changed(kvm("KVM_GET_XSAVE", self.fd().get_xsave())?, change);
                 // SAFETY: KVM_SET_XSAVE reads 4 KiB, the size of kvm_xsave, unless a permission for
                 // dynamic features has been asked for, which nothing here does.
-                kvm("KVM_SET_XSAVE", unsafe { self.fd.set_xsave(&xsave) })
+                kvm("KVM_SET_XSAVE", unsafe { self.fd().set_xsave(&xsave) })
             }
             RegisterClass::Lapic => {
-                let lapic = changed(kvm("KVM_GET_LAPIC", self.fd.get_lapic())?, change);
-                kvm("KVM_SET_LAPIC", self.fd.set_lapic(&lapic))
+                let lapic = changed(kvm("KVM_GET_LAPIC", self.fd().get_lapic())?, change);
+                kvm("KVM_SET_LAPIC", self.fd().set_lapic(&lapic))
             }
         }
     }
@@ -158,7 +158,7 @@ impl Vcpu {
     }
 
     pub(super) fn set_general(&mut self, to: &kvm_regs) -> Result<()> {
-        kvm("KVM_SET_REGS", self.fd.set_regs(to))?;
+        kvm("KVM_SET_REGS", self.fd().set_regs(to))?;
         self.page.set_registers(to);
         self.has_page_registers = true;
         Ok(())
@@ -169,7 +169,7 @@ impl Vcpu {
     /// # Errors
     /// If KVM refuses.
     pub fn cpuid(&self) -> Result<Vec<kvm_cpuid_entry2>> {
-        cpuid::of_vcpu(&self.fd)
+        cpuid::of_vcpu(self.fd())
     }
 
     /// Change the CPUID table of the guest.
@@ -184,7 +184,8 @@ impl Vcpu {
         let table = CpuId::from_entries(entries)
             .map_err(|e| Error::new(ErrorKind::Config, at, format!("{e:?}")))?;
         self.constant_msrs.clear();
-        kvm(at, self.fd.set_cpuid2(&table))
+        self.taken = None;
+        kvm(at, self.fd().set_cpuid2(&table))
     }
 
     /// Have single steps and breakpoints exit. Replaces the previous request of the same owner.
@@ -196,7 +197,7 @@ impl Vcpu {
         let wanted = self.guest_debug.with(owner, request);
         let debug = wanted.merged()?;
         self.complete();
-        kvm(guest_debug::AT, self.fd.set_guest_debug(&debug))?;
+        kvm(guest_debug::AT, self.fd().set_guest_debug(&debug))?;
         self.guest_debug = wanted;
         Ok(())
     }
@@ -207,7 +208,7 @@ impl Vcpu {
     /// If KVM refuses.
     pub fn paging(&mut self) -> Result<Paging> {
         self.complete();
-        Ok(Paging::of(&kvm("KVM_GET_SREGS", self.fd.get_sregs())?))
+        Ok(Paging::of(&kvm("KVM_GET_SREGS", self.fd().get_sregs())?))
     }
 }
 

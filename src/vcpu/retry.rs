@@ -25,7 +25,7 @@ impl Vcpu {
         } else if *exit == VcpuExit::Hlt {
             let Ok(mut regs) = self.general() else { return };
             regs.rip = regs.rip.wrapping_sub(1);
-            if self.fd.set_regs(&regs).is_ok() {
+            if self.fd().set_regs(&regs).is_ok() {
                 self.page.set_registers(&regs);
             }
         }
@@ -48,7 +48,7 @@ impl Vcpu {
     fn undo(&mut self, exit: &VcpuExit, stop: &StopWord) {
         let Ok(to) = self.general() else { return };
         let from = self.pending.take_edits().map_or(to, |edits| edits.from);
-        let (sregs, fpu) = (self.fd.get_sregs().ok(), self.fd.get_fpu().ok());
+        let (sregs, fpu) = (self.fd().get_sregs().ok(), self.fd().get_fpu().ok());
         let kept = self.written_by(exit, &from, sregs.as_ref());
         self.abandon();
         // Kick, point 8: a concurrent kick has set the word first, and the word is checked before
@@ -60,7 +60,7 @@ impl Vcpu {
         }
         self.put_back(sregs, fpu);
         // Cannot fail: KVM accepts any general registers. This also drops a pending exception.
-        if self.fd.set_regs(&to).is_ok() {
+        if self.fd().set_regs(&to).is_ok() {
             self.page.set_registers(&to);
             self.has_page_registers = true;
         }
@@ -69,12 +69,12 @@ impl Vcpu {
     /// The one bits may have been loaded into a segment register, a table register or a vector
     /// register.
     fn put_back(&self, sregs: Option<kvm_sregs>, fpu: Option<kvm_fpu>) {
-        if let Some(sregs) = sregs.filter(|sregs| self.fd.get_sregs().ok() != Some(*sregs)) {
+        if let Some(sregs) = sregs.filter(|sregs| self.fd().get_sregs().ok() != Some(*sregs)) {
             // Cannot fail: KVM has just returned these values.
             let _ = self.set_sregs(&sregs);
         }
-        if let Some(fpu) = fpu.filter(|fpu| self.fd.get_fpu().ok() != Some(*fpu)) {
-            let _ = self.fd.set_fpu(&fpu);
+        if let Some(fpu) = fpu.filter(|fpu| self.fd().get_fpu().ok() != Some(*fpu)) {
+            let _ = self.fd().set_fpu(&fpu);
         }
     }
 

@@ -7,7 +7,7 @@
 //!   input too. Whatever sets the special registers sets both (`Vcpu::set_special`).
 //! - `immediate_exit` belongs to the kick (`kick.rs`), and is cleared before the next run.
 //! - `kvm_valid_regs` never changes. `kvm_dirty_regs` and the registers that it refers to are set
-//!   together (`Vcpu::enter_with`), and KVM clears the bits.
+//!   together (`entry.rs`), and KVM clears the bits.
 //! - `request_interrupt_window` is never set.
 //! - The answer to the last exit is read only if KVM has an access to complete, which a reset
 //!   abandons first.
@@ -20,7 +20,8 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use kvm_bindings::{
-    KVM_EXIT_IO, KVM_EXIT_MMIO, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, kvm_regs, kvm_run,
+    KVM_EXIT_IO, KVM_EXIT_MMIO, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_SYNC_X86_EVENTS,
+    KVM_SYNC_X86_SREGS, kvm_regs, kvm_run, kvm_sregs, kvm_vcpu_events,
 };
 use kvm_ioctls::VcpuFd;
 
@@ -30,6 +31,9 @@ use crate::error::{Error, ErrorKind, Result};
 /// The mapping: `kvm_run`, followed by the data of port accesses.
 const PAGES: usize = 2 * 4096;
 const _: () = assert!(size_of::<kvm_run>() <= PAGES);
+
+/// What KVM takes at an entry besides the general registers, if it is asked to.
+const ENTRY_STATE: u64 = (KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS) as u64;
 
 /// The page, mapped while this lives.
 #[derive(Debug)]
@@ -144,6 +148,37 @@ impl RunPage {
         unsafe {
             (&raw mut (*self.0.as_ptr()).cr8).write_volatile(cr8);
             (&raw mut (*self.0.as_ptr()).apic_base).write_volatile(apic_base);
+        }
+    }
+
+    /// Have KVM take these special registers and events at the next entry. While the vCPU is at
+    /// rest.
+    pub(crate) fn set_entry_state(&self, sregs: &kvm_sregs, events: &kvm_vcpu_events) {
+        let page = self.0.as_ptr();
+        // SAFETY: in bounds; no other thread writes there while the vCPU is at rest.
+        unsafe {
+            (&raw mut (*page).s.regs.sregs).write_volatile(*sregs);
+            (&raw mut (*page).s.regs.events).write_volatile(*events);
+            let dirty = &raw mut (*page).kvm_dirty_regs;
+            dirty.write_volatile(dirty.read_volatile() | ENTRY_STATE);
+        }
+    }
+
+    /// What `set_entry_state` has stored since the last entry: KVM no longer takes it at the next.
+    /// While the vCPU is at rest.
+    pub(crate) fn take_entry_state(&self) -> Option<(kvm_sregs, kvm_vcpu_events)> {
+        let page = self.0.as_ptr();
+        // SAFETY: as above; plain integers, which are valid with any bits.
+        unsafe {
+            let dirty = &raw mut (*page).kvm_dirty_regs;
+            let now = dirty.read_volatile();
+            if now & ENTRY_STATE == 0 {
+                return None;
+            }
+            dirty.write_volatile(now & !ENTRY_STATE);
+            let (sregs, events) =
+                (&raw const (*page).s.regs.sregs, &raw const (*page).s.regs.events);
+            Some((sregs.read_volatile(), events.read_volatile()))
         }
     }
 

@@ -47,7 +47,7 @@ pub(super) fn coalesce(vcpu: &mut Vcpu, port: u16, size: usize, first: &[u8]) ->
     if regs.rcx == 0 || regs.rdx & 0xffff != u64::from(port) {
         return None;
     }
-    let sregs = vcpu.fd.get_sregs().ok()?;
+    let sregs = vcpu.fd().get_sregs().ok()?;
     let bits = code_bits(&sregs, regs.rflags);
     let code = read_code(vcpu, &regs, &sregs, bits)?;
     let outs = decode(&code, bits).filter(|outs| outs.size == size)?;
@@ -58,7 +58,7 @@ pub(super) fn coalesce(vcpu: &mut Vcpu, port: u16, size: usize, first: &[u8]) ->
     vcpu.memory().read(physical, &mut data).ok()?;
     let count = bytes / size;
     let after = advance(&outs, &regs, count as u64);
-    vcpu.fd.set_regs(&after).ok()?;
+    vcpu.fd().set_regs(&after).ok()?;
     vcpu.page.set_registers(&after);
     // If the direction is down, the elements are in reverse order; the bytes of each are not.
     let is_down = regs.rflags & DIRECTION != 0;

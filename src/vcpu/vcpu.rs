@@ -4,7 +4,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use kvm_bindings::{kvm_regs, kvm_sregs};
+use kvm_bindings::{kvm_regs, kvm_sregs, kvm_vcpu_events};
 use kvm_ioctls::{SyncReg, VcpuFd};
 
 use super::guest_debug::GuestDebug;
@@ -17,9 +17,6 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::fixup;
 use crate::kvm::checked as kvm;
 use crate::memory::GuestMemory;
-
-/// CR8 is a priority of four bits.
-const MOST_CR8: u64 = 15;
 
 /// The name of a vCPU, in errors and as the name of its thread.
 pub(crate) struct Place(pub(crate) u64);
@@ -34,7 +31,8 @@ impl fmt::Display for Place {
 #[derive(Debug)]
 pub struct Vcpu {
     pub(crate) id: u64,
-    pub(crate) fd: VcpuFd,
+    /// Only for KVM_RUN: everything else uses [`Self::fd`].
+    pub(super) raw_fd: VcpuFd,
     pub(crate) page: Arc<RunPage>,
     pub(crate) router: Arc<ExitRouter>,
     /// After `fd`, so that memory exists as long as the guest can run.
@@ -49,6 +47,8 @@ pub struct Vcpu {
     pub(crate) known_cpuid: Option<Vec<u8>>,
     /// Model-specific registers whose values KVM returns but refuses to set.
     pub(crate) constant_msrs: Vec<(u32, u64)>,
+    /// Special registers and events that KVM has accepted, and accepts again.
+    pub(crate) taken: Option<Box<(kvm_sregs, kvm_vcpu_events)>>,
     /// Work that the last exit has left for the next entry.
     pub(super) pending: PendingIo,
     /// The device that had no room for the last access. The vCPU waits for it before the next
@@ -84,7 +84,7 @@ impl Vcpu {
         fd.set_sync_valid_reg(SyncReg::Register);
         Self {
             id,
-            fd,
+            raw_fd: fd,
             page,
             router,
             memory,
@@ -93,6 +93,7 @@ impl Vcpu {
             knows_of_pause: true,
             known_cpuid: None,
             constant_msrs: Vec::new(),
+            taken: None,
             pending: PendingIo::Idle,
             waits_for: None,
             has_page_registers: false,
@@ -149,44 +150,8 @@ impl Vcpu {
     pub(super) fn notify_of_pause(&mut self) {
         if !std::mem::replace(&mut self.knows_of_pause, false) {
             // KVM refuses this for such a guest.
-            let _ = self.fd.kvmclock_ctrl();
+            let _ = self.fd().kvmclock_ctrl();
         }
-    }
-
-    /// Set the general registers.
-    pub(crate) fn enter_with(&mut self, registers: &kvm_regs) {
-        self.page.set_registers(registers);
-        self.fd.set_sync_dirty_reg(SyncReg::Register);
-        self.has_page_registers = true;
-    }
-
-    /// Set the special registers by `set`. This is the only way to set them: KVM_RUN takes some of
-    /// them from the run page.
-    ///
-    /// # Errors
-    /// If KVM refuses them, or would ignore CR8.
-    pub(crate) fn set_special(
-        &self,
-        sregs: &kvm_sregs,
-        set: impl FnOnce(&VcpuFd) -> Result<()>,
-    ) -> Result<()> {
-        if sregs.cr8 > MOST_CR8 {
-            let detail =
-                format!("CR8 is {:#x}, and the processor has {MOST_CR8} at most", sregs.cr8);
-            return Err(Error::new(ErrorKind::Kvm, "KVM_SET_SREGS", detail));
-        }
-        set(&self.fd)?;
-        self.page.set_special(sregs.cr8, sregs.apic_base);
-        Ok(())
-    }
-
-    /// Set the special registers.
-    ///
-    /// # Errors
-    /// As for [`Self::set_special`].
-    pub(crate) fn set_sregs(&self, sregs: &kvm_sregs) -> Result<()> {
-        #[allow(clippy::disallowed_methods, reason = "the call that sets the run page as well")]
-        self.set_special(sregs, |fd| kvm("KVM_SET_SREGS", fd.set_sregs(sregs)))
     }
 
     /// # Errors
@@ -212,7 +177,7 @@ impl Vcpu {
         if self.has_page_registers {
             return Ok(self.page.registers());
         }
-        kvm("KVM_GET_REGS", self.fd.get_regs())
+        kvm("KVM_GET_REGS", self.fd().get_regs())
     }
 
     /// The guest-physical address of a guest-virtual address; `None` if nothing is mapped there.

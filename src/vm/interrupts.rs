@@ -151,7 +151,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         // Without an interrupt controller, KVM takes an NMI only by a vCPU ioctl: the vCPU must be
         // at rest.
         let _quiesced = self.quiesce(limit)?;
-        handle.with_vcpu(|vcpu| vcpu.fd.nmi().map_err(|e| Error::kvm("KVM_NMI", e)))
+        handle.with_vcpu(|vcpu| vcpu.fd().nmi().map_err(|e| Error::kvm("KVM_NMI", e)))
     }
 
     /// Have each write of an eventfd pulse an interrupt line, in the kernel: KVM_IRQFD.

@@ -63,15 +63,15 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         if self.mode == CpuMode::Linux64 && vcpu.id != 0 {
             return Ok(()); // it waits for INIT and SIPI
         }
-        let mut sregs = vcpu.fd.get_sregs().map_err(|e| Error::kvm("KVM_GET_SREGS", e))?;
+        let mut sregs = vcpu.fd().get_sregs().map_err(|e| Error::kvm("KVM_GET_SREGS", e))?;
         regs::set_start_sregs(&mut sregs, self.mode, address);
         vcpu.set_sregs(&sregs)?;
         let stack = self.stack.unwrap_or(address);
         let start = regs::start_regs(self.mode, address, stack, vcpu.id);
-        vcpu.fd.set_regs(&start).map_err(|e| Error::kvm("KVM_SET_REGS", e))?;
+        vcpu.fd().set_regs(&start).map_err(|e| Error::kvm("KVM_SET_REGS", e))?;
         if self.irqchip && vcpu.id != 0 {
             let state = kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE };
-            vcpu.fd.set_mp_state(state).map_err(|e| Error::kvm("KVM_SET_MP_STATE", e))?;
+            vcpu.fd().set_mp_state(state).map_err(|e| Error::kvm("KVM_SET_MP_STATE", e))?;
         }
         Ok(())
     }

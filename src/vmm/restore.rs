@@ -9,6 +9,7 @@ use super::machine::Vmm;
 use super::parts::Parts;
 use super::snapshot::Vm;
 use crate::config::SerialConfig;
+use crate::cpu::cpuid::host_shadows_page_tables;
 use crate::devices::{self, Buses, Device};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
@@ -16,8 +17,8 @@ use crate::exit_handler::WrappedExitHandler;
 use crate::hop::hop;
 use crate::layout;
 use crate::limit::Limit;
-use crate::memory::{GuestMemory, MemoryRange};
-use crate::snapshot::{Classes, DeviceState, Snapshot, chips, vcpu};
+use crate::memory::{GuestMemory, MemoryRange, ranges};
+use crate::snapshot::{Classes, DeviceState, Snapshot, chips, translations, vcpu};
 use crate::vcpu::{ExitRouter, Vcpu, VmRunState};
 use crate::vm::{KvmVm, claim_platform};
 
@@ -157,8 +158,15 @@ fn set_state(
     let classes = Classes::of(fd, shape.irqchip);
     chips::apply_controllers(fd, shape, chips, &mut vm.lines())?;
     for ((number, vcpu), state) in (0..).zip(vcpus.iter_mut()).zip(&snapshot.vcpus) {
+        if vcpu.constant_msrs.is_empty() {
+            vcpu.constant_msrs = snapshot.known.constant_msrs.get().cloned().unwrap_or_default();
+        }
         vcpu::apply(vcpu, number, state, classes)?;
     }
+    snapshot
+        .known
+        .constant_msrs
+        .get_or_make(|| vcpus.iter().flat_map(|vcpu| vcpu.constant_msrs.clone()).collect());
     chips::apply_timers(fd, shape, chips)
 }
 
@@ -176,6 +184,12 @@ fn bring_back(
         // write memory.
         vcpus.iter_mut().for_each(|vcpu| vcpu.abandon());
     })?;
+    if translations::may_be_stale(snapshot, vm.memory(), &changed) {
+        if host_shadows_page_tables() {
+            vm.memory().kvm_slots().drop_shadows()?;
+        }
+        vcpus.iter_mut().try_for_each(|vcpu| vcpu.forget_translations())?;
+    }
     set_state(vm, fd, vcpus, snapshot)?;
-    Ok(changed)
+    Ok(ranges::size(&changed))
 }

@@ -61,7 +61,8 @@ fn capture(
     }
     let chips = chips::capture(fd, &shape, *vm.lines())?;
     let ranges = vm.memory().kvm_slots().freeze()?;
-    Ok(Snapshot { id: new_id()?, shape, chips, vcpus: states, devices, ranges, host: None })
+    let known = std::sync::Arc::default();
+    Ok(Snapshot { id: new_id()?, shape, chips, vcpus: states, devices, ranges, host: None, known })
 }
 
 fn rests(vm: &Vm) -> Vec<u64> {

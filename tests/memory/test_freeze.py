@@ -109,6 +109,44 @@ def test_a_fork_with_a_shared_slot_is_reset_and_keeps_it() -> None:
             fork.memory.write(0x2000, b"gone")
             assert fork.reset(snapshot) == 1
             assert (fork.memory.read(0x1000_0000, 4), fork.memory.read(0x2000, 4)) == (b"kept", bytes(4))
-        fork.memory.add(0x2000_0000, 4096)
-        with pytest.raises(StateError, match="memory slots"):
-            fork.reset(snapshot)
+
+
+def test_memory_added_after_the_snapshot_is_never_removed_by_a_reset() -> None:
+    with Vmm(flat(exit_with(1) + exit_with(2))) as vmm:
+        vmm.run(timeout=60)
+        snapshot = vmm.snapshot()
+        slot = vmm.memory.add(PLACE, 4096)
+        vmm.memory.write(PLACE, b"mine")
+        with pytest.raises(StateError, match=rf"memory slots differ .* does not have the one at {PLACE:#x}"):
+            vmm.reset(snapshot)
+        assert vmm.memory.read(PLACE, 4) == b"mine"
+        vmm.memory.remove(slot)
+        vmm.reset(snapshot)
+        assert vmm.run(timeout=60).code == 2
+        vmm.memory.remove(vmm.memory.slots[0])
+        with pytest.raises(StateError, match=r"memory slots differ .* the one at 0x0 is missing"):
+            vmm.reset(snapshot)
+
+
+def test_what_a_guest_writes_to_a_shared_slot_outlives_resets_and_is_seen_by_other_forks() -> None:
+    # Real mode: inc byte [0x8000]; mov al, [0x8000]; out 0xf4, al
+    code = b"\xfe\x06\x00\x80\xa0\x00\x80\xe6\xf4"
+    with Vmm(flat(code, size_mib=1)) as vmm:
+        vmm.memory.remove(vmm.memory.slots[0])
+        vmm.memory.add(0, 0x8000)
+        vmm.memory.write(0x1000, code)
+        snapshot = vmm.snapshot()
+    fd = os.memfd_create("map")
+    os.ftruncate(fd, 4096)
+
+    def share(machine: Vmm) -> None:
+        machine.memory.add(0x8000, source=fd)
+
+    with snapshot.fork(setup=share) as one, snapshot.fork(setup=share) as other:
+        codes = []
+        for machine in (one, other, one, one, other):
+            codes.append(machine.run(timeout=60).code)
+            assert machine.reset(snapshot) == 0
+        assert codes == [1, 2, 3, 4, 5]
+        assert os.pread(fd, 1, 0) == b"\x05"
+    os.close(fd)
