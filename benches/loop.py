@@ -196,7 +196,7 @@ def floors() -> Iterator[Result]:
         limit = partial(least, registered, ready)
         uvloops = partial(asyncio_loop, uvloop.new_event_loop, registered, ready)
         yield compare(
-            f"loop, {name}", "dispatches/s", partial(pyvmm_loop, registered, ready), limit, "the least", 0.9, RUNS
+            f"loop, {name}", "dispatches/s", partial(pyvmm_loop, registered, ready), limit, "the least", 0.95, RUNS
         )
         yield compare(f"loop, {name}, the least", "dispatches/s", limit, uvloops, "uvloop", goal, RUNS)
 
