@@ -37,6 +37,36 @@ settings.register_profile(
 settings.load_profile("pyvmm")
 
 
+# How soon the alarm of a test's time limit comes again.
+ALARM_AGAIN_S = 30.0
+
+
+class TimeLimitPassed(BaseException):  # noqa: N818
+    """What the alarm raises."""
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> Iterator[None]:
+    """Have the alarm of a test's time limit end the test, whatever the test does with it.
+
+    It comes again: what it raises may lead into a clean-up that hangs as well. It raises no failure
+    of pytest's, which Hypothesis takes as the failure of an example, and tries that again.
+    """
+    yield
+    if settings.method != "signal":
+        return
+    show_threads: Any = signal.getsignal(signal.SIGALRM)
+
+    def end(number: int, frame: object) -> None:
+        try:
+            show_threads(number, frame)
+        except pytest.fail.Exception as failure:
+            raise TimeLimitPassed(str(failure)) from None
+
+    signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, settings.timeout, min(settings.timeout, ALARM_AGAIN_S))
+
+
 def missing_kvm() -> str | None:
     """Why the tests of KVM cannot run."""
     try:

@@ -1,10 +1,11 @@
 //! The ways into Python: from a thread that may not hold the GIL, from a vCPU's thread, and in the
 //! middle of native work. The caller decides what is called and handles the result.
 
-use pyo3::ffi;
 use pyo3::prelude::*;
 
+use super::depth;
 use super::ending::{guard_thread, import, sleep_until_the_process_ends};
+use super::thread_state;
 use crate::hop::hop;
 use crate::process::ProcessTag;
 use crate::sync::assert_unlocked;
@@ -20,38 +21,8 @@ pub(super) fn attach<T>(f: impl for<'py> FnOnce(Python<'py>) -> T) -> T {
 pub(super) fn try_attach<T>(f: impl for<'py> FnOnce(Python<'py>) -> T) -> Option<T> {
     assert_unlocked("Python is entered");
     guard_thread();
+    thread_state::prepare();
     Python::try_attach(f)
-}
-
-/// A vCPU thread's Python thread state, kept between callbacks, because creating one takes
-/// microseconds.
-struct KeptState(ffi::PyGILState_STATE, *mut ffi::PyThreadState);
-
-impl KeptState {
-    fn new() -> Self {
-        guard_thread();
-        // SAFETY: the interpreter exists, because this is a callback of one of its objects. If it
-        // finalizes meanwhile, the thread sleeps in here. The same thread releases the GIL again.
-        unsafe {
-            let state = ffi::PyGILState_Ensure();
-            Self(state, ffi::PyEval_SaveThread())
-        }
-    }
-}
-
-impl Drop for KeptState {
-    fn drop(&mut self) {
-        // SAFETY: on the thread that created it, at its end. A thread that waits for this has
-        // released the GIL.
-        unsafe {
-            ffi::PyEval_RestoreThread(self.1);
-            ffi::PyGILState_Release(self.0);
-        }
-    }
-}
-
-thread_local! {
-    static KEPT: KeptState = KeptState::new();
 }
 
 /// Call Python on a vCPU's thread. `otherwise` handles an exception.
@@ -60,19 +31,20 @@ pub(super) fn on_vcpu_thread<T>(
     otherwise: impl FnOnce(Python<'_>, PyErr) -> T,
 ) -> T {
     hop!();
-    let enter = || attach(|py| call_out(py, call).unwrap_or_else(|error| otherwise(py, error)));
-    // A thread of the program's has a state of its own, for as long as it lives.
-    if vcpu::is_own_thread() { KEPT.with(|_kept| enter()) } else { enter() }
+    attach(|py| call_out(py, call).unwrap_or_else(|error| otherwise(py, error)))
 }
 
 /// Call the program in the middle of native work. If the call forks, the child exits when it
 /// returns, because the work and its locks belong to the parent.
+///
+/// # Errors
+/// What the call raises; as for [`depth::check`].
 pub(super) fn call_out<T>(
     py: Python<'_>,
     call: impl FnOnce(Python<'_>) -> PyResult<T>,
 ) -> PyResult<T> {
     let process = ProcessTag::current();
-    let result = call(py);
+    let result = depth::check().and_then(|()| call(py));
     if process.is_forked_child() {
         leave_fork(py, result.err());
     }

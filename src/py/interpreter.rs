@@ -45,5 +45,7 @@ pub unsafe extern "C" fn PyInit__pyvmm() -> *mut ffi::PyObject {
 /// main interpreter.
 pub(crate) fn prepare() -> PyResult<()> {
     super::ending::prepare();
-    check()
+    check()?;
+    // SAFETY: Python calls this during the import of the module, with the GIL held.
+    super::thread_state::watch_forks(unsafe { Python::assume_attached() })
 }

@@ -60,14 +60,24 @@ pub(super) fn waiting<F: FnOnce() + Send + 'static>(py: Python<'_>, call: F) -> 
         py.detach(call);
         return Ok(());
     }
-    // Handle earlier signals too, because the call may take arbitrarily long.
-    py.check_signals()?;
     match Background::start(py, call) {
-        Ok(background) => background.wait(py, None),
+        Ok(background) => {
+            // Handle earlier signals too, because the call may take arbitrarily long. Only now,
+            // because the call is made whatever their handlers raise.
+            py.check_signals()?;
+            background.wait(py, None)
+        }
         Err(call) => {
             py.detach(call);
-            Ok(())
+            py.check_signals()
         }
+    }
+}
+
+/// Make a call in the background, and do not wait for it.
+pub(super) fn in_background<F: FnOnce() + Send + 'static>(py: Python<'_>, call: F) {
+    if let Err(call) = Background::start(py, call) {
+        py.detach(call);
     }
 }
 

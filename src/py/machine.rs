@@ -62,7 +62,11 @@ impl Machine {
 
     pub(super) fn close_interruptibly(self: &Arc<Self>, py: Python<'_>) -> PyResult<()> {
         let others_close = self.state.lock().closers > 0 && !is_thread_of(self.id);
-        if others_close || self.vm().is_some_and(|vm| vm.is_busy()) {
+        let is_busy = self.vm().is_some_and(|vm| {
+            vm.begin_close();
+            vm.is_busy()
+        });
+        if others_close || is_busy {
             let this = Arc::clone(self);
             interrupt::waiting(py, move || this.close())
         } else {

@@ -4,6 +4,7 @@
 
 mod config;
 mod cpuid;
+mod depth;
 mod descriptor;
 mod device;
 mod ending;
@@ -40,6 +41,7 @@ mod serial;
 mod snapshot;
 mod stats;
 mod symbols;
+mod thread_state;
 mod trace;
 mod unanswered;
 mod vcpu;

@@ -113,7 +113,8 @@ impl PyVmm {
         ended: PyResult<Option<Exit>>,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
         let pending = &self.hooks.pending;
-        self.let_go_if_closed(py, self.core()?);
+        // A signal that has ended one wait is not followed by another.
+        self.close_if_due(py, ended.is_ok())?;
         let exit = match ended {
             Ok(None) => return Ok(None),
             Ok(Some(exit)) => exit,
@@ -188,7 +189,7 @@ impl PyVmm {
         });
         match ended {
             Err(_) if is_cancelled => {
-                self.let_go_if_closed(py, vmm);
+                self.close_if_due(py, true)?;
                 // This run's, and no later one's.
                 drop(pending.take_stop());
                 pending.check(py).map(|()| None)

@@ -173,7 +173,9 @@ impl PyVmm {
     fn start(&self, py: Python<'_>) -> PyResult<()> {
         let vmm = self.changing()?;
         prepare_vcpu_threads(py);
-        Ok(py.detach(|| vmm.start())?)
+        let started = py.detach(|| vmm.start());
+        self.close_if_due(py, started.is_ok())?;
+        Ok(started?)
     }
 
     /// Wait for a started machine, as `run` does. Return None after the timeout; the guest keeps

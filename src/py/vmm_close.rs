@@ -31,6 +31,23 @@ impl PyVmm {
         is_closed
     }
 
+    /// After a run: if a callback has closed the machine and another one is still in progress,
+    /// close the machine now. `waits` for that, as [`close`] does; otherwise it happens in the
+    /// background. Then [`Self::let_go_if_closed`].
+    pub(super) fn close_if_due(&self, py: Python<'_>, waits: bool) -> PyResult<()> {
+        let vmm = self.core()?;
+        if vmm.is_close_due() {
+            if waits {
+                close(py, vmm)?;
+            } else {
+                let vmm = Arc::clone(vmm);
+                interrupt::in_background(py, move || vmm.close());
+            }
+        }
+        self.let_go_if_closed(py, vmm);
+        Ok(())
+    }
+
     fn let_go(&self, py: Python<'_>) {
         // Outside the locks, because this may run Python code.
         let devices = std::mem::take(&mut *self.devices.lock());

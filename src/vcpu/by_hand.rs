@@ -65,7 +65,7 @@ impl VcpuHandle {
         if matches!(exit, Ok(Some(VcpuExit::Interrupted))) {
             state.is_kicked = false;
         }
-        self.rest(&mut state, vcpu);
+        self.rest(state, vcpu);
         exit
     }
 

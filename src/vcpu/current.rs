@@ -11,7 +11,6 @@ thread_local! {
     static CURRENT: RefCell<Weak<VcpuHandle>> = RefCell::default();
     /// The machine of the vCPU that this thread runs, by its `Shared::id`.
     static MACHINE: Cell<usize> = const { Cell::new(0) };
-    static IS_OWN: Cell<bool> = const { Cell::new(false) };
     /// The vCPU for which this thread calls the program's code, or null.
     static CALLED: Cell<*const VcpuHandle> = const { Cell::new(std::ptr::null()) };
 }
@@ -62,17 +61,10 @@ impl Drop for Called<'_> {
     }
 }
 
-/// Whether this thread is a vCPU's own, which pyvmm has started.
-#[cfg_attr(not(feature = "python"), allow(dead_code, reason = "for the binding"))]
-pub(crate) fn is_own_thread() -> bool {
-    IS_OWN.get()
-}
-
 /// Make this thread the vCPU's own.
 pub(super) fn set_current(handle: &Arc<VcpuHandle>, machine: usize) {
     CURRENT.set(Arc::downgrade(handle));
     MACHINE.set(machine);
-    IS_OWN.set(true);
 }
 
 /// While it lives, its thread runs a vCPU of that machine, perhaps in a callback of another

@@ -305,12 +305,71 @@ impl VcpuHandle {
         self.state.lock().transitions
     }
 
-    pub(super) fn rest(&self, state: &mut HandleState, mut vcpu: Vcpu) {
+    /// The vCPU comes to rest. If the machine has been closed meanwhile, that closes its
+    /// descriptor.
+    pub(super) fn rest(&self, mut state: MutexGuard<'_, HandleState, rank::Vcpu>, mut vcpu: Vcpu) {
         state.rests += 1;
         state.transitions += 1;
         state.runner = None;
         vcpu.rests = state.rests;
-        state.vcpu = Some(vcpu);
+        let last = if state.is_closed { Some(vcpu) } else { state.vcpu.replace(vcpu) };
         self.changed.notify_all();
+        drop(state);
+        // Without the lock: it may hold the last reference to a device of the program's.
+        drop(last);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+    use crate::config::{Boot, Code, FlatBoot, VmmConfig};
+    use crate::cpu::CpuMode;
+    use crate::devices::Access;
+    use crate::exit_handler::{Outcome, WrappedExitHandler};
+    use crate::vm::KvmVm;
+    use crate::vmm::Vmm;
+
+    /// Closes its machine in a write.
+    #[derive(Debug)]
+    struct Closes(Arc<KvmVm<WrappedExitHandler>>);
+
+    impl Device for Closes {
+        fn read(&self, _offset: u64, _data: &mut [u8]) -> Outcome {
+            Outcome::Continue
+        }
+        fn write(&self, _offset: u64, _data: &[u8]) -> Outcome {
+            self.0.close();
+            Outcome::Stop
+        }
+        fn may_block(&self) -> bool {
+            true
+        }
+    }
+
+    #[test]
+    fn a_vcpu_whose_callback_closes_the_machine_is_released_when_it_returns() {
+        if crate::kvm::open_kvm().is_err() {
+            return;
+        }
+        let code = Code::Bytes(vec![0xe6, 0x80]); // out 0x80, al
+        let mode = CpuMode::Protected32;
+        let boot = Boot::Flat(FlatBoot { code, address: 0x1000, entry: None, mode });
+        let mut config = VmmConfig { boot, ..VmmConfig::default() };
+        config.memory.size_mib = 1;
+        let vmm = Vmm::try_from(config).unwrap();
+        let handle = vmm.vcpus().unwrap().remove(0);
+        // One in here, the other in the vCPU.
+        assert_eq!(Arc::strong_count(&handle.page), 2);
+        vmm.add_device(Access::Pio, 0x80, 1, Arc::new(Closes(vmm.vm().unwrap()))).unwrap();
+        let turn = |until| vmm.event_manager()?.run_until(until, None).map(drop);
+        vmm.run(Some(Duration::from_secs(60)), turn).unwrap();
+        let give_up = Instant::now() + Duration::from_secs(60);
+        while Arc::strong_count(&handle.page) > 1 {
+            assert!(Instant::now() < give_up, "its descriptor is kept");
+            std::thread::yield_now();
+        }
     }
 }

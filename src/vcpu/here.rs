@@ -98,7 +98,7 @@ impl<EH: ExitHandler> Here<'_, EH> {
             (Left::CalledOut, _) => handle.put_back(vcpu, false),
             // The command to run stays: this thread takes the vCPU again after it has run its event
             // loop.
-            _ => handle.rest(&mut handle.state.lock(), vcpu),
+            _ => handle.rest(handle.state.lock(), vcpu),
         }
         Ok(left)
     }

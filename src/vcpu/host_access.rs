@@ -79,10 +79,13 @@ impl VcpuHandle {
     ///
     /// # Errors
     /// [`crate::error::ErrorKind::State`] while its guest runs or its exit is answered, and in a
-    /// forked child.
+    /// forked child; [`crate::error::ErrorKind::Closed`] when its machine is closed.
     pub(crate) fn at_rest(&self) -> Result<MappedMutexGuard<'_, Vcpu, rank::Vcpu>> {
         self.check_process()?;
         let state = self.state.lock();
+        if state.is_closed {
+            return Err(closed());
+        }
         let is_held = state.is_held();
         MutexGuard::try_map(state, |state| state.vcpu.as_mut().filter(|_| is_held))
             .ok_or_else(|| self.running())

@@ -41,8 +41,6 @@ mod timing;
 mod vcpu;
 
 pub use current::current;
-#[cfg_attr(not(feature = "python"), allow(unused_imports, reason = "for the binding"))]
-pub(crate) use current::is_own_thread;
 pub(crate) use current::is_thread_of;
 #[cfg_attr(not(feature = "python"), allow(unused_imports, reason = "for the binding"))]
 pub(crate) use current::with_called;

@@ -153,7 +153,7 @@ impl VcpuHandle {
         }
         state.runs_on_resume &= !by_itself;
         state.is_reporting = by_itself;
-        self.rest(&mut state, vcpu);
+        self.rest(state, vcpu);
     }
 
     /// Have the vCPU's own thread complete the last exit. When KVM_RUN is called from another

@@ -43,7 +43,7 @@ impl VcpuHandle {
         drop(std::mem::take(&mut vcpu.copies));
         let mut state = self.state.lock();
         state.is_in_run_once = false;
-        self.rest(&mut state, vcpu);
+        self.rest(state, vcpu);
         timed
     }
 }

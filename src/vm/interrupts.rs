@@ -150,7 +150,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         }
         // Without an interrupt controller, KVM takes an NMI only by a vCPU ioctl: the vCPU must be
         // at rest.
-        let _quiesced = self.quiesce(limit)?;
+        let _quiesced = self.quiesce("nmi", limit)?;
         handle.with_vcpu(|vcpu| vcpu.fd().nmi().map_err(|e| Error::kvm("KVM_NMI", e)))
     }
 

@@ -93,7 +93,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             if is_started.get() {
                 // A running machine becomes `Paused`. After a first run that failed, another can be
                 // tried.
-                drop(self.vcpus.stop(false, || self.set_stopped()));
+                self.stop();
             }
         })
     }
@@ -115,8 +115,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             let entered = self.shared.run_state.set_and_notify(VmRunState::Running);
             entered.map(|_| true).map_err(|state| self.not_running("resume", state))
         })?;
-        // With no lock held: a device may be implemented in Python.
-        drop(devices);
+        self.resume_devices(devices);
         Ok(())
     }
 
@@ -171,11 +170,20 @@ impl<EH: ExitHandler> KvmVm<EH> {
     /// End the run: bring every vCPU out of its guest. Callbacks in progress continue, and their
     /// vCPUs come to rest when they return. If the guest has not ended, `run(None)` continues it.
     pub fn stop(&self) {
+        // Cannot fail without a limit.
+        let _ = self.stop_within(&Limit::NONE);
+    }
+
+    /// [`Self::stop`]. If another thread closes the machine, that may wait for callbacks in
+    /// progress; `limit` limits how long this waits for that thread.
+    fn stop_within(&self, limit: &Limit<'_>) -> Result<()> {
         if self.is_forked_child() {
-            return;
+            return Ok(());
         }
-        // With no lock held: a device may be implemented in Python.
-        drop(self.vcpus.stop(self.has_this_thread(), || self.set_stopped()));
+        let (devices, ended) =
+            self.vcpus.stop(self.has_this_thread(), limit, || self.set_stopped());
+        self.resume_devices(devices);
+        ended
     }
 
     /// How the run ended, once its vCPUs are at rest. After a breakpoint or a single step, this
@@ -195,7 +203,7 @@ impl<EH: ExitHandler> KvmVm<EH> {
     /// # Errors
     /// The error of `limit`, which ends the wait. The run has ended in any case.
     pub fn shutdown(&self, limit: &Limit<'_>) -> Result<()> {
-        self.stop();
+        self.stop_within(limit)?;
         self.wait_for_callbacks(limit)?;
         self.take_exit();
         Ok(())
@@ -218,11 +226,18 @@ impl<EH: ExitHandler> KvmVm<EH> {
         if self.is_forked_child() {
             return;
         }
-        drop(self.vcpus.close(self.has_this_thread(), || self.set_stopped()));
+        self.resume_devices(self.vcpus.close(self.has_this_thread(), || self.set_stopped()));
         // A callback that closes the machine does not wait for a concurrent caller to stop the
         // vCPUs.
         self.set_stopped();
         let _ = self.shared.run_state.set_and_notify(VmRunState::Closed);
+    }
+
+    /// Begin to close it, without a wait: from now on its vCPUs are neither started nor resumed.
+    pub(crate) fn begin_close(&self) {
+        if !self.is_forked_child() {
+            self.vcpus.begin_close();
+        }
     }
 
     /// Whether a thread has begun to close it.
@@ -231,7 +246,8 @@ impl<EH: ExitHandler> KvmVm<EH> {
         !self.is_forked_child() && self.vcpus.are_closed()
     }
 
-    /// Whether `close` would wait for another thread, which may be in a callback.
+    /// Whether `close` would wait for another thread, which may be in a callback. If it has begun
+    /// to close, it does not become busy any more.
     pub(crate) fn is_busy(&self) -> bool {
         !self.is_forked_child() && !self.has_this_thread() && self.vcpus.are_busy()
     }

@@ -5,6 +5,7 @@
 
 mod at_rest;
 mod build;
+mod device_calls;
 mod interrupts;
 mod kvm_vm;
 mod life;

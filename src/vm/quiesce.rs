@@ -3,6 +3,7 @@
 //! that a vCPU's own thread must not wait for its callback.
 
 use super::KvmVm;
+use super::device_calls::{self, DeviceCalls};
 use super::vcpus::Leaving;
 use crate::devices::QuiescedDevices;
 use crate::error::Result;
@@ -19,6 +20,7 @@ impl<EH: ExitHandler> KvmVm<EH> {
     /// which ends the wait; the error of a device. In all cases the machine continues to run.
     pub fn pause(&self, limit: &Limit<'_>) -> Result<()> {
         self.check_process()?;
+        self.check_device_calls("pause")?;
         let run_state = &self.shared.run_state;
         let (leaving, period) =
             self.vcpus.pause(|| match run_state.set_and_notify(VmRunState::Paused) {
@@ -34,8 +36,7 @@ impl<EH: ExitHandler> KvmVm<EH> {
         })?;
         let devices = std::mem::take(&mut quiesced.devices);
         let is_paused = || self.state() == VmRunState::Paused;
-        // With no lock held: a device may be the program's.
-        drop(self.vcpus.keep_paused(period, devices, is_paused));
+        self.resume_devices(self.vcpus.keep_paused(period, devices, is_paused));
         Ok(())
     }
 
@@ -45,9 +46,11 @@ impl<EH: ExitHandler> KvmVm<EH> {
     ///
     /// # Errors
     /// [`crate::error::ErrorKind::Closed`] if the machine is closed; any error in a forked child;
-    /// the error of `limit`, which ends the wait; the error of a device.
-    pub(crate) fn quiesce(&self, limit: &Limit<'_>) -> Result<Quiesced<'_, EH>> {
+    /// as for [`Self::check_device_calls`]; the error of `limit`, which ends the wait; the error of
+    /// a device.
+    pub(crate) fn quiesce(&self, what: &str, limit: &Limit<'_>) -> Result<Quiesced<'_, EH>> {
         self.check_process()?;
+        self.check_device_calls(what)?;
         let leaving = self.vcpus.quiesce(|| Ok(()))?;
         self.wait(leaving, limit)
     }
@@ -55,8 +58,29 @@ impl<EH: ExitHandler> KvmVm<EH> {
     fn wait(&self, leaving: Leaving, limit: &Limit<'_>) -> Result<Quiesced<'_, EH>> {
         let mut quiesced = Quiesced { vm: self, devices: QuiescedDevices::default() };
         leaving.wait(limit)?;
+        let _calls = self.device_calls();
         quiesced.devices = QuiescedDevices::new(&self.router.buses)?;
         Ok(quiesced)
+    }
+
+    /// This thread calls devices of the machine for as long as the result lives.
+    pub(crate) fn device_calls(&self) -> DeviceCalls {
+        DeviceCalls::begin(self.id())
+    }
+
+    /// # Errors
+    /// [`crate::error::ErrorKind::State`] in a device's method that quiesces, saves, restores or
+    /// resumes it: `what` would call the device again.
+    pub(crate) fn check_device_calls(&self, what: &str) -> Result<()> {
+        device_calls::check(self.id(), what)
+    }
+
+    /// Resume devices that a pause has quiesced. With no lock held: one may be the program's.
+    pub(super) fn resume_devices(&self, devices: Option<QuiescedDevices>) {
+        if devices.is_some() {
+            let _calls = self.device_calls();
+            drop(devices);
+        }
     }
 }
 
@@ -74,7 +98,7 @@ impl<EH: ExitHandler> Drop for Quiesced<'_, EH> {
             std::mem::take(&mut self.devices).forget();
             return;
         }
-        drop(std::mem::take(&mut self.devices));
+        self.vm.resume_devices(Some(std::mem::take(&mut self.devices)));
         self.vm.vcpus.release(|| self.vm.state());
     }
 }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use crate::devices::QuiescedDevices;
 use crate::error::{Error, ErrorKind, Result};
@@ -109,7 +110,7 @@ impl List {
     /// remains.
     fn release(&self, state: VmRunState) {
         let is_running = self.is_in_run && self.stopping == 0 && state == VmRunState::Running;
-        if is_running && self.quiesced == 0 {
+        if is_running && self.quiesced == 0 && !self.is_closed {
             self.vcpus.iter().for_each(|vcpu| vcpu.resume());
         }
     }
@@ -261,28 +262,36 @@ impl Vcpus {
 
     /// End the run: bring the vCPUs out of their guests; they rest until the next run. Does not
     /// wait for callbacks in progress. The last concurrent caller calls `stopped`, before the vCPUs
-    /// can be started again, and gets the devices that a pause has quiesced.
-    pub(super) fn stop(&self, is_own: bool, stopped: impl FnOnce()) -> Option<QuiescedDevices> {
-        self.bring_down(
-            is_own,
-            |vcpu| {
-                vcpu.end_run();
-                None
-            },
-            stopped,
-        )
+    /// can be started again, and gets the devices that a pause has quiesced. The other callers wait
+    /// for the last one as long as `limit` allows.
+    pub(super) fn stop(
+        &self,
+        is_own: bool,
+        limit: &Limit<'_>,
+        stopped: impl FnOnce(),
+    ) -> (Option<QuiescedDevices>, Result<()>) {
+        let end_run = |vcpu: &VcpuHandle| {
+            vcpu.end_run();
+            None
+        };
+        self.bring_down(is_own, limit, end_run, stopped)
+    }
+
+    /// See [`super::KvmVm::begin_close`].
+    pub(super) fn begin_close(&self) {
+        self.0.lock().is_closed = true;
     }
 
     /// End the run and the vCPUs' threads. If the caller is one of these threads (`is_own`), it
-    /// does not wait for the others: two such callers would wait for each other. Returns as
-    /// [`Self::stop`] does.
+    /// does not wait for the others: two such callers would wait for each other. Returns the
+    /// devices that [`Self::stop`] returns.
     pub(super) fn close(&self, is_own: bool, stopped: impl FnOnce()) -> Option<QuiescedDevices> {
-        self.0.lock().is_closed = true;
+        self.begin_close();
         let leave = |vcpu: &VcpuHandle| {
             vcpu.leave();
             if is_own { None } else { vcpu.take_thread() }
         };
-        let devices = self.bring_down(is_own, leave, stopped);
+        let (devices, _) = self.bring_down(is_own, &Limit::NONE, leave, stopped);
         self.handles().iter().for_each(|handle| handle.close());
         devices
     }
@@ -292,9 +301,10 @@ impl Vcpus {
     fn bring_down(
         &self,
         is_own: bool,
+        limit: &Limit<'_>,
         mut order: impl FnMut(&VcpuHandle) -> Option<JoinHandle<()>>,
         stopped: impl FnOnce(),
-    ) -> Option<QuiescedDevices> {
+    ) -> (Option<QuiescedDevices>, Result<()>) {
         let (all, threads): (Vec<Awaited>, Vec<_>) = {
             let mut list = self.0.lock();
             list.stopping += 1;
@@ -314,11 +324,25 @@ impl Vcpus {
             stopped();
         }
         self.1.notify_all();
+        drop(list);
         // Another caller may have taken the threads.
-        while list.stopping > 0 && !is_own {
-            self.1.wait(&mut list);
+        let ended = match is_own {
+            true => Ok(()),
+            false => limit.wait("machine", |until| self.are_down(until)),
+        };
+        (devices, ended)
+    }
+
+    /// Wait until this time at most for all callers of `stop` and `close` to be done. Whether they
+    /// are.
+    fn are_down(&self, until: Instant) -> bool {
+        let mut list = self.0.lock();
+        while list.stopping > 0 {
+            if self.1.wait_until(&mut list, until) {
+                return list.stopping == 0;
+            }
         }
-        devices
+        true
     }
 
     /// Wait until the callbacks still in progress at the end of a run have returned.

@@ -80,9 +80,7 @@ impl Vmm {
                     self.vm().iter().for_each(|vm| vm.stop());
                     return true;
                 }
-                ToClose::Release if is_hurried && self.vm().is_ok_and(|vm| vm.is_busy()) => {
-                    return false;
-                }
+                ToClose::Release if is_hurried && self.begin_close() => return false,
                 ToClose::Release => break,
                 ToClose::Wait if is_hurried => return false,
                 ToClose::Wait => self.run_ended.wait(&mut runner),
@@ -92,6 +90,22 @@ impl Vmm {
         drop(runner);
         self.release();
         true
+    }
+
+    /// Begin to close the machine: its guest does not run any more. Returns whether a callback is in
+    /// progress, which the close has to wait for.
+    fn begin_close(&self) -> bool {
+        self.vm().is_ok_and(|vm| {
+            vm.begin_close();
+            vm.is_busy()
+        })
+    }
+
+    /// Whether a callback has closed the machine, and the run has ended while another callback was
+    /// in progress. Then the caller of the run closes the machine, which may take long.
+    #[must_use]
+    pub fn is_close_due(&self) -> bool {
+        self.runner.lock().is_close_due
     }
 
     /// The next step of this thread to close the machine. Ends a run in progress.
@@ -169,8 +183,8 @@ impl Vmm {
     pub(crate) fn enter_run(&self, what: &str, for_started: bool) -> Result<Running<'_>> {
         let mut runner = self.runner.lock();
         let vm = match runner.life {
-            Life::Open => self.vm()?,
-            Life::Closing(_) | Life::Closed => return Err(closed()),
+            Life::Open if !runner.is_close_due => self.vm()?,
+            Life::Open | Life::Closing(_) | Life::Closed => return Err(closed()),
         };
         let (event_manager, exit_handler) = (self.event_manager()?, self.exit_handler()?);
         let detail = match (runner.thread, runner.is_started, for_started) {
@@ -217,10 +231,11 @@ impl Drop for Running<'_> {
             let mut runner = self.vmm.runner.lock();
             runner.thread = None;
             let is_closing = std::mem::take(&mut runner.close_at_end);
-            if is_closing {
+            runner.is_close_due = is_closing && self.vmm.begin_close();
+            if is_closing && !runner.is_close_due {
                 runner.life = Life::Closing(std::thread::current().id());
             }
-            is_closing
+            is_closing && !runner.is_close_due
         };
         if is_closing {
             self.vmm.release();

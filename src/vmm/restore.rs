@@ -50,6 +50,7 @@ impl Vmm {
     ) -> Result<u64> {
         let vm = self.vm()?;
         vm.check_process()?;
+        vm.check_device_calls("reset")?;
         self.shape(&vm).check_same(&snapshot.shape)?;
         vm.memory().kvm_slots().check(&snapshot.ranges)?;
         snapshot.ranges.iter().try_for_each(|range| range.image.check())?;
@@ -57,7 +58,7 @@ impl Vmm {
         // Outside a run, prevent one from starting. In a run, hold its vCPUs at rest.
         let in_run = self.is_in_run();
         let _running = if in_run { None } else { Some(self.enter_run("reset", false)?) };
-        let _quiesced = vm.quiesce(limit)?;
+        let _quiesced = vm.quiesce("reset", limit)?;
         vm.handles().iter().try_for_each(|handle| handle.wait_while_leaving(limit))?;
         // Checked only now: a callback that was waited for may have ended the guest.
         if in_run && vm.state() == VmRunState::Exiting {
@@ -72,7 +73,7 @@ impl Vmm {
                 self.exit_handler()?.take_stop();
                 forget_stop();
             }
-            restore_devices(&devices)?;
+            restore_devices(&vm, &devices)?;
             Ok(changed / layout::PAGE)
         })
     }
@@ -113,7 +114,7 @@ impl Vmm {
     /// # Errors
     /// If a device is missing or refuses its state.
     pub fn restore_devices(&self, snapshot: &Snapshot) -> Result<()> {
-        restore_devices(&devices_of(&self.router().buses, snapshot)?)
+        restore_devices(&*self.vm()?, &devices_of(&self.router().buses, snapshot)?)
     }
 }
 
@@ -143,7 +144,8 @@ fn devices_of<'a>(buses: &Buses, snapshot: &'a Snapshot) -> Result<Vec<Restored<
     snapshot.devices.iter().map(find).collect()
 }
 
-fn restore_devices(devices: &[Restored<'_>]) -> Result<()> {
+fn restore_devices(vm: &Vm, devices: &[Restored<'_>]) -> Result<()> {
+    let _calls = vm.device_calls();
     devices.iter().try_for_each(|(device, state)| device.restore(state))
 }
 

@@ -41,10 +41,15 @@ impl Vmm {
         timeout: Option<Duration>,
         turn: impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
     ) -> std::result::Result<Exit, E> {
-        self.run_interruptibly(timeout, &|| Ok(()), turn)
+        let result = self.run_interruptibly(timeout, &|| Ok(()), turn);
+        if self.is_close_due() {
+            self.close();
+        }
+        result
     }
 
-    /// [`Self::run`]; an error of `interrupted` ends the wait for callbacks.
+    /// [`Self::run`]; an error of `interrupted` ends the wait for callbacks. Afterwards the caller
+    /// closes the machine if [`Self::is_close_due`] returns true.
     ///
     /// # Errors
     /// As for [`Self::run`]; the error of `interrupted`.

@@ -13,6 +13,9 @@ pub(super) struct Runner {
     pub(super) is_started: bool,
     /// `close` was called from inside the run, and takes effect at its end.
     pub(super) close_at_end: bool,
+    /// That run has ended with a callback in progress, which the close has to wait for: the caller
+    /// of the run closes it.
+    pub(super) is_close_due: bool,
     pub(super) life: Life,
 }
 

@@ -27,11 +27,11 @@ impl Vmm {
         let vm = self.vm()?;
         vm.check_process()?;
         vm.prepare(self.entry)?;
-        let _quiesced = vm.quiesce(limit)?;
+        let _quiesced = vm.quiesce("snapshot", limit)?;
         vm.complete_pending_io(limit)?;
         let (rests, resets) = (rests(&vm), self.resets.check(None)?);
         // With no lock held: a device may be implemented in Python.
-        let devices = save_devices(&self.router().buses)?;
+        let devices = save_devices(&vm, &self.router().buses)?;
         let shape = self.shape(&vm);
         vm.at_rest(limit, |fd, vcpus| {
             check_rests(vcpus, &rests)?;
@@ -79,7 +79,8 @@ fn check_rests(vcpus: &[impl std::ops::Deref<Target = Vcpu>], before: &[u64]) ->
     Err(Error::new(ErrorKind::State, "snapshot", detail))
 }
 
-fn save_devices(buses: &Buses) -> Result<Vec<DeviceState>> {
+fn save_devices(vm: &Vm, buses: &Buses) -> Result<Vec<DeviceState>> {
+    let _calls = vm.device_calls();
     let mut all = Vec::new();
     for (is_mmio, bus) in [(false, &buses.pio), (true, &buses.mmio)] {
         for (base, length, device) in bus.devices() {

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from guests import flat
-from pyvmm import ExitReason, SerialConfig, Vmm, VmRunState
+from pyvmm import ExitReason, SerialConfig, Snapshot, StateError, Vmm, VmRunState
 from threads import all_at_once
 
 if TYPE_CHECKING:
@@ -141,6 +141,72 @@ def test_what_quiesce_raises_comes_out_and_the_machine_goes_on(call: str) -> Non
         clock.error = None
         vmm.pause()
         assert vmm.wait(0.01) is None
+
+
+CALLS: dict[str, Callable[[Vmm, Snapshot], object]] = {
+    "pause": lambda vmm, _before: vmm.pause(),
+    "snapshot": lambda vmm, _before: vmm.snapshot(),
+    "reset": lambda vmm, before: vmm.reset(before),
+    "nmi": lambda vmm, _before: vmm.nmi(),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    ("method", "outer", "is_running"),
+    [
+        ("quiesce", "pause", True),
+        ("quiesce", "snapshot", False),
+        ("save", "snapshot", True),
+        ("restore", "reset", True),
+        ("restore", "reset", False),
+        ("resume", "snapshot", True),
+    ],
+)
+def test_a_device_cannot_make_its_own_machine_stand_still_again(
+    method: str, outer: str, call: str, is_running: bool
+) -> None:
+    clock, refused = Clock(), list[StateError]()
+
+    def again(*_: bytes) -> bytes:
+        clock.calls.append("again")
+        if clock.calls.count("again") == 1:
+            with pytest.raises(StateError, match=f"{call}: a device of this machine is being quiesced") as error:
+                CALLS[call](vmm, before)
+            refused.append(error.value)
+        return b""
+
+    with Vmm(flat(SPIN)) as vmm:
+        setattr(clock, method, again)
+        clock.calls.append("again")
+        vmm.add_pio_device(0x500, 1, clock)
+        before = vmm.snapshot()
+        if is_running:
+            vmm.start()
+        clock.calls.clear()
+        CALLS[outer](vmm, before)
+        assert len(refused) == 1, clock.calls
+        assert refused[0].hint == "call it after the device's method has returned"
+        if is_running:
+            vmm.pause()
+            vmm.resume()
+
+
+def test_a_device_may_make_another_machine_stand_still() -> None:
+    clock, others = Clock(), list[Snapshot]()
+
+    def save() -> bytes:
+        others.append(other.snapshot())
+        return b""
+
+    with Vmm(flat(SPIN)) as vmm, Vmm(flat(SPIN)) as other:
+        vmm.add_pio_device(0x500, 1, clock)
+        clock.save = save  # type: ignore[method-assign]
+        vmm.remove_pio_device(0x500)
+        vmm.add_pio_device(0x500, 1, clock)
+        other.start()
+        vmm.snapshot()
+        assert len(others) == 1
 
 
 def test_a_pause_between_two_runs_holds_no_device_in_the_next() -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
-import signal
 import threading
 from typing import TYPE_CHECKING
 
 import pytest
+from children import end_in
 from pyvmm import KvmVm, StateError
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def test_a_forked_child_drops_views_beside_threads_that_take_the_log(logged: Gue
             view = logged.view(0x1000, 1)
             child = os.fork()
             if child == 0:
-                signal.alarm(30)
+                end_in(30)
                 view.release()
                 os._exit(0)
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

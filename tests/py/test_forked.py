@@ -10,7 +10,6 @@ import contextlib
 import gc
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import members
 import pytest
 import pyvmm
+from children import end_in
 from guests import COUNT_IN_MEMORY, OUT_FOR_EVER, SPIN, exit_with, flat
 from members import Device, Subscriber
 from pyvmm import EventFd, EventManager, Events, KvmVm, StateError, TimerFd, Vmm, VmmError
@@ -120,7 +120,7 @@ def in_child(work: Callable[[], object]) -> str:
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        signal.alarm(DEADLINE_S // 2)
+        end_in(DEADLINE_S // 2)
         try:
             said = work()
             os.write(writer, str(said).encode())
@@ -218,7 +218,7 @@ def test_interpreter_of_a_child_ends_beside_threads_of_the_parent(parent: Parent
         child = os.fork()
         if child == 0:
             # As the main thread's end does, without pytest.
-            signal.alarm(DEADLINE_S // 2)
+            end_in(DEADLINE_S // 2)
             atexit._run_exitfuncs()
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -248,7 +248,7 @@ class Forks:
         if not self.child and os.getpid() == self.parent:
             self.child = os.fork()
             if self.child == 0:
-                signal.alarm(DEADLINE_S // 2)
+                end_in(DEADLINE_S // 2)
 
     def say(self, text: str) -> None:
         os.write(self.writer, f"{text} ".encode())

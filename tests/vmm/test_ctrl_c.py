@@ -284,3 +284,54 @@ def test_ctrl_c_ends_a_call_that_waits_for_a_callback(call: str) -> None:
 
 def test_ctrl_c_ends_a_run_beside_a_callback_in_progress() -> None:
     run(RUN)
+
+
+# The run has ended, and closes the machine. Another callback is still in progress.
+CLOSED_FROM_INSIDE = """
+def close():
+    assert entered.wait(60)
+    vmm.close()
+    LATER
+
+vmm = Vmm(OUT_FOR_EVER)
+vmm.add_pio_device(0x500, 1, Device())
+vmm.event_manager.call_later(0, close)
+interrupted(lambda: vmm.run(TIMEOUT))
+try:
+    vmm.run(0)
+except ClosedError:
+    pass
+go.set()
+vmm.close()
+assert vmm.state is VmRunState.CLOSED
+assert not [name for name in os.listdir("/proc/self/fd") if "kvm-" in link(name)], "a descriptor is left"
+"""
+
+
+@pytest.mark.parametrize(
+    ("later", "timeout"),
+    [("raise KeyboardInterrupt", "None"), ("interrupt_close()", "0.1"), ("interrupt_wait()", "None")],
+)
+def test_ctrl_c_ends_a_run_that_a_callback_closes_beside_another_in_progress(later: str, timeout: str) -> None:
+    run(CLOSED_FROM_INSIDE.replace("LATER", later).replace("TIMEOUT", timeout))
+
+
+SHUTDOWN_BESIDE_CLOSE = """
+vm = make()
+assert entered.wait(60)
+closing = threading.Thread(target=vm.close)
+closing.start()
+state = Path(f"/proc/self/task/{closing.native_id}/stat")
+seen = 0
+while seen < 20:
+    time.sleep(0.001)
+    seen = seen + 1 if state.read_text().rpartition(")")[2].split()[0] == "S" else 0
+interrupt_wait()
+interrupted(vm.shutdown)
+go.set()
+closing.join()
+"""
+
+
+def test_ctrl_c_ends_a_shutdown_beside_a_close_that_waits_for_a_callback() -> None:
+    run(KVM_VM + SHUTDOWN_BESIDE_CLOSE)

@@ -12,6 +12,7 @@ use pyo3::prelude::*;
 use super::loop_call::{Call, Reply, check_callable};
 use super::manager::PyEventManager;
 use crate::limit::deadline_of;
+use crate::py::depth;
 use crate::py::exit::timeout as as_timeout;
 use crate::py::recorded::{name_of, recorded};
 use crate::py::returned::take_returned;
@@ -109,6 +110,7 @@ impl PyRemoteEndpoint {
         let manager = self.0.get();
         manager.check()?;
         if manager.owners().has_this_thread() {
+            depth::check()?;
             return function.call1((&self.0,)).map(Bound::unbind);
         }
         let deadline = deadline_of(as_timeout(timeout)?);

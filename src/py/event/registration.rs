@@ -14,6 +14,7 @@ use super::exit_handler::as_native_subscriber;
 use super::manager::PyEventManager;
 use super::queue::QueueingSubscriber;
 use crate::error::{Error, ErrorKind};
+use crate::py::depth;
 use crate::py::ending::import;
 use crate::py::returned::refuse_awaitable;
 
@@ -24,6 +25,7 @@ fn init(
     subscriber: &Bound<'_, PyAny>,
 ) -> PyResult<()> {
     let py = manager.py();
+    depth::check()?;
     let ops = Bound::new(py, PyEventOps::new())?;
     let returned = {
         let _call = ops.get().begin(manager, token);

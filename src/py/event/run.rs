@@ -9,6 +9,7 @@ use super::delivery::deliver;
 use super::manager::PyEventManager;
 use super::queue::QueuedEvent;
 use crate::event::EventManager;
+use crate::py::depth;
 use crate::py::enter::attach;
 use crate::py::pending_outcome::PendingOutcome;
 use crate::py::wakeup;
@@ -33,6 +34,7 @@ pub(crate) fn turn(
     pending: &PendingOutcome,
     deadline: Option<Instant>,
 ) -> PyResult<()> {
+    depth::check()?;
     let this = manager.get();
     let guard = this.turn_lock().begin();
     let fetched = match &guard {
@@ -107,6 +109,7 @@ impl PyEventManager {
         deadline: Option<Instant>,
         batch: &mut Vec<QueuedEvent>,
     ) -> PyResult<usize> {
+        depth::check()?;
         let this = slf.get();
         batch.clear();
         // SAFETY: `try_dispatch` calls it with the lock held that protects them.

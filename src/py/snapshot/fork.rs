@@ -10,6 +10,7 @@ use super::object::{PySnapshot, snapshots};
 use crate::config::SerialConfig;
 use crate::hop::hop;
 use crate::py::config;
+use crate::py::depth;
 use crate::py::ending::import;
 use crate::py::event::PyEventManager;
 use crate::py::vmm::PyVmm;
@@ -41,6 +42,7 @@ fn complete(
     entropy: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<()> {
     let py = fork.py();
+    depth::check()?;
     if let Some(setup) = setup {
         setup.call1((fork,))?;
     }

@@ -49,6 +49,7 @@ impl PyVmm {
         let changed = interrupt::limited(py, timeout, |limit| {
             vmm.reset(snapshot, limit, || stop = self.hooks.pending.take_stop())
         });
+        self.close_if_due(py, changed.is_ok())?;
         changed.map_err(|error| self.device_failure(error))
     }
 }
