@@ -92,8 +92,8 @@ impl Vmm {
         true
     }
 
-    /// Begin to close the machine: its guest does not run any more. Returns whether a callback is in
-    /// progress, which the close has to wait for.
+    /// Begin to close the machine: its guest does not run any more. Returns whether a callback is
+    /// in progress, which the close has to wait for.
     fn begin_close(&self) -> bool {
         self.vm().is_ok_and(|vm| {
             vm.begin_close();
