@@ -41,7 +41,7 @@ settings.load_profile("pyvmm")
 ALARM_AGAIN_S = 30.0
 
 
-class TimeLimitPassed(BaseException):  # noqa: N818
+class TimeLimitPassed(BaseException):
     """What the alarm raises."""
 
 
