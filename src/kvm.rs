@@ -2,7 +2,7 @@
 
 use std::io;
 
-use kvm_ioctls::{Cap, Kvm};
+use kvm_ioctls::{Cap, Kvm, VmFd};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::process::Learnt;
@@ -35,6 +35,18 @@ fn check(kvm: &Kvm) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// # Errors
+/// [`ErrorKind::Kvm`] if KVM refuses it.
+pub(crate) fn create_vm(kvm: &Kvm) -> Result<VmFd> {
+    loop {
+        match kvm.create_vm() {
+            // Any signal to this thread interrupts the call, which has changed nothing then.
+            Err(error) if error.errno() == libc::EINTR => {}
+            other => break checked("KVM_CREATE_VM", other),
+        }
+    }
 }
 
 /// How many vCPUs a machine may have. Asked for once in a process.

@@ -10,6 +10,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 use super::KvmVm;
+use super::noapic;
 use super::shape::Shape;
 use super::vcpus::Vcpus;
 use crate::config::{Boot, ExitPort, FlatBoot, VmmConfig};
@@ -20,7 +21,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::ExitHandler;
 use crate::fixup;
 use crate::hop::hop;
-use crate::kvm::{max_vcpus, open_kvm};
+use crate::kvm::{self, max_vcpus, open_kvm};
 use crate::layout;
 use crate::memory::GuestMemory;
 use crate::process::ProcessTag;
@@ -108,6 +109,9 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         router: Arc<ExitRouter>,
         exit_handler: EH,
     ) -> Result<Self> {
+        if !chips.irqchip {
+            noapic::keep_one();
+        }
         let fd = create_vm(kvm)?;
         create_irqchip(&fd, chips.irqchip, chips.pit)?;
         memory.kvm_slots().attach(&fd)?;
@@ -191,13 +195,7 @@ fn claim_for_kvm(resources: &Resources, irqchip: bool) -> Result<()> {
 
 /// Create a VM, with the pages that KVM needs for itself on some processors.
 fn create_vm(kvm: &Kvm) -> Result<Arc<VmFd>> {
-    let fd = loop {
-        match kvm.create_vm() {
-            // Any signal to this thread interrupts the call, which has changed nothing then.
-            Err(error) if error.errno() == libc::EINTR => {}
-            other => break other.map_err(|e| Error::kvm("KVM_CREATE_VM", e))?,
-        }
-    };
+    let fd = kvm::create_vm(kvm)?;
     fd.set_identity_map_address(layout::KVM_IDENTITY_MAP)
         .map_err(|e| Error::kvm("KVM_SET_IDENTITY_MAP_ADDR", e))?;
     fd.set_tss_address(layout::KVM_TSS).map_err(|e| Error::kvm("KVM_SET_TSS_ADDR", e))?;

@@ -9,6 +9,7 @@ mod device_calls;
 mod interrupts;
 mod kvm_vm;
 mod life;
+mod noapic;
 mod quiesce;
 mod shape;
 mod start;
