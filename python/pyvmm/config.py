@@ -49,15 +49,17 @@ class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A part of a configuration. Its fields are keyword-only, so new ones can be added anywhere."""
 
 
-class MemoryConfig(_Part, frozen=True, kw_only=True):
+class _Size(_Part, frozen=True):
+    size_mib: Annotated[int, Meta(ge=1, le=2**23 - 1)] = 128
+
+
+class MemoryConfig(_Size, frozen=True, kw_only=True):
     """Guest memory.
 
     Attributes:
         size_mib: size in MiB, 1 to 8,388,607 and at most the host's memory. RAM beyond 3 GiB starts
             at 4 GiB.
     """
-
-    size_mib: Annotated[int, Meta(ge=1, le=2**23 - 1)] = 128
 
 
 class CpuConfig(_Part, frozen=True, kw_only=True):
