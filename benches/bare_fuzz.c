@@ -1,63 +1,24 @@
 /* The physical limit of a fuzz target: the same guest, inputs and resets by hand, with as little as they need. */
 
-#include <fcntl.h>
-#include <linux/kvm.h>
-#include <stdint.h>
-#include <string.h>
-#include <sys/ioctl.h>
-#include <sys/mman.h>
-#include <time.h>
-#include <unistd.h>
+#include "bare.h"
 
-enum { EXIT_PORT = 0xf4, PAGE = 4096, ENTRIES = 256, MOST_PAGES = 1024 };
+enum { MOST_PAGES = 1024 };
 /* Offsets in struct pyvmm_fuzz. */
 enum { COUNT = 48, CURRENT = 52, START = 56, LENGTHS = 64 };
 
-static double now(void)
-{
-	struct timespec t;
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return t.tv_sec + t.tv_nsec * 1e-9;
-}
-
-struct machine {
-	int kvm, vm, vcpu, run_size;
-	struct kvm_run *run;
-	uint8_t *memory;
-	uint64_t size;
-};
-
-static int build(struct machine *m, const void *image)
+static int create(struct machine *m, const void *image)
 {
 	static struct {
 		struct kvm_cpuid2 head;
 		struct kvm_cpuid_entry2 entries[ENTRIES];
 	} supported;
-	uint64_t identity = 0xfeffc000;
 	m->memory = mmap(NULL, m->size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	m->kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
-	supported.head.nent = ENTRIES;
-	if (m->memory == MAP_FAILED || m->kvm < 0 || ioctl(m->kvm, KVM_GET_SUPPORTED_CPUID, &supported) < 0)
+	if (m->memory == MAP_FAILED)
 		return -1;
 	memcpy(m->memory, image, m->size);
-	m->vm = ioctl(m->kvm, KVM_CREATE_VM, 0);
-	struct kvm_userspace_memory_region region = { .memory_size = m->size, .userspace_addr = (uint64_t)m->memory };
-	if (m->vm < 0 || ioctl(m->vm, KVM_SET_IDENTITY_MAP_ADDR, &identity) < 0 ||
-	    ioctl(m->vm, KVM_SET_TSS_ADDR, 0xfeffd000) < 0 || ioctl(m->vm, KVM_SET_USER_MEMORY_REGION, &region) < 0)
-		return -1;
-	m->vcpu = ioctl(m->vm, KVM_CREATE_VCPU, 0);
-	m->run_size = ioctl(m->kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
-	m->run = mmap(NULL, m->run_size, PROT_READ | PROT_WRITE, MAP_SHARED, m->vcpu, 0);
-	return m->run == MAP_FAILED || ioctl(m->vcpu, KVM_SET_CPUID2, &supported) < 0 ? -1 : 0;
-}
-
-static void destroy(struct machine *m)
-{
-	munmap(m->run, m->run_size);
-	close(m->vcpu);
-	close(m->vm);
-	close(m->kvm);
-	munmap(m->memory, m->size);
+	supported.head.nent = ENTRIES;
+	return build(m) < 0 || ioctl(m->kvm, KVM_GET_SUPPORTED_CPUID, &supported) < 0 ||
+	       ioctl(m->vcpu, KVM_SET_CPUID2, &supported) < 0 ? -1 : 0;
 }
 
 static int run(struct machine *m)
@@ -65,9 +26,7 @@ static int run(struct machine *m)
 	if (ioctl(m->vcpu, KVM_RUN, 0) < 0 || m->run->exit_reason != KVM_EXIT_IO || m->run->io.port != EXIT_PORT)
 		return -1;
 	/* Complete the access: it must not change the registers that are set next. */
-	m->run->immediate_exit = 1;
-	ioctl(m->vcpu, KVM_RUN, 0);
-	m->run->immediate_exit = 0;
+	settle(m);
 	return 0;
 }
 
@@ -80,7 +39,7 @@ double time_batches(const uint8_t *image, uint64_t size, struct kvm_regs *regs, 
 	uint64_t dirty[MOST_PAGES], total = 0;
 	int pages = 0;
 	double start = 0;
-	if (build(&m, image) < 0 || ioctl(m.vcpu, KVM_SET_SREGS, sregs) < 0)
+	if (create(&m, image) < 0 || ioctl(m.vcpu, KVM_SET_SREGS, sregs) < 0)
 		return -1;
 	for (int n = 0; n < count; n++)
 		total += lengths[n];

@@ -1,27 +1,14 @@
 /* The physical limit: a machine by raw ioctls and nothing else, in the same process. */
 
-#include <fcntl.h>
-#include <linux/kvm.h>
 #include <pthread.h>
 #include <signal.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
-#include <sys/ioctl.h>
-#include <sys/mman.h>
-#include <time.h>
-#include <unistd.h>
 
-enum { MEMORY = 1 << 20, ENTRIES = 256, START = 0x1000, EXIT_PORT = 0xf4 };
+#include "bare.h"
 
-static double now(void)
-{
-	struct timespec t;
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return t.tv_sec + t.tv_nsec * 1e-9;
-}
+enum { MEMORY = 1 << 20, START = 0x1000 };
 
 static struct kvm_cpuid2 *cpuid_of(int kvm)
 {
@@ -35,46 +22,19 @@ static struct kvm_cpuid2 *cpuid_of(int kvm)
 	return table;
 }
 
-struct machine {
-	int kvm, vm, vcpu;
-	void *memory;
-	struct kvm_run *run;
-	int run_size;
-};
-
 static int create(struct machine *m, const void *code, int size)
 {
 	struct kvm_sregs sregs;
 	struct kvm_regs regs = { .rip = START, .rsp = START, .rflags = 2 };
-	uint64_t identity = 0xfffbc000;
-	m->kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
-	if (m->kvm < 0 || ioctl(m->kvm, KVM_GET_API_VERSION, 0) != 12)
-		return -1;
+	m->size = MEMORY;
 	m->memory = mmap(NULL, MEMORY, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-	memcpy((char *)m->memory + START, code, size);
-	m->vm = ioctl(m->kvm, KVM_CREATE_VM, 0);
-	struct kvm_userspace_memory_region region = { .memory_size = MEMORY, .userspace_addr = (uint64_t)m->memory };
-	if (m->vm < 0 || ioctl(m->vm, KVM_SET_IDENTITY_MAP_ADDR, &identity) < 0 ||
-	    ioctl(m->vm, KVM_SET_TSS_ADDR, 0xfffbd000) < 0 || ioctl(m->vm, KVM_SET_USER_MEMORY_REGION, &region) < 0)
-		return -1;
-	m->vcpu = ioctl(m->vm, KVM_CREATE_VCPU, 0);
-	m->run_size = ioctl(m->kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
-	m->run = mmap(NULL, m->run_size, PROT_READ | PROT_WRITE, MAP_SHARED, m->vcpu, 0);
-	if (m->run == MAP_FAILED || ioctl(m->vcpu, KVM_SET_CPUID2, cpuid_of(m->kvm)) < 0 ||
+	memcpy(m->memory + START, code, size);
+	if (build(m) < 0 || ioctl(m->vcpu, KVM_SET_CPUID2, cpuid_of(m->kvm)) < 0 ||
 	    ioctl(m->vcpu, KVM_GET_SREGS, &sregs) < 0)
 		return -1;
 	sregs.cs.base = 0;
 	sregs.cs.selector = 0;
 	return ioctl(m->vcpu, KVM_SET_SREGS, &sregs) < 0 || ioctl(m->vcpu, KVM_SET_REGS, &regs) < 0 ? -1 : 0;
-}
-
-static void destroy(struct machine *m)
-{
-	munmap(m->run, m->run_size);
-	close(m->vcpu);
-	close(m->vm);
-	close(m->kvm);
-	munmap(m->memory, MEMORY);
 }
 
 /* Run to a write of the exit port; returns how many exits there were before it. */

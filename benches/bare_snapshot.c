@@ -1,19 +1,13 @@
 /* The physical limits of snapshots: the same ioctls, mappings and copies by hand, in the same process. */
 
 #define _GNU_SOURCE
-#include <fcntl.h>
-#include <linux/kvm.h>
 #include <pthread.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
-#include <sys/ioctl.h>
-#include <sys/mman.h>
 #include <sys/syscall.h>
-#include <time.h>
-#include <unistd.h>
 
-enum { START = 0x1000, EXIT_PORT = 0xf4, PAGE = 4096, MSRS = 256, ENTRIES = 256 };
+#include "bare.h"
+
+enum { START = 0x1000, MSRS = 256 };
 /* How memory comes back. */
 enum { MEMCPY, DROP, LOG };
 /* How a vCPU's state comes back: each class by its ioctl; all of it in the fewest calls; or only what the run page
@@ -29,13 +23,6 @@ struct pm_scan {
 };
 
 #define PAGEMAP_SCAN_IOCTL _IOWR('f', 16, struct pm_scan)
-
-static double now(void)
-{
-	struct timespec t;
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return t.tv_sec + t.tv_nsec * 1e-9;
-}
 
 static int compare(const void *a, const void *b)
 {
@@ -68,14 +55,6 @@ struct state {
 	} cpuid;
 };
 
-struct machine {
-	int kvm, vm, vcpu, memfd;
-	char *memory;
-	uint64_t size;
-	struct kvm_run *run;
-	int run_size;
-};
-
 static struct {
 	struct kvm_cpuid2 head;
 	struct kvm_cpuid_entry2 entries[ENTRIES];
@@ -101,24 +80,6 @@ static int learn(int kvm)
 	return 0;
 }
 
-/* A machine over this memory. */
-static int build(struct machine *m, int run_cpuid)
-{
-	uint64_t identity = 0xfeffc000;
-	m->kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
-	if (m->kvm < 0 || learn(m->kvm) < 0)
-		return -1;
-	m->vm = ioctl(m->kvm, KVM_CREATE_VM, 0);
-	struct kvm_userspace_memory_region region = { .memory_size = m->size, .userspace_addr = (uint64_t)m->memory };
-	if (m->vm < 0 || ioctl(m->vm, KVM_SET_IDENTITY_MAP_ADDR, &identity) < 0 ||
-	    ioctl(m->vm, KVM_SET_TSS_ADDR, 0xfeffd000) < 0 || ioctl(m->vm, KVM_SET_USER_MEMORY_REGION, &region) < 0)
-		return -1;
-	m->vcpu = ioctl(m->vm, KVM_CREATE_VCPU, 0);
-	m->run_size = ioctl(m->kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
-	m->run = mmap(NULL, m->run_size, PROT_READ | PROT_WRITE, MAP_SHARED, m->vcpu, 0);
-	return m->run == MAP_FAILED || (run_cpuid && ioctl(m->vcpu, KVM_SET_CPUID2, &supported) < 0) ? -1 : 0;
-}
-
 static int create(struct machine *m, const void *code, int size, uint64_t memory)
 {
 	struct kvm_sregs sregs;
@@ -129,22 +90,18 @@ static int create(struct machine *m, const void *code, int size, uint64_t memory
 		return -1;
 	m->memory = mmap(NULL, memory, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, m->memfd, 0);
 	memcpy(m->memory + START, code, size);
-	if (build(m, 1) < 0 || ioctl(m->vcpu, KVM_GET_SREGS, &sregs) < 0)
+	if (build(m) < 0 || learn(m->kvm) < 0 || ioctl(m->vcpu, KVM_SET_CPUID2, &supported) < 0 ||
+	    ioctl(m->vcpu, KVM_GET_SREGS, &sregs) < 0)
 		return -1;
 	sregs.cs.base = 0;
 	sregs.cs.selector = 0;
 	return ioctl(m->vcpu, KVM_SET_SREGS, &sregs) < 0 || ioctl(m->vcpu, KVM_SET_REGS, &regs) < 0 ? -1 : 0;
 }
 
-static void destroy(struct machine *m)
+static void discard(struct machine *m)
 {
-	munmap(m->run, m->run_size);
-	close(m->vcpu);
-	close(m->vm);
-	close(m->kvm);
-	munmap(m->memory, m->size);
-	if (m->memfd >= 0)
-		close(m->memfd);
+	destroy(m);
+	close(m->memfd);
 }
 
 static int run(struct machine *m)
@@ -158,14 +115,6 @@ static int run(struct machine *m)
 			return -1;
 	}
 	return 0;
-}
-
-/* Complete the last access, so that the registers are those behind it. */
-static void settle(struct machine *m)
-{
-	m->run->immediate_exit = 1;
-	ioctl(m->vcpu, KVM_RUN, 0);
-	m->run->immediate_exit = 0;
 }
 
 static int get(struct machine *m, struct state *s)
@@ -250,7 +199,7 @@ double time_snapshot(const void *code, int size, uint64_t memory, uint64_t touch
 	double start = now();
 	int failed = get(&m, &s) < 0 || freeze(&m) < 0;
 	double seconds = now() - start;
-	destroy(&m);
+	discard(&m);
 	return failed ? -1 : seconds;
 }
 
@@ -287,10 +236,10 @@ double time_forks(const void *code, int size, uint64_t memory, int forks, int th
 		return -1;
 	double seconds[forks];
 	for (int i = 0; i < forks; i++) {
-		struct machine f = { .size = memory, .memfd = -1 };
+		struct machine f = { .size = memory };
 		double start = now();
 		f.memory = mmap(NULL, memory, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, m.memfd, 0);
-		if (build(&f, 0) < 0 || ioctl(f.vcpu, KVM_SET_CPUID2, &s.cpuid) < 0 || set(&f, &s) < 0)
+		if (build(&f) < 0 || ioctl(f.vcpu, KVM_SET_CPUID2, &s.cpuid) < 0 || set(&f, &s) < 0)
 			return -1;
 		pthread_t thread;
 		if (!threads ? run(&f) < 0 : pthread_create(&thread, NULL, run_in_thread, &f) || pthread_join(thread, NULL))
@@ -298,7 +247,7 @@ double time_forks(const void *code, int size, uint64_t memory, int forks, int th
 		seconds[i] = now() - start;
 		destroy(&f);
 	}
-	destroy(&m);
+	discard(&m);
 	return median(seconds, forks);
 }
 
@@ -371,7 +320,7 @@ double time_resets(const void *code, int size, uint64_t memory, int resets, int 
 	}
 	munmap(golden, memory);
 	close(pagemap);
-	destroy(&m);
+	discard(&m);
 	*running = median(runs, resets);
 	*whole = median(both, resets);
 	return median(seconds, resets);
