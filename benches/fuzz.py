@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pyvmm import ElfBoot, MemoryConfig, Snapshot, VmmConfig
-from pyvmm.fuzz import FLAGS, Target, ready
+from pyvmm.fuzz import _COUNT, _LENGTHS, _SINGLE, FLAGS, Target, ready
 
 from benches.measure import Result, UnmeasurableError, compare, compiled, emulation
 
@@ -139,6 +139,6 @@ class Emulation:
             self.uc.mem_write(address, content)
         start = self.input + self.capacity - len(data)
         self.uc.mem_write(start, data)
-        self.uc.mem_write(self.shared + 48, struct.pack("<IIQI", 1, 0, start, len(data)))
+        self.uc.mem_write(self.shared + _COUNT, _SINGLE.pack(1, 0, start, len(data)))
         self.uc.emu_start(self.start, 0)
-        return int(struct.unpack("<i", self.uc.mem_read(self.shared + 64 + 4 * self.most, 4))[0])
+        return int(struct.unpack("<i", self.uc.mem_read(self.shared + _LENGTHS + 4 * self.most, 4))[0])

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from programs import build
 from pyvmm import ElfBoot, MemoryConfig, Snapshot, VmmConfig
-from pyvmm.fuzz import FLAGS, ready
+from pyvmm.fuzz import ready
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,5 +43,5 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 def snapshot_of(
     folder: Path, source: str = SOURCE, *, flags: tuple[str, ...] = (), compiler: str = "gcc", **of_ready: Any
 ) -> Snapshot:
-    program = build(folder, source, *FLAGS, *flags, compiler=compiler)
+    program = build(folder, source, *flags, compiler=compiler)
     return ready(VmmConfig(boot=ElfBoot(program), memory=MemoryConfig(size_mib=16)), **of_ready)

@@ -8,16 +8,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 from pyvmm import ElfBoot, Exit, MemoryConfig, Vmm, VmmConfig
+from pyvmm.fuzz import FLAGS
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 DEADLINE_S = 60
-FLAGS = (
-    *("-O1", "-nostdlib", "-ffreestanding", "-static", "-no-pie", "-fno-pie", "-fno-stack-protector"),
-    # Otherwise a compiler may make something else of an access to a null pointer.
-    "-fno-delete-null-pointer-checks",
-)
 # Begins by the System V ABI, calls `run`, and exits with what it returns.
 START = """
 #include <stdint.h>
@@ -31,7 +27,7 @@ def build(folder: Path, source: str, *flags: str, compiler: str = "gcc") -> Path
     if shutil.which(compiler) is None:
         pytest.skip(f"there is no {compiler}")
     (folder / "program.c").write_text(source)
-    command = [compiler, *FLAGS, *flags, "-o", "program", "program.c"]
+    command = [compiler, "-O1", *FLAGS, *flags, "-o", "program", "program.c"]
     done = subprocess.run(command, check=False, cwd=folder, capture_output=True, text=True, timeout=DEADLINE_S * 10)
     assert done.returncode == 0, done.stderr
     return folder / "program"

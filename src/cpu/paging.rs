@@ -7,10 +7,10 @@ use crate::memory::GuestMemory;
 
 /// With the accessed and dirty bits set, the processor never writes the tables: forks share them,
 /// and a reset finds them unchanged.
-const PRESENT: u64 = 0b110_0001;
-const WRITABLE: u64 = 1 << 1;
-const USER: u64 = 1 << 2;
-const LARGE: u64 = 1 << 7;
+pub(super) const PRESENT: u64 = 0b110_0001;
+pub(super) const WRITABLE: u64 = 1 << 1;
+pub(super) const USER: u64 = 1 << 2;
+pub(super) const LARGE: u64 = 1 << 7;
 const NO_EXECUTE: u64 = 1 << 63;
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 const ENTRIES: usize = 512;

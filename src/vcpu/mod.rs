@@ -50,9 +50,10 @@ pub use handle::VcpuHandle;
 pub(crate) use here::{Here, Left, begin as begin_here};
 pub use registers::RegisterClass;
 pub use router::{ExitHook, ExitRouter, HookPriority, Observer, Reply, Seen};
+#[cfg_attr(not(feature = "python"), allow(unused_imports, reason = "for the binding"))]
+pub(crate) use run_page::keep_run_page;
 pub use signal::{kick_signal, use_signal};
 pub use stack::set_stack_size;
-#[cfg_attr(not(feature = "python"), allow(unused_imports, reason = "for the binding"))]
 pub(crate) use stack::spawn;
 pub use state::{RunState, VmRunState};
 pub use stats::{Count, ExitKey, Stats, VcpuTime};

@@ -288,6 +288,18 @@ impl ImmediateExit for RunPage {
     }
 }
 
+/// Map the run page of a vCPU until the process ends. A forked child does not inherit it.
+///
+/// # Errors
+/// If it cannot be mapped.
+pub(crate) fn keep_run_page(vcpu: &VcpuFd) -> Result<()> {
+    let page = RunPage::new(vcpu)?;
+    // SAFETY: the mapping of this page, of this size. It is not used.
+    unsafe { libc::madvise(page.0.as_ptr().cast(), PAGES, libc::MADV_DONTFORK) };
+    std::mem::forget(page);
+    Ok(())
+}
+
 impl Drop for RunPage {
     fn drop(&mut self) {
         // SAFETY: our own mapping, of this size, and it can no longer be reached.

@@ -2,7 +2,6 @@
 //! host's first such vCPU appears and when the last one goes (`kvm_has_noapic_vcpu`), and stops
 //! every processor for that. Machines that are made and closed one after another would each pay it.
 
-use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::error::Result;
@@ -24,19 +23,8 @@ pub(super) fn keep_one() {
     let _ = keeper.map(std::thread::JoinHandle::join);
 }
 
-/// Create a vCPU that no descriptor keeps, but a mapping of its page.
+/// Create a vCPU that no descriptor keeps, but a mapping of its run page.
 fn keep() -> Result<()> {
     let vm = create_vm(&open_kvm()?)?;
-    let vcpu = checked("KVM_CREATE_VCPU", vm.create_vcpu(0))?;
-    let (access, flags) = (libc::PROT_READ, libc::MAP_SHARED);
-    let (size, fd) = (4096, vcpu.as_raw_fd());
-    // SAFETY: a new mapping, which nothing uses.
-    unsafe {
-        let page = libc::mmap(std::ptr::null_mut(), size, access, flags, fd, 0);
-        if page != libc::MAP_FAILED {
-            // A forked child has no use for it.
-            libc::madvise(page, size, libc::MADV_DONTFORK);
-        }
-    }
-    Ok(())
+    vcpu::keep_run_page(&checked("KVM_CREATE_VCPU", vm.create_vcpu(0))?)
 }
