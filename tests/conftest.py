@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import os
 import signal
 import tomllib
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import pyvmm
-import uvloop
 from hypothesis import HealthCheck, settings
+from loops import LOOPS, run_in
 from oracle import NONCE, oracle
 
 if TYPE_CHECKING:
@@ -208,13 +208,7 @@ def make() -> Iterator[Callable[[VmmConfig], Vmm]]:
         vmm.close()
 
 
-@pytest.fixture(params=["asyncio", "uvloop", "debug"])
+@pytest.fixture(params=LOOPS)
 def run(request: pytest.FixtureRequest) -> Callable[[Coroutine[Any, Any, Any]], Any]:
     """Run a coroutine in a fresh loop, with a deadline."""
-
-    def run_it(main: Coroutine[Any, Any, Any]) -> Any:
-        factory = uvloop.new_event_loop if request.param == "uvloop" else asyncio.new_event_loop
-        with asyncio.Runner(loop_factory=factory, debug=request.param == "debug") as runner:
-            return runner.run(asyncio.wait_for(main, 60))
-
-    return run_it
+    return partial(run_in, request.param)

@@ -13,6 +13,8 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from alone import alone
+from loops import LOOPS, run_in
 from pyvmm import EventFd, TimerFd
 
 if TYPE_CHECKING:
@@ -150,7 +152,9 @@ def test_one_task_at_a_time_waits(run: Any) -> None:
     run(main())
 
 
-def test_a_cancelled_wait_loses_nothing_and_leaves_nothing(run: Any) -> None:
+@pytest.mark.parametrize("loop", LOOPS)
+@alone
+def test_a_cancelled_wait_loses_nothing_and_leaves_nothing(loop: str) -> None:
     async def main() -> None:
         fd = EventFd()
         open_before = len(os.listdir("/proc/self/fd"))
@@ -167,7 +171,7 @@ def test_a_cancelled_wait_loses_nothing_and_leaves_nothing(run: Any) -> None:
                 assert await anext(aiter(fd)) == number
         assert len(os.listdir("/proc/self/fd")) == open_before
 
-    run(main())
+    run_in(loop, main())
 
 
 def test_a_source_that_is_always_ready_leaves_others_their_turn(run: Any) -> None:
@@ -203,6 +207,7 @@ def test_a_blocking_source_is_refused_and_stays_blocking(run: Any) -> None:
     run(main())
 
 
+@alone
 def test_a_loop_that_is_closed_early_leaves_nothing() -> None:
     fd = EventFd()
     gc.collect()

@@ -14,6 +14,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from alone import alone
 from guests import echo_until, exit_with, flat, print_text
 from pyvmm import ConfigError, EventManager, ExitReason, SerialConfig, StreamError, Vmm, VmmConfig
 from pyvmm.streams import endpoint
@@ -357,6 +358,7 @@ def test_send_takes_bytes_only(data: object, make: Callable[[VmmConfig], Vmm]) -
 
 @pytest.mark.kvm
 @pytest.mark.parametrize("end", ["dropped", "closed", "closed in a callback"])
+@alone
 def test_a_machine_leaves_nothing_in_a_loop_that_it_shared(end: str) -> None:
     manager = EventManager()
 

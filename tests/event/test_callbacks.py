@@ -82,7 +82,7 @@ def test_slow_callback_is_logged_with_its_name(caplog: pytest.LogCaptureFixture)
     manager.slow_callback_duration = 0
     assert manager.slow_callback_duration is not None
     manager.run()
-    assert "slow took 0.0" in caplog.text
+    assert "slow took " in caplog.text
     assert manager.slowest_callback is not None
     name, seconds = manager.slowest_callback
     assert "slow" in name

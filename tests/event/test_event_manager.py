@@ -16,6 +16,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 import pytest
+from alone import alone
 from hypothesis import given
 from hypothesis import strategies as st
 from pyvmm import EventError, EventFd, EventManager, EventOps, Events, EventSet, StateError
@@ -159,6 +160,7 @@ def test_fd_closed_with_a_duplicate_alive_does_not_spin_after_its_subscriber_wen
     os.close(copy)
 
 
+@alone
 def test_number_given_again_goes_to_its_new_owner() -> None:
     manager = EventManager()
     first = EventFd(1)

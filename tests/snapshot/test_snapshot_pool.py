@@ -14,6 +14,7 @@ from concurrent.futures import CancelledError, as_completed
 from typing import TYPE_CHECKING
 
 import pytest
+from alone import alone
 from guests import SPIN, TRIPLE_FAULT, exit_with, flat
 from pyvmm import ExitReason, ForkExecutor, Snapshot, StateError, Vmm
 
@@ -26,18 +27,19 @@ INPUT_AT = 0x5000
 
 # 64 bits: exits with its input plus one; spins at 200, dies at 201. At 0x6000 it counts how often
 # it has run.
-PLUS_ONE = (
+PLUS_ONE_CODE = (
     b"\xff\x04\x25\x00\x60\x00\x00"  #  inc dword [0x6000]
     b"\x8a\x04\x25\x00\x50\x00\x00"  #  mov al, [0x5000]
     b"\x3c\xc8\x75\x02\xeb\xfe"  #      cmp al, 200; jne on; jmp $
     b"\x3c\xc9\x75\x0c" + TRIPLE_FAULT +  #  cmp al, 201; jne on
     b"\xfe\xc0\xe6\xf4"  #              inc al; out 0xf4, al
 )  # fmt: skip
+PLUS_ONE = flat(PLUS_ONE_CODE, "long64", address=0x10000, size_mib=2)
 
 
 @pytest.fixture(scope="module")
 def ready() -> Iterator[Snapshot]:
-    with Vmm(flat(PLUS_ONE, "long64", address=0x10000, size_mib=2)) as vmm:
+    with Vmm(PLUS_ONE) as vmm:
         yield vmm.snapshot()
 
 
@@ -148,7 +150,10 @@ def test_shutdown_cancels_what_has_not_begun(ready: Snapshot) -> None:
     pool.shutdown()
 
 
-def test_pools_leave_nothing_behind(ready: Snapshot) -> None:
+@alone
+def test_pools_leave_nothing_behind() -> None:
+    with Vmm(PLUS_ONE) as vmm:
+        ready = vmm.snapshot()
     ready.map(plus_one, range(4), workers=2)
     gc.collect()
     descriptors, threads = len(os.listdir("/proc/self/fd")), threading.active_count()

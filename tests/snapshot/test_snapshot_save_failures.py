@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
+from alone import alone
 from guests import SPIN, flat
 from oracle import NONCE, counted, finish, oracle
 from pyvmm import Snapshot, StreamError, Vmm, VmmError
@@ -103,16 +104,24 @@ def test_killed_while_it_saves_the_file_is_the_old_one_or_the_new(tmp_path: Path
             part.unlink()
 
 
-@pytest.mark.parametrize("room", range(12))
-def test_no_descriptors_left_is_an_error_and_leaks_nothing(room: int, oracle_file: Path) -> None:
+@alone
+def test_no_descriptors_left_is_an_error_and_leaks_nothing(oracle_file: Path) -> None:
     """Each call in turn finds no number for its descriptor."""
+    with_room_for(12, oracle_file)
+    before = len(os.listdir("/proc/self/fd"))
+    for descriptors in range(12):
+        with_room_for(descriptors, oracle_file)
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+def with_room_for(descriptors: int, oracle_file: Path) -> None:
     with oracle(NONCE) as vmm:
         snapshot = vmm.snapshot()
         vmm.memory.write(0x100000, b"changed")
         before = len(os.listdir("/proc/self/fd")) - 1
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         made = []
-        resource.setrlimit(resource.RLIMIT_NOFILE, (before + room, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before + descriptors, hard))
         try:
             for act in (vmm.snapshot, snapshot.fork, snapshot.flatten, lambda: Snapshot.load(oracle_file)):
                 try:
@@ -124,4 +133,3 @@ def test_no_descriptors_left_is_an_error_and_leaks_nothing(room: int, oracle_fil
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         assert finish(vmm) == counted(NONCE)
-        del made

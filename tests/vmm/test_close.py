@@ -11,6 +11,7 @@ import os
 import threading
 
 import pytest
+from alone import alone
 from entangled import CALLS, DEADLINE_S, OUT_FOR_EVER, Device, machine, within
 from guests import exit_with, flat
 from pyvmm import StateError, Vmm, VmRunState
@@ -147,6 +148,7 @@ def descriptors() -> list[str]:
 
 
 @pytest.mark.parametrize("how", ["made", "run", "forked", "watched"])
+@alone
 def test_close_releases_every_descriptor_though_the_machine_is_held(how: str) -> None:
     with Vmm(flat(exit_with(0))) as first:
         snapshot = first.snapshot()

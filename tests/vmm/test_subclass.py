@@ -12,6 +12,7 @@ import os
 import weakref
 
 import pytest
+from alone import alone
 from guests import HALT, exit_with, flat
 from pyvmm import ConfigError, EventManager, Exit, ExitReason, StateError, Vmm, VmmConfig
 
@@ -128,16 +129,14 @@ def test_a_subclass_in_a_cycle_is_collected_with_its_class() -> None:
     assert cls() is None
 
 
+@alone
 def test_a_dropped_subclass_is_closed_at_once() -> None:
     gc.disable()
-    try:
-        before = len(os.listdir("/proc/self/fd"))
-        machine = Machine(1, label="x")
-        assert len(os.listdir("/proc/self/fd")) > before
-        del machine
-        assert len(os.listdir("/proc/self/fd")) == before
-    finally:
-        gc.enable()
+    before = len(os.listdir("/proc/self/fd"))
+    machine = Machine(1, label="x")
+    assert len(os.listdir("/proc/self/fd")) > before
+    del machine
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_forked_child_cannot_make_the_machine_of_its_parent() -> None:
