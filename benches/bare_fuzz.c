@@ -2,7 +2,7 @@
 
 #include "bare.h"
 
-enum { MOST_PAGES = 1024 };
+enum { MAX_PAGES = 1024 };
 /* Offsets in struct pyvmm_fuzz. */
 enum { COUNT = 48, CURRENT = 52, START = 56, LENGTHS = 64 };
 
@@ -36,7 +36,7 @@ double time_batches(const uint8_t *image, uint64_t size, struct kvm_regs *regs, 
 	uint64_t input, const uint8_t *inputs, const uint32_t *lengths, int count, int most, int batches, int32_t *results)
 {
 	struct machine m = { .size = size };
-	uint64_t dirty[MOST_PAGES], total = 0;
+	uint64_t dirty[MAX_PAGES], total = 0;
 	int pages = 0;
 	double start = 0;
 	if (create(&m, image) < 0 || ioctl(m.vcpu, KVM_SET_SREGS, sregs) < 0)
@@ -56,7 +56,7 @@ double time_batches(const uint8_t *image, uint64_t size, struct kvm_regs *regs, 
 		memcpy(results, m.memory + shared + LENGTHS + 4 * most, 4 * count);
 		for (uint64_t at = 0; batch < 0 && at < size; at += PAGE)
 			if (memcmp(m.memory + at, image + at, PAGE)) {
-				if (pages == MOST_PAGES)
+				if (pages == MAX_PAGES)
 					return -1;
 				dirty[pages++] = at;
 			}

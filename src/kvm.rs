@@ -5,7 +5,7 @@ use std::io;
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::process::Learnt;
+use crate::process::OnceBox;
 
 /// KVM's API has been at this version since 2007.
 const API_VERSION: i32 = 12;
@@ -16,9 +16,9 @@ const API_VERSION: i32 = 12;
 /// [`ErrorKind::Unavailable`], with a hint, if it is missing, forbidden, or lacks a capability
 /// that pyvmm needs.
 pub fn open_kvm() -> Result<Kvm> {
-    static CHECKED: Learnt<()> = Learnt::unknown();
+    static CHECKED: OnceBox<()> = OnceBox::new();
     let kvm = Kvm::new().map_err(|e| unavailable(e.errno()))?;
-    CHECKED.get_or(|| check(&kvm))?;
+    CHECKED.get_or_try_init(|| check(&kvm))?;
     Ok(kvm)
 }
 
@@ -49,10 +49,10 @@ pub(crate) fn create_vm(kvm: &Kvm) -> Result<VmFd> {
     }
 }
 
-/// How many vCPUs a machine may have. Asked for once in a process.
+/// How many vCPUs a machine may have. The same for all machines of a process.
 pub(crate) fn max_vcpus(kvm: &Kvm) -> usize {
-    static MOST: Learnt<usize> = Learnt::unknown();
-    *MOST.get_or_make(|| kvm.get_max_vcpus())
+    static MAX: OnceBox<usize> = OnceBox::new();
+    *MAX.get_or_init(|| kvm.get_max_vcpus())
 }
 
 fn unavailable(errno: i32) -> Error {

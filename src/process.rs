@@ -60,33 +60,33 @@ impl ProcessTag {
 /// A value that is computed once and never changes. Several threads may compute it at the same
 /// time, and the first result is kept. No thread waits for another: a lock or a `Once` that another
 /// thread held at a fork would block the child forever.
-pub(crate) struct Learnt<T>(AtomicPtr<T>, PhantomData<Box<T>>);
+pub(crate) struct OnceBox<T>(AtomicPtr<T>, PhantomData<Box<T>>);
 
-impl<T> Learnt<T> {
-    pub(crate) const fn unknown() -> Self {
+impl<T> OnceBox<T> {
+    pub(crate) const fn new() -> Self {
         Self(AtomicPtr::new(ptr::null_mut()), PhantomData)
     }
 
     pub(crate) fn get(&self) -> Option<&T> {
-        // Acquire: pairs with the release in `get_or`, so that the value is complete.
+        // Acquire: pairs with the release in `get_or_try_init`, so that the value is complete.
         let known = self.0.load(Ordering::Acquire);
-        // SAFETY: null, or a value that `get_or` has leaked. It lives until this is dropped, and
-        // never changes.
+        // SAFETY: null, or a value that `get_or_try_init` has leaked. It lives until this is
+        // dropped, and never changes.
         unsafe { known.as_ref() }
     }
 
-    /// The value. `learn` computes it.
+    /// The value. `init` computes it.
     ///
     /// # Errors
-    /// Those of `learn`.
-    pub(crate) fn get_or<E>(&self, learn: impl FnOnce() -> Result<T, E>) -> Result<&T, E>
+    /// Those of `init`.
+    pub(crate) fn get_or_try_init<E>(&self, init: impl FnOnce() -> Result<T, E>) -> Result<&T, E>
     where
         T: Send,
     {
         if let Some(known) = self.get() {
             return Ok(known);
         }
-        let new = Box::into_raw(Box::new(learn()?));
+        let new = Box::into_raw(Box::new(init()?));
         let (success, failure) = (Ordering::AcqRel, Ordering::Acquire);
         // Acquire and release: as in `get`; another thread may have been first.
         let known = match self.0.compare_exchange(ptr::null_mut(), new, success, failure) {
@@ -102,33 +102,33 @@ impl<T> Learnt<T> {
     }
 }
 
-impl<T> Learnt<T> {
-    /// The value. `learn` computes it and cannot fail.
-    pub(crate) fn get_or_make(&self, learn: impl FnOnce() -> T) -> &T
+impl<T> OnceBox<T> {
+    /// The value. `init` computes it and cannot fail.
+    pub(crate) fn get_or_init(&self, init: impl FnOnce() -> T) -> &T
     where
         T: Send,
     {
-        match self.get_or(|| Ok::<_, Infallible>(learn())) {
+        match self.get_or_try_init(|| Ok::<_, Infallible>(init())) {
             Ok(known) => known,
             Err(never) => match never {},
         }
     }
 }
 
-impl<T> Drop for Learnt<T> {
+impl<T> Drop for OnceBox<T> {
     fn drop(&mut self) {
         let known = *self.0.get_mut();
         if !known.is_null() {
-            // SAFETY: `get_or` leaked it, and the exclusive reference shows that no other reference
-            // is left.
+            // SAFETY: `get_or_try_init` leaked it, and the exclusive reference shows that no other
+            // reference is left.
             drop(unsafe { Box::from_raw(known) });
         }
     }
 }
 
-impl<T: fmt::Debug> fmt::Debug for Learnt<T> {
+impl<T: fmt::Debug> fmt::Debug for OnceBox<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Learnt").field(&self.get()).finish()
+        f.debug_tuple("OnceBox").field(&self.get()).finish()
     }
 }
 
@@ -138,15 +138,15 @@ mod tests {
 
     #[test]
     fn the_first_answer_stays() {
-        let learnt = Learnt::unknown();
-        assert_eq!(learnt.get(), None);
-        assert_eq!(learnt.get_or(|| Err(1)), Err(1));
-        assert_eq!(learnt.get_or(|| Ok::<_, ()>(String::from("first"))).unwrap(), "first");
-        assert_eq!(learnt.get_or(|| Ok::<_, ()>(String::from("second"))).unwrap(), "first");
-        let shared = &Learnt::unknown();
+        let value = OnceBox::new();
+        assert_eq!(value.get(), None);
+        assert_eq!(value.get_or_try_init(|| Err(1)), Err(1));
+        assert_eq!(value.get_or_try_init(|| Ok::<_, ()>(String::from("first"))).unwrap(), "first");
+        assert_eq!(value.get_or_try_init(|| Ok::<_, ()>(String::from("second"))).unwrap(), "first");
+        let shared = &OnceBox::new();
         std::thread::scope(|scope| {
-            let learn = |number: usize| shared.get_or(|| Ok::<_, ()>(number)).unwrap();
-            let all: Vec<_> = (0..8).map(|number| scope.spawn(move || learn(number))).collect();
+            let init = |number: usize| shared.get_or_try_init(|| Ok::<_, ()>(number)).unwrap();
+            let all: Vec<_> = (0..8).map(|number| scope.spawn(move || init(number))).collect();
             let all: Vec<_> = all.into_iter().map(|thread| thread.join().unwrap()).collect();
             assert!(all.iter().all(|found| std::ptr::eq(*found, all[0])));
         });

@@ -1605,8 +1605,8 @@ class Vmm:
         the snapshot. Output that was not collected is dropped.
 
         Raises:
-            StateError: the machine is closed, its run is ending, or the snapshot has another shape,
-                device or CPUID.
+            StateError: the machine is closed, its run is ending, or the snapshot is of a machine
+                with other vCPUs, interrupt controllers or devices, or with another CPUID.
             WaitTimeoutError: a callback of the machine did not return within `timeout` seconds. The
                 machine is as before.
         """

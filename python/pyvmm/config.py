@@ -40,7 +40,7 @@ STREAM_SCHEMA = {"type": ["string", "integer", "null"]}
 Stream: TypeAlias = Annotated[Any, Meta(extra_json_schema=STREAM_SCHEMA)]
 
 # The limit for a configuration file, in bytes.
-MOST_FILE = 1 << 24
+MAX_FILE_SIZE = 1 << 24
 WRITER_COMES_S = 0.5
 DEFAULT_CMDLINE = "console=ttyS0 panic=-1 reboot=k"
 
@@ -269,7 +269,7 @@ def _read(path: Path) -> bytes:
         is_fifo = stat.S_ISFIFO(os.fstat(file.fileno()).st_mode)
         deadline = time.monotonic() + WRITER_COMES_S
         text = bytearray()
-        while len(text) <= MOST_FILE:
+        while len(text) <= MAX_FILE_SIZE:
             piece = file.read(1 << 16)
             if piece:
                 text += piece
@@ -281,7 +281,7 @@ def _read(path: Path) -> bytes:
                 raise OSError(errno.ENXIO, "a FIFO without a writer")
             else:
                 time.sleep(0.005)
-        raise OSError(errno.EFBIG, f"more than {MOST_FILE} bytes")
+        raise OSError(errno.EFBIG, f"more than {MAX_FILE_SIZE} bytes")
 
 
 def _beside(part: Any, directory: Path, *names: str) -> Any:

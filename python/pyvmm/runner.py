@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pyvmm.config import SerialConfig, VmmConfig
 
 STDIN, STDOUT, STDERR = 0, 1, 2
-MOST_GUEST_CODE = 99
+MAX_GUEST_CODE = 99
 SLOW_S = 1.0
 LIVE_HZ = 2.0
 
@@ -196,7 +196,7 @@ def exit_status(exit: Exit) -> int:
         return Status.INTERRUPTED
     if exit.is_fault:
         return Status.GUEST_FAULT
-    return min(exit.code or 0, MOST_GUEST_CODE)
+    return min(exit.code or 0, MAX_GUEST_CODE)
 
 
 def _pipe(stack: ExitStack) -> tuple[int, int]:
@@ -256,8 +256,8 @@ def _report(exit: Exit, as_json: bool, seconds: float, more: dict[str, Any]) -> 
         _print_json(exit, seconds, more)
     elif exit.is_fault or exit.reason is ExitReason.TIMEOUT:
         print(f"pyvmm: {exit}", file=sys.stderr)
-    elif exit.code is not None and exit.code > MOST_GUEST_CODE:
-        print(f"pyvmm: the guest's exit code is {exit.code}; status {MOST_GUEST_CODE}", file=sys.stderr)
+    elif exit.code is not None and exit.code > MAX_GUEST_CODE:
+        print(f"pyvmm: the guest's exit code is {exit.code}; status {MAX_GUEST_CODE}", file=sys.stderr)
 
 
 _OF_AN_EXCEPTION = ("vector", "error_code", "cr2", "rip", "symbol")

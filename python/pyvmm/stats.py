@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
     from pyvmm._pyvmm import Stats
 
-MOST_ROWS = 30
+MAX_ROWS = 30
 
 
 class ExitCount(NamedTuple):
@@ -94,9 +94,9 @@ def tables(stats: Stats) -> Group:
         return made
 
     rows = _exit_rows(stats)
-    parts: list[Any] = [table(VCPU_HEAD, _vcpu_rows(stats)), "", table(EXIT_HEAD, rows[:MOST_ROWS])]
-    if len(rows) > MOST_ROWS:
-        parts.append(f"and {len(rows) - MOST_ROWS} more")
+    parts: list[Any] = [table(VCPU_HEAD, _vcpu_rows(stats)), "", table(EXIT_HEAD, rows[:MAX_ROWS])]
+    if len(rows) > MAX_ROWS:
+        parts.append(f"and {len(rows) - MAX_ROWS} more")
     return Group(*parts)
 
 

@@ -29,7 +29,7 @@ WRITE_SIZE = 1 << 16
 RETRY_S = 0.01
 # How long a write may return 0 before it is an error.
 PATIENCE_S = 1.0
-MOST_DESCRIPTOR = 2**31 - 1
+MAX_DESCRIPTOR = 2**31 - 1
 
 
 def endpoint(stream: object, at: str) -> int | str | None:
@@ -37,7 +37,7 @@ def endpoint(stream: object, at: str) -> int | str | None:
     if isinstance(stream, bool):
         raise ConfigError(f"{at}: expected a stream, not {stream}", at=at)
     if isinstance(stream, int):
-        if not 0 <= stream <= MOST_DESCRIPTOR:
+        if not 0 <= stream <= MAX_DESCRIPTOR:
             raise ConfigError(f"{at}: {stream:#x} is not a file descriptor", at=at)
         return stream
     if isinstance(stream, (str, os.PathLike)):

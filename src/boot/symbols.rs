@@ -9,9 +9,9 @@ const STT_OBJECT: u8 = 1;
 const STT_FUNC: u8 = 2;
 const SHN_UNDEF: u16 = 0;
 /// More symbols than are kept.
-const MOST: usize = 1 << 16;
+const MAX: usize = 1 << 16;
 /// Bytes of a name that are kept.
-const MOST_NAME: usize = 256;
+const MAX_NAME: usize = 256;
 
 /// The functions, objects and labels that have a name and an address.
 pub(super) fn symbols(image: &[u8]) -> Vec<Symbol> {
@@ -29,7 +29,7 @@ fn read(image: &[u8]) -> Option<Vec<Symbol>> {
     let table = headers.find(|header| u32_at(header, 4) == Some(SHT_SYMTAB))?;
     let names = bytes_of(image, header(u64::from(u32_at(table, 40)?))?)?;
     let entries = bytes_of(image, table)?.chunks_exact(ENTRY);
-    Some(entries.filter_map(|entry| symbol(entry, names)).take(MOST).collect())
+    Some(entries.filter_map(|entry| symbol(entry, names)).take(MAX).collect())
 }
 
 fn bytes_of<'a>(image: &'a [u8], header: &[u8]) -> Option<&'a [u8]> {
@@ -43,7 +43,7 @@ fn symbol(entry: &[u8], names: &[u8]) -> Option<Symbol> {
     let (section, address) = (u16_at(entry, 6)?, u64_at(entry, 8)?);
     let name = names.get(usize::try_from(u32_at(entry, 0)?).ok()?..)?;
     // Names may overlap, so that a small file could have many large ones.
-    let name = name.get(..MOST_NAME).unwrap_or(name).split(|byte| *byte == 0).next()?;
+    let name = name.get(..MAX_NAME).unwrap_or(name).split(|byte| *byte == 0).next()?;
     // Labels of assembly have no type.
     let is_kept = matches!(kind, 0 | STT_OBJECT | STT_FUNC) && section != SHN_UNDEF;
     let size = u32::try_from(u64_at(entry, 16)?).unwrap_or(u32::MAX);

@@ -12,7 +12,7 @@ use super::config::{CpuConfig, CpuTemplate};
 use super::features::{Feature, Register, feature, feature_names};
 use super::topology::Place;
 use crate::error::{Error, Result};
-use crate::process::Learnt;
+use crate::process::OnceBox;
 
 /// Hardware virtualization. No template offers it, because snapshots do not include the state of a
 /// guest that uses it.
@@ -30,8 +30,8 @@ const SOFTWARE_KVM: &str = "xsave smap smep popcnt fsgsbase umip pcid invpcid rd
 #[must_use]
 pub fn host_is_software_kvm() -> bool {
     // Queried once, because CPUID costs an exit if the host is itself a guest.
-    static ANSWER: Learnt<bool> = Learnt::unknown();
-    *ANSWER.get_or_make(|| {
+    static ANSWER: OnceBox<bool> = OnceBox::new();
+    *ANSWER.get_or_init(|| {
         // CPUID leaves 1 and 0x80000001: VMX is ECX bit 5, SVM is ECX bit 2.
         let vmx = std::arch::x86_64::__cpuid(1).ecx & 1 << 5 != 0;
         let svm = std::arch::x86_64::__cpuid(0x8000_0001).ecx & 1 << 2 != 0;
@@ -42,8 +42,8 @@ pub fn host_is_software_kvm() -> bool {
 /// Whether KVM keeps page tables of its own, derived from the guest's: it has no nested paging.
 #[must_use]
 pub fn host_shadows_page_tables() -> bool {
-    static ANSWER: Learnt<bool> = Learnt::unknown();
-    *ANSWER.get_or_make(|| {
+    static ANSWER: OnceBox<bool> = OnceBox::new();
+    *ANSWER.get_or_init(|| {
         let is_off =
             |path| std::fs::read(path).is_ok_and(|value| matches!(value[..], [b'N' | b'0', ..]));
         host_is_software_kvm()
@@ -57,14 +57,14 @@ struct Templated {
     /// The features that KVM supports and the template does not hide.
     entries: Vec<kvm_cpuid_entry2>,
     /// The table of the only vCPU of a machine with these features.
-    only_vcpu: Learnt<CpuId>,
+    only_vcpu: OnceBox<CpuId>,
 }
 
 fn templated(kvm: &Kvm, is_software: bool) -> Result<&'static Templated> {
-    static TABLES: [Learnt<Templated>; 2] = [const { Learnt::unknown() }; 2];
+    static TABLES: [OnceBox<Templated>; 2] = [const { OnceBox::new() }; 2];
     let [host, software] = &TABLES;
     let table = if is_software { software } else { host };
-    table.get_or(|| {
+    table.get_or_try_init(|| {
         let supported = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(|e| Error::kvm("KVM_GET_SUPPORTED_CPUID", e))?;
@@ -73,7 +73,7 @@ fn templated(kvm: &Kvm, is_software: bool) -> Result<&'static Templated> {
         if is_software {
             set_vendor(&mut entries, *b"GenuineIntel");
         }
-        Ok(Templated { entries, only_vcpu: Learnt::unknown() })
+        Ok(Templated { entries, only_vcpu: OnceBox::new() })
     })
 }
 
@@ -82,7 +82,7 @@ fn templated(kvm: &Kvm, is_software: bool) -> Result<&'static Templated> {
 pub struct GuestCpuid {
     entries: Cow<'static, [kvm_cpuid_entry2]>,
     /// Where the table of its only vCPU is kept, if the features are those of a template.
-    only_vcpu: Option<&'static Learnt<CpuId>>,
+    only_vcpu: Option<&'static OnceBox<CpuId>>,
 }
 
 /// The CPUID table of one machine.
@@ -230,7 +230,7 @@ impl GuestCpuid {
     ) -> Result<T> {
         match self.only_vcpu {
             Some(kept) if (id, vcpus) == (0, 1) => {
-                set(kept.get_or(|| for_vcpu(&self.entries, id, vcpus))?)
+                set(kept.get_or_try_init(|| for_vcpu(&self.entries, id, vcpus))?)
             }
             _ => set(&for_vcpu(&self.entries, id, vcpus)?),
         }
@@ -353,7 +353,7 @@ mod tests {
 
     #[test]
     fn only_the_table_of_a_single_vcpu_is_kept() {
-        static KEPT: Learnt<CpuId> = Learnt::unknown();
+        static KEPT: OnceBox<CpuId> = OnceBox::new();
         let entry = kvm_cpuid_entry2 { function: 1, ebx: u32::MAX, ..Default::default() };
         let table = GuestCpuid { entries: vec![entry].into(), only_vcpu: Some(&KEPT) };
         let ebx =

@@ -10,7 +10,7 @@ const ENTRY: u64 = 16;
 /// How far a label without a size reaches, unless the next symbol comes earlier.
 const LABEL_REACH: u64 = 4096;
 /// More bytes than a name that is shown.
-const MOST_NAME: u64 = 512;
+const MAX_NAME: u64 = 512;
 
 /// A function or an object.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -102,7 +102,7 @@ impl<'a> Symbols<'a> {
     fn name(&self, offset: u64) -> Option<String> {
         let start = self.names.checked_add(offset)?;
         let mut name = Vec::new();
-        for at in start..self.end.min(start.checked_add(MOST_NAME)?) {
+        for at in start..self.end.min(start.checked_add(MAX_NAME)?) {
             let [byte, ..] = (self.read)(at)?.to_le_bytes();
             if byte == 0 {
                 break;

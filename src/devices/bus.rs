@@ -236,7 +236,7 @@ pub struct Buses {
 
 /// A guest can access any number of addresses. The first ones, up to this limit, are counted
 /// separately.
-const MOST_COUNTED: usize = 1024;
+const MAX_COUNTED: usize = 1024;
 
 #[derive(Debug, Default)]
 struct Counts {
@@ -274,7 +274,7 @@ impl Buses {
 
     fn count(&self, access: Access, address: u64, add: impl FnOnce(&mut Unanswered)) {
         let mut counts = self.unanswered.lock();
-        let room = counts.by_address.len() < MOST_COUNTED;
+        let room = counts.by_address.len() < MAX_COUNTED;
         let Counts { by_address, others } = &mut *counts;
         match by_address.entry((access, address)) {
             std::collections::btree_map::Entry::Occupied(entry) => add(entry.into_mut()),

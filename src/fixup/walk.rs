@@ -26,7 +26,7 @@ const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 const PAGE: u64 = 4096;
 
 /// How often a walk may restart because another processor has changed an entry.
-const MOST_WALKS: u32 = 64;
+const MAX_WALKS: u32 = 64;
 
 const CODE_PRESENT: u32 = 1;
 const CODE_WRITE: u32 = 1 << 1;
@@ -142,7 +142,7 @@ impl Cpu<'_> {
 
     /// Translate a linear address to a guest-physical one.
     pub(crate) fn walk(&mut self, linear: u64, access: Access) -> Done<u64> {
-        for _ in 0..MOST_WALKS {
+        for _ in 0..MAX_WALKS {
             if let Some(address) = self.walk_once(linear, access)? {
                 return Ok(address);
             }

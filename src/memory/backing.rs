@@ -10,7 +10,7 @@ use vm_memory::{FileOffset, MmapRegion};
 use super::layer::memfd;
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::PAGE;
-use crate::process::Learnt;
+use crate::process::OnceBox;
 
 /// How a slot's pages are backed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -106,8 +106,8 @@ fn refused(error: &vm_memory::mmap::MmapRegionError) -> Error {
 
 /// The size of this host's memory, in bytes.
 pub(crate) fn host_memory() -> u64 {
-    static SIZE: Learnt<u64> = Learnt::unknown();
-    *SIZE.get_or_make(|| {
+    static SIZE: OnceBox<u64> = OnceBox::new();
+    *SIZE.get_or_init(|| {
         // SAFETY: sysconf takes no pointers.
         let (pages, size) =
             unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };

@@ -11,7 +11,7 @@ use super::layer::Layer;
 use super::mapping::{Mapping, part};
 use super::ranges::{self, ByteRange};
 use crate::error::{Error, ErrorKind, Result};
-use crate::process::Learnt;
+use crate::process::OnceBox;
 
 /// A run of pages in one layer, or of zeros.
 #[derive(Clone, Debug)]
@@ -80,13 +80,13 @@ struct Inner {
     /// By address, without gaps.
     runs: Vec<Run>,
     /// A mapping for comparing and copying, created at first use.
-    mapping: Learnt<MmapRegion>,
+    mapping: OnceBox<MmapRegion>,
 }
 
 impl Image {
     /// An image of these runs, which cover `size` bytes from zero without gaps.
     pub(crate) fn new(size: u64, runs: Vec<Run>) -> Self {
-        Self(Arc::new(Inner { size, runs, mapping: Learnt::unknown() }))
+        Self(Arc::new(Inner { size, runs, mapping: OnceBox::new() }))
     }
 
     /// An image whose pages are all in one layer, at the same offsets.
@@ -209,7 +209,7 @@ impl Image {
     /// # Errors
     /// As for `map`.
     pub(crate) fn mapping(&self) -> Result<&MmapRegion> {
-        self.0.mapping.get_or(|| self.map_with(libc::PROT_READ))
+        self.0.mapping.get_or_try_init(|| self.map_with(libc::PROT_READ))
     }
 
     /// The ranges that may hold anything other than zeros.

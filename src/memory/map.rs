@@ -75,14 +75,14 @@ impl Map {
 
     /// Its ranges, for messages.
     pub(super) fn shown(&self) -> String {
-        const MOST: usize = 8;
+        const MAX: usize = 8;
         let range = |region: &vm_memory::GuestRegionMmap| {
             format!("{:#x} to {:#x}", region.start_addr().0, region.last_addr().0)
         };
-        let ranges: Vec<String> = self.mmap.iter().take(MOST).map(range).collect();
+        let ranges: Vec<String> = self.mmap.iter().take(MAX).map(range).collect();
         match self.placed.len() {
             0 => "there is none".into(),
-            all if all > MOST => format!("{} and {} more", ranges.join(", "), all - MOST),
+            all if all > MAX => format!("{} and {} more", ranges.join(", "), all - MAX),
             _ => ranges.join(", "),
         }
     }

@@ -5,7 +5,7 @@ use crate::layout::PAGE;
 /// The most runs of changed pages in a layer. If there are more, neighbours are merged with the
 /// unchanged pages between them: each run is one mapping in every fork, and the kernel allows a
 /// process 65,530 mappings.
-const MOST_RUNS: usize = 256;
+const MAX_RUNS: usize = 256;
 
 /// Start and end, in bytes.
 pub(crate) type ByteRange = (u64, u64);
@@ -40,10 +40,10 @@ pub(super) fn union(mut a: Vec<ByteRange>, b: Vec<ByteRange>) -> Vec<ByteRange> 
     all
 }
 
-/// At most [`MOST_RUNS`] ranges that cover these.
+/// At most [`MAX_RUNS`] ranges that cover these.
 pub(crate) fn coalesce(mut ranges: Vec<ByteRange>) -> Vec<ByteRange> {
     let mut gap = PAGE;
-    while ranges.len() > MOST_RUNS {
+    while ranges.len() > MAX_RUNS {
         let mut fewer: Vec<ByteRange> = Vec::new();
         for range in ranges {
             match fewer.last_mut() {
@@ -67,7 +67,7 @@ mod tests {
             let mut ranges = Vec::new();
             pages.iter().for_each(|page| push(&mut ranges, (page * PAGE, (page + 1) * PAGE)));
             let fewer = coalesce(ranges.clone());
-            prop_assert!(fewer.len() <= MOST_RUNS);
+            prop_assert!(fewer.len() <= MAX_RUNS);
             let covers = |range: &ByteRange| fewer.iter().any(|f| f.0 <= range.0 && range.1 <= f.1);
             prop_assert!(ranges.iter().all(covers));
         }

@@ -25,7 +25,7 @@ use crate::sync::{Mutex, rank};
 use crate::vcpu::{ExitHook, ExitKind, Reply, VcpuExit, VcpuHandle, current};
 
 /// The objects of this many vCPUs are kept at most.
-const MOST_KEPT: usize = 1024;
+const MAX_KEPT: usize = 1024;
 
 /// The hooks of one kind. A tuple, so that a call in progress keeps those that it began with.
 type Functions = Option<Py<PyTuple>>;
@@ -58,7 +58,7 @@ struct Kept {
 impl Kept {
     /// Keep the objects of a vCPU. Returns what they replace, which is dropped outside the cell.
     fn keep(&mut self, at: usize, new: KeptVcpu) -> Option<KeptVcpu> {
-        if self.runs == 0 || at >= MOST_KEPT {
+        if self.runs == 0 || at >= MAX_KEPT {
             return Some(new);
         }
         if self.vcpus.len() <= at {

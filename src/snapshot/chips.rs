@@ -7,12 +7,11 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VmFd;
 
-use super::state::{Record, RecordKind, Records, get, put};
-use super::vcpu::{bytes, plain};
+use super::state::{Record, RecordKind, Records, bytes, from_bytes, get, put};
 use crate::bytes::{Reader, bad};
 use crate::error::Result;
 use crate::kvm::checked as kvm;
-use crate::vm::Shape;
+use crate::vm::MachineSpec;
 
 /// The order in which the chips are set. KVM forwards what is pending at the slave to the master,
 /// which is therefore set after it.
@@ -32,14 +31,14 @@ fn chip(number: u16) -> u32 {
 
 /// Read the clock and the chips. `lines` has a bit for each interrupt line that the host holds
 /// high, which KVM does not report.
-pub(crate) fn capture(vm: &VmFd, shape: &Shape, lines: u32) -> Result<Records> {
+pub(crate) fn capture(vm: &VmFd, spec: &MachineSpec, lines: u32) -> Result<Records> {
     let mut all = Records::new();
     let clock = kvm("KVM_GET_CLOCK", vm.get_clock())?;
     put(&mut all, RecordKind::Clock, 0, bytes(&clock));
-    if shape.pit {
+    if spec.pit {
         put(&mut all, RecordKind::Pit, 0, bytes(&kvm("KVM_GET_PIT2", vm.get_pit2())?));
     }
-    if shape.irqchip {
+    if spec.irqchip {
         for number in 0..3 {
             let mut state = kvm_irqchip { chip_id: chip(number), ..Default::default() };
             kvm("KVM_GET_IRQCHIP", vm.get_irqchip(&mut state))?;
@@ -60,17 +59,17 @@ fn one(records: &[Record], kind: RecordKind, number: u16) -> Result<&[u8]> {
 /// I/O APIC sends its pending interrupts to the LAPICs again, whose state includes them already.
 pub(crate) fn apply_controllers(
     vm: &VmFd,
-    shape: &Shape,
+    spec: &MachineSpec,
     records: &[Record],
     lines: &mut u32,
 ) -> Result<()> {
-    if shape.pit {
+    if spec.pit {
         // Without a mode the timer is off, so no tick of the previous state follows.
-        let mut off: kvm_pit_state2 = plain("pit", one(records, RecordKind::Pit, 0)?)?;
+        let mut off: kvm_pit_state2 = from_bytes("pit", one(records, RecordKind::Pit, 0)?)?;
         off.channels.iter_mut().for_each(|channel| channel.mode = 0xff);
         kvm("KVM_SET_PIT2", vm.set_pit2(&off))?;
     }
-    if !shape.irqchip {
+    if !spec.irqchip {
         return Ok(());
     }
     let wanted = match get(records, RecordKind::IrqLines, 0) {
@@ -83,7 +82,8 @@ pub(crate) fn apply_controllers(
         *lines ^= 1 << line;
     }
     for number in CHIPS {
-        let mut state: kvm_irqchip = plain("irqchip", one(records, RecordKind::Irqchip, number)?)?;
+        let mut state: kvm_irqchip =
+            from_bytes("irqchip", one(records, RecordKind::Irqchip, number)?)?;
         state.chip_id = chip(number);
         kvm("KVM_SET_IRQCHIP", vm.set_irqchip(&state))?;
     }
@@ -92,11 +92,11 @@ pub(crate) fn apply_controllers(
 
 /// Set the timers, after everything else: the PIT ticks from here on, and the clock continues from
 /// where it was.
-pub(crate) fn apply_timers(vm: &VmFd, shape: &Shape, records: &[Record]) -> Result<()> {
-    if shape.pit {
-        kvm("KVM_SET_PIT2", vm.set_pit2(&plain("pit", one(records, RecordKind::Pit, 0)?)?))?;
+pub(crate) fn apply_timers(vm: &VmFd, spec: &MachineSpec, records: &[Record]) -> Result<()> {
+    if spec.pit {
+        kvm("KVM_SET_PIT2", vm.set_pit2(&from_bytes("pit", one(records, RecordKind::Pit, 0)?)?))?;
     }
-    let saved: kvm_clock_data = plain("clock", one(records, RecordKind::Clock, 0)?)?;
+    let saved: kvm_clock_data = from_bytes("clock", one(records, RecordKind::Clock, 0)?)?;
     let clock = kvm_clock_data { clock: saved.clock, ..Default::default() };
     kvm("KVM_SET_CLOCK", vm.set_clock(&clock))
 }
@@ -110,11 +110,12 @@ mod tests {
     fn what_is_missing_is_named() {
         let Ok(kvm) = crate::kvm::open_kvm() else { return };
         let vm = kvm.create_vm().unwrap();
-        let shape = Shape { vcpus: 1, irqchip: false, pit: false, fixups: false, exit_port: None };
-        let error = apply_timers(&vm, &shape, &[]).unwrap_err();
+        let spec =
+            MachineSpec { vcpus: 1, irqchip: false, pit: false, fixups: false, exit_port: None };
+        let error = apply_timers(&vm, &spec, &[]).unwrap_err();
         assert_eq!((error.kind, error.at.as_str()), (ErrorKind::Snapshot, "clock"));
-        let captured = capture(&vm, &shape, 0).unwrap();
-        apply_controllers(&vm, &shape, &captured, &mut 0).unwrap();
-        apply_timers(&vm, &shape, &captured).unwrap();
+        let captured = capture(&vm, &spec, 0).unwrap();
+        apply_controllers(&vm, &spec, &captured, &mut 0).unwrap();
+        apply_timers(&vm, &spec, &captured).unwrap();
     }
 }

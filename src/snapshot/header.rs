@@ -13,7 +13,7 @@ const HEADER_CRC: usize = 12;
 /// In place of a run's offset in the file: the pages are those of the base.
 pub(super) const OF_BASE: u64 = u64::MAX;
 /// The largest state: enough for 254 vCPUs with AMX and a million runs of pages.
-pub(super) const MOST_STATE: u64 = 1 << 28;
+pub(super) const MAX_STATE: u64 = 1 << 28;
 
 /// The start of a file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -90,7 +90,7 @@ impl Header {
             && header.pages.is_multiple_of(PAGE)
             && state_end.is_some_and(|end| end <= header.pages && header.pages - end < PAGE)
             && header.pages <= length
-            && header.state_length <= MOST_STATE
+            && header.state_length <= MAX_STATE
             && reader.rest().iter().all(|byte| *byte == 0);
         if is_whole {
             Ok(header)

@@ -5,14 +5,13 @@ use kvm_bindings::{KVM_CAP_SREGS2, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::Kvm;
 
 use super::msrs::unlisted;
-use super::state::{Record, RecordKind, Records, get};
-use super::vcpu::{bytes, plain};
+use super::state::{Record, RecordKind, Records, bytes, from_bytes, get};
 use crate::bytes::{Reader, bad};
 use crate::cpu::cpuid;
 use crate::error::Result;
 use crate::kvm::checked as kvm;
 use crate::kvm::open_kvm;
-use crate::process::Learnt;
+use crate::process::OnceBox;
 
 /// The KVM capabilities that a machine's state depends on.
 const CAPABILITIES: [(u32, &str); 12] = [
@@ -49,9 +48,9 @@ impl Host {
     ///
     /// # Errors
     /// If KVM cannot be used.
-    pub fn here() -> Result<&'static Self> {
-        static HERE: Learnt<Host> = Learnt::unknown();
-        HERE.get_or(|| Self::of(&open_kvm()?))
+    pub fn current() -> Result<&'static Self> {
+        static CURRENT: OnceBox<Host> = OnceBox::new();
+        CURRENT.get_or_try_init(|| Self::of(&open_kvm()?))
     }
 
     fn of(fd: &Kvm) -> Result<Self> {
@@ -62,7 +61,7 @@ impl Host {
         let msrs = kvm("KVM_GET_MSR_INDEX_LIST", fd.get_msr_index_list())?;
         let cpuid = kvm("KVM_GET_SUPPORTED_CPUID", fd.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES))?;
         let mut cpuid = cpuid.as_slice().to_vec();
-        cpuid.iter_mut().for_each(forget_place);
+        cpuid.iter_mut().for_each(clear_processor_id);
         Ok(Self {
             version: env!("CARGO_PKG_VERSION").into(),
             capabilities: CAPABILITIES.iter().map(answer).collect(),
@@ -119,7 +118,7 @@ impl Host {
         let msrs = numbers(reader.bytes(count.saturating_mul(4))?);
         let (count, size) = (length(&mut reader)?, size_of::<kvm_cpuid_entry2>());
         let entries = reader.bytes(count.saturating_mul(size))?.chunks_exact(size);
-        let cpuid: Result<Vec<_>> = entries.map(|entry| plain("host", entry)).collect();
+        let cpuid: Result<Vec<_>> = entries.map(|entry| from_bytes("host", entry)).collect();
         reader.end()?;
         Ok(Self { version, capabilities, msrs, cpuid: cpuid? })
     }
@@ -169,7 +168,7 @@ impl Host {
 }
 
 /// Clear the fields that depend on which of the host's processors answered.
-fn forget_place(entry: &mut kvm_cpuid_entry2) {
+fn clear_processor_id(entry: &mut kvm_cpuid_entry2) {
     match entry.function {
         1 => entry.ebx &= 0x00ff_ffff,
         0xb | 0x1f => entry.edx = 0,
@@ -193,7 +192,7 @@ fn msrs(number: usize, records: &[Record]) -> Vec<(u32, u64)> {
 /// # Errors
 /// [`crate::error::ErrorKind::Snapshot`], with the differences, if it does not.
 pub(super) fn check(vcpus: &[Records], there: &Host) -> Result<()> {
-    let lacks = Host::here()?.lacks(there, vcpus);
+    let lacks = Host::current()?.lacks(there, vcpus);
     if lacks.is_empty() {
         return Ok(());
     }
@@ -207,7 +206,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn host() -> Option<&'static Host> {
-        Host::here().ok()
+        Host::current().ok()
     }
 
     #[test]

@@ -13,7 +13,7 @@ use super::state::{DeviceState, Record, RecordKind, Records};
 use crate::bytes::bad;
 use crate::error::Result;
 use crate::memory::Layer;
-use crate::vm::Shape;
+use crate::vm::MachineSpec;
 
 /// How a file is loaded.
 #[derive(Debug, Default)]
@@ -59,12 +59,12 @@ fn parse(
     base: Option<&Snapshot>,
 ) -> Result<Snapshot> {
     let base = check_base(header, base)?;
-    let (mut shape, mut host, mut chips) = (None, None, Vec::new());
+    let (mut spec, mut host, mut chips) = (None, None, Vec::new());
     let (mut vcpus, mut devices, mut ranges) = (Vec::<Records>::new(), Vec::new(), Vec::new());
     each_record(state, |kind, of, bytes| {
         let record = || Record { kind, number: of, bytes: bytes.to_vec() };
         match kind {
-            RecordKind::Shape => shape = Some(Shape::decode(bytes)?),
+            RecordKind::Machine => spec = Some(MachineSpec::decode(bytes)?),
             RecordKind::Host => host = Some(Host::decode(bytes)?),
             RecordKind::Device => devices.push(DeviceState::decode(bytes)?),
             RecordKind::Range => ranges.push(pages.range(bytes, base)?),
@@ -81,13 +81,13 @@ fn parse(
         }
         Ok(())
     })?;
-    let shape = shape.ok_or_else(|| bad("shape", "it has none"))?;
-    if vcpus.len() != usize::from(shape.vcpus) {
+    let spec = spec.ok_or_else(|| bad("machine", "it has none"))?;
+    if vcpus.len() != usize::from(spec.vcpus) {
         return Err(bad("state", "it does not have the state of each vCPU"));
     }
     check_ranges(&ranges)?;
-    let known = Arc::default();
-    Ok(Snapshot { id: header.id, shape, chips, vcpus, devices, ranges, host, known })
+    let cache = Arc::default();
+    Ok(Snapshot { id: header.id, spec, chips, vcpus, devices, ranges, host, cache })
 }
 
 /// The base, if the file needs one.

@@ -3,6 +3,7 @@
 //! mapped in `memory`. Nothing here runs a guest. Any thread, with the vCPUs stopped by the caller.
 
 pub(crate) mod chips;
+pub(crate) mod cpuid;
 mod file;
 mod header;
 mod host;
@@ -26,4 +27,4 @@ pub use pages::described;
 pub use snapshot::Snapshot;
 pub(crate) use snapshot::new_id;
 pub use state::{DeviceState, Record, RecordKind, Records};
-pub(crate) use vcpu::Classes;
+pub(crate) use vcpu::VcpuStateFormat;

@@ -7,19 +7,19 @@ use crate::bytes::{Reader, bad};
 use crate::error::{Error, ErrorKind, Result};
 use crate::kvm::checked as kvm;
 use crate::kvm::open_kvm;
-use crate::process::Learnt;
+use crate::process::OnceBox;
 use crate::vcpu::Vcpu;
 
 const IA32_TSC: u32 = 0x10;
 const IA32_TSC_DEADLINE: u32 = 0x6e0;
 /// One call takes fewer than KVM's MAX_IO_MSRS, which is 256.
-const MOST_AT_ONCE: usize = 255;
+const MAX_AT_ONCE: usize = 255;
 /// Bit 0 is set if the guest uses KVM's clock.
 const KVM_SYSTEM_TIME: [u32; 2] = [0x12, 0x4b56_4d01];
 
-/// The registers that this KVM provides, in the order in which they are set. Learnt once per
+/// The registers that this KVM provides, in the order in which they are set. Read once per
 /// process.
-static LIST: Learnt<Vec<u32>> = Learnt::unknown();
+static LIST: OnceBox<Vec<u32>> = OnceBox::new();
 
 /// Registers that KVM keeps for a guest although KVM_GET_MSR_INDEX_LIST leaves them out: Intel SDM
 /// volume 4, AMD APM volume 2. EFER and the bases of FS, GS and the LAPIC are special registers.
@@ -36,7 +36,7 @@ pub(super) fn unlisted() -> impl Iterator<Item = u32> {
 
 /// Index and value of each model-specific register that KVM provides.
 pub(super) fn capture(vcpu: &Vcpu) -> Result<Vec<u8>> {
-    let mut list = LIST.get_or(|| learn(vcpu))?.clone();
+    let mut list = LIST.get_or_try_init(|| learn(vcpu))?.clone();
     let values = values(vcpu, &mut list)?;
     let mut found = Vec::with_capacity(12 * values.len());
     for entry in &values {
@@ -76,7 +76,7 @@ fn values(vcpu: &Vcpu, list: &mut Vec<u32>) -> Result<Vec<kvm_msr_entry>> {
         let entries: Vec<kvm_msr_entry> = list
             .iter()
             .skip(all.len())
-            .take(MOST_AT_ONCE)
+            .take(MAX_AT_ONCE)
             .map(|index| kvm_msr_entry { index: *index, ..Default::default() })
             .collect();
         let mut msrs = wrap(&entries)?;
@@ -96,7 +96,7 @@ fn set<'a>(
     vcpu: &Vcpu,
     entries: &'a [kvm_msr_entry],
 ) -> Result<(usize, Option<&'a kvm_msr_entry>)> {
-    let part = entries.get(..MOST_AT_ONCE).unwrap_or(entries);
+    let part = entries.get(..MAX_AT_ONCE).unwrap_or(entries);
     let count = kvm("KVM_SET_MSRS", vcpu.fd().set_msrs(&wrap(part)?))?;
     Ok((count, part.get(count)))
 }

@@ -18,7 +18,7 @@ use super::snapshot::new_id;
 use crate::error::{Error, ErrorKind, Result};
 
 /// How many links the kernel follows.
-const MOST_LINKS: usize = 40;
+const MAX_LINKS: usize = 40;
 /// The set-ID and sticky bits, and the group's permissions.
 const SPECIAL_BITS: u32 = 0o7000;
 const GROUP_BITS: u32 = 0o070;
@@ -147,7 +147,7 @@ fn resolved(path: &Path) -> Result<(PathBuf, Option<Metadata>)> {
 /// The target of a dangling link.
 fn end_of_links(path: &Path) -> Result<PathBuf> {
     let mut path = path.to_owned();
-    for _ in 0..MOST_LINKS {
+    for _ in 0..MAX_LINKS {
         let Ok(next) = path.read_link() else { return Ok(path) };
         path = path.parent().unwrap_or(Path::new("")).join(next);
     }

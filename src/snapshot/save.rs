@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use super::header::{HEADER, Header, MOST_STATE, OF_BASE};
+use super::header::{HEADER, Header, MAX_STATE, OF_BASE};
 use super::host::Host;
 use super::new_file::NewFile;
 use super::plan::{Plan, copy};
@@ -34,8 +34,8 @@ impl Snapshot {
         let plans = self.plans(base)?;
         let total = plans.iter().map(|plan| ranges::size(&plan.stored)).sum();
         let state = self.encode(&plans)?;
-        if state.len() as u64 > MOST_STATE {
-            let detail = format!("{} bytes, where a file has {MOST_STATE} at most", state.len());
+        if state.len() as u64 > MAX_STATE {
+            let detail = format!("{} bytes, where a file has {MAX_STATE} at most", state.len());
             return Err(Error::new(ErrorKind::Snapshot, "state", detail).into());
         }
         let pages = (HEADER as u64 + state.len() as u64).next_multiple_of(PAGE);
@@ -80,10 +80,10 @@ impl Snapshot {
             all.extend(u32::try_from(bytes.len()).unwrap_or(u32::MAX).to_le_bytes());
             all.extend(bytes);
         };
-        put(RecordKind::Shape, 0, &self.shape.encode());
+        put(RecordKind::Machine, 0, &self.spec.encode());
         let host = match &self.host {
             Some(host) => host,
-            None => Host::here()?,
+            None => Host::current()?,
         };
         put(RecordKind::Host, 0, &host.encode());
         let records = self.vcpus.iter().flatten().chain(&self.chips);

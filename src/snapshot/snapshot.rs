@@ -7,8 +7,8 @@ use super::host::Host;
 use super::state::{DeviceState, Records};
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::{Image, Layer, MemoryRange, copy_to, memfd};
-use crate::process::Learnt;
-use crate::vm::Shape;
+use crate::process::OnceBox;
+use crate::vm::MachineSpec;
 
 /// The state of a machine. It never changes.
 #[derive(Clone, Debug)]
@@ -16,7 +16,7 @@ pub struct Snapshot {
     /// Identifies it; a file keeps it.
     pub id: [u8; 16],
     /// What a fork has to create.
-    pub shape: Shape,
+    pub spec: MachineSpec,
     /// The clock and the interrupt controllers.
     pub chips: Records,
     /// Each vCPU's state.
@@ -27,23 +27,23 @@ pub struct Snapshot {
     pub ranges: Vec<MemoryRange>,
     /// Where it was taken; None for this host.
     pub host: Option<Host>,
-    /// What its forks and resets have learnt.
-    pub(crate) known: Arc<Known>,
+    /// Values that its forks and resets compute once.
+    pub(crate) cache: Arc<SnapshotCache>,
 }
 
-/// What is learnt once about a snapshot, and is the same for all machines that use it.
+/// Values that are computed once for a snapshot, and are the same for all machines that use it.
 #[derive(Debug)]
-pub(crate) struct Known {
+pub(crate) struct SnapshotCache {
     /// Model-specific registers that KVM returns but refuses to set, with their values. Their CPUID
     /// is the same.
-    pub(crate) constant_msrs: Learnt<Vec<(u32, u64)>>,
+    pub(crate) constant_msrs: OnceBox<Vec<(u32, u64)>>,
     /// The pages of the page tables in use: see `translations.rs`.
-    pub(crate) tables: Learnt<Option<Vec<u64>>>,
+    pub(crate) tables: OnceBox<Option<Vec<u64>>>,
 }
 
-impl Default for Known {
+impl Default for SnapshotCache {
     fn default() -> Self {
-        Self { constant_msrs: Learnt::unknown(), tables: Learnt::unknown() }
+        Self { constant_msrs: OnceBox::new(), tables: OnceBox::new() }
     }
 }
 

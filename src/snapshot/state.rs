@@ -1,15 +1,17 @@
 //! The state of a machine other than its memory: records, each a kind, a number and bytes. Pure
 //! data, no KVM.
 
-use crate::bytes::Reader;
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+use crate::bytes::{Reader, bad};
 use crate::error::Result;
 
 /// What a record holds. The numbers are part of the file format and never change their meaning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u16)]
 pub enum RecordKind {
-    /// The shape of the machine: see [`crate::vm::Shape`].
-    Shape = 1,
+    /// The parts of the machine: see [`crate::vm::MachineSpec`].
+    Machine = 1,
     /// The host's processor and KVM: see [`super::host::Host`].
     Host = 2,
     /// A device's state: see [`DeviceState`].
@@ -52,7 +54,7 @@ pub enum RecordKind {
 
 impl RecordKind {
     const ALL: [Self; 20] = [
-        Self::Shape,
+        Self::Machine,
         Self::Host,
         Self::Device,
         Self::Range,
@@ -84,7 +86,7 @@ impl RecordKind {
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
-            Self::Shape => "shape",
+            Self::Machine => "machine",
             Self::Host => "host",
             Self::Device => "device",
             Self::Range => "range",
@@ -133,6 +135,17 @@ pub(crate) fn get(records: &[Record], kind: RecordKind, number: u16) -> Option<&
     found.map(|record| record.bytes.as_slice())
 }
 
+/// The bytes of a KVM structure.
+pub(crate) fn bytes<T: IntoBytes + Immutable>(value: &T) -> &[u8] {
+    value.as_bytes()
+}
+
+/// A KVM structure from its bytes.
+pub(crate) fn from_bytes<T: FromBytes>(what: &str, bytes: &[u8]) -> Result<T> {
+    T::read_from_bytes(bytes)
+        .map_err(|_| bad(what, format!("{} bytes instead of {}", bytes.len(), size_of::<T>())))
+}
+
 /// The state of a device, with its place.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceState {
@@ -178,7 +191,17 @@ impl DeviceState {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::ErrorKind;
+    use kvm_bindings::kvm_regs;
     use proptest::prelude::*;
+
+    #[test]
+    fn a_structure_comes_back_from_its_bytes_and_from_no_others() {
+        let regs = kvm_regs { rip: 7, r15: 9, ..Default::default() };
+        assert_eq!(from_bytes::<kvm_regs>("regs", bytes(&regs)).unwrap(), regs);
+        let error = from_bytes::<kvm_regs>("regs", &[0; 3]).unwrap_err();
+        assert_eq!((error.kind, error.at.as_str()), (ErrorKind::Snapshot, "regs"));
+    }
 
     #[test]
     fn every_kind_has_its_number_and_name() {

@@ -9,7 +9,7 @@ use crate::memory::ranges::ByteRange;
 
 /// More tables than this belong to a guest with several address spaces, some of which are not in
 /// use: they cannot be found.
-const MOST_TABLES: usize = 64;
+const MAX_TABLES: usize = 64;
 
 /// Whether translations that the processor or KVM has cached may not agree with the page tables of
 /// the snapshot, which `memory` holds again after these changes. Neither keeps them if a guest
@@ -22,7 +22,7 @@ pub(crate) fn may_be_stale(
     if changed.is_empty() {
         return false;
     }
-    let tables = snapshot.known.tables.get_or_make(|| tables(snapshot, memory));
+    let tables = snapshot.cache.tables.get_or_init(|| tables(snapshot, memory));
     let is_changed =
         |table: &u64| changed.iter().any(|(start, end)| (*start..*end).contains(table));
     tables.as_ref().is_none_or(|tables| tables.iter().any(is_changed))
@@ -36,7 +36,7 @@ fn tables(snapshot: &Snapshot, memory: &GuestMemory) -> Option<Vec<u64>> {
     };
     let of = |(number, records)| {
         let sregs = special_of(records, number)?;
-        Paging::of(&sregs).tables(MOST_TABLES, read)
+        Paging::of(&sregs).tables(MAX_TABLES, read)
     };
     let all: Option<Vec<_>> =
         (0..).zip(&snapshot.vcpus).map(|(number, records)| of((number, records))).collect();

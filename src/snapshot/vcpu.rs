@@ -2,22 +2,22 @@
 //! has stopped the vCPU.
 
 use kvm_bindings::{
-    CpuId, KVM_CAP_SREGS2, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state,
-    kvm_sregs, kvm_sregs2, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    KVM_CAP_SREGS2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_sregs, kvm_sregs2,
+    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Cap, VmFd};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
 use vmm_sys_util::{ioctl_ior_nr, ioctl_iow_nr};
-use zerocopy::{FromBytes, Immutable, IntoBytes};
+use zerocopy::IntoBytes;
 
-use super::msrs;
-use super::state::{Record, RecordKind, Records, get, put};
+use super::state::{Record, RecordKind, Records, bytes, from_bytes, get, put};
+use super::{cpuid, msrs};
 use crate::bytes::{Reader, bad};
-use crate::cpu::cpuid;
+use crate::cpu::cpuid::of_vcpu;
 use crate::error::{Error, ErrorKind, Result};
 use crate::hop::hop;
 use crate::kvm::checked as kvm;
-use crate::process::Learnt;
+use crate::process::OnceBox;
 use crate::vcpu::Vcpu;
 
 const KVMIO: u32 = 0xae;
@@ -31,19 +31,19 @@ const CR4_LA57: u64 = 1 << 12;
 
 /// Which records the state of a machine's vCPUs consists of.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Classes {
+pub(crate) struct VcpuStateFormat {
     has_sregs2: bool,
     /// KVM_CAP_XSAVE2: the size of xsave in bytes.
     xsave_size: usize,
     has_lapic: bool,
 }
 
-impl Classes {
+impl VcpuStateFormat {
     pub(crate) fn of(vm: &VmFd, has_lapic: bool) -> Self {
         // The same for all machines of a process: pyvmm never requests permission for more of
         // xsave.
-        static ASKED: Learnt<(usize, bool)> = Learnt::unknown();
-        let (xsave, has_sregs2) = *ASKED.get_or_make(|| {
+        static CAPABILITIES: OnceBox<(usize, bool)> = OnceBox::new();
+        let (xsave, has_sregs2) = *CAPABILITIES.get_or_init(|| {
             let xsave = usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
             let sregs2 = vm.check_extension_raw(libc::c_ulong::from(KVM_CAP_SREGS2));
             (xsave, sregs2 > 0)
@@ -52,41 +52,32 @@ impl Classes {
     }
 }
 
-/// The bytes of a KVM structure.
-pub(crate) fn bytes<T: IntoBytes + Immutable>(value: &T) -> &[u8] {
-    value.as_bytes()
-}
-
-/// A KVM structure from its bytes.
-pub(crate) fn plain<T: FromBytes>(what: &str, bytes: &[u8]) -> Result<T> {
-    T::read_from_bytes(bytes)
-        .map_err(|_| bad(what, format!("{} bytes instead of {}", bytes.len(), size_of::<T>())))
-}
-
 /// `kvm_sregs2` as the words that it consists of. The structure has no padding, but also no traits
 /// that would say so.
 type Sregs2 = [u64; SREGS2_WORDS];
 const SREGS2_WORDS: usize = size_of::<kvm_sregs2>() / size_of::<u64>();
 const SREGS2_FLAGS: usize = std::mem::offset_of!(kvm_sregs2, flags) / size_of::<u64>();
 
-fn done(at: &str, result: libc::c_int) -> Result<()> {
+fn ioctl_result(at: &str, result: libc::c_int) -> Result<()> {
     if result < 0 { Err(Error::kvm(at, kvm_ioctls::Error::last())) } else { Ok(()) }
 }
 
 /// Read everything that KVM reports of a stopped vCPU, whose last access has been completed.
-pub(crate) fn capture(vcpu: &Vcpu, number: u16, classes: Classes) -> Result<Records> {
+pub(crate) fn capture(vcpu: &Vcpu, number: u16, format: VcpuStateFormat) -> Result<Records> {
     hop!();
     let (mut all, fd) = (Records::with_capacity(12), vcpu.fd());
     let mut keep = |kind, bytes: &[u8]| put(&mut all, kind, number, bytes);
-    let cpuid = cpuid::of_vcpu(fd)?;
+    let cpuid = of_vcpu(fd)?;
     let entries: Vec<u8> = cpuid.iter().flat_map(|entry| bytes(entry).to_vec()).collect();
     keep(RecordKind::Cpuid, &entries);
     keep(RecordKind::MpState, bytes(&kvm("KVM_GET_MP_STATE", fd.get_mp_state())?));
     keep(RecordKind::Regs, bytes(&vcpu.general()?));
-    if classes.has_sregs2 {
+    if format.has_sregs2 {
         let mut words: Sregs2 = [0; SREGS2_WORDS];
         // SAFETY: KVM writes a `kvm_sregs2`, which has the size and alignment of these words.
-        done("KVM_GET_SREGS2", unsafe { ioctl_with_mut_ref(fd, kvm_get_sregs2(), &mut words) })?;
+        ioctl_result("KVM_GET_SREGS2", unsafe {
+            ioctl_with_mut_ref(fd, kvm_get_sregs2(), &mut words)
+        })?;
         let sregs = first_of_sregs2(bytes(&words))?;
         refuse_nesting(number, sregs.efer, sregs.cr4)?;
         keep(RecordKind::Sregs2, bytes(&words));
@@ -95,10 +86,10 @@ pub(crate) fn capture(vcpu: &Vcpu, number: u16, classes: Classes) -> Result<Reco
         refuse_nesting(number, sregs.efer, sregs.cr4)?;
         keep(RecordKind::Sregs, bytes(&sregs));
     }
-    keep(RecordKind::Xsave, &xsave(vcpu, classes)?);
+    keep(RecordKind::Xsave, &xsave(vcpu, format)?);
     keep(RecordKind::Xcrs, bytes(&kvm("KVM_GET_XCRS", fd.get_xcrs())?));
     keep(RecordKind::DebugRegs, bytes(&kvm("KVM_GET_DEBUGREGS", fd.get_debug_regs())?));
-    if classes.has_lapic {
+    if format.has_lapic {
         keep(RecordKind::Lapic, bytes(&kvm("KVM_GET_LAPIC", fd.get_lapic())?));
     }
     keep(RecordKind::Msrs, &msrs::capture(vcpu)?);
@@ -121,22 +112,22 @@ fn refuse_nesting(number: u16, efer: u64, cr4: u64) -> Result<()> {
 }
 
 /// A buffer that KVM can read or write as a whole xsave.
-fn xsave_buffer(classes: Classes) -> Vec<kvm_xsave> {
-    let parts = classes.xsave_size.div_ceil(size_of::<kvm_xsave>());
+fn xsave_buffer(format: VcpuStateFormat) -> Vec<kvm_xsave> {
+    let parts = format.xsave_size.div_ceil(size_of::<kvm_xsave>());
     std::iter::repeat_with(kvm_xsave::default).take(parts).collect()
 }
 
-fn xsave(vcpu: &Vcpu, classes: Classes) -> Result<Vec<u8>> {
-    let mut buffer = xsave_buffer(classes);
-    if classes.xsave_size > size_of::<kvm_xsave>() {
+fn xsave(vcpu: &Vcpu, format: VcpuStateFormat) -> Result<Vec<u8>> {
+    let mut buffer = xsave_buffer(format);
+    if format.xsave_size > size_of::<kvm_xsave>() {
         // SAFETY: KVM writes as many bytes as KVM_CAP_XSAVE2 reports, and the buffer has them.
         let result = unsafe { libc::ioctl(vcpu_fd(vcpu), kvm_get_xsave2(), buffer.as_mut_ptr()) };
-        done("KVM_GET_XSAVE2", result)?;
+        ioctl_result("KVM_GET_XSAVE2", result)?;
     } else if let Some(first) = buffer.first_mut() {
         *first = kvm("KVM_GET_XSAVE", vcpu.fd().get_xsave())?;
     }
     let mut all = buffer.as_bytes().to_vec();
-    all.truncate(classes.xsave_size);
+    all.truncate(format.xsave_size);
     Ok(all)
 }
 
@@ -152,37 +143,40 @@ pub(crate) fn apply(
     vcpu: &mut Vcpu,
     number: u16,
     records: &[Record],
-    classes: Classes,
+    format: VcpuStateFormat,
 ) -> Result<()> {
     hop!();
     let one = |kind| required(records, kind, number);
-    prepare(vcpu, number, records, classes)?;
-    let (special, events) =
-        (Special::of(records, number, classes)?, plain("events", one(RecordKind::Events)?)?);
-    let is_at_entry = !classes.has_lapic && special.can_be_last() && takes(vcpu, &special, &events);
+    prepare(vcpu, number, records, format)?;
+    let (special, events) = (
+        SpecialRegisters::of(records, number, format)?,
+        from_bytes("events", one(RecordKind::Events)?)?,
+    );
+    let is_at_entry =
+        !format.has_lapic && special.can_be_last() && is_accepted(vcpu, &special, &events);
     if !is_at_entry {
         special.set(vcpu)?;
     }
-    set_xsave(vcpu, one(RecordKind::Xsave)?, classes)?;
+    set_xsave(vcpu, one(RecordKind::Xsave)?, format)?;
     set_xcrs(vcpu, one(RecordKind::Xcrs)?)?;
     set_debug_registers(vcpu, one(RecordKind::DebugRegs)?)?;
-    if classes.has_lapic {
-        set_lapic(vcpu, &plain("lapic", one(RecordKind::Lapic)?)?)?;
+    if format.has_lapic {
+        set_lapic(vcpu, &from_bytes("lapic", one(RecordKind::Lapic)?)?)?;
     }
     msrs::apply(vcpu, one(RecordKind::Msrs)?)?;
     if is_at_entry {
-        vcpu.enter_with_state(&special.sregs, &events);
+        vcpu.set_state_at_entry(&special.sregs, &events);
     } else {
         kvm("KVM_SET_VCPU_EVENTS", vcpu.fd().set_vcpu_events(&events))?;
-        vcpu.taken = Some(Box::new((special.sregs, events)));
+        vcpu.accepted_state = Some(Box::new((special.sregs, events)));
     }
     // Last, because it depends on whether the vCPU is in system management mode. Without a LAPIC a
     // vCPU has only one such state.
-    if classes.has_lapic {
+    if format.has_lapic {
         set_mp_state(vcpu, one(RecordKind::MpState)?)?;
     }
     // Set with the next entry, which saves a system call.
-    vcpu.enter_with(&plain("regs", one(RecordKind::Regs)?)?);
+    vcpu.set_regs_at_entry(&from_bytes("regs", one(RecordKind::Regs)?)?);
     Ok(())
 }
 
@@ -192,13 +186,18 @@ fn required(records: &[Record], kind: RecordKind, number: u16) -> Result<&[u8]> 
 }
 
 /// What comes before the state: what KVM checks it against, and the end of what the vCPU has begun.
-fn prepare(vcpu: &mut Vcpu, number: u16, records: &[Record], classes: Classes) -> Result<()> {
+fn prepare(
+    vcpu: &mut Vcpu,
+    number: u16,
+    records: &[Record],
+    format: VcpuStateFormat,
+) -> Result<()> {
     vcpu.forget_access();
     if !vcpu.has_run {
-        set_cpuid(vcpu, required(records, RecordKind::Cpuid, number)?)?;
+        cpuid::set(vcpu, required(records, RecordKind::Cpuid, number)?)?;
         get(records, RecordKind::TscKhz, number).map_or(Ok(()), |khz| set_tsc_khz(vcpu, khz))?;
     }
-    if classes.has_lapic {
+    if format.has_lapic {
         // Makes KVM process a pending INIT or SIPI, which would otherwise reach the new state.
         kvm("KVM_GET_MP_STATE", vcpu.fd().get_mp_state())?;
     }
@@ -206,22 +205,22 @@ fn prepare(vcpu: &mut Vcpu, number: u16, records: &[Record], classes: Classes) -
 }
 
 /// Whether KVM has taken these for this vCPU before, so that the next entry cannot fail with them.
-fn takes(vcpu: &Vcpu, special: &Special, events: &kvm_vcpu_events) -> bool {
-    vcpu.taken.as_deref().is_some_and(|taken| *taken == (special.sregs, *events))
+fn is_accepted(vcpu: &Vcpu, special: &SpecialRegisters, events: &kvm_vcpu_events) -> bool {
+    vcpu.accepted_state.as_deref().is_some_and(|accepted| *accepted == (special.sregs, *events))
 }
 
 fn set_mp_state(vcpu: &Vcpu, state: &[u8]) -> Result<()> {
-    let state: kvm_mp_state = plain("mp_state", state)?;
+    let state: kvm_mp_state = from_bytes("mp_state", state)?;
     kvm("KVM_SET_MP_STATE", vcpu.fd().set_mp_state(state))
 }
 
 fn set_debug_registers(vcpu: &Vcpu, state: &[u8]) -> Result<()> {
-    let debug: kvm_debugregs = plain("debugregs", state)?;
+    let debug: kvm_debugregs = from_bytes("debugregs", state)?;
     kvm("KVM_SET_DEBUGREGS", vcpu.fd().set_debug_regs(&debug))
 }
 
 fn set_xcrs(vcpu: &Vcpu, state: &[u8]) -> Result<()> {
-    let xcrs: kvm_xcrs = plain("xcrs", state)?;
+    let xcrs: kvm_xcrs = from_bytes("xcrs", state)?;
     // A processor without XSAVE has none, and KVM refuses an empty list.
     match xcrs.nr_xcrs {
         0 => Ok(()),
@@ -231,19 +230,19 @@ fn set_xcrs(vcpu: &Vcpu, state: &[u8]) -> Result<()> {
 
 /// The special registers of a snapshot. They come before the LAPIC: its base is one of them, and
 /// selects the format of its registers.
-struct Special {
+struct SpecialRegisters {
     sregs: kvm_sregs,
     /// As `kvm_sregs2`, if the snapshot and this KVM have it.
     words: Option<Sregs2>,
 }
 
-impl Special {
-    fn of(records: &[Record], number: u16, classes: Classes) -> Result<Self> {
+impl SpecialRegisters {
+    fn of(records: &[Record], number: u16, format: VcpuStateFormat) -> Result<Self> {
         let Some(sregs2) = get(records, RecordKind::Sregs2, number) else {
             let sregs = get(records, RecordKind::Sregs, number).unwrap_or(&[]);
-            return Ok(Self { sregs: plain("sregs", sregs)?, words: None });
+            return Ok(Self { sregs: from_bytes("sregs", sregs)?, words: None });
         };
-        let words = classes.has_sregs2.then(|| plain("sregs2", sregs2)).transpose()?;
+        let words = format.has_sregs2.then(|| from_bytes("sregs2", sregs2)).transpose()?;
         Ok(Self { sregs: first_of_sregs2(sregs2)?, words })
     }
 
@@ -259,7 +258,7 @@ impl Special {
         let Some(words) = &self.words else { return vcpu.set_sregs(&self.sregs) };
         vcpu.set_special(&self.sregs, |fd| {
             // SAFETY: KVM reads a `kvm_sregs2`, which has the size and alignment of these words.
-            done("KVM_SET_SREGS2", unsafe { ioctl_with_ref(fd, kvm_set_sregs2(), words) })
+            ioctl_result("KVM_SET_SREGS2", unsafe { ioctl_with_ref(fd, kvm_set_sregs2(), words) })
         })
     }
 }
@@ -268,14 +267,15 @@ impl Special {
 pub(super) fn special_of(records: &[Record], number: u16) -> Option<kvm_sregs> {
     match get(records, RecordKind::Sregs2, number) {
         Some(sregs2) => first_of_sregs2(sregs2).ok(),
-        None => plain("sregs", get(records, RecordKind::Sregs, number)?).ok(),
+        None => from_bytes("sregs", get(records, RecordKind::Sregs, number)?).ok(),
     }
 }
 
 /// The fields that both structures begin with: all except the interrupt bitmap, which the flags
 /// replace.
 fn first_of_sregs2(sregs2: &[u8]) -> Result<kvm_sregs> {
-    let first: kvm_sregs = plain("sregs", sregs2.get(..size_of::<kvm_sregs>()).unwrap_or(&[]))?;
+    let first: kvm_sregs =
+        from_bytes("sregs", sregs2.get(..size_of::<kvm_sregs>()).unwrap_or(&[]))?;
     Ok(kvm_sregs { interrupt_bitmap: [0; 4], ..first })
 }
 
@@ -302,53 +302,6 @@ fn set_lapic(vcpu: &Vcpu, lapic: &kvm_lapic_state) -> Result<()> {
     Ok(())
 }
 
-/// Check the CPUID of a state. Once a vCPU has run, its CPUID cannot change.
-///
-/// # Errors
-/// [`ErrorKind::State`] if the state has another one.
-pub(crate) fn check_cpuid(vcpu: &mut Vcpu, number: u16, records: &[Record]) -> Result<()> {
-    let Some(table) = get(records, RecordKind::Cpuid, number) else { return Ok(()) };
-    if !vcpu.has_run || vcpu.known_cpuid.as_deref() == Some(table) {
-        return Ok(());
-    }
-    let here = cpuid::of_vcpu(vcpu.fd())?;
-    let lasting = |table: &[kvm_cpuid_entry2]| table.iter().map(lasting).collect::<Vec<_>>();
-    if lasting(&here) != lasting(&entries(table)?) {
-        let detail = format!("the snapshot has another CPUID than vCPU {number}, which has run");
-        return Err(Error::new(ErrorKind::State, "reset", detail).hint("fork the snapshot"));
-    }
-    vcpu.known_cpuid = Some(table.to_vec());
-    Ok(())
-}
-
-/// An entry without the fields that depend on the guest's registers: MONITOR, OSXSAVE, APIC, OSPKE,
-/// and the size of xsave.
-fn lasting(entry: &kvm_cpuid_entry2) -> [u32; 6] {
-    let kvm_cpuid_entry2 { function, index, eax, mut ebx, mut ecx, mut edx, .. } = *entry;
-    match (function, index) {
-        (1, _) => (ecx, edx) = (ecx & !(1 << 3 | 1 << 27), edx & !(1 << 9)),
-        (7, 0) => ecx &= !(1 << 4),
-        (0xd, 0 | 1) => ebx = 0,
-        _ => {}
-    }
-    [function, index, eax, ebx, ecx, edx]
-}
-
-fn set_cpuid(vcpu: &Vcpu, table: &[u8]) -> Result<()> {
-    kvm("KVM_SET_CPUID2", vcpu.fd().set_cpuid2(&cpuid(table)?))
-}
-
-/// The CPUID table of a record.
-pub(crate) fn cpuid(table: &[u8]) -> Result<CpuId> {
-    CpuId::from_entries(&entries(table)?).map_err(|e| bad("cpuid", format!("{e:?}")))
-}
-
-fn entries(table: &[u8]) -> Result<Vec<kvm_cpuid_entry2>> {
-    let size = size_of::<kvm_cpuid_entry2>();
-    let entries: Result<Vec<_>> = table.chunks(size).map(|entry| plain("cpuid", entry)).collect();
-    Ok(cpuid::without_tail(entries?))
-}
-
 /// Set the TSC frequency only if it differs: most hosts cannot change it.
 fn set_tsc_khz(vcpu: &Vcpu, khz: &[u8]) -> Result<()> {
     let khz = Reader::new("tsc_khz", khz).u32()?;
@@ -360,38 +313,15 @@ fn set_tsc_khz(vcpu: &Vcpu, khz: &[u8]) -> Result<()> {
     }
 }
 
-fn set_xsave(vcpu: &Vcpu, state: &[u8], classes: Classes) -> Result<()> {
-    let (least, most) = (size_of::<kvm_xsave>(), classes.xsave_size);
+fn set_xsave(vcpu: &Vcpu, state: &[u8], format: VcpuStateFormat) -> Result<()> {
+    let (least, most) = (size_of::<kvm_xsave>(), format.xsave_size);
     if state.len() < least || state.len() > most.max(least) {
         return Err(bad("xsave", format!("{} bytes, where this KVM has {most}", state.len())));
     }
-    let mut buffer = xsave_buffer(classes);
+    let mut buffer = xsave_buffer(format);
     buffer.as_mut_bytes().iter_mut().zip(state).for_each(|(byte, value)| *byte = *value);
     let Some(first) = buffer.first() else { return Ok(()) };
     // SAFETY: KVM reads as many bytes as KVM_CAP_XSAVE2 reports, and the buffer that starts with
     // this reference has them.
     kvm("KVM_SET_XSAVE", unsafe { vcpu.fd().set_xsave(first) })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use kvm_bindings::kvm_regs;
-    use proptest::prelude::*;
-
-    #[test]
-    fn a_structure_comes_back_from_its_bytes_and_from_no_others() {
-        let regs = kvm_regs { rip: 7, r15: 9, ..Default::default() };
-        assert_eq!(plain::<kvm_regs>("regs", bytes(&regs)).unwrap(), regs);
-        let error = plain::<kvm_regs>("regs", &[0; 3]).unwrap_err();
-        assert_eq!((error.kind, error.at.as_str()), (ErrorKind::Snapshot, "regs"));
-    }
-
-    proptest! {
-        #[test]
-        fn no_bytes_make_a_cpuid_table_panic(table in prop::collection::vec(any::<u8>(), 0..200)) {
-            let whole = table.len() % size_of::<kvm_cpuid_entry2>() == 0;
-            prop_assert_eq!(cpuid(&table).is_ok(), whole);
-        }
-    }
 }

@@ -162,7 +162,7 @@ impl Vcpu {
         while is_access && left > 0 {
             // Otherwise KVM would exit for each element. With zero it would not complete the
             // current one.
-            self.enter_with(&kvm_regs { rcx: 1, ..self.page.registers() });
+            self.set_regs_at_entry(&kvm_regs { rcx: 1, ..self.page.registers() });
             self.page.set(true);
             let exit = self.raw_fd.run().map(|exit| owned(exit, &self.page));
             is_access = exit.is_ok_and(|exit| exit.is_access());

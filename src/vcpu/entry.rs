@@ -10,10 +10,10 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::kvm::checked as kvm;
 
 /// CR8 is a priority of four bits.
-const MOST_CR8: u64 = 15;
+const MAX_CR8: u64 = 15;
 const CR0_PG: u64 = 1 << 31;
 /// A bit of CR3 that is part of an address in every paging mode.
-const OTHER_TABLES: u64 = 1 << 12;
+const CR3_ADDRESS_BIT: u64 = 1 << 12;
 
 impl Vcpu {
     /// The descriptor, for every ioctl but KVM_RUN: KVM has the whole state first.
@@ -28,7 +28,7 @@ impl Vcpu {
     }
 
     /// Have these general registers from the next entry on.
-    pub(crate) fn enter_with(&mut self, registers: &kvm_regs) {
+    pub(crate) fn set_regs_at_entry(&mut self, registers: &kvm_regs) {
         self.page.set_registers(registers);
         self.raw_fd.set_sync_dirty_reg(SyncReg::Register);
         self.has_page_registers = true;
@@ -37,7 +37,7 @@ impl Vcpu {
     /// Have these special registers and events from the next entry on. KVM must have taken them
     /// for this vCPU before: an entry has no way to refuse them one by one. Without an in-kernel
     /// LAPIC, whose base and priority are special registers too.
-    pub(crate) fn enter_with_state(&mut self, sregs: &kvm_sregs, events: &kvm_vcpu_events) {
+    pub(crate) fn set_state_at_entry(&mut self, sregs: &kvm_sregs, events: &kvm_vcpu_events) {
         self.page.set_special(sregs.cr8, sregs.apic_base);
         self.page.set_entry_state(sregs, events);
     }
@@ -52,9 +52,9 @@ impl Vcpu {
         sregs: &kvm_sregs,
         set: impl FnOnce(&VcpuFd) -> Result<()>,
     ) -> Result<()> {
-        if sregs.cr8 > MOST_CR8 {
+        if sregs.cr8 > MAX_CR8 {
             let detail =
-                format!("CR8 is {:#x}, and the processor has {MOST_CR8} at most", sregs.cr8);
+                format!("CR8 is {:#x}, and the processor has {MAX_CR8} at most", sregs.cr8);
             return Err(Error::new(ErrorKind::Kvm, "KVM_SET_SREGS", detail));
         }
         set(self.fd())?;
@@ -82,6 +82,6 @@ impl Vcpu {
             return Ok(()); // none are used, and the guest's MOV to CR0 flushes them
         }
         // Flushed now, and if the snapshot's CR3 is this one, once more.
-        self.set_sregs(&kvm_sregs { cr3: now.cr3 ^ OTHER_TABLES, ..now })
+        self.set_sregs(&kvm_sregs { cr3: now.cr3 ^ CR3_ADDRESS_BIT, ..now })
     }
 }

@@ -9,7 +9,7 @@ use super::vcpu::Vcpu;
 use crate::debug::{Paging, bitness, decode, disassemble};
 
 /// The longest instruction.
-const MOST_BYTES: u64 = 15;
+const MAX_BYTES: u64 = 15;
 const CR0_PE: u64 = 1;
 
 /// Text with `what` happened, the instruction and the vCPU's registers. On the vCPU's thread.
@@ -97,7 +97,7 @@ fn emulation_bytes(error: &InternalError) -> Vec<u8> {
 /// Up to 15 bytes at a linear address, the maximum length of an instruction.
 fn fetch(vcpu: &Vcpu, sregs: &kvm_sregs, address: u64) -> Vec<u8> {
     let paging = Paging::of(sregs);
-    (0..MOST_BYTES)
+    (0..MAX_BYTES)
         .map_while(|n| {
             let at = vcpu.translate(&paging, address.wrapping_add(n))?;
             vcpu.memory().load::<u8>(at).ok()

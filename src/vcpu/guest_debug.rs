@@ -8,7 +8,7 @@ use kvm_bindings::{
 use crate::error::{Error, ErrorKind, Result};
 
 /// The processor's breakpoint registers, DR0 to DR3.
-const MOST_BREAKPOINTS: usize = 4;
+const MAX_BREAKPOINTS: usize = 4;
 pub(super) const AT: &str = "KVM_SET_GUEST_DEBUG";
 
 /// The origin of a request.
@@ -54,7 +54,7 @@ impl GuestDebug {
         let mut breakpoints = self.program.breakpoints.clone();
         let others = self.host.breakpoints.iter();
         breakpoints.extend(others.filter(|other| !self.program.breakpoints.contains(other)));
-        if breakpoints.len() > MOST_BREAKPOINTS {
+        if breakpoints.len() > MAX_BREAKPOINTS {
             let detail = format!("{} breakpoints: the processor has four", breakpoints.len());
             return Err(Error::new(ErrorKind::Config, AT, detail));
         }

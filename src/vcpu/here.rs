@@ -8,7 +8,7 @@ use super::current::Current;
 use super::handle::{VcpuCommand, VcpuHandle};
 use super::kick::{ImmediateExit, this_thread};
 use super::run::{complete_pending_io, step};
-use super::thread::{MOST_STEPS_AT_STOP, PanicGuard, Shared};
+use super::thread::{MAX_STEPS_AT_STOP, PanicGuard, Shared};
 use super::tick::Ticks;
 use super::vcpu::{Place, Vcpu};
 use crate::error::{Error, ErrorKind, Result};
@@ -144,7 +144,7 @@ impl<EH: ExitHandler> Here<'_, EH> {
             }
         }
         let is_stopped = !handle.stop.is_set();
-        let end = complete_pending_io(vcpu, handle, MOST_STEPS_AT_STOP);
+        let end = complete_pending_io(vcpu, handle, MAX_STEPS_AT_STOP);
         match end {
             Outcome::Continue | Outcome::Wait if is_stopped => (Left::Stopped, Outcome::Stop),
             Outcome::Continue | Outcome::Wait => (Left::CalledOut, Outcome::Continue),

@@ -184,7 +184,7 @@ impl Vcpu {
         let table = CpuId::from_entries(entries)
             .map_err(|e| Error::new(ErrorKind::Config, at, format!("{e:?}")))?;
         self.constant_msrs.clear();
-        self.taken = None;
+        self.accepted_state = None;
         kvm(at, self.fd().set_cpuid2(&table))
     }
 

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::ticked::on_tick;
 use crate::error::{Error, ErrorKind, Result};
-use crate::process::Learnt;
+use crate::process::OnceBox;
 
 /// Its address marks a kick, as opposed to the same signal from another sender.
 static COOKIE: u8 = 0;
@@ -59,10 +59,10 @@ fn has_handler(action: &libc::sigaction) -> bool {
 
 /// The signal for kicks if the kernel refuses to queue the other. It is claimed when this first
 /// happens.
-static SPARE: Learnt<Claim> = Learnt::unknown();
+static SPARE: OnceBox<Claim> = OnceBox::new();
 
 /// The signal handler reads it with one atomic load.
-static CLAIM: Learnt<Option<Claim>> = Learnt::unknown();
+static CLAIM: OnceBox<Option<Claim>> = OnceBox::new();
 /// Whether the handler of the claim is installed.
 static IS_INSTALLED: AtomicBool = AtomicBool::new(false);
 
@@ -113,7 +113,7 @@ pub fn use_signal(signal: libc::c_int) -> Result<()> {
 /// The claim, made by the first caller. It is visible before the handler is installed. Several
 /// threads may install the handler, and so may a child that is forked in between.
 fn claim(chosen: Option<libc::c_int>) -> Result<Option<&'static Claim>> {
-    let claim = CLAIM.get_or(|| {
+    let claim = CLAIM.get_or_try_init(|| {
         Ok(match chosen {
             Some(signal) => Some(Claim { signal, previous: present(signal)? }),
             None => (libc::SIGRTMIN()..=libc::SIGRTMAX()).find_map(|signal| {
@@ -177,7 +177,7 @@ pub(super) unsafe fn send(thread: libc::pthread_t) {
     if unsafe { claim.send(thread) } {
         return;
     }
-    let spare = SPARE.get_or(|| {
+    let spare = SPARE.get_or_try_init(|| {
         Ok::<_, Error>(Claim { signal: libc::SIGURG, previous: present(libc::SIGURG)? })
     });
     // SAFETY: by the caller.

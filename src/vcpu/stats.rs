@@ -13,7 +13,7 @@ use crate::sync::{Mutex, rank};
 
 /// A guest can access any number of addresses. For each vCPU, only this many keys are counted
 /// separately.
-const MOST_PLACES: usize = 1024;
+const MAX_PLACES: usize = 1024;
 
 /// The key by which exits are counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -238,7 +238,7 @@ impl Observer for Stats {
             counts.exits += 1;
             counts.host += time;
             let place = ExitKey::of(seen.exit);
-            let room = counts.places.len() < MOST_PLACES || place.address.is_none();
+            let room = counts.places.len() < MAX_PLACES || place.address.is_none();
             match counts.places.get_mut(&place) {
                 Some(count) => count.add(time),
                 None if room => counts.places.entry(place).or_default().add(time),
@@ -290,7 +290,7 @@ mod tests {
         (0..2000).for_each(|number| see(&stats, 0, &port(number), (1, 1)));
         see(&stats, 0, &VcpuExit::Hlt, (1, 1));
         let rows = stats.exits().unwrap();
-        assert_eq!(rows.len(), MOST_PLACES + 2);
+        assert_eq!(rows.len(), MAX_PLACES + 2);
         assert_eq!((rows[0].1, rows[0].2.count), (ExitKey::OTHER, 2000 - 1024));
         assert!(rows.iter().any(|(_, place, _)| place.kind == "hlt"));
     }

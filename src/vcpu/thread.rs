@@ -23,7 +23,7 @@ use crate::memory::GuestMemory;
 use crate::sync::{Mutex, rank};
 
 /// How many accesses of a repeated instruction a stop completes at most.
-pub(super) const MOST_STEPS_AT_STOP: usize = 1024;
+pub(super) const MAX_STEPS_AT_STOP: usize = 1024;
 
 /// State that the vCPUs of one machine share.
 #[derive(Debug)]
@@ -159,7 +159,7 @@ fn turn_until_end(vcpu: &mut Vcpu, handle: &VcpuHandle) -> Outcome {
         }
     }
     // So that the host sees the registers after the instruction.
-    match complete_pending_io(vcpu, handle, MOST_STEPS_AT_STOP) {
+    match complete_pending_io(vcpu, handle, MAX_STEPS_AT_STOP) {
         Outcome::Continue | Outcome::Wait => last,
         end => end,
     }

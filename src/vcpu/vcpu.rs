@@ -43,12 +43,12 @@ pub struct Vcpu {
     pub(crate) has_run: bool,
     /// Whether the guest has been notified of its current pause, or has never run.
     pub(crate) knows_of_pause: bool,
-    /// The CPUID table of this vCPU in the format of snapshots, if known.
-    pub(crate) known_cpuid: Option<Vec<u8>>,
+    /// The CPUID record of a snapshot that was found to agree with this vCPU's.
+    pub(crate) accepted_cpuid: Option<Vec<u8>>,
     /// Model-specific registers whose values KVM returns but refuses to set.
     pub(crate) constant_msrs: Vec<(u32, u64)>,
     /// Special registers and events that KVM has accepted, and accepts again.
-    pub(crate) taken: Option<Box<(kvm_sregs, kvm_vcpu_events)>>,
+    pub(crate) accepted_state: Option<Box<(kvm_sregs, kvm_vcpu_events)>>,
     /// Work that the last exit has left for the next entry.
     pub(super) pending: PendingIo,
     /// The device that had no room for the last access. The vCPU waits for it before the next
@@ -91,9 +91,9 @@ impl Vcpu {
             fixups: None,
             has_run: false,
             knows_of_pause: true,
-            known_cpuid: None,
+            accepted_cpuid: None,
             constant_msrs: Vec::new(),
-            taken: None,
+            accepted_state: None,
             pending: PendingIo::Idle,
             waits_for: None,
             has_page_registers: false,

@@ -11,7 +11,7 @@ use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
 use super::KvmVm;
 use super::noapic;
-use super::shape::Shape;
+use super::spec::MachineSpec;
 use super::vcpus::Vcpus;
 use crate::config::{Boot, ExitPort, FlatBoot, VmmConfig};
 use crate::cpu::cpuid::{self, GuestCpuid};
@@ -68,12 +68,12 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         Ok(vm)
     }
 
-    /// A machine of this shape. Its vCPUs have no CPUID and no registers yet.
+    /// A machine of this spec. Its vCPUs have no CPUID and no registers yet.
     ///
     /// # Errors
     /// If KVM refuses any of them.
-    pub(crate) fn of_shape(
-        shape: &Shape,
+    pub(crate) fn from_spec(
+        spec: &MachineSpec,
         memory: GuestMemory,
         router: &Arc<ExitRouter>,
         exit_handler: EH,
@@ -81,13 +81,13 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         hop!();
         let kvm = open_kvm()?;
         let most = max_vcpus(&kvm);
-        if usize::from(shape.vcpus) > most {
-            let detail = format!("{} is more than this KVM's {most}", shape.vcpus);
+        if usize::from(spec.vcpus) > most {
+            let detail = format!("{} is more than this KVM's {most}", spec.vcpus);
             return Err(Error::new(ErrorKind::Snapshot, "vcpus", detail));
         }
-        let chips = Chips { irqchip: shape.irqchip, pit: shape.pit, fixups: shape.fixups };
+        let chips = Chips { irqchip: spec.irqchip, pit: spec.pit, fixups: spec.fixups };
         let vm = Self::assemble(&kvm, chips, memory, Arc::clone(router), exit_handler)?;
-        vm.create_vcpus(0..u64::from(shape.vcpus), |_, _| Ok(()))?;
+        vm.create_vcpus(0..u64::from(spec.vcpus), |_, _| Ok(()))?;
         Ok(vm)
     }
 

@@ -11,11 +11,11 @@ mod kvm_vm;
 mod life;
 mod noapic;
 mod quiesce;
-mod shape;
+mod spec;
 mod start;
 mod vcpus;
 
 pub(crate) use build::claim_platform;
 pub use interrupts::{IRQ_LINES, IoEvent};
 pub use kvm_vm::KvmVm;
-pub use shape::Shape;
+pub use spec::MachineSpec;

@@ -18,7 +18,7 @@ use crate::hop::hop;
 use crate::layout;
 use crate::limit::Limit;
 use crate::memory::{GuestMemory, MemoryRange, ranges};
-use crate::snapshot::{Classes, DeviceState, Snapshot, chips, translations, vcpu};
+use crate::snapshot::{DeviceState, Snapshot, VcpuStateFormat, chips, cpuid, translations, vcpu};
 use crate::vcpu::{ExitRouter, Vcpu, VmRunState};
 use crate::vm::{KvmVm, claim_platform};
 
@@ -39,7 +39,7 @@ impl Vmm {
     ///
     /// # Errors
     /// [`ErrorKind::State`] if the machine is closed, a run is ending, or the snapshot's machine
-    /// has another shape, another CPUID or a device that this machine lacks. Nothing is changed
+    /// has other parts, another CPUID or a device that this machine lacks. Nothing is changed
     /// then. If KVM or a device refuses, or the process is out of memory: the machine may be reset
     /// in part then. Reset it again, or close it.
     pub fn reset(
@@ -51,7 +51,7 @@ impl Vmm {
         let vm = self.vm()?;
         vm.check_process()?;
         vm.check_device_calls("reset")?;
-        self.shape(&vm).check_same(&snapshot.shape)?;
+        self.spec(&vm).check_same(&snapshot.spec)?;
         vm.memory().kvm_slots().check(&snapshot.ranges)?;
         snapshot.ranges.iter().try_for_each(|range| range.image.check())?;
         let devices = devices_of(&self.router().buses, snapshot)?;
@@ -87,12 +87,12 @@ impl Vmm {
     pub fn fork(snapshot: &Snapshot, config: ForkConfig) -> Result<Self> {
         hop!();
         let ForkConfig { serial: streams, event_manager } = config;
-        let shape = &snapshot.shape;
+        let spec = &snapshot.spec;
         let memory = GuestMemory::empty();
         for MemoryRange { start, read_only, image } in &snapshot.ranges {
             memory.add_image(*start, image, *read_only)?;
         }
-        claim_platform(memory.resources(), shape.irqchip, shape.exit_port())?;
+        claim_platform(memory.resources(), spec.irqchip, spec.exit_port())?;
         let event_manager = match event_manager {
             Some(shared) => shared.share().map(|()| shared)?,
             None => Arc::new(EventManager::new()?),
@@ -100,12 +100,12 @@ impl Vmm {
         let exit_handler =
             WrappedExitHandler::new().map_err(|e| Error::os(ErrorKind::Event, "eventfd", &e))?;
         let router = Arc::new(ExitRouter::default());
-        let vm = KvmVm::of_shape(shape, memory, &router, exit_handler.clone())?;
+        let vm = KvmVm::from_spec(spec, memory, &router, exit_handler.clone())?;
         vm.at_rest(&Limit::NONE, |fd, vcpus| set_state(&vm, fd, vcpus, snapshot))?;
         let irq = vm.irq(layout::COM1_IRQ);
-        let serial = devices::attach(&router.buses, irq, &streams, shape.exit_port())?;
+        let serial = devices::attach(&router.buses, irq, &streams, spec.exit_port())?;
         let parts = Parts { vm, event_manager, exit_handler, router, serial, entry: 0 };
-        Self::assemble(parts, streams, shape.exit_port())
+        Self::assemble(parts, streams, spec.exit_port())
     }
 
     /// Restore the devices from the snapshot. This is the last step of a fork, once all are
@@ -156,20 +156,20 @@ fn set_state(
     vcpus: &mut [impl std::ops::DerefMut<Target = Vcpu>],
     snapshot: &Snapshot,
 ) -> Result<()> {
-    let Snapshot { shape, chips, .. } = snapshot;
-    let classes = Classes::of(fd, shape.irqchip);
-    chips::apply_controllers(fd, shape, chips, &mut vm.lines())?;
+    let Snapshot { spec, chips, .. } = snapshot;
+    let format = VcpuStateFormat::of(fd, spec.irqchip);
+    chips::apply_controllers(fd, spec, chips, &mut vm.lines())?;
     for ((number, vcpu), state) in (0..).zip(vcpus.iter_mut()).zip(&snapshot.vcpus) {
         if vcpu.constant_msrs.is_empty() {
-            vcpu.constant_msrs = snapshot.known.constant_msrs.get().cloned().unwrap_or_default();
+            vcpu.constant_msrs = snapshot.cache.constant_msrs.get().cloned().unwrap_or_default();
         }
-        vcpu::apply(vcpu, number, state, classes)?;
+        vcpu::apply(vcpu, number, state, format)?;
     }
     snapshot
-        .known
+        .cache
         .constant_msrs
-        .get_or_make(|| vcpus.iter().flat_map(|vcpu| vcpu.constant_msrs.clone()).collect());
-    chips::apply_timers(fd, shape, chips)
+        .get_or_init(|| vcpus.iter().flat_map(|vcpu| vcpu.constant_msrs.clone()).collect());
+    chips::apply_timers(fd, spec, chips)
 }
 
 fn bring_back(
@@ -179,7 +179,7 @@ fn bring_back(
     snapshot: &Snapshot,
 ) -> Result<u64> {
     for ((number, vcpu), state) in (0..).zip(vcpus.iter_mut()).zip(&snapshot.vcpus) {
-        vcpu::check_cpuid(vcpu, number, state)?;
+        cpuid::check(vcpu, number, state)?;
     }
     let changed = vm.memory().kvm_slots().reset(&snapshot.ranges, || {
         // KVM would complete the replaced guest's last instruction at the next entry, which may

@@ -8,9 +8,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::WrappedExitHandler;
 use crate::hop::hop;
 use crate::limit::Limit;
-use crate::snapshot::{Classes, DeviceState, Snapshot, chips, new_id, vcpu};
+use crate::snapshot::{DeviceState, Snapshot, VcpuStateFormat, chips, new_id, vcpu};
 use crate::vcpu::Vcpu;
-use crate::vm::{KvmVm, Shape};
+use crate::vm::{KvmVm, MachineSpec};
 
 pub(super) type Vm = KvmVm<WrappedExitHandler>;
 
@@ -32,37 +32,37 @@ impl Vmm {
         let (rests, resets) = (rests(&vm), self.resets.check(None)?);
         // With no lock held: a device may be implemented in Python.
         let devices = save_devices(&vm, &self.router().buses)?;
-        let shape = self.shape(&vm);
+        let spec = self.spec(&vm);
         vm.at_rest(limit, |fd, vcpus| {
             check_rests(vcpus, &rests)?;
             self.resets.check(Some(resets))?;
-            capture(&vm, shape, fd, vcpus, devices)
+            capture(&vm, spec, fd, vcpus, devices)
         })
     }
 
-    pub(super) fn shape(&self, vm: &Vm) -> Shape {
+    pub(super) fn spec(&self, vm: &Vm) -> MachineSpec {
         let (irqchip, pit, fixups) = vm.chips();
         let vcpus = u16::try_from(vm.handles().len()).unwrap_or(u16::MAX);
-        Shape { vcpus, irqchip, pit, fixups, exit_port: self.exit_port.0 }
+        MachineSpec { vcpus, irqchip, pit, fixups, exit_port: self.exit_port.0 }
     }
 }
 
 fn capture(
     vm: &Vm,
-    shape: Shape,
+    spec: MachineSpec,
     fd: &VmFd,
     vcpus: &mut [impl std::ops::DerefMut<Target = Vcpu>],
     devices: Vec<DeviceState>,
 ) -> Result<Snapshot> {
-    let classes = Classes::of(fd, shape.irqchip);
+    let format = VcpuStateFormat::of(fd, spec.irqchip);
     let mut states = Vec::with_capacity(vcpus.len());
     for (number, vcpu) in (0..).zip(vcpus.iter_mut()) {
-        states.push(vcpu::capture(vcpu, number, classes)?);
+        states.push(vcpu::capture(vcpu, number, format)?);
     }
-    let chips = chips::capture(fd, &shape, *vm.lines())?;
+    let chips = chips::capture(fd, &spec, *vm.lines())?;
     let ranges = vm.memory().kvm_slots().freeze()?;
-    let known = std::sync::Arc::default();
-    Ok(Snapshot { id: new_id()?, shape, chips, vcpus: states, devices, ranges, host: None, known })
+    let cache = std::sync::Arc::default();
+    Ok(Snapshot { id: new_id()?, spec, chips, vcpus: states, devices, ranges, host: None, cache })
 }
 
 fn rests(vm: &Vm) -> Vec<u64> {

@@ -20,7 +20,7 @@ RUST = sorted((ROOT / "src").rglob("*.rs"))
 PYTHON = sorted((ROOT / "python" / "pyvmm").glob("*.py"))
 TESTS = ROOT / "tests"
 TEST_FILES = sorted(TESTS.rglob("test_*.py"))
-MOST_LINES, MOST_OF_A_FUNCTION, COMMENT_WIDTH = 400, 40, 100
+MAX_LINES, MAX_FUNCTION_LINES, COMMENT_WIDTH = 400, 40, 100
 CODE = [
     *RUST,
     *sorted((ROOT / "python").rglob("*.py*i")),
@@ -144,11 +144,11 @@ def long_parts(path: Path) -> set[str]:
     """The file, and those of its functions, that are longer than they may be and do not say why."""
     text = path.read_text()
     lines = text.splitlines()
-    found = set() if len(lines) <= MOST_LINES or "Long because" in "\n".join(lines[:12]) else {name(path)}
+    found = set() if len(lines) <= MAX_LINES or "Long because" in "\n".join(lines[:12]) else {name(path)}
     functions = rust_functions(lines) if path.suffix == ".rs" else python_functions(text)
     for function, first, last in functions:
         reason = "Long because" in "\n".join(lines[max(0, first - 8) : last])
-        if last - first + 1 > MOST_OF_A_FUNCTION and not reason:
+        if last - first + 1 > MAX_FUNCTION_LINES and not reason:
             found.add(f"{name(path)}::{function}")
     return found
 

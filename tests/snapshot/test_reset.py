@@ -71,7 +71,7 @@ def test_reset_of_a_running_machine_continues_from_the_snapshot() -> None:
         assert vmm.wait(DEADLINE_S) is not None
 
 
-def test_reset_refuses_a_machine_of_another_shape_and_changes_nothing() -> None:
+def test_reset_refuses_a_machine_with_other_parts_and_changes_nothing() -> None:
     with oracle() as vmm, Vmm(flat(ORACLE, "user64", address=0x10000, size_mib=4)) as larger:
         snapshot = vmm.snapshot()
         with pytest.raises(StateError, match="memory slots"):

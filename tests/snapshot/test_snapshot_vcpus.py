@@ -1,6 +1,6 @@
 """The vCPUs of a snapshot: registers of every class, several vCPUs, pending interrupts and halts.
 
-Covers src/vm/at_rest.rs.
+Covers src/vm/at_rest.rs and src/snapshot/vcpu.rs.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ pytestmark = pytest.mark.kvm
 
 SECONDS = float(os.environ.get("PYVMM_STRESS_S", "2"))
 # A guest that has overwritten its own code may spin.
-MOST_S = 1
-MOST_RUNS = 100
+RUN_TIMEOUT_S = 1
+MAX_RUNS = 100
 ACCESSES = 40
 ENDS = {ExitReason.CODE, ExitReason.HALT, ExitReason.RESET, ExitReason.STOPPED, ExitReason.TIMEOUT}
 
@@ -118,9 +118,9 @@ def life(choice: random.Random) -> None:
 
         if choice.randrange(2):
             vmm.on_exit("io", lambda _vcpu, _exit: None)
-        for _ in range(MOST_RUNS):
+        for _ in range(MAX_RUNS):
             try:
-                exit = vmm.run(MOST_S)
+                exit = vmm.run(RUN_TIMEOUT_S)
             except LookupError:
                 continue
             assert exit.reason in ENDS or exit.is_fault, exit

@@ -13,7 +13,7 @@ from guests import HALT, SPIN, count_vcpus, exit_with, flat, out, print_text, re
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyvmm import CpuConfig, ExitCount, ExitKind, StateError, Stats, VcpuTime, Vmm
-from pyvmm.stats import MOST_ROWS, html, tables
+from pyvmm.stats import MAX_ROWS, html, tables
 from rich.console import Console
 from threads import all_at_once
 
@@ -221,11 +221,11 @@ def test_a_forked_child_is_refused() -> None:
 
 
 def test_counters_show_themselves_in_a_notebook_and_on_a_terminal() -> None:
-    ports = b"".join(out(port, 0) for port in range(0x500, 0x500 + MOST_ROWS + 5))
+    ports = b"".join(out(port, 0) for port in range(0x500, 0x500 + MAX_ROWS + 5))
     with Vmm(flat(print_text(b"<hi>") + ports + exit_with(0))) as vmm, vmm.stats as stats:
         assert repr(stats) == "Stats(enabled, 0 exits)"
         vmm.run(60)
-    assert repr(stats) == f"Stats(disabled, {4 + MOST_ROWS + 5 + 1} exits)"
+    assert repr(stats) == f"Stats(disabled, {4 + MAX_ROWS + 5 + 1} exits)"
     shown = stats._repr_html_()
     assert shown == html(stats)
     assert "<td>0x3f8</td><td>4</td>" in shown

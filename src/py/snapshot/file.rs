@@ -10,7 +10,7 @@ use pyo3::types::{PyDict, PyTuple};
 use super::object::{PySnapshot, hex, snapshots};
 use crate::py::{ending, interrupt};
 use crate::snapshot::{DeviceState, Host, Load, RecordKind, described, inspect, load};
-use crate::vm::Shape;
+use crate::vm::MachineSpec;
 
 #[pymethods]
 impl PySnapshot {
@@ -78,17 +78,10 @@ impl PySnapshot {
         };
         let of = base.as_ref().map(|base| base.get().core()).transpose()?;
         let core = py.detach(|| load(&path, &Load { base: of, force, copy, verify }))?;
-        let shape = core.shape;
+        let spec = core.spec;
         let config = snapshots(py)?.call_method1(
             "config_of",
-            (
-                core.memory_size(),
-                shape.vcpus,
-                shape.exit_port,
-                shape.irqchip,
-                shape.pit,
-                shape.fixups,
-            ),
+            (core.memory_size(), spec.vcpus, spec.exit_port, spec.irqchip, spec.pit, spec.fixups),
         )?;
         let path = std::path::absolute(&path).unwrap_or(path);
         let (core, config) = (std::sync::Arc::new(core), config.unbind());
@@ -113,13 +106,13 @@ impl PySnapshot {
         for record in &records {
             list.push((record.kind.name(), record.number, record.bytes.len()));
             match record.kind {
-                RecordKind::Shape => {
-                    let shape = Shape::decode(&record.bytes)?;
-                    found.set_item("vcpus", shape.vcpus)?;
-                    found.set_item("irqchip", shape.irqchip)?;
-                    found.set_item("pit", shape.pit)?;
-                    found.set_item("fixups", shape.fixups)?;
-                    found.set_item("exit_port", shape.exit_port)?;
+                RecordKind::Machine => {
+                    let spec = MachineSpec::decode(&record.bytes)?;
+                    found.set_item("vcpus", spec.vcpus)?;
+                    found.set_item("irqchip", spec.irqchip)?;
+                    found.set_item("pit", spec.pit)?;
+                    found.set_item("fixups", spec.fixups)?;
+                    found.set_item("exit_port", spec.exit_port)?;
                 }
                 RecordKind::Host => {
                     let host = Host::decode(&record.bytes)?;

@@ -65,7 +65,7 @@ impl PySnapshot {
     /// The number of vCPUs.
     #[getter]
     fn vcpus(&self) -> u16 {
-        self.core.shape.vcpus
+        self.core.spec.vcpus
     }
 
     /// The number of bytes of guest memory.

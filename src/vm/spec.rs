@@ -1,4 +1,5 @@
-//! The shape of a machine: the parts that must exist before its state can be set. Pure data.
+//! The specification of a machine: the parts that must exist before its state can be set. Pure
+//! data.
 
 use crate::bytes::{Reader, bad};
 use crate::config::ExitPort;
@@ -7,7 +8,7 @@ use crate::layout;
 
 /// The parts of a machine besides its memory and its devices in Python.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Shape {
+pub struct MachineSpec {
     /// The number of vCPUs. Their ids start at 0.
     pub vcpus: u16,
     /// An in-kernel PIC, I/O APIC and LAPICs.
@@ -20,7 +21,7 @@ pub struct Shape {
     pub exit_port: Option<u16>,
 }
 
-impl Shape {
+impl MachineSpec {
     pub(crate) fn exit_port(&self) -> ExitPort {
         ExitPort(self.exit_port)
     }
@@ -40,14 +41,14 @@ impl Shape {
     /// # Errors
     /// [`ErrorKind::Snapshot`] if they do not describe such a machine.
     pub fn decode(bytes: &[u8]) -> Result<Self> {
-        let mut reader = Reader::new("shape", bytes);
+        let mut reader = Reader::new("machine", bytes);
         let vcpus = reader.u16()?;
         let [irqchip, pit, has_port, fixups] = reader.take()?;
         let port = reader.u16()?;
         reader.end()?;
         let is_known = [irqchip, pit, has_port, fixups].iter().all(|flag| *flag < 2);
         if !is_known || vcpus == 0 || u64::from(vcpus) > layout::MAX_VCPUS || pit > irqchip {
-            return Err(bad("shape", "this version of pyvmm has no such machine"));
+            return Err(bad("machine", "this version of pyvmm has no such machine"));
         }
         let exit_port = (has_port == 1).then_some(port);
         let [irqchip, pit, fixups] = [irqchip, pit, fixups].map(|flag| flag == 1);
@@ -55,7 +56,7 @@ impl Shape {
     }
 
     /// # Errors
-    /// [`ErrorKind::State`] if the shapes differ; the error names the difference.
+    /// [`ErrorKind::State`] if the specifications differ; the error names the difference.
     pub(crate) fn check_same(&self, other: &Self) -> Result<()> {
         let differ = |what: &str, ours: String, theirs: String| {
             let detail = format!("this machine has {what} {ours}, the snapshot {theirs}");
@@ -64,12 +65,12 @@ impl Shape {
         if self.vcpus != other.vcpus {
             return differ("vcpus", self.vcpus.to_string(), other.vcpus.to_string());
         }
-        let chips = |shape: &Self| format!("{} and {}", shape.irqchip, shape.pit);
+        let chips = |spec: &Self| format!("{} and {}", spec.irqchip, spec.pit);
         if chips(self) != chips(other) {
             return differ("irqchip and pit", chips(self), chips(other));
         }
         if self.exit_port != other.exit_port {
-            let port = |shape: &Self| format!("{:x?}", shape.exit_port);
+            let port = |spec: &Self| format!("{:x?}", spec.exit_port);
             return differ("exit_port", port(self), port(other));
         }
         if self.fixups != other.fixups {
@@ -85,27 +86,28 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn a_shape_comes_back() {
+    fn a_spec_comes_back() {
         for (irqchip, pit) in [(false, false), (true, false), (true, true)] {
             for exit_port in [None, Some(0), Some(0xf4)] {
-                let shape = Shape { vcpus: 2, irqchip, pit, fixups: pit, exit_port };
-                assert_eq!(Shape::decode(&shape.encode()).unwrap(), shape);
+                let spec = MachineSpec { vcpus: 2, irqchip, pit, fixups: pit, exit_port };
+                assert_eq!(MachineSpec::decode(&spec.encode()).unwrap(), spec);
             }
         }
     }
 
     #[test]
-    fn another_shape_is_named() {
-        let shape = Shape { vcpus: 1, irqchip: false, pit: false, fixups: false, exit_port: None };
-        let error = shape.check_same(&Shape { vcpus: 2, ..shape }).unwrap_err();
+    fn another_spec_is_named() {
+        let spec =
+            MachineSpec { vcpus: 1, irqchip: false, pit: false, fixups: false, exit_port: None };
+        let error = spec.check_same(&MachineSpec { vcpus: 2, ..spec }).unwrap_err();
         assert!(error.detail.contains("vcpus 1, the snapshot 2"), "{error}");
     }
 
     proptest! {
         #[test]
-        fn no_bytes_make_a_shape_panic(bytes in prop::collection::vec(any::<u8>(), 0..12)) {
-            if let Ok(shape) = Shape::decode(&bytes) {
-                prop_assert!((1..=254).contains(&shape.vcpus));
+        fn no_bytes_make_a_spec_panic(bytes in prop::collection::vec(any::<u8>(), 0..12)) {
+            if let Ok(spec) = MachineSpec::decode(&bytes) {
+                prop_assert!((1..=254).contains(&spec.vcpus));
             }
         }
     }
