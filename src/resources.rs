@@ -9,7 +9,7 @@ use crate::sync::{Mutex, rank};
 
 /// The kind of a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Kind {
+pub enum ResourceKind {
     /// Guest-physical addresses with memory.
     Memory,
     /// Guest-physical addresses of a device.
@@ -20,7 +20,7 @@ pub enum Kind {
     Gsi,
 }
 
-impl Kind {
+impl ResourceKind {
     /// Its name in Python.
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -43,7 +43,7 @@ impl Kind {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Resource {
     /// The kind.
-    pub kind: Kind,
+    pub kind: ResourceKind,
     /// The first address, port or line.
     pub start: u64,
     /// The number of addresses, ports or lines.
@@ -65,7 +65,7 @@ impl Resource {
         self.start.saturating_add(self.length.saturating_sub(1))
     }
 
-    fn overlaps(&self, kind: Kind, start: u64, last: u64) -> bool {
+    fn overlaps(&self, kind: ResourceKind, start: u64, last: u64) -> bool {
         self.kind.shares_space_with(kind) && start <= self.last() && self.start <= last
     }
 }
@@ -84,7 +84,7 @@ impl Resources {
     /// The claim that it would overlap.
     pub fn claim(
         &self,
-        kind: Kind,
+        kind: ResourceKind,
         (start, length): (u64, u64),
         name: &str,
     ) -> Result<(), Resource> {
@@ -100,7 +100,7 @@ impl Resources {
     }
 
     /// Add a shared use of a range.
-    pub fn share(&self, kind: Kind, (start, length): (u64, u64), name: &str) {
+    pub fn share(&self, kind: ResourceKind, (start, length): (u64, u64), name: &str) {
         let name = name.to_owned();
         insert(&mut self.claims.lock(), Resource { kind, start, length, name, is_shared: true });
     }
@@ -109,7 +109,7 @@ impl Resources {
     /// its start, or None if there is no room. Shared uses count as taken.
     pub fn allocate(
         &self,
-        kind: Kind,
+        kind: ResourceKind,
         within: RangeInclusive<u64>,
         (length, align): (u64, u64),
         name: &str,
@@ -134,14 +134,14 @@ impl Resources {
     }
 
     /// Release a claim. Does nothing if no claim starts there.
-    pub fn release(&self, kind: Kind, start: u64) {
+    pub fn release(&self, kind: ResourceKind, start: u64) {
         let mut claims = self.claims.lock();
         let at = claims.iter().position(|c| (c.kind, c.start, c.is_shared) == (kind, start, false));
         at.map(|at| claims.remove(at));
     }
 
     /// Release a shared use.
-    pub fn release_shared(&self, kind: Kind, start: u64, name: &str) {
+    pub fn release_shared(&self, kind: ResourceKind, start: u64, name: &str) {
         let mut claims = self.claims.lock();
         let is_it = |c: &Resource| {
             (c.kind, c.start, c.is_shared, c.name.as_str()) == (kind, start, true, name)
@@ -174,13 +174,13 @@ mod tests {
     #[test]
     fn a_range_has_one_owner_and_the_refusal_names_it() {
         let resources = Resources::default();
-        resources.claim(Kind::Memory, (0, 0x1000), "RAM").unwrap();
-        let owner = resources.claim(Kind::Mmio, (0xfff, 2), "a device").unwrap_err();
-        assert_eq!((owner.name.as_str(), owner.kind), ("RAM", Kind::Memory));
-        resources.claim(Kind::Pio, (0xfff, 2), "a device").unwrap();
-        resources.claim(Kind::Mmio, (0x1000, u64::MAX), "the rest").unwrap();
-        resources.release(Kind::Memory, 0);
-        resources.claim(Kind::Mmio, (0xfff, 1), "a device").unwrap();
+        resources.claim(ResourceKind::Memory, (0, 0x1000), "RAM").unwrap();
+        let owner = resources.claim(ResourceKind::Mmio, (0xfff, 2), "a device").unwrap_err();
+        assert_eq!((owner.name.as_str(), owner.kind), ("RAM", ResourceKind::Memory));
+        resources.claim(ResourceKind::Pio, (0xfff, 2), "a device").unwrap();
+        resources.claim(ResourceKind::Mmio, (0x1000, u64::MAX), "the rest").unwrap();
+        resources.release(ResourceKind::Memory, 0);
+        resources.claim(ResourceKind::Mmio, (0xfff, 1), "a device").unwrap();
         let names: Vec<_> = resources.all().into_iter().map(|claim| claim.name).collect();
         assert_eq!(names, ["a device", "the rest", "a device"]);
     }
@@ -188,12 +188,12 @@ mod tests {
     #[test]
     fn a_shared_use_is_listed_and_excludes_nothing_but_an_allocation() {
         let resources = Resources::default();
-        resources.share(Kind::Gsi, (5, 1), "irqfd");
-        resources.share(Kind::Gsi, (5, 1), "irqfd");
-        resources.claim(Kind::Gsi, (5, 1), "a device").unwrap();
-        resources.release(Kind::Gsi, 5);
-        assert_eq!(resources.allocate(Kind::Gsi, 5..=23, (1, 1), "virtio"), Some(6));
-        resources.release_shared(Kind::Gsi, 5, "irqfd");
+        resources.share(ResourceKind::Gsi, (5, 1), "irqfd");
+        resources.share(ResourceKind::Gsi, (5, 1), "irqfd");
+        resources.claim(ResourceKind::Gsi, (5, 1), "a device").unwrap();
+        resources.release(ResourceKind::Gsi, 5);
+        assert_eq!(resources.allocate(ResourceKind::Gsi, 5..=23, (1, 1), "virtio"), Some(6));
+        resources.release_shared(ResourceKind::Gsi, 5, "irqfd");
         assert_eq!(resources.all().len(), 2);
     }
 
@@ -207,13 +207,13 @@ mod tests {
                 let align = 1 << shift;
                 let before = resources.all();
                 let free = |start: u64| {
-                    !before.iter().any(|c| c.overlaps(Kind::Mmio, start, start + length - 1))
+                    !before.iter().any(|c| c.overlaps(ResourceKind::Mmio, start, start + length - 1))
                 };
-                let at = resources.allocate(Kind::Mmio, 0x10..=0xff, (length, align), "it");
+                let at = resources.allocate(ResourceKind::Mmio, 0x10..=0xff, (length, align), "it");
                 let first = (0x10..=0x100 - length).filter(|s| s % align == 0).find(|s| free(*s));
                 prop_assert_eq!(at, first);
                 if let (Some(at), false) = (at, is_kept) {
-                    resources.release(Kind::Mmio, at);
+                    resources.release(ResourceKind::Mmio, at);
                     prop_assert_eq!(resources.all(), before);
                 }
             }
@@ -222,9 +222,9 @@ mod tests {
         #[test]
         fn no_range_panics(start in any::<u64>(), length in 1..=u64::MAX, align in 0u32..64) {
             let resources = Resources::default();
-            let _ = resources.claim(Kind::Mmio, (start, length), "one");
-            let _ = resources.claim(Kind::Memory, (length, start.max(1)), "other");
-            let _ = resources.allocate(Kind::Mmio, start..=u64::MAX, (length, 1 << align), "more");
+            let _ = resources.claim(ResourceKind::Mmio, (start, length), "one");
+            let _ = resources.claim(ResourceKind::Memory, (length, start.max(1)), "other");
+            let _ = resources.allocate(ResourceKind::Mmio, start..=u64::MAX, (length, 1 << align), "more");
         }
     }
 }

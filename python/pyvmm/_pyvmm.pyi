@@ -13,7 +13,7 @@ from typing import Any, Literal, Never, Protocol, Self, TypeVar, final, overload
 
 from typing_extensions import Buffer, disjoint_base
 
-from pyvmm.callbacks import Later
+from pyvmm.callbacks import TimerHandle
 from pyvmm.config import SerialConfig, VmmConfig
 from pyvmm.devices import Device, Resource, Unanswered
 from pyvmm.events import EventSet, Subscriber
@@ -325,7 +325,7 @@ class EventManager:
 
     def call_later(
         self, seconds: float, function: Callable[..., object], *arguments: object, context: Context | None = None
-    ) -> Later:
+    ) -> TimerHandle:
         """Call a function once with these arguments, after `seconds`. The result has `cancel()`.
 
         If the time is in the past, the call is made in the next iteration. Calls are made in the
@@ -711,7 +711,7 @@ class Serial:
         """
 
     def _take(self, most: int) -> bytes: ...
-    def _settle(self, written: int, again_s: float | None) -> None: ...
+    def _finish_write(self, written: int, again_s: float | None) -> None: ...
     @property
     def input_waiting(self) -> int:
         """The number of input bytes that the guest has not read yet."""
@@ -1737,11 +1737,11 @@ class Vmm:
 
     def _pio_device(self, base: int) -> object: ...
     def _lend(self) -> Vmm: ...
-    def _settle(self) -> None: ...
+    def _accept_changes(self) -> None: ...
     def _is_clean(self) -> bool: ...
     def _is_running(self) -> bool: ...
     def _renew(self, snapshot: Snapshot) -> bool: ...
-    def _stir(self, entropy: Callable[[Vmm], object] | tuple[int, int]) -> None: ...
+    def _write_entropy(self, entropy: Callable[[Vmm], object] | tuple[int, int]) -> None: ...
     def irq(self, line: int) -> IrqLine:
         """Return an interrupt line: pin 0 to 23 of the I/O APIC. The first sixteen are also lines of the PICs.
 

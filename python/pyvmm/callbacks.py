@@ -109,7 +109,7 @@ def on(manager: EventManager, source: Any, event_set: int, data: int, drain: boo
     return register
 
 
-class Later:
+class TimerHandle:
     """A scheduled call that can be cancelled. Created by `EventManager.call_later`."""
 
     def __init__(self, manager: EventManager, number: int, when: float) -> None:

@@ -263,7 +263,7 @@ class _Worker:
                 fork.close()
         arguments = self._arguments(self._number)
         fork = self._snapshot.fork(**arguments)
-        fork._settle()
+        fork._accept_changes()
         serial = arguments.get("serial")
         # An input stream cannot be rewound, so each job needs a new fork.
         self._reads_input = serial is not None and serial.input is not None
@@ -277,7 +277,7 @@ class _Worker:
                 return False
             if self._entropy is None:
                 return True
-            fork._stir(self._entropy)
+            fork._write_entropy(self._entropy)
             # If entropy did something that a reset cannot undo, the next job needs a new fork.
             return fork._is_clean()
         except Exception:  # a new fork may help; otherwise it raises the same exception

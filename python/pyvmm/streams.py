@@ -89,7 +89,7 @@ class Writer:
             self._write(piece)
         finally:
             is_done = self._write.taken == len(piece) and not self._write.must_flush
-            self._serial._settle(self._write.taken, None if is_done else RETRY_S)
+            self._serial._finish_write(self._write.taken, None if is_done else RETRY_S)
 
 
 class FileWriter:

@@ -10,7 +10,7 @@ use kvm_ioctls::{Kvm, VcpuFd};
 
 use super::config::{CpuConfig, CpuTemplate};
 use super::features::{Feature, Register, feature, feature_names};
-use super::topology::Place;
+use super::topology::CpuTopology;
 use crate::error::{Error, Result};
 use crate::process::OnceBox;
 
@@ -53,15 +53,15 @@ pub fn host_shadows_page_tables() -> bool {
 }
 
 /// What is computed once for each template.
-struct Templated {
+struct TemplateTable {
     /// The features that KVM supports and the template does not hide.
     entries: Vec<kvm_cpuid_entry2>,
     /// The table of the only vCPU of a machine with these features.
     only_vcpu: OnceBox<CpuId>,
 }
 
-fn templated(kvm: &Kvm, is_software: bool) -> Result<&'static Templated> {
-    static TABLES: [OnceBox<Templated>; 2] = [const { OnceBox::new() }; 2];
+fn templated(kvm: &Kvm, is_software: bool) -> Result<&'static TemplateTable> {
+    static TABLES: [OnceBox<TemplateTable>; 2] = [const { OnceBox::new() }; 2];
     let [host, software] = &TABLES;
     let table = if is_software { software } else { host };
     table.get_or_try_init(|| {
@@ -73,7 +73,7 @@ fn templated(kvm: &Kvm, is_software: bool) -> Result<&'static Templated> {
         if is_software {
             set_vendor(&mut entries, *b"GenuineIntel");
         }
-        Ok(Templated { entries, only_vcpu: OnceBox::new() })
+        Ok(TemplateTable { entries, only_vcpu: OnceBox::new() })
     })
 }
 
@@ -90,7 +90,7 @@ pub struct GuestCpuid {
 /// # Errors
 /// If KVM does not report its supported CPUID.
 pub fn guest_cpuid(kvm: &Kvm, config: &CpuConfig) -> Result<GuestCpuid> {
-    let Templated { entries, only_vcpu } = templated(kvm, is_software(config.template))?;
+    let TemplateTable { entries, only_vcpu } = templated(kvm, is_software(config.template))?;
     let mut table = GuestCpuid { entries: entries.into(), only_vcpu: Some(only_vcpu) };
     if config.hide.is_empty() && config.expose.is_empty() {
         return Ok(table);
@@ -243,7 +243,7 @@ fn for_vcpu(table: &[kvm_cpuid_entry2], id: u8, vcpus: u8) -> Result<CpuId> {
         entry.ecx |= 1 << 31; // hypervisor
     });
     let is_amd = matches!(vendor(table).as_str(), "AuthenticAMD" | "HygonGenuine");
-    Place { id: id.into(), vcpus: vcpus.max(1).into(), is_amd }.put(&mut entries);
+    CpuTopology { id: id.into(), vcpus: vcpus.max(1).into(), is_amd }.put(&mut entries);
     CpuId::from_entries(&entries).map_err(|_| {
         Error::new(crate::error::ErrorKind::Kvm, "KVM_SET_CPUID2", "the CPUID table is too long")
     })

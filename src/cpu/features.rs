@@ -26,41 +26,41 @@ pub struct Feature {
 
 /// The features of one register by bit, with their names in /proc/cpuinfo, or `-` for an unnamed
 /// bit.
-struct Word {
+struct FeatureWord {
     leaf: (u32, u32),
     register: Register,
     names: &'static str,
 }
 
-const WORDS: [Word; 10] = [
-    Word {
+const FEATURE_WORDS: [FeatureWord; 10] = [
+    FeatureWord {
         leaf: (1, 0),
         register: Register::Edx,
         names: "fpu vme de pse tsc msr pae mce cx8 apic - sep mtrr pge mca cmov pat pse36 pn clflush - dts \
                 acpi mmx fxsr sse sse2 ss ht tm ia64 pbe",
     },
-    Word {
+    FeatureWord {
         leaf: (1, 0),
         register: Register::Ecx,
         names: "pni pclmulqdq dtes64 monitor ds_cpl vmx smx est tm2 ssse3 cid sdbg fma cx16 xtpr pdcm - pcid \
                 dca sse4_1 sse4_2 x2apic movbe popcnt tsc_deadline_timer aes xsave osxsave avx f16c rdrand \
                 hypervisor",
     },
-    Word {
+    FeatureWord {
         leaf: (7, 0),
         register: Register::Ebx,
         names: "fsgsbase tsc_adjust sgx bmi1 hle avx2 fdp_excptn_only smep bmi2 erms invpcid rtm cqm \
                 zero_fcs_fds mpx rdt_a avx512f avx512dq rdseed adx smap avx512ifma - clflushopt clwb intel_pt \
                 avx512pf avx512er avx512cd sha_ni avx512bw avx512vl",
     },
-    Word {
+    FeatureWord {
         leaf: (7, 0),
         register: Register::Ecx,
         names: "prefetchwt1 avx512vbmi umip pku ospke waitpkg avx512_vbmi2 shstk gfni vaes vpclmulqdq \
                 avx512_vnni avx512_bitalg tme avx512_vpopcntdq - la57 - - - - - rdpid - bus_lock_detect \
                 cldemote - movdiri movdir64b enqcmd sgx_lc pks",
     },
-    Word {
+    FeatureWord {
         leaf: (7, 0),
         register: Register::Edx,
         names: "- sgx_keys avx512_4vnniw avx512_4fmaps fsrm uintr - - avx512_vp2intersect srbds_ctrl md_clear \
@@ -68,20 +68,24 @@ const WORDS: [Word; 10] = [
                 amx_bf16 avx512_fp16 amx_tile amx_int8 spec_ctrl stibp flush_l1d arch_capabilities \
                 core_capabilities ssbd",
     },
-    Word {
+    FeatureWord {
         leaf: (7, 1),
         register: Register::Eax,
         names: "sha512 sm3 sm4 rao_int avx_vnni avx512_bf16 lass cmpccxadd arch_perfmon_ext - fzrm fsrs fsrc - \
                 - - - fred lkgs wrmsrns nmi_src amx_fp16 hreset avx_ifma - - lam msrlist - - - -",
     },
-    Word { leaf: (0xd, 1), register: Register::Eax, names: "xsaveopt xsavec xgetbv1 xsaves xfd" },
-    Word {
+    FeatureWord {
+        leaf: (0xd, 1),
+        register: Register::Eax,
+        names: "xsaveopt xsavec xgetbv1 xsaves xfd",
+    },
+    FeatureWord {
         leaf: (0x8000_0001, 0),
         register: Register::Edx,
         names: "- - - - - - - - - - - syscall - - - - - - - mp nx - mmxext - - fxsr_opt pdpe1gb rdtscp - lm \
                 3dnowext 3dnow",
     },
-    Word {
+    FeatureWord {
         leaf: (0x8000_0001, 0),
         register: Register::Ecx,
         names: "lahf_lm cmp_legacy svm extapic cr8_legacy abm sse4a misalignsse 3dnowprefetch osvw ibs xop \
@@ -89,7 +93,7 @@ const WORDS: [Word; 10] = [
                 perfctr_llc mwaitx - -",
     },
     // KVM's own features: the kernel's Documentation/virt/kvm/x86/cpuid.rst, with QEMU's names.
-    Word {
+    FeatureWord {
         leaf: (0x4000_0001, 0),
         register: Register::Eax,
         names: "kvmclock_old kvm_nopiodelay kvm_mmu kvmclock kvm_asyncpf kvm_steal_time kvm_pv_eoi \
@@ -101,7 +105,7 @@ const WORDS: [Word; 10] = [
 /// Look up a feature by name.
 #[must_use]
 pub fn feature(name: &str) -> Option<Feature> {
-    WORDS.iter().find_map(|word| {
+    FEATURE_WORDS.iter().find_map(|word| {
         let at = word.names.split_whitespace().position(|n| n == name && n != "-")?;
         let bit = u32::try_from(at).ok()?;
         Some(Feature { leaf: word.leaf, register: word.register, bit })
@@ -110,5 +114,5 @@ pub fn feature(name: &str) -> Option<Feature> {
 
 /// Every name that can be hidden, in the order of the leaves.
 pub fn feature_names() -> impl Iterator<Item = &'static str> {
-    WORDS.iter().flat_map(|word| word.names.split_whitespace()).filter(|name| *name != "-")
+    FEATURE_WORDS.iter().flat_map(|word| word.names.split_whitespace()).filter(|name| *name != "-")
 }

@@ -12,7 +12,7 @@ const CACHE_CORES: u32 = 0x3f << 26;
 
 /// One of the machine's vCPUs.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Place {
+pub(super) struct CpuTopology {
     /// Its APIC id, which is its number.
     pub(super) id: u32,
     /// The number of vCPUs.
@@ -21,7 +21,7 @@ pub(super) struct Place {
     pub(super) is_amd: bool,
 }
 
-impl Place {
+impl CpuTopology {
     /// The number of APIC id bits that distinguish the cores of the package.
     fn bits(self) -> u32 {
         self.vcpus.next_power_of_two().trailing_zeros()
@@ -118,7 +118,7 @@ mod tests {
             entry(0x8000_001d, 3, 0x3_c163),
             entry(0x8000_001e, 0, 5),
         ];
-        Place { id, vcpus, is_amd }.put(&mut table);
+        CpuTopology { id, vcpus, is_amd }.put(&mut table);
         table
     }
 
@@ -170,14 +170,14 @@ mod tests {
             assert_eq!(leaf(&table(is_amd, 0, vcpus), 0x8000_0001, 0).ecx, marked);
         }
         let mut intel = vec![entry(0x8000_0008, 0, 0)];
-        Place { id: 0, vcpus: 2, is_amd: false }.put(&mut intel);
+        CpuTopology { id: 0, vcpus: 2, is_amd: false }.put(&mut intel);
         assert_eq!(leaf(&intel, 0x8000_0008, 0).ecx, 0);
     }
 
     #[test]
     fn a_table_without_levels_gets_none() {
         let mut entries = vec![entry(1, 0, 0)];
-        Place { id: 0, vcpus: 2, is_amd: false }.put(&mut entries);
+        CpuTopology { id: 0, vcpus: 2, is_amd: false }.put(&mut entries);
         assert_eq!(entries.len(), 1);
     }
 }

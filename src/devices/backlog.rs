@@ -18,9 +18,9 @@ const CAPTURE_SIZE: usize = 1 << 20;
 const BACKLOG_SIZE: usize = 1 << 16;
 /// Guests print byte by byte. The consumer is notified this long after the first byte, so that it
 /// takes several at once,
-const GATHER: Duration = Duration::from_millis(2);
+const NOTIFY_DELAY: Duration = Duration::from_millis(2);
 /// or immediately when this many bytes are buffered.
-const GATHERED: usize = 4096;
+const NOTIFY_SIZE: usize = 4096;
 const AT_ONCE: Duration = Duration::from_nanos(1);
 
 /// See the module.
@@ -50,10 +50,10 @@ struct State {
     stop: TextStop,
 }
 
-/// Output that is being written; `Backlog::settle` takes the result.
+/// Output that is being written; `Backlog::finish_write` takes the result.
 #[derive(Debug)]
 #[must_use]
-pub struct Piece {
+pub struct Chunk {
     /// Its bytes.
     pub bytes: Vec<u8>,
     epoch: u64,
@@ -108,10 +108,10 @@ impl Backlog {
         let now = state.bytes.len();
         if !state.has_consumer {
             state.bytes.drain(..now.saturating_sub(CAPTURE_SIZE));
-        } else if before < GATHERED && now >= GATHERED {
-            state.tell_in(AT_ONCE);
+        } else if before < NOTIFY_SIZE && now >= NOTIFY_SIZE {
+            state.notify_after(AT_ONCE);
         } else if before == 0 {
-            state.tell_in(GATHER);
+            state.notify_after(NOTIFY_DELAY);
         }
         if bytes.iter().any(|byte| state.stop.feed(*byte)) {
             return Printed::Found;
@@ -140,7 +140,7 @@ impl Backlog {
     }
 
     /// Take at most `most` bytes. They are not part of a snapshot, and no other call returns them.
-    pub(super) fn take(&self, most: usize) -> Piece {
+    pub(super) fn take(&self, most: usize) -> Chunk {
         let mut state = self.state.lock();
         // Not readable until there is more. Cannot fail on a timer's descriptor.
         let _ = state.ready.as_mut().map(TimerFd::clear);
@@ -152,25 +152,25 @@ impl Backlog {
         };
         state.in_flight += count;
         self.room.notify_all();
-        Piece { bytes, epoch: state.epoch }
+        Chunk { bytes, epoch: state.epoch }
     }
 
-    /// The first `written` bytes of a piece have been written. The others are put back in front.
-    pub(super) fn settle(&self, piece: &Piece, written: usize) {
+    /// The first `written` bytes of a chunk have been written. The others are put back in front.
+    pub(super) fn finish_write(&self, chunk: &Chunk, written: usize) {
         let mut state = self.state.lock();
-        if piece.epoch != state.epoch {
+        if chunk.epoch != state.epoch {
             return;
         }
-        state.in_flight = state.in_flight.saturating_sub(piece.bytes.len());
-        if let Some(left) = piece.bytes.get(written..).filter(|left| !left.is_empty()) {
+        state.in_flight = state.in_flight.saturating_sub(chunk.bytes.len());
+        if let Some(left) = chunk.bytes.get(written..).filter(|left| !left.is_empty()) {
             let later = std::mem::replace(&mut state.bytes, left.to_vec().into());
             state.bytes.extend(later);
         }
     }
 
     /// Notify the consumer again after this time.
-    pub(super) fn tell_in(&self, delay: Duration) {
-        self.state.lock().tell_in(delay);
+    pub(super) fn notify_after(&self, delay: Duration) {
+        self.state.lock().notify_after(delay);
     }
 
     /// The output cannot be written: from now on it is buffered as without a consumer.
@@ -203,8 +203,8 @@ impl Backlog {
     }
 
     /// Take the text that was found.
-    pub(super) fn take_found(&self) -> Option<Vec<u8>> {
-        self.state.lock().stop.take_found()
+    pub(super) fn take_match(&self) -> Option<Vec<u8>> {
+        self.state.lock().stop.take_match()
     }
 
     /// A copy of the output that has not been taken.
@@ -219,7 +219,7 @@ impl Backlog {
         state.in_flight = 0;
         state.epoch += 1;
         if !state.bytes.is_empty() {
-            state.tell_in(AT_ONCE);
+            state.notify_after(AT_ONCE);
         }
         self.room.notify_all();
     }
@@ -230,7 +230,7 @@ impl State {
         self.has_consumer && self.bytes.len() >= BACKLOG_SIZE
     }
 
-    fn tell_in(&mut self, delay: Duration) {
+    fn notify_after(&mut self, delay: Duration) {
         // Cannot fail: the descriptor is a timer's and the time is in range.
         let _ = self.ready.as_mut().map(|ready| ready.reset(delay, None));
     }
@@ -243,9 +243,9 @@ mod tests {
     use std::sync::atomic::{AtomicBool, Ordering};
 
     fn all(backlog: &Backlog) -> Vec<u8> {
-        let piece = backlog.take(usize::MAX);
-        backlog.settle(&piece, piece.bytes.len());
-        piece.bytes
+        let chunk = backlog.take(usize::MAX);
+        backlog.finish_write(&chunk, chunk.bytes.len());
+        chunk.bytes
     }
 
     #[test]
@@ -264,10 +264,10 @@ mod tests {
     fn what_could_not_be_written_comes_first_the_next_time() {
         let backlog = Backlog::new(true).unwrap();
         backlog.print(b"hello");
-        let piece = backlog.take(4);
+        let chunk = backlog.take(4);
         backlog.print(b" there");
-        assert_eq!((piece.bytes.as_slice(), backlog.waiting()), (&b"hell"[..], 11));
-        backlog.settle(&piece, 1);
+        assert_eq!((chunk.bytes.as_slice(), backlog.waiting()), (&b"hell"[..], 11));
+        backlog.finish_write(&chunk, 1);
         assert_eq!((backlog.waiting(), all(&backlog)), (10, b"ello there".to_vec()));
     }
 
@@ -275,9 +275,9 @@ mod tests {
     fn what_was_taken_before_a_restore_is_not_put_back() {
         let backlog = Backlog::new(true).unwrap();
         backlog.print(b"gone");
-        let piece = backlog.take(4);
+        let chunk = backlog.take(4);
         backlog.restore(b"new".to_vec());
-        backlog.settle(&piece, 0);
+        backlog.finish_write(&chunk, 0);
         assert_eq!(all(&backlog), b"new");
     }
 

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::Outcome;
 use crate::hop::hop;
-use crate::resources::Kind;
-use crate::sync::{Copied, Mutex, Published, rank};
+use crate::resources::ResourceKind;
+use crate::sync::{CachedArc, Mutex, Published, rank};
 
 /// Something that answers accesses on a bus. Offsets count from the start of its range.
 pub trait Device: Send + Sync + fmt::Debug {
@@ -118,10 +118,10 @@ pub enum Access {
 impl Access {
     /// The kind of its ranges as resources.
     #[must_use]
-    pub fn kind(self) -> Kind {
+    pub fn kind(self) -> ResourceKind {
         match self {
-            Self::Pio => Kind::Pio,
-            Self::Mmio => Kind::Mmio,
+            Self::Pio => ResourceKind::Pio,
+            Self::Mmio => ResourceKind::Mmio,
         }
     }
 }
@@ -144,7 +144,7 @@ pub(crate) struct Entry {
 }
 
 /// A vCPU's copy of the devices of a bus.
-pub(crate) type BusCopy = Copied<[Entry]>;
+pub(crate) type BusCache = CachedArc<[Entry]>;
 
 /// One bus.
 #[derive(Debug, Default)]
@@ -211,7 +211,7 @@ impl Bus {
     /// The device whose range contains the whole access, and the offset in it.
     pub(crate) fn find<'a>(
         &self,
-        copy: &'a mut BusCopy,
+        copy: &'a mut BusCache,
         address: u64,
         length: usize,
     ) -> Option<(&'a Arc<dyn Device>, u64)> {
@@ -350,7 +350,7 @@ mod tests {
         add(&bus, 0x100, 8);
         assert!(bus.remove(0x104).is_err(), "not where it starts");
         bus.remove(0x100).unwrap();
-        assert!(bus.find(&mut BusCopy::default(), 0x100, 1).is_none());
+        assert!(bus.find(&mut BusCache::default(), 0x100, 1).is_none());
         add(&bus, 0x104, 8);
     }
 
@@ -390,7 +390,7 @@ mod tests {
             }
             let end = address + length as u64;
             let expected = added.iter().find(|(b, s)| *b <= address && end <= b + s);
-            let mut copy = BusCopy::default();
+            let mut copy = BusCache::default();
             let found = bus.find(&mut copy, address, length).map(|(_, offset)| offset);
             prop_assert_eq!(found, expected.map(|(b, _)| address - b));
         }

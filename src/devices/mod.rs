@@ -20,8 +20,8 @@ mod uart_bits;
 mod uart_modem;
 mod uart_state;
 
-pub use backlog::Piece;
-pub(crate) use bus::BusCopy;
+pub use backlog::Chunk;
+pub(crate) use bus::BusCache;
 pub use bus::{Access, Bus, Buses, Device, Unanswered, each};
 pub use debug_exit::DebugExit;
 pub use i8042::I8042;

@@ -40,7 +40,7 @@ impl Direction {
 /// How a stream is used without ever blocking, and without changing its blocking mode, which other
 /// processes may share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum IoMode {
     /// With calls that do not wait.
     Socket {
         /// An empty message is not the end of the input.
@@ -169,21 +169,21 @@ fn has_messages(socket: &File) -> bool {
 
 /// Return the stream to use, and how. Pipes and terminals are opened again, so that they are
 /// non-blocking here without affecting other users.
-pub(super) fn unblocked(file: File, direction: Direction) -> (File, Kind) {
+pub(super) fn unblocked(file: File, direction: Direction) -> (File, IoMode) {
     let Ok(kind) = file.metadata().map(|found| found.file_type()) else {
-        return (file, Kind::Polled);
+        return (file, IoMode::Polled);
     };
     if kind.is_socket() {
         let has_messages = has_messages(&file);
-        return (file, Kind::Socket { has_messages });
+        return (file, IoMode::Socket { has_messages });
     }
     if kind.is_file() {
-        return (file, Kind::File);
+        return (file, IoMode::File);
     }
     match can_be_opened_again(&file, kind).then(|| again(&file, direction)) {
-        Some(Ok(own)) => (own, Kind::NonBlocking),
+        Some(Ok(own)) => (own, IoMode::NonBlocking),
         // Another user's terminal, or no /proc.
-        _ => (file, Kind::Polled),
+        _ => (file, IoMode::Polled),
     }
 }
 
@@ -252,7 +252,7 @@ mod tests {
         let shared = writer.as_raw_fd();
         let copy = duplicate(shared, Direction::Output).unwrap();
         let (own, kind) = unblocked(copy.into(), Direction::Output);
-        assert_eq!(kind, Kind::NonBlocking);
+        assert_eq!(kind, IoMode::NonBlocking);
         // SAFETY: two open descriptors.
         let modes = [shared, own.as_raw_fd()].map(|fd| unsafe { libc::fcntl(fd, libc::F_GETFL) });
         assert_eq!(modes.map(|mode| mode & libc::O_NONBLOCK), [0, libc::O_NONBLOCK]);

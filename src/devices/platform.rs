@@ -12,7 +12,7 @@ use super::streams::has_consumer;
 use crate::config::{ExitPort, SerialConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout;
-use crate::resources::{Kind, Resources};
+use crate::resources::{ResourceKind, Resources};
 
 /// Claim the built-in devices' ports and interrupt line, before boot data names them.
 ///
@@ -22,7 +22,7 @@ pub(crate) fn claim(resources: &Resources, irqchip: bool, exit_port: ExitPort) -
     let claim = |ports, name| claim_range(resources, Access::Pio, ports, name);
     layout::device_ports(irqchip).iter().try_for_each(|(ports, name)| claim(*ports, name))?;
     if irqchip {
-        resources.share(Kind::Gsi, (u64::from(layout::COM1_IRQ), 1), "COM1");
+        resources.share(ResourceKind::Gsi, (u64::from(layout::COM1_IRQ), 1), "COM1");
     }
     match exit_port {
         ExitPort(Some(base)) => claim((u64::from(base), layout::EXIT_PORTS), "exit port")

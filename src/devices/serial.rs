@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::backlog::{Backlog, Piece, Printed};
+use super::backlog::{Backlog, Chunk, Printed};
 use super::line::InterruptLine;
 use super::uart::Uart;
 use crate::error::{Error, ErrorKind, Result};
@@ -97,24 +97,24 @@ impl Serial {
     /// Take all output.
     #[must_use]
     pub fn take_output(&self) -> Vec<u8> {
-        let piece = self.output.take(usize::MAX);
-        self.output.settle(&piece, piece.bytes.len());
-        piece.bytes
+        let chunk = self.output.take(usize::MAX);
+        self.output.finish_write(&chunk, chunk.bytes.len());
+        chunk.bytes
     }
 
-    /// Take at most `most` bytes of the output, to be reported to [`Self::settle`].
-    pub fn take_piece(&self, most: usize) -> Piece {
+    /// Take at most `most` bytes of the output, to be reported to [`Self::finish_write`].
+    pub fn take_chunk(&self, most: usize) -> Chunk {
         self.output.take(most)
     }
 
-    /// The first `written` bytes of a piece have been written; the others are put back.
-    pub fn settle(&self, piece: &Piece, written: usize) {
-        self.output.settle(piece, written);
+    /// The first `written` bytes of a chunk have been written; the others are put back.
+    pub fn finish_write(&self, chunk: &Chunk, written: usize) {
+        self.output.finish_write(chunk, written);
     }
 
     /// Notify the consumer again after this time.
-    pub fn tell_in(&self, delay: Duration) {
-        self.output.tell_in(delay);
+    pub fn notify_after(&self, delay: Duration) {
+        self.output.notify_after(delay);
     }
 
     /// The output cannot be written: the loop's iteration ends with this error, and further output
@@ -148,8 +148,8 @@ impl Serial {
 
     /// Take the text that ended a run.
     #[must_use]
-    pub fn take_found(&self) -> Option<Vec<u8>> {
-        self.output.take_found()
+    pub fn take_match(&self) -> Option<Vec<u8>> {
+        self.output.take_match()
     }
 
     /// Change the guest's side, move input to the UART as far as it has room, and raise the
@@ -219,9 +219,9 @@ mod tests {
         let serial = Serial::new(None, true).unwrap();
         serial.write_many(0, b"hello", 1);
         assert!(is_ready(&serial, 60_000));
-        let piece = serial.take_piece(3);
-        assert_eq!(piece.bytes, b"hel");
-        serial.settle(&piece, 2);
+        let chunk = serial.take_chunk(3);
+        assert_eq!(chunk.bytes, b"hel");
+        serial.finish_write(&chunk, 2);
         assert_eq!((serial.take_output().as_slice(), serial.backlog()), (&b"llo"[..], 0));
         assert!(!is_ready(&serial, 0));
     }

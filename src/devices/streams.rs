@@ -10,7 +10,7 @@ use std::time::Duration;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber, SubscriberId};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::open::{Direction, Kind, is_ready, output_file, unblocked};
+use super::open::{Direction, IoMode, is_ready, output_file, unblocked};
 use super::serial::Serial;
 use crate::config::{SerialConfig, SerialInput, SerialOutput};
 use crate::error::{Error, ErrorKind, Result};
@@ -70,7 +70,7 @@ pub(crate) fn has_consumer(config: &SerialConfig) -> bool {
 struct OutputPump {
     serial: Arc<Serial>,
     file: File,
-    kind: Kind,
+    kind: IoMode,
     /// Whether the file is watched for room.
     waits_for_room: bool,
 }
@@ -80,12 +80,12 @@ impl OutputPump {
     fn pump(&mut self, has_room: bool, ops: &mut EventOps) {
         let mut is_first = true;
         loop {
-            let piece = self.serial.take_piece(self.chunk());
-            if piece.bytes.is_empty() {
+            let chunk = self.serial.take_chunk(self.chunk());
+            if chunk.bytes.is_empty() {
                 return self.watch(false, ops);
             }
-            let result = self.write(&piece.bytes);
-            self.serial.settle(&piece, *result.as_ref().unwrap_or(&0));
+            let result = self.write(&chunk.bytes);
+            self.serial.finish_write(&chunk, *result.as_ref().unwrap_or(&0));
             match result {
                 // No file should do so. Retrying at once would spin.
                 Ok(0) => return self.retry(ops),
@@ -107,16 +107,16 @@ impl OutputPump {
 
     fn chunk(&self) -> usize {
         match self.kind {
-            Kind::Socket { has_messages: true } => MESSAGE,
-            Kind::Socket { .. } | Kind::NonBlocking | Kind::File => CHUNK,
-            Kind::Polled => POLLED_CHUNK,
+            IoMode::Socket { has_messages: true } => MESSAGE,
+            IoMode::Socket { .. } | IoMode::NonBlocking | IoMode::File => CHUNK,
+            IoMode::Polled => POLLED_CHUNK,
         }
     }
 
     /// Write as much as there is room for, without waiting.
     fn write(&mut self, chunk: &[u8]) -> io::Result<usize> {
         match self.kind {
-            Kind::Socket { .. } => {
+            IoMode::Socket { .. } => {
                 let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
                 // SAFETY: the pointer and the length are those of one slice, which is only read.
                 let sent = unsafe {
@@ -124,15 +124,15 @@ impl OutputPump {
                 };
                 usize::try_from(sent).map_err(|_| io::Error::last_os_error())
             }
-            Kind::NonBlocking | Kind::File => self.file.write(chunk),
-            Kind::Polled if is_ready(&self.file, libc::POLLOUT) => self.file.write(chunk),
-            Kind::Polled => Err(io::ErrorKind::WouldBlock.into()),
+            IoMode::NonBlocking | IoMode::File => self.file.write(chunk),
+            IoMode::Polled if is_ready(&self.file, libc::POLLOUT) => self.file.write(chunk),
+            IoMode::Polled => Err(io::ErrorKind::WouldBlock.into()),
         }
     }
 
     fn retry(&mut self, ops: &mut EventOps) {
         self.watch(false, ops);
-        self.serial.tell_in(RETRY);
+        self.serial.notify_after(RETRY);
     }
 
     fn watch(&mut self, for_room: bool, ops: &mut EventOps) {
@@ -181,7 +181,7 @@ struct InputPump {
     serial: Arc<Serial>,
     wanted: Arc<EventFd>,
     file: File,
-    kind: Kind,
+    kind: IoMode,
     eof: Vec<u8>,
     source: Source,
 }
@@ -205,13 +205,13 @@ impl InputPump {
 
     fn read(&mut self, ops: &mut EventOps) {
         match self.read_some() {
-            Ok(piece) if piece.is_empty() => {
-                if self.kind != (Kind::Socket { has_messages: true }) {
+            Ok(chunk) if chunk.is_empty() => {
+                if self.kind != (IoMode::Socket { has_messages: true }) {
                     self.end(ops);
                 }
             }
-            Ok(piece) => {
-                self.serial.feed(&piece);
+            Ok(chunk) => {
+                self.serial.feed(&chunk);
                 if self.source == Source::Watched && self.serial.input_waiting() >= READ_AHEAD {
                     let _ = ops.remove(Events::new(&self.file, EventSet::IN));
                     self.source = Source::Idle;
@@ -220,7 +220,7 @@ impl InputPump {
             Err(e)
                 if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
             // The other end of the terminal has been closed.
-            Err(e) if e.raw_os_error() == Some(libc::EIO) && self.kind != Kind::File => {
+            Err(e) if e.raw_os_error() == Some(libc::EIO) && self.kind != IoMode::File => {
                 self.end(ops);
             }
             Err(e) => {
@@ -233,12 +233,12 @@ impl InputPump {
     /// Read the available input, without waiting. Empty at the end, or for an empty message.
     fn read_some(&mut self) -> io::Result<Vec<u8>> {
         let size = match self.kind {
-            Kind::Socket { has_messages: true } => LONGEST_MESSAGE,
+            IoMode::Socket { has_messages: true } => LONGEST_MESSAGE,
             _ => 1024,
         };
         let mut buffer = vec![0; size];
         let count = match self.kind {
-            Kind::Socket { .. } => {
+            IoMode::Socket { .. } => {
                 // SAFETY: the pointer and the length are those of one buffer, which lives through
                 // the call.
                 let received = unsafe {
@@ -247,10 +247,10 @@ impl InputPump {
                 };
                 usize::try_from(received).map_err(|_| io::Error::last_os_error())?
             }
-            Kind::Polled if !is_ready(&self.file, libc::POLLIN) => {
+            IoMode::Polled if !is_ready(&self.file, libc::POLLIN) => {
                 return Err(io::ErrorKind::WouldBlock.into());
             }
-            Kind::NonBlocking | Kind::File | Kind::Polled => self.file.read(&mut buffer)?,
+            IoMode::NonBlocking | IoMode::File | IoMode::Polled => self.file.read(&mut buffer)?,
         };
         buffer.truncate(count);
         Ok(buffer)

@@ -46,7 +46,7 @@ impl TextStop {
     }
 
     /// Take the text if it was found. This ends the search.
-    pub(super) fn take_found(&mut self) -> Option<Vec<u8>> {
+    pub(super) fn take_match(&mut self) -> Option<Vec<u8>> {
         self.is_found.then(|| std::mem::take(self).text)
     }
 }
@@ -62,8 +62,8 @@ mod tests {
             let mut stop = TextStop::at(text.clone().into());
             let found = stream.bytes().position(|byte| stop.feed(byte)).map(|at| at + 1);
             prop_assert_eq!(found, stream.find(&text).map(|at| at + text.len()));
-            prop_assert_eq!(stop.take_found(), found.map(|_| text.into_bytes()));
-            prop_assert_eq!(stop.take_found(), None);
+            prop_assert_eq!(stop.take_match(), found.map(|_| text.into_bytes()));
+            prop_assert_eq!(stop.take_match(), None);
         }
     }
 }

@@ -11,84 +11,84 @@ use super::xsave::{SSE, get, image, put, set_image};
 const XMM: usize = 160;
 
 /// The instructions executed here, with their names and kinds.
-const TABLE: [(Mnemonic, &str, Kind); 61] = [
-    (Mnemonic::Movd, "movd", Kind::Scalar),
-    (Mnemonic::Movq, "movq", Kind::Scalar),
-    (Mnemonic::Pmovmskb, "pmovmskb", Kind::Mask),
-    (Mnemonic::Movlps, "movlps", Kind::Half(0)),
-    (Mnemonic::Movlpd, "movlpd", Kind::Half(0)),
-    (Mnemonic::Movhps, "movhps", Kind::Half(8)),
-    (Mnemonic::Movhpd, "movhpd", Kind::Half(8)),
-    (Mnemonic::Movlhps, "movlhps", Kind::Both(|a, b| a & LOW | b << 64)),
-    (Mnemonic::Movhlps, "movhlps", Kind::Both(|a, b| a & !LOW | b >> 64)),
-    (Mnemonic::Pxor, "pxor", Kind::Both(|a, b| a ^ b)),
-    (Mnemonic::Xorps, "xorps", Kind::Both(|a, b| a ^ b)),
-    (Mnemonic::Xorpd, "xorpd", Kind::Both(|a, b| a ^ b)),
-    (Mnemonic::Por, "por", Kind::Both(|a, b| a | b)),
-    (Mnemonic::Orps, "orps", Kind::Both(|a, b| a | b)),
-    (Mnemonic::Orpd, "orpd", Kind::Both(|a, b| a | b)),
-    (Mnemonic::Pand, "pand", Kind::Both(|a, b| a & b)),
-    (Mnemonic::Andps, "andps", Kind::Both(|a, b| a & b)),
-    (Mnemonic::Andpd, "andpd", Kind::Both(|a, b| a & b)),
-    (Mnemonic::Pandn, "pandn", Kind::Both(|a, b| !a & b)),
-    (Mnemonic::Andnps, "andnps", Kind::Both(|a, b| !a & b)),
-    (Mnemonic::Andnpd, "andnpd", Kind::Both(|a, b| !a & b)),
-    (Mnemonic::Paddb, "paddb", Kind::Lanes(8, |a, b| a.wrapping_add(b))),
-    (Mnemonic::Paddw, "paddw", Kind::Lanes(16, |a, b| a.wrapping_add(b))),
-    (Mnemonic::Paddd, "paddd", Kind::Lanes(32, |a, b| a.wrapping_add(b))),
-    (Mnemonic::Paddq, "paddq", Kind::Lanes(64, |a, b| a.wrapping_add(b))),
-    (Mnemonic::Psubb, "psubb", Kind::Lanes(8, |a, b| a.wrapping_sub(b))),
-    (Mnemonic::Psubw, "psubw", Kind::Lanes(16, |a, b| a.wrapping_sub(b))),
-    (Mnemonic::Psubd, "psubd", Kind::Lanes(32, |a, b| a.wrapping_sub(b))),
-    (Mnemonic::Psubq, "psubq", Kind::Lanes(64, |a, b| a.wrapping_sub(b))),
-    (Mnemonic::Pcmpeqb, "pcmpeqb", Kind::Lanes(8, equal)),
-    (Mnemonic::Pcmpeqw, "pcmpeqw", Kind::Lanes(16, equal)),
-    (Mnemonic::Pcmpeqd, "pcmpeqd", Kind::Lanes(32, equal)),
-    (Mnemonic::Pmuludq, "pmuludq", Kind::Lanes(64, |a, b| (a & WORD).wrapping_mul(b & WORD))),
-    (Mnemonic::Pmullw, "pmullw", Kind::Lanes(16, |a, b| a.wrapping_mul(b))),
-    (Mnemonic::Pminub, "pminub", Kind::Lanes(8, |a, b| a.min(b))),
-    (Mnemonic::Pmaxub, "pmaxub", Kind::Lanes(8, |a, b| a.max(b))),
-    (Mnemonic::Punpcklbw, "punpcklbw", Kind::Both(|a, b| interleave(a, b, 8))),
-    (Mnemonic::Punpcklwd, "punpcklwd", Kind::Both(|a, b| interleave(a, b, 16))),
-    (Mnemonic::Punpckldq, "punpckldq", Kind::Both(|a, b| interleave(a, b, 32))),
-    (Mnemonic::Unpcklps, "unpcklps", Kind::Both(|a, b| interleave(a, b, 32))),
-    (Mnemonic::Punpcklqdq, "punpcklqdq", Kind::Both(|a, b| interleave(a, b, 64))),
-    (Mnemonic::Punpckhbw, "punpckhbw", Kind::Both(|a, b| interleave(a >> 64, b >> 64, 8))),
-    (Mnemonic::Punpckhwd, "punpckhwd", Kind::Both(|a, b| interleave(a >> 64, b >> 64, 16))),
-    (Mnemonic::Punpckhdq, "punpckhdq", Kind::Both(|a, b| interleave(a >> 64, b >> 64, 32))),
-    (Mnemonic::Unpckhps, "unpckhps", Kind::Both(|a, b| interleave(a >> 64, b >> 64, 32))),
-    (Mnemonic::Punpckhqdq, "punpckhqdq", Kind::Both(|a, b| interleave(a >> 64, b >> 64, 64))),
-    (Mnemonic::Pshufb, "pshufb", Kind::Both(shuffle_bytes)),
-    (Mnemonic::Pshufd, "pshufd", Kind::Immediate(|_, b, n| shuffle(b, b, n, 32, 0))),
+const TABLE: [(Mnemonic, &str, Operation); 61] = [
+    (Mnemonic::Movd, "movd", Operation::Scalar),
+    (Mnemonic::Movq, "movq", Operation::Scalar),
+    (Mnemonic::Pmovmskb, "pmovmskb", Operation::Mask),
+    (Mnemonic::Movlps, "movlps", Operation::Half(0)),
+    (Mnemonic::Movlpd, "movlpd", Operation::Half(0)),
+    (Mnemonic::Movhps, "movhps", Operation::Half(8)),
+    (Mnemonic::Movhpd, "movhpd", Operation::Half(8)),
+    (Mnemonic::Movlhps, "movlhps", Operation::Both(|a, b| a & LOW | b << 64)),
+    (Mnemonic::Movhlps, "movhlps", Operation::Both(|a, b| a & !LOW | b >> 64)),
+    (Mnemonic::Pxor, "pxor", Operation::Both(|a, b| a ^ b)),
+    (Mnemonic::Xorps, "xorps", Operation::Both(|a, b| a ^ b)),
+    (Mnemonic::Xorpd, "xorpd", Operation::Both(|a, b| a ^ b)),
+    (Mnemonic::Por, "por", Operation::Both(|a, b| a | b)),
+    (Mnemonic::Orps, "orps", Operation::Both(|a, b| a | b)),
+    (Mnemonic::Orpd, "orpd", Operation::Both(|a, b| a | b)),
+    (Mnemonic::Pand, "pand", Operation::Both(|a, b| a & b)),
+    (Mnemonic::Andps, "andps", Operation::Both(|a, b| a & b)),
+    (Mnemonic::Andpd, "andpd", Operation::Both(|a, b| a & b)),
+    (Mnemonic::Pandn, "pandn", Operation::Both(|a, b| !a & b)),
+    (Mnemonic::Andnps, "andnps", Operation::Both(|a, b| !a & b)),
+    (Mnemonic::Andnpd, "andnpd", Operation::Both(|a, b| !a & b)),
+    (Mnemonic::Paddb, "paddb", Operation::Lanes(8, |a, b| a.wrapping_add(b))),
+    (Mnemonic::Paddw, "paddw", Operation::Lanes(16, |a, b| a.wrapping_add(b))),
+    (Mnemonic::Paddd, "paddd", Operation::Lanes(32, |a, b| a.wrapping_add(b))),
+    (Mnemonic::Paddq, "paddq", Operation::Lanes(64, |a, b| a.wrapping_add(b))),
+    (Mnemonic::Psubb, "psubb", Operation::Lanes(8, |a, b| a.wrapping_sub(b))),
+    (Mnemonic::Psubw, "psubw", Operation::Lanes(16, |a, b| a.wrapping_sub(b))),
+    (Mnemonic::Psubd, "psubd", Operation::Lanes(32, |a, b| a.wrapping_sub(b))),
+    (Mnemonic::Psubq, "psubq", Operation::Lanes(64, |a, b| a.wrapping_sub(b))),
+    (Mnemonic::Pcmpeqb, "pcmpeqb", Operation::Lanes(8, equal)),
+    (Mnemonic::Pcmpeqw, "pcmpeqw", Operation::Lanes(16, equal)),
+    (Mnemonic::Pcmpeqd, "pcmpeqd", Operation::Lanes(32, equal)),
+    (Mnemonic::Pmuludq, "pmuludq", Operation::Lanes(64, |a, b| (a & WORD).wrapping_mul(b & WORD))),
+    (Mnemonic::Pmullw, "pmullw", Operation::Lanes(16, |a, b| a.wrapping_mul(b))),
+    (Mnemonic::Pminub, "pminub", Operation::Lanes(8, |a, b| a.min(b))),
+    (Mnemonic::Pmaxub, "pmaxub", Operation::Lanes(8, |a, b| a.max(b))),
+    (Mnemonic::Punpcklbw, "punpcklbw", Operation::Both(|a, b| interleave(a, b, 8))),
+    (Mnemonic::Punpcklwd, "punpcklwd", Operation::Both(|a, b| interleave(a, b, 16))),
+    (Mnemonic::Punpckldq, "punpckldq", Operation::Both(|a, b| interleave(a, b, 32))),
+    (Mnemonic::Unpcklps, "unpcklps", Operation::Both(|a, b| interleave(a, b, 32))),
+    (Mnemonic::Punpcklqdq, "punpcklqdq", Operation::Both(|a, b| interleave(a, b, 64))),
+    (Mnemonic::Punpckhbw, "punpckhbw", Operation::Both(|a, b| interleave(a >> 64, b >> 64, 8))),
+    (Mnemonic::Punpckhwd, "punpckhwd", Operation::Both(|a, b| interleave(a >> 64, b >> 64, 16))),
+    (Mnemonic::Punpckhdq, "punpckhdq", Operation::Both(|a, b| interleave(a >> 64, b >> 64, 32))),
+    (Mnemonic::Unpckhps, "unpckhps", Operation::Both(|a, b| interleave(a >> 64, b >> 64, 32))),
+    (Mnemonic::Punpckhqdq, "punpckhqdq", Operation::Both(|a, b| interleave(a >> 64, b >> 64, 64))),
+    (Mnemonic::Pshufb, "pshufb", Operation::Both(shuffle_bytes)),
+    (Mnemonic::Pshufd, "pshufd", Operation::Immediate(|_, b, n| shuffle(b, b, n, 32, 0))),
     (
         Mnemonic::Pshuflw,
         "pshuflw",
-        Kind::Immediate(|_, b, n| shuffle(b, b, n, 16, 0) & LOW | b & !LOW),
+        Operation::Immediate(|_, b, n| shuffle(b, b, n, 16, 0) & LOW | b & !LOW),
     ),
     (
         Mnemonic::Pshufhw,
         "pshufhw",
-        Kind::Immediate(|_, b, n| shuffle(b, b, n, 16, 64) << 64 | b & LOW),
+        Operation::Immediate(|_, b, n| shuffle(b, b, n, 16, 64) << 64 | b & LOW),
     ),
-    (Mnemonic::Shufps, "shufps", Kind::Immediate(|a, b, n| shuffle(a, b, n, 32, 0))),
-    (Mnemonic::Palignr, "palignr", Kind::Immediate(align)),
-    (Mnemonic::Pslldq, "pslldq", Kind::Immediate(|a, _, n| a.checked_shl(8 * n).unwrap_or(0))),
-    (Mnemonic::Psrldq, "psrldq", Kind::Immediate(|a, _, n| a.checked_shr(8 * n).unwrap_or(0))),
-    (Mnemonic::Psllw, "psllw", Kind::Shift(16, left)),
-    (Mnemonic::Pslld, "pslld", Kind::Shift(32, left)),
-    (Mnemonic::Psllq, "psllq", Kind::Shift(64, left)),
-    (Mnemonic::Psrlw, "psrlw", Kind::Shift(16, right)),
-    (Mnemonic::Psrld, "psrld", Kind::Shift(32, right)),
-    (Mnemonic::Psrlq, "psrlq", Kind::Shift(64, right)),
-    (Mnemonic::Psrad, "psrad", Kind::Shift(32, right_signed)),
+    (Mnemonic::Shufps, "shufps", Operation::Immediate(|a, b, n| shuffle(a, b, n, 32, 0))),
+    (Mnemonic::Palignr, "palignr", Operation::Immediate(align)),
+    (Mnemonic::Pslldq, "pslldq", Operation::Immediate(|a, _, n| a.checked_shl(8 * n).unwrap_or(0))),
+    (Mnemonic::Psrldq, "psrldq", Operation::Immediate(|a, _, n| a.checked_shr(8 * n).unwrap_or(0))),
+    (Mnemonic::Psllw, "psllw", Operation::Shift(16, left)),
+    (Mnemonic::Pslld, "pslld", Operation::Shift(32, left)),
+    (Mnemonic::Psllq, "psllq", Operation::Shift(64, left)),
+    (Mnemonic::Psrlw, "psrlw", Operation::Shift(16, right)),
+    (Mnemonic::Psrld, "psrld", Operation::Shift(32, right)),
+    (Mnemonic::Psrlq, "psrlq", Operation::Shift(64, right)),
+    (Mnemonic::Psrad, "psrad", Operation::Shift(32, right_signed)),
 ];
 
 const LOW: u128 = u64::MAX as u128;
 const WORD: u64 = u32::MAX as u64;
 
-/// How an instruction uses its operands.
+/// The operation of an instruction on its operands.
 #[derive(Clone, Copy)]
-enum Kind {
+enum Operation {
     /// Moves a number between the lowest part of an XMM register and another operand. Writing the
     /// XMM register clears its upper part.
     Scalar,
@@ -121,9 +121,9 @@ pub(super) fn execute(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<Flow> {
     }
     let mut state = image(cpu)?;
     let is_changed = match kind {
-        Kind::Scalar => scalar(cpu, i, &mut state)?,
-        Kind::Half(at) => half(cpu, i, &mut state, at * 8)?,
-        Kind::Mask => {
+        Operation::Scalar => scalar(cpu, i, &mut state)?,
+        Operation::Half(at) => half(cpu, i, &mut state, at * 8)?,
+        Operation::Mask => {
             let value = whole(&state, i.op1_register())?;
             let signs = (0..16).map(|n| u64::from(value >> (8 * n + 7) & 1 != 0) << n).sum();
             cpu.set_register(i.op0_register(), signs)?;
@@ -131,7 +131,7 @@ pub(super) fn execute(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<Flow> {
         }
         kind => {
             let first = whole(&state, i.op0_register())?;
-            let second = second(cpu, i, &state, matches!(kind, Kind::Shift(..)))?;
+            let second = second(cpu, i, &state, matches!(kind, Operation::Shift(..)))?;
             set_whole(&mut state, i.op0_register(), result(*kind, i, first, second))?;
             true
         }
@@ -142,18 +142,18 @@ pub(super) fn execute(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<Flow> {
     Ok(Flow::Next)
 }
 
-fn result(kind: Kind, i: &Instruction, first: u128, second: u128) -> u128 {
+fn result(kind: Operation, i: &Instruction, first: u128, second: u128) -> u128 {
     match kind {
-        Kind::Both(made) => made(first, second),
-        Kind::Lanes(bits, made) => {
+        Operation::Both(made) => made(first, second),
+        Operation::Lanes(bits, made) => {
             lanes(bits, |at| made(lane(first, at, bits), lane(second, at, bits)))
         }
-        Kind::Immediate(made) => made(first, second, u32::from(i.immediate8())),
-        Kind::Shift(bits, made) => {
+        Operation::Immediate(made) => made(first, second, u32::from(i.immediate8())),
+        Operation::Shift(bits, made) => {
             let count = u64::try_from(second & LOW).unwrap_or(u64::MAX);
             lanes(bits, |at| made(lane(first, at, bits), count, bits))
         }
-        Kind::Scalar | Kind::Half(_) | Kind::Mask => first,
+        Operation::Scalar | Operation::Half(_) | Operation::Mask => first,
     }
 }
 

@@ -57,14 +57,14 @@ impl Tables {
 }
 
 /// The rights to a page: those of all entries on the way to it, combined.
-struct Rights {
+struct PagePermissions {
     /// The last entry.
     entry: u64,
     may_write: bool,
     is_user: bool,
 }
 
-impl Rights {
+impl PagePermissions {
     fn add(&mut self, entry: u64) {
         self.entry = entry;
         self.may_write &= entry & WRITABLE != 0;
@@ -153,7 +153,7 @@ impl Cpu<'_> {
     /// One walk through the tables. None if an entry has changed meanwhile.
     fn walk_once(&mut self, linear: u64, access: Access) -> Done<Option<u64>> {
         let Some(tables) = self.tables() else { return Ok(Some(linear)) };
-        let mut rights = Rights { entry: 0, may_write: true, is_user: true };
+        let mut rights = PagePermissions { entry: 0, may_write: true, is_user: true };
         let mut table = tables.root;
         for level in (0..tables.levels).rev() {
             let shift = tables.shift(level);
@@ -216,7 +216,7 @@ impl Cpu<'_> {
         entry & bits == bits || self.platform.set_bits(at, size, entry, bits)
     }
 
-    fn check(&self, linear: u64, access: Access, rights: &Rights) -> Done<()> {
+    fn check(&self, linear: u64, access: Access, rights: &PagePermissions) -> Done<()> {
         let s = &self.sregs;
         let is_open = !access.is_implicit && self.regs.rflags & AC != 0;
         let is_smap = s.cr4 & CR4_SMAP != 0 && !is_open;

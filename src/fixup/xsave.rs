@@ -104,7 +104,7 @@ fn check_xsave(cpu: &Cpu<'_>, is_using: bool) -> Done<()> {
 /// The position and length of a component in the standard format, and whether it is aligned to 64
 /// bytes in the compact one.
 #[derive(Clone, Copy, Debug)]
-struct Place {
+struct ComponentArea {
     number: u32,
     offset: usize,
     size: usize,
@@ -112,18 +112,18 @@ struct Place {
 }
 
 /// The components from AVX on that are in `which`, as on this processor.
-fn places(which: u64) -> impl Iterator<Item = Place> {
+fn areas(which: u64) -> impl Iterator<Item = ComponentArea> {
     (2..63).filter(move |number| which >> number & 1 != 0).map(|number| {
         let leaf = std::arch::x86_64::__cpuid_count(0xd, number);
         let to_usize = |value: u32| usize::try_from(value).unwrap_or(0);
         let (size, offset) = (to_usize(leaf.eax), to_usize(leaf.ebx));
-        Place { number, offset, size, is_aligned: leaf.ecx & 2 != 0 }
+        ComponentArea { number, offset, size, is_aligned: leaf.ecx & 2 != 0 }
     })
 }
 
 /// The same in the compact format, for an area with these components.
-fn compact_places(which: u64) -> impl Iterator<Item = (Place, usize)> {
-    places(which).scan(HEADER_END, |next, place| {
+fn compact_areas(which: u64) -> impl Iterator<Item = (ComponentArea, usize)> {
+    areas(which).scan(HEADER_END, |next, place| {
         let at = if place.is_aligned { next.next_multiple_of(64) } else { *next };
         *next = at + place.size;
         Some((place, at))
@@ -190,7 +190,7 @@ fn save(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<()> {
     if is_compact {
         save_compact(&mut area, &image, components, used)?;
     } else {
-        for place in places(written) {
+        for place in areas(written) {
             copy(&mut area, place.offset, &image, place.offset, place.size)?;
         }
         let before = get(&area, HEADER, 8)?;
@@ -201,7 +201,7 @@ fn save(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<()> {
 
 /// Write the components that are in use, and the header of the compact format.
 fn save_compact(area: &mut [u8], image: &[u8], components: u64, used: u64) -> Done<()> {
-    for (place, at) in compact_places(components) {
+    for (place, at) in compact_areas(components) {
         if used >> place.number & 1 != 0 {
             copy(area, at, image, place.offset, place.size)?;
         }
@@ -214,9 +214,9 @@ fn save_compact(area: &mut [u8], image: &[u8], components: u64, used: u64) -> Do
 
 fn area_end(components: u64, is_compact: bool) -> usize {
     let ends: Vec<usize> = if is_compact {
-        compact_places(components).map(|(place, at)| at + place.size).collect()
+        compact_areas(components).map(|(place, at)| at + place.size).collect()
     } else {
-        places(components).map(|place| place.offset + place.size).collect()
+        areas(components).map(|place| place.offset + place.size).collect()
     };
     ends.into_iter().max().unwrap_or(0).max(HEADER_END)
 }
@@ -260,21 +260,21 @@ fn restore(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<()> {
     cpu.read_operand(i, 0, &mut area)?;
     let mut image = image(cpu)?;
     restore_legacy(&mut image, &area, components, saved, is_compact)?;
-    let load = |image: &mut Vec<u8>, place: Place, at: usize| match saved >> place.number & 1 {
-        0 => blank(image, place.offset, place.size),
-        _ => copy(image, place.offset, &area, at, place.size),
-    };
+    let load =
+        |image: &mut Vec<u8>, place: ComponentArea, at: usize| match saved >> place.number & 1 {
+            0 => blank(image, place.offset, place.size),
+            _ => copy(image, place.offset, &area, at, place.size),
+        };
     if is_compact {
-        for (place, at) in compact_places(in_area).filter(|(p, _)| components >> p.number & 1 != 0)
-        {
+        for (place, at) in compact_areas(in_area).filter(|(p, _)| components >> p.number & 1 != 0) {
             load(&mut image, place, at)?;
         }
         // Components that are not in the area get their initial state.
-        for place in places(components & !in_area) {
+        for place in areas(components & !in_area) {
             blank(&mut image, place.offset, place.size)?;
         }
     } else {
-        for place in places(components) {
+        for place in areas(components) {
             load(&mut image, place, place.offset)?;
         }
     }

@@ -8,7 +8,7 @@ use vm_memory::volatile_memory::VolatileMemory;
 use vm_memory::{Bytes, GuestAddress, VolatileSlice};
 
 use super::guest::GuestMemory;
-use super::map::{Map, Placed};
+use super::map::{Map, MappedSlot};
 use super::view::{View, is_writable};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -94,7 +94,7 @@ impl GuestMemory {
         mut piece: impl FnMut(VolatileSlice<'_>),
     ) -> Result<()> {
         let map = self.map();
-        pieces(&map, address, length, |placed, _| check_writable(placed, address))?;
+        pieces(&map, address, length, |mapped, _| check_writable(mapped, address))?;
         pieces(&map, address, length, |_, place| {
             piece(place);
             Ok(())
@@ -129,8 +129,8 @@ impl GuestMemory {
             return self.write(address, value.as_slice());
         }
         let map = self.map();
-        if let Some(placed) = map.find(address) {
-            check_writable(placed, address)?;
+        if let Some(mapped) = map.find(address) {
+            check_writable(mapped, address)?;
         }
         // SeqCst: as in `load`.
         let stored = map.mmap.store(value, GuestAddress(address), Ordering::SeqCst);
@@ -146,16 +146,16 @@ impl GuestMemory {
     /// If it does not.
     pub fn view(&self, address: u64, length: u64) -> Result<View> {
         let map = self.map();
-        let Some(placed) = map.find(address) else {
+        let Some(mapped) = map.find(address) else {
             return Err(map.outside(address, length));
         };
-        let offset = address - placed.start;
-        if length > placed.mapping.size() - offset {
+        let offset = address - mapped.start;
+        if length > mapped.mapping.size() - offset {
             self.check(address, length)?;
             let detail = format!("{length} bytes there span more than one memory slot");
             return Err(Error::new(ErrorKind::Memory, format!("{address:#x}"), detail));
         }
-        Ok(View::of(Arc::clone(&placed.mapping), to_usize(offset)?, to_usize(length)?))
+        Ok(View::of(Arc::clone(&mapped.mapping), to_usize(offset)?, to_usize(length)?))
     }
 }
 
@@ -165,27 +165,27 @@ fn pieces(
     map: &Map,
     address: u64,
     length: u64,
-    mut piece: impl FnMut(&Placed, VolatileSlice<'_>) -> Result<()>,
+    mut piece: impl FnMut(&MappedSlot, VolatileSlice<'_>) -> Result<()>,
 ) -> Result<()> {
     let outside = || map.outside(address, length);
-    let mut call = |placed: &Placed, offset: u64, here: u64| {
-        let slice = placed.mapping.region().get_slice(to_usize(offset)?, to_usize(here)?);
-        piece(placed, slice.map_err(|_| outside())?)
+    let mut call = |mapped: &MappedSlot, offset: u64, here: u64| {
+        let slice = mapped.mapping.region().get_slice(to_usize(offset)?, to_usize(here)?);
+        piece(mapped, slice.map_err(|_| outside())?)
     };
     // Most accesses lie in one slot, which is looked up once.
-    if let Some(placed) = map.find(address) {
-        let offset = address - placed.start;
-        if length <= placed.mapping.size() - offset {
-            return call(placed, offset, length);
+    if let Some(mapped) = map.find(address) {
+        let offset = address - mapped.start;
+        if length <= mapped.mapping.size() - offset {
+            return call(mapped, offset, length);
         }
     }
-    let each = |found: &mut dyn FnMut(&Placed, u64, u64) -> Result<()>| {
+    let each = |found: &mut dyn FnMut(&MappedSlot, u64, u64) -> Result<()>| {
         let (mut at, mut left) = (address, length);
         loop {
-            let placed = map.find(at).ok_or_else(outside)?;
-            let offset = at - placed.start;
-            let here = left.min(placed.mapping.size() - offset);
-            found(placed, offset, here)?;
+            let mapped = map.find(at).ok_or_else(outside)?;
+            let offset = at - mapped.start;
+            let here = left.min(mapped.mapping.size() - offset);
+            found(mapped, offset, here)?;
             left -= here;
             if left == 0 {
                 return Ok(());
@@ -197,8 +197,8 @@ fn pieces(
     each(&mut call)
 }
 
-fn check_writable(placed: &Placed, address: u64) -> Result<()> {
-    if is_writable(placed.mapping.region()) { Ok(()) } else { Err(read_only(address)) }
+fn check_writable(mapped: &MappedSlot, address: u64) -> Result<()> {
+    if is_writable(mapped.mapping.region()) { Ok(()) } else { Err(read_only(address)) }
 }
 
 fn read_only(address: u64) -> Error {

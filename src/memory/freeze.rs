@@ -63,7 +63,7 @@ impl Slots {
             let Some(ram) = &mut entry.ram else { continue };
             for (from, to) in ram.reset(&range.image)? {
                 changed.push((range.start + from, range.start + to));
-                entry.placed().note_write(range.start + from, to - from);
+                entry.mapped().note_write(range.start + from, to - from);
             }
         }
         Ok(changed)

@@ -9,7 +9,7 @@ use vm_memory::{GuestMemoryMmap, MmapRegion};
 use super::backing::{Backing, anonymous};
 use super::dirty::DirtyPages;
 use super::image::Image;
-use super::map::{Map, Placed};
+use super::map::{Map, MappedSlot};
 use super::mapping::Mapping;
 use super::ram::Ram;
 use super::slots::Slots;
@@ -173,8 +173,8 @@ impl GuestMemory {
     /// Guest-physical start and size of each slot.
     #[must_use]
     pub fn ranges(&self) -> Vec<(u64, u64)> {
-        let placed = |placed: &Placed| (placed.start, placed.mapping.size());
-        self.map().placed.iter().map(placed).collect()
+        let mapped = |mapped: &MappedSlot| (mapped.start, mapped.mapping.size());
+        self.map().mapped.iter().map(mapped).collect()
     }
 }
 

@@ -16,14 +16,14 @@ pub(super) type Written = Arc<[AtomicU64]>;
 
 /// A slot's mapping at its address.
 #[derive(Clone, Debug)]
-pub(super) struct Placed {
+pub(super) struct MappedSlot {
     pub(super) start: u64,
     pub(super) mapping: Arc<Mapping>,
     /// None if the log is off.
     pub(super) written: Option<Written>,
 }
 
-impl Placed {
+impl MappedSlot {
     /// Log a write of the host, as far as its range lies in this slot.
     pub(super) fn note_write(&self, address: u64, length: u64) {
         let Some(written) = &self.written else { return };
@@ -48,21 +48,21 @@ pub(super) type CurrentMap = RwLock<Arc<Map>, rank::MemoryMap>;
 pub(super) struct Map {
     pub(super) mmap: Arc<GuestMemoryMmap>,
     /// By address.
-    pub(super) placed: Vec<Placed>,
+    pub(super) mapped: Vec<MappedSlot>,
     pub(super) is_logging: bool,
 }
 
 impl Map {
     /// The mapping that contains an address.
-    pub(super) fn find(&self, address: u64) -> Option<&Placed> {
-        let at = self.placed.partition_point(|placed| placed.start <= address).checked_sub(1)?;
-        self.placed.get(at).filter(|placed| address - placed.start < placed.mapping.size())
+    pub(super) fn find(&self, address: u64) -> Option<&MappedSlot> {
+        let at = self.mapped.partition_point(|mapped| mapped.start <= address).checked_sub(1)?;
+        self.mapped.get(at).filter(|mapped| address - mapped.start < mapped.mapping.size())
     }
 
     /// Log a write of the host.
     pub(super) fn note_write(&self, address: u64, length: u64) {
         if self.is_logging {
-            self.placed.iter().for_each(|placed| placed.note_write(address, length));
+            self.mapped.iter().for_each(|mapped| mapped.note_write(address, length));
         }
     }
 
@@ -80,7 +80,7 @@ impl Map {
             format!("{:#x} to {:#x}", region.start_addr().0, region.last_addr().0)
         };
         let ranges: Vec<String> = self.mmap.iter().take(MAX).map(range).collect();
-        match self.placed.len() {
+        match self.mapped.len() {
             0 => "there is none".into(),
             all if all > MAX => format!("{} and {} more", ranges.join(", "), all - MAX),
             _ => ranges.join(", "),
@@ -89,7 +89,7 @@ impl Map {
 
     /// The size of all memory, in bytes.
     pub(super) fn size(&self) -> u64 {
-        self.placed.iter().map(|placed| placed.mapping.size()).sum()
+        self.mapped.iter().map(|mapped| mapped.mapping.size()).sum()
     }
 }
 
@@ -119,12 +119,12 @@ mod tests {
     fn a_write_is_noted_in_the_slots_that_it_touches() {
         let place = |start: u64| {
             let written = Some((0..1).map(|_| AtomicU64::new(0)).collect());
-            Placed { start, mapping: Mapping::of_own(anonymous(2 * PAGE).unwrap()), written }
+            MappedSlot { start, mapping: Mapping::of_own(anonymous(2 * PAGE).unwrap()), written }
         };
         let map =
-            Map { placed: vec![place(0), place(2 * PAGE)], is_logging: true, ..Map::default() };
+            Map { mapped: vec![place(0), place(2 * PAGE)], is_logging: true, ..Map::default() };
         map.note_write(2 * PAGE - 1, 2);
-        let bits = |at: usize| map.placed[at].written.as_ref().unwrap()[0].load(Ordering::Relaxed);
+        let bits = |at: usize| map.mapped[at].written.as_ref().unwrap()[0].load(Ordering::Relaxed);
         assert_eq!((bits(0), bits(1)), (0b10, 0b01));
         assert_eq!(map.find(4 * PAGE - 1).unwrap().start, 2 * PAGE);
         assert!(map.find(4 * PAGE).is_none());

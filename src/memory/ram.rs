@@ -26,13 +26,13 @@ const IDLE_PAGES: u64 = 1024;
 #[derive(Debug)]
 pub(crate) struct Ram {
     mapping: Arc<Mapping>,
-    under: Under,
+    contents: Contents,
     idle_resets: u32,
 }
 
 /// The current pages.
 #[derive(Debug)]
-enum Under {
+enum Contents {
     /// The machine's own memfd, mapped shared.
     Own(Arc<File>),
     /// An image, mapped privately.
@@ -49,12 +49,16 @@ enum Under {
 impl Ram {
     /// RAM that is a shared mapping of this memfd.
     pub(crate) fn own(mapping: Arc<Mapping>, file: Arc<File>) -> Self {
-        Self { mapping, under: Under::Own(file), idle_resets: 0 }
+        Self { mapping, contents: Contents::Own(file), idle_resets: 0 }
     }
 
     /// RAM that is a private mapping of an image.
     pub(crate) fn over(mapping: Arc<Mapping>, image: Image) -> Self {
-        Self { mapping, under: Under::Copy { mapped: image.clone(), last: image }, idle_resets: 0 }
+        Self {
+            mapping,
+            contents: Contents::Copy { mapped: image.clone(), last: image },
+            idle_resets: 0,
+        }
     }
 
     fn region(&self) -> &MmapRegion {
@@ -66,18 +70,18 @@ impl Ram {
     /// # Errors
     /// If the process is out of descriptors, memory or mappings. The contents do not change.
     pub(crate) fn freeze(&mut self) -> Result<Image> {
-        match &mut self.under {
-            Under::Own(file) => {
+        match &mut self.contents {
+            Contents::Own(file) => {
                 let layer = Layer::of_memfd(Arc::clone(file));
                 let image = Image::whole(self.mapping.size(), Arc::clone(&layer));
                 // One step replaces the pages with the same bytes: an access from another thread
                 // finds either.
                 self.mapping.make_private(|| image.map_over(&self.mapping))?;
                 let last = if layer.seal()? { image.clone() } else { self.copy(&image)? };
-                self.under = Under::Copy { mapped: image, last: last.clone() };
+                self.contents = Contents::Copy { mapped: image, last: last.clone() };
                 Ok(last)
             }
-            Under::Copy { mapped, last } => {
+            Contents::Copy { mapped, last } => {
                 let (host, region) = (self.mapping.host(), self.mapping.region());
                 let written = pagemap::written(host, self.mapping.size())?;
                 let found = compare(region, last, &union(written, mapped.differing(last)))?;
@@ -90,7 +94,7 @@ impl Ram {
                 *last = last.overlaid(&changed, &Layer::sealed(file)?);
                 Ok(last.clone())
             }
-            Under::Torn => {
+            Contents::Torn => {
                 let detail = "a reset of this memory has failed halfway";
                 let error = Error::new(ErrorKind::State, "snapshot", detail);
                 Err(error.hint("reset the machine again first"))
@@ -116,7 +120,7 @@ impl Ram {
     pub(crate) fn reset(&mut self, image: &Image) -> Result<Vec<ByteRange>> {
         image.check()?;
         let (host, size) = (self.mapping.host(), self.mapping.size());
-        let Under::Copy { mapped, last } = &mut self.under else {
+        let Contents::Copy { mapped, last } = &mut self.contents else {
             return self.replace(image, vec![(0, size)]);
         };
         let (written, elsewhere) = (pagemap::written(host, size)?, mapped.differing(image));
@@ -141,9 +145,9 @@ impl Ram {
 
     fn replace(&mut self, image: &Image, changed: Vec<ByteRange>) -> Result<Vec<ByteRange>> {
         // Until the last run is mapped, any of them may have been replaced.
-        self.under = Under::Torn;
+        self.contents = Contents::Torn;
         self.mapping.make_private(|| image.map_over(&self.mapping))?;
-        self.under = Under::Copy { mapped: image.clone(), last: image.clone() };
+        self.contents = Contents::Copy { mapped: image.clone(), last: image.clone() };
         Ok(changed)
     }
 }

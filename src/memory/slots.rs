@@ -14,7 +14,7 @@ use super::table::{Entry, Slot, Table};
 use super::view::WritableViews;
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout;
-use crate::resources::{Kind, Resources};
+use crate::resources::{ResourceKind, Resources};
 use crate::sync::{Mutex, rank};
 
 /// The slots of one machine. They are set in KVM once the machine exists.
@@ -77,14 +77,14 @@ impl Slots {
     ) -> Result<Slot> {
         let size = mapping.size();
         check_place(address, size)?;
-        self.resources.claim(Kind::Memory, (address, size), "memory").map_err(|other| {
+        self.resources.claim(ResourceKind::Memory, (address, size), "memory").map_err(|other| {
             let detail = format!("{size:#x} bytes there overlap {other}");
             Error::new(ErrorKind::Memory, format!("{address:#x}"), detail)
                 .hint("leave that range out: add memory below and above it")
         })?;
         let added = self.add_claimed(address, mapping, backing, ram);
         if added.is_err() {
-            self.resources.release(Kind::Memory, address);
+            self.resources.release(ResourceKind::Memory, address);
         }
         added
     }
@@ -133,7 +133,7 @@ impl Slots {
         let mmap = left.map(|(mmap, _)| mmap).unwrap_or_default();
         let before = std::mem::replace(&mut *self.map.write(), table.map(Arc::new(mmap)));
         drop(table);
-        self.resources.release(Kind::Memory, slot.start);
+        self.resources.release(ResourceKind::Memory, slot.start);
         // Unmapping can take long, so it happens without the lock.
         drop((removed, before));
         Ok(())

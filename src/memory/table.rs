@@ -9,7 +9,7 @@ use vm_memory::GuestMemoryMmap;
 
 use super::backing::Backing;
 use super::image::MemoryRange;
-use super::map::{Map, Placed, Written};
+use super::map::{Map, MappedSlot, Written};
 use super::mapping::Mapping;
 use super::ram::Ram;
 use crate::error::{Error, ErrorKind, Result};
@@ -62,9 +62,9 @@ impl Entry {
         self.written = is_on.then(words);
     }
 
-    pub(super) fn placed(&self) -> Placed {
+    pub(super) fn mapped(&self) -> MappedSlot {
         let (mapping, written) = (Arc::clone(&self.mapping), self.written.clone());
-        Placed { start: self.slot.start, mapping, written }
+        MappedSlot { start: self.slot.start, mapping, written }
     }
 
     /// Whether a reset can restore a snapshot's range in it.
@@ -105,7 +105,7 @@ impl Table {
     }
 
     pub(super) fn map(&self, mmap: Arc<GuestMemoryMmap>) -> Arc<Map> {
-        let placed = self.entries.iter().map(Entry::placed).collect();
-        Arc::new(Map { mmap, placed, is_logging: self.is_logging })
+        let mapped = self.entries.iter().map(Entry::mapped).collect();
+        Arc::new(Map { mmap, mapped, is_logging: self.is_logging })
     }
 }

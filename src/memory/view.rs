@@ -67,8 +67,8 @@ impl WritableView {
         map: &Arc<CurrentMap>,
         views: &Arc<WritableViews>,
     ) -> Self {
-        let extent = Extent { address, length: view.length as u64, mapping: view.mapping.host() };
-        let number = views.add(extent);
+        let range = ViewRange { address, length: view.length as u64, mapping: view.mapping.host() };
+        let number = views.add(range);
         let (map, views) = (Arc::downgrade(map), Arc::clone(views));
         Self { view, process_tag: ProcessTag::current(), views, map, number }
     }
@@ -91,50 +91,50 @@ impl Drop for WritableView {
         // Log what was written since the log was last read. The next reader finds either this or
         // the view.
         let mut views = self.views.0.lock();
-        views.all.remove(&self.number).iter().for_each(|extent| extent.note(&map));
+        views.all.remove(&self.number).iter().for_each(|range| range.note(&map));
     }
 }
 
 /// Where a writable view lies.
 #[derive(Debug)]
-struct Extent {
+struct ViewRange {
     address: u64,
     length: u64,
     /// The host address of its mapping, which no other mapping has while the view lives.
     mapping: u64,
 }
 
-impl Extent {
+impl ViewRange {
     /// Log its pages, unless other memory is mapped there now.
     fn note(&self, map: &Map) {
-        let placed = map.find(self.address).filter(|placed| placed.mapping.host() == self.mapping);
-        placed.iter().for_each(|placed| placed.note_write(self.address, self.length));
+        let mapped = map.find(self.address).filter(|mapped| mapped.mapping.host() == self.mapping);
+        mapped.iter().for_each(|mapped| mapped.note_write(self.address, self.length));
     }
 }
 
 /// The writable views of one machine's memory.
 #[derive(Debug, Default)]
-pub(super) struct WritableViews(Mutex<Extents, rank::WritableViews>);
+pub(super) struct WritableViews(Mutex<ViewRanges, rank::WritableViews>);
 
 /// By number.
 #[derive(Debug, Default)]
-struct Extents {
-    all: BTreeMap<u64, Extent>,
+struct ViewRanges {
+    all: BTreeMap<u64, ViewRange>,
     added: u64,
 }
 
 impl WritableViews {
-    fn add(&self, extent: Extent) -> u64 {
+    fn add(&self, range: ViewRange) -> u64 {
         let mut views = self.0.lock();
         views.added += 1;
         let number = views.added;
-        views.all.insert(number, extent);
+        views.all.insert(number, range);
         number
     }
 
     /// Log the pages of all.
     pub(super) fn note(&self, map: &Map) {
-        self.0.lock().all.values().for_each(|extent| extent.note(map));
+        self.0.lock().all.values().for_each(|range| range.note(map));
     }
 }
 

@@ -13,7 +13,7 @@ use pyo3::types::{PyInt, PyTuple, PyType, PyWeakrefReference};
 use super::device::bytes_of;
 use super::enter::on_vcpu_thread;
 use super::gil_cell::GilCell;
-use super::lease::Tie;
+use super::lease::ReuseTracker;
 use super::parts::Parts;
 use super::pending_outcome::{PendingOutcome, position};
 use super::recorded::{name_of, recorded};
@@ -40,7 +40,7 @@ pub(super) struct Hooks {
     /// The MSRs whose accesses cause exits.
     msrs: Mutex<Vec<u32>, rank::HookMsrs>,
     pub(super) pending: Arc<PendingOutcome>,
-    tie: Tie,
+    tracker: ReuseTracker,
     /// The objects that calls of hooks have used, for the next ones.
     kept: GilCell<Kept>,
 }
@@ -76,9 +76,9 @@ struct KeptVcpu {
 }
 
 /// A thread runs the machine.
-pub(super) struct KeepsVcpus<'a, 'py>(&'a Hooks, Python<'py>);
+pub(super) struct KeptVcpusGuard<'a, 'py>(&'a Hooks, Python<'py>);
 
-impl Drop for KeepsVcpus<'_, '_> {
+impl Drop for KeptVcpusGuard<'_, '_> {
     fn drop(&mut self) {
         let former = self.0.kept.with(self.1, |kept| {
             kept.runs -= 1;
@@ -89,8 +89,8 @@ impl Drop for KeepsVcpus<'_, '_> {
 }
 
 impl Hooks {
-    pub(super) fn over(pending: Arc<PendingOutcome>, tie: &Tie) -> Self {
-        Self { pending, tie: tie.clone(), ..Self::default() }
+    pub(super) fn new(pending: Arc<PendingOutcome>, tracker: &ReuseTracker) -> Self {
+        Self { pending, tracker: tracker.clone(), ..Self::default() }
     }
 
     fn change(
@@ -183,9 +183,9 @@ impl Hooks {
     }
 
     /// A thread begins to run the machine, or to wait for it.
-    pub(super) fn keep_vcpus<'py>(&self, py: Python<'py>) -> KeepsVcpus<'_, 'py> {
+    pub(super) fn keep_vcpus<'py>(&self, py: Python<'py>) -> KeptVcpusGuard<'_, 'py> {
         self.kept.with(py, |kept| kept.runs += 1);
-        KeepsVcpus(self, py)
+        KeptVcpusGuard(self, py)
     }
 
     /// Store the machine of these hooks, for the vCPU objects that are passed to them.
@@ -240,7 +240,7 @@ impl Hooks {
             .and_then(|(object, parts)| Some((object.bind(py).upgrade()?, parts.upgrade()?)));
         match machine {
             Some((object, parts)) => PyVcpu::of_machine(&object, handle, &parts),
-            None => Bound::new(py, PyVcpu::of(handle, None, &self.tie)),
+            None => Bound::new(py, PyVcpu::of(handle, None, &self.tracker)),
         }
     }
 

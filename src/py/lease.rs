@@ -7,15 +7,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Changes of a machine that a reset cannot undo.
 #[derive(Debug, Default)]
-struct Traces {
+struct Changes {
     has_changed: AtomicBool,
     has_handed_out: AtomicBool,
 }
 
 /// Every Python object of a machine has one. By default an object calls [`Self::hand_out`].
 #[derive(Clone, Debug, Default)]
-pub(super) struct Tie {
-    traces: Arc<Traces>,
+pub(super) struct ReuseTracker {
+    changes: Arc<Changes>,
     /// Counts the objects that were passed to a job.
     lease: Option<Lease>,
 }
@@ -31,36 +31,36 @@ impl Lease {
     }
 }
 
-impl Tie {
-    /// The tie for objects that are passed to a job.
-    pub(super) fn lend(&self, lease: &Lease) -> Self {
-        Self { traces: Arc::clone(&self.traces), lease: Some(lease.clone()) }
+impl ReuseTracker {
+    /// The tracker for objects that are passed to a job.
+    pub(super) fn lease_to(&self, lease: &Lease) -> Self {
+        Self { changes: Arc::clone(&self.changes), lease: Some(lease.clone()) }
     }
 
-    pub(super) fn is_lent(&self) -> bool {
+    pub(super) fn is_leased(&self) -> bool {
         self.lease.is_some()
     }
 
     /// Record a change of the machine that a reset cannot undo.
     pub(super) fn change(&self) {
         // Relaxed: read with the GIL held, which orders it after this store.
-        self.traces.has_changed.store(true, Ordering::Relaxed);
+        self.changes.has_changed.store(true, Ordering::Relaxed);
     }
 
     /// Record that an object is handed out that may change the machine later, without notice.
     pub(super) fn hand_out(&self) {
         // Relaxed, as above.
-        self.traces.has_handed_out.store(true, Ordering::Relaxed);
+        self.changes.has_handed_out.store(true, Ordering::Relaxed);
     }
 
     /// Accept the changes so far as the initial state. Objects stay handed out.
-    pub(super) fn settle(&self) {
-        self.traces.has_changed.store(false, Ordering::Relaxed);
+    pub(super) fn accept_changes(&self) {
+        self.changes.has_changed.store(false, Ordering::Relaxed);
     }
 
     /// Whether a reset undoes all changes.
     pub(super) fn is_clean(&self) -> bool {
-        let Traces { has_changed, has_handed_out } = &*self.traces;
+        let Changes { has_changed, has_handed_out } = &*self.changes;
         // Relaxed, as above.
         !has_changed.load(Ordering::Relaxed) && !has_handed_out.load(Ordering::Relaxed)
     }
@@ -72,10 +72,10 @@ mod tests {
 
     #[test]
     fn a_lease_is_over_when_nobody_holds_a_part() {
-        let (tie, lease) = (Tie::default(), Lease::default());
-        let handle = tie.lend(&lease);
+        let (tracker, lease) = (ReuseTracker::default(), Lease::default());
+        let handle = tracker.lease_to(&lease);
         let part = handle.clone();
-        assert!(handle.is_lent() && !tie.is_lent());
+        assert!(handle.is_leased() && !tracker.is_leased());
         drop(handle);
         assert!(!lease.is_over());
         drop(part);
@@ -83,14 +83,14 @@ mod tests {
     }
 
     #[test]
-    fn what_is_changed_can_be_settled_and_what_is_handed_out_cannot() {
-        let tie = Tie::default();
-        tie.lend(&Lease::default()).change();
-        assert!(!tie.is_clean());
-        tie.settle();
-        assert!(tie.is_clean());
-        tie.hand_out();
-        tie.settle();
-        assert!(!tie.is_clean());
+    fn changes_can_be_accepted_and_objects_that_were_handed_out_cannot() {
+        let tracker = ReuseTracker::default();
+        tracker.lease_to(&Lease::default()).change();
+        assert!(!tracker.is_clean());
+        tracker.accept_changes();
+        assert!(tracker.is_clean());
+        tracker.hand_out();
+        tracker.accept_changes();
+        assert!(!tracker.is_clean());
     }
 }

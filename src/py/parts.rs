@@ -8,7 +8,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyWeakrefMethods, PyWeakrefReference};
 
 use super::gil_cell::GilCell;
-use super::lease::Tie;
+use super::lease::ReuseTracker;
 
 /// A part of a machine that has its own object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -26,13 +26,13 @@ pub(super) enum Part {
 #[derive(Debug, Default)]
 pub(super) struct Parts {
     objects: GilCell<BTreeMap<Part, Py<PyWeakrefReference>>>,
-    /// The tie of each object.
-    pub(super) tie: Tie,
+    /// The tracker of each object.
+    pub(super) tracker: ReuseTracker,
 }
 
 impl Parts {
-    pub(super) fn of(tie: &Tie) -> Self {
-        Self { tie: tie.clone(), ..Self::default() }
+    pub(super) fn of(tracker: &ReuseTracker) -> Self {
+        Self { tracker: tracker.clone(), ..Self::default() }
     }
 
     /// The object of a part: the existing one, or a new one.

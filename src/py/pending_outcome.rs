@@ -14,10 +14,10 @@ use crate::vcpu::current;
 
 /// See the module. No Python code runs under its lock.
 #[derive(Debug, Default)]
-pub(super) struct PendingOutcome(Mutex<Left, rank::PendingOutcome>);
+pub(super) struct PendingOutcome(Mutex<Outcomes, rank::PendingOutcome>);
 
 #[derive(Debug, Default)]
-struct Left {
+struct Outcomes {
     error: Option<Py<PyBaseException>>,
     stop: Option<(u64, Py<PyAny>)>,
 }
@@ -27,12 +27,12 @@ impl PendingOutcome {
     /// notes.
     pub(super) fn raise(&self, py: Python<'_>, error: PyErr) {
         let error = error.into_value(py);
-        let mut left = self.0.lock();
-        match &left.error {
-            None => left.error = Some(error),
+        let mut outcomes = self.0.lock();
+        match &outcomes.error {
+            None => outcomes.error = Some(error),
             Some(first) => {
                 let first = first.clone_ref(py);
-                drop(left);
+                drop(outcomes);
                 note(py, first.bind(py), error.bind(py));
             }
         }
@@ -87,9 +87,9 @@ impl PendingOutcome {
     }
 
     /// Whether an outcome is stored.
-    pub(super) fn is_left(&self) -> bool {
-        let left = self.0.lock();
-        left.error.is_some() || left.stop.is_some()
+    pub(super) fn is_pending(&self) -> bool {
+        let outcomes = self.0.lock();
+        outcomes.error.is_some() || outcomes.stop.is_some()
     }
 
     /// Take the vCPU and the value of a `Stop`.
@@ -98,13 +98,13 @@ impl PendingOutcome {
     }
 
     pub(super) fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
-        let Some(left) = self.0.try_lock() else { return Ok(()) };
-        visit.call(&left.error)?;
-        left.stop.as_ref().map_or(Ok(()), |(_, value)| visit.call(value))
+        let Some(outcomes) = self.0.try_lock() else { return Ok(()) };
+        visit.call(&outcomes.error)?;
+        outcomes.stop.as_ref().map_or(Ok(()), |(_, value)| visit.call(value))
     }
 }
 
-/// A callback that has dropped its machine may raise when nobody is left to run it.
+/// A callback that has dropped its machine may raise when no thread is left to run it.
 impl Drop for PendingOutcome {
     fn drop(&mut self) {
         let Some(error) = self.0.get_mut().error.take() else { return };

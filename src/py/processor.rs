@@ -6,11 +6,11 @@ use std::time::Duration;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 
-use super::lease::Tie;
+use super::lease::ReuseTracker;
 use super::owned::Owned;
 use super::wakeup;
 use crate::error::{Error, Result};
-use crate::vcpu::{Vcpu, VcpuHandle, with_called};
+use crate::vcpu::{Vcpu, VcpuHandle, with_vcpu_in_callback};
 
 /// A vCPU, usable until its machine is closed.
 #[derive(Debug)]
@@ -19,7 +19,7 @@ pub(super) struct Processor {
     /// The machine's object, so that the machine stays open while a vCPU or its registers are
     /// referenced.
     machine: Option<Py<PyAny>>,
-    pub(super) tie: Tie,
+    pub(super) tracker: ReuseTracker,
 }
 
 impl Processor {
@@ -35,7 +35,7 @@ impl Processor {
         let try_now = |handle: &VcpuHandle| handle.try_with_vcpu(Duration::ZERO, look);
         let tried = match self.handle.known() {
             // It checks the process itself.
-            Some(known) => with_called(known, try_now),
+            Some(known) => with_vcpu_in_callback(known, try_now),
             None => Err(try_now),
         };
         match tried {
@@ -70,13 +70,13 @@ impl Processor {
         py: Python<'_>,
         change: impl FnOnce(&mut Vcpu) -> Result<T> + Send,
     ) -> PyResult<T> {
-        self.tie.change();
+        self.tracker.change();
         self.look(py, change)
     }
 
     /// The vCPU, to run it directly.
     pub(super) fn handle(&self) -> Result<Arc<VcpuHandle>> {
-        self.tie.hand_out();
+        self.tracker.hand_out();
         self.upgrade()
     }
 
@@ -84,13 +84,17 @@ impl Processor {
         self.handle.get()?.upgrade().ok_or_else(|| Error::closed("machine"))
     }
 
-    pub(super) fn of(handle: Weak<VcpuHandle>, machine: Option<Py<PyAny>>, tie: &Tie) -> Self {
-        Self { handle: Owned::new("vCPU", handle), machine, tie: tie.clone() }
+    pub(super) fn of(
+        handle: Weak<VcpuHandle>,
+        machine: Option<Py<PyAny>>,
+        tracker: &ReuseTracker,
+    ) -> Self {
+        Self { handle: Owned::new("vCPU", handle), machine, tracker: tracker.clone() }
     }
 
     pub(super) fn another(&self, py: Python<'_>) -> Result<Self> {
         let machine = self.machine.as_ref().map(|machine| machine.clone_ref(py));
-        Ok(Self::of(Weak::clone(self.handle.get()?), machine, &self.tie))
+        Ok(Self::of(Weak::clone(self.handle.get()?), machine, &self.tracker))
     }
 
     pub(super) fn traverse(&self, visit: &PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {

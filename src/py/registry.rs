@@ -8,7 +8,7 @@ use pyo3::prelude::*;
 use super::gil_cell::GilCell;
 use super::interrupt::Background;
 use crate::process::ProcessTag;
-use crate::vcpu::left;
+use crate::vcpu::unjoined;
 
 /// How long interpreter exit waits for callbacks in progress.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -42,7 +42,7 @@ pub(crate) fn close_all(py: Python<'_>) -> PyResult<()> {
     let live = LIVE.with(py, std::mem::take);
     let own = live.iter().filter(|(process_tag, _)| !process_tag.is_forked_child());
     let machines: Vec<Arc<dyn Close>> = own.filter_map(|(_, machine)| machine.upgrade()).collect();
-    if machines.is_empty() && left::is_empty() {
+    if machines.is_empty() && unjoined::is_empty() {
         return Ok(());
     }
     machines.iter().for_each(|machine| machine.stop());
@@ -50,7 +50,7 @@ pub(crate) fn close_all(py: Python<'_>) -> PyResult<()> {
     let close = move || {
         machines.iter().for_each(|machine| machine.close());
         drop(machines);
-        left::join_all();
+        unjoined::join_all();
     };
     // The closing thread may have to wait for a callback that never returns. This thread does not.
     match Background::start(py, close) {

@@ -11,10 +11,10 @@ use pyo3::types::PyBytes;
 
 use super::event::PyEventFd;
 use super::exit;
-use super::lease::Tie;
+use super::lease::ReuseTracker;
 use super::owned::Owned;
 use super::registry::Close;
-use crate::devices::{Piece, Serial};
+use crate::devices::{Chunk, Serial};
 use crate::error::{Error, Result};
 use crate::sync::{Mutex, rank};
 
@@ -23,18 +23,18 @@ use crate::sync::{Mutex, rank};
 #[derive(Debug)]
 pub struct PySerial {
     serial: Owned<Arc<Serial>>,
-    /// Output that the writer of `pyvmm.streams` has taken but not settled.
-    taken: Mutex<Option<Piece>, rank::TakenOutput>,
+    /// Output that the writer of `pyvmm.streams` has taken and not yet reported as written.
+    taken: Mutex<Option<Chunk>, rank::TakenOutput>,
     /// The machine's object, kept alive by this object, and its core. None for the loop's own use.
     machine: Option<(Py<PyAny>, Weak<dyn Close>)>,
-    tie: Tie,
+    tracker: ReuseTracker,
 }
 
 impl PySerial {
     /// For the loop's own use.
-    pub(super) fn over(serial: Arc<Serial>, tie: &Tie) -> Self {
+    pub(super) fn over(serial: Arc<Serial>, tracker: &ReuseTracker) -> Self {
         let (serial, taken) = (Owned::new("serial port", serial), Mutex::default());
-        Self { serial, taken, machine: None, tie: tie.clone() }
+        Self { serial, taken, machine: None, tracker: tracker.clone() }
     }
 
     /// The port of a machine's object, whose core is `core`.
@@ -42,9 +42,9 @@ impl PySerial {
         serial: Arc<Serial>,
         machine: Py<PyAny>,
         core: Weak<dyn Close>,
-        tie: &Tie,
+        tracker: &ReuseTracker,
     ) -> Self {
-        Self { machine: Some((machine, core)), ..Self::over(serial, tie) }
+        Self { machine: Some((machine, core)), ..Self::over(serial, tracker) }
     }
 
     /// A guest that no longer exists takes no input; its last output can still be taken.
@@ -59,7 +59,7 @@ impl PySerial {
 
     /// The port, for operations that a reset cannot undo.
     fn port(&self) -> PyResult<&Arc<Serial>> {
-        self.tie.hand_out();
+        self.tracker.hand_out();
         self.bytes()
     }
 
@@ -111,24 +111,25 @@ impl PySerial {
         })?)
     }
 
-    /// For `pyvmm.streams`: take at most `most` bytes of the output, to be settled.
+    /// For `pyvmm.streams`: take at most `most` bytes of the output. `_finish_write` says how many
+    /// of them were written.
     fn _take<'py>(&self, py: Python<'py>, most: usize) -> PyResult<Bound<'py, PyBytes>> {
         let port = self.port()?;
-        let piece = py.detach(|| port.take_piece(most));
-        let bytes = PyBytes::new(py, &piece.bytes);
-        *self.taken.lock() = Some(piece);
+        let chunk = py.detach(|| port.take_chunk(most));
+        let bytes = PyBytes::new(py, &chunk.bytes);
+        *self.taken.lock() = Some(chunk);
         Ok(bytes)
     }
 
-    /// For `pyvmm.streams`: settle the taken output, of which `written` bytes were written. The
+    /// For `pyvmm.streams`: `written` bytes of the taken output were written. The
     /// other bytes are pending again, and the loop is notified of them after `again_s`.
-    fn _settle(&self, py: Python<'_>, written: usize, again_s: Option<f64>) -> PyResult<()> {
+    fn _finish_write(&self, py: Python<'_>, written: usize, again_s: Option<f64>) -> PyResult<()> {
         let port = self.port()?;
         let taken = self.taken.lock().take();
         let again = exit::timeout(again_s)?;
         py.detach(|| {
-            taken.iter().for_each(|piece| port.settle(piece, written));
-            again.into_iter().for_each(|delay| port.tell_in(delay));
+            taken.iter().for_each(|chunk| port.finish_write(chunk, written));
+            again.into_iter().for_each(|delay| port.notify_after(delay));
         });
         Ok(())
     }

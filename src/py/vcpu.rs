@@ -11,7 +11,7 @@ use pyo3::types::{PyInt, PyString, PyTuple};
 use super::cpuid::{cpuid_entries, cpuid_entry};
 use super::ending::import;
 use super::gil_cell::GilCell;
-use super::lease::Tie;
+use super::lease::ReuseTracker;
 use super::parts::{Part, Parts};
 use super::processor::Processor;
 use super::registers::{PyMsrBytes, PyRegisterBytes};
@@ -44,8 +44,12 @@ impl PyVcpu {
     }
 
     /// The object for a vCPU of a machine's object.
-    pub(super) fn of(handle: &Arc<VcpuHandle>, machine: Option<Py<PyAny>>, tie: &Tie) -> Self {
-        let processor = Processor::of(Arc::downgrade(handle), machine, tie);
+    pub(super) fn of(
+        handle: &Arc<VcpuHandle>,
+        machine: Option<Py<PyAny>>,
+        tracker: &ReuseTracker,
+    ) -> Self {
+        let processor = Processor::of(Arc::downgrade(handle), machine, tracker);
         Self { id: handle.id(), processor, regs: GilCell::default() }
     }
 
@@ -57,7 +61,7 @@ impl PyVcpu {
     ) -> PyResult<Bound<'py, Self>> {
         let py = machine.py();
         parts.get_or_make(py, Part::Vcpu(handle.id()), || {
-            Bound::new(py, Self::of(handle, Some(machine.clone().unbind()), &parts.tie))
+            Bound::new(py, Self::of(handle, Some(machine.clone().unbind()), &parts.tracker))
         })
     }
 
@@ -168,7 +172,7 @@ impl PyVcpu {
     #[setter]
     fn set_cpuid(&self, py: Python<'_>, entries: Vec<Bound<'_, PyAny>>) -> PyResult<()> {
         let entries: Vec<_> = entries.iter().map(cpuid_entry).collect::<PyResult<_>>()?;
-        if self.processor.tie.is_lent() {
+        if self.processor.tracker.is_leased() {
             let detail = "the job's machine may have run other jobs, so its CPUID cannot change";
             let error = Error::new(ErrorKind::State, "cpuid", detail);
             return Err(error.hint("change it in the setup of the pool's forks").into());

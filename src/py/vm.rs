@@ -239,7 +239,7 @@ impl PyKvmVm {
         let (py, machine) = (slf.py(), slf.get().machine.get()?);
         let parts = &slf.get().parts;
         parts.get_or_make(py, Part::Memory, || {
-            let memory = PyGuestMemory::of(slf.as_any(), machine, Machine::memory, &parts.tie);
+            let memory = PyGuestMemory::of(slf.as_any(), machine, Machine::memory, &parts.tracker);
             Bound::new(py, memory)
         })
     }
@@ -288,7 +288,7 @@ impl PyKvmVm {
         parts.get_or_make(slf.py(), Part::Serial, || {
             let machine = slf.as_any().clone().unbind();
             let core = Arc::downgrade(core) as Weak<dyn Close>;
-            Bound::new(slf.py(), PySerial::of_machine(serial, machine, core, &parts.tie))
+            Bound::new(slf.py(), PySerial::of_machine(serial, machine, core, &parts.tracker))
         })
     }
 

@@ -10,5 +10,5 @@ mod rwlock;
 
 pub use held::assert_unlocked;
 pub use mutex::{Condvar, MappedMutexGuard, Mutex, MutexGuard};
-pub use published::{Copied, Published};
+pub use published::{CachedArc, Published};
 pub use rwlock::{ReadGuard, RwLock, RwLockGuard, WriteGuard};

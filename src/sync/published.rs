@@ -17,9 +17,9 @@ pub struct Published<T: ?Sized, R> {
 
 /// A reader's copy. It may keep a former value alive until it is used again.
 #[derive(Debug)]
-pub struct Copied<T: ?Sized>(Option<(u64, Arc<T>)>);
+pub struct CachedArc<T: ?Sized>(Option<(u64, Arc<T>)>);
 
-impl<T: ?Sized> Default for Copied<T> {
+impl<T: ?Sized> Default for CachedArc<T> {
     fn default() -> Self {
         Self(None)
     }
@@ -44,7 +44,7 @@ impl<T: ?Sized, R: Rank> Published<T, R> {
     }
 
     /// The current value, as `copy` keeps it.
-    pub fn read<'a>(&self, copy: &'a mut Copied<T>) -> &'a Arc<T> {
+    pub fn read<'a>(&self, copy: &'a mut CachedArc<T>) -> &'a Arc<T> {
         // Acquire: pairs with the release in `change`, so that a reader that learns of a change in
         // another way finds it here.
         let changes = self.changes.load(Ordering::Acquire);
@@ -90,7 +90,7 @@ mod tests {
     #[test]
     fn a_copy_follows_the_changes_and_lets_former_values_go() {
         let published = Published::<[u8], rank::Test>::default();
-        let mut copy = Copied::default();
+        let mut copy = CachedArc::default();
         assert!(published.read(&mut copy).is_empty());
         let (former, ()) = published.change(|_| (Arc::new([1, 2]), ()));
         assert!(former.is_empty() && Arc::strong_count(&former) == 2, "the copy has it still");
@@ -106,7 +106,7 @@ mod tests {
         let reader = {
             let (published, told) = (Arc::clone(&published), Arc::clone(&told));
             std::thread::spawn(move || {
-                let mut copy = Copied::default();
+                let mut copy = CachedArc::default();
                 let mut last = 0;
                 while last < 1000 {
                     last = told.load(Ordering::Acquire);

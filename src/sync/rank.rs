@@ -104,7 +104,7 @@ ranks! {
     TraceFile,
     /// The exception that a signal handler raised during a long call.
     Interruption,
-    /// Output that the writer of a Python stream has taken but not settled.
+    /// Output that the writer of a Python stream has taken and not yet reported as written.
     TakenOutput,
     /// Which threads run a loop, and what takes the results of its callbacks.
     LoopOwners,
@@ -135,7 +135,7 @@ ranks! {
     /// The exception of a Python exit handler's `kick`.
     KickRaised,
     /// vCPU threads that have not been joined yet.
-    LeftThreads,
+    UnjoinedThreads,
     /// State that the GIL protects, in a Python that has one.
     GilCell,
     /// The hops that a test records.

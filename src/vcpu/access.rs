@@ -114,7 +114,7 @@ fn reach(
     call: impl FnOnce(&mut Vcpu, &VcpuHandle, &dyn Device, u64) -> Outcome,
 ) -> Outcome {
     // The copy is taken out, because the device may look at the vCPU.
-    let mut copy = std::mem::take(vcpu.copies.bus(bus));
+    let mut copy = std::mem::take(vcpu.cache.bus(bus));
     let outcome = match vcpu.router.buses.bus(bus).find(&mut copy, address, size) {
         Some((device, offset)) if vcpu.is_recorded => {
             let began = Instant::now();
@@ -139,7 +139,7 @@ fn reach(
             Outcome::Continue
         }
     };
-    *vcpu.copies.bus(bus) = copy;
+    *vcpu.cache.bus(bus) = copy;
     outcome
 }
 

@@ -12,7 +12,7 @@ thread_local! {
     /// The machine of the vCPU that this thread runs, by its `Shared::id`.
     static MACHINE: Cell<usize> = const { Cell::new(0) };
     /// The vCPU for which this thread calls the program's code, or null.
-    static CALLED: Cell<*const VcpuHandle> = const { Cell::new(std::ptr::null()) };
+    static IN_CALLBACK: Cell<*const VcpuHandle> = const { Cell::new(std::ptr::null()) };
 }
 
 /// Whether this thread runs a vCPU of that machine. A caller on such a thread is in a callback.
@@ -33,31 +33,31 @@ pub fn current() -> Option<Arc<VcpuHandle>> {
 /// # Errors
 /// Gives `look` back if it is not.
 #[cfg_attr(not(feature = "python"), allow(dead_code, reason = "for the binding"))]
-pub(crate) fn with_called<T, F>(which: &Weak<VcpuHandle>, look: F) -> Result<T, F>
+pub(crate) fn with_vcpu_in_callback<T, F>(which: &Weak<VcpuHandle>, look: F) -> Result<T, F>
 where
     F: FnOnce(&VcpuHandle) -> T,
 {
-    let called = CALLED.get();
+    let called = IN_CALLBACK.get();
     if called.is_null() || called != which.as_ptr() {
         return Err(look);
     }
-    // SAFETY: `Called` on this thread's stack borrows the handle, and is still there when `look`
-    // returns.
+    // SAFETY: `CallbackGuard` on this thread's stack borrows the handle, and is still there when
+    // `look` returns.
     Ok(look(unsafe { &*called }))
 }
 
 /// While it lives, its thread calls the program's code for a vCPU.
-pub(super) struct Called<'a>(*const VcpuHandle, PhantomData<&'a VcpuHandle>);
+pub(super) struct CallbackGuard<'a>(*const VcpuHandle, PhantomData<&'a VcpuHandle>);
 
-impl<'a> Called<'a> {
+impl<'a> CallbackGuard<'a> {
     pub(super) fn enter(handle: &'a VcpuHandle) -> Self {
-        Self(CALLED.replace(handle), PhantomData)
+        Self(IN_CALLBACK.replace(handle), PhantomData)
     }
 }
 
-impl Drop for Called<'_> {
+impl Drop for CallbackGuard<'_> {
     fn drop(&mut self) {
-        CALLED.set(self.0);
+        IN_CALLBACK.set(self.0);
     }
 }
 
@@ -69,15 +69,15 @@ pub(super) fn set_current(handle: &Arc<VcpuHandle>, machine: usize) {
 
 /// While it lives, its thread runs a vCPU of that machine, perhaps in a callback of another
 /// machine.
-pub(super) struct Current(Weak<VcpuHandle>, usize);
+pub(super) struct CurrentVcpuGuard(Weak<VcpuHandle>, usize);
 
-impl Current {
+impl CurrentVcpuGuard {
     pub(super) fn enter(handle: &Arc<VcpuHandle>, machine: usize) -> Self {
         Self(CURRENT.replace(Arc::downgrade(handle)), MACHINE.replace(machine))
     }
 }
 
-impl Drop for Current {
+impl Drop for CurrentVcpuGuard {
     fn drop(&mut self) {
         CURRENT.set(std::mem::take(&mut self.0));
         MACHINE.set(self.1);

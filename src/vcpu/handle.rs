@@ -1,7 +1,7 @@
 //! `VcpuHandle`: the access of all other threads to a vCPU. It holds the vCPU at rest; the vCPU's
 //! thread takes it out to run it. Kicks and pauses are here. `own_thread.rs` has the side of the
 //! vCPU's own thread, `rest.rs` waits for a vCPU, `host_access.rs` reads and changes one at rest,
-//! and `by_hand.rs` runs one on the calling thread.
+//! and `run_once.rs` runs one on the calling thread.
 
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 use super::kick::{StopWord, interrupt};
 use super::run_page::RunPage;
 use super::signal::SignalMask;
-use super::vcpu::{Place, Vcpu};
+use super::vcpu::{Vcpu, VcpuName};
 use crate::devices::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
@@ -204,7 +204,7 @@ impl VcpuHandle {
     }
 
     pub(super) fn running(&self) -> Error {
-        let at = Place(self.id).to_string();
+        let at = VcpuName(self.id).to_string();
         Error::new(ErrorKind::State, at, "its guest is running").hint("pause the machine first")
     }
 

@@ -4,7 +4,7 @@
 use std::ptr::NonNull;
 use std::time::Duration;
 
-use super::current::Called;
+use super::current::CallbackGuard;
 use super::handle::{HandleState, HostAccess, VcpuHandle, closed};
 use super::kick::this_thread;
 use super::vcpu::Vcpu;
@@ -98,7 +98,7 @@ impl VcpuHandle {
         vcpu.has_host_access = true;
         let vcpu = NonNull::from(vcpu);
         let _guard = HostAccessGuard(self, vcpu);
-        let _called = Called::enter(self);
+        let _called = CallbackGuard::enter(self);
         {
             let mut state = self.state.lock();
             state.host_access = Some(HostAccess(vcpu));

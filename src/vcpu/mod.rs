@@ -4,7 +4,6 @@
 //! and access it while it is *at rest*: out of its guest, and not entering again by itself.
 
 mod access;
-mod by_hand;
 mod current;
 mod enter;
 mod entry;
@@ -14,10 +13,8 @@ mod fault;
 mod fixup;
 mod guest_debug;
 mod handle;
-mod here;
 mod host_access;
 mod kick;
-pub(crate) mod left;
 mod msr;
 mod own_thread;
 mod pending;
@@ -26,6 +23,8 @@ mod rest;
 mod retry;
 mod router;
 mod run;
+mod run_here;
+mod run_once;
 mod run_page;
 mod signal;
 mod stack;
@@ -37,19 +36,20 @@ mod tick;
 mod ticked;
 #[cfg(feature = "python")]
 mod timing;
+pub(crate) mod unjoined;
 #[allow(clippy::module_inception, reason = "it is where `Vcpu` is")]
 mod vcpu;
 
 pub use current::current;
 pub(crate) use current::is_thread_of;
 #[cfg_attr(not(feature = "python"), allow(unused_imports, reason = "for the binding"))]
-pub(crate) use current::with_called;
+pub(crate) use current::with_vcpu_in_callback;
 pub use exit::{Data, ExitKind, VcpuExit};
 pub use guest_debug::{DebugOwner, DebugRequest};
 pub use handle::VcpuHandle;
-pub(crate) use here::{Here, Left, begin as begin_here};
 pub use registers::RegisterClass;
-pub use router::{ExitHook, ExitRouter, HookPriority, Observer, Reply, Seen};
+pub use router::{AnsweredExit, ExitHook, ExitRouter, HookPriority, Observer, Reply};
+pub(crate) use run_here::{HereRun, LeaveReason, begin as begin_here};
 #[cfg_attr(not(feature = "python"), allow(unused_imports, reason = "for the binding"))]
 pub(crate) use run_page::keep_run_page;
 pub use signal::{kick_signal, use_signal};
@@ -58,5 +58,5 @@ pub(crate) use stack::spawn;
 pub use state::{RunState, VmRunState};
 pub use stats::{Count, ExitKey, Stats, VcpuTime};
 pub(crate) use thread::{Shared, create, start};
-pub(crate) use vcpu::Place;
 pub use vcpu::Vcpu;
+pub(crate) use vcpu::VcpuName;

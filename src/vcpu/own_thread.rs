@@ -143,7 +143,7 @@ impl VcpuHandle {
     /// [`Self::reported`].
     pub(super) fn put_back(&self, mut vcpu: Vcpu, by_itself: bool) {
         // Without the lock: a device or hook that has been removed may end with its copy.
-        drop(std::mem::take(&mut vcpu.copies));
+        drop(std::mem::take(&mut vcpu.cache));
         let mut state = self.state.lock();
         // A vCPU that got the command to run while it completed its last exit continues.
         let goes_on = state.is_completing && !by_itself;

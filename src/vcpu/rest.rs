@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::handle::{HandleState, VcpuHandle, closed};
 use super::kick::this_thread;
-use super::vcpu::Place;
+use super::vcpu::VcpuName;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limit::Limit;
 use crate::sync::{MutexGuard, rank};
@@ -29,13 +29,15 @@ impl VcpuHandle {
         let mut state = self.state.lock();
         while !state.is_settled() {
             if state.runner == Some(this_thread()) {
-                let (at, detail) = (Place(self.id()).to_string(), "its exit is not answered yet");
+                let (at, detail) =
+                    (VcpuName(self.id()).to_string(), "its exit is not answered yet");
                 let error = Error::new(ErrorKind::State, at, detail);
                 return Err(error.hint("let the callback return first"));
             }
             MutexGuard::unlocked(&mut state, || {
-                limit
-                    .wait(Place(self.id()), |until| self.wait_until(until, HandleState::is_settled))
+                limit.wait(VcpuName(self.id()), |until| {
+                    self.wait_until(until, HandleState::is_settled)
+                })
             })?;
         }
         if state.is_closed { Err(closed()) } else { Ok(state) }
@@ -54,7 +56,7 @@ impl VcpuHandle {
 
     /// Wait until no callback of an ended run is in progress.
     pub(crate) fn wait_for_callback(&self, limit: &Limit<'_>) -> Result<()> {
-        limit.wait(Place(self.id()), |until| self.wait_until(until, HandleState::is_settled))
+        limit.wait(VcpuName(self.id()), |until| self.wait_until(until, HandleState::is_settled))
     }
 
     /// Wait until the vCPU is at rest, or has been at rest since `counted`: another thread may have

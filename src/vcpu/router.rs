@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use super::exit::{Data, ExitKind, VcpuExit};
-use crate::devices::{Access, BusCopy, Buses};
+use crate::devices::{Access, BusCache, Buses};
 use crate::exit_handler::Outcome;
-use crate::sync::{Copied, Published, RwLock, rank};
+use crate::sync::{CachedArc, Published, RwLock, rank};
 use crate::trace::{Recording, Track};
 
 /// Sees exits before they are answered. Called on the vCPU's thread; the host can access the vCPU
@@ -44,7 +44,7 @@ pub enum HookPriority {
 /// Sees every exit after it has been answered. Called on the vCPU's thread; must return quickly.
 pub trait Observer: Send + Sync + std::fmt::Debug {
     /// Called right before a guest is entered.
-    fn enters(&self, _vcpu: u64, _at: Instant) {}
+    fn before_entry(&self, _vcpu: u64, _at: Instant) {}
 
     /// The track that records how an exit is answered.
     fn track(&self, _vcpu: u64) -> Option<Arc<Track>> {
@@ -52,12 +52,12 @@ pub trait Observer: Send + Sync + std::fmt::Debug {
     }
 
     /// Called after an exit has been answered.
-    fn saw(&self, seen: &Seen);
+    fn after_exit(&self, seen: &AnsweredExit);
 }
 
 /// An exit and its times.
 #[derive(Debug)]
-pub struct Seen<'a> {
+pub struct AnsweredExit<'a> {
     /// The vCPU's number.
     pub vcpu: u64,
     /// The exit.
@@ -97,14 +97,14 @@ pub struct ExitRouter {
 /// A vCPU's copies of what it looks up at each exit. Former devices and hooks stay alive in them
 /// until the next exit, or until the vCPU comes to rest.
 #[derive(Debug, Default)]
-pub(super) struct Copies {
-    pio: BusCopy,
-    mmio: BusCopy,
-    pub(super) hooks: Copied<[HookEntry]>,
+pub(super) struct RouterCache {
+    pio: BusCache,
+    mmio: BusCache,
+    pub(super) hooks: CachedArc<[HookEntry]>,
 }
 
-impl Copies {
-    pub(super) fn bus(&mut self, access: Access) -> &mut BusCopy {
+impl RouterCache {
+    pub(super) fn bus(&mut self, access: Access) -> &mut BusCache {
         match access {
             Access::Pio => &mut self.pio,
             Access::Mmio => &mut self.mmio,
@@ -186,12 +186,12 @@ impl ExitRouter {
     }
 
     /// The hooks, as `copy` keeps them.
-    pub(super) fn hooks<'a>(&self, copy: &'a mut Copied<[HookEntry]>) -> &'a [HookEntry] {
+    pub(super) fn hooks<'a>(&self, copy: &'a mut CachedArc<[HookEntry]>) -> &'a [HookEntry] {
         self.hooks.read(copy)
     }
 
-    pub(super) fn enters(&self, vcpu: u64, at: Instant) {
-        self.observers.read().iter().for_each(|observer| observer.enters(vcpu, at));
+    pub(super) fn before_entry(&self, vcpu: u64, at: Instant) {
+        self.observers.read().iter().for_each(|observer| observer.before_entry(vcpu, at));
     }
 
     /// If an observer traces this vCPU, record on this thread while it answers an exit.
@@ -199,8 +199,8 @@ impl ExitRouter {
         Recording::on(self.observers.read().iter().filter_map(|observer| observer.track(vcpu)))
     }
 
-    pub(super) fn saw(&self, seen: &Seen) {
-        self.observers.read().iter().for_each(|observer| observer.saw(seen));
+    pub(super) fn after_exit(&self, seen: &AnsweredExit) {
+        self.observers.read().iter().for_each(|observer| observer.after_exit(seen));
     }
 }
 
@@ -246,13 +246,13 @@ mod tests {
     struct Log(Mutex<Vec<u64>, rank::Test>);
 
     impl Observer for Log {
-        fn saw(&self, seen: &Seen) {
+        fn after_exit(&self, seen: &AnsweredExit) {
             self.0.lock().push(seen.vcpu);
         }
     }
 
     fn ask(router: &ExitRouter, exit: &VcpuExit) -> Option<(Outcome, Reply)> {
-        ask_hooks(router.hooks(&mut Copied::default()), 0, exit)
+        ask_hooks(router.hooks(&mut CachedArc::default()), 0, exit)
     }
 
     const IN: VcpuExit = VcpuExit::IoIn { port: 1, size: 1, count: 1 };
@@ -313,10 +313,11 @@ mod tests {
         router.observe(Arc::clone(&observer));
         assert!(router.mask().is_observed() && router.mask().has_hook(ExitKind::Hlt));
         let now = Instant::now();
-        let seen = Seen { vcpu: 3, exit: &VcpuExit::Hlt, entered: now, left: now, answered: now };
-        router.saw(&seen);
+        let seen =
+            AnsweredExit { vcpu: 3, exit: &VcpuExit::Hlt, entered: now, left: now, answered: now };
+        router.after_exit(&seen);
         router.unobserve(&observer);
-        router.saw(&seen);
+        router.after_exit(&seen);
         assert_eq!(*log.0.lock(), [3]);
         assert!(!router.mask().is_observed() && router.mask().has_hook(ExitKind::Hlt));
     }

@@ -12,7 +12,7 @@ use super::exit::VcpuExit;
 use super::fault;
 use super::handle::VcpuHandle;
 use super::kick::ImmediateExit;
-use super::router::{self, ExitMask, Reply, Seen};
+use super::router::{self, AnsweredExit, ExitMask, Reply};
 use super::vcpu::Vcpu;
 use crate::exit_handler::{Exit, ExitReason, Outcome};
 use crate::hop::hop;
@@ -37,7 +37,7 @@ fn refused(vcpu: &mut Vcpu, error: kvm_ioctls::Error) -> Outcome {
 
 fn observed_step(vcpu: &mut Vcpu, handle: &VcpuHandle, mask: ExitMask) -> Outcome {
     let entered = Instant::now();
-    vcpu.router.enters(vcpu.id, entered);
+    vcpu.router.before_entry(vcpu.id, entered);
     let result = enter(vcpu);
     let left = Instant::now();
     match result {
@@ -48,12 +48,24 @@ fn observed_step(vcpu: &mut Vcpu, handle: &VcpuHandle, mask: ExitMask) -> Outcom
             vcpu.is_recorded = false;
             drop(recording);
             let answered = Instant::now();
-            vcpu.router.saw(&Seen { vcpu: vcpu.id, exit: &exit, entered, left, answered });
+            vcpu.router.after_exit(&AnsweredExit {
+                vcpu: vcpu.id,
+                exit: &exit,
+                entered,
+                left,
+                answered,
+            });
             step
         }
         Err(error) => {
             let exit = VcpuExit::Interrupted;
-            vcpu.router.saw(&Seen { vcpu: vcpu.id, exit: &exit, entered, left, answered: left });
+            vcpu.router.after_exit(&AnsweredExit {
+                vcpu: vcpu.id,
+                exit: &exit,
+                entered,
+                left,
+                answered: left,
+            });
             refused(vcpu, error)
         }
     }
@@ -130,10 +142,10 @@ pub(crate) fn drain_string_io(vcpu: &mut Vcpu, handle: &VcpuHandle) -> Outcome {
 /// Ask the hooks; `None` if they leave the exit to the devices.
 fn ask_hooks(vcpu: &mut Vcpu, handle: &VcpuHandle, exit: &VcpuExit) -> Option<Outcome> {
     // The copy is taken out, because the hooks may look at the vCPU.
-    let (id, mut copy) = (vcpu.id, std::mem::take(&mut vcpu.copies.hooks));
+    let (id, mut copy) = (vcpu.id, std::mem::take(&mut vcpu.cache.hooks));
     let hooks = vcpu.router.hooks(&mut copy);
     let answered = handle.with_host_access(vcpu, || router::ask_hooks(hooks, id, exit));
-    vcpu.copies.hooks = copy;
+    vcpu.cache.hooks = copy;
     let (outcome, reply) = answered?;
     if !matches!(outcome, Outcome::Continue | Outcome::Wait) {
         return Some(outcome);

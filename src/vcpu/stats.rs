@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::exit::{ExitKind, VcpuExit};
-use super::router::{ExitRouter, Observer, Seen};
+use super::router::{AnsweredExit, ExitRouter, Observer};
 use crate::error::Result;
 use crate::process::ProcessTag;
 use crate::sync::{Mutex, rank};
@@ -224,11 +224,11 @@ impl Stats {
 }
 
 impl Observer for Stats {
-    fn enters(&self, vcpu: u64, at: Instant) {
+    fn before_entry(&self, vcpu: u64, at: Instant) {
         self.with(vcpu, |counts| counts.inside = Some(at));
     }
 
-    fn saw(&self, seen: &Seen) {
+    fn after_exit(&self, seen: &AnsweredExit) {
         self.with(seen.vcpu, |counts| {
             // `None` if counting began during this stay in the guest.
             if let Some(since) = counts.inside.take() {
@@ -256,8 +256,8 @@ mod tests {
         let entered = Instant::now();
         let left = entered + Duration::from_micros(inside_us);
         let answered = left + Duration::from_micros(outside_us);
-        stats.enters(vcpu, entered);
-        stats.saw(&Seen { vcpu, exit, entered, left, answered });
+        stats.before_entry(vcpu, entered);
+        stats.after_exit(&AnsweredExit { vcpu, exit, entered, left, answered });
     }
 
     fn port(port: u16) -> VcpuExit {
@@ -300,7 +300,7 @@ mod tests {
         let (stats, router) = (Arc::new(Stats::new(1)), ExitRouter::default());
         stats.enable(&router).unwrap();
         let long_ago = Instant::now().checked_sub(Duration::from_secs(5)).unwrap();
-        stats.enters(0, long_ago);
+        stats.before_entry(0, long_ago);
         assert!(stats.vcpus().unwrap()[0].guest >= Duration::from_secs(5));
         stats.disable(&router).unwrap();
         let before = stats.vcpus().unwrap();
@@ -309,7 +309,13 @@ mod tests {
         stats.enable(&router).unwrap();
         let now = Instant::now();
         let exit = VcpuExit::Hlt;
-        stats.saw(&Seen { vcpu: 0, exit: &exit, entered: long_ago, left: now, answered: now });
+        stats.after_exit(&AnsweredExit {
+            vcpu: 0,
+            exit: &exit,
+            entered: long_ago,
+            left: now,
+            answered: now,
+        });
         assert_eq!(stats.vcpus().unwrap()[0].guest, before[0].guest);
     }
 
@@ -321,9 +327,21 @@ mod tests {
         stats.enable(&router).unwrap();
         let now = Instant::now();
         let exit = VcpuExit::Hlt;
-        router.saw(&Seen { vcpu: 0, exit: &exit, entered: now, left: now, answered: now });
+        router.after_exit(&AnsweredExit {
+            vcpu: 0,
+            exit: &exit,
+            entered: now,
+            left: now,
+            answered: now,
+        });
         stats.disable(&router).unwrap();
-        router.saw(&Seen { vcpu: 0, exit: &exit, entered: now, left: now, answered: now });
+        router.after_exit(&AnsweredExit {
+            vcpu: 0,
+            exit: &exit,
+            entered: now,
+            left: now,
+            answered: now,
+        });
         assert_eq!(stats.vcpus().unwrap()[0].exits, 1);
     }
 }

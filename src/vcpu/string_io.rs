@@ -27,7 +27,7 @@ enum Segment {
 
 /// A decoded `REP OUTS`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Outs {
+struct RepOuts {
     /// The size of an element, in bytes.
     size: usize,
     /// The width of RCX and RSI, in bits.
@@ -152,7 +152,7 @@ fn segment(sregs: &kvm_sregs, name: Segment) -> &kvm_segment {
     }
 }
 
-fn decode(code: &[u8; LONGEST], bits: u32) -> Option<Outs> {
+fn decode(code: &[u8; LONGEST], bits: u32) -> Option<RepOuts> {
     let (mut is_repeated, mut has_operand_size, mut has_address_size) = (false, false, false);
     let mut segment = Segment::Ds;
     for byte in code {
@@ -178,7 +178,7 @@ fn decode(code: &[u8; LONGEST], bits: u32) -> Option<Outs> {
                     (16, false) | (32, true) => 16,
                     _ => 32,
                 };
-                return Some(Outs { size, address_bits, segment });
+                return Some(RepOuts { size, address_bits, segment });
             }
             _ => return None,
         }
@@ -199,7 +199,7 @@ fn linear(base: u64, offset: u64, is_long: bool) -> u64 {
 /// The linear address and the size of the remaining elements that lie entirely in the segment and
 /// in the page where the previous element, which KVM has read, ends.
 fn span(
-    outs: &Outs,
+    outs: &RepOuts,
     regs: &kvm_regs,
     segment: &kvm_segment,
     is_long: bool,
@@ -238,7 +238,7 @@ fn span(
     Some((start, usize::try_from(count * size).ok()?))
 }
 
-fn advance(outs: &Outs, regs: &kvm_regs, count: u64) -> kvm_regs {
+fn advance(outs: &RepOuts, regs: &kvm_regs, count: u64) -> kvm_regs {
     let mask = mask(outs.address_bits);
     let bytes = count * outs.size as u64;
     let moved = if regs.rflags & DIRECTION != 0 {
@@ -266,8 +266,8 @@ mod tests {
         code
     }
 
-    fn outs(size: usize, address_bits: u32, segment: Segment) -> Option<Outs> {
-        Some(Outs { size, address_bits, segment })
+    fn outs(size: usize, address_bits: u32, segment: Segment) -> Option<RepOuts> {
+        Some(RepOuts { size, address_bits, segment })
     }
 
     const FLAT: kvm_segment = kvm_segment {
@@ -317,7 +317,7 @@ mod tests {
 
     #[test]
     fn elements_are_taken_to_the_end_of_the_page() {
-        let elements = Outs { size: 2, address_bits: 32, segment: Segment::Ds };
+        let elements = RepOuts { size: 2, address_bits: 32, segment: Segment::Ds };
         let regs = kvm_regs { rcx: 100, rsi: 0x1ff8, ..Default::default() };
         assert_eq!(span(&elements, &regs, &FLAT, false), Some((0x1ff8, 8)));
         let across = kvm_regs { rsi: 0x1fff, ..regs };
@@ -338,11 +338,11 @@ mod tests {
 
     #[test]
     fn registers_keep_what_the_width_does_not_reach() {
-        let elements = Outs { size: 1, address_bits: 16, segment: Segment::Ds };
+        let elements = RepOuts { size: 1, address_bits: 16, segment: Segment::Ds };
         let regs = kvm_regs { rcx: 0xabcd_0003, rsi: 0x1234_fffe, ..Default::default() };
         let after = advance(&elements, &regs, 3);
         assert_eq!((after.rcx, after.rsi), (0xabcd_0000, 0x1234_0001));
-        let wide = Outs { address_bits: 32, ..elements };
+        let wide = RepOuts { address_bits: 32, ..elements };
         let after = advance(&wide, &kvm_regs { rcx: 0xff_0000_0003, ..regs }, 1);
         assert_eq!(after.rcx, 2);
     }
@@ -355,7 +355,7 @@ mod tests {
             size in prop_oneof![Just(1usize), Just(2), Just(4)],
         ) {
             let _ = decode(&bytes, bits);
-            let elements = Outs { size, address_bits: bits, segment: Segment::Gs };
+            let elements = RepOuts { size, address_bits: bits, segment: Segment::Gs };
             let regs = kvm_regs { rcx, rsi, rflags, ..Default::default() };
             let segment = kvm_segment { base, limit, ..FLAT };
             if let Some((start, length)) = span(&elements, &regs, &segment, bits == 64) {

@@ -15,7 +15,7 @@ use super::run_page::RunPage;
 use super::signal::{SignalMask, kick_signal};
 use super::stack;
 use super::state::{RunState, VmRunState};
-use super::vcpu::{Place, Vcpu};
+use super::vcpu::{Vcpu, VcpuName};
 use crate::error::Result;
 use crate::exit_handler::{Exit, ExitHandler, ExitReason, Outcome};
 use crate::hop::hop;
@@ -107,7 +107,7 @@ where
     EH: ExitHandler + Send + Sync + 'static,
 {
     let (handle, shared) = (Arc::clone(handle), Arc::clone(shared));
-    let name = Place(handle.id()).to_string();
+    let name = VcpuName(handle.id()).to_string();
     let run = move || {
         set_current(&handle, shared.id());
         serve(&handle, &shared, number);

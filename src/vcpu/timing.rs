@@ -5,13 +5,13 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::current::Current;
+use super::current::CurrentVcpuGuard;
 use super::enter::enter;
 use super::handle::VcpuHandle;
 use super::pending::PendingIo;
 use super::run::answer;
 use super::signal::unblock_kicks;
-use super::vcpu::Place;
+use super::vcpu::VcpuName;
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::Outcome;
 
@@ -25,22 +25,22 @@ impl VcpuHandle {
     pub(crate) fn time_answers(self: &Arc<Self>, machine: usize, count: u32) -> Result<Duration> {
         self.check_process()?;
         unblock_kicks()?;
-        let mut vcpu = self.take_by_hand(&mut self.state.lock())?;
-        let current = Current::enter(self, machine);
+        let mut vcpu = self.take_for_run_once(&mut self.state.lock())?;
+        let current = CurrentVcpuGuard::enter(self, machine);
         let timed = enter(&mut vcpu).map_err(|e| Error::kvm("KVM_RUN", e)).and_then(|exit| {
             let mask = vcpu.router.mask();
             let began = Instant::now();
             for _ in 0..count {
                 vcpu.pending = PendingIo::after(&exit);
                 if answer(&mut vcpu, self, &exit, mask) != Outcome::Continue {
-                    let at = Place(self.id()).to_string();
+                    let at = VcpuName(self.id()).to_string();
                     return Err(Error::new(ErrorKind::State, at, "an answer has ended the run"));
                 }
             }
             Ok(began.elapsed())
         });
         drop(current);
-        drop(std::mem::take(&mut vcpu.copies));
+        drop(std::mem::take(&mut vcpu.cache));
         let mut state = self.state.lock();
         state.is_in_run_once = false;
         self.rest(state, vcpu);

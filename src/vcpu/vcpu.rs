@@ -9,7 +9,7 @@ use kvm_ioctls::{SyncReg, VcpuFd};
 
 use super::guest_debug::GuestDebug;
 use super::pending::PendingIo;
-use super::router::{Copies, ExitRouter};
+use super::router::{ExitRouter, RouterCache};
 use super::run_page::RunPage;
 use crate::debug::Paging;
 use crate::devices::Device;
@@ -19,9 +19,9 @@ use crate::kvm::checked as kvm;
 use crate::memory::GuestMemory;
 
 /// The name of a vCPU, in errors and as the name of its thread.
-pub(crate) struct Place(pub(crate) u64);
+pub(crate) struct VcpuName(pub(crate) u64);
 
-impl fmt::Display for Place {
+impl fmt::Display for VcpuName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "vcpu_{}", self.0)
     }
@@ -70,7 +70,7 @@ pub struct Vcpu {
     /// The requests for single steps and breakpoints.
     pub(super) guest_debug: GuestDebug,
     /// Its copies of the devices and hooks of its machine, while it is not at rest.
-    pub(super) copies: Copies,
+    pub(super) cache: RouterCache,
 }
 
 impl Vcpu {
@@ -103,7 +103,7 @@ impl Vcpu {
             is_recorded: false,
             has_found_memory: false,
             guest_debug: GuestDebug::default(),
-            copies: Copies::default(),
+            cache: RouterCache::default(),
         }
     }
 
@@ -118,7 +118,7 @@ impl Vcpu {
     /// # Errors
     /// [`ErrorKind::State`] if no read waits for data; [`ErrorKind::Config`] if the size is wrong.
     pub fn answer(&mut self, data: &[u8]) -> Result<()> {
-        let at = Place(self.id).to_string();
+        let at = VcpuName(self.id).to_string();
         if !self.pending.awaits_answer() {
             let detail =
                 "its last exit was not a read, or the instruction has been completed since";
@@ -159,7 +159,7 @@ impl Vcpu {
     pub(super) fn check_answered(&self) -> Result<()> {
         if self.pending.awaits_answer() {
             let detail = "its guest waits for the data of a read";
-            return Err(Error::new(ErrorKind::State, Place(self.id).to_string(), detail));
+            return Err(Error::new(ErrorKind::State, VcpuName(self.id).to_string(), detail));
         }
         Ok(())
     }

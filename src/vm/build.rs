@@ -25,7 +25,7 @@ use crate::kvm::{self, max_vcpus, open_kvm};
 use crate::layout;
 use crate::memory::GuestMemory;
 use crate::process::ProcessTag;
-use crate::resources::{Kind, Resources};
+use crate::resources::{ResourceKind, Resources};
 use crate::sync::Mutex;
 use crate::vcpu::{self, ExitRouter, RunState, VcpuHandle};
 
@@ -187,10 +187,10 @@ fn claim_for_kvm(resources: &Resources, irqchip: bool) -> Result<()> {
         })
     };
     for (range, name) in layout::kernel_addresses(irqchip) {
-        claim(Kind::Mmio, range, name)?;
+        claim(ResourceKind::Mmio, range, name)?;
     }
     let ports = layout::KERNEL_PORTS.into_iter().filter(|_| irqchip);
-    ports.into_iter().try_for_each(|(range, name)| claim(Kind::Pio, range, name))
+    ports.into_iter().try_for_each(|(range, name)| claim(ResourceKind::Pio, range, name))
 }
 
 /// Create a VM, with the pages that KVM needs for itself on some processors.

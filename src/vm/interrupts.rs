@@ -16,7 +16,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::ExitHandler;
 use crate::layout;
 use crate::limit::Limit;
-use crate::resources::Kind;
+use crate::resources::ResourceKind;
 
 /// The pins of the I/O APIC. The first sixteen are also connected to the PICs.
 pub const IRQ_LINES: u32 = 24;
@@ -162,7 +162,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     pub fn add_irqfd(&self, event: &EventFd, line: u32) -> Result<()> {
         self.check_irq_line(line)?;
         self.fd.register_irqfd(event, line).map_err(|e| Error::kvm("KVM_IRQFD", e))?;
-        self.memory.resources().share(Kind::Gsi, (u64::from(line), 1), "irqfd");
+        self.memory.resources().share(ResourceKind::Gsi, (u64::from(line), 1), "irqfd");
         Ok(())
     }
 
@@ -173,7 +173,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     pub fn remove_irqfd(&self, event: &EventFd, line: u32) -> Result<()> {
         self.check_irq_line(line)?;
         self.fd.unregister_irqfd(event, line).map_err(|e| Error::kvm("KVM_IRQFD", e))?;
-        self.memory.resources().release_shared(Kind::Gsi, u64::from(line), "irqfd");
+        self.memory.resources().release_shared(ResourceKind::Gsi, u64::from(line), "irqfd");
         Ok(())
     }
 

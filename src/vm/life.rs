@@ -10,7 +10,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
 use crate::exit_handler::{Exit, ExitHandler};
 use crate::limit::Limit;
-use crate::vcpu::{self, Here, Vcpu, VcpuHandle, VmRunState};
+use crate::vcpu::{self, HereRun, Vcpu, VcpuHandle, VmRunState};
 
 impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     /// Run each vCPU on its own thread `vcpu_{id}`, which is started if it does not exist. With an
@@ -39,7 +39,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         handle: &'a Arc<VcpuHandle>,
         event_manager: &Arc<EventManager>,
         vcpu_run_addr: Option<u64>,
-    ) -> Result<Here<'a, EH>> {
+    ) -> Result<HereRun<'a, EH>> {
         let mut here = None;
         self.start(|_, is_held| {
             let prepare = self.start_state(vcpu_run_addr);

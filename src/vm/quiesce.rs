@@ -4,7 +4,7 @@
 
 use super::KvmVm;
 use super::device_calls::{self, DeviceCalls};
-use super::vcpus::Leaving;
+use super::vcpus::LeavingVcpus;
 use crate::devices::QuiescedDevices;
 use crate::error::Result;
 use crate::exit_handler::ExitHandler;
@@ -22,21 +22,21 @@ impl<EH: ExitHandler> KvmVm<EH> {
         self.check_process()?;
         self.check_device_calls("pause")?;
         let run_state = &self.shared.run_state;
-        let (leaving, period) =
+        let (leaving, epoch) =
             self.vcpus.pause(|| match run_state.set_and_notify(VmRunState::Paused) {
                 Ok(_) | Err(VmRunState::Paused) => Ok(()),
                 Err(state) => Err(self.not_running("pause", state)),
             })?;
         // When this is dropped, the machine's state still keeps the vCPUs at rest.
         let mut quiesced = self.wait(leaving, limit).inspect_err(|_| {
-            self.vcpus.undo_pause(period, || {
+            self.vcpus.undo_pause(epoch, || {
                 // Fails if the guest has ended.
                 let _ = run_state.set_and_notify(VmRunState::Running);
             });
         })?;
         let devices = std::mem::take(&mut quiesced.devices);
         let is_paused = || self.state() == VmRunState::Paused;
-        self.resume_devices(self.vcpus.keep_paused(period, devices, is_paused));
+        self.resume_devices(self.vcpus.keep_paused(epoch, devices, is_paused));
         Ok(())
     }
 
@@ -55,7 +55,7 @@ impl<EH: ExitHandler> KvmVm<EH> {
         self.wait(leaving, limit)
     }
 
-    fn wait(&self, leaving: Leaving, limit: &Limit<'_>) -> Result<Quiesced<'_, EH>> {
+    fn wait(&self, leaving: LeavingVcpus, limit: &Limit<'_>) -> Result<Quiesced<'_, EH>> {
         let mut quiesced = Quiesced { vm: self, devices: QuiescedDevices::default() };
         leaving.wait(limit)?;
         let _calls = self.device_calls();

@@ -9,7 +9,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::hop::hop;
 use crate::limit::Limit;
 use crate::sync::{Condvar, MappedMutexGuard, Mutex, MutexGuard, assert_unlocked, rank};
-use crate::vcpu::{Place, Vcpu, VcpuHandle, VmRunState, left};
+use crate::vcpu::{Vcpu, VcpuHandle, VcpuName, VmRunState, unjoined};
 
 /// All vCPUs of a machine. The lock serializes starts and stops. A vCPU's own thread does not take
 /// it to leave its guest, and no thread is waited for with it held.
@@ -28,7 +28,7 @@ struct List {
     /// How many callers of `pause` have made or found the machine paused since it last ran.
     pauses: usize,
     /// Counts the times that all pauses have ended: by a resume, a start or the end of a run.
-    period: Period,
+    epoch: PauseEpoch,
     /// The devices that the pause has quiesced.
     paused_devices: Option<QuiescedDevices>,
     is_closed: bool,
@@ -36,23 +36,23 @@ struct List {
 
 /// Tells a pause from one that came after a resume, a start or the end of a run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Period(u64);
+pub(super) struct PauseEpoch(u64);
 
 /// A vCPU to wait for, and its count of transitions before the wait.
 type Awaited = (Arc<VcpuHandle>, u64);
 
 /// vCPUs that are leaving their guests. A vCPU in a callback has left its guest.
 #[derive(Debug)]
-pub(super) struct Leaving(Vec<Awaited>);
+pub(super) struct LeavingVcpus(Vec<Awaited>);
 
-impl Leaving {
+impl LeavingVcpus {
     /// Wait until each has left. No lock may be held: a vCPU may be in a callback that needs it.
     ///
     /// # Errors
     /// The error of `limit`, which ends the wait.
     pub(super) fn wait(self, limit: &Limit<'_>) -> Result<()> {
         self.0.iter().try_for_each(|(handle, counted)| {
-            limit.wait(Place(handle.id()), |until| handle.wait_for_rest(*counted, Some(until)))
+            limit.wait(VcpuName(handle.id()), |until| handle.wait_for_rest(*counted, Some(until)))
         })
     }
 }
@@ -86,7 +86,7 @@ impl List {
     }
 
     /// See [`Vcpus::quiesce`].
-    fn quiesce(&mut self, enter: impl FnOnce() -> Result<()>) -> Result<Leaving> {
+    fn quiesce(&mut self, enter: impl FnOnce() -> Result<()>) -> Result<LeavingVcpus> {
         if self.is_closed {
             return Err(Error::closed("machine"));
         }
@@ -96,13 +96,13 @@ impl List {
         let running = self.vcpus.iter().filter(|_| self.is_in_run);
         let all = running.clone().map(awaited).collect();
         running.for_each(|vcpu| vcpu.pause());
-        Ok(Leaving(all))
+        Ok(LeavingVcpus(all))
     }
 
     /// End all pauses. The caller resumes the returned devices with no lock held.
     fn end_pauses(&mut self) -> Option<QuiescedDevices> {
         self.pauses = 0;
-        self.period.0 += 1;
+        self.epoch.0 += 1;
         self.paused_devices.take()
     }
 
@@ -154,17 +154,20 @@ impl Vcpus {
     /// If `enter` allows it, bring the vCPUs out of their guests and hold them out until
     /// [`Self::release`]. Holds are counted. A pause or resume in between takes effect when the
     /// last hold is released. Returns before the vCPUs are out.
-    pub(super) fn quiesce(&self, enter: impl FnOnce() -> Result<()>) -> Result<Leaving> {
+    pub(super) fn quiesce(&self, enter: impl FnOnce() -> Result<()>) -> Result<LeavingVcpus> {
         hop!();
         self.0.lock().quiesce(enter)
     }
 
     /// [`Self::quiesce`] for a pause, which outlasts the hold.
-    pub(super) fn pause(&self, enter: impl FnOnce() -> Result<()>) -> Result<(Leaving, Period)> {
+    pub(super) fn pause(
+        &self,
+        enter: impl FnOnce() -> Result<()>,
+    ) -> Result<(LeavingVcpus, PauseEpoch)> {
         let mut list = self.0.lock();
         let leaving = list.quiesce(enter)?;
         list.pauses += 1;
-        Ok((leaving, list.period))
+        Ok((leaving, list.epoch))
     }
 
     /// Keep the devices that a pause has quiesced until it ends. Returns devices that the caller
@@ -172,12 +175,12 @@ impl Vcpus {
     /// already ended.
     pub(super) fn keep_paused(
         &self,
-        period: Period,
+        epoch: PauseEpoch,
         devices: QuiescedDevices,
         is_paused: impl FnOnce() -> bool,
     ) -> Option<QuiescedDevices> {
         let mut list = self.0.lock();
-        if list.period == period && list.is_in_run && is_paused() {
+        if list.epoch == epoch && list.is_in_run && is_paused() {
             list.paused_devices.replace(devices)
         } else {
             Some(devices)
@@ -186,9 +189,9 @@ impl Vcpus {
 
     /// The wait for a pause has failed: `undo` it, unless it has ended already or another caller
     /// has paused the machine too.
-    pub(super) fn undo_pause(&self, period: Period, undo: impl FnOnce()) {
+    pub(super) fn undo_pause(&self, epoch: PauseEpoch, undo: impl FnOnce()) {
         let mut list = self.0.lock();
-        if list.period != period {
+        if list.epoch != epoch {
             return;
         }
         list.pauses = list.pauses.saturating_sub(1);
@@ -368,7 +371,12 @@ impl Vcpus {
     /// The machine is dropped. A thread that was not joined is in a callback. The dropping thread
     /// is one of the machine's own, or must not wait for one.
     pub(super) fn leave(&mut self) {
-        self.0.get_mut().vcpus.iter().filter_map(|vcpu| vcpu.take_thread()).for_each(left::leave);
+        self.0
+            .get_mut()
+            .vcpus
+            .iter()
+            .filter_map(|vcpu| vcpu.take_thread())
+            .for_each(unjoined::keep);
     }
 
     /// In a forked child: drop the threads, which do not exist there.

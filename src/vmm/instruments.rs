@@ -11,7 +11,7 @@ use crate::process::ProcessTag;
 use crate::sync::{Mutex, rank};
 
 use crate::trace::{Span, Trace, Track, Value};
-use crate::vcpu::{ExitKey, ExitRouter, Observer, Seen, Stats};
+use crate::vcpu::{AnsweredExit, ExitKey, ExitRouter, Observer, Stats};
 
 /// The counters and the trace of one machine.
 #[derive(Debug)]
@@ -95,7 +95,7 @@ impl Observer for Trace {
         self.vcpu(vcpu).cloned()
     }
 
-    fn saw(&self, seen: &Seen) {
+    fn after_exit(&self, seen: &AnsweredExit) {
         let Some(track) = self.vcpu(seen.vcpu) else { return };
         let times = (seen.entered, seen.left);
         track.record(&Span { category: "guest", name: "guest", times, values: &[] });
@@ -131,9 +131,16 @@ mod tests {
         {
             let now = Instant::now();
             let exit = VcpuExit::IoIn { port: 0x60, size: 1, count: 1 };
-            trace.saw(&Seen { vcpu: 1, exit: &exit, entered: now, left: now, answered: now });
-            let nobody = Seen { vcpu: 7, exit: &exit, entered: now, left: now, answered: now };
-            trace.saw(&nobody);
+            trace.after_exit(&AnsweredExit {
+                vcpu: 1,
+                exit: &exit,
+                entered: now,
+                left: now,
+                answered: now,
+            });
+            let nobody =
+                AnsweredExit { vcpu: 7, exit: &exit, entered: now, left: now, answered: now };
+            trace.after_exit(&nobody);
         }
         trace.finish().unwrap();
         let text = std::fs::read_to_string(&path).unwrap();

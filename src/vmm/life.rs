@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::machine::{InLoop, Vmm};
+use super::machine::{LoopParts, Vmm};
 use super::runner::{Life, Runner, closed};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
@@ -12,7 +12,7 @@ use crate::vcpu::{self, VmRunState};
 use crate::vm::KvmVm;
 
 /// The next step of a thread that closes a machine.
-enum ToClose {
+enum CloseStep {
     /// The machine is closed, or another thread will close it.
     Nothing,
     /// Stop the vCPUs: this is the thread of one of them, and no thread is in `run` or `wait`.
@@ -52,13 +52,13 @@ impl Vmm {
     /// run takes effect when that run ends. A call from a callback on a vCPU's thread, while no
     /// thread is in `wait`, stops the vCPUs; the next `wait` or `close` releases the rest.
     pub fn close(&self) {
-        self.close_or_tell(false);
+        self.close_unless_busy(false);
     }
 
     /// [`Self::close`], but only if it need not wait for another thread. Returns whether it closed.
     #[cfg_attr(not(feature = "python"), allow(dead_code, reason = "for the binding"))]
     pub(crate) fn close_without_wait(&self) -> bool {
-        self.close_or_tell(true)
+        self.close_unless_busy(true)
     }
 
     /// Whether a thread is closing it. That thread waits only for callbacks.
@@ -67,23 +67,23 @@ impl Vmm {
         !self.process_tag.is_forked_child() && matches!(self.runner.lock().life, Life::Closing(_))
     }
 
-    fn close_or_tell(&self, is_hurried: bool) -> bool {
+    fn close_unless_busy(&self, is_hurried: bool) -> bool {
         if self.process_tag.is_forked_child() {
             return true; // a run in progress belongs to the parent
         }
         let mut runner = self.runner.lock();
         loop {
-            match self.next_to_close(&mut runner) {
-                ToClose::Nothing => return true,
-                ToClose::Shutdown => {
+            match self.next_close_step(&mut runner) {
+                CloseStep::Nothing => return true,
+                CloseStep::Shutdown => {
                     drop(runner);
                     self.vm().iter().for_each(|vm| vm.stop());
                     return true;
                 }
-                ToClose::Release if is_hurried && self.begin_close() => return false,
-                ToClose::Release => break,
-                ToClose::Wait if is_hurried => return false,
-                ToClose::Wait => self.run_ended.wait(&mut runner),
+                CloseStep::Release if is_hurried && self.begin_close() => return false,
+                CloseStep::Release => break,
+                CloseStep::Wait if is_hurried => return false,
+                CloseStep::Wait => self.run_ended.wait(&mut runner),
             }
         }
         runner.life = Life::Closing(std::thread::current().id());
@@ -109,25 +109,25 @@ impl Vmm {
     }
 
     /// The next step of this thread to close the machine. Ends a run in progress.
-    fn next_to_close(&self, runner: &mut Runner) -> ToClose {
+    fn next_close_step(&self, runner: &mut Runner) -> CloseStep {
         let this = std::thread::current().id();
         let is_on_vcpu = vcpu::is_thread_of(self.vm_id);
         match (runner.life, runner.thread) {
-            (Life::Closed, _) => ToClose::Nothing,
+            (Life::Closed, _) => CloseStep::Nothing,
             // The closing thread waits for this callback.
-            (Life::Closing(_), _) if is_on_vcpu => ToClose::Nothing,
-            (Life::Closing(closer), _) if closer == this => ToClose::Nothing,
-            (Life::Closing(_), _) => ToClose::Wait,
-            (Life::Open, None) if !is_on_vcpu => ToClose::Release,
+            (Life::Closing(_), _) if is_on_vcpu => CloseStep::Nothing,
+            (Life::Closing(closer), _) if closer == this => CloseStep::Nothing,
+            (Life::Closing(_), _) => CloseStep::Wait,
+            (Life::Open, None) if !is_on_vcpu => CloseStep::Release,
             (Life::Open, thread) => {
                 // This fails only in a forked child.
                 let _ = self.stop();
                 let is_inside = is_on_vcpu || thread == Some(this);
                 runner.close_at_end |= is_inside;
                 match thread {
-                    Some(_) if is_inside => ToClose::Nothing,
-                    Some(_) => ToClose::Wait,
-                    None => ToClose::Shutdown,
+                    Some(_) if is_inside => CloseStep::Nothing,
+                    Some(_) => CloseStep::Wait,
+                    None => CloseStep::Shutdown,
                 }
             }
         }
@@ -136,8 +136,8 @@ impl Vmm {
     /// Release the machine's parts, with no lock held: this waits for its threads, and devices may
     /// be implemented in Python.
     fn release(&self) {
-        let in_loop = self.in_loop.lock().take();
-        for InLoop { event_manager, subscribers, .. } in in_loop.iter() {
+        let loop_parts = self.loop_parts.lock().take();
+        for LoopParts { event_manager, subscribers, .. } in loop_parts.iter() {
             for id in subscribers {
                 // Fails if the program has removed it already.
                 let _ = event_manager.remove_subscriber(*id);
@@ -146,7 +146,7 @@ impl Vmm {
         let vm = self.vm.lock().take();
         // Other threads may hold it until their calls return.
         vm.iter().for_each(|vm| vm.close());
-        drop((vm, in_loop));
+        drop((vm, loop_parts));
         self.router.close();
         self.runner.lock().life = Life::Closed;
         self.run_ended.notify_all();

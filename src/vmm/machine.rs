@@ -34,7 +34,7 @@ pub struct Vmm {
     /// `None` once it is closed.
     pub(super) vm: Mutex<Option<Arc<KvmVm<WrappedExitHandler>>>, rank::VmmParts>,
     /// `None` once it is closed. Other holders may keep them alive.
-    pub(super) in_loop: Mutex<Option<InLoop>, rank::OwnSubscribers>,
+    pub(super) loop_parts: Mutex<Option<LoopParts>, rank::OwnSubscribers>,
     pub(super) process_tag: ProcessTag,
     pub(super) router: Arc<ExitRouter>,
     instruments: Instruments,
@@ -54,7 +54,7 @@ pub struct Vmm {
 
 /// A machine's event loop and what it has registered there.
 #[derive(Debug)]
-pub(super) struct InLoop {
+pub(super) struct LoopParts {
     pub(super) event_manager: Arc<EventManager>,
     pub(super) exit_handler: WrappedExitHandler,
     /// The machine's own subscribers, which are removed with it.
@@ -112,7 +112,7 @@ impl Vmm {
         let instruments = Instruments::new(vm.handles().len() as u64, &router, &event_manager);
         Ok(Self {
             vm: Mutex::new(Some(Arc::new(vm))),
-            in_loop: Mutex::new(Some(InLoop { event_manager, exit_handler, subscribers })),
+            loop_parts: Mutex::new(Some(LoopParts { event_manager, exit_handler, subscribers })),
             process_tag: ProcessTag::current(),
             router,
             instruments,
@@ -154,8 +154,8 @@ impl Vmm {
     /// # Errors
     /// [`ErrorKind::State`] if the machine is closed.
     pub fn event_manager(&self) -> Result<Arc<EventManager>> {
-        let in_loop = self.in_loop.lock();
-        in_loop.as_ref().map(|own| Arc::clone(&own.event_manager)).ok_or_else(closed)
+        let loop_parts = self.loop_parts.lock();
+        loop_parts.as_ref().map(|own| Arc::clone(&own.event_manager)).ok_or_else(closed)
     }
 
     /// Add a device to one of the buses. This is possible at any time.
@@ -197,8 +197,8 @@ impl Vmm {
     /// # Errors
     /// [`ErrorKind::State`] if the machine is closed.
     pub fn exit_handler(&self) -> Result<WrappedExitHandler> {
-        let in_loop = self.in_loop.lock();
-        in_loop.as_ref().map(|own| own.exit_handler.clone()).ok_or_else(closed)
+        let loop_parts = self.loop_parts.lock();
+        loop_parts.as_ref().map(|own| own.exit_handler.clone()).ok_or_else(closed)
     }
 
     /// The router of the vCPUs' exits: the buses, hooks and observers.

@@ -2,7 +2,6 @@
 //! stopped, forked and reset here. No KVM ioctl is made here. `run` runs the loop on the caller's
 //! thread; any thread may call the rest.
 
-mod here;
 mod instruments;
 mod life;
 mod machine;
@@ -11,6 +10,7 @@ mod renew;
 mod resets;
 mod restore;
 mod run;
+mod run_here;
 mod runner;
 mod snapshot;
 

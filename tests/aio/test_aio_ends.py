@@ -1,6 +1,6 @@
 """How runs inside asyncio end: with no coroutine lost in silence, and no later run stopped.
 
-Covers src/py/run.rs.
+Covers src/py/vmm/run.rs.
 """
 
 from __future__ import annotations

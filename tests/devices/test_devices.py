@@ -1,6 +1,6 @@
 """Python objects as devices: every width on both buses, added and removed at any time, and refused if they cannot be.
 
-Covers src/py/device.rs, src/py/vmm_devices.rs.
+Covers src/py/device.rs, src/py/vmm/devices.rs.
 """
 
 from __future__ import annotations

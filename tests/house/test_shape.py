@@ -59,7 +59,7 @@ def test_python_is_entered_in_few_places() -> None:
         "src/py/hooks.rs",
         "src/py/interrupt.rs",  # runs signal handlers, on the caller's thread
         "src/py/vm.rs",  # lets the GIL go while a machine is dropped
-        "src/py/vmm_close.rs",
+        "src/py/vmm/close.rs",
         "src/py/wakeup.rs",  # runs signal handlers, on the main thread
     }
     assert {path for path in attaching if path.startswith("src/py/")} == allowed
@@ -237,7 +237,7 @@ def test_every_public_python_name_is_in_a_test() -> None:
 UNNAMED_IN_ROOM = {
     "cpu": {"CpuTemplate", "Feature", "Register"},
     "debug": {"decode"},
-    "devices": {"Piece", "input_file"},
+    "devices": {"Chunk", "input_file"},
     "event": {"BoxedSubscriber"},
     "memory": {"MemoryRange", "Slot"},
     "snapshot": {"Header", "Record", "Records", "described"},

@@ -40,7 +40,7 @@ def test_fork_is_reset_if_that_undoes_everything_and_replaced_otherwise(name: st
         snapshot = vmm.snapshot()
     kept_snapshot[:] = [snapshot]
     fork = snapshot.fork()
-    fork._settle()
+    fork._accept_changes()
     handle = fork._lend()
     with contextlib.suppress(VmmError, ValueError):
         (TAKEN_BACK | CLOSES)[name](handle)
@@ -107,7 +107,7 @@ def test_nothing_that_a_left_callback_comes_to_reaches_the_next_job(end: Callabl
     for _ in range(5):
         late = Late(end)
         with snapshot.fork(setup=partial(add, late=late)) as fork:
-            fork._settle()
+            fork._accept_changes()
             job = fork._lend()
             while not late.entered.is_set():
                 assert job.run(0.01).reason is ExitReason.TIMEOUT

@@ -1,6 +1,6 @@
 """Snapshots and forks of guests that count. If the counts continue exactly, the guest was not restarted.
 
-Covers src/py/snapshot/fork.rs, src/py/snapshot/object.rs.
+Covers src/py/vmm/fork.rs, src/py/snapshot/object.rs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Exit hooks: every kind of exit, what a hook may answer, and what it may not.
 
-Covers src/vcpu/current.rs, src/vcpu/timing.rs, src/py/vmm_hooks.rs.
+Covers src/vcpu/current.rs, src/vcpu/timing.rs, src/py/vmm/hooks.rs.
 """
 
 from __future__ import annotations

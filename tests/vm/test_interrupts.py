@@ -1,6 +1,6 @@
 """Interrupt lines, messages, NMIs, and eventfds in the kernel: a device's two halves.
 
-Covers src/devices/line.rs, src/py/vmm_interrupts.rs, src/py/vmm_eventfds.rs.
+Covers src/devices/line.rs, src/py/vmm/interrupts.rs, src/py/vmm/eventfds.rs.
 """
 
 from __future__ import annotations

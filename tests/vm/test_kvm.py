@@ -1,6 +1,6 @@
 """KVM itself as a library: /dev/kvm, a bare machine, a vCPU driven by hand.
 
-Covers src/py/vcpu_exit.rs, src/vcpu/by_hand.rs, src/vm/build.rs.
+Covers src/py/vcpu_exit.rs, src/vcpu/run_once.rs, src/vm/build.rs.
 """
 
 from __future__ import annotations

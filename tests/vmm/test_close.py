@@ -1,6 +1,6 @@
 """Closing a machine: beside callbacks, from them, from several threads, and with everything released.
 
-Covers src/py/vmm_close.rs.
+Covers src/py/vmm/close.rs.
 """
 
 from __future__ import annotations

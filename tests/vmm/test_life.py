@@ -1,6 +1,6 @@
 """The life of a machine: paused, resumed and held from several threads and from its own callbacks at once.
 
-Covers src/py/in_loop.rs, src/py/vmm_loop.rs, src/vmm/runner.rs.
+Covers src/py/vmm/loop_objects.rs, src/py/vmm/event_loop.rs, src/vmm/runner.rs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`run_here`: what `run` does, on the caller's thread alone.
 
-Covers src/vmm/here.rs, src/vcpu/here.rs, src/vcpu/tick.rs, src/vcpu/ticked.rs.
+Covers src/vmm/run_here.rs, src/vcpu/run_here.rs, src/vcpu/tick.rs, src/vcpu/ticked.rs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Subclasses of `Vmm`: arguments, attributes, methods, and calls before the initialization.
 
-Covers src/py/make.rs.
+Covers src/py/vmm/create.rs, src/py/vmm/object.rs.
 """
 
 from __future__ import annotations

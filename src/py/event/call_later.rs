@@ -9,7 +9,7 @@ use pyo3::types::PyTuple;
 use super::context::Context;
 use super::loop_call::check_callable;
 use super::manager::PyEventManager;
-use super::timers::{Later, NEVER, now};
+use super::timers::{NEVER, ScheduledCall, now};
 use crate::py::ending::import;
 use crate::py::recorded::{name_of, recorded};
 use crate::py::returned::take_returned;
@@ -37,12 +37,12 @@ pub(crate) fn make_due(manager: &Bound<'_, PyEventManager>) -> PyResult<usize> {
     result.and(timers.set_timer(py)).map(|()| made)
 }
 
-fn make(later: &Later, manager: &Bound<'_, PyEventManager>) -> PyResult<()> {
+fn make(scheduled: &ScheduledCall, manager: &Bound<'_, PyEventManager>) -> PyResult<()> {
     let (this, py) = (manager.get(), manager.py());
-    let function = later.function.bind(py);
+    let function = scheduled.function.bind(py);
     let name = || name_of(function);
-    later.context.run(py, || {
-        let call = || recorded(name, || function.call1(later.arguments.bind(py)));
+    scheduled.context.run(py, || {
+        let call = || recorded(name, || function.call1(scheduled.arguments.bind(py)));
         let returned = this.stats().timed(py, name, call)?;
         take_returned(|py| this.owners().awaiter(py), &returned, name)
     })
@@ -75,14 +75,14 @@ impl PyEventManager {
         let delay = Duration::try_from_secs_f64(seconds.max(0.0)).unwrap_or(NEVER);
         let due = now().saturating_add(delay).min(NEVER);
         this.timers().ensure_timer(py, this.core())?;
-        let later = Later {
+        let call = ScheduledCall {
             due,
             function: function.clone().unbind(),
             arguments: arguments.clone().unbind(),
             context: Context::given(context, py)?,
         };
-        let number = this.timers().ask(py, later)?;
-        import(py, "pyvmm.callbacks")?.call_method1("Later", (slf, number, due.as_secs_f64()))
+        let number = this.timers().schedule(py, call)?;
+        import(py, "pyvmm.callbacks")?.call_method1("TimerHandle", (slf, number, due.as_secs_f64()))
     }
 
     /// Cancel a call. Returns false if it was already made or cancelled.

@@ -15,7 +15,7 @@ use pyo3::types::PyDict;
 use super::event_fd::PyEventFd;
 use super::manager::PyEventManager;
 use super::queue::Drain;
-use super::subscribers::WatchedSource;
+use super::subscribers::RegisteredSource;
 use super::timer_fd::PyTimerFd;
 use crate::py::descriptor::descriptor;
 use crate::py::ending::guard_thread;
@@ -84,8 +84,8 @@ impl PyEvents {
         Events::with_data_raw(fd.cast_signed(), data, set)
     }
 
-    fn watched_source(&self, py: Python<'_>) -> WatchedSource {
-        WatchedSource {
+    fn registered_source(&self, py: Python<'_>) -> RegisteredSource {
+        RegisteredSource {
             object: self.source.as_ref().map(|source| source.clone_ref(py)),
             drain: self.drain.clone(),
         }
@@ -258,7 +258,7 @@ impl PyEventOps {
         let Target { manager, token, id } = self.target(py)?;
         let (manager, events) = (manager.get(), as_events(events)?);
         py.detach(|| manager.core().add(id, events.events()))?;
-        let (fd, source) = (events.events().fd(), events.watched_source(py));
+        let (fd, source) = (events.events().fd(), events.registered_source(py));
         manager.subscribers().keep_source(py, token, fd, source);
         Ok(())
     }
@@ -272,7 +272,7 @@ impl PyEventOps {
         let Target { manager, token, id } = self.target(py)?;
         let (manager, events) = (manager.get(), as_events(events)?);
         py.detach(|| manager.core().modify(id, events.events()))?;
-        let (fd, source) = (events.events().fd(), events.watched_source(py));
+        let (fd, source) = (events.events().fd(), events.registered_source(py));
         manager.subscribers().keep_source(py, token, fd, source);
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! `EventManager`, its sources, endpoints and exit handlers for Python. `run.rs` and `delivery.rs`
 //! run on the thread that runs the loop, everything else on the caller's. `../enter.rs` enters
-//! Python; `../vmm_loop.rs` and `../run.rs` are a machine's use of its loop.
+//! Python; `../vmm/event_loop.rs` and `../vmm/run.rs` are a machine's use of its loop.
 
 mod call_later;
 mod context;

@@ -57,15 +57,15 @@ pub(crate) fn turn(
 /// Lets other threads and signal handlers run while a loop never waits, even if its callbacks run
 /// no Python code.
 #[derive(Debug)]
-pub(crate) struct Pace<'py> {
+pub(crate) struct GilHandover<'py> {
     turns: u32,
-    breathe: Bound<'py, PyAny>,
+    python_call: Bound<'py, PyAny>,
 }
 
-impl<'py> Pace<'py> {
+impl<'py> GilHandover<'py> {
     pub(crate) fn new(py: Python<'py>) -> PyResult<Self> {
         // Compiled here, because an import would need a file descriptor.
-        Ok(Self { turns: 0, breathe: py.eval(c"lambda: None", None, None)? })
+        Ok(Self { turns: 0, python_call: py.eval(c"lambda: None", None, None)? })
     }
 
     /// After some iterations, call a Python function. The interpreter hands the GIL over between
@@ -78,7 +78,7 @@ impl<'py> Pace<'py> {
             return Ok(());
         }
         self.turns = 0;
-        self.breathe.call0().map(drop)
+        self.python_call.call0().map(drop)
     }
 }
 
@@ -182,13 +182,13 @@ impl PyEventManager {
         let this = slf.get();
         this.check()?;
         let _ownership = this.owners().claim("this event manager", None)?;
-        let mut pace = Pace::new(slf.py())?;
+        let mut handover = GilHandover::new(slf.py())?;
         this.with_batch(|batch| {
             while !this.calls().take_stop() {
                 if Self::turn(slf, None, batch)? == 0 {
                     slf.py().check_signals()?;
                 }
-                pace.turned()?;
+                handover.turned()?;
             }
             Ok(())
         })

@@ -30,8 +30,8 @@ pub(crate) struct Subscriber {
     /// The context in which it was added.
     context: Context,
     /// Sources stay alive while they are registered. Most subscribers have one.
-    first: Option<(RawFd, WatchedSource)>,
-    others: ByNumber<RawFd, WatchedSource>,
+    first: Option<(RawFd, RegisteredSource)>,
+    others: ByNumber<RawFd, RegisteredSource>,
 }
 
 impl Subscriber {
@@ -49,7 +49,7 @@ pub(crate) struct Receiver<'py> {
 
 /// The data of a source while it is registered.
 #[derive(Debug)]
-pub(crate) struct WatchedSource {
+pub(crate) struct RegisteredSource {
     pub(crate) object: Option<Py<PyAny>>,
     pub(crate) drain: Option<Arc<dyn Drain>>,
 }
@@ -63,7 +63,7 @@ impl Subscriber {
         Self { id, object, context, first: None, others: HashMap::default() }
     }
 
-    fn source(&self, fd: RawFd) -> Option<&WatchedSource> {
+    fn source(&self, fd: RawFd) -> Option<&RegisteredSource> {
         match &self.first {
             Some((first, source)) if *first == fd => Some(source),
             _ => self.others.get(&fd),
@@ -71,7 +71,7 @@ impl Subscriber {
     }
 
     /// Store a source. Returns the previous one, to be dropped where Python code may run.
-    fn keep(&mut self, fd: RawFd, source: WatchedSource) -> Option<WatchedSource> {
+    fn keep(&mut self, fd: RawFd, source: RegisteredSource) -> Option<RegisteredSource> {
         match &mut self.first {
             Some((first, former)) if *first == fd => Some(std::mem::replace(former, source)),
             None if self.others.is_empty() => {
@@ -82,14 +82,14 @@ impl Subscriber {
         }
     }
 
-    fn forget(&mut self, fd: RawFd) -> Option<WatchedSource> {
+    fn forget(&mut self, fd: RawFd) -> Option<RegisteredSource> {
         match self.first.take_if(|(first, _)| *first == fd) {
             Some((_, source)) => Some(source),
             None => self.others.remove(&fd),
         }
     }
 
-    fn sources(&self) -> impl Iterator<Item = &WatchedSource> {
+    fn sources(&self) -> impl Iterator<Item = &RegisteredSource> {
         self.first.iter().map(|(_, source)| source).chain(self.others.values())
     }
 }
@@ -159,7 +159,13 @@ impl Subscribers {
         })
     }
 
-    pub(crate) fn keep_source(&self, py: Python<'_>, token: u64, fd: RawFd, source: WatchedSource) {
+    pub(crate) fn keep_source(
+        &self,
+        py: Python<'_>,
+        token: u64,
+        fd: RawFd,
+        source: RegisteredSource,
+    ) {
         let former = self.0.with(py, |subscribers| match subscribers.get_mut(&token) {
             Some(subscriber) => subscriber.keep(fd, source),
             None => Some(source),

@@ -37,7 +37,7 @@ struct State {
     /// Sorted by the time of the monotonic clock, then by the order in which they were scheduled.
     queue: BinaryHeap<Reverse<(Duration, u64)>>,
     /// The calls that were not cancelled.
-    calls: HashMap<u64, Later>,
+    calls: HashMap<u64, ScheduledCall>,
     last: u64,
     timer: Option<Arc<TimerFd>>,
     /// The time for which the timer is armed.
@@ -45,7 +45,7 @@ struct State {
 }
 
 #[derive(Debug)]
-pub(crate) struct Later {
+pub(crate) struct ScheduledCall {
     pub(crate) due: Duration,
     pub(crate) function: Py<PyAny>,
     pub(crate) arguments: Py<PyTuple>,
@@ -92,7 +92,7 @@ impl State {
     }
 
     /// Take the next call that is due at this time and was scheduled no later than `last`.
-    fn pop_due(&mut self, at: Duration, last: u64) -> Option<Later> {
+    fn pop_due(&mut self, at: Duration, last: u64) -> Option<ScheduledCall> {
         while let Some(Reverse((due, number))) = self.queue.peek().copied() {
             if due > at || number > last {
                 return None;
@@ -119,7 +119,7 @@ impl Timers {
     }
 
     /// Take the next call that is due at this time and was scheduled no later than `last`.
-    pub(crate) fn pop_due(&self, py: Python<'_>, at: Duration, last: u64) -> Option<Later> {
+    pub(crate) fn pop_due(&self, py: Python<'_>, at: Duration, last: u64) -> Option<ScheduledCall> {
         self.state.with(py, |state| state.pop_due(at, last))
     }
 
@@ -145,12 +145,12 @@ impl Timers {
         Ok(())
     }
 
-    pub(crate) fn ask(&self, py: Python<'_>, later: Later) -> PyResult<u64> {
+    pub(crate) fn schedule(&self, py: Python<'_>, call: ScheduledCall) -> PyResult<u64> {
         self.state.with(py, |state| {
             state.last += 1;
-            let (number, due) = (state.last, later.due);
+            let (number, due) = (state.last, call.due);
             state.queue.push(Reverse((due, number)));
-            state.calls.insert(number, later);
+            state.calls.insert(number, call);
             if state.set_to.is_none_or(|set_to| due < set_to) {
                 state.set_timer().map_err(|e| os_error(&e))?;
             }

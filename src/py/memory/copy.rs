@@ -18,14 +18,14 @@ const LARGE: usize = 1 << 16;
 
 /// A pointer that is used where the GIL is not held.
 #[derive(Clone, Copy)]
-struct Place(*mut u8);
+struct SendPtr(*mut u8);
 
 // SAFETY: the pointer is used by one thread at a time, while its owner waits.
-unsafe impl Send for Place {}
+unsafe impl Send for SendPtr {}
 // SAFETY: as above.
-unsafe impl Sync for Place {}
+unsafe impl Sync for SendPtr {}
 
-impl Place {
+impl SendPtr {
     fn at(self, offset: usize) -> *mut u8 {
         self.0.wrapping_add(offset)
     }
@@ -92,10 +92,10 @@ fn translated(
     }
 }
 
-fn read_pieces(py: Python<'_>, memory: &GuestMemory, pieces: &Pieces, to: Place) -> PyResult<()> {
+fn read_pieces(py: Python<'_>, memory: &GuestMemory, pieces: &Pieces, to: SendPtr) -> PyResult<()> {
     let mut done = 0;
     for (address, length) in pieces {
-        let place = Place(to.at(done));
+        let place = SendPtr(to.at(done));
         // SAFETY: the caller's place has room for all pieces.
         copy(py, *length, || unsafe { memory.read_raw(*address, place.at(0), *length) })?;
         done += length;
@@ -103,11 +103,11 @@ fn read_pieces(py: Python<'_>, memory: &GuestMemory, pieces: &Pieces, to: Place)
     Ok(())
 }
 
-fn contiguous(buffer: &PyUntypedBuffer) -> PyResult<(Place, usize)> {
+fn contiguous(buffer: &PyUntypedBuffer) -> PyResult<(SendPtr, usize)> {
     if !buffer.is_c_contiguous() {
         return Err(PyBufferError::new_err("the buffer must be contiguous"));
     }
-    Ok((Place(buffer.buf_ptr().cast()), buffer.len_bytes()))
+    Ok((SendPtr(buffer.buf_ptr().cast()), buffer.len_bytes()))
 }
 
 #[pymethods]
@@ -138,7 +138,7 @@ impl PyGuestMemory {
             let size = pyo3::ffi::Py_ssize_t::try_from(length)?;
             let new = pyo3::ffi::PyBytes_FromStringAndSize(std::ptr::null(), size);
             let bytes = Bound::from_owned_ptr_or_err(py, new)?.cast_into_unchecked::<PyBytes>();
-            let to = Place(pyo3::ffi::PyBytes_AsString(bytes.as_ptr()).cast());
+            let to = SendPtr(pyo3::ffi::PyBytes_AsString(bytes.as_ptr()).cast());
             read_pieces(py, &memory, &pieces, to)?;
             Ok(bytes)
         }
@@ -180,7 +180,7 @@ impl PyGuestMemory {
         let (from, length) = contiguous(&buffer)?;
         let mut done = 0;
         for (address, length) in pieces(py, &memory, (address, length as u64), vcpu)? {
-            let place = Place(from.at(done));
+            let place = SendPtr(from.at(done));
             // SAFETY: the pieces are as long as the buffer, which is held.
             copy(py, length, || unsafe { memory.write_raw(address, place.at(0), length) })?;
             done += length;

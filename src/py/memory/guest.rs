@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::memory::{Backing, GuestMemory, Slot, anonymous, shared};
 use crate::py::descriptor::descriptor;
 use crate::py::ending::import;
-use crate::py::lease::Tie;
+use crate::py::lease::ReuseTracker;
 use crate::py::owned::Owned;
 
 /// The memory of a machine, by guest-physical address. It can be read and written at any time, from
@@ -26,13 +26,13 @@ use crate::py::owned::Owned;
 #[pyclass(frozen, weakref, name = "GuestMemory", module = "pyvmm")]
 pub struct PyGuestMemory {
     /// Called for each access, so that the memory is released when the machine is closed.
-    ask: Owned<Ask>,
+    source: Owned<MemorySource>,
     /// The machine, so that it stays open while its memory is referenced.
     machine: Py<PyAny>,
-    tie: Tie,
+    tracker: ReuseTracker,
 }
 
-type Ask = Box<dyn Fn() -> Result<GuestMemory> + Send + Sync>;
+type MemorySource = Box<dyn Fn() -> Result<GuestMemory> + Send + Sync>;
 
 impl std::fmt::Debug for PyGuestMemory {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -45,8 +45,8 @@ impl PyGuestMemory {
     pub(in crate::py) fn of<T>(
         machine: &Bound<'_, PyAny>,
         core: &Arc<T>,
-        ask: fn(&T) -> Result<GuestMemory>,
-        tie: &Tie,
+        source: fn(&T) -> Result<GuestMemory>,
+        tracker: &ReuseTracker,
     ) -> Self
     where
         T: Send + Sync + 'static,
@@ -54,27 +54,27 @@ impl PyGuestMemory {
         // Only the machine's object may hold the last reference to the core.
         let core = Arc::downgrade(core);
         let closed = || Error::closed("machine");
-        let ask: Ask = Box::new(move || ask(&*core.upgrade().ok_or_else(closed)?));
-        let (ask, machine) = (Owned::new("machine", ask), machine.clone().unbind());
-        Self { ask, machine, tie: tie.clone() }
+        let source: MemorySource = Box::new(move || source(&*core.upgrade().ok_or_else(closed)?));
+        let (source, machine) = (Owned::new("machine", source), machine.clone().unbind());
+        Self { source, machine, tracker: tracker.clone() }
     }
 
     /// The memory, for operations that a reset cannot undo.
     fn get(&self) -> Result<GuestMemory> {
-        self.tie.hand_out();
+        self.tracker.hand_out();
         self.bytes()
     }
 
     /// The memory, for a change that a reset cannot undo and that is complete when the call
     /// returns.
     fn changing(&self) -> Result<GuestMemory> {
-        self.tie.change();
+        self.tracker.change();
         self.bytes()
     }
 
     /// The memory, to read and write its contents.
     pub(super) fn bytes(&self) -> Result<GuestMemory> {
-        self.ask.get()?()
+        self.source.get()?()
     }
 }
 
@@ -249,7 +249,7 @@ impl PyGuestMemory {
     }
 
     fn __repr__(&self) -> String {
-        match self.ask.peek().map(|ask| ask()) {
+        match self.source.peek().map(|source| source()) {
             Some(Ok(memory)) => format!("GuestMemory(size={:#x})", memory.size()),
             Some(Err(_)) => "GuestMemory(closed)".into(),
             None => "GuestMemory(unreachable)".into(),

@@ -3,8 +3,7 @@
 //! caller's thread; long operations release the GIL.
 
 mod file;
-mod fork;
 mod object;
-mod vmm;
 
 pub use object::PySnapshot;
+pub(super) use object::snapshots;

@@ -16,10 +16,10 @@ use crate::snapshot::Snapshot;
 #[pyclass(frozen, weakref, name = "Snapshot", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PySnapshot {
-    pub(super) core: Arc<Snapshot>,
+    pub(in crate::py) core: Arc<Snapshot>,
     /// The configuration of the original machine, as far as it is known.
     #[pyo3(get)]
-    pub(super) config: Py<PyAny>,
+    pub(in crate::py) config: Py<PyAny>,
     /// The file it was loaded from, or None.
     #[pyo3(get)]
     pub(super) path: Option<PathBuf>,
@@ -132,6 +132,6 @@ pub(super) fn hex(id: [u8; 16]) -> String {
 }
 
 /// The part of the binding that is written in Python.
-pub(super) fn snapshots(py: Python<'_>) -> PyResult<Bound<'_, PyModule>> {
+pub(in crate::py) fn snapshots(py: Python<'_>) -> PyResult<Bound<'_, PyModule>> {
     import(py, "pyvmm.snapshots")
 }

@@ -7,9 +7,9 @@ use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyString;
 
-use super::ending::import;
-use super::vmm::PyVmm;
+use super::object::PyVmm;
 use crate::error::Result;
+use crate::py::ending::import;
 use crate::vcpu::{ExitHook, ExitKind, HookPriority};
 
 impl PyVmm {

@@ -7,33 +7,34 @@ use std::time::Duration;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-use super::ending::import;
-use super::gil_cell::GilCell;
-use super::lease::Lease;
-use super::owned::Owned;
-use super::parts::Parts;
-use super::snapshot::PySnapshot;
-use super::vmm::{Origin, PyVmm};
+use super::object::{Origin, PyVmm};
 use crate::error::ErrorKind;
 use crate::limit::Limit;
+use crate::py::ending::import;
+use crate::py::gil_cell::GilCell;
+use crate::py::lease::Lease;
+use crate::py::owned::Owned;
+use crate::py::parts::Parts;
+use crate::py::snapshot::PySnapshot;
 use crate::sync::Mutex;
 
 impl PyVmm {
     /// Another object for the same machine.
     fn handle(&self, py: Python<'_>, lease: &Lease) -> PyResult<Self> {
-        let (tie, Origin { config, is_shared }) = (self.tie.lend(lease), self.origin()?);
+        let (tracker, Origin { config, is_shared }) =
+            (self.tracker.lease_to(lease), self.origin()?);
         Ok(Self {
             vmm: Owned::new("machine", Arc::clone(self.core()?)),
             hooks: Arc::clone(&self.hooks),
             devices: Arc::clone(&self.devices),
             streams: Mutex::default(),
             origin: Origin { config: config.clone_ref(py), is_shared: *is_shared }.into(),
-            in_loop: GilCell::new(
-                self.in_loop.with(py, |own| own.as_ref().map(|own| own.clone_ref(py))),
+            loop_objects: GilCell::new(
+                self.loop_objects.with(py, |own| own.as_ref().map(|own| own.clone_ref(py))),
             ),
-            lent: Mutex::default(),
-            parts: Arc::new(Parts::of(&tie)),
-            tie,
+            leased: Mutex::default(),
+            parts: Arc::new(Parts::of(&tracker)),
+            tracker,
         })
     }
 }
@@ -45,13 +46,13 @@ impl PyVmm {
     fn _lend(&self, py: Python<'_>) -> PyResult<Py<Self>> {
         let lease = Lease::default();
         let handle = Py::new(py, self.handle(py, &lease)?)?;
-        *self.lent.lock() = Some(lease);
+        *self.leased.lock() = Some(lease);
         Ok(handle)
     }
 
     /// Accept the changes so far as the initial state of each job.
-    fn _settle(&self) {
-        self.tie.settle();
+    fn _accept_changes(&self) {
+        self.tracker.accept_changes();
     }
 
     /// Whether its vCPUs run, or a thread is in a call that runs them.
@@ -59,17 +60,17 @@ impl PyVmm {
         Ok(self.core()?.is_in_run())
     }
 
-    /// Whether a reset undoes all changes of the machine since it was settled.
+    /// Whether a reset undoes all changes of the machine since they were accepted.
     fn _is_clean(&self) -> bool {
-        self.tie.is_clean()
+        self.tracker.is_clean()
     }
 
     /// Reset the machine to a snapshot for the next job, equal to a new fork. False if the last job
     /// has left something that a reset cannot undo, or if an object of the job is still referenced.
     /// Then the machine must be closed.
     fn _renew(&self, py: Python<'_>, snapshot: &PySnapshot) -> PyResult<bool> {
-        let is_held = self.lent.lock().as_ref().is_some_and(|lease| !lease.is_over());
-        if is_held || !self.tie.is_clean() || self.hooks.pending.is_left() {
+        let is_held = self.leased.lock().as_ref().is_some_and(|lease| !lease.is_over());
+        if is_held || !self.tracker.is_clean() || self.hooks.pending.is_pending() {
             return Ok(false);
         }
         let (vmm, snapshot) = (self.core()?, snapshot.core()?);
@@ -86,11 +87,11 @@ impl PyVmm {
         }
         // A device's `restore` may have done something to the machine, and a callback of the last
         // job may have returned meanwhile.
-        Ok(is_renewed && self.tie.is_clean() && !self.hooks.pending.is_left())
+        Ok(is_renewed && self.tracker.is_clean() && !self.hooks.pending.is_pending())
     }
 
     /// Write randomness to the guest, by the callable, or at an address and of a length.
-    fn _stir(slf: &Bound<'_, Self>, entropy: &Bound<'_, PyAny>) -> PyResult<()> {
+    fn _write_entropy(slf: &Bound<'_, Self>, entropy: &Bound<'_, PyAny>) -> PyResult<()> {
         let py = slf.py();
         if entropy.is_callable() {
             return entropy.call1((slf,)).map(drop);

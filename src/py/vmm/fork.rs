@@ -6,15 +6,15 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use super::object::{PySnapshot, snapshots};
+use super::close::close;
+use super::object::PyVmm;
 use crate::config::SerialConfig;
 use crate::hop::hop;
 use crate::py::config;
 use crate::py::depth;
 use crate::py::ending::import;
 use crate::py::event::PyEventManager;
-use crate::py::vmm::PyVmm;
-use crate::py::vmm_close::close;
+use crate::py::snapshot::{PySnapshot, snapshots};
 use crate::snapshot::Snapshot;
 use crate::vmm::{ForkConfig, Vmm};
 
@@ -48,8 +48,8 @@ fn complete(
     }
     let vmm = fork.get().core()?;
     py.detach(|| vmm.restore_devices(snapshot)).map_err(|e| fork.get().device_failure(e.into()))?;
-    let stir = |entropy| fork.call_method1(intern!(py, "_stir"), (entropy,));
-    entropy.map_or(Ok(()), |entropy| stir(entropy).map(drop))
+    let write = |entropy| fork.call_method1(intern!(py, "_write_entropy"), (entropy,));
+    entropy.map_or(Ok(()), |entropy| write(entropy).map(drop))
 }
 
 #[pymethods]

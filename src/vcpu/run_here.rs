@@ -4,20 +4,20 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::current::Current;
+use super::current::CurrentVcpuGuard;
 use super::handle::{VcpuCommand, VcpuHandle};
 use super::kick::{ImmediateExit, this_thread};
 use super::run::{complete_pending_io, step};
 use super::thread::{MAX_STEPS_AT_STOP, PanicGuard, Shared};
 use super::tick::Ticks;
-use super::vcpu::{Place, Vcpu};
+use super::vcpu::{Vcpu, VcpuName};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
 use crate::exit_handler::{Exit, ExitHandler, Outcome};
 
 /// Why the vCPU is out of its guest, at rest in its handle.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Left {
+pub(crate) enum LeaveReason {
     /// The guest has ended. The machine has its `Exit`.
     Ended,
     /// A callback or a device has ended the run.
@@ -33,7 +33,7 @@ pub(crate) enum Left {
 }
 
 /// A vCPU that this thread runs.
-pub(crate) struct Here<'a, EH: ExitHandler> {
+pub(crate) struct HereRun<'a, EH: ExitHandler> {
     handle: &'a Arc<VcpuHandle>,
     shared: &'a Shared<EH>,
     ticks: Ticks<'a>,
@@ -51,7 +51,7 @@ pub(crate) fn begin<'a, EH: ExitHandler>(
     event_manager: &Arc<EventManager>,
     is_held: bool,
     prepare: Option<impl FnOnce(&mut Vcpu) -> Result<()>>,
-) -> Result<Here<'a, EH>> {
+) -> Result<HereRun<'a, EH>> {
     let ticks = Ticks::begin(&handle.page)?;
     drop(handle.begin(Some(Arc::clone(event_manager)))?);
     prepare.map_or(Ok(()), |prepare| handle.with_vcpu(prepare))?;
@@ -60,19 +60,19 @@ pub(crate) fn begin<'a, EH: ExitHandler>(
     } else {
         handle.send_off(&mut handle.state.lock());
     }
-    Ok(Here { handle, shared, ticks })
+    Ok(HereRun { handle, shared, ticks })
 }
 
-impl<EH: ExitHandler> Here<'_, EH> {
+impl<EH: ExitHandler> HereRun<'_, EH> {
     /// Run the guest until this thread has something else to do, but not beyond this time.
     ///
     /// # Errors
     /// [`ErrorKind::State`] if a callback of an earlier run is still in progress.
-    pub(crate) fn run(&self, until: Instant) -> Result<Left> {
-        let Some(mut vcpu) = self.take()? else { return Ok(Left::CalledOut) };
+    pub(crate) fn run(&self, until: Instant) -> Result<LeaveReason> {
+        let Some(mut vcpu) = self.take()? else { return Ok(LeaveReason::CalledOut) };
         let (handle, shared) = (&**self.handle, self.shared);
         let guard = PanicGuard { handle, shared };
-        let current = Current::enter(self.handle, shared.id());
+        let current = CurrentVcpuGuard::enter(self.handle, shared.id());
         vcpu.notify_of_pause();
         vcpu.is_interrupted = false;
         // A tick of an earlier call may have left the flag set. Kick, point 8.
@@ -86,16 +86,16 @@ impl<EH: ExitHandler> Here<'_, EH> {
                 handle.put_back(vcpu, true);
                 shared.note_end(Exit { vcpu: Some(handle.id()), ..*exit });
                 handle.reported();
-                return Ok(Left::Ended);
+                return Ok(LeaveReason::Ended);
             }
             (_, Outcome::Stop) => {
                 handle.put_back(vcpu, true);
                 // No wake-up is needed: this thread runs the vCPU, and the caller checks the
                 // result.
                 handle.reported();
-                return Ok(Left::Stopped);
+                return Ok(LeaveReason::Stopped);
             }
-            (Left::CalledOut, _) => handle.put_back(vcpu, false),
+            (LeaveReason::CalledOut, _) => handle.put_back(vcpu, false),
             // The command to run stays: this thread takes the vCPU again after it has run its event
             // loop.
             _ => handle.rest(handle.state.lock(), vcpu),
@@ -110,7 +110,7 @@ impl<EH: ExitHandler> Here<'_, EH> {
             return Ok(None);
         }
         if state.vcpu.is_none() {
-            let at = Place(self.handle.id()).to_string();
+            let at = VcpuName(self.handle.id()).to_string();
             let detail = "a callback of an earlier run has not returned yet";
             return Err(Error::new(ErrorKind::State, at, detail).hint("use run()"));
         }
@@ -118,11 +118,11 @@ impl<EH: ExitHandler> Here<'_, EH> {
         Ok(state.vcpu.take())
     }
 
-    fn run_guest(&self, vcpu: &mut Vcpu) -> (Left, Outcome) {
+    fn run_guest(&self, vcpu: &mut Vcpu) -> (LeaveReason, Outcome) {
         let handle = self.handle;
         while !handle.stop.is_set() {
             if !vcpu.has_room() {
-                return (Left::Waits, Outcome::Continue);
+                return (LeaveReason::Waits, Outcome::Continue);
             }
             let outcome = step(vcpu, handle);
             match outcome {
@@ -130,25 +130,27 @@ impl<EH: ExitHandler> Here<'_, EH> {
                 Outcome::Stop => break,
                 Outcome::End(_) => {
                     vcpu.complete();
-                    return (Left::Ended, outcome);
+                    return (LeaveReason::Ended, outcome);
                 }
             }
             let is_interrupted = std::mem::take(&mut vcpu.is_interrupted);
             if self.ticks.take_tick() {
                 // Kick, point 8: a kick that came meanwhile has set the word first.
                 self.ticks.page().set(handle.stop.is_set());
-                return (Left::Ticked, Outcome::Continue);
+                return (LeaveReason::Ticked, Outcome::Continue);
             }
             if is_interrupted && !handle.stop.is_set() {
-                return (Left::Signalled, Outcome::Continue);
+                return (LeaveReason::Signalled, Outcome::Continue);
             }
         }
         let is_stopped = !handle.stop.is_set();
         let end = complete_pending_io(vcpu, handle, MAX_STEPS_AT_STOP);
         match end {
-            Outcome::Continue | Outcome::Wait if is_stopped => (Left::Stopped, Outcome::Stop),
-            Outcome::Continue | Outcome::Wait => (Left::CalledOut, Outcome::Continue),
-            end => (Left::Stopped, end),
+            Outcome::Continue | Outcome::Wait if is_stopped => {
+                (LeaveReason::Stopped, Outcome::Stop)
+            }
+            Outcome::Continue | Outcome::Wait => (LeaveReason::CalledOut, Outcome::Continue),
+            end => (LeaveReason::Stopped, end),
         }
     }
 }

@@ -2,10 +2,10 @@
 
 use pyo3::prelude::*;
 
-use super::object::PySnapshot;
+use super::object::PyVmm;
 use crate::hop::hop;
 use crate::py::interrupt;
-use crate::py::vmm::PyVmm;
+use crate::py::snapshot::PySnapshot;
 
 #[pymethods]
 impl PyVmm {

@@ -2,8 +2,8 @@
 
 use pyo3::prelude::*;
 
-use super::event::{PyEventManager, PySubscriberId, PyWrappedExitHandler};
-use super::vmm::PyVmm;
+use super::object::PyVmm;
+use crate::py::event::{PyEventManager, PySubscriberId, PyWrappedExitHandler};
 
 #[pymethods]
 impl PyVmm {
@@ -13,7 +13,7 @@ impl PyVmm {
     ///     ClosedError: the machine is closed. A manager obtained earlier stays usable.
     #[getter]
     fn event_manager(&self, py: Python<'_>) -> PyResult<Py<PyEventManager>> {
-        self.tie.hand_out();
+        self.tracker.hand_out();
         self.manager(py)
     }
 
@@ -23,20 +23,20 @@ impl PyVmm {
     ///     ClosedError: the machine is closed.
     #[getter]
     fn exit_handler(&self, py: Python<'_>) -> PyResult<Py<PyWrappedExitHandler>> {
-        self.tie.hand_out();
-        self.in_loop(py, |own| own.exit_handler.clone_ref(py))
+        self.tracker.hand_out();
+        self.loop_objects(py, |own| own.exit_handler.clone_ref(py))
     }
 
     /// Register a subscriber with the machine's event manager; see `EventManager.add_subscriber`.
     fn add_subscriber(&self, subscriber: &Bound<'_, PyAny>) -> PyResult<PySubscriberId> {
-        self.tie.hand_out();
+        self.tracker.hand_out();
         let manager = self.manager(subscriber.py())?;
         PyEventManager::add_subscriber(manager.bind(subscriber.py()), subscriber)
     }
 
     /// Unregister a subscriber and return it; see `EventManager.remove_subscriber`.
     fn remove_subscriber(&self, py: Python<'_>, id: &PySubscriberId) -> PyResult<Py<PyAny>> {
-        self.tie.hand_out();
+        self.tracker.hand_out();
         self.manager(py)?.get().remove_subscriber(py, id)
     }
 }

@@ -9,7 +9,7 @@ use super::machine::Vmm;
 use crate::error::{Error, ErrorKind};
 use crate::exit_handler::{Exit, ExitReason};
 use crate::limit::{CHECK_INTERVAL, Interrupted, deadline_of};
-use crate::vcpu::Left;
+use crate::vcpu::LeaveReason;
 
 /// How long a guest runs at most before this thread checks its event loop.
 const TICK: Duration = Duration::from_millis(2);
@@ -62,16 +62,16 @@ impl Running<'_> {
             let tick = now + TICK;
             let until = deadline.map_or(tick, |deadline| deadline.min(tick));
             match here.run(until)? {
-                Left::Ended | Left::Stopped => break,
+                LeaveReason::Ended | LeaveReason::Stopped => break,
                 // A resume wakes the loop.
-                Left::CalledOut => self.turn(deadline, turn)?,
-                Left::Waits => self.turn(Some(until), turn)?,
-                Left::Signalled => interrupted()?,
-                Left::Ticked if now >= next_check => {
+                LeaveReason::CalledOut => self.turn(deadline, turn)?,
+                LeaveReason::Waits => self.turn(Some(until), turn)?,
+                LeaveReason::Signalled => interrupted()?,
+                LeaveReason::Ticked if now >= next_check => {
                     interrupted()?;
                     next_check = now + CHECK_INTERVAL;
                 }
-                Left::Ticked => {}
+                LeaveReason::Ticked => {}
             }
             if self.event_manager.is_ready()? {
                 self.turn(Some(now), turn)?;

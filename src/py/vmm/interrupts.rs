@@ -4,8 +4,8 @@
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 
-use super::interrupt;
-use super::vmm::PyVmm;
+use super::object::PyVmm;
+use crate::py::interrupt;
 
 #[pymethods]
 impl PyVmm {

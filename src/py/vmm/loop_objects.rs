@@ -2,17 +2,17 @@
 
 use pyo3::prelude::*;
 
-use super::event::{PyEventManager, PyWrappedExitHandler};
+use crate::py::event::{PyEventManager, PyWrappedExitHandler};
 
 /// The objects of a machine in its event loop.
 #[derive(Debug)]
-pub(super) struct InLoop {
-    pub(super) event_manager: Py<PyEventManager>,
-    pub(super) exit_handler: Py<PyWrappedExitHandler>,
+pub(in crate::py) struct LoopObjects {
+    pub(in crate::py) event_manager: Py<PyEventManager>,
+    pub(in crate::py) exit_handler: Py<PyWrappedExitHandler>,
 }
 
-impl InLoop {
-    pub(super) fn clone_ref(&self, py: Python<'_>) -> Self {
+impl LoopObjects {
+    pub(in crate::py) fn clone_ref(&self, py: Python<'_>) -> Self {
         let Self { event_manager, exit_handler } = self;
         Self {
             event_manager: event_manager.clone_ref(py),

@@ -57,7 +57,7 @@ impl VcpuHandle {
             if std::mem::take(&mut state.is_kicked) {
                 return Ok(Some(VcpuExit::Interrupted));
             }
-            self.take_by_hand(&mut state)?
+            self.take_for_run_once(&mut state)?
         };
         let exit = run_once(&mut vcpu, &self.stop);
         let mut state = self.state.lock();
@@ -73,7 +73,7 @@ impl VcpuHandle {
     ///
     /// # Errors
     /// [`crate::error::ErrorKind::State`] while its guest is running.
-    pub(super) fn take_by_hand(&self, state: &mut HandleState) -> Result<Vcpu> {
+    pub(super) fn take_for_run_once(&self, state: &mut HandleState) -> Result<Vcpu> {
         if state.is_closed {
             return Err(closed());
         }

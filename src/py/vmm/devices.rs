@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use pyo3::prelude::*;
 
-use super::device::PythonDevice;
-use super::vmm::PyVmm;
+use super::object::PyVmm;
 use crate::devices::{Access, Device};
 use crate::error::{Error, ErrorKind};
+use crate::py::device::PythonDevice;
 
 impl PyVmm {
     fn add_device(

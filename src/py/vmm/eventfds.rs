@@ -3,9 +3,9 @@
 
 use pyo3::prelude::*;
 
-use super::event::PyEventFd;
-use super::vmm::PyVmm;
+use super::object::PyVmm;
 use crate::devices::Access;
+use crate::py::event::PyEventFd;
 use crate::vm::IoEvent;
 
 fn io_event(address: u64, length: usize, datamatch: Option<u64>, pio: bool) -> IoEvent {

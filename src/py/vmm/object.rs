@@ -7,21 +7,21 @@ use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyTuple};
 
-use super::device::PythonDevice;
-use super::enter::prepare_vcpu_threads;
-use super::event::{PyEventManager, PySubscriberId};
-use super::gil_cell::GilCell;
-use super::hooks::Hooks;
-use super::in_loop::InLoop;
-use super::lease::{Lease, Tie};
-use super::memory::PyGuestMemory;
-use super::owned::Owned;
-use super::parts::{Part, Parts};
-use super::registry::Close;
-use super::serial::PySerial;
-use super::unanswered::unanswered;
-use super::{exit, interrupt, vcpu};
+use super::loop_objects::LoopObjects;
 use crate::error::{Error, ErrorKind, Result};
+use crate::py::device::PythonDevice;
+use crate::py::enter::prepare_vcpu_threads;
+use crate::py::event::{PyEventManager, PySubscriberId};
+use crate::py::gil_cell::GilCell;
+use crate::py::hooks::Hooks;
+use crate::py::lease::{Lease, ReuseTracker};
+use crate::py::memory::PyGuestMemory;
+use crate::py::owned::Owned;
+use crate::py::parts::{Part, Parts};
+use crate::py::registry::Close;
+use crate::py::serial::PySerial;
+use crate::py::unanswered::unanswered;
+use crate::py::{exit, interrupt, vcpu};
 use crate::sync::{Mutex, rank};
 use crate::vmm::{Vmm, closed};
 
@@ -45,31 +45,31 @@ use crate::vmm::{Vmm, closed};
 #[pyclass(frozen, subclass, weakref, name = "Vmm", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyVmm {
-    pub(super) vmm: Owned<Arc<Vmm>>,
+    pub(in crate::py) vmm: Owned<Arc<Vmm>>,
     /// Exit hooks, and the pending outcomes of hooks and Python devices for the run.
-    pub(super) hooks: Arc<Hooks>,
+    pub(in crate::py) hooks: Arc<Hooks>,
     /// The Python devices on its buses.
-    pub(super) devices: Devices,
+    pub(in crate::py) devices: Devices,
     /// Subscribers that serve the serial port's Python streams.
-    pub(super) streams: Mutex<Vec<Py<PySubscriberId>>, rank::PythonStreams>,
+    pub(in crate::py) streams: Mutex<Vec<Py<PySubscriberId>>, rank::PythonStreams>,
     /// Empty until `__init__` has built the machine.
-    pub(super) origin: OnceLock<Origin>,
+    pub(in crate::py) origin: OnceLock<Origin>,
     /// None once the machine is closed, which closes their descriptors unless the program holds
     /// them.
-    pub(super) in_loop: GilCell<Option<InLoop>>,
-    pub(super) tie: Tie,
+    pub(in crate::py) loop_objects: GilCell<Option<LoopObjects>>,
+    pub(in crate::py) tracker: ReuseTracker,
     /// The objects of its vCPUs, its memory and its serial port.
-    pub(super) parts: Arc<Parts>,
+    pub(in crate::py) parts: Arc<Parts>,
     /// The objects that were passed to the last job of a pool.
-    pub(super) lent: Mutex<Option<Lease>, rank::Lease>,
+    pub(in crate::py) leased: Mutex<Option<Lease>, rank::Lease>,
 }
 
 /// The configuration and the loop of a machine.
 #[derive(Debug)]
-pub(super) struct Origin {
-    pub(super) config: Py<PyAny>,
+pub(in crate::py) struct Origin {
+    pub(in crate::py) config: Py<PyAny>,
     /// Whether other machines may share the loop.
-    pub(super) is_shared: bool,
+    pub(in crate::py) is_shared: bool,
 }
 
 /// The Python devices on a machine's buses.
@@ -95,21 +95,21 @@ impl PyVmm {
     ///
     /// # Errors
     /// [`ErrorKind::State`] in a forked child, and while the interpreter finalizes.
-    pub(super) fn vmm(&self) -> Result<&Arc<Vmm>> {
-        self.tie.hand_out();
+    pub(in crate::py) fn vmm(&self) -> Result<&Arc<Vmm>> {
+        self.tracker.hand_out();
         self.core()
     }
 
     /// The machine, for a change that a reset cannot undo and that is complete when the call
     /// returns.
-    pub(super) fn changing(&self) -> Result<&Arc<Vmm>> {
-        self.tie.change();
+    pub(in crate::py) fn changing(&self) -> Result<&Arc<Vmm>> {
+        self.tracker.change();
         self.core()
     }
 
     /// The machine, for operations that change nothing, or only what [`Vmm::renew`] undoes or
     /// detects.
-    pub(super) fn core(&self) -> Result<&Arc<Vmm>> {
+    pub(in crate::py) fn core(&self) -> Result<&Arc<Vmm>> {
         self.vmm.get()
     }
 
@@ -117,7 +117,7 @@ impl PyVmm {
     ///
     /// # Errors
     /// [`ErrorKind::State`] if it is not initialized.
-    pub(super) fn origin(&self) -> Result<&Origin> {
+    pub(in crate::py) fn origin(&self) -> Result<&Origin> {
         match self.origin.get() {
             Some(origin) => Ok(origin),
             None => self.core().and(Err(Error::new(
@@ -128,18 +128,22 @@ impl PyVmm {
         }
     }
 
-    pub(super) fn in_loop<T>(&self, py: Python<'_>, of: impl FnOnce(&InLoop) -> T) -> PyResult<T> {
-        let found = self.in_loop.with(py, |own| own.as_ref().map(of));
+    pub(in crate::py) fn loop_objects<T>(
+        &self,
+        py: Python<'_>,
+        of: impl FnOnce(&LoopObjects) -> T,
+    ) -> PyResult<T> {
+        let found = self.loop_objects.with(py, |own| own.as_ref().map(of));
         found.ok_or_else(|| closed().into())
     }
 
     /// The event manager whose loop runs inside `run`.
-    pub(super) fn manager(&self, py: Python<'_>) -> PyResult<Py<PyEventManager>> {
-        self.in_loop(py, |own| own.event_manager.clone_ref(py))
+    pub(in crate::py) fn manager(&self, py: Python<'_>) -> PyResult<Py<PyEventManager>> {
+        self.loop_objects(py, |own| own.event_manager.clone_ref(py))
     }
 
     /// The error, or instead the exception of a device's `save` or `restore`.
-    pub(super) fn device_failure(&self, error: PyErr) -> PyErr {
+    pub(in crate::py) fn device_failure(&self, error: PyErr) -> PyErr {
         let devices = self.devices.lock().clone();
         devices.iter().find_map(|device| device.take_failure()).unwrap_or(error)
     }
@@ -239,7 +243,7 @@ impl PyVmm {
     fn memory<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyGuestMemory>> {
         let (py, this, core) = (slf.py(), slf.get(), slf.get().core()?);
         this.parts.get_or_make(py, Part::Memory, || {
-            Bound::new(py, PyGuestMemory::of(slf.as_any(), core, Vmm::memory, &this.tie))
+            Bound::new(py, PyGuestMemory::of(slf.as_any(), core, Vmm::memory, &this.tracker))
         })
     }
 
@@ -252,7 +256,7 @@ impl PyVmm {
             let machine = slf.as_any().clone().unbind();
             let serial = Arc::clone(core.serial());
             let core = Arc::downgrade(core) as Weak<dyn Close>;
-            Bound::new(py, PySerial::of_machine(serial, machine, core, &this.tie))
+            Bound::new(py, PySerial::of_machine(serial, machine, core, &this.tracker))
         })
     }
 
@@ -301,12 +305,13 @@ impl PyVmm {
         self.origin.get().map_or(Ok(()), |origin| visit.call(&origin.config))?;
         // SAFETY: the collector has the GIL.
         let visited = unsafe {
-            self.in_loop.peek(|own| own.iter().try_for_each(|own| visit.call(&own.event_manager)))
+            self.loop_objects
+                .peek(|own| own.iter().try_for_each(|own| visit.call(&own.event_manager)))
         };
         visited.unwrap_or(Ok(()))?;
         // The other fields are shared by the objects of one machine, and visited by the object that
         // owns them.
-        if self.vmm.peek().is_none() || self.tie.is_lent() {
+        if self.vmm.peek().is_none() || self.tracker.is_leased() {
             return Ok(());
         }
         self.hooks.traverse(&visit)?;

@@ -6,40 +6,40 @@ use std::sync::{Arc, OnceLock, Weak};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 
-use super::ending::{guard_thread, import};
-use super::event::{PyEventManager, PyWrappedExitHandler};
-use super::gil_cell::GilCell;
-use super::hooks::Hooks;
-use super::in_loop::InLoop;
-use super::lease::Tie;
-use super::owned::Owned;
-use super::parts::Parts;
-use super::registry::{self, Close};
-use super::serial::PySerial;
-use super::vmm::{Origin, PyVmm};
-use super::{config, interrupt};
+use super::loop_objects::LoopObjects;
+use super::object::{Origin, PyVmm};
+use crate::py::ending::{guard_thread, import};
+use crate::py::event::{PyEventManager, PyWrappedExitHandler};
+use crate::py::gil_cell::GilCell;
+use crate::py::hooks::Hooks;
+use crate::py::lease::ReuseTracker;
+use crate::py::owned::Owned;
+use crate::py::parts::Parts;
+use crate::py::registry::{self, Close};
+use crate::py::serial::PySerial;
+use crate::py::{config, interrupt};
 use crate::sync::Mutex;
 use crate::vmm::Vmm;
 
 impl PyVmm {
     /// An object without a machine.
     fn vacant() -> Self {
-        let tie = Tie::default();
+        let tracker = ReuseTracker::default();
         Self {
             origin: OnceLock::new(),
-            in_loop: GilCell::new(None),
+            loop_objects: GilCell::new(None),
             vmm: Owned::vacant("machine"),
-            hooks: Arc::new(Hooks::over(Arc::default(), &tie)),
+            hooks: Arc::new(Hooks::new(Arc::default(), &tracker)),
             devices: Arc::default(),
             streams: Mutex::default(),
-            lent: Mutex::default(),
-            parts: Arc::new(Parts::of(&tie)),
-            tie,
+            leased: Mutex::default(),
+            parts: Arc::new(Parts::of(&tracker)),
+            tracker,
         }
     }
 
     /// The object for a machine.
-    pub(super) fn of(
+    pub(in crate::py) fn of(
         config: &Bound<'_, PyAny>,
         vmm: Arc<Vmm>,
         event_manager: Option<Py<PyEventManager>>,
@@ -58,7 +58,7 @@ impl PyVmm {
         event_manager: Option<Py<PyEventManager>>,
         has_python_streams: bool,
     ) -> PyResult<()> {
-        let (py, tie) = (config.py(), &self.tie);
+        let (py, tracker) = (config.py(), &self.tracker);
         registry::register(py, Arc::downgrade(&vmm) as Weak<dyn Close>);
         let is_shared = event_manager.is_some();
         let event_manager = match event_manager {
@@ -67,7 +67,7 @@ impl PyVmm {
         };
         let streams = if has_python_streams {
             // The loop holds them, so they must not hold the machine.
-            let serial = Py::new(py, PySerial::over(Arc::clone(vmm.serial()), tie))?;
+            let serial = Py::new(py, PySerial::over(Arc::clone(vmm.serial()), tracker))?;
             import(py, "pyvmm.streams")?
                 .call_method1("connect", (serial, &event_manager, config.getattr("serial")?))?
                 .extract()?
@@ -78,7 +78,7 @@ impl PyVmm {
         // Two threads may call __init__ at the same time. The object keeps the first machine.
         self.vmm.fill(vmm)?;
         let _ = self.origin.set(Origin { config: config.clone().unbind(), is_shared });
-        self.in_loop.with(py, |own| *own = Some(InLoop { event_manager, exit_handler }));
+        self.loop_objects.with(py, |own| *own = Some(LoopObjects { event_manager, exit_handler }));
         *self.streams.lock() = streams;
         Ok(())
     }

@@ -9,15 +9,15 @@ use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-use super::ending::import;
-use super::enter::prepare_vcpu_threads;
-use super::event::{Ownership, PyEventManager, turn};
-use super::vmm::PyVmm;
-use super::{exit, interrupt};
+use super::object::PyVmm;
 use crate::error::{Error, ErrorKind};
 use crate::event::EventManager;
 use crate::exit_handler::{Exit, ExitReason};
 use crate::limit::Interrupted;
+use crate::py::ending::import;
+use crate::py::enter::prepare_vcpu_threads;
+use crate::py::event::{Ownership, PyEventManager, turn};
+use crate::py::{exit, interrupt};
 use crate::vmm::Vmm;
 
 /// One turn of the loop, which waits until this time at most.
@@ -52,7 +52,7 @@ impl PyCancel {
 impl PyVmm {
     /// Run the loop on this thread. In a shared loop, each machine's run runs it for all machines.
     /// `awaiter` takes the awaitables returned by callbacks on this thread.
-    pub(super) fn claim<'a>(
+    pub(in crate::py) fn claim<'a>(
         &self,
         manager: &'a Py<PyEventManager>,
         awaiter: Option<Py<PyAny>>,
@@ -67,7 +67,7 @@ impl PyVmm {
 
     /// Call one of the crate's runs on this thread. It gets what asks for signals, and the turn of
     /// the loop.
-    pub(super) fn run_by<'py>(
+    pub(in crate::py) fn run_by<'py>(
         &self,
         py: Python<'py>,
         timeout: Option<f64>,
@@ -81,7 +81,7 @@ impl PyVmm {
     }
 
     /// [`Self::run_by`] for a call that may return before the run has ended.
-    pub(super) fn turn_by<'py>(
+    pub(in crate::py) fn turn_by<'py>(
         &self,
         py: Python<'py>,
         timeout: Option<f64>,
@@ -107,7 +107,7 @@ impl PyVmm {
 
     /// The result or exception of `run` and `wait`, including the outcomes of callbacks on vCPU
     /// threads.
-    pub(super) fn finish<'py>(
+    pub(in crate::py) fn finish<'py>(
         &self,
         py: Python<'py>,
         ended: PyResult<Option<Exit>>,
@@ -136,7 +136,7 @@ impl PyVmm {
         if let Some((vcpu, value)) = pending.take_stop() {
             return exit::stopped(py, Some(vcpu), &value).map(Some);
         }
-        match self.core()?.serial().take_found() {
+        match self.core()?.serial().take_match() {
             Some(text) => {
                 exit::stopped(py, None, PyBytes::new(py, &text).as_any().as_unbound()).map(Some)
             }

@@ -4,15 +4,15 @@ use std::sync::Arc;
 
 use pyo3::prelude::*;
 
-use super::ending::import;
-use super::enter::attach;
-use super::interrupt;
-use super::vmm::PyVmm;
+use super::object::PyVmm;
+use crate::py::ending::import;
+use crate::py::enter::attach;
+use crate::py::interrupt;
 use crate::vcpu::VmRunState;
 use crate::vmm::Vmm;
 
 /// Close a machine, however long its callbacks take; a signal handler that raises ends the wait.
-pub(super) fn close(py: Python<'_>, vmm: &Arc<Vmm>) -> PyResult<()> {
+pub(in crate::py) fn close(py: Python<'_>, vmm: &Arc<Vmm>) -> PyResult<()> {
     if py.detach(|| vmm.close_without_wait()) {
         return Ok(());
     }
@@ -23,7 +23,7 @@ pub(super) fn close(py: Python<'_>, vmm: &Arc<Vmm>) -> PyResult<()> {
 impl PyVmm {
     /// If the machine is closed, drop its devices, and the subscribers of its streams, which a
     /// shared loop would keep. Returns whether it is closed.
-    pub(super) fn let_go_if_closed(&self, py: Python<'_>, vmm: &Vmm) -> bool {
+    pub(in crate::py) fn let_go_if_closed(&self, py: Python<'_>, vmm: &Vmm) -> bool {
         let is_closed = vmm.state() == VmRunState::Closed;
         if is_closed {
             self.let_go(py);
@@ -34,7 +34,7 @@ impl PyVmm {
     /// After a run: if a callback has closed the machine and another one is still in progress,
     /// close the machine now. `waits` for that, as [`close`] does; otherwise it happens in the
     /// background. Then [`Self::let_go_if_closed`].
-    pub(super) fn close_if_due(&self, py: Python<'_>, waits: bool) -> PyResult<()> {
+    pub(in crate::py) fn close_if_due(&self, py: Python<'_>, waits: bool) -> PyResult<()> {
         let vmm = self.core()?;
         if vmm.is_close_due() {
             if waits {
@@ -53,7 +53,7 @@ impl PyVmm {
         let devices = std::mem::take(&mut *self.devices.lock());
         drop(devices);
         let streams = std::mem::take(&mut *self.streams.lock());
-        let Some(own) = self.in_loop.with(py, Option::take) else { return };
+        let Some(own) = self.loop_objects.with(py, Option::take) else { return };
         for id in streams {
             // Fails if the program has already removed it.
             let _ = own.event_manager.get().remove_subscriber(py, id.get());
@@ -64,7 +64,7 @@ impl PyVmm {
 impl Drop for PyVmm {
     fn drop(&mut self) {
         let Some(vmm) = self.vmm.take() else { return };
-        if self.tie.is_lent() {
+        if self.tracker.is_leased() {
             // The next job uses the machine, or the pool closes it.
             return attach(|py| py.detach(|| drop(vmm)));
         }
