@@ -13,7 +13,7 @@ help: ## List the commands
 all: test audit ## What CI runs
 
 run: ## Set everything up and boot the built-in guest
-	@scripts/setup.sh kvm
+	@scripts/setup.sh run kvm
 	@pyvmm run
 
 test: setup lint rust loom linux pytest checked docs ## Set everything up and run the tests
@@ -37,7 +37,7 @@ loom: setup ## The kick protocols in every order of their steps
 	RUSTFLAGS="--cfg loom" cargo test --quiet --release --no-default-features --lib --target-dir target/loom -- vcpu::kick event::calls
 
 linux: ## Build the Linux that the tests boot, once, outside the checkout
-	@tests/linux/build.sh >/dev/null || echo "pyvmm: the tests that boot Linux are left out" >&2
+	@python/pyvmm/linux/build.sh tests >/dev/null || echo "pyvmm: the tests that boot Linux are left out" >&2
 
 pytest: setup linux ## The Python tests
 	pytest --quiet
@@ -64,7 +64,8 @@ MIRI := fixup:: cpu:: debug:: boot::mptable config:: vcpu::string_io snapshot::s
 miri: ## The Rust tests that need no kernel, interpreted by Miri
 	@scripts/miri.sh $(MIRI)
 
-docs: setup ## The Rust documentation, every link checked
+docs: setup ## The documentation site in target/site and the Rust documentation; every link checked
+	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet
 	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps --document-private-items
 
 bench: setup ## Benchmarks: ratios against the physical limit; BENCH_JSON=FILE writes them

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from pyvmm import LinuxBoot, SerialConfig, Vmm, VmmConfig, kvm_info
+from pyvmm import BootError, LinuxBoot, SerialConfig, Vmm, VmmConfig, kvm_info
+from pyvmm.linux import build
 
 from benches.measure import Result, UnmeasurableError, compare
 
@@ -33,14 +34,13 @@ class Linux(NamedTuple):
 
 def boots() -> Iterator[Result]:
     """Seconds from the start to the line that userspace prints."""
-    here = Path("tests/linux")
-    built = subprocess.run([here / "build.sh"], stdout=subprocess.PIPE, text=True, check=False)
-    if built.returncode != 0:
-        raise UnmeasurableError("the Linux of the tests cannot be built: see tests/linux/build.sh")
+    try:
+        directory = build()
+    except BootError as error:
+        raise UnmeasurableError(str(error)) from error
     if shutil.which("qemu-system-x86_64") is None:
         raise UnmeasurableError("QEMU is not installed: apt-get install qemu-system-x86")
-    directory = Path(built.stdout.strip())
-    cmdline = (here / "cmdline").read_text().strip()
+    cmdline = (directory / "cmdline").read_text().strip()
     linux = Linux(directory / "vmlinux", directory / "initramfs.cpio", cmdline)
     yield compare("linux-userspace", "s", lambda: ours(linux), lambda: qemu(linux), "QEMU microvm", 1.0, RUNS)
 

@@ -1,13 +1,58 @@
 #!/usr/bin/env bash
-# Creates .venv with pyvmm in it, built in release. Installs what it can; anything else is reported with the
-# command to type. With "kvm" as argument it also insists on /dev/kvm.
+# Creates .venv with pyvmm in it, built in release. Installs what it can, and says so first; anything else is reported
+# with the command to type. Arguments: "run" installs only what pyvmm needs to run, not its tests; "kvm" insists on
+# /dev/kvm. PYTHON names the interpreter.
 set -eu
 cd "$(dirname "$0")/.."
 rust=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
+wanted=" $* "
 
 fail() {
 	echo "pyvmm: $1" >&2
 	exit 1
+}
+
+# The command that installs what is needed: $1 is its name in Debian, Fedora, Arch and Alpine.
+command_for() {
+	local what=$1
+	if command -v apt-get >/dev/null; then
+		case $what in
+		python) echo "apt-get install python3 python3-venv" ;;
+		cc) echo "apt-get install gcc libc6-dev" ;;
+		rust) echo "apt-get install rustc-web cargo-web" ;;
+		esac
+	elif command -v dnf >/dev/null; then
+		case $what in
+		python) echo "dnf install python3" ;;
+		cc) echo "dnf install gcc" ;;
+		rust) echo "dnf install rust cargo" ;;
+		esac
+	elif command -v pacman >/dev/null; then
+		case $what in
+		python) echo "pacman -S python" ;;
+		cc) echo "pacman -S gcc" ;;
+		rust) echo "pacman -S rust" ;;
+		esac
+	elif command -v apk >/dev/null; then
+		case $what in
+		python) echo "apk add python3" ;;
+		cc) echo "apk add gcc musl-dev" ;;
+		rust) echo "apk add rust cargo" ;;
+		esac
+	else
+		echo "the package manager of this system: $what"
+	fi
+}
+
+# How to get it, for the message of an error.
+advice() {
+	local root=sudo
+	[ "$(id -u)" != 0 ] || root=
+	local advised
+	advised="type: ${root:+$root }$(command_for "$1")"
+	[ "$1" != rust ] || advised="$advised, or install rustup from https://rustup.rs"
+	[ "$1" != python ] || advised="$advised, or name another interpreter: PYTHON=python3.12 make run"
+	echo "$advised"
 }
 
 # Debian packages, where this user may install them without being asked.
@@ -18,7 +63,7 @@ install_packages() {
 		sudo -n true 2>/dev/null || return 1
 		root="sudo -n"
 	fi
-	echo "pyvmm: installing $*"
+	echo "pyvmm: installing the packages $*"
 	$root apt-get -qq update >/dev/null 2>&1
 	$root env DEBIAN_FRONTEND=noninteractive apt-get -qq -y install "$@" >/dev/null 2>&1
 }
@@ -30,40 +75,51 @@ has_rust() {
 }
 
 check_kvm() {
-	[ -e /dev/kvm ] || fail "there is no /dev/kvm: enable virtualization in the firmware (for a guest: nested virtualization), then type: sudo modprobe kvm_intel || sudo modprobe kvm_amd"
+	[ -e /dev/kvm ] || fail "there is no /dev/kvm: enable virtualization in the firmware (for a guest: nested virtualization; for a container: --device /dev/kvm), then type: sudo modprobe kvm_intel || sudo modprobe kvm_amd"
 	[ -r /dev/kvm ] && [ -w /dev/kvm ] || fail "no permission on /dev/kvm: type: sudo usermod -aG kvm $(id -un) and log in again"
 }
 
 [ "$(uname -sm)" = "Linux x86_64" ] || fail "pyvmm needs Linux on x86-64, this is $(uname -sm)"
-[ "${1:-}" != kvm ] || check_kvm
+case $wanted in *" kvm "*) check_kvm ;; esac
 
 export PATH="$HOME/.cargo/bin:$PATH"
 python=${PYTHON:-python3}
+command -v "$python" >/dev/null || fail "there is no $python: $(advice python)"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-	fail "Python 3.11 or newer is needed: type: sudo apt-get install python3"
-command -v cc >/dev/null || install_packages gcc libc6-dev || fail "a C linker is needed: type: sudo apt-get install gcc libc6-dev"
+	fail "Python 3.11 or newer is needed, this is $("$python" --version 2>&1): $(advice python)"
+command -v cc >/dev/null || install_packages gcc libc6-dev || fail "a C linker is needed: $(advice cc)"
 has_rust || install_packages rustc-web cargo-web || true
-has_rust || fail "Rust $rust or newer is needed: type: sudo apt-get update && sudo apt-get install rustc-web cargo-web"
+has_rust || fail "Rust $rust or newer is needed: $(advice rust)"
 
 if [ ! -x .venv/bin/pip ]; then
 	"$python" -m venv .venv >/dev/null 2>&1 || { install_packages python3-venv && "$python" -m venv --clear .venv; } ||
-		fail "Python's venv is needed: type: sudo apt-get install python3-venv"
+		fail "Python's venv is needed: $(advice python)"
 fi
 
 pip() {
 	.venv/bin/python -m pip --disable-pip-version-check -q "$@"
 }
 
-if [ ! -e .venv/packages ] || [ pyproject.toml -nt .venv/packages ]; then
-	echo "pyvmm: installing Python packages into .venv"
-	requirements=$("$python" - <<-'END'
+# What pyproject.toml names: what pyvmm needs and what builds it; for the tests, everything.
+requirements() {
+	"$python" - "$1" <<-'END'
+		import sys
 		import tomllib
-		project = tomllib.load(open("pyproject.toml", "rb"))["project"]
-		print("\n".join(project["dependencies"] + project["optional-dependencies"]["dev"]))
+		project = tomllib.load(open("pyproject.toml", "rb"))
+		needed = project["project"]["dependencies"] + project["build-system"]["requires"]
+		extras = project["project"]["optional-dependencies"]
+		print("\n".join(needed + (extras["dev"] + extras["docs"] if sys.argv[1] == "all" else [])))
 	END
-	)
-	echo "$requirements" | pip install -r /dev/stdin || fail "pip could not install the Python packages named above"
-	touch .venv/packages
+}
+
+case $wanted in *" run "*) packages=run ;; *) packages=all ;; esac
+installed=.venv/packages-$packages
+if [ ! -e "$installed" ] || [ pyproject.toml -nt "$installed" ]; then
+	if [ "$packages" = all ] || [ ! -e .venv/packages-all ] || [ pyproject.toml -nt .venv/packages-all ]; then
+		echo "pyvmm: installing Python packages into .venv"
+		requirements $packages | pip install -r /dev/stdin || fail "pip could not install the Python packages named above"
+		touch "$installed"
+	fi
 fi
 
 if [ ! -e .venv/built ] || [ -n "$(find src Cargo.toml Cargo.lock pyproject.toml -newer .venv/built | head -n 1)" ]; then

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import os
 import signal
 import tomllib
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import pyvmm
+import pyvmm.linux
 from hypothesis import HealthCheck, settings
 from loops import LOOPS, run_in
 from oracle import NONCE, oracle
@@ -77,23 +78,20 @@ def missing_kvm() -> str | None:
 
 
 class Linux(NamedTuple):
-    """The kernels that tests/linux/build.sh builds, and what they are started with."""
+    """The kernels that `make linux` builds, and what they are started with."""
 
     vmlinux: Path
     vmlinux_stock: Path
     vmlinux_smp: Path
     bzimage: Path
     initramfs: Path
-    cmdline: str = (ROOT / "tests" / "linux" / "cmdline").read_text().strip()
+    cmdline: str = (ROOT / "python" / "pyvmm" / "linux" / "cmdline").read_text().strip()
 
 
+@functools.cache
 def linux_directory() -> Path:
-    """Where the build puts them: named after what it is made from."""
-    here = ROOT / "tests" / "linux"
-    names = ["build.sh", "kernel.config", "smp.config", "init.c", "initramfs.list"]
-    key = hashlib.sha256(b"".join((here / name).read_bytes() for name in names)).hexdigest()[:16]
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyvmm"
-    return Path(os.environ.get("PYVMM_CACHE") or default) / f"linux-{key}"
+    """Where the build puts them."""
+    return pyvmm.linux.folder()
 
 
 class LeftOut(NamedTuple):
@@ -131,8 +129,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     reason = None
     if needs_linux or item.get_closest_marker("kvm") is not None:
         reason = missing_kvm()
-    if reason is None and needs_linux and not (linux_directory() / "initramfs.cpio").exists():
-        reason = "the Linux of the tests is not built: run tests/linux/build.sh"
+    if reason is None and needs_linux and not (linux_directory() / "vmlinux-smp").exists():
+        reason = "the Linux of the tests is not built: make linux"
     if reason is not None:
         if REQUIRED:
             pytest.fail(f"PYVMM_REQUIRE_KVM is set, but {reason}", pytrace=False)

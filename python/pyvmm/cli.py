@@ -1,4 +1,4 @@
-"""The command line: ``pyvmm run``, ``snapshot``, ``restore``, ``inspect``, ``doctor``, ``config``.
+"""The command line: ``pyvmm run``, ``snapshot``, ``restore``, ``inspect``, ``kernel``, ``doctor``, ``config``.
 
 `runner` runs the machines.
 """
@@ -180,6 +180,25 @@ def restore(file: str, base: str | None, force: bool, timeout: float | None, as_
     """Continue the machine in a snapshot FILE, like `run`."""
     loaded = pyvmm.Snapshot.load(file, base, force=force)
     return run_with(SerialConfig(), lambda serial: loaded.fork(serial=serial), timeout, as_json, Watch())
+
+
+@cli.command(epilog="\b\nTo start it: pyvmm run --config $(pyvmm kernel)/machine.toml")
+def kernel() -> None:
+    """Build a small Linux and print its folder.
+
+    Takes minutes the first time. Its userspace is a shell of a few commands.
+    """
+    from pyvmm import linux
+
+    on_terminal = sys.stderr.isatty()
+
+    def show(files: int) -> None:
+        click.echo(f"\rbuilding the small Linux: {files} files compiled", err=True, nl=False)
+
+    built = linux.build(progress=show if on_terminal else None)
+    if on_terminal:
+        click.echo("\r\033[K", err=True, nl=False)
+    click.echo(built)
 
 
 @cli.command()

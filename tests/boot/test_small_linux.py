@@ -1,0 +1,63 @@
+"""The small Linux that `pyvmm kernel` builds, as a user starts it.
+
+Covers python/pyvmm/linux/__init__.py.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+import pyvmm
+import pyvmm.linux
+from conftest import LINUX_DEADLINE_S
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from conftest import Linux
+
+
+@pytest.mark.linux
+@pytest.mark.timeout(600)
+def test_shell_answers_and_ends_the_run_with_a_code(linux: Linux) -> None:
+    folder = pyvmm.linux.build()
+    config = pyvmm.VmmConfig.from_file(folder / "machine.toml")
+    with pyvmm.Vmm(config) as vmm:
+        vmm.serial.send(b"echo hello\ncat /proc/version\nls /\nwhat\nexit 42\n")
+        exit = vmm.run(LINUX_DEADLINE_S)
+        said = vmm.serial.take_output().decode().replace("\r\n", "\n")
+    assert exit.code == 42, said
+    assert "pyvmm> " in said
+    assert "\nhello\n" in said
+    assert "\nLinux version 6.1" in said
+    assert {"\nproc\n", "\ninit\n"} <= {f"\n{line}\n" for line in said.splitlines()}
+    assert "commands: echo TEXT" in said
+
+
+@pytest.mark.linux
+def test_command_prints_the_folder(linux: Linux) -> None:
+    command = [sys.executable, "-m", "pyvmm", "kernel"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == f"{pyvmm.linux.folder()}\n"
+    assert done.stderr == ""
+    assert (pyvmm.linux.folder() / "machine.toml").exists()
+
+
+def test_build_that_fails_says_why_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    # Without gcc and make the build needs packages, which this user may not install.
+    for tool in ("bash", "cat", "cut", "sha256sum", "dirname"):
+        os.symlink(f"/usr/bin/{tool}", tools / tool)
+    (tools / "id").write_text("#!/bin/bash\necho 1000\n")
+    (tools / "id").chmod(0o755)
+    monkeypatch.setenv("PYVMM_CACHE", str(cache))
+    monkeypatch.setenv("PATH", str(tools))
+    with pytest.raises(pyvmm.BootError, match=r"cannot be built.*sudo apt-get install"):
+        pyvmm.linux.build(progress=print)
+    assert not cache.exists()

@@ -1,0 +1,72 @@
+"""The documentation site: every public name is in it, and the pages that are generated are there.
+
+Covers scripts/site/pages.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import pyvmm
+from conftest import ROOT
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+API = (ROOT / "docs" / "api.md").read_text()
+SUBMODULES = ("config", "exits", "devices", "hostcalls", "events", "stats", "exceptions")
+
+
+def hook() -> ModuleType:
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed")
+    spec = importlib.util.spec_from_file_location("pages", ROOT / "scripts" / "site" / "pages.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["pages"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def listed() -> set[str]:
+    """The names that docs/api.md lists, by themselves or with their module."""
+    names = set(re.findall(r"^::: pyvmm\.(\w+)", API, re.MULTILINE))
+    for module in names & set(SUBMODULES):
+        found = vars(importlib.import_module(f"pyvmm.{module}"))
+        names |= {name for name, value in found.items() if getattr(value, "__module__", "") == f"pyvmm.{module}"}
+    return names
+
+
+def test_api_page_lists_every_public_name() -> None:
+    assert set(pyvmm.__all__) - listed() == set()
+
+
+def test_every_example_has_a_page_and_a_summary() -> None:
+    pages = hook()
+    for path in pages.sources():
+        assert pages.summary(path), path
+        assert path.read_text() in pages.example(path)
+        assert f"]({path.relative_to(ROOT / 'examples')}.md)" in pages.contents()
+
+
+def test_links_that_leave_the_folder_become_pages() -> None:
+    pages = hook()
+
+    class Page:
+        class file:  # noqa: N801
+            src_uri = "index.md"
+
+    text = "[a](docs/devices.md#x) [b](examples) [c](examples/guest) [d](examples/clock.py)"
+    page: Any = Page
+    assert pages.on_page_markdown(text, page=page) == (
+        "[a](devices.md#x) [b](examples/index.md) [c](examples/index.md) [d](examples/clock.py.md)"
+    )
+    Page.file.src_uri = "devices.md"
+    assert pages.on_page_markdown("[a](../examples/clock.py) [b](../README.md#how-fast)", page=page) == (
+        "[a](examples/clock.py.md) [b](index.md#how-fast)"
+    )
