@@ -48,6 +48,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "snapshot-footprint": snapshot.footprints,
     "snapshot-reset": snapshot.resets,
     "snapshot-loop": snapshot.loops,
+    "snapshot-ring-3": snapshot.confined,
     "snapshot-file": snapshot.files,
     "fuzz-batch": fuzz.batches,
     "fuzz-single": fuzz.single,

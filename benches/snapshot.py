@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from pyvmm import Exit, FlatBoot, MemoryConfig, Snapshot, Vmm, VmmConfig, kvm_info
+from pyvmm import ElfBoot, Exit, FlatBoot, MemoryConfig, Snapshot, Vmm, VmmConfig, kvm_info
 
 from benches import bare
 from benches.linux import SOFTWARE_CPU
@@ -151,6 +151,62 @@ def dirtying(pages: int) -> bytes:
         )
         + EXITS
     )
+
+
+def program(pages: int) -> Vmm:
+    """A program in ring 3 that writes a word in each page of its stack, and exits."""
+    code = b"\xb9" + struct.pack("<I", pages)  # mov ecx, pages
+    code += b"\x48\x8d\x84\x24" + struct.pack("<i", -pages * 4096)  # lea rax, [rsp - pages * 4096]
+    code += b"\xff\x00\x48\x05\x00\x10\x00\x00\xe2\xf6" + EXITS  # inc dword [rax]; add rax, 4096; loop back
+    at = 0x40_0000
+    head = struct.pack("<4sBBB9xHHIQQQIHHHHHH", b"\x7fELF", 2, 1, 1, 2, 62, 1, at, 64, 0, 0, 64, 56, 1, 0, 0, 0)
+    head += struct.pack("<IIQQQQQQ", 1, 5, 120, at, at, len(code), len(code), 4096)
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(head + code)
+        file.flush()
+        boot = ElfBoot(file.name, stack_kib=4 * pages + 4)
+        return Vmm(VmmConfig(boot=boot, memory=MemoryConfig(size_mib=128)))
+
+
+def cycles(vmm: Vmm, run: Callable[[Vmm], Exit]) -> tuple[float, float]:
+    """The median microseconds of a reset after a run, and of both."""
+    resets, both = [], []
+    with vmm:
+        snapshot = vmm.snapshot()
+        for _ in range(RESETS):
+            start = time.perf_counter()
+            run(vmm)
+            middle = time.perf_counter()
+            vmm.reset(snapshot)
+            end = time.perf_counter()
+            resets.append(end - middle)
+            both.append(end - start)
+    return statistics.median(resets) * 1e6, statistics.median(both) * 1e6
+
+
+def confined(runs: int = RUNS) -> Iterator[Result]:
+    """A program in ring 3, after which a reset sets less. The bare loop's guest is in real mode."""
+    code = dirtying(8)
+    for name, state in (("as few ioctls as can be", bare.FEWEST), ("lean", bare.LEAN)):
+        loop = partial(bare.time_loops, code, 128 * MIB, RESETS, 8, state=state)
+
+        def ours(part: int) -> float:
+            return cycles(program(8), Vmm.run_here)[part]
+
+        def theirs(part: int, loop: Callable[[], tuple[float, float, float]] = loop) -> float:
+            return loop()[2 * part] * 1e6
+
+        for part, what in ((0, "reset"), (1, "run_here + reset")):
+            goal = (0.9, 0.85)[part]
+            yield compare(
+                f"{what}, 8 pages of a program in ring 3",
+                "us",
+                partial(ours, part),
+                partial(theirs, part),
+                f"C loop, {name}",
+                goal,
+                runs,
+            )
 
 
 def resets(runs: int = RUNS) -> Iterator[Result]:

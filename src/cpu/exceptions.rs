@@ -49,19 +49,47 @@ pub struct Interrupted {
 /// If guest memory is too small.
 pub fn write(memory: &GuestMemory) -> Result<()> {
     for vector in 0..COUNT {
-        let handler = HANDLERS + vector * HANDLER_SIZE;
-        let ring = if FOR_RING_3.contains(&vector) { RING_3 } else { 0 };
-        let low = handler & 0xffff
-            | u64::from(selector::CODE) << 16
-            | (IST1 | INTERRUPT_GATE | ring) << 32
-            | (handler >> 16 & 0xffff) << 48;
-        let gate = layout::EXCEPTION_PAGE + vector * 16;
-        memory.write(gate, &low.to_le_bytes())?;
-        memory.write(gate + 8, &(handler >> 32).to_le_bytes())?;
-        memory.write(handler, &HANDLER)?;
+        let [low, high] = gate(vector);
+        let at = layout::EXCEPTION_PAGE + vector * 16;
+        memory.write(at, &low.to_le_bytes())?;
+        memory.write(at + 8, &high.to_le_bytes())?;
+        memory.write(handler(vector), &HANDLER)?;
     }
     let top = layout::EXCEPTION_STACK + layout::PAGE;
     memory.write(layout::TSS + TSS_IST1, &top.to_le_bytes())
+}
+
+fn handler(vector: u64) -> u64 {
+    HANDLERS + vector * HANDLER_SIZE
+}
+
+/// The interrupt descriptor of an exception.
+fn gate(vector: u64) -> [u64; 2] {
+    let handler = handler(vector);
+    let ring = if FOR_RING_3.contains(&vector) { RING_3 } else { 0 };
+    let low = handler & 0xffff
+        | u64::from(selector::CODE) << 16
+        | (IST1 | INTERRUPT_GATE | ring) << 32
+        | (handler >> 16 & 0xffff) << 48;
+    [low, handler >> 32]
+}
+
+/// Whether memory still has these descriptors, and this code. `read` reads the word at an address.
+#[must_use]
+pub fn are_intact(read: impl Fn(u64) -> Option<u64>) -> bool {
+    const CODE: u64 = (1 << (8 * HANDLER.len())) - 1;
+    let halts = u64::from_le_bytes([HANDLER[0], HANDLER[1], HANDLER[2], 0, 0, 0, 0, 0]);
+    (0..COUNT).all(|vector| {
+        let at = layout::EXCEPTION_PAGE + vector * 16;
+        [read(at), read(at + 8)] == gate(vector).map(Some)
+            && read(handler(vector)).is_some_and(|code| code & CODE == halts)
+    })
+}
+
+/// Whether an instruction is where the code of exceptions is, which has no other code beside it.
+#[must_use]
+pub fn is_here(rip: u64) -> bool {
+    rip / layout::PAGE == layout::EXCEPTION_PAGE / layout::PAGE
 }
 
 /// The number of the exception whose code has halted with the next instruction here.
@@ -168,6 +196,14 @@ mod tests {
             assert_eq!(halted_at(handler), None);
             assert_eq!(low >> 45 & 3, if [3, 4].contains(&vector) { 3 } else { 0 });
             assert_eq!(low >> 32 & 7, 1, "it has a stack of its own");
+        }
+        let read = |at| memory.load::<u64>(at).ok();
+        assert!(are_intact(read) && is_here(HANDLERS) && !is_here(layout::PROGRAM_TABLES));
+        for at in [layout::EXCEPTION_PAGE + 31 * 16, HANDLERS + 16, HANDLERS + 2] {
+            let was = memory.load::<u8>(at).unwrap();
+            memory.write(at, &[was ^ 1]).unwrap();
+            assert!(!are_intact(read), "{at:#x}");
+            memory.write(at, &[was]).unwrap();
         }
         assert_eq!(halted_at(0), None);
         assert_eq!(halted_at(u64::MAX), None);

@@ -95,6 +95,7 @@ impl GuestMemory {
     ) -> Result<()> {
         let map = self.map();
         pieces(&map, address, length, |mapped, _| check_writable(mapped, address))?;
+        self.kvm_slots().touched.note(address, length);
         pieces(&map, address, length, |_, place| {
             piece(place);
             Ok(())
@@ -132,6 +133,7 @@ impl GuestMemory {
         if let Some(mapped) = map.find(address) {
             check_writable(mapped, address)?;
         }
+        self.kvm_slots().touched.note(address, length);
         // SeqCst: as in `load`.
         let stored = map.mmap.store(value, GuestAddress(address), Ordering::SeqCst);
         stored.map_err(|_| map.outside(address, length))?;

@@ -17,6 +17,7 @@ pub(crate) mod ranges;
 mod search;
 mod slots;
 mod table;
+mod touched;
 mod view;
 
 pub(crate) use backing::host_memory;

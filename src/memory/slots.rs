@@ -11,6 +11,7 @@ use super::map::{CurrentMap, Map, check_place};
 use super::mapping::Mapping;
 use super::ram::Ram;
 use super::table::{Entry, Slot, Table};
+use super::touched::Touched;
 use super::view::WritableViews;
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout;
@@ -31,6 +32,8 @@ pub(crate) struct Slots {
     pub(super) map: Arc<CurrentMap>,
     /// Views whose pages the log always includes.
     pub(super) views: Arc<WritableViews>,
+    /// Writes of the host to the guest's first tables.
+    pub(super) touched: Touched,
 }
 
 impl Slots {
@@ -61,7 +64,15 @@ impl Slots {
     /// Log a finished write of the host. This uses the current map, not the one that the write
     /// started with: if the log was switched on in between, the write belongs in it.
     pub(super) fn note_write(&self, address: u64, length: u64) {
+        self.touched.note(address, length);
         self.map.read().note_write(address, length);
+    }
+
+    /// Whether the host may have changed the guest's first tables since the last call: by a write,
+    /// by a view, or by other memory in their place.
+    pub(crate) fn take_touched(&self) -> bool {
+        // Both are asked: each forgets what it reports.
+        self.touched.take() | self.views.take_touched()
     }
 
     /// Add a slot.
@@ -110,6 +121,7 @@ impl Slots {
         let slot = Slot { number, start: address, size, backing };
         let mut entry = Entry { slot, mapping, ram, written: None };
         entry.set_log(table.is_logging);
+        self.touched.note(address, size);
         self.set_region(entry.region(size, table.is_logging))?;
         let place = table.entries.partition_point(|entry| entry.slot.start < address);
         table.entries.insert(place, entry);
@@ -127,6 +139,7 @@ impl Slots {
             let detail = "the machine has no such memory slot";
             return Err(Error::new(ErrorKind::Memory, format!("{:#x}", slot.start), detail));
         };
+        self.touched.note(slot.start, slot.size);
         self.set_region(table.entries[at].region(0, false))?;
         let removed = table.entries.remove(at);
         let left = self.map().mmap.remove_region(GuestAddress(slot.start), slot.size);

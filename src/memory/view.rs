@@ -8,6 +8,7 @@ use vm_memory::MmapRegion;
 
 use super::map::{CurrentMap, Map};
 use super::mapping::Mapping;
+use super::touched::has_tables;
 use crate::process::ProcessTag;
 use crate::sync::{Mutex, rank};
 
@@ -91,7 +92,9 @@ impl Drop for WritableView {
         // Log what was written since the log was last read. The next reader finds either this or
         // the view.
         let mut views = self.views.0.lock();
-        views.all.remove(&self.number).iter().for_each(|range| range.note(&map));
+        let removed = views.all.remove(&self.number);
+        views.has_touched |= removed.iter().any(ViewRange::has_tables);
+        removed.iter().for_each(|range| range.note(&map));
     }
 }
 
@@ -105,6 +108,10 @@ struct ViewRange {
 }
 
 impl ViewRange {
+    fn has_tables(&self) -> bool {
+        has_tables(self.address, self.length)
+    }
+
     /// Log its pages, unless other memory is mapped there now.
     fn note(&self, map: &Map) {
         let mapped = map.find(self.address).filter(|mapped| mapped.mapping.host() == self.mapping);
@@ -121,6 +128,8 @@ pub(super) struct WritableViews(Mutex<ViewRanges, rank::WritableViews>);
 struct ViewRanges {
     all: BTreeMap<u64, ViewRange>,
     added: u64,
+    /// Whether one has ended through which the guest's first tables could be written.
+    has_touched: bool,
 }
 
 impl WritableViews {
@@ -130,6 +139,14 @@ impl WritableViews {
         let number = views.added;
         views.all.insert(number, range);
         number
+    }
+
+    /// Whether the guest's first tables can be written through a view, or could be since the last
+    /// call.
+    pub(super) fn take_touched(&self) -> bool {
+        let mut views = self.0.lock();
+        let has_touched = std::mem::take(&mut views.has_touched);
+        has_touched || views.all.values().any(ViewRange::has_tables)
     }
 
     /// Log the pages of all.

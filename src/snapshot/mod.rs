@@ -3,6 +3,7 @@
 //! mapped in `memory`. Nothing here runs a guest. Any thread, with the vCPUs stopped by the caller.
 
 pub(crate) mod chips;
+pub(crate) mod confined;
 pub(crate) mod cpuid;
 mod file;
 mod header;

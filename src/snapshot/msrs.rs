@@ -12,6 +12,8 @@ use crate::vcpu::Vcpu;
 
 const IA32_TSC: u32 = 0x10;
 const IA32_TSC_DEADLINE: u32 = 0x6e0;
+const IA32_SYSENTER_CS: u32 = 0x174;
+const IA32_DEBUGCTL: u32 = 0x1d9;
 /// One call takes fewer than KVM's MAX_IO_MSRS, which is 256.
 const MAX_AT_ONCE: usize = 255;
 /// Bit 0 is set if the guest uses KVM's clock.
@@ -111,14 +113,49 @@ fn wrap(entries: &[kvm_msr_entry]) -> Result<Msrs> {
 /// [`ErrorKind::Snapshot`] if KVM refuses a value that the register does not have already; if KVM
 /// fails.
 pub(super) fn apply(vcpu: &mut Vcpu, state: &[u8]) -> Result<()> {
+    set_all(vcpu, state, |_| true)
+}
+
+/// Set only the registers of a record that count by themselves, for a guest in ring 3.
+///
+/// # Errors
+/// As for [`apply`].
+pub(super) fn apply_counting(vcpu: &mut Vcpu, state: &[u8]) -> Result<()> {
+    set_all(vcpu, state, |index| index == IA32_TSC)
+}
+
+/// Index and value of each register of a record.
+pub(super) fn entries(state: &[u8]) -> Result<Vec<(u32, u64)>> {
     let mut reader = Reader::new("msrs", state);
     let mut entries = Vec::with_capacity(state.len() / 12);
     while !reader.is_empty() {
-        let (index, data) = (reader.u32()?, reader.u64()?);
-        if !vcpu.constant_msrs.contains(&(index, data)) {
-            entries.push(kvm_msr_entry { index, data, ..Default::default() });
-        }
+        entries.push((reader.u32()?, reader.u64()?));
     }
+    Ok(entries)
+}
+
+/// Whether a register with this value has no effect on ring 3, or of ring 3, that other registers
+/// would show.
+pub(super) fn is_quiet(index: u32, value: u64) -> bool {
+    match index {
+        // SYSENTER is refused if its segment is null.
+        IA32_SYSENTER_CS => value & 0xfffc == 0,
+        // Records of branches and traces, and counters of events.
+        IA32_DEBUGCTL | 0x570 | 0x186..0x198 | 0x38d => value == 0,
+        0xc001_0000..0xc001_0004 | 0xc001_0200..0xc001_0210 => value == 0,
+        // What KVM and Hyper-V write to memory by themselves: clocks, stolen time, page faults.
+        0x11 | 0x12 | 0x4b56_4d00..0x4b56_4d05 | 0x4000_0000..0x4000_0200 => value == 0,
+        _ => true,
+    }
+}
+
+fn set_all(vcpu: &mut Vcpu, state: &[u8], is_wanted: impl Fn(u32) -> bool) -> Result<()> {
+    let known = &vcpu.constant_msrs;
+    let entries: Vec<_> = entries(state)?
+        .into_iter()
+        .filter(|entry| is_wanted(entry.0) && !known.contains(entry))
+        .map(|(index, data)| kvm_msr_entry { index, data, ..Default::default() })
+        .collect();
     let mut left = entries.as_slice();
     while !left.is_empty() {
         let (count, refused) = set(vcpu, left)?;
@@ -158,6 +195,16 @@ fn check_refused(vcpu: &mut Vcpu, refused: &kvm_msr_entry) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn registers_that_act_by_themselves_are_not_quiet() {
+        for index in [0x174, 0x1d9, 0x186, 0x12, 0x4b56_4d01, 0x4b56_4d03, 0xc001_0000, 0x4000_0020]
+        {
+            assert!(is_quiet(index, 0) && !is_quiet(index, 0x40_0010), "{index:#x}");
+        }
+        assert!(is_quiet(0x174, 3), "a null segment");
+        assert!(is_quiet(0xc000_0102, 0x1000) && is_quiet(0x4b56_4d05, 1));
+    }
 
     #[test]
     fn no_register_is_listed_twice() {

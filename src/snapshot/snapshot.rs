@@ -8,6 +8,7 @@ use super::state::{DeviceState, Records};
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::{Image, Layer, MemoryRange, copy_to, memfd};
 use crate::process::OnceBox;
+use crate::vcpu::StateId;
 use crate::vm::MachineSpec;
 
 /// The state of a machine. It never changes.
@@ -39,11 +40,20 @@ pub(crate) struct SnapshotCache {
     pub(crate) constant_msrs: OnceBox<Vec<(u32, u64)>>,
     /// The pages of the page tables in use: see `translations.rs`.
     pub(crate) tables: OnceBox<Option<Vec<u64>>>,
+    /// Whether its guest cannot leave ring 3 unnoticed: see `confined.rs`.
+    pub(crate) is_confined: OnceBox<bool>,
+    /// The state of its vCPUs, which is also that of its copies.
+    pub(crate) state: StateId,
 }
 
 impl Default for SnapshotCache {
     fn default() -> Self {
-        Self { constant_msrs: OnceBox::new(), tables: OnceBox::new() }
+        Self {
+            constant_msrs: OnceBox::new(),
+            tables: OnceBox::new(),
+            is_confined: OnceBox::new(),
+            state: StateId::new(),
+        }
     }
 }
 

@@ -135,7 +135,8 @@ fn vcpu_fd(vcpu: &Vcpu) -> std::os::fd::RawFd {
     std::os::fd::AsRawFd::as_raw_fd(vcpu.fd())
 }
 
-/// Set the state of a vCPU, which has not run yet or has the same CPUID.
+/// Set the state of a vCPU, which has not run yet or has the same CPUID. If it `has_stayed` in ring
+/// 3 since it had this state, only what ring 3 can have changed is set.
 ///
 /// # Errors
 /// [`ErrorKind::Snapshot`] if a record is missing or has the wrong size; if KVM refuses it.
@@ -144,6 +145,7 @@ pub(crate) fn apply(
     number: u16,
     records: &[Record],
     format: VcpuStateFormat,
+    has_stayed: bool,
 ) -> Result<()> {
     hop!();
     let one = |kind| required(records, kind, number);
@@ -158,12 +160,11 @@ pub(crate) fn apply(
         special.set(vcpu)?;
     }
     set_xsave(vcpu, one(RecordKind::Xsave)?, format)?;
-    set_xcrs(vcpu, one(RecordKind::Xcrs)?)?;
-    set_debug_registers(vcpu, one(RecordKind::DebugRegs)?)?;
-    if format.has_lapic {
-        set_lapic(vcpu, &from_bytes("lapic", one(RecordKind::Lapic)?)?)?;
+    if has_stayed && is_at_entry {
+        msrs::apply_counting(vcpu, one(RecordKind::Msrs)?)?;
+    } else {
+        set_for_ring_0(vcpu, number, records, format)?;
     }
-    msrs::apply(vcpu, one(RecordKind::Msrs)?)?;
     if is_at_entry {
         vcpu.set_state_at_entry(&special.sregs, &events);
     } else {
@@ -178,6 +179,22 @@ pub(crate) fn apply(
     // Set with the next entry, which saves a system call.
     vcpu.set_regs_at_entry(&from_bytes("regs", one(RecordKind::Regs)?)?);
     Ok(())
+}
+
+/// Set what only ring 0 can change.
+fn set_for_ring_0(
+    vcpu: &mut Vcpu,
+    number: u16,
+    records: &[Record],
+    format: VcpuStateFormat,
+) -> Result<()> {
+    let one = |kind| required(records, kind, number);
+    set_xcrs(vcpu, one(RecordKind::Xcrs)?)?;
+    set_debug_registers(vcpu, one(RecordKind::DebugRegs)?)?;
+    if format.has_lapic {
+        set_lapic(vcpu, &from_bytes("lapic", one(RecordKind::Lapic)?)?)?;
+    }
+    msrs::apply(vcpu, one(RecordKind::Msrs)?)
 }
 
 fn required(records: &[Record], kind: RecordKind, number: u16) -> Result<&[u8]> {

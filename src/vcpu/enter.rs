@@ -56,7 +56,9 @@ pub(super) fn enter(vcpu: &mut Vcpu) -> std::result::Result<VcpuExit, kvm_ioctls
 /// Run the guest to its next exit that no fix-up resolves. A kick makes the next KVM_RUN fail.
 fn run(vcpu: &mut Vcpu) -> std::result::Result<VcpuExit, kvm_ioctls::Error> {
     loop {
-        let exit = vcpu.raw_fd.run().map(|exit| owned(exit, &vcpu.page))?;
+        let exit = vcpu.raw_fd.run().map(|exit| owned(exit, &vcpu.page));
+        vcpu.note_exit(exit.as_ref());
+        let exit = exit?;
         vcpu.has_page_registers = true;
         match exit {
             VcpuExit::InternalError { .. } if fix_up(vcpu) => {}
@@ -149,6 +151,7 @@ impl Vcpu {
         }
         self.page.set(true);
         let result = self.raw_fd.run().map(|exit| owned(exit, &self.page));
+        self.note_exit(result.as_ref());
         self.has_page_registers = true;
         // A further exit of the instruction is kept for the next entry.
         self.pending = result.map_or(PendingIo::Idle, PendingIo::Exit);
@@ -165,6 +168,7 @@ impl Vcpu {
             self.set_regs_at_entry(&kvm_regs { rcx: 1, ..self.page.registers() });
             self.page.set(true);
             let exit = self.raw_fd.run().map(|exit| owned(exit, &self.page));
+            self.note_exit(exit.as_ref());
             is_access = exit.is_ok_and(|exit| exit.is_access());
             left -= 1;
         }

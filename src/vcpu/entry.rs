@@ -18,6 +18,7 @@ const CR3_ADDRESS_BIT: u64 = 1 << 12;
 impl Vcpu {
     /// The descriptor, for every ioctl but KVM_RUN: KVM has the whole state first.
     pub(crate) fn fd(&self) -> &VcpuFd {
+        self.forget_whole_state();
         if let Some((sregs, events)) = self.page.take_entry_state() {
             // Cannot fail: KVM has taken these values for this vCPU before.
             #[allow(clippy::disallowed_methods, reason = "the run page has them already")]

@@ -29,6 +29,7 @@ mod run_page;
 mod signal;
 mod stack;
 mod state;
+mod state_id;
 mod stats;
 mod string_io;
 mod thread;
@@ -39,6 +40,7 @@ mod timing;
 pub(crate) mod unjoined;
 #[allow(clippy::module_inception, reason = "it is where `Vcpu` is")]
 mod vcpu;
+mod whole_state;
 
 pub use current::current;
 pub(crate) use current::is_thread_of;
@@ -56,6 +58,7 @@ pub use signal::{kick_signal, use_signal};
 pub use stack::set_stack_size;
 pub(crate) use stack::spawn;
 pub use state::{RunState, VmRunState};
+pub(crate) use state_id::StateId;
 pub use stats::{Count, ExitKey, Stats, VcpuTime};
 pub(crate) use thread::{Shared, create, start};
 pub use vcpu::Vcpu;

@@ -1,6 +1,7 @@
 //! `struct Vcpu`: the descriptor of one virtual processor and its state between two entries.
 //! `enter.rs` enters its guest, and `registers.rs` has its registers.
 
+use std::cell::Cell;
 use std::fmt;
 use std::sync::Arc;
 
@@ -11,6 +12,7 @@ use super::guest_debug::GuestDebug;
 use super::pending::PendingIo;
 use super::router::{ExitRouter, RouterCache};
 use super::run_page::RunPage;
+use super::state_id::StateId;
 use crate::debug::Paging;
 use crate::devices::Device;
 use crate::error::{Error, ErrorKind, Result};
@@ -49,6 +51,9 @@ pub struct Vcpu {
     pub(crate) constant_msrs: Vec<(u32, u64)>,
     /// Special registers and events that KVM has accepted, and accepts again.
     pub(crate) accepted_state: Option<Box<(kvm_sregs, kvm_vcpu_events)>>,
+    /// The whole state that it was set to, if only its guest has changed it since, and no exit says
+    /// more than that the guest has accessed a port or an address.
+    pub(super) set_to: Cell<Option<StateId>>,
     /// Work that the last exit has left for the next entry.
     pub(super) pending: PendingIo,
     /// The device that had no room for the last access. The vCPU waits for it before the next
@@ -94,6 +99,7 @@ impl Vcpu {
             accepted_cpuid: None,
             constant_msrs: Vec::new(),
             accepted_state: None,
+            set_to: Cell::new(None),
             pending: PendingIo::Idle,
             waits_for: None,
             has_page_registers: false,

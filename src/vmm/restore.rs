@@ -18,7 +18,9 @@ use crate::hop::hop;
 use crate::layout;
 use crate::limit::Limit;
 use crate::memory::{GuestMemory, MemoryRange, ranges};
-use crate::snapshot::{DeviceState, Snapshot, VcpuStateFormat, chips, cpuid, translations, vcpu};
+use crate::snapshot::{
+    DeviceState, Snapshot, VcpuStateFormat, chips, confined, cpuid, translations, vcpu,
+};
 use crate::vcpu::{ExitRouter, Vcpu, VmRunState};
 use crate::vm::{KvmVm, claim_platform};
 
@@ -101,7 +103,7 @@ impl Vmm {
             WrappedExitHandler::new().map_err(|e| Error::os(ErrorKind::Event, "eventfd", &e))?;
         let router = Arc::new(ExitRouter::default());
         let vm = KvmVm::from_spec(spec, memory, &router, exit_handler.clone())?;
-        vm.at_rest(&Limit::NONE, |fd, vcpus| set_state(&vm, fd, vcpus, snapshot))?;
+        vm.at_rest(&Limit::NONE, |fd, vcpus| set_state(&vm, fd, vcpus, snapshot, false))?;
         let irq = vm.irq(layout::COM1_IRQ);
         let serial = devices::attach(&router.buses, irq, &streams, spec.exit_port())?;
         let parts = Parts { vm, event_manager, exit_handler, router, serial, entry: 0 };
@@ -155,6 +157,7 @@ fn set_state(
     fd: &VmFd,
     vcpus: &mut [impl std::ops::DerefMut<Target = Vcpu>],
     snapshot: &Snapshot,
+    has_stayed: bool,
 ) -> Result<()> {
     let Snapshot { spec, chips, .. } = snapshot;
     let format = VcpuStateFormat::of(fd, spec.irqchip);
@@ -163,7 +166,8 @@ fn set_state(
         if vcpu.constant_msrs.is_empty() {
             vcpu.constant_msrs = snapshot.cache.constant_msrs.get().cloned().unwrap_or_default();
         }
-        vcpu::apply(vcpu, number, state, format)?;
+        vcpu::apply(vcpu, number, state, format, has_stayed)?;
+        vcpu.note_whole_state(snapshot.cache.state);
     }
     snapshot
         .cache
@@ -181,17 +185,24 @@ fn bring_back(
     for ((number, vcpu), state) in (0..).zip(vcpus.iter_mut()).zip(&snapshot.vcpus) {
         cpuid::check(vcpu, number, state)?;
     }
+    if vm.memory().kvm_slots().take_touched() {
+        vcpus.iter().for_each(|vcpu| vcpu.forget_whole_state());
+    }
     let changed = vm.memory().kvm_slots().reset(&snapshot.ranges, || {
         // KVM would complete the replaced guest's last instruction at the next entry, which may
         // write memory.
         vcpus.iter_mut().for_each(|vcpu| vcpu.abandon());
     })?;
+    let has_stayed = match vcpus {
+        [vcpu] => confined::has_stayed(snapshot, vcpu, &changed),
+        _ => false,
+    };
     if translations::may_be_stale(snapshot, vm.memory(), &changed) {
         if host_shadows_page_tables() {
             vm.memory().kvm_slots().drop_shadows()?;
         }
         vcpus.iter_mut().try_for_each(|vcpu| vcpu.forget_translations())?;
     }
-    set_state(vm, fd, vcpus, snapshot)?;
+    set_state(vm, fd, vcpus, snapshot, has_stayed)?;
     Ok(ranges::size(&changed))
 }
