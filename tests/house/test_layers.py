@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ def room_of(file: Path) -> str:
     return file.relative_to(SOURCES).parts[0].removesuffix(".rs")
 
 
+@cache
 def code_of(file: Path) -> str:
     """A file without comments, strings and its unit tests; every line keeps its number."""
     text = file.read_text()
@@ -65,8 +67,10 @@ def expand(tree: str) -> list[str]:
     return parts
 
 
-def paths_of(code: str) -> list[tuple[int, str, bool]]:
+@cache
+def paths_of(file: Path) -> list[tuple[int, str, bool]]:
     """Line, path, and whether it is a re-export, of all that a file names by a path of this crate."""
+    code = code_of(file)
     uses = list(re.finditer(r"^[ \t]*(pub(?:\([^)]*\))? )?use\s+([^;]+);", code, re.MULTILINE))
     found = []
     for use in uses:
@@ -103,7 +107,7 @@ def resolve(module: Path, names: list[str], depth: int = 0) -> Path:
     onward = steps.get(first) or child(module, first)
     if onward:
         return resolve(onward, rest, depth)
-    for _, path, exported in paths_of(code_of(module)):
+    for _, path, exported in paths_of(module):
         words = path.split("::")
         if exported and words[-1] == first and words != names:
             return resolve(module, [*words, *rest], depth + 1)
@@ -111,10 +115,9 @@ def resolve(module: Path, names: list[str], depth: int = 0) -> Path:
 
 
 def imports_of(file: Path) -> list[Import]:
-    code = code_of(file)
-    lines = code.split("\n")
+    lines = code_of(file).split("\n")
     found = []
-    for line, path, exported in paths_of(code):
+    for line, path, exported in paths_of(file):
         names = path.split("::")
         if exported or not (names[0] in ("crate", "super", "self") or child(file, names[0])):
             continue
@@ -124,6 +127,7 @@ def imports_of(file: Path) -> list[Import]:
     return found
 
 
+@cache
 def everything() -> list[Import]:
     files = [file for file in sorted(SOURCES.rglob("*.rs")) if file.name != "lib.rs"]
     return [found for file in files for found in imports_of(file)]
