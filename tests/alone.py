@@ -10,6 +10,8 @@ import sys
 import traceback
 from typing import TYPE_CHECKING, ParamSpec
 
+from pyvmm import EventManager
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -39,6 +41,8 @@ def child() -> None:
     """What the fresh interpreter does."""
     module, name, args, kwargs = pickle.loads(sys.stdin.buffer.read())
     test = getattr(importlib.import_module(module), name).__wrapped__
+    # The first wait of the main thread that lasts makes a pipe for as long as the process lives.
+    EventManager().run_with_timeout(50)
     try:
         test(*args, **kwargs)
     except BaseException as error:

@@ -1,4 +1,4 @@
-"""Threads as tests use them: several at work at once, and those of vCPUs."""
+"""Threads as tests use them: several at work at once, and the names of those that are there."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def vcpu_threads() -> list[str]:
-    """The names of all vCPU threads of this process."""
+def thread_names() -> list[str]:
+    """The names of all threads of this process. Any of them may end meanwhile."""
     names = []
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(OSError):
             names.append((task / "comm").read_text().strip())
-    return [name for name in names if name.startswith("vcpu_")]
+    return names
+
+
+def vcpu_threads() -> list[str]:
+    return [name for name in thread_names() if name.startswith("vcpu_")]
 
 
 def all_at_once(*works: Callable[[], object], deadline: float = 60) -> None:

@@ -288,12 +288,11 @@ with Vmm(flat(OUT_FOR_EVER)) as vmm:
 
 def test_a_run_has_one_thread_for_each_vcpu_and_no_others() -> None:
     source = """
-from pathlib import Path
 from pyvmm import CpuConfig, EventFd, Events, Vmm
+from threads import thread_names
 def threads():
     # Some kernels list KVM's own workers, which have other names, as threads of the process.
-    names = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
-    return sorted(name for name in names if not name.startswith("kvm"))
+    return sorted(name for name in thread_names() if not name.startswith("kvm"))
 class Look:
     def __init__(self):
         self.fd = EventFd(1)

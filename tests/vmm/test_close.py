@@ -15,6 +15,7 @@ from alone import alone
 from entangled import CALLS, DEADLINE_S, OUT_FOR_EVER, Device, machine, within
 from guests import exit_with, flat
 from pyvmm import StateError, Vmm, VmRunState
+from threads import thread_names
 
 pytestmark = pytest.mark.kvm
 
@@ -125,17 +126,6 @@ def test_the_last_reference_may_go_in_a_callback() -> None:
     while "vcpu_0" in thread_names():
         pass
     assert device.writes == 1
-
-
-def thread_names() -> set[str]:
-    names = set()
-    for task in os.listdir("/proc/self/task"):
-        try:
-            with open(f"/proc/self/task/{task}/comm") as file:
-                names.add(file.read().strip())
-        except OSError:
-            pass  # it has ended
-    return names
 
 
 def descriptors() -> list[str]:

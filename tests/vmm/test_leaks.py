@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from alone import alone
 from guests import SPIN, exit_with, flat, out
 from held import held
 from pyvmm import (
@@ -31,7 +32,6 @@ CYCLES = 1000
 
 def stays_flat(cycle: Callable[[], object], cycles: int) -> None:
     """After the first fifty, which fill what is made once a process."""
-    EventManager().run_with_timeout(100)  # the first wait that lasts makes the process's wake-up pipe
     for _ in range(50):
         cycle()
     before = held()
@@ -55,6 +55,7 @@ class Stays:
 
 
 @pytest.mark.kvm
+@alone
 def test_machines_with_python_devices_and_hooks_leave_nothing() -> None:
     class Device:
         def __init__(self, vmm: Vmm) -> None:
@@ -74,6 +75,7 @@ def test_machines_with_python_devices_and_hooks_leave_nothing() -> None:
 
 
 @pytest.mark.kvm
+@alone
 def test_machines_leave_nothing() -> None:
     def cycle() -> None:
         with Vmm(flat(exit_with(1))) as vmm:
@@ -84,6 +86,7 @@ def test_machines_leave_nothing() -> None:
 
 
 @pytest.mark.kvm
+@alone
 def test_machines_that_are_never_closed_leave_nothing() -> None:
     class Handler:
         def __init__(self) -> None:
@@ -103,6 +106,7 @@ def test_machines_that_are_never_closed_leave_nothing() -> None:
 
 
 @pytest.mark.kvm
+@alone
 def test_bare_machines_views_and_kicks_leave_nothing() -> None:
     def cycle() -> None:
         with KvmVm() as vm:
@@ -122,6 +126,7 @@ def test_bare_machines_views_and_kicks_leave_nothing() -> None:
 
 
 @pytest.mark.kvm
+@alone
 def test_pauses_leave_nothing() -> None:
     def cycle() -> None:
         with Vmm(flat(SPIN)) as vmm:
@@ -136,6 +141,7 @@ def test_pauses_leave_nothing() -> None:
 
 
 @pytest.mark.kvm
+@alone
 def test_traces_and_counters_leave_nothing(tmp_path: Path) -> None:
     def cycle() -> None:
         with Vmm(flat(exit_with(1))) as vmm:
@@ -146,6 +152,7 @@ def test_traces_and_counters_leave_nothing(tmp_path: Path) -> None:
     stays_flat(cycle, CYCLES)
 
 
+@alone
 def test_event_managers_leave_nothing() -> None:
     def cycle() -> None:
         manager = EventManager()
@@ -157,6 +164,7 @@ def test_event_managers_leave_nothing() -> None:
 
 
 @pytest.mark.kvm
+@alone
 def test_machines_that_cannot_be_built_leave_nothing() -> None:
     def cycle() -> None:
         with pytest.raises(BootError):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import struct
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -35,9 +34,11 @@ from pyvmm import (
     VmmConfig,
     VmRunState,
 )
+from threads import thread_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 
 pytestmark = pytest.mark.kvm
@@ -108,7 +109,7 @@ def test_vcpu_threads_carry_their_names() -> None:
             ops.add(pyvmm.Events(self.fd))
 
         def process(self, events: pyvmm.Events, ops: pyvmm.EventOps) -> None:
-            names.update(task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm"))
+            names.update(thread_names())
             if {"vcpu_0", "vcpu_1"} <= names:
                 vmm.stop()
 
