@@ -179,7 +179,7 @@ def test_a_cancellation_that_meets_the_end_stops_no_later_run(run: Any) -> None:
         async with Vmm(flat(SPIN)) as vmm:
             for _ in range(5):
                 running = asyncio.ensure_future(vmm.run_async(0.01))
-                while vmm.state is not VmRunState.RUNNING:
+                while vmm.state is not VmRunState.RUNNING and not running.done():
                     await asyncio.sleep(0)
                 # The run ends in its thread; here nobody has heard of it when the cancellation
                 # comes.

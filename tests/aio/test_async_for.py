@@ -68,7 +68,8 @@ def test_a_number_used_again_is_waited_for_again(run: Any, wait: Callable[[], Co
     run(main())
 
 
-def test_a_stranger_that_got_the_number_is_left_alone(run: Any) -> None:
+@alone
+def test_a_stranger_that_got_the_number_is_left_alone() -> None:
     async def main() -> bytes:
         loop = asyncio.get_running_loop()
         fd = EventFd()
@@ -88,7 +89,8 @@ def test_a_stranger_that_got_the_number_is_left_alone(run: Any) -> None:
             other.send(b"x")
             return await receiving
 
-    assert run(main()) == b"x"
+    for loop in LOOPS:
+        assert run_in(loop, main()) == b"x"
 
 
 @pytest.mark.parametrize("where", ["here", "thread"])
@@ -152,9 +154,8 @@ def test_one_task_at_a_time_waits(run: Any) -> None:
     run(main())
 
 
-@pytest.mark.parametrize("loop", LOOPS)
 @alone
-def test_a_cancelled_wait_loses_nothing_and_leaves_nothing(loop: str) -> None:
+def test_a_cancelled_wait_loses_nothing_and_leaves_nothing() -> None:
     async def main() -> None:
         fd = EventFd()
         open_before = len(os.listdir("/proc/self/fd"))
@@ -171,7 +172,8 @@ def test_a_cancelled_wait_loses_nothing_and_leaves_nothing(loop: str) -> None:
                 assert await anext(aiter(fd)) == number
         assert len(os.listdir("/proc/self/fd")) == open_before
 
-    run_in(loop, main())
+    for loop in LOOPS:
+        run_in(loop, main())
 
 
 def test_a_source_that_is_always_ready_leaves_others_their_turn(run: Any) -> None:

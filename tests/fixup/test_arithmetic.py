@@ -5,6 +5,7 @@ Covers src/fixup/bits.rs, src/fixup/sse.rs.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,10 @@ import pytest
 from guests import Mode, flat, needs_processor
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from pyvmm import CpuConfig, ExitReason, Kvm, Vmm, kvm_info
+from pyvmm import CpuConfig, ExitReason, Kvm, Snapshot, Vmm, kvm_info
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 
 pytestmark = pytest.mark.kvm
@@ -163,19 +164,43 @@ XSAVE_MODES: dict[str, str] = {
 AREA = 4096
 
 
-def run_once(code: str | bytes, mode: Mode, registers: Mapping[str, int], data: bytes, **cpu: Any) -> dict[str, int]:
+class Machines:
+    """Machines by what they execute. Each is made once, and is new again for every example."""
+
+    def __init__(self) -> None:
+        self.made: dict[tuple[Any, ...], tuple[Vmm, Snapshot]] = {}
+
+    def __call__(self, code: str, mode: Mode, **cpu: Any) -> Vmm:
+        key = (code, mode, *cpu.items())
+        if key not in self.made:
+            exits = bytes.fromhex(code) + b"\xe6\xf4"  # out 0xf4, al
+            vmm = Vmm(flat(exits, mode, address=CODE, cpu=CpuConfig(**cpu)))
+            self.made[key] = vmm, vmm.snapshot()
+        vmm, start = self.made[key]
+        vmm.reset(start)
+        return vmm
+
+    def close(self) -> None:
+        for vmm, _ in self.made.values():
+            vmm.close()
+
+
+@pytest.fixture
+def machines() -> Iterator[Machines]:
+    with contextlib.closing(Machines()) as machines:
+        yield machines
+
+
+def run_once(vmm: Vmm, registers: Mapping[str, int], data: bytes) -> dict[str, int]:
     """The registers after the code, and the 64 bytes at DATA as `memory`."""
-    code = bytes.fromhex(code) if isinstance(code, str) else code
-    config = flat(code + b"\xe6\xf4", mode, address=CODE, cpu=CpuConfig(**cpu))  # out 0xf4, al
-    with Vmm(config) as vmm:
-        (vcpu,) = vmm.vcpus
-        vmm.memory.write(DATA, data.ljust(64, b"\0"))
-        vcpu.regs.update(**registers)
-        exit = vmm.run(10)
-        assert exit.reason is ExitReason.CODE, exit
-        after = {name: getattr(vcpu.regs, name) for name in [*GENERAL, "rip", "rflags"]}
-        after["memory"] = int.from_bytes(vmm.memory.read(DATA, 64), "little")
-        return after
+    (vcpu,) = vmm.vcpus
+    vmm.memory.write(DATA, data.ljust(64, b"\0"))
+    vcpu.regs.update(**registers)
+    exit = vmm.run(10)
+    assert exit.reason is ExitReason.CODE, exit
+    after = {name: getattr(vcpu.regs, name) for name in [*GENERAL, "rip", "rflags"]}
+    after["memory"] = int.from_bytes(vmm.memory.read(DATA, 64), "little")
+    return after
 
 
 def needed(name: str) -> set[str]:
@@ -193,28 +218,26 @@ def needed(name: str) -> set[str]:
 @example([0] * 15, 0, bytes(64))
 @example([2**64 - 1] * 15, ARITHMETIC, b"\xff" * 64)
 def test_arithmetic_comes_to_what_the_processor_makes_of_it(
-    name: str, numbers: list[int], flags: int, data: bytes
+    machines: Machines, name: str, numbers: list[int], flags: int, data: bytes
 ) -> None:
     """64-bit ring 3 runs on the processor itself, ring 0 through the fix-ups where KVM refuses."""
     needs_processor(*needed(name))
     code, defined = ARITHMETIC_CODE[name]
     registers = {**dict(zip(GENERAL, numbers, strict=True)), "rsi": DATA, "rdi": 1, "rflags": flags | 2}
-    native = run_once(code, "user64", registers, data)
-    fixed = run_once(code, "long64", registers, data, fixups=True)
+    native = run_once(machines(code, "user64"), registers, data)
+    fixed = run_once(machines(code, "long64", fixups=True), registers, data)
     mask = ~(ARITHMETIC & ~defined)
     assert fixed | {"rflags": fixed["rflags"] & mask} == native | {"rflags": native["rflags"] & mask}
 
 
-def with_xmm(code: str, mode: Mode, xmm: list[int], data: bytes, **cpu: Any) -> list[int | bytes]:
-    config = flat(bytes.fromhex(code) + b"\xe6\xf4", mode, address=CODE, cpu=CpuConfig(**cpu))  # out 0xf4, al
-    with Vmm(config) as vmm:
-        (vcpu,) = vmm.vcpus
-        vmm.memory.write(DATA, data)
-        vcpu.fpu.xmm[0], vcpu.fpu.xmm[1] = xmm
-        vcpu.regs.update(rsi=DATA, rax=0x8899_AABB_CCDD_EEFF)
-        exit = vmm.run(10)
-        assert exit.reason is ExitReason.CODE, exit
-        return [vcpu.fpu.xmm[0], vcpu.fpu.xmm[1], vcpu.regs.rax, vcpu.regs.rip, vmm.memory.read(DATA, 16)]
+def with_xmm(vmm: Vmm, xmm: list[int], data: bytes) -> list[int | bytes]:
+    (vcpu,) = vmm.vcpus
+    vmm.memory.write(DATA, data)
+    vcpu.fpu.xmm[0], vcpu.fpu.xmm[1] = xmm
+    vcpu.regs.update(rsi=DATA, rax=0x8899_AABB_CCDD_EEFF)
+    exit = vmm.run(10)
+    assert exit.reason is ExitReason.CODE, exit
+    return [vcpu.fpu.xmm[0], vcpu.fpu.xmm[1], vcpu.regs.rax, vcpu.regs.rip, vmm.memory.read(DATA, 16)]
 
 
 @pytest.mark.parametrize("name", SSE_CODE)
@@ -222,10 +245,12 @@ def with_xmm(code: str, mode: Mode, xmm: list[int], data: bytes, **cpu: Any) -> 
 @given(st.lists(WIDE, min_size=2, max_size=2), st.binary(min_size=16, max_size=16))
 @example([2**128 - 1, 1], b"\x05" + bytes(15))
 @example([0x0123456789ABCDEF_FEDCBA9876543210, 0x80FF_7F01_0203_0405_0607_0809_0A0B_0C0D], bytes(range(0x7A, 0x8A)))
-def test_sse_comes_to_what_the_processor_makes_of_it(name: str, xmm: list[int], data: bytes) -> None:
+def test_sse_comes_to_what_the_processor_makes_of_it(
+    machines: Machines, name: str, xmm: list[int], data: bytes
+) -> None:
     needs_processor(*needed(name))
-    native = with_xmm(SSE_CODE[name], "user64", xmm, data)
-    assert with_xmm(SSE_CODE[name], "long64", xmm, data, fixups=True) == native
+    native = with_xmm(machines(SSE_CODE[name], "user64"), xmm, data)
+    assert with_xmm(machines(SSE_CODE[name], "long64", fixups=True), xmm, data) == native
 
 
 @functools.cache
@@ -239,7 +264,9 @@ def common_xcr0() -> int:
     )
     if not kvm_info()["software_kvm"]:
         return offered
-    return offered & run_once("31 c9 0f 01 d0", "user64", {}, b"", template="host")["rax"]  # xor ecx, ecx; xgetbv
+    with contextlib.closing(Machines()) as machines:
+        vmm = machines("31 c9 0f 01 d0", "user64", template="host")  # xor ecx, ecx; xgetbv
+        return offered & run_once(vmm, {}, b"")["rax"]
 
 
 def with_extended_state(
