@@ -72,7 +72,7 @@ bench: setup ## Benchmarks: ratios against the physical limit; BENCH_JSON=FILE w
 	python -m benches $(BENCH)
 
 stress: setup ## The long runs of the stress tests
-	PYVMM_STRESS_S=30 pytest --quiet tests/stress tests/event/test_event_manager_model.py --timeout 3600 -o faulthandler_timeout=7200
+	PYVMM_STRESS_S=30 pytest --quiet tests/stress tests/event/test_event_manager_model.py tests/py/test_ending.py --timeout 3600 -o faulthandler_timeout=7200
 
 FUZZ_S ?= 60
 FUZZ_SEED ?= 1

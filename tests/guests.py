@@ -7,7 +7,6 @@ import struct
 from pathlib import Path
 from typing import Any, Literal
 
-import pytest
 from pyvmm import FlatBoot, MemoryConfig, VmmConfig
 
 Mode = Literal["real16", "protected32", "long64", "user64"]
@@ -81,6 +80,8 @@ def host_features() -> frozenset[str]:
 def needs_processor(*features: str) -> None:
     """Skip where the host's processor cannot execute what a test has it execute."""
     if missing := set(features) - host_features():
+        import pytest  # which takes longer than most of the programs that import these guests
+
         pytest.skip(f"the processor has no {', '.join(sorted(missing))}")
 
 

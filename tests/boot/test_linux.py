@@ -42,15 +42,6 @@ def test_vmlinux_boots_to_userspace_and_resets(linux: Linux, booted_linux: Boote
     assert "reboot: Restarting system" in console
 
 
-def test_bzimage_unpacks_itself_and_boots_to_userspace(linux: Linux) -> None:
-    boot = LinuxBoot(linux.bzimage, initrd=linux.initramfs, cmdline=linux.cmdline)
-    with Vmm(VmmConfig(boot=boot)) as vmm:
-        exit = vmm.run(DEADLINE_S)
-        console = vmm.serial.take_output().decode()
-    assert exit.reason is ExitReason.RESET, (exit, console[-2000:])
-    assert USERSPACE in console
-
-
 def test_kernel_with_every_instruction_boots_by_fixups(linux: Linux) -> None:
     """Its boot executes INT3, and FWAIT where a task ends, which a KVM that emulates ring 0 refuses."""
     boot = LinuxBoot(linux.vmlinux_stock, initrd=linux.initramfs, cmdline=linux.cmdline)
@@ -103,8 +94,8 @@ def test_subscriber_of_ones_own_is_called_while_linux_boots(linux: Linux) -> Non
     assert (exit.reason, counter.count) == (ExitReason.STOPPED, 100)
 
 
-def test_command_line_boots_it(linux: Linux) -> None:
-    command = [sys.executable, "-m", "pyvmm", "run", "--json", str(linux.vmlinux)]
+def test_command_line_boots_a_bzimage_which_unpacks_itself(linux: Linux) -> None:
+    command = [sys.executable, "-m", "pyvmm", "run", "--json", str(linux.bzimage)]
     command += ["--initrd", str(linux.initramfs), "--append", linux.cmdline, "--timeout", str(DEADLINE_S)]
     done = subprocess.run(
         command,
