@@ -32,8 +32,9 @@ REQUIRED = bool(os.environ.get("PYVMM_REQUIRE_KVM"))
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+EXAMPLES = 1000 if "PYVMM_STRESS_S" in os.environ else 50
 settings.register_profile(
-    "pyvmm", deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    "pyvmm", deadline=None, max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 settings.load_profile("pyvmm")
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from alone import alone
+from conftest import TESTS
 from guests import SPIN, flat
 from oracle import NONCE, counted, finish, oracle
 from pyvmm import Snapshot, StreamError, Vmm, VmmError
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
 
 
 pytestmark = pytest.mark.kvm
-LIMITED = """
+LIMITED = f"""
 import os, resource, signal, sys
-sys.path.insert(0, "tests")
+sys.path.insert(0, {str(TESTS)!r})
 from guests import SPIN, flat
 from pyvmm import Snapshot, StreamError, Vmm
 with Vmm(flat(SPIN, size_mib=8)) as vmm:
@@ -36,9 +37,9 @@ try:
 except StreamError as error:
     print(error.errno)
 """
-KILLED = """
+KILLED = f"""
 import os, sys
-sys.path.insert(0, "tests")
+sys.path.insert(0, {str(TESTS)!r})
 from guests import SPIN, flat
 from pyvmm import Vmm
 with Vmm(flat(SPIN, size_mib=64)) as vmm:
