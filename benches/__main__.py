@@ -1,4 +1,7 @@
-"""``python -m benches [NAME...]``: all benchmarks, or those whose name starts with one of these."""
+"""``python -m benches [NAME...]``: all benchmarks, or those whose name starts with one of these.
+
+``python -m benches --list`` prints the names, and what each measures.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,13 @@ from benches import (
     machines,
     memory,
     snapshot,
-    watching,
+    stats,
 )
 from benches.measure import Benchmark, Result, UnmeasurableError, report
 
 BENCHMARKS: dict[str, Benchmark] = {
     "pio-exit": machines.pio_exits,
-    "watched-exits": watching.watched_exits,
+    "stats": stats.counted_exits,
     "create-run-close": machines.lives,
     "run-again": machines.runs_again,
     "run-once": control.exits_by_hand,
@@ -58,7 +61,11 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 
 def main(names: list[str]) -> int:
-    """Run the benchmarks and print their table."""
+    """Run the benchmarks and print their table, or list them."""
+    if names == ["--list"]:
+        for name, benchmark in BENCHMARKS.items():
+            print(f"{name:20}{(benchmark.__doc__ or '').splitlines()[0]}")
+        return 0
     chosen = {n: f for n, f in BENCHMARKS.items() if not names or n.startswith(tuple(names))}
     if not chosen:
         print(f"known are: {', '.join(BENCHMARKS)}", file=sys.stderr)

@@ -76,7 +76,7 @@ EACH, FEWEST, LEAN = range(3)
 
 
 def time_resets(code: bytes, memory: int, resets: int, pages: int, how: int = 0, state: int = EACH) -> float:
-    """The median seconds of so many resets after runs that dirty so many pages.
+    """The median seconds of a reset after a run that dirties `pages` pages.
 
     By copying what has been written (0), by dropping it (1), or by the dirty log (2). The vCPU's
     state is set class by class, in the fewest calls, or only as far as the run page takes it

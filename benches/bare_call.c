@@ -1,10 +1,12 @@
-/* What a hop can cost at least: a Python function called from C, with the GIL taken and given back. */
+/* The lower bound of a call of Python: a function called from C, with the GIL taken and released.
+ * */
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <time.h>
 
-/* Seconds of so many calls with two arguments. Called without the GIL; negative if the function raises. */
+/* The seconds of `calls` calls with two arguments. Called without the GIL; negative if the function
+ * raises. */
 double time_calls(PyObject *function, PyObject *first, PyObject *second, int calls)
 {
 	PyGILState_STATE held = PyGILState_Ensure();

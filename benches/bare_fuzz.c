@@ -1,4 +1,5 @@
-/* The physical limit of a fuzz target: the same guest, inputs and resets by hand, with as little as they need. */
+/* The physical limit of a fuzz target: the same guest, inputs and resets by bare ioctls, with
+ * nothing else. */
 
 #include "bare.h"
 
@@ -30,8 +31,9 @@ static int run(struct machine *m)
 	return 0;
 }
 
-/* The seconds of so many batches of these inputs, which lie one behind the other from `input` on. The pages that a batch
- * changes are found by the first one, which does not count. The results of the last one are left in `results`. */
+/* The seconds of `batches` batches of these inputs, which are stored one after the other at
+ * `input`. A first batch, which is not counted, finds the pages that a batch changes. `results`
+ * receives the results of the last one. */
 double time_batches(const uint8_t *image, uint64_t size, struct kvm_regs *regs, struct kvm_sregs *sregs, uint64_t shared,
 	uint64_t input, const uint8_t *inputs, const uint32_t *lengths, int count, int most, int batches, int32_t *results)
 {

@@ -74,8 +74,8 @@ static void *run_in_thread(void *m)
 	return (void *)run(m);
 }
 
-/* Seconds that so many machines take to be made, run and destroyed, each run in a thread of its own if so
- * wished. Negative on failure. */
+/* The seconds to create, run and destroy `cycles` machines, optionally with a new thread for each
+ * run. Negative on failure. */
 double time_cycles(const void *code, int size, int cycles, int threads)
 {
 	double start = now();
@@ -127,8 +127,8 @@ static void *run_until_told(void *argument)
 	}
 }
 
-/* Seconds from each kick (immediate_exit and a signal) of a guest to its being out, with a pause of microseconds before
- * each. Negative on failure. */
+/* The seconds from each kick of a guest (immediate_exit and a signal) until it has left, with a
+ * pause of some microseconds before each kick. Negative on failure. */
 double time_kicks(const void *code, int size, int kicks, int microseconds, double *seconds)
 {
 	struct runner r = { .lock = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER };
@@ -160,8 +160,8 @@ double time_kicks(const void *code, int size, int kicks, int microseconds, doubl
 	return 0;
 }
 
-/* Seconds of a run whose guest rings an ioeventfd at a port, which an epoll loop on this thread answers by adding one to
- * the word at 0x2000. Negative on failure. */
+/* The seconds of a run whose guest writes to the port of an ioeventfd. An epoll loop on this thread
+ * answers by adding one to the word at 0x2000. Negative on failure. */
 double time_rings(const void *code, int size, int port, int rings)
 {
 	struct machine m;
@@ -192,7 +192,8 @@ double time_rings(const void *code, int size, int port, int rings)
 	return (long)exits < 0 ? -1 : seconds;
 }
 
-/* Make so many machines that have a page of memory and one vCPU, run each to its exit, and leave them there. */
+/* Create `count` machines with a page of memory and one vCPU, run each to its exit, and keep them.
+ * */
 double leave_machines(const void *code, int size, int count)
 {
 	for (int i = 0; i < count; i++) {

@@ -1,4 +1,5 @@
-/* The physical limits of snapshots: the same ioctls, mappings and copies by hand, in the same process. */
+/* The physical limits of snapshots: the same ioctls, mappings and copies in bare C, in the same
+ * process. */
 
 #define _GNU_SOURCE
 #include <pthread.h>
@@ -10,8 +11,8 @@
 enum { START = 0x1000, MSRS = 256 };
 /* How memory comes back. */
 enum { MEMCPY, DROP, LOG };
-/* How a vCPU's state comes back: each class by its ioctl; all of it in the fewest calls; or only what the run page
- * takes, which is enough for a guest that changes nothing else. */
+/* How a vCPU's state is restored: each class by its ioctl; all of it in the fewest calls; or only
+ * the state in the run page, which is enough for a guest that changes nothing else. */
 enum { EACH, FEWEST, LEAN };
 
 struct page_region {
@@ -188,7 +189,8 @@ static int freeze(struct machine *m)
 	return mmap(m->memory, m->size, PROT_READ | PROT_WRITE, flags, m->memfd, 0) == MAP_FAILED ? -1 : 0;
 }
 
-/* Seconds of the GETs of one vCPU and the remapping of memory of which so much is touched. */
+/* The seconds to get the state of one vCPU and to remap memory, of which `touched` bytes are in
+ * use. */
 double time_snapshot(const void *code, int size, uint64_t memory, uint64_t touched)
 {
 	struct machine m;
@@ -203,7 +205,7 @@ double time_snapshot(const void *code, int size, uint64_t memory, uint64_t touch
 	return failed ? -1 : seconds;
 }
 
-/* Seconds of a memcpy of so much memory to where none was. */
+/* The seconds of a memcpy of this size to newly mapped memory. */
 double time_copy(uint64_t size)
 {
 	int access = PROT_READ | PROT_WRITE, flags = MAP_PRIVATE | MAP_ANONYMOUS;
@@ -223,8 +225,8 @@ static void *run_in_thread(void *m)
 	return NULL;
 }
 
-/* The median seconds of so many forks: a machine, its mapping, its state, its run to an exit, in a thread
- * of its own if so wished. */
+/* The median seconds of a fork: create a machine, map its memory, set its state and run it to an
+ * exit, optionally in a new thread. */
 double time_forks(const void *code, int size, uint64_t memory, int forks, int threads)
 {
 	struct machine m;
@@ -251,9 +253,10 @@ double time_forks(const void *code, int size, uint64_t memory, int forks, int th
 	return median(seconds, forks);
 }
 
-/* The guest writes its pages, and is brought back: by copying what has been written since the snapshot, by dropping it,
- * or by the dirty log. The median seconds of the resets; in `running` those of the guest, whose last access is settled
- * unless the loop is lean; and in `whole` those of both together. */
+/* The guest writes its pages and is reset: by copying the pages written since the snapshot, by
+ * dropping them, or by the dirty log. Returns the median seconds of the resets. `running` receives
+ * those of the runs, including the completion of the last access unless the loop is lean, and
+ * `whole` those of both together. */
 double time_resets(const void *code, int size, uint64_t memory, int resets, int how, int state, int pages,
 		   double *running, double *whole)
 {

@@ -54,7 +54,7 @@ def exits_by_hand(exits: int = EXITS, runs: int = RUNS) -> Iterator[Result]:
 
 
 def pauses(count: int = PAUSES, runs: int = RUNS) -> Iterator[Result]:
-    """From `pause()` to its return, for a guest that spins, against the kick alone."""
+    """The duration of `pause()` for a guest that spins, against a bare kick."""
 
     def ours() -> list[float]:
         config = VmmConfig(boot=FlatBoot(SPIN), memory=MemoryConfig(size_mib=1))
@@ -90,7 +90,7 @@ def pauses(count: int = PAUSES, runs: int = RUNS) -> Iterator[Result]:
 
 
 def registers(reads: int = READS, runs: int = RUNS) -> Iterator[Result]:
-    """A register read from the page that KVM shares."""
+    """Reads of a register after an exit, from the page that KVM shares."""
     unicorn = emulation()
     emulator = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
     rip = unicorn.x86_const.UC_X86_REG_RIP

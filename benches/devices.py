@@ -187,7 +187,7 @@ def gil(answers: int = ANSWERS, runs: int = HOP_RUNS) -> Iterator[Result]:
 
 
 def hostcalls(calls: int = EXITS, runs: int = RUNS) -> Iterator[Result]:
-    """Calls with 64 bytes."""
+    """Hostcalls with 64 bytes."""
     code = calling(calls)
     block = struct.pack("<IIqII", 0, 0, 0, 1, 0) + struct.pack("<IIQ", 2, 64, TEXT)
 

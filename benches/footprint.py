@@ -69,7 +69,7 @@ def _kib(program: str, count: int) -> float:
 
 
 def footprints(machines: int = MACHINES, alive: int = ALIVE, runs: int = RUNS) -> Iterator[Result]:
-    """Resident memory of a machine beyond the bare one's, and of a thousand that are alive in one loop."""
+    """Resident memory of a machine compared with a bare one, and of a thousand machines in one loop."""
 
     def over() -> float:
         return _kib(OURS, machines) - _kib(BARE, machines)

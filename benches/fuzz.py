@@ -44,7 +44,7 @@ def records(count: int, length: int) -> bytes:
 
 
 def batches(runs: int = RUNS, count: int = BATCHES) -> Iterator[Result]:
-    """Inputs of 200 bytes, 256 an exit."""
+    """Fuzzing inputs of 200 bytes, 256 of them in each exit."""
     inputs = [records(1 + n % 8, 23) for n in range(BATCH)]
     with Target(parser(False)) as target:
         by_hand = in_c(target, inputs)
@@ -63,7 +63,7 @@ def batches(runs: int = RUNS, count: int = BATCHES) -> Iterator[Result]:
 
 
 def in_c(target: Target, inputs: list[bytes]) -> Callable[[int], tuple[float, list[int]]]:
-    """The same by bare_fuzz.c: the seconds of so many batches, and the results of the last one."""
+    """A call of bare_fuzz.c that runs `count` batches. Returns the seconds and the last results."""
     function = ctypes.CDLL(compiled(Path(__file__).with_name("bare_fuzz.c"))).time_batches
     function.restype = ctypes.c_double
     with target.snapshot.fork() as fork:
@@ -86,7 +86,7 @@ def in_c(target: Target, inputs: list[bytes]) -> Callable[[int], tuple[float, li
 
 
 def single(runs: int = RUNS, count: int = SINGLE) -> Iterator[Result]:
-    """One input an exit, with a reset for each: a small one, and one that takes long."""
+    """Fuzzing inputs one by one, with a reset for each: a small input and a large one."""
     for name, data in (("4 bytes", records(1, 2)), ("1 MiB", records(5000, 200))):
         with Target(parser(False)) as target:
             by_emulation = Emulation(target)

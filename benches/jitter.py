@@ -37,6 +37,6 @@ async def beside_a_guest() -> float:
 
 
 def jitter() -> Iterator[Result]:
-    """The ticker beside a spinning guest and alone."""
+    """The delay of an asyncio ticker beside a spinning guest, against the ticker alone."""
     busy, idle = (lambda: asyncio.run(beside_a_guest())), (lambda: asyncio.run(ticker()))
     yield compare("asyncio ticker", "us late", busy, idle, "idle loop", 1 / 1.5, RUNS)

@@ -33,7 +33,7 @@ class Linux(NamedTuple):
 
 
 def boots() -> Iterator[Result]:
-    """Seconds from the start to the line that userspace prints."""
+    """Seconds from the start of Linux to the first line that userspace prints."""
     try:
         directory = build()
     except BootError as error:

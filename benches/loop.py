@@ -155,7 +155,7 @@ def rust_loop(registered: int, ready: int, dispatches: int = 10 * DISPATCHES, *o
 
 
 def dispatches() -> Iterator[Result]:
-    """Each pattern against each peer."""
+    """Dispatches to Python with few, many ready and many idle descriptors, against other loops."""
     for name, registered, ready, goal in PATTERNS:
         peers: list[tuple[str, Callable[[int, int], float], float]] = [
             ("uvloop", partial(asyncio_loop, uvloop.new_event_loop), goal),
@@ -191,7 +191,7 @@ def least(registered: int, ready: int) -> float:
 
 
 def floors() -> Iterator[Result]:
-    """How near a dispatch is to the least it can cost, and what that would be against uvloop."""
+    """A dispatch against a minimal loop, and the minimal loop against uvloop."""
     for name, registered, ready, goal in PATTERNS:
         limit = partial(least, registered, ready)
         uvloops = partial(asyncio_loop, uvloop.new_event_loop, registered, ready)

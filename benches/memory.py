@@ -16,7 +16,7 @@ RUNS = 11
 
 
 def copies(size: int = SIZE, reads: int = READS, runs: int = RUNS) -> Iterator[Result]:
-    """Large copies against memcpy, small reads against unicorn."""
+    """Large copies of guest memory against memcpy, small reads against unicorn."""
     with KvmVm() as vm:
         memory = vm.memory
         memory.add(0, size)

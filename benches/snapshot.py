@@ -76,7 +76,7 @@ def snapshots(runs: int = RUNS) -> Iterator[Result]:
 
 
 def forks(runs: int = RUNS) -> Iterator[Result]:
-    """A fork to its first exit."""
+    """A fork and its run to the first exit."""
     taken: dict[int, Snapshot] = {}
     for size in (64, 4096):
         with machine(size) as vmm:
@@ -134,7 +134,7 @@ def footprints(count: int = FORKS_AT_ONCE) -> Iterator[Result]:
 
 
 def resident() -> int:
-    """Bytes of this process's own memory: what it shares with others or itself counts by its share."""
+    """The proportional set size of this process in bytes: shared pages count by their share."""
     for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) << 10
@@ -277,7 +277,7 @@ def loops(runs: int = RUNS) -> Iterator[Result]:
 
 
 def files(runs: int = 5) -> Iterator[Result]:
-    """Writing and loading 128 MiB that cannot be compressed."""
+    """Saving and loading a snapshot of 128 MiB that cannot be compressed."""
     with machine(128) as vmm:
         vmm.run()
         vmm.memory.write(0x2000, os.urandom(128 * MIB - 0x2000))

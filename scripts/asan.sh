@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Runs Python tests with a native module built with AddressSanitizer: asan.sh ARGUMENTS_OF_PYTEST. The sanitizer's runtime is
-# the toolchain's, made into a library that is loaded before Python's. Where the toolchain does not allow it, one line says so.
+# Runs Python tests with a native module built with AddressSanitizer: asan.sh ARGUMENTS_OF_PYTEST.
+# The toolchain's sanitizer runtime is linked into a library that is loaded before Python. If the
+# toolchain does not allow this, one line says so.
 set -eu
 cd "$(dirname "$0")/.."
 target=x86_64-unknown-linux-gnu
@@ -15,8 +16,8 @@ lib=$(rustc +nightly --print sysroot 2>/dev/null)/lib/rustlib/$target/lib || lef
 [ -e "$lib/librustc-nightly_rt.asan.a" ] || left_out "the nightly Rust has no AddressSanitizer"
 mkdir -p $out/python
 
-# A program's initialisation has no place in a library; the library's constructor does it. The runtime takes a library of its
-# usual name for another runtime.
+# A library has no start of a program that could initialize the runtime, so its constructor does.
+# The runtime would take a library of its usual name for another runtime.
 cp "$lib/librustc-nightly_rt.asan.a" $out/runtime.a
 ar d $out/runtime.a asan_preinit.cpp.o
 cc -shared -o $out/libsanitizer.so -Wl,--whole-archive $out/runtime.a -Wl,--no-whole-archive -lpthread -ldl -lm -lrt 2>$out/link.log ||
@@ -30,7 +31,8 @@ cp -r python/pyvmm $out/python/
 rm -f $out/python/pyvmm/*.so
 cp $out/$target/checked/libpyvmm.so $out/python/pyvmm/_pyvmm.so
 
-# Python's own objects on the heap of the system, so that a buffer overrun is seen there too. Leaks are the tests' of leaks.
+# Python allocates its objects from the system's heap, so that overruns are detected there too.
+# Other tests detect leaks.
 export LD_PRELOAD="$PWD/$out/libsanitizer.so" PYTHONPATH="$PWD/$out/python" PYTHONMALLOC=malloc
 export ASAN_OPTIONS="detect_leaks=0:allocator_may_return_null=1:abort_on_error=1:detect_stack_use_after_return=0"
 python -c "import pyvmm._pyvmm as module; assert 'asan' in module.__file__, module.__file__"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes target/checked/python/pyvmm: the package with a native module that has the checks of a debug build.
+# Makes target/checked/python/pyvmm: the package, whose native module has the checks of a debug
+# build.
 set -eu
 cd "$(dirname "$0")/.."
 PYO3_BUILD_EXTENSION_MODULE=1 PYO3_PYTHON="$PWD/.venv/bin/python" cargo build --quiet --profile checked --lib

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Interprets Rust tests with Miri, few cases of each property; says in one line where it is not installed: miri.sh FILTER...
+# Interprets Rust tests with Miri, with few cases of each property: miri.sh FILTER... If Miri is not
+# installed, one line says so.
 if ! cargo +nightly miri --version >/dev/null 2>&1; then
 	echo "pyvmm: the nightly Rust has no Miri, left out: cargo miri test $*" >&2
 	exit 0

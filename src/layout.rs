@@ -26,14 +26,14 @@ pub const PML4: u64 = 0x8_4000;
 pub const PDPT: u64 = 0x8_5000;
 /// Four page directories: 4 GiB in pages of 2 MiB.
 pub const PAGE_DIRECTORIES: u64 = 0x8_6000;
-/// An ELF program has these four in place of the directories. The stack on which the processor puts
-/// what it says of an exception; it grows down from the next page.
+/// An ELF program has no directories here, but the next four items. This one is the stack for the
+/// processor's exception frames; it grows down from the next page.
 pub const EXCEPTION_STACK: u64 = 0x8_6000;
-/// Its interrupt descriptors, and the code that they name.
+/// The interrupt descriptors and the code of their handlers.
 pub const EXCEPTION_PAGE: u64 = 0x8_7000;
-/// Where its symbols are.
+/// The program's symbols.
 pub const SYMBOLS: u64 = EXCEPTION_PAGE + 0x800;
-/// Its page tables below the first two levels, up to the EBDA.
+/// The program's page tables below the first two levels, up to the EBDA.
 pub const PROGRAM_TABLES: u64 = 0x8_8000;
 /// Linux's boot parameters.
 pub const ZERO_PAGE: u64 = 0x9_0000;

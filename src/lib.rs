@@ -16,7 +16,7 @@
 //! checks:
 //!
 //! ```text
-//! error process limit sync hop bytes layout kvm poll resources
+//! error process limit sync hop bytes layout x86 kvm poll resources
 //! debug fixup memory trace
 //! event exit_handler cpu config devices boot
 //! vcpu vm snapshot vmm
@@ -54,6 +54,7 @@ pub mod trace;
 pub mod vcpu;
 pub mod vm;
 pub mod vmm;
+mod x86;
 
 /// Everything that Python sees of this crate. Python's import calls `PyInit__pyvmm`, which is
 /// `py/interpreter.rs`'s.

@@ -1,5 +1,6 @@
-/* The guest side of pyvmm hostcalls, for freestanding C on x86, 32 or 64 bits. Addresses are guest-physical: the code
- * assumes that guest memory is identity-mapped. pyvmm.hostcalls describes the block. */
+/* The guest side of pyvmm hostcalls, for freestanding C on x86, 32 or 64 bits. Addresses are
+ * guest-physical: the code assumes that guest memory is identity-mapped. pyvmm.hostcalls describes
+ * the block. */
 #ifndef PYVMM_HOSTCALL_H
 #define PYVMM_HOSTCALL_H
 
@@ -47,7 +48,7 @@ static inline struct pyvmm_argument pyvmm_buffer(void *start, uint32_t length)
 	return (struct pyvmm_argument){ PYVMM_BUFFER, length, (uintptr_t)start };
 }
 
-/* Make the call and return its status. With PYVMM_OK or PYVMM_FAILED, call->result is the result. */
+/* Make the call and return its status. After PYVMM_OK or PYVMM_FAILED, call->result is set. */
 static inline uint32_t pyvmm_hostcall(struct pyvmm_call *call)
 {
 	__asm__ volatile("outl %0, %1"

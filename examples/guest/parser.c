@@ -1,4 +1,5 @@
-/* A parser to fuzz: records of a type, a length and that many bytes. It trusts the lengths of two types.
+/* A parser to fuzz: records of a type, a length and that many bytes. It trusts the lengths of two
+ * types.
  *   gcc -O1 $(python -c 'from pyvmm import fuzz; print(*fuzz.FLAGS)') -fsanitize-coverage=trace-pc parser.c -o parser */
 #include "pyvmm_fuzz.h"
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import inspect
 import os
 import re
 import select
@@ -29,7 +30,7 @@ Port: TypeAlias = Annotated[int, Meta(ge=0, le=0xFFFC)]
 # In a file, a path is a string. An object built in Python may also have a Path, and any sequence of
 # names.
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     FilePath: TypeAlias = str | Path
     Names: TypeAlias = Sequence[str]
@@ -45,7 +46,23 @@ WRITER_COMES_S = 0.5
 DEFAULT_CMDLINE = "console=ttyS0 panic=-1 reboot=k"
 
 
-class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+if TYPE_CHECKING:
+    # To type checkers, these classes have no other constructor than that of their fields.
+    from msgspec import StructMeta as _Constructor
+else:
+
+    class _Constructor(msgspec.StructMeta):
+        """Explains which arguments a class of the configuration takes when it refuses some."""
+
+        def __call__(self, *arguments: Any, **options: Any) -> Any:
+            try:
+                return super().__call__(*arguments, **options)
+            except TypeError as error:
+                reason = _refusal(self, len(arguments), set(options)) or f"{self.__name__}: {error}"
+                raise TypeError(reason) from None
+
+
+class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, metaclass=_Constructor):
     """A part of a configuration. Its fields are keyword-only, so new ones can be added anywhere."""
 
 
@@ -262,6 +279,10 @@ class VmmConfig(_Part, frozen=True, kw_only=True):
         return plain
 
 
+_BOOTS: tuple[type[_Part], ...] = (EmbeddedBoot, FlatBoot, ElfBoot, LinuxBoot)
+_STRUCTS: tuple[type[_Part], ...] = (VmmConfig, MemoryConfig, CpuConfig, *_BOOTS, SerialConfig)
+
+
 def _read(path: Path) -> bytes:
     """Read a whole file. Waits briefly for the writer of a FIFO."""
     flags = os.O_NONBLOCK | os.O_NOCTTY
@@ -312,13 +333,37 @@ def _checked(load: Any, source: str = "config") -> VmmConfig:
 
 def _choices(key: str, detail: str) -> str:
     """The valid values of a key that has only a few, as a suffix of the error."""
-    tags = [str(boot.__struct_config__.tag) for boot in (EmbeddedBoot, FlatBoot, ElfBoot, LinuxBoot)]
+    tags = [str(boot.__struct_config__.tag) for boot in _BOOTS]
     values: dict[str, Sequence[str]] = {
         "boot.type": tags,
         "boot.mode": get_args(get_type_hints(FlatBoot)["mode"]),
         "cpu.template": get_args(get_type_hints(CpuConfig)["template"]),
     }
     return f"; one of {', '.join(values[key])}" if key in values and detail.startswith("Invalid") else ""
+
+
+def _refusal(cls: Any, count: int, options: set[str]) -> str | None:
+    """Why a class takes no such arguments: `count` of them by position, and these options."""
+    name, parameters = cls.__name__, inspect.signature(cls).parameters
+    first = [key for key, parameter in parameters.items() if parameter.kind is not parameter.KEYWORD_ONLY]
+    if not parameters:
+        return f"{name} takes no options"
+    known = f"(options: {', '.join(parameters)})"
+    if unknown := sorted(options - set(parameters)):
+        others = [struct.__name__ for struct in _STRUCTS if unknown[0] in struct.__struct_fields__]
+        elsewhere = f", which is an option of {' and '.join(others)}" if others else _nearest(unknown[0], parameters)
+        return f"{name} does not take {unknown[0]}{elsewhere} {known}"
+    if count > len(first):
+        unless = f", except {first[0]}" if first else ""
+        return f"{name} takes its options by keyword{unless}, but got {count} without {known}"
+    required = [key for key, parameter in parameters.items() if parameter.default is parameter.empty]
+    missing = [key for key in required[count:] if key not in options]
+    return f"{name} needs {missing[0]} {known}" if missing else None
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _unknown_key(parent: str, name: str) -> ConfigError:
@@ -328,9 +373,7 @@ def _unknown_key(parent: str, name: str) -> ConfigError:
         "cpu": [CpuConfig],
         "serial": [SerialConfig],
     }
-    boots: list[type[_Part]] = [EmbeddedBoot, FlatBoot, ElfBoot, LinuxBoot]
-    structs = parts.get(parent, boots)
+    structs = parts.get(parent, list(_BOOTS))
     known = [field for struct in structs for field in struct.__struct_fields__]
-    close = difflib.get_close_matches(name, known, n=1)
-    meant = f"; did you mean {close[0]}?" if close else f"; known are {', '.join(sorted(set(known)))}"
+    meant = _nearest(name, known) or f"; known are {', '.join(sorted(set(known)))}"
     return _error(f"{parent}.{name}" if parent else name, f"unknown key{meant}")

@@ -234,7 +234,11 @@ ST, XMM, XSTATE_BV, YMM_HIGH = 32, 160, 512, 576
 class Fpu(View):
     """x87, SSE and AVX: struct kvm_xsave."""
 
-    __slots__ = ("st", "xmm", "ymm")
+    __slots__ = {
+        "st": "The registers of the x87 stack as integers of 80 bits: `st[0]` to `st[7]`.",
+        "xmm": "The SSE registers as integers of 128 bits: `xmm[0]` to `xmm[15]`.",
+        "ymm": "The AVX registers as integers of 256 bits: `ymm[0]` to `ymm[15]`.",
+    }
     fcw = Register(0, 2)
     fsw = Register(2, 2)
     ftw = Register(4, 1)
@@ -329,7 +333,17 @@ class MpState(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class CpuidEntry:
-    """One leaf of CPUID: struct kvm_cpuid_entry2."""
+    """One leaf of CPUID: struct kvm_cpuid_entry2.
+
+    Attributes:
+        function: the leaf, EAX of the instruction.
+        index: the subleaf, ECX of the instruction; 0 if the leaf has none.
+        flags: KVM_CPUID_FLAG_* bits; 1 means that the index matters.
+        eax: the result in EAX.
+        ebx: the result in EBX.
+        ecx: the result in ECX.
+        edx: the result in EDX.
+    """
 
     function: int
     index: int

@@ -4,10 +4,8 @@ use std::path::Path;
 
 use super::files::Files;
 use crate::error::{Error, ErrorKind, Result};
-use crate::layout;
+use crate::layout::{self, PAGE};
 use crate::memory::GuestMemory;
-
-const PAGE: u64 = 4096;
 
 /// Load it above `floor` and not beyond `ceiling`. Returns its address and size.
 pub(super) fn load(

@@ -98,7 +98,7 @@ fn pages_of(executable: Executable<'_>, segments: &[Segment]) -> Result<Vec<Mapp
                     let detail = format!("segment {n} shares the page {at:#x} with another one");
                     return Err(executable
                         .bad(format!("{detail}, which has other permissions"))
-                        .hint("link it with -z separate-code, or with segments apart"));
+                        .hint("link it with -z separate-code, or align its segments to pages"));
                 }
                 last.end = page.end;
             }
@@ -119,7 +119,7 @@ fn entry(executable: Executable<'_>, mappings: &[Mapping]) -> Result<u64> {
     }
     Err(executable
         .bad(format!("the entry {entry:#x} is in no executable segment"))
-        .hint("the linker takes the function _start, or that of -e NAME"))
+        .hint("define a function _start, or name another one with -e"))
 }
 
 struct SymbolTable {

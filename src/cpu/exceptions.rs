@@ -5,6 +5,7 @@ use super::gdt::selector;
 use crate::error::Result;
 use crate::layout;
 use crate::memory::GuestMemory;
+use crate::x86::PAGE_FAULT;
 
 /// Exceptions have the first 32 of the interrupt numbers.
 const COUNT: u64 = 32;
@@ -22,7 +23,6 @@ const RING_3: u64 = 3 << 13;
 /// Breakpoint and overflow, which ring 3 may raise by an instruction.
 const FOR_RING_3: [u64; 2] = [3, 4];
 const WITH_ERROR_CODE: [u8; 10] = [8, 10, 11, 12, 13, 14, 17, 21, 29, 30];
-const PAGE_FAULT: u8 = 14;
 
 /// What the processor has put on the stack: the state that the exception has interrupted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -4,15 +4,14 @@
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout;
 use crate::memory::GuestMemory;
+use crate::x86::{
+    PTE_ACCESSED, PTE_ADDRESS, PTE_DIRTY, PTE_LARGE, PTE_NO_EXECUTE, PTE_PRESENT, PTE_USER,
+    PTE_WRITABLE,
+};
 
 /// With the accessed and dirty bits set, the processor never writes the tables: forks share them,
 /// and a reset finds them unchanged.
-pub(super) const PRESENT: u64 = 0b110_0001;
-pub(super) const WRITABLE: u64 = 1 << 1;
-pub(super) const USER: u64 = 1 << 2;
-pub(super) const LARGE: u64 = 1 << 7;
-const NO_EXECUTE: u64 = 1 << 63;
-const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+pub(super) const PRESENT: u64 = PTE_PRESENT | PTE_ACCESSED | PTE_DIRTY;
 const ENTRIES: usize = 512;
 const LARGE_PAGE: u64 = 2 << 20;
 /// What one page of pointers reaches.
@@ -37,9 +36,9 @@ impl Mapping {
     fn flags(self) -> u64 {
         let flag = |is_set: bool, flag| if is_set { flag } else { 0 };
         PRESENT
-            | flag(self.write, WRITABLE)
-            | flag(self.user, USER)
-            | flag(!self.execute, NO_EXECUTE)
+            | flag(self.write, PTE_WRITABLE)
+            | flag(self.user, PTE_USER)
+            | flag(!self.execute, PTE_NO_EXECUTE)
     }
 }
 
@@ -101,7 +100,7 @@ impl Tables {
             let pdpt = self.below(0, 0)?;
             let directory = self.below(pdpt, index(at, 30))?;
             if is_large {
-                self.set(directory, index(at, 21), at | mapping.flags() | LARGE);
+                self.set(directory, index(at, 21), at | mapping.flags() | PTE_LARGE);
                 at += LARGE_PAGE;
             } else {
                 let table = self.below(directory, index(at, 21))?;
@@ -117,7 +116,7 @@ impl Tables {
         if self.tables.is_empty() {
             self.tables.push([0; ENTRIES]);
         }
-        match self.get(table, entry) & ADDRESS {
+        match self.get(table, entry) & PTE_ADDRESS {
             0 => {
                 let new = self.tables.len() as u64;
                 if new >= most_tables() {
@@ -126,7 +125,7 @@ impl Tables {
                         .hint("link its segments closer together"));
                 }
                 self.tables.push([0; ENTRIES]);
-                self.set(table, entry, address_of(new) | PRESENT | WRITABLE | USER);
+                self.set(table, entry, address_of(new) | PRESENT | PTE_WRITABLE | PTE_USER);
                 Ok(new)
             }
             layout::PDPT => Ok(1),
@@ -184,7 +183,10 @@ mod tests {
             assert_eq!(translate(&memory, to), None);
         }
         let entry = memory.load::<u64>(layout::PROGRAM_TABLES + 2 * 8).unwrap();
-        assert_eq!(entry, 0x40_0000 | NO_EXECUTE | LARGE | USER | WRITABLE | PRESENT);
+        assert_eq!(
+            entry,
+            0x40_0000 | PTE_NO_EXECUTE | PTE_LARGE | PTE_USER | PTE_WRITABLE | PRESENT
+        );
     }
 
     #[test]

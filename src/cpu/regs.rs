@@ -6,21 +6,10 @@ use super::exceptions::{IDT_LIMIT, Interrupted};
 use super::gdt::{GDT_LIMIT, selector};
 use crate::cpu::CpuMode;
 use crate::layout;
-
-const CR0_PE: u64 = 1;
-const CR0_MP: u64 = 1 << 1;
-const CR0_ET: u64 = 1 << 4;
-const CR0_NE: u64 = 1 << 5;
-const CR0_WP: u64 = 1 << 16;
-const CR0_PG: u64 = 1 << 31;
-const CR4_PAE: u64 = 1 << 5;
-const CR4_OSFXSR: u64 = 1 << 9;
-const CR4_OSXMMEXCPT: u64 = 1 << 10;
-const EFER_LME: u64 = 1 << 8;
-const EFER_LMA: u64 = 1 << 10;
-const EFER_NXE: u64 = 1 << 11;
-/// The bit of RFLAGS that is always one.
-const RFLAGS_RESERVED: u64 = 2;
+use crate::x86::{
+    CR0_ET, CR0_MP, CR0_NE, CR0_PE, CR0_PG, CR0_WP, CR4_OSFXSR, CR4_OSXMMEXCPT, CR4_PAE, EFER_LMA,
+    EFER_LME, EFER_NXE, RFLAGS_RESERVED,
+};
 
 /// Bytes of stack for each vCPU of a flat guest, right below its code.
 const STACK_SIZE: u64 = 4096;

@@ -1,12 +1,13 @@
 //! The tables in guest memory for a start in protected or 64-bit mode: GDT, page tables, TSS. Those
 //! of an ELF program are in `paging.rs` and `exceptions.rs`.
 
-use super::paging::{LARGE, PRESENT, USER, WRITABLE};
+use super::paging::PRESENT;
 use super::{exceptions, gdt};
 use crate::cpu::CpuMode;
 use crate::error::Result;
 use crate::layout;
 use crate::memory::GuestMemory;
+use crate::x86::{PTE_LARGE, PTE_USER, PTE_WRITABLE};
 
 const ENTRIES: u64 = 512;
 const GIB: u64 = 1 << 30;
@@ -40,27 +41,27 @@ pub fn write(memory: &GuestMemory, mode: CpuMode, one_gib_pages: impl Fn() -> bo
 /// Identity mapping: 4 GiB in pages of 2 MiB, and the memory above in pages of 1 GiB. Without
 /// those, it is mapped in pages of 2 MiB as far as there is room for their directories (to 25 GiB).
 fn write_page_tables(memory: &GuestMemory, mode: CpuMode, one_gib_pages: bool) -> Result<()> {
-    let flags = PRESENT | WRITABLE | if mode == CpuMode::User64 { USER } else { 0 };
+    let flags = PRESENT | PTE_WRITABLE | if mode == CpuMode::User64 { PTE_USER } else { 0 };
     memory.write(layout::PML4, &(layout::PDPT | flags).to_le_bytes())?;
     let directory = |n: u64| layout::PAGE_DIRECTORIES + n * 0x1000;
     write_u64s(memory, layout::PDPT, (0..4).map(|n| directory(n) | flags))?;
     write_u64s(
         memory,
         layout::PAGE_DIRECTORIES,
-        (0..4 * ENTRIES).map(|n| n << 21 | flags | LARGE),
+        (0..4 * ENTRIES).map(|n| n << 21 | flags | PTE_LARGE),
     )?;
     if mode == CpuMode::Linux64 {
         return Ok(()); // Linux makes its own tables, and its parameters are where the directories would be
     }
     for gib in 4..end_of_memory(memory).div_ceil(GIB).min(ENTRIES) {
         let entry = if one_gib_pages {
-            (gib * GIB) | flags | LARGE
+            (gib * GIB) | flags | PTE_LARGE
         } else {
             let Some(at) = high_directory(gib) else { break };
             write_u64s(
                 memory,
                 at,
-                (gib * ENTRIES..(gib + 1) * ENTRIES).map(|n| n << 21 | flags | LARGE),
+                (gib * ENTRIES..(gib + 1) * ENTRIES).map(|n| n << 21 | flags | PTE_LARGE),
             )?;
             at | flags
         };

@@ -1,9 +1,8 @@
 //! Disassembles one instruction, in nasm syntax, for the mode of its vCPU. Accepts any bytes.
 
+use crate::x86::EFER_LMA;
 use iced_x86::{Decoder, DecoderOptions, Formatter, Instruction, NasmFormatter};
 use kvm_bindings::kvm_sregs;
-
-const EFER_LMA: u64 = 1 << 10;
 
 /// The width of code, 16, 32 or 64 bits, from CS and the mode (Intel SDM volume 3, section 3.4.5).
 /// In real mode, CS may still be a 32-bit segment.

@@ -3,17 +3,10 @@
 //!
 //! Permissions are not checked: a debugger may read memory that the guest's ring may not.
 
+use crate::x86::{
+    CR0_PG, CR4_LA57, CR4_PAE, CR4_PSE, EFER_LMA, PTE_ADDRESS, PTE_LARGE, PTE_PRESENT,
+};
 use kvm_bindings::kvm_sregs;
-
-const CR0_PG: u64 = 1 << 31;
-const CR4_PSE: u64 = 1 << 4;
-const CR4_PAE: u64 = 1 << 5;
-const CR4_LA57: u64 = 1 << 12;
-const EFER_LMA: u64 = 1 << 10;
-const PRESENT: u64 = 1;
-const LARGE: u64 = 1 << 7;
-/// The address in a page table entry of 8 bytes.
-const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
 /// How a vCPU translates addresses now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,7 +34,7 @@ impl Paging {
             () => 4,
         };
         // The top table of PAE has 32 bytes; the others are pages.
-        let mask = if levels == 3 { 0xffff_ffe0 } else { ADDRESS };
+        let mask = if levels == 3 { 0xffff_ffe0 } else { PTE_ADDRESS };
         Self {
             levels,
             entry: if levels == 2 { 4 } else { 8 },
@@ -62,7 +55,7 @@ impl Paging {
             let shift = 12 + level * index_bits;
             let index = address >> shift & ((1 << index_bits) - 1);
             let entry = read(table.checked_add(index * self.entry)?, self.entry)?;
-            if entry & PRESENT == 0 {
+            if entry & PTE_PRESENT == 0 {
                 return None;
             }
             if self.is_large(entry, level) {
@@ -70,7 +63,7 @@ impl Paging {
                     self.large(entry) & !((1 << shift) - 1) | address & ((1 << shift) - 1),
                 );
             }
-            table = entry & if self.entry == 4 { 0xffff_f000 } else { ADDRESS };
+            table = entry & if self.entry == 4 { 0xffff_f000 } else { PTE_ADDRESS };
         }
         if self.levels == 0 {
             return Some(address);
@@ -85,14 +78,14 @@ impl Paging {
         for level in (0..self.levels).rev() {
             let mut below = Vec::new();
             for table in here {
-                all.push(table & ADDRESS);
+                all.push(table & PTE_ADDRESS);
                 let entries = if self.levels == 3 && level == 2 { 4 } else { 4096 / self.entry };
                 let entries = if level == 0 { 0 } else { entries };
                 for index in 0..entries {
                     let at = table.checked_add(index * self.entry)?;
                     let entry = read(at, self.entry).unwrap_or(0);
-                    if entry & PRESENT != 0 && !self.is_large(entry, level) {
-                        below.push(entry & if self.entry == 4 { 0xffff_f000 } else { ADDRESS });
+                    if entry & PTE_PRESENT != 0 && !self.is_large(entry, level) {
+                        below.push(entry & if self.entry == 4 { 0xffff_f000 } else { PTE_ADDRESS });
                     }
                 }
                 below.sort_unstable();
@@ -109,7 +102,7 @@ impl Paging {
     /// Directories contain large pages: of 4 or 2 MiB, and of 1 GiB one level higher.
     fn is_large(&self, entry: u64, level: u32) -> bool {
         let may_be_large = level == 1 || (level == 2 && self.levels > 3);
-        may_be_large && self.has_large && entry & LARGE != 0
+        may_be_large && self.has_large && entry & PTE_LARGE != 0
     }
 
     /// Whether a guest in this mode can form the address.
@@ -130,7 +123,7 @@ impl Paging {
         match self.entry {
             // PSE-36: bits 13 to 20 are the address's bits 32 to 39.
             4 => entry & 0xffc0_0000 | (entry >> 13 & 0xff) << 32,
-            _ => entry & ADDRESS,
+            _ => entry & PTE_ADDRESS,
         }
     }
 }

@@ -184,7 +184,8 @@ impl Device for I8042 {
         *self.0.lock() = match state {
             [] => State::default(),
             _ => State::from_bytes(state).ok_or_else(|| {
-                let detail = format!("no state of {STATE_BYTES} bytes: {} bytes", state.len());
+                let detail =
+                    format!("these {} bytes are not a state, which has {STATE_BYTES}", state.len());
                 Error::new(ErrorKind::Snapshot, "i8042", detail)
             })?,
         };

@@ -3,7 +3,8 @@
 
 use iced_x86::{Instruction, Mnemonic};
 
-use super::cpu::{ARITHMETIC, CF, Cpu, Done, Flow, OF, SF, Stop, UD, ZF, fault, mask};
+use super::cpu::{Cpu, Done, Flow, Stop, fault, mask};
+use crate::x86::{ARITHMETIC, CF, OF, SF, UD, ZF};
 
 /// The instructions executed here, with their names.
 const TABLE: [(Mnemonic, &str); 21] = [

@@ -5,43 +5,7 @@ use iced_x86::{Instruction, MemorySize, Mnemonic, OpKind, Register};
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 
 use super::access::Access;
-
-pub(crate) const CR0_PE: u64 = 1;
-pub(crate) const CR0_MP: u64 = 1 << 1;
-pub(crate) const CR0_EM: u64 = 1 << 2;
-pub(crate) const CR0_TS: u64 = 1 << 3;
-pub(crate) const CR0_NE: u64 = 1 << 5;
-pub(crate) const CR4_OSFXSR: u64 = 1 << 9;
-pub(crate) const CR4_FSGSBASE: u64 = 1 << 16;
-pub(crate) const CR4_PCIDE: u64 = 1 << 17;
-pub(crate) const CR4_OSXSAVE: u64 = 1 << 18;
-pub(crate) const CR4_CET: u64 = 1 << 23;
-pub(crate) const CR4_LA57: u64 = 1 << 12;
-pub(crate) const EFER_LMA: u64 = 1 << 10;
-
-pub(crate) const CF: u64 = 1;
-pub(crate) const PF: u64 = 1 << 2;
-pub(crate) const AF: u64 = 1 << 4;
-pub(crate) const ZF: u64 = 1 << 6;
-pub(crate) const SF: u64 = 1 << 7;
-pub(crate) const TF: u64 = 1 << 8;
-pub(crate) const IF: u64 = 1 << 9;
-pub(crate) const OF: u64 = 1 << 11;
-pub(crate) const NT: u64 = 1 << 14;
-pub(crate) const RF: u64 = 1 << 16;
-pub(crate) const VM: u64 = 1 << 17;
-pub(crate) const AC: u64 = 1 << 18;
-/// The flags of arithmetic.
-pub(crate) const ARITHMETIC: u64 = CF | PF | AF | ZF | SF | OF;
-
-pub(crate) const UD: u8 = 6;
-pub(crate) const NM: u8 = 7;
-pub(crate) const TS: u8 = 10;
-pub(crate) const NP: u8 = 11;
-pub(crate) const SS: u8 = 12;
-pub(crate) const GP: u8 = 13;
-pub(crate) const PAGE_FAULT: u8 = 14;
-pub(crate) const MF: u8 = 16;
+use crate::x86::{CR0_PE, CR4_LA57, EFER_LMA, GP, SS, VM};
 
 /// An exception that the instruction raises.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

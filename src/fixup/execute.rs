@@ -2,8 +2,9 @@
 
 use iced_x86::{Code, Instruction, Mnemonic};
 
-use super::cpu::{Cpu, Done, Flow, OF, RF, UD, fault, mask};
+use super::cpu::{Cpu, Done, Flow, fault, mask};
 use super::{bits, sse, system, x87, xsave};
+use crate::x86::{OF, RF, UD};
 
 /// Execute an instruction on a copy of the processor. Writes to memory are complete when it
 /// returns.

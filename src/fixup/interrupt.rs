@@ -4,15 +4,13 @@
 //! virtual-8086 mode, shadow stacks and FRED are not supported, and the exit is reported.
 
 use super::access::Access;
-use super::cpu::{
-    AC, CR4_CET, Cpu, Done, Flow, GP, IF, NP, NT, RF, SS, Stop, TF, VM, fault, fault_with, mask,
-};
+use super::cpu::{Cpu, Done, Flow, Stop, fault, fault_with, mask};
 use super::descriptor::{Descriptor, segment_of};
 use super::stack::{Stack, null_stack};
+use crate::x86::{AC, CR4_CET, CR4_FRED, GP, IF, NP, NT, RF, SS, TF, VM};
 
 /// In an error code: the index refers to the IDT.
 const CODE_IDT: u32 = 2;
-const CR4_FRED: u64 = 1 << 32;
 
 /// A gate of the IDT.
 struct Gate {
@@ -183,8 +181,9 @@ mod tests {
     //! Covers src/fixup/stack.rs.
 
     use super::*;
-    use crate::fixup::cpu::{Fault, TS};
+    use crate::fixup::cpu::Fault;
     use crate::fixup::testing::{Ram, protected, run};
+    use crate::x86::TS;
     use kvm_bindings::{kvm_regs, kvm_sregs};
 
     const GDT: usize = 0x2000;

@@ -20,5 +20,5 @@ mod x87;
 mod xsave;
 
 pub use counts::Counts;
-pub(crate) use cpu::{Cpu, Fault, Flow, Platform, RF, Stop, TF};
+pub(crate) use cpu::{Cpu, Fault, Flow, Platform, Stop};
 pub(crate) use execute::execute;

@@ -3,10 +3,9 @@
 
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
-use super::cpu::{
-    CR0_EM, CR0_TS, CR4_OSFXSR, Cpu, Done, Flow, GP, NM, Stop, UD, fault, fault_with,
-};
+use super::cpu::{Cpu, Done, Flow, Stop, fault, fault_with};
 use super::xsave::{SSE, get, image, put, set_image};
+use crate::x86::{CR0_EM, CR0_TS, CR4_OSFXSR, GP, NM, UD};
 
 const XMM: usize = 160;
 

@@ -4,8 +4,9 @@
 use kvm_bindings::kvm_segment;
 
 use super::access::Access;
-use super::cpu::{Cpu, Done, SS, Stop, TS, fault_with, mask};
+use super::cpu::{Cpu, Done, Stop, fault_with, mask};
 use super::descriptor::segment_of;
+use crate::x86::{SS, TS};
 
 /// A stack for a frame. The vCPU switches to it only at the end.
 pub(super) struct Stack {

@@ -4,14 +4,12 @@
 use iced_x86::{Instruction, Mnemonic};
 
 use super::access::Access;
-use super::cpu::{
-    AC, CR4_FSGSBASE, CR4_PCIDE, Cpu, Done, Flow, GP, Stop, UD, VM, ZF, fault, fault_with, mask,
-};
+use super::cpu::{Cpu, Done, Flow, Stop, fault, fault_with, mask};
 use super::descriptor::Descriptor;
+use crate::x86::{AC, CR4_FSGSBASE, CR4_PCIDE, CR4_TSD, GP, UD, VM, ZF};
 
 const IA32_TSC: u32 = 0x10;
 const IA32_TSC_AUX: u32 = 0xc000_0103;
-const CR4_TSD: u64 = 1 << 2;
 
 /// The instructions executed here, with their names.
 const TABLE: [(Mnemonic, &str); 26] = [

@@ -3,27 +3,13 @@
 //! volume 3, sections 5.6 to 5.8).
 
 use super::access::Access;
-use super::cpu::{AC, Cpu, Done, Fault, PAGE_FAULT, Stop, mask};
-
-const CR0_WP: u64 = 1 << 16;
-const CR0_PG: u64 = 1 << 31;
-const CR4_PSE: u64 = 1 << 4;
-const CR4_PAE: u64 = 1 << 5;
-const CR4_LA57: u64 = 1 << 12;
-const CR4_SMAP: u64 = 1 << 21;
-const CR4_PKE: u64 = 1 << 22;
-const EFER_NXE: u64 = 1 << 11;
-
-const PRESENT: u64 = 1;
-const WRITABLE: u64 = 1 << 1;
-const USER: u64 = 1 << 2;
-const ACCESSED: u64 = 1 << 5;
-const DIRTY: u64 = 1 << 6;
-const LARGE: u64 = 1 << 7;
-const NO_EXECUTE: u64 = 1 << 63;
-/// The address in an entry of 8 bytes.
-const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
-const PAGE: u64 = 4096;
+use super::cpu::{Cpu, Done, Fault, Stop, mask};
+use crate::layout::PAGE;
+use crate::x86::{
+    AC, CR0_PG, CR0_WP, CR4_LA57, CR4_PAE, CR4_PKE, CR4_PSE, CR4_SMAP, EFER_NXE, PAGE_FAULT,
+    PTE_ACCESSED, PTE_ADDRESS, PTE_DIRTY, PTE_LARGE, PTE_NO_EXECUTE, PTE_PRESENT, PTE_USER,
+    PTE_WRITABLE,
+};
 
 /// How often a walk may restart because another processor has changed an entry.
 const MAX_WALKS: u32 = 64;
@@ -67,8 +53,8 @@ struct PagePermissions {
 impl PagePermissions {
     fn add(&mut self, entry: u64) {
         self.entry = entry;
-        self.may_write &= entry & WRITABLE != 0;
-        self.is_user &= entry & USER != 0;
+        self.may_write &= entry & PTE_WRITABLE != 0;
+        self.is_user &= entry & PTE_USER != 0;
     }
 }
 
@@ -134,8 +120,8 @@ impl Cpu<'_> {
         let (levels, entry, root) = match (s.cr4 & CR4_PAE != 0, self.is_long()) {
             (false, _) => (2, 4, s.cr3 & 0xffff_f000),
             (true, false) => (3, 8, s.cr3 & 0xffff_ffe0),
-            (true, true) if s.cr4 & CR4_LA57 != 0 => (5, 8, s.cr3 & ADDRESS),
-            (true, true) => (4, 8, s.cr3 & ADDRESS),
+            (true, true) if s.cr4 & CR4_LA57 != 0 => (5, 8, s.cr3 & PTE_ADDRESS),
+            (true, true) => (4, 8, s.cr3 & PTE_ADDRESS),
         };
         Some(Tables { levels, entry, root })
     }
@@ -167,28 +153,28 @@ impl Cpu<'_> {
             }
             if self.is_leaf(&tables, level, entry) {
                 self.check(linear, access, &rights)?;
-                let dirty = if access.is_write { DIRTY } else { 0 };
-                if !self.note(at, tables.entry, entry, ACCESSED | dirty) {
+                let dirty = if access.is_write { PTE_DIRTY } else { 0 };
+                if !self.note(at, tables.entry, entry, PTE_ACCESSED | dirty) {
                     return Ok(None);
                 }
                 let within = (1 << shift) - 1;
                 let start = leaf_address(entry, tables.entry, level) & !within;
                 return Ok(Some(start | linear & within));
             }
-            if !is_pointer && !self.note(at, tables.entry, entry, ACCESSED) {
+            if !is_pointer && !self.note(at, tables.entry, entry, PTE_ACCESSED) {
                 return Ok(None);
             }
-            table = entry & if tables.entry == 4 { 0xffff_f000 } else { ADDRESS };
+            table = entry & if tables.entry == 4 { 0xffff_f000 } else { PTE_ADDRESS };
         }
         Err(Stop::Unknown)
     }
 
     /// An entry must be present, and its reserved bits must be zero.
     fn check_entry(&self, linear: u64, access: Access, tables: &Tables, entry: u64) -> Done<()> {
-        if entry & PRESENT == 0 {
+        if entry & PTE_PRESENT == 0 {
             return self.page_fault(linear, access, 0);
         }
-        if tables.entry == 8 && self.sregs.efer & EFER_NXE == 0 && entry & NO_EXECUTE != 0 {
+        if tables.entry == 8 && self.sregs.efer & EFER_NXE == 0 && entry & PTE_NO_EXECUTE != 0 {
             return self.page_fault(linear, access, CODE_PRESENT | CODE_RESERVED);
         }
         Ok(())
@@ -198,7 +184,7 @@ impl Cpu<'_> {
     fn is_leaf(&self, tables: &Tables, level: u32, entry: u64) -> bool {
         let may_be_large = level == 1 || (level == 2 && tables.levels > 3);
         let has_large = tables.levels != 2 || self.sregs.cr4 & CR4_PSE != 0;
-        level == 0 || (may_be_large && has_large && entry & LARGE != 0)
+        level == 0 || (may_be_large && has_large && entry & PTE_LARGE != 0)
     }
 
     fn entry(&mut self, at: u64, size: u64) -> Done<u64> {
@@ -250,7 +236,7 @@ fn leaf_address(entry: u64, size: u64, level: u32) -> u64 {
         (4, 0) => entry & 0xffff_f000,
         // PSE-36: bits 13 to 20 are the address's bits 32 to 39.
         (4, _) => entry & 0xffc0_0000 | (entry >> 13 & 0xff) << 32,
-        _ => entry & ADDRESS,
+        _ => entry & PTE_ADDRESS,
     }
 }
 

@@ -2,10 +2,9 @@
 
 use iced_x86::{Instruction, Mnemonic};
 
-use super::cpu::{
-    CR0_EM, CR0_MP, CR0_NE, CR0_TS, CR4_OSFXSR, Cpu, Done, Flow, MF, NM, Stop, UD, fault,
-};
+use super::cpu::{Cpu, Done, Flow, Stop, fault};
 use super::xsave::{CONTROL, MXCSR, SSE, X87, check_mxcsr, get, image, put, set_image};
+use crate::x86::{CR0_EM, CR0_MP, CR0_NE, CR0_TS, CR4_OSFXSR, MF, NM, UD};
 
 const STATUS: usize = 2;
 const TAGS: usize = 4;
@@ -113,8 +112,8 @@ fn mxcsr(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<()> {
 mod tests {
     use super::*;
     use crate::fixup::cpu::Fault;
-    use crate::fixup::cpu::GP;
     use crate::fixup::testing::{Ram, protected, run};
+    use crate::x86::GP;
     use kvm_bindings::{kvm_regs, kvm_sregs};
 
     const FWAIT: [u8; 1] = [0x9b];

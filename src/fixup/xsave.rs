@@ -3,7 +3,8 @@
 
 use iced_x86::{Instruction, Mnemonic};
 
-use super::cpu::{CR0_TS, CR4_OSXSAVE, Cpu, Done, Flow, GP, NM, Stop, UD, fault, fault_with, mask};
+use super::cpu::{Cpu, Done, Flow, Stop, fault, fault_with, mask};
+use crate::x86::{CR0_TS, CR4_OSXSAVE, GP, NM, UD};
 
 const IA32_XSS: u32 = 0xda0;
 pub(super) const CONTROL: usize = 0;

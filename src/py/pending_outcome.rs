@@ -108,7 +108,7 @@ impl PendingOutcome {
 impl Drop for PendingOutcome {
     fn drop(&mut self) {
         let Some(error) = self.0.get_mut().error.take() else { return };
-        // Nobody can be told once the interpreter finalizes.
+        // Once the interpreter finalizes, there is no way to report it.
         let _ = try_attach(|py| {
             PyErr::from_value(error.into_bound(py).into_any()).write_unraisable(py, None);
         });

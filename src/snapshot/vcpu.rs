@@ -19,15 +19,12 @@ use crate::hop::hop;
 use crate::kvm::checked as kvm;
 use crate::process::OnceBox;
 use crate::vcpu::Vcpu;
+use crate::x86::{CR4_LA57, CR4_VMXE, EFER_SVME};
 
 const KVMIO: u32 = 0xae;
 ioctl_ior_nr!(kvm_get_sregs2, KVMIO, 0xcc, kvm_sregs2);
 ioctl_iow_nr!(kvm_set_sregs2, KVMIO, 0xcd, kvm_sregs2);
 ioctl_ior_nr!(kvm_get_xsave2, KVMIO, 0xcf, kvm_xsave);
-
-const EFER_SVME: u64 = 1 << 12;
-const CR4_VMXE: u64 = 1 << 13;
-const CR4_LA57: u64 = 1 << 12;
 
 /// Which records the state of a machine's vCPUs consists of.
 #[derive(Clone, Copy, Debug)]

@@ -148,7 +148,7 @@ mod checked {
             let other = |held: &mut Vec<Entry>| held.iter().find(|e| **e != self.entry).copied();
             if let Some(other) = with_held(other).flatten() {
                 let (name, other) = (self.entry.name, other.name);
-                violated(&format!("a wait that lets {name} go, while {other} is held"));
+                violated(&format!("{name} is released for a wait while {other} is held"));
             }
         }
     }

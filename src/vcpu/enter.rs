@@ -14,7 +14,7 @@ use super::vcpu::Vcpu;
 use crate::error::{Error, Result};
 use crate::hop::hop;
 
-/// An instruction makes at most this many accesses of eight bytes: those of XSAVE, with room.
+/// More than the accesses of eight bytes that any instruction makes; XSAVE makes the most.
 const ABANDONED_PARTS: usize = 4096;
 
 /// Enter the guest until it exits or the stop word is set; `None` after a signal that was not a

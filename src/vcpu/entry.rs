@@ -8,10 +8,10 @@ use kvm_ioctls::{SyncReg, VcpuFd};
 use super::vcpu::Vcpu;
 use crate::error::{Error, ErrorKind, Result};
 use crate::kvm::checked as kvm;
+use crate::x86::CR0_PG;
 
 /// CR8 is a priority of four bits.
 const MAX_CR8: u64 = 15;
-const CR0_PG: u64 = 1 << 31;
 /// A bit of CR3 that is part of an address in every paging mode.
 const CR3_ADDRESS_BIT: u64 = 1 << 12;
 

@@ -7,10 +7,10 @@ use kvm_bindings::{KVM_EXIT_INTERNAL_ERROR, kvm_regs, kvm_segment, kvm_sregs};
 use super::run_page::InternalError;
 use super::vcpu::Vcpu;
 use crate::debug::{Paging, bitness, decode, disassemble};
+use crate::x86::CR0_PE;
 
 /// The longest instruction.
 const MAX_BYTES: u64 = 15;
-const CR0_PE: u64 = 1;
 
 /// Text with `what` happened, the instruction and the vCPU's registers. On the vCPU's thread.
 pub(crate) fn describe(vcpu: &Vcpu, what: &str) -> String {

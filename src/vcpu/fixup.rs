@@ -9,13 +9,11 @@ use kvm_ioctls::VcpuFd;
 use super::fault::instruction_bytes;
 use super::vcpu::Vcpu;
 use crate::debug::{bitness, decode};
-use crate::fixup::{Cpu, Fault, Flow, Platform, RF, Stop, TF, execute};
+use crate::fixup::{Cpu, Fault, Flow, Platform, Stop, execute};
+use crate::x86::{CR4_PGE, DB, RF, TF, UD};
 
-const UD: u8 = 6;
 /// The vector of the debug exception, and the single-step bit of DR6.
-const DB: u8 = 1;
 const DR6_STEP: u64 = 1 << 14;
-const CR4_PGE: u64 = 1 << 7;
 
 /// Execute the instruction that KVM has refused, if fix-ups are on and one exists for it. Returns
 /// false if the exit has to be reported.

@@ -6,11 +6,9 @@
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 
 use super::vcpu::Vcpu;
+use crate::layout::PAGE;
+use crate::x86::{CR0_PE, DF, VM};
 
-const PAGE: u64 = 4096;
-const DIRECTION: u64 = 1 << 10;
-const PROTECTED: u64 = 1;
-const VIRTUAL_8086: u64 = 1 << 17;
 /// The longest instruction.
 const LONGEST: usize = 15;
 
@@ -61,7 +59,7 @@ pub(super) fn coalesce(vcpu: &mut Vcpu, port: u16, size: usize, first: &[u8]) ->
     vcpu.fd().set_regs(&after).ok()?;
     vcpu.page.set_registers(&after);
     // If the direction is down, the elements are in reverse order; the bytes of each are not.
-    let is_down = regs.rflags & DIRECTION != 0;
+    let is_down = regs.rflags & DF != 0;
     let elements = data.chunks_exact(size);
     let mut all = first.to_vec();
     if is_down {
@@ -72,8 +70,8 @@ pub(super) fn coalesce(vcpu: &mut Vcpu, port: u16, size: usize, first: &[u8]) ->
     Some(all)
 }
 
-/// The guest-physical pieces that the string instruction at RIP, an `INS` or a `MOVS`, writes with
-/// its next elements, which are so many bytes; `None` if it is no such instruction.
+/// The guest-physical pieces that the next `length` bytes of the string instruction at RIP are
+/// written to; `None` if it is neither `INS` nor `MOVS`.
 pub(super) fn target(
     vcpu: &Vcpu,
     regs: &kvm_regs,
@@ -122,7 +120,7 @@ fn string_target(code: &[u8; LONGEST], bits: u32) -> Option<u32> {
 
 fn code_bits(sregs: &kvm_sregs, rflags: u64) -> u32 {
     match () {
-        () if sregs.cr0 & PROTECTED == 0 || rflags & VIRTUAL_8086 != 0 => 16,
+        () if sregs.cr0 & CR0_PE == 0 || rflags & VM != 0 => 16,
         () if sregs.cs.l != 0 => 64,
         () if sregs.cs.db != 0 => 32,
         () => 16,
@@ -213,7 +211,7 @@ fn span(
     if within.checked_add(size).is_none_or(|end| end > PAGE) {
         return None;
     }
-    let is_down = regs.rflags & DIRECTION != 0;
+    let is_down = regs.rflags & DF != 0;
     let is_new_page = if is_down { within + size == PAGE } else { within == 0 };
     let has_wrapped = if is_down { mask - offset < size } else { offset < size };
     if is_new_page || has_wrapped {
@@ -241,7 +239,7 @@ fn span(
 fn advance(outs: &RepOuts, regs: &kvm_regs, count: u64) -> kvm_regs {
     let mask = mask(outs.address_bits);
     let bytes = count * outs.size as u64;
-    let moved = if regs.rflags & DIRECTION != 0 {
+    let moved = if regs.rflags & DF != 0 {
         regs.rsi.wrapping_sub(bytes)
     } else {
         regs.rsi.wrapping_add(bytes)
@@ -322,10 +320,10 @@ mod tests {
         assert_eq!(span(&elements, &regs, &FLAT, false), Some((0x1ff8, 8)));
         let across = kvm_regs { rsi: 0x1fff, ..regs };
         assert_eq!(span(&elements, &across, &FLAT, false), None);
-        let down = kvm_regs { rsi: 0x1006, rflags: DIRECTION, ..regs };
+        let down = kvm_regs { rsi: 0x1006, rflags: DF, ..regs };
         assert_eq!(span(&elements, &down, &FLAT, false), Some((0x1000, 8)));
         for new_page in
-            [kvm_regs { rsi: 0x2000, ..regs }, kvm_regs { rsi: 0x1ffe, rflags: DIRECTION, ..regs }]
+            [kvm_regs { rsi: 0x2000, ..regs }, kvm_regs { rsi: 0x1ffe, rflags: DF, ..regs }]
         {
             assert_eq!(span(&elements, &new_page, &FLAT, false), None);
         }

@@ -16,12 +16,12 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::Outcome;
 
 impl VcpuHandle {
-    /// Enter the guest to its next exit, and answer this exit so many times. Returns how long the
-    /// answers took. `machine` is the number of the vCPU's machine.
+    /// Enter the guest until its next exit, and answer this exit `count` times. Returns how long
+    /// the answers took. `machine` is the number of the vCPU's machine.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] while the guest runs, and if an answer ends the run; what KVM_RUN fails
-    /// with.
+    /// [`ErrorKind::State`] while the guest runs, and if an answer ends the run; the error of
+    /// KVM_RUN.
     pub(crate) fn time_answers(self: &Arc<Self>, machine: usize, count: u32) -> Result<Duration> {
         self.check_process()?;
         unblock_kicks()?;

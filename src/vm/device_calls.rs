@@ -1,6 +1,6 @@
-//! The machines whose devices a thread is calling to quiesce, save, restore or resume them. A
-//! device that then pauses, snapshots or resets its own machine would be called again, without end:
-//! such a call is refused. Any thread; each knows its own calls.
+//! The machines whose devices this thread is quiescing, saving, restoring or resuming. If such a
+//! device paused, snapshotted or reset its own machine, it would be called again without end, so
+//! these calls are refused. Any thread; the record is thread-local.
 
 use std::cell::RefCell;
 

@@ -169,7 +169,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     /// Undo [`Self::add_irqfd`].
     ///
     /// # Errors
-    /// As for it.
+    /// As for [`Self::add_irqfd`].
     pub fn remove_irqfd(&self, event: &EventFd, line: u32) -> Result<()> {
         self.check_irq_line(line)?;
         self.fd.unregister_irqfd(event, line).map_err(|e| Error::kvm("KVM_IRQFD", e))?;
@@ -189,7 +189,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     /// Undo [`Self::add_ioeventfd`].
     ///
     /// # Errors
-    /// As for it.
+    /// As for [`Self::add_ioeventfd`].
     pub fn remove_ioeventfd(&self, event: &EventFd, on: &IoEvent) -> Result<()> {
         self.ioeventfd(event, on, false)
     }

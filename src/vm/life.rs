@@ -50,7 +50,8 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         here.ok_or_else(|| Error::new(ErrorKind::State, "run_here", "the machine has no vCPU"))
     }
 
-    /// How long it takes to answer the next exit of the first vCPU so many times, for benchmarks.
+    /// Answer the next exit of the first vCPU `count` times, and return how long that took. For
+    /// benchmarks.
     ///
     /// # Errors
     /// As for [`VcpuHandle::time_answers`].

@@ -8,8 +8,9 @@ use crate::error::Result;
 use crate::kvm::{checked, create_vm, open_kvm};
 use crate::vcpu;
 
-/// Called for each machine without an interrupt controller. The second one of a process keeps a
-/// vCPU: most programs make one machine, or many. For a forked child, that of its parent does.
+/// Called for each machine without an interrupt controller. The second call of a process keeps a
+/// vCPU, because most programs create either one machine or many. A forked child benefits from the
+/// vCPU of its parent.
 pub(super) fn keep_one() {
     static MADE: AtomicU32 = AtomicU32::new(0);
     // Relaxed: a counter. It may wrap: one more vCPU does no harm.

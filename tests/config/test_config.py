@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -183,5 +185,35 @@ def test_any_text_is_a_config_or_a_config_error(text: str | bytes) -> None:
 def test_fields_are_keywords_except_what_a_part_is_about(struct: type[msgspec.Struct], positional: list[str]) -> None:
     parameters = inspect.signature(struct).parameters.values()
     assert [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY] == positional
-    with pytest.raises(TypeError, match="positional"):
+    with pytest.raises(TypeError, match=rf"^{struct.__name__} takes "):
         struct(*[b""] * (len(positional) + 1))
+
+
+@pytest.mark.parametrize(
+    ("struct", "arguments", "options", "message"),
+    [
+        (MemoryConfig, (1, 2), {}, "MemoryConfig takes its options by keyword, except size_mib, but got 2 without"),
+        (CpuConfig, (2,), {}, "CpuConfig takes its options by keyword, but got 1 without"),
+        (CpuConfig, (2,), {"vcpus": 2}, "CpuConfig takes its options by keyword, but got 1 without"),
+        (CpuConfig, (), {"vcpu": 2}, "CpuConfig does not take vcpu; did you mean vcpus?"),
+        (VmmConfig, (), {"vcpus": 2}, "VmmConfig does not take vcpus, which is an option of CpuConfig"),
+        (VmmConfig, (), {"nonsense": 2}, "VmmConfig does not take nonsense"),
+        (LinuxBoot, (), {}, "LinuxBoot needs kernel"),
+        (ElfBoot, (), {"stack_kib": 4}, "ElfBoot needs path"),
+        (FlatBoot, (), {"paht": "b"}, "FlatBoot does not take paht; did you mean path?"),
+        (EmbeddedBoot, (), {"path": "a"}, "EmbeddedBoot takes no options"),
+    ],
+)
+def test_a_refused_argument_is_explained_by_the_options(
+    struct: Any, arguments: tuple[Any, ...], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TypeError) as raised:
+        struct(*arguments, **options)
+    listed = f" (options: {', '.join(inspect.signature(struct).parameters)})"
+    assert str(raised.value) == message + (listed if struct is not EmbeddedBoot else "")
+
+
+@pytest.mark.parametrize("config", [VmmConfig(cpu=CpuConfig(vcpus=2)), LinuxBoot("a", cmdline="b"), MemoryConfig(3)])
+def test_configurations_are_copied_compared_and_pickled(config: msgspec.Struct) -> None:
+    assert config == copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == msgspec.structs.replace(config)
+    assert hash(config) == hash(copy.copy(config))

@@ -85,7 +85,7 @@ def test_a_device_stands_still_for_as_long_as_the_machine_is_paused() -> None:
 
 
 class Half:
-    """Counts its calls, and checks that it stands still where its state is kept or changed."""
+    """Counts its calls, and checks that it is quiesced whenever its state is saved or restored."""
 
     def __init__(self) -> None:
         self.lock, self.still = threading.Lock(), 0

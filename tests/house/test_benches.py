@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from benches import __main__ as benches
-from benches import machines, measure, watching
+from benches import machines, measure, stats
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,13 +54,20 @@ def test_what_cannot_be_measured_is_left_out(
     assert "x is left out: no QEMU" in capsys.readouterr().err
 
 
+def test_each_benchmark_is_listed_with_what_it_measures(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benches.main(["--list"]) == 0
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert [name for name, _ in lines] == list(benches.BENCHMARKS)
+    assert all(what.endswith(".") for _, what in lines)
+
+
 @pytest.mark.kvm
 def test_small_real_run_gives_figures() -> None:
     for result in [
         *machines.pio_exits(10, 1),
         *machines.lives(2, 1),
         *machines.runs_again(2, 1),
-        *watching.watched_exits(10, 1),
+        *stats.counted_exits(10, 1),
     ]:
         assert result.value > 0
         assert result.baseline > 0

@@ -116,7 +116,7 @@ def parent() -> Iterator[Parent]:
 
 
 def in_child(work: Callable[[], object]) -> str:
-    """Do it in a forked child that has to end; what it said."""
+    """Do the work in a forked child with a time limit, and return its output."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -236,7 +236,7 @@ def test_process_of_multiprocessing_and_a_function_before_exec_work_beside_threa
 
 
 class Forks:
-    """Forks in each kind of callback, and tells what the child's call came to."""
+    """Forks in each kind of callback, and records the result of the child's call."""
 
     def __init__(self) -> None:
         self.parent = os.getpid()

@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -81,6 +82,26 @@ def public(owner: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 def test_help_says_something_of_all_that_is_public() -> None:
     assert [name for name, value in public(_pyvmm, "") if not inspect.getdoc(value)] == []
+
+
+IN_PYTHON = ["config", "exits", "fuzz", "hostcalls", "kvm", "registers", "snapshots", "stats"]
+MODULES = [import_module(f"pyvmm.{name}") for name in IN_PYTHON]
+
+
+def test_every_public_class_in_python_documents_its_properties() -> None:
+    """In the property itself, or in the list of attributes of the class."""
+    classes = [c for m in MODULES for c in vars(m).values() if isinstance(c, type) and c.__module__ == m.__name__]
+    properties = [
+        (owner, name, value)
+        for owner in classes
+        for name, value in vars(owner).items()
+        if not owner.__name__.startswith("_") and not name.startswith("_") and inspect.isdatadescriptor(value)
+    ]
+    listed = {owner: re.findall(r"^ +(\w+): ", inspect.getdoc(owner) or "", re.MULTILINE) for owner in classes}
+    assert len(properties) > 20
+    assert [
+        (o.__name__, name) for o, name, value in properties if not inspect.getdoc(value) and name not in listed[o]
+    ] == []
 
 
 def docstrings(body: list[ast.stmt], owner: Any, path: str) -> Iterator[tuple[str, str, str]]:

@@ -152,7 +152,7 @@ def test_read_finds_the_device_that_its_hook_has_added(form: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_registers_that_the_hook_has_changed_are_those_of_the_second_time(form: str) -> None:
-    """It goes elsewhere, and what was at the first address, memory by then, is as it was."""
+    """The guest continues at the new RIP; the memory that was added at the old address is unchanged."""
     code, _ = FORMS[form]
     with Vmm(flat(TO_EBX + code, "long64", size_mib=4)) as vmm:
         vmm.memory.write(0x6000, exit_with(99))
@@ -173,7 +173,7 @@ def test_registers_that_the_hook_has_changed_are_those_of_the_second_time(form: 
         assert vmm.vcpus[0].regs.r12 == 0x1212
 
 
-# mov ebx, MMIO; then what takes what it reads to where general registers are not; lgdt, lidt,
+# mov ebx, MMIO; then an instruction that loads a register other than the general ones: lgdt, lidt,
 # movups xmm0
 @pytest.mark.parametrize("instruction", [b"\x0f\x01\x13", b"\x0f\x01\x1b", b"\x0f\x10\x03"])
 def test_other_registers_are_those_from_before(instruction: bytes) -> None:

@@ -1,9 +1,11 @@
-/* The guest side of pyvmm.fuzz, for freestanding C on x86-64. One file of the program includes it, and defines
+/* The guest side of pyvmm.fuzz, for freestanding C on x86-64. One file of the program includes it,
+ * and defines
  *
  *     int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
  *
- * The host boots the program up to the point where it is ready and takes a snapshot there. Then it calls the function
- * for each input. `pyvmm.fuzz.FLAGS` has the flags to compile it with. docs/fuzzing.md describes the rest. */
+ * The host boots the program up to the point where it is ready and takes a snapshot there. Then it
+ * calls the function for each input. `pyvmm.fuzz.FLAGS` has the flags to compile it with.
+ * docs/fuzzing.md describes the rest. */
 #ifndef PYVMM_FUZZ_H
 #define PYVMM_FUZZ_H
 
@@ -43,7 +45,7 @@ __attribute__((noinline)) int LLVMFuzzerTestOneInput(const uint8_t *data, size_t
 /* Called once before the program is ready, if there is one. */
 __attribute__((weak)) int LLVMFuzzerInitialize(int *argc, char ***argv);
 
-/* What the host and the program share. The host finds its address in RDI at the exit with PYVMM_FUZZ_READY. */
+/* What the host and the program share. RDI has its address at the exit with PYVMM_FUZZ_READY. */
 struct pyvmm_fuzz {
 	uint64_t version;
 	uint64_t input; /* the address of the input buffer */
@@ -149,7 +151,8 @@ PYVMM_FUZZ_UNCOVERED void __sanitizer_cov_trace_pc_guard(uint32_t *guard)
 	pyvmm_fuzz_map[*guard]++;
 }
 
-/* clang -fsanitize-coverage=inline-8bit-counters: the counters themselves are the map. They are all in one section. */
+/* clang -fsanitize-coverage=inline-8bit-counters: the counters are the map. They are all in one
+ * section. */
 PYVMM_FUZZ_UNCOVERED void __sanitizer_cov_8bit_counters_init(char *start, char *stop)
 {
 	pyvmm_fuzz.map = (uint64_t)start;
@@ -162,7 +165,8 @@ PYVMM_FUZZ_UNCOVERED void __sanitizer_cov_pcs_init(const uintptr_t *start, const
 	(void)stop;
 }
 
-/* What compilers call by themselves, and what most parsers need. A program's own definitions replace these. */
+/* Functions that compilers call implicitly, or that most parsers need. The program's own
+ * definitions replace these. */
 #define PYVMM_FUZZ_LIBC PYVMM_FUZZ_UNCOVERED __attribute__((weak))
 
 PYVMM_FUZZ_LIBC void *memcpy(void *restrict to, const void *restrict from, size_t count)
@@ -217,8 +221,8 @@ PYVMM_FUZZ_LIBC __attribute__((noreturn)) void abort(void)
 	__builtin_trap();
 }
 
-/* A heap that only grows: `free` does nothing, and all that an input has allocated goes when it ends. The size of a block
- * precedes it. */
+/* A heap that only grows: `free` does nothing, and everything that an input allocates is released
+ * when it ends. The size of a block precedes it. */
 PYVMM_FUZZ_LIBC void *malloc(size_t size)
 {
 	if (size > PYVMM_FUZZ_HEAP_SIZE - 32 || pyvmm_fuzz_heap_used > PYVMM_FUZZ_HEAP_SIZE - 32 - size)

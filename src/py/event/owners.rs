@@ -125,8 +125,8 @@ impl LoopOwners {
         self.0.lock().iter().any(|owner| owner.thread == thread)
     }
 
-    /// The awaiter for the results of callbacks on this thread: that of this thread's run,
-    /// otherwise that of any other run.
+    /// What awaits the results of callbacks on this thread: the awaiter of this thread's run, or
+    /// otherwise of any other run.
     pub(crate) fn awaiter(&self, py: Python<'_>) -> Option<Py<PyAny>> {
         let thread = std::thread::current().id();
         let owners = self.0.lock();

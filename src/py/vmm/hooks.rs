@@ -139,7 +139,8 @@ impl PyVmm {
         import(slf.py(), "pyvmm.hostcalls")?.call_method1("hostcall", (slf, number))
     }
 
-    /// Seconds to answer the next exit so many times, apart from KVM. The guest is entered once.
+    /// Answer the next exit `count` times and return the seconds that this took. The guest is
+    /// entered only once, so KVM's part is not included.
     fn _time_answers(&self, py: Python<'_>, count: u32) -> PyResult<f64> {
         let vm = self.changing()?.vm()?;
         let _kept = self.hooks.keep_vcpus(py);
