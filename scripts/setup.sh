@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Creates .venv with a release build of pyvmm in it. Installs what it can, and says so first;
-# anything else is reported with the command to type. Arguments: "run" installs only what pyvmm needs
-# to run, not its tests; "kvm" requires /dev/kvm. PYTHON names the interpreter.
+# anything else is reported with the command to type. Arguments: "run" installs only what pyvmm
+# needs to run, not its tests; "kvm" requires /dev/kvm. PYTHON names the interpreter.
 set -eu
 cd "$(dirname "$0")/.."
 rust=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)

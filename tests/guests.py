@@ -13,6 +13,7 @@ Mode = Literal["real16", "protected32", "long64", "user64"]
 
 HALT = b"\xf4"  # hlt
 SPIN = b"\xeb\xfe"  # jmp $
+WRITE_FOREVER = b"\xba\x80\x00\xee\xeb\xfd"  # mov dx, 0x80; out dx, al; jmp back
 
 
 def exit_with(code: int) -> bytes:

@@ -19,10 +19,10 @@ DEADLINE_S = 60
 
 
 class Callback:
-    """A subscriber that is called at once, and calls a function."""
+    """Calls a function for each event of its own eventfd. The first event is there at once, unless `initial` is 0."""
 
-    def __init__(self, call: Callable[[], object]) -> None:
-        self.fd = EventFd(1)
+    def __init__(self, call: Callable[[], object], initial: int = 1) -> None:
+        self.fd = EventFd(initial)
         self.call = call
 
     def init(self, ops: EventOps) -> None:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from guests import SPIN, flat
-from pyvmm import EventFd, EventManager, EventOps, Events, Vmm
+from pyvmm import EventManager, Vmm
+from subscribers import Callback
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -23,27 +24,12 @@ if TYPE_CHECKING:
 DEADLINE_S = 60
 
 
-class Calls:
-    """Calls a function for each event of its own eventfd."""
-
-    def __init__(self, function: Callable[[], object]) -> None:
-        self.fd = EventFd(1)
-        self.function = function
-
-    def init(self, ops: EventOps) -> None:
-        ops.add(Events(self.fd))
-
-    def process(self, events: Events, ops: EventOps) -> None:
-        self.fd.read()
-        self.function()
-
-
 @pytest.fixture
 def running() -> Iterator[EventManager]:
     """A manager whose loop runs in a thread."""
     manager = EventManager()
     started = threading.Event()
-    manager.add_subscriber(Calls(started.set))
+    manager.add_subscriber(Callback(started.set))
     thread = threading.Thread(target=manager.run_forever, name="loop")
     thread.start()
     assert started.wait(DEADLINE_S)
@@ -73,7 +59,7 @@ def test_exception_reaches_the_caller_and_the_loop_continues(running: EventManag
 def test_subscribers_are_added_and_removed_through_it(running: EventManager) -> None:
     called = threading.Event()
     endpoint = running.remote_endpoint()
-    subscriber = Calls(called.set)
+    subscriber = Callback(called.set)
     id = endpoint.call_blocking(lambda manager: manager.add_subscriber(subscriber))
     assert called.wait(DEADLINE_S)
     assert endpoint.call_blocking(lambda manager: manager.remove_subscriber(id)) is subscriber
@@ -124,7 +110,7 @@ def test_call_from_the_loops_own_thread_is_made_at_once() -> None:
     manager = EventManager()
     endpoint = manager.remote_endpoint()
     seen: list[Any] = []
-    manager.add_subscriber(Calls(lambda: seen.append(endpoint.call_blocking(lambda m: m))))
+    manager.add_subscriber(Callback(lambda: seen.append(endpoint.call_blocking(lambda m: m))))
     assert manager.run() == 1
     assert seen == [manager]
 
@@ -137,7 +123,7 @@ def test_call_times_out_when_no_thread_runs_the_loop() -> None:
 
 def test_stop_from_a_callback_ends_run_forever() -> None:
     manager = EventManager()
-    manager.add_subscriber(Calls(manager.stop))
+    manager.add_subscriber(Callback(manager.stop))
     manager.run_forever()
 
 
@@ -145,7 +131,7 @@ def test_stop_before_run_forever_ends_it_at_once_and_only_that_one() -> None:
     manager = EventManager()
     manager.stop()
     manager.run_forever()
-    manager.add_subscriber(Calls(manager.stop))
+    manager.add_subscriber(Callback(manager.stop))
     manager.run_forever()
 
 
@@ -157,7 +143,7 @@ def test_kick_is_no_event() -> None:
 
 def test_counters_tell_what_the_loop_did() -> None:
     manager = EventManager()
-    manager.add_subscriber(Calls(lambda: None))
+    manager.add_subscriber(Callback(lambda: None))
     assert (manager.turns, manager.dispatched) == (0, 0)
     manager.run()
     assert (manager.turns, manager.dispatched) == (1, 1)
@@ -191,7 +177,7 @@ def test_call_from_a_callback_of_a_shared_loop_is_made_at_once() -> None:
         for run in runs:
             run.start()
         for _ in range(20):
-            manager.add_subscriber(Calls(call))
+            manager.add_subscriber(Callback(call))
         runs[1].join(DEADLINE_S)
         other.stop()
         runs[0].join(DEADLINE_S)
@@ -208,7 +194,7 @@ def test_machines_that_share_a_loop_deliver_each_event_once() -> None:
         machines = [stack.enter_context(Vmm(flat(SPIN), event_manager=manager)) for _ in range(4)]
         errors: list[BaseException] = []
 
-        class Again(Calls):
+        class Again(Callback):
             def __init__(self) -> None:
                 super().__init__(self.again)
 

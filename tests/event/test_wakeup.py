@@ -16,28 +16,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 from guests import SPIN, flat
-from pyvmm import EventFd, EventManager, EventOps, Events, ExitReason, KvmVm, Vmm
+from pyvmm import EventManager, ExitReason, KvmVm, Vmm
+from subscribers import Callback
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 DEADLINE_S = 60
 SIGNAL = signal.SIGUSR1
-
-
-class Calls:
-    """Calls a function for each event of its own eventfd."""
-
-    def __init__(self, function: Callable[[], object], initial: int = 1) -> None:
-        self.fd = EventFd(initial)
-        self.function = function
-
-    def init(self, ops: EventOps) -> None:
-        ops.add(Events(self.fd))
-
-    def process(self, events: Events, ops: EventOps) -> None:
-        self.fd.read()
-        self.function()
 
 
 @contextlib.contextmanager
@@ -141,7 +127,7 @@ def test_programs_own_wakeup_fd_gets_its_bytes(wakeup: socket.socket) -> None:
 def test_callbacks_find_the_programs_own_wakeup_fd(wakeup: socket.socket) -> None:
     manager = EventManager()
     seen: list[int] = []
-    calls = Calls(lambda: seen.append(signal.set_wakeup_fd(-1)), 0)
+    calls = Callback(lambda: seen.append(signal.set_wakeup_fd(-1)), 0)
     manager.add_subscriber(calls)
     thread = when_blocked(calls.fd.write)
     assert manager.run() == 1
@@ -159,7 +145,7 @@ def test_exception_of_a_handler_ends_the_run(wakeup: socket.socket) -> None:
         with pytest.raises(LookupError, match="on purpose"):
             manager.run()
         thread.join()
-    manager.add_subscriber(Calls(lambda: None))
+    manager.add_subscriber(Callback(lambda: None))
     assert manager.run() == 1
 
 
@@ -202,7 +188,7 @@ def test_handler_that_runs_another_loop() -> None:
 
 def test_loop_in_a_callback_of_another_is_woken_too(wakeup: socket.socket) -> None:
     outer, inner = EventManager(), EventManager()
-    outer.add_subscriber(Calls(inner.run_forever))
+    outer.add_subscriber(Callback(inner.run_forever))
     with handled(inner.stop):
         thread = when_blocked(signal_this_thread)
         assert outer.run() == 1

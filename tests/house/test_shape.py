@@ -251,7 +251,7 @@ UNNAMED_IN_ROOM = {
     "cpu": {"CpuTemplate", "Feature", "Register"},
     "debug": {"decode"},
     "devices": {"Chunk", "input_file"},
-    "event": {"BoxedSubscriber"},
+    "event": {"BoxedSubscriber", "Calls"},
     "memory": {"MemoryRange", "Slot"},
     "snapshot": {"Header", "Record", "Records", "described"},
     "sync": {"MappedMutexGuard", "ReadGuard", "RwLockGuard", "WriteGuard"},

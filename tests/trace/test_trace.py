@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from guests import SPIN, count_vcpus, exit_with, flat, out, print_text, read_in
+from guests import SPIN, WRITE_FOREVER, count_vcpus, exit_with, flat, out, print_text, read_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyvmm import (
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 
 pytestmark = pytest.mark.kvm
-WRITE_FOR_EVER = b"\xba\x80\x00\xee\xeb\xfd"  # mov dx, 0x80; out dx, al; jmp back
 
 
 def test_a_guests_hops_are_there_in_order_and_nested(tmp_path: Path) -> None:
@@ -165,7 +164,7 @@ def test_an_exception_leaves_a_whole_file(tmp_path: Path) -> None:
 
 def test_a_part_of_a_run_is_traced(tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
-    with Vmm(flat(WRITE_FOR_EVER)) as vmm:
+    with Vmm(flat(WRITE_FOREVER)) as vmm:
         vmm.start()
         with vmm.trace(path):
             before = vmm.memory.size

@@ -8,7 +8,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from guests import SPIN, exit_with, flat, out
+from guests import SPIN, WRITE_FOREVER, exit_with, flat, out
 from pyvmm import (
     CpuConfig,
     EventManager,
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 
 pytestmark = pytest.mark.kvm
-WRITE_FOR_EVER = b"\xba\x80\x00\xee\xeb\xfd"  # mov dx, 0x80; out dx, al; jmp back
 
 
 def test_a_path_that_cannot_be_written_is_refused_before_the_run(tmp_path: Path) -> None:
@@ -208,7 +207,7 @@ def test_a_callback_may_begin_and_end_a_trace(tmp_path: Path) -> None:
 def test_traces_begin_and_end_while_others_stop_the_machine(close: Callable[[Vmm], None], tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
     for _ in range(20):
-        with Vmm(flat(WRITE_FOR_EVER)) as vmm:
+        with Vmm(flat(WRITE_FOREVER)) as vmm:
             vmm.start()
             thread = threading.Thread(target=close, args=(vmm,))
             with vmm.trace(path):

@@ -9,7 +9,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 import pytest
-from guests import HALT, SPIN, count_vcpus, exit_with, flat, out, print_text, read_in
+from guests import HALT, SPIN, WRITE_FOREVER, count_vcpus, exit_with, flat, out, print_text, read_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyvmm import CpuConfig, ExitCount, ExitKind, StateError, Stats, VcpuTime, Vmm
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 pytestmark = pytest.mark.kvm
-
-WRITE_FOR_EVER = b"\xba\x80\x00\xee\xeb\xfd"  # mov dx, 0x80; out dx, al; jmp back
 
 
 def counts(stats: Stats) -> dict[tuple[str, str | None, int | None], int]:
@@ -130,7 +128,7 @@ def test_places_are_bounded() -> None:
 
 
 def test_counting_begins_and_ends_while_the_guest_runs() -> None:
-    with Vmm(flat(WRITE_FOR_EVER)) as vmm:
+    with Vmm(flat(WRITE_FOREVER)) as vmm:
         vmm.start()
         assert not vmm.stats.enabled
         assert vmm.stats.exits == []
@@ -166,7 +164,7 @@ def test_a_callback_may_count() -> None:
 
 
 def test_counters_are_read_while_they_count() -> None:
-    with Vmm(flat(WRITE_FOR_EVER)) as vmm, vmm.stats as stats:
+    with Vmm(flat(WRITE_FOREVER)) as vmm, vmm.stats as stats:
         vmm.start()
         failures: list[str] = []
 
