@@ -39,7 +39,7 @@ def _attach(variable: str, size: int) -> memoryview:
     return memoryview((ctypes.c_ubyte * size).from_address(address)).cast("B")
 
 
-def _victim() -> subprocess.Popen[bytes]:
+def _killable_process() -> subprocess.Popen[bytes]:
     """A process for AFL++ to kill when an input takes too long. It ends with this one."""
     command = [sys.executable, "-ISc", "import sys; sys.stdin.read()"]
     return subprocess.Popen(command, stdin=subprocess.PIPE)  # noqa: S603, no input of anybody
@@ -57,7 +57,7 @@ def serve(target: Target) -> None:
     size = max(64, len(target.coverage) + 63 & ~63)
     counters, test_case = _attach("__AFL_SHM_ID", size), _attach("__AFL_SHM_FUZZ_ID", _TEST_CASE)
     os.write(_STATUS, _WORD.pack(_ENABLED | _SHARED_TEST_CASE | _MAP_SIZE | size - 1 << 1))
-    victim = _victim()
+    victim = _killable_process()
     try:
         os.read(_CONTROL, _WORD.size)  # the options that it accepts
         while os.read(_CONTROL, _WORD.size):
@@ -72,7 +72,7 @@ def serve(target: Target) -> None:
             elif result.value is None:
                 status = SIGKILL
                 if victim.poll() is not None:
-                    victim = _victim()
+                    victim = _killable_process()
             os.write(_STATUS, _WORD.pack(status))
     finally:
         victim.kill()

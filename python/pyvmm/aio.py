@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 GRACE_S = 1.0
 
 
-class Reads:
+class AsyncReader:
     """The async iterator of an `EventFd` or `TimerFd`: yields each count until the source is closed."""
 
     def __init__(self, source: EventFd | TimerFd) -> None:
         self._source = source
 
-    def __aiter__(self) -> Reads:
+    def __aiter__(self) -> AsyncReader:
         return self
 
     async def __anext__(self) -> int:
@@ -45,12 +45,12 @@ class Reads:
                 try:
                     return self._source._take()
                 except BlockingIOError:
-                    await Wait().until_ready(self._source)
+                    await ReadinessWait().until_ready(self._source)
         except ClosedError:
             raise StopAsyncIteration from None
 
 
-class Wait:
+class ReadinessWait:
     """One wait of a task for a source. It removes its registration when it ends."""
 
     def __init__(self) -> None:
@@ -282,7 +282,7 @@ async def run_manager(manager: EventManager) -> None:
     await tasks.end()
 
 
-class Background:
+class ThreadCall:
     """A call in its own thread. An asyncio executor has few threads, which are meant for short calls."""
 
     def __init__(self, call: Callable[[], Any], name: str) -> None:
@@ -297,7 +297,7 @@ class Background:
         # threads have ended.
         threading.Thread(target=contextvars.copy_context().run, args=arguments, name=name, daemon=True).start()
 
-    def give(self, value: Any, error: BaseException | None) -> bool:
+    def deliver(self, value: Any, error: BaseException | None) -> bool:
         """Store the result of the call; called from its thread. False if the asyncio loop is closed."""
         self._value, self._error = value, error
         try:
@@ -317,8 +317,8 @@ class Background:
         return self._value
 
 
-def run_for(background: weakref.ref[Background], call: Callable[[], Any]) -> None:
-    """Run a call for a `Background`, in its thread."""
+def run_for(background: weakref.ref[ThreadCall], call: Callable[[], Any]) -> None:
+    """Run a call for a `ThreadCall`, in its thread."""
     value, error = None, None
     try:
         value = call()
@@ -326,7 +326,7 @@ def run_for(background: weakref.ref[Background], call: Callable[[], Any]) -> Non
         error = raised
     waiting = background()
     # If no task waits any more, the exception ends the thread, and Python reports it.
-    if not (waiting and waiting.give(value, error)) and error is not None:
+    if not (waiting and waiting.deliver(value, error)) and error is not None:
         raise error
 
 
@@ -334,7 +334,7 @@ async def run_vmm(vmm: Vmm, timeout: float | None) -> Exit:
     """See `Vmm.run_async`."""
     cancel = vmm._new_cancel()
     tasks = Tasks(vmm.event_manager, cancel.set)
-    run = Background(lambda: vmm._run_cancellable(timeout, cancel, tasks.take), "pyvmm run_async")
+    run = ThreadCall(lambda: vmm._run_cancellable(timeout, cancel, tasks.take), "pyvmm run_async")
     cancelled: BaseException | None = None
     while not run.ended.done():
         try:
@@ -356,13 +356,13 @@ async def run_vmm(vmm: Vmm, timeout: float | None) -> Exit:
     return exit
 
 
-async def give(vmm: Vmm) -> Vmm:
+async def entered(vmm: Vmm) -> Vmm:
     """Return the machine, as the value of `async with`."""
     return vmm
 
 
 async def close_vmm(vmm: Vmm) -> None:
     """Close without blocking the asyncio loop: releasing an interrupt controller takes milliseconds."""
-    closing = Background(vmm.close, "pyvmm close")
+    closing = ThreadCall(vmm.close, "pyvmm close")
     await closing.ended
     closing.result()

@@ -17,7 +17,7 @@ import pyvmm
 from pyvmm import keyvalue
 from pyvmm.config import LinuxBoot, MemoryConfig, SerialConfig, VmmConfig
 from pyvmm.exceptions import ConfigError, VmmError
-from pyvmm.runner import STDERR, Status, Watch, run_machine, run_with
+from pyvmm.runner import STDERR, Instrumentation, Status, run_machine, run_with
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -144,7 +144,7 @@ def run(
     The guest's serial port is connected to the terminal. Ctrl-A x ends the machine.
     """
     base = VmmConfig.from_file(config_file) if config_file else VmmConfig()
-    watch = Watch(stats or live_stats, live_stats, trace_file)
+    watch = Instrumentation(stats or live_stats, live_stats, trace_file)
     return run_machine(with_options(base, **options), timeout, as_json, watch)
 
 
@@ -163,7 +163,7 @@ def snapshot(config_file: str | None, **options: Any) -> int:
     """
     from pyvmm import snapshot_tool
 
-    how = snapshot_tool.Taking(**{name: options.pop(name) for name in snapshot_tool.Taking._fields})
+    how = snapshot_tool.TakeOptions(**{name: options.pop(name) for name in snapshot_tool.TakeOptions._fields})
     base = VmmConfig.from_file(config_file) if config_file else VmmConfig()
     return snapshot_tool.take(with_options(base, **options), how)
 
@@ -179,7 +179,7 @@ def snapshot(config_file: str | None, **options: Any) -> int:
 def restore(file: str, base: str | None, force: bool, timeout: float | None, as_json: bool) -> int:
     """Continue the machine in a snapshot FILE, like `run`."""
     loaded = pyvmm.Snapshot.load(file, base, force=force)
-    return run_with(SerialConfig(), lambda serial: loaded.fork(serial=serial), timeout, as_json, Watch())
+    return run_with(SerialConfig(), lambda serial: loaded.fork(serial=serial), timeout, as_json, Instrumentation())
 
 
 @cli.command(epilog="\b\nTo start it: pyvmm run --config $(pyvmm kernel)/machine.toml")

@@ -50,7 +50,7 @@ _COUNT, _CURRENT, _START, _LENGTHS = 48, 52, 56, 64
 _SINGLE = struct.Struct("<IIQI")
 _BATCH = struct.Struct("<IIQ")
 # A guest that waits without using the processor's time is given this many times the timeout.
-_PATIENCE = 20
+_MAX_WAIT_FACTOR = 20
 
 
 class Result(NamedTuple):
@@ -235,11 +235,11 @@ class Target:
 
     def _allow_for_host(self, began: float) -> Exit:
         """Continue a guest that has had less than its time, because the host was busy."""
-        patience = time.monotonic() + (_PATIENCE - 1) * self.timeout
+        give_up_at = time.monotonic() + (_MAX_WAIT_FACTOR - 1) * self.timeout
         while True:
             left = self.timeout - (time.thread_time() - began)
             exit = self.vmm.run_here(max(left, 0))
-            if exit.reason is not ExitReason.TIMEOUT or left <= 0 or time.monotonic() >= patience:
+            if exit.reason is not ExitReason.TIMEOUT or left <= 0 or time.monotonic() >= give_up_at:
                 return exit
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from pyvmm import terminal
 from pyvmm._pyvmm import Vmm
 from pyvmm.exceptions import StreamError, VmmError
 from pyvmm.exits import Exit, ExitReason
-from pyvmm.signals import Ending
+from pyvmm.signals import EndingSignals
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,7 +46,7 @@ class Status(IntEnum):
 NO_CURSOR = ("dumb", "unknown")
 
 
-class Watch(NamedTuple):
+class Instrumentation(NamedTuple):
     """How a run is observed: by counters, shown at the end or live, and by a trace file."""
 
     stats: bool = False
@@ -59,7 +59,7 @@ class Watch(NamedTuple):
         return self.live and os.isatty(STDERR) and os.environ.get("TERM", "").lower() not in NO_CURSOR
 
 
-def run_machine(config: VmmConfig, timeout: float | None, as_json: bool, watch: Watch) -> int:
+def run_machine(config: VmmConfig, timeout: float | None, as_json: bool, watch: Instrumentation) -> int:
     """Run to the end and return the exit status."""
 
     def build(serial: SerialConfig) -> Vmm:
@@ -69,7 +69,11 @@ def run_machine(config: VmmConfig, timeout: float | None, as_json: bool, watch: 
 
 
 def run_with(
-    serial: SerialConfig, build: Callable[[SerialConfig], Vmm], timeout: float | None, as_json: bool, watch: Watch
+    serial: SerialConfig,
+    build: Callable[[SerialConfig], Vmm],
+    timeout: float | None,
+    as_json: bool,
+    watch: Instrumentation,
 ) -> int:
     """Run the machine that `build` creates, with its console on the terminal. Return the exit status."""
     start = time.monotonic()
@@ -97,7 +101,11 @@ class _TraceError(Exception):
 
 
 def _run(
-    serial: SerialConfig, build: Callable[[SerialConfig], Vmm], timeout: float | None, as_json: bool, watch: Watch
+    serial: SerialConfig,
+    build: Callable[[SerialConfig], Vmm],
+    timeout: float | None,
+    as_json: bool,
+    watch: Instrumentation,
 ) -> int:
     typing = os.isatty(STDIN) and serial.input is None
     with ExitStack() as stack:
@@ -106,7 +114,7 @@ def _run(
         vmm = stack.enter_context(build(console))
         if watch.stats and not as_json and not watch.is_live:
             stack.callback(_print_stats, vmm)  # after the terminal is restored, however the run ends
-        ending = stack.enter_context(Ending(vmm.stop))
+        ending = stack.enter_context(EndingSignals(vmm.stop))
         keyboard = terminal.Keyboard(STDIN, pipe, vmm.stop) if typing else None
         if keyboard:
             print(f"pyvmm: {terminal.HELP}", file=sys.stderr, flush=True)
@@ -129,7 +137,7 @@ def _run(
     return Status.INTERRUPTED if keyboard and keyboard.keys.quit else exit_status(exit)
 
 
-def _watched(vmm: Vmm, watch: Watch, timeout: float | None) -> tuple[Exit, StreamError | None]:
+def _watched(vmm: Vmm, watch: Instrumentation, timeout: float | None) -> tuple[Exit, StreamError | None]:
     """Run with counters and trace. Also return the error of the trace file, which does not end the run."""
     exit: Exit | None = None
     try:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class Ending:
+class EndingSignals:
     """While entered, the first signal calls a function, and a second SIGINT raises KeyboardInterrupt.
 
     Signals that the process ignores, as under nohup, stay ignored.
@@ -23,7 +23,7 @@ class Ending:
         self._stop = stop
         self._before: dict[int, object] = {}
 
-    def __enter__(self) -> Ending:
+    def __enter__(self) -> EndingSignals:
         for number in ENDING:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._end)

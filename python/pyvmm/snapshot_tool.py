@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SHOWN_FROM = 64 << 20
 
 
-class Taking(NamedTuple):
+class TakeOptions(NamedTuple):
     """When a snapshot is taken, and where it is written."""
 
     output: str
@@ -30,7 +30,7 @@ class Taking(NamedTuple):
     timeout: float | None
 
 
-def take(config: VmmConfig, how: Taking) -> int:
+def take(config: VmmConfig, how: TakeOptions) -> int:
     """Run until the condition is met, and write the file. Return the exit status."""
     text = None if how.text is None else os.fsencode(how.text)
     if text == b"":

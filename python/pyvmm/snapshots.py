@@ -136,7 +136,7 @@ class ForkExecutor(Executor):
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._is_shut = False
-        self._watch = _Watch(timeout)
+        self._time_limit = _TimeLimit(timeout)
         self._threads = [
             threading.Thread(target=self._work, args=(number,), name=f"worker_{number}", daemon=True)
             for number in range(count)
@@ -165,7 +165,7 @@ class ForkExecutor(Executor):
         if wait:
             for thread in self._threads:
                 thread.join()
-            self._watch.stop()
+            self._time_limit.stop()
 
     def kill(self) -> None:
         """Cancel jobs that have not started, and close the machines of running jobs."""
@@ -175,7 +175,7 @@ class ForkExecutor(Executor):
         if is_first:
             for _ in self._threads:
                 self._jobs.put(None)
-        self._watch.close_all()
+        self._time_limit.close_all()
 
     def _cancel(self) -> None:
         ends = 0
@@ -192,7 +192,7 @@ class ForkExecutor(Executor):
             self._jobs.put(None)
 
     def _work(self, number: int) -> None:
-        worker = _Worker(self._snapshot, self._arguments, number, self._watch.close_soon)
+        worker = _Worker(self._snapshot, self._arguments, number, self._time_limit.close_soon)
         while (job := self._jobs.get()) is not None:
             if job.future.set_running_or_notify_cancel():
                 self._do(job, worker)
@@ -208,28 +208,28 @@ class ForkExecutor(Executor):
         except BaseException as error:  # an error of the fork is the result of the job
             job.future.set_exception(error)
             return
-        watched = self._watch.begin(fork)
+        timed = self._time_limit.begin(fork)
         try:
             # Only the job holds this object. If a reference is left after the job, the fork cannot
             # be reused.
             result = job.function(fork._lend(), *job.arguments, **job.keywords)
         except BaseException as error:
-            self._put_away(worker, watched)
-            job.future.set_exception(_late(self._watch.timeout) if watched.is_late else error)
+            self._put_away(worker, timed)
+            job.future.set_exception(_late(self._time_limit.timeout) if timed.is_late else error)
             return
-        self._put_away(worker, watched)
-        if watched.is_late:
-            job.future.set_exception(_late(self._watch.timeout))
+        self._put_away(worker, timed)
+        if timed.is_late:
+            job.future.set_exception(_late(self._time_limit.timeout))
         else:
             job.future.set_result(result)
 
-    def _put_away(self, worker: _Worker, watched: _Watched) -> None:
-        if self._watch.end(watched):
+    def _put_away(self, worker: _Worker, timed: _TimedUse) -> None:
+        if self._time_limit.end(timed):
             worker.take()  # another thread is closing it
-        elif watched.vmm._is_running():
+        elif timed.vmm._is_running():
             # Close it in another thread: the result is not needed, and a callback that does not
             # return must not delay other jobs.
-            self._watch.close_soon(worker.take())
+            self._time_limit.close_soon(worker.take())
 
 
 class _Worker:
@@ -298,7 +298,7 @@ def _late(timeout: float | None) -> TimeoutError:
     return TimeoutError(f"the job took longer than {timeout} seconds, or the pool was killed")
 
 
-class _Watched:
+class _TimedUse:
     """A machine in use, and its deadline."""
 
     def __init__(self, vmm: Vmm, deadline: float | None) -> None:
@@ -307,7 +307,7 @@ class _Watched:
         self.is_late = False
 
 
-class _Watch:
+class _TimeLimit:
     """A thread that closes the machines of jobs which exceed their time limit.
 
     Each machine is closed in its own thread, which waits for running callbacks.
@@ -316,42 +316,42 @@ class _Watch:
     def __init__(self, timeout: float | None) -> None:
         self.timeout = timeout
         self._changed = threading.Condition(threading.RLock())
-        self._watched: dict[int, _Watched] = {}
+        self._uses: dict[int, _TimedUse] = {}
         self._is_over = False
         self._is_killed = False
         self._is_idle = False  # whether there is no deadline to wait for
         self._closing: list[threading.Thread] = []
         self._thread: threading.Thread | None = None
         if timeout is not None:
-            self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
+            self._thread = threading.Thread(target=self._run, name="time-limit", daemon=True)
             self._thread.start()
 
-    def begin(self, vmm: Vmm) -> _Watched:
+    def begin(self, vmm: Vmm) -> _TimedUse:
         deadline = None if self.timeout is None else time.monotonic() + self.timeout
-        watched = _Watched(vmm, deadline)
+        timed = _TimedUse(vmm, deadline)
         with self._changed:
             if self._is_killed:
-                watched.is_late = True
+                timed.is_late = True
                 self.close_soon(vmm)
-            self._watched[id(watched)] = watched
+            self._uses[id(timed)] = timed
             if deadline is not None and self._is_idle:
                 self._changed.notify()  # otherwise the thread already waits for an earlier one
-        return watched
+        return timed
 
-    def end(self, watched: _Watched) -> bool:
+    def end(self, timed: _TimedUse) -> bool:
         """Stop watching a machine. Return whether it exceeded its time limit."""
         with self._changed:
-            self._watched.pop(id(watched), None)
-            return watched.is_late
+            self._uses.pop(id(timed), None)
+            return timed.is_late
 
     def close_all(self) -> None:
         with self._changed:
             self._is_killed = True
-            late = list(self._watched.values())
-            for watched in late:
-                watched.is_late = True
-        for watched in late:
-            self.close_soon(watched.vmm)
+            late = list(self._uses.values())
+            for timed in late:
+                timed.is_late = True
+        for timed in late:
+            self.close_soon(timed.vmm)
 
     def close_soon(self, vmm: Vmm | None) -> None:
         """Close a machine in another thread."""
@@ -374,21 +374,21 @@ class _Watch:
         for thread in closing:
             thread.join()
 
-    def _look(self) -> None:
+    def _run(self) -> None:
         while True:
             with self._changed:
                 if self._is_over:
                     return
                 now = time.monotonic()
-                deadlines = [(w.deadline, w) for w in self._watched.values() if w.deadline is not None]
+                deadlines = [(w.deadline, w) for w in self._uses.values() if w.deadline is not None]
                 late = [w for deadline, w in deadlines if deadline <= now and not w.is_late]
-                for watched in late:
-                    watched.is_late = True
+                for timed in late:
+                    timed.is_late = True
                 if not late:
                     left = [deadline - now for deadline, w in deadlines if not w.is_late]
                     self._is_idle = not left
                     self._changed.wait(min(*left, threading.TIMEOUT_MAX) if left else None)
                     self._is_idle = False
                     continue
-            for watched in late:
-                self.close_soon(watched.vmm)
+            for timed in late:
+                self.close_soon(timed.vmm)

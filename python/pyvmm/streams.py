@@ -28,7 +28,7 @@ WRITE_SIZE = 1 << 16
 # The delay before another attempt, if a stream had no input or no room.
 RETRY_S = 0.01
 # How long a write may return 0 before it is an error.
-PATIENCE_S = 1.0
+STUCK_TIMEOUT_S = 1.0
 MAX_DESCRIPTOR = 2**31 - 1
 
 
@@ -84,12 +84,12 @@ class Writer:
             if output := self._serial.take_output():
                 self._write(output)
             return
-        piece = self._serial._take(WRITE_SIZE)
+        chunk = self._serial._take(WRITE_SIZE)
         try:
-            self._write(piece)
+            self._write(chunk)
         finally:
-            is_done = self._write.taken == len(piece) and not self._write.must_flush
-            self._serial._finish_write(self._write.taken, None if is_done else RETRY_S)
+            is_done = self._write.accepted == len(chunk) and not self._write.must_flush
+            self._serial._finish_write(self._write.accepted, None if is_done else RETRY_S)
 
 
 class FileWriter:
@@ -100,21 +100,21 @@ class FileWriter:
         # For a raw file, None means "nothing for now"; other objects return it by default.
         self._is_raw = isinstance(file, io.RawIOBase)
         self._stuck_since: float | None = None
-        self.taken = 0
+        self.accepted = 0
         self.must_flush = False
 
-    def __call__(self, piece: bytes) -> None:
-        """Write as much as the file accepts without waiting, and set `taken` to the number of bytes."""
-        self.taken = 0
+    def __call__(self, chunk: bytes) -> None:
+        """Write as much as the file accepts without waiting, and set `accepted` to the number of bytes."""
+        self.accepted = 0
         try:
-            while self.taken < len(piece):
-                count = self._count(self.file.write(piece[self.taken :]), len(piece) - self.taken)
+            while self.accepted < len(chunk):
+                count = self._count(self.file.write(chunk[self.accepted :]), len(chunk) - self.accepted)
                 if count is None:
                     return
-                self.taken += count
+                self.accepted += count
                 self.must_flush = True
                 if count == 0:
-                    self._be_patient()
+                    self._check_stuck()
                     return
                 self._stuck_since = None
             flush = getattr(self.file, "flush", None)
@@ -124,8 +124,8 @@ class FileWriter:
         except BlockingIOError as error:
             # After a write, characters_written is the accepted count. After a flush, everything is
             # in the file object's own buffer.
-            if self.taken < len(piece):
-                self.taken += min(max(getattr(error, "characters_written", 0), 0), len(piece) - self.taken)
+            if self.accepted < len(chunk):
+                self.accepted += min(max(getattr(error, "characters_written", 0), 0), len(chunk) - self.accepted)
             self.must_flush = True
 
     def _count(self, written: object, most: int) -> int | None:
@@ -136,11 +136,11 @@ class FileWriter:
             raise StreamError(f"serial.output: write() of {most} bytes returned {written!r}", at="serial.output")
         return written
 
-    def _be_patient(self) -> None:
+    def _check_stuck(self) -> None:
         now = time.monotonic()
         if self._stuck_since is None:
             self._stuck_since = now
-        elif now - self._stuck_since >= PATIENCE_S:
+        elif now - self._stuck_since >= STUCK_TIMEOUT_S:
             self._stuck_since = None
             raise StreamError("serial.output: write() returned 0 repeatedly", at="serial.output")
 
@@ -167,13 +167,13 @@ class Reader:
         else:
             self._wanted.read()
         try:
-            piece = self._source.read(READ_SIZE) if self._is_file else self._source()
+            chunk = self._source.read(READ_SIZE) if self._is_file else self._source()
         except BlockingIOError:
-            piece = None
-        if piece is None and self._is_file:
+            chunk = None
+        if chunk is None and self._is_file:
             self._try_again(ops)
-        elif piece:
-            self._serial.send(piece)
+        elif chunk:
+            self._serial.send(chunk)
         else:
             ops.remove(self._wanted)
             self._serial.send(self._eof)

@@ -56,7 +56,7 @@ struct State {
     /// The seconds by which the guest's time is ahead of the host's.
     ahead: i64,
     /// The second at which status C was last read, which clears it.
-    told: u64,
+    status_read_s: u64,
 }
 
 impl Default for Rtc {
@@ -67,7 +67,7 @@ impl Default for Rtc {
 
 impl Rtc {
     fn with_clock(now: fn() -> Duration) -> Self {
-        let mut state = State { index: 0, ram: [0; 128], ahead: 0, told: now().as_secs() };
+        let mut state = State { index: 0, ram: [0; 128], ahead: 0, status_read_s: now().as_secs() };
         state.set_cell(STATUS_A, OSCILLATOR);
         state.set_cell(STATUS_B, HOURS_24);
         Self { state: Mutex::new(state), now }
@@ -84,7 +84,7 @@ impl Rtc {
                 state.cell(STATUS_A) & !UPDATING | if is_updating { UPDATING } else { 0 }
             }
             STATUS_C => {
-                let before = std::mem::replace(&mut state.told, now.as_secs());
+                let before = std::mem::replace(&mut state.status_read_s, now.as_secs());
                 let flags = if before == now.as_secs() || mode & SET != 0 { 0 } else { UPDATED };
                 flags | if flags & mode & UPDATE_INTERRUPT == 0 { 0 } else { INTERRUPT }
             }
@@ -158,11 +158,11 @@ impl Device for Rtc {
 }
 
 impl State {
-    fn from_bytes(bytes: &[u8], told: u64) -> Option<Self> {
+    fn from_bytes(bytes: &[u8], status_read_s: u64) -> Option<Self> {
         let (index, rest) = bytes.split_first()?;
         let (ram, ahead) = rest.split_first_chunk()?;
         let ahead = i64::from_le_bytes(ahead.try_into().ok()?);
-        Some(Self { index: *index, ram: *ram, ahead, told })
+        Some(Self { index: *index, ram: *ram, ahead, status_read_s })
     }
 
     fn cell(&self, index: u8) -> u8 {

@@ -88,7 +88,7 @@ impl GuestMemory {
     pub fn add(&self, address: u64, mapping: MmapRegion, backing: Backing) -> Result<Slot> {
         let is_own = !backing.shared && mapping.flags() & libc::MAP_SHARED != 0;
         let mapping = if is_own { Mapping::of_own(mapping) } else { Mapping::new(mapping) };
-        let ram = mapping.own_file().map(|file| Ram::own(Arc::clone(&mapping), file));
+        let ram = mapping.own_file().map(|file| Ram::new(Arc::clone(&mapping), file));
         self.0.add(address, mapping, backing, ram)
     }
 
@@ -99,7 +99,7 @@ impl GuestMemory {
     pub(crate) fn add_image(&self, address: u64, image: &Image, read_only: bool) -> Result<Slot> {
         hop!();
         let mapping = Mapping::new(image.map()?);
-        let ram = Ram::over(Arc::clone(&mapping), image.clone());
+        let ram = Ram::from_image(Arc::clone(&mapping), image.clone());
         self.0.add(address, mapping, Backing { read_only, shared: false }, Some(ram))
     }
 

@@ -48,12 +48,12 @@ enum Contents {
 
 impl Ram {
     /// RAM that is a shared mapping of this memfd.
-    pub(crate) fn own(mapping: Arc<Mapping>, file: Arc<File>) -> Self {
+    pub(crate) fn new(mapping: Arc<Mapping>, file: Arc<File>) -> Self {
         Self { mapping, contents: Contents::Own(file), idle_resets: 0 }
     }
 
     /// RAM that is a private mapping of an image.
-    pub(crate) fn over(mapping: Arc<Mapping>, image: Image) -> Self {
+    pub(crate) fn from_image(mapping: Arc<Mapping>, image: Image) -> Self {
         Self {
             mapping,
             contents: Contents::Copy { mapped: image.clone(), last: image },
@@ -198,7 +198,7 @@ mod tests {
     fn ram() -> (Ram, Arc<Mapping>) {
         let mapping = Mapping::of_own(anonymous(PAGES * PAGE).unwrap());
         let file = mapping.own_file().unwrap();
-        (Ram::own(Arc::clone(&mapping), file), mapping)
+        (Ram::new(Arc::clone(&mapping), file), mapping)
     }
 
     fn set(mapping: &Mapping, page: u64, value: u8) {
@@ -260,7 +260,7 @@ mod tests {
                     Step::Fork(which) => if let Some((image, held)) = images.get(which) {
                         let mapping = Mapping::new(image.map().unwrap());
                         prop_assert_eq!(&all(mapping.region()), held);
-                        machines.push((Ram::over(Arc::clone(&mapping), image.clone()), mapping));
+                        machines.push((Ram::from_image(Arc::clone(&mapping), image.clone()), mapping));
                     },
                 }
             }

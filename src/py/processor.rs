@@ -26,7 +26,7 @@ impl Processor {
     /// Access the vCPU, with changes that a reset undoes. If another thread uses it for long, as a
     /// snapshot does, this waits without the GIL, and a signal handler that raises ends the wait.
     #[inline]
-    pub(super) fn look<T: Send>(
+    pub(super) fn with_vcpu<T: Send>(
         &self,
         py: Python<'_>,
         look: impl FnOnce(&mut Vcpu) -> Result<T> + Send,
@@ -40,12 +40,12 @@ impl Processor {
         };
         match tried {
             Ok(Ok(result)) => Ok(result?),
-            Ok(tried) => self.look_patiently(py, tried),
-            Err(try_now) => self.look_patiently(py, try_now(&*self.upgrade()?)),
+            Ok(tried) => self.with_vcpu_waiting(py, tried),
+            Err(try_now) => self.with_vcpu_waiting(py, try_now(&*self.upgrade()?)),
         }
     }
 
-    fn look_patiently<T: Send, F>(
+    fn with_vcpu_waiting<T: Send, F>(
         &self,
         py: Python<'_>,
         mut tried: std::result::Result<Result<T>, F>,
@@ -71,7 +71,7 @@ impl Processor {
         change: impl FnOnce(&mut Vcpu) -> Result<T> + Send,
     ) -> PyResult<T> {
         self.tracker.change();
-        self.look(py, change)
+        self.with_vcpu(py, change)
     }
 
     /// The vCPU, to run it directly.

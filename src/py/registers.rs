@@ -28,7 +28,8 @@ impl PyRegisterBytes {
     /// Raises:
     ///     StateError: the guest is running, or the machine is closed.
     pub(super) fn load(&self, py: Python<'_>, offset: usize, size: usize) -> PyResult<u64> {
-        let number = self.processor.look(py, |vcpu| vcpu.load_number(self.class, offset, size))?;
+        let number =
+            self.processor.with_vcpu(py, |vcpu| vcpu.load_number(self.class, offset, size))?;
         number.ok_or_else(outside)
     }
 
@@ -61,14 +62,14 @@ impl PyRegisterBytes {
     /// Raises:
     ///     StateError: the guest is running, or the machine is closed.
     fn read<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
-        let bytes = self.processor.look(py, |vcpu| vcpu.load(self.class, <[u8]>::to_vec))?;
+        let bytes = self.processor.with_vcpu(py, |vcpu| vcpu.load(self.class, <[u8]>::to_vec))?;
         Ok(PyBytes::new(py, &bytes))
     }
 
     /// Write bytes at an offset. Raises the same exceptions as `store`.
     fn replace(&self, py: Python<'_>, offset: usize, bytes: &[u8]) -> PyResult<()> {
         let mut is_inside = false;
-        self.processor.look(py, |vcpu| {
+        self.processor.with_vcpu(py, |vcpu| {
             vcpu.store(self.class, |all| {
                 let end = offset.saturating_add(bytes.len());
                 if let Some(to) = all.get_mut(offset..end) {
@@ -172,7 +173,7 @@ impl PyMsrBytes {
     ///     KvmError: KVM does not know the register.
     ///     StateError: the guest is running, or the machine is closed.
     fn load(&self, py: Python<'_>, index: u32) -> PyResult<u64> {
-        self.processor.look(py, |vcpu| vcpu.msr(index))
+        self.processor.with_vcpu(py, |vcpu| vcpu.msr(index))
     }
 
     /// Set the register. Raises the same exceptions as `load`.

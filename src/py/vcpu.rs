@@ -40,7 +40,7 @@ impl PyVcpu {
         py: Python<'_>,
         look: impl FnOnce(&mut Vcpu) -> Result<T> + Send,
     ) -> PyResult<T> {
-        self.processor.look(py, look)
+        self.processor.with_vcpu(py, look)
     }
 
     /// The object for a vCPU of a machine's object.
@@ -166,7 +166,7 @@ impl PyVcpu {
     /// run.
     #[getter]
     fn cpuid<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
-        cpuid_entries(py, &self.processor.look(py, |vcpu| vcpu.cpuid())?)
+        cpuid_entries(py, &self.processor.with_vcpu(py, |vcpu| vcpu.cpuid())?)
     }
 
     #[setter]
@@ -216,7 +216,7 @@ impl PyVcpu {
     ///     OverflowError: the number has more bits, or is negative.
     fn answer(&self, data: &Bound<'_, PyAny>) -> PyResult<()> {
         let py = data.py();
-        let Some(wanted) = self.processor.look(py, |vcpu| Ok(vcpu.wanted()))? else {
+        let Some(wanted) = self.processor.with_vcpu(py, |vcpu| Ok(vcpu.wanted()))? else {
             return self.processor.change(py, |vcpu| vcpu.answer(&[]));
         };
         let bytes: Vec<u8> = match data.cast::<PyInt>() {
@@ -237,7 +237,7 @@ impl PyVcpu {
     /// Raises:
     ///     StateError: the guest is running, or the machine is closed.
     fn translate(&self, py: Python<'_>, address: u64) -> PyResult<Option<u64>> {
-        self.processor.look(py, |vcpu| {
+        self.processor.with_vcpu(py, |vcpu| {
             let paging = vcpu.paging()?;
             Ok(vcpu.translate(&paging, address))
         })

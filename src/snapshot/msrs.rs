@@ -38,7 +38,7 @@ pub(super) fn unlisted() -> impl Iterator<Item = u32> {
 
 /// Index and value of each model-specific register that KVM provides.
 pub(super) fn capture(vcpu: &Vcpu) -> Result<Vec<u8>> {
-    let mut list = LIST.get_or_try_init(|| learn(vcpu))?.clone();
+    let mut list = LIST.get_or_try_init(|| read_list(vcpu))?.clone();
     let values = values(vcpu, &mut list)?;
     let mut found = Vec::with_capacity(12 * values.len());
     for entry in &values {
@@ -49,7 +49,7 @@ pub(super) fn capture(vcpu: &Vcpu) -> Result<Vec<u8>> {
 }
 
 /// The registers of this KVM, in the order in which they are set.
-fn learn(vcpu: &Vcpu) -> Result<Vec<u32>> {
+fn read_list(vcpu: &Vcpu) -> Result<Vec<u32>> {
     let listed = kvm("KVM_GET_MSR_INDEX_LIST", open_kvm()?.get_msr_index_list())?;
     let mut list = listed.as_slice().to_vec();
     let mut more: Vec<u32> = unlisted().filter(|index| !list.contains(index)).collect();

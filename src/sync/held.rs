@@ -135,11 +135,11 @@ mod checked {
             check(self.entry);
         }
 
-        pub(in super::super) fn let_go(&self) {
+        pub(in super::super) fn release_for_wait(&self) {
             pop(self.entry);
         }
 
-        pub(in super::super) fn take_back(&self) {
+        pub(in super::super) fn reacquire(&self) {
             push(self.entry);
         }
 
@@ -199,10 +199,10 @@ mod unchecked {
         pub(in super::super) fn check(&self) {}
 
         #[inline(always)]
-        pub(in super::super) fn let_go(&self) {}
+        pub(in super::super) fn release_for_wait(&self) {}
 
         #[inline(always)]
-        pub(in super::super) fn take_back(&self) {}
+        pub(in super::super) fn reacquire(&self) {}
 
         #[inline(always)]
         pub(in super::super) fn assert_alone(&self) {}

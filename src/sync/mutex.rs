@@ -69,13 +69,13 @@ impl<'a, T, R: Rank> MutexGuard<'a, T, R> {
     /// Release the lock while `f` runs.
     pub fn unlocked<U>(this: &mut Self, f: impl FnOnce() -> U) -> U {
         let Self { guard, held } = this;
-        held.let_go();
+        held.release_for_wait();
         let result = parking_lot::MutexGuard::unlocked(guard, || {
             let result = f();
             held.check();
             result
         });
-        held.take_back();
+        held.reacquire();
         result
     }
 
@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lock_that_is_let_go_for_a_while_is_not_held() {
+    fn a_lock_that_is_released_for_a_while_is_not_held() {
         let (low, high) = (Low::default(), High::default());
         let mut guard = high.lock();
         MutexGuard::unlocked(&mut guard, || {

@@ -102,21 +102,21 @@ mod tests {
     #[test]
     fn a_reader_that_learns_of_a_change_finds_it() {
         let published = Arc::new(Published::<[u32], rank::Test>::default());
-        let told = Arc::new(AtomicU64::new(0));
+        let reported = Arc::new(AtomicU64::new(0));
         let reader = {
-            let (published, told) = (Arc::clone(&published), Arc::clone(&told));
+            let (published, reported) = (Arc::clone(&published), Arc::clone(&reported));
             std::thread::spawn(move || {
                 let mut copy = CachedArc::default();
                 let mut last = 0;
                 while last < 1000 {
-                    last = told.load(Ordering::Acquire);
+                    last = reported.load(Ordering::Acquire);
                     assert!(published.read(&mut copy).len() as u64 >= last);
                 }
             })
         };
         for number in 1..=1000 {
             published.change(|former| (former.iter().copied().chain([1]).collect(), ()));
-            told.store(number, Ordering::Release);
+            reported.store(number, Ordering::Release);
         }
         reader.join().unwrap();
     }

@@ -31,7 +31,7 @@ impl VcpuHandle {
     /// `look`.
     pub fn with_vcpu<T>(&self, look: impl FnOnce(&mut Vcpu) -> Result<T>) -> Result<T> {
         self.check_process()?;
-        self.look_in(&mut self.state.lock(), look)
+        self.with_state_vcpu(&mut self.state.lock(), look)
     }
 
     /// [`Self::with_vcpu`] with a limit on the time to wait for the lock.
@@ -49,12 +49,12 @@ impl VcpuHandle {
         let state =
             if limit.is_zero() { self.state.try_lock() } else { self.state.try_lock_for(limit) };
         match state {
-            Some(mut state) => Ok(self.look_in(&mut state, look)),
+            Some(mut state) => Ok(self.with_state_vcpu(&mut state, look)),
             None => Err(look),
         }
     }
 
-    fn look_in<T>(
+    fn with_state_vcpu<T>(
         &self,
         state: &mut HandleState,
         look: impl FnOnce(&mut Vcpu) -> Result<T>,

@@ -55,13 +55,13 @@ impl VcpuHandle {
     /// replaced.
     pub(super) fn run(&self) {
         let mut state = self.state.lock();
-        self.send_off(&mut state);
+        self.command_run(&mut state);
         // A thread in `run_here` waits in its event loop. Fails only in a forked child.
         state.here.iter().for_each(|event_manager| drop(event_manager.kick()));
     }
 
     /// Set the command to enter the guest.
-    pub(super) fn send_off(&self, state: &mut HandleState) {
+    pub(super) fn command_run(&self, state: &mut HandleState) {
         if state.command == VcpuCommand::Exit {
             return;
         }

@@ -97,7 +97,7 @@ impl Vcpu {
     /// # Errors
     /// If KVM refuses the new values; they are as before then.
     pub fn store(&mut self, class: RegisterClass, change: impl FnOnce(&mut [u8])) -> Result<()> {
-        self.give_up_answer();
+        self.discard_answer();
         self.complete();
         match class {
             RegisterClass::General => self.store_general(change),
@@ -137,7 +137,7 @@ impl Vcpu {
 
     /// While no hook or device has answered a read, its data is all one bits. An answer can still
     /// come while its exit is being answered.
-    fn give_up_answer(&mut self) {
+    fn discard_answer(&mut self) {
         if !self.has_host_access {
             self.pending.set_answered();
         }

@@ -80,9 +80,9 @@ impl VcpuHandle {
     }
 
     /// Whether a thread runs it, or is in a callback for it.
-    pub(crate) fn is_out(&self) -> bool {
+    pub(crate) fn is_in_use(&self) -> bool {
         let state = self.state.lock();
-        let is_out = state.vcpu.is_none() || state.is_completing || state.is_reporting;
-        is_out && !state.is_lost && !state.is_closed
+        let is_in_use = state.vcpu.is_none() || state.is_completing || state.is_reporting;
+        is_in_use && !state.is_lost && !state.is_closed
     }
 }

@@ -58,7 +58,7 @@ pub(crate) fn begin<'a, EH: ExitHandler>(
     if is_held {
         handle.run_on_resume();
     } else {
-        handle.send_off(&mut handle.state.lock());
+        handle.command_run(&mut handle.state.lock());
     }
     Ok(HereRun { handle, shared, ticks })
 }

@@ -365,7 +365,7 @@ impl Vcpus {
     /// Whether `close` would wait for a guest or for a callback.
     pub(super) fn are_busy(&self) -> bool {
         let list = self.0.lock();
-        list.stopping > 0 || list.vcpus.iter().any(|vcpu| vcpu.is_out())
+        list.stopping > 0 || list.vcpus.iter().any(|vcpu| vcpu.is_in_use())
     }
 
     /// The machine is dropped. A thread that was not joined is in a callback. The dropping thread

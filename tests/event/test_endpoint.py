@@ -272,6 +272,7 @@ subscriber.init = operator.methodcaller("add", Events(fd))
 subscriber.process = {process}
 manager.add_subscriber(subscriber)
 def interrupt():
+    while manager.turns < 10: beats.acquire()
     for _ in range(10): beats.acquire()
     os.kill(os.getpid(), signal.SIGINT)
 beats = threading.Semaphore(0)

@@ -216,7 +216,7 @@ impl PyEventFd {
             return Err(PyTypeError::new_err("only a nonblocking EventFd can be iterated"));
         }
         slf.get().open(slf.py())?;
-        import(slf.py(), "pyvmm.aio")?.call_method1("Reads", (slf,))
+        import(slf.py(), "pyvmm.aio")?.call_method1("AsyncReader", (slf,))
     }
 
     fn __repr__(&self, py: Python<'_>) -> String {

@@ -148,7 +148,7 @@ impl PyTimerFd {
 
     fn __aiter__<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
         slf.get().open()?;
-        import(slf.py(), "pyvmm.aio")?.call_method1("Reads", (slf,))
+        import(slf.py(), "pyvmm.aio")?.call_method1("AsyncReader", (slf,))
     }
 
     fn __repr__(&self) -> String {

@@ -23,17 +23,17 @@ pub(in crate::py) fn close(py: Python<'_>, vmm: &Arc<Vmm>) -> PyResult<()> {
 impl PyVmm {
     /// If the machine is closed, drop its devices, and the subscribers of its streams, which a
     /// shared loop would keep. Returns whether it is closed.
-    pub(in crate::py) fn let_go_if_closed(&self, py: Python<'_>, vmm: &Vmm) -> bool {
+    pub(in crate::py) fn release_if_closed(&self, py: Python<'_>, vmm: &Vmm) -> bool {
         let is_closed = vmm.state() == VmRunState::Closed;
         if is_closed {
-            self.let_go(py);
+            self.release_objects(py);
         }
         is_closed
     }
 
     /// After a run: if a callback has closed the machine and another one is still in progress,
     /// close the machine now. `waits` for that, as [`close`] does; otherwise it happens in the
-    /// background. Then [`Self::let_go_if_closed`].
+    /// background. Then [`Self::release_if_closed`].
     pub(in crate::py) fn close_if_due(&self, py: Python<'_>, waits: bool) -> PyResult<()> {
         let vmm = self.core()?;
         if vmm.is_close_due() {
@@ -44,11 +44,11 @@ impl PyVmm {
                 interrupt::in_background(py, move || vmm.close());
             }
         }
-        self.let_go_if_closed(py, vmm);
+        self.release_if_closed(py, vmm);
         Ok(())
     }
 
-    fn let_go(&self, py: Python<'_>) {
+    fn release_objects(&self, py: Python<'_>) {
         // Outside the locks, because this may run Python code.
         let devices = std::mem::take(&mut *self.devices.lock());
         drop(devices);
@@ -78,7 +78,7 @@ impl Drop for PyVmm {
                 error.write_unraisable(py, None);
             }
             py.detach(|| drop(vmm));
-            self.let_go(py);
+            self.release_objects(py);
             self.hooks.pending.report(py);
         });
     }
@@ -97,14 +97,14 @@ impl PyVmm {
         close(py, vmm)?;
         // Called from a callback, the machine closes at the end of the run, because its last output
         // has not been taken yet.
-        if self.let_go_if_closed(py, vmm) {
+        if self.release_if_closed(py, vmm) {
             self.hooks.pending.report(py);
         }
         Ok(())
     }
 
     fn __aenter__<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
-        import(slf.py(), "pyvmm.aio")?.call_method1("give", (slf,))
+        import(slf.py(), "pyvmm.aio")?.call_method1("entered", (slf,))
     }
 
     #[pyo3(
