@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import struct
 import time
-from array import array
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -160,7 +159,6 @@ class Target:
             self.coverage = memory.view(map, map_size)
         except GuestMemoryError as error:
             raise StateError(f"fuzz: the snapshot is of no guest that is ready: {error}") from None
-        self._lengths = self._shared[_LENGTHS : _LENGTHS + 4 * self.most]
         self._results = self._shared[_LENGTHS + 4 * self.most :].cast("i")
 
     def run(self, data: Buffer, /) -> Result:
@@ -199,16 +197,15 @@ class Target:
         failures: dict[int, Exit] = {}
         while len(values) < len(inputs):
             some = inputs[len(values) : len(values) + self.most]
-            lengths = array("I", map(len, some))
-            total = sum(lengths)
-            while total > self.capacity:
+            data = b"".join(some)
+            while len(data) > self.capacity:
                 if len(some) == 1:
-                    raise ValueError(f"an input of {total} bytes is larger than the guest's {self.capacity}")
-                some, lengths = some[: len(some) // 2], lengths[: len(some) // 2]
-                total = sum(lengths)
+                    raise ValueError(f"an input of {len(data)} bytes is larger than the guest's {self.capacity}")
+                some = some[: len(some) // 2]
+                data = b"".join(some)
             self._reset()
-            self._buffer[:total] = b"".join(some)
-            self._lengths[: 4 * len(some)] = memoryview(lengths).cast("B")
+            self._buffer[: len(data)] = data
+            struct.pack_into(f"{len(some)}I", self._shared, _LENGTHS, *map(len, some))
             _BATCH.pack_into(self._shared, _COUNT, len(some), 0, self._input)
             exit = self._enter()
             if exit.code == _DONE:
