@@ -14,26 +14,18 @@ use crate::layout;
 use crate::memory::part;
 use crate::memory::ranges::ByteRange;
 use crate::vcpu::Vcpu;
+use crate::x86::{
+    CR0_PE, CR0_PG, CR4_FSGSBASE, CR4_OSXSAVE, CR4_PAE, CR4_PKE, CR4_SMAP, EFER_LMA, EFER_LME,
+    EFER_NXE, PTE_ADDRESS, PTE_LARGE, PTE_PRESENT, PTE_USER, VM,
+};
 
-const RFLAGS_VM: u64 = 1 << 17;
-const CR0_PE: u64 = 1;
-const CR0_PG: u64 = 1 << 31;
-const CR4_PAE: u64 = 1 << 5;
 /// The features of CR4 with which ring 3 changes nothing but its registers and memory: bits 0 to
 /// 11, FSGSBASE, OSXSAVE, SMEP, SMAP and PKE. Others, such as shadow stacks, were not examined.
-const CR4_EXAMINED: u64 = 0xfff | 1 << 16 | 1 << 18 | 1 << 20 | 1 << 21 | 1 << 22;
-const EFER_LME: u64 = 1 << 8;
-const EFER_LMA: u64 = 1 << 10;
-const EFER_NXE: u64 = 1 << 11;
+const CR4_EXAMINED: u64 = 0xfff | CR4_FSGSBASE | CR4_OSXSAVE | 1 << 20 | CR4_SMAP | CR4_PKE;
 /// Where the tables of an ELF program are.
 const TABLES: ByteRange = (layout::SYSTEM_AREA, layout::EBDA_START);
 /// More page tables than there is room for.
 const MOST_TABLES: usize = 32;
-
-const PRESENT: u64 = 1;
-const USER: u64 = 1 << 2;
-const LARGE: u64 = 1 << 7;
-const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
 /// Whether the only vCPU of a machine has been in ring 3 ever since it was set to a snapshot's
 /// state. `changed` are the pages that the reset has changed.
@@ -51,13 +43,13 @@ fn is_confined(snapshot: &Snapshot) -> Option<bool> {
     let [records] = snapshot.vcpus.as_slice() else { return Some(false) };
     let sregs = special_of(records, 0)?;
     let regs: kvm_regs = from_bytes("regs", get(records, RecordKind::Regs, 0)?).ok()?;
-    let msrs = msrs::entries(get(records, RecordKind::Msrs, 0)?).ok()?;
+    let registers = msrs::entries(get(records, RecordKind::Msrs, 0)?).ok()?;
     let read = |at| word(snapshot, at);
     Some(
         !spec.irqchip
             && !spec.fixups
             && is_ring_3(&regs, &sregs)
-            && msrs.iter().all(|(index, value)| msrs::is_quiet(*index, *value))
+            && msrs::are_quiet(&registers)
             && has_own_tables(&sregs, read),
     )
 }
@@ -78,7 +70,7 @@ fn is_ring_3(regs: &kvm_regs, sregs: &kvm_sregs) -> bool {
     is_of_ring_3(&sregs.cs)
         && is_of_ring_3(&sregs.ss)
         && sregs.cs.selector & 3 == 3
-        && regs.rflags & RFLAGS_VM == 0
+        && regs.rflags & VM == 0
         && sregs.cr0 & CR0_PE != 0
         && sregs.cr0 & CR0_PG != 0
         && sregs.cr4 & CR4_PAE != 0
@@ -107,7 +99,7 @@ fn has_own_tables(sregs: &kvm_sregs, read: impl Fn(u64) -> Option<u64>) -> bool 
         && is_at_itself(layout::EXCEPTION_PAGE)
         && has_descriptors()
         && exceptions::are_intact(&read)
-        && walk.keeps_tables(sregs.cr3 & ADDRESS, 3, 0, true)
+        && walk.keeps_tables(sregs.cr3 & PTE_ADDRESS, 3, 0, true)
 }
 
 struct Walk<'a, R> {
@@ -129,15 +121,15 @@ impl<R: Fn(u64) -> Option<u64>> Walk<'_, R> {
         let size = 1u64 << (12 + 9 * level);
         (0..512).all(|index| {
             let Some(entry) = (self.read)(table + 8 * index) else { return false };
-            if entry & PRESENT == 0 {
+            if entry & PTE_PRESENT == 0 {
                 return true;
             }
-            let (is_user, linear) = (is_user && entry & USER != 0, linear + index * size);
-            let is_page = level == 0 || entry & LARGE != 0;
+            let (is_user, linear) = (is_user && entry & PTE_USER != 0, linear + index * size);
+            let is_page = level == 0 || entry & PTE_LARGE != 0;
             if !is_page {
-                return self.keeps_tables(entry & ADDRESS, level - 1, linear, is_user);
+                return self.keeps_tables(entry & PTE_ADDRESS, level - 1, linear, is_user);
             }
-            let start = entry & ADDRESS & !(size - 1);
+            let start = entry & PTE_ADDRESS & !(size - 1);
             level < 3
                 && !(is_user && overlap((start, start + size), TABLES))
                 && !overlap((linear, linear + size), self.local)
@@ -155,6 +147,7 @@ mod tests {
     use crate::cpu::paging::{self, Mapping, SYSTEM};
     use crate::cpu::{regs, tables};
     use crate::memory::GuestMemory;
+    use crate::x86::{CR4_CET, CR4_VMXE};
 
     const ENTRY: u64 = 0x20_0000;
 
@@ -191,7 +184,7 @@ mod tests {
         let alias = |to: u64| {
             let at =
                 (0..512).map(|n| entry + 8 * n).find(|at| memory.load::<u64>(*at).unwrap() == 0);
-            memory.store(at.unwrap(), to | PRESENT | USER).unwrap();
+            memory.store(at.unwrap(), to | PTE_PRESENT | PTE_USER).unwrap();
             let keeps = keeps(&memory, &sregs());
             memory.store(at.unwrap(), 0u64).unwrap();
             keeps
@@ -233,7 +226,7 @@ mod tests {
     fn only_ring_3_of_long_mode_without_system_calls_counts() {
         let user = kvm_regs { rflags: 2, ..Default::default() };
         assert!(is_ring_3(&user, &sregs()));
-        assert!(!is_ring_3(&kvm_regs { rflags: 2 | RFLAGS_VM, ..user }, &sregs()));
+        assert!(!is_ring_3(&kvm_regs { rflags: 2 | VM, ..user }, &sregs()));
         let changes: [fn(&mut kvm_sregs); 9] = [
             |sregs| sregs.cs.dpl = 0,
             |sregs| sregs.ss.dpl = 0,
@@ -242,8 +235,8 @@ mod tests {
             |sregs| sregs.efer &= !EFER_LMA,
             |sregs| sregs.cr0 &= !CR0_PG,
             |sregs| sregs.cr4 &= !CR4_PAE,
-            |sregs| sregs.cr4 |= 1 << 23,
-            |sregs| sregs.cr4 |= 1 << 13,
+            |sregs| sregs.cr4 |= CR4_CET,
+            |sregs| sregs.cr4 |= CR4_VMXE,
         ];
         for (n, change) in changes.iter().enumerate() {
             let mut sregs = sregs();

@@ -139,9 +139,16 @@ pub(super) fn entries(state: &[u8]) -> Result<Vec<(u32, u64)>> {
     Ok(entries)
 }
 
+/// Whether these registers leave ring 3 alone. The one of SYSENTER has to be among them: what a
+/// record does not have, stays as it was.
+pub(super) fn are_quiet(entries: &[(u32, u64)]) -> bool {
+    entries.iter().any(|(index, _)| *index == IA32_SYSENTER_CS)
+        && entries.iter().all(|(index, value)| is_quiet(*index, *value))
+}
+
 /// Whether a register with this value has no effect on ring 3, or of ring 3, that other registers
 /// would show.
-pub(super) fn is_quiet(index: u32, value: u64) -> bool {
+fn is_quiet(index: u32, value: u64) -> bool {
     match index {
         // SYSENTER is refused if its segment is null.
         IA32_SYSENTER_CS => value & 0xfffc == 0,
@@ -207,6 +214,8 @@ mod tests {
             assert!(is_quiet(index, 0) && !is_quiet(index, 0x40_0010), "{index:#x}");
         }
         assert!(is_quiet(0x174, 3), "a null segment");
+        assert!(are_quiet(&[(0x174, 0), (0x10, 9)]) && !are_quiet(&[(0x10, 9)]));
+        assert!(!are_quiet(&[(0x174, 0), (0x1d9, 1)]));
         assert!(is_quiet(0xc000_0102, 0x1000) && is_quiet(0x4b56_4d05, 1));
     }
 
