@@ -317,11 +317,16 @@ fn set_lapic(vcpu: &Vcpu, lapic: &kvm_lapic_state) -> Result<()> {
 }
 
 /// Set the TSC frequency only if it differs: most hosts cannot change it.
-fn set_tsc_khz(vcpu: &Vcpu, khz: &[u8]) -> Result<()> {
+fn set_tsc_khz(vcpu: &mut Vcpu, khz: &[u8]) -> Result<()> {
+    // That of every new vCPU, asked for once per process; `None` if KVM does not tell.
+    static HOST: OnceBox<Option<u32>> = OnceBox::new();
     let khz = Reader::new("tsc_khz", khz).u32()?;
-    match vcpu.fd().get_tsc_khz() {
-        Ok(here) if here.abs_diff(khz) > here / 1000 => {
-            kvm("KVM_SET_TSC_KHZ", vcpu.fd().set_tsc_khz(khz))
+    let host = || *HOST.get_or_init(|| vcpu.fd().get_tsc_khz().ok());
+    match vcpu.tsc_khz.or_else(host) {
+        Some(here) if here.abs_diff(khz) > here / 1000 => {
+            kvm("KVM_SET_TSC_KHZ", vcpu.fd().set_tsc_khz(khz))?;
+            vcpu.tsc_khz = Some(khz);
+            Ok(())
         }
         _ => Ok(()),
     }

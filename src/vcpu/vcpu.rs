@@ -49,6 +49,8 @@ pub struct Vcpu {
     pub(crate) accepted_cpuid: Option<Vec<u8>>,
     /// Model-specific registers whose values KVM returns but refuses to set.
     pub(crate) constant_msrs: Vec<(u32, u64)>,
+    /// The TSC frequency that it was set to; `None` for the host's.
+    pub(crate) tsc_khz: Option<u32>,
     /// Special registers and events that KVM has accepted, and accepts again.
     pub(crate) accepted_state: Option<Box<(kvm_sregs, kvm_vcpu_events)>>,
     /// The whole state that it was set to, if only its guest has changed it since, and no exit says
@@ -98,6 +100,7 @@ impl Vcpu {
             knows_of_pause: true,
             accepted_cpuid: None,
             constant_msrs: Vec::new(),
+            tsc_khz: None,
             accepted_state: None,
             set_to: Cell::new(None),
             pending: PendingIo::Idle,
