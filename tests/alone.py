@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 P = ParamSpec("P")
-DEADLINE_S = 110
+# A test's own limit is shorter, except on the emulated processor of `make hardware`.
+DEADLINE_S = 600
 CHILD = "import sys; sys.path[:] = {path!r}; import alone; alone.child()"
 
 
