@@ -43,7 +43,7 @@ ARGUMENTS: dict[str, Any] = {
     "address": 0, "length": 1, "size": 4096, "data": b"x", "buffer": bytearray(1), "value": 1, "timeout": 0.1,
     "base": 0x600, "seconds": 1, "milliseconds": 1, "source": 0, "line": 5, "kind": "io", "function": print,
     "device": Device(), "count": 1, "path": "/dev/null", "inputs": [1], "delay": 1.0, "time": 1.0, "text": b"x",
-    "vcpu": 0, "index": 0x10, "offset": 0, "bytes": b"x", "type": ctypes.c_uint8,
+    "pattern": b"x", "vcpu": 0, "index": 0x10, "offset": 0, "bytes": b"x", "type": ctypes.c_uint8,
 }  # fmt: skip
 
 

@@ -42,6 +42,8 @@ from pyvmm.exceptions import (
     ClosedError,
     ConfigError,
     EventError,
+    ExpectTimeoutError,
+    GuestEndedError,
     GuestMemoryError,
     KvmError,
     KvmUnavailableError,
@@ -65,8 +67,10 @@ if TYPE_CHECKING:
         SerialConfig,
         VmmConfig,
     )
+    from pyvmm.console import Console
     from pyvmm.hostcalls import HostcallError, HostcallStatus
     from pyvmm.kvm import Cap
+    from pyvmm.patterns import Expected
     from pyvmm.snapshots import ForkExecutor
 
 __version__ = "0.1.0"
@@ -76,6 +80,7 @@ __all__ = [
     "Cap",
     "ClosedError",
     "ConfigError",
+    "Console",
     "CpuConfig",
     "DirtyPages",
     "ElfBoot",
@@ -92,8 +97,11 @@ __all__ = [
     "ExitHandler",
     "ExitKind",
     "ExitReason",
+    "ExpectTimeoutError",
+    "Expected",
     "FlatBoot",
     "ForkExecutor",
+    "GuestEndedError",
     "GuestMemory",
     "GuestMemoryError",
     "HostcallError",
@@ -158,6 +166,8 @@ _LAZY = {
     **dict.fromkeys(_CONFIG, "pyvmm.config"),
     **dict.fromkeys(("HostcallError", "HostcallStatus"), "pyvmm.hostcalls"),
     "Cap": "pyvmm.kvm",
+    "Console": "pyvmm.console",
+    "Expected": "pyvmm.patterns",
     "ForkExecutor": "pyvmm.snapshots",
 }
 

@@ -4,20 +4,23 @@ Everything here is exported by `pyvmm`, under the same name.
 """
 # Long because `stubtest` checks only what the stub of the module itself declares.
 
+import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextvars import Context
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Never, Protocol, Self, TypeVar, final, overload
+from typing import Any, Literal, Never, Protocol, Self, TypeAlias, TypeVar, final, overload
 
 from typing_extensions import Buffer, disjoint_base
 
 from pyvmm.callbacks import TimerHandle
 from pyvmm.config import SerialConfig, VmmConfig
+from pyvmm.console import Console
 from pyvmm.devices import Device, Resource, Unanswered
 from pyvmm.events import EventSet, Subscriber
 from pyvmm.exits import Exit, ExitHandler, ExitKind, VmRunState
+from pyvmm.patterns import Expected
 from pyvmm.registers import CpuidEntry, DebugRegs, Fpu, Lapic, MpState, Msrs, Regs, Sregs, VcpuEvents, Xcrs
 from pyvmm.stats import ExitCount, VcpuTime
 
@@ -237,6 +240,9 @@ class EventOps:
             EventError: this subscriber does not watch it.
         """
 
+# A text, or a regular expression.
+_PatternStr: TypeAlias = str | re.Pattern[str]
+_PatternBytes: TypeAlias = bytes | re.Pattern[bytes]
 _T = TypeVar("_T")
 _I = TypeVar("_I")
 _C = TypeVar("_C")
@@ -710,6 +716,61 @@ class Serial:
             ClosedError: the machine is closed.
         """
 
+    @overload
+    def expect(self, pattern: _PatternStr | Sequence[_PatternStr], timeout: float | None = None) -> Expected[str]: ...
+    @overload
+    def expect(
+        self, pattern: _PatternBytes | Sequence[_PatternBytes], timeout: float | None = None
+    ) -> Expected[bytes]: ...
+    @overload
+    def expect(self, pattern: Sequence[_PatternStr | _PatternBytes], timeout: float | None = None) -> Expected[Any]:
+        """Wait until the console shows a pattern, and return the match.
+
+        Output that an earlier call has matched, and everything before it, does not count. The match
+        takes nothing from the configured output or `take_output`. docs/console.md describes
+        machines that are run by other threads, several waiters, and the limits.
+
+        If no thread runs the machine, this call runs the event loop. If the machine is not running,
+        it is started, and continues to run after the match: another `expect`, `wait` or `run`
+        continues the loop.
+
+        Args:
+            pattern: bytes or str for that text, a compiled regular expression of either, or a list
+                or tuple of these. The earliest match counts, then the first pattern in the list.
+            timeout: seconds; None means no limit.
+
+        Raises:
+            ExpectTimeoutError: nothing matched in this time; the guest keeps running. It shows the
+                last lines of the console.
+            GuestEndedError: the run ended before a match; it says how.
+            StateError: a callback of the machine made the call, or the machine is a `KvmVm`.
+            ClosedError: the machine is closed.
+            Exception: the first exception of a callback, if this call runs the loop.
+        """
+    @overload
+    def expect_async(
+        self, pattern: _PatternStr | Sequence[_PatternStr], timeout: float | None = None
+    ) -> Coroutine[Any, Any, Expected[str]]: ...
+    @overload
+    def expect_async(
+        self, pattern: _PatternBytes | Sequence[_PatternBytes], timeout: float | None = None
+    ) -> Coroutine[Any, Any, Expected[bytes]]: ...
+    @overload
+    def expect_async(
+        self, pattern: Sequence[_PatternStr | _PatternBytes], timeout: float | None = None
+    ) -> Coroutine[Any, Any, Expected[Any]]:
+        """`expect` in a running asyncio loop, which stays responsive. Cancelling it does not stop the guest."""
+    def sendline(self, text: str | bytes | bytearray = "", *, end: str | bytes | bytearray = "\n") -> None:
+        """Send a line of input: the text, as UTF-8 if it is a str, and `end`.
+
+        Raises:
+            ClosedError: the machine is closed.
+        """
+
+    def _kept(self) -> tuple[int, bytes, int]: ...
+    def _watch(self) -> _OutputWatch: ...
+    def _watches(self) -> int: ...
+    def _run_until(self, texts: list[bytes]) -> bool: ...
     def _take(self, most: int) -> bytes: ...
     def _finish_write(self, written: int, again_s: float | None) -> None: ...
     @property
@@ -717,17 +778,30 @@ class Serial:
         """The number of input bytes that the guest has not read yet."""
 
     def fileno(self) -> int:
-        """A file descriptor that is readable when output is available.
+        """A file descriptor that is readable when output is available for `take_output`.
 
-        Only for machines whose output is collected by Python.
-
-        Raises:
-            ValueError: the machine has no configured output.
+        A configured output takes what is available too. To wait for output beside it, use `expect`.
         """
 
     @property
     def input_wanted(self) -> EventFd:
         """Readable when the guest has read all its input, and at the start."""
+
+@final
+class _OutputWatch:
+    """A thread's wait for the output of a serial port."""
+
+    def look(self) -> tuple[int, bytes]:
+        """The position of the output since the last call, and its bytes."""
+
+    def match_up_to(self, position: int) -> None:
+        """The output up to this position is matched."""
+
+    def cancel(self) -> None:
+        """End the wait. May be called from any thread."""
+
+    def is_cancelled(self) -> bool:
+        """Whether it was cancelled."""
 
 @final
 class Snapshot:
@@ -1537,6 +1611,56 @@ class Vmm:
             Exception: as for `run`; it ends the run.
         """
 
+    @property
+    def console(self) -> Console:
+        """The text on the console: what the guest has printed to the first serial port."""
+
+    @overload
+    def run_until(
+        self, pattern: _PatternStr | Sequence[_PatternStr], timeout: float | None = None
+    ) -> Expected[str]: ...
+    @overload
+    def run_until(
+        self, pattern: _PatternBytes | Sequence[_PatternBytes], timeout: float | None = None
+    ) -> Expected[bytes]: ...
+    @overload
+    def run_until(self, pattern: Sequence[_PatternStr | _PatternBytes], timeout: float | None = None) -> Expected[Any]:
+        """Run the guest until its console shows a pattern, and stop it there.
+
+        Like `run`, but the result is that of `Serial.expect`, with the same patterns. The next
+        `run` continues the guest. A machine that `expect` or `start` has started is stopped too.
+
+        If all patterns are bytes or str, the guest stops after the instruction that printed the
+        last byte. With a regular expression it stops a few milliseconds later.
+
+        Raises:
+            ExpectTimeoutError: nothing matched within `timeout` seconds; the guest is stopped.
+            GuestEndedError: the run ended before a match.
+            StateError: another thread runs the machine; otherwise as for `run`.
+            Exception: the first exception of a callback.
+        """
+    @overload
+    def run_until_async(
+        self, pattern: _PatternStr | Sequence[_PatternStr], timeout: float | None = None
+    ) -> Coroutine[Any, Any, Expected[str]]: ...
+    @overload
+    def run_until_async(
+        self, pattern: _PatternBytes | Sequence[_PatternBytes], timeout: float | None = None
+    ) -> Coroutine[Any, Any, Expected[bytes]]: ...
+    @overload
+    def run_until_async(
+        self, pattern: Sequence[_PatternStr | _PatternBytes], timeout: float | None = None
+    ) -> Coroutine[Any, Any, Expected[Any]]:
+        """`run_until` in a running asyncio loop, which stays responsive."""
+    def _await_output(
+        self,
+        watch: _OutputWatch,
+        timeout: float | None,
+        may_start: bool,
+        alone: bool,
+        awaiter: Callable[[Any, str], None] | None,
+    ) -> tuple[bool, tuple[Exit | None] | None]: ...
+    def _keep_exit(self, exit: Exit) -> None: ...
     def pause(self, timeout: float | None = None) -> None:
         """Stop all vCPUs and wait until they are out of the guest.
 

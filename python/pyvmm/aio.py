@@ -335,25 +335,31 @@ async def run_vmm(vmm: Vmm, timeout: float | None) -> Exit:
     cancel = vmm._new_cancel()
     tasks = Tasks(vmm.event_manager, cancel.set)
     run = ThreadCall(lambda: vmm._run_cancellable(timeout, cancel, tasks.take), "pyvmm run_async")
-    cancelled: BaseException | None = None
-    while not run.ended.done():
-        try:
-            await asyncio.wait({run.ended})
-        except GeneratorExit:  # the asyncio loop is closed, so nothing can be awaited
-            cancel.set()
-            raise
-        except BaseException as error:  # keep the first of several cancellations
-            cancelled = cancelled or error
-            cancel.set()
-    exit: Exit | None = None
-    try:
-        exit = run.result()
-    except BaseException as error:
-        tasks.fail(error)
-    await tasks.end(cancelled)
+    exit: Exit | None = await supervise(run, tasks, cancel.set)
     if exit is None:
         raise AssertionError("a run ends with an exit, an exception or a cancellation")
     return exit
+
+
+async def supervise(call: ThreadCall, tasks: Tasks, cancel: Callable[[], None]) -> Any:
+    """Await a call and the coroutines of its callbacks, and return its value. `cancel` ends the call."""
+    cancelled: BaseException | None = None
+    while not call.ended.done():
+        try:
+            await asyncio.wait({call.ended})
+        except GeneratorExit:  # the asyncio loop is closed, so nothing can be awaited
+            cancel()
+            raise
+        except BaseException as error:  # keep the first of several cancellations
+            cancelled = cancelled or error
+            cancel()
+    value: Any = None
+    try:
+        value = call.result()
+    except BaseException as error:
+        tasks.fail(error)
+    await tasks.end(cancelled)
+    return value
 
 
 async def entered(vmm: Vmm) -> Vmm:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -15,48 +16,49 @@ import msgspec
 
 import pyvmm
 from pyvmm import keyvalue
-from pyvmm.config import LinuxBoot, MemoryConfig, SerialConfig, VmmConfig
+from pyvmm.config import FlatBoot, LinuxBoot, MemoryConfig, SerialConfig, VmmConfig
 from pyvmm.exceptions import ConfigError, VmmError
-from pyvmm.runner import STDERR, Instrumentation, Status, run_machine, run_with
+from pyvmm.runner import STATUSES, STDERR, Ask, Instrumentation, Status, print_error, run_machine, run_with
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pyvmm.devices import Resource
 
-EXIT_STATUSES = """\b
-Exit status:
-  0-99  the guest's own exit code; also 0 for a halt, a reset or a shutdown
-   120  the guest failed: a triple fault, or an instruction that KVM cannot execute
-   124  the time of --timeout passed
-   125  pyvmm could not run the machine
-   129  ended by SIGHUP
-   130  ended by Ctrl-A x or Ctrl-C
-   143  ended by SIGTERM
-"""
+# Click keeps the lines of a paragraph that begins with \b.
+EXIT_STATUSES = "\b\nExit status:\n" + "\n".join(f"  {status:>4}  {what}" for status, what in STATUSES.items())
 
 
 def main() -> NoReturn:
     """Run the command line and exit with its status."""
     _open_standard_streams()
+    error: str | None = None
     try:
         status = cli.main(prog_name="pyvmm", standalone_mode=False)
-    except click.exceptions.Abort:
-        status = Status.INTERRUPTED
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        status, error = Status.INTERRUPTED, "interrupted"
+    except click.exceptions.NoArgsIsHelpError as raised:
+        raised.show()
         status = Status.ERROR
-    except click.ClickException as error:
-        click.echo(f"Error: {_one_line(error.format_message())}", err=True)
-        status = Status.ERROR
-    except (VmmError, OSError) as error:
-        if not isinstance(error, BrokenPipeError):
-            click.echo(f"pyvmm: error: {_one_line(str(error))}", err=True)
-        status = Status.ERROR
+    except click.ClickException as raised:
+        status, error = Status.ERROR, _one_line(raised.format_message())
+        click.echo(f"Error: {error}", err=True)
+    except (VmmError, OSError) as raised:
+        status, error = Status.ERROR, _one_line(str(raised))
+        if not isinstance(raised, BrokenPipeError):
+            click.echo(f"pyvmm: error: {error}", err=True)
     except SystemExit:
         status = Status.ERROR  # the reader has closed the output
+    if error is not None:
+        with suppress(OSError):
+            print_error(_wants_json(sys.argv[1:]), error, status)
     _flush()
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _wants_json(arguments: list[str]) -> bool:
+    """Whether the command reports a run as JSON, also if its other arguments cannot be used."""
+    return arguments[:1] in (["run"], ["restore"]) and "--json" in arguments
 
 
 def _one_line(text: str) -> str:
@@ -103,6 +105,8 @@ _MACHINE = (
     click.option(
         "--kernel", "kernel_form", metavar="path=FILE,cmdline=TEXT", help="The kernel, in the syntax of rust-vmm's VMM."
     ),
+    click.option("--flat", type=click.Path(), metavar="FILE", help="Machine code to run instead of a kernel."),
+    click.option("--mode", metavar="MODE", help="Its mode: real16, protected32, long64 or user64."),
     click.option("--initrd", type=click.Path(), help="The initial RAM disk."),
     click.option("--append", metavar="TEXT", help="The kernel command line."),
     click.option("--memory", metavar="MIB", help="Guest memory: a number of MiB, or size_mib=MIB."),
@@ -124,6 +128,7 @@ def machine_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @cli.command(epilog=EXIT_STATUSES)
 @machine_options
 @click.option("--timeout", type=float, callback=_check_seconds, metavar="SECONDS", help="End the run after this time.")
+@click.option("--expect", metavar="TEXT", help="End the run when the console shows this text, with status 0.")
 @click.option(
     "--json", "as_json", is_flag=True, help="Print the result of the run as JSON; the console goes to stderr."
 )
@@ -133,6 +138,7 @@ def machine_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def run(
     config_file: str | None,
     timeout: float | None,
+    expect: str | None,
     as_json: bool,
     stats: bool,
     live_stats: bool,
@@ -143,9 +149,11 @@ def run(
 
     The guest's serial port is connected to the terminal. Ctrl-A x ends the machine.
     """
+    if expect == "":
+        raise ConfigError("--expect: the text is empty", at="--expect")
     base = VmmConfig.from_file(config_file) if config_file else VmmConfig()
     watch = Instrumentation(stats or live_stats, live_stats, trace_file)
-    return run_machine(with_options(base, **options), timeout, as_json, watch)
+    return run_machine(with_options(base, **options), Ask(timeout, as_json, expect), watch)
 
 
 @cli.command()
@@ -179,7 +187,7 @@ def snapshot(config_file: str | None, **options: Any) -> int:
 def restore(file: str, base: str | None, force: bool, timeout: float | None, as_json: bool) -> int:
     """Continue the machine in a snapshot FILE, like `run`."""
     loaded = pyvmm.Snapshot.load(file, base, force=force)
-    return run_with(SerialConfig(), lambda serial: loaded.fork(serial=serial), timeout, as_json, Instrumentation())
+    return run_with(SerialConfig(), lambda serial: loaded.fork(serial=serial), Ask(timeout, as_json), Instrumentation())
 
 
 @cli.command(epilog="\b\nTo start it: pyvmm run --config $(pyvmm kernel)/machine.toml")
@@ -262,6 +270,8 @@ def with_options(
     base: VmmConfig,
     kernel: str | None,
     kernel_form: str | None,
+    flat: str | None,
+    mode: str | None,
     initrd: str | None,
     append: str | None,
     memory: str | None,
@@ -271,7 +281,10 @@ def with_options(
     fixups: bool,
 ) -> VmmConfig:
     """The configuration with the options of the command line over it."""
-    boot = _boot(base, kernel, kernel_form, initrd, append)
+    if flat is None and mode is None:
+        boot = _boot(base, kernel, kernel_form, initrd, append)
+    else:
+        boot = _flat(base, flat, mode, (kernel, kernel_form, initrd, append))
     if memory is not None:
         size = _number("memory", memory, "size_mib")
         base = msgspec.structs.replace(base, memory=MemoryConfig(size_mib=size))
@@ -311,6 +324,19 @@ def _boot(base: VmmConfig, kernel: str | None, form: str | None, initrd: str | N
     if "kernel" not in given:
         raise ConfigError("kernel: --initrd and --append need a KERNEL", at="kernel")
     return LinuxBoot(**given)
+
+
+def _flat(base: VmmConfig, path: str | None, mode: str | None, of_kernel: tuple[str | None, ...]) -> FlatBoot:
+    if any(value is not None for value in of_kernel):
+        raise ConfigError("--flat: flat code and a kernel cannot both be run", at="--flat")
+    given: dict[str, Any] = {name: value for name, value in (("path", path), ("mode", mode)) if value is not None}
+    if path is not None:
+        given["code"] = b""
+    if isinstance(base.boot, FlatBoot):
+        return msgspec.structs.replace(base.boot, **given)
+    if path is None:
+        raise ConfigError("--mode: it needs --flat", at="--mode")
+    return FlatBoot(**given)
 
 
 def _number(option: str, text: str, key: str) -> int:

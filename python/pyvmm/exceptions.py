@@ -1,5 +1,12 @@
 """The exceptions of pyvmm. All derive from `VmmError`, and also from the matching built-in class."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyvmm.exits import Exit
+
 
 class VmmError(Exception):
     """The base of every exception of pyvmm.
@@ -48,6 +55,44 @@ class ClosedError(StateError, ValueError):
 
 class WaitTimeoutError(VmmError, TimeoutError):
     """A callback of the machine did not return within the time limit of a call that waits for it."""
+
+
+class ExpectTimeoutError(VmmError, TimeoutError):
+    """The console did not show what was expected in time. The text has its last lines.
+
+    Attributes:
+        pending: what the console has shown since the last match, as far as it is kept.
+    """
+
+    pending: str
+
+    def __init__(self, *args: object, pending: str = "", at: str | None = None, hint: str | None = None) -> None:
+        super().__init__(*args, at=at, hint=hint)
+        self.pending = pending
+
+
+class GuestEndedError(VmmError, EOFError):
+    """The run ended before the console showed what was expected. The text has its last lines.
+
+    Attributes:
+        exit: how the run ended, or None if it was an exception, which its own caller gets.
+        pending: what the console has shown since the last match, as far as it is kept.
+    """
+
+    exit: Exit | None
+    pending: str
+
+    def __init__(
+        self,
+        *args: object,
+        exit: Exit | None = None,
+        pending: str = "",
+        at: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(*args, at=at, hint=hint)
+        self.exit = exit
+        self.pending = pending
 
 
 class SnapshotError(VmmError, ValueError):

@@ -16,7 +16,7 @@ import msgspec
 
 from pyvmm import terminal
 from pyvmm._pyvmm import Vmm
-from pyvmm.exceptions import StreamError, VmmError
+from pyvmm.exceptions import ExpectTimeoutError, GuestEndedError, StreamError
 from pyvmm.exits import Exit, ExitReason
 from pyvmm.signals import EndingSignals
 
@@ -36,14 +36,42 @@ LIVE_HZ = 2.0
 class Status(IntEnum):
     """The exit statuses of `pyvmm run` other than the guest's own codes."""
 
+    HIGH_CODE = 119
     GUEST_FAULT = 120
+    RESET = 121
+    NOT_SHOWN = 123
     TIMEOUT = 124
     ERROR = 125
+    HUNG_UP = 129
     INTERRUPTED = 130
+    TERMINATED = 143
+
+
+STATUSES = {
+    f"0-{MAX_GUEST_CODE}": "the guest's own exit code; also 0 for a halt or a power-off",
+    str(Status.HIGH_CODE): f"the guest's own exit code is above {MAX_GUEST_CODE}; stderr and --json have it",
+    str(Status.GUEST_FAULT): "the guest failed: a triple fault, an exception, an instruction that KVM cannot execute",
+    str(Status.RESET): "the guest reset the machine, as Linux does for reboot, and after a panic with panic=-1",
+    str(Status.NOT_SHOWN): "the console did not show the text of --expect",
+    str(Status.TIMEOUT): "the time of --timeout passed",
+    str(Status.ERROR): "pyvmm could not run the machine",
+    str(Status.HUNG_UP): "ended by SIGHUP",
+    str(Status.INTERRUPTED): "ended by Ctrl-A x or Ctrl-C",
+    str(Status.TERMINATED): "ended by SIGTERM",
+}
+"""Every exit status of `pyvmm run` and `restore`, and what it means."""
 
 
 # Terminals whose cursor cannot be moved.
 NO_CURSOR = ("dumb", "unknown")
+
+
+class Ask(NamedTuple):
+    """What the command line asks of a run, other than the machine."""
+
+    timeout: float | None = None
+    as_json: bool = False
+    expect: str | None = None
 
 
 class Instrumentation(NamedTuple):
@@ -59,36 +87,24 @@ class Instrumentation(NamedTuple):
         return self.live and os.isatty(STDERR) and os.environ.get("TERM", "").lower() not in NO_CURSOR
 
 
-def run_machine(config: VmmConfig, timeout: float | None, as_json: bool, watch: Instrumentation) -> int:
+def run_machine(config: VmmConfig, ask: Ask, watch: Instrumentation) -> int:
     """Run to the end and return the exit status."""
 
     def build(serial: SerialConfig) -> Vmm:
         return _build(msgspec.structs.replace(config, serial=serial))
 
-    return run_with(config.serial, build, timeout, as_json, watch)
+    return run_with(config.serial, build, ask, watch)
 
 
-def run_with(
-    serial: SerialConfig,
-    build: Callable[[SerialConfig], Vmm],
-    timeout: float | None,
-    as_json: bool,
-    watch: Instrumentation,
-) -> int:
+def run_with(serial: SerialConfig, build: Callable[[SerialConfig], Vmm], ask: Ask, watch: Instrumentation) -> int:
     """Run the machine that `build` creates, with its console on the terminal. Return the exit status."""
-    start = time.monotonic()
     try:
-        return _run(serial, build, timeout, as_json, watch)
-    except KeyboardInterrupt:
-        if as_json:
-            _print_json(Exit(ExitReason.STOPPED), time.monotonic() - start, {"unanswered": []})
-        return Status.INTERRUPTED
+        return _run(serial, build, ask, watch)
     except _TraceError as failed:
         raise failed.failure from None
-    except VmmError as error:
-        if as_json:
-            _print_json(None, time.monotonic() - start, {"unanswered": [], "error": str(error)})
-        if isinstance(error, StreamError) and error.errno == errno.EPIPE:  # the reader has closed the pipe
+    except StreamError as error:
+        if error.errno == errno.EPIPE:  # the reader has closed the pipe
+            print_error(ask.as_json, str(error))
             return Status.ERROR
         raise
 
@@ -100,13 +116,18 @@ class _TraceError(Exception):
         self.failure = failure
 
 
-def _run(
-    serial: SerialConfig,
-    build: Callable[[SerialConfig], Vmm],
-    timeout: float | None,
-    as_json: bool,
-    watch: Instrumentation,
-) -> int:
+class Ended(NamedTuple):
+    """How a run ended."""
+
+    exit: Exit
+    failure: StreamError | None = None
+    """The error of the trace file, which does not end the run."""
+    is_shown: bool | None = None
+    """Whether the console showed the text of --expect."""
+
+
+def _run(serial: SerialConfig, build: Callable[[SerialConfig], Vmm], ask: Ask, watch: Instrumentation) -> int:
+    as_json = ask.as_json
     typing = os.isatty(STDIN) and serial.input is None
     with ExitStack() as stack:
         keys, pipe = _pipe(stack) if typing else (STDIN, -1)
@@ -121,25 +142,43 @@ def _run(
             vmm.add_subscriber(keyboard)
             stack.enter_context(terminal.raw(STDIN))
         start = time.monotonic()
-        exit, failure = _watched(vmm, watch, timeout)
+        ended = _watched(vmm, watch, ask)
         seconds = time.monotonic() - start
         more: dict[str, Any] = {"unanswered": [count._asdict() for count in vmm.unanswered]}
+        if ended.is_shown is not None:
+            more["expect"] = {"text": ask.expect, "shown": ended.is_shown}
+        last_lines = vmm.console.tail() if ended.is_shown is False else ""
     if watch.stats and as_json:
         more["stats"] = {
             "vcpus": [time._asdict() for time in vmm.stats.vcpus],
             "exits": [count._asdict() for count in vmm.stats.exits],
         }
-    _report(exit, as_json, seconds, more)
-    if failure:
-        raise _TraceError(failure)
-    if ending.status is not None:
-        return ending.status
-    return Status.INTERRUPTED if keyboard and keyboard.keys.quit else exit_status(exit)
+    status = _status(ended, ending.status, bool(keyboard and keyboard.keys.quit))
+    _report(ended.exit, status, as_json, seconds, more)
+    if ended.is_shown is False:
+        print(f"pyvmm: the console did not show {ask.expect!r}; {_quoted(last_lines)}", file=sys.stderr)
+    if ended.failure:
+        raise _TraceError(ended.failure)
+    return status
 
 
-def _watched(vmm: Vmm, watch: Instrumentation, timeout: float | None) -> tuple[Exit, StreamError | None]:
-    """Run with counters and trace. Also return the error of the trace file, which does not end the run."""
-    exit: Exit | None = None
+def _quoted(lines: str) -> str:
+    return "its last lines are:\n" + "\n".join(f"  {line}" for line in lines.split("\n")) if lines else "it is empty"
+
+
+def _status(ended: Ended, signal_status: int | None, is_quit: bool) -> int:
+    if signal_status is not None:
+        return signal_status
+    if is_quit:
+        return Status.INTERRUPTED
+    if ended.is_shown is not None:
+        return 0 if ended.is_shown else Status.NOT_SHOWN
+    return exit_status(ended.exit)
+
+
+def _watched(vmm: Vmm, watch: Instrumentation, ask: Ask) -> Ended:
+    """Run with counters and trace."""
+    ended: Ended | None = None
     try:
         with ExitStack() as stack:
             if watch.trace is not None:
@@ -148,12 +187,25 @@ def _watched(vmm: Vmm, watch: Instrumentation, timeout: float | None) -> tuple[E
                 stack.enter_context(vmm.stats)
             if watch.is_live:
                 stack.enter_context(_live(vmm))
-            exit = vmm.run(timeout)
+            ended = Ended(vmm.run(ask.timeout)) if ask.expect is None else _expected(vmm, ask.expect, ask.timeout)
     except StreamError as failure:
-        if exit is None:
+        if ended is None:
             raise
-        return exit, failure
-    return exit, None
+        return ended._replace(failure=failure)
+    return ended
+
+
+def _expected(vmm: Vmm, text: str, timeout: float | None) -> Ended:
+    """Run until the console shows the text."""
+    try:
+        vmm.run_until(os.fsencode(text), timeout)
+    except GuestEndedError as error:
+        if error.exit is None:
+            raise
+        return Ended(error.exit, is_shown=False)
+    except ExpectTimeoutError:
+        return Ended(Exit(ExitReason.TIMEOUT), is_shown=False)
+    return Ended(Exit(ExitReason.STOPPED), is_shown=True)
 
 
 class _Lines(io.TextIOBase):
@@ -196,15 +248,23 @@ def _print_stats(vmm: Vmm) -> None:
     Console(stderr=True).print(tables(vmm.stats))
 
 
+ENDS = {
+    ExitReason.HALT: 0,
+    ExitReason.SHUTDOWN: 0,
+    ExitReason.RESET: Status.RESET,
+    ExitReason.TIMEOUT: Status.TIMEOUT,
+    ExitReason.STOPPED: Status.INTERRUPTED,
+}
+
+
 def exit_status(exit: Exit) -> int:
     """The exit status for the end of a guest."""
-    if exit.reason is ExitReason.TIMEOUT:
-        return Status.TIMEOUT
-    if exit.reason is ExitReason.STOPPED:
-        return Status.INTERRUPTED
-    if exit.is_fault:
+    if exit.is_fault:  # also a triple fault, whose reason is a shutdown
         return Status.GUEST_FAULT
-    return min(exit.code or 0, MAX_GUEST_CODE)
+    if exit.reason is ExitReason.CODE:
+        code = exit.code or 0
+        return code if code <= MAX_GUEST_CODE else Status.HIGH_CODE
+    return ENDS.get(exit.reason, Status.GUEST_FAULT)
 
 
 def _pipe(stack: ExitStack) -> tuple[int, int]:
@@ -259,22 +319,40 @@ def _build(config: VmmConfig) -> Vmm:
         teller.join()
 
 
-def _report(exit: Exit, as_json: bool, seconds: float, more: dict[str, Any]) -> None:
+def _report(exit: Exit, status: int, as_json: bool, seconds: float, more: dict[str, Any]) -> None:
     if as_json:
-        _print_json(exit, seconds, more)
-    elif exit.is_fault or exit.reason is ExitReason.TIMEOUT:
+        _print_json(exit, status, seconds, more)
+    if status == Status.HIGH_CODE:
+        print(f"pyvmm: the guest's exit code is {exit.code}; status {status}", file=sys.stderr)
+    elif not as_json and (exit.is_fault or status == Status.TIMEOUT):
         print(f"pyvmm: {exit}", file=sys.stderr)
-    elif exit.code is not None and exit.code > MAX_GUEST_CODE:
-        print(f"pyvmm: the guest's exit code is {exit.code}; status {MAX_GUEST_CODE}", file=sys.stderr)
+
+
+def print_error(as_json: bool, error: str, status: int = Status.ERROR) -> None:
+    """With --json, print that the machine could not be run, or how it was interrupted before it ran."""
+    if as_json:
+        exit = Exit(ExitReason.STOPPED) if status == Status.INTERRUPTED else None
+        more = {"error": error} if exit is None else {}
+        _print_json(exit, status, time.monotonic() - STARTED, {"unanswered": [], **more})
 
 
 _OF_AN_EXCEPTION = ("vector", "error_code", "cr2", "rip", "symbol")
+STARTED = time.monotonic()
 
 
-def _print_json(exit: Exit | None, seconds: float, more: dict[str, Any]) -> None:
-    """Print how a run ended. Without an exit, the machine could not be run."""
+class _Printed:
+    """Whether the JSON of this process is printed. There is one for each call."""
+
+    is_done = False
+
+
+def _print_json(exit: Exit | None, status: int, seconds: float, more: dict[str, Any]) -> None:
+    """Print how a run ended, once. Without an exit, the machine could not be run."""
+    if _Printed.is_done:
+        return
+    _Printed.is_done = True
     left_out = {"value"} if exit and exit.vector is not None else {"value", *_OF_AN_EXCEPTION}
     keys = [key for key in Exit._fields if key not in left_out]
     values = {key: getattr(exit, key, None) for key in keys}
     values["reason"] = exit.reason if exit else "error"
-    print(json.dumps({**values, "seconds": round(seconds, 6), **more}), flush=True)
+    print(json.dumps({**values, "status": status, "seconds": round(seconds, 6), **more}), flush=True)

@@ -4,10 +4,12 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use vmm_sys_util::timerfd::TimerFd;
 
+use super::history::{AT_ONCE, History, NOTIFY_DELAY, NOTIFY_SIZE};
 use super::text_stop::TextStop;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::{Condvar, Mutex, rank};
@@ -16,12 +18,6 @@ use crate::sync::{Condvar, Mutex, rank};
 const CAPTURE_SIZE: usize = 1 << 20;
 /// The guest waits if this many bytes have not been taken.
 const BACKLOG_SIZE: usize = 1 << 16;
-/// Guests print byte by byte. The consumer is notified this long after the first byte, so that it
-/// takes several at once,
-const NOTIFY_DELAY: Duration = Duration::from_millis(2);
-/// or immediately when this many bytes are buffered.
-const NOTIFY_SIZE: usize = 4096;
-const AT_ONCE: Duration = Duration::from_nanos(1);
 
 /// See the module.
 #[derive(Debug)]
@@ -29,8 +25,8 @@ pub(super) struct Backlog {
     state: Mutex<State, rank::SerialOutput>,
     /// Signalled when there is room, or a vCPU that waits for it has to leave.
     room: Condvar,
-    /// The file descriptor of `State::ready`.
-    fd: Option<RawFd>,
+    /// The file descriptor of `State::ready`, once it exists.
+    fd: OnceLock<RawFd>,
 }
 
 #[derive(Debug)]
@@ -42,12 +38,18 @@ struct State {
     /// wait.
     has_consumer: bool,
     failed: Option<Error>,
-    /// Expires when there is output to take. None without a consumer.
+    /// Expires when there is output to take. Without a consumer, it is created on first use.
     ready: Option<TimerFd>,
+    /// Whether `ready` expires: not after the output has failed.
+    notifies: bool,
     /// Counts the restores that replaced the output. Pieces taken before a restore are not put
     /// back.
     epoch: u64,
+    /// The text that the program wants to stop at.
     stop: TextStop,
+    /// The texts that end `Vmm.run_until`.
+    until: Vec<TextStop>,
+    history: History,
 }
 
 /// Output that is being written; `Backlog::finish_write` takes the result.
@@ -76,28 +78,46 @@ impl Backlog {
     /// # Errors
     /// If no timer can be made.
     pub(super) fn new(has_consumer: bool) -> Result<Self> {
-        let ready = has_consumer
-            .then(TimerFd::new)
-            .transpose()
-            .map_err(|e| Error::os(ErrorKind::Io, "serial", &io::Error::from(e)))?;
-        Ok(Self {
-            fd: ready.as_ref().map(AsRawFd::as_raw_fd),
-            state: Mutex::new(State {
-                bytes: VecDeque::new(),
-                in_flight: 0,
-                has_consumer,
-                failed: None,
-                ready,
-                epoch: 0,
-                stop: TextStop::default(),
-            }),
-            room: Condvar::new(),
-        })
+        let state = State {
+            bytes: VecDeque::new(),
+            in_flight: 0,
+            has_consumer,
+            failed: None,
+            ready: None,
+            notifies: true,
+            epoch: 0,
+            stop: TextStop::default(),
+            until: Vec::new(),
+            history: History::default(),
+        };
+        let backlog =
+            Self { state: Mutex::new(state), room: Condvar::new(), fd: OnceLock::default() };
+        if has_consumer {
+            backlog.fd()?;
+        }
+        Ok(backlog)
     }
 
-    /// Readable when there is output to take; none without a consumer.
-    pub(super) fn fd(&self) -> Option<RawFd> {
-        self.fd
+    /// Readable when there is output to take.
+    ///
+    /// # Errors
+    /// If no timer can be made.
+    pub(super) fn fd(&self) -> Result<RawFd> {
+        if let Some(fd) = self.fd.get() {
+            return Ok(*fd);
+        }
+        let mut state = self.state.lock();
+        if let Some(ready) = &state.ready {
+            return Ok(ready.as_raw_fd());
+        }
+        let timer = TimerFd::new();
+        let timer = timer.map_err(|e| Error::os(ErrorKind::Io, "serial", &io::Error::from(e)))?;
+        let fd = *self.fd.get_or_init(|| timer.as_raw_fd());
+        state.ready = Some(timer);
+        if !state.bytes.is_empty() {
+            state.notify_after(AT_ONCE);
+        }
+        Ok(fd)
     }
 
     /// Take all that the guest prints. Never waits.
@@ -106,14 +126,17 @@ impl Backlog {
         let before = state.bytes.len();
         state.bytes.extend(bytes);
         let now = state.bytes.len();
-        if !state.has_consumer {
-            state.bytes.drain(..now.saturating_sub(CAPTURE_SIZE));
-        } else if before < NOTIFY_SIZE && now >= NOTIFY_SIZE {
+        if before < NOTIFY_SIZE && now >= NOTIFY_SIZE {
             state.notify_after(AT_ONCE);
         } else if before == 0 {
             state.notify_after(NOTIFY_DELAY);
         }
-        if bytes.iter().any(|byte| state.stop.feed(*byte)) {
+        if !state.has_consumer {
+            state.bytes.drain(..now.saturating_sub(CAPTURE_SIZE));
+        }
+        state.history.push(bytes);
+        let is_found = bytes.iter().any(|byte| state.stop.feed(*byte));
+        if state.until(bytes) || is_found {
             return Printed::Found;
         }
         if state.is_full() { Printed::Full } else { Printed::Taken }
@@ -176,7 +199,7 @@ impl Backlog {
     /// The output cannot be written: from now on it is buffered as without a consumer.
     pub(super) fn fail(&self, error: Error) {
         let mut state = self.state.lock();
-        state.has_consumer = false;
+        (state.has_consumer, state.notifies) = (false, false);
         state.failed.get_or_insert(error);
         self.room.notify_all();
     }
@@ -207,14 +230,34 @@ impl Backlog {
         self.state.lock().stop.take_match()
     }
 
-    /// A copy of the output that has not been taken.
-    pub(super) fn copy(&self) -> Vec<u8> {
-        self.state.lock().bytes.clone().into()
+    /// End the run once one of these texts is in the output that no watch has matched. Returns
+    /// whether one is there already; then nothing ends the run. No texts cancel the request.
+    pub(super) fn run_until(&self, texts: Vec<Vec<u8>>) -> bool {
+        let mut state = self.state.lock();
+        state.until = texts.into_iter().map(TextStop::at).collect();
+        let unmatched = state.history.since(state.history.matched()).bytes;
+        state.until(&unmatched)
+    }
+
+    /// The bytes that have not been taken, all that is kept, and how much of it is not matched.
+    pub(super) fn copy(&self) -> (Vec<u8>, Vec<u8>, usize) {
+        let state = self.state.lock();
+        let kept = state.history.since(0);
+        let matched = state.history.matched() - kept.position;
+        let unmatched = kept.bytes.len().saturating_sub(usize::try_from(matched).unwrap_or(0));
+        (state.bytes.clone().into(), kept.bytes, unmatched)
+    }
+
+    /// Look at or change the history.
+    pub(super) fn history<T>(&self, of: impl FnOnce(&mut History) -> T) -> T {
+        of(&mut self.state.lock().history)
     }
 
     /// Restore a saved state.
-    pub(super) fn restore(&self, bytes: Vec<u8>) {
+    pub(super) fn restore(&self, bytes: Vec<u8>, kept: &[u8], unmatched: usize) {
         let mut state = self.state.lock();
+        state.history.restore(kept, unmatched);
+        state.until.clear();
         state.bytes = bytes.into();
         state.in_flight = 0;
         state.epoch += 1;
@@ -232,7 +275,20 @@ impl State {
 
     fn notify_after(&mut self, delay: Duration) {
         // Cannot fail: the descriptor is a timer's and the time is in range.
-        let _ = self.ready.as_mut().map(|ready| ready.reset(delay, None));
+        let ready = self.ready.as_mut().filter(|_| self.notifies);
+        let _ = ready.map(|ready| ready.reset(delay, None));
+    }
+
+    /// Whether these bytes complete a text that ends `run_until`. Then no other one ends it.
+    fn until(&mut self, bytes: &[u8]) -> bool {
+        let is_found = bytes.iter().any(|byte| {
+            // Each gets the byte, also after one that it completes.
+            self.until.iter_mut().fold(false, |is_found, text| text.feed(*byte) || is_found)
+        });
+        if is_found {
+            self.until.clear();
+        }
+        is_found
     }
 }
 
@@ -275,9 +331,9 @@ mod tests {
     fn what_was_taken_before_a_restore_is_not_put_back() {
         let backlog = Backlog::new(true).unwrap();
         backlog.print(b"gone");
-        let chunk = backlog.take(4);
-        backlog.restore(b"new".to_vec());
-        backlog.finish_write(&chunk, 0);
+        let piece = backlog.take(4);
+        backlog.restore(b"new".to_vec(), b"", 0);
+        backlog.settle(&piece, 0);
         assert_eq!(all(&backlog), b"new");
     }
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::backlog::{Backlog, Chunk, Printed};
+use super::history::{History, News};
 use super::line::InterruptLine;
 use super::uart::Uart;
 use crate::error::{Error, ErrorKind, Result};
@@ -74,9 +75,11 @@ impl Serial {
         Ok(self.input_wanted.get_or_init(|| Arc::new(wanted)))
     }
 
-    /// Readable while there is output to take. None without a consumer.
-    #[must_use]
-    pub fn output_fd(&self) -> Option<RawFd> {
+    /// Readable while there is output to take.
+    ///
+    /// # Errors
+    /// If no file descriptor can be created.
+    pub fn output_fd(&self) -> Result<RawFd> {
         self.output.fd()
     }
 
@@ -144,6 +147,30 @@ impl Serial {
     /// text never ends it.
     pub fn stop_at(&self, text: Vec<u8>) {
         self.output.stop_at(text);
+    }
+
+    /// See [`Backlog::run_until`].
+    #[must_use]
+    pub fn run_until(&self, texts: Vec<Vec<u8>>) -> bool {
+        self.output.run_until(texts)
+    }
+
+    /// The position of the oldest output that is kept, the output from there on, and the position
+    /// up to which it is matched.
+    #[must_use]
+    pub fn kept(&self) -> (News, u64) {
+        self.output.history(|history| (history.since(0), history.matched()))
+    }
+
+    /// How many watches there are.
+    #[must_use]
+    pub fn watches(&self) -> usize {
+        self.output.history(|history| history.watches())
+    }
+
+    /// Make every watch look at the output, and at the state of the machine.
+    pub fn tell_watches(&self) {
+        self.output.history(History::tell);
     }
 
     /// Take the text that ended a run.
@@ -307,8 +334,12 @@ mod tests {
         assert_eq!(other.save().unwrap(), saved);
         assert_eq!(read(&other, 7), 0x5a);
         assert_eq!((other.take_output(), other.input_waiting()), (b"printed".to_vec(), 100));
-        for length in 0..saved.len() {
+        // Where a file of an earlier version ends.
+        let earlier = saved.len() - 4 - b"printed".len() - 4;
+        for length in (0..saved.len()).filter(|length| *length != earlier) {
             assert_eq!(other.restore(&saved[..length]).unwrap_err().kind, ErrorKind::Snapshot);
         }
+        other.restore(&saved[..earlier]).unwrap();
+        assert_eq!(other.save().unwrap(), saved);
     }
 }

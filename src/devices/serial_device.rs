@@ -59,7 +59,8 @@ impl Device for Serial {
     }
 
     /// Nine registers, and then, each after its length, the input in the UART, the input queued for
-    /// it, and the output that has not been taken.
+    /// it, the output that has not been taken, and the output that is kept. At the end, how much of
+    /// the latter has not been matched.
     fn save(&self) -> Result<Vec<u8>> {
         let (registers, received, queue) = {
             let guest = self.guest.lock();
@@ -67,11 +68,14 @@ impl Device for Serial {
             let queue: Vec<u8> = guest.queue.iter().chain(&guest.held).copied().collect();
             (guest.uart.registers(), received, queue)
         };
+        let (output, kept, unmatched) = self.output.copy();
+        let length = |length: usize| u32::try_from(length).unwrap_or(u32::MAX).to_le_bytes();
         let mut bytes = registers.to_vec();
-        for part in [received, queue, self.output.copy()] {
-            bytes.extend(u32::try_from(part.len()).unwrap_or(u32::MAX).to_le_bytes());
+        for part in [received, queue, output, kept] {
+            bytes.extend(length(part.len()));
             bytes.extend(part);
         }
+        bytes.extend(length(unmatched));
         Ok(bytes)
     }
 
@@ -83,7 +87,17 @@ impl Device for Serial {
             reader.bytes(length).map(<[u8]>::to_vec)
         };
         let (received, queue, output) = (part()?, part()?, part()?);
+        // Files of earlier versions end here.
+        let (kept, unmatched) = match reader.is_empty() {
+            true => (output.clone(), output.len()),
+            false => {
+                let length = usize::try_from(reader.u32()?).unwrap_or(usize::MAX);
+                let kept = reader.bytes(length)?.to_vec();
+                (kept, usize::try_from(reader.u32()?).unwrap_or(usize::MAX))
+            }
+        };
         reader.end()?;
+        let unmatched = unmatched.min(kept.len());
         self.change(|guest| {
             guest.queue = guest.uart.restore(registers, received);
             guest.queue.extend(queue);
@@ -92,7 +106,7 @@ impl Device for Serial {
         if self.input_waiting() == 0 {
             let _ = self.input_wanted.get().map(|wanted| wanted.write(1));
         }
-        self.output.restore(output);
+        self.output.restore(output, &kept, unmatched);
         Ok(())
     }
 }

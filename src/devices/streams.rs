@@ -157,7 +157,7 @@ impl MutEventSubscriber for OutputPump {
     }
 
     fn init(&mut self, ops: &mut EventOps) {
-        if let Some(fd) = self.serial.output_fd() {
+        if let Ok(fd) = self.serial.output_fd() {
             let _ = ops.add(Events::new_raw(fd, EventSet::IN));
         }
     }

@@ -3,6 +3,7 @@
 //! only with the `python` feature.
 
 mod config;
+mod console;
 mod cpuid;
 mod depth;
 mod descriptor;
@@ -46,6 +47,7 @@ mod vm;
 mod vmm;
 mod wakeup;
 
+pub use console::PyOutputWatch;
 pub use event::{
     PyEventFd, PyEventManager, PyEventOps, PyEvents, PyRemoteEndpoint, PySubscriberId, PyTimerFd,
     PyVmmExitHandler, PyWrappedExitHandler,

@@ -20,6 +20,8 @@ pub(super) struct PendingOutcome(Mutex<Outcomes, rank::PendingOutcome>);
 struct Outcomes {
     error: Option<Py<PyBaseException>>,
     stop: Option<(u64, Py<PyAny>)>,
+    /// How a run ended during a wait for output that had already succeeded.
+    exit: Option<Py<PyAny>>,
 }
 
 impl PendingOutcome {
@@ -97,9 +99,21 @@ impl PendingOutcome {
         self.0.lock().stop.take()
     }
 
+    /// Keep the exit of a run for the next `run` or `wait`; None drops one that is kept.
+    pub(super) fn keep_exit(&self, exit: Option<Py<PyAny>>) {
+        // Kept until the lock is free: dropping one may run Python code.
+        let _later = std::mem::replace(&mut self.0.lock().exit, exit);
+    }
+
+    /// Take the exit that is kept.
+    pub(super) fn take_exit(&self) -> Option<Py<PyAny>> {
+        self.0.lock().exit.take()
+    }
+
     pub(super) fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
         let Some(outcomes) = self.0.try_lock() else { return Ok(()) };
         visit.call(&outcomes.error)?;
+        visit.call(&outcomes.exit)?;
         outcomes.stop.as_ref().map_or(Ok(()), |(_, value)| visit.call(value))
     }
 }

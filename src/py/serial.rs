@@ -3,7 +3,6 @@
 use std::os::fd::RawFd;
 use std::sync::{Arc, Weak};
 
-use pyo3::exceptions::PyValueError;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
@@ -63,9 +62,14 @@ impl PySerial {
         self.bytes()
     }
 
+    /// The machine's object.
+    pub(super) fn machine(&self, py: Python<'_>) -> Option<Py<PyAny>> {
+        self.machine.as_ref().map(|(machine, _)| machine.clone_ref(py))
+    }
+
     /// The port, for input and output, which a reset undoes. Fails in a forked child, where it
     /// would interrupt the parent's guest.
-    fn bytes(&self) -> PyResult<&Arc<Serial>> {
+    pub(super) fn bytes(&self) -> PyResult<&Arc<Serial>> {
         Ok(self.serial.get()?)
     }
 }
@@ -141,15 +145,11 @@ impl PySerial {
         Ok(py.detach(|| port.input_waiting()))
     }
 
-    /// A file descriptor that is readable when output is available.
+    /// A file descriptor that is readable when output is available for `take_output`.
     ///
-    /// Only for machines whose output is collected by Python.
-    ///
-    /// Raises:
-    ///     ValueError: the machine has no configured output.
+    /// A configured output takes what is available too. To wait for output beside it, use `expect`.
     fn fileno(&self) -> PyResult<RawFd> {
-        let none = "this machine has no configured output; use take_output()";
-        self.port()?.output_fd().ok_or_else(|| PyValueError::new_err(none))
+        Ok(self.port()?.output_fd()?)
     }
 
     /// Readable when the guest has read all its input, and at the start.

@@ -23,15 +23,35 @@ enum CloseStep {
     Release,
 }
 
+/// How a thread enters a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Entering {
+    /// The vCPUs must not be running.
+    New,
+    /// They must be running.
+    Started,
+    /// They may be running if a watch of the console has started them.
+    Either,
+}
+
 impl Vmm {
     /// Start the vCPUs and return. [`Self::wait`] runs the event loop for them.
     ///
     /// # Errors
     /// [`ErrorKind::State`] as for `run`.
     pub fn start(&self) -> Result<()> {
-        let running = self.enter_run("start", false)?;
+        {
+            let mut runner = self.runner.lock();
+            if runner.life == Life::Open && runner.is_started && runner.is_joinable {
+                runner.is_joinable = false;
+                return Ok(());
+            }
+        }
+        let running = self.enter_run("start", Entering::New)?;
         running.start_vcpus()?;
-        self.runner.lock().is_started = true;
+        let mut runner = self.runner.lock();
+        (runner.is_started, runner.is_joinable) = (true, false);
+        drop(runner);
         drop(running);
         Ok(())
     }
@@ -150,6 +170,7 @@ impl Vmm {
         self.router.close();
         self.runner.lock().life = Life::Closed;
         self.run_ended.notify_all();
+        self.serial.tell_watches();
     }
 
     /// The last reference may be dropped in one of the machine's callbacks, which must not wait for
@@ -180,27 +201,45 @@ impl Vmm {
     }
 
     /// Become the only thread inside `run`. Returns the machine to run.
-    pub(crate) fn enter_run(&self, what: &str, for_started: bool) -> Result<Running<'_>> {
+    pub(crate) fn enter_run(&self, what: &str, entering: Entering) -> Result<Running<'_>> {
+        self.enter_run_as(what, entering, false)
+    }
+
+    /// [`Self::enter_run`]; the thread `yields` to others that want to run the loop.
+    pub(super) fn enter_run_as(
+        &self,
+        what: &str,
+        entering: Entering,
+        yields: bool,
+    ) -> Result<Running<'_>> {
         let mut runner = self.runner.lock();
         let vm = match runner.life {
             Life::Open if !runner.is_close_due => self.vm()?,
             Life::Open | Life::Closing(_) | Life::Closed => return Err(closed()),
         };
         let (event_manager, exit_handler) = (self.event_manager()?, self.exit_handler()?);
-        let detail = match (runner.thread, runner.is_started, for_started) {
+        let is_joined = runner.is_started && entering != Entering::New;
+        let detail = match (runner.thread, runner.is_started, entering) {
             _ if vm.has_this_thread() => {
                 "a callback on a vCPU's thread cannot run the machine it belongs to"
             }
             (Some(_), _, _) => "the machine is running already: one run at a time",
-            (None, true, false) => "the machine has been started: wait() for it",
-            (None, false, true) => match vm.state() {
+            (None, true, Entering::New) => "the machine has been started: wait() for it",
+            (None, true, Entering::Either) if !runner.is_joinable => {
+                "the machine has been started: wait() for it"
+            }
+            (None, false, Entering::Started) => match vm.state() {
                 VmRunState::Exiting => return Err(vm.has_ended(what)),
                 VmRunState::Paused => "its last run is over: start() or run() it again",
                 _ => "the machine has not been started: start() or run() it",
             },
             (None, _, _) => {
                 runner.thread = Some(std::thread::current().id());
-                return Ok(Running { vmm: self, vm, event_manager, exit_handler });
+                runner.yields = yields;
+                if entering == Entering::Either {
+                    runner.is_started = false;
+                }
+                return Ok(Running { vmm: self, vm, event_manager, exit_handler, is_joined });
             }
         };
         Err(Error::new(ErrorKind::State, what, detail))
@@ -220,6 +259,8 @@ pub(crate) struct Running<'a> {
     pub(super) vm: Arc<KvmVm<WrappedExitHandler>>,
     pub(super) event_manager: Arc<EventManager>,
     pub(super) exit_handler: WrappedExitHandler,
+    /// Whether the vCPUs were running already.
+    pub(super) is_joined: bool,
 }
 
 impl Drop for Running<'_> {
@@ -229,7 +270,7 @@ impl Drop for Running<'_> {
         }
         let is_closing = {
             let mut runner = self.vmm.runner.lock();
-            runner.thread = None;
+            (runner.thread, runner.yields) = (None, false);
             let is_closing = std::mem::take(&mut runner.close_at_end);
             runner.is_close_due = is_closing && self.vmm.begin_close();
             if is_closing && !runner.is_close_due {
@@ -241,6 +282,7 @@ impl Drop for Running<'_> {
             self.vmm.release();
         } else {
             self.vmm.run_ended.notify_all();
+            self.vmm.serial.tell_watches();
         }
     }
 }

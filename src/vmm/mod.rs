@@ -13,9 +13,13 @@ mod run;
 mod run_here;
 mod runner;
 mod snapshot;
+#[cfg_attr(not(feature = "python"), allow(dead_code, reason = "for the binding"))]
+mod watch;
 
 pub use instruments::Instruments;
 pub use machine::Vmm;
 pub use restore::ForkConfig;
 #[cfg(feature = "python")]
 pub(crate) use runner::closed;
+#[cfg(feature = "python")]
+pub(crate) use watch::{Turn, Watcher};

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
 
+use super::life::Entering;
 use super::machine::Vmm;
 use super::parts::Parts;
 use super::snapshot::Vm;
@@ -59,7 +60,7 @@ impl Vmm {
         let devices = devices_of(&self.router().buses, snapshot)?;
         // Outside a run, prevent one from starting. In a run, hold its vCPUs at rest.
         let in_run = self.is_in_run();
-        let _running = if in_run { None } else { Some(self.enter_run("reset", false)?) };
+        let _running = if in_run { None } else { Some(self.enter_run("reset", Entering::New)?) };
         let _quiesced = vm.quiesce("reset", limit)?;
         vm.handles().iter().try_for_each(|handle| handle.wait_while_leaving(limit))?;
         // Checked only now: a callback that was waited for may have ended the guest.

@@ -4,7 +4,7 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::life::Running;
+use super::life::{Entering, Running};
 use super::machine::Vmm;
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::{Exit, ExitReason};
@@ -60,12 +60,12 @@ impl Vmm {
         mut turn: impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
     ) -> std::result::Result<Exit, E> {
         hop!();
-        let running = self.enter_run("run", false)?;
+        let running = self.enter_run("run", Entering::Either)?;
         let deadline = deadline_of(timeout);
-        let ended = running
-            .start_vcpus()
+        let started = if running.is_joined { Ok(()) } else { running.start_vcpus() };
+        let ended = started
             .map_err(E::from)
-            .and_then(|()| running.turn_until(deadline, &mut turn));
+            .and_then(|()| running.turn_until(deadline, &mut turn, &|| false));
         running.conclude(ended, deadline, interrupted, &mut turn)
     }
 
@@ -81,16 +81,9 @@ impl Vmm {
         interrupted: Interrupted<'_>,
         mut turn: impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
     ) -> std::result::Result<Option<Exit>, E> {
-        let running = self.enter_run("wait", true)?;
+        let running = self.enter_run("wait", Entering::Started)?;
         let deadline = deadline_of(timeout);
-        let ended = running.turn_until(deadline, &mut turn);
-        if matches!(ended, Ok(None)) {
-            return Ok(None);
-        }
-        if ended.is_ok() || !running.vm.is_forked_child() {
-            self.runner.lock().is_started = false;
-        }
-        running.conclude(ended, deadline, interrupted, &mut turn).map(Some)
+        running.attend(deadline, interrupted, &mut turn, &|| false)
     }
 }
 
@@ -105,6 +98,7 @@ impl Running<'_> {
         hop!();
         let vm = &self.vm;
         self.check_may_run()?;
+        self.vmm.runner.lock().last = None;
         // A stop from before this run ends it: the guest is not started.
         if !self.exit_handler.is_kicked() {
             vm.run(vm.first_address(self.vmm.entry))?;
@@ -112,14 +106,34 @@ impl Running<'_> {
         Ok(())
     }
 
-    /// Run the loop until the exit handler ends it; `None` at the deadline.
+    /// Run the loop of a started machine until its run ends. `None` at the deadline, or once
+    /// `is_enough`; the guest continues then.
+    pub(super) fn attend<E: From<Error>>(
+        &self,
+        deadline: Option<Instant>,
+        interrupted: Interrupted<'_>,
+        turn: &mut impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
+        is_enough: &dyn Fn() -> bool,
+    ) -> std::result::Result<Option<Exit>, E> {
+        let ended = self.turn_until(deadline, turn, is_enough);
+        if matches!(ended, Ok(None)) {
+            return Ok(None);
+        }
+        if ended.is_ok() || !self.vm.is_forked_child() {
+            self.vmm.runner.lock().is_started = false;
+        }
+        self.conclude(ended, deadline, interrupted, turn).map(Some)
+    }
+
+    /// Run the loop until the exit handler ends it; `None` at the deadline, or once `is_enough`.
     pub(super) fn turn_until<E: From<Error>>(
         &self,
         deadline: Option<Instant>,
         turn: &mut impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
+        is_enough: &dyn Fn() -> bool,
     ) -> std::result::Result<Option<ExitReason>, E> {
         while self.exit_handler.keep_running() {
-            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            if is_enough() || deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 return Ok(None);
             }
             self.turn(deadline, turn)?;
@@ -163,13 +177,15 @@ impl Running<'_> {
             is_stopped |= self.exit_handler.take_stop();
         }
         let reason = if is_stopped { ExitReason::Stopped } else { reason };
-        Ok(self.vm.take_exit().unwrap_or_else(|| Exit::new(reason)))
+        let exit = self.vm.take_exit().unwrap_or_else(|| Exit::new(reason));
+        self.vmm.runner.lock().last = Some(exit.clone());
+        Ok(exit)
     }
 
     /// Wait for callbacks in progress: until the deadline if the run `is_over`, otherwise for
     /// [`DRAIN_TIMEOUT`]. Results of callbacks that return later belong to the next run or to
     /// `close`.
-    fn wait_for_callbacks(
+    pub(super) fn wait_for_callbacks(
         &self,
         is_over: bool,
         deadline: Option<Instant>,

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::life::Running;
+use super::life::{Entering, Running};
 use super::machine::Vmm;
 use crate::error::{Error, ErrorKind};
 use crate::exit_handler::{Exit, ExitReason};
@@ -26,7 +26,7 @@ impl Vmm {
         interrupted: Interrupted<'_>,
         mut turn: impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
     ) -> std::result::Result<Exit, E> {
-        let running = self.enter_run("run_here", false)?;
+        let running = self.enter_run("run_here", Entering::Either)?;
         let deadline = deadline_of(timeout);
         let ended = running.run_guest(deadline, interrupted, &mut turn);
         running.conclude(ended, deadline, interrupted, &mut turn)
@@ -43,9 +43,17 @@ impl Running<'_> {
         turn: &mut impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
     ) -> std::result::Result<Option<ExitReason>, E> {
         let vm = &self.vm;
-        self.check_may_run()?;
+        if self.is_joined {
+            // The vCPU's own thread has run the guest until now, which may have ended.
+            vm.stop();
+            self.wait_for_callbacks(false, deadline, interrupted)?;
+        }
+        if !(self.is_joined && self.exit_handler.is_kicked()) {
+            self.check_may_run()?;
+            self.vmm.runner.lock().last = None;
+        }
         if self.exit_handler.is_kicked() {
-            return self.turn_until(deadline, turn);
+            return self.turn_until(deadline, turn, &|| false);
         }
         let handle = match vm.handles().as_slice() {
             [handle] => Arc::clone(handle),

@@ -4,6 +4,7 @@
 use std::thread::ThreadId;
 
 use crate::error::Error;
+use crate::exit_handler::Exit;
 
 /// The thread inside `run`.
 #[derive(Debug, Default)]
@@ -11,6 +12,14 @@ pub(super) struct Runner {
     pub(super) thread: Option<ThreadId>,
     /// `start` was called, and no `wait` has seen the end.
     pub(super) is_started: bool,
+    /// A watch of the console started it: `start` and `run` may continue it.
+    pub(super) is_joinable: bool,
+    /// The thread inside waits for output, and leaves if another wants to run the loop.
+    pub(super) yields: bool,
+    /// How many threads want to run the loop.
+    pub(super) wanted: usize,
+    /// The result of the last run; `None` after an error.
+    pub(super) last: Option<Exit>,
     /// `close` was called from inside the run, and takes effect at its end.
     pub(super) close_at_end: bool,
     /// That run has ended with a callback in progress, which the close has to wait for: the caller

@@ -106,5 +106,5 @@ def test_command_line_boots_a_bzimage_which_unpacks_itself(linux: Linux) -> None
         check=False,
     )
     exit = json.loads(done.stdout)
-    assert (done.returncode, exit["reason"], exit["vcpu"]) == (0, "reset", 0), done.stderr[-2000:]
+    assert (done.returncode, exit["reason"], exit["vcpu"]) == (121, "reset", 0), done.stderr[-2000:]
     assert USERSPACE in done.stderr

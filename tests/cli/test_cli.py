@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 NONE: dict[str, Any] = {
-    "kernel": None, "kernel_form": None, "initrd": None, "append": None, "memory": None, "vcpus": None, "hide": (),
-    "expose": (), "fixups": False,
+    "kernel": None, "kernel_form": None, "flat": None, "mode": None, "initrd": None, "append": None, "memory": None,
+    "vcpus": None, "hide": (), "expose": (), "fixups": False,
 }  # fmt: skip
 
 
@@ -43,9 +43,9 @@ def test_no_argument_runs_the_embedded_guest() -> None:
     [
         (exit_with(0), "real16", 0, b""),
         (exit_with(99), "real16", 99, b""),
-        (exit_with(100), "real16", 99, b"exit code is 100"),
+        (exit_with(100), "real16", 119, b"exit code is 100"),
         (b"\xf4", "real16", 0, b""),
-        (out(0x64, 0xFE), "real16", 0, b""),
+        (out(0x64, 0xFE), "real16", 121, b""),
         (TRIPLE_FAULT, "long64", 120, b"triple fault"),
         (SPIN, "real16", 124, b"timeout"),
     ],
@@ -79,6 +79,7 @@ def test_json_tells_the_exit_and_the_console_goes_to_stderr(tmp_path: Path) -> N
         "code": 3,
         "vcpu": 0,
         "fault": None,
+        "status": 3,
         "unanswered": [{"bus": "pio", "address": 0x80, "reads": 0, "writes": 1}],
     }
     assert (done.returncode, done.stderr) == (3, b"hello")

@@ -22,10 +22,10 @@ ALWAYS = {"__enter__", "__exit__", "__repr__", "__hash__", "close"}
 STILL: dict[str, set[str]] = {
     "Vmm": {
         "config", "state", "memory", "serial", "stats", "trace", "stop", "unanswered", "fixups", "run_async", "on_exit",
-        "off_exit", "hostcall",
+        "off_exit", "hostcall", "console", "run_until_async",
     },
     "KvmVm": {"state", "entry", "memory", "serial", "unanswered", "fixups"},
-    "Serial": {"take_output", "input_waiting", "input_wanted", "fileno"},
+    "Serial": {"expect_async", "take_output", "input_waiting", "input_wanted", "fileno"},
     "Vcpu": {"id"},
     "IrqLine": {"line"},
     "Trace": {"path"},
@@ -104,6 +104,8 @@ LATER: dict[str, Callable[[dict[str, Any]], object]] = {
     "decorate a hook": lambda o: o["Vmm"].on_exit("io")(print),
     "decorate a hostcall": lambda o: o["Vmm"].hostcall(7)(print),
     "run in asyncio": lambda o: o["Vmm"].run_async().send(None),
+    "expect in asyncio": lambda o: o["serial"].expect_async("x").send(None),
+    "run up to a text in asyncio": lambda o: o["Vmm"].run_until_async("x").send(None),
     "memory through the machine": lambda o: o["Vmm"].memory.read(0, 1),
     "memory through a bare machine": lambda o: o["KvmVm"].memory.read(0, 1),
     "input through the machine": lambda o: o["Vmm"].serial.send(b"x"),

@@ -3,6 +3,7 @@
 //! the folder above. Runs on the caller's thread; every wait releases the GIL.
 
 mod close;
+mod console;
 mod create;
 mod devices;
 mod event_loop;

@@ -179,7 +179,9 @@ impl PyVmm {
         prepare_vcpu_threads(py);
         let started = py.detach(|| vmm.start());
         self.close_if_due(py, started.is_ok())?;
-        Ok(started?)
+        started?;
+        self.hooks.pending.keep_exit(None);
+        Ok(())
     }
 
     /// Wait for a started machine, as `run` does. Return None after the timeout; the guest keeps
@@ -250,7 +252,7 @@ impl PyVmm {
     /// The host's side of the first serial port; the same object each time, which keeps the machine
     /// alive.
     #[getter]
-    fn serial<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PySerial>> {
+    pub(in crate::py) fn serial<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PySerial>> {
         let (py, this, core) = (slf.py(), slf.get(), slf.get().core()?);
         this.parts.get_or_make(py, Part::Serial, || {
             let machine = slf.as_any().clone().unbind();

@@ -80,6 +80,7 @@ impl PyVmm {
             Err(error) if error.kind == ErrorKind::Timeout => Ok(false),
             renewed => renewed,
         };
+        self.hooks.pending.keep_exit(None);
         self.close_if_due(py, true)?;
         let is_renewed = renewed.map_err(|e| self.device_failure(e.into()))?;
         if !self.origin()?.is_shared {

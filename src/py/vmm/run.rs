@@ -96,9 +96,13 @@ impl PyVmm {
         let vmm = self.core()?;
         let timeout = exit::timeout(timeout)?;
         let manager = &self.manager(py)?;
+        let _wanted = interrupt::interruptible(py, |interrupted| vmm.want_loop(interrupted))?;
+        let pending = &self.hooks.pending;
+        if let Some(exit) = pending.take_exit() {
+            return Ok(Some(exit.into_bound(py)));
+        }
         let _ownership = self.claim(manager, None)?;
         let _kept = self.hooks.keep_vcpus(py);
-        let pending = &self.hooks.pending;
         let ended = interrupt::interruptible(py, |interrupted| {
             run(vmm, timeout, interrupted, &mut |until| turn(manager, pending, until))
         });
@@ -166,12 +170,16 @@ impl PyVmm {
         let vmm = self.vmm()?;
         let timeout = exit::timeout(timeout)?;
         let manager = &self.manager(py)?;
+        let _wanted = interrupt::interruptible(py, |interrupted| vmm.want_loop(interrupted))?;
+        let pending = &self.hooks.pending;
+        if let Some(exit) = pending.take_exit() {
+            return Ok(Some(exit.into_bound(py)));
+        }
         let _ownership = self.claim(manager, Some(awaiter))?;
         if cancel.is_set() {
             return Ok(None);
         }
         let _kept = self.hooks.keep_vcpus(py);
-        let pending = &self.hooks.pending;
         prepare_vcpu_threads(py);
         let (ended, is_cancelled) = py.detach(|| {
             let is_cancelled = Cell::new(false);

@@ -49,6 +49,9 @@ impl PyVmm {
         let changed = interrupt::limited(py, timeout, |limit| {
             vmm.reset(snapshot, limit, || stop = self.hooks.pending.take_stop())
         });
+        if changed.is_ok() {
+            self.hooks.pending.keep_exit(None);
+        }
         self.close_if_due(py, changed.is_ok())?;
         changed.map_err(|error| self.device_failure(error))
     }
