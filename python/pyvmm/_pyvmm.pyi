@@ -1656,8 +1656,7 @@ class Vmm:
         self,
         watch: _OutputWatch,
         timeout: float | None,
-        may_start: bool,
-        alone: bool,
+        how: tuple[bool, bool],
         awaiter: Callable[[Any, str], None] | None,
     ) -> tuple[bool, tuple[Exit | None] | None]: ...
     def _keep_exit(self, exit: Exit) -> None: ...

@@ -124,7 +124,7 @@ class Expectation:
             self._serial._run_until(list(patterns.literals.values()))
         try:
             # Fails if another thread runs the machine, which is not stopped then.
-            self.vmm._await_output(self.watch, 0.0, False, True, awaiter)
+            self.vmm._await_output(self.watch, 0.0, (False, True), awaiter)
             try:
                 return self._wait(True, awaiter)
             finally:
@@ -138,7 +138,7 @@ class Expectation:
         self.vmm.stop()
         over: tuple[Exit | None] | None = None
         while over is None:
-            _, over = self.vmm._await_output(self.watch, None, False, True, awaiter)
+            _, over = self.vmm._await_output(self.watch, None, (False, True), awaiter)
             self.watch.look()
         self._keep(over[0])
 
@@ -165,7 +165,7 @@ class Expectation:
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 self._raise_late()
-            is_running, over = self.vmm._await_output(self.watch, left, may_start, is_alone, awaiter)
+            is_running, over = self.vmm._await_output(self.watch, left, (may_start, is_alone), awaiter)
             may_start = may_start and not is_running
 
     def _look(self, search: Search) -> bytes:

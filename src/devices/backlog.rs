@@ -283,7 +283,7 @@ impl State {
     fn until(&mut self, bytes: &[u8]) -> bool {
         let is_found = bytes.iter().any(|byte| {
             // Each gets the byte, also after one that it completes.
-            self.until.iter_mut().fold(false, |is_found, text| text.feed(*byte) || is_found)
+            self.until.iter_mut().filter_map(|text| text.feed(*byte).then_some(())).count() > 0
         });
         if is_found {
             self.until.clear();
@@ -333,7 +333,7 @@ mod tests {
         backlog.print(b"gone");
         let piece = backlog.take(4);
         backlog.restore(b"new".to_vec(), b"", 0);
-        backlog.settle(&piece, 0);
+        backlog.finish_write(&piece, 0);
         assert_eq!(all(&backlog), b"new");
     }
 

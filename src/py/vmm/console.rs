@@ -12,6 +12,9 @@ use crate::py::event::turn;
 use crate::py::{exit, interrupt, wakeup};
 use crate::vmm::{Turn, Watcher};
 
+/// How a run ended: an `Exit`, or None after an exception.
+type Over<'py> = (Option<Bound<'py, PyAny>>,);
+
 #[pymethods]
 impl PyVmm {
     /// The text on the console: what the guest has printed to the first serial port.
@@ -21,23 +24,23 @@ impl PyVmm {
         import(slf.py(), "pyvmm.console")?.call_method1("Console", (serial,))
     }
 
-    /// For `pyvmm.console`: wait until there is something to look at. `alone`: as the thread that
-    /// runs the machine; otherwise beside such a thread, if there is one. `may_start`: start a
-    /// machine that is not running. Returns whether the machine is running, and how its run ended,
+    /// For `pyvmm.console`: wait until there is something to look at. `how`: whether to start a
+    /// machine that is not running; and whether to wait as the thread that runs the machine, or
+    /// beside such a thread, if there is one. Returns whether the machine is running, and how its run ended,
     /// if it is over: a tuple of an `Exit` or None.
     // Long because the three ways to wait are in one place.
-    #[pyo3(signature = (watch, timeout, may_start, alone, awaiter))]
+    #[pyo3(signature = (watch, timeout, how, awaiter))]
     fn _await_output<'py>(
         &self,
         py: Python<'py>,
         watch: &PyOutputWatch,
         timeout: Option<f64>,
-        may_start: bool,
-        alone: bool,
+        how: (bool, bool),
         awaiter: Option<Py<PyAny>>,
-    ) -> PyResult<(bool, Option<(Option<Bound<'py, PyAny>>,)>)> {
+    ) -> PyResult<(bool, Option<Over<'py>>)> {
         let (vmm, watch) = (self.core()?, watch.get()?);
         let deadline = deadline_of(exit::timeout(timeout)?);
+        let (may_start, alone) = how;
         let watcher = if alone { Watcher::Alone } else { Watcher::Beside };
         let _wanted = match alone {
             true => Some(interrupt::interruptible(py, |interrupted| vmm.want_loop(interrupted))?),
