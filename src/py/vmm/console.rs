@@ -26,8 +26,8 @@ impl PyVmm {
 
     /// For `pyvmm.console`: wait until there is something to look at. `how`: whether to start a
     /// machine that is not running; and whether to wait as the thread that runs the machine, or
-    /// beside such a thread, if there is one. Returns whether the machine is running, and how its run ended,
-    /// if it is over: a tuple of an `Exit` or None.
+    /// beside such a thread, if there is one. Returns whether the machine is running, and how its
+    /// run ended, if it is over.
     // Long because the three ways to wait are in one place.
     #[pyo3(signature = (watch, timeout, how, awaiter))]
     fn _await_output<'py>(
