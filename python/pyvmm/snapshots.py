@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     Entropy: TypeAlias = "Callable[[Vmm], object] | tuple[int, int]"
 
 
+# Each is a thread.
+MOST_WORKERS = 4096
+
+
 def config_of(memory: int, vcpus: int, exit_port: int | None, irqchip: bool, pit: bool, fixups: bool) -> VmmConfig:
     """The configuration as far as a snapshot file describes it; the boot is not included."""
     from pyvmm.config import CpuConfig, MemoryConfig, VmmConfig
@@ -107,7 +111,7 @@ class ForkExecutor(Executor):
 
     Args:
         snapshot: the state that each job starts from.
-        workers: the number of parallel forks; None means the number of processors.
+        workers: the number of parallel forks, at most 4,096; None means the number of processors.
         timeout: seconds for each job, counted from its start; None means no limit.
         changes: called with a worker's number whenever its fork is created; returns a dict of
             arguments for `Snapshot.fork`. The devices and hooks that `setup` adds are available to
@@ -125,9 +129,13 @@ class ForkExecutor(Executor):
         changes: Callable[[int], dict[str, Any]] | None = None,
         entropy: Entropy | None = None,
     ) -> None:
+        from pyvmm._pyvmm import Snapshot
+
+        if not isinstance(snapshot, Snapshot):
+            raise TypeError(f"snapshot: expected a Snapshot, not {type(snapshot).__name__}")
         count = (os.cpu_count() or 1) if workers is None else workers
-        if count < 1:
-            raise ValueError(f"workers: {count} is not at least 1")
+        if not 1 <= count <= MOST_WORKERS:
+            raise ValueError(f"workers: {count} is not a number from 1 to {MOST_WORKERS}")
         if timeout is not None and not timeout >= 0:
             raise ValueError(f"timeout: {timeout} is not a number of seconds of at least 0")
         self._snapshot = snapshot

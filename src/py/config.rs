@@ -10,6 +10,7 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::PyString;
 
 use super::ending::import;
+use super::items::Items;
 use crate::config::{
     Boot, Code, ElfBoot, ExitPort, FlatBoot, LinuxBoot, MemoryConfig, SerialConfig, SerialInput,
     SerialOutput, VmmConfig,
@@ -138,8 +139,8 @@ fn cpu(part: &Part<'_>) -> PyResult<CpuConfig> {
     let names = "a sequence of names, as in [\"avx2\"]";
     Ok(CpuConfig {
         vcpus: part.get(intern!(py, "vcpus"), "a number from 1 to 254")?,
-        hide: part.get(intern!(py, "hide"), names)?,
-        expose: part.get(intern!(py, "expose"), names)?,
+        hide: part.get::<Items<_>>(intern!(py, "hide"), names)?.0,
+        expose: part.get::<Items<_>>(intern!(py, "expose"), names)?.0,
         template,
         fixups: part.get(intern!(py, "fixups"), "True or False")?,
     })

@@ -1,6 +1,7 @@
 //! CPUID tables as tuples of `pyvmm.registers.CpuidEntry`.
 
 use kvm_bindings::kvm_cpuid_entry2;
+use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
@@ -21,7 +22,13 @@ pub(super) fn cpuid_entries<'py>(
 
 /// A `CpuidEntry` as a leaf.
 pub(super) fn cpuid_entry(entry: &Bound<'_, PyAny>) -> PyResult<kvm_cpuid_entry2> {
-    let number = |name: &str| entry.getattr(name)?.extract::<u32>();
+    let number = |name: &str| {
+        let Ok(value) = entry.getattr(name) else {
+            let class = entry.get_type().name()?.to_string();
+            return Err(PyTypeError::new_err(format!("expected a CpuidEntry, not {class}")));
+        };
+        value.extract::<u32>()
+    };
     Ok(kvm_cpuid_entry2 {
         function: number("function")?,
         index: number("index")?,

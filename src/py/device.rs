@@ -385,7 +385,7 @@ pub(super) fn bytes_of(value: &Bound<'_, PyAny>, wanted: usize) -> PyResult<Data
         let text = format!("{} is not a number of {bits} bits", value.repr()?);
         return Err(pyo3::exceptions::PyOverflowError::new_err(text));
     }
-    let Ok(bytes) = value.extract::<std::borrow::Cow<'_, [u8]>>() else {
+    let Ok(bytes) = value.extract::<PyBackedBytes>() else {
         let class = value.get_type();
         let text = format!("a read must return an int or bytes, not {}", class.name()?);
         return Err(PyTypeError::new_err(text));

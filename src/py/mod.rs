@@ -20,6 +20,7 @@ mod hop;
 mod host;
 mod interpreter;
 mod interrupt;
+mod items;
 mod kick_handler;
 mod kvm;
 mod lease;

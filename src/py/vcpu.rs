@@ -6,11 +6,13 @@ use pyo3::exceptions::PyValueError;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::intern;
 use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::{PyInt, PyString, PyTuple};
 
 use super::cpuid::{cpuid_entries, cpuid_entry};
 use super::ending::import;
 use super::gil_cell::GilCell;
+use super::items::Items;
 use super::lease::ReuseTracker;
 use super::parts::{Part, Parts};
 use super::processor::Processor;
@@ -170,8 +172,8 @@ impl PyVcpu {
     }
 
     #[setter]
-    fn set_cpuid(&self, py: Python<'_>, entries: Vec<Bound<'_, PyAny>>) -> PyResult<()> {
-        let entries: Vec<_> = entries.iter().map(cpuid_entry).collect::<PyResult<_>>()?;
+    fn set_cpuid(&self, py: Python<'_>, entries: Items<Bound<'_, PyAny>>) -> PyResult<()> {
+        let entries: Vec<_> = entries.0.iter().map(cpuid_entry).collect::<PyResult<_>>()?;
         if self.processor.tracker.is_leased() {
             let detail = "the job's machine may have run other jobs, so its CPUID cannot change";
             let error = Error::new(ErrorKind::State, "cpuid", detail);
@@ -219,9 +221,9 @@ impl PyVcpu {
         let Some(wanted) = self.processor.with_vcpu(py, |vcpu| Ok(vcpu.wanted()))? else {
             return self.processor.change(py, |vcpu| vcpu.answer(&[]));
         };
-        let bytes: Vec<u8> = match data.cast::<PyInt>() {
+        let bytes: PyBackedBytes = match data.cast::<PyInt>() {
             Ok(number) => number.call_method1("to_bytes", (wanted, "little"))?.extract()?,
-            Err(_) => data.extract::<std::borrow::Cow<'_, [u8]>>()?.into_owned(),
+            Err(_) => data.extract()?,
         };
         if bytes.len() != wanted {
             let text = format!("the guest reads {wanted} bytes, not {}", bytes.len());
@@ -257,9 +259,9 @@ impl PyVcpu {
         &self,
         py: Python<'_>,
         single_step: bool,
-        breakpoints: Option<Vec<u64>>,
+        breakpoints: Option<Items<u64>>,
     ) -> PyResult<()> {
-        let breakpoints = breakpoints.unwrap_or_default();
+        let breakpoints = breakpoints.map_or_else(Vec::new, |items| items.0);
         let request = DebugRequest { single_step, breakpoints };
         self.processor.change(py, |vcpu| vcpu.debug(DebugOwner::Program, request))
     }

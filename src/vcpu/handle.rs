@@ -1,12 +1,13 @@
 //! `VcpuHandle`: the access of all other threads to a vCPU. It holds the vCPU at rest; the vCPU's
-//! thread takes it out to run it. Kicks and pauses are here. `own_thread.rs` has the side of the
-//! vCPU's own thread, `rest.rs` waits for a vCPU, `host_access.rs` reads and changes one at rest,
-//! and `run_once.rs` runs one on the calling thread.
+//! thread takes it out to run it. Kicks and pauses are here. `commands.rs` has the commands to the
+//! vCPU's own thread, `own_thread.rs` the side of that thread, `rest.rs` waits for a vCPU,
+//! `host_access.rs` reads and changes one at rest, and `run_once.rs` runs one on the calling thread.
 
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
+use super::commands::{Commands, VcpuCommand};
 use super::kick::{StopWord, interrupt};
 use super::run_page::RunPage;
 use super::signal::SignalMask;
@@ -30,16 +31,12 @@ pub struct VcpuHandle {
 
 #[derive(Debug)]
 pub(super) struct HandleState {
-    /// `None` while a thread has it.
-    pub(super) vcpu: Option<Vcpu>,
-    /// The vCPU's own thread, which outlives the run.
+    /// The vCPU at rest, and the command to its own thread.
+    pub(super) commands: Commands<Vcpu>,
+    /// That thread, if `commands` has one.
     pub(super) thread: Option<OwnThread>,
-    /// How many such threads have been started.
-    pub(super) threads: u64,
     /// The signal mask of the thread that started the run, until the own thread has adopted it.
     pub(super) mask: Option<SignalMask>,
-    /// Between the start and the end of a run, the own thread does not end when it is idle.
-    pub(super) is_in_run: bool,
     /// The event loop of the thread in `run_here`, which replaces the vCPU's own thread.
     pub(super) here: Option<Arc<EventManager>>,
     /// Access to the vCPU of that thread while it is in a callback.
@@ -50,33 +47,16 @@ pub(super) struct HandleState {
     pub(super) is_in_run_once: bool,
     /// The device that this thread waits for.
     pub(super) waits_for: Option<Arc<dyn Device>>,
-    /// Whether the vCPU was lost in a panic on its thread.
-    pub(super) is_lost: bool,
-    pub(super) command: VcpuCommand,
     /// A kick for `run_once` that has not ended one yet.
     pub(super) is_kicked: bool,
     /// How often the vCPU has come to rest.
     pub(super) rests: u64,
-    /// How often it has come to rest or left. If the count has changed since a request to stop, the
-    /// vCPU was at rest in between.
-    pub(super) transitions: u64,
-    /// Whether [`VcpuHandle::resume`] makes it enter its guest: it was running when it was stopped.
-    pub(super) runs_on_resume: bool,
-    /// Whether its machine is closed.
-    pub(super) is_closed: bool,
-    /// Whether its own thread is completing the last exit and reporting the outcome.
-    pub(super) is_completing: bool,
-    /// Whether the thread that had it is reporting why it rests, which may call an exit handler in
-    /// Python.
-    pub(super) is_reporting: bool,
 }
 
 /// The thread that runs a vCPU for its machine.
 #[derive(Debug)]
 pub(super) struct OwnThread {
     pub(super) thread: JoinHandle<()>,
-    /// Distinguishes it from a thread that it has replaced.
-    pub(super) number: u64,
     pub(super) stack_size: usize,
 }
 
@@ -88,19 +68,6 @@ pub(super) struct HostAccess(pub(super) NonNull<Vcpu>);
 // state.
 unsafe impl Send for HostAccess {}
 
-/// What the vCPU's own thread does with the vCPU at rest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum VcpuCommand {
-    /// Leave it there.
-    Park,
-    /// Enter its guest.
-    Run,
-    /// Complete what its last exit has left, and rest.
-    Complete,
-    /// Leave it there and end.
-    Exit,
-}
-
 pub(super) fn closed() -> Error {
     Error::closed("machine")
 }
@@ -108,72 +75,23 @@ pub(super) fn closed() -> Error {
 impl HandleState {
     /// Whether it is at rest: out of its guest, and it does not enter again without a command.
     pub(super) fn is_at_rest(&self) -> bool {
-        let is_held = self.host_access.is_some() && self.is_held();
-        self.vcpu.is_some() || is_held || self.is_lost || self.is_closed
-    }
-
-    /// Whether a thread has it and brings it to rest without another command. False for a vCPU that
-    /// was lost in a panic.
-    pub(super) fn is_leaving(&self) -> bool {
-        let is_out = self.vcpu.is_none() || self.is_completing;
-        is_out && self.is_held() && !self.is_lost && !self.is_closed
-    }
-
-    /// Whether its last exit is finished: it is not leaving its guest, and why it rests has been
-    /// reported.
-    pub(super) fn is_settled(&self) -> bool {
-        !self.is_leaving() && !self.is_reporting
-    }
-
-    pub(super) fn belongs_to(&self, number: u64) -> bool {
-        self.thread.as_ref().is_some_and(|own| own.number == number)
-    }
-
-    /// Whether the own thread has nothing to do.
-    pub(super) fn is_idle(&self, number: u64) -> bool {
-        self.command == VcpuCommand::Park && !self.is_in_run && self.belongs_to(number)
-    }
-
-    /// Begin a run, with the vCPU at rest until [`VcpuHandle::run`]. A pending command to complete
-    /// its last exit stays, because another thread waits for it; entering the guest completes the
-    /// exit too. `here` is the event loop of a thread that replaces the own thread.
-    fn begin_run(&mut self, here: Option<Arc<EventManager>>) {
-        if self.command != VcpuCommand::Complete {
-            self.command = VcpuCommand::Park;
-        }
-        self.runs_on_resume = false;
-        (self.is_in_run, self.here) = (true, here);
-    }
-
-    /// Whether its thread has no command to enter the guest. With such a command the vCPU counts as
-    /// running, even before the thread has taken it.
-    pub(super) fn is_held(&self) -> bool {
-        self.command != VcpuCommand::Run
+        self.commands.is_at_rest(self.host_access.is_some())
     }
 }
 
 impl VcpuHandle {
     pub(super) fn new(id: u64, page: Arc<RunPage>, vcpu: Vcpu) -> Self {
         let state = HandleState {
-            vcpu: Some(vcpu),
+            commands: Commands::new(vcpu),
             thread: None,
-            threads: 0,
             mask: None,
-            is_in_run: false,
             here: None,
             host_access: None,
             runner: None,
             is_in_run_once: false,
             waits_for: None,
-            is_lost: false,
-            command: VcpuCommand::Park,
             is_kicked: false,
             rests: 0,
-            transitions: 0,
-            runs_on_resume: false,
-            is_closed: false,
-            is_completing: false,
-            is_reporting: false,
         };
         let (stop, changed) = (StopWord::default(), Condvar::new());
         let state = Mutex::numbered(id, state);
@@ -199,7 +117,8 @@ impl VcpuHandle {
         if state.is_in_run_once {
             return Err(self.running());
         }
-        state.begin_run(here);
+        state.commands.begin_run();
+        state.here = here;
         Ok(state)
     }
 
@@ -212,13 +131,6 @@ impl VcpuHandle {
     /// In a forked child: its parent shares the run page.
     pub(crate) fn check_process(&self) -> Result<()> {
         self.process_tag.check("vCPU")
-    }
-
-    /// Have a running vCPU come to rest after the exit that is being answered, until it is stopped
-    /// and resumed.
-    #[cfg(test)]
-    pub(crate) fn park(&self) {
-        self.bring_out(&self.state.lock());
     }
 
     /// Points 1 to 3 of the kick.
@@ -265,15 +177,7 @@ impl VcpuHandle {
     /// The command to end is never replaced.
     pub(super) fn stop_with(&self, command: VcpuCommand) {
         let mut state = self.state.lock();
-        state.runs_on_resume |= state.command == VcpuCommand::Run;
-        let comes_first = match state.command {
-            VcpuCommand::Exit => true,
-            VcpuCommand::Complete => command == VcpuCommand::Park,
-            VcpuCommand::Park | VcpuCommand::Run => false,
-        };
-        if !comes_first {
-            state.command = command;
-        }
+        state.commands.stop(command);
         self.bring_out(&state);
         self.changed.notify_all();
     }
@@ -283,9 +187,9 @@ impl VcpuHandle {
     pub(crate) fn close(&self) {
         let vcpu = {
             let mut state = self.state.lock();
-            state.is_closed = true;
+            state.commands.is_closed = true;
             self.changed.notify_all();
-            state.vcpu.take()
+            state.commands.vcpu.take()
         };
         drop(vcpu);
     }
@@ -302,17 +206,16 @@ impl VcpuHandle {
 
     /// How often it has come to rest or left by now. [`Self::wait_for_rest`] takes this number.
     pub(crate) fn transitions(&self) -> u64 {
-        self.state.lock().transitions
+        self.state.lock().commands.transitions
     }
 
     /// The vCPU comes to rest. If the machine has been closed meanwhile, that closes its
     /// descriptor.
     pub(super) fn rest(&self, mut state: MutexGuard<'_, HandleState, rank::Vcpu>, mut vcpu: Vcpu) {
         state.rests += 1;
-        state.transitions += 1;
         state.runner = None;
         vcpu.rests = state.rests;
-        let last = if state.is_closed { Some(vcpu) } else { state.vcpu.replace(vcpu) };
+        let last = state.commands.rest(vcpu);
         self.changed.notify_all();
         drop(state);
         // Without the lock: it may hold the last reference to a device of the program's.

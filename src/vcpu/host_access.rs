@@ -4,6 +4,7 @@
 use std::ptr::NonNull;
 use std::time::Duration;
 
+use super::commands::Commands;
 use super::current::CallbackGuard;
 use super::handle::{HandleState, HostAccess, VcpuHandle, closed};
 use super::kick::this_thread;
@@ -59,13 +60,15 @@ impl VcpuHandle {
         state: &mut HandleState,
         look: impl FnOnce(&mut Vcpu) -> Result<T>,
     ) -> Result<T> {
-        let is_held = state.is_held();
+        let is_held = state.commands.is_held();
         let is_own = state.runner == Some(this_thread());
-        if state.is_closed {
+        if state.commands.is_closed {
             return Err(closed());
         }
         match state {
-            HandleState { vcpu: Some(vcpu), .. } if is_held => look(vcpu),
+            HandleState { commands: Commands { vcpu: Some(vcpu), .. }, .. } if is_held => {
+                look(vcpu)
+            }
             HandleState { host_access: Some(HostAccess(vcpu)), .. } if is_held || is_own => {
                 // SAFETY: its thread is inside `with_host_access`, which ends the access only under
                 // the lock that this holds.
@@ -83,11 +86,11 @@ impl VcpuHandle {
     pub(crate) fn at_rest(&self) -> Result<MappedMutexGuard<'_, Vcpu, rank::Vcpu>> {
         self.check_process()?;
         let state = self.state.lock();
-        if state.is_closed {
+        if state.commands.is_closed {
             return Err(closed());
         }
-        let is_held = state.is_held();
-        MutexGuard::try_map(state, |state| state.vcpu.as_mut().filter(|_| is_held))
+        let is_held = state.commands.is_held();
+        MutexGuard::try_map(state, |state| state.commands.vcpu.as_mut().filter(|_| is_held))
             .ok_or_else(|| self.running())
     }
 

@@ -4,6 +4,7 @@
 //! and access it while it is *at rest*: out of its guest, and not entering again by itself.
 
 mod access;
+mod commands;
 mod current;
 mod enter;
 mod entry;

@@ -1,11 +1,12 @@
 //! The handle's side of a vCPU's own thread: starts it, gives it commands, and takes the vCPU back.
-//! What the thread does with the vCPU is in `thread.rs`. The thread outlives a run. It ends with
+//! `commands.rs` decides which command is followed, and `thread.rs` follows it. The thread outlives a run. It ends with
 //! its machine, or when it has been idle for a while.
 
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::handle::{HandleState, OwnThread, VcpuCommand, VcpuHandle};
+use super::commands::{Next, VcpuCommand};
+use super::handle::{HandleState, OwnThread, VcpuHandle};
 use super::kick::this_thread;
 use super::signal::SignalMask;
 use super::stack;
@@ -38,15 +39,15 @@ impl VcpuHandle {
         let mut state = self.begin(None)?;
         state.mask = Some(SignalMask::of_this_thread());
         // A thread in a callback keeps its stack.
-        let is_usable = |own: &OwnThread| own.stack_size == stack_size || state.vcpu.is_none();
+        let is_away = state.commands.vcpu.is_none();
+        let is_usable = |own: &OwnThread| own.stack_size == stack_size || is_away;
         if state.thread.as_ref().is_some_and(is_usable) {
             return Ok(());
         }
-        let number = state.threads + 1;
+        let number = state.commands.next_thread();
         let thread = spawn(number)?;
-        state.threads = number;
-        // A previous thread finds that it has been replaced, and ends by itself.
-        state.thread = Some(OwnThread { thread, number, stack_size });
+        state.commands.replace_thread(number);
+        state.thread = Some(OwnThread { thread, stack_size });
         self.changed.notify_all();
         Ok(())
     }
@@ -62,23 +63,15 @@ impl VcpuHandle {
 
     /// Set the command to enter the guest.
     pub(super) fn command_run(&self, state: &mut HandleState) {
-        if state.command == VcpuCommand::Exit {
-            return;
+        if state.commands.run(|| self.stop.clear(&*self.page)) {
+            self.changed.notify_all();
         }
-        self.stop.clear(&*self.page); // Kick, point 7.
-        if state.command == VcpuCommand::Complete {
-            state.is_completing = false; // The next entry completes it.
-        }
-        state.command = VcpuCommand::Run;
-        state.runs_on_resume = false;
-        state.transitions += 1;
-        self.changed.notify_all();
     }
 
     /// Have a vCPU that [`Self::stop_with`] has stopped enter its guest again. A vCPU that was at
     /// rest before stays at rest.
     pub(crate) fn resume(&self) {
-        let runs = self.state.lock().runs_on_resume;
+        let runs = self.state.lock().commands.runs_on_resume;
         if runs {
             self.run();
         }
@@ -86,7 +79,7 @@ impl VcpuHandle {
 
     /// Have the vCPU enter its guest when it is resumed.
     pub(super) fn run_on_resume(&self) {
-        self.state.lock().runs_on_resume = true;
+        self.state.lock().commands.runs_on_resume = true;
     }
 
     /// End the run: bring the vCPU out of its guest; it rests until the next run. Returns before it
@@ -94,15 +87,17 @@ impl VcpuHandle {
     pub(crate) fn end_run(&self) {
         self.stop_with(VcpuCommand::Park);
         let mut state = self.state.lock();
-        (state.is_in_run, state.here) = (false, None);
-        state.runs_on_resume = false;
+        state.commands.end_run();
+        state.here = None;
         self.changed.notify_all();
     }
 
     /// Take the vCPU's own thread. The caller joins it, except in a forked child, where it does not
     /// exist.
     pub(crate) fn take_thread(&self) -> Option<JoinHandle<()>> {
-        self.state.lock().thread.take().map(|own| own.thread)
+        let mut state = self.state.lock();
+        state.commands.forget_thread();
+        state.thread.take().map(|own| own.thread)
     }
 
     /// Called by the own thread: wait for its next task. `None` if it has to end, because the
@@ -111,30 +106,27 @@ impl VcpuHandle {
         let mut state = self.state.lock();
         let mut idle = Instant::now() + IDLE_LIMIT;
         loop {
-            if state.command == VcpuCommand::Exit || !state.belongs_to(number) {
-                return None;
-            }
-            let completes = state.command == VcpuCommand::Complete;
-            // In `run_here`, the caller's thread follows the command to run.
-            let is_mine = completes || state.here.is_none();
-            if state.command != VcpuCommand::Park
-                && is_mine
-                && let Some(vcpu) = state.vcpu.take()
-            {
-                if completes {
-                    state.command = VcpuCommand::Park;
+            let is_here = state.here.is_some();
+            let (vcpu, completes) = match state.commands.next(number, is_here) {
+                Next::Enter(vcpu) => (vcpu, false),
+                Next::Complete(vcpu) => (vcpu, true),
+                Next::Wait => {
+                    self.changed.wait(&mut state);
+                    idle = Instant::now() + IDLE_LIMIT;
+                    continue;
                 }
-                state.runner = Some(this_thread());
-                return Some(Task { vcpu, completes, mask: state.mask.take() });
-            }
-            if state.is_in_run || state.command != VcpuCommand::Park {
-                self.changed.wait(&mut state);
-                idle = Instant::now() + IDLE_LIMIT;
-            } else if self.changed.wait_until(&mut state, idle) && state.is_idle(number) {
-                // Dropped, not joined: no thread waits for it.
-                state.thread = None;
-                return None;
-            }
+                Next::WaitIdle => {
+                    if self.changed.wait_until(&mut state, idle) && state.commands.expire(number) {
+                        // Dropped, not joined: no thread waits for it.
+                        state.thread = None;
+                        return None;
+                    }
+                    continue;
+                }
+                Next::End => return None,
+            };
+            state.runner = Some(this_thread());
+            return Some(Task { vcpu, completes, mask: state.mask.take() });
         }
     }
 
@@ -145,14 +137,7 @@ impl VcpuHandle {
         // Without the lock: a device or hook that has been removed may end with its copy.
         drop(std::mem::take(&mut vcpu.cache));
         let mut state = self.state.lock();
-        // A vCPU that got the command to run while it completed its last exit continues.
-        let goes_on = state.is_completing && !by_itself;
-        if state.command == VcpuCommand::Run && !goes_on {
-            state.command = VcpuCommand::Park;
-            state.runs_on_resume = true;
-        }
-        state.runs_on_resume &= !by_itself;
-        state.is_reporting = by_itself;
+        state.commands.stopped(by_itself);
         self.rest(state, vcpu);
     }
 
@@ -160,28 +145,78 @@ impl VcpuHandle {
     /// thread than before, KVM waits for an RCU grace period, which takes milliseconds before Linux
     /// 6.13. Returns whether there is such a thread.
     pub(super) fn complete_on_own_thread(&self, state: &mut HandleState) -> bool {
-        let is_there = state.thread.is_some() && state.here.is_none();
-        if !is_there || state.command != VcpuCommand::Park {
-            return false;
+        let completes = state.here.is_none() && state.commands.complete();
+        if completes {
+            self.changed.notify_all();
         }
-        state.command = VcpuCommand::Complete;
-        state.is_completing = true;
-        self.changed.notify_all();
-        true
+        completes
     }
 
     /// Note that the reason for the rest has been reported to the run state and the exit handler.
     pub(crate) fn reported(&self) {
         let mut state = self.state.lock();
-        (state.is_completing, state.is_reporting) = (false, false);
+        state.commands.reported();
         self.changed.notify_all();
     }
 
     /// Mark the vCPU as lost in a panic of its thread.
     pub(super) fn mark_lost(&self) {
         let mut state = self.state.lock();
-        state.is_lost = true;
+        state.commands.is_lost = true;
         state.runner = None;
         self.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Weak};
+    use std::time::Duration;
+
+    use super::*;
+    use crate::config::{Boot, Code, FlatBoot, VmmConfig};
+    use crate::cpu::CpuMode;
+    use crate::devices::{Access, Device};
+    use crate::exit_handler::Outcome;
+    use crate::vmm::Vmm;
+
+    /// Stops its vCPU in a write, and removes itself. The vCPU has the last reference and drops it
+    /// when it has seen the stop, just before it comes to rest.
+    #[derive(Debug)]
+    struct Resumes(Weak<Vmm>, Arc<VcpuHandle>);
+
+    impl Device for Resumes {
+        fn read(&self, _offset: u64, _data: &mut [u8]) -> Outcome {
+            Outcome::Continue
+        }
+        fn write(&self, _offset: u64, _data: &[u8]) -> Outcome {
+            self.0.upgrade().unwrap().remove_device(Access::Pio, 0x80).unwrap();
+            self.1.pause();
+            Outcome::Continue
+        }
+    }
+
+    impl Drop for Resumes {
+        fn drop(&mut self) {
+            self.1.resume();
+        }
+    }
+
+    #[test]
+    fn a_vcpu_that_is_resumed_while_it_comes_to_rest_runs_on() {
+        if crate::kvm::open_kvm().is_err() {
+            return;
+        }
+        // out 0x80, al; mov al, 7; out 0xf4, al
+        let code = Code::Bytes(vec![0xe6, 0x80, 0xb0, 7, 0xe6, 0xf4]);
+        let mode = CpuMode::Protected32;
+        let boot = Boot::Flat(FlatBoot { code, address: 0x1000, entry: None, mode });
+        let mut config = VmmConfig { boot, ..VmmConfig::default() };
+        config.memory.size_mib = 1;
+        let vmm = Arc::new(Vmm::try_from(config).unwrap());
+        let device = Resumes(Arc::downgrade(&vmm), vmm.vcpus().unwrap().remove(0));
+        vmm.add_device(Access::Pio, 0x80, 1, Arc::new(device)).unwrap();
+        let turn = |until| vmm.event_manager()?.run_until(until, None).map(drop);
+        assert_eq!(vmm.run(Some(Duration::from_secs(60)), turn).unwrap().code, Some(7));
     }
 }

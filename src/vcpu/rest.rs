@@ -27,7 +27,7 @@ impl VcpuHandle {
     ) -> Result<MutexGuard<'_, HandleState, rank::Vcpu>> {
         self.check_process()?;
         let mut state = self.state.lock();
-        while !state.is_settled() {
+        while !state.commands.is_settled() {
             if state.runner == Some(this_thread()) {
                 let (at, detail) =
                     (VcpuName(self.id()).to_string(), "its exit is not answered yet");
@@ -36,11 +36,11 @@ impl VcpuHandle {
             }
             MutexGuard::unlocked(&mut state, || {
                 limit.wait(VcpuName(self.id()), |until| {
-                    self.wait_until(until, HandleState::is_settled)
+                    self.wait_until(until, |state| state.commands.is_settled())
                 })
             })?;
         }
-        if state.is_closed { Err(closed()) } else { Ok(state) }
+        if state.commands.is_closed { Err(closed()) } else { Ok(state) }
     }
 
     /// Wait until `is_over` returns true for the state, or until this time. Returns whether it did.
@@ -56,13 +56,16 @@ impl VcpuHandle {
 
     /// Wait until no callback of an ended run is in progress.
     pub(crate) fn wait_for_callback(&self, limit: &Limit<'_>) -> Result<()> {
-        limit.wait(VcpuName(self.id()), |until| self.wait_until(until, HandleState::is_settled))
+        limit.wait(VcpuName(self.id()), |until| {
+            self.wait_until(until, |state| state.commands.is_settled())
+        })
     }
 
     /// Wait until the vCPU is at rest, or has been at rest since `counted`: another thread may have
     /// made it run again. Returns false at the deadline; `None` is no deadline.
     pub(crate) fn wait_for_rest(&self, counted: u64, until: Option<Instant>) -> bool {
-        let is_over = |state: &HandleState| state.is_at_rest() || state.transitions != counted;
+        let is_over =
+            |state: &HandleState| state.is_at_rest() || state.commands.transitions != counted;
         if let Some(until) = until {
             return self.wait_until(until, is_over);
         }
@@ -75,14 +78,14 @@ impl VcpuHandle {
 
     /// Whether it is at rest, or will come to rest without a further command.
     pub(crate) fn stays_out(&self) -> bool {
-        let state = self.state.lock();
-        state.is_held() && !state.is_lost && !state.is_closed
+        let commands = &self.state.lock().commands;
+        commands.is_held() && !commands.is_lost && !commands.is_closed
     }
 
     /// Whether a thread runs it, or is in a callback for it.
     pub(crate) fn is_in_use(&self) -> bool {
-        let state = self.state.lock();
-        let is_in_use = state.vcpu.is_none() || state.is_completing || state.is_reporting;
-        is_in_use && !state.is_lost && !state.is_closed
+        let commands = &self.state.lock().commands;
+        let is_in_use = commands.vcpu.is_none() || commands.is_completing || commands.is_reporting;
+        is_in_use && !commands.is_lost && !commands.is_closed
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::current::CurrentVcpuGuard;
-use super::handle::{VcpuCommand, VcpuHandle};
+use super::handle::VcpuHandle;
 use super::kick::{ImmediateExit, this_thread};
 use super::run::{complete_pending_io, step};
 use super::thread::{MAX_STEPS_AT_STOP, PanicGuard, Shared};
@@ -106,16 +106,16 @@ impl<EH: ExitHandler> HereRun<'_, EH> {
     /// Take the vCPU, unless it has to stay at rest.
     fn take(&self) -> Result<Option<Vcpu>> {
         let mut state = self.handle.state.lock();
-        if state.command != VcpuCommand::Run {
+        if state.commands.is_held() {
             return Ok(None);
         }
-        if state.vcpu.is_none() {
+        if state.commands.vcpu.is_none() {
             let at = VcpuName(self.handle.id()).to_string();
             let detail = "a callback of an earlier run has not returned yet";
             return Err(Error::new(ErrorKind::State, at, detail).hint("use run()"));
         }
         state.runner = Some(this_thread());
-        Ok(state.vcpu.take())
+        Ok(state.commands.vcpu.take())
     }
 
     fn run_guest(&self, vcpu: &mut Vcpu) -> (LeaveReason, Outcome) {

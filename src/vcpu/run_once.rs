@@ -23,8 +23,9 @@ impl VcpuHandle {
     pub(crate) fn complete_pending_io(&self, limit: &Limit<'_>) -> Result<Outcome> {
         let mut vcpu = {
             let mut state = self.rested(limit)?;
-            let is_held = state.is_held();
-            let vcpu = state.vcpu.as_mut().filter(|_| is_held).ok_or_else(|| self.running())?;
+            let is_held = state.commands.is_held();
+            let vcpu =
+                state.commands.vcpu.as_mut().filter(|_| is_held).ok_or_else(|| self.running())?;
             vcpu.check_answered()?;
             if vcpu.pending.is_idle() {
                 return Ok(Outcome::Continue);
@@ -33,7 +34,7 @@ impl VcpuHandle {
                 drop(state);
                 return self.wait_while_leaving(limit).map(|()| Outcome::Continue);
             }
-            let Some(vcpu) = state.vcpu.take() else { return Ok(Outcome::Continue) };
+            let Some(vcpu) = state.commands.vcpu.take() else { return Ok(Outcome::Continue) };
             state.runner = Some(this_thread());
             vcpu
         };
@@ -74,11 +75,11 @@ impl VcpuHandle {
     /// # Errors
     /// [`crate::error::ErrorKind::State`] while its guest is running.
     pub(super) fn take_for_run_once(&self, state: &mut HandleState) -> Result<Vcpu> {
-        if state.is_closed {
+        if state.commands.is_closed {
             return Err(closed());
         }
-        let is_held = state.is_held();
-        let vcpu = state.vcpu.take_if(|_| is_held).ok_or_else(|| self.running())?;
+        let is_held = state.commands.is_held();
+        let vcpu = state.commands.vcpu.take_if(|_| is_held).ok_or_else(|| self.running())?;
         self.stop.clear(&*self.page); // Kick, point 7.
         (state.runner, state.is_in_run_once) = (Some(this_thread()), true);
         Ok(vcpu)
@@ -89,7 +90,7 @@ impl VcpuHandle {
         let mut state = self.state.lock();
         state.is_kicked = true;
         // If its own thread runs the vCPU, this must not stop it: the vCPU would stay at rest.
-        if state.is_held() {
+        if state.commands.is_held() {
             self.bring_out(&state);
         }
     }

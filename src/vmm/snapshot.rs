@@ -122,7 +122,7 @@ mod tests {
             let now = self.seen.fetch_add(1, Ordering::Relaxed) + 1;
             let park = self.park.lock().take_if(|(at, ..)| *at == now);
             if let Some((_, handle, told)) = park {
-                handle.park();
+                handle.pause();
                 told.send(()).unwrap();
             }
             now

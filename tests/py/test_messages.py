@@ -1,4 +1,7 @@
-"""What is said to a program that gives the wrong thing: a typed error that names the place, and what it may be."""
+"""What is said to a program that gives the wrong thing: a typed error that names the place, and what it may be.
+
+Covers src/py/items.rs.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,13 @@ import contextlib
 import inspect
 import math
 import os
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import pyvmm
+from conftest import TESTS
 from guests import COUNT_IN_MEMORY, HALT, flat
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -239,3 +245,68 @@ def test_closed_descriptor_is_named() -> None:
     os.close(writer)
     with pytest.raises(pyvmm.EventError, match=f"file descriptor {reader} is not open"):
         manager.on(reader)(print)
+
+
+# Each call reads a sequence or bytes. Before any is read, memory for the length that the object claims may be reserved.
+CLAIMS = """
+import collections.abc, sys
+sys.path[:0] = [{tests!r}]
+from guests import flat, read_in
+from pyvmm import *
+
+class Claims(collections.abc.Sequence):
+    def __len__(self):
+        return 2**62
+    def __getitem__(self, index):
+        raise IndexError
+
+class Endless(Claims):
+    def __getitem__(self, index):
+        return 1
+
+class Number(int):
+    def to_bytes(self, *arguments):
+        return Claims()
+
+class Device:
+    def read(self, offset, size):
+        return Claims()
+
+vmm = Vmm(flat(read_in(0x500)))
+vmm.add_pio_device(0x500, 1, Device())
+vcpu = vmm.vcpus[0]
+bare = KvmVm(flat(read_in(0x500)))
+bare.vcpus[0].run_once()
+{call}
+"""
+
+
+@kvm
+@pytest.mark.parametrize(
+    ("call", "outcome"),
+    [
+        ("vcpu.debug(breakpoints=Claims())", ""),
+        ("vcpu.debug(breakpoints=Endless())", "ValueError: more than 65536 elements"),
+        ("vcpu.debug(breakpoints='12')", "TypeError: expected a sequence, not str"),
+        ("vcpu.cpuid = Endless()", "ValueError: more than 65536 elements"),
+        ("vcpu.cpuid = [1]", "TypeError: expected a CpuidEntry, not int"),
+        ("vmm.on_exit('msr', print, msrs=Claims())", ""),
+        ("vmm.on_exit('msr', print, msrs=Endless())", "ValueError: more than 65536 elements"),
+        ("Vmm(VmmConfig(cpu=CpuConfig(hide=Claims())))", ""),
+        ("Vmm(VmmConfig(cpu=CpuConfig(expose=Endless())))", "ConfigError: cpu.expose: expected a sequence of names"),
+        ("vmm.memory.find(Claims())", "'Claims' object"),
+        ("bare.vcpus[0].answer(Claims())", "TypeError: 'Claims' object"),
+        ("bare.vcpus[0].answer(Number(1))", "TypeError: 'Claims' object"),
+        ("vmm.run(60)", "TypeError: a read must return an int or bytes, not Claims"),
+        (
+            "ForkExecutor(Vmm(flat(read_in(0x500))).snapshot(), 2**62)",
+            "ValueError: workers: 4611686018427387904 is not a number from 1 to 4096",
+        ),
+        ("ForkExecutor(vmm)", "TypeError: snapshot: expected a Snapshot, not Vmm"),
+    ],
+)
+def test_an_object_that_claims_to_be_long_gets_an_exception_or_is_empty(call: str, outcome: str) -> None:
+    program = CLAIMS.format(tests=str(TESTS), call=call)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == (1 if outcome else 0), done.stderr[-2000:]
+    assert outcome in done.stderr

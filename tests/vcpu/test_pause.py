@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ import guests
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pyvmm import CpuConfig, FlatBoot, KvmVm, StateError, Vmm, VmmConfig
+from pyvmm import CpuConfig, FlatBoot, KvmVm, StateError, Vmm, VmmConfig, WaitTimeoutError
 from threads import all_at_once
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 
 pytestmark = pytest.mark.kvm
+DEADLINE_S = 60.0
 # Counts in RBX without end: inc rbx; jmp -5
 COUNT = bytes.fromhex("48ffc3 ebfb")
 COUNT_AT = 0x1000
@@ -29,6 +31,26 @@ COUNT_AT = 0x1000
 
 def counting(vcpus: int = 1) -> Vmm:
     return Vmm(VmmConfig(boot=FlatBoot(COUNT, address=COUNT_AT, mode="user64"), cpu=CpuConfig(vcpus=vcpus)))
+
+
+def test_a_machine_runs_on_after_a_pause_and_a_snapshot_that_timed_out() -> None:
+    # The vCPU may be on its way out when the wait ends. It must not stay out.
+    with Vmm(guests.flat(guests.COUNT_IN_MEMORY)) as vmm:
+        vmm.start()
+        for number in range(400):
+            limit = number % 50 * 1e-6
+            try:
+                if number % 2:
+                    vmm.pause(limit)
+                    vmm.resume()
+                else:
+                    vmm.snapshot(limit)
+            except WaitTimeoutError:
+                assert vmm.state == "running"
+            count = vmm.memory.read_u16(0x2000)
+            give_up = time.monotonic() + DEADLINE_S
+            while vmm.memory.read_u16(0x2000) == count:
+                assert time.monotonic() < give_up, f"the guest stands still after call {number}"
 
 
 def test_a_paused_guest_stops_and_continues() -> None:

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::{PyMemoryView, PyTuple};
 
 use super::dirty::PyDirtyPages;
@@ -90,7 +91,7 @@ impl PyGuestMemory {
     fn find(
         &self,
         py: Python<'_>,
-        data: std::borrow::Cow<'_, [u8]>,
+        data: PyBackedBytes,
         start: u64,
         end: Option<u64>,
     ) -> PyResult<Option<u64>> {

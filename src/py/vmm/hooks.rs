@@ -10,6 +10,7 @@ use pyo3::types::PyString;
 use super::object::PyVmm;
 use crate::error::Result;
 use crate::py::ending::import;
+use crate::py::items::Items;
 use crate::vcpu::{ExitHook, ExitKind, HookPriority};
 
 impl PyVmm {
@@ -61,10 +62,11 @@ impl PyVmm {
         slf: &Bound<'py, Self>,
         kind: &Bound<'py, PyAny>,
         function: Option<&Bound<'py, PyAny>>,
-        msrs: Option<Vec<u32>>,
+        msrs: Option<Items<u32>>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let (py, this) = (slf.py(), slf.get());
         this.core()?;
+        let msrs = msrs.map(|items| items.0);
         let of_kind = kind_of(kind)?;
         let Some(function) = function else {
             let keywords = pyo3::types::PyDict::new(py);
