@@ -72,6 +72,15 @@ pub(crate) fn read_count(fd: RawFd) -> io::Result<u64> {
     if length < 0 { Err(io::Error::last_os_error()) } else { Ok(count) }
 }
 
+/// Add to the count of an eventfd. This may wait, depending on the descriptor's blocking mode. It
+/// returns after a signal, unlike [`vmm_sys_util::eventfd::EventFd::write`].
+#[cfg(feature = "python")]
+pub(crate) fn write_count(fd: RawFd, count: u64) -> io::Result<()> {
+    // SAFETY: eight bytes of a local.
+    let length = unsafe { libc::write(fd, (&raw const count).cast(), 8) };
+    if length < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

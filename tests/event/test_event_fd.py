@@ -150,3 +150,21 @@ for source in bell, timer:
 assert manager.run_with_timeout(0) == 1
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("wait", ["EventFd(nonblocking=False).read()", "EventFd(2**64 - 2, nonblocking=False).write()"])
+def test_signal_handler_ends_a_call_that_waits(wait: str) -> None:
+    # A signal that comes before the wait is not noticed, so they repeat.
+    code = f"""
+import signal
+from pyvmm import EventFd
+def handler(*_):
+    raise LookupError
+signal.signal(signal.SIGALRM, handler)
+try:
+    signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+    {wait}
+except LookupError:
+    signal.setitimer(signal.ITIMER_REAL, 0)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

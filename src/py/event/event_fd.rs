@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EFD_SEMAPHORE, EventFd};
 use super::queue::Drain;
 use super::reader::Reader;
 use crate::error::Error;
-use crate::poll::{is_blocking, read_count, take_count};
+use crate::poll::{is_blocking, read_count, take_count, write_count};
 use crate::py::descriptor::os_error;
 use crate::py::ending::import;
 use crate::py::gil_cell::GilCell;
@@ -154,7 +154,7 @@ impl PyEventFd {
         if self.nonblocking && !(self.may_be_full.load(Ordering::Relaxed) && may_wait()?) {
             return self.call_now(py, |fd| fd.write(value))?.map_err(|e| os_error(&e));
         }
-        self.call_waiting(py, |fd| fd.write(value))
+        self.call_waiting(py, |fd| write_count(fd.as_raw_fd(), value))
     }
 
     /// The file descriptor's number.
