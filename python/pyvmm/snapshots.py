@@ -129,9 +129,7 @@ class ForkExecutor(Executor):
         changes: Callable[[int], dict[str, Any]] | None = None,
         entropy: Entropy | None = None,
     ) -> None:
-        from pyvmm._pyvmm import Snapshot
-
-        if not isinstance(snapshot, Snapshot):
+        if not hasattr(snapshot, "fork"):
             raise TypeError(f"snapshot: expected a Snapshot, not {type(snapshot).__name__}")
         count = (os.cpu_count() or 1) if workers is None else workers
         if not 1 <= count <= MOST_WORKERS:

@@ -1,7 +1,8 @@
 //! `VcpuHandle`: the access of all other threads to a vCPU. It holds the vCPU at rest; the vCPU's
 //! thread takes it out to run it. Kicks and pauses are here. `commands.rs` has the commands to the
 //! vCPU's own thread, `own_thread.rs` the side of that thread, `rest.rs` waits for a vCPU,
-//! `host_access.rs` reads and changes one at rest, and `run_once.rs` runs one on the calling thread.
+//! `host_access.rs` reads and changes one at rest, and `run_once.rs` runs one on the caller's
+//! thread.
 
 use std::ptr::NonNull;
 use std::sync::Arc;

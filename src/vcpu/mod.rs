@@ -5,6 +5,8 @@
 
 mod access;
 mod commands;
+#[cfg(all(test, loom))]
+mod commands_model;
 mod current;
 mod enter;
 mod entry;

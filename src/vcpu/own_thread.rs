@@ -1,6 +1,6 @@
 //! The handle's side of a vCPU's own thread: starts it, gives it commands, and takes the vCPU back.
-//! `commands.rs` decides which command is followed, and `thread.rs` follows it. The thread outlives a run. It ends with
-//! its machine, or when it has been idle for a while.
+//! `commands.rs` decides which command is followed, and `thread.rs` follows it. The thread outlives
+//! a run. It ends with its machine, or when it has been idle for a while.
 
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};

@@ -247,7 +247,7 @@ def test_closed_descriptor_is_named() -> None:
         manager.on(reader)(print)
 
 
-# Each call reads a sequence or bytes. Before any is read, memory for the length that the object claims may be reserved.
+# Each call reads a sequence or bytes, of an object that claims to be longer than any memory.
 CLAIMS = """
 import collections.abc, sys
 sys.path[:0] = [{tests!r}]

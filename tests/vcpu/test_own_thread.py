@@ -1,6 +1,6 @@
 """A vCPU's thread from one run to the next: it stays, takes what the next start gives it, and ends when it is idle.
 
-Covers src/vcpu/own_thread.rs, src/vcpu/commands.rs.
+Covers src/vcpu/own_thread.rs, src/vcpu/commands.rs, src/vcpu/commands_model.rs.
 """
 
 from __future__ import annotations
