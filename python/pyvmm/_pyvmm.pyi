@@ -909,6 +909,7 @@ class Snapshot:
             SnapshotError: the file is damaged, or of another version.
         """
 
+    @overload
     def map(
         self,
         function: Callable[[Vmm, _I], _T],
@@ -917,7 +918,21 @@ class Snapshot:
         workers: int | None = None,
         timeout: float | None = None,
         entropy: Callable[[Vmm], object] | tuple[int, int] | None = None,
-    ) -> list[_T]:
+        return_exceptions: Literal[False] = False,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> list[_T]: ...
+    @overload
+    def map(
+        self,
+        function: Callable[[Vmm, _I], _T],
+        inputs: Iterable[_I],
+        *,
+        workers: int | None = None,
+        timeout: float | None = None,
+        entropy: Callable[[Vmm], object] | tuple[int, int] | None = None,
+        return_exceptions: bool,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> list[_T | BaseException]:
         """Call `function(fork, input)` for each input, on several forks at once, and return the results in order.
 
         Each job starts from this snapshot and is isolated from other jobs. See
@@ -926,9 +941,20 @@ class Snapshot:
         `entropy` is the same as for `fork`, and is written again for each job. Without it, the
         result of a job depends only on its input.
 
+        Args:
+            function: called on the thread of a worker, with a machine and an input.
+            inputs: the inputs.
+            workers: the number of forks at once; None means the number of processors.
+            timeout: seconds for each job; None means no limit.
+            entropy: writes new randomness to the guest before each job.
+            return_exceptions: the exception of a job is its result, and the other jobs continue.
+            progress: called on this thread with the number of jobs that have ended and the number
+                of all, after each job. An exception that it raises ends the call.
+
         Raises:
             TimeoutError: a job took longer than `timeout` seconds.
-            Exception: the first exception of a job.
+            Exception: the first exception of a job, unless they are returned. The jobs in progress
+                are ended, and the others dropped.
         """
 
     def flatten(self) -> Snapshot:
@@ -2005,10 +2031,10 @@ class Vmm:
         were added.
 
         Args:
-            kind: an `ExitKind` or its name.
+            kind: an `ExitKind` or its name, or "any" for the exits of every kind.
             function: the hook.
-            msrs: for the kind "msr", the numbers of additional registers whose accesses exit.
-                Accesses to registers that KVM does not know always do.
+            msrs: for the kinds "msr" and "any", the numbers of additional registers whose accesses
+                exit. Accesses to registers that KVM does not know always do.
 
         Raises:
             ValueError: there is no such kind.

@@ -1,4 +1,4 @@
-"""Parallel forks of a snapshot, and a pool whose workers are forks."""
+"""Snapshots from files, and a pool whose workers are forks. `parallel` has many forks at once."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import os
 import queue
 import threading
 import time
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyvmm.exceptions import ClosedError, SnapshotError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
     from pathlib import Path
     from typing import TypeAlias
 
@@ -48,46 +48,6 @@ def unpickled(path: Path, base: Snapshot | None, id: str, force: bool) -> Snapsh
     if loaded.id != id:
         raise SnapshotError(f"file: {path} no longer contains the snapshot that was pickled", at="file")
     return loaded
-
-
-def fork_many(
-    snapshot: Snapshot, count: int, changes: Callable[[int], dict[str, Any]] | None, entropy: Entropy | None
-) -> list[Vmm]:
-    """Implement `Snapshot.fork_many`."""
-
-    def fork(number: int) -> Vmm:
-        return snapshot.fork(**{"entropy": entropy, **(changes(number) if changes else {})})
-
-    with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="fork") as pool:
-        made = [pool.submit(fork, number) for number in range(count)]
-    failed = [error for future in made if (error := future.exception()) is not None]
-    if failed:
-        for future in made:
-            if future.exception() is None:
-                future.result().close()
-        made.clear()  # otherwise the traceback would keep them alive
-        raise failed[0]
-    return [future.result() for future in made]
-
-
-def map_inputs(
-    snapshot: Snapshot,
-    function: Callable[[Vmm, Any], Any],
-    inputs: Iterable[Any],
-    workers: int | None,
-    timeout: float | None,
-    entropy: Entropy | None,
-) -> list[Any]:
-    """Implement `Snapshot.map`."""
-    pool = ForkExecutor(snapshot, workers, timeout=timeout, entropy=entropy)
-    try:
-        futures = [pool.submit(function, value) for value in inputs]
-        return [future.result() for future in futures]
-    except BaseException:
-        pool.kill()
-        raise
-    finally:
-        pool.shutdown()
 
 
 class _Job(NamedTuple):

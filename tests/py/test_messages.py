@@ -158,7 +158,8 @@ def classes() -> Iterator[type]:
 
 def test_every_public_member_has_a_docstring() -> None:
     for kind in classes():
-        described = set(getattr(kind, "__struct_fields__", ())) | set(getattr(kind, "_fields", ()))
+        fields = ("__struct_fields__", "_fields", "__dataclass_fields__")
+        described = {name for of_kind in fields for name in getattr(kind, of_kind, ())}
         for name, member in vars(kind).items():
             if name.startswith("_") or name in described or isinstance(member, int | str):
                 continue

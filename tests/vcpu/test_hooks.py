@@ -57,6 +57,30 @@ def test_a_hook_sees_ports_before_the_device_and_answers_for_it() -> None:
     ]
 
 
+def test_one_hook_sees_the_exits_of_every_kind() -> None:
+    # 32 bits: mov eax, [0xd0000000]; out 0x80, al; hlt
+    code = b"\xa1\x00\x00\x00\xd0\xe6\x80\xf4"
+    seen: list[dict[str, object]] = []
+    with Vmm(flat(code, "protected32")) as vmm:
+
+        @vmm.on_exit("any")
+        def see(_vcpu: Vcpu, exit: VcpuExit) -> int | None:
+            seen.append(exit.as_dict())
+            return 0x55 if isinstance(exit, VcpuExit.MmioRead) else None
+
+        assert vmm.run(DEADLINE_S).reason is ExitReason.HALT
+        assert seen == [
+            {"type": "MmioRead", "address": 0xD000_0000, "length": 4},
+            {"type": "IoOut", "port": 0x80, "size": 1, "data": b"\x55"},
+            {"type": "Hlt"},
+        ]
+        vmm.off_exit("any", see)
+        with pytest.raises(ValueError, match="not a hook"):
+            vmm.off_exit("any", see)
+        with pytest.raises(ValueError, match="not a hook"):
+            vmm.off_exit("io", see)
+
+
 def test_a_hook_sees_addresses_without_memory() -> None:
     # 64 bits: mov rbx, 0xd0000000; mov rax, [rbx]; mov [rbx], ax
     code = b"\x48\xbb" + struct.pack("<Q", 0xD000_0000) + b"\x48\x8b\x03\x66\x89\x03" + exit_with(1)

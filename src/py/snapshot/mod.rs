@@ -6,4 +6,3 @@ mod file;
 mod object;
 
 pub use object::PySnapshot;
-pub(super) use object::snapshots;

@@ -14,7 +14,7 @@ use crate::py::config;
 use crate::py::depth;
 use crate::py::ending::import;
 use crate::py::event::PyEventManager;
-use crate::py::snapshot::{PySnapshot, snapshots};
+use crate::py::snapshot::PySnapshot;
 use crate::snapshot::Snapshot;
 use crate::vmm::{ForkConfig, Vmm};
 
@@ -119,7 +119,8 @@ impl PySnapshot {
         changes: Option<Bound<'py, PyAny>>,
         entropy: Option<Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        snapshots(slf.py())?.call_method1("fork_many", (slf, count, changes, entropy))
+        let parallel = import(slf.py(), "pyvmm.parallel")?;
+        parallel.call_method1("fork_many", (slf, count, changes, entropy))
     }
 
     /// Call `function(fork, input)` for each input, on several forks at once, and return the
@@ -131,19 +132,32 @@ impl PySnapshot {
     /// `entropy` is the same as for `fork`, and is written again for each job. Without it, the
     /// result of a job depends only on its input.
     ///
+    /// Args:
+    ///     function: called on the thread of a worker, with a machine and an input.
+    ///     inputs: the inputs.
+    ///     workers: the number of forks at once; None means the number of processors.
+    ///     timeout: seconds for each job; None means no limit.
+    ///     entropy: writes new randomness to the guest before each job.
+    ///     return_exceptions: the exception of a job is its result, and the other jobs continue.
+    ///     progress: called on this thread with the number of jobs that have ended and the number
+    ///         of all, after each job. An exception that it raises ends the call.
+    ///
     /// Raises:
     ///     TimeoutError: a job took longer than `timeout` seconds.
-    ///     Exception: the first exception of a job.
-    #[pyo3(signature = (function, inputs, *, workers = None, timeout = None, entropy = None))]
+    ///     Exception: the first exception of a job, unless they are returned. The jobs in progress
+    ///         are ended, and the others dropped.
+    #[pyo3(
+        signature = (function, inputs, **keywords),
+        text_signature = "($self, function, inputs, *, workers=None, timeout=None, entropy=None, \
+                          return_exceptions=False, progress=None)"
+    )]
     fn map<'py>(
         slf: &Bound<'py, Self>,
         function: Bound<'py, PyAny>,
         inputs: Bound<'py, PyAny>,
-        workers: Option<usize>,
-        timeout: Option<f64>,
-        entropy: Option<Bound<'py, PyAny>>,
+        keywords: Option<&Bound<'py, PyDict>>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let arguments = (slf, function, inputs, workers, timeout, entropy);
-        snapshots(slf.py())?.call_method1("map_inputs", arguments)
+        let map = import(slf.py(), "pyvmm.parallel")?.getattr("map_inputs")?;
+        map.call((slf, function, inputs), keywords)
     }
 }

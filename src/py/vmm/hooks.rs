@@ -22,6 +22,16 @@ impl PyVmm {
     }
 }
 
+/// The name of all kinds together.
+const ANY: &str = "any";
+
+fn kinds_of(kind: &Bound<'_, PyAny>) -> PyResult<Vec<ExitKind>> {
+    match kind.cast::<PyString>() {
+        Ok(name) if name.to_str()? == ANY => Ok(ExitKind::ALL.to_vec()),
+        _ => Ok(vec![kind_of(kind)?]),
+    }
+}
+
 fn kind_of(kind: &Bound<'_, PyAny>) -> PyResult<ExitKind> {
     let Ok(name) = kind.cast::<PyString>() else {
         let class = kind.get_type();
@@ -34,7 +44,7 @@ fn kind_of(kind: &Bound<'_, PyAny>) -> PyResult<ExitKind> {
     let found = ExitKind::ALL.into_iter().find(|kind| kind.name() == name);
     found.ok_or_else(|| {
         let names: Vec<&str> = ExitKind::ALL.iter().map(|kind| kind.name()).collect();
-        PyValueError::new_err(format!("{name:?} is not one of {}", names.join(", ")))
+        PyValueError::new_err(format!("{name:?} is not one of {}, {ANY}", names.join(", ")))
     })
 }
 
@@ -49,10 +59,10 @@ impl PyVmm {
     /// were added.
     ///
     /// Args:
-    ///     kind: an `ExitKind` or its name.
+    ///     kind: an `ExitKind` or its name, or "any" for the exits of every kind.
     ///     function: the hook.
-    ///     msrs: for the kind "msr", the numbers of additional registers whose accesses exit.
-    ///         Accesses to registers that KVM does not know always do.
+    ///     msrs: for the kinds "msr" and "any", the numbers of additional registers whose accesses
+    ///         exit. Accesses to registers that KVM does not know always do.
     ///
     /// Raises:
     ///     ValueError: there is no such kind.
@@ -67,7 +77,7 @@ impl PyVmm {
         let (py, this) = (slf.py(), slf.get());
         this.core()?;
         let msrs = msrs.map(|items| items.0);
-        let of_kind = kind_of(kind)?;
+        let kinds = kinds_of(kind)?;
         let Some(function) = function else {
             let keywords = pyo3::types::PyDict::new(py);
             keywords.set_item("msrs", msrs)?;
@@ -83,18 +93,18 @@ impl PyVmm {
             )));
         }
         let vm = this.changing()?.vm()?;
-        match (of_kind, msrs) {
-            (ExitKind::Msr, msrs) => {
+        match (kinds.contains(&ExitKind::Msr), msrs) {
+            (true, msrs) => {
                 let (all, added) = this.hooks.filter(msrs.unwrap_or_default());
                 py.detach(|| vm.filter_msrs(&all)).inspect_err(|_| {
                     this.hooks.unfilter(py, &added);
                 })?;
             }
-            (_, Some(_)) => return Err(PyValueError::new_err("msrs needs the kind msr")),
-            (_, None) => vm.check_process()?,
+            (false, Some(_)) => return Err(PyValueError::new_err("msrs needs the kind msr")),
+            (false, None) => vm.check_process()?,
         }
         this.hooks.belong_to(slf, &this.parts)?;
-        this.hooks.add(py, of_kind, function)?;
+        kinds.into_iter().try_for_each(|kind| this.hooks.add(py, kind, function))?;
         this.set_hooks(py)?;
         Ok(function.clone())
     }
@@ -106,13 +116,16 @@ impl PyVmm {
     ///     ValueError: the function is not a hook of this kind.
     fn off_exit(&self, kind: &Bound<'_, PyAny>, function: &Bound<'_, PyAny>) -> PyResult<()> {
         self.changing()?;
-        let of_kind = kind_of(kind)?;
-        if !self.hooks.remove(of_kind, function)? {
+        let (kinds, mut is_removed) = (kinds_of(kind)?, false);
+        for kind in &kinds {
+            is_removed |= self.hooks.remove(*kind, function)?;
+        }
+        if !is_removed {
             return Err(PyValueError::new_err("this function is not a hook of this kind of exit"));
         }
         let py = kind.py();
         self.set_hooks(py)?;
-        if of_kind == ExitKind::Msr && self.hooks.unfilter(py, &[]) {
+        if kinds.contains(&ExitKind::Msr) && self.hooks.unfilter(py, &[]) {
             // A closed machine has no hooks.
             if let Ok(vm) = self.changing()?.vm() {
                 py.detach(|| vm.filter_msrs(&[]))?;
