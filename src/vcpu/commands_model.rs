@@ -161,11 +161,17 @@ impl Handle {
             match state.commands.next(number, false) {
                 Next::Enter(vcpu) => return Some((vcpu, false)),
                 Next::Complete(vcpu) => return Some((vcpu, true)),
-                Next::WaitIdle if state.is_late && state.commands.expire(number) => {
-                    state.has_thread = false;
-                    return None;
+                Next::Wait => state = self.changed.wait(state).unwrap(),
+                Next::WaitIdle => {
+                    if !state.is_late {
+                        state = self.changed.wait(state).unwrap();
+                    }
+                    // A command may have come with the end of the wait.
+                    if state.is_late && state.commands.expire(number) {
+                        state.has_thread = false;
+                        return None;
+                    }
                 }
-                Next::Wait | Next::WaitIdle => state = self.changed.wait(state).unwrap(),
                 Next::End => return None,
             }
         }
@@ -266,7 +272,11 @@ fn a_completion_is_made_once_also_if_the_machine_is_paused_meanwhile() {
     check(|| {
         let handle = Handle::new();
         let own = handle.begin(Guest::Spins, false);
-        let pauses = beside(&handle, |handle| handle.stop(VcpuCommand::Park));
+        let pauses = beside(&handle, |handle| {
+            handle.stop(VcpuCommand::Park);
+            // A run that is held at rest.
+            handle.change(|state| state.commands.begin_run());
+        });
         let asked = handle.change(|state| state.commands.complete());
         handle.wait_until_settled();
         pauses.join().unwrap();
