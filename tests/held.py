@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+DEADLINE_S = 60
 
 
 class Held(NamedTuple):
@@ -25,3 +31,14 @@ def held() -> Held:
         len(Path("/proc/self/maps").read_text().splitlines()),
         int(resident.split()[1]),
     )
+
+
+def is_collected(reference: Callable[[], object]) -> bool:
+    """Whether only garbage refers to an object.
+
+    While another thread collects, `gc.collect` returns at once and has done nothing.
+    """
+    end = time.monotonic() + DEADLINE_S
+    while reference() is not None and time.monotonic() < end:
+        gc.collect()
+    return reference() is None

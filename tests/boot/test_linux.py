@@ -61,13 +61,14 @@ def test_kernel_with_every_instruction_boots_by_fixups(linux: Linux) -> None:
     assert ": int3\n" in exit.fault
 
 
+@pytest.mark.timeout(410)
 @pytest.mark.parametrize("vcpus", [2, 4])
 def test_smp_kernel_comes_to_userspace_with_all_its_processors(linux: Linux, vcpus: int) -> None:
     console = bytearray()
     boot = LinuxBoot(linux.vmlinux_smp, initrd=linux.initramfs, cmdline=linux.cmdline)
     config = VmmConfig(boot=boot, cpu=CpuConfig(vcpus=vcpus), serial=SerialConfig(output=console.extend))
     with Vmm(config) as vmm:
-        exit = vmm.run(DEADLINE_S)
+        exit = vmm.run(2 * DEADLINE_S)  # with more vCPUs than processors they wait for each other
     assert exit.reason is ExitReason.RESET, (exit, bytes(console)[-2000:])
     assert f"userspace reached, processors: {vcpus}\r\n".encode() in console, bytes(console)[-2000:]
 

@@ -8,7 +8,6 @@ python/pyvmm/events.py.
 
 from __future__ import annotations
 
-import gc
 import os
 import socket
 import threading
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from alone import alone
+from held import is_collected
 from hypothesis import given
 from hypothesis import strategies as st
 from pyvmm import EventError, EventFd, EventManager, EventOps, Events, EventSet, StateError
@@ -308,8 +308,7 @@ def test_source_is_kept_alive_while_registered() -> None:
     assert alive() is not None
     assert manager.run() == 1
     manager.remove_subscriber(id)
-    gc.collect()
-    assert alive() is None
+    assert is_collected(alive)
 
 
 def test_manager_in_a_cycle_with_its_subscriber_is_collected() -> None:
@@ -322,8 +321,7 @@ def test_manager_in_a_cycle_with_its_subscriber_is_collected() -> None:
     manager.add_subscriber(subscriber)
     alive = weakref.ref(manager)
     del manager, subscriber
-    gc.collect()
-    assert alive() is None
+    assert is_collected(alive)
 
 
 def test_event_set_has_every_flag_of_the_crate() -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from alone import alone
+from held import is_collected
 from pyvmm import EventFd, EventManager
 
 DEADLINE = 60.0
@@ -176,8 +177,7 @@ def test_a_manager_in_a_call_of_its_own_is_collected() -> None:
     manager.call_later(3600, manager.run)
     gone = weakref.ref(manager)
     del manager
-    gc.collect()
-    assert gone() is None
+    assert is_collected(gone)
 
 
 def test_calls_that_are_due_are_made_where_descriptors_have_run_out() -> None:

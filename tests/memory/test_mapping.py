@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy
 import pytest
+from alone import alone
 from guests import HALT, flat
 from pyvmm import Snapshot, StateError, Vmm
 
@@ -54,6 +55,7 @@ class Child:
 
 
 @pytest.mark.parametrize("fork", [libc_fork, bare_fork])
+@alone
 def test_a_child_of_before_a_snapshot_cannot_write_it(fork: Callable[[], int], tmp_path: Path) -> None:
     with Vmm(flat(HALT)) as vmm:
         vmm.memory.write(0x8000, b"golden")

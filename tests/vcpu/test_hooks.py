@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from guests import FWAIT_FOREVER, HALT, SPIN, TRIPLE_FAULT, exit_with, flat, out, read_in
+from held import is_collected
 from pyvmm import (
     Exit,
     ExitAction,
@@ -321,8 +322,7 @@ def test_machines_in_cycles_with_their_hooks_are_collected() -> None:
         return weakref.ref(vmm)
 
     reference = cycle()
-    gc.collect()
-    assert reference() is None
+    assert is_collected(reference)
 
 
 def test_an_exit_is_answered_again_and_again_without_the_guest() -> None:

@@ -6,12 +6,12 @@ src/py/machine.rs, src/py/kick_handler.rs.
 
 from __future__ import annotations
 
-import gc
 import threading
 import weakref
 
 import pytest
 from guests import COUNT_IN_MEMORY, HALT, SPIN, exit_with, flat, print_text
+from held import is_collected
 from pyvmm import (
     ConfigError,
     EventManager,
@@ -134,5 +134,4 @@ def test_machine_in_a_cycle_with_its_handler_is_collected_while_it_runs() -> Non
     owner.vm.run()
     alive = weakref.ref(owner.vm)
     del owner
-    gc.collect()
-    assert alive() is None
+    assert is_collected(alive)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from entangled import CALLS, DEADLINE_S, OUT_FOR_EVER, within
 from guests import SPIN, exit_with, flat
+from held import is_collected
 from pyvmm import CpuConfig, KvmVm, StateError, Stop, Vmm, VmRunState
 
 if TYPE_CHECKING:
@@ -183,8 +184,7 @@ def test_a_part_keeps_its_machine_and_lets_it_go(part: Callable[[Vmm], Any]) -> 
     assert kept is not None
     assert kept.state is VmRunState.CREATED
     del kept, held
-    gc.collect()
-    assert machine() is None
+    assert is_collected(machine)
 
 
 @pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
@@ -200,5 +200,4 @@ def test_a_machine_whose_callbacks_hold_its_parts_is_collected(part: Callable[[V
     vmm.on_exit("hlt", functools.partial(lambda part, vcpu, exit: None, part(vmm)))
     machine = weakref.ref(vmm)
     del vmm, device
-    gc.collect()
-    assert machine() is None
+    assert is_collected(machine)

@@ -14,6 +14,7 @@ import weakref
 import pytest
 from alone import alone
 from guests import HALT, exit_with, flat
+from held import is_collected
 from pyvmm import ConfigError, EventManager, Exit, ExitReason, StateError, Vmm, VmmConfig
 
 pytestmark = pytest.mark.kvm
@@ -124,8 +125,7 @@ def test_a_subclass_in_a_cycle_is_collected_with_its_class() -> None:
 
     machine, cls = weakref.ref(Local()), weakref.ref(Local)
     del Local
-    gc.collect()
-    assert machine() is None
+    assert is_collected(machine)
     assert cls() is None
 
 
