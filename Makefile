@@ -5,7 +5,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 SHELL := /bin/bash
 PYTHON_CODE := python tests benches examples scripts
 
-.PHONY: help all run test setup lint rust loom linux pytest checked asan miri hardware docs bench stress fuzz audit format clean
+.PHONY: help all run test setup lint rust loom linux pytest checked asan miri hardware docs wheels bench stress fuzz audit format clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,6 +67,9 @@ miri: ## The Rust tests that need no kernel, interpreted by Miri
 docs: setup ## The documentation site in target/site and the Rust documentation; every link checked
 	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet
 	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps --document-private-items
+
+wheels: setup ## Wheels and a source distribution in target/wheels, checked and tried
+	@scripts/wheels.sh
 
 bench: setup ## Benchmarks: ratios against the physical limit; BENCH_JSON=FILE writes them
 	python -m benches $(BENCH)

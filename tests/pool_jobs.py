@@ -42,6 +42,7 @@ TAKEN_BACK: dict[str, Callable[[Vmm], object]] = {
     "Vmm.reset": lambda vmm: vmm.reset(kept_snapshot[0]),
     "Vmm.stop": lambda vmm: vmm.stop(),
     "Vmm.state": lambda vmm: vmm.state,
+    "Vmm.exit": lambda vmm: vmm.exit,
     "Vmm.config": lambda vmm: vmm.config,
     "Vmm.unanswered": lambda vmm: vmm.unanswered,
     "Vmm.fixups": lambda vmm: vmm.fixups,

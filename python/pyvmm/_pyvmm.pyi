@@ -646,6 +646,8 @@ class GuestMemory:
     def ranges(self) -> list[tuple[int, int]]:
         """Start and length of each range of memory, by address."""
 
+    def _repr_html_(self) -> str: ...
+
 @final
 class MemorySlot:
     """A memory slot of a machine: KVM_SET_USER_MEMORY_REGION."""
@@ -1007,6 +1009,7 @@ class Snapshot:
         """
 
     def __reduce__(self) -> tuple[Any, ...]: ...
+    def _repr_html_(self) -> str: ...
 
 @final
 class RegisterBytes:
@@ -1185,6 +1188,8 @@ class Vcpu:
             StateError: the guest is running, or the machine is closed.
             ConfigError: there are more than four breakpoints.
         """
+
+    def _repr_html_(self) -> str: ...
 
 @disjoint_base
 class VcpuExit:
@@ -1776,6 +1781,10 @@ class Vmm:
         """
 
     @property
+    def exit(self) -> Exit | None:
+        """How the guest ended, or None if it has not ended."""
+
+    @property
     def exit_handler(self) -> WrappedExitHandler:
         """The handler that ends a run.
 
@@ -2066,6 +2075,7 @@ class Vmm:
         """
 
     def _time_answers(self, count: int) -> float: ...
+    def _repr_html_(self) -> str: ...
 
 @final
 class IrqLine:

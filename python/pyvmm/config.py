@@ -180,8 +180,8 @@ class SerialConfig(_Part, frozen=True, kw_only=True):
     """The first serial port, COM1 at 0x3f8.
 
     Attributes:
-        output: where the guest's output goes: a path, a file descriptor, a socket, a binary file
-            object, or a callable that takes bytes. None keeps the newest MiB for
+        output: where the guest's output goes: a path, a file descriptor, a socket, a file object,
+            or a callable that takes bytes. None keeps the newest MiB for
             `vmm.serial.take_output()`.
         input: where the guest's input comes from: a path, bytes, a file descriptor, a socket, a
             binary file object, or a callable that returns bytes (empty at the end). None means that

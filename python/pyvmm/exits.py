@@ -97,6 +97,12 @@ class Exit(NamedTuple):
         """The hash of its values."""
         return hash(tuple(self))
 
+    def _repr_html_(self) -> str:
+        """Return a table, for notebooks."""
+        from pyvmm import notebook
+
+        return notebook.exit(self)
+
     @property
     def is_fault(self) -> bool:
         """Whether the guest or its vCPU failed, rather than ended."""

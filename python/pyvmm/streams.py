@@ -6,6 +6,7 @@ instead.
 
 from __future__ import annotations
 
+import codecs
 import inspect
 import io
 import os
@@ -51,6 +52,7 @@ def endpoint(stream: object, at: str) -> int | str | None:
         return _descriptor(writer.file) if isinstance(writer, FileWriter) else None
     if isinstance(stream, (bytes, bytearray, memoryview)):
         return None
+    stream = _binary(stream)
     _check(stream, at, "read")
     return _descriptor(stream)
 
@@ -63,7 +65,7 @@ def connect(serial: Serial, manager: EventManager, config: SerialConfig) -> list
     if isinstance(config.input, (bytes, bytearray, memoryview)):
         serial.send(bytes(config.input) + config.input_eof)
     elif config.input is not None and endpoint(config.input, "serial.input") is None:
-        ids.append(manager.add_subscriber(Reader(serial, config.input, config.input_eof)))
+        ids.append(manager.add_subscriber(Reader(serial, _binary(config.input), config.input_eof)))
     return ids
 
 
@@ -145,6 +147,22 @@ class FileWriter:
             raise StreamError("serial.output: write() returned 0 repeatedly", at="serial.output")
 
 
+class TextWriter:
+    """Writes to a text object, such as the `sys.stdout` of a notebook, and flushes it."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        # A character may be divided between two pieces. What is no UTF-8 is shown as U+FFFD.
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def __call__(self, piece: bytes) -> None:
+        """Write what the piece completes."""
+        self._file.write(self._decoder.decode(piece))
+        flush = getattr(self._file, "flush", None)
+        if flush is not None:
+            flush()
+
+
 class Reader:
     """Reads more input from a callable or a file object each time the guest has read all of it."""
 
@@ -185,27 +203,41 @@ class Reader:
         self._again.set(RETRY_S)
 
 
+def _binary(stream: Any) -> Any:
+    """The binary object below a text object, such as `sys.stdout`; anything else as it is."""
+    return stream.buffer if isinstance(stream, io.TextIOWrapper) and not stream.closed else stream
+
+
 def _writer(stream: Any, at: str) -> Callable[[bytes], object] | FileWriter:
     # The bound `write` of a file object returns a count as well, so use the file object.
     owner = getattr(stream, "__self__", None)
     if isinstance(owner, io.IOBase) and getattr(stream, "__name__", None) == "write":
         stream = owner
+    if isinstance(stream, io.TextIOWrapper) and not stream.closed:
+        stream.flush()
+        stream = stream.buffer
     _check(stream, at, "write")
+    if _is_text(stream):
+        return TextWriter(stream)
     return FileWriter(stream) if hasattr(stream, "write") else stream
 
 
 def _check(stream: Any, at: str, method: str) -> None:
-    """Refuse anything but a binary file object with this method, or a callable."""
+    """Refuse anything but a file object with this method, text only for writing, or a callable."""
     if not hasattr(stream, method):
         if not callable(stream):
             kinds = "a path, a file descriptor, a socket, a binary file object or a callable"
             raise ConfigError(f"{at}: expected {kinds}, not {type(stream).__name__}", at=at)
         if inspect.iscoroutinefunction(stream) or inspect.iscoroutinefunction(type(stream).__call__):
             raise ConfigError(f"{at}: a coroutine function cannot be a stream, because it is not awaited", at=at)
-    elif hasattr(stream, "encoding"):
-        raise ConfigError(f"{at}: expected a binary stream, not text; use its .buffer", at=at)
+    elif _is_text(stream) and method == "read":
+        raise ConfigError(f"{at}: expected a binary stream, not text", at=at)
     elif getattr(stream, "closed", False) is True:
         raise ConfigError(f"{at}: the file object is closed", at=at)
+
+
+def _is_text(stream: Any) -> bool:
+    return isinstance(stream, io.TextIOBase) or hasattr(stream, "encoding")
 
 
 def _descriptor(stream: Any) -> int | None:

@@ -26,6 +26,7 @@ mod kvm;
 mod lease;
 mod machine;
 mod memory;
+mod notebook;
 mod owned;
 mod parts;
 mod pending_outcome;

@@ -3,6 +3,8 @@
 //! the list of thread states at the fork. A thread without the GIL may hold that lock only here.
 
 use std::cell::RefCell;
+use std::ptr::null_mut;
+use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use pyo3::ffi;
@@ -14,6 +16,10 @@ use super::ending::{guard_thread, import, is_ending};
 /// Held while a thread state is created, and by a thread that forks, from before the fork until
 /// after it. A lock of std, which the child can release without the parent's waiters.
 static FORK: Mutex<()> = Mutex::new(());
+
+/// The interpreter that imported the module, which is the main one. The stable ABI has no function
+/// that returns it without the GIL.
+static INTERPRETER: AtomicPtr<ffi::PyInterpreterState> = AtomicPtr::new(null_mut());
 
 fn lock() -> MutexGuard<'static, ()> {
     FORK.lock().unwrap_or_else(PoisonError::into_inner)
@@ -33,9 +39,11 @@ impl KeptState {
     fn new() -> Self {
         guard_thread();
         let _no_fork = lock();
+        // Acquire: pairs with the release of the import.
+        let interpreter = INTERPRETER.load(Ordering::Acquire);
         // SAFETY: the main interpreter exists, because the caller has found that it is not
         // finalizing. This needs no GIL. The state becomes that of this thread, which has none.
-        Self(unsafe { ffi::PyThreadState_New(ffi::PyInterpreterState_Main()) })
+        Self(unsafe { ffi::PyThreadState_New(interpreter) })
     }
 }
 
@@ -45,12 +53,37 @@ impl Drop for KeptState {
             return;
         }
         // SAFETY: on the thread that created it, at its end, without the GIL. If the interpreter
-        // finalizes, the thread sleeps in here. It is deleted with the GIL held.
+        // finalizes, the thread sleeps in here.
         unsafe {
             ffi::PyEval_RestoreThread(self.0);
             ffi::PyThreadState_Clear(self.0);
-            ffi::PyThreadState_DeleteCurrent();
+            delete_current(self.0);
         }
+    }
+}
+
+/// Delete the state of this thread and release the GIL.
+///
+/// # Safety
+/// This thread has the GIL, by this state, which is cleared.
+#[cfg(not(Py_LIMITED_API))]
+unsafe fn delete_current(_state: *mut ffi::PyThreadState) {
+    // SAFETY: as the caller says. It is deleted with the GIL held.
+    unsafe { ffi::PyThreadState_DeleteCurrent() };
+}
+
+/// The same with the functions of the stable ABI, which deletes a state without the GIL.
+///
+/// # Safety
+/// As above.
+#[cfg(Py_LIMITED_API)]
+unsafe fn delete_current(state: *mut ffi::PyThreadState) {
+    // SAFETY: as the caller says. vCPU threads have ended before the interpreter finalizes
+    // (`close_all`), so it does not delete the state meanwhile.
+    unsafe {
+        ffi::PyEval_SaveThread();
+        let _no_fork = lock();
+        ffi::PyThreadState_Delete(state);
     }
 }
 
@@ -65,6 +98,9 @@ pub(super) fn prepare() {
 
 /// Have Python call the functions below at each fork.
 pub(super) fn watch_forks(py: Python<'_>) -> PyResult<()> {
+    // SAFETY: this thread has the GIL.
+    // Release: pairs with the acquire of a thread that has seen a machine made after this.
+    INTERPRETER.store(unsafe { ffi::PyInterpreterState_Get() }, Ordering::Release);
     let function = |name, call: fn(Python<'_>)| {
         let called = move |arguments: &Bound<'_, PyTuple>, _: Option<&Bound<'_, PyDict>>| {
             call(arguments.py());

@@ -270,6 +270,10 @@ impl PyVcpu {
         format!("Vcpu({})", self.id)
     }
 
+    fn _repr_html_<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        crate::py::notebook::html(slf, "vcpu")
+    }
+
     fn __eq__(&self, other: &Self) -> bool {
         match (self.processor.handle.peek(), other.processor.handle.peek()) {
             (Some(handle), Some(other)) => handle.ptr_eq(other),

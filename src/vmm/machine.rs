@@ -18,7 +18,7 @@ use crate::debug::Symbols;
 use crate::devices::{self, Access, Device, Serial};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
-use crate::exit_handler::WrappedExitHandler;
+use crate::exit_handler::{Exit, WrappedExitHandler};
 use crate::fixup::Counts;
 use crate::layout;
 use crate::memory::GuestMemory;
@@ -190,6 +190,14 @@ impl Vmm {
         drop(self.router.buses.bus(access).remove(base)?);
         vm.memory().resources().release(access.kind(), base);
         Ok(())
+    }
+
+    /// How the guest ended; `None` if it has not.
+    ///
+    /// # Errors
+    /// [`ErrorKind::State`] if the machine is closed.
+    pub fn exit(&self) -> Result<Option<Exit>> {
+        Ok(self.vm()?.exit())
     }
 
     /// The handler that ends a run.

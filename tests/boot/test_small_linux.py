@@ -32,8 +32,9 @@ def test_shell_answers_and_ends_the_run_with_a_code(linux: Linux) -> None:
         said = vmm.serial.take_output().decode().replace("\r\n", "\n")
     assert exit.code == 42, said
     assert "pyvmm> " in said
-    assert "\nhello\n" in said
-    assert "\nLinux version 6.1" in said
+    # The input is typed ahead of the prompts.
+    assert "> hello\n" in said
+    assert "> Linux version 6.1" in said
     assert {"\nproc\n", "\ninit\n"} <= {f"\n{line}\n" for line in said.splitlines()}
     assert "commands: echo TEXT" in said
 

@@ -330,7 +330,7 @@ def test_an_input_that_fails_ends_the_run_with_its_error() -> None:
 @pytest.mark.parametrize(
     ("stream", "at"),
     [
-        (io.StringIO(), "serial.output"),
+        (io.StringIO(), "serial.input"),
         (3.5, "serial.output"),
         (True, "serial.output"),
         ([], "serial.input"),

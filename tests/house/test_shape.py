@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 RUST = sorted((ROOT / "src").rglob("*.rs"))
-PYTHON = sorted((ROOT / "python" / "pyvmm").glob("*.py"))
+PYTHON = sorted((ROOT / "python").rglob("*.py"))
 TESTS = ROOT / "tests"
 TEST_FILES = sorted(TESTS.rglob("test_*.py"))
 MAX_LINES, MAX_FUNCTION_LINES, COMMENT_WIDTH = 400, 40, 100

@@ -71,22 +71,6 @@ def test_every_default_is_said() -> None:
     assert inspect.signature(_pyvmm.Events).parameters["event_set"].default == EventSet.IN
 
 
-def test_times_are_in_seconds_except_where_upstream_counts_milliseconds() -> None:
-    named = [
-        (case.id, name)
-        for case in functions(STUB.body, _pyvmm, "")
-        for name, _, _ in case.values[0]
-        if re.search(r"milli|micro|nano|_[mun]s$", name)
-    ]
-    assert named == [("EventManager.run_with_timeout", "milliseconds")]
-
-
-def test_keep_running_is_a_method_of_both_exit_handlers() -> None:
-    for handler in (_pyvmm.VmmExitHandler, _pyvmm.WrappedExitHandler):
-        assert inspect.ismethoddescriptor(handler.keep_running)
-        assert handler().keep_running() is True
-
-
 def public(owner: Any, path: str) -> Iterator[tuple[str, Any]]:
     for name, value in vars(owner).items():
         if name.startswith("_"):

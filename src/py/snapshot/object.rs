@@ -125,6 +125,10 @@ impl PySnapshot {
         let mib = self.core.memory_size() >> 20;
         format!("Snapshot(id={:?}, vcpus={}, memory={mib} MiB)", self.id(), self.vcpus())
     }
+
+    fn _repr_html_<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        crate::py::notebook::html(slf, "snapshot")
+    }
 }
 
 pub(super) fn hex(id: [u8; 16]) -> String {

@@ -281,6 +281,12 @@ impl PyVmm {
         exit::state(py, self.core()?.state())
     }
 
+    /// How the guest ended, or None if it has not ended.
+    #[getter]
+    fn exit<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
+        self.core()?.exit()?.map(|exit| exit::to_python(py, &exit)).transpose()
+    }
+
     /// Accesses that no device answered, counted by address.
     #[getter]
     fn unanswered<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
@@ -301,6 +307,10 @@ impl PyVmm {
             Some(vmm) => format!("{class}(state={:?})", vmm.state().name()),
             None => format!("{class}(unreachable)"),
         })
+    }
+
+    fn _repr_html_<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        crate::py::notebook::html(slf, "vmm")
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {
