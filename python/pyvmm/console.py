@@ -14,7 +14,7 @@ from pyvmm.exits import ExitReason, VmRunState
 from pyvmm.patterns import LINE_WIDTH, Expected, Found, Patterns, Search, decode, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
     from typing import TypeAlias
 
     from pyvmm._pyvmm import Serial, Vmm
@@ -217,8 +217,15 @@ def run_until(vmm: Vmm, serial: Serial, pattern: object, timeout: float | None) 
     return Expectation(vmm, serial, pattern, timeout, "run_until").alone()
 
 
-async def expect_async(vmm: object, serial: Serial, pattern: object, timeout: float | None) -> Any:
+def expect_async(
+    vmm: object, serial: Serial, pattern: object, timeout: float | None
+) -> Coroutine[Any, Any, Expected[Any] | None]:
     """Implement `Serial.expect_async`."""
+    _ = serial.input_waiting  # fails in a forked child, also if the coroutine is never awaited
+    return _expect_async(vmm, serial, pattern, timeout)
+
+
+async def _expect_async(vmm: object, serial: Serial, pattern: object, timeout: float | None) -> Expected[Any] | None:
     expectation = Expectation(vmm, serial, pattern, timeout, "expect_async")
     return await _hosted(expectation, expectation.beside)
 
@@ -229,12 +236,13 @@ async def run_until_async(vmm: Vmm, serial: Serial, pattern: object, timeout: fl
     return await _hosted(expectation, expectation.alone)
 
 
-async def _hosted(expectation: Expectation, wait: Callable[[Awaiter], Expected[Any] | None]) -> Any:
+async def _hosted(expectation: Expectation, wait: Callable[[Awaiter], Expected[Any] | None]) -> Expected[Any] | None:
     from pyvmm import aio
 
     tasks = aio.Tasks(expectation.vmm.event_manager, expectation.watch.cancel)
     waiting = aio.ThreadCall(lambda: wait(tasks.take), "pyvmm expect_async")
-    return await aio.supervise(waiting, tasks, expectation.watch.cancel)
+    found: Expected[Any] | None = await aio.supervise(waiting, tasks, expectation.watch.cancel)
+    return found
 
 
 def line(text: object, end: object) -> bytes:
