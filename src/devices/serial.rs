@@ -149,7 +149,8 @@ impl Serial {
         self.output.stop_at(text);
     }
 
-    /// See [`Backlog::run_until`].
+    /// End the run once one of these texts is in the output that nobody has matched. Returns
+    /// whether one is there already; then nothing ends the run. No texts cancel the request.
     #[must_use]
     pub fn run_until(&self, texts: Vec<Vec<u8>>) -> bool {
         self.output.run_until(texts)

@@ -219,7 +219,7 @@ mod tests {
         assert_eq!(refusal(|| assert_unlocked("a wait")), "locks: a wait while Runner is held");
         let mut guard = high.lock();
         let text = refusal(|| assert!(condvar.wait_for(&mut guard, Duration::ZERO)));
-        assert_eq!(text, "locks: a wait that lets Vcpus go, while Runner is held");
+        assert_eq!(text, "locks: Vcpus is released for a wait while Runner is held");
     }
 
     #[test]

@@ -42,7 +42,7 @@ pub(super) struct Commands<V> {
     threads: u64,
     /// Between the start and the end of a run, the own thread does not end when it is idle.
     is_in_run: bool,
-    /// Whether [`Self::resume`] makes it enter its guest: it was running when it was stopped.
+    /// Whether a resume makes it enter its guest: it was running when it was stopped.
     pub(super) runs_on_resume: bool,
     /// How often the vCPU has come to rest or left. If the count has changed since a request to
     /// stop, the vCPU was at rest in between.
