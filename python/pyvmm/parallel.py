@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, as_completed
 from typing import TYPE_CHECKING, Any
 
 from pyvmm.snapshots import ForkExecutor
@@ -19,6 +19,8 @@ def fork_many(
     snapshot: Snapshot, count: int, changes: Callable[[int], dict[str, Any]] | None, entropy: Entropy | None
 ) -> list[Vmm]:
     """Implement `Snapshot.fork_many`."""
+    # Its module cannot be imported once the interpreter ends, when a thread may still call `map`.
+    from concurrent.futures import ThreadPoolExecutor
 
     def fork(number: int) -> Vmm:
         return snapshot.fork(**{"entropy": entropy, **(changes(number) if changes else {})})

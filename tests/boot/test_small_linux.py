@@ -26,17 +26,19 @@ if TYPE_CHECKING:
 def test_shell_answers_and_ends_the_run_with_a_code(linux: Linux) -> None:
     folder = pyvmm.linux.build()
     config = pyvmm.VmmConfig.from_file(folder / "machine.toml")
+    said = {}
     with pyvmm.Vmm(config) as vmm:
-        vmm.serial.send(b"echo hello\ncat /proc/version\nls /\nwhat\nexit 42\n")
-        exit = vmm.run(LINUX_DEADLINE_S)
-        said = vmm.serial.take_output().decode().replace("\r\n", "\n")
-    assert exit.code == 42, said
-    assert "pyvmm> " in said
-    # The input is typed ahead of the prompts.
-    assert "> hello\n" in said
-    assert "> Linux version 6.1" in said
-    assert {"\nproc\n", "\ninit\n"} <= {f"\n{line}\n" for line in said.splitlines()}
-    assert "commands: echo TEXT" in said
+        vmm.serial.expect("pyvmm> ", LINUX_DEADLINE_S)
+        for command in ("echo hello", "cat /proc/version", "ls /", "what"):
+            vmm.serial.sendline(command)
+            said[command] = vmm.serial.expect("pyvmm> ", LINUX_DEADLINE_S).before.replace("\r\n", "\n")
+        vmm.serial.sendline("exit 42")
+        assert vmm.run(LINUX_DEADLINE_S).code == 42
+    # The terminal echoes what is typed.
+    assert said["echo hello"] == "echo hello\nhello\n"
+    assert said["cat /proc/version"].startswith("cat /proc/version\nLinux version 6.1")
+    assert {"proc", "init"} <= set(said["ls /"].splitlines())
+    assert "commands: echo TEXT" in said["what"]
 
 
 @pytest.mark.linux

@@ -5,7 +5,12 @@ Covers python/pytest_pyvmm/__init__.py.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
+
+if TYPE_CHECKING:
+    from conftest import Linux
 
 GUEST = """
 import pytest
@@ -116,7 +121,11 @@ def test_not_there():
 
 @pytest.mark.linux
 @pytest.mark.timeout(600)
-def test_linux_is_booted_once_and_forked_for_each_test(pytester: pytest.Pytester) -> None:
+def test_linux_is_booted_once_and_forked_for_each_test(
+    pytester: pytest.Pytester, linux: Linux, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A session of pytester has another home.
+    monkeypatch.setenv("PYVMM_CACHE", str(linux.vmlinux.parent.parent))
     session(
         pytester,
         """
