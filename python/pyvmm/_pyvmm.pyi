@@ -852,6 +852,9 @@ class Snapshot:
 
         `changes`, if given, is called with the number of each fork and returns a dict of arguments
         for `fork`. `entropy` applies to the forks whose arguments do not include it.
+
+        Raises:
+            ValueError: the count is not from 0 to 1,048,576.
         """
 
     def save(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from concurrent.futures import Future, as_completed
 from typing import TYPE_CHECKING, Any
@@ -15,10 +16,17 @@ if TYPE_CHECKING:
     from pyvmm.snapshots import Entropy
 
 
+# More than any host has file descriptors for.
+MAX_FORKS = 1 << 20
+
+
 def fork_many(
     snapshot: Snapshot, count: int, changes: Callable[[int], dict[str, Any]] | None, entropy: Entropy | None
 ) -> list[Vmm]:
     """Implement `Snapshot.fork_many`."""
+    count = operator.index(count)
+    if not 0 <= count <= MAX_FORKS:
+        raise ValueError(f"count: {count} is not from 0 to {MAX_FORKS:,}")
     # Its module cannot be imported once the interpreter ends, when a thread may still call `map`.
     from concurrent.futures import ThreadPoolExecutor
 

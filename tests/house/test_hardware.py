@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import lzma
 import subprocess
 import sys
@@ -143,6 +144,41 @@ def test_frequency_of_the_time_stamp_counter_is_the_same_each_time() -> None:
     one, other = tsc.khz(), tsc.khz()
     assert one > 100_000, "a processor of more than 100 MHz"
     assert abs(one - other) < one / 100
+
+
+QEMU_THAT_BOOTS_AT_THE_SECOND_START = """#!/bin/bash
+for argument; do
+    case $argument in
+    *mount_tag=job*) job=${argument#*path=}; job=${job%%,*} ;;
+    esac
+done
+if [ ! -e "$job/tried" ]; then
+    touch "$job/tried"
+    exec sleep 1000
+fi
+echo booted >"$job/output"
+echo 7 >"$job/status"
+"""
+
+
+def test_kernel_that_does_not_boot_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    spec = importlib.util.spec_from_file_location("hardware", SCRIPT / "__main__.py")
+    assert spec is not None
+    assert spec.loader is not None
+    hardware = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hardware)
+    program = tmp_path / "root" / "usr" / "bin" / "qemu-system-x86_64"
+    program.parent.mkdir(parents=True)
+    program.write_text(QEMU_THAT_BOOTS_AT_THE_SECOND_START)
+    program.chmod(0o755)
+    (tmp_path / "job").mkdir()
+    monkeypatch.setattr(hardware, "BOOT_LIMIT_S", 1.0)
+    assert hardware.execute(tmp_path, tmp_path / "job", "true", "max", 60) == 7
+    said = capfdbinary.readouterr()
+    assert said.out.endswith(b"booted\n")
+    assert b"started again" in said.out + said.err
 
 
 def test_unknown_mode_is_refused() -> None:

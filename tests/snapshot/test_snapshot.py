@@ -9,6 +9,7 @@ import gc
 import os
 import struct
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from alone import alone
@@ -206,6 +207,18 @@ def test_forks_of_which_one_cannot_be_made_leave_nothing() -> None:
         snapshot.fork_many(5, lambda number: {"entropy": lambda _fork: 1 // (number - 3)})
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("count", [-1, 2**20 + 1, 2**62, -(2**70)])
+def test_a_number_of_forks_that_no_host_has_is_refused(count: int) -> None:
+    with oracle() as vmm:
+        snapshot = vmm.snapshot()
+    with pytest.raises(ValueError, match="count"):
+        snapshot.fork_many(count)
+    wrong: Any = "3"
+    with pytest.raises(TypeError):
+        snapshot.fork_many(wrong)
+    assert snapshot.fork_many(0) == []
 
 
 def test_memory_shared_with_others_is_refused_and_named() -> None:

@@ -142,7 +142,7 @@ def test_a_reset_beside_the_end_of_the_guest_is_refused_or_brings_it_back(run: s
     # out 0x80, al; hlt
     with Vmm(flat(b"\xe6\x80\xf4")) as vmm, ThreadPoolExecutor() as others:
         before = vmm.snapshot()
-        for _ in range(200):
+        for _ in range(50):
             ran = others.submit(getattr(vmm, run), DEADLINE_S)
             while not ran.done():
                 try:

@@ -112,10 +112,13 @@ impl PySnapshot {
     ///
     /// `changes`, if given, is called with the number of each fork and returns a dict of arguments
     /// for `fork`. `entropy` applies to the forks whose arguments do not include it.
+    ///
+    /// Raises:
+    ///     ValueError: the count is not from 0 to 1,048,576.
     #[pyo3(signature = (count, changes = None, *, entropy = None))]
     fn fork_many<'py>(
         slf: &Bound<'py, Self>,
-        count: usize,
+        count: Bound<'py, PyAny>,
         changes: Option<Bound<'py, PyAny>>,
         entropy: Option<Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
