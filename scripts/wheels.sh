@@ -46,12 +46,13 @@ else
 	say "no wheel for musl: type: rustup target add x86_64-unknown-linux-musl"
 fi
 say "building the source distribution"
-maturin sdist --quiet --out $out
+maturin sdist --out $out
 
 twine check --strict $out/*
-check-wheel-contents $out/*.whl
+# Two packages: pytest loads its plugin without the other one.
+check-wheel-contents --ignore W009 $out/*.whl
 for wheel in "$out"/*.whl; do
-	auditwheel show "$wheel" | grep -E "consistent with|manylinux|musllinux" | head -n 2
+	auditwheel show "$wheel" | grep -A 1 "is consistent with"
 done
 
 program='import os, pyvmm; print(pyvmm.__version__, pyvmm.Vmm().run_here(60) if os.access("/dev/kvm", os.W_OK) else "imported")'
