@@ -12,36 +12,27 @@ fail() {
 	exit 1
 }
 
-# The command that installs what is needed: $1 is its name in Debian, Fedora, Arch and Alpine.
+# The command that installs python, cc or rust with the package manager of this system.
 command_for() {
-	local what=$1
-	if command -v apt-get >/dev/null; then
-		case $what in
-		python) echo "apt-get install python3 python3-venv" ;;
-		cc) echo "apt-get install gcc libc6-dev" ;;
-		rust) echo "apt-get install rustc-web cargo-web" ;;
-		esac
-	elif command -v dnf >/dev/null; then
-		case $what in
-		python) echo "dnf install python3" ;;
-		cc) echo "dnf install gcc" ;;
-		rust) echo "dnf install rust cargo" ;;
-		esac
-	elif command -v pacman >/dev/null; then
-		case $what in
-		python) echo "pacman -S python" ;;
-		cc) echo "pacman -S gcc" ;;
-		rust) echo "pacman -S rust" ;;
-		esac
-	elif command -v apk >/dev/null; then
-		case $what in
-		python) echo "apk add python3" ;;
-		cc) echo "apk add gcc musl-dev" ;;
-		rust) echo "apk add rust cargo" ;;
-		esac
-	else
-		echo "the package manager of this system: $what"
-	fi
+	local manager
+	for manager in apt-get dnf pacman apk; do
+		command -v $manager >/dev/null && break || manager=
+	done
+	case "$manager $1" in
+	"apt-get python") echo "apt-get install python3 python3-venv" ;;
+	"apt-get cc") echo "apt-get install gcc libc6-dev" ;;
+	"apt-get rust") echo "apt-get install rustc-web cargo-web" ;;
+	"dnf python") echo "dnf install python3" ;;
+	"dnf cc") echo "dnf install gcc" ;;
+	"dnf rust") echo "dnf install rust cargo" ;;
+	"pacman python") echo "pacman -S python" ;;
+	"pacman cc") echo "pacman -S gcc" ;;
+	"pacman rust") echo "pacman -S rust" ;;
+	"apk python") echo "apk add python3" ;;
+	"apk cc") echo "apk add gcc musl-dev" ;;
+	"apk rust") echo "apk add rust cargo" ;;
+	*) echo "the package manager of this system: $1" ;;
+	esac
 }
 
 # How to get it, for the message of an error.
@@ -112,14 +103,15 @@ requirements() {
 	END
 }
 
+has_packages() {
+	[ -e ".venv/packages-$1" ] && [ ! pyproject.toml -nt ".venv/packages-$1" ]
+}
+
 case $wanted in *" run "*) packages=run ;; *) packages=all ;; esac
-installed=.venv/packages-$packages
-if [ ! -e "$installed" ] || [ pyproject.toml -nt "$installed" ]; then
-	if [ "$packages" = all ] || [ ! -e .venv/packages-all ] || [ pyproject.toml -nt .venv/packages-all ]; then
-		echo "pyvmm: installing Python packages into .venv"
-		requirements $packages | pip install -r /dev/stdin || fail "pip could not install the Python packages named above"
-		touch "$installed"
-	fi
+if ! has_packages $packages && ! has_packages all; then
+	echo "pyvmm: installing Python packages into .venv"
+	requirements $packages | pip install -r /dev/stdin || fail "pip could not install the Python packages named above"
+	touch ".venv/packages-$packages"
 fi
 
 if [ ! -e .venv/built ] || [ -n "$(find src Cargo.toml Cargo.lock pyproject.toml -newer .venv/built | head -n 1)" ]; then

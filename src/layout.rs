@@ -14,6 +14,8 @@ pub const MMIO_GAP_END: u64 = 0x1_0000_0000;
 
 /// The tables that pyvmm writes to guest memory before a start are between here and the EBDA.
 pub const SYSTEM_AREA: u64 = 0x8_0000;
+/// That whole range: start and end.
+pub const TABLES: (u64, u64) = (SYSTEM_AREA, EBDA_START);
 /// The global descriptor table.
 pub const GDT: u64 = SYSTEM_AREA;
 /// The TSS of 64-bit ring 3, with an I/O bitmap that allows every port.

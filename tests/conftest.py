@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import signal
 import tomllib
@@ -19,6 +20,7 @@ from oracle import NONCE, oracle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
+    from types import ModuleType
 
     from pyvmm import Snapshot, Vmm, VmmConfig
 
@@ -76,6 +78,16 @@ def missing_kvm() -> str | None:
     except pyvmm.KvmUnavailableError as error:
         return str(error)
     return None
+
+
+def script(path: Path, name: str) -> ModuleType:
+    """A program of scripts/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class Linux(NamedTuple):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 KVM = "/dev/kvm"
 READY = "pyvmm> "
 BOOT_S = 300.0
-MOST_OF_A_CONSOLE = 4000
+MAX_CONSOLE = 4000
 _MACHINES = pytest.StashKey[list["Vmm"]]()
 
 
@@ -44,8 +44,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what needs KVM where there is none."""
-    if item.get_closest_marker("needs_kvm") is not None and (reason := _missing_kvm()) is not None:
-        pytest.skip(reason)
+    if item.get_closest_marker("needs_kvm") is not None:
+        _require_kvm()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -66,32 +66,7 @@ def pyvmm_vmm(request: pytest.FixtureRequest) -> Iterator[Callable[..., Vmm]]:
     `pyvmm_vmm(config)` is like `Vmm(config)`, and `pyvmm_vmm(snapshot, **options)` like
     `snapshot.fork(**options)`.
     """
-    yield from _factory(request)
-
-
-@pytest.fixture(scope="session")
-def pyvmm_linux_snapshot(request: pytest.FixtureRequest) -> Snapshot:
-    """A Linux at the prompt of its shell, booted once a session.
-
-    It is the one that `pyvmm kernel` has built, or that of the configuration file in the key
-    `pyvmm_linux`.
-    """
-    if (reason := _missing_kvm()) is not None:
-        pytest.skip(reason)
-    return _boot(request.config)
-
-
-@pytest.fixture
-def pyvmm_linux(request: pytest.FixtureRequest, pyvmm_linux_snapshot: Snapshot) -> Iterator[Vmm]:
-    """A Linux at the prompt of its shell: a fork of its own for each test."""
-    factory = _factory(request)
-    yield next(factory)(pyvmm_linux_snapshot)
-    next(factory, None)
-
-
-def _factory(request: pytest.FixtureRequest) -> Iterator[Callable[..., Vmm]]:
-    if (reason := _missing_kvm()) is not None:
-        pytest.skip(reason)
+    _require_kvm()
     import pyvmm
 
     machines = request.node.stash.setdefault(_MACHINES, [])
@@ -107,6 +82,23 @@ def _factory(request: pytest.FixtureRequest) -> Iterator[Callable[..., Vmm]]:
 
     with opened:
         yield make
+
+
+@pytest.fixture(scope="session")
+def pyvmm_linux_snapshot(request: pytest.FixtureRequest) -> Snapshot:
+    """A Linux at the prompt of its shell, booted once a session.
+
+    It is the one that `pyvmm kernel` has built, or that of the configuration file in the key
+    `pyvmm_linux`.
+    """
+    _require_kvm()
+    return _boot(request.config)
+
+
+@pytest.fixture
+def pyvmm_linux(pyvmm_vmm: Callable[..., Vmm], pyvmm_linux_snapshot: Snapshot) -> Vmm:
+    """A Linux at the prompt of its shell: a fork of its own for each test."""
+    return pyvmm_vmm(pyvmm_linux_snapshot)
 
 
 def _trace_file(folder: Path, test: str, number: int) -> Path:
@@ -138,6 +130,12 @@ def _missing_kvm() -> str | None:
     return f"there is no {KVM}" if not os.path.exists(KVM) else f"this user has no permission on {KVM}"
 
 
+def _require_kvm() -> None:
+    """Skip the test where there is no KVM."""
+    if (reason := _missing_kvm()) is not None:
+        pytest.skip(reason)
+
+
 def _describe(vmm: Vmm) -> str:
     """What a machine shows in the report: its state, how it ended, and its console."""
     from pyvmm import VmmError
@@ -153,4 +151,4 @@ def _describe(vmm: Vmm) -> str:
 
 def _console(vmm: Vmm) -> str:
     text = vmm.console.text
-    return "\n" + (text if len(text) <= MOST_OF_A_CONSOLE else f"...{text[-MOST_OF_A_CONSOLE:]}")
+    return "\n" + (text if len(text) <= MAX_CONSOLE else f"...{text[-MAX_CONSOLE:]}")

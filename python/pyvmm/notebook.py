@@ -6,9 +6,9 @@ closed: what cannot be read now is said instead.
 
 from __future__ import annotations
 
-from html import escape
 from typing import TYPE_CHECKING
 
+from pyvmm import views
 from pyvmm.exceptions import VmmError
 
 if TYPE_CHECKING:
@@ -22,13 +22,8 @@ MIB = 1 << 20
 
 
 def table(caption: str, rows: Iterable[tuple[str, str]]) -> str:
-    """Names and values."""
-    cells = "".join(
-        f"<tr><th style='text-align: left'>{escape(name)}</th>"
-        f"<td style='text-align: left'><code style='white-space: pre'>{escape(text)}</code></td></tr>"
-        for name, text in rows
-    )
-    return f"<table><caption>{escape(caption)}</caption>{cells}</table>"
+    """Names and values, some of which have several lines."""
+    return views.table(caption, rows, "text-align: left; white-space: pre")
 
 
 def exit(exit: Exit) -> str:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 # Each is a thread.
-MOST_WORKERS = 4096
+MAX_WORKERS = 4096
 
 
 def config_of(memory: int, vcpus: int, exit_port: int | None, irqchip: bool, pit: bool, fixups: bool) -> VmmConfig:
@@ -92,8 +92,8 @@ class ForkExecutor(Executor):
         if not hasattr(snapshot, "fork"):
             raise TypeError(f"snapshot: expected a Snapshot, not {type(snapshot).__name__}")
         count = (os.cpu_count() or 1) if workers is None else workers
-        if not 1 <= count <= MOST_WORKERS:
-            raise ValueError(f"workers: {count} is not a number from 1 to {MOST_WORKERS}")
+        if not 1 <= count <= MAX_WORKERS:
+            raise ValueError(f"workers: {count} is not a number from 1 to {MAX_WORKERS}")
         if timeout is not None and not timeout >= 0:
             raise ValueError(f"timeout: {timeout} is not a number of seconds of at least 0")
         self._snapshot = snapshot

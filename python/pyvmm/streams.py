@@ -213,9 +213,10 @@ def _writer(stream: Any, at: str) -> Callable[[bytes], object] | FileWriter:
     owner = getattr(stream, "__self__", None)
     if isinstance(owner, io.IOBase) and getattr(stream, "__name__", None) == "write":
         stream = owner
-    if isinstance(stream, io.TextIOWrapper) and not stream.closed:
+    binary = _binary(stream)
+    if binary is not stream:
         stream.flush()
-        stream = stream.buffer
+    stream = binary
     _check(stream, at, "write")
     if _is_text(stream):
         return TextWriter(stream)

@@ -74,10 +74,13 @@ class View(RegisterView):
         return table(type(self).__name__, self._rows())
 
 
-def table(caption: str, rows: Iterable[tuple[str, str]]) -> str:
-    """Return names and values as HTML."""
-    cells = "".join(f"<tr><th>{escape(name)}</th><td><code>{escape(text)}</code></td></tr>" for name, text in rows)
-    return f"<table><caption>{caption}</caption>{cells}</table>"
+def table(caption: str, rows: Iterable[tuple[str, str]], style: str = "") -> str:
+    """Return names and values as HTML, each cell in this style."""
+    look = f" style='{style}'" if style else ""
+    cells = "".join(
+        f"<tr><th{look}>{escape(name)}</th><td{look}><code>{escape(text)}</code></td></tr>" for name, text in rows
+    )
+    return f"<table><caption>{escape(caption)}</caption>{cells}</table>"
 
 
 V = TypeVar("V", bound=View)

@@ -2,16 +2,15 @@
 //! wait if it is full. Any thread, usually the loop's, takes from it.
 
 use std::collections::VecDeque;
-use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::OnceLock;
 use std::time::Duration;
 
 use vmm_sys_util::timerfd::TimerFd;
 
-use super::history::{AT_ONCE, History, NOTIFY_DELAY, NOTIFY_SIZE};
+use super::history::{AT_ONCE, History, new_timer, notify_delay};
 use super::text_stop::TextStop;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::sync::{Condvar, Mutex, rank};
 
 /// How much output is kept without a consumer: the newest bytes.
@@ -110,8 +109,7 @@ impl Backlog {
         if let Some(ready) = &state.ready {
             return Ok(ready.as_raw_fd());
         }
-        let timer = TimerFd::new();
-        let timer = timer.map_err(|e| Error::os(ErrorKind::Io, "serial", &io::Error::from(e)))?;
+        let timer = new_timer()?;
         let fd = *self.fd.get_or_init(|| timer.as_raw_fd());
         state.ready = Some(timer);
         if !state.bytes.is_empty() {
@@ -126,10 +124,8 @@ impl Backlog {
         let before = state.bytes.len();
         state.bytes.extend(bytes);
         let now = state.bytes.len();
-        if before < NOTIFY_SIZE && now >= NOTIFY_SIZE {
-            state.notify_after(AT_ONCE);
-        } else if before == 0 {
-            state.notify_after(NOTIFY_DELAY);
+        if let Some(delay) = notify_delay(before, now) {
+            state.notify_after(delay);
         }
         if !state.has_consumer {
             state.bytes.drain(..now.saturating_sub(CAPTURE_SIZE));
@@ -295,6 +291,7 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::ErrorKind;
     use std::sync::Arc;
     use std::sync::atomic::{AtomicBool, Ordering};
 

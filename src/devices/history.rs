@@ -13,10 +13,27 @@ use crate::error::{Error, ErrorKind, Result};
 const KEPT: usize = 1 << 18;
 /// Guests print byte by byte. The consumer is notified this long after the first byte, so that it
 /// takes several at once,
-pub(super) const NOTIFY_DELAY: Duration = Duration::from_millis(2);
+const NOTIFY_DELAY: Duration = Duration::from_millis(2);
 /// or immediately when this many bytes are buffered.
-pub(super) const NOTIFY_SIZE: usize = 4096;
+const NOTIFY_SIZE: usize = 4096;
 pub(super) const AT_ONCE: Duration = Duration::from_nanos(1);
+
+/// When to notify a reader whose unread bytes have become more: `None` if it is notified already.
+pub(super) fn notify_delay(before: usize, now: usize) -> Option<Duration> {
+    if before < NOTIFY_SIZE && now >= NOTIFY_SIZE {
+        Some(AT_ONCE)
+    } else {
+        (before == 0).then_some(NOTIFY_DELAY)
+    }
+}
+
+/// A timer, which is readable when it has expired.
+///
+/// # Errors
+/// If no timer can be created.
+pub(super) fn new_timer() -> Result<TimerFd> {
+    TimerFd::new().map_err(|e| Error::os(ErrorKind::Io, "serial", &std::io::Error::from(e)))
+}
 
 /// See the module. Positions count the bytes that were ever printed, also before a restore.
 #[derive(Debug, Default)]
@@ -64,10 +81,8 @@ impl History {
         for watch in &mut self.watches {
             let before = watch.unseen;
             watch.unseen += printed.len();
-            if before < NOTIFY_SIZE && watch.unseen >= NOTIFY_SIZE {
-                watch.notify_after(AT_ONCE);
-            } else if before == 0 {
-                watch.notify_after(NOTIFY_DELAY);
+            if let Some(delay) = notify_delay(before, watch.unseen) {
+                watch.notify_after(delay);
             }
         }
     }
@@ -103,8 +118,7 @@ impl History {
     /// # Errors
     /// If no timer can be created.
     pub(super) fn watch(&mut self) -> Result<(u64, RawFd)> {
-        let failed = |e| Error::os(ErrorKind::Io, "serial", &std::io::Error::from(e));
-        let timer = TimerFd::new().map_err(failed)?;
+        let timer = new_timer()?;
         let (id, fd) = (self.next_watch, timer.as_raw_fd());
         self.next_watch += 1;
         self.watches.push(Watching { id, timer, unseen: 0, at: None });

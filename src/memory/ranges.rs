@@ -18,6 +18,11 @@ pub(crate) fn push(ranges: &mut Vec<ByteRange>, range: ByteRange) {
     }
 }
 
+/// Whether two ranges have bytes in common.
+pub(crate) fn overlap(a: ByteRange, b: ByteRange) -> bool {
+    a.0 < b.1 && b.0 < a.1
+}
+
 /// The bytes in all of these ranges.
 pub(crate) fn size(ranges: &[ByteRange]) -> u64 {
     ranges.iter().map(|(start, end)| end - start).sum()

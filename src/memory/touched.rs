@@ -3,11 +3,12 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::ranges::overlap;
 use crate::layout;
 
 /// Whether a range contains a part of the tables.
 pub(super) fn has_tables(address: u64, length: u64) -> bool {
-    address < layout::EBDA_START && address.saturating_add(length) > layout::SYSTEM_AREA
+    overlap((address, address.saturating_add(length)), layout::TABLES)
 }
 
 /// Set before each such write.

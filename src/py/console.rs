@@ -51,6 +51,20 @@ impl PyOutputWatch {
     }
 }
 
+impl PySerial {
+    /// Call a function of `pyvmm.console` that waits for a pattern.
+    fn await_pattern<'py>(
+        slf: &Bound<'py, Self>,
+        function: &str,
+        pattern: &Bound<'py, PyAny>,
+        timeout: Option<f64>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let machine = slf.get().machine(slf.py());
+        let console = import(slf.py(), "pyvmm.console")?;
+        console.call_method1(function, (machine, slf, pattern, timeout))
+    }
+}
+
 #[pymethods]
 impl PySerial {
     /// For `pyvmm.console`: the position of the oldest output that is kept, the output from there
@@ -109,9 +123,7 @@ impl PySerial {
         pattern: &Bound<'py, PyAny>,
         timeout: Option<f64>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let machine = slf.get().machine(slf.py());
-        let console = import(slf.py(), "pyvmm.console")?;
-        console.call_method1("expect", (machine, slf, pattern, timeout))
+        Self::await_pattern(slf, "expect", pattern, timeout)
     }
 
     /// `expect` in a running asyncio loop, which stays responsive. Cancelling it does not stop the
@@ -122,9 +134,7 @@ impl PySerial {
         pattern: &Bound<'py, PyAny>,
         timeout: Option<f64>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let machine = slf.get().machine(slf.py());
-        let console = import(slf.py(), "pyvmm.console")?;
-        console.call_method1("expect_async", (machine, slf, pattern, timeout))
+        Self::await_pattern(slf, "expect_async", pattern, timeout)
     }
 
     /// Send a line of input: the text, as UTF-8 if it is a str, and `end`.

@@ -5,7 +5,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PySequence, PyString};
 
 /// More elements than any of these sequences may have.
-const MOST: usize = 1 << 16;
+const MAX_ITEMS: usize = 1 << 16;
 
 /// The elements. pyo3's `Vec` reserves memory for the length that the object claims, and a claim
 /// that is too large ends the process.
@@ -22,8 +22,8 @@ impl<'py, T: FromPyObjectOwned<'py>> FromPyObject<'_, 'py> for Items<T> {
         }
         let mut items = Vec::new();
         for item in object.try_iter()? {
-            if items.len() == MOST {
-                return Err(PyValueError::new_err(format!("more than {MOST} elements")));
+            if items.len() == MAX_ITEMS {
+                return Err(PyValueError::new_err(format!("more than {MAX_ITEMS} elements")));
             }
             items.push(item?.extract().map_err(Into::into)?);
         }

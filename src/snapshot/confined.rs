@@ -12,7 +12,7 @@ use crate::cpu::{CpuMode, exceptions};
 use crate::debug::Paging;
 use crate::layout;
 use crate::memory::part;
-use crate::memory::ranges::ByteRange;
+use crate::memory::ranges::{ByteRange, overlap};
 use crate::vcpu::Vcpu;
 use crate::x86::{
     CR0_PE, CR0_PG, CR4_FSGSBASE, CR4_OSXSAVE, CR4_PAE, CR4_PKE, CR4_SMAP, EFER_LMA, EFER_LME,
@@ -22,17 +22,15 @@ use crate::x86::{
 /// The features of CR4 with which ring 3 changes nothing but its registers and memory: bits 0 to
 /// 11, FSGSBASE, OSXSAVE, SMEP, SMAP and PKE. Others, such as shadow stacks, were not examined.
 const CR4_EXAMINED: u64 = 0xfff | CR4_FSGSBASE | CR4_OSXSAVE | 1 << 20 | CR4_SMAP | CR4_PKE;
-/// Where the tables of an ELF program are.
-const TABLES: ByteRange = (layout::SYSTEM_AREA, layout::EBDA_START);
 /// More page tables than there is room for.
-const MOST_TABLES: usize = 32;
+const MAX_TABLES: usize = 32;
 
 /// Whether the only vCPU of a machine has been in ring 3 ever since it was set to a snapshot's
 /// state. `changed` are the pages that the reset has changed.
 pub(crate) fn has_stayed(snapshot: &Snapshot, vcpu: &Vcpu, changed: &[ByteRange]) -> bool {
     vcpu.comes_from(snapshot.cache.state)
         && !exceptions::is_here(vcpu.left_at())
-        && !changed.iter().any(|range| overlap(*range, TABLES))
+        && !changed.iter().any(|range| overlap(*range, layout::TABLES))
         && *snapshot.cache.is_confined.get_or_init(|| is_confined(snapshot).unwrap_or(false))
 }
 
@@ -92,7 +90,7 @@ fn has_own_tables(sregs: &kvm_sregs, read: impl Fn(u64) -> Option<u64>) -> bool 
         true => (0, 0),
         false => (ldt.base, ldt.base.saturating_add(u64::from(ldt.limit) + 1)),
     };
-    let mut walk = Walk { read: &read, local, left: MOST_TABLES };
+    let mut walk = Walk { read: &read, local, left: MAX_TABLES };
     (global.base, global.limit) == (layout::GDT, GDT_LIMIT)
         && (idt.base, idt.limit) == (layout::EXCEPTION_PAGE, exceptions::IDT_LIMIT)
         && is_at_itself(layout::GDT)
@@ -114,7 +112,7 @@ impl<R: Fn(u64) -> Option<u64>> Walk<'_, R> {
     /// Whether this page table and those below it are among the machine's own tables, ring 3
     /// reaches none of those, and nothing is mapped where local descriptors would be.
     fn keeps_tables(&mut self, table: u64, level: u32, linear: u64, is_user: bool) -> bool {
-        if self.left == 0 || !overlap((table, table + 1), TABLES) {
+        if self.left == 0 || !overlap((table, table + 1), layout::TABLES) {
             return false;
         }
         self.left -= 1;
@@ -131,14 +129,10 @@ impl<R: Fn(u64) -> Option<u64>> Walk<'_, R> {
             }
             let start = entry & PTE_ADDRESS & !(size - 1);
             level < 3
-                && !(is_user && overlap((start, start + size), TABLES))
+                && !(is_user && overlap((start, start + size), layout::TABLES))
                 && !overlap((linear, linear + size), self.local)
         })
     }
-}
-
-fn overlap(a: ByteRange, b: ByteRange) -> bool {
-    a.0 < b.1 && b.0 < a.1
 }
 
 #[cfg(test)]

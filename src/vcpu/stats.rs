@@ -326,22 +326,11 @@ mod tests {
         stats.enable(&router).unwrap();
         stats.enable(&router).unwrap();
         let now = Instant::now();
-        let exit = VcpuExit::Hlt;
-        router.after_exit(&AnsweredExit {
-            vcpu: 0,
-            exit: &exit,
-            entered: now,
-            left: now,
-            answered: now,
-        });
+        let exit = &VcpuExit::Hlt;
+        let answered = AnsweredExit { vcpu: 0, exit, entered: now, left: now, answered: now };
+        router.after_exit(&answered);
         stats.disable(&router).unwrap();
-        router.after_exit(&AnsweredExit {
-            vcpu: 0,
-            exit: &exit,
-            entered: now,
-            left: now,
-            answered: now,
-        });
+        router.after_exit(&answered);
         assert_eq!(stats.vcpus().unwrap()[0].exits, 1);
     }
 }

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import lzma
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, is_named, left_out
+from conftest import ROOT, is_named, left_out, script
 
 SCRIPT = ROOT / "scripts" / "hardware"
 sys.path.insert(0, str(SCRIPT))
@@ -164,11 +163,7 @@ echo 7 >"$job/status"
 def test_kernel_that_does_not_boot_is_started_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
-    spec = importlib.util.spec_from_file_location("hardware", SCRIPT / "__main__.py")
-    assert spec is not None
-    assert spec.loader is not None
-    hardware = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hardware)
+    hardware = script(SCRIPT / "__main__.py", "hardware")
     program = tmp_path / "root" / "usr" / "bin" / "qemu-system-x86_64"
     program.parent.mkdir(parents=True)
     program.write_text(QEMU_THAT_BOOTS_AT_THE_SECOND_START)

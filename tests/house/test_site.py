@@ -6,14 +6,12 @@ Covers scripts/site/pages.py.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import re
-import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import pyvmm
-from conftest import ROOT
+from conftest import ROOT, script
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -24,13 +22,7 @@ SUBMODULES = ("config", "exits", "devices", "hostcalls", "events", "stats", "exc
 
 def hook() -> ModuleType:
     pytest.importorskip("mkdocs", reason="mkdocs is not installed")
-    spec = importlib.util.spec_from_file_location("pages", ROOT / "scripts" / "site" / "pages.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["pages"] = module
-    spec.loader.exec_module(module)
-    return module
+    return script(ROOT / "scripts" / "site" / "pages.py", "pages")
 
 
 def listed() -> set[str]:

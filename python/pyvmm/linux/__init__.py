@@ -48,13 +48,12 @@ def build(what: Literal["small", "tests"] = "small", *, progress: Callable[[int]
         BootError: it cannot be built here; the message has the reason.
     """
     ended = threading.Event()
-    log = folder().with_suffix(".log")
     with subprocess.Popen(  # noqa: S603
         _command(what), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
-        watch = threading.Thread(target=_watch, args=(log, progress, ended), name="pyvmm-kernel", daemon=True)
         if progress is not None:
-            watch.start()
+            log = folder().with_suffix(".log")
+            threading.Thread(target=_watch, args=(log, progress, ended), name="pyvmm-kernel", daemon=True).start()
         try:
             stdout, stderr = process.communicate()
         except BaseException:

@@ -15,6 +15,20 @@ use crate::vmm::{Turn, Watcher};
 /// How a run ended: an `Exit`, or None after an exception.
 type Over<'py> = (Option<Bound<'py, PyAny>>,);
 
+impl PyVmm {
+    /// Call a function of `pyvmm.console` that runs the machine up to a pattern.
+    fn run_to_pattern<'py>(
+        slf: &Bound<'py, Self>,
+        function: &str,
+        pattern: &Bound<'py, PyAny>,
+        timeout: Option<f64>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let serial = Self::serial(slf)?;
+        let console = import(slf.py(), "pyvmm.console")?;
+        console.call_method1(function, (slf, serial, pattern, timeout))
+    }
+}
+
 #[pymethods]
 impl PyVmm {
     /// The text on the console: what the guest has printed to the first serial port.
@@ -109,9 +123,7 @@ impl PyVmm {
         pattern: &Bound<'py, PyAny>,
         timeout: Option<f64>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let serial = Self::serial(slf)?;
-        let console = import(slf.py(), "pyvmm.console")?;
-        console.call_method1("run_until", (slf, serial, pattern, timeout))
+        Self::run_to_pattern(slf, "run_until", pattern, timeout)
     }
 
     /// `run_until` in a running asyncio loop, which stays responsive.
@@ -121,8 +133,6 @@ impl PyVmm {
         pattern: &Bound<'py, PyAny>,
         timeout: Option<f64>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let serial = Self::serial(slf)?;
-        let console = import(slf.py(), "pyvmm.console")?;
-        console.call_method1("run_until_async", (slf, serial, pattern, timeout))
+        Self::run_to_pattern(slf, "run_until_async", pattern, timeout)
     }
 }
