@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import os
 import signal
+import sys
 import tomllib
 from functools import partial
 from pathlib import Path
@@ -134,6 +135,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if any(is_named(name, item.nodeid) for name in entry.tests):
                 item.add_marker(mark)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """On that processor, say at once what failed: a run that takes an hour may not come to its end."""
+    if report.failed and os.environ.get("PYVMM_HARDWARE"):
+        print(f"\n{report.nodeid} ({report.when}) failed:\n{report.longreprtext}", file=sys.stderr)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
