@@ -40,7 +40,7 @@ linux: ## Build the Linux that the tests boot, once, outside the checkout
 	@python/pyvmm/linux/build.sh tests >/dev/null || echo "pyvmm: the tests that boot Linux are left out" >&2
 
 pytest: setup linux ## The Python tests
-	pytest --quiet
+	@scripts/pytest.sh
 
 CHECKED ?= tests/stress tests/house/test_flow.py tests/vmm/test_vmm.py tests/vm/test_vm.py tests/devices/test_devices.py tests/devices/test_device_callbacks.py \
 	tests/vcpu/test_hooks.py tests/vcpu/test_robustness.py tests/vcpu/test_stop.py
