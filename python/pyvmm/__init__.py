@@ -53,7 +53,17 @@ from pyvmm.exceptions import (
     VmmError,
     WaitTimeoutError,
 )
-from pyvmm.exits import Exit, ExitAction, ExitHandler, ExitKind, ExitReason, Stop, VmRunState
+from pyvmm.exits import (
+    Answer,
+    AnsweredBy,
+    Exit,
+    ExitAction,
+    ExitHandler,
+    ExitKind,
+    ExitReason,
+    Stop,
+    VmRunState,
+)
 from pyvmm.stats import ExitCount, VcpuTime
 
 if TYPE_CHECKING:
@@ -76,6 +86,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Answer",
+    "AnsweredBy",
     "BootError",
     "Cap",
     "ClosedError",

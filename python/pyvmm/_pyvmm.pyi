@@ -19,7 +19,7 @@ from pyvmm.config import SerialConfig, VmmConfig
 from pyvmm.console import Console
 from pyvmm.devices import Device, Resource, Unanswered
 from pyvmm.events import EventSet, Subscriber
-from pyvmm.exits import Exit, ExitHandler, ExitKind, VmRunState
+from pyvmm.exits import Answer, Exit, ExitHandler, ExitKind, VmRunState
 from pyvmm.patterns import Expected
 from pyvmm.registers import CpuidEntry, DebugRegs, Fpu, Lapic, MpState, Msrs, Regs, Sregs, VcpuEvents, Xcrs
 from pyvmm.stats import ExitCount, VcpuTime
@@ -260,6 +260,21 @@ _FailEntryHook = TypeVar("_FailEntryHook", bound=Callable[["Vcpu", "VcpuExit.Fai
 _MemoryFaultHook = TypeVar("_MemoryFaultHook", bound=Callable[["Vcpu", "VcpuExit.MemoryFault"], object])
 _UnknownHook = TypeVar("_UnknownHook", bound=Callable[["Vcpu", "VcpuExit.Unknown"], object])
 _Hook = TypeVar("_Hook", bound=Callable[["Vcpu", "VcpuExit"], object])
+# The same for answers.
+_IoAnswer = TypeVar("_IoAnswer", bound=Callable[["Vcpu", "VcpuExit.IoIn | VcpuExit.IoOut", Answer], object])
+_MmioAnswer = TypeVar("_MmioAnswer", bound=Callable[["Vcpu", "VcpuExit.MmioRead | VcpuExit.MmioWrite", Answer], object])
+_MsrAnswer = TypeVar("_MsrAnswer", bound=Callable[["Vcpu", "VcpuExit.Rdmsr | VcpuExit.Wrmsr", Answer], object])
+_HltAnswer = TypeVar("_HltAnswer", bound=Callable[["Vcpu", "VcpuExit.Hlt", Answer], object])
+_ShutdownAnswer = TypeVar("_ShutdownAnswer", bound=Callable[["Vcpu", "VcpuExit.Shutdown", Answer], object])
+_DebugAnswer = TypeVar("_DebugAnswer", bound=Callable[["Vcpu", "VcpuExit.Debug", Answer], object])
+_InternalErrorAnswer = TypeVar(
+    "_InternalErrorAnswer", bound=Callable[["Vcpu", "VcpuExit.InternalError", Answer], object]
+)
+_SystemEventAnswer = TypeVar("_SystemEventAnswer", bound=Callable[["Vcpu", "VcpuExit.SystemEvent", Answer], object])
+_FailEntryAnswer = TypeVar("_FailEntryAnswer", bound=Callable[["Vcpu", "VcpuExit.FailEntry", Answer], object])
+_MemoryFaultAnswer = TypeVar("_MemoryFaultAnswer", bound=Callable[["Vcpu", "VcpuExit.MemoryFault", Answer], object])
+_UnknownAnswer = TypeVar("_UnknownAnswer", bound=Callable[["Vcpu", "VcpuExit.Unknown", Answer], object])
+_AnswerHook = TypeVar("_AnswerHook", bound=Callable[["Vcpu", "VcpuExit", Answer], object])
 
 @final
 class EventManager:
@@ -2055,6 +2070,99 @@ class Vmm:
 
     def off_exit(self, kind: ExitKind | str, function: Callable[[Vcpu, Never], object]) -> None:
         """Remove a hook. When the last hook of the kind "msr" is removed, KVM handles the selected registers again.
+
+        Raises:
+            ValueError: the function is not a hook of this kind.
+        """
+
+    @overload
+    def on_answer(self, kind: Literal[ExitKind.IO, "io"], function: _IoAnswer) -> _IoAnswer: ...
+    @overload
+    def on_answer(self, kind: Literal[ExitKind.IO, "io"]) -> Callable[[_IoAnswer], _IoAnswer]: ...
+    @overload
+    def on_answer(self, kind: Literal[ExitKind.MMIO, "mmio"], function: _MmioAnswer) -> _MmioAnswer: ...
+    @overload
+    def on_answer(self, kind: Literal[ExitKind.MMIO, "mmio"]) -> Callable[[_MmioAnswer], _MmioAnswer]: ...
+    @overload
+    def on_answer(self, kind: Literal[ExitKind.MSR, "msr"], function: _MsrAnswer) -> _MsrAnswer: ...
+    @overload
+    def on_answer(self, kind: Literal[ExitKind.MSR, "msr"]) -> Callable[[_MsrAnswer], _MsrAnswer]: ...
+    @overload
+    def on_answer(self, kind: Literal[ExitKind.HLT, "hlt"], function: _HltAnswer) -> _HltAnswer: ...
+    @overload
+    def on_answer(self, kind: Literal[ExitKind.HLT, "hlt"]) -> Callable[[_HltAnswer], _HltAnswer]: ...
+    @overload
+    def on_answer(self, kind: Literal[ExitKind.SHUTDOWN, "shutdown"], function: _ShutdownAnswer) -> _ShutdownAnswer: ...
+    @overload
+    def on_answer(
+        self, kind: Literal[ExitKind.SHUTDOWN, "shutdown"]
+    ) -> Callable[[_ShutdownAnswer], _ShutdownAnswer]: ...
+    @overload
+    def on_answer(self, kind: Literal[ExitKind.DEBUG, "debug"], function: _DebugAnswer) -> _DebugAnswer: ...
+    @overload
+    def on_answer(self, kind: Literal[ExitKind.DEBUG, "debug"]) -> Callable[[_DebugAnswer], _DebugAnswer]: ...
+    @overload
+    def on_answer(
+        self, kind: Literal[ExitKind.INTERNAL_ERROR, "internal-error"], function: _InternalErrorAnswer
+    ) -> _InternalErrorAnswer: ...
+    @overload
+    def on_answer(
+        self, kind: Literal[ExitKind.INTERNAL_ERROR, "internal-error"]
+    ) -> Callable[[_InternalErrorAnswer], _InternalErrorAnswer]: ...
+    @overload
+    def on_answer(
+        self, kind: Literal[ExitKind.SYSTEM_EVENT, "system-event"], function: _SystemEventAnswer
+    ) -> _SystemEventAnswer: ...
+    @overload
+    def on_answer(
+        self, kind: Literal[ExitKind.SYSTEM_EVENT, "system-event"]
+    ) -> Callable[[_SystemEventAnswer], _SystemEventAnswer]: ...
+    @overload
+    def on_answer(
+        self, kind: Literal[ExitKind.FAIL_ENTRY, "fail-entry"], function: _FailEntryAnswer
+    ) -> _FailEntryAnswer: ...
+    @overload
+    def on_answer(
+        self, kind: Literal[ExitKind.FAIL_ENTRY, "fail-entry"]
+    ) -> Callable[[_FailEntryAnswer], _FailEntryAnswer]: ...
+    @overload
+    def on_answer(
+        self, kind: Literal[ExitKind.MEMORY_FAULT, "memory-fault"], function: _MemoryFaultAnswer
+    ) -> _MemoryFaultAnswer: ...
+    @overload
+    def on_answer(
+        self, kind: Literal[ExitKind.MEMORY_FAULT, "memory-fault"]
+    ) -> Callable[[_MemoryFaultAnswer], _MemoryFaultAnswer]: ...
+    @overload
+    def on_answer(self, kind: Literal[ExitKind.UNKNOWN, "unknown"], function: _UnknownAnswer) -> _UnknownAnswer: ...
+    @overload
+    def on_answer(self, kind: Literal[ExitKind.UNKNOWN, "unknown"]) -> Callable[[_UnknownAnswer], _UnknownAnswer]: ...
+    @overload
+    def on_answer(
+        self, kind: ExitKind | str, function: Callable[[Vcpu, VcpuExit, Answer], object]
+    ) -> Callable[[Vcpu, Never, Answer], object]: ...
+    @overload
+    def on_answer(self, kind: ExitKind | str, function: None = None) -> Callable[[_AnswerHook], _AnswerHook]:
+        """Register a function that is called after each exit of a kind has been answered.
+
+        It takes effect at the next exit, and is called on the vCPU's thread before the guest
+        continues: `function(vcpu, exit, answer)`. `answer` is an `Answer`: what answered the exit,
+        and the data that the guest reads or has written. The function returns None, or a `Stop` to
+        end the run. Without a function, this is a decorator. All hooks of a kind are called, in the
+        order they were added.
+
+        Args:
+            kind: an `ExitKind` or its name, or "any" for the exits of every kind. Of registers,
+                those exit that KVM does not know, and those that `on_exit` has selected.
+            function: the hook.
+
+        Raises:
+            ValueError: there is no such kind.
+            ClosedError: the machine is closed.
+        """
+
+    def off_answer(self, kind: ExitKind | str, function: Callable[[Vcpu, Never, Answer], object]) -> None:
+        """Remove a hook that `on_answer` has added.
 
         Raises:
             ValueError: the function is not a hook of this kind.

@@ -1,4 +1,4 @@
-"""How a run ends: `Exit` and `ExitReason`. Also exit hooks, run states, and the exit handler protocol."""
+"""How a run ends: `Exit` and `ExitReason`. Also hooks, run states, and the exit handler protocol."""
 
 from __future__ import annotations
 
@@ -161,8 +161,46 @@ class ExitAction(Enum):
     """The guest executes the instruction again, without traces of the first attempt. Writes cannot be retried."""
 
 
+class AnsweredBy(StrEnum):
+    """What has answered an exit."""
+
+    DEVICE = "device"
+    """A device, built in or in Python; `Answer.device` is its name."""
+    HOOK = "hook"
+    """A hook of `on_exit`."""
+    MEMORY = "memory"
+    """Memory that was added at the address after the exit."""
+    RETRY = "retry"
+    """A hook returned `ExitAction.RETRY`: the guest executes the instruction again."""
+    NOTHING = "nothing"
+    """No device and no hook. A read returns all one bits, an MSR access faults, other exits may end the run."""
+
+
+class Answer(NamedTuple):
+    """How an exit was answered, for a hook of `Vmm.on_answer`.
+
+    Attributes:
+        by: what answered it.
+        data: the bytes that the guest reads or has written, all of them for a string instruction.
+            None for exits that are no access, and for a read that faults or is executed again.
+        device: the name of the device that answered: the class of a Python device, or the name of a
+            built-in one.
+        ends_run: whether the answer ends the run.
+    """
+
+    by: AnsweredBy
+    data: bytes | None = None
+    device: str | None = None
+    ends_run: bool = False
+
+    @property
+    def value(self) -> int | None:
+        """The data as a little-endian number."""
+        return None if self.data is None else int.from_bytes(self.data, "little")
+
+
 class Stop(NamedTuple):
-    """Returned by a device's method or an exit hook to end the run. `Exit.value` is the value.
+    """Returned by a device's method or a hook to end the run. `Exit.value` is the value.
 
     The exit's reason is `ExitReason.STOPPED`, and the next `run` continues the guest.
     """

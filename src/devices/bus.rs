@@ -29,7 +29,7 @@ pub trait Device: Send + Sync + fmt::Debug {
         each(data.chunks(size), |element| self.write(offset, element))
     }
 
-    /// Its name in traces.
+    /// Its name in traces and answers; the owner's in `resources`.
     fn name(&self) -> &str {
         let name = std::any::type_name::<Self>();
         name.rsplit("::").next().unwrap_or(name)

@@ -8,6 +8,10 @@ use crate::exit_handler::{Exit, ExitReason, Outcome};
 pub struct DebugExit;
 
 impl Device for DebugExit {
+    fn name(&self) -> &str {
+        "exit port"
+    }
+
     fn read(&self, _offset: u64, data: &mut [u8]) -> Outcome {
         data.fill(0);
         Outcome::Continue

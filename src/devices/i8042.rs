@@ -150,6 +150,10 @@ fn reset() -> Outcome {
 }
 
 impl Device for I8042 {
+    fn name(&self) -> &str {
+        "i8042"
+    }
+
     fn read(&self, offset: u64, data: &mut [u8]) -> Outcome {
         data.fill(0);
         let mut state = self.0.lock();

@@ -118,6 +118,10 @@ impl Rtc {
 }
 
 impl Device for Rtc {
+    fn name(&self) -> &str {
+        "RTC"
+    }
+
     fn read(&self, offset: u64, data: &mut [u8]) -> Outcome {
         let mut state = self.state.lock();
         let value = if offset == INDEX { state.index } else { self.register(&mut state) };

@@ -10,6 +10,10 @@ use crate::error::Result;
 use crate::exit_handler::Outcome;
 
 impl Device for Serial {
+    fn name(&self) -> &str {
+        "COM1"
+    }
+
     fn read(&self, offset: u64, data: &mut [u8]) -> Outcome {
         for (register, byte) in (offset..).zip(data.iter_mut()) {
             *byte = self.change(|guest| guest.uart.read(register));

@@ -1,5 +1,5 @@
-//! Exit hooks: Python functions that are called for a machine's exits before these are answered.
-//! They run on the thread of the vCPU that exited.
+//! Exit hooks: Python functions that are called for a machine's exits before these are answered,
+//! and afterwards (`answers.rs`). They run on the thread of the vCPU that exited.
 
 use std::sync::{Arc, Weak};
 
@@ -10,6 +10,7 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyInt, PyTuple, PyType, PyWeakrefReference};
 
+use super::answers;
 use super::device::bytes_of;
 use super::enter::on_vcpu_thread;
 use super::gil_cell::GilCell;
@@ -22,10 +23,19 @@ use super::vcpu_exit::PyVcpuExit;
 use crate::error::Error;
 use crate::exit_handler::Outcome;
 use crate::sync::{Mutex, rank};
-use crate::vcpu::{ExitHook, ExitKind, Reply, VcpuExit, VcpuHandle, current};
+use crate::vcpu::{Answer, ExitHook, ExitKind, Reply, VcpuExit, VcpuHandle, current};
 
 /// The objects of this many vCPUs are kept at most.
 const MAX_KEPT: usize = 1024;
+
+/// When a hook is called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum When {
+    /// Before an exit is answered.
+    Exit,
+    /// After it has been answered.
+    Answer,
+}
 
 /// The hooks of one kind. A tuple, so that a call in progress keeps those that it began with.
 type Functions = Option<Py<PyTuple>>;
@@ -33,7 +43,7 @@ type Functions = Option<Py<PyTuple>>;
 /// The hooks of one machine. No Python code runs under its locks.
 #[derive(Debug, Default)]
 pub(super) struct Hooks {
-    functions: GilCell<[Functions; ExitKind::ALL.len()]>,
+    functions: GilCell<[[Functions; ExitKind::ALL.len()]; 2]>,
     /// Weak references to the machine's object and its parts, because the machine holds these
     /// hooks.
     machine: GilCell<Option<(Py<PyWeakrefReference>, Weak<Parts>)>>,
@@ -96,11 +106,11 @@ impl Hooks {
     fn change(
         &self,
         py: Python<'_>,
-        kind: ExitKind,
+        key: (When, ExitKind),
         change: impl Fn(&[Bound<'_, PyAny>]) -> Vec<Py<PyAny>>,
     ) -> PyResult<()> {
         loop {
-            let known = self.of(py, kind);
+            let known = self.of(py, key);
             let list: Vec<_> = known.iter().flat_map(|known| known.bind(py).iter()).collect();
             let changed = PyTuple::new(py, change(&list))?.unbind();
             // The tuple's allocation may have run Python code, which may have changed the hooks.
@@ -109,7 +119,8 @@ impl Hooks {
                 (now, known) => now.is_none() && known.is_none(),
             };
             let former = self.functions.with(py, |functions| {
-                let now = functions.get_mut(kind as usize).filter(|now| is_same(now))?;
+                let now = functions.get_mut(key.0 as usize)?.get_mut(key.1 as usize)?;
+                let now = Some(now).filter(|now| is_same(now))?;
                 Some(now.replace(changed))
             });
             // Outside the cell, because dropping it may run Python code.
@@ -122,27 +133,31 @@ impl Hooks {
     pub(super) fn add(
         &self,
         py: Python<'_>,
-        kind: ExitKind,
+        key: (When, ExitKind),
         function: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
-        self.change(py, kind, |known| {
+        self.change(py, key, |known| {
             known.iter().chain([function]).map(|function| function.clone().unbind()).collect()
         })
     }
 
     /// Remove a hook. Returns whether it existed.
-    pub(super) fn remove(&self, kind: ExitKind, function: &Bound<'_, PyAny>) -> PyResult<bool> {
+    pub(super) fn remove(
+        &self,
+        key: (When, ExitKind),
+        function: &Bound<'_, PyAny>,
+    ) -> PyResult<bool> {
         let py = function.py();
         // Compared with Python's `==`, because each access creates a new bound method.
         let mut found = None;
-        for known in self.of(py, kind).iter().flat_map(|known| known.bind(py).iter()) {
+        for known in self.of(py, key).iter().flat_map(|known| known.bind(py).iter()) {
             if known.eq(function)? {
                 found = Some(known);
                 break;
             }
         }
         let Some(found) = found else { return Ok(false) };
-        self.change(py, kind, |now| {
+        self.change(py, key, |now| {
             // Another thread may have removed it meanwhile. A hook that was added twice stays once.
             let gone = now.iter().position(|other| other.is(&found));
             let others = now.iter().enumerate().filter(|(number, _)| Some(*number) != gone);
@@ -164,21 +179,25 @@ impl Hooks {
     /// Remove registers from the filter, or all of them if no hook of their kind is left. Returns
     /// whether that is so.
     pub(super) fn unfilter(&self, py: Python<'_>, added: &[u32]) -> bool {
-        let is_last = !self.kinds(py).contains(&ExitKind::Msr);
+        let is_last = !self.kinds(py, When::Exit).contains(&ExitKind::Msr);
         self.msrs.lock().retain(|msr| !is_last && !added.contains(msr));
         is_last
     }
 
-    pub(super) fn kinds(&self, py: Python<'_>) -> Vec<ExitKind> {
+    pub(super) fn kinds(&self, py: Python<'_>, when: When) -> Vec<ExitKind> {
         let has_any = |kind: &ExitKind| {
-            self.of(py, *kind).is_some_and(|functions| !functions.bind(py).is_empty())
+            self.of(py, (when, *kind)).is_some_and(|functions| !functions.bind(py).is_empty())
         };
         ExitKind::ALL.into_iter().filter(has_any).collect()
     }
 
-    fn of(&self, py: Python<'_>, kind: ExitKind) -> Functions {
+    fn of(&self, py: Python<'_>, (when, kind): (When, ExitKind)) -> Functions {
         self.functions.with(py, |functions| {
-            functions.get(kind as usize)?.as_ref().map(|functions| functions.clone_ref(py))
+            functions
+                .get(when as usize)?
+                .get(kind as usize)?
+                .as_ref()
+                .map(|functions| functions.clone_ref(py))
         })
     }
 
@@ -247,7 +266,8 @@ impl Hooks {
     pub(super) fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
         // SAFETY: the collector holds the GIL.
         let visited = unsafe {
-            self.functions.peek(|functions| functions.iter().try_for_each(|of| visit.call(of)))
+            self.functions
+                .peek(|functions| functions.iter().flatten().try_for_each(|of| visit.call(of)))
         };
         visited.unwrap_or(Ok(()))
     }
@@ -257,6 +277,27 @@ impl ExitHook for Hooks {
     fn on_exit(&self, vcpu: u64, exit: &VcpuExit, reply: &mut Reply) -> Option<Outcome> {
         on_exit(self, vcpu, exit, reply)
     }
+
+    fn on_answer(&self, vcpu: u64, exit: &VcpuExit, answer: &Answer<'_>) -> bool {
+        on_answer(self, vcpu, exit, answer)
+    }
+}
+
+/// Call the hooks for answers of an exit's kind. Returns whether the run stops.
+fn on_answer(hooks: &Hooks, vcpu: u64, exit: &VcpuExit, answer: &Answer<'_>) -> bool {
+    let Some(kind) = exit.kind() else { return false };
+    on_vcpu_thread(
+        |py| {
+            let Some(functions) = hooks.of(py, (When::Answer, kind)) else { return Ok(false) };
+            let (vcpu, shown) = hooks.objects(py, vcpu, exit)?;
+            answers::call_all(functions.bind(py), &vcpu, &shown, answer, &hooks.pending)
+        },
+        |py, error| {
+            let text = format!("in a hook of an answer of kind {}{}", kind.name(), position());
+            hooks.pending.raise_with_note(py, error, &text);
+            true
+        },
+    )
 }
 
 /// Call the hooks of an exit's kind, in the order they were added, until one answers.
@@ -289,7 +330,7 @@ fn ask<'py>(
     vcpu: u64,
     exit: &VcpuExit,
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
-    let Some(functions) = hooks.of(py, kind) else { return Ok(None) };
+    let Some(functions) = hooks.of(py, (When::Exit, kind)) else { return Ok(None) };
     let (vcpu, shown) = hooks.objects(py, vcpu, exit)?;
     for function in functions.bind(py).iter_borrowed() {
         let said = recorded(|| name_of(&function), || function.call1((&vcpu, &shown)))?;

@@ -2,6 +2,7 @@
 //! loop and the vCPU threads enter Python only through `enter.rs`, with no Rust lock held. Compiled
 //! only with the `python` feature.
 
+mod answers;
 mod config;
 mod console;
 mod cpuid;

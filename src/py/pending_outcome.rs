@@ -55,14 +55,13 @@ impl PendingOutcome {
 
     /// Store the value of a `Stop` that a callback has returned. Returns whether it was one.
     pub(super) fn take_if_stop(&self, value: &Bound<'_, PyAny>) -> PyResult<bool> {
-        let py = value.py();
-        static STOP: PyOnceLock<Py<PyType>> = PyOnceLock::new();
-        if !value.is_instance(STOP.import(py, "pyvmm.exits", "Stop")?)? {
-            return Ok(false);
-        }
-        let vcpu = current().map_or(0, |handle| handle.id());
-        self.stop(vcpu, value.getattr(intern!(py, "value"))?.unbind());
-        Ok(true)
+        let value = stop_value(value)?;
+        Ok(value.map(|value| self.stop_here(value)).is_some())
+    }
+
+    /// [`Self::stop`] for the vCPU of this thread.
+    pub(super) fn stop_here(&self, value: Py<PyAny>) {
+        self.stop(current().map_or(0, |handle| handle.id()), value);
     }
 
     /// Raise the stored exception, once.
@@ -127,6 +126,16 @@ impl Drop for PendingOutcome {
             PyErr::from_value(error.into_bound(py).into_any()).write_unraisable(py, None);
         });
     }
+}
+
+/// The value of a `Stop`; None for anything else.
+pub(super) fn stop_value(said: &Bound<'_, PyAny>) -> PyResult<Option<Py<PyAny>>> {
+    let py = said.py();
+    static STOP: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+    if !said.is_instance(STOP.import(py, "pyvmm.exits", "Stop")?)? {
+        return Ok(None);
+    }
+    said.getattr(intern!(py, "value")).map(|value| Some(value.unbind()))
 }
 
 /// The position of this thread's vCPU, for a note.

@@ -39,6 +39,9 @@ pub(super) fn port_out(
         }
         match string_io::coalesce(vcpu, port, size, data) {
             Some(all) => {
+                if let Some(noted) = &mut vcpu.noted {
+                    noted.written = Some(Data::from_slice(&all));
+                }
                 call_device(vcpu, handle, device, |device| device.write_many(offset, &all, size))
             }
             None => call_device(vcpu, handle, device, |device| write(device, offset, data, size)),
@@ -115,23 +118,17 @@ fn reach(
 ) -> Outcome {
     // The copy is taken out, because the device may look at the vCPU.
     let mut copy = std::mem::take(vcpu.cache.bus(bus));
-    let outcome = match vcpu.router.buses.bus(bus).find(&mut copy, address, size) {
-        Some((device, offset)) if vcpu.is_recorded => {
-            let began = Instant::now();
-            let outcome = call(vcpu, handle, &**device, offset);
-            let bus = if bus == Access::Pio { "pio" } else { "mmio" };
-            let access = if is_read { "read" } else { "write" };
-            let values = [
-                ("bus", Value::Text(bus)),
-                ("access", Value::Text(access)),
-                ("address", Value::Hex(address)),
-                ("size", Value::Number(size as u64)),
-            ];
-            trace::record("device", device.name(), (began, Instant::now()), &values);
-            waits(vcpu, device, outcome)
-        }
+    let found = vcpu.router.buses.bus(bus).find(&mut copy, address, size);
+    if let (Some(noted), Some((device, _))) = (&mut vcpu.noted, found) {
+        noted.device = Some(Arc::clone(device));
+    }
+    let outcome = match found {
         Some((device, offset)) => {
+            let began = vcpu.is_recorded.then(Instant::now);
             let outcome = call(vcpu, handle, &**device, offset);
+            if let Some(began) = began {
+                record_call(&**device, (bus, address), size, is_read, began);
+            }
             waits(vcpu, device, outcome)
         }
         None => {
@@ -141,6 +138,24 @@ fn reach(
     };
     *vcpu.cache.bus(bus) = copy;
     outcome
+}
+
+/// Record the call of a device in a trace.
+#[cold]
+fn record_call(
+    device: &dyn Device,
+    (bus, address): (Access, u64),
+    size: usize,
+    is_read: bool,
+    began: Instant,
+) {
+    let values = [
+        ("bus", Value::Text(if bus == Access::Pio { "pio" } else { "mmio" })),
+        ("access", Value::Text(if is_read { "read" } else { "write" })),
+        ("address", Value::Hex(address)),
+        ("size", Value::Number(size as u64)),
+    ];
+    trace::record("device", device.name(), (began, Instant::now()), &values);
 }
 
 /// If the outcome is to wait, note the device that the vCPU waits for before its next entry.

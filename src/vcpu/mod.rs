@@ -4,6 +4,7 @@
 //! and access it while it is *at rest*: out of its guest, and not entering again by itself.
 
 mod access;
+mod answer;
 mod commands;
 #[cfg(all(test, loom))]
 mod commands_model;
@@ -22,6 +23,7 @@ mod msr;
 mod own_thread;
 mod pending;
 mod registers;
+mod report;
 mod rest;
 mod retry;
 mod router;
@@ -45,6 +47,7 @@ pub(crate) mod unjoined;
 mod vcpu;
 mod whole_state;
 
+pub use answer::{Answer, AnsweredBy};
 pub use current::current;
 pub(crate) use current::is_thread_of;
 #[cfg_attr(not(feature = "python"), allow(unused_imports, reason = "for the binding"))]

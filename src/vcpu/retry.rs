@@ -15,20 +15,22 @@ type Kept = Vec<(u64, Vec<u8>)>;
 
 impl Vcpu {
     /// Have the guest execute the instruction of this exit again, with the registers that a hook
-    /// has set.
-    pub(super) fn execute_again(&mut self, exit: &VcpuExit, stop: &StopWord) {
+    /// has set. Returns whether it is complete instead, with data from memory.
+    pub(super) fn execute_again(&mut self, exit: &VcpuExit, stop: &StopWord) -> bool {
         if exit.is_read() {
             let is_edited = self.pending.edits().is_some_and(RegisterEdits::is_change);
-            if is_edited || !self.answer_from_memory(exit) {
-                self.undo(exit, stop);
+            if !is_edited && self.answer_from_memory(exit) {
+                return true;
             }
+            self.undo(exit, stop);
         } else if *exit == VcpuExit::Hlt {
-            let Ok(mut regs) = self.general() else { return };
+            let Ok(mut regs) = self.general() else { return false };
             regs.rip = regs.rip.wrapping_sub(1);
             if self.fd().set_regs(&regs).is_ok() {
                 self.page.set_registers(&regs);
             }
         }
+        false
     }
 
     /// If memory has been added there, answer the read from it, as if the instruction had begun

@@ -6,18 +6,25 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
+use super::answer::Answer;
 use super::exit::{Data, ExitKind, VcpuExit};
 use crate::devices::{Access, BusCache, Buses};
 use crate::exit_handler::Outcome;
 use crate::sync::{CachedArc, Published, RwLock, rank};
 use crate::trace::{Recording, Track};
 
-/// Sees exits before they are answered. Called on the vCPU's thread; the host can access the vCPU
-/// during the call.
+/// Sees exits before and after they are answered. Called on the vCPU's thread; the host can access
+/// the vCPU during the call.
 pub trait ExitHook: Send + Sync + std::fmt::Debug {
     /// Answer the exit, with the data for the guest in `reply`; `None` leaves it to the next hook
     /// and the devices.
     fn on_exit(&self, vcpu: u64, exit: &VcpuExit, reply: &mut Reply) -> Option<Outcome>;
+
+    /// See how the exit was answered, before the guest continues. Returns whether the run stops
+    /// here; if it ends anyway, this changes nothing.
+    fn on_answer(&self, _vcpu: u64, _exit: &VcpuExit, _answer: &Answer<'_>) -> bool {
+        false
+    }
 }
 
 /// How the guest continues after an exit that a hook has answered with [`Outcome::Continue`].
@@ -70,7 +77,8 @@ pub struct AnsweredExit<'a> {
     pub answered: Instant,
 }
 
-/// A hook, its place in the order, and the kinds that it looks at.
+/// A hook, its place in the order, and the kinds whose exits and answers it looks at, as the mask
+/// has them.
 #[derive(Clone, Debug)]
 pub(super) struct HookEntry {
     hook: Arc<dyn ExitHook>,
@@ -78,7 +86,10 @@ pub(super) struct HookEntry {
     kinds: u64,
 }
 
-/// Above the bits of the kinds of exits.
+/// The bits of the kinds whose answers have a hook are this many above those of the exits.
+const ANSWERS: u32 = 32;
+
+/// Above the bits of the kinds.
 const OBSERVED: u64 = 1 << 63;
 
 /// The buses, hooks and observers of one machine.
@@ -86,7 +97,8 @@ const OBSERVED: u64 = 1 << 63;
 pub struct ExitRouter {
     /// The buses.
     pub buses: Buses,
-    /// One bit for each kind of exit that has a hook, and [`OBSERVED`]. If all are zero, an exit
+    /// One bit for each kind whose exits have a hook, one for each whose answers have one, and
+    /// [`OBSERVED`]. If all are zero, an exit
     /// costs one load.
     mask: AtomicU64,
     /// In the order in which they are asked. A call in progress keeps its copy of the list.
@@ -124,13 +136,24 @@ impl ExitMask {
     pub(super) fn has_hook(self, kind: ExitKind) -> bool {
         self.0 & kind.bit() != 0
     }
+
+    pub(super) fn has_answer_hook(self, kind: ExitKind) -> bool {
+        self.0 & kind.bit() << ANSWERS != 0
+    }
 }
 
 impl ExitRouter {
-    /// Set the kinds of exits that a hook sees, from the next exit on. Without kinds, the hook is
-    /// removed. A new hook is asked after the others of its priority.
-    pub fn set_hook(&self, priority: HookPriority, hook: &Arc<dyn ExitHook>, kinds: &[ExitKind]) {
-        let kinds = kinds.iter().fold(0, |bits, kind| bits | kind.bit());
+    /// Set the kinds of exits and of answers that a hook sees, from the next exit on. Without
+    /// kinds, the hook is removed. A new hook is asked after the others of its priority.
+    pub fn set_hook(
+        &self,
+        priority: HookPriority,
+        hook: &Arc<dyn ExitHook>,
+        exits: &[ExitKind],
+        answers: &[ExitKind],
+    ) {
+        let bits = |kinds: &[ExitKind]| kinds.iter().fold(0, |bits, kind| bits | kind.bit());
+        let kinds = bits(exits) | bits(answers) << ANSWERS;
         let (former, ()) = self.hooks.change(|hooks| {
             let mut changed = hooks.to_vec();
             match changed.iter_mut().find(|entry| Arc::ptr_eq(&entry.hook, hook)) {
@@ -219,6 +242,23 @@ pub(super) fn ask_hooks(
     })
 }
 
+/// Report how an exit was answered to all hooks of its kind, the host's first. Returns whether one
+/// of them stops the run. No lock is held while a hook runs.
+pub(super) fn report_answer(
+    hooks: &[HookEntry],
+    vcpu: u64,
+    exit: &VcpuExit,
+    answer: &mut Answer<'_>,
+) -> bool {
+    let Some(kind) = exit.kind() else { return false };
+    let mut is_stopped = false;
+    for entry in hooks.iter().filter(|entry| entry.kinds & kind.bit() << ANSWERS != 0) {
+        is_stopped |= entry.hook.on_answer(vcpu, exit, answer);
+        answer.ends_run |= is_stopped;
+    }
+    is_stopped
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -262,7 +302,7 @@ mod tests {
         let (router, asked) = (ExitRouter::default(), Asked::default());
         assert!(!router.mask().has_hook(ExitKind::Io));
         let hook = hook(1, &asked, None);
-        router.set_hook(HookPriority::Program, &hook, &[ExitKind::Io, ExitKind::Hlt]);
+        router.set_hook(HookPriority::Program, &hook, &[ExitKind::Io, ExitKind::Hlt], &[]);
         let mask = router.mask();
         assert!(mask.has_hook(ExitKind::Io) && mask.has_hook(ExitKind::Hlt));
         assert!(!mask.has_hook(ExitKind::Mmio) && !mask.is_observed());
@@ -270,7 +310,7 @@ mod tests {
         assert!(asked.lock().is_empty());
         ask(&router, &IN);
         assert_eq!(*asked.lock(), [1]);
-        router.set_hook(HookPriority::Program, &hook, &[]);
+        router.set_hook(HookPriority::Program, &hook, &[], &[]);
         assert!(!router.mask().has_hook(ExitKind::Io));
         ask(&router, &IN);
         assert_eq!(*asked.lock(), [1], "it is removed");
@@ -280,7 +320,7 @@ mod tests {
     fn hooks_of_the_host_are_asked_first_and_the_first_that_decides_ends_it() {
         let (router, asked) = (ExitRouter::default(), Asked::default());
         let add = |priority, number, reply| {
-            router.set_hook(priority, &hook(number, &asked, reply), &[ExitKind::Io]);
+            router.set_hook(priority, &hook(number, &asked, reply), &[ExitKind::Io], &[]);
         };
         add(HookPriority::Program, 3, Some(Reply::Retry));
         add(HookPriority::Host, 1, None);
@@ -291,12 +331,42 @@ mod tests {
     }
 
     #[test]
+    fn a_hook_for_answers_sees_them_and_may_stop() {
+        #[derive(Debug)]
+        struct Answers(bool, Asked);
+        impl ExitHook for Answers {
+            fn on_exit(&self, _: u64, _: &VcpuExit, _: &mut Reply) -> Option<Outcome> {
+                None
+            }
+            fn on_answer(&self, _: u64, _: &VcpuExit, answer: &Answer<'_>) -> bool {
+                self.1.lock().push(u64::from(answer.ends_run));
+                self.0
+            }
+        }
+        let (router, seen) = (ExitRouter::default(), Asked::default());
+        for stops in [true, false] {
+            let hook: Arc<dyn ExitHook> = Arc::new(Answers(stops, Arc::clone(&seen)));
+            router.set_hook(HookPriority::Program, &hook, &[], &[ExitKind::Io]);
+        }
+        let mask = router.mask();
+        assert!(mask.has_answer_hook(ExitKind::Io) && !mask.has_answer_hook(ExitKind::Hlt));
+        assert!(!mask.has_hook(ExitKind::Io) && !mask.is_observed());
+        let report = |exit| {
+            let (by, data) = (crate::vcpu::AnsweredBy::Nothing, None);
+            let mut answer = Answer { by, data, device: None, ends_run: false };
+            report_answer(router.hooks(&mut CachedArc::default()), 0, exit, &mut answer)
+        };
+        assert!(report(&IN) && !report(&VcpuExit::Hlt));
+        assert_eq!(*seen.lock(), [0, 1], "the second is told that the first ends the run");
+    }
+
+    #[test]
     fn a_hook_that_goes_leaves_the_kinds_of_the_others() {
         let (router, asked) = (ExitRouter::default(), Asked::default());
         let (one, other) = (hook(1, &asked, None), hook(2, &asked, None));
-        router.set_hook(HookPriority::Host, &one, &[ExitKind::Debug, ExitKind::Io]);
-        router.set_hook(HookPriority::Program, &other, &[ExitKind::Io]);
-        router.set_hook(HookPriority::Host, &one, &[]);
+        router.set_hook(HookPriority::Host, &one, &[ExitKind::Debug, ExitKind::Io], &[]);
+        router.set_hook(HookPriority::Program, &other, &[ExitKind::Io], &[]);
+        router.set_hook(HookPriority::Host, &one, &[], &[]);
         assert!(router.mask().has_hook(ExitKind::Io) && !router.mask().has_hook(ExitKind::Debug));
         assert_eq!(ask(&router, &IN), None);
         assert_eq!(*asked.lock(), [2]);
@@ -307,7 +377,7 @@ mod tests {
     #[test]
     fn observers_come_and_go_beside_a_hook() {
         let (router, asked) = (ExitRouter::default(), Asked::default());
-        router.set_hook(HookPriority::Program, &hook(1, &asked, None), &[ExitKind::Hlt]);
+        router.set_hook(HookPriority::Program, &hook(1, &asked, None), &[ExitKind::Hlt], &[]);
         let log = Arc::<Log>::default();
         let observer: Arc<dyn Observer> = Arc::clone(&log) as _;
         router.observe(Arc::clone(&observer));

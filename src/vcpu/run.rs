@@ -6,25 +6,26 @@ use std::time::Instant;
 use kvm_bindings::{KVM_EXIT_SET_TPR, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 
 use super::access;
+use super::answer::{AnsweredBy, Noted};
 use super::enter::enter;
 use super::exception;
 use super::exit::VcpuExit;
 use super::fault;
 use super::handle::VcpuHandle;
 use super::kick::ImmediateExit;
-use super::router::{self, AnsweredExit, ExitMask, Reply};
+use super::report::report;
+use super::router::{self, AnsweredExit, Reply};
 use super::vcpu::Vcpu;
 use crate::exit_handler::{Exit, ExitReason, Outcome};
 use crate::hop::hop;
 
 /// Enter the guest once and handle its exit.
 pub(crate) fn step(vcpu: &mut Vcpu, handle: &VcpuHandle) -> Outcome {
-    let mask = vcpu.router.mask();
-    if mask.is_observed() {
-        return observed_step(vcpu, handle, mask);
+    if vcpu.router.mask().is_observed() {
+        return observed_step(vcpu, handle);
     }
     match enter(vcpu) {
-        Ok(exit) => answer(vcpu, handle, &exit, mask),
+        Ok(exit) => answer(vcpu, handle, &exit),
         Err(error) => refused(vcpu, error),
     }
 }
@@ -35,7 +36,7 @@ fn refused(vcpu: &mut Vcpu, error: kvm_ioctls::Error) -> Outcome {
     with_fault_report(vcpu, on_error(error))
 }
 
-fn observed_step(vcpu: &mut Vcpu, handle: &VcpuHandle, mask: ExitMask) -> Outcome {
+fn observed_step(vcpu: &mut Vcpu, handle: &VcpuHandle) -> Outcome {
     let entered = Instant::now();
     vcpu.router.before_entry(vcpu.id, entered);
     let result = enter(vcpu);
@@ -44,7 +45,7 @@ fn observed_step(vcpu: &mut Vcpu, handle: &VcpuHandle, mask: ExitMask) -> Outcom
         Ok(exit) => {
             let recording = vcpu.router.recording(vcpu.id);
             vcpu.is_recorded = recording.is_some();
-            let step = answer(vcpu, handle, &exit, mask);
+            let step = answer(vcpu, handle, &exit);
             vcpu.is_recorded = false;
             drop(recording);
             let answered = Instant::now();
@@ -72,27 +73,26 @@ fn observed_step(vcpu: &mut Vcpu, handle: &VcpuHandle, mask: ExitMask) -> Outcom
 }
 
 /// Have the hooks and the devices answer an exit.
-pub(super) fn answer(
-    vcpu: &mut Vcpu,
-    handle: &VcpuHandle,
-    exit: &VcpuExit,
-    mask: ExitMask,
-) -> Outcome {
+pub(super) fn answer(vcpu: &mut Vcpu, handle: &VcpuHandle, exit: &VcpuExit) -> Outcome {
     hop!();
+    // After the exit, so that a hook sees the exit of a guest that ran while it was added.
+    let mask = vcpu.router.mask();
+    let is_reported = exit.kind().is_some_and(|kind| mask.has_answer_hook(kind));
+    vcpu.noted = is_reported.then(Noted::default);
     let is_memory = std::mem::take(&mut vcpu.has_found_memory) && vcpu.answer_from_memory(exit);
     let hooked = match exit.kind() {
-        _ if is_memory => Some(Outcome::Continue),
+        _ if is_memory => Some((AnsweredBy::Memory, Outcome::Continue)),
         Some(kind) if mask.has_hook(kind) => ask_hooks(vcpu, handle, exit),
         _ => None,
     };
-    let step = match hooked {
-        Some(step) => step,
-        None => {
-            let outcome = handle_exit(exit, vcpu, handle);
-            with_fault_report(vcpu, outcome)
-        }
-    };
+    let (by, mut step) = hooked.unwrap_or_else(|| {
+        let outcome = handle_exit(exit, vcpu, handle);
+        (AnsweredBy::Nothing, with_fault_report(vcpu, outcome))
+    });
     vcpu.pending.set_answered();
+    if is_reported {
+        step = report(vcpu, handle, exit, by, step);
+    }
     vcpu.apply_edits(|| handle.stop.is_set());
     step
 }
@@ -140,7 +140,11 @@ pub(crate) fn drain_string_io(vcpu: &mut Vcpu, handle: &VcpuHandle) -> Outcome {
 }
 
 /// Ask the hooks; `None` if they leave the exit to the devices.
-fn ask_hooks(vcpu: &mut Vcpu, handle: &VcpuHandle, exit: &VcpuExit) -> Option<Outcome> {
+fn ask_hooks(
+    vcpu: &mut Vcpu,
+    handle: &VcpuHandle,
+    exit: &VcpuExit,
+) -> Option<(AnsweredBy, Outcome)> {
     // The copy is taken out, because the hooks may look at the vCPU.
     let (id, mut copy) = (vcpu.id, std::mem::take(&mut vcpu.cache.hooks));
     let hooks = vcpu.router.hooks(&mut copy);
@@ -148,17 +152,21 @@ fn ask_hooks(vcpu: &mut Vcpu, handle: &VcpuHandle, exit: &VcpuExit) -> Option<Ou
     vcpu.cache.hooks = copy;
     let (outcome, reply) = answered?;
     if !matches!(outcome, Outcome::Continue | Outcome::Wait) {
-        return Some(outcome);
+        return Some((AnsweredBy::Hook, outcome));
     }
+    let mut by = AnsweredBy::Hook;
     match reply {
         Reply::Default => vcpu.page.allow_msr(),
         Reply::Data(data) => {
             vcpu.page.answer(&data);
             vcpu.page.allow_msr();
         }
-        Reply::Retry => vcpu.execute_again(exit, &handle.stop),
+        Reply::Retry => {
+            let is_complete = vcpu.execute_again(exit, &handle.stop);
+            by = if is_complete { AnsweredBy::Memory } else { AnsweredBy::Retry };
+        }
     }
-    Some(Outcome::Continue)
+    Some((by, Outcome::Continue))
 }
 
 fn handle_exit(exit: &VcpuExit, vcpu: &mut Vcpu, handle: &VcpuHandle) -> Outcome {

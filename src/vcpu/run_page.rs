@@ -25,6 +25,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VcpuFd;
 
+use super::exit::Data;
 use super::kick::ImmediateExit;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -200,6 +201,22 @@ impl RunPage {
             unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), to, wanted) };
         }
         wanted
+    }
+
+    /// The data that KVM will give the guest; `None` if the last exit was not a read, or the read
+    /// faults. Only as for [`Self::answer`].
+    pub(super) fn answered(&self) -> Option<Data> {
+        let (from, length) = self.answer_place()?;
+        // SAFETY: in bounds; the view of this exit.
+        let has_failed = self.exit_reason() == KVM_EXIT_X86_RDMSR
+            && unsafe {
+                (&raw const (*self.0.as_ptr()).__bindgen_anon_1.msr.error).read_volatile()
+            } != 0;
+        let mut data = Data::from_elem(0, length);
+        // SAFETY: `length` bytes at `from` lie in the mapping, and as many at the data; no other
+        // thread writes there while the vCPU is at rest.
+        unsafe { std::ptr::copy_nonoverlapping(from, data.as_mut_ptr(), length) };
+        Some(data).filter(|_| !has_failed)
     }
 
     /// Where KVM reads the data of a read, and how many bytes; `None` if the last exit was not a

@@ -28,11 +28,10 @@ impl VcpuHandle {
         let mut vcpu = self.take_for_run_once(&mut self.state.lock())?;
         let current = CurrentVcpuGuard::enter(self, machine);
         let timed = enter(&mut vcpu).map_err(|e| Error::kvm("KVM_RUN", e)).and_then(|exit| {
-            let mask = vcpu.router.mask();
             let began = Instant::now();
             for _ in 0..count {
                 vcpu.pending = PendingIo::after(&exit);
-                if answer(&mut vcpu, self, &exit, mask) != Outcome::Continue {
+                if answer(&mut vcpu, self, &exit) != Outcome::Continue {
                     let at = VcpuName(self.id()).to_string();
                     return Err(Error::new(ErrorKind::State, at, "an answer has ended the run"));
                 }

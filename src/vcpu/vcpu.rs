@@ -8,6 +8,7 @@ use std::sync::Arc;
 use kvm_bindings::{kvm_regs, kvm_sregs, kvm_vcpu_events};
 use kvm_ioctls::{SyncReg, VcpuFd};
 
+use super::answer::Noted;
 use super::guest_debug::GuestDebug;
 use super::pending::PendingIo;
 use super::router::{ExitRouter, RouterCache};
@@ -74,6 +75,8 @@ pub struct Vcpu {
     pub(super) is_recorded: bool,
     /// Whether the current instruction reads memory that was added after its exit.
     pub(super) has_found_memory: bool,
+    /// What is noted of the current exit's answer, if a hook wants to see it.
+    pub(super) noted: Option<Noted>,
     /// The requests for single steps and breakpoints.
     pub(super) guest_debug: GuestDebug,
     /// Its copies of the devices and hooks of its machine, while it is not at rest.
@@ -111,6 +114,7 @@ impl Vcpu {
             is_interrupted: false,
             is_recorded: false,
             has_found_memory: false,
+            noted: None,
             guest_debug: GuestDebug::default(),
             cache: RouterCache::default(),
         }
@@ -129,8 +133,7 @@ impl Vcpu {
     pub fn answer(&mut self, data: &[u8]) -> Result<()> {
         let at = VcpuName(self.id).to_string();
         if !self.pending.awaits_answer() {
-            let detail =
-                "its last exit was not a read, or the instruction has been completed since";
+            let detail = "its last exit was not a read, or the read has been answered";
             return Err(Error::new(ErrorKind::State, at, detail));
         }
         let wanted = self.page.answer(data);

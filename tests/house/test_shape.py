@@ -256,7 +256,7 @@ UNNAMED_IN_ROOM = {
     "snapshot": {"Header", "Record", "Records", "described"},
     "sync": {"MappedMutexGuard", "ReadGuard", "RwLockGuard", "WriteGuard"},
     "trace": {"Recording", "Track"},
-    "vcpu": {"Data", "RegisterClass", "use_signal"},
+    "vcpu": {"RegisterClass", "use_signal"},
     "vm": {"IRQ_LINES"},
 }
 

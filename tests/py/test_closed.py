@@ -22,7 +22,7 @@ ALWAYS = {"__enter__", "__exit__", "__repr__", "__hash__", "close"}
 STILL: dict[str, set[str]] = {
     "Vmm": {
         "config", "state", "memory", "serial", "stats", "trace", "stop", "unanswered", "fixups", "run_async", "on_exit",
-        "off_exit", "hostcall", "console", "run_until_async",
+        "off_exit", "on_answer", "off_answer", "hostcall", "console", "run_until_async",
     },
     "KvmVm": {"state", "entry", "memory", "serial", "unanswered", "fixups"},
     "Serial": {"expect_async", "take_output", "input_waiting", "input_wanted", "fileno"},

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 HEAD = """
 from typing import assert_type
-from pyvmm import ExitKind, Vcpu, VcpuExit, Vmm
+from pyvmm import Answer, AnsweredBy, ExitKind, Vcpu, VcpuExit, Vmm
 
 Io = VcpuExit.IoIn | VcpuExit.IoOut
 
@@ -23,6 +23,8 @@ def takes_out(vcpu: Vcpu, exit: VcpuExit.IoOut) -> None: ...
 def takes_any(vcpu: Vcpu, exit: VcpuExit) -> None: ...
 def takes_number(vcpu: Vcpu, exit: int) -> None: ...
 def takes_nothing() -> None: ...
+def io_answer(vcpu: Vcpu, exit: Io, answer: Answer) -> None: ...
+def any_answer(vcpu: Vcpu, exit: VcpuExit, answer: Answer) -> None: ...
 
 def check(vmm: Vmm, kind: str, vcpu: Vcpu, io: Io) -> None:
 """
@@ -42,6 +44,15 @@ RIGHT = """
     def msr(vcpu: Vcpu, exit: VcpuExit.Rdmsr | VcpuExit.Wrmsr) -> int:
         return exit.index
     assert_type(msr(vcpu, VcpuExit.Rdmsr(1, "filter")), int)
+    vmm.on_answer("io", io_answer)
+    vmm.on_answer(kind, any_answer)
+    vmm.off_answer("io", io_answer)
+    @vmm.on_answer("mmio")
+    def answered(vcpu: Vcpu, exit: VcpuExit.MmioRead | VcpuExit.MmioWrite, answer: Answer) -> None:
+        assert_type(exit.address, int)
+        assert_type(answer.by, AnsweredBy)
+        assert_type(answer.data, bytes | None)
+        assert_type(answer.value, int | None)
     @vmm.on_exit(ExitKind.INTERNAL_ERROR)
     def failed(vcpu: Vcpu, exit: VcpuExit.InternalError) -> None:
         assert_type(exit.registers, dict[str, int])
@@ -58,6 +69,10 @@ WRONG = [
     'vmm.on_exit("io", takes_nothing)',
     'vmm.off_exit("io", takes_nothing)',
     "vmm.on_exit(5, takes_any)",
+    'vmm.on_answer("mmio", io_answer)',
+    'vmm.on_answer("io", takes_io)',
+    "vmm.on_answer(kind, io_answer)",
+    'vmm.off_answer("io", takes_io)',
 ]
 
 

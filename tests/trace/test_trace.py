@@ -64,7 +64,7 @@ def test_built_in_devices_and_their_events_are_there(tmp_path: Path) -> None:
         vmm.run(60)
     all_hops = hops(path)
     devices = [(hop.name, hop.values["access"], hop.values["address"]) for hop in of(all_hops, "device")]
-    assert devices == [("Serial", "write", "0x3f8"), ("Rtc", "read", "0x70"), ("DebugExit", "write", "0xf4")]
+    assert devices == [("COM1", "write", "0x3f8"), ("RTC", "read", "0x70"), ("exit port", "write", "0xf4")]
     nobodys = next(hop for hop in of(all_hops, "exit") if hop.values.get("address") == "0x80")
     assert all(hop.parent is not nobodys for hop in all_hops), "no device answers"
     assert [hop.name for hop in of(all_hops, "callback")] == ["Writer.process"]

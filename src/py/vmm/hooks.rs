@@ -10,16 +10,44 @@ use pyo3::types::PyString;
 use super::object::PyVmm;
 use crate::error::Result;
 use crate::py::ending::import;
+use crate::py::hooks::When;
 use crate::py::items::Items;
 use crate::vcpu::{ExitHook, ExitKind, HookPriority};
 
 impl PyVmm {
     fn set_hooks(&self, py: Python<'_>) -> Result<()> {
-        let kinds = self.hooks.kinds(py);
+        let exits = self.hooks.kinds(py, When::Exit);
+        let answers = self.hooks.kinds(py, When::Answer);
         let hook = Arc::clone(&self.hooks) as Arc<dyn ExitHook>;
-        self.changing()?.router().set_hook(HookPriority::Program, &hook, &kinds);
+        self.changing()?.router().set_hook(HookPriority::Program, &hook, &exits, &answers);
         Ok(())
     }
+}
+
+impl PyVmm {
+    fn remove_hook(
+        &self,
+        when: When,
+        kinds: &[ExitKind],
+        function: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let mut is_removed = false;
+        for kind in kinds {
+            is_removed |= self.hooks.remove((when, *kind), function)?;
+        }
+        if !is_removed {
+            return Err(PyValueError::new_err("this function is not a hook of this kind of exit"));
+        }
+        Ok(self.set_hooks(function.py())?)
+    }
+}
+
+fn check_callable(function: &Bound<'_, PyAny>) -> PyResult<()> {
+    if function.is_callable() {
+        return Ok(());
+    }
+    let class = function.get_type();
+    Err(PyTypeError::new_err(format!("a hook is a function, not {}", class.name()?)))
 }
 
 /// The name of all kinds together.
@@ -85,13 +113,7 @@ impl PyVmm {
             let partial = import(py, "functools")?.getattr("partial")?;
             return partial.call((bound, kind), Some(&keywords));
         };
-        if !function.is_callable() {
-            let class = function.get_type();
-            return Err(PyTypeError::new_err(format!(
-                "a hook is a function, not {}",
-                class.name()?
-            )));
-        }
+        check_callable(function)?;
         let vm = this.changing()?.vm()?;
         match (kinds.contains(&ExitKind::Msr), msrs) {
             (true, msrs) => {
@@ -104,7 +126,7 @@ impl PyVmm {
             (false, None) => vm.check_process()?,
         }
         this.hooks.belong_to(slf, &this.parts)?;
-        kinds.into_iter().try_for_each(|kind| this.hooks.add(py, kind, function))?;
+        kinds.into_iter().try_for_each(|kind| this.hooks.add(py, (When::Exit, kind), function))?;
         this.set_hooks(py)?;
         Ok(function.clone())
     }
@@ -116,15 +138,8 @@ impl PyVmm {
     ///     ValueError: the function is not a hook of this kind.
     fn off_exit(&self, kind: &Bound<'_, PyAny>, function: &Bound<'_, PyAny>) -> PyResult<()> {
         self.changing()?;
-        let (kinds, mut is_removed) = (kinds_of(kind)?, false);
-        for kind in &kinds {
-            is_removed |= self.hooks.remove(*kind, function)?;
-        }
-        if !is_removed {
-            return Err(PyValueError::new_err("this function is not a hook of this kind of exit"));
-        }
-        let py = kind.py();
-        self.set_hooks(py)?;
+        let (py, kinds) = (kind.py(), kinds_of(kind)?);
+        self.remove_hook(When::Exit, &kinds, function)?;
         if kinds.contains(&ExitKind::Msr) && self.hooks.unfilter(py, &[]) {
             // A closed machine has no hooks.
             if let Ok(vm) = self.changing()?.vm() {
@@ -132,6 +147,58 @@ impl PyVmm {
             }
         }
         Ok(())
+    }
+
+    /// Register a function that is called after each exit of a kind has been answered.
+    ///
+    /// It takes effect at the next exit, and is called on the vCPU's thread before the guest
+    /// continues: `function(vcpu, exit, answer)`. `answer` is an `Answer`: what answered the exit,
+    /// and the data that the guest reads or has written. The function returns None, or a `Stop` to
+    /// end the run. Without a function, this is a decorator. All hooks of a kind are called, in the
+    /// order they were added.
+    ///
+    /// Args:
+    ///     kind: an `ExitKind` or its name, or "any" for the exits of every kind. Of registers,
+    ///         those exit that KVM does not know, and those that `on_exit` has selected.
+    ///     function: the hook.
+    ///
+    /// Raises:
+    ///     ValueError: there is no such kind.
+    ///     ClosedError: the machine is closed.
+    #[pyo3(signature = (kind, function = None))]
+    fn on_answer<'py>(
+        slf: &Bound<'py, Self>,
+        kind: &Bound<'py, PyAny>,
+        function: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let (py, this) = (slf.py(), slf.get());
+        this.core()?;
+        let kinds = kinds_of(kind)?;
+        let Some(function) = function else {
+            let partial = import(py, "functools")?.getattr("partial")?;
+            return partial.call1((slf.getattr("on_answer")?, kind));
+        };
+        check_callable(function)?;
+        let vm = this.changing()?.vm()?;
+        vm.check_process()?;
+        if kinds.contains(&ExitKind::Msr) {
+            let (all, _) = this.hooks.filter(Vec::new());
+            py.detach(|| vm.filter_msrs(&all))?;
+        }
+        this.hooks.belong_to(slf, &this.parts)?;
+        let mut kinds = kinds.into_iter();
+        kinds.try_for_each(|kind| this.hooks.add(py, (When::Answer, kind), function))?;
+        this.set_hooks(py)?;
+        Ok(function.clone())
+    }
+
+    /// Remove a hook that `on_answer` has added.
+    ///
+    /// Raises:
+    ///     ValueError: the function is not a hook of this kind.
+    fn off_answer(&self, kind: &Bound<'_, PyAny>, function: &Bound<'_, PyAny>) -> PyResult<()> {
+        self.changing()?;
+        self.remove_hook(When::Answer, &kinds_of(kind)?, function)
     }
 
     /// Decorate a function that the guest can call by a number.
