@@ -903,6 +903,7 @@ class Snapshot:
         force: bool = False,
         copy: bool = False,
         verify: bool = False,
+        progress: Callable[[int, int], object] | None = None,
     ) -> Snapshot:
         """Load a snapshot from its file. Pages are mapped on demand, so the time does not depend on the size.
 
@@ -915,6 +916,9 @@ class Snapshot:
             force: load it although this host lacks something that the original one had.
             copy: read the pages to memory; the file may then change.
             verify: read all pages and check their checksum. The other checksums are always checked.
+            progress: called with the number of bytes read and the total, if `copy` or `verify` reads
+                the pages; an exception that it raises ends the load. A base that is given as a file is
+                read first.
 
         Raises:
             SnapshotError: the file is damaged, of another version or host, or needs another base.

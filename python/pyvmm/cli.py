@@ -219,7 +219,7 @@ def inspect(file: str, base: str | None, verify: bool, as_json: bool) -> None:
     from pyvmm import snapshot_tool
 
     if verify:
-        pyvmm.Snapshot.load(file, base, force=True, verify=True)
+        snapshot_tool.verify(file, base)
     found = pyvmm.Snapshot.inspect(file)
     if as_json:
         click.echo(json.dumps(found, indent=2))

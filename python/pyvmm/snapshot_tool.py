@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +15,8 @@ from pyvmm.exits import ExitReason
 from pyvmm.runner import STDERR, STDOUT, Status, exit_status
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from pyvmm.config import VmmConfig
 
 # Smaller files are written too quickly for a progress bar.
@@ -64,16 +67,31 @@ def _check_output(path: str) -> None:
 
 def save(snapshot: Snapshot, path: str, base: Snapshot | None) -> None:
     """Write the snapshot. If this takes long, show a progress bar on the terminal."""
-    if snapshot.memory_bytes < SHOWN_FROM or not os.isatty(STDERR):
-        snapshot.save(path, base)
+    with _bar("writing", path, snapshot.memory_bytes) as progress:
+        snapshot.save(path, base, progress)
+
+
+def verify(path: str, base: str | None) -> None:
+    """Read all pages of a file. If this takes long, show a progress bar on the terminal."""
+    # If there is no such file, the load says so.
+    size = os.path.getsize(path) if os.path.isfile(path) else 0
+    with _bar("reading", path, size) as progress:
+        Snapshot.load(path, base, force=True, verify=True, progress=progress)
+
+
+@contextlib.contextmanager
+def _bar(verb: str, path: str, size: int) -> Iterator[Callable[[int, int], object] | None]:
+    """Show a progress bar for a file of this size on the terminal; the result moves it."""
+    if size < SHOWN_FROM or not os.isatty(STDERR):
+        yield None
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    columns = (TextColumn("writing {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (TextColumn(verb + " {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(os.path.basename(path), total=None)
-        snapshot.save(path, base, lambda done, total: bar.update(task, completed=done, total=total))
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def show(path: str, found: dict[str, Any]) -> None:

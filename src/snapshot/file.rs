@@ -87,30 +87,30 @@ pub(super) fn each_record<'a>(
     Ok(())
 }
 
-/// Call `piece` with all pages of a file, a part at a time.
-pub(super) fn each_piece(
+/// Call `piece` with all pages of a file, a part at a time, and check their checksum. `progress`
+/// gets the number of bytes read and the total; its error ends the call.
+///
+/// # Errors
+/// [`ErrorKind::Snapshot`] if the checksum is wrong; [`ErrorKind::Io`] if the file cannot be read;
+/// any error of `piece` or `progress`.
+pub(super) fn read_pages<E: From<Error>>(
     file: &File,
     header: &Header,
     path: &Path,
     mut piece: impl FnMut(&[u8], u64) -> Result<()>,
-) -> Result<()> {
+    mut progress: impl FnMut(u64, u64) -> std::result::Result<(), E>,
+) -> std::result::Result<(), E> {
+    let mut hasher = crc32fast::Hasher::new();
     let mut buffer = vec![0; 1 << 20];
     let mut at = header.pages;
     while at < header.file_length {
         let most = usize::try_from(header.file_length - at).unwrap_or(usize::MAX).min(buffer.len());
         let part = buffer.get_mut(..most).unwrap_or(&mut []);
         file.read_exact_at(part, at).map_err(|e| io_error(path, &e))?;
+        hasher.update(part);
         piece(part, at - header.pages)?;
         at += most as u64;
+        progress(at - header.pages, header.file_length - header.pages)?;
     }
-    Ok(())
-}
-
-pub(super) fn check_pages(file: &File, header: &Header, path: &Path) -> Result<()> {
-    let mut hasher = crc32fast::Hasher::new();
-    each_piece(file, header, path, |part, _| {
-        hasher.update(part);
-        Ok(())
-    })?;
-    if hasher.finalize() == header.pages_crc { Ok(()) } else { Err(damaged("pages")) }
+    if hasher.finalize() == header.pages_crc { Ok(()) } else { Err(damaged("pages").into()) }
 }

@@ -4,14 +4,14 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::file::{check_pages, each_record, open, read_state};
+use super::file::{each_record, open, read_pages, read_state};
 use super::header::Header;
 use super::host::{self, Host};
 use super::pages::{Pages, check_ranges};
 use super::snapshot::Snapshot;
 use super::state::{DeviceState, Record, RecordKind, Records};
 use crate::bytes::bad;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::memory::Layer;
 use crate::vm::MachineSpec;
 
@@ -29,21 +29,28 @@ pub struct Load<'a> {
 }
 
 /// Load a snapshot from its file. Pages are mapped on demand, so by default the time does not
-/// depend on the size.
+/// depend on the size. If they are read, `progress` gets the number of bytes read and the total;
+/// its error ends the load.
 ///
 /// # Errors
 /// [`crate::error::ErrorKind::Snapshot`] if the file is damaged, of another version or host, or
-/// needs another base; [`crate::error::ErrorKind::Io`] if it cannot be read.
-pub fn load(path: &Path, how: &Load<'_>) -> Result<Snapshot> {
+/// needs another base; [`crate::error::ErrorKind::Io`] if it cannot be read; any error of
+/// `progress`.
+pub fn load<E: From<Error>>(
+    path: &Path,
+    how: &Load<'_>,
+    progress: impl FnMut(u64, u64) -> std::result::Result<(), E>,
+) -> std::result::Result<Snapshot, E> {
     let layer = Layer::of_file(open(path)?)?;
     let file = layer.file();
     let (header, state) = read_state(file, path)?;
-    if how.verify || how.copy {
-        check_pages(file, &header, path)?;
-    }
-    let pages = match how.copy {
-        true => Pages::copied(file, &header, path)?,
-        false => Pages::of(Arc::clone(&layer), &header),
+    let pages = if how.copy {
+        Pages::copied(file, &header, path, progress)?
+    } else {
+        if how.verify {
+            read_pages(file, &header, path, |_, _| Ok(()), progress)?;
+        }
+        Pages::of(Arc::clone(&layer), &header)
     };
     let snapshot = parse(&state, &header, &pages, how.base)?;
     if let (false, Some(there)) = (how.force, &snapshot.host) {

@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::file::each_piece;
+use super::file::read_pages;
 use super::header::{Header, OF_BASE};
 use super::snapshot::Snapshot;
 use crate::bytes::{Reader, bad};
@@ -28,12 +28,21 @@ impl Pages {
     }
 
     /// A copy of the pages in memory.
-    pub(super) fn copied(file: &File, header: &Header, path: &Path) -> Result<Self> {
+    ///
+    /// # Errors
+    /// As for [`read_pages`]; if there is not enough memory.
+    pub(super) fn copied<E: From<Error>>(
+        file: &File,
+        header: &Header,
+        path: &Path,
+        progress: impl FnMut(u64, u64) -> std::result::Result<(), E>,
+    ) -> std::result::Result<Self, E> {
         let length = header.file_length - header.pages;
         let copy = memfd(length.next_multiple_of(PAGE).max(PAGE))?;
-        each_piece(file, header, path, |part, at| {
+        let write = |part: &[u8], at| {
             copy.write_all_at(part, at).map_err(|e| Error::os(ErrorKind::Memory, "memfd", &e))
-        })?;
+        };
+        read_pages(file, header, path, write, progress)?;
         Ok(Self { layer: Layer::sealed(copy)?, first: 0, length })
     }
 

@@ -64,3 +64,33 @@ def test_build_that_fails_says_why_and_leaves_nothing(tmp_path: Path, monkeypatc
     with pytest.raises(pyvmm.BootError, match=r"cannot be built.*sudo apt-get install"):
         pyvmm.linux.build(progress=print)
     assert not cache.exists()
+
+
+BUILD = """#!/bin/bash
+[ "$1" = where ] && { echo "$PYVMM_CACHE/made"; exit; }
+printf '  CC a.o\n  LD vmlinux\n  AS b.o\n' > "$PYVMM_CACHE/made.log"
+[ -e "$PYVMM_CACHE/endless" ] && exec sleep 1000
+until [ -e "$PYVMM_CACHE/seen" ]; do sleep 0.01; done
+echo "$PYVMM_CACHE/made"
+"""
+
+
+def test_progress_is_reported_during_a_build_and_can_end_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "build.sh"
+    script.write_text(BUILD)
+    monkeypatch.setattr(pyvmm.linux, "BUILD", script)
+    monkeypatch.setattr(pyvmm.linux, "PROGRESS_S", 0.01)
+    monkeypatch.setenv("PYVMM_CACHE", str(tmp_path))
+    calls: list[int] = []
+
+    def progress(files: int) -> None:
+        calls.append(files)
+        if files:
+            (tmp_path / "seen").touch()
+
+    assert pyvmm.linux.build(progress=progress) == tmp_path / "made"
+    assert set(calls) <= {0, 2}
+    assert calls[-1] == 2
+    (tmp_path / "endless").touch()
+    with pytest.raises(ZeroDivisionError):
+        pyvmm.linux.build(progress=lambda files: 1 // 0)

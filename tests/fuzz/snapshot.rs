@@ -88,7 +88,9 @@ fn main() {
         let copy = chance.below(4) == 0;
         let how = Load { base: None, force: chance.below(2) == 0, copy, verify: false };
         executions += 1;
-        let Ok(snapshot) = load(path, &how) else { continue };
+        let Ok(snapshot) = load(path, &how, |_, _| Ok::<_, pyvmm::error::Error>(())) else {
+            continue;
+        };
         loaded += 1;
         let _ = snapshot.flatten();
         if loaded.is_multiple_of(16) {

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from typing import TYPE_CHECKING
+import signal
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from guests import SPIN, flat
@@ -16,6 +17,7 @@ from oracle import NONCE, counted, finish, oracle
 from pyvmm import CpuConfig, Snapshot, SnapshotError, StreamError, Vmm
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 
@@ -127,6 +129,59 @@ def test_progress_is_reported_and_can_end_the_save(tmp_path: Path) -> None:
         snapshot.save(tmp_path / "file", progress=lambda done, _total: 1 // (done - (3 << 20)))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_bytes() == before
+
+
+@pytest.mark.parametrize("how", ["copy", "verify"])
+def test_progress_of_a_load_is_reported_and_can_end_it(tmp_path: Path, how: str) -> None:
+    with Vmm(flat(SPIN, size_mib=8)) as vmm:
+        vmm.memory.write(0, os.urandom(8 << 20))
+        base = vmm.snapshot()
+        base.save(tmp_path / "base")
+        vmm.memory.write(0, os.urandom(1 << 20))
+        snapshot = vmm.snapshot()
+        snapshot.save(tmp_path / "file", base)
+    calls: list[tuple[int, int]] = []
+
+    def load(progress: Callable[[int, int], object]) -> Snapshot:
+        keywords: dict[str, Any] = {how: True}
+        return Snapshot.load(tmp_path / "file", tmp_path / "base", progress=progress, **keywords)
+
+    assert load(lambda done, total: calls.append((done, total))).id == snapshot.id
+    assert calls == [*((n << 20, 8 << 20) for n in range(1, 9)), (1 << 20, 1 << 20)]
+    with pytest.raises(ZeroDivisionError):
+        load(lambda done, _total: 1 // (done - (3 << 20)))
+
+    async def coroutine(_done: int, _total: int) -> None:
+        pass
+
+    with pytest.raises(TypeError, match="coroutine"):
+        load(coroutine)
+    calls.clear()
+    Snapshot.load(tmp_path / "base", progress=lambda done, total: calls.append((done, total)))
+    assert calls == []  # its pages are mapped, not read
+
+
+def test_signal_handler_that_raises_ends_a_load(tmp_path: Path) -> None:
+    with Vmm(flat(SPIN, size_mib=8)) as vmm:
+        vmm.memory.write(0, os.urandom(8 << 20))
+        vmm.snapshot().save(tmp_path / "file")
+
+    def handler(*_: object) -> None:
+        raise LookupError("handler")
+
+    def progress(done: int, _total: int) -> None:
+        calls.append(done)
+        if done == 2 << 20:
+            signal.raise_signal(signal.SIGUSR1)
+
+    calls: list[int] = []
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        with pytest.raises(LookupError, match="handler"):
+            Snapshot.load(tmp_path / "file", verify=True, progress=progress)
+        assert calls == [1 << 20, 2 << 20]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_file_replaced_by_another_save_does_not_touch_live_forks(oracle_file: Path, tmp_path: Path) -> None:

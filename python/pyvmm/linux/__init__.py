@@ -7,7 +7,6 @@ emulates ring 0 in software. `pyvmm kernel` builds it on the command line.
 from __future__ import annotations
 
 import subprocess
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -38,7 +37,8 @@ def build(what: Literal["small", "tests"] = "small", *, progress: Callable[[int]
 
     Args:
         what: "tests" also builds the kernels that only pyvmm's tests boot.
-        progress: called about once a second with the number of files compiled so far.
+        progress: called about once a second with the number of files compiled so far; an exception
+            that it raises ends the build.
 
     Returns:
         The folder, with `vmlinux`, `bzImage`, `initramfs.cpio`, the kernel's `cmdline`, and
@@ -47,20 +47,14 @@ def build(what: Literal["small", "tests"] = "small", *, progress: Callable[[int]
     Raises:
         BootError: it cannot be built here; the message has the reason.
     """
-    ended = threading.Event()
     with subprocess.Popen(  # noqa: S603
         _command(what), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
-        if progress is not None:
-            log = folder().with_suffix(".log")
-            threading.Thread(target=_watch, args=(log, progress, ended), name="pyvmm-kernel", daemon=True).start()
         try:
-            stdout, stderr = process.communicate()
+            stdout, stderr = _communicate(process, progress)
         except BaseException:
             process.terminate()
             raise
-        finally:
-            ended.set()
     if process.returncode != 0:
         reason = stderr.decode(errors="replace").strip() or f"{BUILD.name} ended with status {process.returncode}"
         raise BootError(f"the small Linux cannot be built: {reason}")
@@ -72,11 +66,17 @@ def _command(what: str) -> list[str]:
     return ["bash", str(BUILD), what]
 
 
-def _watch(log: Path, progress: Callable[[int], object], ended: threading.Event) -> None:
-    """Count the compiled files in the log, which the build writes."""
-    while not ended.wait(PROGRESS_S):
+def _communicate(process: subprocess.Popen[bytes], progress: Callable[[int], object] | None) -> tuple[bytes, bytes]:
+    """Wait for the build, and count the compiled files in the log that it writes."""
+    if progress is None:
+        return process.communicate()
+    from pyvmm.aio import refuse_awaitable
+
+    log = folder().with_suffix(".log")
+    while True:
         try:
-            lines = log.read_bytes().splitlines()
-        except OSError:
-            continue
-        progress(sum(line.startswith((b"  CC ", b"  AS ", b"  AR ")) for line in lines))
+            return process.communicate(timeout=PROGRESS_S)
+        except subprocess.TimeoutExpired:
+            lines = log.read_bytes().splitlines() if log.exists() else []
+            compiled = sum(line.startswith((b"  CC ", b"  AS ", b"  AR ")) for line in lines)
+            refuse_awaitable(progress(compiled), "progress")

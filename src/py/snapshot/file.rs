@@ -54,12 +54,17 @@ impl PySnapshot {
     ///     force: load it although this host lacks something that the original one had.
     ///     copy: read the pages to memory; the file may then change.
     ///     verify: read all pages and check their checksum. The other checksums are always checked.
+    ///     progress: called with the number of bytes read and the total, if `copy` or `verify` reads
+    ///         the pages; an exception that it raises ends the load. A base that is given as a file is
+    ///         read first.
     ///
     /// Raises:
     ///     SnapshotError: the file is damaged, of another version or host, or needs another base.
     ///     OSError: (a StreamError) the file cannot be read.
     #[staticmethod]
-    #[pyo3(signature = (path, base = None, *, force = false, copy = false, verify = false))]
+    #[pyo3(signature = (
+        path, base = None, *, force = false, copy = false, verify = false, progress = None
+    ))]
     fn load(
         py: Python<'_>,
         path: PathBuf,
@@ -67,17 +72,23 @@ impl PySnapshot {
         force: bool,
         copy: bool,
         verify: bool,
+        progress: Option<Py<PyAny>>,
     ) -> PyResult<Self> {
         ending::check()?;
+        let again = progress.as_ref().map(|progress| progress.clone_ref(py));
         let base: Option<Py<Self>> = match base {
             None => None,
             Some(base) => Some(match base.cast::<Self>() {
                 Ok(base) => base.clone().unbind(),
-                Err(_) => Py::new(py, Self::load(py, base.extract()?, None, force, copy, verify)?)?,
+                Err(_) => {
+                    let base = base.extract()?;
+                    Py::new(py, Self::load(py, base, None, force, copy, verify, again)?)?
+                }
             }),
         };
         let of = base.as_ref().map(|base| base.get().core()).transpose()?;
-        let core = py.detach(|| load(&path, &Load { base: of, force, copy, verify }))?;
+        let tell = |done, total| interrupt::progress(progress.as_ref(), done, total);
+        let core = py.detach(|| load(&path, &Load { base: of, force, copy, verify }, tell))?;
         let spec = core.spec;
         let config = snapshots(py)?.call_method1(
             "config_of",
