@@ -916,9 +916,9 @@ class Snapshot:
             force: load it although this host lacks something that the original one had.
             copy: read the pages to memory; the file may then change.
             verify: read all pages and check their checksum. The other checksums are always checked.
-            progress: called with the number of bytes read and the total, if `copy` or `verify` reads
-                the pages; an exception that it raises ends the load. A base that is given as a file is
-                read first.
+            progress: called with the number of bytes read and the total, if `copy` or `verify`
+                reads the pages; an exception that it raises ends the load. A base that is given as
+                a file is read first.
 
         Raises:
             SnapshotError: the file is damaged, of another version or host, or needs another base.
@@ -1917,6 +1917,8 @@ class Vmm:
 
     def _pio_device(self, base: int) -> object: ...
     def _lend(self) -> Vmm: ...
+    @staticmethod
+    def _check(config: VmmConfig) -> None: ...
     def _accept_changes(self) -> None: ...
     def _is_clean(self) -> bool: ...
     def _is_running(self) -> bool: ...

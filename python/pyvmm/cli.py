@@ -262,8 +262,12 @@ def schema() -> None:
 @config.command()
 @click.argument("file", type=click.Path())
 def check(file: str) -> None:
-    """Check a configuration file and print it with every default."""
-    click.echo(json.dumps(VmmConfig.from_file(file).to_dict(), indent=2))
+    """Check a configuration file and the files that it names, and print it with every default."""
+    found = VmmConfig.from_file(file)
+    # File descriptors are those of the process that runs the machine.
+    streams = {end: None for end in ("input", "output") if isinstance(getattr(found.serial, end), int)}
+    found.replace(serial=found.serial.replace(**streams)).check()
+    click.echo(json.dumps(found.to_dict(), indent=2))
 
 
 def with_options(
@@ -287,17 +291,17 @@ def with_options(
         boot = _flat(base, flat, mode, (kernel, kernel_form, initrd, append))
     if memory is not None:
         size = _number("memory", memory, "size_mib")
-        base = msgspec.structs.replace(base, memory=MemoryConfig(size_mib=size))
+        base = base.replace(memory=MemoryConfig(size_mib=size))
     cpu = base.cpu
     if vcpus is not None:
-        cpu = msgspec.structs.replace(cpu, vcpus=_number("vcpus", vcpus, "num"))
+        cpu = cpu.replace(vcpus=_number("vcpus", vcpus, "num"))
     if hide:
-        cpu = msgspec.structs.replace(cpu, hide=(*cpu.hide, *_names(hide)))
+        cpu = cpu.replace(hide=(*cpu.hide, *_names(hide)))
     if expose:
-        cpu = msgspec.structs.replace(cpu, expose=(*cpu.expose, *_names(expose)))
+        cpu = cpu.replace(expose=(*cpu.expose, *_names(expose)))
     if fixups:
-        cpu = msgspec.structs.replace(cpu, fixups=True)
-    return msgspec.structs.replace(base, boot=boot, cpu=cpu)
+        cpu = cpu.replace(fixups=True)
+    return base.replace(boot=boot, cpu=cpu)
 
 
 def _names(options: tuple[str, ...]) -> list[str]:
@@ -320,7 +324,7 @@ def _boot(base: VmmConfig, kernel: str | None, form: str | None, initrd: str | N
     if not given:
         return base.boot
     if isinstance(base.boot, LinuxBoot):
-        return msgspec.structs.replace(base.boot, **given)
+        return base.boot.replace(**given)
     if "kernel" not in given:
         raise ConfigError("kernel: --initrd and --append need a KERNEL", at="kernel")
     return LinuxBoot(**given)
@@ -333,7 +337,7 @@ def _flat(base: VmmConfig, path: str | None, mode: str | None, of_kernel: tuple[
     if path is not None:
         given["code"] = b""
     if isinstance(base.boot, FlatBoot):
-        return msgspec.structs.replace(base.boot, **given)
+        return base.boot.replace(**given)
     if path is None:
         raise ConfigError("--mode: it needs --flat", at="--mode")
     return FlatBoot(**given)

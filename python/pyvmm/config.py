@@ -3,26 +3,24 @@
 Fields are keyword-only, except the required field of a boot: `FlatBoot(code)`, `ElfBoot(path)` and
 `LinuxBoot(kernel)`.
 
-An object built in Python is checked when a machine is created from it; loaded values are checked at
-once. In both cases the error is a `ConfigError` that starts with the key: ``memory.size_mib: ...``.
+An object built in Python is checked when a machine is created from it, or by `VmmConfig.check`;
+loaded values are checked at once. The error is a `ConfigError` that starts with the key:
+``memory.size_mib: ...``. Objects do not change; each has `replace(**changes)`, which returns a copy
+with other values: ``config.replace(memory=config.memory.replace(size_mib=64))``.
 """
 
 from __future__ import annotations
 
 import difflib
-import errno
 import inspect
-import os
 import re
-import select
-import stat
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias, get_args, get_type_hints
 
 import msgspec
 from msgspec import Meta
 
+from pyvmm.config_files import no_output, read
 from pyvmm.exceptions import ConfigError
 
 Address: TypeAlias = Annotated[int, Meta(ge=0, extra_json_schema={"maximum": 2**64 - 1})]
@@ -40,9 +38,6 @@ else:
 STREAM_SCHEMA = {"type": ["string", "integer", "null"]}
 Stream: TypeAlias = Annotated[Any, Meta(extra_json_schema=STREAM_SCHEMA)]
 
-# The limit for a configuration file, in bytes.
-MAX_FILE_SIZE = 1 << 24
-WRITER_COMES_S = 0.5
 DEFAULT_CMDLINE = "console=ttyS0 panic=-1 reboot=k"
 
 
@@ -64,6 +59,17 @@ else:
 
 class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, metaclass=_Constructor):
     """A part of a configuration. Its fields are keyword-only, so new ones can be added anywhere."""
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with other values. `copy.replace` does the same.
+
+        Raises:
+            TypeError: there is no such field; the message names those that there are.
+        """
+        fields = {name: getattr(self, name) for name in self.__struct_fields__}
+        return type(self)(**(fields | changes))
+
+    __replace__ = replace
 
 
 class _Size(_Part, frozen=True):
@@ -184,9 +190,9 @@ class SerialConfig(_Part, frozen=True, kw_only=True):
             or a callable that takes bytes. None keeps the newest MiB for
             `vmm.serial.take_output()`.
         input: where the guest's input comes from: a path, bytes, a file descriptor, a socket, a
-            binary file object, or a callable that returns bytes (empty at the end). None means that
-            only `vmm.serial.send()` sends input. If a file object has a file descriptor, the
-            descriptor is read, without the object's buffer.
+            binary file object, or a callable that returns bytes (empty at the end, and None if no
+            input is available yet). None means that only `vmm.serial.send()` sends input. If a file
+            object has a file descriptor, the descriptor is read, without the object's buffer.
         input_eof: the bytes that the guest receives at the end of the input; base64 in TOML and
             JSON. The default is ^D.
     """
@@ -250,15 +256,31 @@ class VmmConfig(_Part, frozen=True, kw_only=True):
         if decode is None:
             raise _error(str(path), "the name of a configuration file must end in .toml or .json")
         try:
-            text = _read(path)
+            text = read(path)
         except (OSError, ValueError) as error:  # ValueError: a null byte in the name
             raise _error(str(path), getattr(error, "strerror", None) or str(error)) from error
         config = _checked(lambda: decode(text, type=cls), str(path))
-        return msgspec.structs.replace(
-            config,
+        return config.replace(
             boot=_beside(config.boot, path.parent, "path", "kernel", "initrd"),
             serial=_beside(config.serial, path.parent, "output", "input"),
         )
+
+    def check(self) -> None:
+        """Check what can be checked without KVM and without writing a file.
+
+        Checked are the values, the host's memory, the names of CPU features, what is booted, and
+        the streams of the serial port, as for a machine with this configuration.
+
+        Raises:
+            ConfigError: a value is invalid, or a stream cannot be used.
+            BootError: what is booted cannot be loaded.
+        """
+        from pyvmm._pyvmm import Vmm
+
+        Vmm._check(self)
+        output = self.serial.output
+        if isinstance(output, (str, Path)) and (reason := no_output(Path(output))):
+            raise _error("serial.output", f"{output}: {reason}")
 
     @staticmethod
     def json_schema() -> dict[str, Any]:
@@ -283,33 +305,11 @@ _BOOTS: tuple[type[_Part], ...] = (EmbeddedBoot, FlatBoot, ElfBoot, LinuxBoot)
 _STRUCTS: tuple[type[_Part], ...] = (VmmConfig, MemoryConfig, CpuConfig, *_BOOTS, SerialConfig)
 
 
-def _read(path: Path) -> bytes:
-    """Read a whole file. Waits briefly for the writer of a FIFO."""
-    flags = os.O_NONBLOCK | os.O_NOCTTY
-    with open(path, "rb", buffering=0, opener=lambda name, mode: os.open(name, mode | flags)) as file:
-        is_fifo = stat.S_ISFIFO(os.fstat(file.fileno()).st_mode)
-        deadline = time.monotonic() + WRITER_COMES_S
-        text = bytearray()
-        while len(text) <= MAX_FILE_SIZE:
-            piece = file.read(1 << 16)
-            if piece:
-                text += piece
-            elif piece is None:
-                select.select([file], [], [])
-            elif text or not is_fifo:
-                return bytes(text)
-            elif time.monotonic() > deadline:
-                raise OSError(errno.ENXIO, "a FIFO without a writer")
-            else:
-                time.sleep(0.005)
-        raise OSError(errno.EFBIG, f"more than {MAX_FILE_SIZE} bytes")
-
-
 def _beside(part: Any, directory: Path, *names: str) -> Any:
     """Make the relative paths of a part relative to a directory."""
     values = {name: getattr(part, name, None) for name in names}
     paths = {n: str(directory / v) for n, v in values.items() if isinstance(v, (str, Path))}
-    return msgspec.structs.replace(part, **paths) if paths else part
+    return part.replace(**paths) if paths else part
 
 
 def _error(at: str, detail: str) -> ConfigError:

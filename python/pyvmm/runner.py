@@ -12,8 +12,6 @@ from contextlib import ExitStack
 from enum import IntEnum
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 
-import msgspec
-
 from pyvmm import terminal
 from pyvmm._pyvmm import Vmm
 from pyvmm.exceptions import ExpectTimeoutError, GuestEndedError, StreamError
@@ -91,7 +89,7 @@ def run_machine(config: VmmConfig, ask: Ask, watch: Instrumentation) -> int:
     """Run to the end and return the exit status."""
 
     def build(serial: SerialConfig) -> Vmm:
-        return _build(msgspec.structs.replace(config, serial=serial))
+        return _build(config.replace(serial=serial))
 
     return run_with(config.serial, build, ask, watch)
 
@@ -283,7 +281,7 @@ def _console(serial: SerialConfig, input: int, output: int) -> SerialConfig:
         values["output"] = output
     if serial.input is None:
         values["input"] = input if _is_open(input) else "/dev/null"
-    return msgspec.structs.replace(serial, **values)
+    return serial.replace(**values)
 
 
 def _is_open(fd: int) -> bool:

@@ -7,8 +7,6 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import msgspec
-
 from pyvmm._pyvmm import Snapshot, Vmm
 from pyvmm.exceptions import ConfigError, StreamError
 from pyvmm.exits import ExitReason
@@ -42,8 +40,8 @@ def take(config: VmmConfig, how: TakeOptions) -> int:
     base = None if how.base is None else Snapshot.load(how.base)
     serial = config.serial
     if serial.output is None:
-        serial = msgspec.structs.replace(serial, output=STDOUT)
-    with Vmm(msgspec.structs.replace(config, serial=serial)) as vmm:
+        serial = serial.replace(output=STDOUT)
+    with Vmm(config.replace(serial=serial)) as vmm:
         vmm.serial.stop_at(text or b"")
         limits = [limit for limit in (how.after, how.timeout) if limit is not None]
         exit = vmm.run(min(limits, default=None))

@@ -188,7 +188,7 @@ class Reader:
             chunk = self._source.read(READ_SIZE) if self._is_file else self._source()
         except BlockingIOError:
             chunk = None
-        if chunk is None and self._is_file:
+        if chunk is None:
             self._try_again(ops)
         elif chunk:
             self._serial.send(chunk)

@@ -66,7 +66,7 @@ pub(super) fn timeout(seconds: Option<f64>) -> PyResult<Option<Duration>> {
     match seconds {
         None => Ok(None),
         Some(seconds) if seconds.is_nan() || seconds < 0.0 => Err(PyValueError::new_err(format!(
-            "timeout: {seconds} is not a number of seconds of at least 0"
+            "timeout: {seconds:?} is not a number of seconds of at least 0"
         ))),
         // A value that does not fit is longer than any run.
         Some(seconds) => Ok(Duration::try_from_secs_f64(seconds).ok()),

@@ -69,7 +69,25 @@ impl TryFrom<VmmConfig> for Vmm {
     }
 }
 
+/// The memory of a machine with what it boots, and the entry of vCPU 0.
+fn load(config: &VmmConfig, interrupted: &dyn Fn() -> Result<()>) -> Result<(GuestMemory, u64)> {
+    config.validate()?;
+    let memory = GuestMemory::new(config.memory.size_mib << 20)?;
+    claim_platform(memory.resources(), config.has_irqchip(), config.exit_port)?;
+    let entry = boot::load(config, &memory, interrupted)?;
+    Ok((memory, entry))
+}
+
 impl Vmm {
+    /// Check a configuration as far as this is possible without KVM: its values, and that its files
+    /// can be loaded.
+    ///
+    /// # Errors
+    /// As for [`Self::build`].
+    pub fn check(config: &VmmConfig, interrupted: &dyn Fn() -> Result<()>) -> Result<()> {
+        load(config, interrupted).map(drop)
+    }
+
     /// A machine in a shared event loop, or with `None` in a new one of its own.
     ///
     /// # Errors
@@ -80,10 +98,7 @@ impl Vmm {
         shared: Option<Arc<EventManager>>,
         interrupted: &dyn Fn() -> Result<()>,
     ) -> Result<Self> {
-        config.validate()?;
-        let memory = GuestMemory::new(config.memory.size_mib << 20)?;
-        claim_platform(memory.resources(), config.has_irqchip(), config.exit_port)?;
-        let entry = boot::load(&config, &memory, interrupted)?;
+        let (memory, entry) = load(&config, interrupted)?;
         let event_manager = match shared {
             Some(shared) => shared.share().map(|()| shared)?,
             None => Arc::new(EventManager::new()?),

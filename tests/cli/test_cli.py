@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from command_line import flat_file, pyvmm
-from guests import SPIN, TRIPLE_FAULT, elf, exit_with, out, print_text
+from guests import HALT, SPIN, TRIPLE_FAULT, elf, exit_with, out, print_text
 from pyvmm import CpuConfig, LinuxBoot, MemoryConfig, VmmConfig, kvm_info
 from pyvmm.cli import with_options
 
@@ -256,8 +256,33 @@ def test_reference_form_names_a_whole_machine() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[boot]\ntype = "linux"\nkernel = "vm.toml"', b"boot.kernel: neither an ELF vmlinux nor a bzImage"),
+        ('[boot]\ntype = "elf"\npath = "none"', b"none: No such file"),
+        ('[cpu]\nhide = ["nonsense"]', b"cpu.hide: 'nonsense' is not a known CPUID feature"),
+        ("exit_port = 0x70", b"exit_port: 0x70 overlaps RTC"),
+        ('[serial]\noutput = "none/console"', b"none/console: No such file"),
+    ],
+)
+def test_a_configuration_that_no_machine_can_have_is_refused(tmp_path: Path, text: str, message: bytes) -> None:
+    path = tmp_path / "vm.toml"
+    path.write_text(text)
+    checked = pyvmm("config", "check", path)
+    assert (checked.returncode, checked.stdout) == (125, b"")
+    assert message in checked.stderr
+
+
+def test_descriptors_of_a_configuration_are_not_those_of_its_check(tmp_path: Path) -> None:
+    path = tmp_path / "vm.toml"
+    path.write_text("[serial]\noutput = 77\ninput = 78\n")
+    checked = pyvmm("config", "check", path)
+    assert (checked.returncode, json.loads(checked.stdout)["serial"]["output"]) == (0, 77)
+
+
 def test_configurations_are_checked_and_described(tmp_path: Path) -> None:
-    checked = pyvmm("config", "check", flat_file(tmp_path, b""))
+    checked = pyvmm("config", "check", flat_file(tmp_path, HALT))
     assert json.loads(checked.stdout)["memory"] == {"size_mib": 1}
     assert json.loads(pyvmm("config", "schema").stdout)["$defs"].keys() == VmmConfig.json_schema()["$defs"].keys()
 

@@ -1,4 +1,7 @@
-"""The configuration from a dict, TOML and JSON: every error names its key."""
+"""The configuration from a dict, TOML and JSON: every error names its key.
+
+Covers python/pyvmm/config_files.py.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pyvmm import (
+    BootError,
     ConfigError,
     CpuConfig,
     ElfBoot,
@@ -23,6 +27,7 @@ from pyvmm import (
     LinuxBoot,
     MemoryConfig,
     SerialConfig,
+    StreamError,
     VmmConfig,
 )
 
@@ -103,7 +108,7 @@ def test_each_format_gives_it_back(config: VmmConfig) -> None:
     assert VmmConfig.from_json(json.dumps(plain)) == config
     without_none = json.loads(json.dumps(plain), object_hook=lambda d: {k: v for k, v in d.items() if v is not None})
     from_toml = VmmConfig.from_toml(msgspec.toml.encode(without_none) if _has_toml_writer() else b"")
-    assert not _has_toml_writer() or from_toml == msgspec.structs.replace(config, exit_port=from_toml.exit_port)
+    assert not _has_toml_writer() or from_toml == config.replace(exit_port=from_toml.exit_port)
 
 
 def _has_toml_writer() -> bool:
@@ -217,3 +222,71 @@ def test_a_refused_argument_is_explained_by_the_options(
 def test_configurations_are_copied_compared_and_pickled(config: msgspec.Struct) -> None:
     assert config == copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == msgspec.structs.replace(config)
     assert hash(config) == hash(copy.copy(config))
+
+
+# One changed value of each class.
+CHANGES: list[tuple[Any, dict[str, Any]]] = [
+    (WHOLE, {"exit_port": 0x80}),
+    (MemoryConfig(3), {"size_mib": 4}),
+    (WHOLE.cpu, {"hide": ["avx"]}),
+    (EmbeddedBoot(), {}),
+    (FLAT.boot, {"code": b"\xf4\xf4"}),
+    (ElfBoot("a", stack_kib=8), {"path": "b"}),
+    (WHOLE.boot, {"cmdline": "loud"}),
+    (WHOLE.serial, {"output": print}),
+]
+
+
+@pytest.mark.parametrize(("config", "changes"), CHANGES, ids=lambda value: type(value).__name__)
+def test_a_copy_has_the_changes_and_everything_else(config: Any, changes: dict[str, Any]) -> None:
+    for replace in (config.replace, config.__replace__):
+        changed = replace(**changes)
+        assert type(changed) is type(config)
+        values = {name: getattr(changed, name) for name in config.__struct_fields__}
+        assert values == {name: getattr(config, name) for name in config.__struct_fields__} | changes
+    if hasattr(copy, "replace"):  # Python 3.13
+        assert copy.replace(config, **changes) == changed
+
+
+def test_a_part_of_a_part_is_replaced() -> None:
+    changed = WHOLE.replace(cpu=WHOLE.cpu.replace(vcpus=3))
+    assert (changed.cpu.vcpus, WHOLE.cpu.vcpus) == (3, 2)
+    assert changed.replace(cpu=WHOLE.cpu) == WHOLE
+
+
+def test_a_copy_refuses_what_the_class_refuses() -> None:
+    with pytest.raises(TypeError, match=r"^CpuConfig does not take vcpu; did you mean vcpus\? \(options: "):
+        CpuConfig().replace(vcpu=2)
+    with pytest.raises(TypeError, match=r"^VmmConfig does not take vcpus, which is an option of CpuConfig"):
+        VmmConfig().replace(vcpus=2)
+    with pytest.raises(TypeError):
+        VmmConfig().replace(3)  # type: ignore[call-arg]
+
+
+def test_check_names_what_a_machine_would_name(tmp_path: Path) -> None:
+    whole = VmmConfig(boot=FlatBoot(b"\xf4"), cpu=CpuConfig(hide=["avx2"]))
+    whole.check()
+    for wrong, message in [
+        (whole.replace(memory=MemoryConfig(0)), "memory.size_mib: 0 is not from 1"),
+        (whole.replace(memory=64), "memory: expected a MemoryConfig, not 64"),
+        (whole.replace(cpu=whole.cpu.replace(hide=["nonsense"])), "cpu.hide: 'nonsense' is not a known CPUID feature"),
+        (whole.replace(exit_port=0x70), "exit_port: 0x70 overlaps RTC"),
+        (whole.replace(boot=LinuxBoot(tmp_path / "none")), f"boot.kernel: {tmp_path / 'none'}: No such file"),
+        (whole.replace(boot=FlatBoot(bytes(4096), address=(128 << 20) - 1)), "boot"),
+        (whole.replace(serial=SerialConfig(input=tmp_path / "none")), "serial.input: "),
+        (whole.replace(serial=SerialConfig(output=tmp_path)), f"serial.output: {tmp_path}: Is a directory"),
+        (whole.replace(serial=SerialConfig(output=tmp_path / "a/b")), "serial.output: "),
+    ]:
+        with pytest.raises((ConfigError, BootError, StreamError)) as raised:
+            wrong.check()
+        assert str(raised.value).startswith(message), message
+
+
+def test_check_writes_no_file(tmp_path: Path) -> None:
+    output = tmp_path / "console"
+    config = VmmConfig(serial=SerialConfig(output=output))
+    config.check()
+    assert not output.exists()
+    output.write_text("kept")
+    config.check()
+    assert output.read_text() == "kept"

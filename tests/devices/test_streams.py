@@ -315,6 +315,14 @@ def test_a_raw_file_object_that_has_nothing_to_read_yet_is_asked_again() -> None
 
 
 @pytest.mark.kvm
+def test_a_callable_that_has_no_input_yet_is_asked_again() -> None:
+    pieces: list[bytes | None] = [None, b"a", None, b"b\x04"]
+    with Vmm(echoing(input=lambda: pieces.pop(0) if pieces else None)) as vmm:
+        assert vmm.run(60).reason is ExitReason.CODE
+        assert vmm.serial.take_output() == b"ab\x04"
+
+
+@pytest.mark.kvm
 def test_an_input_that_fails_ends_the_run_with_its_error() -> None:
     ours, theirs = socket.socketpair()
     with theirs, Vmm(echoing(input=theirs)) as vmm:

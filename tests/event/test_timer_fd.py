@@ -57,12 +57,23 @@ def test_zero_is_at_once() -> None:
     assert manager.run() == 1
 
 
-@pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf"), 1e300])
-def test_bad_time_is_refused(seconds: float) -> None:
+@pytest.mark.parametrize(
+    ("seconds", "reason"),
+    [
+        (-1.0, "-1.0 is not a number of seconds of at least 0"),
+        (float("nan"), "NaN is not a number of seconds of at least 0"),
+        (float("inf"), "inf seconds are too long for a timer"),
+        (1e19, "1e19 seconds are too long for a timer"),
+        (1e300, "1e300 seconds are too long for a timer"),
+    ],
+)
+def test_bad_time_is_refused(seconds: float, reason: str) -> None:
     with TimerFd() as timer:
-        for call in (timer.set, timer.set_at, lambda s: timer.set(0, s)):
-            with pytest.raises((ValueError, OSError)):
-                call(seconds)
+        for name, arguments in {"delay": (seconds,), "interval": (0, seconds)}.items():
+            with pytest.raises(ValueError, match=rf"\A{name}: {reason}\Z"):
+                timer.set(*arguments)
+        with pytest.raises(ValueError, match=rf"\Atime: {reason}\Z"):
+            timer.set_at(seconds)
 
 
 def test_closed_one_says_so() -> None:

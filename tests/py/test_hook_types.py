@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import TYPE_CHECKING
 
+from checker import errors_of
 from conftest import ROOT
 
 if TYPE_CHECKING:
@@ -78,23 +76,10 @@ WRONG = [
 
 def test_checker_knows_the_exits_of_each_kind(tmp_path: Path) -> None:
     lines = [*(HEAD + RIGHT).splitlines(), *(f"    {line}" for line in WRONG)]
-    program = tmp_path / "hooks.py"
-    program.write_text("\n".join(lines) + "\n")
-    command = [
-        sys.executable,
-        "-m",
-        "mypy",
-        "--strict",
-        "--disable-error-code=empty-body",
-        "--config-file=",
-        str(program),
-    ]
-    environment = os.environ | {"MYPYPATH": str(ROOT / "python"), "MYPY_CACHE_DIR": str(tmp_path / "cache")}
-    checked = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, env=environment)
-    found = {int(line.split(":")[1]) for line in checked.stdout.splitlines() if ": error:" in line}
+    found, said = errors_of("\n".join(lines) + "\n", tmp_path)
     first = len(lines) - len(WRONG) + 1
-    told = {lines[number - 1].strip() for number in found}
-    assert found == set(range(first, len(lines) + 1)), f"{told ^ set(WRONG)}\n{checked.stdout}{checked.stderr}"
+    refused = {lines[number - 1].strip() for number in found}
+    assert found == set(range(first, len(lines) + 1)), f"{refused ^ set(WRONG)}\n{said}"
 
 
 def test_no_hook_is_of_any_type() -> None:

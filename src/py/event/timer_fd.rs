@@ -160,7 +160,16 @@ impl PyTimerFd {
 }
 
 fn seconds(name: &str, value: f64) -> PyResult<Duration> {
-    Duration::try_from_secs_f64(value).map_err(|_| {
-        PyValueError::new_err(format!("{name}: {value} is not a number of seconds of at least 0"))
+    let time = Duration::try_from_secs_f64(value).ok();
+    // The kernel's seconds are signed.
+    time.filter(|time| i64::try_from(time.as_secs()).is_ok()).ok_or_else(|| {
+        // In scientific notation: 300 digits would hide the rest.
+        let text = match value {
+            value if value.is_nan() || value < 0.0 => {
+                format!("{name}: {value:?} is not a number of seconds of at least 0")
+            }
+            value => format!("{name}: {value:?} seconds are too long for a timer"),
+        };
+        PyValueError::new_err(text)
     })
 }

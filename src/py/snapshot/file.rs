@@ -54,9 +54,9 @@ impl PySnapshot {
     ///     force: load it although this host lacks something that the original one had.
     ///     copy: read the pages to memory; the file may then change.
     ///     verify: read all pages and check their checksum. The other checksums are always checked.
-    ///     progress: called with the number of bytes read and the total, if `copy` or `verify` reads
-    ///         the pages; an exception that it raises ends the load. A base that is given as a file is
-    ///         read first.
+    ///     progress: called with the number of bytes read and the total, if `copy` or `verify`
+    ///         reads the pages; an exception that it raises ends the load. A base that is given as
+    ///         a file is read first.
     ///
     /// Raises:
     ///     SnapshotError: the file is damaged, of another version or host, or needs another base.

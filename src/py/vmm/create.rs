@@ -96,6 +96,14 @@ impl PyVmm {
         Self::vacant()
     }
 
+    /// Check a configuration as far as this is possible without KVM, for `VmmConfig.check`.
+    #[staticmethod]
+    fn _check(config: &Bound<'_, PyAny>) -> PyResult<()> {
+        guard_thread();
+        let native = config::from_python(config)?;
+        interrupt::interruptible(config.py(), |interrupted| Vmm::check(&native, interrupted))
+    }
+
     #[pyo3(signature = (config = None, *, event_manager = None))]
     fn __init__(
         &self,
