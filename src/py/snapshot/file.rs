@@ -62,6 +62,7 @@ impl PySnapshot {
     ///     SnapshotError: the file is damaged, of another version or host, or needs another base.
     ///     OSError: (a StreamError) the file cannot be read.
     #[staticmethod]
+    #[allow(clippy::too_many_arguments, reason = "its caller is Python, which has keywords")]
     #[pyo3(signature = (
         path, base = None, *, force = false, copy = false, verify = false, progress = None
     ))]
