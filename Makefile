@@ -34,7 +34,7 @@ rust: setup ## The Rust tests, without Python
 	cargo test --quiet --no-default-features
 
 loom: setup ## The kick protocols and the commands of vCPU threads in every order of their steps
-	RUSTFLAGS="--cfg loom" cargo test --quiet --release --no-default-features --lib --target-dir target/loom -- vcpu::kick vcpu::commands_model event::calls
+	RUSTFLAGS="--cfg loom" cargo test --quiet --release --no-default-features --lib --target-dir target/loom -- vcpu::kick vcpu::commands_model event::calls event::turn_lock
 
 linux: ## Build the Linux that the tests boot, once, outside the checkout
 	@python/pyvmm/linux/build.sh tests >/dev/null || echo "pyvmm: the tests that boot Linux are left out" >&2

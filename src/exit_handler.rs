@@ -5,12 +5,13 @@
 use std::fmt;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::error::Result;
+use crate::event::EventManager;
 use crate::poll::take_count;
 use crate::process::ProcessTag;
 use crate::sync::{Mutex, rank};
@@ -29,8 +30,8 @@ pub trait ExitHandler {
 pub struct VmmExitHandler {
     exit_event: Arc<EventFd>,
     keep_running: bool,
-    /// The number of loops in which it was registered.
-    loops: usize,
+    /// The loop of the machine that it stops.
+    own_loop: Weak<EventManager>,
 }
 
 impl VmmExitHandler {
@@ -40,7 +41,7 @@ impl VmmExitHandler {
     /// If no eventfd can be created.
     pub fn new() -> io::Result<Self> {
         let exit_event = Arc::new(EventFd::new(EFD_NONBLOCK)?);
-        Ok(Self { exit_event, keep_running: true, loops: 0 })
+        Ok(Self { exit_event, keep_running: true, own_loop: Weak::new() })
     }
 
     /// The eventfd that a kick writes to.
@@ -75,12 +76,16 @@ impl VmmExitHandler {
         unsafe { libc::poll(&raw mut poll, 1, 0) > 0 }
     }
 
-    /// Process a kick: drain it, so that it does not end a later run, and clear the flag.
-    pub fn stop(&mut self) {
-        // Fails if there was no kick. Not a plain read, because the holder of a duplicate may have
-        // made the eventfd blocking.
-        let _ = take_count(self.exit_event.as_raw_fd());
+    /// Process a kick in another loop: clear the flag, drain the event, and wake the machine's own
+    /// loop, which does not see the event any more.
+    ///
+    /// # Errors
+    /// If the wake-up fails.
+    pub fn stop_elsewhere(&mut self) -> Result<()> {
         self.keep_running = false;
+        // Fails if there was no kick. Not a plain read: a duplicate's holder may make it blocking.
+        let _ = take_count(self.exit_event.as_raw_fd());
+        self.own_loop.upgrade().map_or(Ok(()), |own_loop| own_loop.kick())
     }
 
     /// Prepare for another run: set the flag and drop previous kicks.
@@ -99,7 +104,7 @@ impl VmmExitHandler {
 impl MutEventSubscriber for VmmExitHandler {
     fn process(&mut self, events: Events, ops: &mut EventOps) {
         if events.event_set().contains(EventSet::IN) {
-            self.stop();
+            self.keep_running = false;
         }
         if events.event_set().contains(EventSet::ERROR) {
             let _ = ops.remove(Events::new(&*self.exit_event, EventSet::IN));
@@ -107,9 +112,10 @@ impl MutEventSubscriber for VmmExitHandler {
     }
 
     fn init(&mut self, ops: &mut EventOps) {
-        self.loops += 1;
+        // By edge, and not drained: in each loop that watches it, a kick arrives once.
+        let events = Events::new(&*self.exit_event, EventSet::IN | EventSet::EDGE_TRIGGERED);
         // Fails only for a handler that is already registered; it is kicked there.
-        let _ = ops.add(Events::new(&*self.exit_event, EventSet::IN));
+        let _ = ops.add(events);
     }
 }
 
@@ -143,10 +149,9 @@ impl WrappedExitHandler {
         self.handler.lock().is_kicked()
     }
 
-    /// Whether another loop may process a kick instead of the first one.
-    #[must_use]
-    pub fn is_in_several_loops(&self) -> bool {
-        self.handler.lock().loops > 1
+    /// Name the loop of the machine that it stops.
+    pub(crate) fn set_own_loop(&self, own_loop: &Arc<EventManager>) {
+        self.handler.lock().own_loop = Arc::downgrade(own_loop);
     }
 
     /// # Errors
@@ -355,6 +360,16 @@ mod tests {
         handler.rearm();
         assert_eq!(manager.run_with_timeout(0).unwrap(), 0);
         assert!(handler.keep_running());
+    }
+
+    #[test]
+    fn a_kick_arrives_in_each_loop_once() {
+        let handler = WrappedExitHandler::new().unwrap();
+        let mut loops = [EventManager::new().unwrap(), EventManager::new().unwrap()];
+        let _ = loops.each_mut().map(|manager| manager.add_subscriber(handler.clone()));
+        handler.kick().unwrap();
+        let arrived = loops.map(|mut manager| [1000, 0].map(|ms| manager.run_with_timeout(ms)));
+        assert!(matches!(arrived, [[Ok(1), Ok(0)], [Ok(1), Ok(0)]]));
     }
 
     #[test]

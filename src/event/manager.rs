@@ -13,7 +13,7 @@ use event_manager::EventManager as Upstream;
 use super::epoll_set::EpollSet;
 use super::errors::event_error;
 use super::registrations::Registrations;
-use super::waits::Waits;
+use super::turn_lock::{NextTurn, TurnGuard, TurnLock};
 use crate::error::Result;
 use crate::process::ProcessTag;
 use crate::sync::{Mutex, rank};
@@ -22,16 +22,16 @@ use crate::trace::Recorders;
 /// The event manager: subscribers, their file descriptors, and the loop that dispatches events to
 /// them.
 ///
-/// One thread at a time runs the loop. Subscribers are called with the manager's lock held. They
-/// change their registrations through the `EventOps` passed to them, and must not call the manager
-/// itself.
+/// Several threads may run the loop, and one of them at a time waits and dispatches. Subscribers
+/// are called with the manager's lock held. They change their registrations through the `EventOps`
+/// passed to them, and must not call the manager itself.
 pub struct EventManager {
     pub(super) registrations: Mutex<Registrations, rank::EventManager>,
     pub(super) epoll: EpollSet,
     process_tag: ProcessTag,
     /// Counts removed registrations; incremented under the lock.
     pub(super) removals: Arc<AtomicU64>,
-    pub(super) waits: Waits,
+    pub(super) turns: TurnLock,
     /// Traces that record the loop.
     pub recorders: Recorders,
 }
@@ -52,18 +52,25 @@ impl EventManager {
         let epoll = EpollSet::of(&mut upstream)?;
         let registrations = Mutex::new(Registrations::new(upstream));
         let (process_tag, removals) = (ProcessTag::current(), Arc::default());
-        let (waits, recorders) = (Waits::default(), Recorders::default());
-        Ok(Self { registrations, epoll, process_tag, removals, waits, recorders })
+        let (turns, recorders) = (TurnLock::default(), Recorders::default());
+        Ok(Self { registrations, epoll, process_tag, removals, turns, recorders })
     }
 
-    /// From now on, several threads may run this loop at once. One of them may take the event or
-    /// the kick that another waits for, so no wait is longer than 50 ms. Returns once all longer
-    /// waits have ended.
-    ///
-    /// # Errors
-    /// If the wake-up cannot be written.
-    pub fn share(&self) -> Result<()> {
-        self.waits.share(|| self.kick())
+    /// The next iteration of this thread, without a time limit. Called before the thread checks
+    /// whether what it waits for has come, because another thread may dispatch that.
+    pub fn next_turn(&self) -> NextTurn {
+        self.turns.next()
+    }
+
+    /// Begin an iteration, unless another thread performs one.
+    pub(crate) fn begin_turn(&self) -> Option<TurnGuard<'_>> {
+        self.turns.begin()
+    }
+
+    /// Wait until another thread's iteration has ended.
+    #[cfg_attr(not(feature = "python"), allow(dead_code, reason = "for the binding"))]
+    pub(crate) fn await_turn(&self, next: NextTurn) {
+        self.turns.wait(next);
     }
 
     /// Whether an event is ready to be dispatched. Waits for nobody.

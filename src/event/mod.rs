@@ -12,7 +12,7 @@ mod registrations;
 mod run;
 mod subscriber;
 mod timer;
-mod waits;
+mod turn_lock;
 
 pub use calls::Calls;
 pub use manager::EventManager;
@@ -20,3 +20,4 @@ pub use manager::EventManager;
 pub(crate) use recorded::record_event;
 pub use subscriber::BoxedSubscriber;
 pub use timer::{Expiry, TimerFd};
+pub use turn_lock::NextTurn;

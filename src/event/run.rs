@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use super::errors::event_error;
 use super::manager::EventManager;
 use super::registrations::Registrations;
+use super::turn_lock::NextTurn;
 use crate::error::{Error, ErrorKind, Result};
 use crate::hop::hop;
 
@@ -31,22 +32,23 @@ impl EventManager {
     /// If epoll fails.
     pub fn run_with_timeout(&self, milliseconds: i32) -> Result<usize> {
         let limit = u64::try_from(milliseconds).ok().map(Duration::from_millis);
-        let dispatched = self.run_until(limit.map(|limit| Instant::now() + limit), None)?;
-        Ok(dispatched.unwrap_or(0))
+        let next = self.next_turn().until(limit.map(|limit| Instant::now() + limit));
+        Ok(self.run_until(next, None)?.unwrap_or(0))
     }
 
-    /// Like [`Self::run`], but wait at most until this time; None means no limit. Returns 0 after
-    /// [`Self::kick`], so that the caller checks its requests. Returns None if the time passed, a
-    /// signal interrupted the wait, `interrupt` is readable, or, in a shared loop, every 50 ms.
+    /// Like [`Self::run`], but wait at most until the time of `next`. Returns 0 after
+    /// [`Self::kick`], or if another thread has dispatched, so that the caller checks its requests.
+    /// Returns None if the time passed, a signal interrupted the wait, or `interrupt` is readable.
     ///
     /// # Errors
     /// If epoll fails.
-    pub fn run_until(
-        &self,
-        deadline: Option<Instant>,
-        interrupt: Option<RawFd>,
-    ) -> Result<Option<usize>> {
+    pub fn run_until(&self, next: NextTurn, interrupt: Option<RawFd>) -> Result<Option<usize>> {
         self.check_process()?;
+        let Some(turn) = self.begin_turn() else {
+            self.turns.wait(next);
+            return Ok(Some(0));
+        };
+        let deadline = turn.until(next);
         loop {
             let Dispatched { events, woken } = self.dispatch(&mut self.registrations.lock())?;
             if events > 0 || woken {
@@ -55,14 +57,14 @@ impl EventManager {
             if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 return Ok(None);
             }
-            if !self.waits.wait(deadline, |until| self.epoll.wait(until, interrupt))? {
+            if !self.epoll.wait(deadline, interrupt)? {
                 return Ok(None);
             }
         }
     }
 
-    /// Like [`Self::run_until`], for a thread that expects no ready events: it waits before it
-    /// dispatches.
+    /// Like [`Self::run_until`], for a thread that has begun an iteration and expects no ready
+    /// events: it waits before it dispatches.
     ///
     /// # Errors
     /// If epoll fails.
@@ -72,14 +74,15 @@ impl EventManager {
         interrupt: Option<RawFd>,
     ) -> Result<Option<usize>> {
         self.check_process()?;
-        if !self.waits.wait(deadline, |until| self.epoll.wait(until, interrupt))? {
+        if !self.epoll.wait(deadline, interrupt)? {
             return Ok(None);
         }
         Ok(Some(self.dispatch(&mut self.registrations.lock())?.events))
     }
 
-    /// Dispatch without waiting, not even for the manager's lock. None if another thread holds the
-    /// lock, or nothing was ready. `take` is called after the dispatch, with the lock still held.
+    /// Dispatch without waiting, not even for the manager's lock, in an iteration of this thread.
+    /// None if another thread holds the lock, or nothing was ready. `take` is called after the
+    /// dispatch, with the lock still held.
     ///
     /// # Errors
     /// If epoll fails.

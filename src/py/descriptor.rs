@@ -6,6 +6,7 @@ use std::os::fd::RawFd;
 use pyo3::exceptions::{PyOSError, PyOverflowError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
+use pyo3::types::PyBool;
 
 use super::ending::guard_thread;
 use crate::error::{Error, ErrorKind};
@@ -13,6 +14,11 @@ use crate::error::{Error, ErrorKind};
 /// The file descriptor of an int or of an object with `fileno()`.
 pub(super) fn descriptor(source: &Bound<'_, PyAny>) -> PyResult<RawFd> {
     guard_thread();
+    if source.is_instance_of::<PyBool>() {
+        // Python 3.13 warns, and older versions take it for 0 or 1.
+        let detail = format!("{} is not a file descriptor, but a bool", source.repr()?);
+        return Err(Error::new(ErrorKind::Config, "source", detail).into());
+    }
     // SAFETY: a borrowed reference to a live object, with the GIL held.
     let fd = unsafe { ffi::PyObject_AsFileDescriptor(source.as_ptr()) };
     if fd >= 0 {

@@ -106,6 +106,20 @@ pub(super) fn runs_handlers(py: Python<'_>) -> PyResult<bool> {
     Ok(runs)
 }
 
+/// The end of a wait that no signal can end: on Python's main thread, the time of the next check
+/// for signals. Called without the GIL.
+pub(super) fn until_check(deadline: Option<Instant>) -> PyResult<Option<Instant>> {
+    let runs = match RUNS_HANDLERS.get() {
+        Some((process_tag, runs)) if process_tag == ProcessTag::current() => runs,
+        _ => attach(runs_handlers)?,
+    };
+    Ok(if runs {
+        Some(earlier(deadline, Instant::now() + SIGNAL_CHECK_INTERVAL))
+    } else {
+        deadline
+    })
+}
+
 /// The pipe is the process's wake-up fd while this lives.
 struct Wakeup<'py> {
     py: Python<'py>,

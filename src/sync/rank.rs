@@ -60,8 +60,6 @@ ranks! {
     WritableViews,
     /// The process's pagemap.
     Pagemap,
-    /// How long threads that run a loop may wait.
-    LoopWaits,
     /// The event manager and its subscribers, which are called with the lock held.
     EventManager,
     /// The exit handler of a machine.

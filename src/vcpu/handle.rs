@@ -268,7 +268,7 @@ mod tests {
         // One in here, the other in the vCPU.
         assert_eq!(Arc::strong_count(&handle.page), 2);
         vmm.add_device(Access::Pio, 0x80, 1, Arc::new(Closes(vmm.vm().unwrap()))).unwrap();
-        let turn = |until| vmm.event_manager()?.run_until(until, None).map(drop);
+        let turn = |next| vmm.event_manager()?.run_until(next, None).map(drop);
         vmm.run(Some(Duration::from_secs(60)), turn).unwrap();
         let give_up = Instant::now() + Duration::from_secs(60);
         while Arc::strong_count(&handle.page) > 1 {

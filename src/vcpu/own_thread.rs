@@ -216,7 +216,7 @@ mod tests {
         let vmm = Arc::new(Vmm::try_from(config).unwrap());
         let device = Resumes(Arc::downgrade(&vmm), vmm.vcpus().unwrap().remove(0));
         vmm.add_device(Access::Pio, 0x80, 1, Arc::new(device)).unwrap();
-        let turn = |until| vmm.event_manager()?.run_until(until, None).map(drop);
+        let turn = |next| vmm.event_manager()?.run_until(next, None).map(drop);
         assert_eq!(vmm.run(Some(Duration::from_secs(60)), turn).unwrap().code, Some(7));
     }
 }

@@ -100,7 +100,7 @@ impl Vmm {
     ) -> Result<Self> {
         let (memory, entry) = load(&config, interrupted)?;
         let event_manager = match shared {
-            Some(shared) => shared.share().map(|()| shared)?,
+            Some(shared) => shared,
             None => Arc::new(EventManager::new()?),
         };
         let exit_handler =
@@ -120,6 +120,7 @@ impl Vmm {
         exit_port: ExitPort,
     ) -> Result<Self> {
         let Parts { vm, event_manager, exit_handler, router, serial, entry } = parts;
+        exit_handler.set_own_loop(&event_manager);
         let mut subscribers = vec![event_manager.add_subscriber(Box::new(exit_handler.clone()))];
         subscribers.extend(devices::connect(&serial, streams, &event_manager)?);
         let fixups = Arc::clone(vm.fixups());

@@ -97,7 +97,7 @@ impl Vmm {
         }
         claim_platform(memory.resources(), spec.irqchip, spec.exit_port())?;
         let event_manager = match event_manager {
-            Some(shared) => shared.share().map(|()| shared)?,
+            Some(shared) => shared,
             None => Arc::new(EventManager::new()?),
         };
         let exit_handler =

@@ -7,14 +7,11 @@ use std::time::{Duration, Instant};
 use super::life::{Entering, Running};
 use super::machine::Vmm;
 use crate::error::{Error, ErrorKind, Result};
+use crate::event::NextTurn;
 use crate::exit_handler::{Exit, ExitReason};
 use crate::hop::hop;
 use crate::limit::{Interrupted, Limit, deadline_of};
 use crate::trace;
-
-/// The longest wait if the loop is shared: another thread may take the event that this one waits
-/// for.
-const SHARED_LOOP_WAIT: Duration = Duration::from_millis(50);
 
 /// How long the end of a run waits for a reader to take the guest's last output.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
@@ -24,8 +21,8 @@ const CALLBACK_GRACE: Duration = Duration::from_millis(50);
 
 impl Vmm {
     /// Run until the guest ends, `stop` is called, or the deadline passes. `turn` runs one
-    /// iteration of the event loop, which waits until the given time at most. An error of `turn`
-    /// ends the run.
+    /// iteration of the event loop, as `EventManager::run_until` does. An error of `turn` ends the
+    /// run.
     ///
     /// Callbacks in progress on vCPU threads have returned when this returns, with one exception:
     /// after a timeout or an error they have 50 ms. A callback that takes longer continues, and its
@@ -39,7 +36,7 @@ impl Vmm {
     pub fn run<E: From<Error>>(
         &self,
         timeout: Option<Duration>,
-        turn: impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
+        turn: impl FnMut(NextTurn) -> std::result::Result<(), E>,
     ) -> std::result::Result<Exit, E> {
         let result = self.run_interruptibly(timeout, &|| Ok(()), turn);
         if self.is_close_due() {
@@ -57,7 +54,7 @@ impl Vmm {
         &self,
         timeout: Option<Duration>,
         interrupted: Interrupted<'_>,
-        mut turn: impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
+        mut turn: impl FnMut(NextTurn) -> std::result::Result<(), E>,
     ) -> std::result::Result<Exit, E> {
         hop!();
         let running = self.enter_run("run", Entering::Either)?;
@@ -79,7 +76,7 @@ impl Vmm {
         &self,
         timeout: Option<Duration>,
         interrupted: Interrupted<'_>,
-        mut turn: impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
+        mut turn: impl FnMut(NextTurn) -> std::result::Result<(), E>,
     ) -> std::result::Result<Option<Exit>, E> {
         let running = self.enter_run("wait", Entering::Started)?;
         let deadline = deadline_of(timeout);
@@ -112,7 +109,7 @@ impl Running<'_> {
         &self,
         deadline: Option<Instant>,
         interrupted: Interrupted<'_>,
-        turn: &mut impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
+        turn: &mut impl FnMut(NextTurn) -> std::result::Result<(), E>,
         is_enough: &dyn Fn() -> bool,
     ) -> std::result::Result<Option<Exit>, E> {
         let ended = self.turn_until(deadline, turn, is_enough);
@@ -129,16 +126,19 @@ impl Running<'_> {
     pub(super) fn turn_until<E: From<Error>>(
         &self,
         deadline: Option<Instant>,
-        turn: &mut impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
+        turn: &mut impl FnMut(NextTurn) -> std::result::Result<(), E>,
         is_enough: &dyn Fn() -> bool,
     ) -> std::result::Result<Option<ExitReason>, E> {
-        while self.exit_handler.keep_running() {
+        loop {
+            let next = self.event_manager.next_turn().until(deadline);
+            if !self.exit_handler.keep_running() {
+                return Ok(Some(ExitReason::Stopped));
+            }
             if is_enough() || deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 return Ok(None);
             }
-            self.turn(deadline, turn)?;
+            self.turn(next, turn)?;
         }
-        Ok(Some(ExitReason::Stopped))
     }
 
     /// End a run and shut the machine down, except in a child that was forked in a callback: there
@@ -148,7 +148,7 @@ impl Running<'_> {
         ended: std::result::Result<Option<ExitReason>, E>,
         deadline: Option<Instant>,
         interrupted: Interrupted<'_>,
-        turn: &mut impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
+        turn: &mut impl FnMut(NextTurn) -> std::result::Result<(), E>,
     ) -> std::result::Result<Exit, E> {
         let reason = match ended {
             Err(error) if self.vm.is_forked_child() => return Err(error),
@@ -163,7 +163,7 @@ impl Running<'_> {
         reason: std::result::Result<ExitReason, E>,
         deadline: Option<Instant>,
         interrupted: Interrupted<'_>,
-        turn: &mut impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
+        turn: &mut impl FnMut(NextTurn) -> std::result::Result<(), E>,
     ) -> std::result::Result<Exit, E> {
         self.vm.stop();
         let is_over = matches!(reason, Ok(ExitReason::Stopped));
@@ -202,18 +202,14 @@ impl Running<'_> {
         }
     }
 
-    /// One iteration of the event loop.
+    /// One iteration of the event loop. `next` is from before the caller checked its requests.
     pub(super) fn turn<E: From<Error>>(
         &self,
-        deadline: Option<Instant>,
-        turn: &mut impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
+        next: NextTurn,
+        turn: &mut impl FnMut(NextTurn) -> std::result::Result<(), E>,
     ) -> std::result::Result<(), E> {
-        let wait_end =
-            self.exit_handler.is_in_several_loops().then(|| Instant::now() + SHARED_LOOP_WAIT);
-        let until = wait_end
-            .map_or(deadline, |end| Some(deadline.map_or(end, |deadline| deadline.min(end))));
         let recording = self.event_manager.recorders.recording();
-        turn(until)?;
+        turn(next)?;
         if recording.is_some() {
             trace::flush();
         }
@@ -229,13 +225,15 @@ impl Running<'_> {
     fn drain_serial<E: From<Error>>(
         &self,
         deadline: Option<Instant>,
-        turn: &mut impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
+        turn: &mut impl FnMut(NextTurn) -> std::result::Result<(), E>,
     ) -> std::result::Result<(), E> {
+        let mut next = self.event_manager.next_turn();
         let mut left = self.vmm.serial.backlog();
         let mut drain_end = Instant::now() + DRAIN_TIMEOUT;
         while left > 0 && self.exit_handler.keep_running() {
             let until = deadline.map_or(drain_end, |deadline| deadline.min(drain_end));
-            self.turn(Some(until), turn)?;
+            self.turn(next.until(Some(until)), turn)?;
+            next = self.event_manager.next_turn();
             let now = self.vmm.serial.backlog();
             if now < left {
                 drain_end = Instant::now() + DRAIN_TIMEOUT;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use super::life::{Entering, Running};
 use super::machine::Vmm;
 use crate::error::{Error, ErrorKind};
+use crate::event::NextTurn;
 use crate::exit_handler::{Exit, ExitReason};
 use crate::limit::{CHECK_INTERVAL, Interrupted, deadline_of};
 use crate::vcpu::LeaveReason;
@@ -24,7 +25,7 @@ impl Vmm {
         &self,
         timeout: Option<Duration>,
         interrupted: Interrupted<'_>,
-        mut turn: impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
+        mut turn: impl FnMut(NextTurn) -> std::result::Result<(), E>,
     ) -> std::result::Result<Exit, E> {
         let running = self.enter_run("run_here", Entering::Either)?;
         let deadline = deadline_of(timeout);
@@ -40,7 +41,7 @@ impl Running<'_> {
         &self,
         deadline: Option<Instant>,
         interrupted: Interrupted<'_>,
-        turn: &mut impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
+        turn: &mut impl FnMut(NextTurn) -> std::result::Result<(), E>,
     ) -> std::result::Result<Option<ExitReason>, E> {
         let vm = &self.vm;
         if self.is_joined {
@@ -62,7 +63,11 @@ impl Running<'_> {
         let here = vm.run_here(&handle, &self.event_manager, vm.first_address(self.vmm.entry))?;
         // For signals that were delivered to another thread of the process.
         let mut next_check = Instant::now() + CHECK_INTERVAL;
-        while self.exit_handler.keep_running() {
+        loop {
+            let next = self.event_manager.next_turn();
+            if !self.exit_handler.keep_running() {
+                break;
+            }
             let now = Instant::now();
             if deadline.is_some_and(|deadline| now >= deadline) {
                 return Ok(None);
@@ -72,8 +77,8 @@ impl Running<'_> {
             match here.run(until)? {
                 LeaveReason::Ended | LeaveReason::Stopped => break,
                 // A resume wakes the loop.
-                LeaveReason::CalledOut => self.turn(deadline, turn)?,
-                LeaveReason::Waits => self.turn(Some(until), turn)?,
+                LeaveReason::CalledOut => self.turn(next.until(deadline), turn)?,
+                LeaveReason::Waits => self.turn(next.until(Some(until)), turn)?,
                 LeaveReason::Signalled => interrupted()?,
                 LeaveReason::Ticked if now >= next_check => {
                     interrupted()?;
@@ -82,7 +87,7 @@ impl Running<'_> {
                 LeaveReason::Ticked => {}
             }
             if self.event_manager.is_ready()? {
-                self.turn(Some(now), turn)?;
+                self.turn(next.until(Some(now)), turn)?;
             }
         }
         Ok(Some(ExitReason::Stopped))

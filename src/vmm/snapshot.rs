@@ -95,13 +95,14 @@ mod tests {
     use std::sync::Arc;
     use std::sync::atomic::{AtomicU64, Ordering};
     use std::sync::mpsc::{Sender, channel};
-    use std::time::{Duration, Instant};
+    use std::time::Duration;
 
     use super::super::restore::ForkConfig;
     use super::*;
     use crate::config::{Boot, Code, FlatBoot, VmmConfig};
     use crate::cpu::CpuMode;
     use crate::devices::{Access, Device};
+    use crate::event::NextTurn;
     use crate::exit_handler::{ExitReason, Outcome};
     use crate::sync::{Mutex, rank};
     use crate::vcpu::VcpuHandle;
@@ -195,12 +196,12 @@ mod tests {
         counter
     }
 
-    fn turn(vmm: &Vmm, until: Option<Instant>) -> Result<()> {
-        vmm.event_manager()?.run_until(until, None).map(drop)
+    fn turn(vmm: &Vmm, next: NextTurn) -> Result<()> {
+        vmm.event_manager()?.run_until(next, None).map(drop)
     }
 
     fn finish(vmm: &Vmm) -> Vec<u8> {
-        let exit = vmm.run(Some(Duration::from_secs(60)), |until| turn(vmm, until)).unwrap();
+        let exit = vmm.run(Some(Duration::from_secs(60)), |next| turn(vmm, next)).unwrap();
         assert_eq!((exit.reason, exit.code), (ExitReason::Code, Some(42)));
         vmm.serial().take_output()
     }
@@ -216,7 +217,7 @@ mod tests {
         parked.recv_timeout(Duration::from_secs(60)).unwrap();
         let snapshot = vmm.snapshot(&Limit::NONE).unwrap();
         let exit =
-            vmm.wait(Some(Duration::from_secs(60)), &|| Ok(()), |until| turn(&vmm, until)).unwrap();
+            vmm.wait(Some(Duration::from_secs(60)), &|| Ok(()), |next| turn(&vmm, next)).unwrap();
         assert_eq!(exit.unwrap().code, Some(42));
         (snapshot, vmm.serial().take_output())
     }

@@ -9,6 +9,7 @@ use super::life::{Entering, Running};
 use super::machine::Vmm;
 use crate::devices::OutputWatch;
 use crate::error::{Error, ErrorKind, Result};
+use crate::event::NextTurn;
 use crate::exit_handler::Exit;
 use crate::limit::{Interrupted, Limit};
 use crate::vcpu::{self, VmRunState};
@@ -142,7 +143,7 @@ impl Driving<'_> {
         watch: &OutputWatch,
         deadline: Option<Instant>,
         interrupted: Interrupted<'_>,
-        mut turn: impl FnMut(Option<Instant>) -> std::result::Result<(), E>,
+        mut turn: impl FnMut(NextTurn) -> std::result::Result<(), E>,
     ) -> std::result::Result<Option<Exit>, E> {
         let Self { running, must_start, watcher } = self;
         if *must_start {

@@ -1,6 +1,6 @@
 """`RemoteEndpoint`, `run_forever` and `stop`: a loop reached from other threads and from its own callbacks.
 
-Covers src/event/calls.rs, src/py/event/turn_lock.rs, src/py/event/loop_call.rs.
+Covers src/event/calls.rs, src/py/event/loop_call.rs.
 """
 
 from __future__ import annotations

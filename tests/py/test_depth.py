@@ -127,7 +127,10 @@ def raises(source: str) -> None:
         timeout=DEADLINE_S,
         check=False,
     )
-    assert (done.returncode, done.stdout) == (0, "RecursionError True\n"), done.stderr[-2000:]
+    # 3.12 and newer also limit calls in C, to a number that may come before the stack's end.
+    texts = ["RecursionError True\n", "RecursionError False\n"][: 1 + (sys.version_info >= (3, 12))]
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout in texts
 
 
 # In 2 MiB there is room for thousands of forks.

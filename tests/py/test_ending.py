@@ -274,7 +274,11 @@ def test_sys_exit_in_a_callback_ends_the_process_with_its_status(status: int) ->
 
 def test_subinterpreter_is_refused_and_leaves_the_main_one_its_import() -> None:
     program = """
-        import _xxsubinterpreters as subinterpreters
+        import os, sys
+        try:
+            import _interpreters as subinterpreters
+        except ImportError:
+            import _xxsubinterpreters as subinterpreters
         script = '''try:
             import pyvmm
         except ImportError as error:
@@ -284,10 +288,15 @@ def test_subinterpreter_is_refused_and_leaves_the_main_one_its_import() -> None:
         '''
         for _ in range(2):
             interpreter = subinterpreters.create()
-            subinterpreters.run_string(interpreter, script)
-            subinterpreters.destroy(interpreter)
+            failure = subinterpreters.run_string(interpreter, script)
+            assert failure is None, failure
+            # In 3.12 the end of one crashes the process, whatever it has imported: datetime, say.
+            if sys.version_info[:2] != (3, 12):
+                subinterpreters.destroy(interpreter)
             import pyvmm
         pyvmm.EventManager().run_with_timeout(0)
+        if sys.version_info[:2] == (3, 12):
+            os._exit(0)
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)

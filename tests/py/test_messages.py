@@ -239,6 +239,15 @@ def test_descriptor_that_is_not_open_is_refused_by_number(fd: int) -> None:
         Vmm(VmmConfig(serial=SerialConfig(output=fd)))
 
 
+@pytest.mark.parametrize("source", [True, False])
+def test_bool_is_no_descriptor(source: bool) -> None:
+    for watch in (lambda: EventManager().on(source)(print), lambda: Events(source, pyvmm.EventSet.IN)):
+        with pytest.raises(ConfigError, match=f"{source} is not a file descriptor, but a bool"):
+            watch()
+    with pytest.raises(ConfigError, match=r"serial\.output: expected a stream, not"):
+        Vmm(VmmConfig(serial=SerialConfig(output=source)))
+
+
 def test_closed_descriptor_is_named() -> None:
     manager = EventManager()
     reader, writer = os.pipe()

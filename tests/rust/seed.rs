@@ -8,6 +8,7 @@ use std::time::Duration;
 use pyvmm::config::{Boot, Code, FlatBoot, MemoryConfig, VmmConfig};
 use pyvmm::cpu::CpuMode;
 use pyvmm::error::Error;
+use pyvmm::event::NextTurn;
 use pyvmm::exit_handler::{Exit, ExitReason};
 use pyvmm::vmm::Vmm;
 
@@ -20,7 +21,7 @@ fn flat(code: &[u8]) -> VmmConfig {
 }
 
 fn run(vmm: &Vmm, limit: Duration) -> Exit {
-    let turn = |until| vmm.event_manager()?.run_until(until, None).map(drop);
+    let turn = |next: NextTurn| vmm.event_manager()?.run_until(next, None).map(drop);
     vmm.run::<Error>(Some(limit), turn).unwrap()
 }
 

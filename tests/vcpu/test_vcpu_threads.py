@@ -1,4 +1,4 @@
-"""The threads of vCPUs: the stack and the signal mask that callbacks find there, and kicks that always arrive.
+"""The threads of vCPUs: the signal mask that callbacks find there, and kicks that always arrive.
 
 Covers src/vcpu/thread.rs.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -51,42 +50,6 @@ def in_a_process(source: str) -> str:
     )
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
-
-
-DEEP = """
-import functools, sys, threading
-from pyvmm import Stop, Vmm
-sys.setrecursionlimit(20000)
-@functools.lru_cache(None)
-def sum_to(n):
-    return n and n + sum_to(n - 1)
-class Device:
-    def write(self, offset, size, value):
-        print(sum_to(DEPTH))
-        return Stop(1)
-threading.stack_size(SIZE)
-with Vmm(flat(bytes.fromhex("ba0005b078eeebfd"))) as vmm:
-    vmm.add_pio_device(0x500, 1, Device())
-    vmm.run(60)
-"""
-
-
-def test_a_callback_has_the_stack_size_of_threading() -> None:
-    depth = 4000
-    source = DEEP.replace("DEPTH", str(depth)).replace("SIZE", str(64 << 20))
-    assert in_a_process(source).strip() == str(depth * (depth + 1) // 2)
-
-
-def test_a_callback_has_the_stack_of_any_thread() -> None:
-    """Some five MiB of calls in C: more than two, and less than the eight that most systems give."""
-    soft = resource.getrlimit(resource.RLIMIT_STACK)[0]
-    if soft != resource.RLIM_INFINITY and soft < 8 << 20:
-        pytest.skip("RLIMIT_STACK is small here: no thread has a large stack")
-    limit = f"import resource; resource.setrlimit(resource.RLIMIT_STACK, (8 << 20, {resource.RLIM_INFINITY}))\n"
-    source = START + DEEP.replace("DEPTH", "4000").replace("SIZE", "0")
-    # The C library reads the limit as a program starts.
-    run = f"import os; os.execv(sys.executable, [sys.executable, '-c', {source!r}])"
-    assert in_a_process(limit + run).strip() == "8002000"
 
 
 def test_a_callback_has_the_signal_mask_of_the_thread_that_started_the_run() -> None:

@@ -1,21 +1,27 @@
-"""Machines that share a loop, and end each alone."""
+"""Machines that share a loop, and end each alone.
+
+Covers src/event/turn_lock.rs.
+"""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 import pyvmm
+from conftest import TESTS
 from guests import (
     SPIN,
     exit_with,
     flat,
     print_text,
 )
-from pyvmm import (
-    ExitReason,
-    Vmm,
-)
+from pyvmm import EventFd, EventOps, Events, EventSet, ExitReason, Vmm
+from threads import all_at_once
 
 pytestmark = pytest.mark.kvm
 
@@ -93,3 +99,94 @@ def test_kick_that_another_loop_takes_ends_the_run_too() -> None:
         other.stop()
         thief.join(60)
         assert not thief.is_alive()
+
+
+def test_kick_that_a_subscriber_of_the_program_processes_ends_the_run_too() -> None:
+    """It drains the exit event, so that the machine's own loop does not see it."""
+    with Vmm(flat(SPIN)) as vmm:
+        handler = vmm.exit_handler
+
+        class Processes:
+            def __init__(self) -> None:
+                self.fd = EventFd(1)
+
+            def init(self, ops: EventOps) -> None:
+                ops.add(Events(self.fd))
+
+            def process(self, events: Events, ops: EventOps) -> None:
+                self.fd.read()
+                handler.process(Events(handler.handler.exit_event, EventSet.IN), ops)
+
+        other = pyvmm.EventManager()
+        subscriber = Processes()
+        other.add_subscriber(subscriber)
+        run = threading.Thread(target=vmm.run)
+        run.start()
+        while vmm.state is not pyvmm.VmRunState.RUNNING:
+            time.sleep(0)
+        assert other.run() == 1
+        run.join(60)
+        assert not run.is_alive()
+
+
+def test_runs_end_while_other_threads_perform_the_iterations() -> None:
+    """Each run may check its end just before another thread dispatches it, and wait afterwards."""
+    end = time.monotonic() + float(os.environ.get("PYVMM_STRESS_S", "1"))
+    manager = pyvmm.EventManager()
+    spinning = Vmm(flat(SPIN), event_manager=manager)
+
+    def run(code: int) -> None:
+        with Vmm(flat(exit_with(code)), event_manager=manager) as vmm:
+            snapshot = vmm.snapshot()
+            while time.monotonic() < end:
+                assert vmm.run(60).code == code
+                vmm.reset(snapshot)
+
+    def run_all() -> None:
+        all_at_once(*(lambda code=code: run(code) for code in range(4)), deadline=100)
+        spinning.stop()
+
+    all_at_once(spinning.run, run_all, deadline=110)
+    spinning.close()
+
+
+CTRL_C = """
+import os, signal, sys, threading
+sys.path[:0] = [{tests!r}]
+from guests import SPIN, flat
+from pyvmm import *
+
+manager = EventManager()
+leader, own = (Vmm(flat(SPIN), event_manager=manager) for _ in range(2))
+
+def is_waiting(thread, state):
+    with open(f"/proc/self/task/{{thread}}/syscall") as file:
+        return file.read().split()[0] == state
+
+# It waits for the loop's events (ppoll), and the main thread for its iteration (futex).
+running = threading.Thread(target=leader.run)
+running.start()
+while not is_waiting(running.native_id, "271"):
+    pass
+
+def interrupt():
+    while own.state is not VmRunState.RUNNING or not is_waiting(os.getpid(), "202"):
+        pass
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+threading.Thread(target=interrupt).start()
+try:
+    {run}
+except KeyboardInterrupt:
+    print("interrupted")
+leader.stop()
+running.join(60)
+"""
+
+
+@pytest.mark.parametrize("run", ["own.run()", "own.start(); own.wait()", "own.start(); manager.run_forever()"])
+def test_ctrl_c_ends_a_run_while_another_thread_performs_the_iterations(run: str) -> None:
+    program = CTRL_C.format(tests=str(TESTS), run=run)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")

@@ -105,7 +105,7 @@ fn process(
 ) -> PyResult<()> {
     let set = events.events().event_set();
     if set.contains(EventSet::IN) {
-        handler.inner().lock().stop();
+        handler.inner().lock().stop_elsewhere()?;
     }
     if set.contains(EventSet::ERROR) {
         let py = ops.py();

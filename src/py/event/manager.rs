@@ -17,7 +17,6 @@ use super::queue::{EventQueue, QueuedEvent};
 use super::stats::LoopStats;
 use super::subscribers::{Receiver, Subscribers};
 use super::timers::Timers;
-use super::turn_lock::TurnLock;
 use crate::error::Result;
 use crate::event::{Calls, EventManager};
 use crate::py::ending;
@@ -41,7 +40,6 @@ pub struct PyEventManager {
     /// Tells this manager's ids from another's.
     number: u64,
     owners: LoopOwners,
-    turn_lock: TurnLock,
     /// Requests of other threads to the loop's thread.
     calls: Calls<Call>,
     stats: LoopStats,
@@ -60,7 +58,6 @@ impl PyEventManager {
             // Relaxed, here and below: the numbers only have to be unique.
             number: NUMBERS.fetch_add(1, Ordering::Relaxed),
             owners: LoopOwners::default(),
-            turn_lock: TurnLock::default(),
             calls: Calls::default(),
             stats: LoopStats::default(),
             timers: Timers::default(),
@@ -113,10 +110,6 @@ impl PyEventManager {
 
     pub(crate) fn core(&self) -> &EventManager {
         &self.core
-    }
-
-    pub(crate) fn turn_lock(&self) -> &TurnLock {
-        &self.turn_lock
     }
 
     pub(crate) fn owners(&self) -> &LoopOwners {

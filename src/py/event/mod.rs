@@ -21,7 +21,6 @@ mod stats;
 mod subscribers;
 mod timer_fd;
 mod timers;
-mod turn_lock;
 
 pub use endpoint::PyRemoteEndpoint;
 pub use event_fd::PyEventFd;

@@ -8,7 +8,7 @@ use pyo3::prelude::*;
 use super::delivery::deliver;
 use super::manager::PyEventManager;
 use super::queue::QueuedEvent;
-use crate::event::EventManager;
+use crate::event::{EventManager, NextTurn};
 use crate::py::depth;
 use crate::py::enter::attach;
 use crate::py::pending_outcome::PendingOutcome;
@@ -26,21 +26,28 @@ fn wait(core: &EventManager, deadline: Option<Instant>) -> PyResult<usize> {
     Ok(fetched.unwrap_or(Ok(0))?)
 }
 
+/// Wait until another thread's iteration has ended, without the GIL. Python's main thread also
+/// returns when it has to check for signals, which cannot end this wait.
+fn await_turn(core: &EventManager, next: NextTurn) -> PyResult<()> {
+    core.await_turn(next.until(wakeup::until_check(next.until)?));
+    Ok(())
+}
+
 /// An iteration of a machine's loop: wait until this time at most, dispatch and deliver, or wait
 /// until the thread of another machine has done so. Then raise the pending exceptions of vCPU
 /// threads, and run Python's signal handlers. Called without the GIL.
 pub(crate) fn turn(
     manager: &Py<PyEventManager>,
     pending: &PendingOutcome,
-    deadline: Option<Instant>,
+    next: NextTurn,
 ) -> PyResult<()> {
     depth::check()?;
     let this = manager.get();
-    let guard = this.turn_lock().begin();
+    let guard = this.core().begin_turn();
     let fetched = match &guard {
-        Some(_) => wait(this.core(), deadline)?,
+        Some(guard) => wait(this.core(), guard.until(next))?,
         None => {
-            this.turn_lock().wait(deadline);
+            await_turn(this.core(), next)?;
             0
         }
     };
@@ -90,14 +97,15 @@ impl PyEventManager {
         self.core().locked(|| unsafe { self.event_queue().swap(batch) });
     }
 
-    /// Wait until this time at most and dispatch once. Returns the number of dispatched events.
+    /// Wait and dispatch once, or wait until another thread has. Returns the number of events that
+    /// this thread has dispatched.
     fn turn(
         slf: &Bound<'_, Self>,
-        deadline: Option<Instant>,
+        next: NextTurn,
         batch: &mut Vec<QueuedEvent>,
     ) -> PyResult<usize> {
         let recording = slf.get().core().recorders.recording();
-        let result = Self::fetch_and_deliver(slf, deadline, batch);
+        let result = Self::fetch_and_deliver(slf, next, batch);
         if recording.is_some() {
             slf.py().detach(trace::flush);
         }
@@ -106,7 +114,7 @@ impl PyEventManager {
 
     fn fetch_and_deliver(
         slf: &Bound<'_, Self>,
-        deadline: Option<Instant>,
+        next: NextTurn,
         batch: &mut Vec<QueuedEvent>,
     ) -> PyResult<usize> {
         depth::check()?;
@@ -116,15 +124,15 @@ impl PyEventManager {
         let take = || unsafe { this.event_queue().swap(batch) };
         // Ready events are fetched without releasing the GIL, because releasing it costs more than
         // the fetch.
-        let Some(_guard) = this.turn_lock().begin() else {
+        let Some(guard) = this.core().begin_turn() else {
             // A machine's thread performs an iteration.
-            slf.py().detach(|| this.turn_lock().wait(deadline));
+            slf.py().detach(|| await_turn(this.core(), next))?;
             return Ok(0);
         };
         if let Some(fetched) = this.core().try_dispatch(take)? {
             return Self::deliver(slf, fetched, batch);
         }
-        let fetched = slf.py().detach(|| wait(this.core(), deadline))?;
+        let fetched = slf.py().detach(|| wait(this.core(), guard.until(next)))?;
         this.swap_fetched(batch);
         Self::deliver(slf, fetched, batch)
     }
@@ -168,7 +176,8 @@ impl PyEventManager {
         let deadline = limit.map(|limit| Instant::now() + limit);
         slf.get().with_batch(|batch| {
             loop {
-                let dispatched = Self::turn(slf, deadline, batch)?;
+                let next = slf.get().core().next_turn().until(deadline);
+                let dispatched = Self::turn(slf, next, batch)?;
                 if dispatched > 0 || deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                     return Ok(dispatched);
                 }
@@ -184,13 +193,16 @@ impl PyEventManager {
         let _ownership = this.owners().claim("this event manager", None)?;
         let mut handover = GilHandover::new(slf.py())?;
         this.with_batch(|batch| {
-            while !this.calls().take_stop() {
-                if Self::turn(slf, None, batch)? == 0 {
+            loop {
+                let next = this.core().next_turn();
+                if this.calls().take_stop() {
+                    return Ok(());
+                }
+                if Self::turn(slf, next, batch)? == 0 {
                     slf.py().check_signals()?;
                 }
                 handover.turned()?;
             }
-            Ok(())
         })
     }
 }

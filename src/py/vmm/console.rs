@@ -86,8 +86,7 @@ impl PyVmm {
                     pending.keep_exit(None);
                 }
                 let ended = interrupt::interruptible(py, |interrupted| {
-                    driving
-                        .drive(watch, deadline, interrupted, |until| turn(manager, pending, until))
+                    driving.drive(watch, deadline, interrupted, |next| turn(manager, pending, next))
                 });
                 // The thread that wants the loop next may enter when `driving` is gone.
                 drop((ownership, kept));

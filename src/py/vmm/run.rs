@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
@@ -11,7 +11,7 @@ use pyo3::types::PyBytes;
 
 use super::object::PyVmm;
 use crate::error::{Error, ErrorKind};
-use crate::event::EventManager;
+use crate::event::{EventManager, NextTurn};
 use crate::exit_handler::{Exit, ExitReason};
 use crate::limit::Interrupted;
 use crate::py::ending::import;
@@ -20,8 +20,8 @@ use crate::py::event::{Ownership, PyEventManager, turn};
 use crate::py::{exit, interrupt};
 use crate::vmm::Vmm;
 
-/// One turn of the loop, which waits until this time at most.
-type Turn<'a> = dyn FnMut(Option<Instant>) -> PyResult<()> + 'a;
+/// One turn of the loop.
+type Turn<'a> = dyn FnMut(NextTurn) -> PyResult<()> + 'a;
 
 /// Ends one run of a machine, and no other run.
 #[pyclass(frozen, name = "_Cancel", module = "pyvmm")]
@@ -104,7 +104,7 @@ impl PyVmm {
         let _ownership = self.claim(manager, None)?;
         let _kept = self.hooks.keep_vcpus(py);
         let ended = interrupt::interruptible(py, |interrupted| {
-            run(vmm, timeout, interrupted, &mut |until| turn(manager, pending, until))
+            run(vmm, timeout, interrupted, &mut |next| turn(manager, pending, next))
         });
         self.finish(py, ended)
     }
@@ -188,9 +188,9 @@ impl PyVmm {
                 let error = || Error::new(ErrorKind::State, "run", "the run was cancelled");
                 if is_cancelled.get() { Err(error()) } else { Ok(()) }
             };
-            let ended = vmm.run_interruptibly(timeout, &check, |until| -> PyResult<()> {
+            let ended = vmm.run_interruptibly(timeout, &check, |next| -> PyResult<()> {
                 check()?;
-                turn(manager, pending, until)?;
+                turn(manager, pending, next)?;
                 Ok(check()?)
             });
             (ended, is_cancelled.get())
