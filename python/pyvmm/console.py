@@ -85,6 +85,12 @@ class Console:
     def __repr__(self) -> str:
         return f"<Console: {len(self.data)} bytes, the last line {self.tail(1)!r}>"
 
+    def _repr_html_(self) -> str:
+        """Return a table, for notebooks."""
+        from pyvmm import notebook
+
+        return notebook.console(self)
+
 
 def tail(data: bytes, lines: int) -> str:
     """The last lines of the console, fit for an error message."""

@@ -8,36 +8,42 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pyvmm import views
 from pyvmm.exceptions import VmmError
+from pyvmm.views import table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
-    from pyvmm import Exit, GuestMemory, Snapshot, Vcpu, Vmm
+    from pyvmm import Console, Exit, GuestMemory, Snapshot, Vcpu, Vmm
 
 DUMP_BYTES = 256
 A_LINE = 16
+CONSOLE_LINES = 40
 MIB = 1 << 20
-
-
-def table(caption: str, rows: Iterable[tuple[str, str]]) -> str:
-    """Names and values, some of which have several lines."""
-    return views.table(caption, rows, "text-align: left; white-space: pre")
 
 
 def exit(exit: Exit) -> str:
     """What an `Exit` has; fields that do not apply are left out."""
     rows = [(name, value) for name, value in zip(exit._fields, exit, strict=True) if value is not None]
-    shown = [(name, _number(value) if name in {"cr2", "rip"} else str(value)) for name, value in rows]
-    return table(type(exit).__name__, shown)
+    return table(type(exit).__name__, [(name, _field(name, value)) for name, value in rows])
+
+
+def _field(name: str, value: object) -> str:
+    if name in {"cr2", "rip"} and isinstance(value, int):
+        return hex(value)
+    if name != "value":
+        return str(value)
+    try:
+        return repr(value)  # of any class
+    except Exception as error:
+        return f"{type(value).__qualname__}, whose repr() raises {type(error).__qualname__}"
 
 
 def vmm(vmm: Vmm) -> str:
     """The state of a machine, its parts and its unanswered accesses."""
     rows = [
         ("state", lambda: str(vmm.state)),
-        ("exit", lambda: str(vmm.exit)),
+        ("exit", lambda: str(vmm.exit).partition("\n")[0]),
         ("boot", lambda: type(vmm.config.boot).__name__),
         ("memory", lambda: f"{vmm.memory.size // MIB} MiB"),
         ("vCPUs", lambda: str(len(vmm.vcpus))),
@@ -49,12 +55,11 @@ def vmm(vmm: Vmm) -> str:
 
 def vcpu(vcpu: Vcpu) -> str:
     """The general registers of a vCPU that is stopped."""
-
-    def registers() -> str:
-        return vcpu.regs._repr_html_()
-
-    shown = _said(registers)
-    return shown if shown.startswith("<table") else table(repr(vcpu), [("registers", shown)])
+    caption = f"vCPU {vcpu.id}"
+    try:
+        return table(caption, vcpu.regs._cells())
+    except VmmError as error:
+        return table(caption, [("registers", str(error))])
 
 
 def snapshot(snapshot: Snapshot) -> str:
@@ -66,6 +71,11 @@ def snapshot(snapshot: Snapshot) -> str:
         ("mappings", lambda: str(snapshot.mappings)),
     ]
     return table(type(snapshot).__name__, [(name, _said(value)) for name, value in rows])
+
+
+def console(console: Console) -> str:
+    """The last lines of a console."""
+    return table(type(console).__name__, [("bytes", f"{len(console.data):,}"), ("tail", console.tail(CONSOLE_LINES))])
 
 
 def memory(memory: GuestMemory) -> str:
@@ -95,10 +105,6 @@ def dump(data: bytes, address: int = 0) -> str:
         text = "".join(chr(byte) if 0x20 <= byte < 0x7F else "." for byte in piece)  # noqa: PLR2004
         lines.append(f"{address + at:08x}  {piece.hex(' '):<{3 * A_LINE - 1}}  {text}")
     return "\n".join(lines)
-
-
-def _number(value: object) -> str:
-    return hex(value) if isinstance(value, int) else str(value)
 
 
 def _said(value: Callable[[], str]) -> str:

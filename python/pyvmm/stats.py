@@ -109,4 +109,6 @@ def html(stats: Stats) -> str:
         lines += ["".join(f"<td>{escape(text)}</td>" for text in row) for row in rows]
         return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
-    return table(VCPU_HEAD, _vcpu_rows(stats)) + table(EXIT_HEAD, _exit_rows(stats))
+    rows = _exit_rows(stats)
+    more = f"<p>and {len(rows) - MAX_ROWS} more</p>" if len(rows) > MAX_ROWS else ""
+    return table(VCPU_HEAD, _vcpu_rows(stats)) + table(EXIT_HEAD, rows[:MAX_ROWS]) + more

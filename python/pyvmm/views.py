@@ -71,16 +71,34 @@ class View(RegisterView):
 
     def _repr_html_(self) -> str:
         """Return a table, for notebooks."""
-        return table(type(self).__name__, self._rows())
+        return table(type(self).__name__, self._cells())
+
+    def _cells(self) -> Iterator[tuple[str, str]]:
+        """The rows of the table. A part is one line, without the name of its class."""
+        for name, text in self._rows():
+            value = getattr(self, name, None)
+            yield name, "  ".join(map(" ".join, value._rows())) if isinstance(value, View) else text
 
 
-def table(caption: str, rows: Iterable[tuple[str, str]], style: str = "") -> str:
-    """Return names and values as HTML, each cell in this style."""
-    look = f" style='{style}'" if style else ""
+# Colours and sizes are the notebook's own, so that they fit its theme.
+LEFT = "text-align: left"
+NAME = f"{LEFT}; vertical-align: top"
+VALUE = f"{LEFT}; white-space: pre-wrap; font-family: var(--jp-code-font-family, monospace)"
+# A table shows at most this much of a value.
+LONGEST = 4096
+
+
+def table(caption: str, rows: Iterable[tuple[str, str]]) -> str:
+    """Return names and values as HTML."""
     cells = "".join(
-        f"<tr><th{look}>{escape(name)}</th><td{look}><code>{escape(text)}</code></td></tr>" for name, text in rows
+        f"<tr><th style='{NAME}'>{escape(name)}</th><td style='{VALUE}'>{escape(_short(text))}</td></tr>"
+        for name, text in rows
     )
-    return f"<table><caption>{escape(caption)}</caption>{cells}</table>"
+    return f"<table><caption style='{LEFT}'>{escape(caption)}</caption>{cells}</table>"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text):,} characters)"
 
 
 V = TypeVar("V", bound=View)

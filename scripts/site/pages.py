@@ -6,6 +6,7 @@ A hook of MkDocs. It also points links that leave docs/ at these pages.
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
-LANGUAGES = {".py": "python", ".c": "c", ".h": "c", ".S": "asm"}
+LANGUAGES = {".py": "python", ".ipynb": "python", ".c": "c", ".h": "c", ".S": "asm"}
 
 
 def sources() -> list[Path]:
@@ -34,6 +35,8 @@ def page_of(path: Path) -> str:
 def summary(path: Path) -> str:
     """What an example says of itself: the docstring of a program, the first comment of anything else."""
     text = path.read_text()
+    if path.suffix == ".ipynb":
+        return "".join(json.loads(text)["cells"][0]["source"])
     if path.suffix == ".py":
         return " ".join((ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0].split())
     comment = re.match(r"\s*/\*(.*?)\*/|((?:\s*(?://|#) [^\n]*\n)+)", text, re.DOTALL)
@@ -41,9 +44,18 @@ def summary(path: Path) -> str:
     return " ".join(words.split())
 
 
+def code(path: Path) -> str:
+    """The text of an example; of a notebook, its cells."""
+    text = path.read_text()
+    if path.suffix != ".ipynb":
+        return text
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells) + "\n"
+
+
 def example(path: Path) -> str:
     """The page of one example."""
-    return f"# {path.name}\n\n```{LANGUAGES[path.suffix]}\n{path.read_text()}```\n"
+    return f"# {path.name}\n\n```{LANGUAGES[path.suffix]}\n{code(path)}```\n"
 
 
 def contents() -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import re
 import shutil
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from conftest import ROOT
@@ -21,6 +23,7 @@ NEED_NO_KVM = {"event_loop", "loop_from_threads", "loop_tour"}
 NEED_LINUX = {"boot_linux"}
 NEED_RAY = {"snapshot_ray"}
 NEED_GCC = {"fuzz_parser"}
+FOR_PYTEST = {"test_guest"}
 
 
 def run(example: Path, *arguments: str) -> str:
@@ -38,12 +41,48 @@ def test_example_prints_what_it_says(example: Path) -> None:
 
 @pytest.mark.kvm
 @pytest.mark.parametrize(
-    "example", [e for e in EXAMPLES if e.stem not in NEED_NO_KVM | NEED_LINUX | NEED_RAY], ids=lambda e: e.stem
+    "example",
+    [e for e in EXAMPLES if e.stem not in NEED_NO_KVM | NEED_LINUX | NEED_RAY | FOR_PYTEST],
+    ids=lambda e: e.stem,
 )
 def test_example_with_a_machine_prints_what_it_says(example: Path) -> None:
     if example.stem in NEED_GCC and shutil.which("gcc") is None:
         pytest.skip("there is no gcc")
     test_example_prints_what_it_says(example)
+
+
+@pytest.mark.kvm
+def test_example_for_pytest_passes(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--rootdir",
+        str(tmp_path),
+        str(ROOT / "examples" / "test_guest.py"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
+    assert "3 passed" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.kvm
+def test_example_for_notebooks_shows_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its cells, as a notebook runs them: the value of the last line is shown."""
+    cells = json.loads((ROOT / "examples" / "notebook.ipynb").read_text())["cells"]
+    names: dict[str, Any] = {}
+    shown = []
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            body = ast.parse("".join(cell["source"])).body
+            last = body.pop()
+            assert isinstance(last, ast.Expr)
+            exec(compile(ast.Module(body, []), "cell", "exec"), names)
+            shown.append(eval(compile(ast.Expression(last.value), "cell", "eval"), names)._repr_html_())
+    assert capsys.readouterr().out == "H!"
+    assert len(shown) > 6
+    assert all(html.startswith("<table>") for html in shown)
+    assert ">42<" in shown[0]
 
 
 @pytest.mark.kvm

@@ -42,7 +42,8 @@ def test_every_example_has_a_page_and_a_summary() -> None:
     pages = hook()
     for path in pages.sources():
         assert pages.summary(path), path
-        assert path.read_text() in pages.example(path)
+        assert pages.code(path) in pages.example(path)
+        assert path.suffix == ".ipynb" or pages.code(path) == path.read_text()
         assert f"]({path.relative_to(ROOT / 'examples')}.md)" in pages.contents()
 
 

@@ -10,7 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from guests import SPIN, exit_with, flat, print_text
+from guests import SPIN, TRIPLE_FAULT, exit_with, flat, print_text
 from hypothesis import given
 from hypothesis import strategies as st
 from pyvmm import Exit, ExitReason, SerialConfig, Vmm
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def rows(object: Any) -> dict[str, str]:
     """The names and values of an object's table, as a reader sees them."""
-    cells = re.findall(r"<th[^>]*>(.*?)</th><td[^>]*><code[^>]*>(.*?)</code></td>", object._repr_html_(), re.DOTALL)
+    cells = re.findall(r"<th[^>]*>(.*?)</th><td[^>]*>(.*?)</td>", object._repr_html_(), re.DOTALL)
     return {html.unescape(name): html.unescape(text) for name, text in cells}
 
 
@@ -32,6 +32,51 @@ def test_exit_shows_what_applies_and_escapes_it() -> None:
     exit = Exit(ExitReason.EXCEPTION, vcpu=0, fault="<rip>", vector=14, cr2=0x10)
     assert rows(exit) == {"reason": "exception", "vcpu": "0", "fault": "<rip>", "vector": "14", "cr2": "0x10"}
     assert "<rip>" not in exit._repr_html_()
+
+
+class Hostile:
+    """A value whose text is HTML."""
+
+    def __repr__(self) -> str:
+        return "<img src=x onerror='alert(1)'>"
+
+
+class Broken:
+    """A value without a text."""
+
+    def __repr__(self) -> str:
+        raise LookupError("none")
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("1", "'1'"),
+        (Hostile(), "<img src=x onerror='alert(1)'>"),
+        (Broken(), "Broken, whose repr() raises LookupError"),
+        (b"x" * 10_000, "b'" + "x" * 4094 + "... (10,003 characters)"),
+    ],
+)
+def test_value_of_any_class_is_shown_and_is_no_markup(value: object, shown: str) -> None:
+    exit = Exit(ExitReason.STOPPED, value=value)
+    assert rows(exit)["value"] == shown
+    assert "<img" not in exit._repr_html_()
+
+
+@pytest.mark.kvm
+def test_parts_of_registers_are_a_line_each(make: Callable[[VmmConfig], Vmm]) -> None:
+    vmm = make(flat(SPIN, "long64"))
+    segment = rows(vmm.vcpus[0].sregs)["cs"]
+    assert segment.startswith("base 0x0  limit 0xffffffff  selector 0x")
+    assert rows(vmm.vcpus[0].sregs)["efer"] == "0x500"
+
+
+@pytest.mark.kvm
+def test_machine_whose_guest_failed_shows_one_line_of_it(make: Callable[[VmmConfig], Vmm]) -> None:
+    vmm = make(flat(TRIPLE_FAULT, "long64"))
+    exit = vmm.run(60)
+    assert rows(vmm)["exit"] == "shutdown (vCPU 0)"
+    assert "rip 0x" in rows(exit)["fault"]
 
 
 @pytest.mark.kvm
@@ -43,6 +88,14 @@ def test_machine_and_its_parts_are_tables(make: Callable[[VmmConfig], Vmm]) -> N
     assert rows(vmm.memory)["start"].splitlines()[0].startswith("00000000  ")
     snapshot = vmm.snapshot()
     assert rows(snapshot) | {"id": snapshot.id, "vCPUs": "1"} == rows(snapshot)
+
+
+@pytest.mark.kvm
+def test_console_shows_its_end_without_control_characters(make: Callable[[VmmConfig], Vmm]) -> None:
+    vmm = make(flat(print_text(b"<b>hi</b>\n\x1b[31mred") + exit_with(0)))
+    vmm.run(60)
+    assert rows(vmm.console)["tail"] == "<b>hi</b>\n\\x1b[31mred"
+    assert "<b>" not in vmm.console._repr_html_()
 
 
 @pytest.mark.kvm

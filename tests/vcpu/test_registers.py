@@ -6,6 +6,7 @@ src/py/processor.rs, python/pyvmm/registers.py, python/pyvmm/views.py.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import guests
@@ -147,9 +148,9 @@ def test_views_are_readable(vcpu: Vcpu) -> None:
     assert "rflags=0x202 [IF]" in repr(vcpu.regs)
     assert "cs=Segment(base=" in repr(vcpu.sregs)
     html = vcpu.regs._repr_html_()
-    assert "<th>IA32_EFER</th><td><code>0x" in vcpu.msrs._repr_html_()
+    assert re.search(r"IA32_EFER</th><td[^>]*>0x", vcpu.msrs._repr_html_())
     assert html.startswith("<table>")
-    assert "<th>r15</th>" in html
+    assert ">r15</th>" in html
     assert "xmm" in repr(vcpu.fpu)
     assert repr(vcpu) == "Vcpu(0)"
 
