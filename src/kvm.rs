@@ -49,6 +49,25 @@ pub(crate) fn create_vm(kvm: &Kvm) -> Result<VmFd> {
     }
 }
 
+/// Whether KVM_RUN may be called from another thread than last time without a wait: before Linux
+/// 6.13 the caller waits for an RCU grace period, which takes milliseconds.
+pub(crate) fn moves_vcpus_quickly() -> bool {
+    static QUICKLY: OnceBox<bool> = OnceBox::new();
+    *QUICKLY.get_or_init(|| {
+        std::fs::read_to_string("/proc/sys/kernel/osrelease")
+            .is_ok_and(|release| version(&release) >= Some((6, 13)))
+    })
+}
+
+/// The first two numbers of a kernel's release.
+fn version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+    match (numbers.next(), numbers.next()) {
+        (Some(Ok(major)), Some(Ok(minor))) => Some((major, minor)),
+        _ => None,
+    }
+}
+
 /// How many vCPUs a machine may have. The same for all machines of a process.
 pub(crate) fn max_vcpus(kvm: &Kvm) -> usize {
     static MAX: OnceBox<usize> = OnceBox::new();
@@ -81,6 +100,13 @@ pub(crate) fn checked<T>(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn releases_are_compared_by_number() {
+        assert_eq!(version("6.1.0-42-amd64"), Some((6, 1)));
+        assert!(version("6.13.0-rc1\n") >= Some((6, 13)) && version("7.0") > Some((6, 13)));
+        assert_eq!(version("unknown"), None);
+    }
 
     #[test]
     fn each_cause_has_its_hint() {

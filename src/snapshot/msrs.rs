@@ -161,10 +161,26 @@ fn is_quiet(index: u32, value: u64) -> bool {
     }
 }
 
+/// A value of the time-stamp counter to set before this one, on the first vCPU.
+///
+/// If a counter is set to a value within a second of what the counter set last has by now, KVM
+/// assumes that the two are to agree, and lets the counter continue from that one. So it would not
+/// go back, but the counters of the other vCPUs shall agree with the first.
+fn far_from(counter: u64) -> u64 {
+    counter ^ 1 << 62
+}
+
 fn set_all(vcpu: &mut Vcpu, entries: impl Iterator<Item = (u32, u64)>) -> Result<()> {
     let known = &vcpu.constant_msrs;
+    let has_first_counter = vcpu.id == 0;
     let entries: Vec<_> = entries
         .filter(|entry| !known.contains(entry))
+        .flat_map(|(index, data)| {
+            let is_counter = index == IA32_TSC && has_first_counter;
+            let before = is_counter.then(|| (index, far_from(data)));
+            // KVM takes 0 for a request to agree.
+            before.into_iter().chain([(index, data.max(u64::from(is_counter)))])
+        })
         .map(|(index, data)| kvm_msr_entry { index, data, ..Default::default() })
         .collect();
     let mut left = entries.as_slice();

@@ -123,6 +123,10 @@ fn reach(
         noted.device = Some(Arc::clone(device));
     }
     let outcome = match found {
+        Some((device, _)) if vcpu.calls_nobody && device.may_block() => {
+            vcpu.is_left_pending = true;
+            Outcome::Continue
+        }
         Some((device, offset)) => {
             let began = vcpu.is_recorded.then(Instant::now);
             let outcome = call(vcpu, handle, &**device, offset);

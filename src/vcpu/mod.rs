@@ -66,6 +66,7 @@ pub(crate) use stack::spawn;
 pub use state::{RunState, VmRunState};
 pub(crate) use state_id::StateId;
 pub use stats::{Count, ExitKey, Stats, VcpuTime};
-pub(crate) use thread::{Shared, create, start};
+pub(crate) use thread::{Shared, create, hand_over, start};
+pub(crate) use tick::can_tick;
 pub use vcpu::Vcpu;
 pub(crate) use vcpu::VcpuName;

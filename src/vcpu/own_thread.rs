@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::commands::{Next, VcpuCommand};
 use super::handle::{HandleState, OwnThread, VcpuHandle};
-use super::kick::this_thread;
+use super::kick::{ImmediateExit, this_thread};
 use super::signal::SignalMask;
 use super::stack;
 use super::vcpu::Vcpu;
@@ -35,8 +35,36 @@ impl VcpuHandle {
         &self,
         spawn: impl FnOnce(u64) -> Result<JoinHandle<()>>,
     ) -> Result<()> {
-        let stack_size = stack::size();
         let mut state = self.begin(None)?;
+        self.provide_thread(&mut state, spawn)
+    }
+
+    /// Have the vCPU's own thread follow its commands from here on, instead of the thread in
+    /// `run_here`, which has put the vCPU to rest and gets no more ticks. `spawn` as for
+    /// [`Self::begin_run`].
+    ///
+    /// # Errors
+    /// The error of `spawn`.
+    pub(super) fn hand_over(
+        &self,
+        spawn: impl FnOnce(u64) -> Result<JoinHandle<()>>,
+    ) -> Result<()> {
+        let mut state = self.state.lock();
+        self.provide_thread(&mut state, spawn)?;
+        state.here = None;
+        // A last tick may have set the flag. Kick, point 8: a kick that came meanwhile has set the
+        // word first.
+        self.page.set(self.stop.is_set());
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    fn provide_thread(
+        &self,
+        state: &mut HandleState,
+        spawn: impl FnOnce(u64) -> Result<JoinHandle<()>>,
+    ) -> Result<()> {
+        let stack_size = stack::size();
         state.mask = Some(SignalMask::of_this_thread());
         // A thread in a callback keeps its stack.
         let is_away = state.commands.vcpu.is_none();

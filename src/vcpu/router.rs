@@ -172,6 +172,11 @@ impl ExitRouter {
         drop(former);
     }
 
+    /// Whether an observer sees the exits.
+    pub(crate) fn is_observed(&self) -> bool {
+        self.mask().is_observed()
+    }
+
     /// Add an observer, which sees every exit from the next entry on.
     pub fn observe(&self, observer: Arc<dyn Observer>) {
         self.observers.write().push(observer);

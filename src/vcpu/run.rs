@@ -13,13 +13,15 @@ use super::exit::VcpuExit;
 use super::fault;
 use super::handle::VcpuHandle;
 use super::kick::ImmediateExit;
+use super::pending::PendingIo;
 use super::report::report;
 use super::router::{self, AnsweredExit, Reply};
 use super::vcpu::Vcpu;
 use crate::exit_handler::{Exit, ExitReason, Outcome};
 use crate::hop::hop;
 
-/// Enter the guest once and handle its exit.
+/// Enter the guest once and handle its exit. [`Outcome::Wait`] if the exit stays pending, because
+/// this thread calls no code of the program.
 pub(crate) fn step(vcpu: &mut Vcpu, handle: &VcpuHandle) -> Outcome {
     if vcpu.router.mask().is_observed() {
         return observed_step(vcpu, handle);
@@ -48,6 +50,9 @@ fn observed_step(vcpu: &mut Vcpu, handle: &VcpuHandle) -> Outcome {
             let step = answer(vcpu, handle, &exit);
             vcpu.is_recorded = false;
             drop(recording);
+            if step == Outcome::Wait {
+                return step; // seen when it is answered
+            }
             let answered = Instant::now();
             vcpu.router.after_exit(&AnsweredExit {
                 vcpu: vcpu.id,
@@ -78,6 +83,10 @@ pub(super) fn answer(vcpu: &mut Vcpu, handle: &VcpuHandle, exit: &VcpuExit) -> O
     // After the exit, so that a hook sees the exit of a guest that ran while it was added.
     let mask = vcpu.router.mask();
     let is_reported = exit.kind().is_some_and(|kind| mask.has_answer_hook(kind));
+    let has_hook = is_reported || exit.kind().is_some_and(|kind| mask.has_hook(kind));
+    if vcpu.calls_nobody && has_hook {
+        return leave_pending(vcpu, exit);
+    }
     vcpu.noted = is_reported.then(Noted::default);
     let is_memory = std::mem::take(&mut vcpu.has_found_memory) && vcpu.answer_from_memory(exit);
     let hooked = match exit.kind() {
@@ -89,12 +98,21 @@ pub(super) fn answer(vcpu: &mut Vcpu, handle: &VcpuHandle, exit: &VcpuExit) -> O
         let outcome = handle_exit(exit, vcpu, handle);
         (AnsweredBy::Nothing, with_fault_report(vcpu, outcome))
     });
+    if std::mem::take(&mut vcpu.is_left_pending) {
+        return leave_pending(vcpu, exit);
+    }
     vcpu.pending.set_answered();
     if is_reported {
         step = report(vcpu, handle, exit, by, step);
     }
     vcpu.apply_edits(|| handle.stop.is_set());
     step
+}
+
+/// Leave an exit to the vCPU's own thread, which finds it when it enters the guest.
+fn leave_pending(vcpu: &mut Vcpu, exit: &VcpuExit) -> Outcome {
+    vcpu.pending = PendingIo::Exit(exit.clone());
+    Outcome::Wait
 }
 
 /// If the run ends with a fault, add the vCPU's state to KVM's report.
@@ -116,7 +134,8 @@ pub(crate) fn complete_pending_io(vcpu: &mut Vcpu, handle: &VcpuHandle, steps: u
         }
         vcpu.page.set(true);
         match step(vcpu, handle) {
-            Outcome::Continue | Outcome::Wait => {}
+            Outcome::Continue => {}
+            Outcome::Wait => break,
             end => return end,
         }
     }

@@ -30,6 +30,8 @@ pub(crate) enum LeaveReason {
     Waits,
     /// This thread has received a signal.
     Signalled,
+    /// The exit needs code of the program, which this thread does not call.
+    NeedsProgram,
 }
 
 /// A vCPU that this thread runs.
@@ -69,6 +71,19 @@ impl<EH: ExitHandler> HereRun<'_, EH> {
     /// # Errors
     /// [`ErrorKind::State`] if a callback of an earlier run is still in progress.
     pub(crate) fn run(&self, until: Instant) -> Result<LeaveReason> {
+        self.run_vcpu(until, false)
+    }
+
+    /// [`Self::run`], but without calls of the program's devices and hooks: an exit that needs one
+    /// stays pending.
+    ///
+    /// # Errors
+    /// As for [`Self::run`].
+    pub(crate) fn run_without_calls(&self, until: Instant) -> Result<LeaveReason> {
+        self.run_vcpu(until, true)
+    }
+
+    fn run_vcpu(&self, until: Instant, calls_nobody: bool) -> Result<LeaveReason> {
         let Some(mut vcpu) = self.take()? else { return Ok(LeaveReason::CalledOut) };
         let (handle, shared) = (&**self.handle, self.shared);
         let guard = PanicGuard { handle, shared };
@@ -78,7 +93,9 @@ impl<EH: ExitHandler> HereRun<'_, EH> {
         // A tick of an earlier call may have left the flag set. Kick, point 8.
         self.ticks.page().set(handle.stop.is_set());
         self.ticks.arm(until);
+        vcpu.calls_nobody = calls_nobody;
         let (left, end) = self.run_guest(&mut vcpu);
+        vcpu.calls_nobody = false;
         drop(current);
         std::mem::forget(guard);
         match (left, end) {
@@ -126,7 +143,8 @@ impl<EH: ExitHandler> HereRun<'_, EH> {
             }
             let outcome = step(vcpu, handle);
             match outcome {
-                Outcome::Continue | Outcome::Wait => {}
+                Outcome::Continue => {}
+                Outcome::Wait => return (LeaveReason::NeedsProgram, outcome),
                 Outcome::Stop => break,
                 Outcome::End(_) => {
                     vcpu.complete();

@@ -6,7 +6,7 @@ use super::exit::VcpuExit;
 use super::handle::{HandleState, VcpuHandle, closed};
 use super::kick::this_thread;
 use super::run::drain_string_io;
-use super::signal::unblock_kicks;
+use super::signal::unblock_kicks_once;
 use super::vcpu::Vcpu;
 use crate::error::Result;
 use crate::exit_handler::Outcome;
@@ -52,7 +52,7 @@ impl VcpuHandle {
     /// signal; the error of KVM_RUN.
     pub fn run_once(&self) -> Result<Option<VcpuExit>> {
         self.check_process()?;
-        unblock_kicks()?;
+        unblock_kicks_once()?;
         let mut vcpu = {
             let mut state = self.state.lock();
             if std::mem::take(&mut state.is_kicked) {

@@ -268,15 +268,20 @@ impl SignalMask {
     }
 }
 
-/// Unblock kicks on this thread, which is in `run_once` or `run_here`. The system call is made once
-/// per thread.
+/// Unblock kicks on this thread, unless that has been done before: it is in `run_once`, where
+/// another system call for each exit would be seen.
+///
+/// # Errors
+/// As for [`kick_signal`].
+pub(super) fn unblock_kicks_once() -> Result<()> {
+    if IS_REACHED.get() { Ok(()) } else { unblock_kicks() }
+}
+
+/// Unblock kicks on this thread, whose program may have blocked all signals since its last run.
 ///
 /// # Errors
 /// As for [`kick_signal`].
 pub(super) fn unblock_kicks() -> Result<()> {
-    if IS_REACHED.get() {
-        return Ok(());
-    }
     let kick = kick_signal()?;
     // SAFETY: a local set, filled before use.
     unsafe {

@@ -98,6 +98,17 @@ where
     Ok(())
 }
 
+/// Have the vCPU's own thread continue a run that began on the caller's thread.
+///
+/// # Errors
+/// If no thread can be started.
+pub(crate) fn hand_over<EH>(handle: &Arc<VcpuHandle>, shared: &Arc<Shared<EH>>) -> Result<()>
+where
+    EH: ExitHandler + Send + Sync + 'static,
+{
+    handle.hand_over(|number| spawn(handle, shared, number))
+}
+
 fn spawn<EH>(
     handle: &Arc<VcpuHandle>,
     shared: &Arc<Shared<EH>>,

@@ -75,17 +75,26 @@ pub(crate) struct Ticks<'a> {
     outer: *const AtomicU8,
 }
 
+/// Whether this thread has a timer, or can create one.
+pub(crate) fn can_tick() -> bool {
+    provide_timer().is_ok()
+}
+
+fn provide_timer() -> Result<()> {
+    TIMER.with_borrow_mut(|timer| {
+        if timer.as_ref().is_none_or(|timer| timer.process_tag.is_forked_child()) {
+            *timer = Some(Timer::new()?);
+        }
+        Ok(())
+    })
+}
+
 impl<'a> Ticks<'a> {
     /// # Errors
     /// If no timer can be created, or there is no kick signal.
     pub(super) fn begin(page: &'a RunPage) -> Result<Self> {
         unblock_kicks()?;
-        TIMER.with_borrow_mut(|timer| {
-            if timer.as_ref().is_none_or(|timer| timer.process_tag.is_forked_child()) {
-                *timer = Some(Timer::new()?);
-            }
-            Ok(())
-        })?;
+        provide_timer()?;
         Ok(Self { page, outer: FLAG.replace(page.flag()) })
     }
 

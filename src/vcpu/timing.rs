@@ -10,7 +10,7 @@ use super::enter::enter;
 use super::handle::VcpuHandle;
 use super::pending::PendingIo;
 use super::run::answer;
-use super::signal::unblock_kicks;
+use super::signal::unblock_kicks_once;
 use super::vcpu::VcpuName;
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::Outcome;
@@ -24,7 +24,7 @@ impl VcpuHandle {
     /// KVM_RUN.
     pub(crate) fn time_answers(self: &Arc<Self>, machine: usize, count: u32) -> Result<Duration> {
         self.check_process()?;
-        unblock_kicks()?;
+        unblock_kicks_once()?;
         let mut vcpu = self.take_for_run_once(&mut self.state.lock())?;
         let current = CurrentVcpuGuard::enter(self, machine);
         let timed = enter(&mut vcpu).map_err(|e| Error::kvm("KVM_RUN", e)).and_then(|exit| {

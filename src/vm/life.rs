@@ -50,6 +50,14 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         here.ok_or_else(|| Error::new(ErrorKind::State, "run_here", "the machine has no vCPU"))
     }
 
+    /// Have the vCPU's own thread continue a run that [`Self::run_here`] began.
+    ///
+    /// # Errors
+    /// If no thread can be started.
+    pub(crate) fn hand_over(&self, handle: &Arc<VcpuHandle>) -> Result<()> {
+        vcpu::hand_over(handle, &self.shared)
+    }
+
     /// Answer the next exit of the first vCPU `count` times, and return how long that took. For
     /// benchmarks.
     ///

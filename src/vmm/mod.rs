@@ -2,6 +2,7 @@
 //! stopped, forked and reset here. No KVM ioctl is made here. `run` runs the loop on the caller's
 //! thread; any thread may call the rest.
 
+mod begin;
 mod instruments;
 mod life;
 mod machine;

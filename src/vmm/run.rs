@@ -4,6 +4,7 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use super::begin::Begun;
 use super::life::{Entering, Running};
 use super::machine::Vmm;
 use crate::error::{Error, ErrorKind, Result};
@@ -59,10 +60,14 @@ impl Vmm {
         hop!();
         let running = self.enter_run("run", Entering::Either)?;
         let deadline = deadline_of(timeout);
-        let started = if running.is_joined { Ok(()) } else { running.start_vcpus() };
-        let ended = started
-            .map_err(E::from)
-            .and_then(|()| running.turn_until(deadline, &mut turn, &|| false));
+        let begun = if running.is_joined { Ok(Begun::Runs) } else { running.begin(deadline) };
+        let ended = match begun {
+            Ok(Begun::Runs) => running.turn_until(deadline, &mut turn, &|| false),
+            Ok(Begun::HasEnded) => {
+                running.turn_if_ready(&mut turn).map(|()| Some(ExitReason::Stopped))
+            }
+            Err(error) => Err(error.into()),
+        };
         running.conclude(ended, deadline, interrupted, &mut turn)
     }
 
@@ -200,6 +205,15 @@ impl Running<'_> {
             Err(error) if error.kind != ErrorKind::Timeout => Err(error),
             _ => Ok(()),
         }
+    }
+
+    /// An iteration of the event loop, if an event is ready.
+    fn turn_if_ready<E: From<Error>>(
+        &self,
+        turn: &mut impl FnMut(NextTurn) -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
+        let next = self.event_manager.next_turn().until(Some(Instant::now()));
+        if self.event_manager.is_ready()? { self.turn(next, turn) } else { Ok(()) }
     }
 
     /// One iteration of the event loop. `next` is from before the caller checked its requests.

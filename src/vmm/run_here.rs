@@ -84,7 +84,7 @@ impl Running<'_> {
                     interrupted()?;
                     next_check = now + CHECK_INTERVAL;
                 }
-                LeaveReason::Ticked => {}
+                LeaveReason::Ticked | LeaveReason::NeedsProgram => {}
             }
             if self.event_manager.is_ready()? {
                 self.turn(next.until(Some(now)), turn)?;

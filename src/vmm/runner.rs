@@ -16,6 +16,9 @@ pub(super) struct Runner {
     pub(super) is_joinable: bool,
     /// The thread inside waits for output, and leaves if another wants to run the loop.
     pub(super) yields: bool,
+    /// How many further runs begin on the vCPUs' own threads, because one that began on its
+    /// caller's thread took too long for it.
+    pub(super) runs_on_own_thread: u32,
     /// How many threads want to run the loop.
     pub(super) wanted: usize,
     /// The result of the last run; `None` after an error.

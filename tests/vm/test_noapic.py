@@ -26,11 +26,11 @@ def life():
         vmm.run(60)
 
 life()
-print(vcpus())
+print(vcpus(), flush=True)
 descriptors = os.listdir("/proc/self/fd")
 for _ in range(5):
     life()
-print(vcpus(), os.listdir("/proc/self/fd") == descriptors, len(os.listdir("/proc/self/task")))
+print(vcpus(), os.listdir("/proc/self/fd") == descriptors, len(os.listdir("/proc/self/task")), flush=True)
 if (child := os.fork()) == 0:
     before = vcpus()
     life()

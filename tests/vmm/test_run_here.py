@@ -88,12 +88,13 @@ def test_no_thread_is_started() -> None:
 def test_a_time_limit_ends_it_and_either_run_continues() -> None:
     counted = b"\x66\xff\x06\x00\x20\xeb\xf9"  # inc dword [0x2000]; jmp
     with Vmm(flat(counted)) as vmm:
-        last = 0
+        last = count = 0
         for run in (vmm.run_here, vmm.run, vmm.run_here, vmm.run):
-            assert run(0.02).reason is ExitReason.TIMEOUT
-            assert vmm.state is VmRunState.PAUSED
-            count = vmm.memory.read_u32(0x2000)
-            assert count > last
+            # A kernel before 6.13 may need longer to move the vCPU to another thread.
+            while count == last:
+                assert run(0.02).reason is ExitReason.TIMEOUT
+                assert vmm.state is VmRunState.PAUSED
+                count = vmm.memory.read_u32(0x2000)
             last = count
 
 
