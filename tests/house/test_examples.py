@@ -101,16 +101,19 @@ def test_example_boots_linux(linux: Linux) -> None:
     assert said.endswith("reset (vCPU 0)\n")
 
 
-def snippets() -> list[str]:
-    """The Python programs in README and docs that run by themselves."""
-    texts = [path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))]
-    return [
-        snippet for text in texts for snippet in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    ]
+def snippets() -> dict[str, str]:
+    """The Python programs in README and docs that run by themselves, by page and number."""
+    return {
+        f"{path.stem}-{number}": snippet
+        for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+        for number, snippet in enumerate(
+            re.findall(r"^```python\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL), 1
+        )
+    }
 
 
 @pytest.mark.kvm
-@pytest.mark.parametrize("program", snippets(), ids=lambda text: text.splitlines()[0])
+@pytest.mark.parametrize("program", snippets().values(), ids=snippets())
 def test_program_in_the_documentation_runs(program: str, tmp_path: Path) -> None:
     if '"gcc"' in program and shutil.which("gcc") is None:
         pytest.skip("there is no gcc")
