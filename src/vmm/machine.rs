@@ -203,9 +203,16 @@ impl Vmm {
     /// [`ErrorKind::Config`] if no device starts at this address.
     pub fn remove_device(&self, access: Access, base: u64) -> Result<()> {
         let vm = self.vm()?;
-        drop(self.router.buses.bus(access).remove(base)?);
+        let removed = self.router.buses.bus(access).remove(base);
+        drop(removed.map_err(|error| self.closed_or(error))?);
         vm.memory().resources().release(access.kind(), base);
         Ok(())
+    }
+
+    /// The error of a call that has not found a device. If another thread has closed the machine
+    /// meanwhile, that is the reason.
+    pub(super) fn closed_or(&self, error: Error) -> Error {
+        self.vm().err().unwrap_or(error)
     }
 
     /// How the guest ended; `None` if it has not.

@@ -57,7 +57,8 @@ impl Vmm {
         self.spec(&vm).check_same(&snapshot.spec)?;
         vm.memory().kvm_slots().check(&snapshot.ranges)?;
         snapshot.ranges.iter().try_for_each(|range| range.image.check())?;
-        let devices = devices_of(&self.router().buses, snapshot)?;
+        let devices = devices_of(&self.router().buses, snapshot);
+        let devices = devices.map_err(|error| self.closed_or(error))?;
         // Outside a run, prevent one from starting. In a run, hold its vCPUs at rest.
         let in_run = self.is_in_run();
         let _running = if in_run { None } else { Some(self.enter_run("reset", Entering::New)?) };

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 
 from pyvmm import EventManager, EventOps, Events, EventSet, VmmExitHandler, WrappedExitHandler
+from threads import all_at_once
 
 
 def test_kick_clears_the_flag_when_the_loop_processes_it() -> None:
@@ -46,6 +48,19 @@ def test_kick_from_another_thread_ends_a_wait() -> None:
     while handler.keep_running():
         manager.run()
     kicker.join()
+
+
+def test_kick_ends_each_loop_that_watches_the_handler() -> None:
+    handler = WrappedExitHandler()
+    managers = [EventManager() for _ in range(3)]
+    for manager in managers:
+        manager.add_subscriber(handler)
+
+    def run(manager: EventManager) -> None:
+        while handler.keep_running():
+            manager.run()
+
+    all_at_once(*(functools.partial(run, manager) for manager in managers), handler.kick)
 
 
 def test_it_can_be_part_of_a_python_subscriber() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import threading
 from typing import TYPE_CHECKING, Any
 
 import members
@@ -125,6 +127,37 @@ def test_a_device_of_a_closed_machine_is_not_found_missing() -> None:
         vmm.add_pio_device(0x500, 4, members.Device())
     with pytest.raises(ClosedError):
         vmm.remove_pio_device(0x500)
+
+
+class Restorable:
+    def read(self, offset: int, size: int) -> int:
+        return 0
+
+    def save(self) -> bytes:
+        return b""
+
+    def restore(self, state: bytes) -> None:
+        pass
+
+
+@kvm
+@pytest.mark.parametrize("call", ["reset", "remove_pio_device"])
+def test_a_device_that_close_takes_away_meanwhile_is_not_found_missing(call: str) -> None:
+    """In some of these the call has found the machine open, and then no device."""
+    for _ in range(100):
+        vmm = Vmm(flat(SPIN))
+        vmm.add_pio_device(0x500, 1, Restorable())
+        snapshot = vmm.snapshot()
+        closing = threading.Thread(target=vmm.close)
+        closing.start()
+        with contextlib.suppress(ClosedError):
+            while True:
+                if call == "reset":
+                    vmm.reset(snapshot)
+                else:
+                    vmm.remove_pio_device(0x500)
+                    vmm.add_pio_device(0x500, 1, Restorable())
+        closing.join()
 
 
 @kvm
