@@ -68,8 +68,9 @@ docs: setup ## The documentation site in target/site and the Rust documentation;
 	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet
 	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps --document-private-items
 
-wheels: setup ## Wheels and a source distribution in target/wheels, checked and tried
-	@scripts/wheels.sh
+WHEELS ?=
+wheels: setup ## Wheels and a source distribution in target/wheels, checked and tried; WHEELS="abi3 sdist": only these
+	@scripts/wheels.sh $(WHEELS)
 
 bench: setup ## Benchmarks: ratios against the physical limit; BENCH_JSON=FILE writes them
 	python -m benches $(BENCH)
@@ -83,9 +84,8 @@ fuzz: setup ## Snapshot files changed at random; FUZZ_S=SECONDS, FUZZ_SEED=NUMBE
 	@pyvmm snapshot --memory 1 -o target/fuzz-sample --text Hello >/dev/null </dev/null
 	cargo run --quiet --release --no-default-features --example fuzz_snapshot target/fuzz-sample $(FUZZ_S) $(FUZZ_SEED)
 
-audit: setup ## Known vulnerabilities and licences of the dependencies
-	@scripts/if_there cargo-deny cargo deny --log-level error check
-	pip-audit --progress-spinner off --skip-editable
+audit: setup ## Known vulnerabilities and licences of the dependencies, as far as they can be checked here
+	@scripts/audit.sh
 
 format: setup ## Format all code
 	@scripts/if_there cargo-fmt cargo fmt

@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
-# Builds the wheels and the source distribution into target/wheels and checks them: one wheel for
-# every CPython from 3.11 on (the stable ABI), a native one for each newer interpreter that is
-# installed, musl where Rust has its target. Each wheel is then installed and runs a program under
-# every interpreter that it fits. PYTHONS names interpreters that are not on the PATH.
+# Builds the wheels and the source distribution into target/wheels, and checks them: for glibc and
+# for musl one wheel for every CPython from 3.11 on (the stable ABI), and native ones for newer
+# interpreters, also where the interpreter itself is not installed. `try_wheels.sh` then installs
+# each of them. What cannot be made or checked here is said in one line. Arguments:
+# the parts to build, from abi3, musl, sdist and versions such as 3.14 or 3.14t; all by default.
 set -eu
 cd "$(dirname "$0")/.."
 export PATH="$HOME/.cargo/bin:$PATH"
 out=target/wheels
 tools=target/wheel-tools
+musl=x86_64-unknown-linux-musl
+wanted=${*:-abi3 musl 3.12 3.13 3.14 3.14t sdist}
 rm -rf "$out"
 mkdir -p "$out"
 
@@ -15,56 +18,56 @@ say() {
 	echo "wheels: $1"
 }
 
-if [ ! -x $tools/bin/twine ]; then
+if [ ! -x $tools/bin/uv ]; then
 	say "installing the tools into $tools"
 	.venv/bin/python -m venv $tools
-	$tools/bin/pip -q install "maturin>=1.9,<2" ziglang auditwheel twine check-wheel-contents
+	$tools/bin/pip -q install "maturin>=1.9,<2" ziglang auditwheel twine check-wheel-contents uv
 fi
 # maturin finds zig as a module of this Python.
 export PATH="$PWD/$tools/bin:$PATH"
+unset VIRTUAL_ENV
+
+# No paths of this machine in the panic messages, and the time of the commit in the archives.
+export RUSTFLAGS="${RUSTFLAGS:-} --remap-path-prefix=$HOME/.cargo/registry/src=crates --remap-path-prefix=$PWD=pyvmm"
+if committed=$(git log -1 --format=%ct 2>/dev/null); then
+	export SOURCE_DATE_EPOCH=$committed
+fi
 
 build() { # a name, then arguments of maturin
 	say "building $1"
 	shift
-	maturin build --quiet --release --zig --out $out "$@"
+	maturin build --quiet --locked --release --zig --out $out "$@" 2>$tools/log || { cat $tools/log >&2; exit 1; }
 }
 
-interpreters() { # the least minor version
-	for python in python3.1{1..9}{,t} ${PYTHONS:-}; do
-		"$python" -c "import sys; sys.exit(sys.version_info < (3, $1))" 2>/dev/null && command -v "$python" || true
-	done
-}
-
-oldest=$(interpreters 11 | head -n 1)
-build "the wheel for every CPython" --features abi3 --compatibility manylinux2014 --interpreter "${oldest:-.venv/bin/python}"
-for python in $(interpreters 12); do
-	build "a native wheel for $python" --compatibility manylinux2014 --interpreter "$python"
-done
-if rustc --print target-libdir --target x86_64-unknown-linux-musl 2>/dev/null | xargs -r test -d; then
-	build "the wheel for musl" --features abi3 --target x86_64-unknown-linux-musl --compatibility musllinux_1_2
-else
-	say "no wheel for musl: type: rustup target add x86_64-unknown-linux-musl"
-fi
-say "building the source distribution"
-maturin sdist --out $out
-
-twine check --strict $out/*
-# Two packages: pytest loads its plugin without the other one.
-check-wheel-contents --ignore W009 $out/*.whl
-for wheel in "$out"/*.whl; do
-	auditwheel show "$wheel" | grep -A 1 "is consistent with"
-done
-
-program='import os, pyvmm; print(pyvmm.__version__, pyvmm.Vmm().run_here(60) if os.access("/dev/kvm", os.W_OK) else "imported")'
-for python in $(interpreters 11); do
-	for wheel in "$out"/*manylinux*.whl; do
-		test=$(mktemp -d)
-		"$python" -m venv "$test"
-		if "$test"/bin/pip -q install "$wheel" 2>/dev/null; then
-			say "$("$python" --version), $(basename "$wheel"): $(cd "$test" && bin/python -c "$program" | tail -n 1)"
+for part in $wanted; do
+	case $part in
+	abi3) build "the wheel for every CPython" --features abi3 --compatibility manylinux2014 --interpreter .venv/bin/python ;;
+	musl)
+		if rustc --print target-libdir --target $musl 2>/dev/null | xargs -r test -d; then
+			build "the wheel for every CPython on musl" --features abi3 --target $musl --compatibility musllinux_1_2
 		else
-			say "$("$python" --version) does not take $(basename "$wheel")"
+			say "left out: the wheel for musl; type: rustup target add $musl"
 		fi
-		rm -rf "$test"
-	done
+		;;
+	3.*) build "the wheel for CPython $part" --target x86_64-unknown-linux-gnu --compatibility manylinux2014 --interpreter "$part" ;;
+	sdist)
+		say "building the source distribution"
+		maturin --quiet sdist --out $out 2>$tools/log || { cat $tools/log >&2; exit 1; }
+		;;
+	*)
+		say "there is no part $part"
+		exit 2
+		;;
+	esac
 done
+
+.venv/bin/python scripts/packages.py $out
+find $out -name "*.whl" -o -name "*.tar.gz" | xargs twine check --strict
+# W009: two packages; pytest loads its plugin without the other one.
+find $out -name '*.whl' -exec check-wheel-contents --ignore W009 {} +
+for wheel in "$out"/*-manylinux*.whl; do
+	[ ! -e "$wheel" ] || auditwheel show "$wheel" | tr '\n' ' ' | grep -q 'is consistent with.*"manylinux_2_17_x86_64"' ||
+		{ say "$(basename "$wheel") does not run on every manylinux_2_17"; exit 1; }
+done
+
+scripts/try_wheels.sh $out $tools

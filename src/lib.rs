@@ -70,6 +70,10 @@ mod _pyvmm {
     }
 
     #[pymodule_export]
+    #[allow(non_upper_case_globals, reason = "Python's name")]
+    const __version__: &str = env!("CARGO_PKG_VERSION");
+
+    #[pymodule_export]
     use crate::py::{
         PyDirtyPages, PyEventFd, PyEventManager, PyEventOps, PyEvents, PyGuestMemory, PyIrqLine,
         PyKvm, PyKvmVm, PyMemorySlot, PyMsrBytes, PyRegister, PyRegisterBytes, PyRegisterView,

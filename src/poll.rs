@@ -42,8 +42,12 @@ pub(crate) fn is_blocking(fd: RawFd) -> bool {
 pub(crate) fn take_count(fd: RawFd) -> io::Result<u64> {
     let mut count = 0u64;
     let part = libc::iovec { iov_base: (&raw mut count).cast(), iov_len: 8 };
-    // SAFETY: one part, the eight bytes of a local. -1 is for files without a position.
-    let length = unsafe { libc::preadv2(fd, &raw const part, 1, -1, libc::RWF_NOWAIT) };
+    // -1, in two halves, is for files without a position.
+    let (position, flags) = (-1_i64, libc::RWF_NOWAIT);
+    // SAFETY: one part, the eight bytes of a local. musl has the function only since 1.2.5.
+    let length = unsafe {
+        libc::syscall(libc::SYS_preadv2, fd, &raw const part, 1_i64, position, position, flags)
+    };
     if length >= 0 {
         return Ok(count);
     }

@@ -35,6 +35,7 @@ from pyvmm._pyvmm import (
     kvm_info,
     set_kick_signal,
 )
+from pyvmm._pyvmm import __version__ as __version__
 from pyvmm.devices import ReadableDevice, Resource, Unanswered, WritableDevice
 from pyvmm.events import EventSet, Subscriber
 from pyvmm.exceptions import (
@@ -82,8 +83,6 @@ if TYPE_CHECKING:
     from pyvmm.kvm import Cap
     from pyvmm.patterns import Expected
     from pyvmm.snapshots import ForkExecutor
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Answer",

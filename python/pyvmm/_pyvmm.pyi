@@ -10,7 +10,7 @@ from contextvars import Context
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Never, Protocol, Self, TypeAlias, TypeVar, final, overload
+from typing import Any, Final, Literal, Never, Protocol, Self, TypeAlias, TypeVar, final, overload
 
 from typing_extensions import Buffer, disjoint_base
 
@@ -51,6 +51,7 @@ __all__ = [
     "Vmm",
     "VmmExitHandler",
     "WrappedExitHandler",
+    "__version__",
     "close_all",
     "cpu_features",
     "embedded_guest",
@@ -58,6 +59,8 @@ __all__ = [
     "kvm_info",
     "set_kick_signal",
 ]
+
+__version__: Final[str]
 
 class _HasFileno(Protocol):
     def fileno(self) -> int: ...

@@ -4,9 +4,10 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+
+use vmm_sys_util::ioctl::ioctl_with_mut_ref;
 
 use super::ranges::{ByteRange, push};
 use crate::error::{Error, ErrorKind, Result};
@@ -77,7 +78,7 @@ fn pagemap() -> Result<Arc<File>> {
 /// that were only read may be among them.
 pub(crate) fn written(host: u64, size: u64) -> Result<Vec<ByteRange>> {
     let file = pagemap()?;
-    match scan(file.as_raw_fd(), host, size) {
+    match scan(&file, host, size) {
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => {
             read(&file, host, size)
         }
@@ -86,7 +87,7 @@ pub(crate) fn written(host: u64, size: u64) -> Result<Vec<ByteRange>> {
     .map_err(|e| Error::os(ErrorKind::Memory, "/proc/self/pagemap", &e))
 }
 
-fn scan(fd: RawFd, host: u64, size: u64) -> io::Result<Vec<ByteRange>> {
+fn scan(file: &File, host: u64, size: u64) -> io::Result<Vec<ByteRange>> {
     let mut found = vec![PageRegion::default(); BATCH];
     let mut ranges = Vec::new();
     let mut arguments = ScanArguments {
@@ -103,7 +104,7 @@ fn scan(fd: RawFd, host: u64, size: u64) -> io::Result<Vec<ByteRange>> {
     while arguments.start < arguments.end {
         // SAFETY: the argument structure and the vector that it points to, whose length it states,
         // outlive the call.
-        let count = unsafe { libc::ioctl(fd, PAGEMAP_SCAN, &raw mut arguments) };
+        let count = unsafe { ioctl_with_mut_ref(file, PAGEMAP_SCAN, &mut arguments) };
         let count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
         for region in found.iter().take(count) {
             push(&mut ranges, (region.start - host, region.end - host));

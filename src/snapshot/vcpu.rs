@@ -6,7 +6,7 @@ use kvm_bindings::{
     kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Cap, VmFd};
-use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
+use vmm_sys_util::ioctl::{ioctl_with_mut_ptr, ioctl_with_mut_ref, ioctl_with_ref};
 use vmm_sys_util::{ioctl_ior_nr, ioctl_iow_nr};
 use zerocopy::IntoBytes;
 
@@ -118,7 +118,8 @@ fn xsave(vcpu: &Vcpu, format: VcpuStateFormat) -> Result<Vec<u8>> {
     let mut buffer = xsave_buffer(format);
     if format.xsave_size > size_of::<kvm_xsave>() {
         // SAFETY: KVM writes as many bytes as KVM_CAP_XSAVE2 reports, and the buffer has them.
-        let result = unsafe { libc::ioctl(vcpu_fd(vcpu), kvm_get_xsave2(), buffer.as_mut_ptr()) };
+        let result =
+            unsafe { ioctl_with_mut_ptr(vcpu.fd(), kvm_get_xsave2(), buffer.as_mut_ptr()) };
         ioctl_result("KVM_GET_XSAVE2", result)?;
     } else if let Some(first) = buffer.first_mut() {
         *first = kvm("KVM_GET_XSAVE", vcpu.fd().get_xsave())?;
@@ -126,10 +127,6 @@ fn xsave(vcpu: &Vcpu, format: VcpuStateFormat) -> Result<Vec<u8>> {
     let mut all = buffer.as_bytes().to_vec();
     all.truncate(format.xsave_size);
     Ok(all)
-}
-
-fn vcpu_fd(vcpu: &Vcpu) -> std::os::fd::RawFd {
-    std::os::fd::AsRawFd::as_raw_fd(vcpu.fd())
 }
 
 /// Set the state of a vCPU, which has not run yet or has the same CPUID. If it `has_stayed` in ring

@@ -12,6 +12,7 @@ use super::commands::{Commands, VcpuCommand};
 use super::kick::{StopWord, interrupt};
 use super::run_page::RunPage;
 use super::signal::SignalMask;
+use super::thread_id::ThreadId;
 use super::vcpu::{Vcpu, VcpuName};
 use crate::devices::Device;
 use crate::error::{Error, ErrorKind, Result};
@@ -43,7 +44,7 @@ pub(super) struct HandleState {
     /// Access to the vCPU of that thread while it is in a callback.
     pub(super) host_access: Option<HostAccess>,
     /// The thread that has the vCPU.
-    pub(super) runner: Option<libc::pthread_t>,
+    pub(super) runner: Option<ThreadId>,
     /// Whether that thread is in `run_once`.
     pub(super) is_in_run_once: bool,
     /// The device that this thread waits for.

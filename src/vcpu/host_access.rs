@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::commands::Commands;
 use super::current::CallbackGuard;
 use super::handle::{HandleState, HostAccess, VcpuHandle, closed};
-use super::kick::this_thread;
+use super::thread_id::ThreadId;
 use super::vcpu::Vcpu;
 use crate::error::Result;
 use crate::sync::{MappedMutexGuard, MutexGuard, rank};
@@ -61,7 +61,7 @@ impl VcpuHandle {
         look: impl FnOnce(&mut Vcpu) -> Result<T>,
     ) -> Result<T> {
         let is_held = state.commands.is_held();
-        let is_own = state.runner == Some(this_thread());
+        let is_own = state.runner == Some(ThreadId::current());
         if state.commands.is_closed {
             return Err(closed());
         }

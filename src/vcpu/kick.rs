@@ -27,6 +27,7 @@ use loom::sync::atomic::{AtomicBool, Ordering};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::signal;
+use super::thread_id::ThreadId;
 
 /// `kvm_run.immediate_exit` of a vCPU.
 pub(crate) trait ImmediateExit {
@@ -62,17 +63,11 @@ impl StopWord {
     }
 }
 
-/// This thread, as the argument of `interrupt`.
-pub(crate) fn this_thread() -> libc::pthread_t {
-    // SAFETY: takes nothing and cannot fail.
-    unsafe { libc::pthread_self() }
-}
-
 /// Interrupt the thread that runs a vCPU: point 3.
 ///
 /// # Safety
 /// The thread must not have ended: the caller holds a lock that the thread needs to end.
-pub(crate) unsafe fn interrupt(thread: libc::pthread_t) {
+pub(crate) unsafe fn interrupt(thread: ThreadId) {
     // SAFETY: the caller guarantees that the thread exists.
     unsafe { signal::send(thread) };
 }

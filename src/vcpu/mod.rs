@@ -38,6 +38,7 @@ mod state_id;
 mod stats;
 mod string_io;
 mod thread;
+mod thread_id;
 mod tick;
 mod ticked;
 #[cfg(feature = "python")]

@@ -7,9 +7,10 @@ use std::time::{Duration, Instant};
 
 use super::commands::{Next, VcpuCommand};
 use super::handle::{HandleState, OwnThread, VcpuHandle};
-use super::kick::{ImmediateExit, this_thread};
+use super::kick::ImmediateExit;
 use super::signal::SignalMask;
 use super::stack;
+use super::thread_id::ThreadId;
 use super::vcpu::Vcpu;
 use crate::error::Result;
 
@@ -153,7 +154,7 @@ impl VcpuHandle {
                 }
                 Next::End => return None,
             };
-            state.runner = Some(this_thread());
+            state.runner = Some(ThreadId::current());
             return Some(Task { vcpu, completes, mask: state.mask.take() });
         }
     }

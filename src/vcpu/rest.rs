@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::handle::{HandleState, VcpuHandle, closed};
-use super::kick::this_thread;
+use super::thread_id::ThreadId;
 use super::vcpu::VcpuName;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limit::Limit;
@@ -28,7 +28,7 @@ impl VcpuHandle {
         self.check_process()?;
         let mut state = self.state.lock();
         while !state.commands.is_settled() {
-            if state.runner == Some(this_thread()) {
+            if state.runner == Some(ThreadId::current()) {
                 let (at, detail) =
                     (VcpuName(self.id()).to_string(), "its exit is not answered yet");
                 let error = Error::new(ErrorKind::State, at, detail);

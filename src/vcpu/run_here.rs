@@ -6,9 +6,10 @@ use std::time::Instant;
 
 use super::current::CurrentVcpuGuard;
 use super::handle::VcpuHandle;
-use super::kick::{ImmediateExit, this_thread};
+use super::kick::ImmediateExit;
 use super::run::{complete_pending_io, step};
 use super::thread::{MAX_STEPS_AT_STOP, PanicGuard, Shared};
+use super::thread_id::ThreadId;
 use super::tick::Ticks;
 use super::vcpu::{Vcpu, VcpuName};
 use crate::error::{Error, ErrorKind, Result};
@@ -131,7 +132,7 @@ impl<EH: ExitHandler> HereRun<'_, EH> {
             let detail = "a callback of an earlier run has not returned yet";
             return Err(Error::new(ErrorKind::State, at, detail).hint("use run()"));
         }
-        state.runner = Some(this_thread());
+        state.runner = Some(ThreadId::current());
         Ok(state.commands.vcpu.take())
     }
 

@@ -4,9 +4,9 @@
 use super::enter::run_once;
 use super::exit::VcpuExit;
 use super::handle::{HandleState, VcpuHandle, closed};
-use super::kick::this_thread;
 use super::run::drain_string_io;
 use super::signal::unblock_kicks_once;
+use super::thread_id::ThreadId;
 use super::vcpu::Vcpu;
 use crate::error::Result;
 use crate::exit_handler::Outcome;
@@ -35,7 +35,7 @@ impl VcpuHandle {
                 return self.wait_while_leaving(limit).map(|()| Outcome::Continue);
             }
             let Some(vcpu) = state.commands.vcpu.take() else { return Ok(Outcome::Continue) };
-            state.runner = Some(this_thread());
+            state.runner = Some(ThreadId::current());
             vcpu
         };
         let outcome = drain_string_io(&mut vcpu, self);
@@ -81,7 +81,7 @@ impl VcpuHandle {
         let is_held = state.commands.is_held();
         let vcpu = state.commands.vcpu.take_if(|_| is_held).ok_or_else(|| self.running())?;
         self.stop.clear(&*self.page); // Kick, point 7.
-        (state.runner, state.is_in_run_once) = (Some(this_thread()), true);
+        (state.runner, state.is_in_run_once) = (Some(ThreadId::current()), true);
         Ok(vcpu)
     }
 

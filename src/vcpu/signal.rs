@@ -6,6 +6,7 @@
 use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::thread_id::ThreadId;
 use super::ticked::on_tick;
 use crate::error::{Error, ErrorKind, Result};
 use crate::process::OnceBox;
@@ -28,16 +29,15 @@ impl Claim {
     ///
     /// # Safety
     /// The thread must not have ended.
-    unsafe fn send(&self, thread: libc::pthread_t) -> bool {
+    unsafe fn send(&self, thread: ThreadId) -> bool {
         self.keep_installed();
-        let value = libc::sigval { sival_ptr: kick_cookie() };
         // SAFETY: by the caller. A queued signal takes 10 us longer, so it is sent only if a
         // handler has to distinguish it from others.
         unsafe {
             if self.has_handler() {
-                libc::pthread_sigqueue(thread, self.signal, value) == 0
+                thread.queue(self.signal, kick_cookie())
             } else {
-                libc::pthread_kill(thread, self.signal) == 0
+                thread.signal(self.signal)
             }
         }
     }
@@ -171,7 +171,7 @@ fn install(signal: libc::c_int) -> Result<()> {
 ///
 /// # Safety
 /// The thread must not have ended.
-pub(super) unsafe fn send(thread: libc::pthread_t) {
+pub(super) unsafe fn send(thread: ThreadId) {
     let Ok(Some(claim)) = claim(None) else { return };
     // SAFETY: by the caller.
     if unsafe { claim.send(thread) } {
