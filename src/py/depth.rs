@@ -7,6 +7,8 @@ use std::cell::Cell;
 use pyo3::exceptions::PyRecursionError;
 use pyo3::prelude::*;
 
+use crate::vcpu::stack_limit;
+
 /// Bytes of stack that a callback finds, at least: enough for the calls of pyvmm that it makes, and
 /// for Python code between them. A small stack keeps a quarter.
 const RESERVE: usize = 256 << 10;
@@ -36,8 +38,16 @@ fn of_this_thread() -> Stack {
             libc::pthread_attr_destroy(&raw mut attributes);
         }
     }
-    let low = low.addr();
-    Stack { low, high: low.saturating_add(size) }
+    let high = low.addr().saturating_add(size);
+    // musl reports only as much of the main thread's stack as is in use, and it grows.
+    let grows = !cfg!(target_env = "gnu") && is_main_thread();
+    let low = if grows { low.addr().min(high.saturating_sub(stack_limit())) } else { low.addr() };
+    Stack { low, high }
+}
+
+fn is_main_thread() -> bool {
+    // SAFETY: both take nothing and cannot fail.
+    unsafe { libc::gettid() == libc::getpid() }
 }
 
 /// Whether a frame at this address leaves enough of the stack below it. A frame outside of the

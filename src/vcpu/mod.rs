@@ -64,6 +64,8 @@ pub(crate) use run_page::keep_run_page;
 pub use signal::{kick_signal, use_signal};
 pub use stack::set_stack_size;
 pub(crate) use stack::spawn;
+#[cfg(feature = "python")]
+pub(crate) use stack::stack_limit;
 pub use state::{RunState, VmRunState};
 pub(crate) use state_id::StateId;
 pub use stats::{Count, ExitKey, Stats, VcpuTime};

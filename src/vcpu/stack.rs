@@ -45,7 +45,23 @@ pub(crate) fn spawn(name: String, run: impl FnOnce() + Send + 'static) -> Result
     })
 }
 
+/// RLIMIT_STACK: the most that the main thread's stack can grow to. 8 MiB if there is no limit.
+pub(crate) fn stack_limit() -> usize {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the call fills the structure.
+    let got = unsafe { libc::getrlimit(libc::RLIMIT_STACK, &raw mut limit) };
+    match usize::try_from(limit.rlim_cur) {
+        Ok(bytes) if got == 0 && limit.rlim_cur != libc::RLIM_INFINITY => bytes,
+        _ => 8 << 20,
+    }
+}
+
+/// That of the C library. Musl's, 128 KiB, is too small for Python: other threads get the limit of
+/// the main one there, as they do with glibc.
 fn default_size() -> usize {
+    if !cfg!(target_env = "gnu") {
+        return stack_limit();
+    }
     let mut size = 0;
     // SAFETY: the call initializes the attributes, and they are destroyed once.
     unsafe {
@@ -70,5 +86,7 @@ mod tests {
         set_stack_size(32 << 10);
         assert_eq!(size(), LEAST);
         set_stack_size(0);
+        // glibc's default is the limit at the start of the program, which has not changed it.
+        assert!(stack_limit() >= default_size());
     }
 }

@@ -145,3 +145,23 @@ def test_a_callback_that_never_ends_calling_raises(loop: str) -> None:
 @pytest.mark.parametrize("loop", [*sorted(FORKING), "init() that adds a subscriber"])
 def test_a_call_on_a_thread_of_the_program_raises(loop: str) -> None:
     raises(LOOPS[loop] + ON_A_THREAD)
+
+
+def test_callbacks_are_called_at_every_depth_that_python_allows() -> None:
+    """On the main thread, whose stack grows: what is in use of it is not its size."""
+    source = """
+import functools
+called = []
+manager = EventManager()
+manager.on(EventFd(1))(called.append)
+@functools.lru_cache(None)
+def down(depth):
+    manager.run_with_timeout(0)
+    return depth and down(depth - 1)
+down(1000)
+print(len(called))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM + source], capture_output=True, text=True, timeout=DEADLINE_S, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "1001\n"), done.stderr[-2000:]
