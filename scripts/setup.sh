@@ -82,6 +82,15 @@ command -v cc >/dev/null || install_packages gcc libc6-dev || fail "a C linker i
 has_rust || install_packages rustc-web cargo-web || true
 has_rust || fail "Rust $rust or newer is needed: $(advice rust)"
 
+# PYTHON chooses the interpreter also after .venv was made with another one.
+if [ -n "${PYTHON:-}" ] && [ -x .venv/bin/python ]; then
+	base='import sys; print(sys.base_prefix, *sys.version_info)'
+	if [ "$("$python" -c "$base")" != "$(.venv/bin/python -c "$base" 2>/dev/null)" ]; then
+		echo "pyvmm: making .venv anew with $("$python" --version), which PYTHON names; it was of $(.venv/bin/python --version 2>&1 | tail -n 1)"
+		rm -rf .venv
+	fi
+fi
+
 if [ ! -x .venv/bin/pip ]; then
 	"$python" -m venv .venv >/dev/null 2>&1 || { install_packages python3-venv && "$python" -m venv --clear .venv; } ||
 		fail "Python's venv is needed: $(advice python)"
