@@ -35,12 +35,21 @@ command_for() {
 	esac
 }
 
+# How this user runs a command as root.
+as_root() {
+	if [ "$(id -u)" = 0 ]; then
+		echo "type: $1"
+	elif command -v sudo >/dev/null; then
+		echo "type: sudo $1"
+	else
+		echo "type as root: $1"
+	fi
+}
+
 # How to get it, for the message of an error.
 advice() {
-	local root=sudo
-	[ "$(id -u)" != 0 ] || root=
 	local advised
-	advised="type: ${root:+$root }$(command_for "$1")"
+	advised=$(as_root "$(command_for "$1")")
 	[ "$1" != rust ] || advised="$advised, or install rustup from https://rustup.rs"
 	[ "$1" != python ] || advised="$advised, or name another interpreter: PYTHON=python3.12 make run"
 	echo "$advised"
@@ -66,8 +75,8 @@ has_rust() {
 }
 
 check_kvm() {
-	[ -e /dev/kvm ] || fail "there is no /dev/kvm: enable virtualization in the firmware (for a guest: nested virtualization; for a container: --device /dev/kvm), then type: sudo modprobe kvm_intel || sudo modprobe kvm_amd"
-	[ -r /dev/kvm ] && [ -w /dev/kvm ] || fail "no permission on /dev/kvm: type: sudo usermod -aG kvm $(id -un) and log in again"
+	[ -e /dev/kvm ] || fail "there is no /dev/kvm: enable virtualization in the firmware (for a guest: nested virtualization; for a container: --device /dev/kvm), then $(as_root "modprobe -a kvm_intel kvm_amd")"
+	[ -r /dev/kvm ] && [ -w /dev/kvm ] || fail "no permission on /dev/kvm: $(as_root "usermod -aG kvm $(id -un)"), and log in again"
 }
 
 [ "$(uname -sm)" = "Linux x86_64" ] || fail "pyvmm needs Linux on x86-64, this is $(uname -sm)"
