@@ -17,7 +17,7 @@ from conftest import ROOT
 if TYPE_CHECKING:
     from pathlib import Path
 
-TOOLS = ["bash", "cut", "dirname", "env", "find", "head", "sed", "sort", "touch"]
+TOOLS = ["bash", "cut", "dirname", "env", "find", "head", "rm", "sed", "sort", "tail", "touch"]
 
 
 class Host:
@@ -44,6 +44,9 @@ class Host:
 
     def setup(self, *arguments: str, **environment: str) -> str:
         """The last line that it prints as it fails."""
+        return self.fails(*arguments, **environment).stderr.splitlines()[-1]
+
+    def fails(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             ["bash", "scripts/setup.sh", *arguments],
             check=False,
@@ -54,7 +57,7 @@ class Host:
             timeout=60,
         )
         assert done.returncode == 1, done
-        return done.stderr.splitlines()[-1]
+        return done
 
 
 @pytest.fixture
@@ -95,6 +98,37 @@ def test_interpreter_is_chosen_by_python(host: Host) -> None:
     said = host.setup(PYTHON="python2")
     assert "3.11 or newer is needed, this is Python 2.7.18" in said
     assert "PYTHON=" in said
+
+
+def test_interpreter_that_python_names_replaces_another_ones_environment(host: Host) -> None:
+    for command in ("cc", "cargo"):
+        host.has(command, "exit 0")
+    host.has("rustc", "echo rustc 1.999.0")
+    answers = (
+        'case "$*" in *base_prefix*) echo NAME ;; --version) echo Python NAME ;; *venv*) exit 1 ;; '
+        "*pip*) while read -r _; do :; done </dev/stdin; exit 1 ;; esac"
+    )
+    host.has("python4", answers.replace("NAME", "4.0"))
+    environment = host.checkout / ".venv" / "bin"
+    environment.mkdir(parents=True)
+    for name in ("pip", "python"):
+        (environment / name).write_text(f"#!/bin/bash\n{answers.replace('NAME', '3.11')}\n")
+        (environment / name).chmod(0o755)
+    # Without PYTHON, the environment stays as it is.
+    assert "pip could not install" in host.setup()
+    assert (environment / "pip").exists()
+    done = host.fails(PYTHON="python4")
+    assert done.stdout.splitlines()[0] == (
+        "pyvmm: making .venv anew with Python 4.0, which PYTHON names; it was of Python 3.11"
+    )
+    assert "Python's venv is needed" in done.stderr
+    assert not (environment / "pip").exists()
+
+
+def test_user_without_sudo_is_advised_to_be_root(host: Host) -> None:
+    host.has("apt-get")
+    (host.commands / "sudo").unlink()
+    assert host.setup() == "pyvmm: a C linker is needed: type as root: apt-get install gcc libc6-dev"
 
 
 def test_another_processor_is_refused(host: Host) -> None:
