@@ -11,6 +11,7 @@ use crate::exit_handler::Outcome;
 
 /// Report the answer to the hooks of its kind. Returns the outcome, which a hook may have changed
 /// to a stop.
+#[cold]
 pub(super) fn report(
     vcpu: &mut Vcpu,
     handle: &VcpuHandle,
@@ -18,7 +19,7 @@ pub(super) fn report(
     by: AnsweredBy,
     outcome: Outcome,
 ) -> Outcome {
-    let Noted { device, written } = vcpu.noted.take().unwrap_or_default();
+    let Noted { device, written } = vcpu.noted.take().map_or_else(Noted::default, |noted| *noted);
     let by = if device.is_some() { AnsweredBy::Device } else { by };
     let mut answer = Answer {
         by,

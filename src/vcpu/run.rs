@@ -82,22 +82,32 @@ pub(super) fn answer(vcpu: &mut Vcpu, handle: &VcpuHandle, exit: &VcpuExit) -> O
     hop!();
     // After the exit, so that a hook sees the exit of a guest that ran while it was added.
     let mask = vcpu.router.mask();
-    let is_reported = exit.kind().is_some_and(|kind| mask.has_answer_hook(kind));
-    let has_hook = is_reported || exit.kind().is_some_and(|kind| mask.has_hook(kind));
+    let kind = exit.kind();
+    let is_reported = kind.is_some_and(|kind| mask.has_answer_hook(kind));
+    let has_hook = is_reported || kind.is_some_and(|kind| mask.has_hook(kind));
     if vcpu.calls_nobody && has_hook {
         return leave_pending(vcpu, exit);
     }
-    vcpu.noted = is_reported.then(Noted::default);
+    if is_reported {
+        vcpu.noted = Some(Box::new(Noted::default()));
+    }
     let is_memory = std::mem::take(&mut vcpu.has_found_memory) && vcpu.answer_from_memory(exit);
-    let hooked = match exit.kind() {
+    let hooked = match kind {
         _ if is_memory => Some((AnsweredBy::Memory, Outcome::Continue)),
         Some(kind) if mask.has_hook(kind) => ask_hooks(vcpu, handle, exit),
         _ => None,
     };
-    let (by, mut step) = hooked.unwrap_or_else(|| {
-        let outcome = handle_exit(exit, vcpu, handle);
-        (AnsweredBy::Nothing, with_fault_report(vcpu, outcome))
-    });
+    let mut by = AnsweredBy::Nothing;
+    let mut step = match hooked {
+        Some((hook, step)) => {
+            by = hook;
+            step
+        }
+        None => {
+            let outcome = handle_exit(exit, vcpu, handle);
+            with_fault_report(vcpu, outcome)
+        }
+    };
     if std::mem::take(&mut vcpu.is_left_pending) {
         return leave_pending(vcpu, exit);
     }

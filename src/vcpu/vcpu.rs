@@ -81,7 +81,7 @@ pub struct Vcpu {
     /// Whether the current instruction reads memory that was added after its exit.
     pub(super) has_found_memory: bool,
     /// What is noted of the current exit's answer, if a hook wants to see it.
-    pub(super) noted: Option<Noted>,
+    pub(super) noted: Option<Box<Noted>>,
     /// The requests for single steps and breakpoints.
     pub(super) guest_debug: GuestDebug,
     /// Its copies of the devices and hooks of its machine, while it is not at rest.

@@ -326,7 +326,7 @@ def test_child_of_a_fork_in_a_callback_of_a_run_leaves_the_machine_to_its_parent
         assert vmm.run(0).reason is pyvmm.ExitReason.TIMEOUT
 
 
-@pytest.mark.parametrize("where", ["write", "hook", "save", "restore", "progress"])
+@pytest.mark.parametrize("where", ["write", "hook", "answer", "save", "restore", "progress"])
 def test_child_of_a_fork_in_the_midst_of_native_work_ends_where_it_returns(where: str, tmp_path: Path) -> None:
     forks = Forks()
 
@@ -348,10 +348,12 @@ def test_child_of_a_fork_in_the_midst_of_native_work_ends_where_it_returns(where
         vmm.add_pio_device(0x500, 4, Forking())
         if where == "hook":
             vmm.on_exit("io", forks)
+        if where == "answer":
+            vmm.on_answer("io", forks)
 
         def work() -> None:
             vmm.run(0.05)
-            while where in {"write", "hook"} and not forks.child:  # the host was busy
+            while where in {"write", "hook", "answer"} and not forks.child:  # the host was busy
                 vmm.run(0.05)
             snapshot = vmm.snapshot()
             vmm.reset(snapshot)

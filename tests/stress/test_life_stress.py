@@ -20,7 +20,7 @@ SEED = int(os.environ.get("PYVMM_STRESS_SEED", str(random.SystemRandom().getrand
 COMMON = """
 import faulthandler, random, sys, threading, time
 from guests import flat
-from pyvmm import CpuConfig, KvmVm, Vmm, VmmError
+from pyvmm import CpuConfig, KvmVm, VcpuExit, Vmm, VmmError
 from threads import vcpu_threads
 
 SEED, SECONDS, VCPUS = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
@@ -70,6 +70,7 @@ class Machine:
         while self.kept is None:
             self.kept = attempt(self.vmm.snapshot)
         self.vmm.on_exit("io", self.hook)
+        self.vmm.on_answer("any", self.answered)
 
     def read(self, offset, size):
         self.in_callback()
@@ -101,6 +102,18 @@ class Machine:
     def hook(self, vcpu, exit):
         self.in_callback()
 
+    def answered(self, vcpu, exit, answer):
+        is_read = isinstance(exit, VcpuExit.IoIn)
+        if (answer.by, answer.value if is_read else 1) != ("device", 1):
+            failures.append((exit, answer))
+        self.in_callback()
+
+    def answers(self):
+        try:
+            self.vmm.off_answer("any", self.answered)
+        except ValueError:  # another thread has
+            self.vmm.on_answer("any", self.answered)
+
     def in_callback(self):
         if self.chance.random() < 0.05:
             attempt(self.chance.choice(self.from_callbacks()))
@@ -125,7 +138,7 @@ class Machine:
     def from_callbacks(self):
         vmm = self.vmm
         return [vmm.stop, vmm.pause, vmm.resume, vmm.nmi, lambda: vmm.state, lambda: vmm.irq(5).pulse(), self.slots,
-            self.registers, vmm.snapshot, lambda: vmm.reset(self.kept), lambda: vmm.run(0.01), vmm.start,
+            self.answers, self.registers, vmm.snapshot, lambda: vmm.reset(self.kept), lambda: vmm.run(0.01), vmm.start,
             lambda: vmm.wait(0.01), lambda: repr(vmm), lambda: vmm.pause(self.limit()),
             lambda: vmm.snapshot(self.limit()), lambda: vmm.reset(self.kept, self.limit()), lambda: vmm.run_here(0.01)]
 
