@@ -191,6 +191,7 @@ impl Hooks {
         ExitKind::ALL.into_iter().filter(has_any).collect()
     }
 
+    #[inline(always)]
     fn of(&self, py: Python<'_>, (when, kind): (When, ExitKind)) -> Functions {
         self.functions.with(py, |functions| {
             functions
@@ -218,6 +219,7 @@ impl Hooks {
     }
 
     /// The objects for the vCPU of this thread and for its exit.
+    #[inline(always)]
     fn objects<'py>(
         &self,
         py: Python<'py>,
@@ -284,6 +286,7 @@ impl ExitHook for Hooks {
 }
 
 /// Call the hooks for answers of an exit's kind. Returns whether the run stops.
+#[inline(never)]
 fn on_answer(hooks: &Hooks, vcpu: u64, exit: &VcpuExit, answer: &Answer<'_>) -> bool {
     let Some(kind) = exit.kind() else { return false };
     on_vcpu_thread(

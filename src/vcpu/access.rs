@@ -118,16 +118,15 @@ fn reach(
 ) -> Outcome {
     // The copy is taken out, because the device may look at the vCPU.
     let mut copy = std::mem::take(vcpu.cache.bus(bus));
-    let found = vcpu.router.buses.bus(bus).find(&mut copy, address, size);
-    if let (Some(noted), Some((device, _))) = (&mut vcpu.noted, found) {
-        noted.device = Some(Arc::clone(device));
-    }
-    let outcome = match found {
+    let outcome = match vcpu.router.buses.bus(bus).find(&mut copy, address, size) {
         Some((device, _)) if vcpu.calls_nobody && device.may_block() => {
             vcpu.is_left_pending = true;
             Outcome::Continue
         }
         Some((device, offset)) => {
+            if let Some(noted) = &mut vcpu.noted {
+                noted.device = Some(Arc::clone(device));
+            }
             let began = vcpu.is_recorded.then(Instant::now);
             let outcome = call(vcpu, handle, &**device, offset);
             if let Some(began) = began {
