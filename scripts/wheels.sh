@@ -36,7 +36,7 @@ fi
 build() { # a name, then arguments of maturin
 	say "building $1"
 	shift
-	maturin build --quiet --locked --release --zig --out $out "$@" 2>$tools/log || { cat $tools/log >&2; exit 1; }
+	maturin build --quiet --locked --release --zig --out $out "$@" >$tools/log 2>&1 || { cat $tools/log >&2; exit 1; }
 }
 
 for part in $wanted; do
@@ -52,7 +52,7 @@ for part in $wanted; do
 	3.*) build "the wheel for CPython $part" --target x86_64-unknown-linux-gnu --compatibility manylinux2014 --interpreter "$part" ;;
 	sdist)
 		say "building the source distribution"
-		maturin --quiet sdist --out $out 2>$tools/log || { cat $tools/log >&2; exit 1; }
+		maturin sdist --out $out >$tools/log 2>&1 || { cat $tools/log >&2; exit 1; }
 		;;
 	*)
 		say "there is no part $part"
