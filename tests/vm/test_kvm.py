@@ -126,7 +126,7 @@ def test_registers_after_an_answer_are_those_after_the_instruction() -> None:
         vcpu.run_once()
         vcpu.answer(7)
         assert (vcpu.regs.rip, vcpu.regs.rax & 0xFF) == (CODE + 2, 7)
-        with pytest.raises(StateError, match="completed"):
+        with pytest.raises(StateError, match="has been answered"):
             vcpu.answer(8)
 
 
