@@ -1,7 +1,8 @@
 """The event loop against uvloop, asyncio, selectors and select.epoll, and against event-manager in pure Rust.
 
 Each dispatch reads one EventFd and writes it, in a Python callback. pyvmm's loop can read it for
-the callback.
+the callback. In the other loops the callback reads it by its number, with `os.eventfd_read`, which
+is faster there than `EventFd.read`.
 Patterns: one descriptor; 64 ready at once; 1,024 registered and one ready.
 """
 
@@ -11,6 +12,7 @@ import asyncio
 import gc
 import itertools
 import json
+import os
 import resource
 import select
 import selectors
@@ -62,6 +64,23 @@ class Links:
         return callback
 
 
+class NumberedLinks(Links):
+    """Links that read their eventfds by number."""
+
+    def link(self, fd: EventFd, left: int) -> Callable[..., None]:
+        number = fd.fileno()
+
+        def callback() -> None:
+            nonlocal left
+            os.eventfd_read(number)
+            fd.write(1)
+            left -= 1
+            if not left:
+                self.end()
+
+        return callback
+
+
 class DrainedLinks(Links):
     """Links whose eventfds the loop reads."""
 
@@ -99,7 +118,7 @@ def pyvmm_loop(registered: int, ready: int, dispatches: int = DISPATCHES, *, dra
 
 def asyncio_loop(new: Callable[[], Any], registered: int, ready: int, dispatches: int = DISPATCHES) -> float:
     loop = new()
-    links = Links(registered, ready, dispatches, loop.stop)
+    links = NumberedLinks(registered, ready, dispatches, loop.stop)
     for fd, callback in zip(links.fds, links.callbacks, strict=True):
         loop.add_reader(fd.fileno(), callback)
     start = time.perf_counter()
@@ -113,7 +132,7 @@ def asyncio_loop(new: Callable[[], Any], registered: int, ready: int, dispatches
 
 def selectors_loop(registered: int, ready: int, dispatches: int = DISPATCHES) -> float:
     with selectors.DefaultSelector() as selector:
-        links = Links(registered, ready, dispatches, lambda: None)
+        links = NumberedLinks(registered, ready, dispatches, lambda: None)
         for fd, callback in zip(links.fds, links.callbacks, strict=True):
             selector.register(fd, selectors.EVENT_READ, callback)
         start = time.perf_counter()
@@ -125,7 +144,7 @@ def selectors_loop(registered: int, ready: int, dispatches: int = DISPATCHES) ->
 
 def epoll_loop(registered: int, ready: int, dispatches: int = DISPATCHES) -> float:
     with select.epoll() as epoll:
-        links = Links(registered, ready, dispatches, lambda: None)
+        links = NumberedLinks(registered, ready, dispatches, lambda: None)
         by_fd = {fd.fileno(): callback for fd, callback in zip(links.fds, links.callbacks, strict=True)}
         for number in by_fd:
             epoll.register(number, select.EPOLLIN)

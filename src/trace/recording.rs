@@ -90,10 +90,14 @@ impl Recorders {
 
     /// Record this thread, which runs the loop, in all these traces.
     #[must_use]
+    #[inline]
     pub fn recording(&self) -> Option<Recording> {
-        if !self.is_any.load(Ordering::Relaxed) {
-            return None;
-        }
+        // Relaxed: a thread that sees the flag late starts with its next iteration.
+        if self.is_any.load(Ordering::Relaxed) { self.begin() } else { None }
+    }
+
+    #[cold]
+    fn begin(&self) -> Option<Recording> {
         Recording::on(self.traces.read().iter().map(|trace| trace.of_loop()))
     }
 }

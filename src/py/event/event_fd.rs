@@ -2,7 +2,7 @@
 //! another thread's `read` during `close`.
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -10,10 +10,11 @@ use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EFD_SEMAPHORE, EventFd};
 
+use super::private_numbers::{give_out, keep_private, take};
 use super::queue::Drain;
 use super::reader::Reader;
 use crate::error::Error;
-use crate::poll::{is_blocking, read_count, take_count, write_count};
+use crate::poll::{is_blocking, read_count, write_count};
 use crate::py::descriptor::os_error;
 use crate::py::ending::import;
 use crate::py::gil_cell::GilCell;
@@ -43,13 +44,14 @@ const LARGE_COUNT: u64 = 1 << 32;
 
 impl Drain for EventFd {
     fn take(&self) -> io::Result<u64> {
-        take_count(self.as_raw_fd())
+        take(self.as_raw_fd())
     }
 }
 
 impl PyEventFd {
     /// Wrap a nonblocking eventfd of the crate.
     pub(crate) fn over(fd: Arc<EventFd>) -> Self {
+        give_out(fd.as_raw_fd());
         Self::of(fd, true, false)
     }
 
@@ -65,6 +67,11 @@ impl PyEventFd {
 
     fn open(&self, py: Python<'_>) -> PyResult<Arc<EventFd>> {
         self.fd.with(py, |fd| fd.clone()).ok_or_else(closed)
+    }
+
+    /// The number, for the binding's own use.
+    pub(super) fn number(&self, py: Python<'_>) -> Option<RawFd> {
+        self.fd.with(py, |fd| fd.as_ref().map(AsRawFd::as_raw_fd))
     }
 
     pub(crate) fn as_drain(&self, py: Python<'_>) -> PyResult<Arc<dyn Drain>> {
@@ -116,6 +123,10 @@ impl PyEventFd {
         if initial > 0 {
             fd.write(initial).map_err(|e| os_error(&e))?;
         }
+        match nonblocking {
+            true => keep_private(fd.as_raw_fd()),
+            false => _ = give_out(fd.as_raw_fd()),
+        }
         Ok(Self::of(Arc::new(fd), nonblocking, initial >= LARGE_COUNT))
     }
 
@@ -126,7 +137,7 @@ impl PyEventFd {
     ///     ClosedError: the EventFd is closed.
     fn read(&self, py: Python<'_>) -> PyResult<u64> {
         if self.nonblocking {
-            match self.call_now(py, |fd| take_count(fd.as_raw_fd()))? {
+            match self.call_now(py, |fd| take(fd.as_raw_fd()))? {
                 Ok(count) => return Ok(count),
                 // Other code may have made the descriptor blocking. Then the call waits.
                 Err(e) if e.kind() != io::ErrorKind::WouldBlock => return Err(os_error(&e)),
@@ -159,7 +170,7 @@ impl PyEventFd {
 
     /// The file descriptor's number.
     fn fileno(&self, py: Python<'_>) -> PyResult<i32> {
-        Ok(self.open(py)?.as_raw_fd())
+        Ok(give_out(self.open(py)?.as_raw_fd()))
     }
 
     /// Close the file descriptor. This ends an `async for` over it.
@@ -171,11 +182,11 @@ impl PyEventFd {
     }
 
     fn _take(&self, py: Python<'_>) -> PyResult<u64> {
-        self.call_now(py, |fd| take_count(fd.as_raw_fd()))?.map_err(|e| os_error(&e))
+        self.call_now(py, |fd| take(fd.as_raw_fd()))?.map_err(|e| os_error(&e))
     }
 
     fn _begin_wait(&self, waiter: &Bound<'_, PyAny>) -> PyResult<i32> {
-        let fd = self.open(waiter.py())?.as_raw_fd();
+        let fd = give_out(self.open(waiter.py())?.as_raw_fd());
         if !self.nonblocking || is_blocking(fd) {
             return Err(PyTypeError::new_err("only a nonblocking EventFd can be iterated"));
         }
@@ -221,7 +232,7 @@ impl PyEventFd {
 
     fn __repr__(&self, py: Python<'_>) -> String {
         self.fd.with(py, |fd| match fd {
-            Some(fd) => format!("EventFd(fileno={})", fd.as_raw_fd()),
+            Some(fd) => format!("EventFd(fileno={})", give_out(fd.as_raw_fd())),
             None => "EventFd(closed)".into(),
         })
     }

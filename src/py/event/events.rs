@@ -14,6 +14,7 @@ use pyo3::types::PyDict;
 
 use super::event_fd::PyEventFd;
 use super::manager::PyEventManager;
+use super::private_numbers::give_out;
 use super::queue::Drain;
 use super::subscribers::RegisteredSource;
 use super::timer_fd::PyTimerFd;
@@ -100,7 +101,7 @@ impl PyEvents {
         text_signature = "(source, event_set=1, data=0, *, drain=False)"
     )]
     fn new(source: &Bound<'_, PyAny>, event_set: u32, data: u32, drain: bool) -> PyResult<Self> {
-        let fd = descriptor(source)?;
+        let fd = number_of(source)?;
         let set = EventSet::from_bits(event_set).ok_or_else(|| {
             PyValueError::new_err(format!("{event_set:#x} has no meaning to epoll"))
         })?;
@@ -119,7 +120,7 @@ impl PyEvents {
     /// The file descriptor's number.
     #[getter]
     fn fd(&self) -> RawFd {
-        self.events().fd()
+        give_out(self.events().fd())
     }
 
     /// The number given at registration.
@@ -287,8 +288,8 @@ impl PyEventOps {
         let Target { manager, token, id } = self.target(py)?;
         let manager = manager.get();
         let fd = match source.cast::<PyEvents>() {
-            Ok(events) => events.get().fd(),
-            Err(_) => descriptor(source)?,
+            Ok(events) => events.get().events().fd(),
+            Err(_) => number_of(source)?,
         };
         py.detach(|| manager.core().remove(id, fd))?;
         manager.subscribers().forget_source(py, token, fd);
@@ -298,6 +299,17 @@ impl PyEventOps {
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.own)
     }
+}
+
+/// The number of a source. It stays private if the source is an `EventFd` or a `TimerFd`.
+fn number_of(source: &Bound<'_, PyAny>) -> PyResult<RawFd> {
+    let own = match (source.cast::<PyEventFd>(), source.cast::<PyTimerFd>()) {
+        (Ok(fd), _) => fd.get().number(source.py()),
+        (_, Ok(timer)) => timer.get().number(),
+        _ => None,
+    };
+    // A closed source raises there.
+    own.map_or_else(|| descriptor(source), Ok)
 }
 
 fn as_drain(source: &Bound<'_, PyAny>) -> PyResult<Arc<dyn Drain>> {

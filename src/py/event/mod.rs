@@ -13,6 +13,7 @@ mod hosting;
 mod loop_call;
 mod manager;
 mod owners;
+mod private_numbers;
 mod queue;
 mod reader;
 mod registration;

@@ -104,11 +104,11 @@ impl PyEventManager {
         next: NextTurn,
         batch: &mut Vec<QueuedEvent>,
     ) -> PyResult<usize> {
-        let recording = slf.get().core().recorders.recording();
+        let Some(_recording) = slf.get().core().recorders.recording() else {
+            return Self::fetch_and_deliver(slf, next, batch);
+        };
         let result = Self::fetch_and_deliver(slf, next, batch);
-        if recording.is_some() {
-            slf.py().detach(trace::flush);
-        }
+        slf.py().detach(trace::flush);
         result
     }
 
@@ -117,7 +117,6 @@ impl PyEventManager {
         next: NextTurn,
         batch: &mut Vec<QueuedEvent>,
     ) -> PyResult<usize> {
-        depth::check()?;
         let this = slf.get();
         batch.clear();
         // SAFETY: `try_dispatch` calls it with the lock held that protects them.
@@ -171,6 +170,7 @@ impl PyEventManager {
     /// means no limit.
     fn run_with_timeout(slf: &Bound<'_, Self>, milliseconds: i32) -> PyResult<usize> {
         slf.get().check()?;
+        depth::check()?;
         let _ownership = slf.get().owners().claim("this event manager", None)?;
         let limit = u64::try_from(milliseconds).ok().map(Duration::from_millis);
         let deadline = limit.map(|limit| Instant::now() + limit);
@@ -190,6 +190,7 @@ impl PyEventManager {
     fn run_forever(slf: &Bound<'_, Self>) -> PyResult<()> {
         let this = slf.get();
         this.check()?;
+        depth::check()?;
         let _ownership = this.owners().claim("this event manager", None)?;
         let mut handover = GilHandover::new(slf.py())?;
         this.with_batch(|batch| {

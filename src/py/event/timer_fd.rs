@@ -8,6 +8,7 @@ use std::time::Duration;
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
+use super::private_numbers::{give_out, keep_private, take};
 use super::queue::Drain;
 use super::reader::Reader;
 use crate::error::Error;
@@ -29,7 +30,7 @@ pub struct PyTimerFd {
 
 impl Drain for TimerFd {
     fn take(&self) -> io::Result<u64> {
-        self.read()
+        take(self.as_raw_fd())
     }
 }
 
@@ -37,6 +38,11 @@ impl PyTimerFd {
     pub(crate) fn open(&self) -> PyResult<Arc<TimerFd>> {
         let timer = self.timer.lock().clone();
         timer.ok_or_else(|| Error::closed("TimerFd").into())
+    }
+
+    /// The number, for the binding's own use.
+    pub(super) fn number(&self) -> Option<RawFd> {
+        self.timer.lock().as_ref().map(|timer| timer.as_raw_fd())
     }
 
     fn start(&self, first: Expiry, interval: f64) -> PyResult<()> {
@@ -49,6 +55,7 @@ impl PyTimerFd {
     #[new]
     fn new() -> PyResult<Self> {
         let timer = TimerFd::new().map_err(|e| os_error(&e))?;
+        keep_private(timer.as_raw_fd());
         Ok(Self { timer: Mutex::new(Some(Arc::new(timer))), reader: Reader::default() })
     }
 
@@ -81,7 +88,7 @@ impl PyTimerFd {
     ///     ClosedError: the timer is closed.
     fn read(&self, py: Python<'_>) -> PyResult<u64> {
         let timer = self.open()?;
-        let mut count = timer.read();
+        let mut count = take(timer.as_raw_fd());
         // Other code may have made the descriptor blocking. Then the read waits, without the GIL.
         while let Err(e) = &count {
             match e.kind() {
@@ -95,11 +102,11 @@ impl PyTimerFd {
     }
 
     fn _take(&self) -> PyResult<u64> {
-        self.open()?.read().map_err(|e| os_error(&e))
+        take(self.open()?.as_raw_fd()).map_err(|e| os_error(&e))
     }
 
     fn _begin_wait(&self, waiter: &Bound<'_, PyAny>) -> PyResult<RawFd> {
-        let fd = self.open()?.as_raw_fd();
+        let fd = give_out(self.open()?.as_raw_fd());
         if is_blocking(fd) {
             return Err(PyTypeError::new_err("only a nonblocking TimerFd can be iterated"));
         }
@@ -113,7 +120,7 @@ impl PyTimerFd {
 
     /// The file descriptor's number.
     fn fileno(&self) -> PyResult<RawFd> {
-        Ok(self.open()?.as_raw_fd())
+        Ok(give_out(self.open()?.as_raw_fd()))
     }
 
     /// Close the file descriptor. This ends an `async for` over it.
@@ -153,7 +160,7 @@ impl PyTimerFd {
 
     fn __repr__(&self) -> String {
         match &*self.timer.lock() {
-            Some(timer) => format!("TimerFd(fileno={})", timer.as_raw_fd()),
+            Some(timer) => format!("TimerFd(fileno={})", give_out(timer.as_raw_fd())),
             None => "TimerFd(closed)".into(),
         }
     }
