@@ -73,6 +73,11 @@ impl EventManager {
         self.turns.wait(next);
     }
 
+    /// Whether a thread performs an iteration.
+    pub(crate) fn is_in_turn(&self) -> bool {
+        self.turns.is_led()
+    }
+
     /// Whether an event is ready to be dispatched. Waits for nobody.
     ///
     /// # Errors

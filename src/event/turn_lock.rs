@@ -91,6 +91,13 @@ impl TurnLock {
         NextTurn { ended: self.ended.load(Ordering::Acquire), until: None }
     }
 
+    /// Whether a thread performs an iteration.
+    pub(crate) fn is_led(&self) -> bool {
+        // Acquire: pairs with the release at the end of an iteration, whose effects the caller sees
+        // if this is false.
+        self.leader.load(Ordering::Acquire) != 0
+    }
+
     /// Begin an iteration, unless another thread performs one.
     pub(crate) fn begin(&self) -> Option<TurnGuard<'_>> {
         let (this, process_tag) = (this_thread(), ProcessTag::current());

@@ -2,7 +2,7 @@
 //! thread is in a callback.
 
 use std::ptr::NonNull;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::commands::Commands;
 use super::current::CallbackGuard;
@@ -35,10 +35,11 @@ impl VcpuHandle {
         self.with_state_vcpu(&mut self.state.lock(), look)
     }
 
-    /// [`Self::with_vcpu`] with a limit on the time to wait for the lock.
+    /// [`Self::with_vcpu`] with a limit on the time to wait for the lock, and for a vCPU that comes
+    /// to rest: its callback has returned while the machine is paused.
     ///
     /// # Errors
-    /// Returns `look` if another thread has access to the vCPU for that long.
+    /// Returns `look` if another thread uses the vCPU for that long.
     pub fn try_with_vcpu<T, F>(&self, limit: Duration, look: F) -> std::result::Result<Result<T>, F>
     where
         F: FnOnce(&mut Vcpu) -> Result<T>,
@@ -49,10 +50,15 @@ impl VcpuHandle {
         }
         let state =
             if limit.is_zero() { self.state.try_lock() } else { self.state.try_lock_for(limit) };
-        match state {
-            Some(mut state) => Ok(self.with_state_vcpu(&mut state, look)),
-            None => Err(look),
+        let Some(mut state) = state else { return Err(look) };
+        let mut until = None;
+        while state.comes_to_rest() {
+            let until = *until.get_or_insert_with(|| Instant::now() + limit);
+            if limit.is_zero() || self.changed.wait_until(&mut state, until) {
+                return Err(look);
+            }
         }
+        Ok(self.with_state_vcpu(&mut state, look))
     }
 
     fn with_state_vcpu<T>(

@@ -53,9 +53,12 @@ impl VcpuHandle {
         let mut state = self.state.lock();
         self.provide_thread(&mut state, spawn)?;
         state.here = None;
-        // A last tick may have set the flag. Kick, point 8: a kick that came meanwhile has set the
-        // word first.
-        self.page.set(self.stop.is_set());
+        // A vCPU in a callback of an earlier run is its own thread's already.
+        if state.commands.vcpu.is_some() {
+            // A last tick may have set the flag. Kick, point 8: a kick that came meanwhile has set
+            // the word first.
+            self.page.set(self.stop.is_set());
+        }
         self.changed.notify_all();
         Ok(())
     }

@@ -144,6 +144,7 @@ impl Vcpu {
     }
 
     fn store_general(&mut self, change: impl FnOnce(&mut [u8])) -> Result<()> {
+        self.take_back_pending();
         let from = self.general()?;
         let to = changed(from, change);
         if self.has_host_access

@@ -5,7 +5,7 @@ use kvm_bindings::{kvm_fpu, kvm_regs, kvm_sregs};
 
 use super::exit::VcpuExit;
 use super::kick::{ImmediateExit, StopWord};
-use super::pending::RegisterEdits;
+use super::pending::{PendingIo, RegisterEdits};
 use super::string_io;
 use super::vcpu::Vcpu;
 use crate::memory::GuestMemory;
@@ -22,7 +22,10 @@ impl Vcpu {
             if !is_edited && self.answer_from_memory(exit) {
                 return true;
             }
-            self.undo(exit, stop);
+            self.undo(exit);
+            // Kick, point 8: a concurrent kick has set the word first, and the word is checked
+            // before the next entry.
+            self.page.set(stop.is_set());
         } else if *exit == VcpuExit::Hlt {
             let Ok(mut regs) = self.general() else { return false };
             regs.rip = regs.rip.wrapping_sub(1);
@@ -31,6 +34,18 @@ impl Vcpu {
             }
         }
         false
+    }
+
+    /// If the vCPU rests before a read that nobody has been asked for, have the guest execute the
+    /// instruction again: KVM would complete it over registers that the host sets meanwhile.
+    pub(super) fn take_back_pending(&mut self) {
+        let PendingIo::Exit(exit) = &self.pending else { return };
+        // KVM completes the write of a model-specific register as it does reads. Other writes leave
+        // the registers alone.
+        if exit.is_read() || matches!(exit, VcpuExit::Wrmsr { .. }) {
+            let exit = exit.clone();
+            self.undo(&exit);
+        }
     }
 
     /// If memory has been added there, answer the read from it, as if the instruction had begun
@@ -47,15 +62,12 @@ impl Vcpu {
 
     /// Have KVM complete the read with all one bits, then restore what that has changed: registers,
     /// and memory if the instruction writes what it has read.
-    fn undo(&mut self, exit: &VcpuExit, stop: &StopWord) {
+    fn undo(&mut self, exit: &VcpuExit) {
         let Ok(to) = self.general() else { return };
         let from = self.pending.take_edits().map_or(to, |edits| edits.from);
         let (sregs, fpu) = (self.fd().get_sregs().ok(), self.fd().get_fpu().ok());
         let kept = self.written_by(exit, &from, sregs.as_ref());
         self.abandon();
-        // Kick, point 8: a concurrent kick has set the word first, and the word is checked before
-        // the next entry.
-        self.page.set(stop.is_set());
         for (address, bytes) in kept {
             // Fails if the slot has been removed since, and the bytes with it.
             let _ = self.memory.write(address, &bytes);

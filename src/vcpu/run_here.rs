@@ -11,8 +11,8 @@ use super::run::{complete_pending_io, step};
 use super::thread::{MAX_STEPS_AT_STOP, PanicGuard, Shared};
 use super::thread_id::ThreadId;
 use super::tick::Ticks;
-use super::vcpu::{Vcpu, VcpuName};
-use crate::error::{Error, ErrorKind, Result};
+use super::vcpu::Vcpu;
+use crate::error::Result;
 use crate::event::EventManager;
 use crate::exit_handler::{Exit, ExitHandler, Outcome};
 
@@ -33,6 +33,8 @@ pub(crate) enum LeaveReason {
     Signalled,
     /// The exit needs code of the program, which this thread does not call.
     NeedsProgram,
+    /// The vCPU's own thread has it: a callback of an earlier run has not returned yet.
+    Busy,
 }
 
 /// A vCPU that this thread runs.
@@ -68,24 +70,21 @@ pub(crate) fn begin<'a, EH: ExitHandler>(
 
 impl<EH: ExitHandler> HereRun<'_, EH> {
     /// Run the guest until this thread has something else to do, but not beyond this time.
-    ///
-    /// # Errors
-    /// [`ErrorKind::State`] if a callback of an earlier run is still in progress.
-    pub(crate) fn run(&self, until: Instant) -> Result<LeaveReason> {
+    pub(crate) fn run(&self, until: Instant) -> LeaveReason {
         self.run_vcpu(until, false)
     }
 
     /// [`Self::run`], but without calls of the program's devices and hooks: an exit that needs one
     /// stays pending.
-    ///
-    /// # Errors
-    /// As for [`Self::run`].
-    pub(crate) fn run_without_calls(&self, until: Instant) -> Result<LeaveReason> {
+    pub(crate) fn run_without_calls(&self, until: Instant) -> LeaveReason {
         self.run_vcpu(until, true)
     }
 
-    fn run_vcpu(&self, until: Instant, calls_nobody: bool) -> Result<LeaveReason> {
-        let Some(mut vcpu) = self.take()? else { return Ok(LeaveReason::CalledOut) };
+    fn run_vcpu(&self, until: Instant, calls_nobody: bool) -> LeaveReason {
+        let mut vcpu = match self.take() {
+            Ok(vcpu) => vcpu,
+            Err(reason) => return reason,
+        };
         let (handle, shared) = (&**self.handle, self.shared);
         let guard = PanicGuard { handle, shared };
         let current = CurrentVcpuGuard::enter(self.handle, shared.id());
@@ -104,40 +103,37 @@ impl<EH: ExitHandler> HereRun<'_, EH> {
                 handle.put_back(vcpu, true);
                 shared.note_end(Exit { vcpu: Some(handle.id()), ..*exit });
                 handle.reported();
-                return Ok(LeaveReason::Ended);
+                return LeaveReason::Ended;
             }
             (_, Outcome::Stop) => {
                 handle.put_back(vcpu, true);
                 // No wake-up is needed: this thread runs the vCPU, and the caller checks the
                 // result.
                 handle.reported();
-                return Ok(LeaveReason::Stopped);
+                return LeaveReason::Stopped;
             }
             (LeaveReason::CalledOut, _) => handle.put_back(vcpu, false),
             // The command to run stays: this thread takes the vCPU again after it has run its event
             // loop.
             _ => handle.rest(handle.state.lock(), vcpu),
         }
-        Ok(left)
+        left
     }
 
-    /// Take the vCPU, unless it has to stay at rest.
-    fn take(&self) -> Result<Option<Vcpu>> {
+    /// Take the vCPU, unless it has to stay at rest or another thread has it.
+    fn take(&self) -> std::result::Result<Vcpu, LeaveReason> {
         let mut state = self.handle.state.lock();
         if state.commands.is_held() {
-            return Ok(None);
+            return Err(LeaveReason::CalledOut);
         }
-        if state.commands.vcpu.is_none() {
-            let at = VcpuName(self.handle.id()).to_string();
-            let detail = "a callback of an earlier run has not returned yet";
-            return Err(Error::new(ErrorKind::State, at, detail).hint("use run()"));
-        }
+        let vcpu = state.commands.vcpu.take().ok_or(LeaveReason::Busy)?;
         state.runner = Some(ThreadId::current());
-        Ok(state.commands.vcpu.take())
+        Ok(vcpu)
     }
 
     fn run_guest(&self, vcpu: &mut Vcpu) -> (LeaveReason, Outcome) {
         let handle = self.handle;
+        let mut is_stopped = false;
         while !handle.stop.is_set() {
             if !vcpu.has_room() {
                 return (LeaveReason::Waits, Outcome::Continue);
@@ -146,7 +142,11 @@ impl<EH: ExitHandler> HereRun<'_, EH> {
             match outcome {
                 Outcome::Continue => {}
                 Outcome::Wait => return (LeaveReason::NeedsProgram, outcome),
-                Outcome::Stop => break,
+                Outcome::Stop => {
+                    // Also if a pause has set the stop word meanwhile.
+                    is_stopped = true;
+                    break;
+                }
                 Outcome::End(_) => {
                     vcpu.complete();
                     return (LeaveReason::Ended, outcome);
@@ -162,7 +162,6 @@ impl<EH: ExitHandler> HereRun<'_, EH> {
                 return (LeaveReason::Signalled, Outcome::Continue);
             }
         }
-        let is_stopped = !handle.stop.is_set();
         let end = complete_pending_io(vcpu, handle, MAX_STEPS_AT_STOP);
         match end {
             Outcome::Continue | Outcome::Wait if is_stopped => {

@@ -62,13 +62,14 @@ impl Running<'_> {
         let here = self.vm.run_here(handle, &self.event_manager, entry)?;
         let brief = Instant::now() + BRIEF;
         let until = deadline.map_or(brief, |deadline| deadline.min(brief));
-        match here.run_without_calls(until)? {
+        match here.run_without_calls(until) {
             LeaveReason::Ended | LeaveReason::Stopped => return Ok(Begun::HasEnded),
             LeaveReason::CalledOut
             | LeaveReason::Ticked
             | LeaveReason::Waits
             | LeaveReason::Signalled
-            | LeaveReason::NeedsProgram => {}
+            | LeaveReason::NeedsProgram
+            | LeaveReason::Busy => {}
         }
         drop(here);
         self.vmm.runner.lock().runs_on_own_thread = RUNS_ON_OWN_THREAD;

@@ -64,7 +64,7 @@ impl Vmm {
         let ended = match begun {
             Ok(Begun::Runs) => running.turn_until(deadline, &mut turn, &|| false),
             Ok(Begun::HasEnded) => {
-                running.turn_if_ready(&mut turn).map(|()| Some(ExitReason::Stopped))
+                running.deliver_ready(deadline, &mut turn).map(|()| Some(ExitReason::Stopped))
             }
             Err(error) => Err(error.into()),
         };
@@ -207,13 +207,19 @@ impl Running<'_> {
         }
     }
 
-    /// An iteration of the event loop, if an event is ready.
-    fn turn_if_ready<E: From<Error>>(
+    /// Deliver the events of a guest that has ended on this thread, as if another thread had then
+    /// kicked the exit handler: after the events that are ready now, which may take several
+    /// iterations. An iteration of another thread may have fetched some of them.
+    pub(super) fn deliver_ready<E: From<Error>>(
         &self,
+        deadline: Option<Instant>,
         turn: &mut impl FnMut(NextTurn) -> std::result::Result<(), E>,
     ) -> std::result::Result<(), E> {
-        let next = self.event_manager.next_turn().until(Some(Instant::now()));
-        if self.event_manager.is_ready()? { self.turn(next, turn) } else { Ok(()) }
+        if !self.event_manager.is_in_turn() && !self.event_manager.is_ready()? {
+            return Ok(());
+        }
+        self.vmm.stop()?;
+        self.turn_until(deadline, turn, &|| false).map(drop)
     }
 
     /// One iteration of the event loop. `next` is from before the caller checked its requests.

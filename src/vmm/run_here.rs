@@ -74,8 +74,12 @@ impl Running<'_> {
             }
             let tick = now + TICK;
             let until = deadline.map_or(tick, |deadline| deadline.min(tick));
-            match here.run(until)? {
-                LeaveReason::Ended | LeaveReason::Stopped => break,
+            match here.run(until) {
+                LeaveReason::Ended | LeaveReason::Stopped => {
+                    self.deliver_ready(deadline, turn)?;
+                    break;
+                }
+                LeaveReason::Busy => return Err(busy().into()),
                 // A resume wakes the loop.
                 LeaveReason::CalledOut => self.turn(next.until(deadline), turn)?,
                 LeaveReason::Waits => self.turn(next.until(Some(until)), turn)?,
@@ -92,6 +96,11 @@ impl Running<'_> {
         }
         Ok(Some(ExitReason::Stopped))
     }
+}
+
+fn busy() -> Error {
+    let detail = "a callback of an earlier run has not returned yet";
+    Error::new(ErrorKind::State, "run_here", detail).hint("use run()")
 }
 
 fn several(vcpus: usize) -> Error {

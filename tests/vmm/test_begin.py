@@ -12,24 +12,30 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from alone import alone
 from guests import HALT, SPIN, exit_with, flat, out, read_in
 from pyvmm import (
     EventFd,
+    EventManager,
     EventOps,
     Events,
     ExitAction,
     ExitReason,
+    StateError,
     Stop,
     Vcpu,
     VcpuExit,
     Vmm,
+    VmmError,
     VmRunState,
 )
 from threads import vcpu_threads
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 pytestmark = pytest.mark.kvm
 DEADLINE_S = 60.0
@@ -127,26 +133,148 @@ def test_a_hook_is_called_on_the_vcpus_thread_with_the_first_exit(kind: Any) -> 
     assert seen == [("vcpu_0", name) for name in expected]
 
 
-def test_an_event_of_a_guest_that_ends_at_once_is_delivered_before_the_run_returns() -> None:
-    class Doorbell:
-        def __init__(self) -> None:
-            self.fd, self.rung = EventFd(), 0
+class Doorbell:
+    """Counts how often a guest has written to a port of its own."""
 
-        def init(self, ops: EventOps) -> None:
-            ops.add(Events(self.fd))
+    def __init__(self, vmm: Vmm, port: int, before: Callable[[], object] | None = None) -> None:
+        self.fd, self.rung, self.is_read, self.before = EventFd(), 0, True, before
+        vmm.add_subscriber(self)
+        vmm.add_ioeventfd(port, self.fd, pio=True)
 
-        def process(self, events: Events, ops: EventOps) -> None:
+    def init(self, ops: EventOps) -> None:
+        ops.add(Events(self.fd))
+
+    def process(self, events: Events, ops: EventOps) -> None:
+        if self.before:
+            self.before()
+        if self.is_read:
             self.rung += self.fd.read()
 
+
+def test_an_event_of_a_guest_that_ends_at_once_is_delivered_before_the_run_returns() -> None:
     with Vmm(flat(out(0x600, 1) + exit_with(0))) as vmm:
-        doorbell = Doorbell()
-        vmm.add_subscriber(doorbell)
-        vmm.add_ioeventfd(0x600, doorbell.fd, pio=True)
+        doorbell = Doorbell(vmm, 0x600)
         start = vmm.snapshot()
         for count in range(1, 20):
             assert vmm.run(DEADLINE_S).code == 0
             assert doorbell.rung == count
             vmm.reset(start)
+
+
+@pytest.mark.parametrize("run", ["run", "run_here"])
+def test_all_events_of_a_guest_that_ends_at_once_are_delivered(run: str) -> None:
+    """Also more than one iteration takes, and if the subscriber of the first never reads its event."""
+    ports = range(0x600, 0x600 + 300)
+    with Vmm(flat(b"".join(out(port, 1) for port in ports) + exit_with(0))) as vmm:
+        doorbells = [Doorbell(vmm, port) for port in ports]
+        doorbells[0].is_read = False
+        start = vmm.snapshot()
+        for count in range(1, 5):
+            assert getattr(vmm, run)(DEADLINE_S).code == 0
+            assert {doorbell.rung for doorbell in doorbells[1:]} == {count}
+            vmm.reset(start)
+
+
+@pytest.mark.parametrize("run", ["run", "run_here"])
+def test_an_event_that_another_machines_thread_has_fetched_is_delivered_before_the_run_returns(run: str) -> None:
+    manager = EventManager()
+    entered, go = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        entered.set()
+        assert go.wait(DEADLINE_S)
+
+    code = out(0x600, 1) + exit_with(0)
+    with (
+        ThreadPoolExecutor() as others,
+        Vmm(flat(SPIN), event_manager=manager) as leader,
+        Vmm(flat(code), event_manager=manager) as vmm,
+    ):
+        leading = others.submit(leader.run, DEADLINE_S)
+        doorbell = Doorbell(vmm, 0x600, wait)
+        ran = others.submit(getattr(vmm, run), DEADLINE_S)
+        assert entered.wait(DEADLINE_S)
+        with pytest.raises(TimeoutError):  # a run that does not wait would return now
+            ran.result(0.2)
+        go.set()
+        assert ran.result(DEADLINE_S).code == 0
+        assert doorbell.rung == 1
+        leader.stop()
+        assert leading.result(DEADLINE_S).reason is ExitReason.STOPPED
+
+
+def test_a_run_beside_a_callback_of_the_last_one_continues_when_it_returns() -> None:
+    entered, go = threading.Event(), threading.Event()
+    written: list[int] = []
+
+    class Slow:
+        def write(self, offset: int, size: int, value: int) -> None:
+            entered.set()
+            assert go.wait(DEADLINE_S)
+            written.append(value)
+
+    with Vmm(flat(out(0x500, 7) + exit_with(3))) as vmm, ThreadPoolExecutor() as others:
+        vmm.add_pio_device(0x500, 1, Slow())
+        vmm.start()
+        assert entered.wait(DEADLINE_S)
+        # `start` does not change how the next run begins: on its caller's thread.
+        vmm.stop()
+        assert vmm.wait(0.01).reason is ExitReason.STOPPED  # type: ignore[union-attr]
+        with pytest.raises(StateError, match=r"has not returned yet; use run\(\)"):
+            vmm.run_here(DEADLINE_S)
+        assert vmm.run(0.01).reason is ExitReason.TIMEOUT
+        ran = others.submit(vmm.run, DEADLINE_S)
+        go.set()
+        assert ran.result(DEADLINE_S).code == 3
+    assert written == [7]
+
+
+# 32 bits: mov ebx, 0x10000000; mov al, [ebx]; mov [ebx + 4], al; and the same with a port and OUT
+READS = {
+    "mmio": (b"\xbb\x00\x00\x00\x10", b"\x8a\x03", b"\x88\x43\x04"),
+    "port": (b"\x66\xba\x00\x05", b"\xec", b"\xee"),
+}
+
+
+@pytest.mark.parametrize("kind", READS)
+@alone
+def test_a_run_whose_thread_cannot_start_leaves_the_machine_before_the_access(kind: str) -> None:
+    """The host may then continue the guest there, change its registers, or have it go elsewhere."""
+    seen: list[object] = []
+
+    class Device:
+        def read(self, offset: int, size: int) -> int:
+            seen.append("read")
+            return 0x42
+
+        def write(self, offset: int, size: int, value: int) -> None:
+            seen.append(value)
+
+    before, read, write = READS[kind]
+    code = before + read + write + exit_with(1) + exit_with(2)
+    for change in ("none", "rax", "rip"):
+        seen.clear()
+        with Vmm(flat(code, mode="protected32")) as vmm:
+            device = Device()
+            vmm.add_mmio_device(0x1000_0000, 0x1000, device)
+            vmm.add_pio_device(0x500, 1, device)
+            threading.stack_size(1 << 46)
+            with pytest.raises(VmmError, match=r"vcpu_0: a thread with .* of stack cannot be started"):
+                vmm.run(DEADLINE_S)
+            threading.stack_size(0)
+            assert (seen, vmm.state) == ([], VmRunState.PAUSED)
+            regs = vmm.vcpus[0].regs
+            if regs.rip == 0x1000:  # this kernel moves vCPUs slowly: no guest has run
+                return
+            assert regs.rip == 0x1000 + len(before)
+            if change == "rax":
+                regs.rax = 0x1234_5600
+            elif change == "rip":
+                regs.rip = 0x1000 + len(code) - len(exit_with(2))
+            assert vmm.run(DEADLINE_S).code == (2 if change == "rip" else 1)
+            assert seen == ([] if change == "rip" else ["read", 0x42])
+            if change == "rax":
+                assert vmm.vcpus[0].regs.rax >> 8 == 0x12_3456
 
 
 def test_requests_that_come_while_a_run_begins_are_heard() -> None:

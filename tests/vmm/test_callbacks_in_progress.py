@@ -87,6 +87,26 @@ def test_what_such_a_callback_raises_comes_out_of_the_next_run(vmm: Vmm, slow: S
         vmm.run(DEADLINE_S)
 
 
+def test_registers_can_be_read_while_paused_whatever_its_callback_does(vmm: Vmm, slow: Slow) -> None:
+    """Also in the moment in which the callback has returned, and its vCPU is not at rest yet."""
+    with ThreadPoolExecutor() as others:
+        ran = others.submit(vmm.run, DEADLINE_S)
+        try:
+            for turn in range(3000):
+                assert slow.entered.wait(DEADLINE_S)
+                vmm.pause(DEADLINE_S)
+                slow.entered.clear()
+                slow.go.set()
+                while slow.calls == turn or vmm.vcpus[0].regs.rip != 0x1006:
+                    assert vmm.vcpus[0].regs.rdx == 0x500
+                slow.go.clear()
+                vmm.resume()
+        finally:
+            slow.go.set()
+            vmm.stop()
+        assert ran.result(DEADLINE_S).reason is ExitReason.STOPPED
+
+
 def test_a_run_that_was_stopped_waits_for_the_callback(vmm: Vmm, slow: Slow) -> None:
     with ThreadPoolExecutor() as others:
         ran = others.submit(vmm.run, DEADLINE_S)

@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,6 +128,29 @@ def test_stop_in_a_callback_ends_it() -> None:
 
     with with_device(stop) as vmm:
         assert vmm.run_here(DEADLINE_S).reason is ExitReason.STOPPED
+
+
+@pytest.mark.parametrize("run", ["run", "run_here"])
+def test_a_stop_of_a_callback_during_which_the_machine_is_paused_is_not_lost(run: str) -> None:
+    calls: list[int] = []
+
+    def stop() -> Stop | None:
+        calls.append(1)
+        if len(calls) > 1:
+            return Stop("later")
+        with ThreadPoolExecutor() as others:
+            others.submit(vmm.pause, DEADLINE_S).result(DEADLINE_S)
+        # The run may end at the stop or once it is resumed, but the guest does not continue before.
+        resuming.submit(resume)
+        return Stop("here")
+
+    def resume() -> None:
+        with suppress(StateError):
+            vmm.resume()
+
+    with ThreadPoolExecutor() as resuming, with_device(stop) as vmm:
+        assert getattr(vmm, run)(DEADLINE_S).value == "here"
+        assert len(calls) == 1
 
 
 def test_what_a_callback_raises_comes_out_with_its_place() -> None:
