@@ -9,7 +9,8 @@ code = (
 )
 console: list[bytes] = []
 
-with Vmm(VmmConfig(boot=FlatBoot(code), serial=SerialConfig(output=console.append))) as vmm:
+config = VmmConfig(boot=FlatBoot(code), serial=SerialConfig(output=console.append))
+with Vmm(config) as vmm:
     exit = vmm.run(timeout=10)
 
 print(exit, b"".join(console))  # code 42 (vCPU 0) b'!'

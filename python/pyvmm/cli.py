@@ -106,7 +106,7 @@ _MACHINE = (
         "--kernel", "kernel_form", metavar="path=FILE,cmdline=TEXT", help="The kernel, in the syntax of rust-vmm's VMM."
     ),
     click.option("--flat", type=click.Path(), metavar="FILE", help="Machine code to run instead of a kernel."),
-    click.option("--mode", metavar="MODE", help="Its mode: real16, protected32, long64 or user64."),
+    click.option("--mode", metavar="MODE", help="Its mode: real16 (the default), protected32, long64 or user64."),
     click.option("--initrd", type=click.Path(), help="The initial RAM disk."),
     click.option("--append", metavar="TEXT", help="The kernel command line."),
     click.option("--memory", metavar="MIB", help="Guest memory: a number of MiB, or size_mib=MIB."),
@@ -125,7 +125,7 @@ def machine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@cli.command(epilog=EXIT_STATUSES)
+@cli.command(epilog=EXIT_STATUSES, short_help="Run a kernel, flat code or the built-in guest.")
 @machine_options
 @click.option("--timeout", type=float, callback=_check_seconds, metavar="SECONDS", help="End the run after this time.")
 @click.option("--expect", metavar="TEXT", help="End the run when the console shows this text, with status 0.")
@@ -156,7 +156,7 @@ def run(
     return run_machine(with_options(base, **options), Ask(timeout, as_json, expect), watch)
 
 
-@cli.command()
+@cli.command(short_help="Run a machine and write a snapshot of it.")
 @machine_options
 @click.option("-o", "--output", required=True, type=click.Path(), help="The file to write.")
 @click.option("--base", type=click.Path(), help="Write only the differences from the snapshot in this file.")
@@ -166,8 +166,8 @@ def run(
 def snapshot(config_file: str | None, **options: Any) -> int:
     """Run KERNEL until it prints a text, a time has passed, or it ends, and write a snapshot.
 
-    If the guest ends through its exit port, it continues after that instruction when it is
-    restored.
+    The console is printed; nothing can be typed. If the guest ends through its exit port, it
+    continues after that instruction when it is restored.
     """
     from pyvmm import snapshot_tool
 
@@ -190,7 +190,7 @@ def restore(file: str, base: str | None, force: bool, timeout: float | None, as_
     return run_with(SerialConfig(), lambda serial: loaded.fork(serial=serial), Ask(timeout, as_json), Instrumentation())
 
 
-@cli.command(epilog="\b\nTo start it: pyvmm run --config $(pyvmm kernel)/machine.toml")
+@cli.command(epilog='\b\nTo start it: pyvmm run --config "$(pyvmm kernel)/machine.toml"')
 def kernel() -> None:
     """Build a small Linux and print its folder.
 
@@ -227,7 +227,7 @@ def inspect(file: str, base: str | None, verify: bool, as_json: bool) -> None:
         snapshot_tool.show(file, found)
 
 
-@cli.command()
+@cli.command(short_help="Check what pyvmm needs on this host.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--machine", "of_machine", is_flag=True, help="Print a machine's addresses, ports and lines instead.")
 @click.option("--config", "file", type=click.Path(), help="With --machine: the machine of this configuration file.")
@@ -259,7 +259,7 @@ def schema() -> None:
     click.echo(json.dumps(VmmConfig.json_schema(), indent=2))
 
 
-@config.command()
+@config.command(short_help="Check a configuration file.")
 @click.argument("file", type=click.Path())
 def check(file: str) -> None:
     """Check a configuration file and the files that it names, and print it with every default."""

@@ -1,6 +1,6 @@
 """The documentation site: every public name is in it, and the pages that are generated are there.
 
-Covers scripts/site/pages.py.
+Covers scripts/site/pages.py and scripts/site/glossary.py.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ def test_api_page_lists_every_public_name() -> None:
 
 def test_every_example_has_a_page_and_a_summary() -> None:
     pages = hook()
+    files = (path for path in pages.EXAMPLES.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    assert pages.sources() == sorted(files)
     for path in pages.sources():
         assert pages.summary(path), path
         assert pages.code(path) in pages.example(path)
@@ -63,3 +65,16 @@ def test_links_that_leave_the_folder_become_pages() -> None:
     assert pages.on_page_markdown("[a](../examples/clock.py) [b](../README.md#how-fast)", page=page) == (
         "[a](examples/clock.py.md) [b](index.md#how-fast)"
     )
+
+
+def test_first_use_of_a_word_is_a_link() -> None:
+    glossary = script(ROOT / "scripts" / "site" / "glossary.py", "glossary")
+    text = "# A kick\n\n| kick |\n\n```\nkick\n```\nA `kick`, [a kick](x.md), kicks, a kick.\n"
+    assert glossary.with_links(text) == text.replace(", kicks,", ", [kicks](glossary.md#kick),")
+
+
+def test_every_linked_word_is_in_the_glossary() -> None:
+    glossary = script(ROOT / "scripts" / "site" / "glossary.py", "glossary")
+    page = glossary.with_anchors((ROOT / "docs" / "glossary.md").read_text())
+    anchors = set(re.findall(r'<span id="([\w-]+)">', page))
+    assert {glossary.slug(term) for term in glossary.TERMS} <= anchors
