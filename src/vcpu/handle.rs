@@ -77,9 +77,11 @@ pub(super) fn closed() -> Error {
 impl HandleState {
     /// Whether another thread, which is not in a callback, is about to put it to rest.
     pub(super) fn comes_to_rest(&self) -> bool {
-        let is_elsewhere = self.host_access.is_none() && self.runner != Some(ThreadId::current());
-        let is_taken = self.commands.vcpu.is_none() && !self.is_in_run_once;
-        is_taken && is_elsewhere && self.commands.is_leaving()
+        self.commands.vcpu.is_none()
+            && self.host_access.is_none()
+            && !self.is_in_run_once
+            && self.commands.is_leaving()
+            && self.runner != Some(ThreadId::current())
     }
 
     /// Whether it is at rest: out of its guest, and it does not enter again without a command.
