@@ -140,12 +140,14 @@ def test_a_stop_of_a_callback_during_which_the_machine_is_paused_is_not_lost(run
             return Stop("later")
         with ThreadPoolExecutor() as others:
             others.submit(vmm.pause, DEADLINE_S).result(DEADLINE_S)
-        # The run may end at the stop or once it is resumed, but the guest does not continue before.
         resuming.submit(resume)
         return Stop("here")
 
     def resume() -> None:
+        """When the instruction is complete: the callback has returned. The run may be over by then."""
         with suppress(StateError):
+            while vmm.vcpus[0].regs.rip != 0x1006:
+                time.sleep(0.001)
             vmm.resume()
 
     with ThreadPoolExecutor() as resuming, with_device(stop) as vmm:
