@@ -73,6 +73,12 @@ impl EventManager {
         self.turns.wait(next);
     }
 
+    /// Have threads that wait for another thread's iteration check their requests, one of which was
+    /// made before this. It does not end the iteration.
+    pub(crate) fn wake_waiting(&self) {
+        self.turns.wake();
+    }
+
     /// Whether a thread performs an iteration.
     pub(crate) fn is_in_turn(&self) -> bool {
         self.turns.is_led()

@@ -5,8 +5,10 @@
 //! No wait has to be cut into slices. Each thread reads the number of ended iterations before it
 //! checks its own requests ([`NextTurn`]). If an iteration has ended since, it does not wait: its
 //! request may have been dispatched between the check and the wait. Otherwise the request is still
-//! to come, and the thread that performs an iteration receives it and ends this iteration.
-//! The model below runs this in every order of its steps.
+//! to come, and the thread that performs an iteration receives it and ends this iteration. That
+//! thread may be in a callback which waits for another thread's run: who stops that run counts as
+//! if an iteration had ended ([`TurnLock::wake`]). The models below run this in every order of
+//! their steps.
 
 use std::time::Instant;
 
@@ -33,7 +35,7 @@ type Guard<'a> = MutexGuard<'a, ()>;
 /// An iteration that a thread is about to perform or to wait for.
 #[derive(Clone, Copy, Debug)]
 pub struct NextTurn {
-    /// The iterations that had ended before the thread checked its requests.
+    /// The iterations that had ended, and the wake-ups, before the thread checked its requests.
     ended: u64,
     /// Until when it waits; `None` for no limit.
     pub(crate) until: Option<Instant>,
@@ -52,7 +54,7 @@ impl NextTurn {
 pub(crate) struct TurnLock {
     /// The holder's number, or 0.
     leader: AtomicU64,
-    /// The number of iterations that have ended. Written by the leader.
+    /// The number of iterations that have ended, and of wake-ups.
     ended: AtomicU64,
     waiting: AtomicUsize,
     lock: Lock,
@@ -129,6 +131,23 @@ impl TurnLock {
         self.waiting.fetch_sub(1, Ordering::Relaxed);
     }
 
+    /// Have the waiting threads check their requests, one of which was made before this.
+    pub(crate) fn wake(&self) {
+        // Release: pairs with the acquire of `next`, so that the check sees the request.
+        self.ended.fetch_add(1, Ordering::Release);
+        // As in `wait`.
+        fence(Ordering::SeqCst);
+        self.notify();
+    }
+
+    fn notify(&self) {
+        if self.waiting.load(Ordering::Relaxed) > 0 {
+            // Taken so that a thread which found no reason to return is already waiting.
+            drop(self.locked());
+            self.changed.notify_all();
+        }
+    }
+
     #[cfg(not(loom))]
     fn locked(&self) -> Guard<'_> {
         self.lock.lock()
@@ -159,7 +178,8 @@ impl TurnGuard<'_> {
     /// Until when this iteration may wait. It does not wait if another thread has performed one
     /// since this thread checked its requests.
     pub(crate) fn until(&self, next: NextTurn) -> Option<Instant> {
-        // Relaxed: only the leader writes it, and `begin` has acquired it.
+        // Relaxed: `begin` has acquired what the last leader wrote, and a wake-up that comes now
+        // belongs to a request that the loop receives too.
         if self.turn_lock.ended.load(Ordering::Relaxed) == next.ended {
             next.until
         } else {
@@ -174,19 +194,13 @@ impl Drop for TurnGuard<'_> {
         if self.is_inner || self.process_tag.is_forked_child() {
             return;
         }
-        let TurnLock { leader, ended, waiting, changed, .. } = self.turn_lock;
-        // Relaxed load: this thread is the only one that writes it. Release: pairs with the acquire
-        // of `next`.
-        ended.store(ended.load(Ordering::Relaxed).wrapping_add(1), Ordering::Release);
+        // Release: pairs with the acquire of `next`.
+        self.turn_lock.ended.fetch_add(1, Ordering::Release);
         // Release: pairs with the acquire of the next leader.
-        leader.store(0, Ordering::Release);
+        self.turn_lock.leader.store(0, Ordering::Release);
         // As in `wait`.
         fence(Ordering::SeqCst);
-        if waiting.load(Ordering::Relaxed) > 0 {
-            // Taken so that a thread which saw the leader is already waiting.
-            drop(self.turn_lock.locked());
-            changed.notify_all();
-        }
+        self.turn_lock.notify();
     }
 }
 
@@ -207,6 +221,16 @@ mod tests {
                 assert!(turns.begin().is_none());
                 turns.wait(next);
             });
+        });
+    }
+
+    #[test]
+    fn a_woken_thread_returns_while_an_iteration_is_in_progress() {
+        let turns = TurnLock::default();
+        let (next, _guard) = (turns.next(), turns.begin().unwrap());
+        std::thread::scope(|scope| {
+            scope.spawn(|| turns.wait(next));
+            turns.wake();
         });
     }
 
@@ -272,6 +296,31 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_callback_that_stops_another_threads_run_can_wait_for_its_end() {
+        loom::model(|| {
+            let (turns, stopped) =
+                (Arc::new(TurnLock::default()), Arc::new(AtomicBool::new(false)));
+            let leading = turns.begin().unwrap();
+            let other = {
+                let (turns, stopped) = (Arc::clone(&turns), Arc::clone(&stopped));
+                loom::thread::spawn(move || {
+                    loop {
+                        let next = turns.next();
+                        if turns.is_led() && stopped.load(Ordering::Relaxed) {
+                            return;
+                        }
+                        turns.wait(next);
+                    }
+                })
+            };
+            stopped.store(true, Ordering::Relaxed);
+            turns.wake();
+            other.join().unwrap();
+            drop(leading);
+        });
     }
 
     #[test]

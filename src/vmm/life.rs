@@ -1,6 +1,7 @@
 //! Start, stop, pause, resume and close a machine, outside of its `run`. From any thread.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::machine::{LoopParts, Vmm};
 use super::runner::{Life, Runner, closed};
@@ -64,7 +65,12 @@ impl Vmm {
     pub fn stop(&self) -> Result<()> {
         self.process_tag.check("vmm")?;
         let Ok(exit_handler) = self.exit_handler() else { return Ok(()) }; // closed: no run is in progress
-        exit_handler.kick().map_err(|e| Error::os(ErrorKind::Event, "stop", &e))
+        // Relaxed: the wake-up below releases it.
+        self.is_stop_requested.store(true, Ordering::Relaxed);
+        exit_handler.kick().map_err(|e| Error::os(ErrorKind::Event, "stop", &e))?;
+        // In a shared loop the thread of the run may wait for this thread's iteration.
+        self.event_manager().iter().for_each(|event_manager| event_manager.wake_waiting());
+        Ok(())
     }
 
     /// Stop, wait for the run to end, and release everything. No guest and no callback runs

@@ -48,6 +48,8 @@ pub struct Vmm {
     pub(super) resets: Resets,
     /// A stream of the console has failed; further output is dropped.
     pub(super) has_failed: AtomicBool,
+    /// `stop` or `close` was called since the last run.
+    pub(super) is_stop_requested: AtomicBool,
     pub(super) runner: Mutex<Runner, rank::Runner>,
     pub(super) run_ended: Condvar,
 }
@@ -139,6 +141,7 @@ impl Vmm {
             vm_id,
             resets: Resets::default(),
             has_failed: AtomicBool::new(false),
+            is_stop_requested: AtomicBool::new(false),
             runner: Mutex::default(),
             run_ended: Condvar::new(),
         })

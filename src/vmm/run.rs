@@ -9,7 +9,7 @@ use super::life::{Entering, Running};
 use super::machine::Vmm;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::NextTurn;
-use crate::exit_handler::{Exit, ExitReason};
+use crate::exit_handler::{Exit, ExitHandler, ExitReason};
 use crate::hop::hop;
 use crate::limit::{Interrupted, Limit, deadline_of};
 use crate::trace;
@@ -136,7 +136,7 @@ impl Running<'_> {
     ) -> std::result::Result<Option<ExitReason>, E> {
         loop {
             let next = self.event_manager.next_turn().until(deadline);
-            if !self.exit_handler.keep_running() {
+            if !self.exit_handler.keep_running() || self.is_stopped_beside_turn() {
                 return Ok(Some(ExitReason::Stopped));
             }
             if is_enough() || deadline.is_some_and(|deadline| Instant::now() >= deadline) {
@@ -144,6 +144,15 @@ impl Running<'_> {
             }
             self.turn(next, turn)?;
         }
+    }
+
+    /// Whether a stop is pending while another thread performs an iteration, whose callback may
+    /// wait for the end of this run.
+    fn is_stopped_beside_turn(&self) -> bool {
+        // Relaxed: `next_turn` has acquired what was stored before a wake-up.
+        self.vmm.is_stop_requested.load(Ordering::Relaxed)
+            && self.event_manager.is_in_turn()
+            && self.exit_handler.is_kicked()
     }
 
     /// End a run and shut the machine down, except in a child that was forked in a callback: there
@@ -174,6 +183,7 @@ impl Running<'_> {
         let is_over = matches!(reason, Ok(ExitReason::Stopped));
         let waited = self.wait_for_callbacks(is_over, deadline, interrupted);
         // A callback may have ended the run after the deadline: its result is not lost.
+        self.vmm.is_stop_requested.store(false, Ordering::Relaxed);
         let mut is_stopped = self.exit_handler.take_stop();
         let reason = reason?;
         waited?;
@@ -218,7 +228,7 @@ impl Running<'_> {
         if !self.event_manager.is_in_turn() && !self.event_manager.is_ready()? {
             return Ok(());
         }
-        self.vmm.stop()?;
+        self.exit_handler.kick().map_err(|e| Error::os(ErrorKind::Event, "run", &e))?;
         self.turn_until(deadline, turn, &|| false).map(drop)
     }
 

@@ -184,6 +184,45 @@ running.join(60)
 """
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("end", ["close", "stop and join"])
+def test_a_callback_of_a_shared_loop_ends_the_run_of_another_thread_and_waits_for_it(end: str) -> None:
+    manager = pyvmm.EventManager()
+    other = Vmm(flat(SPIN), event_manager=manager)
+    thread = threading.Thread(target=other.run, daemon=True)
+
+    class Ends:
+        def __init__(self) -> None:
+            self.fd, self.calls = EventFd(), 0
+
+        def init(self, ops: EventOps) -> None:
+            ops.add(Events(self.fd))
+
+        def process(self, events: Events, ops: EventOps) -> None:
+            self.fd.read()
+            self.calls += 1
+            if end == "close":
+                other.close()
+            else:
+                other.stop()
+            thread.join()
+
+    with Vmm(flat(SPIN), event_manager=manager) as vmm:
+        ends = Ends()
+        manager.add_subscriber(ends)
+        leader = threading.Thread(target=vmm.run, daemon=True)
+        leader.start()
+        thread.start()
+        while other.state is not pyvmm.VmRunState.RUNNING:
+            time.sleep(0.001)
+        ends.fd.write()
+        thread.join()
+        vmm.stop()
+        leader.join()
+    assert ends.calls == 1
+    other.close()
+
+
 @pytest.mark.parametrize("run", ["own.run()", "own.start(); own.wait()", "own.start(); manager.run_forever()"])
 def test_ctrl_c_ends_a_run_while_another_thread_performs_the_iterations(run: str) -> None:
     program = CTRL_C.format(tests=str(TESTS), run=run)
