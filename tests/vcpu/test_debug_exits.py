@@ -89,7 +89,9 @@ def test_a_breakpoint_of_one_vcpu_stops_the_others_too() -> None:
     with Vmm(config) as vmm:
         vmm.vcpus[1].debug(breakpoints=[0x1004])
         assert vmm.run(DEADLINE_S) == Exit(ExitReason.DEBUG, vcpu=1)
-        assert [vcpu.regs.rip for vcpu in vmm.vcpus] == [0x1002, 0x1004]
+        spinning, stopped = (vcpu.regs.rip for vcpu in vmm.vcpus)
+        assert stopped == 0x1004
+        assert spinning in (0x1000, 0x1002)  # it may not have begun
         vmm.vcpus[1].debug()
         assert vmm.run(DEADLINE_S)[:3] == (ExitReason.CODE, 1, 1)
 
