@@ -10,7 +10,16 @@ from pathlib import Path
 PYTHON = Path(__file__).resolve().parent.parent / "python"
 
 
-def errors_of(program: str, folder: Path) -> tuple[set[int], str]:
+def check(right: str, wrong: list[str], folder: Path) -> None:
+    """The checker accepts a program, and refuses each of these lines at its end."""
+    lines = [*right.splitlines(), *(f"    {line}" for line in wrong)]
+    found, said = _errors_of("\n".join(lines) + "\n", folder)
+    first = len(lines) - len(wrong) + 1
+    refused = {lines[number - 1].strip() for number in found}
+    assert found == set(range(first, len(lines) + 1)), f"{refused ^ set(wrong)}\n{said}"
+
+
+def _errors_of(program: str, folder: Path) -> tuple[set[int], str]:
     """The lines of a program that mypy refuses, and everything that it prints."""
     path = folder / "program.py"
     path.write_text(program)

@@ -53,7 +53,7 @@ impl PyOutputWatch {
 
 impl PySerial {
     /// Call a function of `pyvmm.console` that waits for a pattern.
-    fn await_pattern<'py>(
+    pub(super) fn await_pattern<'py>(
         slf: &Bound<'py, Self>,
         function: &str,
         pattern: &Bound<'py, PyAny>,

@@ -108,6 +108,7 @@ fn write(device: &dyn Device, offset: u64, data: &[u8], size: usize) -> Outcome 
 }
 
 /// Find the device of an access and `call` it, or count the access as unanswered.
+/// [`Outcome::Wait`] if the device calls the program, and this thread does not.
 fn reach(
     vcpu: &mut Vcpu,
     handle: &VcpuHandle,
@@ -119,10 +120,7 @@ fn reach(
     // The copy is taken out, because the device may look at the vCPU.
     let mut copy = std::mem::take(vcpu.cache.bus(bus));
     let outcome = match vcpu.router.buses.bus(bus).find(&mut copy, address, size) {
-        Some((device, _)) if vcpu.calls_nobody && device.may_block() => {
-            vcpu.is_left_pending = true;
-            Outcome::Continue
-        }
+        Some((device, _)) if vcpu.calls_nobody && device.may_block() => Outcome::Wait,
         Some((device, offset)) => {
             if let Some(noted) = &mut vcpu.noted {
                 noted.device = Some(Arc::clone(device));

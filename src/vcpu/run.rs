@@ -108,7 +108,7 @@ pub(super) fn answer(vcpu: &mut Vcpu, handle: &VcpuHandle, exit: &VcpuExit) -> O
             with_fault_report(vcpu, outcome)
         }
     };
-    if std::mem::take(&mut vcpu.is_left_pending) {
+    if step == Outcome::Wait {
         return leave_pending(vcpu, exit);
     }
     vcpu.pending.set_answered();

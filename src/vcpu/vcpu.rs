@@ -74,8 +74,6 @@ pub struct Vcpu {
     /// Whether the thread that runs it calls no code of the program: an exit that needs such code
     /// stays pending, for the vCPU's own thread.
     pub(super) calls_nobody: bool,
-    /// Whether the last exit stays pending for that reason.
-    pub(super) is_left_pending: bool,
     /// Whether calls of devices are recorded in a trace.
     pub(super) is_recorded: bool,
     /// Whether the current instruction reads memory that was added after its exit.
@@ -118,7 +116,6 @@ impl Vcpu {
             has_host_access: false,
             is_interrupted: false,
             calls_nobody: false,
-            is_left_pending: false,
             is_recorded: false,
             has_found_memory: false,
             noted: None,

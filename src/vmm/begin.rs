@@ -52,10 +52,7 @@ impl Running<'_> {
 
     fn begin_here(&self, handle: &Arc<VcpuHandle>, deadline: Option<Instant>) -> Result<Begun> {
         hop!();
-        self.check_may_run()?;
-        self.vmm.runner.lock().last = None;
-        // A stop from before this run ends it: the guest is not started.
-        if self.exit_handler.is_kicked() {
+        if !self.forget_last()? {
             return Ok(Begun::Runs);
         }
         let entry = self.vm.first_address(self.vmm.entry);

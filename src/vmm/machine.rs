@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicBool;
 use event_manager::SubscriberId;
 
 use super::instruments::Instruments;
-use super::parts::Parts;
+use super::parts::{Parts, event_loop};
 use super::resets::Resets;
 use super::runner::{Runner, closed};
 
@@ -101,12 +101,7 @@ impl Vmm {
         interrupted: &dyn Fn() -> Result<()>,
     ) -> Result<Self> {
         let (memory, entry) = load(&config, interrupted)?;
-        let event_manager = match shared {
-            Some(shared) => shared,
-            None => Arc::new(EventManager::new()?),
-        };
-        let exit_handler =
-            WrappedExitHandler::new().map_err(|e| Error::os(ErrorKind::Event, "eventfd", &e))?;
+        let (event_manager, exit_handler) = event_loop(shared)?;
         let router = Arc::new(ExitRouter::default());
         let vm = KvmVm::new(&config, memory, Arc::clone(&router), exit_handler.clone())?;
         let irq = vm.irq(layout::COM1_IRQ);
@@ -122,7 +117,6 @@ impl Vmm {
         exit_port: ExitPort,
     ) -> Result<Self> {
         let Parts { vm, event_manager, exit_handler, router, serial, entry } = parts;
-        exit_handler.set_own_loop(&event_manager);
         let mut subscribers = vec![event_manager.add_subscriber(Box::new(exit_handler.clone()))];
         subscribers.extend(devices::connect(&serial, streams, &event_manager)?);
         let fixups = Arc::clone(vm.fixups());

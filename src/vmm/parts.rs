@@ -1,8 +1,9 @@
-//! The parts of a machine before it is assembled. Pure data.
+//! The parts of a machine before it is assembled.
 
 use std::sync::Arc;
 
 use crate::devices::Serial;
+use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
 use crate::exit_handler::WrappedExitHandler;
 use crate::vcpu::ExitRouter;
@@ -17,4 +18,22 @@ pub(crate) struct Parts {
     pub(crate) router: Arc<ExitRouter>,
     pub(crate) serial: Arc<Serial>,
     pub(crate) entry: u64,
+}
+
+/// The event loop of a new machine, a shared one or its own, and the handler that ends the
+/// machine's runs there.
+///
+/// # Errors
+/// If the process has no file descriptor left.
+pub(super) fn event_loop(
+    shared: Option<Arc<EventManager>>,
+) -> Result<(Arc<EventManager>, WrappedExitHandler)> {
+    let event_manager = match shared {
+        Some(shared) => shared,
+        None => Arc::new(EventManager::new()?),
+    };
+    let exit_handler =
+        WrappedExitHandler::new().map_err(|e| Error::os(ErrorKind::Event, "eventfd", &e))?;
+    exit_handler.set_own_loop(&event_manager);
+    Ok((event_manager, exit_handler))
 }

@@ -7,14 +7,13 @@ use kvm_ioctls::VmFd;
 
 use super::life::Entering;
 use super::machine::Vmm;
-use super::parts::Parts;
+use super::parts::{Parts, event_loop};
 use super::snapshot::Vm;
 use crate::config::SerialConfig;
 use crate::cpu::cpuid::host_shadows_page_tables;
 use crate::devices::{self, Buses, Device};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
-use crate::exit_handler::WrappedExitHandler;
 use crate::hop::hop;
 use crate::layout;
 use crate::limit::Limit;
@@ -97,12 +96,7 @@ impl Vmm {
             memory.add_image(*start, image, *read_only)?;
         }
         claim_platform(memory.resources(), spec.irqchip, spec.exit_port())?;
-        let event_manager = match event_manager {
-            Some(shared) => shared,
-            None => Arc::new(EventManager::new()?),
-        };
-        let exit_handler =
-            WrappedExitHandler::new().map_err(|e| Error::os(ErrorKind::Event, "eventfd", &e))?;
+        let (event_manager, exit_handler) = event_loop(event_manager)?;
         let router = Arc::new(ExitRouter::default());
         let vm = KvmVm::from_spec(spec, memory, &router, exit_handler.clone())?;
         vm.at_rest(&Limit::NONE, |fd, vcpus| set_state(&vm, fd, vcpus, snapshot, false))?;

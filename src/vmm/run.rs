@@ -99,13 +99,21 @@ impl Running<'_> {
     pub(super) fn start_vcpus(&self) -> Result<()> {
         hop!();
         let vm = &self.vm;
-        self.check_may_run()?;
-        self.vmm.runner.lock().last = None;
-        // A stop from before this run ends it: the guest is not started.
-        if !self.exit_handler.is_kicked() {
+        if self.forget_last()? {
             vm.run(vm.first_address(self.vmm.entry))?;
         }
         Ok(())
+    }
+
+    /// Forget the result of the last run. Returns false if a stop from before this run ends it: the
+    /// guest is not started then.
+    ///
+    /// # Errors
+    /// As for [`Self::check_may_run`].
+    pub(super) fn forget_last(&self) -> Result<bool> {
+        self.check_may_run()?;
+        self.vmm.runner.lock().last = None;
+        Ok(!self.exit_handler.is_kicked())
     }
 
     /// Run the loop of a started machine until its run ends. `None` at the deadline, or once
@@ -182,8 +190,8 @@ impl Running<'_> {
         self.vm.stop();
         let is_over = matches!(reason, Ok(ExitReason::Stopped));
         let waited = self.wait_for_callbacks(is_over, deadline, interrupted);
-        // A callback may have ended the run after the deadline: its result is not lost.
         self.vmm.is_stop_requested.store(false, Ordering::Relaxed);
+        // A callback may have ended the run after the deadline: its result is not lost.
         let mut is_stopped = self.exit_handler.take_stop();
         let reason = reason?;
         waited?;

@@ -9,25 +9,12 @@ use crate::py::console::PyOutputWatch;
 use crate::py::ending::import;
 use crate::py::enter::prepare_vcpu_threads;
 use crate::py::event::turn;
+use crate::py::serial::PySerial;
 use crate::py::{exit, interrupt, wakeup};
 use crate::vmm::{Turn, Watcher};
 
 /// How a run ended: an `Exit`, or None after an exception.
 type Over<'py> = (Option<Bound<'py, PyAny>>,);
-
-impl PyVmm {
-    /// Call a function of `pyvmm.console` that runs the machine up to a pattern.
-    fn run_to_pattern<'py>(
-        slf: &Bound<'py, Self>,
-        function: &str,
-        pattern: &Bound<'py, PyAny>,
-        timeout: Option<f64>,
-    ) -> PyResult<Bound<'py, PyAny>> {
-        let serial = Self::serial(slf)?;
-        let console = import(slf.py(), "pyvmm.console")?;
-        console.call_method1(function, (slf, serial, pattern, timeout))
-    }
-}
 
 #[pymethods]
 impl PyVmm {
@@ -122,7 +109,7 @@ impl PyVmm {
         pattern: &Bound<'py, PyAny>,
         timeout: Option<f64>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        Self::run_to_pattern(slf, "run_until", pattern, timeout)
+        PySerial::await_pattern(&Self::serial(slf)?, "run_until", pattern, timeout)
     }
 
     /// `run_until` in a running asyncio loop, which stays responsive.
@@ -132,6 +119,6 @@ impl PyVmm {
         pattern: &Bound<'py, PyAny>,
         timeout: Option<f64>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        Self::run_to_pattern(slf, "run_until_async", pattern, timeout)
+        PySerial::await_pattern(&Self::serial(slf)?, "run_until_async", pattern, timeout)
     }
 }

@@ -22,9 +22,7 @@ impl PyVmm {
         self.changing()?.router().set_hook(HookPriority::Program, &hook, &exits, &answers);
         Ok(())
     }
-}
 
-impl PyVmm {
     fn remove_hook(
         &self,
         when: When,
