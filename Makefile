@@ -34,8 +34,9 @@ lint: setup ## Formatting, lints, types, stubs
 	mypy
 	python -m mypy.stubtest pyvmm._pyvmm
 
+# rustdoc would look for the job server of a make that runs two targets at a time, and warn.
 rust: setup ## The Rust tests, without Python
-	cargo test --quiet --no-default-features
+	MAKEFLAGS= cargo test --quiet --no-default-features
 
 loom: setup ## The kick protocols and the commands of vCPU threads in every order of their steps
 	RUSTFLAGS="--cfg loom" cargo test --quiet --release --no-default-features --lib --target-dir target/loom -- vcpu::kick vcpu::commands_model event::calls event::turn_lock
