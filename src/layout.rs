@@ -5,6 +5,8 @@ pub const PAGE: u64 = 4096;
 
 /// Conventional memory ends here. Above are the EBDA and the ROMs of a PC.
 pub const EBDA_START: u64 = 0x9_fc00;
+/// Where a processor starts: the last 16 bytes of the firmware.
+pub const RESET_VECTOR: u64 = MMIO_GAP_END - 16;
 /// The first MiB ends here.
 pub const HIGH_MEMORY: u64 = 0x10_0000;
 /// Between 3 and 4 GiB there are devices instead of RAM.
@@ -37,12 +39,16 @@ pub const EXCEPTION_PAGE: u64 = 0x8_7000;
 pub const SYMBOLS: u64 = EXCEPTION_PAGE + 0x800;
 /// The program's page tables below the first two levels, up to the EBDA.
 pub const PROGRAM_TABLES: u64 = 0x8_8000;
-/// Linux's boot parameters.
+/// The stack that a kernel starts with begins here and ends at its boot parameters.
+pub const KERNEL_STACK: u64 = 0x8_e000;
+/// Linux's boot parameters, or what another protocol tells a kernel: up to the EBDA.
 pub const ZERO_PAGE: u64 = 0x9_0000;
 /// The kernel command line.
 pub const CMDLINE: u64 = 0x9_1000;
 /// The size of Linux's buffer for it, with the closing zero.
 pub const CMDLINE_SIZE: usize = 2048;
+/// The maximum number of a kernel's modules.
+pub const MAX_MODULES: usize = 256;
 /// The MP table is at the start of the EBDA, where Linux looks for it.
 pub const MP_TABLE: u64 = EBDA_START;
 

@@ -68,16 +68,8 @@ from pyvmm.exits import (
 from pyvmm.stats import ExitCount, VcpuTime
 
 if TYPE_CHECKING:
-    from pyvmm.config import (
-        CpuConfig,
-        ElfBoot,
-        EmbeddedBoot,
-        FlatBoot,
-        LinuxBoot,
-        MemoryConfig,
-        SerialConfig,
-        VmmConfig,
-    )
+    from pyvmm.boots import BootModule, ElfBoot, EmbeddedBoot, FirmwareBoot, FlatBoot, KernelBoot, LinuxBoot
+    from pyvmm.config import CpuConfig, MemoryConfig, SerialConfig, VmmConfig
     from pyvmm.console import Console
     from pyvmm.hostcalls import HostcallError, HostcallStatus
     from pyvmm.kvm import Cap
@@ -88,6 +80,7 @@ __all__ = [
     "Answer",
     "AnsweredBy",
     "BootError",
+    "BootModule",
     "Cap",
     "ClosedError",
     "ConfigError",
@@ -110,6 +103,7 @@ __all__ = [
     "ExitReason",
     "ExpectTimeoutError",
     "Expected",
+    "FirmwareBoot",
     "FlatBoot",
     "ForkExecutor",
     "GuestEndedError",
@@ -118,6 +112,7 @@ __all__ = [
     "HostcallError",
     "HostcallStatus",
     "IrqLine",
+    "KernelBoot",
     "Kvm",
     "KvmError",
     "KvmUnavailableError",
@@ -163,17 +158,10 @@ __all__ = [
 atexit.register(close_all)
 
 # Imported on first use: the event loop does not need them, and they take most of the import time.
-_CONFIG = (
-    "CpuConfig",
-    "ElfBoot",
-    "EmbeddedBoot",
-    "FlatBoot",
-    "LinuxBoot",
-    "MemoryConfig",
-    "SerialConfig",
-    "VmmConfig",
-)
+_BOOTS = ("BootModule", "ElfBoot", "EmbeddedBoot", "FirmwareBoot", "FlatBoot", "KernelBoot", "LinuxBoot")
+_CONFIG = ("CpuConfig", "MemoryConfig", "SerialConfig", "VmmConfig")
 _LAZY = {
+    **dict.fromkeys(_BOOTS, "pyvmm.boots"),
     **dict.fromkeys(_CONFIG, "pyvmm.config"),
     **dict.fromkeys(("HostcallError", "HostcallStatus"), "pyvmm.hostcalls"),
     "Cap": "pyvmm.kvm",

@@ -16,7 +16,8 @@ import msgspec
 
 import pyvmm
 from pyvmm import keyvalue
-from pyvmm.config import FlatBoot, LinuxBoot, MemoryConfig, SerialConfig, VmmConfig
+from pyvmm.boots import FlatBoot, LinuxBoot
+from pyvmm.config import MemoryConfig, SerialConfig, VmmConfig
 from pyvmm.exceptions import ConfigError, VmmError
 from pyvmm.runner import STATUSES, STDERR, Ask, Instrumentation, Status, print_error, run_machine, run_with
 

@@ -1,7 +1,7 @@
 """The configuration of a machine: typed, with defaults, loadable from a dict, TOML and JSON.
 
-Fields are keyword-only, except the required field of a boot: `FlatBoot(code)`, `ElfBoot(path)` and
-`LinuxBoot(kernel)`.
+Fields are keyword-only, except the required field of a boot: `FlatBoot(code)`, `ElfBoot(path)`,
+`LinuxBoot(kernel)`, `KernelBoot(kernel)` and `FirmwareBoot(path)`.
 
 An object built in Python is checked when a machine is created from it, or by `VmmConfig.check`;
 loaded values are checked at once. The error is a `ConfigError` that starts with the key:
@@ -11,68 +11,23 @@ with other values: ``config.replace(memory=config.memory.replace(size_mib=64))``
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
 import msgspec
 from msgspec import Meta
 
+from pyvmm.boots import BootModule, ElfBoot, EmbeddedBoot, FirmwareBoot, FlatBoot, KernelBoot, LinuxBoot
 from pyvmm.config_files import no_output, read
+from pyvmm.config_parts import Names, Part, Port, Stream, nearest
 from pyvmm.exceptions import ConfigError
 
-Address: TypeAlias = Annotated[int, Meta(ge=0, extra_json_schema={"maximum": 2**64 - 1})]
-Port: TypeAlias = Annotated[int, Meta(ge=0, le=0xFFFC)]
-# In a file, a path is a string. An object built in Python may also have a Path, and any sequence of
-# names.
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    FilePath: TypeAlias = str | Path
-    Names: TypeAlias = Sequence[str]
-else:
-    FilePath = str
-    Names = tuple[str, ...]
-STREAM_SCHEMA = {"type": ["string", "integer", "null"]}
-Stream: TypeAlias = Annotated[Any, Meta(extra_json_schema=STREAM_SCHEMA)]
-
-DEFAULT_CMDLINE = "console=ttyS0 panic=-1 reboot=k"
+    from collections.abc import Sequence
 
 
-if TYPE_CHECKING:
-    # To type checkers, these classes have no other constructor than that of their fields.
-    from msgspec import StructMeta as _Constructor
-else:
-
-    class _Constructor(msgspec.StructMeta):
-        """Explains which arguments a class of the configuration takes when it refuses some."""
-
-        def __call__(self, *arguments: Any, **options: Any) -> Any:
-            try:
-                return super().__call__(*arguments, **options)
-            except TypeError as error:
-                reason = _refusal(self, len(arguments), set(options)) or f"{self.__name__}: {error}"
-                raise TypeError(reason) from None
-
-
-class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, metaclass=_Constructor):
-    """A part of a configuration. Its fields are keyword-only, so new ones can be added anywhere."""
-
-    def replace(self, **changes: Any) -> Self:
-        """Return a copy with other values. `copy.replace` does the same.
-
-        Raises:
-            TypeError: there is no such field; the message names those that there are.
-        """
-        fields = {name: getattr(self, name) for name in self.__struct_fields__}
-        return type(self)(**(fields | changes))
-
-    __replace__ = replace
-
-
-class _Size(_Part, frozen=True):
+class _Size(Part, frozen=True):
     size_mib: Annotated[int, Meta(ge=1, le=2**23 - 1)] = 128
 
 
@@ -85,7 +40,7 @@ class MemoryConfig(_Size, frozen=True, kw_only=True):
     """
 
 
-class CpuConfig(_Part, frozen=True, kw_only=True):
+class CpuConfig(Part, frozen=True, kw_only=True):
     """The vCPUs.
 
     Attributes:
@@ -110,79 +65,7 @@ class CpuConfig(_Part, frozen=True, kw_only=True):
     fixups: bool = False
 
 
-class EmbeddedBoot(_Part, frozen=True, tag_field="type", tag="embedded"):
-    """The built-in guest: it prints, measures, answers its input, and ends."""
-
-
-class _Code(_Part, frozen=True):
-    code: bytes = b""
-
-
-class FlatBoot(_Code, frozen=True, kw_only=True, tag_field="type", tag="flat"):
-    """Code at an address.
-
-    Every vCPU starts at the entry, with its number in RDI (EDI, DI) and its own stack of 4 KiB
-    right below the code.
-
-    Attributes:
-        code: the machine code; base64 in TOML and JSON.
-        path: the file with the code, instead of `code`.
-        address: the guest-physical load address.
-        entry: the start address; None means `address`.
-        mode: "real16", 16-bit real mode; "protected32", 32-bit ring 0 without paging; "long64",
-            64-bit ring 0; "user64", 64-bit ring 3 with a TSS that allows every port. Both 64-bit
-            modes use identity mapping. Except in real mode, the tables for this use 0x80000 to
-            0x9fbff.
-    """
-
-    path: FilePath | None = None
-    address: Address = 0x1000
-    entry: Address | None = None
-    mode: Literal["real16", "protected32", "long64", "user64"] = "real16"
-
-
-class _Program(_Part, frozen=True):
-    path: FilePath
-
-
-class ElfBoot(_Program, frozen=True, kw_only=True, tag_field="type", tag="elf"):
-    """A static ELF program in 64-bit ring 3, without an operating system.
-
-    Only the program's segments, with their permissions, and its stack are mapped, each at its own
-    address. An exception ends the run: `Exit.reason` is `ExitReason.EXCEPTION`, and the exit says
-    what the processor reported. The program can use every port. It starts with the stack of the
-    System V ABI, without arguments.
-
-    Attributes:
-        path: the file, an x86-64 executable linked with -static -no-pie.
-        stack_kib: the size of the stack, in KiB, rounded up to whole pages. It is at the top of
-            memory. The pages around it are not mapped.
-    """
-
-    stack_kib: Annotated[int, Meta(ge=1, le=2**22)] = 256
-
-
-class _Kernel(_Part, frozen=True):
-    kernel: FilePath
-
-
-class LinuxBoot(_Kernel, frozen=True, kw_only=True, tag_field="type", tag="linux"):
-    """A Linux kernel, booted by the 64-bit boot protocol (the kernel's Documentation/arch/x86/boot.rst).
-
-    Attributes:
-        kernel: the file of an ELF vmlinux or a bzImage.
-        initrd: the file of the initial RAM disk.
-        cmdline: the kernel command line, at most 2,047 bytes of printable ASCII.
-        load_address: the load address of a bzImage, 1 MiB to 3 GiB; None means its preferred
-            address.
-    """
-
-    initrd: FilePath | None = None
-    cmdline: Annotated[str, Meta(max_length=2047)] = DEFAULT_CMDLINE
-    load_address: Address | None = None
-
-
-class SerialConfig(_Part, frozen=True, kw_only=True):
+class SerialConfig(Part, frozen=True, kw_only=True):
     """The first serial port, COM1 at 0x3f8.
 
     Attributes:
@@ -202,7 +85,7 @@ class SerialConfig(_Part, frozen=True, kw_only=True):
     input_eof: bytes = b"\x04"
 
 
-class VmmConfig(_Part, frozen=True, kw_only=True):
+class VmmConfig(Part, frozen=True, kw_only=True):
     """A complete machine.
 
     Attributes:
@@ -213,13 +96,13 @@ class VmmConfig(_Part, frozen=True, kw_only=True):
         exit_port: a write to this port ends the run with the value as its code; None means no such
             port.
         irqchip: an in-kernel interrupt controller (PIC, I/O APIC, LAPICs); None means only for
-            Linux.
+            Linux, another kernel, or firmware.
         pit: an in-kernel timer (PIT); None means the same as `irqchip`.
     """
 
     memory: MemoryConfig = MemoryConfig()
     cpu: CpuConfig = CpuConfig()
-    boot: EmbeddedBoot | FlatBoot | ElfBoot | LinuxBoot = EmbeddedBoot()
+    boot: EmbeddedBoot | FlatBoot | ElfBoot | LinuxBoot | KernelBoot | FirmwareBoot = EmbeddedBoot()
     serial: SerialConfig = SerialConfig()
     exit_port: Port | None = 0xF4
     irqchip: bool | None = None
@@ -301,15 +184,22 @@ class VmmConfig(_Part, frozen=True, kw_only=True):
         return plain
 
 
-_BOOTS: tuple[type[_Part], ...] = (EmbeddedBoot, FlatBoot, ElfBoot, LinuxBoot)
-_STRUCTS: tuple[type[_Part], ...] = (VmmConfig, MemoryConfig, CpuConfig, *_BOOTS, SerialConfig)
+_BOOTS: tuple[type[Part], ...] = (EmbeddedBoot, FlatBoot, ElfBoot, LinuxBoot, KernelBoot, FirmwareBoot)
 
 
 def _beside(part: Any, directory: Path, *names: str) -> Any:
     """Make the relative paths of a part relative to a directory."""
     values = {name: getattr(part, name, None) for name in names}
-    paths = {n: str(directory / v) for n, v in values.items() if isinstance(v, (str, Path))}
+    paths: dict[str, Any] = {n: str(directory / v) for n, v in values.items() if isinstance(v, (str, Path))}
+    if isinstance(part, KernelBoot):
+        paths["modules"] = tuple(_module_beside(module, directory) for module in part.modules)
     return part.replace(**paths) if paths else part
+
+
+def _module_beside(module: str | Path | BootModule, directory: Path) -> str | BootModule:
+    if isinstance(module, BootModule):
+        return module.replace(path=str(directory / module.path))
+    return str(directory / module)
 
 
 def _error(at: str, detail: str) -> ConfigError:
@@ -337,43 +227,22 @@ def _choices(key: str, detail: str) -> str:
     values: dict[str, Sequence[str]] = {
         "boot.type": tags,
         "boot.mode": get_args(get_type_hints(FlatBoot)["mode"]),
+        "boot.protocol": get_args(get_type_hints(LinuxBoot)["protocol"])
+        + get_args(get_type_hints(KernelBoot)["protocol"])[2:],
         "cpu.template": get_args(get_type_hints(CpuConfig)["template"]),
     }
     return f"; one of {', '.join(values[key])}" if key in values and detail.startswith("Invalid") else ""
 
 
-def _refusal(cls: Any, count: int, options: set[str]) -> str | None:
-    """Why a class takes no such arguments: `count` of them by position, and these options."""
-    name, parameters = cls.__name__, inspect.signature(cls).parameters
-    first = [key for key, parameter in parameters.items() if parameter.kind is not parameter.KEYWORD_ONLY]
-    if not parameters:
-        return f"{name} takes no options"
-    known = f"(options: {', '.join(parameters)})"
-    if unknown := sorted(options - set(parameters)):
-        others = [struct.__name__ for struct in _STRUCTS if unknown[0] in struct.__struct_fields__]
-        elsewhere = f", which is an option of {' and '.join(others)}" if others else _nearest(unknown[0], parameters)
-        return f"{name} does not take {unknown[0]}{elsewhere} {known}"
-    if count > len(first):
-        unless = f", except {first[0]}" if first else ""
-        return f"{name} takes its options by keyword{unless}, but got {count} without {known}"
-    required = [key for key, parameter in parameters.items() if parameter.default is parameter.empty]
-    missing = [key for key in required[count:] if key not in options]
-    return f"{name} needs {missing[0]} {known}" if missing else None
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
 def _unknown_key(parent: str, name: str) -> ConfigError:
-    parts: dict[str, list[type[_Part]]] = {
+    parts: dict[str, list[type[Part]]] = {
         "": [VmmConfig],
         "memory": [MemoryConfig],
         "cpu": [CpuConfig],
         "serial": [SerialConfig],
+        "boot.modules": [BootModule],
     }
-    structs = parts.get(parent, list(_BOOTS))
+    structs = parts.get(re.sub(r"\[\d+\]", "", parent), list(_BOOTS))
     known = [field for struct in structs for field in struct.__struct_fields__]
-    meant = _nearest(name, known) or f"; known are {', '.join(sorted(set(known)))}"
+    meant = nearest(name, known) or f"; known are {', '.join(sorted(set(known)))}"
     return _error(f"{parent}.{name}" if parent else name, f"unknown key{meant}")

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from pyvmm._pyvmm import Vmm, kvm_info
-from pyvmm.config import CpuConfig, FlatBoot, MemoryConfig, VmmConfig
+from pyvmm.boots import FlatBoot
+from pyvmm.config import CpuConfig, MemoryConfig, VmmConfig
 from pyvmm.exceptions import VmmError
 
 if TYPE_CHECKING:

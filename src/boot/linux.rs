@@ -8,7 +8,8 @@ use vm_memory::ByteValued;
 use super::files::Files;
 use super::program_headers::{MAGIC, u16_at, u32_at};
 use super::{elf, initrd};
-use crate::config::LinuxBoot;
+use crate::config::{LinuxBoot, LinuxProtocol};
+use crate::cpu::{Arguments, CpuMode, Start};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout;
 use crate::memory::GuestMemory;
@@ -38,8 +39,12 @@ struct Kernel {
     header: setup_header,
 }
 
-/// Load kernel, RAM disk and command line; returns the 64-bit entry.
-pub(super) fn load(config: &LinuxBoot, memory: &GuestMemory, files: &Files<'_>) -> Result<u64> {
+/// Load kernel, RAM disk and command line; returns how it starts.
+pub(super) fn load(config: &LinuxBoot, memory: &GuestMemory, files: &Files<'_>) -> Result<Start> {
+    if let LinuxProtocol::Bits32 | LinuxProtocol::Pvh = config.protocol {
+        let detail = "this protocol is not supported yet";
+        return Err(Error::new(ErrorKind::Boot, "boot.protocol", detail));
+    }
     let image = files.read(&config.kernel, "boot.kernel", files.most)?;
     let kernel = load_kernel(&image, config, memory)?;
     let mut params = boot_params { hdr: kernel.header, ..Default::default() };
@@ -51,7 +56,9 @@ pub(super) fn load(config: &LinuxBoot, memory: &GuestMemory, files: &Files<'_>) 
     write_cmdline(config, memory, &mut params)?;
     fill_e820(memory, &mut params)?;
     memory.write(layout::ZERO_PAGE, params.as_slice())?;
-    Ok(kernel.entry)
+    let arguments = Arguments { rsi: layout::ZERO_PAGE, ..Arguments::default() };
+    let stack = Some(layout::ZERO_PAGE);
+    Ok(Start { stack, arguments, ..Start::new(CpuMode::Kernel64, kernel.entry) })
 }
 
 fn load_kernel(image: &[u8], config: &LinuxBoot, memory: &GuestMemory) -> Result<Kernel> {

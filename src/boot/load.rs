@@ -1,12 +1,13 @@
 //! Loads what the configuration names.
 
 use super::files::Files;
-use super::{embedded, flat, linux, mptable, program};
+use super::{embedded, firmware, flat, kernel, linux, mptable, program};
 use crate::config::{Boot, VmmConfig};
+use crate::cpu::{CpuMode, Start};
 use crate::error::Result;
 use crate::memory::GuestMemory;
 
-/// Load the code or kernel of the configuration. Returns the entry of vCPU 0.
+/// Load the code or kernel of the configuration. Returns how it starts.
 ///
 /// # Errors
 /// If a file cannot be read, is not what it should be, or does not fit.
@@ -17,16 +18,31 @@ pub fn load(
     config: &VmmConfig,
     memory: &GuestMemory,
     interrupted: &dyn Fn() -> Result<()>,
-) -> Result<u64> {
+) -> Result<Start> {
     let files = Files { most: memory.size(), interrupted };
     match &config.boot {
-        Boot::Embedded => embedded::load(config, memory),
-        Boot::Flat(flat) => flat::load(flat, memory, &files),
-        Boot::Elf(elf) => program::load(elf, memory, &files),
-        Boot::Linux(linux) => {
-            let entry = linux::load(linux, memory, &files)?;
-            mptable::write(memory, config.cpu.vcpus)?;
-            Ok(entry)
+        Boot::Embedded => Ok(Start::new(CpuMode::User64, embedded::load(config, memory)?)),
+        Boot::Flat(flat) => {
+            let entry = flat::load(flat, memory, &files)?;
+            Ok(Start { stack: Some(flat.address), ..Start::new(flat.mode, entry) })
         }
+        Boot::Elf(elf) => {
+            let entry = program::load(elf, memory, &files)?;
+            let stack = Some(elf.stack(memory.size()).end);
+            Ok(Start { stack, ..Start::new(CpuMode::Program64, entry) })
+        }
+        Boot::Linux(linux) => {
+            let start = linux::load(linux, memory, &files)?;
+            mptable::write(memory, config.cpu.vcpus)?;
+            Ok(start)
+        }
+        Boot::Kernel(kernel) => {
+            let start = kernel::load(kernel, memory, &files)?;
+            if config.has_irqchip() {
+                mptable::write(memory, config.cpu.vcpus)?;
+            }
+            Ok(start)
+        }
+        Boot::Firmware(firmware) => firmware::load(firmware, memory, &files),
     }
 }

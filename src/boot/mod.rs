@@ -4,8 +4,10 @@
 mod elf;
 mod embedded;
 mod files;
+mod firmware;
 mod flat;
 mod initrd;
+mod kernel;
 mod linux;
 mod load;
 mod mptable;

@@ -69,8 +69,60 @@ pub enum CpuMode {
     /// 64-bit mode, ring 3, as `User64`, with only a program's own pages mapped, and exceptions
     /// that end the run.
     Program64,
-    /// 64-bit mode by the Linux boot protocol: vCPU 0 starts, the others wait for INIT and SIPI.
-    Linux64,
+    /// 64-bit mode, ring 0, identity-mapped, as a boot loader starts a kernel. In this mode and the
+    /// following ones, vCPU 0 starts, and the others wait for INIT and SIPI.
+    Kernel64,
+    /// 32-bit protected mode, ring 0, flat segments, with FPU and SSE on.
+    Kernel32,
+    /// As `Kernel32`, with no bit of CR0 but PE and ET set, and none of CR4: what PVH and multiboot
+    /// demand.
+    Loader32,
+    /// 16-bit real mode at the reset vector, below 4 GiB.
+    Reset,
+}
+
+impl CpuMode {
+    /// Whether only vCPU 0 starts.
+    pub(crate) fn starts_one(self) -> bool {
+        matches!(self, Self::Kernel64 | Self::Kernel32 | Self::Loader32 | Self::Reset)
+    }
+
+    /// Whether it is 32-bit protected mode.
+    pub(crate) fn is_32_bit(self) -> bool {
+        matches!(self, Self::Protected32 | Self::Kernel32 | Self::Loader32)
+    }
+}
+
+/// How the vCPUs of a machine start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Start {
+    /// Their mode.
+    pub mode: CpuMode,
+    /// The address at which they start.
+    pub entry: u64,
+    /// Where their stacks end. None means at the entry.
+    pub stack: Option<u64>,
+    /// What a kernel finds in registers.
+    pub arguments: Arguments,
+}
+
+impl Start {
+    /// A start without arguments.
+    #[must_use]
+    pub fn new(mode: CpuMode, entry: u64) -> Self {
+        Self { mode, entry, stack: None, arguments: Arguments::default() }
+    }
+}
+
+/// The registers in which a boot protocol passes values.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Arguments {
+    /// RAX, or EAX.
+    pub rax: u64,
+    /// RBX, or EBX.
+    pub rbx: u64,
+    /// RSI, or ESI.
+    pub rsi: u64,
 }
 
 fn bad(at: &str, detail: String) -> Error {

@@ -30,7 +30,7 @@ pub const GDT_LIMIT: u16 = 8 * 8 - 1;
 /// The GDT for a mode.
 #[must_use]
 pub fn gdt(mode: CpuMode) -> [u64; 8] {
-    let code = if mode == CpuMode::Protected32 { CODE32 } else { CODE64 };
+    let code = if mode.is_32_bit() { CODE32 } else { CODE64 };
     let limit = u64::from(layout::TSS_LIMIT);
     let tss = TSS64_BUSY | limit & 0xffff | (layout::TSS & 0xff_ffff) << 16;
     [0, 0, code, DATA, tss, 0, CODE64 | RING_3, DATA | RING_3]

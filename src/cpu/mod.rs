@@ -12,5 +12,5 @@ pub mod regs;
 pub mod tables;
 mod topology;
 
-pub use config::{CpuConfig, CpuMode, CpuTemplate};
+pub use config::{Arguments, CpuConfig, CpuMode, CpuTemplate, Start};
 pub use features::{Feature, Register, feature, feature_names};

@@ -18,11 +18,11 @@ const GIB: u64 = 1 << 30;
 /// # Errors
 /// If guest memory is too small to hold the tables.
 pub fn write(memory: &GuestMemory, mode: CpuMode, one_gib_pages: impl Fn() -> bool) -> Result<()> {
-    if mode == CpuMode::Real16 {
+    if matches!(mode, CpuMode::Real16 | CpuMode::Reset) {
         return Ok(());
     }
     write_u64s(memory, layout::GDT, gdt::gdt(mode))?;
-    if mode == CpuMode::Protected32 {
+    if mode.is_32_bit() {
         return Ok(());
     }
     if mode == CpuMode::Program64 {
@@ -39,7 +39,8 @@ pub fn write(memory: &GuestMemory, mode: CpuMode, one_gib_pages: impl Fn() -> bo
 }
 
 /// Identity mapping: 4 GiB in pages of 2 MiB, and the memory above in pages of 1 GiB. Without
-/// those, it is mapped in pages of 2 MiB as far as there is room for their directories (to 25 GiB).
+/// those, it is mapped in pages of 2 MiB as far as there is room for their directories: to 25 GiB,
+/// or to 8 GiB for a kernel.
 fn write_page_tables(memory: &GuestMemory, mode: CpuMode, one_gib_pages: bool) -> Result<()> {
     let flags = PRESENT | PTE_WRITABLE | if mode == CpuMode::User64 { PTE_USER } else { 0 };
     memory.write(layout::PML4, &(layout::PDPT | flags).to_le_bytes())?;
@@ -50,14 +51,13 @@ fn write_page_tables(memory: &GuestMemory, mode: CpuMode, one_gib_pages: bool) -
         layout::PAGE_DIRECTORIES,
         (0..4 * ENTRIES).map(|n| n << 21 | flags | PTE_LARGE),
     )?;
-    if mode == CpuMode::Linux64 {
-        return Ok(()); // Linux makes its own tables, and its parameters are where the directories would be
-    }
+    // A kernel's stack and parameters are where the last directories would be.
+    let room = if mode == CpuMode::Kernel64 { layout::KERNEL_STACK } else { layout::EBDA_START };
     for gib in 4..end_of_memory(memory).div_ceil(GIB).min(ENTRIES) {
         let entry = if one_gib_pages {
             (gib * GIB) | flags | PTE_LARGE
         } else {
-            let Some(at) = high_directory(gib) else { break };
+            let Some(at) = high_directory(gib, room) else { break };
             write_u64s(
                 memory,
                 at,
@@ -74,10 +74,10 @@ fn end_of_memory(memory: &GuestMemory) -> u64 {
     memory.ranges().iter().map(|(start, size)| start + size).max().unwrap_or(0)
 }
 
-/// The address of the directory for a GiB above 4, if there is room for one.
-fn high_directory(gib: u64) -> Option<u64> {
+/// The address of the directory for a GiB above 4, if there is room for one below `room`.
+fn high_directory(gib: u64, room: u64) -> Option<u64> {
     let at = layout::PAGE_DIRECTORIES + gib * 0x1000;
-    (at + 0x1000 <= layout::EBDA_START).then_some(at)
+    (at + 0x1000 <= room).then_some(at)
 }
 
 fn write_u64s(memory: &GuestMemory, at: u64, values: impl IntoIterator<Item = u64>) -> Result<()> {
@@ -120,8 +120,10 @@ mod tests {
         let directory = layout::PAGE_DIRECTORIES + 0x4000;
         assert_eq!(u64_at(&memory, layout::PDPT + 32), directory | 0x63);
         assert_eq!(u64_at(&memory, directory + 8), 4 << 30 | 2 << 20 | 0xe3);
-        assert_eq!(high_directory(24).map(|at| at < layout::EBDA_START), Some(true));
-        assert_eq!(high_directory(26), None);
+        let last = high_directory(24, layout::EBDA_START);
+        assert_eq!(last.map(|at| at < layout::EBDA_START), Some(true));
+        assert_eq!(high_directory(26, layout::EBDA_START), None);
+        assert_eq!(high_directory(8, layout::KERNEL_STACK), None);
     }
 
     #[test]

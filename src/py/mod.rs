@@ -4,6 +4,8 @@
 
 mod answers;
 mod config;
+mod config_boot;
+mod config_part;
 mod console;
 mod cpuid;
 mod depth;

@@ -13,9 +13,9 @@ use super::KvmVm;
 use super::noapic;
 use super::spec::MachineSpec;
 use super::vcpus::Vcpus;
-use crate::config::{Boot, ExitPort, FlatBoot, VmmConfig};
+use crate::config::{ExitPort, VmmConfig};
 use crate::cpu::cpuid::{self, GuestCpuid};
-use crate::cpu::{CpuMode, msrs, tables};
+use crate::cpu::{CpuMode, Start, msrs, tables};
 use crate::devices;
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::ExitHandler;
@@ -46,6 +46,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     pub fn new(
         config: &VmmConfig,
         memory: GuestMemory,
+        start: Start,
         router: Arc<ExitRouter>,
         exit_handler: EH,
     ) -> Result<Self> {
@@ -53,17 +54,14 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
         let (irqchip, pit) = (config.has_irqchip(), config.has_pit());
         let chips = Chips { irqchip, pit, fixups: config.cpu.fixups };
         let table = cpuid::guest_cpuid(&kvm, &config.cpu)?;
-        check_no_execute(config, &table)?;
+        check_no_execute(start.mode, &table)?;
         let count = vcpu_count(&kvm, config)?;
         let mut vm = Self::assemble(&kvm, chips, memory, router, exit_handler)?;
-        vm.create_vcpus(0..u64::from(count), |fd, id| set_up(fd, config, &table, id, count))?;
-        tables::write(&vm.memory, config.mode(), || table.has("pdpe1gb"))?;
-        vm.mode = config.mode();
-        vm.stack = match &config.boot {
-            Boot::Flat(FlatBoot { address, .. }) => Some(*address),
-            Boot::Elf(elf) => Some(elf.stack(vm.memory.size()).end),
-            Boot::Embedded | Boot::Linux(_) => None,
-        };
+        vm.create_vcpus(0..u64::from(count), |fd, id| {
+            set_up(fd, config, start.mode, &table, (id, count))
+        })?;
+        tables::write(&vm.memory, start.mode, || table.has("pdpe1gb"))?;
+        vm.start = start;
         vm.is_prepared = AtomicBool::new(false);
         Ok(vm)
     }
@@ -122,8 +120,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             memory,
             shared: Arc::new(vcpu::Shared { exit_handler, run_state, exit }),
             router,
-            mode: CpuMode::Real16,
-            stack: None,
+            start: Start::new(CpuMode::Real16, 0),
             fixups: Arc::default(),
             has_fixups: chips.fixups,
             irqchip: chips.irqchip,
@@ -236,8 +233,8 @@ fn switch_fixups_on(
 }
 
 /// The page tables of an ELF program say what cannot be executed.
-fn check_no_execute(config: &VmmConfig, table: &GuestCpuid) -> Result<()> {
-    if config.mode() != CpuMode::Program64 || table.has("nx") {
+fn check_no_execute(mode: CpuMode, table: &GuestCpuid) -> Result<()> {
+    if mode != CpuMode::Program64 || table.has("nx") {
         return Ok(());
     }
     let detail = "an ELF program needs the feature nx, which this vCPU has not";
@@ -253,15 +250,21 @@ fn vcpu_count(kvm: &Kvm, config: &VmmConfig) -> Result<u8> {
     Ok(u8::try_from(config.cpu.vcpus).unwrap_or(u8::MAX))
 }
 
-/// Set a vCPU's CPUID and MSRs from the configuration.
-fn set_up(vcpu: &VcpuFd, config: &VmmConfig, table: &GuestCpuid, id: u64, count: u8) -> Result<()> {
+/// Set a vCPU's CPUID from the configuration, and what a kernel expects firmware to have set.
+fn set_up(
+    vcpu: &VcpuFd,
+    config: &VmmConfig,
+    mode: CpuMode,
+    table: &GuestCpuid,
+    (id, count): (u64, u8),
+) -> Result<()> {
     table.with_vcpu(u8::try_from(id).unwrap_or(u8::MAX), count, |cpuid| {
         vcpu.set_cpuid2(cpuid).map_err(|e| Error::kvm("KVM_SET_CPUID2", e))
     })?;
-    if config.mode() == CpuMode::Linux64 {
+    if mode.starts_one() && mode != CpuMode::Reset {
         msrs::set_boot_msrs(vcpu)?;
     }
-    if config.has_irqchip() {
+    if config.has_irqchip() && mode != CpuMode::Reset {
         msrs::set_lapic_lines(vcpu)?;
     }
     Ok(())

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use kvm_ioctls::VmFd;
 
 use super::vcpus::Vcpus;
-use crate::cpu::CpuMode;
+use crate::cpu::Start;
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::{Exit, ExitHandler};
 use crate::fixup;
@@ -29,9 +29,8 @@ pub struct KvmVm<EH: ExitHandler> {
     pub(super) memory: GuestMemory,
     pub(super) shared: Arc<vcpu::Shared<EH>>,
     pub(super) router: Arc<ExitRouter>,
-    pub(super) mode: CpuMode,
-    /// Where the stacks end of a guest that is not Linux.
-    pub(super) stack: Option<u64>,
+    /// How its vCPUs start.
+    pub(super) start: Start,
     pub(super) fixups: Arc<fixup::Counts>,
     pub(super) has_fixups: bool,
     pub(super) irqchip: bool,

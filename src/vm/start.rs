@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state};
 
 use super::KvmVm;
-use crate::cpu::{CpuMode, regs};
+use crate::cpu::{CpuMode, Start, regs};
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::ExitHandler;
 use crate::vcpu::{self, Vcpu, VcpuHandle, VmRunState};
@@ -60,15 +60,16 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     /// Set the registers of a first start.
     pub(super) fn set_start_state(&self, vcpu: &mut Vcpu, address: u64) -> Result<()> {
         vcpu.has_page_registers = false;
-        if self.mode == CpuMode::Linux64 && vcpu.id != 0 {
-            return Ok(()); // it waits for INIT and SIPI
+        let start = Start { entry: address, ..self.start };
+        if start.mode == CpuMode::Reset || start.mode.starts_one() && vcpu.id != 0 {
+            return Ok(()); // it is at the reset vector, or waits for INIT and SIPI
         }
         let mut sregs = vcpu.fd().get_sregs().map_err(|e| Error::kvm("KVM_GET_SREGS", e))?;
-        regs::set_start_sregs(&mut sregs, self.mode, address);
+        regs::set_start_sregs(&mut sregs, start.mode, address);
         vcpu.set_sregs(&sregs)?;
-        let stack = self.stack.unwrap_or(address);
-        let start = regs::start_regs(self.mode, address, stack, vcpu.id);
-        vcpu.fd().set_regs(&start).map_err(|e| Error::kvm("KVM_SET_REGS", e))?;
+        vcpu.fd()
+            .set_regs(&regs::start_regs(&start, vcpu.id))
+            .map_err(|e| Error::kvm("KVM_SET_REGS", e))?;
         if self.irqchip && vcpu.id != 0 {
             let state = kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE };
             vcpu.fd().set_mp_state(state).map_err(|e| Error::kvm("KVM_SET_MP_STATE", e))?;

@@ -14,6 +14,7 @@ use super::runner::{Runner, closed};
 
 use crate::boot;
 use crate::config::{ExitPort, SerialConfig, VmmConfig};
+use crate::cpu::Start;
 use crate::debug::Symbols;
 use crate::devices::{self, Access, Device, Serial};
 use crate::error::{Error, ErrorKind, Result};
@@ -71,13 +72,13 @@ impl TryFrom<VmmConfig> for Vmm {
     }
 }
 
-/// The memory of a machine with what it boots, and the entry of vCPU 0.
-fn load(config: &VmmConfig, interrupted: &dyn Fn() -> Result<()>) -> Result<(GuestMemory, u64)> {
+/// The memory of a machine with what it boots, and how that starts.
+fn load(config: &VmmConfig, interrupted: &dyn Fn() -> Result<()>) -> Result<(GuestMemory, Start)> {
     config.validate()?;
     let memory = GuestMemory::new(config.memory.size_mib << 20)?;
     claim_platform(memory.resources(), config.has_irqchip(), config.exit_port)?;
-    let entry = boot::load(config, &memory, interrupted)?;
-    Ok((memory, entry))
+    let start = boot::load(config, &memory, interrupted)?;
+    Ok((memory, start))
 }
 
 impl Vmm {
@@ -100,12 +101,13 @@ impl Vmm {
         shared: Option<Arc<EventManager>>,
         interrupted: &dyn Fn() -> Result<()>,
     ) -> Result<Self> {
-        let (memory, entry) = load(&config, interrupted)?;
+        let (memory, start) = load(&config, interrupted)?;
         let (event_manager, exit_handler) = event_loop(shared)?;
         let router = Arc::new(ExitRouter::default());
-        let vm = KvmVm::new(&config, memory, Arc::clone(&router), exit_handler.clone())?;
+        let vm = KvmVm::new(&config, memory, start, Arc::clone(&router), exit_handler.clone())?;
         let irq = vm.irq(layout::COM1_IRQ);
         let serial = devices::attach(&router.buses, irq, &config.serial, config.exit_port)?;
+        let entry = start.entry;
         let parts = Parts { vm, event_manager, exit_handler, router, serial, entry };
         Self::assemble(parts, config.serial, config.exit_port)
     }

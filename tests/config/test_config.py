@@ -1,6 +1,6 @@
 """The configuration from a dict, TOML and JSON: every error names its key.
 
-Covers python/pyvmm/config_files.py.
+Covers python/pyvmm/config_files.py, python/pyvmm/config_parts.py and python/pyvmm/boots.py.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyvmm import (
     BootError,
+    BootModule,
     ConfigError,
     CpuConfig,
     ElfBoot,
     EmbeddedBoot,
+    FirmwareBoot,
     FlatBoot,
+    KernelBoot,
     LinuxBoot,
     MemoryConfig,
     SerialConfig,
@@ -43,6 +46,9 @@ def test_defaults_are_a_machine() -> None:
     )
 
 
+TAGS = ("embedded", "flat", "elf", "linux", "kernel", "firmware")
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -54,7 +60,7 @@ def test_defaults_are_a_machine() -> None:
         ({"cpu": {"vcpus": 255}}, "cpu.vcpus: Expected `int` <= 254"),
         ({"cpu": {"hide": [1]}}, "cpu.hide[0]: Expected `str`, got `int`"),
         ({"cpu": {"template": "x"}}, "cpu.template: Invalid enum value 'x'; one of auto, host, software-kvm"),
-        ({"boot": {"type": "cloud"}}, "boot.type: Invalid value 'cloud'; one of embedded, flat, elf, linux"),
+        ({"boot": {"type": "cloud"}}, f"boot.type: Invalid value 'cloud'; one of {', '.join(TAGS)}"),
         ({"boot": {"type": "linux"}}, "boot: Object missing required field `kernel`"),
         ({"boot": {"type": "linux", "kernel": 3}}, "boot.kernel: Expected `str`, got `int`"),
         ({"boot": {"type": "flat", "code": "?"}}, "boot.code: Invalid base64 encoded string"),
@@ -92,7 +98,7 @@ def test_bad_json_is_refused(text: str | bytes) -> None:
 WHOLE = VmmConfig(
     memory=MemoryConfig(size_mib=256),
     cpu=CpuConfig(vcpus=2, hide=("xsave", "avx"), expose=("popcnt",), template="host", fixups=True),
-    boot=LinuxBoot("/vmlinux", initrd="/initrd", cmdline="quiet", load_address=0x200000),
+    boot=LinuxBoot("/vmlinux", initrd="/initrd", cmdline="quiet", load_address=0x200000, protocol="pvh"),
     serial=SerialConfig(output="/console", input=0, input_eof=b""),
     exit_port=None,
     irqchip=True,
@@ -101,7 +107,13 @@ WHOLE = VmmConfig(
 FLAT = VmmConfig(boot=FlatBoot(b"\xf4", address=2**63, entry=5, mode="user64"))
 
 
-@pytest.mark.parametrize("config", [VmmConfig(), WHOLE, FLAT])
+KERNEL = VmmConfig(
+    boot=KernelBoot("/k", cmdline="a b", modules=("/m", BootModule("/n", cmdline="c")), protocol="multiboot")
+)
+FIRMWARE = VmmConfig(boot=FirmwareBoot("/bios.bin"))
+
+
+@pytest.mark.parametrize("config", [VmmConfig(), WHOLE, FLAT, KERNEL, FIRMWARE])
 def test_each_format_gives_it_back(config: VmmConfig) -> None:
     plain = config.to_dict()
     assert VmmConfig.from_dict(plain) == config
@@ -134,6 +146,21 @@ def test_files_are_told_by_their_names_and_paths_count_from_them(tmp_path: Path)
             VmmConfig.from_file(tmp_path / name)
 
 
+def test_modules_paths_count_from_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "vm.toml"
+    path.write_text(
+        '[boot]\ntype = "kernel"\nkernel = "k"\nprotocol = "pvh"\n'
+        'modules = ["m", "/n", {path = "o", cmdline = "a b"}]\n'
+    )
+    modules = (str(tmp_path / "m"), "/n", BootModule(str(tmp_path / "o"), cmdline="a b"))
+    assert VmmConfig.from_file(path).boot == KernelBoot(str(tmp_path / "k"), modules=modules, protocol="pvh")
+    path.write_text('[boot]\ntype = "firmware"\npath = "bios.bin"\n')
+    assert VmmConfig.from_file(path).boot == FirmwareBoot(str(tmp_path / "bios.bin"))
+    path.write_text('[boot]\ntype = "kernel"\nkernel = "k"\nmodules = [{pth = "m"}]\n')
+    with pytest.raises(ConfigError, match=r"^boot\.modules\[0\]\.pth: unknown key; did you mean path\?"):
+        VmmConfig.from_file(path)
+
+
 def test_stream_that_is_an_object_cannot_be_written() -> None:
     with pytest.raises(ConfigError, match=r"^serial\.output: builtin_function_or_method cannot be written"):
         VmmConfig(serial=SerialConfig(output=print)).to_dict()
@@ -145,6 +172,7 @@ def test_schema_names_every_key_and_its_range() -> None:
     schema = VmmConfig.json_schema()
     parts = schema["$defs"]
     assert set(parts) >= {"VmmConfig", "MemoryConfig", "CpuConfig", "LinuxBoot", "FlatBoot", "SerialConfig"}
+    assert set(parts) >= {"KernelBoot", "BootModule", "FirmwareBoot"}
     assert parts["MemoryConfig"]["properties"]["size_mib"]["maximum"] == 2**23 - 1
     assert parts["FlatBoot"]["properties"]["address"]["maximum"] == 2**64 - 1
     assert parts["SerialConfig"]["properties"]["output"]["type"] == ["string", "integer", "null"]
@@ -183,6 +211,9 @@ def test_any_text_is_a_config_or_a_config_error(text: str | bytes) -> None:
         (FlatBoot, ["code"]),
         (ElfBoot, ["path"]),
         (LinuxBoot, ["kernel"]),
+        (KernelBoot, ["kernel"]),
+        (BootModule, ["path"]),
+        (FirmwareBoot, ["path"]),
         (SerialConfig, []),
         (VmmConfig, []),
     ],
@@ -233,6 +264,9 @@ CHANGES: list[tuple[Any, dict[str, Any]]] = [
     (FLAT.boot, {"code": b"\xf4\xf4"}),
     (ElfBoot("a", stack_kib=8), {"path": "b"}),
     (WHOLE.boot, {"cmdline": "loud"}),
+    (KERNEL.boot, {"modules": ("/m",)}),
+    (BootModule("a"), {"cmdline": "b"}),
+    (FIRMWARE.boot, {"path": "/other.bin"}),
     (WHOLE.serial, {"output": print}),
 ]
 

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 HEAD = """
 from pathlib import Path
 from typing import assert_type
-from pyvmm import CpuConfig, ElfBoot, FlatBoot, LinuxBoot, MemoryConfig, SerialConfig, VmmConfig
+from pyvmm import BootModule, CpuConfig, ElfBoot, FirmwareBoot, FlatBoot, KernelBoot, LinuxBoot, MemoryConfig
+from pyvmm import SerialConfig, VmmConfig
 
 def check(names: list[str], path: Path, config: VmmConfig) -> None:
 """
@@ -26,6 +27,9 @@ RIGHT = """
     LinuxBoot(path, initrd="initrd")
     LinuxBoot("vmlinux", initrd=path)
     ElfBoot(path)
+    LinuxBoot(path, protocol="pvh")
+    KernelBoot(path, modules=["a", path, BootModule(path, cmdline="b")], protocol="multiboot")
+    FirmwareBoot(path)
     FlatBoot(path=path, mode="long64")
     SerialConfig(output=print, input=path)
     assert_type(config.replace(cpu=CpuConfig(vcpus=2)), VmmConfig)
@@ -41,6 +45,8 @@ WRONG = [
     "VmmConfig(vcpus=2)",
     'FlatBoot(b"", mode="real")',
     "LinuxBoot()",
+    'KernelBoot(path, protocol="64-bit")',
+    "KernelBoot(path, modules=[1])",
     "MemoryConfig(1, 2)",
     "config.exit_port = 3",
 ]

@@ -1,6 +1,6 @@
 """What is said to a program that gives the wrong thing: a typed error that names the place, and what it may be.
 
-Covers src/py/items.rs.
+Covers src/py/items.rs, src/py/config_boot.rs and src/py/config_part.rs.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ from guests import COUNT_IN_MEMORY, HALT, flat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyvmm import (
+    BootModule,
     ConfigError,
     CpuConfig,
     EventFd,
     EventManager,
     Events,
     ExitReason,
+    FirmwareBoot,
     FlatBoot,
+    KernelBoot,
     LinuxBoot,
     MemoryConfig,
     SerialConfig,
@@ -54,7 +57,7 @@ WRONG: list[tuple[Callable[[Any], VmmConfig], Any, str]] = [
     (
         lambda v: VmmConfig(boot=v),
         b"\xf4",
-        "boot: expected an EmbeddedBoot, FlatBoot, ElfBoot or LinuxBoot, not b'\\xf4'",
+        "boot: expected an EmbeddedBoot, FlatBoot, ElfBoot, LinuxBoot, KernelBoot or FirmwareBoot, not b'\\xf4'",
     ),
     (lambda v: VmmConfig(exit_port=v), 0x10000, "exit_port: expected a port from 0 to 0xfffc, or None, not 65536"),
     (lambda v: VmmConfig(exit_port=v), -1, "exit_port: expected a port from 0 to 0xfffc, or None, not -1"),
@@ -93,6 +96,24 @@ WRONG: list[tuple[Callable[[Any], VmmConfig], Any, str]] = [
     ),
     (lambda v: VmmConfig(boot=LinuxBoot(v)), 3, "boot.kernel: expected a path, not 3"),
     (lambda v: VmmConfig(boot=LinuxBoot("/k", cmdline=v)), b"quiet", "boot.cmdline: expected a str, not b'quiet'"),
+    (lambda v: VmmConfig(boot=LinuxBoot("/k", protocol=v)), "efi", "boot.protocol: 'efi' is not one of auto, 64-bit"),
+    (
+        lambda v: VmmConfig(boot=KernelBoot("/k", protocol=v)),
+        "32-bit",
+        "boot.protocol: '32-bit' is not one of auto",
+    ),
+    (
+        lambda v: VmmConfig(boot=KernelBoot("/k", modules=v)),
+        "/m",
+        "boot.modules: expected a sequence of paths",
+    ),
+    (lambda v: VmmConfig(boot=KernelBoot("/k", modules=v)), [3], "boot.modules: expected paths or BootModules, not 3"),
+    (
+        lambda v: VmmConfig(boot=KernelBoot("/k", modules=[BootModule("/m"), BootModule("/m", cmdline=v)])),
+        "a\0b",
+        "boot.modules[1].cmdline: a zero byte would end it",
+    ),
+    (lambda v: VmmConfig(boot=FirmwareBoot(v)), b"rom", "boot.path: expected a path, not b'rom'"),
     (lambda v: VmmConfig(serial=SerialConfig(input_eof=v)), "x", "serial.input_eof: expected bytes, not 'x'"),
     (lambda v: VmmConfig(serial=SerialConfig(output=v)), object(), "serial.output: expected a path, a file descriptor"),
 ]

@@ -1,11 +1,12 @@
-//! The configuration of a machine as plain structs, and its validation.
-//! There is no I/O and no KVM here, so a valid configuration may still be refused by the machine.
+//! The configuration of a machine as plain structs, and its validation. `boot.rs` has what it
+//! starts.
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
-use crate::cpu::{CpuConfig, CpuMode};
-use crate::error::{Error, ErrorKind, Result};
+use super::boot::{Boot, bad};
+use crate::cpu::CpuConfig;
+use crate::error::Result;
 use crate::layout;
 
 /// A whole machine.
@@ -21,7 +22,8 @@ pub struct VmmConfig {
     pub serial: SerialConfig,
     /// A write to this port ends the run with the value as its code. None for no such port.
     pub exit_port: ExitPort,
-    /// An in-kernel PIC, I/O APIC and LAPICs. By default only for Linux, which needs them.
+    /// An in-kernel PIC, I/O APIC and LAPICs. By default only
+    /// for a kernel or firmware, which expects a PC.
     pub irqchip: Option<bool>,
     /// An in-kernel PIT. By default the same as `irqchip`.
     pub pit: Option<bool>,
@@ -48,64 +50,6 @@ impl Default for MemoryConfig {
     fn default() -> Self {
         Self { size_mib: 128 }
     }
-}
-
-/// The code or kernel that the machine starts.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum Boot {
-    /// The built-in guest.
-    #[default]
-    Embedded,
-    /// Code at an address.
-    Flat(FlatBoot),
-    /// An ELF program in 64-bit ring 3.
-    Elf(ElfBoot),
-    /// A Linux kernel.
-    Linux(LinuxBoot),
-}
-
-/// Code at an address, started in one of four modes.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct FlatBoot {
-    /// The code, or its file.
-    pub code: Code,
-    /// The load address.
-    pub address: u64,
-    /// The start address; by default `address`.
-    pub entry: Option<u64>,
-    /// The processor mode in which it starts.
-    pub mode: CpuMode,
-}
-
-/// A static ELF program, whose exceptions end the run.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ElfBoot {
-    /// The program's file.
-    pub path: PathBuf,
-    /// The size of its stack, in whole pages.
-    pub stack_kib: u64,
-}
-
-/// Bytes, or a file.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Code {
-    /// The bytes.
-    Bytes(Vec<u8>),
-    /// A file.
-    File(PathBuf),
-}
-
-/// A Linux kernel: an ELF vmlinux or a bzImage.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct LinuxBoot {
-    /// The kernel's file.
-    pub kernel: PathBuf,
-    /// The initial RAM disk's file.
-    pub initrd: Option<PathBuf>,
-    /// The kernel command line, at most 2,047 bytes of ASCII.
-    pub cmdline: String,
-    /// The load address of a bzImage; by default its preferred address.
-    pub load_address: Option<u64>,
 }
 
 /// The first serial port.
@@ -143,24 +87,13 @@ impl VmmConfig {
     /// Whether the machine has an in-kernel interrupt controller.
     #[must_use]
     pub fn has_irqchip(&self) -> bool {
-        self.irqchip.unwrap_or(matches!(self.boot, Boot::Linux(_)))
+        self.irqchip.unwrap_or(self.boot.is_pc())
     }
 
     /// Whether the machine has an in-kernel PIT.
     #[must_use]
     pub fn has_pit(&self) -> bool {
         self.pit.unwrap_or_else(|| self.has_irqchip())
-    }
-
-    /// The mode in which the vCPUs start.
-    #[must_use]
-    pub fn mode(&self) -> CpuMode {
-        match &self.boot {
-            Boot::Embedded => CpuMode::User64,
-            Boot::Flat(flat) => flat.mode,
-            Boot::Elf(_) => CpuMode::Program64,
-            Boot::Linux(_) => CpuMode::Linux64,
-        }
     }
 
     /// Check the values as far as possible without I/O.
@@ -177,18 +110,10 @@ impl VmmConfig {
         if self.has_pit() && !self.has_irqchip() {
             return Err(bad("pit", "a PIT needs irqchip = true"));
         }
-        if matches!(self.boot, Boot::Linux(_)) && !self.has_irqchip() {
-            return Err(bad("irqchip", "Linux needs an interrupt controller"));
-        }
         if let ExitPort(Some(port)) = self.exit_port {
             check_exit_port(u64::from(port), self.has_irqchip())?;
         }
-        match &self.boot {
-            Boot::Embedded => Ok(()),
-            Boot::Flat(flat) => flat.validate(size),
-            Boot::Elf(elf) => elf.validate(self),
-            Boot::Linux(linux) => linux.validate(),
-        }
+        self.boot.validate(size, self.cpu.vcpus, self.has_irqchip())
     }
 }
 
@@ -206,64 +131,6 @@ fn check_exit_port(start: u64, irqchip: bool) -> Result<()> {
     }
 }
 
-impl FlatBoot {
-    fn validate(&self, memory_size: u64) -> Result<()> {
-        let entry = self.entry.unwrap_or(self.address);
-        for (at, address) in [("boot.address", self.address), ("boot.entry", entry)] {
-            if !layout::in_memory(memory_size, address) {
-                return Err(bad(at, format!("{address:#x} is outside guest memory")));
-            }
-        }
-        if self.mode == CpuMode::Real16 && entry > 0xf_ffff {
-            return Err(bad("boot.entry", format!("{entry:#x} is beyond real mode's first MiB")));
-        }
-        if self.mode == CpuMode::Protected32 && entry > 0xffff_ffff {
-            return Err(bad("boot.entry", format!("{entry:#x} is beyond 32 bits")));
-        }
-        if matches!(self.mode, CpuMode::Linux64 | CpuMode::Program64) {
-            return Err(bad("boot.mode", "a flat guest starts in one of its four modes"));
-        }
-        Ok(())
-    }
-}
-
-impl ElfBoot {
-    fn validate(&self, config: &VmmConfig) -> Result<()> {
-        if self.stack_kib == 0 {
-            return Err(bad("boot.stack_kib", "a program needs a stack"));
-        }
-        if config.cpu.vcpus != 1 {
-            let detail = format!("an ELF program runs on one vCPU, not on {}", config.cpu.vcpus);
-            return Err(bad("cpu.vcpus", detail));
-        }
-        if config.has_irqchip() {
-            let detail = "an ELF program has none: its exceptions end the run by HLT";
-            return Err(bad("irqchip", detail));
-        }
-        Ok(())
-    }
-}
-
-impl LinuxBoot {
-    fn validate(&self) -> Result<()> {
-        if self.cmdline.len() >= layout::CMDLINE_SIZE {
-            let most = layout::CMDLINE_SIZE - 1;
-            let detail = format!("{} bytes, at most {most} fit", self.cmdline.len());
-            return Err(bad("boot.cmdline", detail));
-        }
-        if !self.cmdline.bytes().all(|b| b == b' ' || b.is_ascii_graphic()) {
-            return Err(bad("boot.cmdline", "only printable ASCII is allowed"));
-        }
-        if let Some(address) = self.load_address {
-            if !(layout::HIGH_MEMORY..layout::MMIO_GAP_START).contains(&address) {
-                let detail = format!("{address:#x} is not between 1 MiB and 3 GiB");
-                return Err(bad("boot.load_address", detail));
-            }
-        }
-        Ok(())
-    }
-}
-
 fn checked_size(size_mib: u64) -> Result<u64> {
     // KVM's slots hold at most 2^31 - 1 pages of 4 KiB each.
     let most = (1 << 23) - 1;
@@ -273,13 +140,11 @@ fn checked_size(size_mib: u64) -> Result<u64> {
     Ok(size_mib << 20)
 }
 
-fn bad(at: &str, detail: impl Into<String>) -> Error {
-    Error::new(ErrorKind::Config, at, detail)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::{Code, ElfBoot, FlatBoot};
+    use crate::cpu::CpuMode;
     use proptest::prelude::*;
 
     fn flat(address: u64, mode: CpuMode) -> VmmConfig {
@@ -329,7 +194,7 @@ mod tests {
     fn an_entry_outside_its_mode_is_refused() {
         assert_eq!(place(&flat(0x10_0000, CpuMode::Real16)), "boot.entry");
         assert_eq!(place(&flat(1 << 40, CpuMode::Long64)), "boot.address");
-        assert_eq!(place(&flat(0x1000, CpuMode::Linux64)), "boot.mode");
+        assert_eq!(place(&flat(0x1000, CpuMode::Kernel64)), "boot.mode");
     }
 
     #[test]
@@ -337,7 +202,6 @@ mod tests {
         let boot = Boot::Elf(ElfBoot { stack_kib: 64, ..ElfBoot::default() });
         let mut config = VmmConfig { boot, ..VmmConfig::default() };
         config.validate().unwrap();
-        assert_eq!(config.mode(), CpuMode::Program64);
         config.irqchip = Some(true);
         assert_eq!(place(&config), "irqchip");
         config.irqchip = None;
@@ -348,16 +212,6 @@ mod tests {
         assert_eq!(place(&config), "boot.stack_kib");
         config.boot = flat(0x1000, CpuMode::Program64).boot;
         assert_eq!(place(&config), "boot.mode");
-    }
-
-    #[test]
-    fn a_command_line_is_short_and_printable() {
-        let mut linux = LinuxBoot { cmdline: "a".repeat(2048), ..LinuxBoot::default() };
-        assert_eq!(linux.validate().unwrap_err().at, "boot.cmdline");
-        linux.cmdline = "a\0b".into();
-        assert_eq!(linux.validate().unwrap_err().at, "boot.cmdline");
-        linux.cmdline = "a".repeat(2047);
-        linux.validate().unwrap();
     }
 
     proptest! {

@@ -1,0 +1,11 @@
+//! The configuration of a machine as plain structs, and its validation.
+//! There is no I/O and no KVM here, so a valid configuration may still be refused by the machine.
+
+mod boot;
+mod machine;
+
+pub use boot::{
+    Boot, Code, ElfBoot, FirmwareBoot, FlatBoot, KernelBoot, KernelProtocol, LinuxBoot,
+    LinuxProtocol, Module,
+};
+pub use machine::{ExitPort, MemoryConfig, SerialConfig, SerialInput, SerialOutput, VmmConfig};
