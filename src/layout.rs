@@ -76,6 +76,16 @@ pub const EXIT_PORTS: u64 = 4;
 pub const RTC: u16 = 0x70;
 /// The i8042's data port; its command port is four above.
 pub const I8042: u16 = 0x60;
+/// The port that reports a panic, as of QEMU's pvpanic.
+pub const PVPANIC: u16 = 0x505;
+/// The reset control register of PCs with PCI.
+pub const RESET_CONTROL: u16 = 0xcf9;
+/// System control port A, with the fast reset.
+pub const SYSTEM_CONTROL: u16 = 0x92;
+/// ACPI's PM1a event block; the PM1a control block is 4 ports above, the PM timer 8.
+pub const PM_BASE: u16 = 0x600;
+/// The ports of these three.
+pub const PM_PORTS: u64 = 12;
 /// The ports of the built-in devices, as start and count, and their names. If there is an interrupt
 /// controller, KVM's speaker port is between the ports of the i8042.
 #[must_use]

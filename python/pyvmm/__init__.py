@@ -69,7 +69,7 @@ from pyvmm.stats import ExitCount, VcpuTime
 
 if TYPE_CHECKING:
     from pyvmm.boots import BootModule, ElfBoot, EmbeddedBoot, FirmwareBoot, FlatBoot, KernelBoot, LinuxBoot
-    from pyvmm.config import CpuConfig, MemoryConfig, SerialConfig, VmmConfig
+    from pyvmm.config import CpuConfig, MemoryConfig, PlatformConfig, SerialConfig, VmmConfig
     from pyvmm.console import Console
     from pyvmm.hostcalls import HostcallError, HostcallStatus
     from pyvmm.kvm import Cap
@@ -120,6 +120,7 @@ __all__ = [
     "LinuxBoot",
     "MemoryConfig",
     "MemorySlot",
+    "PlatformConfig",
     "ReadableDevice",
     "RemoteEndpoint",
     "Resource",
@@ -159,7 +160,7 @@ atexit.register(close_all)
 
 # Imported on first use: the event loop does not need them, and they take most of the import time.
 _BOOTS = ("BootModule", "ElfBoot", "EmbeddedBoot", "FirmwareBoot", "FlatBoot", "KernelBoot", "LinuxBoot")
-_CONFIG = ("CpuConfig", "MemoryConfig", "SerialConfig", "VmmConfig")
+_CONFIG = ("CpuConfig", "MemoryConfig", "PlatformConfig", "SerialConfig", "VmmConfig")
 _LAZY = {
     **dict.fromkeys(_BOOTS, "pyvmm.boots"),
     **dict.fromkeys(_CONFIG, "pyvmm.config"),

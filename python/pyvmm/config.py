@@ -85,6 +85,22 @@ class SerialConfig(Part, frozen=True, kw_only=True):
     input_eof: bytes = b"\x04"
 
 
+class PlatformConfig(Part, frozen=True, kw_only=True):
+    """The parts of a PC that the machine has. None means only if it boots a kernel or firmware.
+
+    A part that is there by default gives way to an exit port at its ports.
+
+    Attributes:
+        acpi: the tables and registers of ACPI, by which a guest powers the machine off.
+        pvpanic: the port 0x505, by which a guest reports a panic.
+        reset_ports: the ports 0xcf9 and 0x92, which reset the machine.
+    """
+
+    acpi: bool | None = None
+    pvpanic: bool | None = None
+    reset_ports: bool | None = None
+
+
 class VmmConfig(Part, frozen=True, kw_only=True):
     """A complete machine.
 
@@ -98,6 +114,7 @@ class VmmConfig(Part, frozen=True, kw_only=True):
         irqchip: an in-kernel interrupt controller (PIC, I/O APIC, LAPICs); None means only for
             Linux, another kernel, or firmware.
         pit: an in-kernel timer (PIT); None means the same as `irqchip`.
+        platform: the parts of a PC.
     """
 
     memory: MemoryConfig = MemoryConfig()
@@ -107,6 +124,7 @@ class VmmConfig(Part, frozen=True, kw_only=True):
     exit_port: Port | None = 0xF4
     irqchip: bool | None = None
     pit: bool | None = None
+    platform: PlatformConfig = PlatformConfig()
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VmmConfig:
@@ -240,6 +258,7 @@ def _unknown_key(parent: str, name: str) -> ConfigError:
         "memory": [MemoryConfig],
         "cpu": [CpuConfig],
         "serial": [SerialConfig],
+        "platform": [PlatformConfig],
         "boot.modules": [BootModule],
     }
     structs = parts.get(re.sub(r"\[\d+\]", "", parent), list(_BOOTS))

@@ -15,9 +15,9 @@ class ExitReason(StrEnum):
     HALT = "halt"
     """The guest executed HLT with no interrupt controller to wake it."""
     RESET = "reset"
-    """The guest reset the machine, through the i8042 controller or KVM's system event."""
+    """The guest reset the machine, by any of a PC's ways or KVM's system event."""
     SHUTDOWN = "shutdown"
-    """The guest shut down: a triple fault (then with a fault text), or KVM's system event."""
+    """A triple fault; the exit has a fault text."""
     CODE = "code"
     """The guest wrote to the exit port; `Exit.code` is the value."""
     STOPPED = "stopped"
@@ -36,6 +36,12 @@ class ExitReason(StrEnum):
     """KVM_RUN failed; `Exit.code` is the errno."""
     EXCEPTION = "exception"
     """A program of `ElfBoot` raised an exception; `Exit.vector` is its number."""
+    POWEROFF = "poweroff"
+    """The guest switched the machine off, by ACPI or KVM's system event."""
+    PANIC = "panic"
+    """The guest reported a panic, by the pvpanic port."""
+    ALL_HALTED = "all-halted"
+    """All vCPUs halted with interrupts off, on a machine with an interrupt controller."""
 
 
 class Exit(NamedTuple):

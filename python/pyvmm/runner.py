@@ -37,6 +37,7 @@ class Status(IntEnum):
     HIGH_CODE = 119
     GUEST_FAULT = 120
     RESET = 121
+    PANIC = 122
     NOT_SHOWN = 123
     TIMEOUT = 124
     ERROR = 125
@@ -50,6 +51,7 @@ STATUSES = {
     str(Status.HIGH_CODE): f"the guest's own exit code is above {MAX_GUEST_CODE}; stderr and --json have it",
     str(Status.GUEST_FAULT): "the guest failed: a triple fault, an exception, an instruction that KVM cannot execute",
     str(Status.RESET): "the guest reset the machine, as Linux does for reboot, and after a panic with panic=-1",
+    str(Status.PANIC): "the guest reported a panic, by the pvpanic port",
     str(Status.NOT_SHOWN): "the console did not show the text of --expect",
     str(Status.TIMEOUT): "the time of --timeout passed",
     str(Status.ERROR): "pyvmm could not run the machine",
@@ -249,6 +251,9 @@ def _print_stats(vmm: Vmm) -> None:
 ENDS = {
     ExitReason.HALT: 0,
     ExitReason.SHUTDOWN: 0,
+    ExitReason.POWEROFF: 0,
+    ExitReason.ALL_HALTED: 0,
+    ExitReason.PANIC: Status.PANIC,
     ExitReason.RESET: Status.RESET,
     ExitReason.TIMEOUT: Status.TIMEOUT,
     ExitReason.STOPPED: Status.INTERRUPTED,

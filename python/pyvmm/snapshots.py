@@ -26,17 +26,20 @@ if TYPE_CHECKING:
 MAX_WORKERS = 4096
 
 
-def config_of(memory: int, vcpus: int, exit_port: int | None, irqchip: bool, pit: bool, fixups: bool) -> VmmConfig:
+def config_of(
+    memory: int, vcpus: int, exit_port: int | None, chips: tuple[bool, bool], fixups: bool, parts: list[str]
+) -> VmmConfig:
     """The configuration as far as a snapshot file describes it; the boot is not included."""
-    from pyvmm.config import CpuConfig, MemoryConfig, VmmConfig
+    from pyvmm.config import CpuConfig, MemoryConfig, PlatformConfig, VmmConfig
 
     mib = max(1, memory >> 20)
     return VmmConfig(
         memory=MemoryConfig(size_mib=mib),
         cpu=CpuConfig(vcpus=vcpus, fixups=fixups),
         exit_port=exit_port,
-        irqchip=irqchip,
-        pit=pit,
+        irqchip=chips[0],
+        pit=chips[1],
+        platform=PlatformConfig(**dict.fromkeys(parts, True)),
     )
 
 

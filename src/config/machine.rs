@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use super::boot::{Boot, bad};
+use super::platform::{ExitPort, Platform, PlatformConfig};
 use crate::cpu::CpuConfig;
 use crate::error::Result;
 use crate::layout;
@@ -22,21 +23,12 @@ pub struct VmmConfig {
     pub serial: SerialConfig,
     /// A write to this port ends the run with the value as its code. None for no such port.
     pub exit_port: ExitPort,
-    /// An in-kernel PIC, I/O APIC and LAPICs. By default only
-    /// for a kernel or firmware, which expects a PC.
+    /// An in-kernel PIC, I/O APIC and LAPICs. By default only for a PC.
     pub irqchip: Option<bool>,
     /// An in-kernel PIT. By default the same as `irqchip`.
     pub pit: Option<bool>,
-}
-
-/// The exit port's number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ExitPort(pub Option<u16>);
-
-impl Default for ExitPort {
-    fn default() -> Self {
-        Self(Some(layout::EXIT_PORT))
-    }
+    /// The parts of a PC that it has.
+    pub platform: PlatformConfig,
 }
 
 /// Guest memory.
@@ -87,7 +79,21 @@ impl VmmConfig {
     /// Whether the machine has an in-kernel interrupt controller.
     #[must_use]
     pub fn has_irqchip(&self) -> bool {
-        self.irqchip.unwrap_or(self.boot.is_pc())
+        self.irqchip.unwrap_or_else(|| self.is_pc())
+    }
+
+    /// Whether the machine is a PC: it boots a kernel or firmware, which expects a PC's parts.
+    #[must_use]
+    pub fn is_pc(&self) -> bool {
+        self.boot.is_pc()
+    }
+
+    /// What the machine has besides vCPUs and memory.
+    #[must_use]
+    pub fn platform(&self) -> Platform {
+        let exit_port = self.exit_port;
+        let parts = self.platform.parts(self.is_pc(), exit_port);
+        Platform { irqchip: self.has_irqchip(), exit_port, parts }
     }
 
     /// Whether the machine has an in-kernel PIT.
@@ -111,20 +117,21 @@ impl VmmConfig {
             return Err(bad("pit", "a PIT needs irqchip = true"));
         }
         if let ExitPort(Some(port)) = self.exit_port {
-            check_exit_port(u64::from(port), self.has_irqchip())?;
+            check_exit_port(u64::from(port), &self.platform())?;
         }
         self.boot.validate(size, self.cpu.vcpus, self.has_irqchip())
     }
 }
 
 /// Check that the ports exist and nothing else answers at them.
-fn check_exit_port(start: u64, irqchip: bool) -> Result<()> {
+fn check_exit_port(start: u64, platform: &Platform) -> Result<()> {
     let end = start + layout::EXIT_PORTS;
     if end > 0x1_0000 {
         return Err(bad("exit_port", format!("{start:#x} leaves no room for 4 ports")));
     }
-    let kernel = layout::KERNEL_PORTS.iter().filter(|_| irqchip);
-    let mut taken = kernel.chain(layout::device_ports(irqchip));
+    let kernel = layout::KERNEL_PORTS.iter().filter(|_| platform.irqchip);
+    let devices = kernel.chain(layout::device_ports(platform.irqchip)).copied();
+    let mut taken = devices.chain(platform.part_ports());
     match taken.find(|((first, count), _)| *first < end && start < first + count) {
         Some((_, name)) => Err(bad("exit_port", format!("{start:#x} overlaps {name}"))),
         None => Ok(()),
@@ -185,6 +192,10 @@ mod tests {
         config.irqchip = Some(true);
         assert_eq!(place(&config), "exit_port");
         config.irqchip = None;
+        config.exit_port = ExitPort(Some(layout::PVPANIC - 1));
+        config.validate().unwrap();
+        config.platform.pvpanic = Some(true);
+        assert_eq!(place(&config), "exit_port");
         config.exit_port = ExitPort(None);
         config.pit = Some(true);
         assert_eq!(place(&config), "pit");

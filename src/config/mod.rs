@@ -3,9 +3,11 @@
 
 mod boot;
 mod machine;
+mod platform;
 
 pub use boot::{
     Boot, Code, ElfBoot, FirmwareBoot, FlatBoot, KernelBoot, KernelProtocol, LinuxBoot,
     LinuxProtocol, Module,
 };
-pub use machine::{ExitPort, MemoryConfig, SerialConfig, SerialInput, SerialOutput, VmmConfig};
+pub use machine::{MemoryConfig, SerialConfig, SerialInput, SerialOutput, VmmConfig};
+pub use platform::{ExitPort, PcPart, PcParts, Platform, PlatformConfig};

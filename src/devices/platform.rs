@@ -1,4 +1,5 @@
-//! Attaches the devices that every machine has. Runs on the thread that builds the machine.
+//! Attaches the built-in devices: those that every machine has, and the parts of a PC. Runs on the
+//! thread that builds the machine.
 
 use std::sync::Arc;
 
@@ -6,10 +7,12 @@ use super::bus::{Access, Buses, Device};
 use super::debug_exit::DebugExit;
 use super::i8042::I8042;
 use super::line::InterruptLine;
+use super::pvpanic::Pvpanic;
+use super::reset_ports::ResetRegister;
 use super::rtc::Rtc;
 use super::serial::Serial;
 use super::streams::has_consumer;
-use crate::config::{ExitPort, SerialConfig};
+use crate::config::{ExitPort, PcPart, Platform, SerialConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout;
 use crate::resources::{ResourceKind, Resources};
@@ -18,9 +21,11 @@ use crate::resources::{ResourceKind, Resources};
 ///
 /// # Errors
 /// [`ErrorKind::Config`] if KVM or another device answers at the exit port.
-pub(crate) fn claim(resources: &Resources, irqchip: bool, exit_port: ExitPort) -> Result<()> {
+pub(crate) fn claim(resources: &Resources, platform: &Platform) -> Result<()> {
+    let Platform { irqchip, exit_port, .. } = *platform;
     let claim = |ports, name| claim_range(resources, Access::Pio, ports, name);
     layout::device_ports(irqchip).iter().try_for_each(|(ports, name)| claim(*ports, name))?;
+    platform.part_ports().try_for_each(|(ports, name)| claim(ports, name))?;
     if irqchip {
         resources.share(ResourceKind::Gsi, (u64::from(layout::COM1_IRQ), 1), "COM1");
     }
@@ -56,15 +61,29 @@ pub(crate) fn attach(
     buses: &Buses,
     irq: Option<Box<dyn InterruptLine>>,
     config: &SerialConfig,
-    exit_port: ExitPort,
+    platform: &Platform,
 ) -> Result<Arc<Serial>> {
     let serial = Arc::new(Serial::new(irq, has_consumer(config))?);
     let port = |base: u16, length, device| buses.pio.add(u64::from(base), length, device);
     port(layout::COM1, 8, Arc::clone(&serial) as Arc<dyn Device>);
     port(layout::I8042, 5, Arc::new(I8042::default()));
     port(layout::RTC, 2, Arc::new(Rtc::default()));
-    if let ExitPort(Some(base)) = exit_port {
+    if let ExitPort(Some(base)) = platform.exit_port {
         port(base, layout::EXIT_PORTS, Arc::new(DebugExit));
     }
+    platform.parts.iter().for_each(|part| attach_part(buses, part));
     Ok(serial)
+}
+
+/// Add a part of a PC to the buses.
+fn attach_part(buses: &Buses, part: PcPart) {
+    let port = |base: u16, device| buses.pio.add(u64::from(base), 1, device);
+    match part {
+        PcPart::Acpi => {}
+        PcPart::Pvpanic => port(layout::PVPANIC, Arc::new(Pvpanic)),
+        PcPart::ResetPorts => {
+            port(layout::RESET_CONTROL, Arc::new(ResetRegister::reset_control()));
+            port(layout::SYSTEM_CONTROL, Arc::new(ResetRegister::system_control()));
+        }
+    }
 }

@@ -11,7 +11,9 @@ use super::config_boot;
 use super::config_part::{Part, bad, unlike};
 use super::ending::import;
 use super::items::Items;
-use crate::config::{ExitPort, MemoryConfig, SerialConfig, SerialInput, SerialOutput, VmmConfig};
+use crate::config::{
+    ExitPort, MemoryConfig, PlatformConfig, SerialConfig, SerialInput, SerialOutput, VmmConfig,
+};
 use crate::cpu::{CpuConfig, CpuTemplate};
 use crate::devices::{Direction, duplicate, input_file};
 
@@ -21,6 +23,7 @@ struct Classes {
     memory: Py<PyAny>,
     cpu: Py<PyAny>,
     serial: Py<PyAny>,
+    platform: Py<PyAny>,
 }
 
 fn classes(py: Python<'_>) -> PyResult<&'static Classes> {
@@ -33,6 +36,7 @@ fn classes(py: Python<'_>) -> PyResult<&'static Classes> {
             memory: class("MemoryConfig")?,
             cpu: class("CpuConfig")?,
             serial: class("SerialConfig")?,
+            platform: class("PlatformConfig")?,
         })
     })
 }
@@ -55,8 +59,24 @@ pub(super) fn from_python(config: &Bound<'_, PyAny>) -> PyResult<VmmConfig> {
         boot: config_boot::from_python(&all.part(intern!(py, "boot"), "boot", None)?)?,
         serial: serial(&all.part(intern!(py, "serial"), "serial", Some(&classes.serial))?)?,
         exit_port: ExitPort(all.get(intern!(py, "exit_port"), port)?),
-        irqchip: all.get(intern!(py, "irqchip"), "True, False or None")?,
-        pit: all.get(intern!(py, "pit"), "True, False or None")?,
+        irqchip: all.get(intern!(py, "irqchip"), OPTIONAL)?,
+        pit: all.get(intern!(py, "pit"), OPTIONAL)?,
+        platform: platform(&all.part(
+            intern!(py, "platform"),
+            "platform",
+            Some(&classes.platform),
+        )?)?,
+    })
+}
+
+const OPTIONAL: &str = "True, False or None";
+
+fn platform(part: &Part<'_>) -> PyResult<PlatformConfig> {
+    let py = part.object.py();
+    Ok(PlatformConfig {
+        acpi: part.get(intern!(py, "acpi"), OPTIONAL)?,
+        pvpanic: part.get(intern!(py, "pvpanic"), OPTIONAL)?,
+        reset_ports: part.get(intern!(py, "reset_ports"), OPTIONAL)?,
     })
 }
 

@@ -132,12 +132,12 @@ impl PyKvmVm {
         let (vm, entry, router, serial) = interrupt::interruptible(py, |interrupted| {
             config.validate()?;
             let memory = GuestMemory::new(config.memory.size_mib << 20)?;
-            claim_platform(memory.resources(), config.has_irqchip(), config.exit_port)?;
+            claim_platform(memory.resources(), &config.platform())?;
             let start = boot::load(&config, &memory, interrupted)?;
             let router = Arc::new(ExitRouter::default());
             let vm = KvmVm::new(&config, memory, start, Arc::clone(&router), handler)?;
             let irq = vm.irq(layout::COM1_IRQ);
-            let serial = devices::attach(&router.buses, irq, &config.serial, config.exit_port)?;
+            let serial = devices::attach(&router.buses, irq, &config.serial, &config.platform())?;
             Ok::<_, Error>((vm, start.entry, router, serial))
         })?;
         Ok(Self::of(py, vm, python_handler, router, entry, Some(serial)))

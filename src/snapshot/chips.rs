@@ -104,14 +104,16 @@ pub(crate) fn apply_timers(vm: &VmFd, spec: &MachineSpec, records: &[Record]) ->
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::PcParts;
     use crate::error::ErrorKind;
 
     #[test]
     fn what_is_missing_is_named() {
         let Ok(kvm) = crate::kvm::open_kvm() else { return };
         let vm = kvm.create_vm().unwrap();
+        let (exit_port, parts) = (None, PcParts::default());
         let spec =
-            MachineSpec { vcpus: 1, irqchip: false, pit: false, fixups: false, exit_port: None };
+            MachineSpec { vcpus: 1, irqchip: false, pit: false, fixups: false, exit_port, parts };
         let error = apply_timers(&vm, &spec, &[]).unwrap_err();
         assert_eq!((error.kind, error.at.as_str()), (ErrorKind::Snapshot, "clock"));
         let captured = capture(&vm, &spec, 0).unwrap();

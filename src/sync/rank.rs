@@ -86,6 +86,8 @@ ranks! {
     SerialOutput,
     /// The registers of the keyboard controller.
     KeyboardController,
+    /// A register that resets the machine.
+    ResetRegister,
     /// The registers of the clock.
     Rtc,
     /// Counts of executed instructions.

@@ -226,7 +226,7 @@ fn end_of(exit: &VcpuExit, number: u32, internal_error: impl FnOnce() -> String)
             end(Exit::new(ExitReason::Reset))
         }
         VcpuExit::SystemEvent { kind: KVM_SYSTEM_EVENT_SHUTDOWN, .. } => {
-            end(Exit::new(ExitReason::Shutdown))
+            end(Exit::new(ExitReason::Poweroff))
         }
         VcpuExit::FailEntry { reason, cpu } => fault(
             Exit::with_code(ExitReason::FailEntry, *reason),
@@ -309,6 +309,8 @@ mod tests {
         assert_eq!(reason(outcome(&failed)), (ExitReason::InternalError, None));
         let reset = VcpuExit::SystemEvent { kind: KVM_SYSTEM_EVENT_RESET, data: vec![] };
         assert_eq!(reason(outcome(&reset)), (ExitReason::Reset, None));
+        let off = VcpuExit::SystemEvent { kind: KVM_SYSTEM_EVENT_SHUTDOWN, data: vec![] };
+        assert_eq!(reason(outcome(&off)), (ExitReason::Poweroff, None));
         let debug = VcpuExit::Debug { exception: 1, pc: 0x1000, dr6: 0, dr7: 0 };
         assert_eq!(reason(outcome(&debug)), (ExitReason::Debug, None));
     }

@@ -13,7 +13,7 @@ use super::KvmVm;
 use super::noapic;
 use super::spec::MachineSpec;
 use super::vcpus::Vcpus;
-use crate::config::{ExitPort, VmmConfig};
+use crate::config::{Platform, VmmConfig};
 use crate::cpu::cpuid::{self, GuestCpuid};
 use crate::cpu::{CpuMode, Start, msrs, tables};
 use crate::devices;
@@ -161,13 +161,9 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
 ///
 /// # Errors
 /// [`ErrorKind::Memory`] if something else occupies one of them.
-pub(crate) fn claim_platform(
-    resources: &Resources,
-    irqchip: bool,
-    exit_port: ExitPort,
-) -> Result<()> {
-    claim_for_kvm(resources, irqchip)?;
-    devices::claim(resources, irqchip, exit_port)
+pub(crate) fn claim_platform(resources: &Resources, platform: &Platform) -> Result<()> {
+    claim_for_kvm(resources, platform.irqchip)?;
+    devices::claim(resources, platform)
 }
 
 /// Claim the addresses that KVM answers itself: its own pages and, with an interrupt controller,

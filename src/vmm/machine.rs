@@ -13,7 +13,7 @@ use super::resets::Resets;
 use super::runner::{Runner, closed};
 
 use crate::boot;
-use crate::config::{ExitPort, SerialConfig, VmmConfig};
+use crate::config::{Platform, SerialConfig, VmmConfig};
 use crate::cpu::Start;
 use crate::debug::Symbols;
 use crate::devices::{self, Access, Device, Serial};
@@ -43,7 +43,7 @@ pub struct Vmm {
     fixups: Arc<Counts>,
     /// The address at which the vCPUs start.
     pub(super) entry: u64,
-    pub(super) exit_port: ExitPort,
+    pub(super) platform: Platform,
     /// Identifies the threads of its vCPUs.
     pub(super) vm_id: usize,
     pub(super) resets: Resets,
@@ -76,7 +76,7 @@ impl TryFrom<VmmConfig> for Vmm {
 fn load(config: &VmmConfig, interrupted: &dyn Fn() -> Result<()>) -> Result<(GuestMemory, Start)> {
     config.validate()?;
     let memory = GuestMemory::new(config.memory.size_mib << 20)?;
-    claim_platform(memory.resources(), config.has_irqchip(), config.exit_port)?;
+    claim_platform(memory.resources(), &config.platform())?;
     let start = boot::load(config, &memory, interrupted)?;
     Ok((memory, start))
 }
@@ -101,22 +101,23 @@ impl Vmm {
         shared: Option<Arc<EventManager>>,
         interrupted: &dyn Fn() -> Result<()>,
     ) -> Result<Self> {
+        let platform = config.platform();
         let (memory, start) = load(&config, interrupted)?;
         let (event_manager, exit_handler) = event_loop(shared)?;
         let router = Arc::new(ExitRouter::default());
         let vm = KvmVm::new(&config, memory, start, Arc::clone(&router), exit_handler.clone())?;
         let irq = vm.irq(layout::COM1_IRQ);
-        let serial = devices::attach(&router.buses, irq, &config.serial, config.exit_port)?;
+        let serial = devices::attach(&router.buses, irq, &config.serial, &platform)?;
         let entry = start.entry;
         let parts = Parts { vm, event_manager, exit_handler, router, serial, entry };
-        Self::assemble(parts, config.serial, config.exit_port)
+        Self::assemble(parts, config.serial, platform)
     }
 
     /// Assemble the machine from these parts, in its event loop.
     pub(super) fn assemble(
         parts: Parts,
         streams: SerialConfig,
-        exit_port: ExitPort,
+        platform: Platform,
     ) -> Result<Self> {
         let Parts { vm, event_manager, exit_handler, router, serial, entry } = parts;
         let mut subscribers = vec![event_manager.add_subscriber(Box::new(exit_handler.clone()))];
@@ -133,7 +134,7 @@ impl Vmm {
             serial,
             fixups,
             entry,
-            exit_port,
+            platform,
             vm_id,
             resets: Resets::default(),
             has_failed: AtomicBool::new(false),

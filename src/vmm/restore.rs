@@ -95,15 +95,15 @@ impl Vmm {
         for MemoryRange { start, read_only, image } in &snapshot.ranges {
             memory.add_image(*start, image, *read_only)?;
         }
-        claim_platform(memory.resources(), spec.irqchip, spec.exit_port())?;
+        claim_platform(memory.resources(), &spec.platform())?;
         let (event_manager, exit_handler) = event_loop(event_manager)?;
         let router = Arc::new(ExitRouter::default());
         let vm = KvmVm::from_spec(spec, memory, &router, exit_handler.clone())?;
         vm.at_rest(&Limit::NONE, |fd, vcpus| set_state(&vm, fd, vcpus, snapshot, false))?;
         let irq = vm.irq(layout::COM1_IRQ);
-        let serial = devices::attach(&router.buses, irq, &streams, spec.exit_port())?;
+        let serial = devices::attach(&router.buses, irq, &streams, &spec.platform())?;
         let parts = Parts { vm, event_manager, exit_handler, router, serial, entry: 0 };
-        Self::assemble(parts, streams, spec.exit_port())
+        Self::assemble(parts, streams, spec.platform())
     }
 
     /// Restore the devices from the snapshot. This is the last step of a fork, once all are

@@ -3,6 +3,7 @@
 use kvm_ioctls::VmFd;
 
 use super::machine::Vmm;
+use crate::config::{ExitPort, Platform};
 use crate::devices::Buses;
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::WrappedExitHandler;
@@ -42,8 +43,9 @@ impl Vmm {
 
     pub(super) fn spec(&self, vm: &Vm) -> MachineSpec {
         let (irqchip, pit, fixups) = vm.chips();
+        let Platform { exit_port: ExitPort(exit_port), parts, .. } = self.platform;
         let vcpus = u16::try_from(vm.handles().len()).unwrap_or(u16::MAX);
-        MachineSpec { vcpus, irqchip, pit, fixups, exit_port: self.exit_port.0 }
+        MachineSpec { vcpus, irqchip, pit, fixups, exit_port, parts }
     }
 }
 

@@ -253,6 +253,7 @@ UNNAMED_IN_ROOM = {
     "debug": {"decode"},
     "devices": {"Chunk", "input_file"},
     "event": {"BoxedSubscriber", "Calls"},
+    "exit_handler": {"Exception", "ExitHandler", "Outcome"},
     "memory": {"MemoryRange", "Slot"},
     "snapshot": {"Header", "Record", "Records", "described"},
     "sync": {"MappedMutexGuard", "ReadGuard", "RwLockGuard", "WriteGuard"},

@@ -8,6 +8,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 
 use super::object::{PySnapshot, hex, snapshots};
+use crate::config::PcPart;
 use crate::py::{ending, interrupt};
 use crate::snapshot::{DeviceState, Host, Load, RecordKind, described, inspect, load};
 use crate::vm::MachineSpec;
@@ -91,9 +92,10 @@ impl PySnapshot {
         let tell = |done, total| interrupt::progress(progress.as_ref(), done, total);
         let core = py.detach(|| load(&path, &Load { base: of, force, copy, verify }, tell))?;
         let spec = core.spec;
+        let chips = (spec.irqchip, spec.pit);
         let config = snapshots(py)?.call_method1(
             "config_of",
-            (core.memory_size(), spec.vcpus, spec.exit_port, spec.irqchip, spec.pit, spec.fixups),
+            (core.memory_size(), spec.vcpus, spec.exit_port, chips, spec.fixups, part_names(&spec)),
         )?;
         let path = std::path::absolute(&path).unwrap_or(path);
         let (core, config) = (std::sync::Arc::new(core), config.unbind());
@@ -125,6 +127,7 @@ impl PySnapshot {
                     found.set_item("pit", spec.pit)?;
                     found.set_item("fixups", spec.fixups)?;
                     found.set_item("exit_port", spec.exit_port)?;
+                    found.set_item("parts", part_names(&spec))?;
                 }
                 RecordKind::Host => {
                     let host = Host::decode(&record.bytes)?;
@@ -152,4 +155,8 @@ impl PySnapshot {
         let arguments = (path, base, self.id(), self.is_forced);
         (snapshots(py)?.getattr("unpickled")?, arguments).into_pyobject(py)
     }
+}
+
+fn part_names(spec: &MachineSpec) -> Vec<&'static str> {
+    spec.parts.iter().map(PcPart::name).collect()
 }

@@ -1,0 +1,113 @@
+"""The parts of a PC as a flat guest sees them: how it powers off, resets and panics, by Python and the command line.
+
+Covers src/devices/pvpanic.rs, src/devices/reset_ports.rs and src/config/platform.rs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from command_line import pyvmm
+from guests import HALT, SPIN, exit_with, flat, out, read_in
+from pyvmm import ConfigError, ExitReason, PlatformConfig, Snapshot, StateError, Unanswered, Vmm, VmmConfig
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+kvm = pytest.mark.kvm
+ALL = PlatformConfig(acpi=True, pvpanic=True, reset_ports=True)
+PVPANIC, RESET_CONTROL, SYSTEM_CONTROL = 0x505, 0xCF9, 0x92
+SHOW = b"\xe6\xf4"  # out 0xf4, al
+
+ENDS = {
+    "a panic": (out(PVPANIC, 1), ExitReason.PANIC, 122),
+    "a panic with other bits": (out(PVPANIC, 0xFF), ExitReason.PANIC, 122),
+    "a shutdown": (out(PVPANIC, 4), ExitReason.POWEROFF, 0),
+    "port 0xcf9, a hard reset": (out(RESET_CONTROL, 2) + out(RESET_CONTROL, 6), ExitReason.RESET, 121),
+    "port 0xcf9, a power cycle": (out(RESET_CONTROL, 0xE), ExitReason.RESET, 121),
+    "port 0x92": (out(SYSTEM_CONTROL, 3), ExitReason.RESET, 121),
+    "keyboard controller": (out(0x64, 0xFE), ExitReason.RESET, 121),
+}
+
+
+@kvm
+@pytest.mark.parametrize("how", ENDS)
+def test_each_way_to_end_has_its_reason_and_status(how: str, tmp_path: Path) -> None:
+    code, reason, status = ENDS[how]
+    with Vmm(flat(code + SPIN, platform=ALL)) as vmm:
+        exit = vmm.run(60)
+        assert (exit.reason, exit.vcpu, exit.fault) == (reason, 0, None)
+    config, program = tmp_path / "vm.toml", tmp_path / "code"
+    program.write_bytes(code + SPIN)
+    config.write_text("[platform]\nacpi = true\npvpanic = true\nreset_ports = true\n")
+    done = pyvmm("run", "--flat", program, "--config", config, "--timeout", "60")
+    assert (done.returncode, done.stderr) == (status, b"")
+
+
+@kvm
+def test_reset_needs_its_bit_and_the_registers_read_back() -> None:
+    code = out(RESET_CONTROL, 2) + out(SYSTEM_CONTROL, 0) + out(PVPANIC, 2) + read_in(RESET_CONTROL)
+    with Vmm(flat(code + SHOW, platform=ALL)) as vmm:
+        assert vmm.run(60).code == 2
+    for port, value in ((SYSTEM_CONTROL, 2), (PVPANIC, 7)):
+        with Vmm(flat(read_in(port) + SHOW, platform=ALL)) as vmm:
+            assert vmm.run(60).code == value
+
+
+@kvm
+def test_other_machines_have_no_such_ports_unless_asked() -> None:
+    code = out(PVPANIC, 1) + out(RESET_CONTROL, 6) + out(SYSTEM_CONTROL, 1) + exit_with(7)
+    with Vmm(flat(code, irqchip=True)) as vmm:
+        assert vmm.run(60).code == 7
+        ports = [SYSTEM_CONTROL, PVPANIC, RESET_CONTROL]
+        assert vmm.unanswered == [Unanswered("pio", port, 0, 1) for port in ports]
+    with Vmm(flat(code, platform=PlatformConfig(pvpanic=True))) as vmm:
+        assert vmm.run(60).reason is ExitReason.PANIC
+        assert "pvpanic" in {resource.name for resource in vmm.resources}
+
+
+def test_exit_port_at_a_part_that_is_asked_for_is_refused() -> None:
+    for port in (PVPANIC - 3, PVPANIC):
+        flat(HALT, exit_port=port).check()
+        with pytest.raises(ConfigError, match=r"^exit_port: .* overlaps pvpanic"):
+            flat(HALT, exit_port=port, platform=PlatformConfig(pvpanic=True)).check()
+
+
+@pytest.mark.parametrize("value", ["yes", 1, []])
+def test_a_part_is_there_or_not(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"^platform\.acpi: Expected `bool \| null`"):
+        VmmConfig.from_dict({"platform": {"acpi": value}})
+    with pytest.raises(ConfigError, match=r"^platform\.acpi: expected True, False or None"):
+        flat(HALT, platform=PlatformConfig(acpi=value)).check()  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^platform\.apic: unknown key; did you mean acpi\?"):
+        VmmConfig.from_dict({"platform": {"apic": True}})
+    with pytest.raises(ConfigError, match=r"^platform: expected a PlatformConfig"):
+        flat(HALT, platform=value).check()
+
+
+@kvm
+def test_parts_and_their_state_are_in_snapshots_and_files(tmp_path: Path) -> None:
+    code = out(RESET_CONTROL, 2) + HALT + read_in(RESET_CONTROL) + SHOW + out(PVPANIC, 1)
+    with Vmm(flat(code, platform=ALL)) as vmm:
+        assert vmm.run(60).reason is ExitReason.HALT
+        snapshot = vmm.snapshot()
+        snapshot.save(tmp_path / "file")
+        vmm.reset(snapshot)
+        assert vmm.run(60).code == 2
+    loaded = Snapshot.load(tmp_path / "file")
+    assert loaded.config.platform == ALL
+    assert Snapshot.inspect(tmp_path / "file")["parts"] == ["acpi", "pvpanic", "reset_ports"]
+    for kept in (snapshot, loaded):
+        with kept.fork() as fork:
+            assert fork.run(60).code == 2
+    with Vmm(flat(code)) as other, pytest.raises(StateError, match="the parts of a PC none, the snapshot acpi"):
+        other.reset(snapshot)
+
+
+@kvm
+def test_a_file_of_a_machine_without_parts_is_as_it_was(tmp_path: Path) -> None:
+    with Vmm(flat(HALT)) as vmm:
+        vmm.snapshot().save(tmp_path / "file")
+    records = Snapshot.inspect(tmp_path / "file")["records"]
+    assert records[0] == ("machine", 0, 8)
