@@ -29,4 +29,4 @@ print(dual.memory.size_mib, dual.cpu.hide)  # 16 ('avx2',)
 try:
     base.replace(cpu=base.cpu.replace(vcpus=0)).check()
 except ConfigError as error:
-    print(error)  # cpu.vcpus: 0 is not from 1 to 254
+    print(error)  # cpu.vcpus: 0 is not from 1 to 4096

@@ -68,10 +68,10 @@ fn version(release: &str) -> Option<(u32, u32)> {
     }
 }
 
-/// How many vCPUs a machine may have. The same for all machines of a process.
+/// How many vCPUs a machine may have, numbered from 0. The same for all machines of a process.
 pub(crate) fn max_vcpus(kvm: &Kvm) -> usize {
     static MAX: OnceBox<usize> = OnceBox::new();
-    *MAX.get_or_init(|| kvm.get_max_vcpus())
+    *MAX.get_or_init(|| kvm.get_max_vcpus().min(kvm.get_max_vcpu_id()))
 }
 
 fn unavailable(errno: i32) -> Error {

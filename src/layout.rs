@@ -117,8 +117,10 @@ pub fn kernel_addresses(irqchip: bool) -> impl Iterator<Item = ((u64, u64), &'st
     chips.into_iter().filter(move |_| irqchip).chain([own])
 }
 
-/// The maximum number of vCPUs: the ids of an xAPIC minus one for the I/O APIC.
-pub const MAX_VCPUS: u64 = 254;
+/// The maximum number of vCPUs: as many as any KVM has, and as the fields of CPUID can tell.
+pub const MAX_VCPUS: u64 = 4096;
+/// The maximum number of vCPUs whose LAPICs can be in xAPIC mode: id 255 means all of them there.
+pub const MAX_XAPIC_VCPUS: u64 = 255;
 
 /// The ranges of RAM for a size: one, or two around the gap.
 #[must_use]

@@ -79,6 +79,6 @@ mod _pyvmm {
         PyKvm, PyKvmVm, PyMemorySlot, PyMsrBytes, PyRegister, PyRegisterBytes, PyRegisterView,
         PyRemoteEndpoint, PySerial, PySnapshot, PyStats, PySubscriberId, PyTimerFd, PyTrace,
         PyVcpu, PyVcpuExit, PyVmm, PyVmmExitHandler, PyWrappedExitHandler, close_all, cpu_features,
-        embedded_guest, kick_signal, kvm_info, set_kick_signal,
+        cpuid_features, cpuid_table, embedded_guest, kick_signal, kvm_info, set_kick_signal,
     };
 }

@@ -30,6 +30,8 @@ from pyvmm._pyvmm import (
     WrappedExitHandler,
     close_all,
     cpu_features,
+    cpuid_features,
+    cpuid_table,
     embedded_guest,
     kick_signal,
     kvm_info,
@@ -71,6 +73,7 @@ if TYPE_CHECKING:
     from pyvmm.boots import BootModule, ElfBoot, EmbeddedBoot, FirmwareBoot, FlatBoot, KernelBoot, LinuxBoot
     from pyvmm.config import CpuConfig, MemoryConfig, PlatformConfig, SerialConfig, VmmConfig
     from pyvmm.console import Console
+    from pyvmm.cpu_template import CpuTemplate, RegisterBits
     from pyvmm.hostcalls import HostcallError, HostcallStatus
     from pyvmm.kvm import Cap
     from pyvmm.patterns import Expected
@@ -86,6 +89,7 @@ __all__ = [
     "ConfigError",
     "Console",
     "CpuConfig",
+    "CpuTemplate",
     "DirtyPages",
     "ElfBoot",
     "EmbeddedBoot",
@@ -122,6 +126,7 @@ __all__ = [
     "MemorySlot",
     "PlatformConfig",
     "ReadableDevice",
+    "RegisterBits",
     "RemoteEndpoint",
     "Resource",
     "Serial",
@@ -149,6 +154,8 @@ __all__ = [
     "WrappedExitHandler",
     "WritableDevice",
     "cpu_features",
+    "cpuid_features",
+    "cpuid_table",
     "embedded_guest",
     "kick_signal",
     "kvm_info",
@@ -161,9 +168,11 @@ atexit.register(close_all)
 # Imported on first use: the event loop does not need them, and they take most of the import time.
 _BOOTS = ("BootModule", "ElfBoot", "EmbeddedBoot", "FirmwareBoot", "FlatBoot", "KernelBoot", "LinuxBoot")
 _CONFIG = ("CpuConfig", "MemoryConfig", "PlatformConfig", "SerialConfig", "VmmConfig")
+_CPU = ("CpuTemplate", "RegisterBits")
 _LAZY = {
     **dict.fromkeys(_BOOTS, "pyvmm.boots"),
     **dict.fromkeys(_CONFIG, "pyvmm.config"),
+    **dict.fromkeys(_CPU, "pyvmm.cpu_template"),
     **dict.fromkeys(("HostcallError", "HostcallStatus"), "pyvmm.hostcalls"),
     "Cap": "pyvmm.kvm",
     "Console": "pyvmm.console",

@@ -15,7 +15,7 @@ from typing import Any, Final, Literal, Never, Protocol, Self, TypeAlias, TypeVa
 from typing_extensions import Buffer, disjoint_base
 
 from pyvmm.callbacks import TimerHandle
-from pyvmm.config import SerialConfig, VmmConfig
+from pyvmm.config import CpuConfig, SerialConfig, VmmConfig
 from pyvmm.console import Console
 from pyvmm.devices import Device, Resource, Unanswered
 from pyvmm.events import EventSet, Subscriber
@@ -54,6 +54,8 @@ __all__ = [
     "__version__",
     "close_all",
     "cpu_features",
+    "cpuid_features",
+    "cpuid_table",
     "embedded_guest",
     "kick_signal",
     "kvm_info",
@@ -2272,6 +2274,22 @@ def close_all() -> None:
 
 def cpu_features() -> list[str]:
     """Names of the CPUID features that `CpuConfig.hide` and `expose` know."""
+
+def cpuid_features(entry: CpuidEntry) -> dict[str, tuple[str, ...]]:
+    """Return the names of the features in a `CpuidEntry`, as in /proc/cpuinfo, by register: a dict of tuples.
+
+    Registers without a known feature are left out.
+    """
+
+def cpuid_table(cpu: CpuConfig | None = None) -> tuple[CpuidEntry, ...]:
+    """Return the CPUID table of vCPU 0 in a machine with this `CpuConfig`: a tuple of `CpuidEntry`.
+
+    None means all that KVM supports on this host, which is more than any template offers.
+
+    Raises:
+        ConfigError: the configuration is invalid, or the host lacks a feature of its template.
+        KvmUnavailableError: there is no usable /dev/kvm.
+    """
 
 def embedded_guest() -> bytes:
     """The machine code of the built-in guest: 64-bit ring 3, position-independent."""

@@ -17,14 +17,13 @@ import msgspec
 import pyvmm
 from pyvmm import keyvalue
 from pyvmm.boots import FlatBoot, LinuxBoot
-from pyvmm.config import MemoryConfig, SerialConfig, VmmConfig
+from pyvmm.config import CpuConfig, MemoryConfig, SerialConfig, VmmConfig
 from pyvmm.exceptions import ConfigError, VmmError
 from pyvmm.runner import STATUSES, STDERR, Ask, Instrumentation, Status, print_error, run_machine, run_with
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pyvmm.devices import Resource
 
 # Click keeps the lines of a paragraph that begins with \b.
 EXIT_STATUSES = "\b\nExit status:\n" + "\n".join(f"  {status:>4}  {what}" for status, what in STATUSES.items())
@@ -111,7 +110,8 @@ _MACHINE = (
     click.option("--initrd", type=click.Path(), help="The initial RAM disk."),
     click.option("--append", metavar="TEXT", help="The kernel command line."),
     click.option("--memory", metavar="MIB", help="Guest memory: a number of MiB, or size_mib=MIB."),
-    click.option("--vcpus", "--vcpu", metavar="N", help="The number of vCPUs: N, or num=N."),
+    click.option("--vcpus", "--vcpu", metavar="N", help="The number of vCPUs: N, or num=N,sockets=S,threads=T."),
+    click.option("--cpu", "template", metavar="NAME|FILE", help="The CPU template: a name, or a .toml or .json file."),
     click.option("--hide", multiple=True, metavar="NAME", help="Hide a CPU feature; names as in /proc/cpuinfo."),
     click.option("--expose", multiple=True, metavar="NAME", help="Show a CPU feature that is otherwise hidden."),
     click.option("--fixups", is_flag=True, help="Execute instructions that KVM's emulator refuses."),
@@ -232,20 +232,30 @@ def inspect(file: str, base: str | None, verify: bool, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--machine", "of_machine", is_flag=True, help="Print a machine's addresses, ports and lines instead.")
 @click.option("--config", "file", type=click.Path(), help="With --machine: the machine of this configuration file.")
-def doctor(as_json: bool, of_machine: bool, file: str | None) -> int:
+@click.option("--cpuid", "of_cpuid", is_flag=True, help="Print the CPUID that KVM supports instead.")
+@click.option("--cpu", "template", metavar="NAME|FILE", help="With --cpuid: what a guest with this CPU template sees.")
+def doctor(as_json: bool, of_machine: bool, file: str | None, of_cpuid: bool, template: str | None) -> int:
     """Check what pyvmm needs on this host, and print what is missing and how to fix it."""
-    from pyvmm.doctor import examine, is_healthy, resources_of
+    from pyvmm import cpuid_report
+    from pyvmm.doctor import examine, is_healthy, print_checks, print_resources, resources_of
 
     if file is not None and not of_machine:
         raise click.UsageError("--config needs --machine")
+    if template is not None and not of_cpuid:
+        raise click.UsageError("--cpu needs --cpuid")
+    if of_cpuid and of_machine:
+        raise click.UsageError("--cpuid and --machine are different reports")
+    if of_cpuid:
+        cpuid_report.report(template, as_json=as_json)
+        return 0
     if of_machine:
-        _print_resources(resources_of(None if file is None else VmmConfig.from_file(file)), as_json)
+        print_resources(resources_of(None if file is None else VmmConfig.from_file(file)), as_json=as_json)
         return 0
     checks = examine()
     if as_json:
         click.echo(msgspec.json.encode(checks).decode())
     else:
-        _print_checks(checks)
+        print_checks(checks)
     return 0 if is_healthy(checks) else 1
 
 
@@ -281,6 +291,7 @@ def with_options(
     append: str | None,
     memory: str | None,
     vcpus: str | None,
+    template: str | None,
     hide: tuple[str, ...],
     expose: tuple[str, ...],
     fixups: bool,
@@ -295,7 +306,9 @@ def with_options(
         base = base.replace(memory=MemoryConfig(size_mib=size))
     cpu = base.cpu
     if vcpus is not None:
-        cpu = cpu.replace(vcpus=_number("vcpus", vcpus, "num"))
+        cpu = _vcpus(cpu, vcpus)
+    if template is not None:
+        cpu = cpu.replace(template=template)
     if hide:
         cpu = cpu.replace(hide=(*cpu.hide, *_names(hide)))
     if expose:
@@ -303,6 +316,12 @@ def with_options(
     if fixups:
         cpu = cpu.replace(fixups=True)
     return base.replace(boot=boot, cpu=cpu)
+
+
+def _vcpus(cpu: CpuConfig, text: str) -> CpuConfig:
+    form = text if "=" in text else f"num={text}"
+    found = keyvalue.parse("vcpus", form, {"num": int, "sockets": int, "threads": int})
+    return cpu.replace(**{"vcpus" if name == "num" else name: value for name, value in found.items()})
 
 
 def _names(options: tuple[str, ...]) -> list[str]:
@@ -347,29 +366,3 @@ def _flat(base: VmmConfig, path: str | None, mode: str | None, of_kernel: tuple[
 def _number(option: str, text: str, key: str) -> int:
     form = text if "=" in text else f"{key}={text}"
     return int(keyvalue.parse(option, form, {key: int})[key])
-
-
-def _print_resources(resources: list[Resource], as_json: bool) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    if as_json:
-        click.echo(json.dumps([resource._asdict() for resource in resources], indent=2))
-        return
-    table = Table("kind", "from", "to", "what", box=None)
-    for kind, start, length, name, shared in resources:
-        ends = (str(start), str(start + length - 1)) if kind == "gsi" else (f"{start:#x}", f"{start + length - 1:#x}")
-        table.add_row(kind, *ends, f"{name} (shared)" if shared else name)
-    Console().print(table)
-
-
-def _print_checks(checks: list[Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("check", "status", "detail", box=None)
-    styles = {"ok": "green", "warning": "yellow", "missing": "red"}
-    for line in checks:
-        detail = line.detail if line.fix is None else f"{line.detail}\n-> {line.fix}"
-        table.add_row(line.name, f"[{styles[line.status]}]{line.status}[/]", detail)
-    Console().print(table)

@@ -13,18 +13,26 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, get_args, get_type_hints
 
 import msgspec
 from msgspec import Meta
 
 from pyvmm.boots import BootModule, ElfBoot, EmbeddedBoot, FirmwareBoot, FlatBoot, KernelBoot, LinuxBoot
-from pyvmm.config_files import no_output, read
-from pyvmm.config_parts import Names, Part, Port, Stream, nearest
+from pyvmm.config_files import decoded, no_output
+from pyvmm.config_parts import FilePath, Names, Part, Port, Stream, nearest
+from pyvmm.cpu_template import CHOICES, TEMPLATES, CpuTemplate, RegisterBits, TemplateName, is_file
 from pyvmm.exceptions import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+
+# In a file, a template is a string or a table.
+if TYPE_CHECKING:
+    Template: TypeAlias = TemplateName | FilePath | CpuTemplate
+else:
+    Template = str | CpuTemplate
 
 
 class _Size(Part, frozen=True):
@@ -44,24 +52,34 @@ class CpuConfig(Part, frozen=True, kw_only=True):
     """The vCPUs.
 
     Attributes:
-        vcpus: the number of vCPUs, 1 to 254.
+        vcpus: the number of vCPUs, 1 to 4,096 and at most KVM's maximum, which `Kvm().max_vcpus`
+            is. docs/processors.md says what more than 254 need.
+        sockets: the number of packages that the vCPUs are divided into.
+        threads: the number of threads of each core. Each package has vcpus / sockets / threads
+            cores. A power of two, because each part of an APIC id has bits of its own; with several
+            packages their vCPUs are a power of two also.
         hide: names of CPUID features to hide from the guest, as in /proc/cpuinfo;
             `pyvmm.cpu_features()` lists them.
         expose: names of features to show to the guest, even if the template hides them or KVM does
             not offer them. Whether they work depends on the processor and KVM.
-        template: which other features are hidden. "host" hides vmx and svm, because snapshots do
-            not include their state. "software-kvm" also hides the features that a KVM which
-            emulates ring 0 cannot execute or answer, and presents an Intel vendor. "auto" is
-            "software-kvm" if the host's processor has neither vmx nor svm, otherwise "host".
+        template: which other features are hidden: a name, the name of a .toml or .json file, or a
+            `CpuTemplate`. "host" hides vmx and svm, because snapshots do not include their state,
+            and AMX. "software-kvm" also hides the features that a KVM which emulates ring 0 cannot
+            execute or answer, and presents an Intel vendor. "auto" is "software-kvm" if the host's
+            processor has neither vmx nor svm, otherwise "host". "v2", "v3" and "v4" have the
+            features of that level of the x86-64 psABI and no others, the same on every host. If KVM
+            lacks one of them, the error names it. docs/processors.md describes them.
         fixups: pyvmm executes instructions that KVM's emulator refuses, as the processor would. For
             a KVM that emulates ring 0. docs/fixups.md lists the instructions; `vmm.fixups` counts
             them.
     """
 
-    vcpus: Annotated[int, Meta(ge=1, le=254)] = 1
+    vcpus: Annotated[int, Meta(ge=1, le=4096)] = 1
+    sockets: Annotated[int, Meta(ge=1, le=4096)] = 1
+    threads: Annotated[int, Meta(ge=1, le=4096)] = 1
     hide: Names = ()
     expose: Names = ()
-    template: Literal["auto", "host", "software-kvm"] = "auto"
+    template: Template = "auto"
     fixups: bool = False
 
 
@@ -153,15 +171,15 @@ class VmmConfig(Part, frozen=True, kw_only=True):
             ConfigError: as for `from_dict`, or the file cannot be read.
         """
         path = Path(path)
-        decode: Any = {".toml": msgspec.toml.decode, ".json": msgspec.json.decode}.get(path.suffix)
-        if decode is None:
-            raise _error(str(path), "the name of a configuration file must end in .toml or .json")
         try:
-            text = read(path)
+            config = _checked(lambda: decoded(path, cls, "a configuration file"), str(path))
+        except ConfigError:
+            raise
         except (OSError, ValueError) as error:  # ValueError: a null byte in the name
             raise _error(str(path), getattr(error, "strerror", None) or str(error)) from error
-        config = _checked(lambda: decode(text, type=cls), str(path))
+        cpu = _beside(config.cpu, path.parent, "template") if is_file(config.cpu.template) else config.cpu
         return config.replace(
+            cpu=cpu,
             boot=_beside(config.boot, path.parent, "path", "kernel", "initrd"),
             serial=_beside(config.serial, path.parent, "output", "input"),
         )
@@ -236,6 +254,9 @@ def _checked(load: Any, source: str = "config") -> VmmConfig:
         raise _error(key or source, detail + _choices(key, detail)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _error(source, str(error)) from None
+    template = config.cpu.template
+    if isinstance(template, str) and not is_file(template) and template not in TEMPLATES:
+        raise _error("cpu.template", f"'{template}' is not {CHOICES}")
     return config
 
 
@@ -247,7 +268,8 @@ def _choices(key: str, detail: str) -> str:
         "boot.mode": get_args(get_type_hints(FlatBoot)["mode"]),
         "boot.protocol": get_args(get_type_hints(LinuxBoot)["protocol"])
         + get_args(get_type_hints(KernelBoot)["protocol"])[2:],
-        "cpu.template": get_args(get_type_hints(CpuConfig)["template"]),
+        "cpu.template.base": TEMPLATES,
+        "cpu.template.bits.register": get_args(get_type_hints(RegisterBits)["register"]),
     }
     return f"; one of {', '.join(values[key])}" if key in values and detail.startswith("Invalid") else ""
 
@@ -260,6 +282,8 @@ def _unknown_key(parent: str, name: str) -> ConfigError:
         "serial": [SerialConfig],
         "platform": [PlatformConfig],
         "boot.modules": [BootModule],
+        "cpu.template": [CpuTemplate],
+        "cpu.template.bits": [RegisterBits],
     }
     structs = parts.get(re.sub(r"\[\d+\]", "", parent), list(_BOOTS))
     known = [field for struct in structs for field in struct.__struct_fields__]

@@ -7,7 +7,9 @@ import os
 import select
 import stat
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,6 +39,23 @@ def read(path: Path) -> bytes:
             else:
                 time.sleep(0.005)
         raise OSError(errno.EFBIG, f"more than {MAX_FILE_SIZE} bytes")
+
+
+def decoded(path: Path, cls: Any, what: str) -> Any:
+    """The object in a .toml or .json file.
+
+    Raises:
+        ValueError: the file has another suffix, or is not TOML or JSON; msgspec's ValidationError
+            if it is no such object.
+        OSError: the file cannot be read.
+    """
+    decode: Any = {".toml": msgspec.toml.decode, ".json": msgspec.json.decode}.get(path.suffix)
+    if decode is None:
+        raise ValueError(f"the name of {what} must end in .toml or .json")
+    try:
+        return decode(read(path), type=cls)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
 
 
 def no_output(path: Path) -> str | None:

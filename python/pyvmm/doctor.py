@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import resource
 import sys
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from pyvmm._pyvmm import Vmm, kvm_info
+from pyvmm._pyvmm import Vmm, cpuid_table, kvm_info
 from pyvmm.boots import FlatBoot
 from pyvmm.config import CpuConfig, MemoryConfig, VmmConfig
-from pyvmm.exceptions import VmmError
+from pyvmm.cpu_template import TEMPLATES
+from pyvmm.exceptions import ConfigError, VmmError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from pyvmm.cpu_template import TemplateName
     from pyvmm.devices import Resource
 
 # The consequence of each missing KVM capability.
@@ -41,8 +44,6 @@ CAPABILITIES = {
 }
 NEEDED = {"user-memory", "immediate-exit", "ext-cpuid", "set-tss-addr"}
 FEW_FILES = 1024
-Template = Literal["auto", "host", "software-kvm"]
-TEMPLATES: tuple[Template, ...] = ("auto", "host", "software-kvm")
 TRIAL_S = 10.0
 TRIAL_CODE = bytes.fromhex("b0 2a e6 f4")  # mov al, 42; out 0xf4, al: in every mode
 
@@ -116,9 +117,13 @@ def _kind(info: dict[str, Any]) -> Check:
     return Check("virtualization", "warning", detail, "use a machine with vmx or svm for speed")
 
 
-def _template(template: Template) -> Check:
+def _template(template: TemplateName) -> Check:
     """Try a CPU template: KVM may refuse its CPUID or XCR0, the registers that a fork sets, or the first run."""
     name = f"CPU template {template}"
+    try:
+        cpuid_table(CpuConfig(template=template))
+    except ConfigError as error:
+        return Check(name, "warning", str(error).removeprefix("cpu.template: "), "do without it on this host")
     failed = [f"{what}: {problem}" for what, problem in _trials(template) if problem]
     if not failed:
         return Check(name, "ok", "runs, and forks")
@@ -129,14 +134,14 @@ def _template(template: Template) -> Check:
     )
 
 
-def _trials(template: Template) -> Iterator[tuple[str, str | None]]:
+def _trials(template: TemplateName) -> Iterator[tuple[str, str | None]]:
     """The name of each trial, and the reason if it failed."""
     for mode in ("real16", "long64", "user64"):
         yield mode, _trial(template, mode, irqchip=False)
     yield "two processors with interrupt controllers", _trial(template, "long64", irqchip=True)
 
 
-def _trial(template: Template, mode: Any, *, irqchip: bool) -> str | None:
+def _trial(template: TemplateName, mode: Any, *, irqchip: bool) -> str | None:
     """Run a guest and a fork of it. Return the reason if one of them fails."""
     config = VmmConfig(
         boot=FlatBoot(TRIAL_CODE, mode=mode),
@@ -165,3 +170,32 @@ def _capability(name: str, has: bool) -> Check:
     if name in NEEDED:
         return Check(f"KVM {name}", "missing", lost, "use a newer kernel")
     return Check(f"KVM {name}", "warning", lost)
+
+
+def print_resources(resources: list[Resource], *, as_json: bool) -> None:
+    """Print the owners of addresses, ports and lines."""
+    import click
+    from rich.console import Console
+    from rich.table import Table
+
+    if as_json:
+        click.echo(json.dumps([resource._asdict() for resource in resources], indent=2))
+        return
+    table = Table("kind", "from", "to", "what", box=None)
+    for kind, start, length, name, shared in resources:
+        ends = (str(start), str(start + length - 1)) if kind == "gsi" else (f"{start:#x}", f"{start + length - 1:#x}")
+        table.add_row(kind, *ends, f"{name} (shared)" if shared else name)
+    Console().print(table)
+
+
+def print_checks(checks: list[Check]) -> None:
+    """Print the report, with what to do."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("check", "status", "detail", box=None)
+    styles = {"ok": "green", "warning": "yellow", "missing": "red"}
+    for line in checks:
+        detail = line.detail if line.fix is None else f"{line.detail}\n-> {line.fix}"
+        table.add_row(line.name, f"[{styles[line.status]}]{line.status}[/]", detail)
+    Console().print(table)

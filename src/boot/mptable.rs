@@ -15,6 +15,9 @@ const CPU_BOOT: u8 = 2;
 const IOAPIC_ENABLED: u8 = 1;
 const ISA_LINES: u8 = 16;
 const ALL_LAPICS: u8 = 0xff;
+/// The I/O APIC has the id after them, which must not be that of all LAPICs. A kernel learns of
+/// further vCPUs from ACPI.
+const MAX_PROCESSORS: u8 = 254;
 
 // Interrupt types of entries 3 and 4.
 const INT: u8 = 0;
@@ -23,9 +26,7 @@ const EXTINT: u8 = 3;
 
 /// Write the table where the kernel looks for it.
 pub(super) fn write(memory: &GuestMemory, vcpus: u64) -> Result<()> {
-    let vcpus = u8::try_from(vcpus).map_err(|_| {
-        Error::new(ErrorKind::Config, "cpu.vcpus", "more than an MP table can hold")
-    })?;
+    let vcpus = u8::try_from(vcpus).unwrap_or(u8::MAX).min(MAX_PROCESSORS);
     let bytes = table(vcpus)?;
     let room = layout::HIGH_MEMORY - layout::MP_TABLE;
     if bytes.len() as u64 > room {

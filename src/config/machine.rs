@@ -108,10 +108,6 @@ impl VmmConfig {
     /// [`ErrorKind::Config`], with the key of the first bad value as its place.
     pub fn validate(&self) -> Result<()> {
         let size = checked_size(self.memory.size_mib)?;
-        if !(1..=layout::MAX_VCPUS).contains(&self.cpu.vcpus) {
-            let detail = format!("{} is not from 1 to {}", self.cpu.vcpus, layout::MAX_VCPUS);
-            return Err(bad("cpu.vcpus", detail));
-        }
         self.cpu.check()?;
         if self.has_pit() && !self.has_irqchip() {
             return Err(bad("pit", "a PIT needs irqchip = true"));

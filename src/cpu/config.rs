@@ -1,13 +1,19 @@
 //! The configuration of a machine's vCPUs as plain structs, and its validation.
 
-use super::features::feature;
+use super::template::{CpuTemplate, check_names};
+use super::topology::Topology;
 use crate::error::{Error, ErrorKind, Result};
+use crate::layout;
 
 /// The vCPUs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CpuConfig {
     /// The number of vCPUs, from 1.
     pub vcpus: u64,
+    /// The number of packages that they are divided into.
+    pub sockets: u32,
+    /// The number of threads of each core.
+    pub threads: u32,
     /// Names of CPUID features to hide from the guest.
     pub hide: Vec<String>,
     /// Names of CPUID features to show to the guest, whatever the template and KVM say.
@@ -21,38 +27,31 @@ pub struct CpuConfig {
 impl Default for CpuConfig {
     fn default() -> Self {
         let template = CpuTemplate::default();
-        Self { vcpus: 1, hide: Vec::new(), expose: Vec::new(), template, fixups: false }
+        let (hide, expose) = (Vec::new(), Vec::new());
+        Self { vcpus: 1, sockets: 1, threads: 1, hide, expose, template, fixups: false }
     }
 }
 
 impl CpuConfig {
     /// # Errors
-    /// [`ErrorKind::Config`] if a feature is not known, or is both hidden and shown.
+    /// [`ErrorKind::Config`] if there are too many vCPUs or they cannot be divided; if a feature is
+    /// not known, or is both hidden and shown.
     pub(crate) fn check(&self) -> Result<()> {
-        for (key, names) in [("cpu.hide", &self.hide), ("cpu.expose", &self.expose)] {
-            if let Some(name) = names.iter().find(|name| feature(name).is_none()) {
-                let detail = format!("'{name}' is not a known CPUID feature");
-                return Err(bad(key, detail)
-                    .hint("names are those of /proc/cpuinfo; pyvmm.cpu_features() lists them"));
-            }
+        if !(1..=layout::MAX_VCPUS).contains(&self.vcpus) {
+            let detail = format!("{} is not from 1 to {}", self.vcpus, layout::MAX_VCPUS);
+            return Err(Error::new(ErrorKind::Config, "cpu.vcpus", detail));
         }
-        match self.expose.iter().find(|name| self.hide.contains(name)) {
-            Some(name) => Err(bad("cpu.expose", format!("'{name}' is also in cpu.hide"))),
-            None => Ok(()),
-        }
+        check_names("cpu", &self.hide, &self.expose)?;
+        self.template.check()?;
+        self.topology().check()
     }
-}
 
-/// A set of CPUID features to hide.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum CpuTemplate {
-    /// `SoftwareKvm` if the host has neither vmx nor svm, otherwise `Host`.
-    #[default]
-    Auto,
-    /// Everything that KVM offers, except nested virtualization.
-    Host,
-    /// Without the features that a KVM which emulates ring 0 in software cannot execute.
-    SoftwareKvm,
+    /// The vCPUs and how they are divided.
+    #[must_use]
+    pub fn topology(&self) -> Topology {
+        let vcpus = u32::try_from(self.vcpus).unwrap_or(u32::MAX);
+        Topology { vcpus, sockets: self.sockets, threads: self.threads }
+    }
 }
 
 /// The processor mode in which code starts.
@@ -123,8 +122,4 @@ pub struct Arguments {
     pub rbx: u64,
     /// RSI, or ESI.
     pub rsi: u64,
-}
-
-fn bad(at: &str, detail: String) -> Error {
-    Error::new(ErrorKind::Config, at, detail)
 }

@@ -3,28 +3,19 @@
 
 use std::borrow::Cow;
 
-use kvm_bindings::{
-    CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2,
-};
-use kvm_ioctls::{Kvm, VcpuFd};
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_ioctls::{Cap, Kvm, VcpuFd};
 
-use super::config::{CpuConfig, CpuTemplate};
-use super::features::{Feature, Register, feature, feature_names};
-use super::topology::CpuTopology;
-use crate::error::{Error, Result};
+use super::config::CpuConfig;
+use super::entries::{change, expose, hide, is_amd, set_vendor};
+pub use super::entries::{has, missing, vendor, without_tail, xcr0_mask};
+use super::features::{Feature, Register, feature};
+use super::level;
+use super::template::{BaseTemplate, Level, hidden};
+use super::topology::{CpuTopology, Topology};
+use super::xstate;
+use crate::error::{Error, ErrorKind, Result};
 use crate::process::OnceBox;
-
-/// Hardware virtualization. No template offers it, because snapshots do not include the state of a
-/// guest that uses it.
-const NESTING: &str = "vmx svm";
-
-/// Features that a KVM which emulates ring 0 in software cannot execute or executes very slowly,
-/// and hypercalls that it does not answer. Its guests also see an Intel processor; see
-/// [`set_vendor`].
-const SOFTWARE_KVM: &str = "xsave smap smep popcnt fsgsbase umip pcid invpcid rdpid erms fsrm avx f16c fma avx2 \
-    vaes vpclmulqdq avx_vnni avx512f avx512dq avx512ifma avx512cd avx512bw avx512vl avx512vbmi avx512_vbmi2 \
-    avx512_vnni avx512_bitalg avx512_vpopcntdq avx512_bf16 avx512_vp2intersect xsaveopt xsavec xgetbv1 xsaves \
-    arch_capabilities kvm_pv_unhalt kvm_pv_ipi kvm_pv_sched_yield";
 
 /// Whether KVM must emulate, because the host's processor has no hardware virtualization.
 #[must_use]
@@ -56,25 +47,66 @@ pub fn host_shadows_page_tables() -> bool {
 struct TemplateTable {
     /// The features that KVM supports and the template does not hide.
     entries: Vec<kvm_cpuid_entry2>,
+    /// The features that the template promises and KVM lacks.
+    missing: Vec<&'static str>,
     /// The table of the only vCPU of a machine with these features.
     only_vcpu: OnceBox<CpuId>,
 }
 
-fn templated(kvm: &Kvm, is_software: bool) -> Result<&'static TemplateTable> {
-    static TABLES: [OnceBox<TemplateTable>; 2] = [const { OnceBox::new() }; 2];
-    let [host, software] = &TABLES;
-    let table = if is_software { software } else { host };
+/// A template's table, with what AMX needs if the process has the permission for it and the guest
+/// is to have it.
+fn templated(kvm: &Kvm, base: BaseTemplate, tiles: bool) -> Result<&'static TemplateTable> {
+    static TABLES: [[OnceBox<TemplateTable>; 5]; 2] = [const { [const { OnceBox::new() }; 5] }; 2];
+    let [host, software, two, three, four] = &TABLES[usize::from(tiles)];
+    let table = match base {
+        BaseTemplate::Level(Level::V2) => two,
+        BaseTemplate::Level(Level::V3) => three,
+        BaseTemplate::Level(Level::V4) => four,
+        _ if is_software(base) => software,
+        _ => host,
+    };
     table.get_or_try_init(|| {
-        let supported = kvm
-            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(|e| Error::kvm("KVM_GET_SUPPORTED_CPUID", e))?;
-        let mut entries = supported.as_slice().to_vec();
-        hidden(is_software).filter_map(feature).for_each(|f| hide(&mut entries, f));
-        if is_software {
-            set_vendor(&mut entries, *b"GenuineIntel");
+        let mut entries = supported(kvm)?.as_slice().to_vec();
+        let mut missing = Vec::new();
+        if let BaseTemplate::Level(level) = base {
+            unlisted(kvm, level).for_each(|feature| expose(&mut entries, feature));
+            (entries, missing) = level::table(&entries, level, tiles);
+        } else {
+            hidden(is_software(base)).filter_map(feature).for_each(|f| hide(&mut entries, f));
+            if !tiles {
+                xstate::remove_tiles(&mut entries);
+            }
+            if is_software(base) {
+                set_vendor(&mut entries, *b"GenuineIntel");
+            }
         }
-        Ok(TemplateTable { entries, only_vcpu: OnceBox::new() })
+        Ok(TemplateTable { entries, missing, only_vcpu: OnceBox::new() })
     })
+}
+
+/// Features of a level that guests have although KVM's table lacks them. Not every KVM that
+/// emulates the TSC deadline timer lists it. One that emulates ring 0, and runs ring 3 on the
+/// processor itself, lists few of the processor's.
+fn unlisted(kvm: &Kvm, level: Level) -> impl Iterator<Item = Feature> {
+    let timer = kvm.check_extension(Cap::TscDeadlineTimer).then_some("tsc_deadline_timer");
+    let names = level.instructions().filter(|_| host_is_software_kvm());
+    let of_processor = names.filter_map(feature).filter(|feature| processor_has(*feature));
+    timer.into_iter().filter_map(feature).chain(of_processor)
+}
+
+fn processor_has(feature: Feature) -> bool {
+    let (leaf, subleaf) = feature.leaf;
+    if std::arch::x86_64::__get_cpuid_max(leaf & 0x8000_0000).0 < leaf {
+        return false;
+    }
+    let found = std::arch::x86_64::__cpuid_count(leaf, subleaf);
+    let value = match feature.register {
+        Register::Eax => found.eax,
+        Register::Ebx => found.ebx,
+        Register::Ecx => found.ecx,
+        Register::Edx => found.edx,
+    };
+    value & 1 << feature.bit != 0
 }
 
 /// The CPUID table of one machine, before the ids of the vCPUs are added.
@@ -88,78 +120,99 @@ pub struct GuestCpuid {
 /// The CPUID table of one machine.
 ///
 /// # Errors
-/// If KVM does not report its supported CPUID.
+/// If KVM does not report its supported CPUID; [`ErrorKind::Config`] if the host lacks a feature
+/// that the template promises; those of [`xstate::request`] if the guest is to have AMX.
 pub fn guest_cpuid(kvm: &Kvm, config: &CpuConfig) -> Result<GuestCpuid> {
-    let TemplateTable { entries, only_vcpu } = templated(kvm, is_software(config.template))?;
+    let CpuConfig { template, hide: hidden, expose: exposed, .. } = config;
+    let tiles = request_tiles(kvm, config)?;
+    let TemplateTable { entries, missing, only_vcpu } = templated(kvm, template.base, tiles)?;
     let mut table = GuestCpuid { entries: entries.into(), only_vcpu: Some(only_vcpu) };
-    if config.hide.is_empty() && config.expose.is_empty() {
-        return Ok(table);
+    let changes = [&template.hide, &template.expose, hidden, exposed];
+    if changes.iter().all(|names| names.is_empty()) && template.bits.is_empty() {
+        return check_missing(missing, &table, &[], template.base).map(|()| table);
     }
     let entries = table.entries.to_mut();
-    config.hide.iter().filter_map(|name| feature(name)).for_each(|f| hide(entries, f));
-    config.expose.iter().filter_map(|name| feature(name)).for_each(|f| expose(entries, f));
+    let features =
+        |names: &[String]| names.iter().filter_map(|name| feature(name)).collect::<Vec<_>>();
+    features(&template.hide).into_iter().for_each(|f| hide(entries, f));
+    features(&template.expose).into_iter().for_each(|f| expose(entries, f));
+    template.bits.iter().for_each(|bits| change(entries, bits));
+    features(hidden).into_iter().for_each(|f| hide(entries, f));
+    features(exposed).into_iter().for_each(|f| expose(entries, f));
+    if tiles && let Some(xfd) = feature("xfd") {
+        expose(entries, xfd);
+    }
     table.only_vcpu = None;
+    check_missing(missing, &table, &[&template.hide, hidden], template.base)?;
     Ok(table)
 }
 
-/// The features that [`CpuTemplate::Auto`] hides on this host.
+/// What KVM supports on this host.
+///
+/// # Errors
+/// If KVM does not report it.
+pub fn supported(kvm: &Kvm) -> Result<CpuId> {
+    kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(|e| Error::kvm("KVM_GET_SUPPORTED_CPUID", e))
+}
+
+/// Check that the guest has what its template promises, except for what is hidden by name. What is
+/// exposed by name counts as there.
+fn check_missing(
+    missing: &[&'static str],
+    table: &GuestCpuid,
+    hidden: &[&[String]],
+    base: BaseTemplate,
+) -> Result<()> {
+    let is_hidden = |name: &str| hidden.iter().any(|names| names.iter().any(|other| other == name));
+    let lacks: Vec<_> =
+        missing.iter().filter(|name| !is_hidden(name) && !table.has(name)).copied().collect();
+    if lacks.is_empty() {
+        return Ok(());
+    }
+    let detail = format!("this host does not offer {}: {}", base.name(), lacks.join(", "));
+    Err(Error::new(ErrorKind::Config, "cpu.template", detail).hint(
+        "pyvmm doctor --cpuid prints what it offers; cpu.expose shows a feature all the same",
+    ))
+}
+
+/// Ask for AMX if the guest is to have it. Returns whether it is.
+fn request_tiles(kvm: &Kvm, config: &CpuConfig) -> Result<bool> {
+    let is_tiles = |name: &&String| name.starts_with("amx_") && !config.hide.contains(name);
+    let lists = [("cpu.expose", &config.expose), ("cpu.template.expose", &config.template.expose)];
+    let mut wanted = lists.iter().flat_map(|(at, names)| {
+        names.iter().filter(is_tiles).map(move |name| (*at, name.as_str()))
+    });
+    let Some((at, _)) = wanted.clone().next() else { return Ok(false) };
+    xstate::request(at)?;
+    let supported = supported(kvm)?;
+    let lacks = |name: &str| !has(supported.as_slice(), name);
+    let tiles = u64::from(xstate::TILES);
+    if xcr0_mask(supported.as_slice()) & tiles != tiles {
+        let detail = "this KVM has no KVM_X86_XCOMP_GUEST_SUPP for AMX (Linux 5.17)";
+        return Err(Error::new(ErrorKind::Unavailable, at, detail));
+    }
+    match wanted.find(|(_, name)| lacks(name)) {
+        Some((at, name)) => {
+            let detail = format!("the host's processor has no {name}");
+            Err(Error::new(ErrorKind::Unavailable, at, detail))
+        }
+        None => Ok(true),
+    }
+}
+
+/// The features that [`BaseTemplate::Auto`] hides on this host.
 #[must_use]
 pub fn hidden_by_default() -> Vec<&'static str> {
-    hidden(is_software(CpuTemplate::Auto)).collect()
+    hidden(is_software(BaseTemplate::Auto)).collect()
 }
 
-fn hidden(is_software: bool) -> impl Iterator<Item = &'static str> {
-    let software = if is_software { SOFTWARE_KVM } else { "" };
-    NESTING.split_whitespace().chain(software.split_whitespace())
-}
-
-fn is_software(template: CpuTemplate) -> bool {
+fn is_software(template: BaseTemplate) -> bool {
     match template {
-        CpuTemplate::Auto => host_is_software_kvm(),
-        CpuTemplate::Host => false,
-        CpuTemplate::SoftwareKvm => true,
+        BaseTemplate::Auto => host_is_software_kvm(),
+        BaseTemplate::SoftwareKvm => true,
+        BaseTemplate::Host | BaseTemplate::Level(_) => false,
     }
-}
-
-/// KVM's emulator executes SYSENTER from 32-bit code under a 64-bit kernel only for an Intel
-/// processor. The SYSCALL that Linux uses on other processors loses the upper half of the kernel's
-/// address.
-fn set_vendor(entries: &mut [kvm_cpuid_entry2], vendor: [u8; 12]) {
-    let word = |at: usize| u32::from_le_bytes(std::array::from_fn(|n| vendor[at + n]));
-    for entry in entries.iter_mut().filter(|e| matches!(e.function, 0 | 0x8000_0000)) {
-        (entry.ebx, entry.edx, entry.ecx) = (word(0), word(4), word(8));
-    }
-}
-
-fn hide(entries: &mut [kvm_cpuid_entry2], feature: Feature) {
-    for entry in entries.iter_mut().filter(|e| (e.function, e.index) == feature.leaf) {
-        *register_mut(entry, feature.register) &= !(1 << feature.bit);
-    }
-}
-
-fn expose(entries: &mut Vec<kvm_cpuid_entry2>, feature: Feature) {
-    let (function, index) = feature.leaf;
-    if !entries.iter().any(|e| (e.function, e.index) == feature.leaf) {
-        // Only leaves with subleaves have this flag. In `WORDS` these are 7 and 0xd.
-        let flags = if matches!(function, 7 | 0xd) { KVM_CPUID_FLAG_SIGNIFCANT_INDEX } else { 0 };
-        entries.push(kvm_cpuid_entry2 { function, index, flags, ..Default::default() });
-    }
-    for entry in entries.iter_mut().filter(|e| (e.function, e.index) == feature.leaf) {
-        *register_mut(entry, feature.register) |= 1 << feature.bit;
-    }
-}
-
-/// Whether the table has a feature.
-#[must_use]
-pub fn has(entries: &[kvm_cpuid_entry2], name: &str) -> bool {
-    let Some(feature) = feature(name) else {
-        return false;
-    };
-    entries.iter().any(|e| {
-        let mut entry = *e;
-        (e.function, e.index) == feature.leaf
-            && *register_mut(&mut entry, feature.register) & 1 << feature.bit != 0
-    })
 }
 
 /// Read a vCPU's table from KVM.
@@ -170,45 +223,6 @@ pub fn of_vcpu(fd: &VcpuFd) -> Result<Vec<kvm_cpuid_entry2>> {
     let table =
         fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(|e| Error::kvm("KVM_GET_CPUID2", e))?;
     Ok(without_tail(table.as_slice().to_vec()))
-}
-
-/// Linux 6.1 does not report how many entries it fills in. The caller's zeros remain in the others.
-#[must_use]
-pub fn without_tail(mut entries: Vec<kvm_cpuid_entry2>) -> Vec<kvm_cpuid_entry2> {
-    while entries.last() == Some(&kvm_cpuid_entry2::default()) {
-        entries.pop();
-    }
-    entries
-}
-
-/// The bits of XCR0 that a guest may set, according to KVM's table of supported features.
-#[must_use]
-pub fn xcr0_mask(supported: &[kvm_cpuid_entry2]) -> u64 {
-    let leaf = supported.iter().find(|entry| (entry.function, entry.index) == (0xd, 0));
-    leaf.map_or(0, |entry| u64::from(entry.edx) << 32 | u64::from(entry.eax))
-}
-
-/// The vendor's twelve letters.
-#[must_use]
-pub fn vendor(entries: &[kvm_cpuid_entry2]) -> String {
-    let leaf = entries.iter().find(|entry| entry.function == 0).copied().unwrap_or_default();
-    let letters = [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes).concat();
-    String::from_utf8_lossy(&letters).into_owned()
-}
-
-/// Names of the features that are only in the first table.
-#[must_use]
-pub fn missing(has: &[kvm_cpuid_entry2], lacks: &[kvm_cpuid_entry2]) -> Vec<&'static str> {
-    feature_names().filter(|name| self::has(has, name) && !self::has(lacks, name)).collect()
-}
-
-fn register_mut(entry: &mut kvm_cpuid_entry2, register: Register) -> &mut u32 {
-    match register {
-        Register::Eax => &mut entry.eax,
-        Register::Ebx => &mut entry.ebx,
-        Register::Ecx => &mut entry.ecx,
-        Register::Edx => &mut entry.edx,
-    }
 }
 
 impl GuestCpuid {
@@ -224,130 +238,37 @@ impl GuestCpuid {
     /// Those of `set`. The table itself is no longer than KVM's own.
     pub fn with_vcpu<T>(
         &self,
-        id: u8,
-        vcpus: u8,
+        id: u32,
+        machine: Topology,
         set: impl FnOnce(&CpuId) -> Result<T>,
     ) -> Result<T> {
         match self.only_vcpu {
-            Some(kept) if (id, vcpus) == (0, 1) => {
-                set(kept.get_or_try_init(|| for_vcpu(&self.entries, id, vcpus))?)
+            Some(kept) if machine.vcpus == 1 => {
+                set(kept.get_or_try_init(|| for_vcpu(&self.entries, id, machine))?)
             }
-            _ => set(&for_vcpu(&self.entries, id, vcpus)?),
+            _ => set(&for_vcpu(&self.entries, id, machine)?),
         }
     }
 }
 
-fn for_vcpu(table: &[kvm_cpuid_entry2], id: u8, vcpus: u8) -> Result<CpuId> {
+fn for_vcpu(table: &[kvm_cpuid_entry2], id: u32, machine: Topology) -> Result<CpuId> {
     let mut entries = table.to_vec();
     entries.iter_mut().filter(|entry| entry.function == 1).for_each(|entry| {
         entry.ecx |= 1 << 31; // hypervisor
     });
-    let is_amd = matches!(vendor(table).as_str(), "AuthenticAMD" | "HygonGenuine");
-    CpuTopology { id: id.into(), vcpus: vcpus.max(1).into(), is_amd }.put(&mut entries);
-    CpuId::from_entries(&entries).map_err(|_| {
-        Error::new(crate::error::ErrorKind::Kvm, "KVM_SET_CPUID2", "the CPUID table is too long")
-    })
+    CpuTopology { id, machine, is_amd: is_amd(table) }.put(&mut entries);
+    CpuId::from_entries(&entries)
+        .map_err(|_| Error::new(ErrorKind::Kvm, "KVM_SET_CPUID2", "the CPUID table is too long"))
 }
 
 #[cfg(test)]
 mod tests {
-    //! Covers src/cpu/features.rs.
-
     use super::*;
-
-    #[test]
-    fn names_stand_at_their_bits() {
-        let at = |name| feature(name).map(|f| (f.leaf.0, f.bit));
-        assert_eq!(at("sse2"), Some((1, 26)));
-        assert_eq!(at("pbe"), Some((1, 31)));
-        assert_eq!(at("popcnt"), Some((1, 23)));
-        assert_eq!(at("hypervisor"), Some((1, 31)));
-        assert_eq!(at("avx512vl"), Some((7, 31)));
-        assert_eq!(at("rdpid"), Some((7, 22)));
-        assert_eq!(at("pks"), Some((7, 31)));
-        assert_eq!(at("arch_capabilities"), Some((7, 29)));
-        assert_eq!(at("fsrm"), Some((7, 4)));
-        assert_eq!(at("avx_vnni"), Some((7, 4)));
-        assert_eq!(at("lm"), Some((0x8000_0001, 29)));
-        assert_eq!(at("mwaitx"), Some((0x8000_0001, 29)));
-        assert_eq!(at("kvm_pv_unhalt"), Some((0x4000_0001, 7)));
-        assert_eq!(at("kvm_pv_ipi"), Some((0x4000_0001, 11)));
-        assert_eq!(at("kvm_pv_sched_yield"), Some((0x4000_0001, 13)));
-        assert_eq!(at("kvmclock_stable_bit"), Some((0x4000_0001, 24)));
-        assert_eq!(at("-"), None);
-    }
-
-    #[test]
-    fn the_tail_that_kvm_leaves_alone_is_no_part_of_a_table() {
-        let zeros = kvm_cpuid_entry2::default();
-        let leaf = kvm_cpuid_entry2 { function: 1, ..zeros };
-        assert_eq!(without_tail(vec![zeros, leaf, zeros, zeros]), [zeros, leaf]);
-        assert_eq!(without_tail(vec![zeros; 3]), []);
-    }
-
-    #[test]
-    fn xcr0_may_have_what_leaf_0xd_says() {
-        let leaf = kvm_cpuid_entry2 { function: 0xd, eax: 7, edx: 1, ..Default::default() };
-        assert_eq!(xcr0_mask(&[leaf]), 0x1_0000_0007);
-        assert_eq!(xcr0_mask(&[]), 0, "a processor without XSAVE");
-    }
-
-    #[test]
-    fn every_template_name_is_known_and_no_name_stands_twice() {
-        assert!(hidden(true).all(|name| feature(name).is_some()));
-        let mut names: Vec<_> = feature_names().collect();
-        let all = names.len();
-        names.sort_unstable();
-        names.dedup();
-        assert_eq!(names.len(), all);
-    }
-
-    #[test]
-    fn hiding_clears_one_bit_of_one_leaf() {
-        let entry = |function| kvm_cpuid_entry2 { function, ecx: u32::MAX, ..Default::default() };
-        let mut entries = [entry(1), entry(7)];
-        hide(&mut entries, feature("popcnt").unwrap());
-        assert_eq!(entries[0].ecx, !(1 << 23));
-        assert_eq!(entries[1].ecx, u32::MAX);
-        assert!(!has(&entries, "popcnt"));
-        assert!(has(&entries, "aes"));
-    }
-
-    #[test]
-    fn exposing_sets_one_bit_and_adds_a_leaf_that_is_not_there() {
-        let mut entries = vec![kvm_cpuid_entry2 { function: 1, ..Default::default() }];
-        for name in ["popcnt", "avx2", "sha512"] {
-            expose(&mut entries, feature(name).unwrap());
-            assert!(has(&entries, name));
-        }
-        assert_eq!(entries[0].ecx, 1 << 23);
-        assert_eq!(entries.len(), 3, "leaf 1, leaf 7, its subleaf 1");
-    }
-
-    #[test]
-    fn the_vendor_is_spelt_over_three_registers() {
-        let mut entries = [kvm_cpuid_entry2::default()];
-        set_vendor(&mut entries, *b"GenuineIntel");
-        assert_eq!(entries[0].ebx, u32::from_le_bytes(*b"Genu"));
-        assert_eq!(entries[0].edx, u32::from_le_bytes(*b"ineI"));
-        assert_eq!(entries[0].ecx, u32::from_le_bytes(*b"ntel"));
-    }
-
-    #[test]
-    fn what_one_table_lacks_of_another_is_named() {
-        let entry = |ecx| kvm_cpuid_entry2 { function: 1, ecx, ..Default::default() };
-        let popcnt_and_aes = [entry(1 << 23 | 1 << 25)];
-        assert_eq!(missing(&popcnt_and_aes, &[entry(1 << 25)]), ["popcnt"]);
-        assert!(missing(&[], &popcnt_and_aes).is_empty());
-        let mut table = [kvm_cpuid_entry2::default()];
-        set_vendor(&mut table, *b"GenuineIntel");
-        assert_eq!(vendor(&table), "GenuineIntel");
-    }
 
     #[test]
     fn each_vcpu_gets_its_own_id() {
         let entry = kvm_cpuid_entry2 { function: 1, ebx: u32::MAX, ..Default::default() };
-        let cpuid = for_vcpu(&[entry], 3, 4).unwrap();
+        let cpuid = for_vcpu(&[entry], 3, Topology::flat(4)).unwrap();
         assert_eq!(cpuid.as_slice()[0].ebx, 0x0304_ffff);
     }
 
@@ -356,8 +277,10 @@ mod tests {
         static KEPT: OnceBox<CpuId> = OnceBox::new();
         let entry = kvm_cpuid_entry2 { function: 1, ebx: u32::MAX, ..Default::default() };
         let table = GuestCpuid { entries: vec![entry].into(), only_vcpu: Some(&KEPT) };
-        let ebx =
-            |id, vcpus| table.with_vcpu(id, vcpus, |cpuid| Ok(cpuid.as_slice()[0].ebx)).unwrap();
+        let ebx = |id, vcpus| {
+            let machine = Topology::flat(vcpus);
+            table.with_vcpu(id, machine, |cpuid| Ok(cpuid.as_slice()[0].ebx)).unwrap()
+        };
         assert_eq!(
             [ebx(1, 2), ebx(0, 2), ebx(0, 1), ebx(0, 1)],
             [0x0102_ffff, 0x0002_ffff, 0x0001_ffff, 0x0001_ffff]

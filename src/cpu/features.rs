@@ -32,7 +32,7 @@ struct FeatureWord {
     names: &'static str,
 }
 
-const FEATURE_WORDS: [FeatureWord; 10] = [
+const FEATURE_WORDS: [FeatureWord; 16] = [
     FeatureWord {
         leaf: (1, 0),
         register: Register::Edx,
@@ -46,6 +46,7 @@ const FEATURE_WORDS: [FeatureWord; 10] = [
                 dca sse4_1 sse4_2 x2apic movbe popcnt tsc_deadline_timer aes xsave osxsave avx f16c rdrand \
                 hypervisor",
     },
+    FeatureWord { leaf: (6, 0), register: Register::Eax, names: "- - arat" },
     FeatureWord {
         leaf: (7, 0),
         register: Register::Ebx,
@@ -75,6 +76,17 @@ const FEATURE_WORDS: [FeatureWord; 10] = [
                 - - - fred lkgs wrmsrns nmi_src amx_fp16 hreset avx_ifma - - lam msrlist - - - -",
     },
     FeatureWord {
+        leaf: (7, 1),
+        register: Register::Edx,
+        names: "- - - - avx_vnni_int8 avx_ne_convert - - amx_complex - avx_vnni_int16 - - - prefetchiti - - - \
+                - avx10",
+    },
+    FeatureWord {
+        leaf: (7, 2),
+        register: Register::Edx,
+        names: "intel_psfd ipred_ctrl rrsba_ctrl ddpd_u bhi_ctrl mcdt_no",
+    },
+    FeatureWord {
         leaf: (0xd, 1),
         register: Register::Eax,
         names: "xsaveopt xsavec xgetbv1 xsaves xfd",
@@ -92,13 +104,31 @@ const FEATURE_WORDS: [FeatureWord; 10] = [
                 skinit wdt - lwp fma4 tce - nodeid_msr - tbm topoext perfctr_core perfctr_nb - bpext ptsc \
                 perfctr_llc mwaitx - -",
     },
+    FeatureWord {
+        leaf: (0x8000_0007, 0),
+        register: Register::Edx,
+        names: "- - - - - - - - constant_tsc",
+    },
+    FeatureWord {
+        leaf: (0x8000_0008, 0),
+        register: Register::Ebx,
+        names: "clzero irperf xsaveerptr invlpgb rdpru - - - - wbnoinvd - - amd_ibpb - amd_ibrs amd_stibp - \
+                amd_stibp_always_on - - - - - amd_ppin amd_ssbd virt_ssbd amd_ssb_no cppc amd_psfd btc_no",
+    },
+    FeatureWord {
+        leaf: (0x8000_0021, 0),
+        register: Register::Eax,
+        names: "no_nested_data_bp - lfence_rdtsc - - - null_sel_clr_base - autoibrs no_smm_ctl_msr - - - - - - \
+                - - - - - - - - - - - sbpb ibpb_brtype srso_no",
+    },
     // KVM's own features: the kernel's Documentation/virt/kvm/x86/cpuid.rst, with QEMU's names.
     FeatureWord {
         leaf: (0x4000_0001, 0),
         register: Register::Eax,
         names: "kvmclock_old kvm_nopiodelay kvm_mmu kvmclock kvm_asyncpf kvm_steal_time kvm_pv_eoi \
                 kvm_pv_unhalt - kvm_pv_tlb_flush kvm_asyncpf_vmexit kvm_pv_ipi kvm_poll_control \
-                kvm_pv_sched_yield kvm_asyncpf_int kvm_msi_ext_dest_id - - - - - - - - kvmclock_stable_bit",
+                kvm_pv_sched_yield kvm_asyncpf_int kvm_msi_ext_dest_id \
+                kvm_hc_map_gpa_range kvm_migration_control - - - - - - kvmclock_stable_bit",
     },
 ];
 
@@ -115,4 +145,18 @@ pub fn feature(name: &str) -> Option<Feature> {
 /// Every name that can be hidden, in the order of the leaves.
 pub fn feature_names() -> impl Iterator<Item = &'static str> {
     FEATURE_WORDS.iter().flat_map(|word| word.names.split_whitespace()).filter(|name| *name != "-")
+}
+
+/// The names of the features that a register of a leaf has, by bit.
+pub fn names_in(
+    leaf: (u32, u32),
+    register: Register,
+    value: u32,
+) -> impl Iterator<Item = &'static str> {
+    let words =
+        FEATURE_WORDS.iter().filter(move |word| (word.leaf, word.register) == (leaf, register));
+    words.flat_map(move |word| {
+        let bits = (0..u32::BITS).zip(word.names.split_whitespace());
+        bits.filter(move |(bit, name)| *name != "-" && value & 1 << bit != 0).map(|(_, name)| name)
+    })
 }

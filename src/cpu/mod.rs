@@ -3,14 +3,20 @@
 
 mod config;
 pub mod cpuid;
+mod entries;
 pub mod exceptions;
 mod features;
 pub mod gdt;
+mod level;
 pub mod msrs;
 pub mod paging;
 pub mod regs;
 pub mod tables;
+mod template;
 mod topology;
+pub(crate) mod xstate;
 
-pub use config::{Arguments, CpuConfig, CpuMode, CpuTemplate, Start};
-pub use features::{Feature, Register, feature, feature_names};
+pub use config::{Arguments, CpuConfig, CpuMode, Start};
+pub use features::{Feature, Register, feature, feature_names, names_in};
+pub use template::{BaseTemplate, CpuTemplate, Level, RegisterBits};
+pub use topology::Topology;

@@ -33,6 +33,21 @@ pub fn set_boot_msrs(vcpu: &VcpuFd) -> Result<()> {
     }
 }
 
+/// IA32_APIC_BASE: the local APIC is on, in x2APIC mode.
+const APIC_X2: u64 = 1 << 11 | 1 << 10;
+
+/// Switch the local APIC to x2APIC mode, as firmware does with all of them if an id has more than 8
+/// bits (Intel SDM volume 3, 11.12.8). The vCPU has its CPUID.
+///
+/// # Errors
+/// If KVM refuses it.
+#[allow(clippy::disallowed_methods, reason = "a new vCPU has no CR8 in its run page")]
+pub fn set_x2apic_mode(vcpu: &VcpuFd) -> Result<()> {
+    let mut sregs = vcpu.get_sregs().map_err(|e| Error::kvm("KVM_GET_SREGS", e))?;
+    sregs.apic_base |= APIC_X2;
+    vcpu.set_sregs(&sregs).map_err(|e| Error::kvm("KVM_SET_SREGS", e))
+}
+
 const LVT_LINT0: usize = 0x350;
 const LVT_LINT1: usize = 0x360;
 const DELIVER_NMI: u8 = 4;

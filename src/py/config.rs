@@ -8,13 +8,13 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::PyString;
 
 use super::config_boot;
+use super::config_cpu;
 use super::config_part::{Part, bad, unlike};
 use super::ending::import;
-use super::items::Items;
 use crate::config::{
     ExitPort, MemoryConfig, PlatformConfig, SerialConfig, SerialInput, SerialOutput, VmmConfig,
 };
-use crate::cpu::{CpuConfig, CpuTemplate};
+use crate::cpu::CpuConfig;
 use crate::devices::{Direction, duplicate, input_file};
 
 /// The classes of `pyvmm.config` that decide what is read.
@@ -55,7 +55,7 @@ pub(super) fn from_python(config: &Bound<'_, PyAny>) -> PyResult<VmmConfig> {
     let port = "a port from 0 to 0xfffc, or None";
     Ok(VmmConfig {
         memory: MemoryConfig { size_mib },
-        cpu: cpu(&all.part(intern!(py, "cpu"), "cpu", Some(&classes.cpu))?)?,
+        cpu: config_cpu::cpu(&all.part(intern!(py, "cpu"), "cpu", Some(&classes.cpu))?)?,
         boot: config_boot::from_python(&all.part(intern!(py, "boot"), "boot", None)?)?,
         serial: serial(&all.part(intern!(py, "serial"), "serial", Some(&classes.serial))?)?,
         exit_port: ExitPort(all.get(intern!(py, "exit_port"), port)?),
@@ -80,26 +80,13 @@ fn platform(part: &Part<'_>) -> PyResult<PlatformConfig> {
     })
 }
 
-fn cpu(part: &Part<'_>) -> PyResult<CpuConfig> {
-    let py = part.object.py();
-    let templates = "one of auto, host, software-kvm";
-    let template = match part.get::<String>(intern!(py, "template"), templates)?.as_str() {
-        "auto" => CpuTemplate::Auto,
-        "host" => CpuTemplate::Host,
-        "software-kvm" => CpuTemplate::SoftwareKvm,
-        other => {
-            let detail = format!("'{other}' is not one of auto, host, software-kvm");
-            return Err(bad("cpu.template", detail));
-        }
-    };
-    let names = "a sequence of names, as in [\"avx2\"]";
-    Ok(CpuConfig {
-        vcpus: part.get(intern!(py, "vcpus"), "a number from 1 to 254")?,
-        hide: part.get::<Items<_>>(intern!(py, "hide"), names)?.0,
-        expose: part.get::<Items<_>>(intern!(py, "expose"), names)?.0,
-        template,
-        fixups: part.get(intern!(py, "fixups"), "True or False")?,
-    })
+/// The crate's configuration of vCPUs alone.
+pub(super) fn cpu_from_python(config: Bound<'_, PyAny>) -> PyResult<CpuConfig> {
+    let py = config.py();
+    if !config.is_instance(classes(py)?.cpu.bind(py))? {
+        return Err(bad("cpu", unlike(&config, "a CpuConfig")));
+    }
+    config_cpu::cpu(&Part { object: config, key: "cpu" })
 }
 
 /// The result of `pyvmm.streams.endpoint` for a stream.

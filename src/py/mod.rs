@@ -5,6 +5,7 @@
 mod answers;
 mod config;
 mod config_boot;
+mod config_cpu;
 mod config_part;
 mod console;
 mod cpuid;
@@ -53,6 +54,7 @@ mod vmm;
 mod wakeup;
 
 pub use console::PyOutputWatch;
+pub(crate) use cpuid::{cpuid_features, cpuid_table};
 pub use event::{
     PyEventFd, PyEventManager, PyEventOps, PyEvents, PyRemoteEndpoint, PySubscriberId, PyTimerFd,
     PyVmmExitHandler, PyWrappedExitHandler,

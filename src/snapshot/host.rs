@@ -7,7 +7,7 @@ use kvm_ioctls::Kvm;
 use super::msrs::unlisted;
 use super::state::{Record, RecordKind, Records, bytes, from_bytes, get};
 use crate::bytes::{Reader, bad};
-use crate::cpu::cpuid;
+use crate::cpu::{cpuid, xstate};
 use crate::error::Result;
 use crate::kvm::checked as kvm;
 use crate::kvm::open_kvm;
@@ -49,8 +49,11 @@ impl Host {
     /// # Errors
     /// If KVM cannot be used.
     pub fn current() -> Result<&'static Self> {
-        static CURRENT: OnceBox<Host> = OnceBox::new();
-        CURRENT.get_or_try_init(|| Self::of(&open_kvm()?))
+        // Without and with the permission for AMX.
+        static CURRENT: [OnceBox<Host>; 2] = [const { OnceBox::new() }; 2];
+        let [without, with] = &CURRENT;
+        let current = if xstate::is_permitted() { with } else { without };
+        current.get_or_try_init(|| Self::of(&open_kvm()?))
     }
 
     fn of(fd: &Kvm) -> Result<Self> {

@@ -54,6 +54,7 @@ pub fn load<E: From<Error>>(
     };
     let snapshot = parse(&state, &header, &pages, how.base)?;
     if let (false, Some(there)) = (how.force, &snapshot.host) {
+        snapshot.request_xstate()?; // what this host has depends on it
         host::check(&snapshot.vcpus, there)?;
     }
     Ok(snapshot)

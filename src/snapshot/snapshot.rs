@@ -4,7 +4,8 @@ use std::io;
 use std::sync::Arc;
 
 use super::host::Host;
-use super::state::{DeviceState, Records};
+use super::state::{DeviceState, RecordKind, Records, get};
+use crate::cpu::xstate;
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::{Image, Layer, MemoryRange, copy_to, memfd};
 use crate::process::OnceBox;
@@ -53,6 +54,21 @@ impl Default for SnapshotCache {
             tables: OnceBox::new(),
             is_confined: OnceBox::new(),
             state: StateId::new(),
+        }
+    }
+}
+
+impl Snapshot {
+    /// Ask for the parts of XSAVE that its vCPUs' states include, before a vCPU is created for
+    /// them.
+    ///
+    /// # Errors
+    /// Those of [`xstate::request`].
+    pub(crate) fn request_xstate(&self) -> Result<()> {
+        let of_first = self.vcpus.first().and_then(|vcpu| get(vcpu, RecordKind::Xsave, 0));
+        match of_first {
+            Some(xsave) if xstate::needs_permission(xsave.len()) => xstate::request("xsave"),
+            _ => Ok(()),
         }
     }
 }

@@ -37,8 +37,8 @@ pub(crate) struct VcpuStateFormat {
 
 impl VcpuStateFormat {
     pub(crate) fn of(vm: &VmFd, has_lapic: bool) -> Self {
-        // The same for all machines of a process: pyvmm never requests permission for more of
-        // xsave.
+        // The same for all machines of a process: none can get permission for more of xsave once it
+        // has created a vCPU.
         static CAPABILITIES: OnceBox<(usize, bool)> = OnceBox::new();
         let (xsave, has_sregs2) = *CAPABILITIES.get_or_init(|| {
             let xsave = usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0);

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use kvm_bindings::{
-    KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_pit_config,
+    KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_X2APIC_API, KVM_PIT_SPEAKER_DUMMY,
+    KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS, kvm_enable_cap,
+    kvm_pit_config,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 
@@ -35,6 +37,13 @@ struct Chips {
     irqchip: bool,
     pit: bool,
     fixups: bool,
+    /// Ids of LAPICs that need x2APIC mode.
+    x2apic: bool,
+}
+
+/// Whether the LAPICs of a machine have to be in x2APIC mode.
+fn needs_x2apic(irqchip: bool, vcpus: u64) -> bool {
+    irqchip && vcpus > layout::MAX_XAPIC_VCPUS
 }
 
 impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
@@ -52,14 +61,14 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     ) -> Result<Self> {
         let kvm = open_kvm()?;
         let (irqchip, pit) = (config.has_irqchip(), config.has_pit());
-        let chips = Chips { irqchip, pit, fixups: config.cpu.fixups };
+        let x2apic = needs_x2apic(irqchip, config.cpu.vcpus);
+        let chips = Chips { irqchip, pit, fixups: config.cpu.fixups, x2apic };
+        check_vcpus(&kvm, config)?;
         let table = cpuid::guest_cpuid(&kvm, &config.cpu)?;
         check_no_execute(start.mode, &table)?;
-        let count = vcpu_count(&kvm, config)?;
+        check_x2apic(chips, &table)?;
         let mut vm = Self::assemble(&kvm, chips, memory, router, exit_handler)?;
-        vm.create_vcpus(0..u64::from(count), |fd, id| {
-            set_up(fd, config, start.mode, &table, (id, count))
-        })?;
+        vm.create_vcpus(0..config.cpu.vcpus, |fd, id| set_up(fd, config, start.mode, &table, id))?;
         tables::write(&vm.memory, start.mode, || table.has("pdpe1gb"))?;
         vm.start = start;
         vm.is_prepared = AtomicBool::new(false);
@@ -83,7 +92,9 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             let detail = format!("{} is more than this KVM's {most}", spec.vcpus);
             return Err(Error::new(ErrorKind::Snapshot, "vcpus", detail));
         }
-        let chips = Chips { irqchip: spec.irqchip, pit: spec.pit, fixups: spec.fixups };
+        let MachineSpec { irqchip, pit, fixups, .. } = *spec;
+        let x2apic = needs_x2apic(irqchip, spec.vcpus.into());
+        let chips = Chips { irqchip, pit, fixups, x2apic };
         let vm = Self::assemble(&kvm, chips, memory, Arc::clone(router), exit_handler)?;
         vm.create_vcpus(0..u64::from(spec.vcpus), |_, _| Ok(()))?;
         Ok(vm)
@@ -111,6 +122,9 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             noapic::keep_one();
         }
         let fd = create_vm(kvm)?;
+        if chips.x2apic {
+            allow_x2apic_ids(&fd)?;
+        }
         create_irqchip(&fd, chips.irqchip, chips.pit)?;
         memory.kvm_slots().attach(&fd)?;
         let (run_state, exit) = (RunState::default(), Mutex::new(None));
@@ -195,6 +209,17 @@ fn create_vm(kvm: &Kvm) -> Result<Arc<VmFd>> {
     Ok(Arc::new(fd))
 }
 
+/// Have KVM use ids of 32 bits for LAPICs, and 255 as one of them.
+fn allow_x2apic_ids(fd: &VmFd) -> Result<()> {
+    let mut cap = kvm_enable_cap { cap: KVM_CAP_X2APIC_API, ..Default::default() };
+    cap.args[0] = u64::from(KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK);
+    fd.enable_cap(&cap).map_err(|e| {
+        let error = Error::kvm("KVM_CAP_X2APIC_API", e);
+        Error { at: "cpu.vcpus".into(), ..error }
+            .hint("more than 255 vCPUs with an interrupt controller need Linux 4.8 on the host")
+    })
+}
+
 fn create_irqchip(fd: &VmFd, has_irqchip: bool, has_pit: bool) -> Result<()> {
     // Before the memory slots: otherwise KVM waits for its readers once for each slot.
     if has_irqchip {
@@ -237,13 +262,23 @@ fn check_no_execute(mode: CpuMode, table: &GuestCpuid) -> Result<()> {
     Err(Error::new(ErrorKind::Config, "cpu.hide", detail))
 }
 
-fn vcpu_count(kvm: &Kvm, config: &VmmConfig) -> Result<u8> {
+/// An id of more than 8 bits exists only in x2APIC mode.
+fn check_x2apic(chips: Chips, table: &GuestCpuid) -> Result<()> {
+    if !chips.x2apic || table.has("x2apic") {
+        return Ok(());
+    }
+    let most = layout::MAX_XAPIC_VCPUS;
+    let detail = format!("more than {most} vCPUs with an interrupt controller need x2apic");
+    Err(Error::new(ErrorKind::Config, "cpu.hide", detail))
+}
+
+fn check_vcpus(kvm: &Kvm, config: &VmmConfig) -> Result<()> {
     let most = u64::try_from(max_vcpus(kvm)).unwrap_or(1);
     if config.cpu.vcpus > most {
         let detail = format!("{} is more than this KVM's {most}", config.cpu.vcpus);
         return Err(Error::new(ErrorKind::Config, "cpu.vcpus", detail));
     }
-    Ok(u8::try_from(config.cpu.vcpus).unwrap_or(u8::MAX))
+    Ok(())
 }
 
 /// Set a vCPU's CPUID from the configuration, and what a kernel expects firmware to have set.
@@ -252,15 +287,19 @@ fn set_up(
     config: &VmmConfig,
     mode: CpuMode,
     table: &GuestCpuid,
-    (id, count): (u64, u8),
+    id: u64,
 ) -> Result<()> {
-    table.with_vcpu(u8::try_from(id).unwrap_or(u8::MAX), count, |cpuid| {
+    let (irqchip, machine) = (config.has_irqchip(), config.cpu.topology());
+    table.with_vcpu(u32::try_from(id).unwrap_or(u32::MAX), machine, |cpuid| {
         vcpu.set_cpuid2(cpuid).map_err(|e| Error::kvm("KVM_SET_CPUID2", e))
     })?;
     if mode.starts_one() && mode != CpuMode::Reset {
         msrs::set_boot_msrs(vcpu)?;
     }
-    if config.has_irqchip() && mode != CpuMode::Reset {
+    if needs_x2apic(irqchip, config.cpu.vcpus) {
+        msrs::set_x2apic_mode(vcpu)?;
+    }
+    if irqchip && mode != CpuMode::Reset {
         msrs::set_lapic_lines(vcpu)?;
     }
     Ok(())

@@ -145,8 +145,7 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
             return Err(Error::new(ErrorKind::Config, "nmi", detail));
         };
         if self.irqchip {
-            let address = u64::from(layout::LAPIC) | vcpu << 12;
-            return self.signal_msi(address, NMI_DELIVERY).map(drop);
+            return self.signal_msi(msi_address(vcpu), NMI_DELIVERY).map(drop);
         }
         // Without an interrupt controller, KVM takes an NMI only by a vCPU ioctl: the vCPU must be
         // at rest.
@@ -267,6 +266,12 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     }
 }
 
+/// The address of a message for one vCPU. The bits of its id above the first 8 are those of the
+/// upper half: KVM_CAP_X2APIC_API.
+fn msi_address(vcpu: u64) -> u64 {
+    u64::from(layout::LAPIC) | (vcpu & 0xff) << 12 | vcpu >> 8 << 40
+}
+
 /// How many registers one range of the filter spans, and the bytes of its bitmap.
 const BLOCK: u32 = 0x2000;
 const BLOCK_BYTES: usize = 0x400;
@@ -322,6 +327,12 @@ mod tests {
         assert!(on(Access::Mmio, 0x10, 1, Some(0x100)).is_err());
         assert!(on(Access::Mmio, 0x10, 0, Some(1)).is_err());
         assert!(on(Access::Mmio, 0x10, 1, None).is_err());
+    }
+
+    #[test]
+    fn a_message_has_the_whole_id() {
+        assert_eq!(msi_address(3), 0xfee0_3000);
+        assert_eq!(msi_address(0x1ff), 0x0000_0100_feef_f000);
     }
 
     #[test]

@@ -91,6 +91,7 @@ impl Vmm {
         hop!();
         let ForkConfig { serial: streams, event_manager } = config;
         let spec = &snapshot.spec;
+        snapshot.request_xstate()?;
         let memory = GuestMemory::empty();
         for MemoryRange { start, read_only, image } in &snapshot.ranges {
             memory.add_image(*start, image, *read_only)?;

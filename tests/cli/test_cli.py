@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 NONE: dict[str, Any] = {
     "kernel": None, "kernel_form": None, "flat": None, "mode": None, "initrd": None, "append": None, "memory": None,
-    "vcpus": None, "hide": (), "expose": (), "fixups": False,
+    "vcpus": None, "template": None, "hide": (), "expose": (), "fixups": False,
 }  # fmt: skip
 
 
@@ -234,13 +234,14 @@ def test_options_override_the_configuration() -> None:
         "kernel": "b",
         "append": "quiet",
         "memory": "64",
+        "template": "v3",
         "hide": ("xsave,avx2", "pcid"),
         "expose": ("x2apic",),
         "fixups": True,
     }
     assert with_options(base, **options) == VmmConfig(
         memory=MemoryConfig(size_mib=64),
-        cpu=CpuConfig(vcpus=3, hide=("avx", "xsave", "avx2", "pcid"), expose=("x2apic",), fixups=True),
+        cpu=CpuConfig(vcpus=3, template="v3", hide=("avx", "xsave", "avx2", "pcid"), expose=("x2apic",), fixups=True),
         boot=LinuxBoot("b", initrd="i", cmdline="quiet"),
     )
     assert with_options(base, **NONE) == base
@@ -248,10 +249,10 @@ def test_options_override_the_configuration() -> None:
 
 def test_reference_form_names_a_whole_machine() -> None:
     form = 'path=vmlinux,cmdline="console=ttyS0,115200",kernel_load_addr=1048576'
-    options = {**NONE, "kernel_form": form, "memory": "size_mib=256", "vcpus": "num=2"}
+    options = {**NONE, "kernel_form": form, "memory": "size_mib=256", "vcpus": "num=4,threads=2"}
     assert with_options(VmmConfig(), **options) == VmmConfig(
         memory=MemoryConfig(size_mib=256),
-        cpu=CpuConfig(vcpus=2),
+        cpu=CpuConfig(vcpus=4, threads=2),
         boot=LinuxBoot("vmlinux", cmdline="console=ttyS0,115200", load_address=1 << 20),
     )
 

@@ -1,6 +1,6 @@
 """`pyvmm doctor`: what is there, what is missing, and the fix.
 
-Covers src/py/host.rs.
+Covers src/py/host.rs, python/pyvmm/cpuid_report.py.
 """
 
 from __future__ import annotations
@@ -8,10 +8,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import TYPE_CHECKING
 
 import pytest
 import pyvmm
-from pyvmm import KvmError, KvmUnavailableError, Vmm, VmmConfig, doctor
+from pyvmm import ConfigError, CpuConfig, KvmError, KvmUnavailableError, Vmm, VmmConfig, doctor
+from pyvmm.cpu_template import TEMPLATES
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def test_report_is_the_same_as_json() -> None:
@@ -59,7 +64,7 @@ def test_missing_capability_is_said_with_what_is_lost(monkeypatch: pytest.Monkey
 @pytest.mark.kvm
 def test_every_cpu_template_is_tried_and_the_default_one_works() -> None:
     by_name = {check.name: check for check in doctor.examine()}
-    assert {f"CPU template {template}" for template in doctor.TEMPLATES} <= set(by_name)
+    assert {f"CPU template {template}" for template in TEMPLATES} <= set(by_name)
     assert by_name["CPU template auto"].status == "ok", by_name["CPU template auto"].detail
 
 
@@ -95,3 +100,52 @@ def test_features_hidden_by_default_have_names_that_a_configuration_knows() -> N
     hidden = pyvmm.kvm_info()["hidden_features"]
     assert isinstance(hidden, list)
     assert set(hidden) <= set(pyvmm.cpu_features())
+
+
+@pytest.mark.kvm
+def test_cpuid_is_a_table_with_names_also_as_json(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pyvmm", "doctor", "--cpuid"]
+
+    def said(*options: str) -> str:
+        done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout
+
+    supported = pyvmm.cpuid_table()
+    rows = json.loads(said("--json"))
+    assert [(row["leaf"], row["subleaf"]) for row in rows] == [(leaf.function, leaf.index) for leaf in supported]
+    (first,) = (row for row in rows if row["leaf"] == 1)
+    assert "sse2" in first["features"]["edx"]
+    assert (first["edx"] >> 26) & 1
+    assert all(f"{row['leaf']:08x}" in said() for row in rows if any(row[name] for name in ("eax", "ebx")))
+    path = tmp_path / "mine.toml"
+    path.write_text('base = "host"\nhide = ["sse2"]\n')
+    for template, has in [("host", True), (str(path), False)]:
+        rows = json.loads(said("--cpu", template, "--json"))
+        (first,) = (row for row in rows if row["leaf"] == 1)
+        assert ("sse2" in first["features"]["edx"], "hypervisor" in first["features"]["ecx"]) == (has, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--cpu", "host"], "--cpu needs --cpuid"),
+        (["--cpuid", "--machine"], "--cpuid and --machine are different reports"),
+        (["--cpuid", "--cpu", "intel"], "cpu.template: 'intel' is not one of auto"),
+    ],
+)
+def test_report_that_cannot_be_is_refused(options: list[str], message: str) -> None:
+    command = [sys.executable, "-m", "pyvmm", "doctor", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 125
+    assert message in done.stderr
+
+
+@pytest.mark.kvm
+def test_level_that_the_host_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(cpu: CpuConfig) -> None:
+        raise ConfigError(f"cpu.template: this host does not offer {cpu.template}: avx512f", at="cpu.template")
+
+    monkeypatch.setattr(doctor, "cpuid_table", refuse)
+    (check,) = (check for check in doctor.examine() if check.name == "CPU template v4")
+    assert (check.status, check.detail) == ("warning", "this host does not offer v4: avx512f")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 API = (ROOT / "docs" / "api.md").read_text()
-SUBMODULES = ("config", "exits", "devices", "hostcalls", "events", "stats", "exceptions")
+SUBMODULES = ("config", "exits", "devices", "hostcalls", "events", "stats", "exceptions", "boots", "cpu_template")
 
 
 def hook() -> ModuleType:

@@ -228,7 +228,7 @@ def test_close_is_idempotent_and_ends_memory() -> None:
         (VmmConfig(cpu=CpuConfig(hide=("nonsense",))), "cpu.hide"),
         (VmmConfig(cpu=CpuConfig(expose=("nonsense",))), "cpu.expose"),
         (VmmConfig(cpu=CpuConfig(hide=("avx",), expose=("avx",))), "cpu.expose"),
-        (VmmConfig(cpu=CpuConfig(template="x")), "cpu.template"),  # type: ignore[arg-type]
+        (VmmConfig(cpu=CpuConfig(template="x")), "cpu.template"),
         (VmmConfig(exit_port=0x3F8), "exit_port"),
         (VmmConfig(exit_port=-1), "exit_port"),
         (VmmConfig(pit=True), "pit"),
