@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
-LANGUAGES = {".py": "python", ".ipynb": "python", ".c": "c", ".h": "c", ".s": "gas"}
+LANGUAGES = {".py": "python", ".ipynb": "python", ".c": "c", ".h": "c", ".s": "gas", ".toml": "toml"}
 
 
 def sources() -> list[Path]:

@@ -56,7 +56,7 @@ pub(crate) fn table_of(table: &[u8]) -> Result<CpuId> {
     CpuId::from_entries(&entries(table)?).map_err(|e| bad("cpuid", format!("{e:?}")))
 }
 
-fn entries(table: &[u8]) -> Result<Vec<kvm_cpuid_entry2>> {
+pub(super) fn entries(table: &[u8]) -> Result<Vec<kvm_cpuid_entry2>> {
     let size = size_of::<kvm_cpuid_entry2>();
     let entries: Result<Vec<_>> =
         table.chunks(size).map(|entry| from_bytes("cpuid", entry)).collect();

@@ -4,6 +4,7 @@
 use kvm_bindings::{KVM_CAP_SREGS2, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::Kvm;
 
+use super::cpuid::entries;
 use super::msrs::unlisted;
 use super::state::{Record, RecordKind, Records, bytes, from_bytes, get};
 use crate::bytes::{Reader, bad};
@@ -137,8 +138,16 @@ impl Host {
         if ours != theirs {
             lines.push(format!("processor: {ours} here, {theirs} there"));
         }
+        let seen: Vec<_> =
+            (0..).zip(vcpus).map(|(number, vcpu)| guest_cpuid(number, vcpu)).collect();
         for name in cpuid::missing(&there.cpuid, &self.cpuid) {
-            lines.push(format!("cpuid: {name} is missing here"));
+            // A guest does not use what its template hides.
+            let is_seen = |table: &Option<Vec<kvm_cpuid_entry2>>| {
+                table.as_ref().is_none_or(|table| cpuid::has(table, name))
+            };
+            if seen.iter().any(is_seen) {
+                lines.push(format!("cpuid: {name} is missing here"));
+            }
         }
         for (index, value) in vcpus.iter().enumerate().flat_map(|(n, vcpu)| msrs(n, vcpu)) {
             let line = format!("msr: {index:#x} is missing here");
@@ -180,6 +189,11 @@ fn clear_processor_id(entry: &mut kvm_cpuid_entry2) {
     }
 }
 
+/// What the guest sees on a vCPU; `None` if its state does not tell.
+fn guest_cpuid(number: u16, records: &[Record]) -> Option<Vec<kvm_cpuid_entry2>> {
+    entries(get(records, RecordKind::Cpuid, number)?).ok()
+}
+
 fn msrs(number: usize, records: &[Record]) -> Vec<(u32, u64)> {
     let number = u16::try_from(number).unwrap_or(u16::MAX);
     let mut reader = Reader::new("msrs", get(records, RecordKind::Msrs, number).unwrap_or(&[]));
@@ -205,6 +219,7 @@ pub(super) fn check(vcpus: &[Records], there: &Host) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::state::put;
     use super::*;
     use proptest::prelude::*;
 
@@ -228,8 +243,25 @@ mod tests {
             entry.ecx |= 1 << 13; // tme, which KVM offers to no guest
         }
         there.capabilities.push((9999, 1));
-        let lines = host.lacks(&there, &[]);
-        assert_eq!(lines, ["capability 9999: 0 here, 1 there", "cpuid: tme is missing here"]);
+        let expected = ["capability 9999: 0 here, 1 there", "cpuid: tme is missing here"];
+        assert_eq!(host.lacks(&there, &[Vec::new()]), expected);
+    }
+
+    #[test]
+    fn what_the_guest_does_not_see_is_not_lacking() {
+        let Some(host) = host() else { return };
+        let mut there = host.clone();
+        for entry in there.cpuid.iter_mut().filter(|e| (e.function, e.index) == (7, 0)) {
+            entry.ecx |= 1 << 13; // tme
+        }
+        let seen = |ecx| {
+            let leaf = kvm_cpuid_entry2 { function: 7, ecx, ..Default::default() };
+            let mut records = Records::new();
+            put(&mut records, RecordKind::Cpuid, 0, bytes(&leaf));
+            records
+        };
+        assert!(host.lacks(&there, &[seen(!(1 << 13))]).is_empty());
+        assert_eq!(host.lacks(&there, &[seen(1 << 13)]), ["cpuid: tme is missing here"]);
     }
 
     proptest! {

@@ -255,7 +255,7 @@ UNNAMED_IN_ROOM = {
     "event": {"BoxedSubscriber", "Calls"},
     "exit_handler": {"Exception", "ExitHandler", "Outcome"},
     "memory": {"MemoryRange", "Slot"},
-    "snapshot": {"Header", "Record", "Records", "described"},
+    "snapshot": {"Header", "Record", "described"},
     "sync": {"MappedMutexGuard", "ReadGuard", "RwLockGuard", "WriteGuard"},
     "trace": {"Recording", "Track"},
     "vcpu": {"RegisterClass", "use_signal"},
