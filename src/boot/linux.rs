@@ -1,26 +1,24 @@
-//! Loads Linux for its 64-bit boot protocol (the kernel's Documentation/arch/x86/boot.rst): an ELF
-//! vmlinux or a bzImage, the initial RAM disk, the command line, and the zero page that describes
-//! them.
+//! Loads Linux for its boot protocol (the kernel's Documentation/arch/x86/boot.rst): an ELF vmlinux
+//! or a bzImage, and the initial RAM disk.
 
-use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
+use linux_loader::loader::bootparam::setup_header;
 use vm_memory::ByteValued;
 
+use super::elf::ElfKernel;
+use super::fields::{u16_at, u32_at};
 use super::files::Files;
-use super::program_headers::{MAGIC, u16_at, u32_at};
-use super::{elf, initrd};
-use crate::config::{LinuxBoot, LinuxProtocol};
-use crate::cpu::{Arguments, CpuMode, Start};
+use super::identify::ELF_MAGIC;
+use super::program_headers::{Executable, Low};
+use super::zero_page::{BOOT_FLAG, HEADER_MAGIC};
+use super::{initrd, kernel, modules, zero_page};
+use crate::config::{KernelProtocol, LinuxBoot, LinuxProtocol};
+use crate::cpu::{CpuMode, Start};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout;
 use crate::memory::GuestMemory;
 
-const E820_RAM: u32 = 1;
-const E820_RESERVED: u32 = 2;
-const BOOT_FLAG: u16 = 0xaa55;
-const HEADER_MAGIC: u32 = 0x5372_6448;
+const AT: &str = "boot.kernel";
 const HEADER_OFFSET: usize = 0x1f1;
-const LOADER_UNDEFINED: u8 = 0xff;
-const MIN_ALIGNMENT: u32 = 0x100_0000;
 /// The limit for the RAM disk of a vmlinux, which has no header to say it. All x86-64 kernels allow
 /// this.
 const INITRD_CEILING: u64 = 0x7fff_ffff;
@@ -33,6 +31,7 @@ const ENTRY_64: u64 = 0x200;
 
 /// A kernel in memory.
 struct Kernel {
+    mode: CpuMode,
     entry: u64,
     end: u64,
     initrd_ceiling: u64,
@@ -40,47 +39,53 @@ struct Kernel {
 }
 
 /// Load kernel, RAM disk and command line; returns how it starts.
-pub(super) fn load(config: &LinuxBoot, memory: &GuestMemory, files: &Files<'_>) -> Result<Start> {
-    if let LinuxProtocol::Bits32 | LinuxProtocol::Pvh = config.protocol {
-        let detail = "this protocol is not supported yet";
-        return Err(Error::new(ErrorKind::Boot, "boot.protocol", detail));
+pub(super) fn load(
+    config: &LinuxBoot,
+    memory: &GuestMemory,
+    files: &Files<'_>,
+    rsdp: Option<u64>,
+) -> Result<Start> {
+    let image = files.read(&config.kernel, AT, files.most)?;
+    if config.protocol == LinuxProtocol::Pvh {
+        let path = config.initrd.as_deref();
+        let initrd = path.map(|path| modules::read_one(path, "boot.initrd", files)).transpose()?;
+        let modules = initrd.into_iter().collect();
+        return kernel::boot(&image, KernelProtocol::Pvh, &config.cmdline, modules, memory, rsdp);
     }
-    let image = files.read(&config.kernel, "boot.kernel", files.most)?;
     let kernel = load_kernel(&image, config, memory)?;
-    let mut params = boot_params { hdr: kernel.header, ..Default::default() };
-    if let Some(path) = &config.initrd {
-        let (address, size) = initrd::load(path, memory, files, kernel.end, kernel.initrd_ceiling)?;
-        params.hdr.ramdisk_image = address;
-        params.hdr.ramdisk_size = size;
-    }
-    write_cmdline(config, memory, &mut params)?;
-    fill_e820(memory, &mut params)?;
-    memory.write(layout::ZERO_PAGE, params.as_slice())?;
-    let arguments = Arguments { rsi: layout::ZERO_PAGE, ..Arguments::default() };
-    let stack = Some(layout::ZERO_PAGE);
-    Ok(Start { stack, arguments, ..Start::new(CpuMode::Kernel64, kernel.entry) })
+    let initrd = match &config.initrd {
+        Some(path) => initrd::load(path, memory, files, kernel.end, kernel.initrd_ceiling)?,
+        None => (0, 0),
+    };
+    zero_page::write(memory, kernel.header, &config.cmdline, initrd)?;
+    Ok(zero_page::start(kernel.mode, kernel.entry))
 }
 
 fn load_kernel(image: &[u8], config: &LinuxBoot, memory: &GuestMemory) -> Result<Kernel> {
-    if image.starts_with(MAGIC) {
-        let (entry, end) = elf::load(image, memory)?;
-        let header = setup_header {
-            boot_flag: BOOT_FLAG,
-            header: HEADER_MAGIC,
-            kernel_alignment: MIN_ALIGNMENT,
-            ..Default::default()
-        };
-        return Ok(Kernel { entry, end, initrd_ceiling: INITRD_CEILING, header });
-    }
-    if u32_at(image, 0x202) == Some(HEADER_MAGIC) {
+    if u32_at(image, 0x202) == Some(HEADER_MAGIC) && !image.starts_with(ELF_MAGIC) {
         return load_bzimage(image, config, memory);
     }
-    let what =
-        if image.is_empty() { "the file is empty" } else { "neither an ELF vmlinux nor a bzImage" };
-    Err(bad(what))
+    let executable = Executable::new(image, AT)?;
+    let (mode, protocol, other) = if executable.is_64 {
+        (CpuMode::Kernel64, LinuxProtocol::Bits64, "64-bit")
+    } else {
+        (CpuMode::Kernel32, LinuxProtocol::Bits32, "32-bit")
+    };
+    if ![LinuxProtocol::Auto, protocol].contains(&config.protocol) {
+        let detail = format!("this vmlinux has only a {other} entry, and perhaps that of PVH");
+        return Err(Error::new(ErrorKind::Boot, "boot.protocol", detail));
+    }
+    let kernel = ElfKernel::new(executable, memory, Low::Nothing)?;
+    kernel.write(memory)?;
+    let (entry, end, header) = (kernel.entry, kernel.end(), zero_page::elf_header());
+    Ok(Kernel { mode, entry, end, initrd_ceiling: INITRD_CEILING, header })
 }
 
 fn load_bzimage(image: &[u8], config: &LinuxBoot, memory: &GuestMemory) -> Result<Kernel> {
+    if config.protocol == LinuxProtocol::Bits32 {
+        let detail = "the 32-bit entry of a bzImage is not supported yet";
+        return Err(Error::new(ErrorKind::Boot, "boot.protocol", detail));
+    }
     let mut header = read_header(image)?;
     let sectors = if header.setup_sects == 0 { 4 } else { usize::from(header.setup_sects) };
     let body = image.get((sectors + 1) * 512..).filter(|body| !body.is_empty());
@@ -104,7 +109,8 @@ fn load_bzimage(image: &[u8], config: &LinuxBoot, memory: &GuestMemory) -> Resul
         0 => INITRD_CEILING,
         most => u64::from(most),
     };
-    Ok(Kernel { entry: address + ENTRY_64, end: address + needed, initrd_ceiling, header })
+    let (mode, entry) = (CpuMode::Kernel64, address + ENTRY_64);
+    Ok(Kernel { mode, entry, end: address + needed, initrd_ceiling, header })
 }
 
 fn read_header(image: &[u8]) -> Result<setup_header> {
@@ -128,51 +134,14 @@ fn read_header(image: &[u8]) -> Result<setup_header> {
     Ok(header)
 }
 
-fn write_cmdline(config: &LinuxBoot, memory: &GuestMemory, params: &mut boot_params) -> Result<()> {
-    let most = match params.hdr.cmdline_size {
-        0 => layout::CMDLINE_SIZE - 1,
-        most => usize::try_from(most).unwrap_or(usize::MAX),
-    };
-    if config.cmdline.len() > most {
-        let detail = format!("{} bytes; this kernel accepts at most {most}", config.cmdline.len());
-        return Err(Error::new(ErrorKind::Config, "boot.cmdline", detail));
-    }
-    let mut line = config.cmdline.clone().into_bytes();
-    line.push(0);
-    memory.write(layout::CMDLINE, &line)?;
-    params.hdr.type_of_loader = LOADER_UNDEFINED;
-    params.hdr.cmd_line_ptr = u32::try_from(layout::CMDLINE).map_err(|_| bad("no room"))?;
-    params.hdr.cmdline_size = u32::try_from(config.cmdline.len()).map_err(|_| bad("no room"))?;
-    Ok(())
-}
-
-/// RAM below the EBDA, the EBDA and ROMs as reserved, and RAM from 1 MiB on, without the gap.
-fn fill_e820(memory: &GuestMemory, params: &mut boot_params) -> Result<()> {
-    let mut map = vec![
-        (0, layout::EBDA_START, E820_RAM),
-        (layout::EBDA_START, layout::HIGH_MEMORY - layout::EBDA_START, E820_RESERVED),
-    ];
-    for (start, size) in layout::ram_ranges(memory.size()) {
-        let from = start.max(layout::HIGH_MEMORY);
-        if start + size > from {
-            map.push((from, start + size - from, E820_RAM));
-        }
-    }
-    for (entry, (addr, size, kind)) in params.e820_table.iter_mut().zip(&map) {
-        *entry = boot_e820_entry { addr: *addr, size: *size, r#type: *kind };
-    }
-    params.e820_entries = u8::try_from(map.len()).map_err(|_| bad("too many memory ranges"))?;
-    Ok(())
-}
-
 fn bad(detail: impl Into<String>) -> Error {
-    Error::new(ErrorKind::Boot, "boot.kernel", detail)
+    Error::new(ErrorKind::Boot, AT, detail)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::boot::program_headers::tests::elf;
+    use crate::boot::program_headers::tests::{elf, elf32};
     use proptest::prelude::*;
 
     /// A bzImage of one setup sector whose kernel is `body`.
@@ -218,24 +187,21 @@ mod tests {
     }
 
     #[test]
-    fn a_command_line_longer_than_the_kernel_takes_is_refused() {
-        let memory = memory();
-        let config = config(&"a".repeat(256));
-        let kernel = load_kernel(&bzimage(b"kernel"), &config, &memory).unwrap();
-        let mut params = boot_params { hdr: kernel.header, ..Default::default() };
-        let error = write_cmdline(&config, &memory, &mut params).unwrap_err();
-        assert_eq!(error.at, "boot.cmdline");
-    }
-
-    #[test]
-    fn the_memory_map_leaves_out_the_gap() {
-        let memory = GuestMemory::new(4 << 30).unwrap();
-        let mut params = boot_params::default();
-        fill_e820(&memory, &mut params).unwrap();
-        let map: Vec<(u64, u64)> =
-            params.e820_table.iter().take(4).map(|e| (e.addr, e.size)).collect();
-        assert_eq!(params.e820_entries, 4);
-        assert_eq!(map[2..], [(1 << 20, (3 << 30) - (1 << 20)), (4 << 30, 1 << 30)]);
+    fn a_vmlinux_has_the_entry_of_its_class() {
+        let with = |protocol| LinuxBoot { protocol, ..LinuxBoot::default() };
+        let (auto, bits_64, bits_32) =
+            (LinuxProtocol::Auto, LinuxProtocol::Bits64, LinuxProtocol::Bits32);
+        let (wide, narrow) = (elf(0x10_0000, b"code"), elf32(0x10_0000, b"code"));
+        for (image, mode, fits, other) in [
+            (&wide, CpuMode::Kernel64, bits_64, bits_32),
+            (&narrow, CpuMode::Kernel32, bits_32, bits_64),
+        ] {
+            for protocol in [auto, fits] {
+                assert_eq!(load_kernel(image, &with(protocol), &memory()).unwrap().mode, mode);
+            }
+            let error = load_kernel(image, &with(other), &memory()).err().unwrap();
+            assert_eq!(error.at, "boot.protocol");
+        }
     }
 
     #[test]
@@ -255,7 +221,8 @@ mod tests {
             cut in 0usize..1100,
             changes in prop::collection::vec((0usize..1030, any::<u8>()), 0..8),
         ) {
-            let mut image = if which { elf(0x10_0000, &[0x90; 1000]) } else { bzimage(&[0x90; 100]) };
+            let mut image =
+                if which { elf(0x10_0000, &[0x90; 1000]) } else { bzimage(&[0x90; 100]) };
             for (at, value) in changes {
                 if let Some(byte) = image.get_mut(at) {
                     *byte = value;

@@ -32,12 +32,12 @@ pub fn load(
             Ok(Start { stack, ..Start::new(CpuMode::Program64, entry) })
         }
         Boot::Linux(linux) => {
-            let start = linux::load(linux, memory, &files)?;
+            let start = linux::load(linux, memory, &files, None)?;
             mptable::write(memory, config.cpu.vcpus)?;
             Ok(start)
         }
         Boot::Kernel(kernel) => {
-            let start = kernel::load(kernel, memory, &files)?;
+            let start = kernel::load(kernel, memory, &files, None)?;
             if config.has_irqchip() {
                 mptable::write(memory, config.cpu.vcpus)?;
             }

@@ -1,19 +1,29 @@
 //! Loads the code or kernel that the machine starts into guest memory. There is no KVM here; `vm`
 //! sets the registers. On the thread that makes the machine, which may wait for files.
 
+mod area;
 mod elf;
 mod embedded;
+mod fields;
 mod files;
 mod firmware;
 mod flat;
+mod identify;
 mod initrd;
 mod kernel;
 mod linux;
 mod load;
+mod memory_map;
+mod modules;
 mod mptable;
+mod multiboot;
+mod notes;
 mod program;
 mod program_headers;
+mod pvh;
+mod relocations;
 mod symbols;
+mod zero_page;
 
 pub use embedded::embedded_guest;
 pub use load::load;

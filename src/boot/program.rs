@@ -3,7 +3,7 @@
 //! there is nothing else.
 
 use super::files::Files;
-use super::program_headers::{Executable, LoadAt, Segment, u64_at};
+use super::program_headers::{Executable, LoadAt, Low, Segment};
 use super::symbols;
 use crate::config::ElfBoot;
 use crate::cpu::paging::{self, Mapping};
@@ -23,9 +23,9 @@ const PF_R: u32 = 4;
 /// Load the program; returns its entry.
 pub(super) fn load(boot: &ElfBoot, memory: &GuestMemory, files: &Files<'_>) -> Result<u64> {
     let image = files.read(&boot.path, AT, files.most)?;
-    let executable = Executable::new(&image, AT)?;
+    let executable = Executable::fixed_64(&image, AT)?;
     check_is_static(executable)?;
-    let segments = executable.segments(memory, LoadAt::Virtual)?;
+    let segments = executable.segments(memory, LoadAt::Virtual, Low::Nothing)?;
     let mut mappings = pages_of(executable, &segments)?;
     let entry = entry(executable, &mappings)?;
     let stack = boot.stack(memory.size());
@@ -40,12 +40,11 @@ pub(super) fn load(boot: &ElfBoot, memory: &GuestMemory, files: &Files<'_>) -> R
         return Err(executable.bad(detail).hint("give the machine more memory (memory.size_mib)"));
     };
     for segment in &segments {
-        let bytes = usize::try_from(segment.offset).ok().zip(usize::try_from(segment.in_file).ok());
-        let bytes = bytes.and_then(|(at, length)| image.get(at..at.checked_add(length)?));
+        let bytes = executable.bytes_of(segment);
         // The rest is zeros, as new memory is.
-        bytes
-            .filter(|bytes| !bytes.is_empty())
-            .map_or(Ok(()), |b| memory.write(segment.start, b))?;
+        if !bytes.is_empty() {
+            memory.write(segment.start, bytes)?;
+        }
     }
     memory.write(symbols, &table.bytes)?;
     for (n, word) in (0..).zip(place(symbols, table.names, table.size)) {
@@ -69,7 +68,7 @@ impl ElfBoot {
 
 fn check_is_static(executable: Executable<'_>) -> Result<()> {
     for header in executable.headers()? {
-        let refused: Error = match header?.1 {
+        let refused: Error = match header?.kind {
             PT_INTERP | PT_DYNAMIC => executable
                 .bad("a dynamically linked executable")
                 .hint("link it with -static -no-pie"),
@@ -112,7 +111,7 @@ fn pages_of(executable: Executable<'_>, segments: &[Segment]) -> Result<Vec<Mapp
 }
 
 fn entry(executable: Executable<'_>, mappings: &[Mapping]) -> Result<u64> {
-    let entry = u64_at(executable.image, 24).unwrap_or(0);
+    let entry = executable.entry;
     let is_code = |page: &Mapping| page.execute && (page.start..page.end).contains(&entry);
     if mappings.iter().any(is_code) {
         return Ok(entry);

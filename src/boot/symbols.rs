@@ -1,6 +1,6 @@
 //! Reads the symbols of an ELF file. A file whose symbols are damaged has none.
 
-use super::program_headers::{u16_at, u32_at, u64_at};
+use super::fields::{u16_at, u32_at, u64_at};
 use crate::debug::Symbol;
 
 const SHT_SYMTAB: u32 = 2;

@@ -4,7 +4,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use vm_memory::{GuestMemoryMmap, MmapRegion};
+use vm_memory::MmapRegion;
 
 use super::backing::{Backing, anonymous};
 use super::dirty::DirtyPages;
@@ -144,22 +144,6 @@ impl GuestMemory {
         self.map().size()
     }
 
-    /// Have another crate write the memory with `write`, and log `written`: the start and end of
-    /// each range that it may have changed. This is the only access to the mappings, so no write is
-    /// missed.
-    pub(crate) fn write_with<T>(
-        &self,
-        written: &[(u64, u64)],
-        write: impl FnOnce(&GuestMemoryMmap) -> T,
-    ) -> T {
-        let map = self.map();
-        let result = write(&map.mmap);
-        for (start, end) in written {
-            self.note_write(*start, end.saturating_sub(*start));
-        }
-        result
-    }
-
     /// A view that may be written at any time: while it lives, each read of the log includes its
     /// pages.
     ///
@@ -180,19 +164,7 @@ impl GuestMemory {
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::{Bytes, GuestAddress};
-
     use super::*;
-
-    #[test]
-    fn what_another_crate_writes_is_logged() {
-        let memory = GuestMemory::new(1 << 20).unwrap();
-        memory.log_dirty(true).unwrap();
-        let written = [(0x2000, 0x2004), (0x5000, 0x5000)];
-        let write = |mmap: &GuestMemoryMmap| mmap.write_slice(b"code", GuestAddress(0x2000));
-        memory.write_with(&written, write).unwrap();
-        assert_eq!(memory.take_dirty().unwrap()[0].ranges(), [(0x2000, 0x1000)]);
-    }
 
     #[test]
     fn a_writable_view_is_logged_as_long_as_it_lives_and_once_more() {

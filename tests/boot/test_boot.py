@@ -30,8 +30,8 @@ def kernel(path: Path, image: bytes, **boot: object) -> VmmConfig:
     ("image", "reason"),
     [
         (b"", "the file is empty"),
-        (b"hello", "neither an ELF vmlinux nor a bzImage"),
-        (b"\x7fELF", "not a 64-bit"),
+        (b"hello", "neither an ELF file nor a bzImage"),
+        (b"\x7fELF", "the ELF header is truncated"),
         (elf(0x100000, b"\xf4")[:100], "outside the file"),
         (elf(0x100000, b"\xf4" * 64)[:-1], "truncated"),
         (elf(0x1000, b"\xf4"), "below 1 MiB"),
