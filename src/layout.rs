@@ -77,8 +77,12 @@ pub const EXIT_PORT: u16 = 0xf4;
 pub const EXIT_PORTS: u64 = 4;
 /// The real-time clock's index port; its data port follows.
 pub const RTC: u16 = 0x70;
+/// The real-time clock's interrupt line.
+pub const RTC_IRQ: u32 = 8;
 /// The i8042's data port; its command port is four above.
 pub const I8042: u16 = 0x60;
+/// The interrupt line of its keyboard.
+pub const KEYBOARD_IRQ: u32 = 1;
 /// The port that reports a panic, as of QEMU's pvpanic.
 pub const PVPANIC: u16 = 0x505;
 /// The reset control register of PCs with PCI.
@@ -89,6 +93,9 @@ pub const SYSTEM_CONTROL: u16 = 0x92;
 pub const PM_BASE: u16 = 0x600;
 /// The ports of these three.
 pub const PM_PORTS: u64 = 12;
+/// The interrupt lines of the built-in devices, and their names.
+pub const DEVICE_LINES: [(u32, &str); 3] =
+    [(KEYBOARD_IRQ, "i8042"), (COM1_IRQ, "COM1"), (RTC_IRQ, "RTC")];
 /// The ports of the built-in devices, as start and count, and their names. If there is an interrupt
 /// controller, KVM's speaker port is between the ports of the i8042.
 #[must_use]

@@ -715,10 +715,17 @@ class DirtyPages:
 
 @final
 class Serial:
-    """The host's side of the first serial port, a 16550A."""
+    """The host's side of a serial port, a 16550A."""
 
     def send(self, data: bytes | bytearray) -> None:
         """Send input to the guest, which reads it at its own pace.
+
+        Raises:
+            ClosedError: the machine is closed.
+        """
+
+    def send_break(self) -> None:
+        """Send the guest a break, after the input sent so far. On Linux's console, a break and a letter are a SysRq.
 
         Raises:
             ClosedError: the machine is closed.

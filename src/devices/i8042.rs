@@ -1,152 +1,46 @@
-//! The i8042 keyboard controller without a keyboard or a second port. It answers its own commands,
-//! so that drivers do not time out, and can reset the machine. It raises no interrupts.
+//! The i8042 keyboard controller with a keyboard and no second port. It answers, so that drivers do
+//! not time out, and can reset the machine. Port 0x61 is in its range. The registers are in
+//! `i8042_state.rs`.
+
+use std::sync::Arc;
 
 use super::Device;
-use crate::error::{Error, ErrorKind, Result};
-use crate::exit_handler::{Exit, ExitReason, Outcome};
+use super::i8042_state::State;
+use super::line::{LineEnd, SharedLine};
+use crate::error::Result;
+use crate::exit_handler::Outcome;
 use crate::sync::{Mutex, rank};
 
 /// Ports, as offsets from the data port.
 const DATA: u64 = 0;
+const SPEAKER: u64 = 1;
 const COMMAND: u64 = 4;
-
-const STATUS_OUTPUT_FULL: u8 = 1 << 0;
-const STATUS_SYSTEM: u8 = 1 << 2;
-const STATUS_COMMAND: u8 = 1 << 3;
-const STATUS_UNLOCKED: u8 = 1 << 4;
-
-/// Bits of the controller command byte, which is the first byte of its RAM.
-const SYSTEM: u8 = 1 << 2;
-const FIRST_PORT_OFF: u8 = 1 << 4;
-const SECOND_PORT_OFF: u8 = 1 << 5;
-const TRANSLATE: u8 = 1 << 6;
-
-/// Bits of the output port.
-const NOT_RESET: u8 = 1 << 0;
-const A20: u8 = 1 << 1;
-const OUTPUT_FULL: u8 = 1 << 4;
-
-const SELF_TEST_PASSED: u8 = 0x55;
-const PORT_WORKS: u8 = 0;
-/// The clock line of the second port is stuck low: no device is attached.
-const NO_PORT: u8 = 1;
-/// The keyboard is not locked.
-const INPUT_PORT: u8 = 1 << 7;
-
-const RAM: usize = 32;
-/// The RAM, the output port, the command that waits for its byte, the last written port, the output
-/// buffer, and whether it is full.
-const STATE_BYTES: usize = RAM + 5;
 
 /// Answers at ports 0x60 to 0x64.
 #[derive(Debug, Default)]
-pub struct I8042(Mutex<State, rank::KeyboardController>);
+pub(crate) struct I8042(Mutex<Wired, rank::KeyboardController>);
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct State {
-    ram: [u8; RAM],
-    output_port: u8,
-    /// The command that takes the next write to the data port as its byte; 0 if there is none.
-    waiting: u8,
-    was_command: bool,
-    output: u8,
-    is_full: bool,
+/// The controller and its interrupt line.
+#[derive(Debug, Default)]
+struct Wired {
+    state: State,
+    irq: LineEnd,
 }
 
-impl Default for State {
-    /// The state after the firmware.
-    fn default() -> Self {
-        let mut ram = [0; RAM];
-        let [command_byte, ..] = &mut ram;
-        *command_byte = SYSTEM | SECOND_PORT_OFF | TRANSLATE;
-        let output_port = 0xcc | A20 | NOT_RESET;
-        Self { ram, output_port, waiting: 0, was_command: false, output: 0, is_full: false }
-    }
-}
-
-impl State {
-    fn status(&self) -> u8 {
-        let [command_byte, ..] = self.ram;
-        let flag = |is_set, bit| if is_set { bit } else { 0 };
-        STATUS_UNLOCKED
-            | flag(self.is_full, STATUS_OUTPUT_FULL)
-            | flag(command_byte & SYSTEM != 0, STATUS_SYSTEM)
-            | flag(self.was_command, STATUS_COMMAND)
+impl I8042 {
+    pub(crate) fn new(irq: Option<Arc<SharedLine>>) -> Self {
+        Self(Mutex::new(Wired { state: State::default(), irq: LineEnd::new(irq) }))
     }
 
-    fn answer(&mut self, value: u8) {
-        (self.output, self.is_full) = (value, true);
+    /// Change the state, and let the keyboard send what it has to and the controller has room for.
+    fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let mut wired = self.0.lock();
+        let Wired { state, irq } = &mut *wired;
+        let result = change(state);
+        let has_new = state.transfer();
+        irq.drive(state.interrupts(), has_new);
+        result
     }
-
-    fn cell(&mut self, command: u8) -> &mut u8 {
-        let [first, rest @ ..] = &mut self.ram;
-        usize::from(command & 0x1f).checked_sub(1).and_then(|at| rest.get_mut(at)).unwrap_or(first)
-    }
-
-    /// A write to the command port.
-    fn command(&mut self, command: u8) -> Outcome {
-        (self.was_command, self.waiting) = (true, 0);
-        match command {
-            0x20..=0x3f => {
-                let value = *self.cell(command);
-                self.answer(value);
-            }
-            0x60..=0x7f | 0xd1..=0xd4 => self.waiting = command,
-            0xa9 => self.answer(NO_PORT),
-            0xaa => {
-                *self.cell(0) |= SYSTEM;
-                self.answer(SELF_TEST_PASSED);
-            }
-            0xab => self.answer(PORT_WORKS),
-            0xad => *self.cell(0) |= FIRST_PORT_OFF,
-            0xae => *self.cell(0) &= !FIRST_PORT_OFF,
-            0xc0 => self.answer(INPUT_PORT),
-            0xd0 => {
-                let full = if self.is_full { OUTPUT_FULL } else { 0 };
-                self.answer(self.output_port & !OUTPUT_FULL | full);
-            }
-            0xdd => self.output_port &= !A20,
-            0xdf => self.output_port |= A20,
-            // Pulses the lines of the output port whose bits are zero.
-            0xf0..=0xff if command & NOT_RESET == 0 => return reset(),
-            _ => {}
-        }
-        Outcome::Continue
-    }
-
-    /// A write to the data port: the byte that a command waits for, or one for the keyboard, which
-    /// does not exist.
-    fn data(&mut self, value: u8) -> Outcome {
-        self.was_command = false;
-        match std::mem::take(&mut self.waiting) {
-            0x60 => *self.cell(0) = value | SECOND_PORT_OFF,
-            command @ 0x61..=0x7f => *self.cell(command) = value,
-            0xd1 if value & NOT_RESET == 0 => return reset(),
-            0xd1 => self.output_port = value,
-            // As if the keyboard or the second port had sent it.
-            0xd2 | 0xd3 => self.answer(value),
-            _ => {}
-        }
-        Outcome::Continue
-    }
-
-    fn to_bytes(self) -> Vec<u8> {
-        let flags = [self.was_command, self.is_full].map(u8::from);
-        [&self.ram[..], &[self.output_port, self.waiting, self.output], &flags].concat()
-    }
-
-    fn from_bytes(bytes: &[u8]) -> Option<Self> {
-        let (ram, rest) = bytes.split_first_chunk()?;
-        let [output_port, waiting, output, was_command @ 0..=1, is_full @ 0..=1] = *rest else {
-            return None;
-        };
-        let (was_command, is_full) = (was_command == 1, is_full == 1);
-        Some(Self { ram: *ram, output_port, waiting, was_command, output, is_full })
-    }
-}
-
-fn reset() -> Outcome {
-    Outcome::End(Box::new(Exit::new(ExitReason::Reset)))
 }
 
 impl Device for I8042 {
@@ -156,50 +50,59 @@ impl Device for I8042 {
 
     fn read(&self, offset: u64, data: &mut [u8]) -> Outcome {
         data.fill(0);
-        let mut state = self.0.lock();
         if let Some(first) = data.first_mut() {
-            *first = match offset {
-                // An empty buffer returns its last byte.
-                DATA => {
-                    state.is_full = false;
-                    state.output
-                }
+            *first = self.change(|state| match offset {
+                DATA => state.read_data(),
+                SPEAKER => state.speaker.read(),
                 COMMAND => state.status(),
                 _ => 0,
-            };
+            });
         }
         Outcome::Continue
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Outcome {
-        match (offset, data) {
-            (DATA, [value, ..]) => self.0.lock().data(*value),
-            (COMMAND, [command, ..]) => self.0.lock().command(*command),
+        let Some(value) = data.first() else { return Outcome::Continue };
+        self.change(|state| match offset {
+            DATA => state.data(*value),
+            COMMAND => state.command(*value),
+            SPEAKER => {
+                state.speaker.write(*value);
+                Outcome::Continue
+            }
             _ => Outcome::Continue,
-        }
+        })
     }
 
     fn save(&self) -> Result<Vec<u8>> {
-        Ok(self.0.lock().to_bytes())
+        Ok(self.0.lock().state.to_bytes())
     }
 
     /// Snapshots of older versions have no state for this device.
     fn restore(&self, state: &[u8]) -> Result<()> {
-        *self.0.lock() = match state {
+        let restored = match state {
             [] => State::default(),
-            _ => State::from_bytes(state).ok_or_else(|| {
-                let detail =
-                    format!("these {} bytes are not a state, which has {STATE_BYTES}", state.len());
-                Error::new(ErrorKind::Snapshot, "i8042", detail)
-            })?,
+            _ => State::from_bytes(state)?,
         };
+        self.change(|state| {
+            *state = restored;
+            state.is_new = state.is_full;
+        });
         Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
+    //! Covers src/devices/i8042_state.rs.
+
+    use super::super::i8042_state::{
+        RAM, RESEND, STATUS_OUTPUT_FULL, STATUS_SYSTEM, STATUS_UNLOCKED,
+    };
+    use super::super::line::tests::Levels;
     use super::*;
+    use crate::exit_handler::{Exit, ExitReason};
+    use proptest::prelude::*;
 
     fn status(controller: &I8042) -> u8 {
         let mut data = [0];
@@ -252,8 +155,56 @@ mod tests {
         assert_eq!(asked(&controller, 0x20), Some(0x63));
         with_byte(&controller, 0x7f, 0x99);
         assert_eq!((asked(&controller, 0x3f), asked(&controller, 0x3e)), (Some(0x99), Some(0)));
+    }
+
+    fn take(controller: &I8042) -> Vec<u8> {
+        let mut all = Vec::new();
+        while status(controller) & STATUS_OUTPUT_FULL != 0 {
+            let mut data = [0];
+            controller.read(DATA, &mut data);
+            all.push(data[0]);
+        }
+        all
+    }
+
+    #[test]
+    fn the_keyboard_answers_with_translation_and_without() {
+        let controller = I8042::default();
         controller.write(DATA, &[0xf2]);
-        assert_eq!(status(&controller) & STATUS_OUTPUT_FULL, 0, "no keyboard says what it is");
+        assert_eq!(take(&controller), [0xfa, 0xab, 0x41]);
+        with_byte(&controller, 0x60, 4);
+        controller.write(DATA, &[0xf2]);
+        assert_eq!(take(&controller), [0xfa, 0xab, 0x83]);
+        controller.write(DATA, &[0xff]);
+        controller.write(COMMAND, &[0xad]);
+        assert_eq!(take(&controller), [0xfa], "the port is off: the rest waits");
+        controller.write(COMMAND, &[0xae]);
+        assert_eq!(take(&controller), [0xaa]);
+    }
+
+    #[test]
+    fn a_byte_for_the_second_port_times_out() {
+        let controller = I8042::default();
+        with_byte(&controller, 0xd4, 0xff);
+        assert_eq!(status(&controller) & 0xe1, 0x61);
+        assert_eq!(take(&controller), [RESEND]);
+        assert_eq!(status(&controller) & 0xe1, 0);
+    }
+
+    #[test]
+    fn each_byte_interrupts_where_that_is_enabled() {
+        let levels = Levels::default();
+        let controller = I8042::new(Some(levels.line()));
+        controller.write(DATA, &[0xff]);
+        assert_eq!((levels.rises(), take(&controller).len()), (0, 2));
+        with_byte(&controller, 0x60, 0x41);
+        controller.write(DATA, &[0xff]);
+        assert_eq!((levels.rises(), levels.is_high()), (1, true));
+        let mut data = [0];
+        controller.read(DATA, &mut data);
+        assert_eq!((levels.rises(), levels.is_high()), (2, true));
+        controller.read(DATA, &mut data);
+        assert!(!levels.is_high());
     }
 
     #[test]
@@ -265,6 +216,7 @@ mod tests {
         assert_eq!(with_byte(&controller, 0xd1, 0xce), reset);
         assert_eq!(controller.write(COMMAND, &[0xff]), Outcome::Continue);
         assert_eq!(controller.write(DATA, &[0xfe]), Outcome::Continue);
+        assert_eq!(take(&controller), [0], "the keyboard sends its last byte again");
         assert_eq!(with_byte(&controller, 0xd1, 0xdf), Outcome::Continue);
         assert_eq!(asked(&controller, 0xd0), Some(0xcf));
         with_byte(&controller, 0xd1, 0xdd);
@@ -277,12 +229,34 @@ mod tests {
         with_byte(&controller, 0x61, 7);
         controller.write(COMMAND, &[0xaa]);
         other.restore(&controller.save().unwrap()).unwrap();
-        let state = *controller.0.lock();
-        assert_eq!(*other.0.lock(), state);
+        let state = |controller: &I8042| controller.0.lock().state.clone();
+        assert_eq!(state(&other), state(&controller));
         other.restore(&[]).unwrap();
-        assert_eq!(*other.0.lock(), State::default());
-        for wrong in [&[0; STATE_BYTES - 1][..], &[0; STATE_BYTES + 1], &[2; STATE_BYTES]] {
-            assert!(other.restore(wrong).is_err());
+        assert_eq!(state(&other), State::default());
+        let saved = controller.save().unwrap();
+        let earlier = RAM + 5;
+        for length in (1..saved.len()).filter(|length| *length != earlier) {
+            assert!(other.restore(&saved[..length]).is_err());
+        }
+        other.restore(&saved[..earlier]).unwrap();
+        assert!(other.restore(&[&saved[..], &[0]].concat()).is_err());
+        assert!(other.restore(&[2; RAM + 5]).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn no_accesses_panic_and_what_is_saved_comes_back(
+            accesses in prop::collection::vec((any::<bool>(), 0u64..6, any::<u8>()), 0..40)
+        ) {
+            let controller = I8042::default();
+            for (is_write, offset, value) in accesses {
+                if is_write { controller.write(offset, &[value]); }
+                else { controller.read(offset, &mut [0]); }
+            }
+            let other = I8042::default();
+            other.restore(&controller.save().unwrap()).unwrap();
+            prop_assert_eq!(other.save().unwrap(), controller.save().unwrap());
+            prop_assert_eq!(take(&other), take(&controller));
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The first serial port: a 16550A with a queue on each side.
+//! A serial port: a 16550A with a queue on each side.
 //! The guest's side runs on vCPU threads; the host's side on the loop's thread or any other.
 
 use std::collections::VecDeque;
@@ -11,8 +11,9 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::backlog::{Backlog, Chunk, Printed};
 use super::history::{History, News};
-use super::line::InterruptLine;
+use super::line::{LineEnd, SharedLine};
 use super::uart::Uart;
+use super::uart_receiver::Received;
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::Outcome;
 use crate::sync::{Mutex, rank};
@@ -20,9 +21,8 @@ use crate::sync::{Mutex, rank};
 /// A serial port.
 #[derive(Debug)]
 pub struct Serial {
+    pub(super) name: &'static str,
     pub(super) guest: Mutex<GuestSide, rank::SerialGuest>,
-    /// None on a machine without an interrupt controller.
-    irq: Option<Box<dyn InterruptLine>>,
     pub(super) output: Backlog,
     /// Created on first use.
     pub(super) input_wanted: OnceLock<Arc<EventFd>>,
@@ -32,12 +32,13 @@ pub struct Serial {
 #[derive(Debug, Default)]
 pub(super) struct GuestSide {
     pub(super) uart: Uart,
+    irq: LineEnd,
     /// Input that the UART has no room for yet.
-    pub(super) queue: VecDeque<u8>,
+    pub(super) queue: VecDeque<Received>,
     /// How many have quiesced the port.
     pub(super) quiesced: usize,
     /// Input that came meanwhile.
-    pub(super) held: VecDeque<u8>,
+    pub(super) held: VecDeque<Received>,
 }
 
 impl GuestSide {
@@ -52,10 +53,14 @@ impl Serial {
     ///
     /// # Errors
     /// If no file descriptor can be created.
-    pub fn new(irq: Option<Box<dyn InterruptLine>>, has_consumer: bool) -> Result<Self> {
+    pub(crate) fn new(
+        name: &'static str,
+        irq: Option<Arc<SharedLine>>,
+        has_consumer: bool,
+    ) -> Result<Self> {
         Ok(Self {
-            guest: Mutex::default(),
-            irq,
+            name,
+            guest: Mutex::new(GuestSide { irq: LineEnd::new(irq), ..GuestSide::default() }),
             output: Backlog::new(has_consumer)?,
             input_wanted: OnceLock::new(),
         })
@@ -85,9 +90,18 @@ impl Serial {
 
     /// Send input to the guest, of any size. The guest reads it at its own pace.
     pub fn feed(&self, bytes: &[u8]) {
+        self.arrive(bytes.iter().copied().map(Received::Byte));
+    }
+
+    /// Send the guest a break, after the input so far.
+    pub fn send_break(&self) {
+        self.arrive([Received::Break]);
+    }
+
+    fn arrive(&self, input: impl IntoIterator<Item = Received>) {
         self.change(|guest| match guest.quiesced {
-            0 => guest.queue.extend(bytes),
-            _ => guest.held.extend(bytes),
+            0 => guest.queue.extend(input),
+            _ => guest.held.extend(input),
         });
     }
 
@@ -194,9 +208,8 @@ impl Serial {
         if had_input && guest.waiting() == 0 {
             let _ = self.input_wanted.get().map(|wanted| wanted.write(1));
         }
-        if guest.uart.take_edge() {
-            self.irq.iter().for_each(|irq| irq.pulse());
-        }
+        let (is_high, has_risen) = (guest.uart.is_line_high, guest.uart.take_edge());
+        guest.irq.drive(is_high, has_risen);
         result
     }
 
@@ -214,19 +227,12 @@ impl Serial {
 mod tests {
     //! Covers src/devices/serial_device.rs.
 
-    use std::sync::atomic::{AtomicU64, Ordering};
-
     use super::super::bus::Device;
+    use super::super::line::tests::Levels;
     use super::*;
 
-    #[derive(Debug, Default)]
-    struct Pulses(AtomicU64);
-
-    impl InterruptLine for Arc<Pulses> {
-        fn pulse(&self) {
-            // Relaxed: one thread counts.
-            self.0.fetch_add(1, Ordering::Relaxed);
-        }
+    fn port(irq: Option<&Levels>, has_consumer: bool) -> Serial {
+        Serial::new("COM1", irq.map(Levels::line), has_consumer).unwrap()
     }
 
     fn is_ready(serial: &Serial, milliseconds: i32) -> bool {
@@ -244,7 +250,7 @@ mod tests {
 
     #[test]
     fn what_the_guest_prints_can_be_taken() {
-        let serial = Serial::new(None, true).unwrap();
+        let serial = port(None, true);
         serial.write_many(0, b"hello", 1);
         assert!(is_ready(&serial, 60_000));
         let chunk = serial.take_chunk(3);
@@ -256,8 +262,8 @@ mod tests {
 
     #[test]
     fn input_longer_than_the_fifo_arrives_whole() {
-        let pulses = Arc::<Pulses>::default();
-        let serial = Serial::new(Some(Box::new(Arc::clone(&pulses))), false).unwrap();
+        let levels = Levels::default();
+        let serial = port(Some(&levels), false);
         serial.input_wanted().unwrap().read().unwrap();
         serial.write(1, &[1]);
         let sent: Vec<u8> = (0..=255).collect();
@@ -268,12 +274,12 @@ mod tests {
             (serial.input_waiting(), serial.input_wanted().unwrap().read().unwrap()),
             (0, 1)
         );
-        assert_eq!(pulses.0.load(Ordering::Relaxed), 256, "an interrupt for each byte");
+        assert_eq!(levels.rises(), 256, "an interrupt for each byte");
     }
 
     #[test]
     fn input_that_a_driver_clears_away_is_read_by_it() {
-        let serial = Serial::new(None, false).unwrap();
+        let serial = port(None, false);
         serial.input_wanted().unwrap().read().unwrap();
         serial.feed(b"x");
         serial.write(2, &[7]);
@@ -283,29 +289,55 @@ mod tests {
 
     #[test]
     fn input_waits_while_the_port_is_quiesced() {
-        let pulses = Arc::<Pulses>::default();
-        let serial = Serial::new(Some(Box::new(Arc::clone(&pulses))), false).unwrap();
+        let levels = Levels::default();
+        let serial = port(Some(&levels), false);
         serial.write(1, &[1]);
         serial.feed(b"a");
-        let before = pulses.0.load(Ordering::Relaxed);
+        let before = levels.rises();
         serial.quiesce().unwrap();
         serial.quiesce().unwrap();
         serial.feed(b"bc");
         assert_eq!((read(&serial, 0), read(&serial, 5) & 1), (b'a', 0));
-        assert_eq!((serial.input_waiting(), pulses.0.load(Ordering::Relaxed)), (2, before));
-        let other = Serial::new(None, false).unwrap();
+        assert_eq!((serial.input_waiting(), levels.rises()), (2, before));
+        let other = port(None, false);
         other.restore(&serial.save().unwrap()).unwrap();
         assert_eq!((read(&other, 0), read(&other, 0)), (b'b', b'c'), "a snapshot has it");
         serial.resume();
         assert_eq!(read(&serial, 5) & 1, 0, "another still holds it");
         serial.resume();
-        assert_eq!(pulses.0.load(Ordering::Relaxed), before + 1);
+        assert_eq!(levels.rises(), before + 1);
         assert_eq!((read(&serial, 0), read(&serial, 0)), (b'b', b'c'));
     }
 
     #[test]
+    fn the_line_stays_high_until_the_guest_has_served_the_port() {
+        let levels = Levels::default();
+        let serial = port(Some(&levels), false);
+        serial.write(1, &[1]);
+        serial.feed(b"a");
+        assert!(levels.is_high());
+        assert_eq!((read(&serial, 0), levels.is_high()), (b'a', false));
+    }
+
+    #[test]
+    fn a_break_comes_in_its_turn_and_back_from_a_snapshot() {
+        let serial = port(None, false);
+        serial.feed(b"a");
+        serial.send_break();
+        serial.feed(b"b");
+        let other = port(None, false);
+        other.restore(&serial.save().unwrap()).unwrap();
+        assert_eq!(other.save().unwrap(), serial.save().unwrap());
+        for serial in [serial, other] {
+            assert_eq!((read(&serial, 5) & 0x10, read(&serial, 0)), (0, b'a'));
+            assert_eq!((read(&serial, 5) & 0x10, read(&serial, 0)), (0x10, 0));
+            assert_eq!((read(&serial, 5) & 0x10, read(&serial, 0)), (0, b'b'));
+        }
+    }
+
+    #[test]
     fn input_waits_for_the_end_of_loop_back_mode() {
-        let serial = Serial::new(None, false).unwrap();
+        let serial = port(None, false);
         serial.write(4, &[0x10]);
         serial.feed(b"A");
         assert_eq!(read(&serial, 5) & 1, 0);
@@ -315,7 +347,7 @@ mod tests {
 
     #[test]
     fn a_guest_waits_behind_the_instruction_that_left_no_room() {
-        let serial = Serial::new(None, true).unwrap();
+        let serial = port(None, true);
         assert_eq!(serial.write_many(0, &vec![b'x'; 1 << 17], 1), Outcome::Wait);
         assert!(!serial.wait_for_room(&|| true));
         assert_eq!(serial.take_output().len(), 1 << 17, "nothing is lost");
@@ -324,23 +356,27 @@ mod tests {
 
     #[test]
     fn what_is_saved_comes_back_with_input_and_output() {
-        let serial = Serial::new(None, false).unwrap();
+        let serial = port(None, false);
         serial.write(7, &[0x5a]);
         serial.write(2, &[1]);
         serial.write_many(0, b"printed", 1);
         serial.feed(&[b'i'; 100]);
         let saved = serial.save().unwrap();
-        let other = Serial::new(None, false).unwrap();
+        let other = port(None, false);
         other.restore(&saved).unwrap();
         assert_eq!(other.save().unwrap(), saved);
         assert_eq!(read(&other, 7), 0x5a);
         assert_eq!((other.take_output(), other.input_waiting()), (b"printed".to_vec(), 100));
-        // Where a file of an earlier version ends.
-        let earlier = saved.len() - 4 - b"printed".len() - 4;
-        for length in (0..saved.len()).filter(|length| *length != earlier) {
+        // Where files of earlier versions end.
+        let before_breaks = saved.len() - 4;
+        let before_kept = before_breaks - 4 - b"printed".len() - 4;
+        let earlier = [before_kept, before_breaks];
+        for length in (0..saved.len()).filter(|length| !earlier.contains(length)) {
             assert_eq!(other.restore(&saved[..length]).unwrap_err().kind, ErrorKind::Snapshot);
         }
-        other.restore(&saved[..earlier]).unwrap();
-        assert_eq!(other.save().unwrap(), saved);
+        for length in earlier {
+            other.restore(&saved[..length]).unwrap();
+            assert_eq!(other.save().unwrap(), saved);
+        }
     }
 }

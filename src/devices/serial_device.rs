@@ -5,13 +5,14 @@ use smallvec::SmallVec;
 
 use super::bus::Device;
 use super::serial::Serial;
-use crate::bytes::Reader;
+use super::uart_receiver::Received;
+use crate::bytes::{Reader, bad};
 use crate::error::Result;
 use crate::exit_handler::Outcome;
 
 impl Device for Serial {
     fn name(&self) -> &str {
-        "COM1"
+        self.name
     }
 
     fn read(&self, offset: u64, data: &mut [u8]) -> Outcome {
@@ -63,48 +64,42 @@ impl Device for Serial {
     }
 
     /// Nine registers, and then, each after its length, the input in the UART, the input queued for
-    /// it, the output that has not been taken, and the output that is kept. At the end, how much of
-    /// the latter has not been matched.
+    /// it, the output that has not been taken, and the output that is kept; then how much of the
+    /// latter has not been matched. At the end, the number of breaks, and their places in the
+    /// input.
     fn save(&self) -> Result<Vec<u8>> {
         let (registers, received, queue) = {
             let guest = self.guest.lock();
-            let received: Vec<u8> = guest.uart.received().collect();
-            let queue: Vec<u8> = guest.queue.iter().chain(&guest.held).copied().collect();
+            let received: Vec<Received> = guest.uart.received().collect();
+            let queue: Vec<Received> = guest.queue.iter().chain(&guest.held).copied().collect();
             (guest.uart.registers(), received, queue)
         };
         let (output, kept, unmatched) = self.output.copy();
         let length = |length: usize| u32::try_from(length).unwrap_or(u32::MAX).to_le_bytes();
+        let breaks: Vec<usize> = received
+            .iter()
+            .chain(&queue)
+            .enumerate()
+            .filter_map(|(place, input)| (*input == Received::Break).then_some(place))
+            .collect();
+        let [received, queue] =
+            [received, queue].map(|part| part.into_iter().map(Received::byte).collect());
         let mut bytes = registers.to_vec();
         for part in [received, queue, output, kept] {
             bytes.extend(length(part.len()));
             bytes.extend(part);
         }
         bytes.extend(length(unmatched));
+        bytes.extend(length(breaks.len()));
+        breaks.into_iter().for_each(|place| bytes.extend(length(place)));
         Ok(bytes)
     }
 
     fn restore(&self, state: &[u8]) -> Result<()> {
-        let mut reader = Reader::new("serial", state);
-        let registers = reader.take::<9>()?;
-        let mut part = || {
-            let length = usize::try_from(reader.u32()?).unwrap_or(usize::MAX);
-            reader.bytes(length).map(<[u8]>::to_vec)
-        };
-        let (received, queue, output) = (part()?, part()?, part()?);
-        // Files of earlier versions end here.
-        let (kept, unmatched) = match reader.is_empty() {
-            true => (output.clone(), output.len()),
-            false => {
-                let length = usize::try_from(reader.u32()?).unwrap_or(usize::MAX);
-                let kept = reader.bytes(length)?.to_vec();
-                (kept, usize::try_from(reader.u32()?).unwrap_or(usize::MAX))
-            }
-        };
-        reader.end()?;
-        let unmatched = unmatched.min(kept.len());
+        let Saved { registers, received, queue, output, kept, unmatched } = parse(state)?;
         self.change(|guest| {
-            guest.queue = guest.uart.restore(registers, received);
-            guest.queue.extend(queue);
+            let input = guest.uart.restore(registers, received);
+            guest.queue = input.into_iter().chain(queue).collect();
             guest.held.clear();
         });
         if self.input_waiting() == 0 {
@@ -113,4 +108,47 @@ impl Device for Serial {
         self.output.restore(output, &kept, unmatched);
         Ok(())
     }
+}
+
+/// A parsed state.
+struct Saved {
+    registers: [u8; 9],
+    received: Vec<Received>,
+    queue: Vec<Received>,
+    output: Vec<u8>,
+    kept: Vec<u8>,
+    unmatched: usize,
+}
+
+fn parse(state: &[u8]) -> Result<Saved> {
+    let mut reader = Reader::new("serial", state);
+    let registers = reader.take::<9>()?;
+    let (received, queue, output) = (part(&mut reader)?, part(&mut reader)?, part(&mut reader)?);
+    // Files of earlier versions end here, or before the breaks.
+    let (kept, unmatched) = match reader.is_empty() {
+        true => (output.clone(), output.len()),
+        false => (part(&mut reader)?, length(&mut reader)?),
+    };
+    let unmatched = unmatched.min(kept.len());
+    let bytes = |part: Vec<u8>| part.into_iter().map(Received::Byte).collect::<Vec<_>>();
+    let (mut received, mut queue) = (bytes(received), bytes(queue));
+    let breaks = if reader.is_empty() { 0 } else { length(&mut reader)? };
+    let (mut input, mut at) = (received.iter_mut().chain(&mut queue), 0);
+    for _ in 0..breaks {
+        let place = length(&mut reader)?;
+        let found = place.checked_sub(at).and_then(|skipped| input.nth(skipped));
+        *found.ok_or_else(|| bad("serial", "a break is outside the input"))? = Received::Break;
+        at = place.saturating_add(1);
+    }
+    reader.end()?;
+    Ok(Saved { registers, received, queue, output, kept, unmatched })
+}
+
+fn length(reader: &mut Reader<'_>) -> Result<usize> {
+    Ok(usize::try_from(reader.u32()?).unwrap_or(usize::MAX))
+}
+
+fn part(reader: &mut Reader<'_>) -> Result<Vec<u8>> {
+    let length = length(reader)?;
+    reader.bytes(length).map(<[u8]>::to_vec)
 }

@@ -1,13 +1,11 @@
-//! The registers of a 16550A, its receiver, and its interrupt line. Transmission takes no time. The
-//! modem lines are in `uart_modem.rs`, the saved state is in `uart_state.rs`. There are no locks
-//! and no I/O here; [`super::Serial`] has both.
-
-use std::collections::VecDeque;
+//! The registers of a 16550A, its receiver, and its interrupt line. Transmission takes no time, and
+//! input waits for room, so only loop-back mode overruns the receiver. The receiver is in
+//! `uart_receiver.rs`, the modem lines are in `uart_modem.rs`, and the saved state is in
+//! `uart_state.rs`. There are no locks and no I/O here; [`super::Serial`] has both.
 
 use super::uart_bits::{LCR_DIVISOR, fcr, ier, iir, lsr, mcr, msr};
+use super::uart_receiver::{FIFO_SIZE, Received, Receiver};
 
-/// The size of the receiver with its FIFO enabled. Disabled, it holds one byte.
-const FIFO_SIZE: usize = 16;
 /// The receiver's trigger levels, by the two top bits of FCR.
 const TRIGGERS: [usize; 4] = [1, 4, 8, 14];
 
@@ -21,9 +19,7 @@ pub(super) struct Uart {
     pub(super) mcr: u8,
     pub(super) msr: u8,
     pub(super) scratch: u8,
-    /// The error bits of LSR.
-    pub(super) errors: u8,
-    pub(super) received: VecDeque<u8>,
+    pub(super) receiver: Receiver,
     /// Whether the holding register has become empty and the guest has not yet seen it in IIR.
     pub(super) is_thr_pending: bool,
     /// Whether the receiver has just been cleared. No input arrives until the guest's next access,
@@ -34,18 +30,17 @@ pub(super) struct Uart {
 }
 
 impl Default for Uart {
-    /// The state after a reset, at 9600 baud.
+    /// The state after the firmware: 9600 baud, and the interrupt line connected.
     fn default() -> Self {
         Self {
             divisor: [12, 0],
             ier: 0,
             fcr: 0,
             lcr: 3,
-            mcr: 0,
+            mcr: mcr::OUT2,
             msr: msr::READY,
             scratch: 0,
-            errors: 0,
-            received: VecDeque::new(),
+            receiver: Receiver::default(),
             is_thr_pending: false,
             is_cleared: false,
             is_line_high: false,
@@ -62,7 +57,7 @@ impl Uart {
             (0, true) => self.divisor[0],
             (1, true) => self.divisor[1],
             (0, false) => {
-                let byte = self.received.pop_front().unwrap_or(0);
+                let byte = self.receiver.take();
                 // With more to read, the line falls and rises again. An edge-triggered controller
                 // then interrupts for each byte, as a handler that reads only one byte needs.
                 self.update(true);
@@ -74,7 +69,7 @@ impl Uart {
             (4, _) => self.mcr,
             (5, _) => {
                 let value = self.line_status();
-                let had_errors = std::mem::take(&mut self.errors) != 0;
+                let had_errors = self.receiver.clear_errors();
                 self.update(had_errors);
                 value
             }
@@ -123,19 +118,19 @@ impl Uart {
         if self.is_cleared || self.mcr & mcr::LOOP != 0 {
             return 0;
         }
-        self.capacity().saturating_sub(self.received.len())
+        self.capacity().saturating_sub(self.receiver.len())
     }
 
-    /// Receive bytes, no more than there is room for.
-    pub(super) fn receive(&mut self, bytes: impl IntoIterator<Item = u8>) {
-        self.received.extend(bytes);
+    /// Receive characters, no more than there is room for.
+    pub(super) fn receive(&mut self, received: impl IntoIterator<Item = Received>) {
+        self.receiver.extend(received);
         // Arriving bytes end the receiver's timeout before it restarts.
         self.update(self.ier & ier::RECEIVED != 0);
     }
 
     /// Bytes that the guest has not read.
     pub(super) fn waiting(&self) -> usize {
-        self.received.len()
+        self.receiver.len()
     }
 
     /// Whether the interrupt line has risen since the last call.
@@ -159,19 +154,18 @@ impl Uart {
     }
 
     pub(super) fn line_status(&self) -> u8 {
-        let ready = if self.received.is_empty() { 0 } else { lsr::DATA_READY };
-        lsr::IDLE | self.errors | ready
+        lsr::IDLE | self.receiver.status(self.is_fifo_on())
     }
 
     /// The most urgent of the interrupts that are enabled and pending.
     pub(super) fn cause(&self) -> u8 {
         let is_enabled = |bit| self.ier & bit != 0;
-        if is_enabled(ier::LINE_STATUS) && self.errors != 0 {
+        if is_enabled(ier::LINE_STATUS) && self.receiver.has_error() {
             return iir::LINE_STATUS;
         }
-        if is_enabled(ier::RECEIVED) && !self.received.is_empty() {
+        if is_enabled(ier::RECEIVED) && self.receiver.len() > 0 {
             // No more bytes are on the way, so bytes below the trigger level have timed out.
-            return if self.received.len() >= self.trigger() {
+            return if self.receiver.len() >= self.trigger() {
                 iir::RECEIVED
             } else {
                 iir::TIMEOUT
@@ -186,10 +180,10 @@ impl Uart {
         iir::NONE
     }
 
-    /// Update the line. After the guest has `served` a cause, the line is briefly low, whatever
-    /// else is pending.
+    /// Update the line, which OUT2 connects to the interrupt controller. After the guest has
+    /// `served` a cause, the line is briefly low, whatever else is pending.
     pub(super) fn update(&mut self, served: bool) {
-        let is_high = self.cause() != iir::NONE;
+        let is_high = self.cause() != iir::NONE && self.mcr & mcr::OUT2 != 0;
         self.has_risen |= is_high && (served || !self.is_line_high);
         self.is_line_high = is_high;
     }
@@ -215,13 +209,14 @@ impl Uart {
         sent
     }
 
-    fn control_fifo(&mut self, mut value: u8) {
+    fn control_fifo(&mut self, value: u8) {
+        // Without the enable bit, the others are not programmed.
+        let mut value = if value & fcr::ENABLE == 0 { 0 } else { value };
         if (value ^ self.fcr) & fcr::ENABLE != 0 {
             value |= fcr::CLEAR_RECEIVER | fcr::CLEAR_TRANSMITTER;
         }
         if value & fcr::CLEAR_RECEIVER != 0 {
-            self.received.clear();
-            self.errors &= lsr::OVERRUN;
+            self.receiver.clear();
             // A driver that waits for interrupts may make no access before one arrives.
             self.is_cleared = self.ier & ier::RECEIVED == 0;
         }
@@ -252,7 +247,7 @@ pub(super) mod tests {
 
     pub(in crate::devices) fn fill(uart: &mut Uart, bytes: &[u8]) -> usize {
         let count = uart.room().min(bytes.len());
-        uart.receive(bytes[..count].iter().copied());
+        uart.receive(bytes[..count].iter().copied().map(Received::Byte));
         count
     }
 
@@ -318,7 +313,7 @@ pub(super) mod tests {
 
     #[test]
     fn the_most_urgent_cause_comes_first_and_the_next_has_its_own_edge() {
-        let mut uart = with(&[(4, mcr::LOOP), (6, 0), (1, 0xf)]);
+        let mut uart = with(&[(4, mcr::LOOP | mcr::OUT2), (6, 0), (1, 0xf)]);
         uart.write(0, 1);
         uart.write(0, 2); // an overrun: one byte is held without the FIFO
         let mut causes = Vec::new();
@@ -346,6 +341,26 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn out2_connects_the_line() {
+        let mut uart = with(&[(4, 0), (1, 2)]);
+        assert_eq!((uart.take_edge(), uart.cause()), (false, iir::THR_EMPTY));
+        uart.write(4, mcr::OUT2);
+        assert!(uart.take_edge(), "what was pending is told");
+        uart.write(4, 0);
+        assert!(!uart.is_line_high);
+    }
+
+    #[test]
+    fn without_the_enable_bit_nothing_else_of_fcr_is_programmed() {
+        let mut uart = with(&[]);
+        fill(&mut uart, b"x");
+        uart.write(2, 0xc2);
+        assert_eq!((uart.waiting(), uart.fcr), (1, 0));
+        uart.write(2, 1);
+        assert_eq!(uart.waiting(), 0, "switching the FIFOs empties them");
+    }
+
+    #[test]
     fn the_divisor_latch_hides_two_registers() {
         let mut uart = with(&[(1, 5), (3, 0x83), (0, 0x34), (1, 0x12)]);
         assert_eq!((uart.read(0), uart.read(1)), (0x34, 0x12));
@@ -363,8 +378,10 @@ pub(super) mod tests {
             for (is_write, register, value) in accesses {
                 if is_write { uart.write(register, value); } else { uart.read(register); }
                 fill(&mut uart, &[value]);
-                is_told = (is_told || uart.take_edge()) && uart.cause() != iir::NONE;
-                prop_assert_eq!(is_told, uart.cause() != iir::NONE);
+                let is_pending = uart.cause() != iir::NONE && uart.mcr & mcr::OUT2 != 0;
+                is_told = (is_told || uart.take_edge()) && is_pending;
+                prop_assert_eq!(is_told, is_pending);
+                prop_assert_eq!(uart.is_line_high, is_pending);
             }
         }
     }

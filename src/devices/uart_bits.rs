@@ -41,6 +41,9 @@ pub(super) mod mcr {
 pub(super) mod lsr {
     pub(in super::super) const DATA_READY: u8 = 1;
     pub(in super::super) const OVERRUN: u8 = 1 << 1;
+    pub(in super::super) const BREAK: u8 = 1 << 4;
+    /// With the FIFO on: a character in the receiver has an error.
+    pub(in super::super) const FIFO_ERROR: u8 = 1 << 7;
     /// Overrun, parity, framing, break: a read of the register clears them.
     pub(in super::super) const ERRORS: u8 = 0x1e;
     /// The holding register and the shift register are empty.

@@ -1,18 +1,12 @@
 //! The modem lines of a 16550A, and loop-back mode, which connects the outputs to the inputs.
 
 use super::uart::Uart;
-use super::uart_bits::{lsr, mcr, msr};
+use super::uart_bits::{mcr, msr};
 
 impl Uart {
     pub(super) fn loop_back(&mut self, byte: u8) {
-        if self.received.len() >= self.capacity() {
-            self.errors |= lsr::OVERRUN;
-            if self.is_fifo_on() {
-                return; // the FIFO keeps what it has, and this byte is lost
-            }
-            self.received.clear();
-        }
-        self.received.push_back(byte);
+        let is_fifo_on = self.is_fifo_on();
+        self.receiver.push_or_overrun(byte, is_fifo_on);
     }
 
     /// The upper half of MSR. In loop-back mode it shows the outputs of MCR.
@@ -43,6 +37,7 @@ impl Uart {
 #[cfg(test)]
 mod tests {
     use super::super::uart::tests::with;
+    use super::super::uart_bits::lsr;
     use super::*;
 
     #[test]

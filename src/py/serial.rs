@@ -1,4 +1,4 @@
-//! `Serial` for Python: the host's side of the first serial port.
+//! `Serial` for Python: the host's side of a serial port.
 
 use std::os::fd::RawFd;
 use std::sync::{Arc, Weak};
@@ -17,7 +17,7 @@ use crate::devices::{Chunk, Serial};
 use crate::error::{Error, Result};
 use crate::sync::{Mutex, rank};
 
-/// The host's side of the first serial port, a 16550A.
+/// The host's side of a serial port, a 16550A.
 #[pyclass(frozen, weakref, name = "Serial", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PySerial {
@@ -85,6 +85,20 @@ impl PySerial {
         Ok(py.detach(|| {
             self.check_open()?;
             port.feed(&data);
+            Ok::<_, Error>(())
+        })?)
+    }
+
+    /// Send the guest a break, after the input sent so far. On Linux's console, a break and a
+    /// letter are a SysRq.
+    ///
+    /// Raises:
+    ///     ClosedError: the machine is closed.
+    fn send_break(&self, py: Python<'_>) -> PyResult<()> {
+        let port = self.bytes()?;
+        Ok(py.detach(|| {
+            self.check_open()?;
+            port.send_break();
             Ok::<_, Error>(())
         })?)
     }

@@ -21,11 +21,10 @@ use super::unanswered::unanswered;
 use super::vcpu::PyVcpu;
 use super::{config, exit, interrupt, vcpu, wakeup};
 use crate::boot;
-use crate::devices::{self, Serial};
+use crate::devices::{self, MachineSize, Serial};
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::WrappedExitHandler;
 use crate::fixup::Counts;
-use crate::layout;
 use crate::limit::deadline_of;
 use crate::memory::GuestMemory;
 use crate::vcpu::{ExitRouter, VmRunState};
@@ -136,9 +135,10 @@ impl PyKvmVm {
             let start = boot::load(&config, &memory, interrupted)?;
             let router = Arc::new(ExitRouter::default());
             let vm = KvmVm::new(&config, memory, start, Arc::clone(&router), handler)?;
-            let irq = vm.irq(layout::COM1_IRQ);
-            let serial = devices::attach(&router.buses, irq, &config.serial, &config.platform())?;
-            Ok::<_, Error>((vm, start.entry, router, serial))
+            let (platform, size) = (config.platform(), MachineSize::of(&config));
+            let (buses, streams) = (&router.buses, &config.serial);
+            let attached = devices::attach(buses, |line| vm.irq(line), streams, &platform, size)?;
+            Ok::<_, Error>((vm, start.entry, router, attached.serial))
         })?;
         Ok(Self::of(py, vm, python_handler, router, entry, Some(serial)))
     }

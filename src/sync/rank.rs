@@ -90,6 +90,8 @@ ranks! {
     ResetRegister,
     /// The registers of the clock.
     Rtc,
+    /// Which devices drive an interrupt line high.
+    DeviceLines,
     /// Counts of executed instructions.
     FixupCounts,
     /// Counts of one vCPU's exits.

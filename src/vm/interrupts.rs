@@ -67,12 +67,9 @@ struct Line {
 }
 
 impl InterruptLine for Line {
-    fn pulse(&self) {
-        let Some(fd) = self.fd.upgrade() else { return };
-        for is_high in [true, false] {
-            // Fails only in a forked child, where the machine cannot be used.
-            let _ = fd.set_irq_line(self.number, is_high);
-        }
+    fn set(&self, is_high: bool) {
+        // Fails only in a forked child, where the machine cannot be used.
+        let _ = self.fd.upgrade().map(|fd| fd.set_irq_line(self.number, is_high));
     }
 }
 

@@ -16,7 +16,7 @@ use crate::boot;
 use crate::config::{Platform, SerialConfig, VmmConfig};
 use crate::cpu::Start;
 use crate::debug::Symbols;
-use crate::devices::{self, Access, Device, Serial};
+use crate::devices::{self, Access, Device, MachineSize, Serial};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
 use crate::exit_handler::{Exit, WrappedExitHandler};
@@ -106,10 +106,15 @@ impl Vmm {
         let (event_manager, exit_handler) = event_loop(shared)?;
         let router = Arc::new(ExitRouter::default());
         let vm = KvmVm::new(&config, memory, start, Arc::clone(&router), exit_handler.clone())?;
-        let irq = vm.irq(layout::COM1_IRQ);
-        let serial = devices::attach(&router.buses, irq, &config.serial, &platform)?;
+        let attached = devices::attach(
+            &router.buses,
+            |line| vm.irq(line),
+            &config.serial,
+            &platform,
+            MachineSize::of(&config),
+        )?;
         let entry = start.entry;
-        let parts = Parts { vm, event_manager, exit_handler, router, serial, entry };
+        let parts = Parts { vm, event_manager, exit_handler, router, attached, entry };
         Self::assemble(parts, config.serial, platform)
     }
 
@@ -119,9 +124,9 @@ impl Vmm {
         streams: SerialConfig,
         platform: Platform,
     ) -> Result<Self> {
-        let Parts { vm, event_manager, exit_handler, router, serial, entry } = parts;
+        let Parts { vm, event_manager, exit_handler, router, attached, entry } = parts;
         let mut subscribers = vec![event_manager.add_subscriber(Box::new(exit_handler.clone()))];
-        subscribers.extend(devices::connect(&serial, streams, &event_manager)?);
+        subscribers.extend(attached.connect(streams, &event_manager)?);
         let fixups = Arc::clone(vm.fixups());
         let vm_id = vm.id();
         let instruments = Instruments::new(vm.handles().len() as u64, &router, &event_manager);
@@ -131,7 +136,7 @@ impl Vmm {
             process_tag: ProcessTag::current(),
             router,
             instruments,
-            serial,
+            serial: attached.serial,
             fixups,
             entry,
             platform,

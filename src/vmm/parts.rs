@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::devices::Serial;
+use crate::devices::Attached;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
 use crate::exit_handler::WrappedExitHandler;
@@ -16,7 +16,7 @@ pub(crate) struct Parts {
     pub(crate) event_manager: Arc<EventManager>,
     pub(crate) exit_handler: WrappedExitHandler,
     pub(crate) router: Arc<ExitRouter>,
-    pub(crate) serial: Arc<Serial>,
+    pub(crate) attached: Attached,
     pub(crate) entry: u64,
 }
 

@@ -11,7 +11,7 @@ use super::parts::{Parts, event_loop};
 use super::snapshot::Vm;
 use crate::config::SerialConfig;
 use crate::cpu::cpuid::host_shadows_page_tables;
-use crate::devices::{self, Buses, Device};
+use crate::devices::{self, Buses, Device, MachineSize};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
 use crate::hop::hop;
@@ -101,10 +101,12 @@ impl Vmm {
         let router = Arc::new(ExitRouter::default());
         let vm = KvmVm::from_spec(spec, memory, &router, exit_handler.clone())?;
         vm.at_rest(&Limit::NONE, |fd, vcpus| set_state(&vm, fd, vcpus, snapshot, false))?;
-        let irq = vm.irq(layout::COM1_IRQ);
-        let serial = devices::attach(&router.buses, irq, &streams, &spec.platform())?;
-        let parts = Parts { vm, event_manager, exit_handler, router, serial, entry: 0 };
-        Self::assemble(parts, streams, spec.platform())
+        let (platform, size) =
+            (spec.platform(), MachineSize { memory: 0, vcpus: u64::from(spec.vcpus) });
+        let attached =
+            devices::attach(&router.buses, |line| vm.irq(line), &streams, &platform, size)?;
+        let parts = Parts { vm, event_manager, exit_handler, router, attached, entry: 0 };
+        Self::assemble(parts, streams, platform)
     }
 
     /// Restore the devices from the snapshot. This is the last step of a fork, once all are

@@ -13,6 +13,9 @@ from guests import (
     out,
     read_in,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from port_script import answers, machine, read, run, run_other, write
 from pyvmm import (
     ExitReason,
     Unanswered,
@@ -37,6 +40,52 @@ ASKS_KEYBOARD_CONTROLLER = (
 def test_keyboard_controller_answers_its_commands(command: int, answer: int) -> None:
     with Vmm(flat(bytes([0xB0, command]) + ASKS_KEYBOARD_CONTROLLER)) as vmm:
         assert vmm.run(60).code == answer
+
+
+PROBE = [
+    write(0x64, 0xAA), read(0x64), read(0x60),  # self-test
+    write(0x64, 0xAB), read(0x60),  # the first port works
+    write(0x60, 0xFF), read(0x60), read(0x60),  # reset: acknowledged, and passed
+    write(0x60, 0xF2), read(0x60), read(0x60), read(0x60),  # which keyboard, translated
+    write(0x60, 0xED), read(0x60), write(0x60, 7), read(0x60),  # the lights
+    write(0x60, 0xF0), read(0x60), write(0x60, 0), read(0x60), read(0x60),  # the scan code set, translated
+    write(0x64, 0xD4), write(0x60, 0xFF), read(0x64), read(0x60),  # no mouse
+]  # fmt: skip
+PROBED = [0x1D, 0x55, 0, 0xFA, 0xAA, 0xFA, 0xAB, 0x41, 0xFA, 0xFA, 0xFA, 0xFA, 0x41, 0x75, 0xFE]
+
+
+def test_keyboard_answers_a_probe() -> None:
+    assert answers(*PROBE) == PROBED
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([0x60, 0x61, 0x62, 0x64, 0x70, 0x71]), st.none() | st.integers(0, 255)).filter(
+            # not those that reset the machine
+            lambda step: step[0] != 0x64 or step[1] is None or (step[1] < 0xF0 and step[1] != 0xD1)
+        ),
+        max_size=60,
+    )
+)
+def test_no_accesses_upset_the_devices_and_a_fork_goes_on(steps: list[tuple[int, int | None]]) -> None:
+    look = [read(0x64), read(0x60), read(0x60), read(0x70), write(0x64, 0x20), read(0x60), read(0x71)]
+    with machine(steps) as vmm:
+        run(vmm, steps)
+        with vmm.snapshot().fork() as fork:
+            ours, theirs = run_other(vmm, look), run_other(fork, look)
+            assert ours[:-1] == theirs[:-1], "the last one may be the time"
+
+
+def test_port_61_without_a_pit_lets_a_guest_go_on() -> None:
+    code = (
+        b"\xb0\x01\xe6\x61"  #         mov al, 1; out 0x61, al: open the gate of timer 2
+        b"\xe4\x61\xa8\x20\x74\xfa"  # wait: in al, 0x61; test al, 0x20; jz wait
+        b"\xe4\x61\xa8\x10\x74\xfa"  # the refresh toggle
+        b"\xe4\x61\xa8\x10\x75\xfa" + exit_with(1)
+    )
+    with Vmm(flat(code)) as vmm:
+        assert vmm.run(60).code == 1
 
 
 def test_keyboard_controller_is_in_snapshots() -> None:

@@ -29,7 +29,7 @@ def test_a_machine_lists_memory_chips_devices_and_lines() -> None:
         assert named(vmm, "the I/O APIC") == [("mmio", 0xFEC0_0000, 4096, False)]
         assert named(vmm, "COM1") == [("pio", 0x3F8, 8, False), ("gsi", 4, 1, True)]
         assert named(vmm, "exit port") == [("pio", 0xF4, 4, False)]
-        assert named(vmm, "i8042") == [("pio", 0x60, 1, False), ("pio", 0x62, 3, False)]
+        assert named(vmm, "i8042") == [("pio", 0x60, 1, False), ("pio", 0x62, 3, False), ("gsi", 1, 1, True)]
         assert vmm.resources == sorted(vmm.resources, key=lambda r: ("memory mmio pio gsi".index(r.kind), r.start))
     with Vmm(flat(SPIN, exit_port=None)) as vmm:
         assert not named(vmm, "the I/O APIC")
