@@ -42,10 +42,14 @@ pub(crate) const TF: u64 = 1 << 8;
 pub(crate) const IF: u64 = 1 << 9;
 pub(crate) const DF: u64 = 1 << 10;
 pub(crate) const OF: u64 = 1 << 11;
+pub(crate) const IOPL: u64 = 3 << 12;
 pub(crate) const NT: u64 = 1 << 14;
 pub(crate) const RF: u64 = 1 << 16;
 pub(crate) const VM: u64 = 1 << 17;
 pub(crate) const AC: u64 = 1 << 18;
+pub(crate) const VIF: u64 = 1 << 19;
+pub(crate) const VIP: u64 = 1 << 20;
+pub(crate) const ID: u64 = 1 << 21;
 /// The flags of arithmetic.
 pub(crate) const ARITHMETIC: u64 = CF | PF | AF | ZF | SF | OF;
 
@@ -59,15 +63,19 @@ pub(crate) const PTE_NO_EXECUTE: u64 = 1 << 63;
 /// The address in an entry of 8 bytes.
 pub(crate) const PTE_ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
+pub(crate) const DE: u8 = 0;
 pub(crate) const DB: u8 = 1;
+pub(crate) const BR: u8 = 5;
 pub(crate) const UD: u8 = 6;
 pub(crate) const NM: u8 = 7;
+pub(crate) const DOUBLE_FAULT: u8 = 8;
 pub(crate) const TS: u8 = 10;
 pub(crate) const NP: u8 = 11;
 pub(crate) const SS: u8 = 12;
 pub(crate) const GP: u8 = 13;
 pub(crate) const PAGE_FAULT: u8 = 14;
 pub(crate) const MF: u8 = 16;
+pub(crate) const XM: u8 = 19;
 
 #[cfg(test)]
 mod tests {
@@ -92,7 +100,8 @@ mod tests {
         CR4_FRED,
     ];
     const EFER: &[u64] = &[EFER_LME, EFER_LMA, EFER_NXE, EFER_SVME];
-    const RFLAGS: &[u64] = &[RFLAGS_RESERVED, CF, PF, AF, ZF, SF, TF, IF, DF, OF, NT, RF, VM, AC];
+    const RFLAGS: &[u64] =
+        &[RFLAGS_RESERVED, CF, PF, AF, ZF, SF, TF, IF, DF, OF, IOPL, NT, RF, VM, AC, VIF, VIP, ID];
     const ENTRY: &[u64] = &[
         PTE_PRESENT,
         PTE_WRITABLE,

@@ -5,46 +5,9 @@ use iced_x86::{Instruction, MemorySize, Mnemonic, OpKind, Register};
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 
 use super::access::Access;
+use super::native::NativeCode;
+pub(crate) use super::stop::{Done, Fault, Flow, Stop, fault, fault_with};
 use crate::x86::{CR0_PE, CR4_LA57, EFER_LMA, GP, SS, VM};
-
-/// An exception that the instruction raises.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Fault {
-    pub(crate) vector: u8,
-    pub(crate) code: Option<u32>,
-    /// The address of a page fault, for CR2.
-    pub(crate) address: Option<u64>,
-}
-
-/// Why an instruction has not been executed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Stop {
-    /// The instruction faults, as on the processor.
-    Fault(Fault),
-    /// There is no fix-up for the instruction or its operands.
-    Unknown,
-}
-
-pub(crate) type Done<T> = Result<T, Stop>;
-
-/// A fault without an error code.
-pub(crate) fn fault<T>(vector: u8) -> Done<T> {
-    Err(Stop::Fault(Fault { vector, code: None, address: None }))
-}
-
-/// A fault with an error code.
-pub(crate) fn fault_with<T>(vector: u8, code: u32) -> Done<T> {
-    Err(Stop::Fault(Fault { vector, code: Some(code), address: None }))
-}
-
-/// Where execution continues after an instruction.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Flow {
-    /// At the next instruction.
-    Next,
-    /// At the new RIP.
-    Jumped,
-}
 
 /// The rest of the processor: memory by guest-physical address, and rarely used state.
 pub(crate) trait Platform {
@@ -56,6 +19,9 @@ pub(crate) trait Platform {
     fn set_bits(&mut self, address: u64, size: u64, old: u64, bits: u64) -> bool;
     /// A model-specific register.
     fn msr(&mut self, index: u32) -> Option<u64>;
+    /// EAX to EDX of a leaf of the guest's CPUID, its first one if it has several. Zero if there
+    /// is none.
+    fn cpuid(&mut self, leaf: u32) -> Option<[u32; 4]>;
     /// XCR0.
     fn xcr0(&mut self) -> Option<u64>;
     /// x87, SSE and what XCR0 enables, in the standard format of XSAVE.
@@ -65,6 +31,8 @@ pub(crate) trait Platform {
     /// Compare and exchange 16 bytes in one access. Returns the previous value. None if the address
     /// is not writable memory.
     fn exchange(&mut self, address: u64, old: u128, new: u128) -> Option<u128>;
+    /// Memory for instructions to run on the host. None if there is none.
+    fn native(&mut self) -> Option<&mut NativeCode>;
     /// Flush all translations.
     fn flush_translations(&mut self) -> bool;
 }
@@ -74,6 +42,10 @@ pub(crate) struct Cpu<'a> {
     pub(crate) regs: kvm_regs,
     pub(crate) sregs: kvm_sregs,
     pub(crate) platform: &'a mut dyn Platform,
+    /// Whether the instruction ends the masking of non-maskable interrupts.
+    pub(crate) unmasks_nmi: bool,
+    /// Whether it has switched tasks: an exception is then raised in the new task.
+    pub(super) has_switched: bool,
 }
 
 impl std::fmt::Debug for Cpu<'_> {
@@ -104,6 +76,12 @@ pub(crate) fn mask(size: usize) -> u64 {
         0 => 0,
         1..8 => (1 << (size * 8)) - 1,
         _ => u64::MAX,
+    }
+}
+
+impl<'a> Cpu<'a> {
+    pub(crate) fn new(regs: kvm_regs, sregs: kvm_sregs, platform: &'a mut dyn Platform) -> Self {
+        Self { regs, sregs, platform, unmasks_nmi: false, has_switched: false }
     }
 }
 

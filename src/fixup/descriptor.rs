@@ -62,6 +62,22 @@ impl Descriptor {
         self.field(53, 2) == 1
     }
 
+    /// The selector in a gate.
+    pub(crate) fn gate_selector(&self) -> u16 {
+        u16::try_from(self.field(16, 16)).unwrap_or(0)
+    }
+
+    /// The offset in a gate whose frames have values of this many bytes.
+    pub(crate) fn gate_offset(&self, width: usize) -> u64 {
+        let high = if width == 2 { 0 } else { self.field(48, 16) << 16 };
+        self.field(0, 16) | high
+    }
+
+    /// The number of parameters that a call gate copies.
+    pub(crate) fn gate_count(&self) -> u64 {
+        self.field(32, 5)
+    }
+
     /// The last valid offset, in bytes.
     pub(crate) fn limit(&self) -> u32 {
         let pages = self.field(0, 16) | self.field(48, 4) << 16;

@@ -2,33 +2,88 @@
 
 use iced_x86::{Code, Instruction, Mnemonic};
 
-use super::cpu::{Cpu, Done, Flow, fault, mask};
-use super::{bits, sse, system, x87, xsave};
-use crate::x86::{OF, RF, UD};
+use super::cpu::{Cpu, Done, Fault, Flow, Stop, fault, mask};
+use super::deliver::{STEP, Source};
+use super::unit::is_vector;
+use super::{bits, feature, legacy, system, transfer, vector, x87, xsave};
+use crate::x86::{OF, RF, TF, UD};
 
-/// Execute an instruction on a copy of the processor. Writes to memory are complete when it
-/// returns.
-pub(crate) fn execute(cpu: &mut Cpu<'_>, instruction: &Instruction) -> Done<Flow> {
+/// What has become of an instruction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// It has been executed, or its exception has been delivered. `is_step`: after it, the debug
+    /// exception of a single step has been.
+    Done { is_step: bool },
+    /// KVM is to deliver this exception.
+    Inject { fault: Fault, is_step: bool },
+    /// Its exception cannot be delivered, nor can the double fault that this raises.
+    Shutdown,
+    /// There is no fix-up, and nothing has changed.
+    Unknown,
+}
+
+/// Execute an instruction on a copy of the processor, and deliver the exception that it raises.
+/// Writes to memory are complete when it returns.
+pub(crate) fn execute(cpu: &mut Cpu<'_>, instruction: &Instruction) -> Outcome {
+    let before = (cpu.regs, cpu.sregs);
+    let is_stepped = cpu.regs.rflags & TF != 0;
+    match perform(cpu, instruction) {
+        Ok(flow) if is_stepped && flow != Flow::Entered => deliver(cpu, STEP, Source::Trap),
+        Ok(_) => Outcome::Done { is_step: false },
+        Err(stop) => {
+            if !cpu.has_switched {
+                (cpu.regs, cpu.sregs) = before;
+            }
+            match stop {
+                Stop::Fault(fault) => deliver(cpu, fault, Source::Fault),
+                Stop::Shutdown => Outcome::Shutdown,
+                Stop::Unknown => Outcome::Unknown,
+            }
+        }
+    }
+}
+
+/// Raise #UD at an instruction that does not exist.
+pub(crate) fn undefined(cpu: &mut Cpu<'_>) -> Outcome {
+    deliver(cpu, Fault { vector: UD, code: None, address: None }, Source::Fault)
+}
+
+fn deliver(cpu: &mut Cpu<'_>, fault: Fault, source: Source) -> Outcome {
+    let before = (cpu.regs, cpu.sregs);
+    let is_step = source == Source::Trap;
+    let Err(stop) = cpu.raise(fault, source) else { return Outcome::Done { is_step } };
+    (cpu.regs, cpu.sregs) = before;
+    if stop == Stop::Shutdown {
+        return Outcome::Shutdown;
+    }
+    cpu.sregs.cr2 = fault.address.unwrap_or(cpu.sregs.cr2);
+    cpu.regs.rflags |= if is_step { 0 } else { RF };
+    Outcome::Inject { fault, is_step }
+}
+
+/// Execute an instruction. If it stops, the registers are in no defined state.
+pub(super) fn perform(cpu: &mut Cpu<'_>, instruction: &Instruction) -> Done<Flow> {
     if instruction.has_lock_prefix() && instruction.code() != Code::Cmpxchg16b_m128 {
         return fault(UD);
     }
+    let next = instruction.next_ip() & mask(if cpu.is_64_bit() { 8 } else { 4 });
     let flow = match instruction.mnemonic() {
-        Mnemonic::Int => cpu.interrupt(instruction.immediate8(), instruction.next_ip(), true)?,
-        Mnemonic::Int3 => cpu.interrupt(3, instruction.next_ip(), true)?,
-        Mnemonic::Int1 => cpu.interrupt(1, instruction.next_ip(), false)?,
-        Mnemonic::Into if cpu.regs.rflags & OF != 0 => {
-            cpu.interrupt(4, instruction.next_ip(), true)?
-        }
+        Mnemonic::Int => cpu.interrupt(instruction.immediate8(), Source::Software, next)?,
+        Mnemonic::Int3 => cpu.interrupt(3, Source::Software, next)?,
+        Mnemonic::Int1 => cpu.interrupt(1, Source::Privileged, next)?,
+        Mnemonic::Into if cpu.regs.rflags & OF != 0 => cpu.interrupt(4, Source::Software, next)?,
         Mnemonic::Into => Flow::Next,
         mnemonic if bits::name(mnemonic).is_some() => bits::execute(cpu, instruction)?,
-        mnemonic if sse::name(mnemonic).is_some() => sse::execute(cpu, instruction)?,
         mnemonic if x87::name(mnemonic).is_some() => x87::execute(cpu, instruction)?,
         mnemonic if xsave::name(mnemonic).is_some() => xsave::execute(cpu, instruction)?,
+        mnemonic if transfer::name(mnemonic).is_some() => transfer::execute(cpu, instruction)?,
+        mnemonic if legacy::name(mnemonic).is_some() => legacy::execute(cpu, instruction)?,
+        mnemonic if feature::name(mnemonic).is_some() => feature::execute(cpu, instruction)?,
+        _ if is_vector(instruction) => vector::execute(cpu, instruction)?,
         _ => system::execute(cpu, instruction)?,
     };
     if flow == Flow::Next {
-        let width = if cpu.is_64_bit() { 8 } else { 4 };
-        cpu.regs.rip = instruction.next_ip() & mask(width);
+        cpu.regs.rip = next;
         cpu.regs.rflags &= !RF;
     }
     Ok(flow)
@@ -89,8 +144,13 @@ mod tests {
             Just(vec![0xc4, 0xe2]),
             Just(vec![0xc4, 0xe3]),
             Just(vec![0x9b]),
-            Just(vec![0xd9]),
-            Just(vec![0xdb]),
+            (0xd8..=0xdf_u8).prop_map(|opcode| vec![opcode]),
+            Just(vec![0xc5]),
+            Just(vec![0x62]),
+            Just(vec![0xcf]),
+            Just(vec![0xcb]),
+            Just(vec![0x9a]),
+            Just(vec![0xff, 0x1d]),
             Just(Vec::new()),
         ];
         (prefix, opcode, proptest::collection::vec(any::<u8>(), 12))
@@ -131,9 +191,10 @@ mod tests {
             (sregs.gdt.base, sregs.idt.base) = (small(bases[2]), small(bases[3]));
             sregs.gdt.limit = u16::try_from(limits[2] & 0xffff).unwrap();
             sregs.idt.limit = u16::try_from(limits[3] & 0xffff).unwrap();
-            let mut ram = Ram { bytes: noise(seed), xsave: vec![rax.to_le_bytes()[0]; 4096] };
+            let xsave = vec![rax.to_le_bytes()[0]; 4096];
+            let mut ram = Ram { bytes: noise(seed), xsave, ..Ram::new(0) };
             if let Some(instruction) = decode(&code, bitness(&sregs), regs.rip) {
-                let mut cpu = Cpu { regs, sregs, platform: &mut ram };
+                let mut cpu = Cpu::new(regs, sregs, &mut ram);
                 let _ = execute(&mut cpu, &instruction);
             }
         }

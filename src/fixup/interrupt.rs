@@ -1,12 +1,14 @@
-//! Delivers software interrupts as the processor does: through the vectors of real mode, the gates
-//! of protected mode, and those of long mode (Intel SDM volume 3, sections 6.12 and 6.14, and
-//! volume 2, INT n). A fault during the delivery is returned, and KVM injects it. Task gates,
-//! virtual-8086 mode, shadow stacks and FRED are not supported, and the exit is reported.
+//! Enters the handler of an interrupt or exception as the processor does: through the vectors of
+//! real mode, the gates of protected mode, and those of long mode (Intel SDM volume 3, sections
+//! 6.12 and 6.14, and volume 2, INT n). A fault on the way is returned, and `deliver.rs` raises it.
+//! Virtual-8086 mode, shadow stacks and FRED are not supported, and the exit is reported.
 
 use super::access::Access;
 use super::cpu::{Cpu, Done, Flow, Stop, fault, fault_with, mask};
+use super::deliver::{Event, Source};
 use super::descriptor::{Descriptor, segment_of};
 use super::stack::{Stack, null_stack};
+use super::task::Reason;
 use crate::x86::{AC, CR4_CET, CR4_FRED, GP, IF, NP, NT, RF, SS, TF, VM};
 
 /// In an error code: the index refers to the IDT.
@@ -24,17 +26,26 @@ struct Gate {
     stack: u8,
 }
 
+/// What an entry of the IDT leads to.
+enum Entry {
+    Handler(Gate),
+    /// Another task: the selector of its TSS.
+    Task(u16),
+}
+
 impl Cpu<'_> {
-    /// Deliver a software interrupt from an instruction that ends at `next`. `is_checked`: whether
-    /// the gate's privilege is checked, as for all but INT1.
-    pub(crate) fn interrupt(&mut self, vector: u8, next: u64, is_checked: bool) -> Done<Flow> {
+    /// Enter the handler of an event. The registers change only if it succeeds.
+    pub(super) fn enter(&mut self, event: &Event) -> Done<Flow> {
         if self.regs.rflags & VM != 0 || self.sregs.cr4 & (CR4_CET | CR4_FRED) != 0 {
             return Err(Stop::Unknown);
         }
         if !self.is_protected() {
-            return self.real_interrupt(vector, next);
+            return self.real_interrupt(event.vector, event.next);
         }
-        let gate = self.gate(vector, is_checked)?;
+        let gate = match self.entry_of_vector(event.vector, event.source == Source::Software)? {
+            Entry::Task(selector) => return self.task_gate(selector, event),
+            Entry::Handler(gate) => gate,
+        };
         let code = self.code_of_gate(gate.selector)?;
         let is_conforming = code.is_conforming();
         let new_cpl = if is_conforming { self.cpl() } else { code.dpl() };
@@ -43,11 +54,12 @@ impl Cpu<'_> {
         }
         let (selector, old) = (gate.selector & !3 | u16::from(new_cpl), self.cpl());
         let mut stack = self.stack_of(&gate, old, new_cpl)?;
-        let mut frame = Vec::with_capacity(5);
+        let mut frame = Vec::with_capacity(6);
         if new_cpl < old || gate.width == 8 {
             frame.extend([u64::from(self.sregs.ss.selector), self.regs.rsp]);
         }
-        frame.extend([self.regs.rflags & !RF, u64::from(self.sregs.cs.selector), next]);
+        frame.extend([event.flags(self), u64::from(self.sregs.cs.selector), event.next]);
+        frame.extend(event.code.map(u64::from));
         let offset = self.entry_of(&gate, &code)?;
         self.push(&mut stack, &frame, gate.width, new_cpl)?;
         self.mark_accessed(&code)?;
@@ -61,7 +73,19 @@ impl Cpu<'_> {
         if !gate.is_trap {
             self.regs.rflags &= !IF;
         }
-        Ok(Flow::Jumped)
+        Ok(Flow::Entered)
+    }
+
+    /// A task gate: the handler is another task, which finds the error code on its stack.
+    fn task_gate(&mut self, selector: u16, event: &Event) -> Done<Flow> {
+        let flags = event.flags(self);
+        self.switch_task(selector, Reason::Gate, event.next, flags)?;
+        if let Some(code) = event.code {
+            let mut stack = Stack { segment: self.sregs.ss, pointer: self.regs.rsp };
+            self.push(&mut stack, &[u64::from(code)], 4, self.cpl())?;
+            self.regs.rsp = stack.pointer;
+        }
+        Ok(Flow::Entered)
     }
 
     /// The address of the gate's handler.
@@ -92,21 +116,27 @@ impl Cpu<'_> {
         self.regs.rip = u64::from(u16::from_le_bytes([low, high]));
         self.regs.rsp = stack.pointer;
         self.regs.rflags &= !(IF | TF | AC | RF);
-        Ok(Flow::Jumped)
+        Ok(Flow::Entered)
     }
 
-    fn gate(&mut self, vector: u8, is_checked: bool) -> Done<Gate> {
-        let size = if self.is_long() { 16 } else { 8 };
-        let code = u32::from(vector) << 3 | CODE_IDT;
-        let entry = u64::from(vector) * size;
-        if entry + size - 1 > u64::from(self.sregs.idt.limit) {
+    /// The bytes of an entry of the IDT, whose error code is `code`.
+    fn raw_entry(&mut self, vector: u8, code: u32) -> Done<u128> {
+        let size: u8 = if self.is_long() { 16 } else { 8 };
+        let entry = u64::from(vector) * u64::from(size);
+        if entry + u64::from(size) - 1 > u64::from(self.sregs.idt.limit) {
             return fault_with(GP, code);
         }
         let mut bytes = [0; 16];
-        let data = bytes.get_mut(..if self.is_long() { 16 } else { 8 }).ok_or(Stop::Unknown)?;
+        let data = bytes.get_mut(..usize::from(size)).ok_or(Stop::Unknown)?;
         let at = self.sregs.idt.base.wrapping_add(entry);
         self.read_linear(at, data, Access::implicit(false))?;
-        let raw = u128::from_le_bytes(bytes);
+        Ok(u128::from_le_bytes(bytes))
+    }
+
+    /// The entry of a vector. `is_checked`: whether the gate's privilege is checked.
+    fn entry_of_vector(&mut self, vector: u8, is_checked: bool) -> Done<Entry> {
+        let code = u32::from(vector) << 3 | CODE_IDT;
+        let raw = self.raw_entry(vector, code)?;
         let field =
             |shift: u32, bits: u32| u64::try_from(raw >> shift & ((1 << bits) - 1)).unwrap_or(0);
         let kind = field(40, 5);
@@ -114,7 +144,7 @@ impl Cpu<'_> {
             (0xe | 0xf, true) => 8,
             (0xe | 0xf, false) => 4,
             (6 | 7, false) => 2,
-            (5, false) => return Err(Stop::Unknown), // a task gate
+            (5, false) => 0, // a task gate
             _ => return fault_with(GP, code),
         };
         if is_checked && field(45, 2) < u64::from(self.cpl()) {
@@ -123,15 +153,19 @@ impl Cpu<'_> {
         if field(47, 1) == 0 {
             return fault_with(NP, code);
         }
+        let selector = u16::try_from(field(16, 16)).unwrap_or(0);
+        if width == 0 {
+            return Ok(Entry::Task(selector));
+        }
         let high = if width == 2 { 0 } else { field(48, 16) << 16 };
         let highest = if width == 8 { field(64, 32) << 32 } else { 0 };
-        Ok(Gate {
-            selector: u16::try_from(field(16, 16)).unwrap_or(0),
+        Ok(Entry::Handler(Gate {
+            selector,
             offset: field(0, 16) | high | highest,
             is_trap: kind & 1 != 0,
             width,
             stack: if width == 8 { u8::try_from(field(32, 3)).unwrap_or(0) } else { 0 },
-        })
+        }))
     }
 
     /// The code segment of the gate's handler.
@@ -221,7 +255,7 @@ mod tests {
     fn stop(ram: &mut Ram, sregs: kvm_sregs) -> (u8, Option<u32>) {
         match run(ram, regs(), sregs, &INT).unwrap_err() {
             Stop::Fault(Fault { vector, code, .. }) => (vector, code),
-            Stop::Unknown => (0xff, None),
+            stop => panic!("{stop:?}"),
         }
     }
 
@@ -287,7 +321,7 @@ mod tests {
             (gate(0x08, 0xe1), (GP, Some(0x10a))),
             (gate(0x08, 0x6e), (NP, Some(0x10a))),
             (gate(0x1b, 0xee), (GP, Some(0x18))),
-            (gate(0x08, 0xe5), (0xff, None)),
+            (gate(0x08, 0xe5), (GP, Some(8))), // a task gate
         ] {
             let (mut ram, sregs) = machine(0);
             ram.put(IDT + 8 * 0x21, &made.to_le_bytes());

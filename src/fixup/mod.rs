@@ -4,21 +4,33 @@
 //! thread.
 
 mod access;
+mod area;
 mod bits;
 mod counts;
 mod cpu;
+mod deliver;
 mod descriptor;
 mod execute;
+mod feature;
 mod interrupt;
-mod sse;
+mod legacy;
+mod native;
+mod rewrite;
 mod stack;
+mod stop;
 mod system;
+mod task;
 #[cfg(test)]
 mod testing;
+mod transfer;
+mod unit;
+mod vector;
 mod walk;
 mod x87;
 mod xsave;
 
 pub use counts::Counts;
-pub(crate) use cpu::{Cpu, Fault, Flow, Platform, Stop};
-pub(crate) use execute::execute;
+pub(crate) use cpu::{Cpu, Fault, Platform};
+pub(crate) use execute::{Outcome, execute, undefined};
+pub(crate) use native::NativeCode;
+pub(crate) use unit::is_vector;

@@ -57,6 +57,15 @@ impl Cpu<'_> {
         Ok(u64::from_le_bytes(bytes))
     }
 
+    /// The bits of the stack pointer that the current stack uses.
+    pub(super) fn stack_mask(&self) -> u64 {
+        match (self.is_64_bit(), self.sregs.ss.db) {
+            (true, _) => u64::MAX,
+            (false, 0) => mask(2),
+            (false, _) => mask(4),
+        }
+    }
+
     /// Push a frame with the permissions of the new level, the first word at the highest address.
     pub(super) fn push(
         &mut self,

@@ -3,18 +3,30 @@
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 
 use super::cpu::{Cpu, Done, Platform};
-use super::execute::execute;
+use super::execute::perform;
+use super::native::NativeCode;
 use crate::debug::{bitness, decode};
 
 /// Memory from address 0 on, and a little other state.
 pub(crate) struct Ram {
     pub(crate) bytes: Vec<u8>,
     pub(crate) xsave: Vec<u8>,
+    pub(crate) native: NativeCode,
+    /// The value of each register of CPUID.
+    pub(crate) cpuid: u32,
+    /// Each model-specific register contains its number, with these bits.
+    pub(crate) msr_mask: u64,
 }
 
 impl Ram {
     pub(crate) fn new(size: usize) -> Self {
-        Self { bytes: vec![0; size], xsave: vec![0; 4096] }
+        Self {
+            bytes: vec![0; size],
+            xsave: vec![0; 4096],
+            native: NativeCode::default(),
+            cpuid: u32::MAX,
+            msr_mask: u64::MAX,
+        }
     }
 
     pub(crate) fn put(&mut self, at: usize, data: &[u8]) {
@@ -54,11 +66,15 @@ impl Platform for Ram {
     }
 
     fn msr(&mut self, index: u32) -> Option<u64> {
-        (index != 0xda0).then_some(u64::from(index))
+        (index != 0xda0).then_some(u64::from(index) & self.msr_mask)
+    }
+
+    fn cpuid(&mut self, _: u32) -> Option<[u32; 4]> {
+        Some([self.cpuid; 4])
     }
 
     fn xcr0(&mut self) -> Option<u64> {
-        Some(7)
+        Some(0xe7)
     }
 
     fn xsave(&mut self) -> Option<Vec<u8>> {
@@ -78,6 +94,10 @@ impl Platform for Ram {
             self.write(address, &new.to_le_bytes()).then_some(())?;
         }
         Some(found)
+    }
+
+    fn native(&mut self) -> Option<&mut NativeCode> {
+        Some(&mut self.native)
     }
 
     fn flush_translations(&mut self) -> bool {
@@ -120,7 +140,7 @@ pub(crate) fn run(
 ) -> Done<(kvm_regs, kvm_sregs)> {
     let regs = kvm_regs { rip: 0x1000, ..regs };
     let instruction = decode(code, bitness(&sregs), regs.rip).unwrap();
-    let mut cpu = Cpu { regs, sregs, platform: ram };
-    execute(&mut cpu, &instruction)?;
+    let mut cpu = Cpu::new(regs, sregs, ram);
+    perform(&mut cpu, &instruction)?;
     Ok((cpu.regs, cpu.sregs))
 }

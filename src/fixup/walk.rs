@@ -18,6 +18,7 @@ const CODE_PRESENT: u32 = 1;
 const CODE_WRITE: u32 = 1 << 1;
 const CODE_USER: u32 = 1 << 2;
 const CODE_RESERVED: u32 = 1 << 3;
+const CODE_KEY: u32 = 1 << 5;
 
 /// The page tables of a mode: the number of levels, the size of an entry, the address of the top
 /// table.
@@ -202,8 +203,8 @@ impl Cpu<'_> {
         entry & bits == bits || self.platform.set_bits(at, size, entry, bits)
     }
 
-    fn check(&self, linear: u64, access: Access, rights: &PagePermissions) -> Done<()> {
-        let s = &self.sregs;
+    fn check(&mut self, linear: u64, access: Access, rights: &PagePermissions) -> Done<()> {
+        let s = self.sregs;
         let is_open = !access.is_implicit && self.regs.rflags & AC != 0;
         let is_smap = s.cr4 & CR4_SMAP != 0 && !is_open;
         let is_refused = match access.is_user {
@@ -216,11 +217,16 @@ impl Cpu<'_> {
         if is_refused {
             return self.page_fault(linear, access, CODE_PRESENT);
         }
-        // Protection keys other than the first are not supported here.
-        if s.cr4 & CR4_PKE != 0 && rights.is_user && rights.entry >> 59 & 15 != 0 {
-            return Err(Stop::Unknown);
+        if s.cr4 & CR4_PKE == 0 || !self.is_long() || !rights.is_user {
+            return Ok(());
         }
-        Ok(())
+        let key = rights.entry >> 59 & 15;
+        let rights_of_key = self.protection_key_rights()? >> (2 * key) & 3;
+        let obeys_write = access.is_user || self.sregs.cr0 & CR0_WP != 0;
+        match rights_of_key & 1 != 0 || access.is_write && obeys_write && rights_of_key & 2 != 0 {
+            true => self.page_fault(linear, access, CODE_PRESENT | CODE_KEY),
+            false => Ok(()),
+        }
     }
 
     fn page_fault<T>(&self, linear: u64, access: Access, code: u32) -> Done<T> {
@@ -270,7 +276,7 @@ mod tests {
         match run(&mut ram, regs, kvm_sregs { cr4, ..sregs }, code) {
             Ok(_) => None,
             Err(Stop::Fault(fault)) => Some((fault.code.unwrap(), fault.address.unwrap())),
-            Err(Stop::Unknown) => panic!("no fix-up"),
+            Err(stop) => panic!("{stop:?}"),
         }
     }
 

@@ -2,8 +2,9 @@
 
 use iced_x86::{Instruction, Mnemonic};
 
+use super::area::{CONTROL, MXCSR, SSE, X87, get, put};
 use super::cpu::{Cpu, Done, Flow, Stop, fault};
-use super::xsave::{CONTROL, MXCSR, SSE, X87, check_mxcsr, get, image, put, set_image};
+use super::xsave::{check_mxcsr, image, set_image};
 use crate::x86::{CR0_EM, CR0_MP, CR0_NE, CR0_TS, CR4_OSFXSR, MF, NM, UD};
 
 const STATUS: usize = 2;

@@ -3,17 +3,14 @@
 
 use iced_x86::{Instruction, Mnemonic};
 
+use super::area::{
+    CONTROL, ComponentArea, HEADER, HEADER_END, MXCSR, MXCSR_MASK, SSE, X87, area_end, areas,
+    compact_areas, get, in_use, put,
+};
 use super::cpu::{Cpu, Done, Flow, Stop, fault, fault_with, mask};
 use crate::x86::{CR0_TS, CR4_OSXSAVE, GP, NM, UD};
 
 const IA32_XSS: u32 = 0xda0;
-pub(super) const CONTROL: usize = 0;
-pub(super) const MXCSR: usize = 24;
-const MXCSR_MASK: usize = 28;
-const HEADER: usize = 512;
-const HEADER_END: usize = 576;
-pub(super) const X87: u64 = 1;
-pub(super) const SSE: u64 = 2;
 const AVX: u64 = 4;
 const COMPACT: u64 = 1 << 63;
 
@@ -62,24 +59,6 @@ pub(super) fn image(cpu: &mut Cpu<'_>) -> Done<Vec<u8>> {
     cpu.platform.xsave().filter(|image| image.len() >= HEADER_END).ok_or(Stop::Unknown)
 }
 
-pub(super) fn get(image: &[u8], at: usize, size: usize) -> Done<u64> {
-    let field = at.checked_add(size).and_then(|end| image.get(at..end)).ok_or(Stop::Unknown)?;
-    let mut bytes = [0; 8];
-    bytes.iter_mut().zip(field).for_each(|(to, from)| *to = *from);
-    Ok(u64::from_le_bytes(bytes))
-}
-
-pub(super) fn put(image: &mut [u8], at: usize, size: usize, value: u64) -> Done<()> {
-    let field = at.checked_add(size).and_then(|end| image.get_mut(at..end)).ok_or(Stop::Unknown)?;
-    field.iter_mut().zip(value.to_le_bytes()).for_each(|(to, from)| *to = from);
-    Ok(())
-}
-
-/// The components that are not in their initial state.
-fn in_use(image: &[u8]) -> Done<u64> {
-    get(image, HEADER, 8)
-}
-
 /// Set a changed image with these components.
 pub(super) fn set_image(cpu: &mut Cpu<'_>, mut image: Vec<u8>, components: u64) -> Done<()> {
     let now = in_use(&image)? | components;
@@ -100,35 +79,6 @@ fn check_xsave(cpu: &Cpu<'_>, is_using: bool) -> Done<()> {
         return fault(UD);
     }
     if is_using && cpu.sregs.cr0 & CR0_TS != 0 { fault(NM) } else { Ok(()) }
-}
-
-/// The position and length of a component in the standard format, and whether it is aligned to 64
-/// bytes in the compact one.
-#[derive(Clone, Copy, Debug)]
-struct ComponentArea {
-    number: u32,
-    offset: usize,
-    size: usize,
-    is_aligned: bool,
-}
-
-/// The components from AVX on that are in `which`, as on this processor.
-fn areas(which: u64) -> impl Iterator<Item = ComponentArea> {
-    (2..63).filter(move |number| which >> number & 1 != 0).map(|number| {
-        let leaf = std::arch::x86_64::__cpuid_count(0xd, number);
-        let to_usize = |value: u32| usize::try_from(value).unwrap_or(0);
-        let (size, offset) = (to_usize(leaf.eax), to_usize(leaf.ebx));
-        ComponentArea { number, offset, size, is_aligned: leaf.ecx & 2 != 0 }
-    })
-}
-
-/// The same in the compact format, for an area with these components.
-fn compact_areas(which: u64) -> impl Iterator<Item = (ComponentArea, usize)> {
-    areas(which).scan(HEADER_END, |next, place| {
-        let at = if place.is_aligned { next.next_multiple_of(64) } else { *next };
-        *next = at + place.size;
-        Some((place, at))
-    })
 }
 
 /// The requested components, after the checks that saving and restoring share. `is_supervisor`:
@@ -211,15 +161,6 @@ fn save_compact(area: &mut [u8], image: &[u8], components: u64, used: u64) -> Do
     put(area, HEADER + 8, 8, components | COMPACT)?;
     area.get_mut(HEADER + 16..HEADER_END).ok_or(Stop::Unknown)?.fill(0);
     Ok(())
-}
-
-fn area_end(components: u64, is_compact: bool) -> usize {
-    let ends: Vec<usize> = if is_compact {
-        compact_areas(components).map(|(place, at)| at + place.size).collect()
-    } else {
-        areas(components).map(|place| place.offset + place.size).collect()
-    };
-    ends.into_iter().max().unwrap_or(0).max(HEADER_END)
 }
 
 fn copy(to: &mut [u8], to_at: usize, from: &[u8], from_at: usize, size: usize) -> Done<()> {

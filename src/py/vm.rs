@@ -301,7 +301,7 @@ impl PyKvmVm {
 
     /// The instructions that KVM refused and pyvmm executed, counted by mnemonic: as for `Vmm`.
     #[getter]
-    fn fixups(&self) -> PyResult<BTreeMap<&'static str, u64>> {
+    fn fixups(&self) -> PyResult<BTreeMap<String, u64>> {
         self.machine.get()?;
         Ok(self.fixups.all())
     }

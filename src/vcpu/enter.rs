@@ -6,7 +6,7 @@ use kvm_ioctls::{MsrExitReason, VcpuExit as Borrowed};
 
 use super::exit::{Data, VcpuExit};
 use super::fault::{Instruction, named};
-use super::fixup::fix_up;
+use super::fixup::{Fixed, fix_up};
 use super::kick::{ImmediateExit, StopWord};
 use super::pending::PendingIo;
 use super::run_page::RunPage;
@@ -61,8 +61,12 @@ fn run(vcpu: &mut Vcpu) -> std::result::Result<VcpuExit, kvm_ioctls::Error> {
         let exit = exit?;
         vcpu.has_page_registers = true;
         match exit {
-            VcpuExit::InternalError { .. } if fix_up(vcpu) => {}
-            exit => return Ok(with_state(exit, vcpu)),
+            exit @ VcpuExit::InternalError { .. } => match fix_up(vcpu) {
+                Fixed::Yes => {}
+                Fixed::No => return Ok(with_state(exit, vcpu)),
+                Fixed::Shutdown => return Ok(VcpuExit::Shutdown),
+            },
+            exit => return Ok(exit),
         }
     }
 }

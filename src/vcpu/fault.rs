@@ -7,6 +7,7 @@ use kvm_bindings::{KVM_EXIT_INTERNAL_ERROR, kvm_regs, kvm_segment, kvm_sregs};
 use super::run_page::InternalError;
 use super::vcpu::Vcpu;
 use crate::debug::{Paging, bitness, decode, disassemble};
+use crate::layout::PAGE;
 use crate::x86::CR0_PE;
 
 /// The longest instruction.
@@ -68,6 +69,18 @@ pub(super) fn instruction_bytes(vcpu: &Vcpu, regs: &kvm_regs, sregs: &kvm_sregs)
     }
     let in_memory = fetch(vcpu, sregs, linear(regs, sregs));
     if in_memory.len() > from_kvm.len() { in_memory } else { from_kvm }
+}
+
+/// The bytes at a vCPU's RIP, up to the end of their page.
+pub(super) fn bytes_in_page(vcpu: &Vcpu, regs: &kvm_regs, sregs: &kvm_sregs) -> Vec<u8> {
+    let address = linear(regs, sregs);
+    let length = MAX_BYTES.min(PAGE - address % PAGE);
+    let mut bytes = vec![0; usize::try_from(length).unwrap_or(0)];
+    let at = vcpu.translate(&Paging::of(sregs), address);
+    match at.is_some_and(|at| vcpu.memory().read(at, &mut bytes).is_ok()) {
+        true => bytes,
+        false => Vec::new(),
+    }
 }
 
 impl fmt::Display for Instruction {

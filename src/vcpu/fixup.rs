@@ -3,99 +3,165 @@
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use kvm_bindings::{KVM_VCPUEVENT_VALID_SHADOW, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xsave};
+use iced_x86::Mnemonic;
+use kvm_bindings::{
+    KVM_MAX_CPUID_ENTRIES, KVM_VCPUEVENT_VALID_SHADOW, kvm_regs, kvm_sregs, kvm_vcpu_events,
+    kvm_xsave,
+};
 use kvm_ioctls::VcpuFd;
 
-use super::fault::instruction_bytes;
+use super::fault::{bytes_in_page, instruction_bytes};
 use super::vcpu::Vcpu;
 use crate::debug::{bitness, decode};
-use crate::fixup::{Cpu, Fault, Flow, Platform, Stop, execute};
-use crate::x86::{CR4_PGE, DB, RF, TF, UD};
+use crate::fixup::{Cpu, Fault, NativeCode, Outcome, Platform, execute, is_vector, undefined};
+use crate::layout::PAGE;
+use crate::x86::{CR0_PE, CR4_PGE};
 
-/// The vector of the debug exception, and the single-step bit of DR6.
+/// The single-step bit of DR6, and the bit of DR7 that guards the debug registers.
 const DR6_STEP: u64 = 1 << 14;
+const DR7_GUARD: u64 = 1 << 13;
 
-/// Execute the instruction that KVM has refused, if fix-ups are on and one exists for it. Returns
-/// false if the exit has to be reported.
-pub(super) fn fix_up(vcpu: &mut Vcpu) -> bool {
-    let Some(counts) = vcpu.fixups.clone() else { return false };
+/// How many instructions one exit may execute. Interrupts wait meanwhile.
+const MAX_FOLLOWED: usize = 64;
+
+/// What a fix-up has come to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fixed {
+    /// The guest continues.
+    Yes,
+    /// The exit has to be reported.
+    No,
+    /// The guest has shut itself down by a triple fault.
+    Shutdown,
+}
+
+/// Execute the instruction that KVM has refused, if fix-ups are on and one exists for it.
+pub(super) fn fix_up(vcpu: &mut Vcpu) -> Fixed {
+    let mut native = std::mem::take(&mut vcpu.native);
+    let fixed = attempt(vcpu, &mut native);
+    vcpu.native = native;
+    fixed
+}
+
+fn attempt(vcpu: &Vcpu, native: &mut NativeCode) -> Fixed {
+    let Some(counts) = &vcpu.fixups else { return Fixed::No };
     let error = vcpu.page.internal_error();
     if error.suberror != kvm_bindings::KVM_INTERNAL_ERROR_EMULATION {
-        return false;
+        return Fixed::No;
     }
-    let (Ok(regs), Ok(sregs)) = (vcpu.general(), vcpu.fd().get_sregs()) else { return false };
+    let (Ok(regs), Ok(sregs)) = (vcpu.general(), vcpu.fd().get_sregs()) else { return Fixed::No };
     let bytes = instruction_bytes(vcpu, &regs, &sregs);
-    let Some(instruction) = decode(&bytes, bitness(&sregs), regs.rip) else {
-        return refuse(vcpu, &regs, &sregs);
-    };
-    let mut host = Host { vcpu };
-    let mut cpu = Cpu { regs, sregs, platform: &mut host };
-    let done = execute(&mut cpu, &instruction);
-    let (regs_after, sregs_after) = (cpu.regs, cpu.sregs);
-    let is_fixed = match done {
-        Ok(flow) => {
-            let is_step = flow == Flow::Next && regs.rflags & TF != 0;
-            put_back(vcpu, (&regs_after, &sregs_after), &sregs, is_step.then_some(step()))
-                && (!is_step || note_step(vcpu.fd()))
+    let mut host = Host { vcpu, native, state: None, is_state_changed: false };
+    let mut cpu = Cpu::new(regs, sregs, &mut host);
+    let mut executed = Vec::new();
+    let mut outcome = Outcome::Unknown;
+    if let Some(instruction) = decode(&bytes, bitness(&sregs), regs.rip) {
+        outcome = execute(&mut cpu, &instruction);
+        executed.push(instruction.mnemonic());
+        if is_vector(&instruction) && outcome == (Outcome::Done { is_step: false }) {
+            outcome = follow(vcpu, &mut cpu, &mut executed);
         }
-        Err(Stop::Fault(fault)) => raise(vcpu, &regs, &sregs, fault),
-        Err(Stop::Unknown) => return refuse(vcpu, &regs, &sregs),
-    };
-    if is_fixed {
-        counts.add(instruction.mnemonic());
     }
-    is_fixed
+    if outcome == Outcome::Unknown {
+        executed.clear();
+        // KVM itself raises #UD in ring 3, unless it has been asked to exit instead.
+        if sregs.cr0 & CR0_PE != 0 && sregs.ss.dpl == 3 {
+            outcome = undefined(&mut cpu);
+        }
+    }
+    let after = After { regs: cpu.regs, sregs: cpu.sregs, unmasks_nmi: cpu.unmasks_nmi };
+    if !host.put_state() {
+        return Fixed::No;
+    }
+    let fixed = conclude(vcpu, &after, &sregs, outcome);
+    if fixed != Fixed::No {
+        counts.add(&executed);
+    }
+    fixed
 }
 
-/// Raise #UD if the instruction was in ring 3. KVM does this itself unless it has been asked to
-/// exit instead.
-fn refuse(vcpu: &Vcpu, regs: &kvm_regs, sregs: &kvm_sregs) -> bool {
-    let is_user = sregs.cr0 & 1 != 0 && sregs.ss.dpl == 3;
-    is_user && raise(vcpu, regs, sregs, Fault { vector: UD, code: None, address: None })
+/// Execute the vector instructions that follow one, in its page, without an exit for each.
+fn follow(vcpu: &Vcpu, cpu: &mut Cpu<'_>, executed: &mut Vec<Mnemonic>) -> Outcome {
+    let mut outcome = Outcome::Done { is_step: false };
+    let page = cpu.regs.rip / PAGE;
+    if vcpu.guest_debug.is_on() || has_breakpoints(vcpu.fd()) {
+        return outcome;
+    }
+    while executed.len() < MAX_FOLLOWED && cpu.regs.rip / PAGE == page {
+        let bytes = bytes_in_page(vcpu, &cpu.regs, &cpu.sregs);
+        let found = decode(&bytes, bitness(&cpu.sregs), cpu.regs.rip).filter(is_vector);
+        let Some(instruction) = found else { break };
+        let next = execute(cpu, &instruction);
+        // KVM executes it, or exits for it.
+        if next == Outcome::Unknown {
+            break;
+        }
+        outcome = next;
+        executed.push(instruction.mnemonic());
+        if outcome != (Outcome::Done { is_step: false }) || cpu.regs.rip != instruction.next_ip() {
+            break;
+        }
+    }
+    outcome
 }
 
-fn step() -> Fault {
-    Fault { vector: DB, code: None, address: None }
+/// Whether the guest has enabled breakpoints of its own.
+fn has_breakpoints(fd: &VcpuFd) -> bool {
+    fd.get_debug_regs().map_or(true, |debug| debug.dr7 & 0xff != 0)
+}
+
+/// The state after an instruction.
+struct After {
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+    unmasks_nmi: bool,
+}
+
+fn conclude(vcpu: &Vcpu, after: &After, before: &kvm_sregs, outcome: Outcome) -> Fixed {
+    let (fault, is_step) = match outcome {
+        Outcome::Done { is_step } => (None, is_step),
+        Outcome::Inject { fault, is_step } => (Some(fault), is_step),
+        Outcome::Shutdown => return Fixed::Shutdown,
+        Outcome::Unknown => return Fixed::No,
+    };
+    let is_set = put_back(vcpu, after, before, fault) && (!is_step || note_step(vcpu.fd()));
+    if is_set { Fixed::Yes } else { Fixed::No }
 }
 
 fn note_step(fd: &VcpuFd) -> bool {
     let Ok(mut debug) = fd.get_debug_regs() else { return false };
     debug.dr6 |= DR6_STEP;
+    debug.dr7 &= !DR7_GUARD;
     fd.set_debug_regs(&debug).is_ok()
 }
 
-/// Have KVM raise a fault at the instruction.
-fn raise(vcpu: &Vcpu, regs: &kvm_regs, sregs: &kvm_sregs, fault: Fault) -> bool {
-    let after = kvm_regs { rflags: regs.rflags | RF, ..*regs };
-    let cr2 = fault.address.unwrap_or(sregs.cr2);
-    put_back(vcpu, (&after, &kvm_sregs { cr2, ..*sregs }), sregs, Some(fault))
-}
-
-fn put_back(
-    vcpu: &Vcpu,
-    (regs, sregs): (&kvm_regs, &kvm_sregs),
-    before: &kvm_sregs,
-    fault: Option<Fault>,
-) -> bool {
-    if sregs != before && vcpu.set_sregs(sregs).is_err() {
+fn put_back(vcpu: &Vcpu, after: &After, before: &kvm_sregs, fault: Option<Fault>) -> bool {
+    if after.sregs != *before && vcpu.set_sregs(&after.sregs).is_err() {
         return false;
     }
-    if vcpu.fd().set_regs(regs).is_err() {
+    if vcpu.fd().set_regs(&after.regs).is_err() {
         return false;
     }
-    vcpu.page.set_registers(regs);
+    vcpu.page.set_registers(&after.regs);
     vcpu.fd().get_vcpu_events().is_ok_and(|events| {
-        let after = events_after(events, fault);
-        after == events || vcpu.fd().set_vcpu_events(&after).is_ok()
+        let new = events_after(events, fault, after.unmasks_nmi);
+        new == events || vcpu.fd().set_vcpu_events(&new).is_ok()
     })
 }
 
 /// The events after an instruction: no interrupt shadow of the one before it, and its fault to be
 /// delivered.
-fn events_after(mut events: kvm_vcpu_events, fault: Option<Fault>) -> kvm_vcpu_events {
+fn events_after(
+    mut events: kvm_vcpu_events,
+    fault: Option<Fault>,
+    unmasks_nmi: bool,
+) -> kvm_vcpu_events {
     if events.interrupt.shadow != 0 {
         events.interrupt.shadow = 0;
         events.flags |= KVM_VCPUEVENT_VALID_SHADOW;
+    }
+    if unmasks_nmi {
+        events.nmi.masked = 0;
     }
     (events.exception.pending, events.exception.injected) = (0, 0);
     if let Some(fault) = fault {
@@ -110,9 +176,27 @@ fn events_after(mut events: kvm_vcpu_events, fault: Option<Fault>) -> kvm_vcpu_e
 /// A fix-up's access to the vCPU.
 struct Host<'a> {
     vcpu: &'a Vcpu,
+    native: &'a mut NativeCode,
+    /// The extended state, from its first use on.
+    state: Option<Vec<u8>>,
+    is_state_changed: bool,
 }
 
 impl Host<'_> {
+    /// Set the extended state that an instruction has changed.
+    fn put_state(&self) -> bool {
+        let Some(image) = self.state.as_ref().filter(|_| self.is_state_changed) else {
+            return true;
+        };
+        let mut area = kvm_xsave::default();
+        for (to, from) in area.region.iter_mut().zip(image.chunks_exact(4)) {
+            *to = from.try_into().map_or(0, u32::from_le_bytes);
+        }
+        // SAFETY: KVM_SET_XSAVE reads 4 KiB, the size of kvm_xsave, unless a permission for dynamic
+        // features has been asked for, which nothing here does.
+        unsafe { self.vcpu.fd().set_xsave(&area) }.is_ok()
+    }
+
     /// A host pointer to guest memory that the host may write, aligned to its size.
     fn place(&self, address: u64, size: u64) -> Option<crate::memory::View> {
         if !address.is_multiple_of(size) {
@@ -193,6 +277,12 @@ impl Platform for Host<'_> {
         super::msr::msr_of(self.vcpu.fd(), index).ok()
     }
 
+    fn cpuid(&mut self, leaf: u32) -> Option<[u32; 4]> {
+        let cpuid = self.vcpu.fd().get_cpuid2(KVM_MAX_CPUID_ENTRIES).ok()?;
+        let entry = cpuid.as_slice().iter().find(|e| e.function == leaf && e.index == 0);
+        Some(entry.map_or([0; 4], |e| [e.eax, e.ebx, e.ecx, e.edx]))
+    }
+
     fn xcr0(&mut self) -> Option<u64> {
         let xcrs = self.vcpu.fd().get_xcrs().ok()?;
         xcrs.xcrs
@@ -203,18 +293,21 @@ impl Platform for Host<'_> {
     }
 
     fn xsave(&mut self) -> Option<Vec<u8>> {
-        let area = self.vcpu.fd().get_xsave().ok()?;
-        Some(area.region.iter().flat_map(|word| word.to_le_bytes()).collect())
+        if self.state.is_none() {
+            let area = self.vcpu.fd().get_xsave().ok()?;
+            self.state = Some(area.region.iter().flat_map(|word| word.to_le_bytes()).collect());
+        }
+        self.state.clone()
     }
 
     fn set_xsave(&mut self, image: &[u8]) -> bool {
-        let mut area = kvm_xsave::default();
-        for (to, from) in area.region.iter_mut().zip(image.chunks_exact(4)) {
-            *to = from.try_into().map_or(0, u32::from_le_bytes);
-        }
-        // SAFETY: KVM_SET_XSAVE reads 4 KiB, the size of kvm_xsave, unless a permission for dynamic
-        // features has been asked for, which nothing here does.
-        unsafe { self.vcpu.fd().set_xsave(&area) }.is_ok()
+        self.state = Some(image.to_vec());
+        self.is_state_changed = true;
+        true
+    }
+
+    fn native(&mut self) -> Option<&mut NativeCode> {
+        Some(self.native)
     }
 
     fn flush_translations(&mut self) -> bool {
@@ -233,12 +326,15 @@ mod tests {
         let mut events = kvm_vcpu_events::default();
         events.interrupt.shadow = 1;
         events.exception.pending = 1;
-        events.exception.nr = UD;
-        let after = events_after(events, None);
-        assert_eq!((after.interrupt.shadow, after.exception.pending), (0, 0));
+        events.exception.nr = 6;
+        events.nmi.masked = 1;
+        let after = events_after(events, None, false);
+        assert_eq!((after.interrupt.shadow, after.exception.pending, after.nmi.masked), (0, 0, 1));
         assert_eq!(after.flags, KVM_VCPUEVENT_VALID_SHADOW);
         let fault = Fault { vector: 14, code: Some(6), address: Some(0x1000) };
-        let after = events_after(events, Some(fault)).exception;
+        let after = events_after(events, Some(fault), true);
+        assert_eq!(after.nmi.masked, 0);
+        let after = after.exception;
         let code = (after.has_error_code, after.error_code);
         assert_eq!((after.injected, after.nr, code), (1, 14, (1, 6)));
     }

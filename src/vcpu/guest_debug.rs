@@ -44,6 +44,12 @@ impl GuestDebug {
         }
     }
 
+    /// Whether anything has been requested.
+    pub(super) fn is_on(&self) -> bool {
+        let none = DebugRequest::default();
+        self.program != none || self.host != none
+    }
+
     /// The union of both requests, in KVM's format.
     ///
     /// # Errors

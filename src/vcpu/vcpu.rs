@@ -42,6 +42,8 @@ pub struct Vcpu {
     pub(super) memory: GuestMemory,
     /// Counts of executed fix-ups; `None` if fix-ups are off.
     pub(crate) fixups: Option<Arc<fixup::Counts>>,
+    /// What fix-ups have run on the host.
+    pub(super) native: fixup::NativeCode,
     /// Whether KVM_RUN has been called. CPUID cannot be changed afterwards.
     pub(crate) has_run: bool,
     /// Whether the guest has been notified of its current pause, or has never run.
@@ -102,6 +104,7 @@ impl Vcpu {
             router,
             memory,
             fixups: None,
+            native: fixup::NativeCode::default(),
             has_run: false,
             knows_of_pause: true,
             accepted_cpuid: None,

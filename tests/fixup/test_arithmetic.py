@@ -1,19 +1,19 @@
 """Arithmetic, SSE and XSAVE by fix-up: each comes to what the processor makes of it.
 
-Covers src/fixup/bits.rs, src/fixup/sse.rs.
+Covers src/fixup/area.rs, src/fixup/bits.rs, src/fixup/xsave.rs.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from fixup_guests import common_xcr0
 from guests import Mode, flat, needs_processor
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from pyvmm import CpuConfig, ExitReason, Kvm, Snapshot, Vmm, kvm_info
+from pyvmm import CpuConfig, ExitReason, Snapshot, Vmm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -251,22 +251,6 @@ def test_sse_comes_to_what_the_processor_makes_of_it(
     needs_processor(*needed(name))
     native = with_xmm(machines(SSE_CODE[name], "user64"), xmm, data)
     assert with_xmm(machines(SSE_CODE[name], "long64", fixups=True), xmm, data) == native
-
-
-@functools.cache
-def common_xcr0() -> int:
-    """The bits of XCR0 that ring 3 finds and that KVM lets a guest set.
-
-    Where ring 0 is emulated ring 3 finds the host's, which may be more than KVM offers.
-    """
-    (offered,) = (
-        leaf.edx << 32 | leaf.eax for leaf in Kvm().supported_cpuid if (leaf.function, leaf.index) == (0xD, 0)
-    )
-    if not kvm_info()["software_kvm"]:
-        return offered
-    with contextlib.closing(Machines()) as machines:
-        vmm = machines("31 c9 0f 01 d0", "user64", template="host")  # xor ecx, ecx; xgetbv
-        return offered & run_once(vmm, {}, b"")["rax"]
 
 
 def with_extended_state(

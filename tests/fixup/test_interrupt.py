@@ -3,95 +3,32 @@
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
-from guests import HALT, Mode, exit_with, flat
+from fixup_guests import (
+    AC,
+    CF,
+    CODE,
+    FIXUPS,
+    HANDLERS,
+    IF,
+    INNER_STACK,
+    IST_STACK,
+    NT,
+    OF,
+    RF,
+    TF,
+    gate,
+    land,
+    lay_out,
+)  # fmt: skip
+from guests import Mode, exit_with, flat
 from pyvmm import CpuConfig, Exit, ExitReason, Vmm
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-
 pytestmark = pytest.mark.kvm
-FIXUPS = CpuConfig(fixups=True)
-CODE = 0x10000
-IDT = 0x30000
-TSS = 0x31000
-HANDLERS = 0x4000
-INNER_STACK = 0x50000
-IST_STACK = 0x60000
-GDT = 0x80000
-CF, PF, AF, ZF, SF, TF, IF, OF, NT, RF, AC = (1 << n for n in (0, 2, 4, 6, 7, 8, 9, 11, 14, 16, 18))
 INT_0X21 = b"\xcd\x21"
 INT3 = b"\xcc"
 FLAGS = IF | NT | AC | 0x8D7  # all of arithmetic too; bit 1 is always one
-
-
-class Landing(NamedTuple):
-    """Where a guest came out: the vector of the handler, and what it found."""
-
-    vector: int
-    frame: tuple[int, ...]
-    rsp: int
-    rflags: int
-    cs: int
-    ss: int
-    cr2: int
-
-
-def gate(offset: int, selector: int = 0x10, kind: int = 0xE, dpl: int = 0, ist: int = 0, present: int = 1) -> bytes:
-    """A gate of 64 bits' IDT; its first half is one of 32 bits."""
-    access = present << 15 | dpl << 13 | kind << 8 | ist
-    return struct.pack("<HHHHII", offset & 0xFFFF, selector, access, offset >> 16 & 0xFFFF, offset >> 32, 0)
-
-
-def lay_out(vmm: Vmm, mode: Mode, gates: Mapping[int, bytes], ring: int) -> None:
-    """Handlers that exit with their vector, gates to them, a GDT with another ring, a TSS with its stacks."""
-    is_long = mode != "protected32"
-    handlers = b"".join(exit_with(vector).ljust(16, HALT) for vector in range(256))
-    vmm.memory.write(HANDLERS, handlers)
-    for vector in range(256):
-        made = gates.get(vector, gate(HANDLERS + 16 * vector))
-        vmm.memory.write(IDT + vector * (16 if is_long else 8), made if is_long else made[:8])
-    if is_long:
-        tss = struct.pack("<IQQQQQ", 0, INNER_STACK, 0, 0, 0, IST_STACK).ljust(104, b"\0")
-    else:
-        tss = struct.pack("<III", 0, INNER_STACK, 0x18).ljust(104, b"\0")
-    vmm.memory.write(TSS, tss)
-    code32, data = 0x00CF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF
-    vmm.memory.write_u64(GDT + 0x30, code32 | ring << 45)
-    vmm.memory.write_u64(GDT + 0x38, data | ring << 45)
-    (vcpu,) = vmm.vcpus
-    task = {"base": TSS, "limit": 103, "type": 11, "present": 1, "s": 0, "unusable": 0, "selector": 0x20}
-    vcpu.sregs.update(idt={"base": IDT, "limit": 256 * (16 if is_long else 8) - 1}, tr=task)
-
-
-def land(
-    code: bytes,
-    mode: Mode,
-    *,
-    ring: int = 0,
-    gates: Mapping[int, bytes] | None = None,
-    **regs: int,
-) -> Landing:
-    """Run into a handler. Outside ring 0 the code has 32 bits, in compatibility mode where the handler has 64."""
-    with Vmm(flat(code + exit_with(99), mode, address=CODE, cpu=FIXUPS)) as vmm:
-        lay_out(vmm, mode, gates or {}, ring)
-        (vcpu,) = vmm.vcpus
-        if ring:
-            outer = {"dpl": ring, "l": 0, "db": 1}
-            data = {"selector": 0x38 | ring, **outer}
-            vcpu.sregs.update(cs={"selector": 0x30 | ring, **outer}, ss=data, ds=data, es=data)
-        vcpu.regs.update(**regs)
-        exit = vmm.run(10)
-        assert exit.reason is ExitReason.CODE, exit
-        assert exit.code is not None
-        width = 4 if mode == "protected32" else 8
-        rsp, sregs = vcpu.regs.rsp, vcpu.sregs
-        words = vmm.memory.read(rsp, 6 * width)
-        frame = tuple(int.from_bytes(words[n : n + width], "little") for n in range(0, 6 * width, width))
-        return Landing(exit.code, frame, rsp, vcpu.regs.rflags, sregs.cs.selector, sregs.ss.selector, sregs.cr2)
 
 
 @pytest.mark.parametrize(("code", "vector"), [(INT_0X21, 0x21), (INT3, 3), (b"\xf1", 1), (b"\xcd\x03", 3)])

@@ -297,7 +297,7 @@ impl PyVmm {
     ///
     /// Empty without `CpuConfig(fixups=True)`. docs/fixups.md lists the instructions.
     #[getter]
-    fn fixups(&self) -> PyResult<BTreeMap<&'static str, u64>> {
+    fn fixups(&self) -> PyResult<BTreeMap<String, u64>> {
         Ok(self.core()?.fixups().all())
     }
 
