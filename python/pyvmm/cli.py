@@ -16,7 +16,7 @@ import msgspec
 
 import pyvmm
 from pyvmm import keyvalue
-from pyvmm.boots import FlatBoot, LinuxBoot
+from pyvmm.cli_boot import BOOTS, BootOptions, boot_of
 from pyvmm.config import CpuConfig, MemoryConfig, SerialConfig, VmmConfig
 from pyvmm.exceptions import ConfigError, VmmError
 from pyvmm.runner import STATUSES, STDERR, Ask, Instrumentation, Status, print_error, run_machine, run_with
@@ -107,7 +107,9 @@ _MACHINE = (
     ),
     click.option("--flat", type=click.Path(), metavar="FILE", help="Machine code to run instead of a kernel."),
     click.option("--mode", metavar="MODE", help="Its mode: real16 (the default), protected32, long64 or user64."),
+    click.option("--boot", type=click.Choice(BOOTS), help="What KERNEL is, if it is not found out (auto)."),
     click.option("--initrd", type=click.Path(), help="The initial RAM disk."),
+    click.option("--module", multiple=True, metavar="FILE[,TEXT]", help="A module with its command line; repeatable."),
     click.option("--append", metavar="TEXT", help="The kernel command line."),
     click.option("--memory", metavar="MIB", help="Guest memory: a number of MiB, or size_mib=MIB."),
     click.option("--vcpus", "--vcpu", metavar="N", help="The number of vCPUs: N, or num=N,sockets=S,threads=T."),
@@ -146,7 +148,7 @@ def run(
     trace_file: str | None,
     **options: Any,
 ) -> int:
-    """Run KERNEL, an ELF vmlinux or a bzImage; without one, run the built-in guest.
+    """Run KERNEL: a bzImage, a vmlinux, or another kernel for x86; without one, run the built-in guest.
 
     The guest's serial port is connected to the terminal. Ctrl-A x ends the machine.
     """
@@ -283,24 +285,16 @@ def check(file: str) -> None:
 
 def with_options(
     base: VmmConfig,
-    kernel: str | None,
-    kernel_form: str | None,
-    flat: str | None,
-    mode: str | None,
-    initrd: str | None,
-    append: str | None,
     memory: str | None,
     vcpus: str | None,
     template: str | None,
     hide: tuple[str, ...],
     expose: tuple[str, ...],
     fixups: bool,
+    **boot: Any,
 ) -> VmmConfig:
     """The configuration with the options of the command line over it."""
-    if flat is None and mode is None:
-        boot = _boot(base, kernel, kernel_form, initrd, append)
-    else:
-        boot = _flat(base, flat, mode, (kernel, kernel_form, initrd, append))
+    booted = boot_of(base, BootOptions(**boot))
     if memory is not None:
         size = _number("memory", memory, "size_mib")
         base = base.replace(memory=MemoryConfig(size_mib=size))
@@ -315,7 +309,7 @@ def with_options(
         cpu = cpu.replace(expose=(*cpu.expose, *_names(expose)))
     if fixups:
         cpu = cpu.replace(fixups=True)
-    return base.replace(boot=boot, cpu=cpu)
+    return base.replace(boot=booted, cpu=cpu)
 
 
 def _vcpus(cpu: CpuConfig, text: str) -> CpuConfig:
@@ -326,41 +320,6 @@ def _vcpus(cpu: CpuConfig, text: str) -> CpuConfig:
 
 def _names(options: tuple[str, ...]) -> list[str]:
     return [name for names in options for name in names.split(",")]
-
-
-def _boot(base: VmmConfig, kernel: str | None, form: str | None, initrd: str | None, append: str | None) -> Any:
-    values: dict[str, Any] = {"kernel": kernel, "initrd": initrd, "cmdline": append}
-    if form is not None:
-        if kernel is not None:
-            raise ConfigError("kernel: named twice, as KERNEL and by --kernel", at="kernel")
-        keys: dict[str, type[str] | type[int]] = {"path": str, "cmdline": str, "kernel_load_addr": int}
-        found = keyvalue.parse("kernel", form, keys)
-        if "path" not in found:
-            raise ConfigError("kernel.path: is needed", at="kernel.path")
-        values["kernel"] = found["path"]
-        values["load_address"] = found.get("kernel_load_addr")
-        values["cmdline"] = append or found.get("cmdline")
-    given = {name: value for name, value in values.items() if value is not None}
-    if not given:
-        return base.boot
-    if isinstance(base.boot, LinuxBoot):
-        return base.boot.replace(**given)
-    if "kernel" not in given:
-        raise ConfigError("kernel: --initrd and --append need a KERNEL", at="kernel")
-    return LinuxBoot(**given)
-
-
-def _flat(base: VmmConfig, path: str | None, mode: str | None, of_kernel: tuple[str | None, ...]) -> FlatBoot:
-    if any(value is not None for value in of_kernel):
-        raise ConfigError("--flat: flat code and a kernel cannot both be run", at="--flat")
-    given: dict[str, Any] = {name: value for name, value in (("path", path), ("mode", mode)) if value is not None}
-    if path is not None:
-        given["code"] = b""
-    if isinstance(base.boot, FlatBoot):
-        return base.boot.replace(**given)
-    if path is None:
-        raise ConfigError("--mode: it needs --flat", at="--mode")
-    return FlatBoot(**given)
 
 
 def _number(option: str, text: str, key: str) -> int:

@@ -11,6 +11,7 @@ mod flat;
 mod identify;
 mod initrd;
 mod kernel;
+mod kind;
 mod linux;
 mod load;
 mod memory_map;
@@ -26,4 +27,5 @@ mod symbols;
 mod zero_page;
 
 pub use embedded::embedded_guest;
+pub use kind::{Kind, kind_of_file};
 pub use load::load;

@@ -16,6 +16,7 @@ from pyvmm import (
     Events,
     Exit,
     ExitReason,
+    KernelBoot,
     LinuxBoot,
     SerialConfig,
     Vmm,
@@ -109,3 +110,23 @@ def test_command_line_boots_a_bzimage_which_unpacks_itself(linux: Linux) -> None
     exit = json.loads(done.stdout)
     assert (done.returncode, exit["reason"], exit["vcpu"]) == (121, "reset", 0), done.stderr[-2000:]
     assert USERSPACE in done.stderr
+
+
+def test_vmlinux_boots_as_any_pvh_kernel_with_a_ram_disk(linux: Linux) -> None:
+    boot = KernelBoot(linux.vmlinux, modules=[linux.initramfs], cmdline=linux.cmdline)
+    with Vmm(VmmConfig(boot=boot)) as vmm:
+        exit = vmm.run(DEADLINE_S)
+        console = vmm.serial.take_output().decode()
+    assert exit == Exit(ExitReason.RESET, vcpu=0), console[-2000:]
+    assert USERSPACE in console
+    assert f"Kernel command line: {linux.cmdline}" in console
+
+
+def test_command_line_boots_a_vmlinux_by_pvh_and_at_its_entry(linux: Linux) -> None:
+    for boot in ("pvh", "elf"):
+        command = [sys.executable, "-m", "pyvmm", "run", "--boot", boot, str(linux.vmlinux), "--append", linux.cmdline]
+        command += ["--expect", "Linux version", "--timeout", str(DEADLINE_S)]
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DEADLINE_S + 60, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 NONE: dict[str, Any] = {
-    "kernel": None, "kernel_form": None, "flat": None, "mode": None, "initrd": None, "append": None, "memory": None,
+    "kernel": None, "kernel_form": None, "boot": None, "flat": None, "mode": None, "initrd": None, "append": None,
+    "module": (), "memory": None,
     "vcpus": None, "template": None, "hide": (), "expose": (), "fixups": False,
 }  # fmt: skip
 
@@ -200,7 +201,7 @@ def test_trace_is_a_file_and_its_failure_no_harm_to_the_run(tmp_path: Path) -> N
         (["run", "--memory", "size=5"], b"pyvmm: error: memory: 'size' is not one of size_mib"),
         (["run", "--vcpu", "num=many"], b"pyvmm: error: vcpus.num: 'many' is not a number"),
         (["run", "--hide", "nonsense"], b"pyvmm: error: cpu.hide: 'nonsense' is not a known CPUID feature"),
-        (["run", "--initrd", "x"], b"pyvmm: error: kernel: --initrd and --append need a KERNEL"),
+        (["run", "--initrd", "x"], b"pyvmm: error: kernel: --initrd, --append and --module need a KERNEL"),
         (["run", "--config", "none.toml"], b"pyvmm: error: none.toml: No such file"),
         (["run", "--timeout", "-1"], b"Error: Invalid value for '--timeout'"),
         (["run", "--nonsense"], b"Error: No such option"),
@@ -260,7 +261,7 @@ def test_reference_form_names_a_whole_machine() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[boot]\ntype = "linux"\nkernel = "vm.toml"', b"boot.kernel: neither an ELF vmlinux nor a bzImage"),
+        ('[boot]\ntype = "linux"\nkernel = "vm.toml"', b"boot.kernel: neither an ELF file nor a bzImage"),
         ('[boot]\ntype = "elf"\npath = "none"', b"none: No such file"),
         ('[cpu]\nhide = ["nonsense"]', b"cpu.hide: 'nonsense' is not a known CPUID feature"),
         ("exit_port = 0x70", b"exit_port: 0x70 overlaps RTC"),

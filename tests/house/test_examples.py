@@ -22,7 +22,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NEED_NO_KVM = {"event_loop", "loop_from_threads", "loop_tour"}
 NEED_LINUX = {"boot_linux"}
 NEED_RAY = {"snapshot_ray"}
-NEED_GCC = {"fuzz_parser"}
+NEED_GCC = {"fuzz_parser", "multiboot_kernel"}
 FOR_PYTEST = {"test_guest"}
 
 

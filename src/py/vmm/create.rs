@@ -1,6 +1,7 @@
 //! Creates the Python object of a machine: `Vmm(...)`, and the object of a fork. Runs with the GIL
 //! held, which is released while the machine is built.
 
+use std::path::PathBuf;
 use std::sync::{Arc, OnceLock, Weak};
 
 use pyo3::prelude::*;
@@ -8,6 +9,7 @@ use pyo3::types::{PyDict, PyTuple};
 
 use super::loop_objects::LoopObjects;
 use super::object::{Origin, PyVmm};
+use crate::boot::{Kind, kind_of_file};
 use crate::py::ending::{guard_thread, import};
 use crate::py::event::{PyEventManager, PyWrappedExitHandler};
 use crate::py::gil_cell::GilCell;
@@ -102,6 +104,15 @@ impl PyVmm {
         guard_thread();
         let native = config::from_python(config)?;
         interrupt::interruptible(config.py(), |interrupted| Vmm::check(&native, interrupted))
+    }
+
+    /// Which boot a kernel's file is for, for the command line: "linux" or "kernel".
+    #[staticmethod]
+    fn _boot_kind(py: Python<'_>, path: PathBuf) -> PyResult<&'static str> {
+        match py.detach(|| kind_of_file(&path))? {
+            Kind::Linux => Ok("linux"),
+            Kind::Kernel => Ok("kernel"),
+        }
     }
 
     #[pyo3(signature = (config = None, *, event_manager = None))]
