@@ -6,7 +6,7 @@ use pyo3::types::{PyBytes, PyDict};
 
 use crate::boot;
 use crate::cpu::{self, cpuid};
-use crate::kvm::open_kvm;
+use crate::kvm::{max_vcpus, open_kvm};
 use crate::vcpu;
 
 /// The capabilities that pyvmm uses or reports, by their names in the kernel's documentation.
@@ -43,7 +43,7 @@ pub(crate) fn kvm_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     let info = PyDict::new(py);
     info.set_item("api_version", kvm.get_api_version())?;
     info.set_item("capabilities", capabilities)?;
-    info.set_item("max_vcpus", kvm.get_max_vcpus())?;
+    info.set_item("max_vcpus", max_vcpus(&kvm))?;
     info.set_item("software_kvm", cpuid::host_is_software_kvm())?;
     info.set_item("hidden_features", cpuid::hidden_by_default())?;
     Ok(info)

@@ -9,7 +9,7 @@ use pyo3::types::PyTuple;
 
 use super::cpuid::cpuid_entries;
 use crate::error::Error;
-use crate::kvm::open_kvm;
+use crate::kvm::{max_vcpus, open_kvm};
 
 /// KVM's system interface: /dev/kvm.
 ///
@@ -64,7 +64,7 @@ impl PyKvm {
     /// The maximum number of vCPUs of a machine.
     #[getter]
     fn max_vcpus(&self) -> usize {
-        self.0.get_max_vcpus()
+        max_vcpus(&self.0)
     }
 
     /// The file descriptor, for ioctls of your own.

@@ -166,7 +166,13 @@ impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     }
 
     pub(super) fn create_vcpu_fd(&self, id: u64) -> Result<VcpuFd> {
-        self.fd.create_vcpu(id).map_err(|e| Error::kvm("KVM_CREATE_VCPU", e))
+        self.fd.create_vcpu(id).map_err(|e| {
+            let error = Error::kvm("KVM_CREATE_VCPU", e);
+            match e.errno() {
+                libc::EMFILE => error.hint("each vCPU needs a file descriptor: ulimit -n"),
+                _ => error,
+            }
+        })
     }
 }
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import struct
 import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from alone import alone
 from guests import HALT, SPIN, Mode, exit_with, flat
-from pyvmm import ConfigError, CpuConfig, ExitReason, Snapshot, Vmm, VmmConfig
+from pyvmm import ConfigError, CpuConfig, ExitReason, KvmError, Snapshot, Vmm, VmmConfig
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -179,3 +182,15 @@ def test_vcpus_are_divided_into_sockets_cores_and_threads() -> None:
         with pytest.raises(ConfigError) as caught:
             Vmm(flat(HALT, cpu=wrong))
         assert str(caught.value) == message
+
+
+@alone
+def test_vcpu_without_a_descriptor_is_refused_and_nothing_stays() -> None:
+    with Vmm(flat(HALT)):
+        pass
+    before = len(os.listdir("/proc/self/fd"))
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, most))
+    with pytest.raises(KvmError, match="ulimit -n"):
+        Vmm(flat(HALT, cpu=CpuConfig(vcpus=100)))
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -167,6 +167,7 @@ def test_template_in_the_configuration_itself_is_as_one_in_a_file() -> None:
         ('[[bits]]\nregister = "eax"', "bits[0]: Object missing required field `leaf`"),
         ("base = ", "mine.toml: "),
         ('base = "\xff', "mine.toml: "),
+        ("hide = " + "[" * 100_000, "mine.toml: "),
     ],
 )
 def test_error_of_a_file_names_it_and_its_key(text: str, message: str, tmp_path: Path) -> None:
