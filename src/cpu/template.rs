@@ -149,7 +149,7 @@ pub(super) fn hidden(is_software: bool) -> impl Iterator<Item = &'static str> {
 }
 
 /// What every x86-64 processor has, and what every KVM adds to it.
-const EVERYWHERE: &str = "fpu vme de pse tsc msr pae mce cx8 apic sep mtrr pge mca cmov pat pse36 clflush mmx fxsr \
+const EVERYWHERE: &str = "fpu de pse tsc msr pae mce cx8 apic sep mtrr pge mca cmov pat pse36 clflush mmx fxsr \
     sse sse2 syscall nx lm tsc_adjust x2apic tsc_deadline_timer \
     kvmclock_old kvm_nopiodelay kvmclock kvmclock_stable_bit";
 // The levels: System V ABI, AMD64 supplement, table 3.1.

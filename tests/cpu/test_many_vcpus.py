@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from alone import alone
-from guests import HALT, SPIN, Mode, exit_with, flat
-from pyvmm import ConfigError, CpuConfig, ExitReason, KvmError, Snapshot, Vmm, VmmConfig
+from guests import HALT, SPIN, Mode, elf, exit_with, flat
+from pyvmm import ConfigError, CpuConfig, ExitReason, KernelBoot, KvmError, MemoryConfig, Snapshot, Vmm, VmmConfig
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -74,6 +74,20 @@ def test_guest_starts_its_other_processors(mode: Mode, vcpus: int) -> None:
         vmm.memory.write(STARTED, PROCESSOR)
         assert vmm.run(DEADLINE_S).code == 7
         assert started(vmm) == (vcpus - 1, [0] + [1] * (vcpus - 1))
+
+
+def test_kernel_starts_the_processors_that_wait_for_it(tmp_path: Path) -> None:
+    """Only vCPU 0 enters a kernel. The others have not run before their SIPI."""
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(elf(0x100000, starter("long64", [INIT, SIPI, SIPI], 31)))
+    config = VmmConfig(boot=KernelBoot(kernel), memory=MemoryConfig(size_mib=4), cpu=CpuConfig(vcpus=32))
+    with Vmm(config) as vmm:
+        vmm.memory.write(STARTED, PROCESSOR)
+        assert [vcpu.mp_state.name for vcpu in vmm.vcpus[1:]] == ["UNINITIALIZED"] * 31
+        with vmm.snapshot().fork() as fork:
+            for each in (vmm, fork):
+                assert each.run(DEADLINE_S).code == 7
+                assert started(each) == (31, [0] + [1] * 31)
 
 
 def test_init_starts_a_running_processor_again() -> None:
