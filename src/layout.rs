@@ -55,6 +55,13 @@ pub const MAX_MODULES: usize = 256;
 /// The MP table is at the start of the EBDA, where Linux looks for it.
 pub const MP_TABLE: u64 = EBDA_START;
 
+/// ACPI's firmware control structure, in a page of its own.
+pub const ACPI_FACS: u64 = 0xe_0000;
+/// ACPI's tables, the RSDP first: in the range that kernels search for it.
+pub const ACPI_TABLES: u64 = 0xe_1000;
+/// The tables end here at the latest.
+pub const ACPI_END: u64 = 0xf_0000;
+
 /// The I/O APIC.
 pub const IOAPIC: u32 = 0xfec0_0000;
 /// The local APICs.
@@ -71,6 +78,10 @@ pub const KVM_OWN_SIZE: u64 = 4 * PAGE;
 pub const COM1: u16 = 0x3f8;
 /// COM1's interrupt line.
 pub const COM1_IRQ: u32 = 4;
+/// The serial ports of a PC, COM1 first, and their interrupt lines.
+pub const SERIAL_PORTS: [(u16, u32); 4] = [(COM1, COM1_IRQ), (0x2f8, 3), (0x3e8, 4), (0x2e8, 3)];
+/// ACPI's system control interrupt.
+pub const SCI_IRQ: u16 = 9;
 /// The exit port, as of QEMU's isa-debug-exit.
 pub const EXIT_PORT: u16 = 0xf4;
 /// The number of its ports.

@@ -133,6 +133,14 @@ impl Resources {
         Some(start)
     }
 
+    /// The owners of a range's parts.
+    #[must_use]
+    pub fn owners_in(&self, kind: ResourceKind, (start, length): (u64, u64)) -> Vec<Resource> {
+        let last = start.saturating_add(length.saturating_sub(1));
+        let claims = self.claims.lock();
+        owners(&claims).filter(|claim| claim.overlaps(kind, start, last)).cloned().collect()
+    }
+
     /// Release a claim. Does nothing if no claim starts there.
     pub fn release(&self, kind: ResourceKind, start: u64) {
         let mut claims = self.claims.lock();

@@ -49,7 +49,7 @@ pub(super) fn boot(
     let loaded = found.check(image, memory)?;
     modules::place(&mut modules, loaded.end(), memory)?;
     let mut area = Area::default();
-    let map = memory_map(memory.size());
+    let map = memory_map(memory.size(), rsdp.is_some());
     let start = match found {
         Found::Pvh(..) => pvh::add(&mut area, loaded.entry(), cmdline, &modules, &map, rsdp)?,
         Found::Multiboot(header) => {
@@ -58,7 +58,7 @@ pub(super) fn boot(
         Found::Elf(executable) => {
             let mode = if executable.is_64 { CpuMode::Kernel64 } else { CpuMode::Kernel32 };
             let disk = ram_disk(&modules)?;
-            zero_page::write(memory, zero_page::elf_header(), cmdline, disk)?;
+            zero_page::write(memory, zero_page::elf_header(), cmdline, disk, rsdp)?;
             zero_page::start(mode, loaded.entry())
         }
     };

@@ -57,7 +57,7 @@ pub(super) fn load(
         Some(path) => initrd::load(path, memory, files, kernel.end, kernel.initrd_ceiling)?,
         None => (0, 0),
     };
-    zero_page::write(memory, kernel.header, &config.cmdline, initrd)?;
+    zero_page::write(memory, kernel.header, &config.cmdline, initrd, rsdp)?;
     Ok(zero_page::start(kernel.mode, kernel.entry))
 }
 

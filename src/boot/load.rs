@@ -1,7 +1,7 @@
 //! Loads what the configuration names.
 
 use super::files::Files;
-use super::{embedded, firmware, flat, kernel, linux, mptable, program};
+use super::{acpi, embedded, firmware, flat, kernel, linux, mptable, program};
 use crate::config::{Boot, VmmConfig};
 use crate::cpu::{CpuMode, Start};
 use crate::error::Result;
@@ -19,6 +19,8 @@ pub fn load(
     memory: &GuestMemory,
     interrupted: &dyn Fn() -> Result<()>,
 ) -> Result<Start> {
+    acpi::write(config, memory)?;
+    let rsdp = acpi::rsdp(config);
     let files = Files { most: memory.size(), interrupted };
     match &config.boot {
         Boot::Embedded => Ok(Start::new(CpuMode::User64, embedded::load(config, memory)?)),
@@ -32,12 +34,12 @@ pub fn load(
             Ok(Start { stack, ..Start::new(CpuMode::Program64, entry) })
         }
         Boot::Linux(linux) => {
-            let start = linux::load(linux, memory, &files, None)?;
+            let start = linux::load(linux, memory, &files, rsdp)?;
             mptable::write(memory, config.cpu.vcpus)?;
             Ok(start)
         }
         Boot::Kernel(kernel) => {
-            let start = kernel::load(kernel, memory, &files, None)?;
+            let start = kernel::load(kernel, memory, &files, rsdp)?;
             if config.has_irqchip() {
                 mptable::write(memory, config.cpu.vcpus)?;
             }

@@ -1,7 +1,9 @@
 //! Loads the code or kernel that the machine starts into guest memory. There is no KVM here; `vm`
 //! sets the registers. On the thread that makes the machine, which may wait for files.
 
+mod acpi;
 mod area;
+mod dsdt;
 mod elf;
 mod embedded;
 mod fields;

@@ -320,7 +320,7 @@ pub(super) mod tests {
         let memory = memory();
         let mut placed = [module(b"first", "a b"), module(b"second", "")];
         modules::place(&mut placed, 0x10_0000, &memory).unwrap();
-        let (mut area, map) = (Area::default(), memory_map(4 << 20));
+        let (mut area, map) = (Area::default(), memory_map(4 << 20, false));
         let header = Header { offset: 0, flags: WANTS_VIDEO };
         let start = header.add_info(&mut area, 0x10_0020, "quiet", &placed, &map).unwrap();
         area.write(&memory).unwrap();

@@ -62,7 +62,7 @@ mod tests {
         let mut placed = [module(b"first", "a b"), module(b"second", "")];
         modules::place(&mut placed, 0x10_0000, &memory).unwrap();
         let mut area = Area::default();
-        let map = memory_map(4 << 20);
+        let map = memory_map(4 << 20, false);
         let start = add(&mut area, 0x10_0020, "quiet", &placed, &map, Some(0xe_0000)).unwrap();
         area.write(&memory).unwrap();
         assert_eq!((start.mode, start.entry), (CpuMode::Loader32, 0x10_0020));

@@ -25,7 +25,8 @@ pub(super) fn elf_header() -> setup_header {
     }
 }
 
-/// Write it. `initrd` is the address and size of the RAM disk, zeros for none.
+/// Write it. `initrd` is the address and size of the RAM disk, zeros for none; `rsdp` is ACPI's
+/// root pointer.
 ///
 /// # Errors
 /// If the kernel's header says that it does not take so long a command line, or memory is too
@@ -35,6 +36,7 @@ pub(super) fn write(
     header: setup_header,
     cmdline: &str,
     initrd: (u32, u32),
+    rsdp: Option<u64>,
 ) -> Result<()> {
     let mut params = boot_params { hdr: header, ..Default::default() };
     (params.hdr.ramdisk_image, params.hdr.ramdisk_size) = initrd;
@@ -49,7 +51,8 @@ pub(super) fn write(
     params.hdr.type_of_loader = LOADER_UNDEFINED;
     params.hdr.cmd_line_ptr = u32::try_from(layout::CMDLINE).map_err(|_| no_room())?;
     params.hdr.cmdline_size = u32::try_from(cmdline.len()).map_err(|_| no_room())?;
-    fill_e820(memory, &mut params)?;
+    params.acpi_rsdp_addr = rsdp.unwrap_or_default();
+    fill_e820(memory, rsdp.is_some(), &mut params)?;
     memory.write(layout::CMDLINE, &[cmdline.as_bytes(), &[0]].concat())?;
     memory.write(layout::ZERO_PAGE, params.as_slice())
 }
@@ -60,8 +63,8 @@ pub(super) fn start(mode: CpuMode, entry: u64) -> Start {
     Start { stack: Some(layout::ZERO_PAGE), arguments, ..Start::new(mode, entry) }
 }
 
-fn fill_e820(memory: &GuestMemory, params: &mut boot_params) -> Result<()> {
-    let map = memory_map(memory.size());
+fn fill_e820(memory: &GuestMemory, has_acpi: bool, params: &mut boot_params) -> Result<()> {
+    let map = memory_map(memory.size(), has_acpi);
     for (entry, range) in params.e820_table.iter_mut().zip(&map) {
         *entry = boot_e820_entry { addr: range.start, size: range.size, r#type: range.kind };
     }
@@ -80,7 +83,7 @@ mod tests {
     #[test]
     fn a_kernel_finds_its_command_line_and_its_ram_disk() {
         let memory = GuestMemory::new(4 << 20).unwrap();
-        write(&memory, elf_header(), "quiet", (0x20_0000, 5)).unwrap();
+        write(&memory, elf_header(), "quiet", (0x20_0000, 5), None).unwrap();
         let at = |offset| memory.load::<u32>(layout::ZERO_PAGE + offset).unwrap();
         assert_eq!((at(0x218), at(0x21c)), (0x20_0000, 5));
         assert_eq!(u64::from(at(0x228)), layout::CMDLINE);
@@ -97,8 +100,8 @@ mod tests {
     fn a_command_line_longer_than_the_kernel_takes_is_refused() {
         let memory = GuestMemory::new(1 << 20).unwrap();
         let header = setup_header { cmdline_size: 255, ..elf_header() };
-        write(&memory, header, &"a".repeat(255), (0, 0)).unwrap();
-        let error = write(&memory, header, &"a".repeat(256), (0, 0)).unwrap_err();
+        write(&memory, header, &"a".repeat(255), (0, 0), None).unwrap();
+        let error = write(&memory, header, &"a".repeat(256), (0, 0), None).unwrap_err();
         assert_eq!(error.at, "boot.cmdline");
     }
 }

@@ -93,7 +93,8 @@ impl VmmConfig {
     pub fn platform(&self) -> Platform {
         let exit_port = self.exit_port;
         let parts = self.platform.parts(self.is_pc(), exit_port);
-        Platform { irqchip: self.has_irqchip(), exit_port, parts }
+        let yielding = self.platform.by_default(parts);
+        Platform { irqchip: self.has_irqchip(), exit_port, parts, yielding }
     }
 
     /// Whether the machine has an in-kernel PIT.

@@ -68,6 +68,12 @@ impl PcParts {
         Self(self.0 | part.bit())
     }
 
+    /// The set without the part.
+    #[must_use]
+    pub fn without(self, part: PcPart) -> Self {
+        Self(self.0 & !part.bit())
+    }
+
     /// The parts of the set.
     pub fn iter(self) -> impl Iterator<Item = PcPart> {
         PcPart::ALL.into_iter().filter(move |part| self.has(*part))
@@ -124,6 +130,12 @@ impl PlatformConfig {
         }
     }
 
+    /// Those of the parts that nobody has asked for.
+    #[must_use]
+    pub fn by_default(&self, parts: PcParts) -> PcParts {
+        parts.iter().filter(|part| self.of(*part).is_none()).fold(PcParts::default(), PcParts::with)
+    }
+
     /// The parts of a machine. A part that is there by default gives way to the exit port.
     #[must_use]
     pub fn parts(&self, is_pc: bool, ExitPort(exit_port): ExitPort) -> PcParts {
@@ -144,6 +156,8 @@ pub struct Platform {
     pub exit_port: ExitPort,
     /// The parts of a PC.
     pub parts: PcParts,
+    /// Those that give way to a device of the program, because they are there by default.
+    pub yielding: PcParts,
 }
 
 impl Platform {

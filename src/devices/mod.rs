@@ -2,6 +2,7 @@
 //! state and locks; `vcpu` handles the exits. Devices are called on the thread of the vCPU that
 //! exited. The code that reads and writes streams runs on the loop's thread.
 
+mod acpi_pm;
 mod backlog;
 mod bus;
 mod debug_exit;
@@ -33,6 +34,7 @@ mod uart_modem;
 mod uart_receiver;
 mod uart_state;
 
+pub use acpi_pm::AcpiPm;
 pub use backlog::Chunk;
 pub(crate) use bus::BusCache;
 pub use bus::{Access, Bus, Buses, Device, Unanswered, each};

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use event_manager::SubscriberId;
 
+use super::acpi_pm::AcpiPm;
 use super::bus::{Access, Buses, Device};
 use super::debug_exit::DebugExit;
 use super::i8042::I8042;
@@ -125,7 +126,9 @@ pub(crate) fn attach(
 fn attach_part(buses: &Buses, part: PcPart) {
     let port = |base: u16, device| buses.pio.add(u64::from(base), 1, device);
     match part {
-        PcPart::Acpi => {}
+        PcPart::Acpi => {
+            buses.pio.add(layout::PM_BASE.into(), layout::PM_PORTS, Arc::new(AcpiPm::default()));
+        }
         PcPart::Pvpanic => port(layout::PVPANIC, Arc::new(Pvpanic)),
         PcPart::ResetPorts => {
             port(layout::RESET_CONTROL, Arc::new(ResetRegister::reset_control()));

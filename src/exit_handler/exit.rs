@@ -35,6 +35,7 @@ pub enum ExitReason {
     /// The guest reported a panic, by the pvpanic port.
     Panic,
     /// All vCPUs halted with interrupts off, on a machine with an in-kernel interrupt controller.
+    /// Only an NMI of the host can wake one.
     AllHalted,
 }
 
@@ -61,10 +62,11 @@ impl ExitReason {
         }
     }
 
-    /// Whether another `run` can continue the guest, because the host ended this run.
+    /// Whether another `run` can continue the guest, because the host ended this run, or because an
+    /// NMI of the host can still wake it.
     #[must_use]
     pub fn resumable(self) -> bool {
-        matches!(self, Self::Stopped | Self::Timeout | Self::Debug)
+        matches!(self, Self::Stopped | Self::Timeout | Self::Debug | Self::AllHalted)
     }
 }
 

@@ -36,6 +36,8 @@ ranks! {
     Runner,
     /// The KVM side of a machine with a loop, until it is closed.
     VmmParts,
+    /// Which parts of a PC a machine has.
+    Platform,
     /// The machine's own subscribers.
     OwnSubscribers,
     /// The KVM side of a bare machine, until it is closed.
@@ -88,6 +90,8 @@ ranks! {
     KeyboardController,
     /// A register that resets the machine.
     ResetRegister,
+    /// ACPI's fixed registers.
+    AcpiPm,
     /// The registers of the clock.
     Rtc,
     /// Which devices drive an interrupt line high.

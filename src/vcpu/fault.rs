@@ -8,7 +8,7 @@ use super::run_page::InternalError;
 use super::vcpu::Vcpu;
 use crate::debug::{Paging, bitness, decode, disassemble};
 use crate::layout::PAGE;
-use crate::x86::CR0_PE;
+use crate::x86::{CR0_PE, EFER_LMA};
 
 /// The longest instruction.
 const MAX_BYTES: u64 = 15;
@@ -25,6 +25,21 @@ pub(crate) fn describe(vcpu: &Vcpu, what: &str) -> String {
         }
         (Err(e), _) | (_, Err(e)) => format!("{what}\nthe registers cannot be read: {e}"),
     }
+}
+
+/// Whether a triple fault is how a kernel resets the machine: its IDT is too small for a single
+/// gate, so that the next exception cannot be delivered. On the vCPU's thread.
+pub(crate) fn is_deliberate(vcpu: &Vcpu) -> bool {
+    vcpu.fd().get_sregs().is_ok_and(|sregs| has_no_gate(&sregs))
+}
+
+fn has_no_gate(sregs: &kvm_sregs) -> bool {
+    let gate = match (sregs.cr0 & CR0_PE, sregs.efer & EFER_LMA) {
+        (0, _) => 4,
+        (_, 0) => 8,
+        _ => 16,
+    };
+    u32::from(sregs.idt.limit) + 1 < gate
 }
 
 /// Replaces the instruction in the text.
@@ -246,6 +261,19 @@ mod tests {
         assert!(!is_after_init(&kvm_regs { rsp: 8, ..regs }, &sregs), "it has run since INIT");
         assert!(!is_after_init(&regs, &kvm_sregs { cr0: CR0_PE, ..sregs }));
         assert!(!is_after_init(&kvm_regs { rip: 0x1000, ..regs }, &sregs));
+    }
+
+    #[test]
+    fn an_idt_without_room_for_a_gate_is_deliberate_in_each_mode() {
+        for (cr0, efer, limit) in [(0, 0, 2), (CR0_PE, 0, 6), (CR0_PE, EFER_LMA, 14)] {
+            let mut sregs = kvm_sregs { cr0, efer, ..Default::default() };
+            for (limit, is_deliberate) in [(0, true), (limit, true), (limit + 1, false)] {
+                sregs.idt.limit = limit;
+                assert_eq!(has_no_gate(&sregs), is_deliberate, "{limit}");
+            }
+            sregs.idt.limit = 0xffff;
+            assert!(!has_no_gate(&sregs), "as after a reset");
+        }
     }
 
     #[test]

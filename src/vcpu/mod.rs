@@ -16,6 +16,7 @@ mod exit;
 mod fault;
 mod fixup;
 mod guest_debug;
+mod halted;
 mod handle;
 mod host_access;
 mod kick;

@@ -208,7 +208,11 @@ fn handle_exit(exit: &VcpuExit, vcpu: &mut Vcpu, handle: &VcpuHandle) -> Outcome
         VcpuExit::MmioWrite { address, data } => access::mmio_write(vcpu, handle, *address, data),
         // The guest gets a general protection fault, as KVM itself would have raised.
         VcpuExit::Rdmsr { .. } | VcpuExit::Wrmsr { .. } => Outcome::Continue,
+        VcpuExit::Hlt if std::mem::take(&mut vcpu.has_reported_halt) => {
+            end(Exit::new(ExitReason::AllHalted))
+        }
         VcpuExit::Hlt => end(exception::take(vcpu).unwrap_or_else(|| Exit::new(ExitReason::Halt))),
+        VcpuExit::Shutdown if fault::is_deliberate(vcpu) => end(Exit::new(ExitReason::Reset)),
         _ => end_of(exit, vcpu.page.exit_reason(), || {
             fault::internal_error(&vcpu.page.internal_error())
         }),

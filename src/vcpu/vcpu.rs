@@ -61,6 +61,8 @@ pub struct Vcpu {
     pub(super) set_to: Cell<Option<StateId>>,
     /// Work that the last exit has left for the next entry.
     pub(super) pending: PendingIo,
+    /// Whether the pending HLT is that of a machine with an interrupt controller.
+    pub(super) has_reported_halt: bool,
     /// The device that had no room for the last access. The vCPU waits for it before the next
     /// entry.
     pub(super) waits_for: Option<Arc<dyn Device>>,
@@ -112,6 +114,7 @@ impl Vcpu {
             tsc_khz: None,
             accepted_state: None,
             set_to: Cell::new(None),
+            has_reported_halt: false,
             pending: PendingIo::Idle,
             waits_for: None,
             has_page_registers: false,
@@ -186,6 +189,7 @@ impl Vcpu {
     /// Forget the last access, because the registers are replaced.
     pub(crate) fn forget_access(&mut self) {
         self.pending = PendingIo::Idle;
+        self.has_reported_halt = false;
         self.has_found_memory = false;
     }
 

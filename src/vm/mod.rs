@@ -6,6 +6,7 @@
 mod at_rest;
 mod build;
 mod device_calls;
+mod halted;
 mod interrupts;
 mod kvm_vm;
 mod life;

@@ -26,7 +26,9 @@ pub struct MachineSpec {
 impl MachineSpec {
     pub(crate) fn platform(&self) -> Platform {
         let exit_port = ExitPort(self.exit_port);
-        Platform { irqchip: self.irqchip, exit_port, parts: self.parts }
+        // None gives way: the snapshot has its state.
+        let yielding = PcParts::default();
+        Platform { irqchip: self.irqchip, exit_port, parts: self.parts, yielding }
     }
 
     /// Its bytes in a record: vCPUs, irqchip, PIT, whether it has an exit port, fix-ups, the port.

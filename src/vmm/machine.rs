@@ -16,8 +16,8 @@ use crate::boot;
 use crate::config::{Platform, SerialConfig, VmmConfig};
 use crate::cpu::Start;
 use crate::debug::Symbols;
-use crate::devices::{self, Access, Device, MachineSize, Serial};
-use crate::error::{Error, ErrorKind, Result};
+use crate::devices::{self, MachineSize, Serial};
+use crate::error::{Error, Result};
 use crate::event::EventManager;
 use crate::exit_handler::{Exit, WrappedExitHandler};
 use crate::fixup::Counts;
@@ -43,7 +43,8 @@ pub struct Vmm {
     fixups: Arc<Counts>,
     /// The address at which the vCPUs start.
     pub(super) entry: u64,
-    pub(super) platform: Platform,
+    /// The parts that a device of the program has replaced are taken out.
+    pub(super) platform: Mutex<Platform, rank::Platform>,
     /// Identifies the threads of its vCPUs.
     pub(super) vm_id: usize,
     pub(super) resets: Resets,
@@ -139,7 +140,7 @@ impl Vmm {
             serial: attached.serial,
             fixups,
             entry,
-            platform,
+            platform: Mutex::new(platform),
             vm_id,
             resets: Resets::default(),
             has_failed: AtomicBool::new(false),
@@ -177,41 +178,6 @@ impl Vmm {
     pub fn event_manager(&self) -> Result<Arc<EventManager>> {
         let loop_parts = self.loop_parts.lock();
         loop_parts.as_ref().map(|own| Arc::clone(&own.event_manager)).ok_or_else(closed)
-    }
-
-    /// Add a device to one of the buses. This is possible at any time.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Config`] if the range is not on that bus, or overlaps something else.
-    pub fn add_device(
-        &self,
-        access: Access,
-        base: u64,
-        length: u64,
-        device: Arc<dyn Device>,
-    ) -> Result<()> {
-        let vm = self.vm()?;
-        vm.check_process()?;
-        if access == Access::Pio && base.saturating_add(length) > 0x1_0000 {
-            let detail = "ports go from 0 to 0xffff";
-            return Err(Error::new(ErrorKind::Config, format!("{base:#x}"), detail));
-        }
-        let resources = vm.memory().resources();
-        devices::claim_range(resources, access, (base, length), device.name())?;
-        self.router.buses.bus(access).add(base, length, device);
-        Ok(())
-    }
-
-    /// Remove a device. An access that has found it already is still answered.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Config`] if no device starts at this address.
-    pub fn remove_device(&self, access: Access, base: u64) -> Result<()> {
-        let vm = self.vm()?;
-        let removed = self.router.buses.bus(access).remove(base);
-        drop(removed.map_err(|error| self.closed_or(error))?);
-        vm.memory().resources().release(access.kind(), base);
-        Ok(())
     }
 
     /// The error of a call that has not found a device. If another thread has closed the machine

@@ -3,6 +3,8 @@
 //! thread; any thread may call the rest.
 
 mod begin;
+mod devices;
+mod halt_watch;
 mod instruments;
 mod life;
 mod machine;

@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::begin::Begun;
+use super::halt_watch::HaltWatch;
 use super::life::{Entering, Running};
 use super::machine::Vmm;
 use crate::error::{Error, ErrorKind, Result};
@@ -142,14 +143,18 @@ impl Running<'_> {
         turn: &mut impl FnMut(NextTurn) -> std::result::Result<(), E>,
         is_enough: &dyn Fn() -> bool,
     ) -> std::result::Result<Option<ExitReason>, E> {
+        let mut watch = HaltWatch::new(&self.vm);
         loop {
-            let next = self.event_manager.next_turn().until(deadline);
+            let due = watch.as_ref().map(HaltWatch::due);
+            let until = deadline.into_iter().chain(due).min();
+            let next = self.event_manager.next_turn().until(until);
             if !self.exit_handler.keep_running() || self.is_stopped_beside_turn() {
                 return Ok(Some(ExitReason::Stopped));
             }
             if is_enough() || deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 return Ok(None);
             }
+            watch.iter_mut().for_each(HaltWatch::look);
             self.turn(next, turn)?;
         }
     }

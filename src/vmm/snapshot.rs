@@ -43,7 +43,7 @@ impl Vmm {
 
     pub(super) fn spec(&self, vm: &Vm) -> MachineSpec {
         let (irqchip, pit, fixups) = vm.chips();
-        let Platform { exit_port: ExitPort(exit_port), parts, .. } = self.platform;
+        let Platform { exit_port: ExitPort(exit_port), parts, .. } = *self.platform.lock();
         let vcpus = u16::try_from(vm.handles().len()).unwrap_or(u16::MAX);
         MachineSpec { vcpus, irqchip, pit, fixups, exit_port, parts }
     }

@@ -1,16 +1,30 @@
 """The parts of a PC as a flat guest sees them: how it powers off, resets and panics, by Python and the command line.
 
-Covers src/devices/pvpanic.rs, src/devices/reset_ports.rs and src/config/platform.rs.
+Covers src/vmm/devices.rs.
 """
 
 from __future__ import annotations
+
+import json
 
 from typing import TYPE_CHECKING
 
 import pytest
 from command_line import pyvmm
-from guests import HALT, SPIN, exit_with, flat, out, read_in
-from pyvmm import ConfigError, ExitReason, PlatformConfig, Snapshot, StateError, Unanswered, Vmm, VmmConfig
+from guests import HALT, SPIN, TRIPLE_FAULT, elf, exit_with, flat, keeps_fault_state, out, read_in
+from pyvmm import (
+    ConfigError,
+    ExitReason,
+    LinuxBoot,
+    MemoryConfig,
+    PlatformConfig,
+    Snapshot,
+    StateError,
+    Stop,
+    Unanswered,
+    Vmm,
+    VmmConfig,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,6 +42,8 @@ ENDS = {
     "port 0xcf9, a power cycle": (out(RESET_CONTROL, 0xE), ExitReason.RESET, 121),
     "port 0x92": (out(SYSTEM_CONTROL, 3), ExitReason.RESET, 121),
     "keyboard controller": (out(0x64, 0xFE), ExitReason.RESET, 121),
+    "ACPI": (b"\xba\x04\x06\xb8\x00\x20\xef", ExitReason.POWEROFF, 0),  # mov dx, 0x604; mov ax, 0x2000; out dx, ax
+    "ACPI, the byte": (out(0x605, 0x20), ExitReason.POWEROFF, 0),
 }
 
 
@@ -43,6 +59,20 @@ def test_each_way_to_end_has_its_reason_and_status(how: str, tmp_path: Path) -> 
     config.write_text("[platform]\nacpi = true\npvpanic = true\nreset_ports = true\n")
     done = pyvmm("run", "--flat", program, "--config", config, "--timeout", "60")
     assert (done.returncode, done.stderr) == (status, b"")
+
+
+@kvm
+def test_triple_fault_without_an_idt_is_a_reset_and_any_other_a_fault(tmp_path: Path) -> None:
+    program, config = tmp_path / "code", tmp_path / "vm.toml"
+    config.write_text("boot = {type = 'flat', path = 'code', mode = 'long64'}\n")
+    lidt = b"\x0f\x01\x1c\x25\x00\x20\x00\x00"  # lidt [0x2000], which is zeros
+    for code, reason, status in ((lidt + TRIPLE_FAULT, "reset", 121), (TRIPLE_FAULT, "shutdown", 120)):
+        program.write_bytes(code)
+        done = pyvmm("run", "--config", config, "--timeout", "60", "--json")
+        values = json.loads(done.stdout)
+        if reason == "reset" and values["fault"] and not keeps_fault_state(values["fault"]):
+            pytest.skip("kvm-amd does not keep the IDT of a triple fault")
+        assert (values["reason"], done.returncode) == (reason, status)
 
 
 @kvm
@@ -103,6 +133,40 @@ def test_parts_and_their_state_are_in_snapshots_and_files(tmp_path: Path) -> Non
             assert fork.run(60).code == 2
     with Vmm(flat(code)) as other, pytest.raises(StateError, match="the parts of a PC none, the snapshot acpi"):
         other.reset(snapshot)
+
+
+@kvm
+def test_part_by_default_gives_way_to_a_device_of_the_program_and_one_that_is_asked_for_stays(tmp_path: Path) -> None:
+    class Register:
+        def write(self, offset: int, size: int, value: int) -> Stop:
+            return Stop((offset, value))
+
+        def save(self) -> bytes:
+            return b""
+
+        def restore(self, state: bytes) -> None:
+            assert state == b""
+
+    code = b"\xba\x05\x05\x00\x00\xb0\x01\xee" + HALT  # mov edx, 0x505; mov al, 1; out dx, al
+    (tmp_path / "kernel").write_bytes(elf(0x100000, code))
+    config = VmmConfig(boot=LinuxBoot(tmp_path / "kernel"), memory=MemoryConfig(size_mib=16))
+    with Vmm(config) as vmm:
+        assert vmm.run(60).reason is ExitReason.PANIC
+    with Vmm(config) as vmm:
+        vmm.add_pio_device(PVPANIC - 1, 4, Register())
+        assert "pvpanic" not in {resource.name for resource in vmm.resources}
+        assert {"acpi", "reset_ports"} <= {resource.name for resource in vmm.resources}
+        with pytest.raises(ConfigError, match="overlaps i8042"):
+            vmm.add_pio_device(0x64, 0xD00, Register())
+        assert "reset_ports" in {resource.name for resource in vmm.resources}, "nothing is taken out for a refusal"
+        snapshot = vmm.snapshot()
+        assert vmm.run(60).value == (1, 1)
+        with snapshot.fork(setup=lambda fork: fork.add_pio_device(PVPANIC - 1, 4, Register())) as fork:
+            assert fork.run(60).value == (1, 1)
+            with pytest.raises(ConfigError, match="overlaps acpi"):
+                fork.add_pio_device(0x600, 1, Register())
+    with Vmm(flat(out(PVPANIC, 1), platform=ALL)) as vmm, pytest.raises(ConfigError, match="overlaps pvpanic"):
+        vmm.add_pio_device(PVPANIC - 1, 4, Register())
 
 
 @kvm

@@ -80,9 +80,11 @@ static unsigned count(const char *text, const char *word)
 
 static char buffer[8192];
 
-static void reboot(void)
+enum { RESTART = 0x01234567, HALT = (int)0xcdef0123, POWER_OFF = 0x4321fedc };
+
+static void reboot(int how)
 {
-	syscall5(SYS_REBOOT, 0xfee1dead, 672274793, 0x01234567, 0, 0);
+	syscall5(SYS_REBOOT, 0xfee1dead, 672274793, how, 0, 0);
 }
 
 /* Ends the run of the machine with a code. */
@@ -147,8 +149,12 @@ static void shell(void)
 			syscall5(SYS_EXIT, 1, 0, 0, 0, 0);
 		} else if (starts_with(line, "reboot")) {
 			return;
+		} else if (starts_with(line, "poweroff")) {
+			reboot(POWER_OFF);
+		} else if (starts_with(line, "halt")) {
+			reboot(HALT);
 		} else if (line[0]) {
-			print("commands: echo TEXT, cat FILE, ls FOLDER, exit CODE, panic, reboot\n");
+			print("commands: echo TEXT, cat FILE, ls FOLDER, exit CODE, panic, reboot, poweroff, halt\n");
 		}
 	}
 }
@@ -182,7 +188,7 @@ __attribute__((used)) static void init(unsigned long *stack)
 		print("pyvmm: you typed ");
 		print(buffer);
 	}
-	reboot();
+	reboot(RESTART);
 	for (;;)
 		;
 }
