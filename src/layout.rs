@@ -60,7 +60,7 @@ pub const ACPI_FACS: u64 = 0xe_0000;
 /// ACPI's tables, the RSDP first: in the range that kernels search for it.
 pub const ACPI_TABLES: u64 = 0xe_1000;
 /// The tables end here at the latest.
-pub const ACPI_END: u64 = 0xf_0000;
+pub const ACPI_END: u64 = HIGH_MEMORY;
 
 /// The I/O APIC.
 pub const IOAPIC: u32 = 0xfec0_0000;

@@ -106,7 +106,8 @@ class SerialConfig(Part, frozen=True, kw_only=True):
 class PlatformConfig(Part, frozen=True, kw_only=True):
     """The parts of a PC that the machine has. None means only if it boots a kernel or firmware.
 
-    A part that is there by default gives way to an exit port at its ports.
+    A part that is there by default gives way to an exit port or a device of the program at its
+    ports.
 
     Attributes:
         acpi: the tables and registers of ACPI, by which a guest powers the machine off.

@@ -41,7 +41,7 @@ class ExitReason(StrEnum):
     PANIC = "panic"
     """The guest reported a panic, by the pvpanic port."""
     ALL_HALTED = "all-halted"
-    """All vCPUs halted with interrupts off, on a machine with an interrupt controller."""
+    """All vCPUs halted with interrupts off, on a machine with an interrupt controller. The next `run` continues."""
 
 
 class Exit(NamedTuple):
@@ -141,7 +141,7 @@ class ExitKind(StrEnum):
     MSR = "msr"
     """RDMSR and WRMSR of registers that KVM does not know, or that a hook asked for."""
     HLT = "hlt"
-    """HLT, on a machine without an interrupt controller."""
+    """HLT: on a machine with an interrupt controller only when all vCPUs are halted with interrupts off."""
     SHUTDOWN = "shutdown"
     """A triple fault."""
     DEBUG = "debug"

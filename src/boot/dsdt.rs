@@ -17,6 +17,8 @@ const HEADER_SIZE: u32 = 36;
 
 /// The sleep type of S5 in the PM1a control register.
 const S5: u8 = 0;
+/// Beyond this number, there is no room to list the processors. A kernel finds them in the MADT.
+const MAX_LISTED: u64 = 1024;
 /// Present, enabled, shown and working.
 const PRESENT: u8 = 0xf;
 
@@ -30,7 +32,9 @@ pub(super) fn table(config: &VmmConfig) -> Sdt {
     let platform = config.platform();
     let has_irqchip = platform.irqchip;
     let mut devices = Vec::new();
-    (0..config.cpu.vcpus).for_each(|id| devices.extend(processor(id)));
+    if config.cpu.vcpus <= MAX_LISTED {
+        (0..config.cpu.vcpus).for_each(|id| devices.extend(processor(id)));
+    }
     for (number, (base, line)) in (1..).zip(layout::SERIAL_PORTS).take(1) {
         devices.extend(serial_port(number, base, has_irqchip.then_some(line)));
     }
@@ -141,6 +145,9 @@ mod tests {
             assert!(has(without.as_slice(), name), "{name:?}");
         }
         assert!(!has(without.as_slice(), b"C002"));
+        config.cpu.vcpus = MAX_LISTED + 1;
+        assert!(!has(table(&config).as_slice(), b"C000"));
+        config.cpu.vcpus = 2;
         assert!(!has(without.as_slice(), b"QEMU0001"));
         config.platform = PlatformConfig { pvpanic: Some(true), ..PlatformConfig::default() };
         assert!(has(table(&config).as_slice(), b"QEMU0001"));

@@ -28,7 +28,6 @@ pub(super) fn memory_map(size: u64, has_acpi: bool) -> Vec<Range> {
             range(layout::EBDA_START, layout::ACPI_FACS, RESERVED),
             range(layout::ACPI_FACS, layout::ACPI_TABLES, ACPI_NVS),
             range(layout::ACPI_TABLES, layout::ACPI_END, ACPI),
-            range(layout::ACPI_END, layout::HIGH_MEMORY, RESERVED),
         ]);
     } else {
         map.push(range(layout::EBDA_START, layout::HIGH_MEMORY, RESERVED));
@@ -62,6 +61,6 @@ mod tests {
             end + range.size
         });
         assert_eq!(end, 8 << 20);
-        assert_eq!(map.iter().map(|r| r.kind).collect::<Vec<_>>(), [1, 2, 4, 3, 2, 1]);
+        assert_eq!(map.iter().map(|r| r.kind).collect::<Vec<_>>(), [1, 2, 4, 3, 1]);
     }
 }

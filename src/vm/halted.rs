@@ -15,7 +15,7 @@ use crate::vcpu::VmRunState;
 
 /// How long it waits for a vCPU to leave its guest. One in a callback takes longer, and is not
 /// halted.
-const BRIEF: Duration = Duration::from_millis(2);
+const BRIEF: Duration = Duration::from_millis(10);
 
 /// Redirection entries of the I/O APIC: delivery mode and mask.
 const MODE: u64 = 0b111 << 8;

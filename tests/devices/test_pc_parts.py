@@ -6,12 +6,13 @@ Covers src/vmm/devices.rs.
 from __future__ import annotations
 
 import json
-
 from typing import TYPE_CHECKING
 
 import pytest
 from command_line import pyvmm
 from guests import HALT, SPIN, TRIPLE_FAULT, elf, exit_with, flat, keeps_fault_state, out, read_in
+from hypothesis import given
+from hypothesis import strategies as st
 from pyvmm import (
     ConfigError,
     ExitReason,
@@ -167,6 +168,44 @@ def test_part_by_default_gives_way_to_a_device_of_the_program_and_one_that_is_as
                 fork.add_pio_device(0x600, 1, Register())
     with Vmm(flat(out(PVPANIC, 1), platform=ALL)) as vmm, pytest.raises(ConfigError, match="overlaps pvpanic"):
         vmm.add_pio_device(PVPANIC - 1, 4, Register())
+
+
+def access(port: int, size: int, value: int | None) -> bytes:
+    """Real mode: write a port, or read it if there is no value."""
+    prefix = b"\x66" if size == 4 else b""
+    to_dx = b"\xba" + port.to_bytes(2, "little")
+    if value is None:
+        return to_dx + prefix + (b"\xec" if size == 1 else b"\xed")
+    load = b"\xb0" if size == 1 else b"\xb8"
+    data = (value % (1 << 8 * size)).to_bytes(size, "little")
+    return to_dx + prefix + load + data + prefix + (b"\xee" if size == 1 else b"\xef")
+
+
+PORTS = st.sampled_from([*range(0x5FE, 0x60E), *range(0x503, 0x507), *range(0xCF8, 0xD00), *range(0x90, 0x95)])
+
+
+@kvm
+@given(st.lists(st.tuples(PORTS, st.sampled_from([1, 2, 4]), st.none() | st.integers(0, 2**32 - 1)), max_size=30))
+def test_no_access_does_more_than_end_the_run(accesses: list[tuple[int, int, int | None]]) -> None:
+    code = b"".join(access(*one) for one in accesses) + exit_with(9)
+    with Vmm(flat(code, platform=ALL)) as vmm:
+        exit = vmm.run(60)
+        assert exit.reason in (ExitReason.CODE, ExitReason.RESET, ExitReason.POWEROFF, ExitReason.PANIC)
+        with vmm.snapshot().fork() as fork:
+            assert fork.vcpus[0].regs.rip == vmm.vcpus[0].regs.rip
+
+
+@kvm
+def test_power_management_timer_counts_and_continues_in_a_fork() -> None:
+    read = b"\xba\x08\x06\x66\xed"  # mov dx, 0x608; in eax, dx
+    store = b"\x66\xa3\x00\x20" + read + b"\x66\xa3\x04\x20"  # mov [0x2000], eax; ...; mov [0x2004], eax
+    with Vmm(flat(read + store + HALT + read + b"\x66\xa3\x08\x20" + HALT, platform=ALL)) as vmm:
+        vmm.run(60)
+        first, second = (int.from_bytes(vmm.memory.read(at, 4), "little") for at in (0x2000, 0x2004))
+        with vmm.snapshot().fork() as fork:
+            fork.run(60)
+            third = int.from_bytes(fork.memory.read(0x2008, 4), "little")
+    assert first <= second <= third < 3_579_545 * 60
 
 
 @kvm

@@ -8,7 +8,7 @@ enum {
 	SYS_IOPERM = 101, SYS_GETDENTS64 = 220
 };
 enum { AT_NULL = 0, AT_SYSINFO = 32 };
-enum { EXIT_PORT = 0xf4, O_DIRECTORY = 0200000, NAME_OF_DIRENT64 = 19 };
+enum { EXIT_PORT = 0xf4, O_WRONLY = 1, O_DIRECTORY = 0200000, NAME_OF_DIRENT64 = 19 };
 
 static unsigned long vdso_entry;
 
@@ -111,6 +111,19 @@ static void cat(const char *path)
 	syscall5(SYS_CLOSE, fd, 0, 0, 0, 0);
 }
 
+/* Write the text up to the last space to the file after it. */
+static void write(char *text)
+{
+	unsigned at = length(text);
+	long fd;
+	while (at > 0 && text[at] != ' ')
+		at--;
+	fd = open(text + at + 1, O_WRONLY);
+	if (fd < 0 || syscall5(SYS_WRITE, fd, (long)text, at, 0, 0) < 0)
+		print("write: the file cannot be written\n");
+	syscall5(SYS_CLOSE, fd, 0, 0, 0, 0);
+}
+
 static void ls(const char *path)
 {
 	long n, at, fd = open(*path ? path : "/", O_DIRECTORY);
@@ -143,6 +156,8 @@ static void shell(void)
 			cat(line + 4);
 		} else if (starts_with(line, "ls")) {
 			ls(line + 2 + (line[2] == ' '));
+		} else if (starts_with(line, "write ")) {
+			write(line + 6);
 		} else if (starts_with(line, "exit")) {
 			exit_with(line + 4 + (line[4] == ' '));
 		} else if (starts_with(line, "panic")) {
@@ -154,7 +169,7 @@ static void shell(void)
 		} else if (starts_with(line, "halt")) {
 			reboot(HALT);
 		} else if (line[0]) {
-			print("commands: echo TEXT, cat FILE, ls FOLDER, exit CODE, panic, reboot, poweroff, halt\n");
+			print("commands: echo TEXT, cat FILE, ls FOLDER, write TEXT FILE, exit CODE, panic, reboot, poweroff, halt\n");
 		}
 	}
 }
