@@ -117,15 +117,14 @@ fn entry(executable: Executable<'_>, segments: &[Segment], bias: u64) -> Result<
         let entry = entry.wrapping_add(bias);
         (segment.start..segment.end).contains(&entry).then_some(entry)
     };
-    let code = || segments.iter().filter(|segment| segment.flags & PF_X != 0);
-    let found = code()
-        .find_map(by_virt)
-        .or_else(|| code().find_map(by_phys))
-        .or_else(|| segments.iter().find_map(by_virt))
-        .or_else(|| segments.iter().find_map(by_phys));
+    let is_code = |segment: &&Segment| segment.flags & PF_X != 0;
+    // A file whose linker sets no flags has no code by them.
+    let all = !segments.iter().any(|segment| is_code(&segment));
+    let code = || segments.iter().filter(|segment| all || is_code(segment));
+    let found = code().find_map(by_virt).or_else(|| code().find_map(by_phys));
     found.ok_or_else(|| {
         executable
-            .bad(format!("the entry {entry:#x} is in none of its segments"))
+            .bad(format!("the entry {entry:#x} is in none of its executable segments"))
             .hint("name the entry in the linker script, or with -e")
     })
 }
@@ -171,7 +170,7 @@ mod tests {
         at(&mut image, 24, high + 2);
         assert_eq!(load(&image, &memory()).unwrap().0, 0x10_0002, "a virtual one is translated");
         at(&mut image, 24, 0x10_0004);
-        assert!(load(&image, &memory()).unwrap_err().detail.contains("in none of its segments"));
+        assert!(load(&image, &memory()).unwrap_err().detail.contains("in none of its executable"));
         // Without physical addresses, the virtual ones count.
         let mut image = elf(0x10_0000, b"code");
         at(&mut image, 88, 0);

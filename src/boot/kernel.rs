@@ -10,6 +10,7 @@ use super::modules::{self, Placed};
 use super::multiboot::{self, Addressed, Header};
 use super::notes::{self, Notes};
 use super::program_headers::{Executable, Low};
+use super::relocations::check_static;
 use super::{pvh, zero_page};
 use crate::config::{KernelBoot, KernelProtocol};
 use crate::cpu::{CpuMode, Start};
@@ -105,16 +106,22 @@ fn find(image: &[u8], wanted: KernelProtocol) -> Result<Found<'_>> {
         }
         (KernelProtocol::Pvh, ..) => Err(has_not("PVH note (XEN_ELFNOTE_PHYS32_ENTRY)")),
         (KernelProtocol::Multiboot, ..) => Err(has_not("multiboot 1 header in its first 8 KiB")),
-        (KernelProtocol::Auto, ..) => {
-            check_entry_fits(executable, notes)?;
+        (KernelProtocol::Auto | KernelProtocol::Elf, ..) => {
+            if executable.is_x32 {
+                let detail = "a 32-bit ELF file with 64-bit code (x32), which has no boot protocol";
+                return Err(executable.bad(detail).hint("link it as ELF64"));
+            }
+            if wanted == KernelProtocol::Auto {
+                check_entry_fits(executable, notes)?;
+            }
             Ok(Found::Elf(executable))
         }
-        (KernelProtocol::Elf, ..) => Ok(Found::Elf(executable)),
     }
 }
 
 /// Whether a file without a boot protocol may be a kernel that starts at its ELF entry.
 fn check_entry_fits(executable: Executable<'_>, notes: Notes) -> Result<()> {
+    check_static(executable)?;
     if notes.is_program {
         return Err(executable
             .bad("a program for an operating system, not a kernel")
@@ -292,6 +299,8 @@ mod tests {
             [0xe852_50d6, 0, 0, sum].into_iter().flat_map(u32::to_le_bytes).collect();
         let program = with_note(elf(0x10_0000, &note(b"GNU\0", 1, &[0; 16])));
         let outside = with_note(elf(0x10_0000, &note(b"Xen\0", 18, &[0; 4])));
+        let mut x32 = elf32(0x10_0000, b"code");
+        x32[18] = 62;
         let two = || vec![module(b"a", ""), module(b"b", "")];
         let large = || vec![module(&[1; 4 << 20], "")];
         let (auto, none) = (KernelProtocol::Auto, Vec::new);
@@ -299,6 +308,7 @@ mod tests {
             (&code[..], KernelProtocol::Pvh, none(), "boot.protocol", "PVH note"),
             (&code, KernelProtocol::Multiboot, none(), "boot.protocol", "multiboot 1 header"),
             (&elf(0x10_0000, &second), auto, none(), AT, "multiboot 2"),
+            (&x32, auto, none(), AT, "x32"),
             (&program, auto, none(), AT, "a program for an operating system"),
             (&outside, auto, none(), AT, "PVH entry"),
             (&header(0, &[]), auto, none(), AT, "no addresses"),

@@ -10,7 +10,7 @@ use super::files::Files;
 use super::identify::ELF_MAGIC;
 use super::program_headers::{Executable, Low};
 use super::zero_page::{BOOT_FLAG, HEADER_MAGIC};
-use super::{initrd, kernel, modules, zero_page};
+use super::{initrd, kernel, modules, multiboot, zero_page};
 use crate::config::{KernelProtocol, LinuxBoot, LinuxProtocol};
 use crate::cpu::{CpuMode, Start};
 use crate::error::{Error, ErrorKind, Result};
@@ -64,6 +64,10 @@ pub(super) fn load(
 fn load_kernel(image: &[u8], config: &LinuxBoot, memory: &GuestMemory) -> Result<Kernel> {
     if u32_at(image, 0x202) == Some(HEADER_MAGIC) && !image.starts_with(ELF_MAGIC) {
         return load_bzimage(image, config, memory);
+    }
+    if !image.starts_with(ELF_MAGIC) && multiboot::find(image).is_some() {
+        let detail = "a kernel with a multiboot header, which is not Linux";
+        return Err(bad(detail).hint("boot it by KernelBoot, or --boot kernel"));
     }
     let executable = Executable::new(image, AT)?;
     let (mode, protocol, other) = if executable.is_64 {

@@ -36,6 +36,8 @@ pub(super) struct Notes {
 /// If the program headers are damaged.
 pub(super) fn read(executable: Executable<'_>) -> Result<Notes> {
     let mut found = Notes::default();
+    // Headers may overlap: all of them together are read as far as the file is long.
+    let mut left = executable.image.len();
     for header in executable.headers()? {
         let header = header?;
         if header.kind != PT_NOTE {
@@ -45,6 +47,10 @@ pub(super) fn read(executable: Executable<'_>) -> Result<Notes> {
         let bytes = range.and_then(|(at, size)| executable.image.get(at..at.checked_add(size)?));
         let align = if header.align == 8 { 8 } else { 4 };
         let mut rest = bytes.unwrap_or(&[]);
+        left = match left.checked_sub(rest.len()) {
+            Some(left) => left,
+            None => break,
+        };
         while let Some((note, after)) = split(rest, align) {
             found.add(&note);
             rest = after;
@@ -141,6 +147,20 @@ pub(super) mod tests {
             assert!(!notes(&with_notes(&bytes, true)).is_linux, "{bytes:?}");
         }
         assert!(notes(&with_notes(&note(b"GNU\0", 1, &[0; 16]), true)).is_program);
+    }
+
+    #[test]
+    fn headers_that_overlap_are_read_once() {
+        let count = 60_000u16;
+        let mut image = elf(0x10_0000, &[0; 1 << 20]);
+        let mut header = image[64..120].to_vec();
+        header[0] = 4;
+        header[8..16].copy_from_slice(&(64 + 56 * u64::from(count)).to_le_bytes());
+        image.truncate(64);
+        image[56..58].copy_from_slice(&count.to_le_bytes());
+        image.extend((0..count).flat_map(|_| header.clone()));
+        image.resize(image.len() + (1 << 20), 0);
+        assert_eq!(notes(&image), Notes::default());
     }
 
     proptest! {

@@ -35,6 +35,8 @@ pub(super) enum Low {
 pub(super) struct Executable<'a> {
     pub(super) image: &'a [u8],
     pub(super) is_64: bool,
+    /// A 32-bit file for x86-64: of the x32 ABI, or converted from a 64-bit one.
+    pub(super) is_x32: bool,
     /// `ET_EXEC` or `ET_DYN`.
     pub(super) kind: u16,
     pub(super) entry: u64,
@@ -120,7 +122,8 @@ impl<'a> Executable<'a> {
         {
             return Err(identify::refused(image, at));
         }
-        Ok(Self { image, is_64, kind, entry, at })
+        let is_x32 = !is_64 && machine == EM_X86_64;
+        Ok(Self { image, is_64, is_x32, kind, entry, at })
     }
 
     /// Its program headers.

@@ -59,7 +59,9 @@ void run(u32 magic, u32 *info) {
 
 
 def lines(console: str) -> list[str]:
-    return console.replace("\r", "").splitlines()
+    """What a kernel said, of its memory map only the RAM: what else there is depends on the machine."""
+    said = console.replace("\r", "").splitlines()
+    return [line for line in said if not line.startswith("map=") or line.endswith("*0x1")]
 
 
 def cli(kernel: Path, *options: str) -> tuple[int, str]:
@@ -95,7 +97,6 @@ def told(modules: list[str]) -> list[str]:
         "loader=pyvmm",
         *modules,
         "map=0x0+0x9fc00*0x1",
-        "map=0x9fc00+0x60400*0x2",
         "map=0x100000+0x700000*0x1",
     ]
 
@@ -145,6 +146,35 @@ def test_multiboot_header_in_a_64_bit_file_has_a_32_bit_entry(tmp_path: Path) ->
     kernel = build(tmp_path, entry)
     assert run(KernelBoot(kernel))[0].code == 7
     assert cli(kernel)[0] == 7
+
+
+# A kernel that goes to 64-bit mode itself.
+LONG = """
+__asm__(".code32\\n.section .text.boot, \\"ax\\"\\n.balign 4\\n.long 0x1badb002, 3, -(0x1badb002 + 3)\\n"
+        ".globl _start\\n_start: mov $stack + 16384, %esp\\n mov %ebx, %edi\\n"
+        "movl $pdpt + 3, pml4\\n movl $pd + 3, pdpt\\n mov $0x83, %eax\\n xor %ecx, %ecx\\n"
+        "1: mov %eax, pd(, %ecx, 8)\\n add $0x200000, %eax\\n inc %ecx\\n cmp $512, %ecx\\n jne 1b\\n"
+        "mov $0x20, %eax\\n mov %eax, %cr4\\n mov $pml4, %eax\\n mov %eax, %cr3\\n"
+        "mov $0xc0000080, %ecx\\n rdmsr\\n or $0x100, %eax\\n wrmsr\\n"
+        "mov %cr0, %eax\\n or $0x80000000, %eax\\n mov %eax, %cr0\\n"
+        "lgdt gdt_pointer\\n ljmp $8, $in_long\\n.code64\\nin_long: call run\\n"
+        "gdt: .quad 0, 0x00af9b000000ffff\\ngdt_pointer: .word 15\\n .long gdt\\n.text\\n");
+static u64 pml4[512] __attribute__((aligned(4096), used)), pdpt[512] __attribute__((aligned(4096), used));
+static u64 pd[512] __attribute__((aligned(4096), used));
+u8 stack[16384] __attribute__((aligned(16)));
+void run(u32 *info) { put((char *)(u64)info[4]); end((int)sizeof(long) + info[5]); }
+"""
+
+
+def test_64_bit_kernel_in_a_32_bit_file_goes_to_long_mode_itself(tmp_path: Path) -> None:
+    """As kvm-unit-tests are made: linked for 64 bits at 4 MiB, then converted."""
+    if shutil.which("objcopy") is None:
+        pytest.skip("there is no objcopy")
+    kernel = build(tmp_path, SUPPORT + LONG, "-m64", "-Wl,-Ttext=0x400000")
+    for form in ("elf32-i386", "elf32-x86-64"):
+        subprocess.run(["objcopy", "-O", form, kernel, tmp_path / form], check=True)
+        exit, console = run(KernelBoot(tmp_path / form, cmdline="long"))
+        assert (exit.code, console) == (8, "long")
 
 
 def test_addresses_in_the_header_place_a_kernel_that_is_no_elf_file(tmp_path: Path) -> None:
@@ -268,7 +298,7 @@ def test_pvh_kernel_finds_its_line_its_modules_and_its_memory(tmp_path: Path, mo
         "version=0x1",
         f"cmdline={LINE}",
         *(line for line in OF_MODULES if line.startswith("module")),
-        *told([])[-3:],
+        *told([])[-2:],
     ]
     assert [line for line in lines(console) if not line.startswith("rsdp")] == expected
     given = [
