@@ -13,7 +13,8 @@ pub(super) enum Unit {
     Avx512,
 }
 
-/// Whether the host's processor has a feature. Features of other instructions are false.
+/// Whether the host's processor has a feature other than AVX-512. Features of instructions that do
+/// not run on the host are false.
 // Long because it has one line for each feature.
 fn is_on_host(feature: CpuidFeature) -> bool {
     use std::arch::is_x86_feature_detected as has;
@@ -41,6 +42,18 @@ fn is_on_host(feature: CpuidFeature) -> bool {
         CpuidFeature::AVX2 => has!("avx2"),
         CpuidFeature::FMA => has!("fma"),
         CpuidFeature::F16C => has!("f16c"),
+        CpuidFeature::AVX_VNNI => has!("avxvnni"),
+        CpuidFeature::AVX_IFMA => has!("avxifma"),
+        CpuidFeature::AVX_NE_CONVERT => has!("avxneconvert"),
+        CpuidFeature::AVX_VNNI_INT8 => has!("avxvnniint8"),
+        _ => false,
+    }
+}
+
+/// Whether the host's processor has a feature of AVX-512. None for other features.
+fn avx512_on_host(feature: CpuidFeature) -> Option<bool> {
+    use std::arch::is_x86_feature_detected as has;
+    Some(match feature {
         CpuidFeature::AVX512F => has!("avx512f"),
         CpuidFeature::AVX512CD => has!("avx512cd"),
         CpuidFeature::AVX512BW => has!("avx512bw"),
@@ -55,12 +68,8 @@ fn is_on_host(feature: CpuidFeature) -> bool {
         CpuidFeature::AVX512_BF16 => has!("avx512bf16"),
         CpuidFeature::AVX512_VP2INTERSECT => has!("avx512vp2intersect"),
         CpuidFeature::AVX512_FP16 => has!("avx512fp16"),
-        CpuidFeature::AVX_VNNI => has!("avxvnni"),
-        CpuidFeature::AVX_IFMA => has!("avxifma"),
-        CpuidFeature::AVX_NE_CONVERT => has!("avxneconvert"),
-        CpuidFeature::AVX_VNNI_INT8 => has!("avxvnniint8"),
-        _ => false,
-    }
+        _ => return None,
+    })
 }
 
 /// The unit of an instruction that can run on the host. None for all other instructions.
@@ -71,7 +80,9 @@ pub(super) fn unit(i: &Instruction) -> Option<Unit> {
         Mnemonic::Wait | Mnemonic::Vldmxcsr | Mnemonic::Vstmxcsr
     );
     let features = i.cpuid_features();
-    if is_other || features.is_empty() || !features.iter().all(|feature| is_on_host(*feature)) {
+    let is_here =
+        |feature: &CpuidFeature| avx512_on_host(*feature).unwrap_or_else(|| is_on_host(*feature));
+    if is_other || features.is_empty() || !features.iter().all(is_here) {
         return None;
     }
     let is_register = |register: &dyn Fn(Register) -> bool| {
@@ -80,7 +91,7 @@ pub(super) fn unit(i: &Instruction) -> Option<Unit> {
     let is_x87 = features.iter().any(|feature| {
         matches!(feature, CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387)
     });
-    let is_avx512 = features.iter().any(|feature| format!("{feature:?}").starts_with("AVX512"));
+    let is_avx512 = features.iter().any(|feature| avx512_on_host(*feature).is_some());
     Some(match i.encoding() {
         EncodingKind::Legacy if is_x87 => Unit::X87,
         EncodingKind::Legacy if i.mnemonic() == Mnemonic::Emms => Unit::Mmx,

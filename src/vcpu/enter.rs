@@ -5,7 +5,7 @@ use kvm_bindings::{KVM_INTERNAL_ERROR_EMULATION, kvm_regs};
 use kvm_ioctls::{MsrExitReason, VcpuExit as Borrowed};
 
 use super::exit::{Data, VcpuExit};
-use super::fault::{Instruction, named};
+use super::fault::{Instruction, linear, named};
 use super::fixup::{Fixed, fix_up};
 use super::kick::{ImmediateExit, StopWord};
 use super::pending::PendingIo;
@@ -13,6 +13,11 @@ use super::run_page::RunPage;
 use super::vcpu::Vcpu;
 use crate::error::{Error, Result};
 use crate::hop::hop;
+use crate::x86::DB;
+
+/// DR6 and DR7 as KVM reports a single step: their bits that are always one, and BS.
+const DR6_STEPPED: u64 = 0xffff_4ff0;
+const DR7_INITIAL: u64 = 0x400;
 
 /// More than the accesses of eight bytes that any instruction makes; XSAVE makes the most.
 const ABANDONED_PARTS: usize = 4096;
@@ -62,6 +67,7 @@ fn run(vcpu: &mut Vcpu) -> std::result::Result<VcpuExit, kvm_ioctls::Error> {
         vcpu.has_page_registers = true;
         match exit {
             exit @ VcpuExit::InternalError { .. } => match fix_up(vcpu) {
+                Fixed::Yes if vcpu.guest_debug.is_stepping() => return Ok(stepped(vcpu)),
                 Fixed::Yes => {}
                 Fixed::No => return Ok(with_state(exit, vcpu)),
                 Fixed::Shutdown => return Ok(VcpuExit::Shutdown),
@@ -69,6 +75,13 @@ fn run(vcpu: &mut Vcpu) -> std::result::Result<VcpuExit, kvm_ioctls::Error> {
             exit => return Ok(exit),
         }
     }
+}
+
+/// The exit of a single step over an instruction that a fix-up has executed.
+fn stepped(vcpu: &Vcpu) -> VcpuExit {
+    let regs = vcpu.page.registers();
+    let pc = vcpu.fd().get_sregs().map_or(regs.rip, |sregs| linear(&regs, &sregs));
+    VcpuExit::Debug { exception: u32::from(DB), pc, dr6: DR6_STEPPED, dr7: DR7_INITIAL }
 }
 
 /// Add the instruction and the registers to an emulation failure.

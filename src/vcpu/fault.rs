@@ -86,13 +86,18 @@ pub(super) fn instruction_bytes(vcpu: &Vcpu, regs: &kvm_regs, sregs: &kvm_sregs)
     if in_memory.len() > from_kvm.len() { in_memory } else { from_kvm }
 }
 
-/// The bytes at a vCPU's RIP, up to the end of their page.
-pub(super) fn bytes_in_page(vcpu: &Vcpu, regs: &kvm_regs, sregs: &kvm_sregs) -> Vec<u8> {
+/// The guest-physical address of the page of a vCPU's RIP.
+pub(super) fn page_of_code(vcpu: &Vcpu, regs: &kvm_regs, sregs: &kvm_sregs) -> Option<u64> {
     let address = linear(regs, sregs);
-    let length = MAX_BYTES.min(PAGE - address % PAGE);
+    vcpu.translate(&Paging::of(sregs), address & !(PAGE - 1))
+}
+
+/// The bytes at a vCPU's RIP, up to the end of their page, which is at `page` in memory.
+pub(super) fn bytes_in_page(vcpu: &Vcpu, page: u64, regs: &kvm_regs, sregs: &kvm_sregs) -> Vec<u8> {
+    let within = linear(regs, sregs) % PAGE;
+    let length = MAX_BYTES.min(PAGE - within);
     let mut bytes = vec![0; usize::try_from(length).unwrap_or(0)];
-    let at = vcpu.translate(&Paging::of(sregs), address);
-    match at.is_some_and(|at| vcpu.memory().read(at, &mut bytes).is_ok()) {
+    match vcpu.memory().read(page + within, &mut bytes).is_ok() {
         true => bytes,
         false => Vec::new(),
     }
@@ -110,7 +115,7 @@ impl fmt::Display for Instruction {
     }
 }
 
-fn linear(regs: &kvm_regs, sregs: &kvm_sregs) -> u64 {
+pub(super) fn linear(regs: &kvm_regs, sregs: &kvm_sregs) -> u64 {
     match bitness(sregs) {
         64 => regs.rip,
         _ => sregs.cs.base.wrapping_add(regs.rip) & 0xffff_ffff,

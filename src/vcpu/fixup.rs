@@ -10,7 +10,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VcpuFd;
 
-use super::fault::{bytes_in_page, instruction_bytes};
+use super::fault::{bytes_in_page, instruction_bytes, linear, page_of_code};
 use super::vcpu::Vcpu;
 use crate::debug::{bitness, decode};
 use crate::fixup::{Cpu, Fault, NativeCode, Outcome, Platform, execute, is_vector, undefined};
@@ -51,7 +51,7 @@ fn attempt(vcpu: &Vcpu, native: &mut NativeCode) -> Fixed {
     }
     let (Ok(regs), Ok(sregs)) = (vcpu.general(), vcpu.fd().get_sregs()) else { return Fixed::No };
     let bytes = instruction_bytes(vcpu, &regs, &sregs);
-    let mut host = Host { vcpu, native, state: None, is_state_changed: false };
+    let mut host = Host { vcpu, native, xcr0: None, state: None, is_state_changed: false };
     let mut cpu = Cpu::new(regs, sregs, &mut host);
     let mut executed = Vec::new();
     let mut outcome = Outcome::Unknown;
@@ -83,12 +83,14 @@ fn attempt(vcpu: &Vcpu, native: &mut NativeCode) -> Fixed {
 /// Execute the vector instructions that follow one, in its page, without an exit for each.
 fn follow(vcpu: &Vcpu, cpu: &mut Cpu<'_>, executed: &mut Vec<Mnemonic>) -> Outcome {
     let mut outcome = Outcome::Done { is_step: false };
-    let page = cpu.regs.rip / PAGE;
+    let page_of = |cpu: &Cpu<'_>| linear(&cpu.regs, &cpu.sregs) / PAGE;
+    let page = page_of(cpu);
     if vcpu.guest_debug.is_on() || has_breakpoints(vcpu.fd()) {
         return outcome;
     }
-    while executed.len() < MAX_FOLLOWED && cpu.regs.rip / PAGE == page {
-        let bytes = bytes_in_page(vcpu, &cpu.regs, &cpu.sregs);
+    let Some(in_memory) = page_of_code(vcpu, &cpu.regs, &cpu.sregs) else { return outcome };
+    while executed.len() < MAX_FOLLOWED && page_of(cpu) == page {
+        let bytes = bytes_in_page(vcpu, in_memory, &cpu.regs, &cpu.sregs);
         let found = decode(&bytes, bitness(&cpu.sregs), cpu.regs.rip).filter(is_vector);
         let Some(instruction) = found else { break };
         let next = execute(cpu, &instruction);
@@ -177,6 +179,8 @@ fn events_after(
 struct Host<'a> {
     vcpu: &'a Vcpu,
     native: &'a mut NativeCode,
+    /// XCR0, from its first use on.
+    xcr0: Option<u64>,
     /// The extended state, from its first use on.
     state: Option<Vec<u8>>,
     is_state_changed: bool,
@@ -284,12 +288,12 @@ impl Platform for Host<'_> {
     }
 
     fn xcr0(&mut self) -> Option<u64> {
-        let xcrs = self.vcpu.fd().get_xcrs().ok()?;
-        xcrs.xcrs
-            .iter()
-            .take(usize::try_from(xcrs.nr_xcrs).ok()?)
-            .find(|x| x.xcr == 0)
-            .map(|x| x.value)
+        if self.xcr0.is_none() {
+            let xcrs = self.vcpu.fd().get_xcrs().ok()?;
+            let known = xcrs.xcrs.iter().take(usize::try_from(xcrs.nr_xcrs).ok()?);
+            self.xcr0 = known.into_iter().find(|x| x.xcr == 0).map(|x| x.value);
+        }
+        self.xcr0
     }
 
     fn xsave(&mut self) -> Option<Vec<u8>> {

@@ -50,6 +50,11 @@ impl GuestDebug {
         self.program != none || self.host != none
     }
 
+    /// Whether an exit after each instruction has been requested.
+    pub(super) fn is_stepping(&self) -> bool {
+        self.program.single_step || self.host.single_step
+    }
+
     /// The union of both requests, in KVM's format.
     ///
     /// # Errors

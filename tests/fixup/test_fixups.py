@@ -164,3 +164,13 @@ def test_two_processors_exchange_16_bytes_one_after_the_other() -> None:
     with Vmm(config) as vmm:
         assert vmm.run(60).code == 7
         assert vmm.memory.read_u64(DATA) == 600
+
+
+def test_debugger_steps_over_each_instruction_that_a_fixup_executes() -> None:
+    code = bytes.fromhex("90 f3 48 0f b8 c3 0f 58 c1 0f 58 c1 90")  # nop; popcnt rax, rbx; addps xmm0, xmm1 twice; nop
+    with Vmm(flat(code + exit_with(0), "long64", address=CODE, cpu=FIXUPS)) as vmm:
+        (vcpu,) = vmm.vcpus
+        vcpu.sregs.cr4 |= 1 << 9
+        vcpu.debug(single_step=True)
+        steps = [(type(vcpu.run_once()), vcpu.regs.rip - CODE) for _ in range(5)]
+        assert steps == [(VcpuExit.Debug, rip) for rip in (1, 6, 9, 12, 13)]
