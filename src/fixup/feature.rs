@@ -1,20 +1,18 @@
-//! Instructions that exist only if CPUID shows a feature of the guest: SYSENTER in 64-bit code,
-//! RDPRU, CLZERO, MOVDIR64B, RDRAND, RDSEED, protection keys, and others that KVM gives to no
-//! guest, which are undefined (Intel SDM volume 2, AMD APM volume 3).
+//! Instructions of newer processors: SYSENTER in 64-bit code, CLZERO, MOVDIR64B, RDRAND, RDSEED,
+//! protection keys, and those that KVM gives to no guest, RDPRU among them, which are undefined
+//! (Intel SDM volume 2, AMD APM volume 3).
 
 use iced_x86::{Code, Instruction, Mnemonic, Register};
 
 use super::area::{component, get, in_use, put};
 use super::cpu::{Cpu, Done, Flow, Stop, fault, fault_with, mask};
 use super::xsave::{image, set_image};
-use crate::x86::{ARITHMETIC, CF, CR4_CET, CR4_PKE, CR4_TSD, GP, IF, RF, UD, VM, ZF};
+use crate::x86::{ARITHMETIC, CF, CR4_CET, CR4_PKE, GP, IF, RF, UD, VM, ZF};
 use kvm_bindings::kvm_segment;
 
 const IA32_SYSENTER_CS: u32 = 0x174;
 const IA32_SYSENTER_ESP: u32 = 0x175;
 const IA32_SYSENTER_EIP: u32 = 0x176;
-const IA32_MPERF: u32 = 0xe7;
-const IA32_APERF: u32 = 0xe8;
 /// The component of PKRU in the extended state.
 const PKRU: u32 = 9;
 
@@ -57,30 +55,14 @@ pub(super) fn name(mnemonic: Mnemonic) -> Option<&'static str> {
     super::cpu::named(&TABLE, mnemonic)
 }
 
-/// A bit of CPUID: the leaf, the register (EAX to EDX), and the bit.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Feature(u32, usize, u32);
-
-pub(super) const RDTSCP: Feature = Feature(0x8000_0001, 3, 27);
-pub(super) const RDPID: Feature = Feature(7, 2, 22);
-pub(super) const INVPCID: Feature = Feature(7, 1, 10);
-const RTM: Feature = Feature(7, 1, 11);
-const WAITPKG: Feature = Feature(7, 2, 5);
-const MOVDIR64B: Feature = Feature(7, 2, 28);
-const CLZERO: Feature = Feature(0x8000_0008, 1, 0);
-const HAS_RDPRU: Feature = Feature(0x8000_0008, 1, 4);
+/// RTM, in EBX of leaf 7.
+const RTM: u32 = 1 << 11;
 
 impl Cpu<'_> {
-    /// Whether the guest's CPUID shows a feature.
-    pub(super) fn has(&mut self, feature: Feature) -> Done<bool> {
-        let Feature(leaf, register, bit) = feature;
-        let registers = self.platform.cpuid(leaf).ok_or(Stop::Unknown)?;
-        Ok(registers.get(register).is_some_and(|value| value >> bit & 1 != 0))
-    }
-
-    /// #UD if the guest does not have a feature.
-    pub(super) fn need(&mut self, feature: Feature) -> Done<()> {
-        if self.has(feature)? { Ok(()) } else { fault(UD) }
+    /// #UD if the guest has no transactions.
+    fn need_transactions(&mut self) -> Done<()> {
+        let [_, ebx, ..] = self.platform.cpuid(7).ok_or(Stop::Unknown)?;
+        if ebx & RTM != 0 { Ok(()) } else { fault(UD) }
     }
 
     /// Whether the guest's processor is one of AMD or Hygon.
@@ -94,23 +76,21 @@ impl Cpu<'_> {
 pub(super) fn execute(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<Flow> {
     match i.mnemonic() {
         Mnemonic::Sysenter => return sysenter(cpu),
-        Mnemonic::Rdpru => rdpru(cpu)?,
         Mnemonic::Clzero => clzero(cpu, i)?,
         Mnemonic::Movdir64b => move_line(cpu, i)?,
         Mnemonic::Rdrand | Mnemonic::Rdseed => random(cpu, i)?,
         Mnemonic::Rdpkru | Mnemonic::Wrpkru => protection_keys(cpu, i)?,
         // Outside a transaction, as always here.
         Mnemonic::Xtest => {
-            cpu.need(RTM)?;
+            cpu.need_transactions()?;
             cpu.regs.rflags = cpu.regs.rflags & !ARITHMETIC | ZF;
         }
         Mnemonic::Xend => {
-            cpu.need(RTM)?;
+            cpu.need_transactions()?;
             return fault_with(GP, 0);
         }
         // They may return at once.
         Mnemonic::Umonitor | Mnemonic::Umwait | Mnemonic::Tpause => {
-            cpu.need(WAITPKG)?;
             if i.mnemonic() != Mnemonic::Umonitor {
                 cpu.regs.rflags &= !ARITHMETIC;
             }
@@ -171,24 +151,8 @@ fn sysenter(cpu: &mut Cpu<'_>) -> Done<Flow> {
     Ok(Flow::Jumped)
 }
 
-fn rdpru(cpu: &mut Cpu<'_>) -> Done<()> {
-    cpu.need(HAS_RDPRU)?;
-    if cpu.cpl() != 0 && cpu.sregs.cr4 & CR4_TSD != 0 {
-        return fault(UD);
-    }
-    let index = match cpu.regs.rcx & mask(4) {
-        0 => IA32_MPERF,
-        1 => IA32_APERF,
-        _ => return Err(Stop::Unknown),
-    };
-    let value = cpu.platform.msr(index).ok_or(Stop::Unknown)?;
-    (cpu.regs.rax, cpu.regs.rdx) = (value & mask(4), value >> 32);
-    Ok(())
-}
-
 /// CLZERO: fill the cache line at RAX with zeros.
 fn clzero(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<()> {
-    cpu.need(CLZERO)?;
     let width = match i.code() {
         Code::Clzerow => 2,
         Code::Clzerod => 4,
@@ -210,7 +174,6 @@ fn write_line(cpu: &mut Cpu<'_>, segment: Register, offset: u64, line: &[u8; 64]
 
 /// MOVDIR64B: copy 64 bytes to an aligned address in ES.
 fn move_line(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<()> {
-    cpu.need(MOVDIR64B)?;
     let (offset, _) = cpu.register(i.op0_register())?;
     let mut line = [0; 64];
     cpu.read_operand(i, 1, &mut line)?;
@@ -286,22 +249,15 @@ mod tests {
     }
 
     #[test]
-    fn what_cpuid_does_not_show_is_undefined() {
-        let codes: [&[u8]; 6] = [
-            &[0x0f, 0x01, 0xfd],             // rdpru
-            &[0x0f, 0x01, 0xfc],             // clzero
-            &[0x66, 0x0f, 0x38, 0xf8, 0x06], // movdir64b rax, [rsi]
-            &[0x0f, 0x01, 0xd6],             // xtest
-            &[0xf3, 0x0f, 0xc7, 0xf8],       // rdpid rax
-            &[0x0f, 0x01, 0xf9],             // rdtscp
-        ];
-        for code in codes {
-            let mut ram = Ram { cpuid: 0, ..Ram::new(0x4000) };
-            let regs = kvm_regs { rsi: 0x2000, rax: 0x3000, ..Default::default() };
-            assert_eq!(vector(run(&mut ram, regs, long(0), code)), Some(UD), "{code:x?}");
-            ram.cpuid = u32::MAX;
-            assert!(run(&mut ram, regs, long(0), code).is_ok(), "{code:x?}");
-        }
+    fn transactions_need_their_feature() {
+        let (xtest, xend) = ([0x0f, 0x01, 0xd6], [0x0f, 0x01, 0xd5]);
+        let mut ram = Ram { cpuid: 0, ..Ram::new(0x4000) };
+        let regs = kvm_regs::default();
+        assert_eq!(vector(run(&mut ram, regs, long(0), &xtest)), Some(UD));
+        ram.cpuid = RTM;
+        let (after, _) = run(&mut ram, regs, long(0), &xtest).unwrap();
+        assert_eq!(after.rflags & ARITHMETIC, ZF, "outside a transaction");
+        assert_eq!(vector(run(&mut ram, regs, long(0), &xend)), Some(GP));
     }
 
     #[test]

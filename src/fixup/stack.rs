@@ -66,6 +66,16 @@ impl Cpu<'_> {
         }
     }
 
+    /// Fault at the first word, from the highest address down, that cannot be pushed.
+    fn check_push(&mut self, linear: u64, bytes: &[u8], width: usize, cpl: u8) -> Done<()> {
+        let step = u64::try_from(width).unwrap_or(8);
+        let words = u64::try_from(bytes.len() / width.max(1)).unwrap_or(0);
+        for n in (0..words).rev() {
+            self.pieces(linear.wrapping_add(n * step), width, Access::frame(cpl))?;
+        }
+        Ok(())
+    }
+
     /// Push a frame with the permissions of the new level, the first word at the highest address.
     pub(super) fn push(
         &mut self,
@@ -85,6 +95,7 @@ impl Cpu<'_> {
             if !self.is_canonical(pointer) {
                 return fault_with(SS, 0);
             }
+            self.check_push(pointer, &bytes, width, cpl)?;
             self.write_linear(pointer, &bytes, Access::frame(cpl))?;
             stack.pointer = pointer;
             return Ok(());
@@ -98,7 +109,9 @@ impl Cpu<'_> {
         let old = std::mem::replace(&mut self.sregs.ss, stack.segment);
         let linear = self.linear(iced_x86::Register::SS, pointer, bytes.len(), true);
         self.sregs.ss = old;
-        self.write_linear(linear?, &bytes, Access::frame(cpl))?;
+        let linear = linear?;
+        self.check_push(linear, &bytes, width, cpl)?;
+        self.write_linear(linear, &bytes, Access::frame(cpl))?;
         stack.pointer = stack.pointer & !wrap | pointer;
         Ok(())
     }

@@ -6,7 +6,6 @@ use iced_x86::{Instruction, Mnemonic};
 use super::access::Access;
 use super::cpu::{Cpu, Done, Flow, Stop, fault, fault_with, mask};
 use super::descriptor::Descriptor;
-use super::feature::{INVPCID, RDPID, RDTSCP};
 use crate::x86::{AC, CR4_FSGSBASE, CR4_PCIDE, CR4_TSD, GP, UD, VM, ZF};
 
 const IA32_TSC: u32 = 0x10;
@@ -60,12 +59,8 @@ pub(super) fn execute(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<Flow> {
         Mnemonic::Rdfsbase | Mnemonic::Rdgsbase | Mnemonic::Wrfsbase | Mnemonic::Wrgsbase => {
             segment_base(cpu, i)?;
         }
-        Mnemonic::Rdtscp => {
-            cpu.need(RDTSCP)?;
-            time_stamp(cpu)?;
-        }
+        Mnemonic::Rdtscp => time_stamp(cpu)?,
         Mnemonic::Rdpid => {
-            cpu.need(RDPID)?;
             let value = cpu.platform.msr(IA32_TSC_AUX).ok_or(Stop::Unknown)?;
             cpu.set_register(i.op0_register(), value & mask(4))?;
         }
@@ -192,7 +187,6 @@ fn compare_exchange(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<()> {
 
 /// INVPCID. Flushes all translations, as the manual permits.
 fn invalidate(cpu: &mut Cpu<'_>, i: &Instruction) -> Done<()> {
-    cpu.need(INVPCID)?;
     if cpu.cpl() != 0 {
         return fault_with(GP, 0);
     }

@@ -83,7 +83,7 @@ def test_page_fault_in_a_page_fault_is_a_double_fault_with_the_second_address() 
         vmm.memory.write_u64(TSS + 0x2C, NOWHERE + 0x8000)
         found = landed(vmm, "long64", rsi=NOWHERE, rflags=2)
     assert (found.vector, found.frame[:2], found.rsp) == (8, (0, CODE), IST_STACK - 48)
-    assert found.cr2 == NOWHERE + 0x8000 - 48
+    assert found.cr2 == NOWHERE + 0x8000 - 8
 
 
 def test_page_fault_in_another_fault_is_handled_first() -> None:
@@ -92,7 +92,7 @@ def test_page_fault_in_another_fault_is_handled_first() -> None:
     with machine(UD0, "long64", gates=gates) as vmm:
         vmm.memory.write_u64(TSS + 0x2C, NOWHERE + 0x8000)
         found = landed(vmm, "long64", rsp=0x8000, rflags=2)
-    assert (found.vector, found.frame[:2], found.cr2) == (14, (2, CODE), NOWHERE + 0x8000 - 40)
+    assert (found.vector, found.frame[:2], found.cr2) == (14, (2, CODE), NOWHERE + 0x8000 - 8)
 
 
 def test_stack_that_is_not_canonical_is_a_stack_fault() -> None:
