@@ -26,7 +26,8 @@ impl Vcpu {
             // Kick, point 8: a concurrent kick has set the word first, and the word is checked
             // before the next entry.
             self.page.set(stop.is_set());
-        } else if *exit == VcpuExit::Hlt {
+        // In the kernel, the vCPU stays halted.
+        } else if *exit == VcpuExit::Hlt && !self.has_reported_halt {
             let Ok(mut regs) = self.general() else { return false };
             regs.rip = regs.rip.wrapping_sub(1);
             if self.fd().set_regs(&regs).is_ok() {

@@ -89,6 +89,14 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_time_of_a_thread_grows_while_it_computes() {
+        let own = ThreadId::current();
+        let before = own.cpu_time().unwrap();
+        while own.cpu_time().unwrap() == before {}
+        assert!(own.cpu_time().unwrap() > before);
+    }
+
+    #[test]
     fn a_thread_has_one_number_and_others_have_others() {
         let own = ThreadId::current();
         assert_eq!(own, ThreadId::current());

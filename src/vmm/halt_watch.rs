@@ -10,8 +10,11 @@ use crate::vm::KvmVm;
 /// that is idle or busy for long costs a look at the clocks twice a second.
 const FIRST: Duration = Duration::from_millis(20);
 const MOST: Duration = Duration::from_millis(500);
+/// The CPU time that a vCPU's thread uses at most between two looks while its guest is halted: the
+/// host makes it leave its guest for a snapshot, for example.
+const QUIET: Duration = Duration::from_millis(2);
 
-/// Looks at the CPU times of the vCPUs' threads. Only if all of them stand still, it has the vCPUs
+/// Looks at the CPU times of the vCPUs' threads. Only if none has advanced much, it has the vCPUs
 /// leave their guests for a moment, because only then KVM tells whether interrupts are on.
 #[derive(Debug)]
 pub(super) struct HaltWatch<'a, EH: ExitHandler> {
@@ -34,13 +37,18 @@ impl<'a, EH: ExitHandler> HaltWatch<'a, EH> {
         self.due
     }
 
+    fn is_quiet(&self) -> bool {
+        let (Some(now), Some(before)) = (self.vm.cpu_times(), &self.times) else { return false };
+        // Another thread may run the vCPU by now, whose time is less.
+        now.iter().zip(before).all(|(now, before)| now.saturating_sub(*before) < QUIET)
+    }
+
     /// Look if it is time to.
     pub(super) fn look(&mut self) {
         if Instant::now() < self.due {
             return;
         }
-        let times = self.vm.cpu_times();
-        if times.is_some() && times == self.times {
+        if self.is_quiet() {
             // Fails if the machine is paused or a vCPU is in a callback: then it is not halted.
             let _ = self.vm.end_if_halted();
         }

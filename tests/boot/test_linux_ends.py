@@ -10,7 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from pyvmm import CpuConfig, ExitReason, LinuxBoot, PlatformConfig, SerialConfig, Snapshot, Vmm, VmmConfig
+from pyvmm import CpuConfig, ExitReason, LinuxBoot, PlatformConfig, Snapshot, Vmm, VmmConfig
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -93,10 +93,8 @@ def test_panic_without_pvpanic_is_a_reset(linux: Linux) -> None:
         assert exit.reason is ExitReason.RESET or is_known, exit
 
 
-def test_console_input_wakes_an_idle_guest(linux: Linux) -> None:
-    boot = LinuxBoot(linux.vmlinux_smp, initrd=linux.initramfs, cmdline=f"{linux.cmdline} pyvmm.shell")
-    with Vmm(VmmConfig(boot=boot, serial=SerialConfig())) as vmm:
-        vmm.run_until(PROMPT, DEADLINE_S)
+def test_console_input_wakes_an_idle_guest(shell: tuple[Snapshot, str, Path]) -> None:
+    with shell[0].fork() as vmm:
         assert vmm.run(2).reason is ExitReason.TIMEOUT, "idle, with interrupts on"
         vmm.serial.send(b"poweroff\n")
         assert vmm.run(DEADLINE_S).reason is ExitReason.POWEROFF

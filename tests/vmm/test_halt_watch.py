@@ -8,12 +8,26 @@ from __future__ import annotations
 import struct
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
 from command_line import pyvmm
 from guests import HALT, exit_with, flat, out
-from pyvmm import CpuConfig, Exit, ExitAction, ExitReason, Stop, Vcpu, VcpuExit, Vmm, VmRunState
+from pyvmm import (
+    CpuConfig,
+    EventManager,
+    Exit,
+    ExitAction,
+    ExitReason,
+    StateError,
+    Stop,
+    Vcpu,
+    VcpuExit,
+    Vmm,
+    VmRunState,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,7 +35,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.kvm
 DEADLINE_S = 60
 # Longer than the watch waits for a guest that stays halted.
-IDLE_S = 2.0
+IDLE_S = 1.0
 TWO = CpuConfig(vcpus=2)
 STI, CLI = b"\xfb", b"\xfa"
 HALT_AGAIN = b"\xf4\xeb\xfd"  # hlt; jmp back
@@ -115,8 +129,24 @@ def test_hook_of_hlt_can_keep_the_machine_waiting() -> None:
         assert vmm.run(DEADLINE_S).code == 7
         assert calls == [0, 0, 0]
     with Vmm(flat(CLI + HALT_AGAIN, irqchip=True)) as vmm:
-        vmm.on_exit("hlt", lambda vcpu, exit: Stop("halted"))
+        answers = [ExitAction.RETRY, Stop("halted")]
+        vmm.on_exit("hlt", lambda vcpu, exit: answers.pop(0))
         assert vmm.run(DEADLINE_S).value == "halted"
+        assert vmm.vcpus[0].regs.rip == 0x1002, "in the kernel it stays halted"
+    with Vmm(flat(CLI + HALT_AGAIN, irqchip=True)) as vmm:
+        vmm.on_exit("hlt", lambda vcpu, exit: None)
+        assert vmm.run(DEADLINE_S).reason is ExitReason.ALL_HALTED
+
+
+def test_machines_that_share_a_loop_end_each_for_itself() -> None:
+    manager = EventManager()
+    with (
+        Vmm(flat(CLI + HALT_AGAIN, irqchip=True), event_manager=manager) as halted,
+        Vmm(flat(STI + HALT_AGAIN, irqchip=True), event_manager=manager) as idle,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        runs = [pool.submit(vmm.run, limit) for vmm, limit in ((halted, DEADLINE_S), (idle, IDLE_S))]
+        assert [run.result().reason for run in runs] == [ExitReason.ALL_HALTED, ExitReason.TIMEOUT]
 
 
 def write_msr(index: int, value: int) -> bytes:
@@ -155,6 +185,24 @@ def test_paused_machine_is_not_ended() -> None:
         exit = vmm.wait(DEADLINE_S)
         assert exit is not None
         assert exit.reason is ExitReason.ALL_HALTED
+
+
+def test_snapshots_beside_do_not_hide_a_halted_guest() -> None:
+    ends = threading.Event()
+    with Vmm(flat(CLI + HALT_AGAIN, irqchip=True)) as vmm:
+
+        def take_snapshots() -> None:
+            while not ends.wait(0.1):
+                with suppress(StateError):
+                    vmm.snapshot()
+
+        with ThreadPoolExecutor(1) as pool:
+            taken = pool.submit(take_snapshots)
+            try:
+                assert vmm.run(DEADLINE_S).reason is ExitReason.ALL_HALTED
+            finally:
+                ends.set()
+            taken.result()
 
 
 def test_vcpu_in_a_callback_is_not_halted() -> None:
