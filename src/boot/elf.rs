@@ -29,7 +29,10 @@ impl<'a> ElfKernel<'a> {
     /// # Errors
     /// [`crate::error::ErrorKind::Boot`] if it cannot be loaded.
     pub(super) fn new(executable: Executable<'a>, memory: &GuestMemory, low: Low) -> Result<Self> {
-        check_static(executable)?;
+        // Some kernels name an interpreter at a fixed address, and need none.
+        if executable.kind == ET_DYN {
+            check_static(executable)?;
+        }
         let (by, bias) = place(executable)?;
         let segments = executable.segments(memory, by, low)?;
         if segments.is_empty() {

@@ -2,15 +2,10 @@
 //! its ELF entry. Nothing is written before everything has been checked.
 
 use super::area::Area;
-use super::elf::ElfKernel;
 use super::files::Files;
-use super::identify::{self, ELF_MAGIC};
+use super::kernel_file::{Found, find};
 use super::memory_map::memory_map;
 use super::modules::{self, Placed};
-use super::multiboot::{self, Addressed, Header};
-use super::notes::{self, Notes};
-use super::program_headers::{Executable, Low};
-use super::relocations::check_static;
 use super::{pvh, zero_page};
 use crate::config::{KernelBoot, KernelProtocol};
 use crate::cpu::{CpuMode, Start};
@@ -72,150 +67,6 @@ pub(super) fn boot(
     Ok(start)
 }
 
-/// How a file is booted.
-#[derive(Clone, Copy)]
-enum Found<'a> {
-    /// With the entry that its note names.
-    Pvh(Executable<'a>, u64),
-    Multiboot(Header),
-    Elf(Executable<'a>),
-}
-
-fn find(image: &[u8], wanted: KernelProtocol) -> Result<Found<'_>> {
-    let header = multiboot::find(image);
-    if !image.starts_with(ELF_MAGIC) {
-        return match (wanted, header) {
-            (KernelProtocol::Auto | KernelProtocol::Multiboot, Some(header)) => {
-                Ok(Found::Multiboot(header))
-            }
-            _ => Err(identify::refused(image, AT)),
-        };
-    }
-    let executable = Executable::new(image, AT)?;
-    let notes = notes::read(executable)?;
-    let has_not = |what: &str| {
-        let detail = format!("the kernel has no {what}");
-        Error::new(ErrorKind::Boot, "boot.protocol", detail).hint("leave the protocol out")
-    };
-    match (wanted, notes.pvh_entry, header) {
-        (KernelProtocol::Auto | KernelProtocol::Pvh, Some(entry), _) => {
-            Ok(Found::Pvh(executable, entry))
-        }
-        (KernelProtocol::Auto | KernelProtocol::Multiboot, _, Some(header)) => {
-            Ok(Found::Multiboot(header))
-        }
-        (KernelProtocol::Pvh, ..) => Err(has_not("PVH note (XEN_ELFNOTE_PHYS32_ENTRY)")),
-        (KernelProtocol::Multiboot, ..) => Err(has_not("multiboot 1 header in its first 8 KiB")),
-        (KernelProtocol::Auto | KernelProtocol::Elf, ..) => {
-            if executable.is_x32 {
-                let detail = "a 32-bit ELF file with 64-bit code (x32), which has no boot protocol";
-                return Err(executable.bad(detail).hint("link it as ELF64"));
-            }
-            if wanted == KernelProtocol::Auto {
-                check_entry_fits(executable, notes)?;
-            }
-            Ok(Found::Elf(executable))
-        }
-    }
-}
-
-/// Whether a file without a boot protocol may be a kernel that starts at its ELF entry.
-fn check_entry_fits(executable: Executable<'_>, notes: Notes) -> Result<()> {
-    check_static(executable)?;
-    if notes.is_program {
-        return Err(executable
-            .bad("a program for an operating system, not a kernel")
-            .hint("run it in a guest's Linux, or as ElfBoot if it makes no system call"));
-    }
-    if multiboot::has_version_2(executable.image) {
-        return Err(executable
-            .bad("it has a multiboot 2 header, and pyvmm boots multiboot 1")
-            .hint("add a multiboot 1 header or a PVH note; protocol \"elf\" ignores the header"));
-    }
-    Ok(())
-}
-
-/// A file that has been checked.
-enum Loaded<'a> {
-    Elf(ElfKernel<'a>, u64),
-    Addressed(Addressed<'a>),
-}
-
-impl<'a> Found<'a> {
-    fn check(self, image: &'a [u8], memory: &GuestMemory) -> Result<Loaded<'a>> {
-        let elf = |executable| ElfKernel::new(executable, memory, Low::BesideTables);
-        match self {
-            Self::Pvh(executable, entry) => {
-                let kernel = elf(executable)?;
-                let entry = kernel.moved(entry);
-                if !kernel.has(entry) {
-                    let detail = format!("its PVH entry {entry:#x} is in none of its segments");
-                    return Err(executable.bad(detail));
-                }
-                Loaded::Elf(kernel, entry).in_32_bits()
-            }
-            Self::Multiboot(header) => {
-                header.check()?;
-                if let Some(addressed) = header.addressed(image, memory)? {
-                    return Ok(Loaded::Addressed(addressed));
-                }
-                if !image.starts_with(ELF_MAGIC) {
-                    let detail = "its multiboot header has no addresses, and it is no ELF file";
-                    return Err(Error::new(ErrorKind::Boot, AT, detail));
-                }
-                let kernel = elf(Executable::new(image, AT)?)?;
-                let entry = kernel.entry;
-                Loaded::Elf(kernel, entry).in_32_bits()
-            }
-            Self::Elf(executable) => {
-                let kernel = elf(executable)?;
-                let entry = kernel.entry;
-                Ok(Loaded::Elf(kernel, entry))
-            }
-        }
-    }
-}
-
-impl Loaded<'_> {
-    fn entry(&self) -> u64 {
-        match self {
-            Self::Elf(_, entry) => *entry,
-            Self::Addressed(addressed) => addressed.entry,
-        }
-    }
-
-    fn end(&self) -> u64 {
-        match self {
-            Self::Elf(kernel, _) => kernel.end(),
-            Self::Addressed(addressed) => addressed.end,
-        }
-    }
-
-    /// Whether it has one of these addresses.
-    fn hits(&self, (start, end): (u64, u64)) -> bool {
-        match self {
-            Self::Elf(kernel, _) => kernel.segments.iter().any(|s| s.start < end && start < s.end),
-            Self::Addressed(addressed) => addressed.load < end && start < addressed.end,
-        }
-    }
-
-    /// A 32-bit entry reaches 4 GiB.
-    fn in_32_bits(self) -> Result<Self> {
-        if self.end() <= layout::MMIO_GAP_END {
-            return Ok(self);
-        }
-        let detail = "it has segments beyond 4 GiB, and a 32-bit entry";
-        Err(Error::new(ErrorKind::Boot, AT, detail))
-    }
-
-    fn write(&self, memory: &GuestMemory) -> Result<()> {
-        match self {
-            Self::Elf(kernel, _) => kernel.write(memory),
-            Self::Addressed(addressed) => addressed.write(memory),
-        }
-    }
-}
-
 /// Linux's boot parameters, which a kernel at its ELF entry finds, have one RAM disk.
 fn ram_disk(modules: &[Placed]) -> Result<(u32, u32)> {
     match modules {
@@ -243,6 +94,8 @@ fn write_bios_data(memory: &GuestMemory) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    //! Covers src/boot/kernel_file.rs.
+
     use super::super::modules::tests::module;
     use super::super::multiboot::tests::header;
     use super::super::notes::tests::note;
@@ -258,15 +111,21 @@ mod tests {
         boot(image, protocol, "quiet", modules, &memory(), None)
     }
 
-    /// An ELF file whose first segment is also its notes.
-    fn with_note(mut image: Vec<u8>) -> Vec<u8> {
+    /// An ELF file with more headers of these types, for the bytes of its first one.
+    fn with_headers(mut image: Vec<u8>, kinds: &[u8]) -> Vec<u8> {
         let first = image[64..120].to_vec();
-        image.splice(120..120, first);
-        image[120] = 4;
-        image[56] = 2;
-        image[72] += 56;
-        image[128] += 56;
+        for kind in kinds.iter().rev() {
+            image.splice(120..120, [&[*kind][..], &first[1..]].concat());
+        }
+        let count = u8::try_from(kinds.len()).unwrap();
+        image[56] = 1 + count;
+        (0..=kinds.len()).for_each(|n| image[72 + 56 * n] = 0x78 + 56 * count);
         image
+    }
+
+    /// An ELF file whose first segment is also its notes.
+    fn with_note(image: Vec<u8>) -> Vec<u8> {
+        with_headers(image, &[4])
     }
 
     #[test]
@@ -324,6 +183,16 @@ mod tests {
             assert_eq!(memory.take_dirty().unwrap()[0].ranges(), [], "{error}");
         }
         start(&elf(0x10_0000, &second), KernelProtocol::Elf, Vec::new()).unwrap();
+    }
+
+    #[test]
+    fn an_interpreter_is_ignored_if_a_boot_protocol_says_how_to_start() {
+        let pvh = note(b"Xen\0", 18, &0x10_0004u32.to_le_bytes());
+        let entry =
+            |image: &[u8]| start(image, KernelProtocol::Auto, Vec::new()).map(|start| start.entry);
+        assert_eq!(entry(&with_headers(elf(0x10_0000, &pvh), &[4, 3])).unwrap(), 0x10_0004);
+        let error = entry(&with_headers(elf(0x10_0000, b"code"), &[3])).unwrap_err();
+        assert!(error.detail.contains("dynamically linked"), "{error}");
     }
 
     #[test]

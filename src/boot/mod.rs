@@ -13,6 +13,7 @@ mod flat;
 mod identify;
 mod initrd;
 mod kernel;
+mod kernel_file;
 mod kind;
 mod linux;
 mod load;

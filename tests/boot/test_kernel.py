@@ -209,7 +209,7 @@ static void (*volatile const functions[])(const char *) = {put};
 int zeros[3000];
 void run(u8 *page) {
     u32 line = *(u32 *)(page + 0x228), disk = *(u32 *)(page + 0x218), size = *(u32 *)(page + 0x21c);
-    functions[0](table[page[0x1e8]  == 3 ? 2 : 0]); put("\\n");
+    functions[0](table[page[0x1e8] >= 3 ? 2 : 0]); put("\\n");
     put((char *)(unsigned long)line); put("\\n");
     for (u32 n = 0; n < size; n++) out8(0x3f8, ((u8 *)(unsigned long)disk)[n]);
     end(zeros[2999] + 5);
