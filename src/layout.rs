@@ -82,6 +82,32 @@ pub const COM1_IRQ: u32 = 4;
 pub const SERIAL_PORTS: [(u16, u32); 4] = [(COM1, COM1_IRQ), (0x2f8, 3), (0x3e8, 4), (0x2e8, 3)];
 /// ACPI's system control interrupt.
 pub const SCI_IRQ: u16 = 9;
+/// The other serial ports, with their interrupt lines.
+pub const COM2: (u16, u32) = SERIAL_PORTS[1];
+/// COM3, which shares COM1's line.
+pub const COM3: (u16, u32) = SERIAL_PORTS[2];
+/// COM4, which shares COM2's line.
+pub const COM4: (u16, u32) = SERIAL_PORTS[3];
+/// The ports of one of them.
+pub const COM_PORTS: u64 = 8;
+/// The port that takes the messages of firmware.
+pub const DEBUG_PORT: u16 = 0x402;
+/// fw_cfg's selector, with its data and DMA ports.
+pub const FW_CFG: u16 = 0x510;
+/// The number of its ports.
+pub const FW_CFG_PORTS: u64 = 12;
+/// The first register of the VGA adapter.
+pub const VGA: u16 = 0x3c0;
+/// The number of its ports.
+pub const VGA_PORTS: u64 = 32;
+/// The address and data ports of PCI's configuration.
+pub const PCI: u16 = 0xcf8;
+/// The number of its ports.
+pub const PCI_PORTS: u64 = 8;
+/// The HPET.
+pub const HPET: u64 = 0xfed0_0000;
+/// The size of its registers.
+pub const HPET_SIZE: u64 = 0x400;
 /// The exit port, as of QEMU's isa-debug-exit.
 pub const EXIT_PORT: u16 = 0xf4;
 /// The number of its ports.

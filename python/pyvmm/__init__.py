@@ -71,12 +71,13 @@ from pyvmm.stats import ExitCount, VcpuTime
 
 if TYPE_CHECKING:
     from pyvmm.boots import BootModule, ElfBoot, EmbeddedBoot, FirmwareBoot, FlatBoot, KernelBoot, LinuxBoot
-    from pyvmm.config import CpuConfig, MemoryConfig, PlatformConfig, SerialConfig, VmmConfig
+    from pyvmm.config import CpuConfig, FwCfgConfig, MemoryConfig, PlatformConfig, SerialConfig, VmmConfig
     from pyvmm.console import Console
     from pyvmm.cpu_template import CpuTemplate, RegisterBits
     from pyvmm.hostcalls import HostcallError, HostcallStatus
     from pyvmm.kvm import Cap
     from pyvmm.patterns import Expected
+    from pyvmm.screen import Screen
     from pyvmm.snapshots import ForkExecutor
 
 __all__ = [
@@ -110,6 +111,7 @@ __all__ = [
     "FirmwareBoot",
     "FlatBoot",
     "ForkExecutor",
+    "FwCfgConfig",
     "GuestEndedError",
     "GuestMemory",
     "GuestMemoryError",
@@ -129,6 +131,7 @@ __all__ = [
     "RegisterBits",
     "RemoteEndpoint",
     "Resource",
+    "Screen",
     "Serial",
     "SerialConfig",
     "Snapshot",
@@ -167,7 +170,7 @@ atexit.register(close_all)
 
 # Imported on first use: the event loop does not need them, and they take most of the import time.
 _BOOTS = ("BootModule", "ElfBoot", "EmbeddedBoot", "FirmwareBoot", "FlatBoot", "KernelBoot", "LinuxBoot")
-_CONFIG = ("CpuConfig", "MemoryConfig", "PlatformConfig", "SerialConfig", "VmmConfig")
+_CONFIG = ("CpuConfig", "FwCfgConfig", "MemoryConfig", "PlatformConfig", "SerialConfig", "VmmConfig")
 _CPU = ("CpuTemplate", "RegisterBits")
 _LAZY = {
     **dict.fromkeys(_BOOTS, "pyvmm.boots"),
@@ -176,6 +179,7 @@ _LAZY = {
     **dict.fromkeys(("HostcallError", "HostcallStatus"), "pyvmm.hostcalls"),
     "Cap": "pyvmm.kvm",
     "Console": "pyvmm.console",
+    "Screen": "pyvmm.screen",
     "Expected": "pyvmm.patterns",
     "ForkExecutor": "pyvmm.snapshots",
 }

@@ -22,6 +22,7 @@ from pyvmm.events import EventSet, Subscriber
 from pyvmm.exits import Answer, Exit, ExitHandler, ExitKind, VmRunState
 from pyvmm.patterns import Expected
 from pyvmm.registers import CpuidEntry, DebugRegs, Fpu, Lapic, MpState, Msrs, Regs, Sregs, VcpuEvents, Xcrs
+from pyvmm.screen import Screen
 from pyvmm.stats import ExitCount, VcpuTime
 
 __all__ = [
@@ -1680,6 +1681,11 @@ class Vmm:
     def console(self) -> Console:
         """The text on the console: what the guest has printed to the first serial port."""
 
+    @property
+    def screen(self) -> Screen:
+        """The guest's VGA text screen. docs/pc.md describes it."""
+
+    def _screen(self) -> tuple[int, int | None] | None: ...
     @overload
     def run_until(
         self, pattern: _PatternStr | Sequence[_PatternStr], timeout: float | None = None
@@ -1833,6 +1839,14 @@ class Vmm:
     @property
     def serial(self) -> Serial:
         """The host's side of the first serial port; the same object each time, which keeps the machine alive."""
+
+    @property
+    def serials(self) -> dict[str, Serial]:
+        """The host's side of every port that prints, by its key.
+
+        The keys are "com1", which is `serial`, "com2" to "com4", and "debug_port", as far as the
+        machine has them.
+        """
 
     @property
     def state(self) -> VmRunState:

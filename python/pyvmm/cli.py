@@ -17,7 +17,7 @@ import msgspec
 import pyvmm
 from pyvmm import keyvalue
 from pyvmm.cli_boot import BOOTS, BootOptions, boot_of
-from pyvmm.config import CpuConfig, MemoryConfig, SerialConfig, VmmConfig
+from pyvmm.config import SERIALS, CpuConfig, MemoryConfig, SerialConfig, VmmConfig
 from pyvmm.exceptions import ConfigError, VmmError
 from pyvmm.runner import STATUSES, STDERR, Ask, Instrumentation, Status, print_error, run_machine, run_with
 
@@ -116,6 +116,15 @@ _MACHINE = (
     click.option("--cpu", "template", metavar="NAME|FILE", help="The CPU template: a name, or a .toml or .json file."),
     click.option("--hide", multiple=True, metavar="NAME", help="Hide a CPU feature; names as in /proc/cpuinfo."),
     click.option("--expose", multiple=True, metavar="NAME", help="Show a CPU feature that is otherwise hidden."),
+    *(
+        click.option(
+            f"--{port}", type=click.Path(), metavar="FILE", help=f"Add the {what} and write its output to FILE."
+        )
+        for port, what in (("com2", "second serial port"), ("com3", "third"), ("com4", "fourth"))
+    ),
+    click.option(
+        "--debugcon", type=click.Path(), metavar="FILE", help="Write what firmware prints to port 0x402 here."
+    ),
     click.option("--fixups", is_flag=True, help="Execute instructions that KVM's emulator refuses."),
     click.option("--config", "config_file", type=click.Path(), help="A TOML or JSON file; options override it."),
 )
@@ -132,6 +141,7 @@ def machine_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @machine_options
 @click.option("--timeout", type=float, callback=_check_seconds, metavar="SECONDS", help="End the run after this time.")
 @click.option("--expect", metavar="TEXT", help="End the run when the console shows this text, with status 0.")
+@click.option("--screen", is_flag=True, help="Show the VGA text screen instead of the serial port.")
 @click.option(
     "--json", "as_json", is_flag=True, help="Print the result of the run as JSON; the console goes to stderr."
 )
@@ -142,6 +152,7 @@ def run(
     config_file: str | None,
     timeout: float | None,
     expect: str | None,
+    screen: bool,
     as_json: bool,
     stats: bool,
     live_stats: bool,
@@ -156,7 +167,9 @@ def run(
         raise ConfigError("--expect: the text is empty", at="--expect")
     base = VmmConfig.from_file(config_file) if config_file else VmmConfig()
     watch = Instrumentation(stats or live_stats, live_stats, trace_file)
-    return run_machine(with_options(base, **options), Ask(timeout, as_json, expect), watch)
+    if screen:
+        base = base.replace(platform=base.platform.replace(screen=True))
+    return run_machine(with_options(base, **options), Ask(timeout, as_json, expect, screen), watch)
 
 
 @cli.command(short_help="Run a machine and write a snapshot of it.")
@@ -291,10 +304,11 @@ def with_options(
     hide: tuple[str, ...],
     expose: tuple[str, ...],
     fixups: bool,
-    **boot: Any,
+    **rest: Any,
 ) -> VmmConfig:
     """The configuration with the options of the command line over it."""
-    booted = boot_of(base, BootOptions(**boot))
+    outputs = {port: SerialConfig(output=path) for port in SERIALS if (path := rest.pop(port, None)) is not None}
+    booted = boot_of(base, BootOptions(**rest))
     if memory is not None:
         size = _number("memory", memory, "size_mib")
         base = base.replace(memory=MemoryConfig(size_mib=size))
@@ -309,7 +323,7 @@ def with_options(
         cpu = cpu.replace(expose=(*cpu.expose, *_names(expose)))
     if fixups:
         cpu = cpu.replace(fixups=True)
-    return base.replace(boot=booted, cpu=cpu)
+    return base.replace(boot=booted, cpu=cpu, **outputs)
 
 
 def _vcpus(cpu: CpuConfig, text: str) -> CpuConfig:

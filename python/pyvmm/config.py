@@ -35,6 +35,15 @@ else:
     Template = str | CpuTemplate
 
 
+# In a file, the content of a file of fw_cfg is a path.
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    Contents: TypeAlias = Mapping[str, bytes | str | Path]
+else:
+    Contents = dict[str, str]
+
+
 class _Size(Part, frozen=True):
     size_mib: Annotated[int, Meta(ge=1, le=2**23 - 1)] = 128
 
@@ -103,6 +112,24 @@ class SerialConfig(Part, frozen=True, kw_only=True):
     input_eof: bytes = b"\x04"
 
 
+# The ports with streams, by their keys.
+SERIALS = ("serial", "com2", "com3", "com4", "debugcon")
+
+
+class FwCfgConfig(Part, frozen=True, kw_only=True):
+    """fw_cfg, QEMU's interface by which firmware and kernels get files: ports 0x510 to 0x51b.
+
+    A guest also finds the size of memory, the number of vCPUs, and "etc/e820", the ranges of
+    memory.
+
+    Attributes:
+        files: the contents by name: bytes, or the path of a file. A name has at most 55 bytes;
+            those of your own begin with "opt/" and a domain, as in "opt/org.example/greeting".
+    """
+
+    files: Contents = {}  # noqa: RUF012
+
+
 class PlatformConfig(Part, frozen=True, kw_only=True):
     """The parts of a PC that the machine has. None means only if it boots a kernel or firmware.
 
@@ -113,11 +140,22 @@ class PlatformConfig(Part, frozen=True, kw_only=True):
         acpi: the tables and registers of ACPI, by which a guest powers the machine off.
         pvpanic: the port 0x505, by which a guest reports a panic.
         reset_ports: the ports 0xcf9 and 0x92, which reset the machine.
+        screen: the registers of a VGA text screen, 0x3c0 to 0x3df. `Vmm.screen` shows its text.
+        debug_port: the port 0x402, to which firmware writes messages; `VmmConfig.debugcon` has its
+            streams.
+        pci: the ports 0xcf8 to 0xcff of a PCI bus without devices.
+        hpet: the counter of an HPET at 0xfed00000; None means none, also for a PC.
+        fw_cfg: files for the guest; None means no fw_cfg.
     """
 
     acpi: bool | None = None
     pvpanic: bool | None = None
     reset_ports: bool | None = None
+    screen: bool | None = None
+    debug_port: bool | None = None
+    pci: bool | None = None
+    hpet: bool | None = None
+    fw_cfg: FwCfgConfig | None = None
 
 
 class VmmConfig(Part, frozen=True, kw_only=True):
@@ -128,6 +166,10 @@ class VmmConfig(Part, frozen=True, kw_only=True):
         cpu: the vCPUs.
         boot: the code or kernel that the machine starts.
         serial: the first serial port.
+        com2: the second serial port, at 0x2f8 with interrupt line 3; None means no such port.
+        com3: the third one, at 0x3e8 with line 4.
+        com4: the fourth one, at 0x2e8 with line 3.
+        debugcon: the streams of the debug port, which the machine has then.
         exit_port: a write to this port ends the run with the value as its code; None means no such
             port.
         irqchip: an in-kernel interrupt controller (PIC, I/O APIC, LAPICs); None means only for
@@ -140,6 +182,10 @@ class VmmConfig(Part, frozen=True, kw_only=True):
     cpu: CpuConfig = CpuConfig()
     boot: EmbeddedBoot | FlatBoot | ElfBoot | LinuxBoot | KernelBoot | FirmwareBoot = EmbeddedBoot()
     serial: SerialConfig = SerialConfig()
+    com2: SerialConfig | None = None
+    com3: SerialConfig | None = None
+    com4: SerialConfig | None = None
+    debugcon: SerialConfig | None = None
     exit_port: Port | None = 0xF4
     irqchip: bool | None = None
     pit: bool | None = None
@@ -182,7 +228,11 @@ class VmmConfig(Part, frozen=True, kw_only=True):
         return config.replace(
             cpu=cpu,
             boot=_beside(config.boot, path.parent, "path", "kernel", "initrd"),
-            serial=_beside(config.serial, path.parent, "output", "input"),
+            **{
+                key: _beside(port, path.parent, "output", "input")
+                for key in SERIALS
+                if (port := getattr(config, key)) is not None
+            },
         )
 
     def check(self) -> None:
@@ -198,9 +248,10 @@ class VmmConfig(Part, frozen=True, kw_only=True):
         from pyvmm._pyvmm import Vmm
 
         Vmm._check(self)
-        output = self.serial.output
-        if isinstance(output, (str, Path)) and (reason := no_output(Path(output))):
-            raise _error("serial.output", f"{output}: {reason}")
+        for key in SERIALS:
+            output = getattr(getattr(self, key), "output", None)
+            if isinstance(output, (str, Path)) and (reason := no_output(Path(output))):
+                raise _error(f"{key}.output", f"{output}: {reason}")
 
     @staticmethod
     def json_schema() -> dict[str, Any]:
@@ -213,10 +264,10 @@ class VmmConfig(Part, frozen=True, kw_only=True):
         Raises:
             ConfigError: a stream of the serial port is a Python object.
         """
-        for end in ("output", "input"):
-            stream = getattr(self.serial, end)
+        for key, end in ((key, end) for key in SERIALS for end in ("output", "input")):
+            stream = getattr(getattr(self, key), end, None)
             if not isinstance(stream, (str, int, Path, type(None))):
-                raise _error(f"serial.{end}", f"{type(stream).__name__} cannot be written to a file")
+                raise _error(f"{key}.{end}", f"{type(stream).__name__} cannot be written to a file")
         plain: dict[str, Any] = msgspec.to_builtins(self, enc_hook=str)
         return plain
 
@@ -280,8 +331,9 @@ def _unknown_key(parent: str, name: str) -> ConfigError:
         "": [VmmConfig],
         "memory": [MemoryConfig],
         "cpu": [CpuConfig],
-        "serial": [SerialConfig],
+        **{key: [SerialConfig] for key in SERIALS},
         "platform": [PlatformConfig],
+        "platform.fw_cfg": [FwCfgConfig],
         "boot.modules": [BootModule],
         "cpu.template": [CpuTemplate],
         "cpu.template.bits": [RegisterBits],

@@ -101,6 +101,10 @@ def tail(data: bytes, lines: int) -> str:
 class Expectation:
     """One wait for patterns on a machine's console. `name` is the call, for errors."""
 
+    WHAT = "the console"
+    # How long a wait may last before it looks again; None if an event ends it.
+    POLL_S: float | None = None
+
     def __init__(self, vmm: object, serial: Serial, pattern: object, timeout: float | None, name: str) -> None:
         # Imported here, because the native module needs this one while a machine is used.
         from pyvmm._pyvmm import Vmm
@@ -125,9 +129,7 @@ class Expectation:
 
     def alone(self, awaiter: Awaiter | None = None) -> Expected[Any] | None:
         """Run the machine up to a match, and stop it. Return None after it was cancelled."""
-        patterns = self.patterns
-        if len(patterns.literals) == len(patterns.all):
-            self._serial._run_until(list(patterns.literals.values()))
+        self._stop_at_text()
         try:
             # Fails if another thread runs the machine, which is not stopped then.
             self.vmm._await_output(self.watch, 0.0, (False, True), awaiter)
@@ -137,6 +139,12 @@ class Expectation:
                 self._stop(awaiter)
         finally:
             self._serial._run_until([])
+
+    def _stop_at_text(self) -> None:
+        """If all patterns are texts, have the guest stop right behind one."""
+        patterns = self.patterns
+        if len(patterns.literals) == len(patterns.all):
+            self._serial._run_until(list(patterns.literals.values()))
 
     def _stop(self, awaiter: Awaiter | None) -> None:
         if self.vmm.state is VmRunState.CLOSED or not self.vmm._is_running():
@@ -160,10 +168,10 @@ class Expectation:
         over: tuple[Exit | None] | None = None
         is_running = False
         while True:
-            if found := search.feed(self._look(search)):
+            if found := self._find(search):
                 if over is not None and is_running:  # this call has run the machine to its end
                     self._keep(over[0])
-                return self._take(found)
+                return found
             if self.watch.is_cancelled():
                 return None
             if over is not None:
@@ -171,8 +179,15 @@ class Expectation:
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 self._raise_late()
+            if self.POLL_S is not None:
+                left = self.POLL_S if left is None else min(left, self.POLL_S)
             is_running, over = self.vmm._await_output(self.watch, left, (may_start, is_alone), awaiter)
             may_start = may_start and not is_running
+
+    def _find(self, search: Search) -> Expected[Any] | None:
+        """A match in the new output."""
+        found = search.feed(self._look(search))
+        return self._take(found) if found else None
 
     def _look(self, search: Search) -> bytes:
         """The new output. The search begins again after a reset, and where output is no longer kept."""
@@ -189,7 +204,7 @@ class Expectation:
         return self.patterns.result(found, data[start:end], data[begin:start])
 
     def _raise_late(self) -> NoReturn:
-        text = f"{self._name}: the console did not show {self.patterns} within {self._timeout} s"
+        text = f"{self._name}: {self.WHAT} did not show {self.patterns} within {self._timeout} s"
         if self.vmm.state is VmRunState.PAUSED:
             text += "; the machine is paused"
         raise ExpectTimeoutError(self._with_tail(text), at=self._name, pending=self._pending())
@@ -198,7 +213,7 @@ class Expectation:
         if self.vmm.state is VmRunState.CLOSED:
             raise ClosedError("the machine is closed", at="machine")
         how = "with an exception" if exit is None else f"with {exit}".replace("\n", "; ")
-        text = f"{self._name}: the run ended {how}, before the console showed {self.patterns}"
+        text = f"{self._name}: the run ended {how}, before {self.WHAT} showed {self.patterns}"
         raise GuestEndedError(self._with_tail(text), at=self._name, exit=exit, pending=self._pending())
 
     def _pending(self) -> str:
@@ -233,16 +248,17 @@ def expect_async(
 
 async def _expect_async(vmm: object, serial: Serial, pattern: object, timeout: float | None) -> Expected[Any] | None:
     expectation = Expectation(vmm, serial, pattern, timeout, "expect_async")
-    return await _hosted(expectation, expectation.beside)
+    return await hosted(expectation, expectation.beside)
 
 
 async def run_until_async(vmm: Vmm, serial: Serial, pattern: object, timeout: float | None) -> Any:
     """Implement `Vmm.run_until_async`."""
     expectation = Expectation(vmm, serial, pattern, timeout, "run_until_async")
-    return await _hosted(expectation, expectation.alone)
+    return await hosted(expectation, expectation.alone)
 
 
-async def _hosted(expectation: Expectation, wait: Callable[[Awaiter], Expected[Any] | None]) -> Expected[Any] | None:
+async def hosted(expectation: Expectation, wait: Callable[[Awaiter], Expected[Any] | None]) -> Expected[Any] | None:
+    """Make a wait in a thread of its own, for a running asyncio loop."""
     from pyvmm import aio
 
     tasks = aio.Tasks(expectation.vmm.event_manager, expectation.watch.cancel)

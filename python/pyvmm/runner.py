@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from enum import IntEnum
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 
-from pyvmm import terminal
+from pyvmm import screen_display, terminal
 from pyvmm._pyvmm import Vmm
 from pyvmm.exceptions import ExpectTimeoutError, GuestEndedError, StreamError
 from pyvmm.exits import Exit, ExitReason
@@ -72,6 +72,8 @@ class Ask(NamedTuple):
     timeout: float | None = None
     as_json: bool = False
     expect: str | None = None
+    screen: bool = False
+    """Show the VGA text screen instead of the serial port, and look for `expect` there."""
 
 
 class Instrumentation(NamedTuple):
@@ -131,7 +133,8 @@ def _run(serial: SerialConfig, build: Callable[[SerialConfig], Vmm], ask: Ask, w
     typing = os.isatty(STDIN) and serial.input is None
     with ExitStack() as stack:
         keys, pipe = _pipe(stack) if typing else (STDIN, -1)
-        console = _console(serial, keys, STDERR if as_json else STDOUT)
+        output = STDERR if as_json else STDOUT
+        console = _console(serial, keys, None if ask.screen else output)
         vmm = stack.enter_context(build(console))
         if watch.stats and not as_json and not watch.is_live:
             stack.callback(_print_stats, vmm)  # after the terminal is restored, however the run ends
@@ -141,13 +144,17 @@ def _run(serial: SerialConfig, build: Callable[[SerialConfig], Vmm], ask: Ask, w
             print(f"pyvmm: {terminal.HELP}", file=sys.stderr, flush=True)
             vmm.add_subscriber(keyboard)
             stack.enter_context(terminal.raw(STDIN))
+        if ask.screen:
+            stack.enter_context(screen_display.shown(vmm, output))
         start = time.monotonic()
         ended = _watched(vmm, watch, ask)
         seconds = time.monotonic() - start
         more: dict[str, Any] = {"unanswered": [count._asdict() for count in vmm.unanswered]}
         if ended.is_shown is not None:
             more["expect"] = {"text": ask.expect, "shown": ended.is_shown}
-        last_lines = vmm.console.tail() if ended.is_shown is False else ""
+        if ask.screen:
+            more["screen"] = vmm.screen.lines
+        last_lines = vmm.console.tail() if ended.is_shown is False and not ask.screen else ""
     if watch.stats and as_json:
         more["stats"] = {
             "vcpus": [time._asdict() for time in vmm.stats.vcpus],
@@ -156,7 +163,8 @@ def _run(serial: SerialConfig, build: Callable[[SerialConfig], Vmm], ask: Ask, w
     status = _status(ended, ending.status, bool(keyboard and keyboard.keys.quit))
     _report(ended.exit, status, as_json, seconds, more)
     if ended.is_shown is False:
-        print(f"pyvmm: the console did not show {ask.expect!r}; {_quoted(last_lines)}", file=sys.stderr)
+        end = "the screen did not show {}" if ask.screen else f"the console did not show {{}}; {_quoted(last_lines)}"
+        print(f"pyvmm: {end.format(repr(ask.expect))}", file=sys.stderr)
     if ended.failure:
         raise _TraceError(ended.failure)
     return status
@@ -187,7 +195,7 @@ def _watched(vmm: Vmm, watch: Instrumentation, ask: Ask) -> Ended:
                 stack.enter_context(vmm.stats)
             if watch.is_live:
                 stack.enter_context(_live(vmm))
-            ended = Ended(vmm.run(ask.timeout)) if ask.expect is None else _expected(vmm, ask.expect, ask.timeout)
+            ended = Ended(vmm.run(ask.timeout)) if ask.expect is None else _expected(vmm, ask.expect, ask)
     except StreamError as failure:
         if ended is None:
             raise
@@ -195,10 +203,13 @@ def _watched(vmm: Vmm, watch: Instrumentation, ask: Ask) -> Ended:
     return ended
 
 
-def _expected(vmm: Vmm, text: str, timeout: float | None) -> Ended:
-    """Run until the console shows the text."""
+def _expected(vmm: Vmm, text: str, ask: Ask) -> Ended:
+    """Run until the console or the screen shows the text."""
     try:
-        vmm.run_until(os.fsencode(text), timeout)
+        if ask.screen:
+            vmm.screen.run_until(text, ask.timeout)
+        else:
+            vmm.run_until(os.fsencode(text), ask.timeout)
     except GuestEndedError as error:
         if error.exit is None:
             raise
@@ -279,7 +290,7 @@ def _pipe(stack: ExitStack) -> tuple[int, int]:
     return reader, writer
 
 
-def _console(serial: SerialConfig, input: int, output: int) -> SerialConfig:
+def _console(serial: SerialConfig, input: int, output: int | None) -> SerialConfig:
     """Connect the serial port to these descriptors where the configuration names no stream."""
     values: dict[str, Any] = {}
     if serial.output is None:

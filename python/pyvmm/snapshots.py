@@ -30,17 +30,30 @@ def config_of(
     memory: int, vcpus: int, exit_port: int | None, chips: tuple[bool, bool], fixups: bool, parts: list[str]
 ) -> VmmConfig:
     """The configuration as far as a snapshot file describes it; the boot is not included."""
-    from pyvmm.config import CpuConfig, MemoryConfig, PlatformConfig, VmmConfig
+    from pyvmm.config import (
+        SERIALS,
+        CpuConfig,
+        FwCfgConfig,
+        MemoryConfig,
+        PlatformConfig,
+        SerialConfig,
+        VmmConfig,
+    )
 
+    ports = {part: SerialConfig() for part in parts if part in SERIALS}
+    platform: dict[str, Any] = {part: True for part in parts if part not in ports}
+    if "fw_cfg" in platform:
+        platform["fw_cfg"] = FwCfgConfig()
     mib = max(1, memory >> 20)
-    return VmmConfig(
+    config = VmmConfig(
         memory=MemoryConfig(size_mib=mib),
         cpu=CpuConfig(vcpus=vcpus, fixups=fixups),
         exit_port=exit_port,
         irqchip=chips[0],
         pit=chips[1],
-        platform=PlatformConfig(**dict.fromkeys(parts, True)),
+        platform=PlatformConfig(**platform),
     )
+    return config.replace(**ports)
 
 
 def unpickled(path: Path, base: Snapshot | None, id: str, force: bool) -> Snapshot:

@@ -57,14 +57,14 @@ def endpoint(stream: object, at: str) -> int | str | None:
     return _descriptor(stream)
 
 
-def connect(serial: Serial, manager: EventManager, config: SerialConfig) -> list[SubscriberId]:
-    """Add subscribers for the streams that Python serves. Return their ids."""
+def connect(serial: Serial, manager: EventManager, config: SerialConfig, key: str) -> list[SubscriberId]:
+    """Add subscribers for the streams that Python serves. `key` is the port's. Return their ids."""
     ids = []
-    if config.output is not None and endpoint(config.output, "serial.output") is None:
-        ids.append(manager.add_subscriber(Writer(serial, _writer(config.output, "serial.output"))))
+    if config.output is not None and endpoint(config.output, f"{key}.output") is None:
+        ids.append(manager.add_subscriber(Writer(serial, _writer(config.output, f"{key}.output"))))
     if isinstance(config.input, (bytes, bytearray, memoryview)):
         serial.send(bytes(config.input) + config.input_eof)
-    elif config.input is not None and endpoint(config.input, "serial.input") is None:
+    elif config.input is not None and endpoint(config.input, f"{key}.input") is None:
         ids.append(manager.add_subscriber(Reader(serial, _binary(config.input), config.input_eof)))
     return ids
 

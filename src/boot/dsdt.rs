@@ -31,17 +31,28 @@ pub(super) fn empty_table(signature: [u8; 4], revision: u8) -> Sdt {
 pub(super) fn table(config: &VmmConfig) -> Sdt {
     let platform = config.platform();
     let has_irqchip = platform.irqchip;
+    let has_serial = |number| {
+        let others = [PcPart::Com2, PcPart::Com3, PcPart::Com4];
+        let other = usize::from(number).checked_sub(2).and_then(|at| others.get(at));
+        other.is_none_or(|part| platform.parts.has(*part))
+    };
     let mut devices = Vec::new();
     if config.cpu.vcpus <= MAX_LISTED {
         (0..config.cpu.vcpus).for_each(|id| devices.extend(processor(id)));
     }
-    for (number, (base, line)) in (1..).zip(layout::SERIAL_PORTS).take(1) {
-        devices.extend(serial_port(number, base, has_irqchip.then_some(line)));
+    let ports: Vec<_> = (1..).zip(layout::SERIAL_PORTS).filter(|(n, _)| has_serial(*n)).collect();
+    for (number, (base, line)) in &ports {
+        let is_shared = ports.iter().filter(|(_, (_, other))| other == line).count() > 1;
+        let line = has_irqchip.then_some((*line, is_shared));
+        devices.extend(serial_port(*number, *base, line));
     }
     devices.extend(clock(has_irqchip));
     devices.extend(keyboard_controller(has_irqchip));
     if platform.parts.has(PcPart::Pvpanic) {
-        devices.extend(pvpanic());
+        devices.extend(paravirtual("PEVT", "QEMU0001", (layout::PVPANIC, 1)));
+    }
+    if platform.parts.has(PcPart::FwCfg) {
+        devices.extend(paravirtual("FWCF", "QEMU0002", (layout::FW_CFG, 12)));
     }
     let mut table = empty_table(*b"DSDT", 2);
     table.append_slice(&Scope::raw(Path::new("\\_SB_"), devices));
@@ -75,10 +86,13 @@ fn bytes(object: &dyn Aml) -> Vec<u8> {
     bytes
 }
 
+/// An interrupt line, and whether several devices use it.
+type Line = (u32, bool);
+
 /// A device of a PC, by its Plug and Play id, with its ports and its line of an ISA bus.
-fn device(name: &str, id: &str, unit: u8, ports: &[(u16, u8)], line: Option<u32>) -> Vec<u8> {
+fn device(name: &str, id: &str, unit: u8, ports: &[(u16, u8)], line: Option<Line>) -> Vec<u8> {
     let ports: Vec<_> = ports.iter().map(|(base, n)| IO::new(*base, *base, 1, *n)).collect();
-    let line = line.map(|line| Interrupt::new(true, true, false, false, line));
+    let line = line.map(|(line, shared)| Interrupt::new(true, true, false, shared, line));
     let ports = ports.iter().map(|port| port as &dyn Aml);
     let resources =
         ResourceTemplate::new(ports.chain(line.iter().map(|line| line as &dyn Aml)).collect());
@@ -93,25 +107,32 @@ fn device(name: &str, id: &str, unit: u8, ports: &[(u16, u8)], line: Option<u32>
     ))
 }
 
-fn serial_port(number: u8, base: u16, line: Option<u32>) -> Vec<u8> {
+fn serial_port(number: u8, base: u16, line: Option<Line>) -> Vec<u8> {
     device(&format!("COM{number}"), "PNP0501", number, &[(base, 8)], line)
 }
 
 fn clock(has_irqchip: bool) -> Vec<u8> {
-    device("RTC_", "PNP0B00", 0, &[(layout::RTC, 2)], has_irqchip.then_some(layout::RTC_IRQ))
+    device(
+        "RTC_",
+        "PNP0B00",
+        0,
+        &[(layout::RTC, 2)],
+        has_irqchip.then_some((layout::RTC_IRQ, false)),
+    )
 }
 
 fn keyboard_controller(has_irqchip: bool) -> Vec<u8> {
     let ports = [(layout::I8042, 1), (layout::I8042 + 4, 1)];
-    device("KBD_", "PNP0303", 0, &ports, has_irqchip.then_some(layout::KEYBOARD_IRQ))
+    device("KBD_", "PNP0303", 0, &ports, has_irqchip.then_some((layout::KEYBOARD_IRQ, false)))
 }
 
-fn pvpanic() -> Vec<u8> {
-    let port = IO::new(layout::PVPANIC, layout::PVPANIC, 1, 1);
+/// A device of QEMU's, with its ports.
+fn paravirtual(name: &str, id: &'static str, (base, count): (u16, u8)) -> Vec<u8> {
+    let port = IO::new(base, base, 1, count);
     bytes(&Device::new(
-        Path::new("PEVT"),
+        Path::new(name),
         vec![
-            &Name::new(Path::new("_HID"), &"QEMU0001"),
+            &Name::new(Path::new("_HID"), &id),
             &Name::new(Path::new("_STA"), &PRESENT),
             &Name::new(Path::new("_CRS"), &ResourceTemplate::new(vec![&port])),
         ],

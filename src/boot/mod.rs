@@ -10,6 +10,7 @@ mod fields;
 mod files;
 mod firmware;
 mod flat;
+mod fw_cfg;
 mod identify;
 mod initrd;
 mod kernel;
@@ -30,5 +31,6 @@ mod symbols;
 mod zero_page;
 
 pub use embedded::embedded_guest;
+pub use fw_cfg::fw_cfg_files;
 pub use kind::{Kind, kind_of_file};
 pub use load::load;

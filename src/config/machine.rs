@@ -4,8 +4,8 @@
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
-use super::boot::{Boot, bad};
-use super::platform::{ExitPort, Platform, PlatformConfig};
+use super::boot::{Boot, Code, bad};
+use super::platform::{ExitPort, PcPart, Platform, PlatformConfig};
 use crate::cpu::CpuConfig;
 use crate::error::Result;
 use crate::layout;
@@ -21,6 +21,8 @@ pub struct VmmConfig {
     pub boot: Boot,
     /// The first serial port, COM1.
     pub serial: SerialConfig,
+    /// The other ports that print: COM2, COM3, COM4 and the debug port, where they are configured.
+    pub others: [Option<SerialConfig>; 4],
     /// A write to this port ends the run with the value as its code. None for no such port.
     pub exit_port: ExitPort,
     /// An in-kernel PIC, I/O APIC and LAPICs. By default only for a PC.
@@ -29,6 +31,8 @@ pub struct VmmConfig {
     pub pit: Option<bool>,
     /// The parts of a PC that it has.
     pub platform: PlatformConfig,
+    /// The files of fw_cfg by name, if the machine has it.
+    pub fw_cfg: Option<Vec<(String, Code)>>,
 }
 
 /// Guest memory.
@@ -44,7 +48,7 @@ impl Default for MemoryConfig {
     }
 }
 
-/// The first serial port.
+/// The streams of a serial port.
 #[derive(Debug, Default)]
 pub struct SerialConfig {
     /// Where the output goes. None keeps the newest output for the host.
@@ -94,6 +98,13 @@ impl VmmConfig {
         let exit_port = self.exit_port;
         let parts = self.platform.parts(self.is_pc(), exit_port);
         let yielding = self.platform.by_default(parts);
+        let others = PcPart::PRINTING.into_iter().zip(&self.others);
+        let configured = others.filter_map(|(part, config)| config.is_some().then_some(part));
+        let fw_cfg = self.fw_cfg.is_some().then_some(PcPart::FwCfg);
+        let (parts, yielding) =
+            configured.chain(fw_cfg).fold((parts, yielding), |(all, yielding), part| {
+                (all.with(part), yielding.without(part))
+            });
         Platform { irqchip: self.has_irqchip(), exit_port, parts, yielding }
     }
 

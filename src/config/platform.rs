@@ -14,11 +14,42 @@ pub enum PcPart {
     Pvpanic,
     /// The ports 0xcf9 and 0x92, which reset the machine.
     ResetPorts,
+    /// The second serial port.
+    Com2,
+    /// The third serial port.
+    Com3,
+    /// The fourth serial port.
+    Com4,
+    /// The VGA text screen's registers.
+    Screen,
+    /// The port that takes the messages of firmware.
+    DebugPort,
+    /// The configuration ports of a PCI bus without devices.
+    Pci,
+    /// The main counter of an HPET.
+    Hpet,
+    /// Files and facts for firmware.
+    FwCfg,
 }
 
 impl PcPart {
     /// All of them. The place in this list is the bit in a snapshot, which never changes.
-    pub const ALL: [Self; 3] = [Self::Acpi, Self::Pvpanic, Self::ResetPorts];
+    pub const ALL: [Self; 11] = [
+        Self::Acpi,
+        Self::Pvpanic,
+        Self::ResetPorts,
+        Self::Com2,
+        Self::Com3,
+        Self::Com4,
+        Self::Screen,
+        Self::DebugPort,
+        Self::Pci,
+        Self::Hpet,
+        Self::FwCfg,
+    ];
+
+    /// Those that print text, in the order of [`super::VmmConfig::others`].
+    pub const PRINTING: [Self; 4] = [Self::Com2, Self::Com3, Self::Com4, Self::DebugPort];
 
     /// Its key in the configuration.
     #[must_use]
@@ -27,7 +58,37 @@ impl PcPart {
             Self::Acpi => "acpi",
             Self::Pvpanic => "pvpanic",
             Self::ResetPorts => "reset_ports",
+            Self::Com2 => "com2",
+            Self::Com3 => "com3",
+            Self::Com4 => "com4",
+            Self::Screen => "screen",
+            Self::DebugPort => "debug_port",
+            Self::Pci => "pci",
+            Self::Hpet => "hpet",
+            Self::FwCfg => "fw_cfg",
         }
+    }
+
+    /// Whether a PC has it by default.
+    fn is_usual(self) -> bool {
+        !matches!(self, Self::Com2 | Self::Com3 | Self::Com4 | Self::Hpet | Self::FwCfg)
+    }
+
+    /// Its interrupt line.
+    #[must_use]
+    pub fn line(self) -> Option<u32> {
+        match self {
+            Self::Com2 => Some(layout::COM2.1),
+            Self::Com3 => Some(layout::COM3.1),
+            Self::Com4 => Some(layout::COM4.1),
+            _ => None,
+        }
+    }
+
+    /// Its guest-physical addresses.
+    #[must_use]
+    pub fn addresses(self) -> Option<(u64, u64)> {
+        (self == Self::Hpet).then_some((layout::HPET, layout::HPET_SIZE))
     }
 
     /// Its ports.
@@ -39,6 +100,14 @@ impl PcPart {
             Self::ResetPorts => {
                 &[(layout::RESET_CONTROL as u64, 1), (layout::SYSTEM_CONTROL as u64, 1)]
             }
+            Self::Com2 => &[(layout::COM2.0 as u64, layout::COM_PORTS)],
+            Self::Com3 => &[(layout::COM3.0 as u64, layout::COM_PORTS)],
+            Self::Com4 => &[(layout::COM4.0 as u64, layout::COM_PORTS)],
+            Self::Screen => &[(layout::VGA as u64, layout::VGA_PORTS)],
+            Self::DebugPort => &[(layout::DEBUG_PORT as u64, 1)],
+            Self::Pci => &[(layout::PCI as u64, layout::PCI_PORTS)],
+            Self::Hpet => &[],
+            Self::FwCfg => &[(layout::FW_CFG as u64, layout::FW_CFG_PORTS)],
         }
     }
 
@@ -119,6 +188,14 @@ pub struct PlatformConfig {
     pub pvpanic: Option<bool>,
     /// The ports 0xcf9 and 0x92, which reset the machine.
     pub reset_ports: Option<bool>,
+    /// The VGA text screen's registers.
+    pub screen: Option<bool>,
+    /// The port that takes the messages of firmware.
+    pub debug_port: Option<bool>,
+    /// The configuration ports of a PCI bus without devices.
+    pub pci: Option<bool>,
+    /// The main counter of an HPET. A PC has none by default.
+    pub hpet: Option<bool>,
 }
 
 impl PlatformConfig {
@@ -127,6 +204,12 @@ impl PlatformConfig {
             PcPart::Acpi => self.acpi,
             PcPart::Pvpanic => self.pvpanic,
             PcPart::ResetPorts => self.reset_ports,
+            PcPart::Screen => self.screen,
+            PcPart::DebugPort => self.debug_port,
+            PcPart::Pci => self.pci,
+            PcPart::Hpet => self.hpet,
+            // There if they have a configuration.
+            PcPart::Com2 | PcPart::Com3 | PcPart::Com4 | PcPart::FwCfg => None,
         }
     }
 
@@ -141,7 +224,8 @@ impl PlatformConfig {
     pub fn parts(&self, is_pc: bool, ExitPort(exit_port): ExitPort) -> PcParts {
         let exit_ports = exit_port.map(|base| (u64::from(base), layout::EXIT_PORTS));
         let gives_way = |part: PcPart| exit_ports.is_some_and(|ports| part.overlaps(ports));
-        let is_there = |part| self.of(part).unwrap_or_else(|| is_pc && !gives_way(part));
+        let is_usual = |part: PcPart| is_pc && part.is_usual() && !gives_way(part);
+        let is_there = |part| self.of(part).unwrap_or_else(|| is_usual(part));
         let there = PcPart::ALL.into_iter().filter(|part| is_there(*part));
         there.fold(PcParts::default(), PcParts::with)
     }
@@ -161,9 +245,16 @@ pub struct Platform {
 }
 
 impl Platform {
-    /// The ports of its parts, and their names.
+    /// The ports of its parts, and their names. The reset control register is one of PCI's ports.
     pub fn part_ports(&self) -> impl Iterator<Item = (Ports, &'static str)> {
-        self.parts.iter().flat_map(|part| part.ports().iter().map(move |p| (*p, part.name())))
+        let has_pci = self.parts.has(PcPart::Pci);
+        let is_own = move |part, (base, _): Ports| {
+            part != PcPart::ResetPorts || !has_pci || base != u64::from(layout::RESET_CONTROL)
+        };
+        self.parts.iter().flat_map(move |part| {
+            let own = part.ports().iter().filter(move |ports| is_own(part, **ports));
+            own.map(move |ports| (*ports, part.name()))
+        })
     }
 }
 
@@ -177,17 +268,21 @@ mod tests {
     fn a_pc_has_all_parts_and_another_machine_those_that_it_asks_for() {
         let default = PlatformConfig::default();
         assert_eq!(default.parts(false, NO_PORT), PcParts::default());
-        assert_eq!(default.parts(true, NO_PORT).iter().count(), PcPart::ALL.len());
-        let some = PlatformConfig { acpi: Some(false), pvpanic: Some(true), reset_ports: None };
-        assert_eq!(some.parts(false, NO_PORT).names(), "pvpanic");
-        assert_eq!(some.parts(true, NO_PORT).names(), "pvpanic, reset_ports");
+        let usual = "acpi, pvpanic, reset_ports, screen, debug_port, pci";
+        assert_eq!(default.parts(true, NO_PORT).names(), usual);
+        let (acpi, pvpanic, hpet) = (Some(false), Some(true), Some(true));
+        let some = PlatformConfig { acpi, pvpanic, hpet, ..default };
+        assert_eq!(some.parts(false, NO_PORT).names(), "pvpanic, hpet");
+        let names = "pvpanic, reset_ports, screen, debug_port, pci, hpet";
+        assert_eq!(some.parts(true, NO_PORT).names(), names);
     }
 
     #[test]
     fn a_part_by_default_gives_way_to_the_exit_port_and_one_that_is_asked_for_stays() {
         let port = ExitPort(Some(layout::PVPANIC - 3));
         let mut config = PlatformConfig::default();
-        assert_eq!(config.parts(true, port).names(), "acpi, reset_ports");
+        let names = "acpi, reset_ports, screen, debug_port, pci";
+        assert_eq!(config.parts(true, port).names(), names);
         config.pvpanic = Some(true);
         assert!(config.parts(true, port).has(PcPart::Pvpanic));
     }
@@ -198,6 +293,10 @@ mod tests {
         let platform = Platform { parts, ..Platform::default() };
         let ports: Vec<_> = platform.part_ports().collect();
         assert_eq!(ports, [((0x505, 1), "pvpanic")]);
+        let parts = PcParts::default().with(PcPart::ResetPorts).with(PcPart::Pci);
+        let platform = Platform { parts, ..Platform::default() };
+        let ports: Vec<_> = platform.part_ports().collect();
+        assert_eq!(ports, [((0x92, 1), "reset_ports"), ((0xcf8, 8), "pci")]);
     }
 
     #[test]

@@ -12,8 +12,8 @@ pub trait InterruptLine: Send + Sync + std::fmt::Debug {
 }
 
 /// A line that several devices drive: it is high while one of them is. Each rise of one of them is
-/// an edge, so an edge-triggered controller interrupts for it, and a level-triggered one until all
-/// have been served.
+/// an edge, and so is the end of one while another stays high, because an edge-triggered controller
+/// may have merged the two. A level-triggered one interrupts until all have been served.
 #[derive(Debug)]
 pub(crate) struct SharedLine {
     line: Box<dyn InterruptLine>,
@@ -49,10 +49,10 @@ impl LineEnd {
             let mut drivers = shared.drivers.lock();
             let was_high = *drivers > 0;
             *drivers = *drivers + usize::from(is_high) - usize::from(self.is_high);
-            if was_high && (rises || *drivers == 0) {
+            if was_high {
                 shared.line.set(false);
             }
-            if rises {
+            if *drivers > 0 {
                 shared.line.set(true);
             }
         }
@@ -102,9 +102,12 @@ pub(super) mod tests {
             for (which, is_high, has_risen) in steps {
                 let before = levels.rises();
                 let rises = is_high && (has_risen || !model[which]);
+                let falls = !is_high && model[which];
+                let others = (0..3).any(|other| other != which && model[other]);
+                let is_edge = rises || falls && others;
                 ends[which].drive(is_high, has_risen);
                 model[which] = is_high;
-                prop_assert_eq!(levels.rises() - before, usize::from(rises));
+                prop_assert_eq!(levels.rises() - before, usize::from(is_edge));
                 prop_assert_eq!(levels.is_high(), model.contains(&true));
                 let set = levels.0.lock().clone();
                 prop_assert!(set.windows(2).all(|pair| pair[0] != pair[1]), "edges only: {set:?}");

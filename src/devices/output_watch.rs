@@ -110,7 +110,9 @@ mod tests {
 
     #[test]
     fn a_loop_tells_the_watch_of_output_and_of_its_end() {
-        let serial = Arc::new(Serial::new("COM1", None, false).unwrap());
+        let serial = Arc::new(
+            Serial::new(super::super::serial_kind::SerialKind::Uart("COM1"), None, false).unwrap(),
+        );
         let watch = OutputWatch::new(&serial).unwrap();
         let manager = EventManager::new().unwrap();
         let id = manager.add_subscriber(watch.subscriber());

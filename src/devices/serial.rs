@@ -12,6 +12,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::backlog::{Backlog, Chunk, Printed};
 use super::history::{History, News};
 use super::line::{LineEnd, SharedLine};
+use super::serial_kind::SerialKind;
 use super::uart::Uart;
 use super::uart_receiver::Received;
 use crate::error::{Error, ErrorKind, Result};
@@ -21,7 +22,7 @@ use crate::sync::{Mutex, rank};
 /// A serial port.
 #[derive(Debug)]
 pub struct Serial {
-    pub(super) name: &'static str,
+    pub(super) kind: SerialKind,
     pub(super) guest: Mutex<GuestSide, rank::SerialGuest>,
     pub(super) output: Backlog,
     /// Created on first use.
@@ -54,12 +55,12 @@ impl Serial {
     /// # Errors
     /// If no file descriptor can be created.
     pub(crate) fn new(
-        name: &'static str,
+        kind: SerialKind,
         irq: Option<Arc<SharedLine>>,
         has_consumer: bool,
     ) -> Result<Self> {
         Ok(Self {
-            name,
+            kind,
             guest: Mutex::new(GuestSide { irq: LineEnd::new(irq), ..GuestSide::default() }),
             output: Backlog::new(has_consumer)?,
             input_wanted: OnceLock::new(),
@@ -137,12 +138,12 @@ impl Serial {
     /// The output cannot be written: the loop's iteration ends with this error, and further output
     /// is buffered as without a consumer.
     pub fn fail(&self, error: Error) {
-        self.output.fail(error);
+        self.output.fail(self.kind.keyed(error));
     }
 
     /// The input cannot be read: the loop's iteration ends with this error.
     pub fn fail_input(&self, error: Error) {
-        self.output.report(error);
+        self.output.report(self.kind.keyed(error));
     }
 
     /// Takes the failure.
@@ -232,7 +233,7 @@ mod tests {
     use super::*;
 
     fn port(irq: Option<&Levels>, has_consumer: bool) -> Serial {
-        Serial::new("COM1", irq.map(Levels::line), has_consumer).unwrap()
+        Serial::new(SerialKind::Uart("COM1"), irq.map(Levels::line), has_consumer).unwrap()
     }
 
     fn is_ready(serial: &Serial, milliseconds: i32) -> bool {
@@ -317,6 +318,13 @@ mod tests {
         serial.feed(b"a");
         assert!(levels.is_high());
         assert_eq!((read(&serial, 0), levels.is_high()), (b'a', false));
+    }
+
+    #[test]
+    fn a_debug_port_prints_and_says_that_it_is_there() {
+        let debug = Serial::new(SerialKind::DebugPort, None, false).unwrap();
+        debug.write_many(0, b"SeaBIOS", 1);
+        assert_eq!((read(&debug, 0), debug.take_output()), (0xe9, b"SeaBIOS".to_vec()));
     }
 
     #[test]

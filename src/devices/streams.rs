@@ -299,7 +299,14 @@ mod tests {
 
     fn connected(output: Option<OwnedFd>, input: Option<OwnedFd>) -> (EventManager, Arc<Serial>) {
         let manager = EventManager::new().unwrap();
-        let serial = Arc::new(Serial::new("COM1", None, output.is_some()).unwrap());
+        let serial = Arc::new(
+            Serial::new(
+                super::super::serial_kind::SerialKind::Uart("COM1"),
+                None,
+                output.is_some(),
+            )
+            .unwrap(),
+        );
         let output = output.map(SerialOutput::Fd);
         let input = input.map(SerialInput::Fd);
         let config = SerialConfig { output, input, input_eof: b"\x04".to_vec() };

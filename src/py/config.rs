@@ -1,6 +1,8 @@
 //! Converts the Python configuration objects to the crate's `VmmConfig`. Errors name the key.
 
+use std::collections::BTreeMap;
 use std::os::fd::RawFd;
+use std::path::PathBuf;
 
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -12,7 +14,8 @@ use super::config_cpu;
 use super::config_part::{Part, bad, unlike};
 use super::ending::import;
 use crate::config::{
-    ExitPort, MemoryConfig, PlatformConfig, SerialConfig, SerialInput, SerialOutput, VmmConfig,
+    Code, ExitPort, MemoryConfig, PcPart, PlatformConfig, SerialConfig, SerialInput, SerialOutput,
+    VmmConfig,
 };
 use crate::cpu::CpuConfig;
 use crate::devices::{Direction, duplicate, input_file};
@@ -58,9 +61,16 @@ pub(super) fn from_python(config: &Bound<'_, PyAny>) -> PyResult<VmmConfig> {
         cpu: config_cpu::cpu(&all.part(intern!(py, "cpu"), "cpu", Some(&classes.cpu))?)?,
         boot: config_boot::from_python(&all.part(intern!(py, "boot"), "boot", None)?)?,
         serial: serial(&all.part(intern!(py, "serial"), "serial", Some(&classes.serial))?)?,
+        others: [
+            other_serial(&all, "com2")?,
+            other_serial(&all, "com3")?,
+            other_serial(&all, "com4")?,
+            other_serial(&all, "debugcon")?,
+        ],
         exit_port: ExitPort(all.get(intern!(py, "exit_port"), port)?),
         irqchip: all.get(intern!(py, "irqchip"), OPTIONAL)?,
         pit: all.get(intern!(py, "pit"), OPTIONAL)?,
+        fw_cfg: fw_cfg(&all)?,
         platform: platform(&all.part(
             intern!(py, "platform"),
             "platform",
@@ -71,12 +81,50 @@ pub(super) fn from_python(config: &Bound<'_, PyAny>) -> PyResult<VmmConfig> {
 
 const OPTIONAL: &str = "True, False or None";
 
+/// The streams of a port that the machine need not have.
+fn other_serial(all: &Part<'_>, key: &'static str) -> PyResult<Option<SerialConfig>> {
+    let py = all.object.py();
+    if all.object.getattr(key)?.is_none() {
+        return Ok(None);
+    }
+    let class = &classes(py)?.serial;
+    all.part(&PyString::intern(py, key), key, Some(class)).and_then(|part| serial(&part)).map(Some)
+}
+
+/// The files of `PlatformConfig.fw_cfg`: bytes, or a path.
+fn fw_cfg(all: &Part<'_>) -> PyResult<Option<Vec<(String, Code)>>> {
+    #[derive(FromPyObject)]
+    enum Content {
+        Bytes(Vec<u8>),
+        Path(PathBuf),
+    }
+    let py = all.object.py();
+    let class = Some(&classes(py)?.platform);
+    let platform = all.part(intern!(py, "platform"), "platform", class)?;
+    let fw_cfg = platform.object.getattr("fw_cfg")?;
+    if fw_cfg.is_none() {
+        return Ok(None);
+    }
+    let part = Part { object: fw_cfg, key: "platform.fw_cfg" };
+    let files: BTreeMap<String, Content> =
+        part.get(intern!(py, "files"), "a dict from names to bytes or paths")?;
+    let code = |content| match content {
+        Content::Bytes(bytes) => Code::Bytes(bytes),
+        Content::Path(path) => Code::File(path),
+    };
+    Ok(Some(files.into_iter().map(|(name, content)| (name, code(content))).collect()))
+}
+
 fn platform(part: &Part<'_>) -> PyResult<PlatformConfig> {
     let py = part.object.py();
     Ok(PlatformConfig {
         acpi: part.get(intern!(py, "acpi"), OPTIONAL)?,
         pvpanic: part.get(intern!(py, "pvpanic"), OPTIONAL)?,
         reset_ports: part.get(intern!(py, "reset_ports"), OPTIONAL)?,
+        screen: part.get(intern!(py, "screen"), OPTIONAL)?,
+        debug_port: part.get(intern!(py, "debug_port"), OPTIONAL)?,
+        pci: part.get(intern!(py, "pci"), OPTIONAL)?,
+        hpet: part.get(intern!(py, "hpet"), OPTIONAL)?,
     })
 }
 
@@ -122,10 +170,28 @@ pub(super) fn serial_from_python(config: Bound<'_, PyAny>) -> PyResult<SerialCon
     serial(&Part { object: config, key: "serial" })
 }
 
-/// Whether Python objects are to be connected to the streams.
-pub(super) fn has_python_streams(serial: &SerialConfig) -> bool {
-    matches!(serial.output, Some(SerialOutput::Subscriber))
-        || matches!(serial.input, Some(SerialInput::Subscriber))
+/// The keys of the ports with streams that are Python objects.
+pub(super) fn python_streams(
+    serial: &SerialConfig,
+    others: &[Option<SerialConfig>],
+) -> Vec<&'static str> {
+    let is_python = |port: &SerialConfig| {
+        matches!(port.output, Some(SerialOutput::Subscriber))
+            || matches!(port.input, Some(SerialInput::Subscriber))
+    };
+    let first = is_python(serial).then_some("com1");
+    let others = PcPart::PRINTING.into_iter().zip(others);
+    let others = others.filter(|(_, port)| port.as_ref().is_some_and(is_python));
+    first.into_iter().chain(others.map(|(part, _)| part.name())).collect()
+}
+
+/// The key of a port's streams in the configuration.
+pub(super) fn stream_key(port: &'static str) -> &'static str {
+    match port {
+        "com1" => "serial",
+        "debug_port" => "debugcon",
+        other => other,
+    }
 }
 
 /// None means no stream. An inner None means a Python object, which `pyvmm.streams` connects.

@@ -14,7 +14,8 @@ use super::lease::ReuseTracker;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Part {
     Memory,
-    Serial,
+    /// By key.
+    Serial(&'static str),
     Stats,
     /// By number.
     Vcpu(u64),

@@ -21,7 +21,8 @@ use super::unanswered::unanswered;
 use super::vcpu::PyVcpu;
 use super::{config, exit, interrupt, vcpu, wakeup};
 use crate::boot;
-use crate::devices::{self, MachineSize, Serial};
+use crate::config::VmmConfig;
+use crate::devices::{self, MachineFacts, Serial, Streams};
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::WrappedExitHandler;
 use crate::fixup::Counts;
@@ -100,6 +101,17 @@ impl PyKvmVm {
     }
 }
 
+/// A machine without a loop has nothing to serve streams.
+fn check_streams(config: &VmmConfig) -> Result<()> {
+    let mut ports = std::iter::once(&config.serial).chain(config.others.iter().flatten());
+    if ports.any(|port| port.output.is_some() || port.input.is_some()) {
+        let detail =
+            "a KvmVm has no event loop to serve streams; use Vmm, or serial.send() and read()";
+        return Err(Error::new(ErrorKind::Config, "serial", detail));
+    }
+    Ok(())
+}
+
 #[pymethods]
 impl PyKvmVm {
     #[new]
@@ -123,11 +135,7 @@ impl PyKvmVm {
             return Ok(Self::of(py, vm, python_handler, Arc::default(), 0, None));
         };
         let config = config::from_python(config)?;
-        if config.serial.output.is_some() || config.serial.input.is_some() {
-            let detail =
-                "a KvmVm has no event loop to serve streams; use Vmm, or serial.send() and read()";
-            return Err(Error::new(ErrorKind::Config, "serial", detail).into());
-        }
+        check_streams(&config)?;
         let (vm, entry, router, serial) = interrupt::interruptible(py, |interrupted| {
             config.validate()?;
             let memory = GuestMemory::new(config.memory.size_mib << 20)?;
@@ -135,9 +143,12 @@ impl PyKvmVm {
             let start = boot::load(&config, &memory, interrupted)?;
             let router = Arc::new(ExitRouter::default());
             let vm = KvmVm::new(&config, memory, start, Arc::clone(&router), handler)?;
-            let (platform, size) = (config.platform(), MachineSize::of(&config));
-            let (buses, streams) = (&router.buses, &config.serial);
-            let attached = devices::attach(buses, |line| vm.irq(line), streams, &platform, size)?;
+            let files = boot::fw_cfg_files(&config, interrupted)?;
+            let facts = MachineFacts::of(&config, vm.memory(), files);
+            let platform = config.platform();
+            let (buses, streams) = (&router.buses, Streams::default());
+            let attached =
+                devices::attach(buses, |line| vm.irq(line), &streams, &platform, &facts)?;
             Ok::<_, Error>((vm, start.entry, router, attached.serial))
         })?;
         Ok(Self::of(py, vm, python_handler, router, entry, Some(serial)))
@@ -285,7 +296,7 @@ impl PyKvmVm {
         let core = slf.get().machine.get()?;
         let serial = slf.get().serial.clone().ok_or_else(none)?;
         let parts = &slf.get().parts;
-        parts.get_or_make(slf.py(), Part::Serial, || {
+        parts.get_or_make(slf.py(), Part::Serial("com1"), || {
             let machine = slf.as_any().clone().unbind();
             let core = Arc::downgrade(core) as Weak<dyn Close>;
             Bound::new(slf.py(), PySerial::of_machine(serial, machine, core, &parts.tracker))

@@ -94,6 +94,14 @@ ranks! {
     AcpiPm,
     /// The registers of the clock.
     Rtc,
+    /// The items of fw_cfg, and which is selected.
+    FwCfg,
+    /// The registers of the VGA adapter.
+    Vga,
+    /// The address of PCI's configuration ports.
+    Pci,
+    /// The registers of the HPET.
+    Hpet,
     /// Which devices drive an interrupt line high.
     DeviceLines,
     /// Counts of executed instructions.

@@ -55,11 +55,18 @@ impl Vmm {
         let mut platform = self.platform.lock();
         let yielding = platform.yielding;
         let part_of = |name: &str| yielding.iter().find(|part| part.name() == name);
-        let Some(parts) =
+        let Some(mut parts) =
             there.iter().map(|owner| part_of(&owner.name)).collect::<Option<Vec<_>>>()
         else {
             return;
         };
+        // PCI's ports have the reset control register.
+        if parts.contains(&PcPart::Pci) && platform.parts.has(PcPart::ResetPorts) {
+            if !yielding.has(PcPart::ResetPorts) {
+                return;
+            }
+            parts.push(PcPart::ResetPorts);
+        }
         for part in parts {
             platform.parts = platform.parts.without(part);
             platform.yielding = platform.yielding.without(part);

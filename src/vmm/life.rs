@@ -176,7 +176,7 @@ impl Vmm {
         self.router.close();
         self.runner.lock().life = Life::Closed;
         self.run_ended.notify_all();
-        self.serial.tell_watches();
+        self.tell_watches();
     }
 
     /// The last reference may be dropped in one of the machine's callbacks, which must not wait for
@@ -288,7 +288,7 @@ impl Drop for Running<'_> {
             self.vmm.release();
         } else {
             self.vmm.run_ended.notify_all();
-            self.vmm.serial.tell_watches();
+            self.vmm.tell_watches();
         }
     }
 }

@@ -13,10 +13,10 @@ use super::resets::Resets;
 use super::runner::{Runner, closed};
 
 use crate::boot;
-use crate::config::{Platform, SerialConfig, VmmConfig};
+use crate::config::{PcPart, Platform, VmmConfig};
 use crate::cpu::Start;
 use crate::debug::Symbols;
-use crate::devices::{self, MachineSize, Serial};
+use crate::devices::{self, MachineFacts, Serial, Streams, Vga};
 use crate::error::{Error, Result};
 use crate::event::EventManager;
 use crate::exit_handler::{Exit, WrappedExitHandler};
@@ -40,6 +40,9 @@ pub struct Vmm {
     pub(super) router: Arc<ExitRouter>,
     instruments: Instruments,
     pub(super) serial: Arc<Serial>,
+    /// The other ports that print, in the order of [`PcPart::PRINTING`].
+    others: [Option<Arc<Serial>>; 4],
+    vga: Option<Arc<Vga>>,
     fixups: Arc<Counts>,
     /// The address at which the vCPUs start.
     pub(super) entry: u64,
@@ -107,24 +110,18 @@ impl Vmm {
         let (event_manager, exit_handler) = event_loop(shared)?;
         let router = Arc::new(ExitRouter::default());
         let vm = KvmVm::new(&config, memory, start, Arc::clone(&router), exit_handler.clone())?;
-        let attached = devices::attach(
-            &router.buses,
-            |line| vm.irq(line),
-            &config.serial,
-            &platform,
-            MachineSize::of(&config),
-        )?;
+        let files = boot::fw_cfg_files(&config, interrupted)?;
+        let facts = MachineFacts::of(&config, vm.memory(), files);
+        let streams = Streams { serial: config.serial, others: config.others };
+        let attached =
+            devices::attach(&router.buses, |line| vm.irq(line), &streams, &platform, &facts)?;
         let entry = start.entry;
         let parts = Parts { vm, event_manager, exit_handler, router, attached, entry };
-        Self::assemble(parts, config.serial, platform)
+        Self::assemble(parts, streams, platform)
     }
 
     /// Assemble the machine from these parts, in its event loop.
-    pub(super) fn assemble(
-        parts: Parts,
-        streams: SerialConfig,
-        platform: Platform,
-    ) -> Result<Self> {
+    pub(super) fn assemble(parts: Parts, streams: Streams, platform: Platform) -> Result<Self> {
         let Parts { vm, event_manager, exit_handler, router, attached, entry } = parts;
         let mut subscribers = vec![event_manager.add_subscriber(Box::new(exit_handler.clone()))];
         subscribers.extend(attached.connect(streams, &event_manager)?);
@@ -138,6 +135,8 @@ impl Vmm {
             router,
             instruments,
             serial: attached.serial,
+            others: attached.others,
+            vga: attached.vga,
             fixups,
             entry,
             platform: Mutex::new(platform),
@@ -234,6 +233,40 @@ impl Vmm {
     #[must_use]
     pub fn serial(&self) -> &Arc<Serial> {
         &self.serial
+    }
+
+    /// Every port that prints, with its key in the configuration.
+    pub fn serials(&self) -> impl Iterator<Item = (&'static str, &Arc<Serial>)> {
+        let others = PcPart::PRINTING.into_iter().zip(&self.others);
+        let others = others.filter_map(|(part, port)| Some((part.name(), port.as_ref()?)));
+        std::iter::once(("com1", &self.serial)).chain(others)
+    }
+
+    /// The registers of the VGA text screen, if the machine has them.
+    #[must_use]
+    pub fn vga(&self) -> Option<&Arc<Vga>> {
+        self.vga.as_ref()
+    }
+
+    /// Bytes of output that consumers have not written yet.
+    pub(super) fn backlog(&self) -> usize {
+        self.serials().map(|(_, port)| port.backlog()).sum()
+    }
+
+    /// The failure of a stream.
+    pub(super) fn take_failure(&self) -> Option<Error> {
+        self.serials().find_map(|(_, port)| port.take_failure())
+    }
+
+    /// Take the text that ended a run.
+    #[must_use]
+    pub fn take_match(&self) -> Option<Vec<u8>> {
+        self.serials().find_map(|(_, port)| port.take_match())
+    }
+
+    /// Make every wait for output look again.
+    pub(super) fn tell_watches(&self) {
+        self.serials().for_each(|(_, port)| port.tell_watches());
     }
 
     /// Guest memory.

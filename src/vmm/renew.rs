@@ -17,7 +17,7 @@ impl Vmm {
     pub fn renew(&self, snapshot: &Snapshot, limit: &Limit<'_>) -> Result<bool> {
         // Relaxed: the caller has synchronized with the thread that ran it.
         let has_failed = self.has_failed.load(Ordering::Relaxed);
-        if self.is_in_run() || has_failed || self.serial().take_failure().is_some() {
+        if self.is_in_run() || has_failed || self.take_failure().is_some() {
             return Ok(false);
         }
         let exit_handler = self.exit_handler()?;

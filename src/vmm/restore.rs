@@ -11,7 +11,7 @@ use super::parts::{Parts, event_loop};
 use super::snapshot::Vm;
 use crate::config::SerialConfig;
 use crate::cpu::cpuid::host_shadows_page_tables;
-use crate::devices::{self, Buses, Device, MachineSize};
+use crate::devices::{self, Buses, Device, MachineFacts, Streams};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
 use crate::hop::hop;
@@ -89,7 +89,8 @@ impl Vmm {
     /// snapshot is missing.
     pub fn fork(snapshot: &Snapshot, config: ForkConfig) -> Result<Self> {
         hop!();
-        let ForkConfig { serial: streams, event_manager } = config;
+        let ForkConfig { serial, event_manager } = config;
+        let streams = Streams { serial, ..Streams::default() };
         let spec = &snapshot.spec;
         snapshot.request_xstate()?;
         let memory = GuestMemory::empty();
@@ -101,10 +102,11 @@ impl Vmm {
         let router = Arc::new(ExitRouter::default());
         let vm = KvmVm::from_spec(spec, memory, &router, exit_handler.clone())?;
         vm.at_rest(&Limit::NONE, |fd, vcpus| set_state(&vm, fd, vcpus, snapshot, false))?;
-        let (platform, size) =
-            (spec.platform(), MachineSize { memory: 0, vcpus: u64::from(spec.vcpus) });
+        let (platform, memory) = (spec.platform(), vm.memory().clone());
+        let (vcpus, files) = (u64::from(spec.vcpus), Vec::new());
+        let facts = MachineFacts { size: 0, vcpus, memory, files };
         let attached =
-            devices::attach(&router.buses, |line| vm.irq(line), &streams, &platform, size)?;
+            devices::attach(&router.buses, |line| vm.irq(line), &streams, &platform, &facts)?;
         let parts = Parts { vm, event_manager, exit_handler, router, attached, entry: 0 };
         Self::assemble(parts, streams, platform)
     }

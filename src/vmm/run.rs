@@ -200,7 +200,7 @@ impl Running<'_> {
         let mut is_stopped = self.exit_handler.take_stop();
         let reason = reason?;
         waited?;
-        if self.vmm.serial.backlog() > 0 {
+        if self.vmm.backlog() > 0 {
             self.drain_serial(deadline, turn)?;
             is_stopped |= self.exit_handler.take_stop();
         }
@@ -256,7 +256,7 @@ impl Running<'_> {
         if recording.is_some() {
             trace::flush();
         }
-        let Some(failure) = self.vmm.serial.take_failure() else { return Ok(()) };
+        let Some(failure) = self.vmm.take_failure() else { return Ok(()) };
         // Relaxed: it is read after this run.
         self.vmm.has_failed.store(true, Ordering::Relaxed);
         Err(failure.into())
@@ -271,13 +271,13 @@ impl Running<'_> {
         turn: &mut impl FnMut(NextTurn) -> std::result::Result<(), E>,
     ) -> std::result::Result<(), E> {
         let mut next = self.event_manager.next_turn();
-        let mut left = self.vmm.serial.backlog();
+        let mut left = self.vmm.backlog();
         let mut drain_end = Instant::now() + DRAIN_TIMEOUT;
         while left > 0 && self.exit_handler.keep_running() {
             let until = deadline.map_or(drain_end, |deadline| deadline.min(drain_end));
             self.turn(next.until(Some(until)), turn)?;
             next = self.event_manager.next_turn();
-            let now = self.vmm.serial.backlog();
+            let now = self.vmm.backlog();
             if now < left {
                 drain_end = Instant::now() + DRAIN_TIMEOUT;
             } else if Instant::now() >= until {

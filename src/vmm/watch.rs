@@ -91,7 +91,7 @@ impl Vmm {
         };
         let wanted = LoopWanted(self);
         if must_wait {
-            self.serial.tell_watches();
+            self.tell_watches();
             Limit::new(None, interrupted).wait("run", |until| {
                 let mut runner = self.runner.lock();
                 while runner.yields && !self.run_ended.wait_until(&mut runner, until) {}
@@ -115,7 +115,7 @@ impl Drop for LoopWanted<'_> {
             return;
         }
         self.0.runner.lock().wanted -= 1;
-        self.0.serial.tell_watches();
+        self.0.tell_watches();
     }
 }
 

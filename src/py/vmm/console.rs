@@ -25,6 +25,20 @@ impl PyVmm {
         import(slf.py(), "pyvmm.console")?.call_method1("Console", (serial,))
     }
 
+    /// The guest's VGA text screen. docs/pc.md describes it.
+    #[getter]
+    fn screen<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        slf.get().core()?;
+        import(slf.py(), "pyvmm.screen")?.call_method1("Screen", (slf,))
+    }
+
+    /// For `pyvmm.screen`: the first character that is shown, and the cursor's, if it is on. None
+    /// without the registers of a screen.
+    fn _screen(&self) -> PyResult<Option<(u16, Option<u16>)>> {
+        let view = self.core()?.vga().map(|vga| vga.view());
+        Ok(view.map(|view| (view.start, view.cursor)))
+    }
+
     /// For `pyvmm.console`: wait until there is something to look at. `how`: whether to start a
     /// machine that is not running; and whether to wait as the thread that runs the machine, or
     /// beside such a thread, if there is one. Returns whether the machine is running, and how its

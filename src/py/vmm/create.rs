@@ -45,10 +45,10 @@ impl PyVmm {
         config: &Bound<'_, PyAny>,
         vmm: Arc<Vmm>,
         event_manager: Option<Py<PyEventManager>>,
-        has_python_streams: bool,
+        python_streams: &[&'static str],
     ) -> PyResult<Self> {
         let this = Self::vacant();
-        this.fill(config, vmm, event_manager, has_python_streams)?;
+        this.fill(config, vmm, event_manager, python_streams)?;
         Ok(this)
     }
 
@@ -58,7 +58,7 @@ impl PyVmm {
         config: &Bound<'_, PyAny>,
         vmm: Arc<Vmm>,
         event_manager: Option<Py<PyEventManager>>,
-        has_python_streams: bool,
+        python_streams: &[&'static str],
     ) -> PyResult<()> {
         let (py, tracker) = (config.py(), &self.tracker);
         registry::register(py, Arc::downgrade(&vmm) as Weak<dyn Close>);
@@ -67,15 +67,15 @@ impl PyVmm {
             Some(shared) => shared,
             None => Py::new(py, PyEventManager::over(vmm.event_manager()?))?,
         };
-        let streams = if has_python_streams {
+        let mut streams = Vec::new();
+        for (key, port) in vmm.serials().filter(|(key, _)| python_streams.contains(key)) {
             // The loop holds them, so they must not hold the machine.
-            let serial = Py::new(py, PySerial::over(Arc::clone(vmm.serial()), tracker))?;
-            import(py, "pyvmm.streams")?
-                .call_method1("connect", (serial, &event_manager, config.getattr("serial")?))?
-                .extract()?
-        } else {
-            Vec::new()
-        };
+            let serial = Py::new(py, PySerial::over(Arc::clone(port), tracker))?;
+            let name = config::stream_key(key);
+            let connected = import(py, "pyvmm.streams")?
+                .call_method1("connect", (serial, &event_manager, config.getattr(name)?, name))?;
+            streams.extend(connected.extract::<Vec<_>>()?);
+        }
         let exit_handler = Py::new(py, PyWrappedExitHandler::over(vmm.exit_handler()?))?;
         // Two threads may call __init__ at the same time. The object keeps the first machine.
         self.vmm.fill(vmm)?;
@@ -129,11 +129,11 @@ impl PyVmm {
         };
         guard_thread();
         let native = config::from_python(&config)?;
-        let has_python_streams = config::has_python_streams(&native.serial);
+        let python_streams = config::python_streams(&native.serial, &native.others);
         let shared = event_manager.as_ref().map(|manager| manager.get().shared_core());
         let vmm = Arc::new(interrupt::interruptible(py, |interrupted| {
             Vmm::build(native, shared, interrupted)
         })?);
-        self.fill(&config, vmm, event_manager, has_python_streams)
+        self.fill(&config, vmm, event_manager, &python_streams)
     }
 }

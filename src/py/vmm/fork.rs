@@ -88,12 +88,12 @@ impl PySnapshot {
             Some(serial) => config::serial_from_python(serial.clone())?,
             None => SerialConfig::default(),
         };
-        let has_python_streams = config::has_python_streams(&streams);
+        let python_streams = config::python_streams(&streams, &[]);
         let shared = event_manager.as_ref().map(|manager| manager.get().shared_core());
         let changes = ForkConfig { serial: streams, event_manager: shared };
         let vmm = Arc::new(py.detach(|| Vmm::fork(core, changes))?);
         let config = self.config_with(py, serial.as_ref())?;
-        let fork = Py::new(py, PyVmm::of(&config, vmm, event_manager, has_python_streams)?)?;
+        let fork = Py::new(py, PyVmm::of(&config, vmm, event_manager, &python_streams)?)?;
         match complete(fork.bind(py), core, setup.as_ref(), entropy.as_ref()) {
             Ok(()) => Ok(fork),
             Err(error) => {

@@ -5,9 +5,10 @@ use std::sync::{Arc, OnceLock, Weak};
 
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
-use pyo3::types::{PyList, PyTuple};
+use pyo3::types::{PyDict, PyList, PyTuple};
 
 use super::loop_objects::LoopObjects;
+use crate::devices::Serial;
 use crate::error::{Error, ErrorKind, Result};
 use crate::py::device::PythonDevice;
 use crate::py::enter::prepare_vcpu_threads;
@@ -149,6 +150,22 @@ impl PyVmm {
     }
 }
 
+impl PyVmm {
+    /// The object of a port: the existing one, or a new one.
+    fn port<'py>(
+        slf: &Bound<'py, Self>,
+        key: &'static str,
+        serial: &Arc<Serial>,
+    ) -> PyResult<Bound<'py, PySerial>> {
+        let (py, this) = (slf.py(), slf.get());
+        this.parts.get_or_make(py, Part::Serial(key), || {
+            let (machine, serial) = (slf.as_any().clone().unbind(), Arc::clone(serial));
+            let core = Arc::downgrade(this.core()?) as Weak<dyn Close>;
+            Bound::new(py, PySerial::of_machine(serial, machine, core, &this.tracker))
+        })
+    }
+}
+
 #[pymethods]
 impl PyVmm {
     /// Run the guest until it ends, `stop` is called, or `timeout` seconds have passed.
@@ -253,13 +270,21 @@ impl PyVmm {
     /// alive.
     #[getter]
     pub(in crate::py) fn serial<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PySerial>> {
-        let (py, this, core) = (slf.py(), slf.get(), slf.get().core()?);
-        this.parts.get_or_make(py, Part::Serial, || {
-            let machine = slf.as_any().clone().unbind();
-            let serial = Arc::clone(core.serial());
-            let core = Arc::downgrade(core) as Weak<dyn Close>;
-            Bound::new(py, PySerial::of_machine(serial, machine, core, &this.tracker))
-        })
+        let core = slf.get().core()?;
+        Self::port(slf, "com1", core.serial())
+    }
+
+    /// The host's side of every port that prints, by its key.
+    ///
+    /// The keys are "com1", which is `serial`, "com2" to "com4", and "debug_port", as far as the
+    /// machine has them.
+    #[getter]
+    fn serials<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyDict>> {
+        let found = PyDict::new(slf.py());
+        for (key, serial) in slf.get().core()?.serials() {
+            found.set_item(key, Self::port(slf, key, serial)?)?;
+        }
+        Ok(found)
     }
 
     /// The configuration.

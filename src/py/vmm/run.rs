@@ -140,7 +140,7 @@ impl PyVmm {
         if let Some((vcpu, value)) = pending.take_stop() {
             return exit::stopped(py, Some(vcpu), &value).map(Some);
         }
-        match self.core()?.serial().take_match() {
+        match self.core()?.take_match() {
             Some(text) => {
                 exit::stopped(py, None, PyBytes::new(py, &text).as_any().as_unbound()).map(Some)
             }
