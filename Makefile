@@ -85,9 +85,14 @@ stress: setup ## The long runs of the stress tests
 
 FUZZ_S ?= 60
 FUZZ_SEED ?= 1
-fuzz: setup ## Snapshot files changed at random; FUZZ_S=SECONDS, FUZZ_SEED=NUMBER
+# The counters by which the second program keeps the inputs that reach new code.
+COVERAGE := -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=3 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters
+HOST := $(shell rustc -vV 2>/dev/null | sed -n 's/host: //p')
+fuzz: setup ## Snapshot files, and files to boot, changed at random; FUZZ_S=SECONDS of each, FUZZ_SEED=NUMBER
 	@pyvmm snapshot --memory 1 -o target/fuzz-sample --text Hello >/dev/null </dev/null
 	cargo run --quiet --release --no-default-features --example fuzz_snapshot target/fuzz-sample $(FUZZ_S) $(FUZZ_SEED)
+	RUSTFLAGS="$(COVERAGE)" cargo run --quiet --release --no-default-features --target $(HOST) --target-dir target/fuzz \
+		--example fuzz_boot tests/fuzz/boot $(FUZZ_S) $(FUZZ_SEED)
 
 audit: setup ## Known vulnerabilities and licences of the dependencies, as far as they can be checked here
 	@scripts/audit.sh

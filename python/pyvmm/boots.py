@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from msgspec import Meta
 
-from pyvmm.config_parts import Address, FilePath, Part
+from pyvmm.config_parts import Address, FilePath, FilePaths, Part
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,19 +76,27 @@ class LinuxBoot(_Kernel, frozen=True, kw_only=True, tag_field="type", tag="linux
 
     Attributes:
         kernel: the file of an ELF vmlinux or a bzImage.
-        initrd: the file of the initial RAM disk.
-        cmdline: the kernel command line, at most 2,047 bytes of printable ASCII.
+        initrd: the initial RAM disk: a file, a directory, or a sequence of them, which the kernel
+            unpacks one after the other. A directory is packed as a cpio archive, with the owners,
+            modes and times that its files have; docs/linux-kernels.md says how.
+        cmdline: the kernel command line, at most 2,047 bytes of printable ASCII, or what the header
+            of a bzImage says.
         load_address: the load address of a bzImage, 1 MiB to 3 GiB; None means its preferred
             address.
         protocol: how the kernel is entered. "64-bit" and "32-bit" are the entries of the boot
             protocol; a vmlinux has only the first. "pvh" is the entry that the PVH note of a
-            vmlinux names. "auto" is "64-bit" if the kernel has that entry.
+            vmlinux names. "auto" is "64-bit" if the kernel has that entry, otherwise "32-bit".
+        unpack: whether pyvmm takes the vmlinux out of a bzImage and starts that. False lets the
+            kernel unpack itself. True is an error where pyvmm cannot: without a 64-bit entry, or if
+            the compression is not gzip, zstd, lz4, xz or lzma. None means True where pyvmm can, and
+            False with a `load_address` or the protocol "32-bit".
     """
 
-    initrd: FilePath | None = None
+    initrd: FilePaths | None = None
     cmdline: Annotated[str, Meta(max_length=2047)] = DEFAULT_CMDLINE
     load_address: Address | None = None
     protocol: Literal["auto", "64-bit", "32-bit", "pvh"] = "auto"
+    unpack: bool | None = None
 
 
 class BootModule(_Program, frozen=True, kw_only=True):

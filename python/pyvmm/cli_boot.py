@@ -17,14 +17,14 @@ BOOTS = ("auto", "linux", "kernel", "pvh", "multiboot", "elf", "program", "firmw
 
 
 class BootOptions(NamedTuple):
-    """The options that say what is booted; None, or no module, if one is not given."""
+    """The options that say what is booted; None, or an empty tuple, if one is not given."""
 
     kernel: str | None
     kernel_form: str | None
     boot: str | None
     flat: str | None
     mode: str | None
-    initrd: str | None
+    initrd: tuple[str, ...]
     append: str | None
     module: tuple[str, ...]
 
@@ -86,7 +86,7 @@ def _changed(base: VmmConfig, options: BootOptions) -> Any:
         raise ConfigError("--boot: it needs a KERNEL", at="--boot")
     if isinstance(base.boot, KernelBoot):
         return base.boot.replace(**_given(cmdline=options.append, modules=_modules(options)))
-    values = _given(initrd=options.initrd, cmdline=options.append)
+    values = _given(initrd=options.initrd or None, cmdline=options.append)
     if isinstance(base.boot, LinuxBoot) and not options.module:
         return base.boot.replace(**values)
     if values or options.module:
@@ -100,7 +100,7 @@ def _linux(base: VmmConfig, options: BootOptions, load_address: int | None) -> L
     protocol = "pvh" if options.boot == "pvh" else None
     given = _given(
         kernel=options.kernel,
-        initrd=options.initrd,
+        initrd=options.initrd or None,
         cmdline=options.append,
         load_address=load_address,
         protocol=protocol,
@@ -116,7 +116,7 @@ def _kernel(base: VmmConfig, kind: str, options: BootOptions) -> KernelBoot:
 
 def _modules(options: BootOptions) -> tuple[BootModule, ...] | None:
     """The RAM disk is the first module."""
-    modules = [] if options.initrd is None else [BootModule(options.initrd)]
+    modules = [BootModule(path) for path in options.initrd]
     for module in options.module:
         path, _, cmdline = module.partition(",")
         modules.append(BootModule(path, cmdline=cmdline))
@@ -124,7 +124,7 @@ def _modules(options: BootOptions) -> tuple[BootModule, ...] | None:
 
 
 def _of_path(base: VmmConfig, kind: str, options: BootOptions) -> ElfBoot | FirmwareBoot:
-    if options.append is not None or options.initrd is not None or options.module:
+    if options.append is not None or options.initrd or options.module:
         detail = f"--boot: a {kind} has no --append, --initrd or --module"
         raise ConfigError(detail, at="--boot")
     boot = ElfBoot if kind == "program" else FirmwareBoot
@@ -133,7 +133,7 @@ def _of_path(base: VmmConfig, kind: str, options: BootOptions) -> ElfBoot | Firm
 
 
 def _flat(base: VmmConfig, options: BootOptions) -> FlatBoot:
-    others: list[Any] = [options.kernel_form, options.initrd, options.append, options.module or None]
+    others: list[Any] = [options.kernel_form, options.initrd or None, options.append, options.module or None]
     path = options.flat
     if options.boot == "flat" and path is None:
         path = options.kernel

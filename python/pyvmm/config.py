@@ -279,6 +279,8 @@ def _beside(part: Any, directory: Path, *names: str) -> Any:
     """Make the relative paths of a part relative to a directory."""
     values = {name: getattr(part, name, None) for name in names}
     paths: dict[str, Any] = {n: str(directory / v) for n, v in values.items() if isinstance(v, (str, Path))}
+    if isinstance(part, LinuxBoot) and isinstance(part.initrd, tuple):
+        paths["initrd"] = tuple(str(directory / path) for path in part.initrd)
     if isinstance(part, KernelBoot):
         paths["modules"] = tuple(_module_beside(module, directory) for module in part.modules)
     return part.replace(**paths) if paths else part

@@ -16,14 +16,16 @@ from msgspec import Meta
 Address: TypeAlias = Annotated[int, Meta(ge=0, extra_json_schema={"maximum": 2**64 - 1})]
 Port: TypeAlias = Annotated[int, Meta(ge=0, le=0xFFFC)]
 # In a file, a path is a string. An object built in Python may also have a Path, and any sequence of
-# names.
+# names or paths.
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     FilePath: TypeAlias = str | Path
+    FilePaths: TypeAlias = str | Path | Sequence[str | Path]
     Names: TypeAlias = Sequence[str]
 else:
     FilePath = str
+    FilePaths = str | tuple[str, ...]
     Names = tuple[str, ...]
 STREAM_SCHEMA = {"type": ["string", "integer", "null"]}
 Stream: TypeAlias = Annotated[Any, Meta(extra_json_schema=STREAM_SCHEMA)]

@@ -1,8 +1,10 @@
 //! Reads the files that a machine starts with, without waiting for a writer that never comes.
 
+use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -14,6 +16,17 @@ const WRITER_COMES: Duration = Duration::from_millis(500);
 /// How often a wait checks for an interruption.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 const CHUNK: usize = 1 << 20;
+/// File systems of the kernel itself, whose files are not for copying: `f_type` of `statfs`.
+const KERNEL_FILES: &[i64] = &[
+    0x9fa0,      // proc
+    0x6265_6572, // sysfs
+    0x6462_6720, // debugfs
+    0x7472_6163, // tracefs
+    0x0027_e0eb, // cgroup
+    0x6367_7270, // cgroup2
+    0x7363_6673, // securityfs
+    0xcafe_4a11, // bpf
+];
 
 /// See the module.
 pub(super) struct Files<'a> {
@@ -29,6 +42,14 @@ impl Files<'_> {
     /// [`ErrorKind::Boot`], with `at` as the place, if it cannot be read, is too large, or is a
     /// FIFO without a writer; what `interrupted` returns.
     pub(super) fn read(&self, path: &Path, at: &str, most: u64) -> Result<Vec<u8>> {
+        self.read_within(path, at, most)?.ok_or_else(|| {
+            let detail = format!("{}: larger than guest memory", path.display());
+            Error::new(ErrorKind::Boot, at, detail)
+        })
+    }
+
+    /// The same, and None if it is too large.
+    pub(super) fn read_within(&self, path: &Path, at: &str, most: u64) -> Result<Option<Vec<u8>>> {
         let failed = |e: io::Error| {
             let mut error = Error::os(ErrorKind::Boot, at, &e);
             error.detail = format!("{}: {}", path.display(), error.detail);
@@ -53,10 +74,8 @@ impl Files<'_> {
                     (self.interrupted)()?;
                     std::thread::sleep(Duration::from_millis(5));
                 }
-                Ok(0) => return Ok(bytes),
-                Ok(_) if bytes.len() as u64 > most => {
-                    return Err(refused("larger than guest memory"));
-                }
+                Ok(0) => return Ok(Some(bytes)),
+                Ok(_) if bytes.len() as u64 > most => return Ok(None),
                 Ok(_) => {}
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => (self.interrupted)()?,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
@@ -85,12 +104,24 @@ fn wait(file: &File) {
     unsafe { libc::poll(&raw mut poll, 1, milliseconds) };
 }
 
+/// Whether a directory is on a file system of the kernel such as proc, which stays empty in the
+/// archive: a root file system in use has them mounted.
+pub(super) fn is_of_the_kernel(path: &Path) -> bool {
+    let Ok(name) = CString::new(path.as_os_str().as_bytes()) else { return false };
+    let mut found = std::mem::MaybeUninit::<libc::statfs>::zeroed();
+    // SAFETY: the name ends in a zero byte, and the struct lives through the call.
+    if unsafe { libc::statfs(name.as_ptr(), found.as_mut_ptr()) } != 0 {
+        return false;
+    }
+    // SAFETY: zeros are a valid value of the struct, and the call has filled it.
+    let found = unsafe { found.assume_init() };
+    KERNEL_FILES.contains(&found.f_type)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::ffi::CString;
     use std::io::Write;
-    use std::os::unix::ffi::OsStrExt;
     use std::path::PathBuf;
 
     fn read(path: &Path, interrupted: &dyn Fn() -> Result<()>) -> Result<Vec<u8>> {

@@ -1,16 +1,16 @@
-//! Loads Linux for its boot protocol (the kernel's Documentation/arch/x86/boot.rst): an ELF vmlinux
-//! or a bzImage, and the initial RAM disk.
+//! Loads Linux for its boot protocol (the kernel's Documentation/arch/x86/boot.rst) or by PVH: an
+//! ELF vmlinux, or a bzImage with or without its own decompressor, and the initial RAM disk.
 
 use linux_loader::loader::bootparam::setup_header;
-use vm_memory::ByteValued;
 
+use super::bzimage::BzImage;
 use super::elf::ElfKernel;
-use super::fields::{u16_at, u32_at};
 use super::files::Files;
 use super::identify::ELF_MAGIC;
+use super::initrd::{self, Room};
+use super::payload::{self, Refused};
 use super::program_headers::{Executable, Low};
-use super::zero_page::{BOOT_FLAG, HEADER_MAGIC};
-use super::{initrd, kernel, modules, multiboot, zero_page};
+use super::{kernel, modules, multiboot, zero_page};
 use crate::config::{KernelProtocol, LinuxBoot, LinuxProtocol};
 use crate::cpu::{CpuMode, Start};
 use crate::error::{Error, ErrorKind, Result};
@@ -18,16 +18,12 @@ use crate::layout;
 use crate::memory::GuestMemory;
 
 const AT: &str = "boot.kernel";
-const HEADER_OFFSET: usize = 0x1f1;
 /// The limit for the RAM disk of a vmlinux, which has no header to say it. All x86-64 kernels allow
 /// this.
 const INITRD_CEILING: u64 = 0x7fff_ffff;
-/// From this version on, a bzImage says whether it has a 64-bit entry.
-const VERSION_2_12: u16 = 0x020c;
-const XLF_KERNEL_64: u16 = 1;
-const LOADED_HIGH: u8 = 1;
-/// The offset of the 64-bit entry from the start of the protected-mode kernel.
-const ENTRY_64: u64 = 0x200;
+/// Where an ELF file has its class, and the class of 64-bit files.
+const CLASS: usize = 4;
+const ELFCLASS64: u8 = 2;
 
 /// A kernel in memory.
 struct Kernel {
@@ -47,95 +43,134 @@ pub(super) fn load(
 ) -> Result<Start> {
     let image = files.read(&config.kernel, AT, files.most)?;
     if config.protocol == LinuxProtocol::Pvh {
-        let path = config.initrd.as_deref();
-        let initrd = path.map(|path| modules::read_one(path, "boot.initrd", files)).transpose()?;
-        let modules = initrd.into_iter().collect();
-        return kernel::boot(&image, KernelProtocol::Pvh, &config.cmdline, modules, memory, rsdp);
+        return load_by_pvh(&image, config, memory, files, rsdp);
     }
     let kernel = load_kernel(&image, config, memory)?;
-    let initrd = match &config.initrd {
-        Some(path) => initrd::load(path, memory, files, kernel.end, kernel.initrd_ceiling)?,
-        None => (0, 0),
+    let initrd = if config.initrd.is_empty() {
+        (0, 0)
+    } else {
+        let room = Room { start: kernel.end, last: kernel.initrd_ceiling };
+        initrd::load(&config.initrd, memory, files, room)?
     };
     zero_page::write(memory, kernel.header, &config.cmdline, initrd, rsdp)?;
     Ok(zero_page::start(kernel.mode, kernel.entry))
 }
 
+/// The RAM disk is the kernel's only module.
+fn load_by_pvh(
+    image: &[u8],
+    config: &LinuxBoot,
+    memory: &GuestMemory,
+    files: &Files<'_>,
+    rsdp: Option<u64>,
+) -> Result<Start> {
+    let unpacked = if is_bzimage(image) {
+        let config = LinuxBoot { unpack: config.unpack.or(Some(true)), ..config.clone() };
+        let found = unpack(&BzImage::new(image)?, &config, memory)?;
+        Some(found.ok_or_else(|| {
+            let detail = "a bzImage that unpacks itself has no PVH entry";
+            Error::new(ErrorKind::Boot, "boot.protocol", detail)
+        })?)
+    } else {
+        None
+    };
+    let mut modules = Vec::new();
+    if !config.initrd.is_empty() {
+        let room = Room { start: layout::HIGH_MEMORY, last: u64::MAX };
+        let bytes = initrd::read(&config.initrd, memory, files, room)?;
+        modules.push(modules::unnamed(bytes, "boot.initrd"));
+    }
+    let image = unpacked.as_deref().unwrap_or(image);
+    kernel::boot(image, KernelProtocol::Pvh, &config.cmdline, modules, memory, rsdp)
+}
+
+fn is_bzimage(image: &[u8]) -> bool {
+    BzImage::is(image) && !image.starts_with(ELF_MAGIC)
+}
+
 fn load_kernel(image: &[u8], config: &LinuxBoot, memory: &GuestMemory) -> Result<Kernel> {
-    if u32_at(image, 0x202) == Some(HEADER_MAGIC) && !image.starts_with(ELF_MAGIC) {
+    if is_bzimage(image) {
         return load_bzimage(image, config, memory);
     }
     if !image.starts_with(ELF_MAGIC) && multiboot::find(image).is_some() {
         let detail = "a kernel with a multiboot header, which is not Linux";
         return Err(bad(detail).hint("boot it by KernelBoot, or --boot kernel"));
     }
+    load_vmlinux(image, config.protocol, zero_page::elf_header(), INITRD_CEILING, memory)
+}
+
+fn load_vmlinux(
+    image: &[u8],
+    wanted: LinuxProtocol,
+    header: setup_header,
+    initrd_ceiling: u64,
+    memory: &GuestMemory,
+) -> Result<Kernel> {
     let executable = Executable::new(image, AT)?;
     let (mode, protocol, other) = if executable.is_64 {
         (CpuMode::Kernel64, LinuxProtocol::Bits64, "64-bit")
     } else {
         (CpuMode::Kernel32, LinuxProtocol::Bits32, "32-bit")
     };
-    if ![LinuxProtocol::Auto, protocol].contains(&config.protocol) {
+    if ![LinuxProtocol::Auto, protocol].contains(&wanted) {
         let detail = format!("this vmlinux has only a {other} entry, and perhaps that of PVH");
         return Err(Error::new(ErrorKind::Boot, "boot.protocol", detail));
     }
     let kernel = ElfKernel::new(executable, memory, Low::Nothing)?;
     kernel.write(memory)?;
-    let (entry, end, header) = (kernel.entry, kernel.end(), zero_page::elf_header());
-    Ok(Kernel { mode, entry, end, initrd_ceiling: INITRD_CEILING, header })
+    Ok(Kernel { mode, entry: kernel.entry, end: kernel.end(), initrd_ceiling, header })
 }
 
 fn load_bzimage(image: &[u8], config: &LinuxBoot, memory: &GuestMemory) -> Result<Kernel> {
-    if config.protocol == LinuxProtocol::Bits32 {
-        let detail = "the 32-bit entry of a bzImage is not supported yet";
-        return Err(Error::new(ErrorKind::Boot, "boot.protocol", detail));
+    let bzimage = BzImage::new(image)?;
+    let mut header = bzimage.header;
+    let initrd_ceiling = u64::from(header.initrd_addr_max);
+    if let Some(vmlinux) = unpack(&bzimage, config, memory)? {
+        return load_vmlinux(&vmlinux, config.protocol, header, initrd_ceiling, memory);
     }
-    let mut header = read_header(image)?;
-    let sectors = if header.setup_sects == 0 { 4 } else { usize::from(header.setup_sects) };
-    let body = image.get((sectors + 1) * 512..).filter(|body| !body.is_empty());
-    let body = body.ok_or_else(|| bad("the bzImage is truncated in its setup code"))?;
-    let preferred = header.pref_address;
-    let address =
-        config.load_address.unwrap_or(if preferred == 0 { layout::HIGH_MEMORY } else { preferred });
-    // The kernel decompresses itself in place, within init_size of its load address.
-    let needed = u64::from(header.init_size).max(body.len() as u64);
-    memory.check(address, needed).map_err(|e| {
-        bad(format!("the kernel: {}", e.detail))
-            .hint("give the machine more memory (memory.size_mib)")
-    })?;
-    if address < layout::HIGH_MEMORY {
-        return Err(bad(format!("the bzImage's preferred address {address:#x} is below 1 MiB")));
-    }
-    memory.write(address, body)?;
-    header.code32_start = u32::try_from(address)
-        .map_err(|_| bad("the bzImage's preferred address is above 4 GiB"))?;
-    let initrd_ceiling = match header.initrd_addr_max {
-        0 => INITRD_CEILING,
-        most => u64::from(most),
-    };
-    let (mode, entry) = (CpuMode::Kernel64, address + ENTRY_64);
-    Ok(Kernel { mode, entry, end: address + needed, initrd_ceiling, header })
+    let (mode, offset) = bzimage.entry(config.protocol)?;
+    let place = bzimage.load(config.load_address, memory)?;
+    header.code32_start = u32::try_from(place.address).map_err(|_| bad("it is above 4 GiB"))?;
+    Ok(Kernel { mode, entry: place.address + offset, end: place.end, initrd_ceiling, header })
 }
 
-fn read_header(image: &[u8]) -> Result<setup_header> {
-    let mut header = setup_header::default();
-    // The header ends at the target of the jump at 0x200. Later fields of the struct are newer than
-    // the kernel.
-    let end = HEADER_OFFSET.max(0x202 + usize::from(image.get(0x201).copied().unwrap_or(0)));
-    let length = (end - HEADER_OFFSET).min(size_of::<setup_header>());
-    let bytes = image.get(HEADER_OFFSET..HEADER_OFFSET + length);
-    let target = header.as_mut_slice().get_mut(..length);
-    match (bytes, target) {
-        (Some(bytes), Some(target)) => target.copy_from_slice(bytes),
-        _ => return Err(bad("the bzImage is truncated in its header")),
+/// The vmlinux in a bzImage, if it is to be loaded in place of the code that unpacks it.
+///
+/// # Errors
+/// If that is demanded and impossible, or if the payload is damaged: the kernel's own code would
+/// halt then, and say so where nobody may be looking.
+fn unpack(
+    bzimage: &BzImage<'_>,
+    config: &LinuxBoot,
+    memory: &GuestMemory,
+) -> Result<Option<Vec<u8>>> {
+    let refused = |why: &str| match config.unpack {
+        Some(true) => Err(Error::new(ErrorKind::Boot, "boot.unpack", why)
+            .hint("leave it out, so that the kernel unpacks itself")),
+        _ => Ok(None),
+    };
+    let is_moved = config.load_address.is_some();
+    if config.unpack == Some(false) || is_moved || config.protocol == LinuxProtocol::Bits32 {
+        return Ok(None);
     }
-    if u16_at(image, 0x1fe) != Some(BOOT_FLAG) || header.loadflags & LOADED_HIGH == 0 {
-        return Err(bad("not a bzImage: its boot flag or its load flag is wrong"));
+    if bzimage.entry(LinuxProtocol::Bits64).is_err() {
+        return refused("the kernel has no 64-bit entry");
     }
-    if header.version < VERSION_2_12 || header.xloadflags & XLF_KERNEL_64 == 0 {
-        return Err(bad("the bzImage has no 64-bit entry; build the kernel with CONFIG_64BIT"));
+    let Some(packed) = bzimage.payload()? else {
+        return refused("the header of the bzImage has no payload (payload_length is 0)");
+    };
+    // What the kernel unpacks to, it unpacks within init_size.
+    let most = u64::from(bzimage.header.init_size).min(memory.size());
+    match payload::unpack(packed, most) {
+        Ok(vmlinux) if !vmlinux.starts_with(ELF_MAGIC) => refused("the payload is not an ELF file"),
+        Ok(vmlinux) => match vmlinux.get(CLASS) {
+            Some(&ELFCLASS64) => Ok(Some(vmlinux)),
+            _ => refused("the payload is not a 64-bit ELF file"),
+        },
+        Err(Refused::Unknown(format)) => refused(&format!("the payload is compressed by {format}")),
+        Err(Refused::Damaged(why)) => Err(bad(format!("the bzImage is damaged: {why}"))
+            .hint("take the file again; LinuxBoot(unpack=False) lets the kernel unpack itself")),
     }
-    Ok(header)
 }
 
 fn bad(detail: impl Into<String>) -> Error {
@@ -145,25 +180,11 @@ fn bad(detail: impl Into<String>) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::boot::bzimage::tests::{bzimage, set};
+    use crate::boot::payload::tests::packed;
     use crate::boot::program_headers::tests::{elf, elf32};
+    use crate::boot::zero_page::HEADER_MAGIC;
     use proptest::prelude::*;
-
-    /// A bzImage of one setup sector whose kernel is `body`.
-    fn bzimage(body: &[u8]) -> Vec<u8> {
-        let mut image = vec![0; 1024];
-        image[0x1f1] = 1;
-        image[0x1fe..0x200].copy_from_slice(&BOOT_FLAG.to_le_bytes());
-        image[0x200..0x202].copy_from_slice(&[0xeb, 0x66]);
-        image[0x202..0x206].copy_from_slice(b"HdrS");
-        image[0x206..0x208].copy_from_slice(&0x020fu16.to_le_bytes());
-        image[0x211] = 1;
-        image[0x236] = 1;
-        image[0x238..0x23c].copy_from_slice(&255u32.to_le_bytes());
-        image[0x258..0x260].copy_from_slice(&0x20_0000u64.to_le_bytes());
-        image[0x260..0x264].copy_from_slice(&0x1000u32.to_le_bytes());
-        image.extend_from_slice(body);
-        image
-    }
 
     fn memory() -> GuestMemory {
         GuestMemory::new(8 << 20).unwrap()
@@ -182,12 +203,80 @@ mod tests {
         assert_eq!((kernel.entry, kernel.end, &body), (0x20_0200, 0x20_1000, b"kernel"));
     }
 
+    /// A bzImage with this payload.
+    fn with_payload(payload: &[u8]) -> Vec<u8> {
+        let mut image = bzimage(&[&[0x90; 0x20], payload].concat());
+        set(&mut image, 0x248, 0x20);
+        set(&mut image, 0x24c, u32::try_from(payload.len()).unwrap());
+        image
+    }
+
+    fn unpack(unpack: Option<bool>) -> LinuxBoot {
+        LinuxBoot { unpack, ..LinuxBoot::default() }
+    }
+
     #[test]
-    fn a_bzimage_without_a_64_bit_entry_is_refused() {
-        let mut image = bzimage(b"kernel");
-        image[0x236] = 0;
-        let error = load_kernel(&image, &config(""), &memory()).err().unwrap();
-        assert!(error.detail.contains("64-bit"), "{error}");
+    fn the_vmlinux_in_a_bzimage_is_started_in_its_place() {
+        let image = with_payload(&packed(&elf(0x30_0000, b"vmlinux")));
+        for wanted in [None, Some(true)] {
+            let memory = memory();
+            let kernel = load_kernel(&image, &unpack(wanted), &memory).unwrap();
+            let mut code = [0; 7];
+            memory.read(0x30_0000, &mut code).unwrap();
+            assert_eq!((kernel.mode, kernel.entry), (CpuMode::Kernel64, 0x30_0000));
+            assert_eq!((kernel.end, &code), (0x30_0007, b"vmlinux"));
+            let (magic, cmdline) = (kernel.header.header, kernel.header.cmdline_size);
+            assert_eq!((magic, cmdline), (HEADER_MAGIC, 255), "the header stays");
+        }
+        let kernel = load_kernel(&image, &unpack(Some(false)), &memory()).unwrap();
+        assert_eq!(kernel.entry, 0x20_0200);
+    }
+
+    #[test]
+    fn a_kernel_unpacks_itself_where_pyvmm_must_not() {
+        let image = with_payload(&packed(&elf(0x30_0000, b"vmlinux")));
+        let moved = LinuxBoot { load_address: Some(0x10_0000), ..LinuxBoot::default() };
+        assert_eq!(load_kernel(&image, &moved, &memory()).unwrap().entry, 0x10_0200);
+        let by_32 = LinuxBoot { protocol: LinuxProtocol::Bits32, ..LinuxBoot::default() };
+        let kernel = load_kernel(&image, &by_32, &memory()).unwrap();
+        assert_eq!((kernel.mode, kernel.entry), (CpuMode::Kernel32, 0x20_0000));
+        let mut of_32_bits = image.clone();
+        of_32_bits[0x236] = 0;
+        let kernel = load_kernel(&of_32_bits, &unpack(None), &memory()).unwrap();
+        assert_eq!((kernel.mode, kernel.entry), (CpuMode::Kernel32, 0x20_0000));
+    }
+
+    #[test]
+    fn a_payload_that_pyvmm_cannot_start_is_left_to_the_kernel_or_refused() {
+        let narrow = elf32(0x30_0000, b"vmlinux");
+        for (payload, why) in [
+            (&b""[..], "payload_length is 0"),
+            (b"BZh91AY", "bzip2"),
+            (b"\x89LZO\0\r\n", "lzo"),
+            (&packed(b"not an ELF file"), "not an ELF file"),
+            (&packed(&narrow), "not a 64-bit ELF file"),
+        ] {
+            let image = with_payload(payload);
+            let kernel = load_kernel(&image, &unpack(None), &memory()).unwrap();
+            assert_eq!(kernel.entry, 0x20_0200);
+            let error = load_kernel(&image, &unpack(Some(true)), &memory()).err().unwrap();
+            assert_eq!(error.at, "boot.unpack");
+            assert!(error.detail.contains(why), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_damaged_payload_is_an_error_unless_nobody_unpacks_it() {
+        let mut payload = packed(&elf(0x30_0000, b"vmlinux"));
+        payload.truncate(40);
+        let image = with_payload(&payload);
+        let error = load_kernel(&image, &unpack(None), &memory()).err().unwrap();
+        assert!(error.detail.contains("damaged"), "{error}");
+        load_kernel(&image, &unpack(Some(false)), &memory()).unwrap();
+        // More than init_size is not what the kernel unpacks to.
+        let bomb = with_payload(&packed(&[0; 0x1001]));
+        let error = load_kernel(&bomb, &unpack(None), &memory()).err().unwrap();
+        assert!(error.detail.contains("more than 4096"), "{error}");
     }
 
     #[test]

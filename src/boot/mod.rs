@@ -3,6 +3,8 @@
 
 mod acpi;
 mod area;
+mod bzimage;
+mod cpio;
 mod dsdt;
 mod elf;
 mod embedded;
@@ -23,11 +25,14 @@ mod modules;
 mod mptable;
 mod multiboot;
 mod notes;
+mod payload;
 mod program;
 mod program_headers;
 mod pvh;
 mod relocations;
+mod setup_header;
 mod symbols;
+mod tree;
 mod zero_page;
 
 pub use embedded::embedded_guest;

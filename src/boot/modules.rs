@@ -1,7 +1,5 @@
 //! The modules of a kernel: read, and placed above it.
 
-use std::path::Path;
-
 use super::files::Files;
 use crate::config::Module;
 use crate::error::{Error, ErrorKind, Result};
@@ -39,13 +37,9 @@ pub(super) fn read(modules: &[Module], files: &Files<'_>) -> Result<Vec<Placed>>
     Ok(read)
 }
 
-/// Read a file that another key than `boot.modules` names, and that has no command line.
-///
-/// # Errors
-/// If it cannot be read, or is larger than memory.
-pub(super) fn read_one(path: &Path, at: &str, files: &Files<'_>) -> Result<Placed> {
-    let bytes = files.read(path, at, files.most)?;
-    Ok(Placed { at: at.into(), start: 0, cmdline: String::new(), bytes })
+/// One that another key than `boot.modules` names, and that has no command line.
+pub(super) fn unnamed(bytes: Vec<u8>, at: &str) -> Placed {
+    Placed { at: at.into(), start: 0, cmdline: String::new(), bytes }
 }
 
 /// Place them above the end of the kernel and above 1 MiB, each at the start of a page.

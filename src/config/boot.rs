@@ -60,14 +60,17 @@ pub enum Code {
 pub struct LinuxBoot {
     /// The kernel's file.
     pub kernel: PathBuf,
-    /// The initial RAM disk's file.
-    pub initrd: Option<PathBuf>,
+    /// The initial RAM disk: files, and directories that are packed, one after the other.
+    pub initrd: Vec<PathBuf>,
     /// The kernel command line, at most 2,047 bytes of ASCII.
     pub cmdline: String,
     /// The load address of a bzImage; by default its preferred address.
     pub load_address: Option<u64>,
     /// How the kernel is entered.
     pub protocol: LinuxProtocol,
+    /// Whether pyvmm unpacks a bzImage, instead of the kernel itself. None means where that is
+    /// possible.
+    pub unpack: Option<bool>,
 }
 
 /// How a Linux kernel is entered.
@@ -202,6 +205,16 @@ impl LinuxBoot {
             if !(layout::HIGH_MEMORY..layout::MMIO_GAP_START).contains(&address) {
                 let detail = format!("{address:#x} is not between 1 MiB and 3 GiB");
                 return Err(bad("boot.load_address", detail));
+            }
+        }
+        if self.unpack == Some(true) {
+            if self.load_address.is_some() {
+                let detail = "only the kernel's own decompressor moves it to a load_address";
+                return Err(bad("boot.unpack", detail));
+            }
+            if self.protocol == LinuxProtocol::Bits32 {
+                let detail = "the 32-bit entry is that of the kernel's own decompressor";
+                return Err(bad("boot.unpack", detail));
             }
         }
         Ok(())

@@ -96,11 +96,26 @@ fn linux(part: &Part<'_>) -> PyResult<LinuxBoot> {
     ];
     Ok(LinuxBoot {
         kernel: part.get(intern!(py, "kernel"), "a path")?,
-        initrd: part.get(intern!(py, "initrd"), "a path, or None")?,
+        initrd: initrd(part)?,
         cmdline: part.get(intern!(py, "cmdline"), "a str")?,
         load_address: part.get(intern!(py, "load_address"), "an address, or None")?,
         protocol: chosen(part, "protocol", &protocols)?,
+        unpack: part.get(intern!(py, "unpack"), "True, False or None")?,
     })
+}
+
+/// One path, several, or none.
+fn initrd(part: &Part<'_>) -> PyResult<Vec<PathBuf>> {
+    let name = intern!(part.object.py(), "initrd");
+    let value = part.object.getattr(name)?;
+    if value.is_none() {
+        return Ok(Vec::new());
+    }
+    if let Ok(path) = value.extract::<PathBuf>() {
+        return Ok(vec![path]);
+    }
+    let paths: Items<PathBuf> = part.get(name, "a path, a sequence of paths, or None")?;
+    Ok(paths.0)
 }
 
 fn kernel(part: &Part<'_>, module_class: &Py<PyAny>) -> PyResult<KernelBoot> {

@@ -72,7 +72,7 @@ def test_initrd_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     with open(initrd, "wb") as file:
         file.truncate(7 << 20)
     image = elf(0x100000, exit_with(1))
-    with pytest.raises(BootError, match="do not fit above the kernel"):
+    with pytest.raises(BootError, match="does not fit: from the end of the kernel"):
         Vmm(kernel(tmp_path / "kernel", image, initrd=initrd))
     with pytest.raises(BootError, match="No such file"):
         Vmm(kernel(tmp_path / "kernel", image, initrd="/no/such/file"))

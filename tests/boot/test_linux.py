@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -94,22 +93,6 @@ def test_subscriber_of_ones_own_is_called_while_linux_boots(linux: Linux) -> Non
         vmm.add_subscriber(counter)
         exit = vmm.run(DEADLINE_S)
     assert (exit.reason, counter.count) == (ExitReason.STOPPED, 100)
-
-
-def test_command_line_boots_a_bzimage_which_unpacks_itself(linux: Linux) -> None:
-    command = [sys.executable, "-m", "pyvmm", "run", "--json", str(linux.bzimage)]
-    command += ["--initrd", str(linux.initramfs), "--append", linux.cmdline, "--timeout", str(DEADLINE_S)]
-    done = subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S + 60,
-        check=False,
-    )
-    exit = json.loads(done.stdout)
-    assert (done.returncode, exit["reason"], exit["vcpu"]) == (121, "reset", 0), done.stderr[-2000:]
-    assert USERSPACE in done.stderr
 
 
 def test_vmlinux_boots_as_any_pvh_kernel_with_a_ram_disk(linux: Linux) -> None:

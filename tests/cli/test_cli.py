@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 NONE: dict[str, Any] = {
-    "kernel": None, "kernel_form": None, "boot": None, "flat": None, "mode": None, "initrd": None, "append": None,
+    "kernel": None, "kernel_form": None, "boot": None, "flat": None, "mode": None, "initrd": (), "append": None,
     "module": (), "memory": None,
     "vcpus": None, "template": None, "hide": (), "expose": (), "fixups": False,
 }  # fmt: skip

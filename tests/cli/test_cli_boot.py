@@ -25,7 +25,7 @@ from pyvmm.cli_boot import BootOptions, boot_of
 if TYPE_CHECKING:
     from pathlib import Path
 
-NONE = BootOptions(None, None, None, None, None, None, None, ())
+NONE = BootOptions(None, None, None, None, None, (), None, ())
 CODE = elf(0x100000, b"\xf4")
 LINUX = elf(0x100000, b"Linux version 6.1.0")
 MULTIBOOT = struct.pack("<8I", 0x1BADB002, 0x10000, 0xE4514FFE, 0x100000, 0x100000, 0, 0, 0x100010)
@@ -46,9 +46,9 @@ def test_kind_of_a_file_is_found_out(image: bytes, expected: type, tmp_path: Pat
     named = "linux" if expected is LinuxBoot else "kernel"
     assert booted(path, boot=named) == expected(str(path))
     # A RAM disk is Linux's own, and another kernel's first module.
-    given = booted(path, append="a b", initrd="i")
+    given = booted(path, append="a b", initrd=("i",))
     assert given.cmdline == "a b"
-    assert given.initrd == "i" if expected is LinuxBoot else given.modules == (BootModule("i"),)
+    assert given.initrd == ("i",) if expected is LinuxBoot else given.modules == (BootModule("i"),)
 
 
 def test_name_of_a_boot_is_taken_whatever_the_file_is(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_name_of_a_boot_is_taken_whatever_the_file_is(tmp_path: Path) -> None:
     ):
         assert booted(path, boot=boot) == expected
     path.write_bytes(LINUX)
-    assert booted(path, boot="pvh", initrd="i") == LinuxBoot(name, initrd="i", protocol="pvh")
+    assert booted(path, boot="pvh", initrd=("i",)) == LinuxBoot(name, initrd=("i",), protocol="pvh")
     path.write_bytes(CODE)
     assert booted(path, boot="pvh") == KernelBoot(name, protocol="pvh")
     assert booted(path, boot="flat", mode="long64") == FlatBoot(path=name, mode="long64")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from conftest import ROOT
+from guests import elf
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NEED_NO_KVM = {"event_loop", "loop_from_threads", "loop_tour"}
-NEED_LINUX = {"boot_linux"}
+NEED_LINUX = {"boot_linux", "initrd_directory"}
 NEED_RAY = {"snapshot_ray"}
 NEED_GCC = {"fuzz_parser", "multiboot_kernel"}
 FOR_PYTEST = {"test_guest"}
@@ -99,6 +100,16 @@ def test_example_boots_linux(linux: Linux) -> None:
     said = run(ROOT / "examples" / "boot_linux.py", str(linux.vmlinux), str(linux.initramfs), linux.cmdline)
     assert "pyvmm: userspace reached" in said
     assert said.endswith("reset (vCPU 0)\n")
+
+
+@pytest.mark.kvm
+def test_example_packs_a_directory(tmp_path: Path) -> None:
+    """A kernel that ends with the first byte of its RAM disk, which is that of the archive's magic number."""
+    # mov eax, [rsi + 0x218]: the address of the RAM disk; mov al, [rax]; out 0xf4, al
+    (tmp_path / "kernel").write_bytes(elf(0x100000, b"\x8b\x86\x18\x02\x00\x00\x8a\x00\xe6\xf4"))
+    (tmp_path / "root").mkdir()
+    said = run(ROOT / "examples" / "initrd_directory.py", str(tmp_path / "kernel"), str(tmp_path / "root"))
+    assert said == f"code {ord('0')} (vCPU 0)\n"
 
 
 def snippets() -> dict[str, str]:

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Builds a small Linux from Debian's linux-source package: vmlinux and bzImage for one processor, and an uncompressed
-# initramfs. With "tests" as argument also vmlinux-stock, for a processor that executes every instruction, and
-# vmlinux-smp, for several processors. Caches the result and prints its folder as the last line. Takes minutes once.
-# "where" as argument only prints the folder.
+# initramfs. With "tests" as argument also vmlinux-stock, for a processor that executes every instruction, vmlinux-smp,
+# for several processors and ACPI, and a bzImage of each compression. Caches the result and prints its folder as the
+# last line. Takes minutes once. "where" as argument only prints the folder.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cache=${PYVMM_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/pyvmm}
 source=/usr/src/linux-source-6.1.tar.xz
-packages="linux-source-6.1 gcc make flex bison bc libelf-dev libssl-dev xz-utils lz4"
+packages="linux-source-6.1 gcc make flex bison bc libelf-dev libssl-dev xz-utils lz4 zstd"
 what=${1:-}
 
 kernels=("$here"/build.sh "$here"/kernel.config "$here"/smp.config)
@@ -26,7 +26,7 @@ fi
 
 missing() {
     [ -e "$source" ] || return 0
-    for tool in gcc make flex bison bc xz lz4; do
+    for tool in gcc make flex bison bc xz lz4 zstd; do
         command -v "$tool" >/dev/null || return 0
     done
     [ -e /usr/include/libelf.h ] && [ -d /usr/include/openssl ] || return 0
@@ -79,6 +79,14 @@ build_kernels() {
     objcopy --strip-debug vmlinux "$work"/built/vmlinux
     cp arch/x86/boot/bzImage .config usr/gen_init_cpio "$work"/built/
     if [ "$what" = tests ]; then
+        # The bzImage above is compressed with LZ4. Only what unpacks the kernel differs, so only that is compiled again.
+        for compression in GZIP ZSTD XZ LZMA; do
+            scripts/config --disable KERNEL_LZ4 --disable KERNEL_GZIP --disable KERNEL_ZSTD --disable KERNEL_XZ \
+                --enable KERNEL_$compression
+            make -s olddefconfig
+            make -j"$(nproc)" bzImage
+            cp arch/x86/boot/bzImage "$work"/built/bzImage-${compression,,}
+        done
         scripts/kconfig/merge_config.sh -m .config "$here"/smp.config
         make -s olddefconfig
         make -j"$(nproc)" vmlinux
@@ -115,7 +123,7 @@ build() {
     fi
     (build_initramfs)
     mkdir "$work"/out
-    ln "$built"/vmlinux* "$built"/bzImage "$built"/.config "$work"/out
+    ln "$built"/vmlinux* "$built"/bzImage* "$built"/.config "$work"/out
     cp "$work"/initramfs.cpio "$work"/machine.toml "$here"/cmdline "$work"/out
     publish "$work"/out "$out"
 }
