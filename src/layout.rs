@@ -9,7 +9,7 @@ pub const EBDA_START: u64 = 0x9_fc00;
 pub const RESET_VECTOR: u64 = MMIO_GAP_END - 16;
 /// No table of pyvmm's is above, in the first MiB. A linker puts a file's headers there if its code
 /// begins at 1 MiB.
-pub const LOW_TABLES_END: u64 = 0xf_0000;
+pub const LOW_TABLES_END: u64 = 0xf_f000;
 /// The first MiB ends here.
 pub const HIGH_MEMORY: u64 = 0x10_0000;
 /// Between 3 and 4 GiB there are devices instead of RAM.
