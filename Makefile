@@ -5,7 +5,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 SHELL := /bin/bash
 PYTHON_CODE := python tests benches examples scripts
 
-.PHONY: help all run test setup quick lint rust loom linux pytest checked asan miri hardware docs wheels bench stress fuzz audit format clean
+.PHONY: help all run test setup quick lint rust loom linux guests pytest checked asan miri hardware docs wheels bench stress fuzz audit format clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -16,7 +16,7 @@ run: ## Set everything up and boot the built-in guest
 	@scripts/setup.sh run kvm
 	@pyvmm run
 
-test: setup quick linux pytest checked docs ## Set everything up and run the tests
+test: setup quick linux guests pytest checked docs ## Set everything up and run the tests
 
 # Two at a time: each keeps one processor busy.
 quick: setup
@@ -44,7 +44,10 @@ loom: setup ## The kick protocols and the commands of vCPU threads in every orde
 linux: ## Build the Linux that the tests boot, once, outside the checkout
 	@python/pyvmm/linux/build.sh tests >/dev/null || echo "pyvmm: the tests that boot Linux are left out" >&2
 
-pytest: setup linux ## The Python tests
+guests: ## Fetch the guests of others that the tests run, once, outside the checkout
+	@scripts/guests.sh >/dev/null || echo "pyvmm: the tests of guests that could not be fetched are left out" >&2
+
+pytest: setup linux guests ## The Python tests
 	@scripts/pytest.sh
 
 CHECKED ?= tests/stress tests/house/test_flow.py tests/vmm/test_vmm.py tests/vm/test_vm.py tests/devices/test_devices.py tests/devices/test_device_callbacks.py \
@@ -54,7 +57,7 @@ checked: setup ## Python tests with a module that checks the order of locks; CHE
 	PYTHONPATH=target/checked/python pytest --quiet $(CHECKED)
 
 TESTS ?= all
-hardware: setup linux ## The Python tests on a hardware KVM, which QEMU emulates; TESTS=subset: the most useful
+hardware: setup linux guests ## The Python tests on a hardware KVM, which QEMU emulates; TESTS=subset: the most useful
 	@python scripts/hardware $(TESTS)
 
 # What copies, maps and hands out memory, and what entered Python.

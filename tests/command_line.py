@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 
-def pyvmm(*arguments: object, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+def pyvmm(*arguments: object, stdin: bytes = b"", deadline: float = 60) -> subprocess.CompletedProcess[bytes]:
     command = [sys.executable, "-m", "pyvmm", *map(str, arguments)]
-    return subprocess.run(command, input=stdin, capture_output=True, timeout=60, check=False)
+    return subprocess.run(command, input=stdin, capture_output=True, timeout=deadline, check=False)
 
 
 def flat_file(directory: Path, code: bytes, mode: str = "real16", **rest: Any) -> Path:

@@ -19,7 +19,7 @@ import pytest
 from guests import elf, exit_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pyvmm import BootError, ConfigError, CpuConfig, LinuxBoot, MemoryConfig, Vmm, VmmConfig
+from pyvmm import BootError, ConfigError, LinuxBoot, MemoryConfig, Vmm, VmmConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -168,19 +168,3 @@ def test_mutated_bzimage_is_refused_or_loaded(changes: list[tuple[int, int]], tm
         VmmConfig(boot=LinuxBoot(tmp_path / "kernel", cmdline=""), memory=MemoryConfig(size_mib=8)).check()
     except BootError as error:
         assert error.at in {"boot.kernel", "boot.unpack"}
-
-
-@pytest.mark.parametrize("name", ["memtest86+x64.bin", "memtest86+ia32.bin"])
-@pytest.mark.timeout(300)
-def test_memtest_comes_to_its_screen(name: str) -> None:
-    """It has a header like Linux, with the 64-bit or only the 32-bit entry, and draws at 0xb8000."""
-    image = Path("/boot") / name
-    if not image.exists():
-        pytest.skip("not installed: apt-get install memtest86+")
-    boot = LinuxBoot(image, cmdline="")
-    with Vmm(VmmConfig(boot=boot, cpu=CpuConfig(fixups=True), memory=MemoryConfig(size_mib=32))) as vmm:
-        for _ in range(200):
-            vmm.run(1)
-            if b"Memtest86+" in vmm.memory.read(0xB8000, 4000)[::2]:
-                return
-    pytest.fail("it drew no screen")

@@ -12,7 +12,6 @@ from pyvmm import BootError, CpuConfig, Exit, ExitReason, FirmwareBoot, MemoryCo
 
 pytestmark = pytest.mark.kvm
 DEADLINE_S = 60
-SEABIOS = Path("/usr/share/seabios/bios-microvm.bin")
 
 # Begins at the reset vector in real mode, and continues in protected mode in the copy below 1 MiB.
 # Each byte at 0x402 is a finding; the run ends twice, once each.
@@ -126,21 +125,3 @@ def test_image_of_another_size_is_refused(size: int, tmp_path: Path) -> None:
     (tmp_path / "image").write_bytes(bytes(size))
     with pytest.raises(BootError, match=r"^boot\.path: .*(64 KiB|larger than guest memory)"):
         Vmm(machine(tmp_path / "image"))
-
-
-def test_seabios_reaches_its_banner(tmp_path: Path) -> None:
-    if not SEABIOS.exists():
-        pytest.skip("there is no package seabios")
-
-    class Banner(DebugPort):
-        def write(self, offset: int, size: int, value: int) -> None:
-            super().write(offset, size, value)
-            if b"SeaBIOS (version" in self.text and self.text.endswith(b"\n"):
-                vmm.stop()
-
-    port = Banner()
-    with Vmm(machine(SEABIOS, size_mib=64)) as vmm:
-        vmm.add_pio_device(0x402, 1, port)
-        exit = vmm.run(DEADLINE_S)
-    assert exit.reason is ExitReason.STOPPED, (exit, bytes(port.text))
-    assert b"SeaBIOS (version" in port.text
