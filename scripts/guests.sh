@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Fetches the guests of others that the tests run, as Debian packages it, once, outside the checkout:
-# nothing is installed. Prints their folder. "where" as argument only prints it.
+# Fetches the guests of others that the tests run, as Debian packages them, once, outside the
+# checkout: nothing is installed. Prints their folder. "where" as argument only prints it.
 set -eu
 packages="memtest86+ seabios u-boot-qemu"
 out=${PYVMM_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/pyvmm}/guests

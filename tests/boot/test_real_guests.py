@@ -59,8 +59,8 @@ def test_seabios_prints_its_banner_to_the_debug_port() -> None:
 def test_the_command_line_writes_what_seabios_prints(tmp_path: Path) -> None:
     log = tmp_path / "log"
     os.mkfifo(log)
-    options = ["--boot", "firmware", "--timeout", str(DEADLINE_S), "--debugcon", log]
-    command = [sys.executable, "-m", "pyvmm", "run", *options, guest_of_others("bios-microvm.bin")]
+    options = ["--boot", "firmware", "--timeout", str(DEADLINE_S), "--debugcon", str(log)]
+    command = [sys.executable, "-m", "pyvmm", "run", *options, str(guest_of_others("bios-microvm.bin"))]
     with subprocess.Popen(command) as running:
         try:
             with log.open() as printed:

@@ -169,7 +169,7 @@ def test_guest_that_prints_endlessly_can_be_stopped(make: Callable[[VmmConfig], 
 
 
 def test_halt_that_nothing_wakes_can_be_stopped() -> None:
-    with Vmm(flat(HALT + SPIN, irqchip=True)) as vmm:
+    with Vmm(flat(b"\xfb" + HALT + SPIN, irqchip=True)) as vmm:  # sti; hlt
         start = time.monotonic()
         assert vmm.run(0.05).reason is ExitReason.TIMEOUT
         assert time.monotonic() - start < DEADLINE_S

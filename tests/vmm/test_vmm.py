@@ -224,7 +224,7 @@ def test_close_is_idempotent_and_ends_memory() -> None:
         (VmmConfig(memory=MemoryConfig(size_mib=2**70)), "memory.size_mib"),
         (VmmConfig(memory=MemoryConfig(size_mib="1")), "memory.size_mib"),  # type: ignore[arg-type]
         (VmmConfig(cpu=CpuConfig(vcpus=0)), "cpu.vcpus"),
-        (VmmConfig(cpu=CpuConfig(vcpus=255)), "cpu.vcpus"),
+        (VmmConfig(cpu=CpuConfig(vcpus=4097)), "cpu.vcpus"),
         (VmmConfig(cpu=CpuConfig(hide=("nonsense",))), "cpu.hide"),
         (VmmConfig(cpu=CpuConfig(expose=("nonsense",))), "cpu.expose"),
         (VmmConfig(cpu=CpuConfig(hide=("avx",), expose=("avx",))), "cpu.expose"),
