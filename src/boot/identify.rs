@@ -94,7 +94,7 @@ fn describe(image: &[u8]) -> (String, &'static str) {
 }
 
 /// Whether it begins as DOS programs do and its header points at that of a PE file.
-fn is_pe(image: &[u8]) -> bool {
+pub(super) fn is_pe(image: &[u8]) -> bool {
     let at = u32_at(image, 0x3c).and_then(|at| usize::try_from(at).ok());
     let header = at.and_then(|at| image.get(at..));
     image.starts_with(b"MZ") && header.is_some_and(|header| header.starts_with(b"PE\0\0"))

@@ -5,7 +5,7 @@ use std::io::{self, Read};
 use std::path::Path;
 
 use super::fields::u32_at;
-use super::identify::{self, ELF_MAGIC};
+use super::identify::{self, ELF_MAGIC, is_pe};
 use super::multiboot;
 use super::notes;
 use super::program_headers::Executable;
@@ -54,7 +54,8 @@ fn kind(image: &[u8]) -> Result<Kind> {
     if u32_at(image, 0x202) == Some(HEADER_MAGIC) {
         return Ok(Kind::Linux);
     }
-    if multiboot::find(image).is_some() {
+    // An EFI application may have a header for its other form, an ELF file.
+    if multiboot::find(image).is_some_and(|header| header.has_addresses() || !is_pe(image)) {
         return Ok(Kind::Kernel);
     }
     Err(identify::refused(image, AT))
@@ -83,6 +84,8 @@ mod tests {
         ] {
             assert_eq!(kind(image).unwrap(), expected);
         }
+        let efi = [&b"MZ"[..], &[0; 0x3a], b"\x40\0\0\0PE\0\0", &[0; 60], &header(0, &[])].concat();
+        assert!(kind(&efi).unwrap_err().detail.contains("an EFI application"));
         assert!(kind(b"#!/bin/sh").unwrap_err().detail.contains("a script"));
         let error = kind_of_file(Path::new("/no/such/kernel")).unwrap_err();
         assert_eq!((error.at.as_str(), error.errno), (AT, Some(libc::ENOENT)));

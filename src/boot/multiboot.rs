@@ -80,6 +80,11 @@ pub(super) fn find(image: &[u8]) -> Option<Header> {
 }
 
 impl Header {
+    /// Whether it says itself where the file is loaded.
+    pub(super) fn has_addresses(self) -> bool {
+        self.flags & HAS_ADDRESSES != 0
+    }
+
     /// # Errors
     /// If it demands what no loader knows.
     pub(super) fn check(self) -> Result<()> {
@@ -102,7 +107,7 @@ impl Header {
         image: &'a [u8],
         memory: &GuestMemory,
     ) -> Result<Option<Addressed<'a>>> {
-        if self.flags & HAS_ADDRESSES == 0 {
+        if !self.has_addresses() {
             return Ok(None);
         }
         let field = |n: usize| u32_at(image, self.offset + 12 + 4 * n).map(u64::from);

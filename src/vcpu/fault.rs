@@ -2,7 +2,9 @@
 
 use std::fmt::{self, Write};
 
-use kvm_bindings::{KVM_EXIT_INTERNAL_ERROR, kvm_regs, kvm_segment, kvm_sregs};
+use kvm_bindings::{
+    KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_EMULATION, kvm_regs, kvm_segment, kvm_sregs,
+};
 
 use super::run_page::InternalError;
 use super::vcpu::Vcpu;
@@ -138,8 +140,9 @@ fn fetch(vcpu: &Vcpu, sregs: &kvm_sregs, address: u64) -> Vec<u8> {
         .collect()
 }
 
-/// Describes KVM's internal error, by the kernel's `KVM_INTERNAL_ERROR_*` numbers.
-pub(crate) fn internal_error(error: &InternalError) -> String {
+/// Describes KVM's internal error, by the kernel's `KVM_INTERNAL_ERROR_*` numbers. Without fix-ups,
+/// also says that they may help.
+pub(crate) fn internal_error(error: &InternalError, has_fixups: bool) -> String {
     let name = match error.suberror {
         1 => "KVM could not emulate an instruction",
         2 => "an exception occurred while KVM delivered another",
@@ -154,6 +157,9 @@ pub(crate) fn internal_error(error: &InternalError) -> String {
     if let Some(data) = data {
         let words: Vec<String> = data.iter().map(|word| format!("{word:#x}")).collect();
         let _ = write!(text, "\ndata: {}", words.join(" "));
+    }
+    if error.suberror == KVM_INTERNAL_ERROR_EMULATION && !has_fixups {
+        text += "\nfix-ups are off: CpuConfig(fixups=True), or pyvmm run --fixups, executes many of these";
     }
     text
 }
@@ -294,7 +300,7 @@ mod tests {
     #[test]
     fn an_unknown_suberror_shows_its_number_and_data() {
         let unknown = InternalError { suberror: 77, ndata: 1, ..error() };
-        assert_eq!(internal_error(&unknown), "KVM internal error (suberror 77)\ndata: 0x0");
+        assert_eq!(internal_error(&unknown, false), "KVM internal error (suberror 77)\ndata: 0x0");
     }
 
     #[test]

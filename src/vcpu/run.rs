@@ -214,7 +214,7 @@ fn handle_exit(exit: &VcpuExit, vcpu: &mut Vcpu, handle: &VcpuHandle) -> Outcome
         VcpuExit::Hlt => end(exception::take(vcpu).unwrap_or_else(|| Exit::new(ExitReason::Halt))),
         VcpuExit::Shutdown if fault::is_deliberate(vcpu) => end(Exit::new(ExitReason::Reset)),
         _ => end_of(exit, vcpu.page.exit_reason(), || {
-            fault::internal_error(&vcpu.page.internal_error())
+            fault::internal_error(&vcpu.page.internal_error(), vcpu.fixups.is_some())
         }),
     }
 }
