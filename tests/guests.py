@@ -4,24 +4,12 @@ from __future__ import annotations
 
 import functools
 import struct
-import subprocess
 from pathlib import Path
 from typing import Any, Literal
 
-import pytest
 from pyvmm import FlatBoot, MemoryConfig, VmmConfig
 
 Mode = Literal["real16", "protected32", "long64", "user64"]
-
-
-def guest_of_others(name: str) -> Path:
-    """A file that `make guests` fetches; skips the test if it is not there."""
-    command = [str(Path(__file__).parent.parent / "scripts" / "guests.sh"), "where"]
-    path = Path(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()) / name
-    if not path.exists():
-        pytest.skip(f"{name} is not there: make guests")
-    return path
-
 
 HALT = b"\xf4"  # hlt
 SPIN = b"\xeb\xfe"  # jmp $

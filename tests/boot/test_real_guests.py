@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from command_line import pyvmm
-from guests import guest_of_others
+from others import guest_of_others
 from pyvmm import CpuConfig, FirmwareBoot, LinuxBoot, MemoryConfig, Vmm, VmmConfig
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ import select
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -172,16 +173,17 @@ def test_the_command_line_draws_on_a_terminal(guest: Path) -> None:
     try:
         command = [sys.executable, "-m", "pyvmm", "run", "--flat", str(guest), "--screen"]
         with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, close_fds=True) as process:
+            os.close(slave)  # reading fails once the program has ended
             shown = b""
             while b"on the screen" not in shown and select.select([master], [], [], DEADLINE_S)[0]:
                 shown += os.read(master, 4096)
             os.write(master, b"\x01x")  # Ctrl-A x
-            while process.poll() is None and select.select([master], [], [], DEADLINE_S)[0]:
-                shown += os.read(master, 4096)
+            with suppress(OSError):
+                while select.select([master], [], [], DEADLINE_S)[0]:
+                    shown += os.read(master, 4096)
             assert process.wait(DEADLINE_S) == 130
     finally:
         os.close(master)
-        os.close(slave)
     assert b"\x1b[2J" in shown
     assert HALT  # the serial port is not shown:
     assert b"x\x1b" not in shown.split(b"\x1b[2J")[0]

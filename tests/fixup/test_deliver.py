@@ -54,10 +54,10 @@ def test_exception_whose_gate_is_bad_raises_the_next_one(
 
 @pytest.mark.parametrize("mode", ["protected32", "long64"])
 def test_exception_beyond_the_idt_raises_a_protection_fault(mode: Mode) -> None:
-    """The IDT ends before #UD; #DF and #GP are beyond it, too: nothing can be delivered."""
+    """The IDT has its first gate only: #UD, #DF and #GP are beyond it, and nothing can be delivered."""
     needs_software_kvm()  # of which the registers remain
     with machine(UD0, mode) as vmm:
-        vmm.vcpus[0].sregs.update(idt={"base": IDT, "limit": 3})
+        vmm.vcpus[0].sregs.update(idt={"base": IDT, "limit": 15})
         exit = vmm.run(10)
         assert exit.reason is ExitReason.SHUTDOWN
         assert exit.fault is not None

@@ -10,14 +10,26 @@ from typing import TYPE_CHECKING, Any
 import members
 import pytest
 from guests import COUNT_IN_MEMORY, SPIN, flat
-from pyvmm import ClosedError, ConfigError, EventFd, Events, EventSet, ForkExecutor, KvmVm, StateError, TimerFd, Vmm
+from pyvmm import (
+    ClosedError,
+    ConfigError,
+    EventFd,
+    Events,
+    EventSet,
+    ForkExecutor,
+    KvmVm,
+    PlatformConfig,
+    StateError,
+    TimerFd,
+    Vmm,
+)
 from pyvmm.exceptions import VmmError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 kvm = pytest.mark.kvm
-PARTS = ["memory", "serial", "vcpu", "regs", "sregs", "segment", "fpu", "msrs", "lapic", "irq", "trace"]
+PARTS = ["memory", "serial", "vcpu", "regs", "sregs", "segment", "fpu", "msrs", "lapic", "irq", "trace", "screen"]
 
 # What a closed machine still does, by class: what is its own object's, and what undoes.
 ALWAYS = {"__enter__", "__exit__", "__repr__", "__hash__", "close"}
@@ -25,9 +37,11 @@ STILL: dict[str, set[str]] = {
     "Vmm": {
         "config", "state", "memory", "serial", "stats", "trace", "stop", "unanswered", "fixups", "run_async", "on_exit",
         "off_exit", "on_answer", "off_answer", "hostcall", "console", "run_until_async",
+        "screen", "serials",
     },
     "KvmVm": {"state", "entry", "memory", "serial", "unanswered", "fixups"},
     "Serial": {"expect_async", "take_output", "input_waiting", "input_wanted", "fileno"},
+    "Screen": {"cursor", "expect_async"},
     "Vcpu": {"id"},
     "IrqLine": {"line"},
     "Trace": {"path"},
@@ -46,7 +60,7 @@ def parts_of(vmm: Vmm) -> dict[str, Any]:
     vcpu = vmm.vcpus[0]
     found = [
         vmm.memory, vmm.serial, vcpu, vcpu.regs, vcpu.sregs, vcpu.sregs.cs, vcpu.fpu, vcpu.msrs, vcpu.lapic,
-        vmm.irq(5), vmm.trace("/dev/null"),
+        vmm.irq(5), vmm.trace("/dev/null"), vmm.screen,
     ]  # fmt: skip
     return dict(zip(PARTS, found, strict=True))
 
@@ -55,7 +69,7 @@ def parts_of(vmm: Vmm) -> dict[str, Any]:
 def closed() -> dict[str, Any]:
     """One of each class, closed, and what calls on them are given."""
     with (
-        Vmm(flat(SPIN, irqchip=True)) as vmm,
+        Vmm(flat(SPIN, irqchip=True, platform=PlatformConfig(screen=True))) as vmm,
         KvmVm(flat(COUNT_IN_MEMORY)) as bare,
         EventFd() as fd,
         TimerFd() as timer,
