@@ -123,8 +123,9 @@ class FwCfgConfig(Part, frozen=True, kw_only=True):
     memory.
 
     Attributes:
-        files: the contents by name: bytes, or the path of a file. A name has at most 55 bytes;
-            those of your own begin with "opt/" and a domain, as in "opt/org.example/greeting".
+        files: the contents by name: bytes, or the path of a file; in TOML and JSON, only a path. A
+            name has at most 55 bytes; those of your own begin with "opt/" and a domain, as in
+            "opt/org.example/greeting".
     """
 
     files: Contents = {}  # noqa: RUF012
@@ -227,6 +228,7 @@ class VmmConfig(Part, frozen=True, kw_only=True):
         cpu = _beside(config.cpu, path.parent, "template") if is_file(config.cpu.template) else config.cpu
         return config.replace(
             cpu=cpu,
+            platform=_files_beside(config.platform, path.parent),
             boot=_beside(config.boot, path.parent, "path", "kernel", "initrd"),
             **{
                 key: _beside(port, path.parent, "output", "input")
@@ -262,12 +264,15 @@ class VmmConfig(Part, frozen=True, kw_only=True):
         """Convert the configuration to plain values, for TOML and JSON.
 
         Raises:
-            ConfigError: a stream of the serial port is a Python object.
+            ConfigError: a stream of a serial port is a Python object, or a file of fw_cfg is bytes.
         """
         for key, end in ((key, end) for key in SERIALS for end in ("output", "input")):
             stream = getattr(getattr(self, key), end, None)
             if not isinstance(stream, (str, int, Path, type(None))):
                 raise _error(f"{key}.{end}", f"{type(stream).__name__} cannot be written to a file")
+        for name, content in (self.platform.fw_cfg or FwCfgConfig()).files.items():
+            if not isinstance(content, (str, Path)):
+                raise _error(f"platform.fw_cfg.files.{name}", f"{type(content).__name__} cannot be written to a file")
         plain: dict[str, Any] = msgspec.to_builtins(self, enc_hook=str)
         return plain
 
@@ -284,6 +289,14 @@ def _beside(part: Any, directory: Path, *names: str) -> Any:
     if isinstance(part, KernelBoot):
         paths["modules"] = tuple(_module_beside(module, directory) for module in part.modules)
     return part.replace(**paths) if paths else part
+
+
+def _files_beside(platform: PlatformConfig, directory: Path) -> PlatformConfig:
+    """Make the relative paths of fw_cfg's files relative to a directory; in a file, each content is a path."""
+    if platform.fw_cfg is None:
+        return platform
+    files = {name: str(directory / str(path)) for name, path in platform.fw_cfg.files.items()}
+    return platform.replace(fw_cfg=platform.fw_cfg.replace(files=files))
 
 
 def _module_beside(module: str | Path | BootModule, directory: Path) -> str | BootModule:

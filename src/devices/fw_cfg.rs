@@ -124,10 +124,12 @@ impl FwCfg {
     /// A DMA access, whose description is at this address.
     fn access(&self, at: u64) {
         let mut description = [0; 16];
-        // What is not in memory cannot be told of its error either.
+        // What is not in memory cannot be told of its error either, nor what is in ROM.
         if self.memory.read(at, &mut description).is_ok() {
             let result = if self.transfer(description).is_ok() { 0 } else { control::ERROR };
-            let _ = self.memory.write(at, &result.to_be_bytes());
+            if self.memory.check_guest_writes(at, 4).is_ok() {
+                let _ = self.memory.write(at, &result.to_be_bytes());
+            }
         }
     }
 
@@ -156,7 +158,7 @@ impl FwCfg {
             }
             state.take(count)
         };
-        self.memory.check(address, u64::from(length))?;
+        self.memory.check_guest_writes(address, u64::from(length))?;
         let data = item.get(part).unwrap_or_default();
         self.memory.write(address, data)?;
         let done = data.len() as u64;

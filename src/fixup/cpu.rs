@@ -13,9 +13,12 @@ use crate::x86::{CR0_PE, CR4_LA57, EFER_LMA, GP, SS, VM};
 pub(crate) trait Platform {
     /// Read `data`. False if a part of the range is not memory.
     fn read(&mut self, address: u64, data: &mut [u8]) -> bool;
+    /// Whether a whole range is memory that the guest may write. ROM is not.
+    fn is_writable(&self, address: u64, length: usize) -> bool;
     /// Write `data`. If a part of the range is not writable memory, write nothing and return false.
     fn write(&mut self, address: u64, data: &[u8]) -> bool;
-    /// Set bits of a page table entry if it is unchanged. False if it has changed.
+    /// Set bits of a page table entry if it is unchanged. False if it has changed. An entry in ROM
+    /// keeps its bits.
     fn set_bits(&mut self, address: u64, size: u64, old: u64, bits: u64) -> bool;
     /// A model-specific register.
     fn msr(&mut self, index: u32) -> Option<u64>;

@@ -51,6 +51,10 @@ impl Platform for Ram {
         true
     }
 
+    fn is_writable(&self, address: u64, length: usize) -> bool {
+        self.range(address, length).is_some()
+    }
+
     fn write(&mut self, address: u64, data: &[u8]) -> bool {
         let Some(range) = self.range(address, data.len()) else { return false };
         self.bytes[range].copy_from_slice(data);

@@ -76,9 +76,8 @@ impl Cpu<'_> {
     /// Write `data` to a linear address. If it faults, nothing is written.
     pub(crate) fn write_linear(&mut self, linear: u64, data: &[u8], access: Access) -> Done<()> {
         let pieces = self.pieces(linear, data.len(), access)?;
-        let mut scratch = [0];
-        // If there is no memory, KVM's own exit is reported, before anything is written.
-        if !pieces.iter().all(|(address, _)| self.platform.read(*address, &mut scratch)) {
+        // If there is no writable memory, KVM's own exit is reported, before anything is written.
+        if !pieces.iter().all(|(address, length)| self.platform.is_writable(*address, *length)) {
             return Err(Stop::Unknown);
         }
         let mut rest = data;

@@ -21,6 +21,21 @@ impl GuestMemory {
         pieces(&self.map(), address, length, |_, _| Ok(()))
     }
 
+    /// Check that the guest may write a whole range. What writes on the guest's behalf, such as a
+    /// device's DMA, checks this first: `write` also writes ROM.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Memory`] if a part of the range is read-only, or is not memory.
+    pub(crate) fn check_guest_writes(&self, address: u64, length: u64) -> Result<()> {
+        pieces(&self.map(), address, length, |mapped, _| {
+            if mapped.is_rom {
+                let detail = "the guest cannot write this memory";
+                return Err(Error::new(ErrorKind::Memory, format!("{address:#x}"), detail));
+            }
+            check_writable(mapped, address)
+        })
+    }
+
     /// Fill `data` from guest memory at `address`.
     ///
     /// # Errors

@@ -19,6 +19,8 @@ pub(super) type Written = Arc<[AtomicU64]>;
 pub(super) struct MappedSlot {
     pub(super) start: u64,
     pub(super) mapping: Arc<Mapping>,
+    /// Whether the guest cannot write it.
+    pub(super) is_rom: bool,
     /// None if the log is off.
     pub(super) written: Option<Written>,
 }
@@ -119,7 +121,12 @@ mod tests {
     fn a_write_is_noted_in_the_slots_that_it_touches() {
         let place = |start: u64| {
             let written = Some((0..1).map(|_| AtomicU64::new(0)).collect());
-            MappedSlot { start, mapping: Mapping::of_own(anonymous(2 * PAGE).unwrap()), written }
+            MappedSlot {
+                start,
+                mapping: Mapping::of_own(anonymous(2 * PAGE).unwrap()),
+                is_rom: false,
+                written,
+            }
         };
         let map =
             Map { mapped: vec![place(0), place(2 * PAGE)], is_logging: true, ..Map::default() };

@@ -64,7 +64,7 @@ impl Entry {
 
     pub(super) fn mapped(&self) -> MappedSlot {
         let (mapping, written) = (Arc::clone(&self.mapping), self.written.clone());
-        MappedSlot { start: self.slot.start, mapping, written }
+        MappedSlot { start: self.slot.start, mapping, is_rom: self.slot.backing.read_only, written }
     }
 
     /// Whether a reset can restore a snapshot's range in it.

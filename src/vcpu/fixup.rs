@@ -201,12 +201,13 @@ impl Host<'_> {
         unsafe { self.vcpu.fd().set_xsave(&area) }.is_ok()
     }
 
-    /// A host pointer to guest memory that the host may write, aligned to its size.
+    /// A host pointer to memory that the guest may write, aligned to its size.
     fn place(&self, address: u64, size: u64) -> Option<crate::memory::View> {
-        if !address.is_multiple_of(size) {
+        let memory = &self.vcpu.memory;
+        if !address.is_multiple_of(size) || memory.check_guest_writes(address, size).is_err() {
             return None;
         }
-        self.vcpu.memory.view(address, size).ok().filter(crate::memory::View::is_writable)
+        memory.view(address, size).ok()
     }
 }
 
@@ -215,11 +216,19 @@ impl Platform for Host<'_> {
         self.vcpu.memory.read(address, data).is_ok()
     }
 
+    fn is_writable(&self, address: u64, length: usize) -> bool {
+        self.vcpu.memory.check_guest_writes(address, length as u64).is_ok()
+    }
+
     fn write(&mut self, address: u64, data: &[u8]) -> bool {
-        self.vcpu.memory.write(address, data).is_ok()
+        self.is_writable(address, data.len()) && self.vcpu.memory.write(address, data).is_ok()
     }
 
     fn set_bits(&mut self, address: u64, size: u64, old: u64, bits: u64) -> bool {
+        // As KVM's own walks do: tables in ROM are used as they are.
+        if self.vcpu.memory.check_guest_writes(address, size).is_err() {
+            return true;
+        }
         let Some(place) = self.place(address, size) else { return false };
         let is_set = match (size, u32::try_from(old), u32::try_from(old | bits)) {
             (4, Ok(old), Ok(new)) => {

@@ -26,9 +26,11 @@ from pyvmm import (
     EmbeddedBoot,
     FirmwareBoot,
     FlatBoot,
+    FwCfgConfig,
     KernelBoot,
     LinuxBoot,
     MemoryConfig,
+    PlatformConfig,
     SerialConfig,
     StreamError,
     VmmConfig,
@@ -110,9 +112,12 @@ WHOLE = VmmConfig(
     cpu=CpuConfig(vcpus=2, hide=("xsave", "avx"), expose=("popcnt",), template="host", fixups=True),
     boot=LinuxBoot("/vmlinux", initrd="/initrd", cmdline="quiet", load_address=0x200000, protocol="pvh"),
     serial=SerialConfig(output="/console", input=0, input_eof=b""),
+    com2=SerialConfig(output="/com2"),
+    debugcon=SerialConfig(),
     exit_port=None,
     irqchip=True,
     pit=False,
+    platform=PlatformConfig(acpi=True, pci=False, hpet=True, fw_cfg=FwCfgConfig(files={"opt/org.example/x": "/x"})),
 )
 FLAT = VmmConfig(boot=FlatBoot(b"\xf4", address=2**63, entry=5, mode="user64"))
 
@@ -176,6 +181,23 @@ def test_stream_that_is_an_object_cannot_be_written() -> None:
         VmmConfig(serial=SerialConfig(output=print)).to_dict()
     path = VmmConfig(boot=LinuxBoot(Path("/vmlinux")))
     assert path.to_dict()["boot"]["kernel"] == "/vmlinux"
+
+
+def test_files_of_fw_cfg_are_paths_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "vm.toml"
+    path.write_text('[platform.fw_cfg.files]\n"opt/org.example/x" = "x"\n"opt/org.example/y" = "/y"\n')
+    fw_cfg = VmmConfig.from_file(path).platform.fw_cfg
+    assert fw_cfg == FwCfgConfig(files={"opt/org.example/x": str(tmp_path / "x"), "opt/org.example/y": "/y"})
+    (tmp_path / "x").write_bytes(b"content")
+    whole = FwCfgConfig(files={"opt/org.example/x": tmp_path / "x"})
+    plain = VmmConfig(platform=PlatformConfig(fw_cfg=whole)).to_dict()
+    assert plain["platform"]["fw_cfg"]["files"] == {"opt/org.example/x": str(tmp_path / "x")}
+    for content in (b"content", bytearray(b"content")):
+        files: dict[str, Any] = {"opt/org.example/x": content}
+        with pytest.raises(
+            ConfigError, match=r"^platform\.fw_cfg\.files\.opt/org\.example/x: byte\w+ cannot be written"
+        ):
+            VmmConfig(platform=PlatformConfig(fw_cfg=FwCfgConfig(files=files))).to_dict()
 
 
 def test_schema_names_every_key_and_its_range() -> None:

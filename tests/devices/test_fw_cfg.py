@@ -92,6 +92,21 @@ def test_dma(control: int, length: int, address: int, result: int, expected: byt
         assert 0x4000 in pages
 
 
+@pytest.mark.parametrize(
+    ("description", "to", "result"), [(0x4000, 0x20_0000, ERROR), (0x20_0000, 0x3000, SELECT | READ)]
+)
+def test_dma_does_not_write_rom(description: int, to: int, result: int) -> None:
+    code = DMA.replace(b"\0\0\x40\0", struct.pack(">I", description))
+    with Vmm(flat(code, "protected32", platform=with_files(a=b"hello"))) as vmm:
+        vmm.memory.add(0x20_0000, 0x1000, read_only=True)
+        vmm.memory.write(0x20_0000, b"." * 4096)
+        vmm.memory.write(description, struct.pack(">HHIQ", 0x21, SELECT | READ, 5, to))
+        before = vmm.memory.read(0x20_0000, 4096)
+        assert vmm.run(DEADLINE_S).code == 0
+        assert vmm.memory.read(0x20_0000, 4096) == before
+        assert vmm.memory.read(description + 2, 2) == struct.pack(">H", result)
+
+
 def test_snapshots_and_files_have_the_items(tmp_path: Path) -> None:
     code = HALT + fetch(0x21, 5)
     with Vmm(flat(code, platform=with_files(a=b"hello"))) as vmm:

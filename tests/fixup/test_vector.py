@@ -5,12 +5,17 @@ Covers src/fixup/native.rs, src/fixup/vector.rs.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 from fixup_guests import CODE, common_xcr0, gate, handler, landed, machine, needs_software_kvm
 from guests import Mode, flat, needs_processor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyvmm import CpuConfig, ExitReason, Vmm
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = pytest.mark.kvm
 DATA = 0x20000
@@ -164,6 +169,59 @@ def test_page_fault_of_a_vector_leaves_its_registers() -> None:
         vcpu.xcrs.xcr0 = 7
         found = landed(vmm, "long64", rsi=0x4_0000_0000, rsp=0x8000, rflags=2)
         assert (found.vector, found.frame[:2], found.cr2) == (14, (2, CODE), 0x4_0000_0000)
+
+
+ROM = 0x20_0000
+WRITERS = {
+    "vmovdqu [rsi], ymm1": "c5 fe 7f 0e",
+    "fnsave [rsi]": "dd 36",
+    "xsave [rsi]": "0f ae 26",
+    "cmpxchg16b [rsi]": "48 0f c7 0e",
+    "movss [rsi], xmm1": "f3 0f 11 0e",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "address"),
+    [*((name, ROM) for name in WRITERS), ("vmovdqu [rsi], ymm1", ROM - 16), ("fnsave [rsi]", ROM - 16)],
+)
+def test_rom_is_not_written_by_fix_up(name: str, address: int, tmp_path: Path) -> None:
+    """Other machines may share its file. A write that crosses into ROM writes nothing."""
+    needs_software_kvm()
+    needs_processor("avx")
+    (tmp_path / "rom").write_bytes(b"\x55" * 4096)
+    with machine(bytes.fromhex(WRITERS[name]), "long64") as vmm, (tmp_path / "rom").open("r+b") as file:
+        vmm.memory.add(ROM - 4096, 4096)
+        vmm.memory.add(ROM, source=file, read_only=True)
+        (vcpu,) = vmm.vcpus
+        vcpu.sregs.cr4 |= OSXSAVE | OSFXSR
+        vcpu.xcrs.xcr0 = 7
+        vcpu.fpu.xmm[1] = 2**128 - 1
+        vcpu.regs.update(rsi=address, rsp=0x8000, rflags=2, rax=2**64 // 3, rdx=2**64 // 3, rbx=1, rcx=1)
+        before = vmm.memory.read(address, 16)
+        assert vmm.run(10).reason is ExitReason.INTERNAL_ERROR
+        assert vmm.memory.read(address, 16) == before
+    assert (tmp_path / "rom").read_bytes() == b"\x55" * 4096
+
+
+def test_page_tables_in_rom_are_used_as_they_are() -> None:
+    needs_software_kvm()
+    needs_processor("avx")
+    with machine(bytes.fromhex("c5 fe 7f 0e"), "long64") as vmm:  # vmovdqu [rsi], ymm1
+        (vcpu,) = vmm.vcpus
+        top = vcpu.sregs.cr3 & ~0xFFF
+        low = vmm.memory.read_u64(top) & 0xFFFF_FFFF_F000
+        directory = bytearray(vmm.memory.read(low, 4096))
+        directory[0] &= ~0x20  # not accessed
+        vmm.memory.add(ROM, 0x2000, read_only=True)
+        vmm.memory.write(ROM, vmm.memory.read(top, 4096) + directory)
+        vmm.memory.write_u64(ROM, ROM + 0x1000 | 3)
+        tables = vmm.memory.read(ROM, 0x2000)
+        vcpu.sregs.update(cr3=ROM, cr4=vcpu.sregs.cr4 | OSXSAVE)
+        vcpu.xcrs.xcr0 = 7
+        assert landed(vmm, "long64", rsi=DATA, rsp=0x8000, rflags=2).vector == 99
+        assert vmm.fixups["vmovdqu"] == 1
+        assert vmm.memory.read(ROM, 0x2000) == tables
 
 
 def test_long_run_of_vectors_is_counted_and_can_be_interrupted() -> None:
