@@ -42,6 +42,9 @@ def boot_of(base: VmmConfig, options: BootOptions) -> Any:
     if options.kernel is None:
         return _changed(base, options)
     kind = _kind(options.kernel, options.boot)
+    if load_address is not None and kind != "linux":
+        detail = "only a bzImage of Linux is loaded at an address of one's choice"
+        raise ConfigError(f"kernel.kernel_load_addr: {detail}", at="kernel.kernel_load_addr")
     if kind in {"program", "firmware"}:
         return _of_path(base, kind, options)
     if kind == "linux":
@@ -96,6 +99,9 @@ def _changed(base: VmmConfig, options: BootOptions) -> Any:
 
 def _linux(base: VmmConfig, options: BootOptions, load_address: int | None) -> LinuxBoot:
     if options.module:
+        path = Path(str(options.kernel))
+        if path.is_dir() or not path.exists():
+            pyvmm.Vmm._boot_kind(path)  # Raises the error of a file that cannot be read.
         raise ConfigError("--module: Linux takes no modules; name a RAM disk by --initrd", at="--module")
     protocol = "pvh" if options.boot == "pvh" else None
     given = _given(
@@ -133,14 +139,15 @@ def _of_path(base: VmmConfig, kind: str, options: BootOptions) -> ElfBoot | Firm
 
 
 def _flat(base: VmmConfig, options: BootOptions) -> FlatBoot:
-    others: list[Any] = [options.kernel_form, options.initrd or None, options.append, options.module or None]
-    path = options.flat
+    path, kernel = options.flat, options.kernel
     if options.boot == "flat" and path is None:
-        path = options.kernel
-    elif options.kernel is not None or options.boot not in {None, "auto", "flat"}:
-        others.append(options.kernel or options.boot)
-    if any(value is not None for value in others):
+        path, kernel = kernel, None
+    if path is None and (kernel or options.kernel_form) is not None:
+        raise ConfigError("--mode: only flat code has a mode; it needs --flat or --boot flat", at="--mode")
+    if (kernel or options.kernel_form) is not None or options.boot not in {None, "auto", "flat"}:
         raise ConfigError("--flat: flat code and a kernel cannot both be run", at="--flat")
+    if options.append is not None or options.initrd or options.module:
+        raise ConfigError("--flat: flat code has no --append, --initrd or --module", at="--flat")
     given = _given(path=path, mode=options.mode)
     if path is not None:
         given["code"] = b""

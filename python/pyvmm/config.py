@@ -240,12 +240,13 @@ class VmmConfig(Part, frozen=True, kw_only=True):
     def check(self) -> None:
         """Check what can be checked without KVM and without writing a file.
 
-        Checked are the values, the host's memory, the names of CPU features, what is booted, and
-        the streams of the serial port, as for a machine with this configuration.
+        Checked are the values, the host's memory, the names of CPU features, what is booted, the
+        files of fw_cfg, and the streams of the serial ports, as for a machine with this
+        configuration.
 
         Raises:
             ConfigError: a value is invalid, or a stream cannot be used.
-            BootError: what is booted cannot be loaded.
+            BootError: what is booted, or a file of fw_cfg, cannot be loaded.
         """
         from pyvmm._pyvmm import Vmm
 

@@ -163,9 +163,12 @@ impl<'a> BzImage<'a> {
                 .hint("leave load_address out, or build the kernel with CONFIG_RELOCATABLE"));
             }
         } else if !address.is_multiple_of(unit) {
-            return Err(refused(format!(
-                "{address:#x} is not a multiple of {unit:#x}, the kernel's min_alignment"
-            )));
+            let odd =
+                format!("{address:#x} is not a multiple of {unit:#x}, the kernel's min_alignment");
+            return Err(match wanted {
+                Some(_) => refused(odd),
+                None => bad(format!("pref_address {odd}")).hint("name a load_address"),
+            });
         }
         // The kernel unpacks itself at a multiple of its alignment, never below its own address.
         let runs_at = match header.relocatable_kernel {
@@ -271,6 +274,10 @@ pub(super) mod tests {
             ("pref_address", &|image| set(image, 0x258, 0x1000)),
             ("pref_address", &|image| set(image, 0x258, 0xc000_0000)),
             ("pref_address", &|image| set(image, 0x25c, 1)),
+            ("pref_address 0x200001", &|image| {
+                set(image, 0x258, 0x20_0001);
+                image[0x234..0x236].copy_from_slice(&[1, 12]);
+            }),
             ("kernel_alignment", &|image| set(image, 0x230, 3)),
             ("min_alignment", &|image| image[0x235] = 64),
             ("min_alignment", &|image| image[0x235] = 255),

@@ -148,6 +148,10 @@ mod tests {
         assert_eq!(mode(&elf32(0x10_0000, b"code"), auto).0, CpuMode::Kernel32);
         let flat = header(1 << 16, &[0x10_0000, 0x10_0000, 0, 0, 0x10_0010]);
         assert_eq!(mode(&flat, auto), (CpuMode::Loader32, 0x10_0010, true, false));
+        for protocol in [KernelProtocol::Pvh, elf_entry] {
+            let error = start(&flat, protocol, Vec::new()).err().unwrap();
+            assert_eq!(error.at, "boot.protocol", "{error}");
+        }
     }
 
     #[test]

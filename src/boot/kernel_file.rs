@@ -29,6 +29,11 @@ pub(super) fn find(image: &[u8], wanted: KernelProtocol) -> Result<Found<'_>> {
             (KernelProtocol::Auto | KernelProtocol::Multiboot, Some(header)) => {
                 Ok(Found::Multiboot(header))
             }
+            (_, Some(_)) => {
+                let detail = "a kernel with a multiboot header, which is not an ELF file";
+                Err(Error::new(ErrorKind::Boot, "boot.protocol", detail)
+                    .hint("leave the protocol out"))
+            }
             _ => Err(identify::refused(image, AT)),
         };
     }

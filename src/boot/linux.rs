@@ -65,8 +65,15 @@ fn load_by_pvh(
     rsdp: Option<u64>,
 ) -> Result<Start> {
     let unpacked = if is_bzimage(image) {
-        let config = LinuxBoot { unpack: config.unpack.or(Some(true)), ..config.clone() };
-        let found = unpack(&BzImage::new(image)?, &config, memory)?;
+        let wanted = LinuxBoot { unpack: config.unpack.or(Some(true)), ..config.clone() };
+        let found = unpack(&BzImage::new(image)?, &wanted, memory).map_err(|error| {
+            if config.unpack.is_some() || error.at != "boot.unpack" {
+                return error;
+            }
+            let detail =
+                format!("{}, and only a kernel that is unpacked has a PVH entry", error.detail);
+            Error::new(ErrorKind::Boot, "boot.protocol", detail)
+        })?;
         Some(found.ok_or_else(|| {
             let detail = "a bzImage that unpacks itself has no PVH entry";
             Error::new(ErrorKind::Boot, "boot.protocol", detail)

@@ -72,6 +72,13 @@ fn avx512_on_host(feature: CpuidFeature) -> Option<bool> {
     })
 }
 
+/// Whether an instruction converts to a general register: the instructions of SSE that have no
+/// vector register if their source is in memory.
+fn is_conversion(i: &Instruction) -> bool {
+    use Mnemonic::{Cvtsd2si, Cvtss2si, Cvttsd2si, Cvttss2si};
+    matches!(i.mnemonic(), Cvtsd2si | Cvtss2si | Cvttsd2si | Cvttss2si)
+}
+
 /// The unit of an instruction that can run on the host. None for all other instructions.
 pub(super) fn unit(i: &Instruction) -> Option<Unit> {
     let is_other = matches!(
@@ -96,7 +103,7 @@ pub(super) fn unit(i: &Instruction) -> Option<Unit> {
         EncodingKind::Legacy if is_x87 => Unit::X87,
         EncodingKind::Legacy if i.mnemonic() == Mnemonic::Emms => Unit::Mmx,
         EncodingKind::Legacy if is_register(&Register::is_mm) => Unit::Mmx,
-        EncodingKind::Legacy if is_register(&Register::is_xmm) => Unit::Sse,
+        EncodingKind::Legacy if is_register(&Register::is_xmm) || is_conversion(i) => Unit::Sse,
         // VZEROALL and VZEROUPPER have no vector operand.
         EncodingKind::VEX if is_avx512 => Unit::Avx512,
         EncodingKind::VEX => Unit::Avx,

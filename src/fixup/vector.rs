@@ -277,6 +277,7 @@ mod tests {
     }
 
     const ADDPS: [u8; 3] = [0x0f, 0x58, 0x06]; // addps xmm0, [rsi]
+    const CVTTSD2SI: [u8; 4] = [0xf2, 0x0f, 0x2c, 0x06]; // cvttsd2si eax, [rsi]
     const FADD: [u8; 2] = [0xd8, 0x06]; // fadd dword [rsi]
     const DIVSS: [u8; 4] = [0xf3, 0x0f, 0x5e, 0xc1]; // divss xmm0, xmm1
     const PADDD: [u8; 3] = [0x0f, 0xfe, 0xc1]; // paddd mm0, mm1
@@ -284,7 +285,9 @@ mod tests {
     #[test]
     fn a_unit_that_is_off_is_a_fault() {
         let regs = kvm_regs { rsi: 0x2000, ..Default::default() };
-        let cases: [(&[u8], u64, u64, u8); 7] = [
+        let cases: [(&[u8], u64, u64, u8); 9] = [
+            (&CVTTSD2SI, CR0_TS, 0, NM),
+            (&CVTTSD2SI, 0, CR4_OSFXSR, UD),
             (&ADDPS, CR0_TS, 0, NM),
             (&ADDPS, CR0_EM, 0, UD),
             (&ADDPS, 0, CR4_OSFXSR, UD),

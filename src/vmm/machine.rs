@@ -92,7 +92,8 @@ impl Vmm {
     /// # Errors
     /// As for [`Self::build`].
     pub fn check(config: &VmmConfig, interrupted: &dyn Fn() -> Result<()>) -> Result<()> {
-        load(config, interrupted).map(drop)
+        load(config, interrupted)?;
+        boot::fw_cfg_files(config, interrupted).map(drop)
     }
 
     /// A machine in a shared event loop, or with `None` in a new one of its own.

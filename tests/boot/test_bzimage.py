@@ -131,6 +131,12 @@ def test_image_that_cannot_be_right_is_refused_by_its_field(image: bytes, reason
     assert raised.value.at == "boot.kernel"
 
 
+def test_pvh_needs_a_kernel_that_can_be_unpacked(tmp_path: Path) -> None:
+    with pytest.raises(BootError, match="only a kernel that is unpacked has a PVH entry") as raised:
+        run(tmp_path / "kernel", bzimage(), protocol="pvh")
+    assert raised.value.at == "boot.protocol"
+
+
 def test_unpack_is_refused_where_it_is_impossible(tmp_path: Path) -> None:
     enter = partial(run, tmp_path / "kernel")
     others = [b"", bz2.compress(VMLINUX), packed("gzip", b"no ELF file"), b"something else"]

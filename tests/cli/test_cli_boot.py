@@ -134,9 +134,14 @@ def test_file_that_cannot_be_booted_is_named_with_what_to_do(
         ({"boot": "linux", "module": ("m",)}, "--module: Linux takes no modules"),
         ({"boot": "program", "append": "a"}, "--boot: a program has no --append"),
         ({"boot": "firmware", "initrd": "a"}, "--boot: a firmware has no --append"),
-        ({"boot": "flat", "append": "a"}, "--flat: flat code and a kernel"),
+        (
+            {"kernel": None, "kernel_form": "path=k,kernel_load_addr=1", "boot": "elf"},
+            "kernel_load_addr: only",
+        ),
+        ({"boot": "flat", "append": "a"}, "--flat: flat code has no --append"),
+        ({"flat": "code", "kernel": None, "module": ("m",)}, "--flat: flat code has no --append"),
         ({"flat": "code"}, "--flat: flat code and a kernel"),
-        ({"mode": "long64"}, "--flat: flat code and a kernel"),
+        ({"mode": "long64"}, "--mode: only flat code has a mode"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -145,3 +150,10 @@ def test_options_that_contradict_each_other_are_refused(options: dict[str, Any],
     with pytest.raises(VmmError, match=message) as raised:
         boot_of(VmmConfig(), NONE._replace(**{"kernel": str(path), **options}))
     assert isinstance(raised.value, ConfigError)
+
+
+@pytest.mark.parametrize("name", ["none", "folder"])
+def test_missing_kernel_is_missing_whatever_options_it_has(name: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(BootError, match=r"^boot\.kernel: .*: (No such file|Is a directory)"):
+        booted(tmp_path / name, module=("m",))

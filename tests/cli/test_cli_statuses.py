@@ -78,7 +78,7 @@ def test_flat_code_runs_in_its_mode(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--flat", "a", "b"], b"--flat: flat code and a kernel cannot both be run"),
-        (["--flat", "a", "--append", "b"], b"--flat: flat code and a kernel cannot both be run"),
+        (["--flat", "a", "--append", "b"], b"--flat: flat code has no --append, --initrd or --module"),
         (["--mode", "long64"], b"--mode: it needs --flat"),
         (["--flat", "/dev/null", "--mode", "long128"], b"boot.mode: 'long128' is not one of real16"),
         (["--flat", "/no/such"], b"/no/such: No such file"),

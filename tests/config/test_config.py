@@ -176,6 +176,16 @@ def test_modules_paths_count_from_the_file(tmp_path: Path) -> None:
         VmmConfig.from_file(path)
 
 
+def test_files_of_fw_cfg_are_checked(tmp_path: Path) -> None:
+    path = tmp_path / "vm.toml"
+    path.write_text('[platform.fw_cfg.files]\n"opt/org.example/a" = "a"\n')
+    config = VmmConfig.from_file(path)
+    with pytest.raises(BootError, match=r"^platform\.fw_cfg\.files: .*/a: No such file"):
+        config.check()
+    (tmp_path / "a").write_text("text")
+    config.check()
+
+
 def test_stream_that_is_an_object_cannot_be_written() -> None:
     with pytest.raises(ConfigError, match=r"^serial\.output: builtin_function_or_method cannot be written"):
         VmmConfig(serial=SerialConfig(output=print)).to_dict()
