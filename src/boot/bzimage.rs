@@ -274,10 +274,6 @@ pub(super) mod tests {
             ("pref_address", &|image| set(image, 0x258, 0x1000)),
             ("pref_address", &|image| set(image, 0x258, 0xc000_0000)),
             ("pref_address", &|image| set(image, 0x25c, 1)),
-            ("pref_address 0x200001", &|image| {
-                set(image, 0x258, 0x20_0001);
-                image[0x234..0x236].copy_from_slice(&[1, 12]);
-            }),
             ("kernel_alignment", &|image| set(image, 0x230, 3)),
             ("min_alignment", &|image| image[0x235] = 64),
             ("min_alignment", &|image| image[0x235] = 255),
@@ -292,6 +288,18 @@ pub(super) mod tests {
         for (field, change) in wrong {
             assert!(with(*change).contains(field), "{field}: {}", with(*change));
         }
+    }
+
+    #[test]
+    fn an_address_that_is_not_aligned_is_named_by_where_it_comes_from() {
+        let mut image = bzimage(b"kernel");
+        image[0x234..0x236].copy_from_slice(&[1, 12]);
+        let error = place(&image, Some(0x20_0001)).unwrap_err();
+        assert_eq!(error.at, "boot.load_address", "{error}");
+        set(&mut image, 0x258, 0x20_0001);
+        let error = place(&image, None).unwrap_err();
+        assert!(error.at == "boot.kernel" && error.detail.contains("pref_address"), "{error}");
+        assert!(place(&image, Some(0x20_0000)).is_ok());
     }
 
     #[test]
