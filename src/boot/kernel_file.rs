@@ -22,20 +22,24 @@ pub(super) enum Found<'a> {
     Elf(Executable<'a>),
 }
 
+/// What a file is that only a multiboot header makes a kernel.
+fn without_elf(image: &[u8], wanted: KernelProtocol, header: Option<Header>) -> Result<Found<'_>> {
+    match (wanted, header) {
+        (KernelProtocol::Auto | KernelProtocol::Multiboot, Some(header)) => {
+            Ok(Found::Multiboot(header))
+        }
+        (_, Some(_)) => {
+            let detail = "a kernel with a multiboot header, which is not an ELF file";
+            Err(Error::new(ErrorKind::Boot, "boot.protocol", detail).hint("leave the protocol out"))
+        }
+        _ => Err(identify::refused(image, AT)),
+    }
+}
+
 pub(super) fn find(image: &[u8], wanted: KernelProtocol) -> Result<Found<'_>> {
     let header = multiboot::find(image);
     if !image.starts_with(ELF_MAGIC) {
-        return match (wanted, header) {
-            (KernelProtocol::Auto | KernelProtocol::Multiboot, Some(header)) => {
-                Ok(Found::Multiboot(header))
-            }
-            (_, Some(_)) => {
-                let detail = "a kernel with a multiboot header, which is not an ELF file";
-                Err(Error::new(ErrorKind::Boot, "boot.protocol", detail)
-                    .hint("leave the protocol out"))
-            }
-            _ => Err(identify::refused(image, AT)),
-        };
+        return without_elf(image, wanted, header);
     }
     let executable = Executable::new(image, AT)?;
     let notes = notes::read(executable)?;
