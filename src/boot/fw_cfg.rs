@@ -7,8 +7,9 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// The place in errors.
 const AT: &str = "platform.fw_cfg.files";
-/// The most bytes of a file. The state of all devices must fit into a snapshot.
+/// The most bytes of a file, and of all. The state of all devices must fit into a snapshot's file.
 const MAX_FILE: u64 = 64 << 20;
+const MAX_FILES: u64 = 2 * MAX_FILE;
 
 /// The files of fw_cfg, with their names.
 ///
@@ -23,15 +24,27 @@ pub fn fw_cfg_files(
     check_names(files.iter().map(|(name, _)| name.as_str()))
         .map_err(|detail| Error::new(ErrorKind::Config, AT, detail))?;
     let reader = Files { most: MAX_FILE, interrupted };
-    let read = |code: &Code| match code {
-        Code::Bytes(bytes) if bytes.len() as u64 > MAX_FILE => {
-            let detail = format!("{} bytes, at most {MAX_FILE} fit", bytes.len());
-            Err(Error::new(ErrorKind::Config, AT, detail))
-        }
-        Code::Bytes(bytes) => Ok(bytes.clone()),
-        Code::File(path) => reader.read(path, AT, MAX_FILE),
+    let mut left = MAX_FILES;
+    let mut read = |(name, code): &(String, Code)| {
+        let most = MAX_FILE.min(left);
+        let data = match code {
+            Code::Bytes(bytes) if bytes.len() as u64 <= most => bytes.clone(),
+            Code::Bytes(_) => return Err(too_large(ErrorKind::Config, name)),
+            Code::File(path) => reader
+                .read_within(path, AT, most)?
+                .ok_or_else(|| too_large(ErrorKind::Boot, &path.display().to_string()))?,
+        };
+        left -= data.len() as u64;
+        Ok((name.clone(), data))
     };
-    files.iter().map(|(name, code)| Ok((name.clone(), read(code)?))).collect()
+    files.iter().map(&mut read).collect()
+}
+
+fn too_large(kind: ErrorKind, what: &str) -> Error {
+    let [file, all] = [MAX_FILE, MAX_FILES].map(|most| most >> 20);
+    let detail =
+        format!("{what}: too large; at most {file} MiB fit in a file, and {all} MiB in all");
+    Error::new(kind, AT, detail)
 }
 
 #[cfg(test)]

@@ -133,3 +133,20 @@ def test_snapshots_and_files_have_the_items(tmp_path: Path) -> None:
 def test_bad_files_are_named(files: dict[str, bytes], error: type[Exception], what: str) -> None:
     with pytest.raises(error, match=what):
         Vmm(flat(HALT, platform=PlatformConfig(fw_cfg=FwCfgConfig(files=files))))
+
+
+def test_files_that_no_snapshot_could_hold_are_refused(tmp_path: Path) -> None:
+    large = tmp_path / "large"
+    with large.open("wb") as file:
+        file.truncate(64 << 20)
+    with pytest.raises(
+        ConfigError,
+        match=r"^platform\.fw_cfg\.files: opt/org\.example/c: too large; at most 64 MiB .* 128 MiB in all",
+    ):
+        Vmm(flat(HALT, platform=with_files(a=large, b=large, c=b"x")))
+    with large.open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(BootError, match="large: too large; at most 64 MiB"):
+        Vmm(flat(HALT, platform=with_files(a=large)))
+    with pytest.raises(BootError, match="/dev/zero: too large"):
+        Vmm(flat(HALT, platform=with_files(a="/dev/zero")))
