@@ -94,7 +94,7 @@ HOST := $(shell rustc -vV 2>/dev/null | sed -n 's/host: //p')
 fuzz: setup ## Snapshot files, and files to boot, changed at random; FUZZ_S=SECONDS of each, FUZZ_SEED=NUMBER
 	@pyvmm snapshot --memory 1 -o target/fuzz-sample --text Hello >/dev/null </dev/null
 	cargo run --quiet --release --no-default-features --example fuzz_snapshot target/fuzz-sample $(FUZZ_S) $(FUZZ_SEED)
-	RUSTFLAGS="$(COVERAGE)" cargo run --quiet --release --no-default-features --target $(HOST) --target-dir target/fuzz \
+	CARGO_PROFILE_RELEASE_LTO=off RUSTFLAGS="$(COVERAGE)" cargo run --quiet --release --no-default-features --target $(HOST) --target-dir target/fuzz \
 		--example fuzz_boot tests/fuzz/boot $(FUZZ_S) $(FUZZ_SEED)
 
 audit: setup ## Known vulnerabilities and licences of the dependencies, as far as they can be checked here

@@ -93,7 +93,7 @@ class CpuConfig(Part, frozen=True, kw_only=True):
 
 
 class SerialConfig(Part, frozen=True, kw_only=True):
-    """The first serial port, COM1 at 0x3f8.
+    """A serial port: COM1 at 0x3f8, or one of the others.
 
     Attributes:
         output: where the guest's output goes: a path, a file descriptor, a socket, a file object,

@@ -83,7 +83,11 @@ impl NativeCode {
         let slot = self.slots.len();
         let mut bytes = [RETURN; SLOT];
         bytes.get_mut(..code.len()).filter(|_| code.len() < SLOT)?.copy_from_slice(code);
-        memory.write(slot * SLOT, &bytes)?;
+        if memory.write(slot * SLOT, &bytes).is_none() {
+            // It may be writable still, and not executable.
+            (self.memory, self.slots) = (None, HashMap::new());
+            return None;
+        }
         self.slots.insert(code.to_vec(), slot);
         memory.at(slot * SLOT)
     }
