@@ -279,7 +279,7 @@ print(*sorted([*before, "vcpu_0", "vcpu_1"]))
 
 def test_a_callback_that_blocks_the_kick_signal_holds_kicks_up_until_it_unblocks_it() -> None:
     source = """
-import signal, threading
+import signal, threading, time
 from pyvmm import Vmm, VmRunState, kick_signal
 has_blocked, is_out = threading.Event(), threading.Event()
 class Device:
@@ -292,12 +292,15 @@ class Device:
 def pause():
     vmm.pause()
     is_out.set()
-# Waits inside the guest for the host to write 0x2000.
-WAIT = bytes.fromhex("803e002000 74f9")  # back: cmp byte [0x2000], 0; je back
+# Says in 0x2001 that it is in the guest, and waits there for the host to write 0x2000.
+WAIT = bytes.fromhex("c606012001 803e002000 74f9")  # mov byte [0x2001], 1; back: cmp byte [0x2000], 0; je back
 with Vmm(flat(out(0x500, 1) + WAIT + out(0x500, 2) + SPIN)) as vmm:
     vmm.add_pio_device(0x500, 1, Device())
     vmm.start()
     assert has_blocked.wait(50)
+    deadline = time.monotonic() + 50
+    while vmm.memory.read(0x2001, 1) == bytes(1):
+        assert time.monotonic() < deadline
     pausing = threading.Thread(target=pause)
     pausing.start()
     # Long for a kick; nothing else brings the guest out.
