@@ -117,7 +117,7 @@ impl VmmConfig {
     /// Check the values as far as possible without I/O.
     ///
     /// # Errors
-    /// [`ErrorKind::Config`], with the key of the first bad value as its place.
+    /// [`crate::error::ErrorKind::Config`], with the key of the first bad value as its place.
     pub fn validate(&self) -> Result<()> {
         let size = checked_size(self.memory.size_mib)?;
         self.cpu.check()?;

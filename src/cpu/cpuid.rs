@@ -121,7 +121,7 @@ pub struct GuestCpuid {
 ///
 /// # Errors
 /// If KVM does not report its supported CPUID; [`ErrorKind::Config`] if the host lacks a feature
-/// that the template promises; those of [`xstate::request`] if the guest is to have AMX.
+/// that the template promises; those of `xstate::request` if the guest is to have AMX.
 pub fn guest_cpuid(kvm: &Kvm, config: &CpuConfig) -> Result<GuestCpuid> {
     let CpuConfig { template, hide: hidden, expose: exposed, .. } = config;
     let tiles = request_tiles(kvm, config)?;

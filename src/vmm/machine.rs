@@ -156,7 +156,7 @@ impl Vmm {
     /// starts.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] if the machine is closed.
+    /// [`crate::error::ErrorKind::State`] if the machine is closed.
     pub fn vcpus(&self) -> Result<Vec<Arc<VcpuHandle>>> {
         let vm = self.vm()?;
         vm.prepare(self.entry)?;
@@ -166,7 +166,7 @@ impl Vmm {
     /// The KVM side of the machine.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] if it is closed.
+    /// [`crate::error::ErrorKind::State`] if it is closed.
     pub fn vm(&self) -> Result<Arc<KvmVm<WrappedExitHandler>>> {
         self.vm.lock().clone().ok_or_else(closed)
     }
@@ -174,7 +174,7 @@ impl Vmm {
     /// The event manager whose loop `run` runs.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] if the machine is closed.
+    /// [`crate::error::ErrorKind::State`] if the machine is closed.
     pub fn event_manager(&self) -> Result<Arc<EventManager>> {
         let loop_parts = self.loop_parts.lock();
         loop_parts.as_ref().map(|own| Arc::clone(&own.event_manager)).ok_or_else(closed)
@@ -189,7 +189,7 @@ impl Vmm {
     /// How the guest ended; `None` if it has not.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] if the machine is closed.
+    /// [`crate::error::ErrorKind::State`] if the machine is closed.
     pub fn exit(&self) -> Result<Option<Exit>> {
         Ok(self.vm()?.exit())
     }
@@ -197,7 +197,7 @@ impl Vmm {
     /// The handler that ends a run.
     ///
     /// # Errors
-    /// [`ErrorKind::State`] if the machine is closed.
+    /// [`crate::error::ErrorKind::State`] if the machine is closed.
     pub fn exit_handler(&self) -> Result<WrappedExitHandler> {
         let loop_parts = self.loop_parts.lock();
         loop_parts.as_ref().map(|own| own.exit_handler.clone()).ok_or_else(closed)
@@ -218,7 +218,7 @@ impl Vmm {
     /// See [`Instruments::start_trace`].
     ///
     /// # Errors
-    /// Also [`ErrorKind::State`] if the machine is closed.
+    /// Also [`crate::error::ErrorKind::State`] if the machine is closed.
     pub fn start_trace(&self, path: &Path) -> Result<Arc<Trace>> {
         self.vm()?.check_process()?;
         self.instruments.start_trace(path)
