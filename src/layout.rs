@@ -108,6 +108,14 @@ pub const PCI_PORTS: u64 = 8;
 pub const HPET: u64 = 0xfed0_0000;
 /// The size of its registers.
 pub const HPET_SIZE: u64 = 0x400;
+/// The registers of virtio devices, each a page: below the I/O APIC.
+pub const VIRTIO: u64 = 0xfeb0_0000;
+/// The last address for them.
+pub const VIRTIO_LAST: u64 = 0xfebf_ffff;
+/// The size of one device's registers.
+pub const VIRTIO_SIZE: u64 = PAGE;
+/// The interrupt lines that they get, in this order: first those that a PC's PICs have, too.
+pub const VIRTIO_LINES: [u32; 16] = [5, 10, 11, 6, 7, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23];
 /// The exit port, as of QEMU's isa-debug-exit.
 pub const EXIT_PORT: u16 = 0xf4;
 /// The number of its ports.

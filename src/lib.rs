@@ -18,7 +18,7 @@
 //! ```text
 //! error process limit sync hop bytes layout x86 kvm poll resources
 //! debug fixup memory trace
-//! event exit_handler cpu config devices boot
+//! event exit_handler cpu config devices virtio boot
 //! vcpu vm snapshot vmm
 //! py
 //! ```
@@ -52,6 +52,7 @@ pub mod snapshot;
 pub mod sync;
 pub mod trace;
 pub mod vcpu;
+pub mod virtio;
 pub mod vm;
 pub mod vmm;
 mod x86;
@@ -78,7 +79,8 @@ mod _pyvmm {
         PyDirtyPages, PyEventFd, PyEventManager, PyEventOps, PyEvents, PyGuestMemory, PyIrqLine,
         PyKvm, PyKvmVm, PyMemorySlot, PyMsrBytes, PyRegister, PyRegisterBytes, PyRegisterView,
         PyRemoteEndpoint, PySerial, PySnapshot, PyStats, PySubscriberId, PyTimerFd, PyTrace,
-        PyVcpu, PyVcpuExit, PyVmm, PyVmmExitHandler, PyWrappedExitHandler, close_all, cpu_features,
-        cpuid_features, cpuid_table, embedded_guest, kick_signal, kvm_info, set_kick_signal,
+        PyVcpu, PyVcpuExit, PyVirtioDevice, PyVmm, PyVmmExitHandler, PyWrappedExitHandler,
+        close_all, cpu_features, cpuid_features, cpuid_table, embedded_guest, kick_signal,
+        kvm_info, set_kick_signal,
     };
 }

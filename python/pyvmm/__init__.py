@@ -25,6 +25,7 @@ from pyvmm._pyvmm import (
     Trace,
     Vcpu,
     VcpuExit,
+    VirtioDevice,
     Vmm,
     VmmExitHandler,
     WrappedExitHandler,
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from pyvmm.patterns import Expected
     from pyvmm.screen import Screen
     from pyvmm.snapshots import ForkExecutor
+    from pyvmm.virtio_parts import Rng
 
 __all__ = [
     "Answer",
@@ -130,6 +132,7 @@ __all__ = [
     "ReadableDevice",
     "RegisterBits",
     "RemoteEndpoint",
+    "Rng",
     "Resource",
     "Screen",
     "Serial",
@@ -148,6 +151,7 @@ __all__ = [
     "Vcpu",
     "VcpuExit",
     "VcpuTime",
+    "VirtioDevice",
     "VmRunState",
     "Vmm",
     "VmmConfig",
@@ -172,11 +176,13 @@ atexit.register(close_all)
 _BOOTS = ("BootModule", "ElfBoot", "EmbeddedBoot", "FirmwareBoot", "FlatBoot", "KernelBoot", "LinuxBoot")
 _CONFIG = ("CpuConfig", "FwCfgConfig", "MemoryConfig", "PlatformConfig", "SerialConfig", "VmmConfig")
 _CPU = ("CpuTemplate", "RegisterBits")
+_VIRTIO = ("Rng",)
 _LAZY = {
     **dict.fromkeys(_BOOTS, "pyvmm.boots"),
     **dict.fromkeys(_CONFIG, "pyvmm.config"),
     **dict.fromkeys(_CPU, "pyvmm.cpu_template"),
     **dict.fromkeys(("HostcallError", "HostcallStatus"), "pyvmm.hostcalls"),
+    **dict.fromkeys(_VIRTIO, "pyvmm.virtio_parts"),
     "Cap": "pyvmm.kvm",
     "Console": "pyvmm.console",
     "Screen": "pyvmm.screen",

@@ -16,6 +16,7 @@ from typing_extensions import Buffer, disjoint_base
 
 from pyvmm.callbacks import TimerHandle
 from pyvmm.config import CpuConfig, SerialConfig, VmmConfig
+from pyvmm.config_parts import Part
 from pyvmm.console import Console
 from pyvmm.devices import Device, Resource, Unanswered
 from pyvmm.events import EventSet, Subscriber
@@ -49,6 +50,7 @@ __all__ = [
     "Trace",
     "Vcpu",
     "VcpuExit",
+    "VirtioDevice",
     "Vmm",
     "VmmExitHandler",
     "WrappedExitHandler",
@@ -847,6 +849,7 @@ class Snapshot:
         event_manager: EventManager | None = None,
         setup: Callable[[Vmm], object] | None = None,
         entropy: Callable[[Vmm], object] | tuple[int, int] | None = None,
+        virtio: dict[str, Part] | None = None,
     ) -> Vmm:
         """Create a new machine that continues from this snapshot.
 
@@ -862,8 +865,11 @@ class Snapshot:
             entropy: writes new randomness to the guest before it runs: a callable that takes the
                 machine, or a guest-physical address and a number of bytes that are filled from
                 os.urandom. With None, every fork draws the same random numbers.
+            virtio: configurations of virtio devices by name, such as {"disk0": Disk("other.img")},
+                in place of what the fork gets without it. docs/virtio.md says what that is.
 
         Raises:
+            ConfigError: what is given for a virtio device cannot be used.
             KvmError: KVM refused a part.
             SnapshotError: the snapshot's file has changed since it was loaded.
             StateError: the snapshot has a device that this machine does not have.
@@ -1853,6 +1859,14 @@ class Vmm:
         """The machine's run state."""
 
     @property
+    def virtio(self) -> tuple[VirtioDevice, ...]:
+        """The virtio devices, in the order of their addresses; the same objects each time.
+
+        Raises:
+            ClosedError: the machine is closed.
+        """
+
+    @property
     def stats(self) -> Stats:
         """Counters of exits and of the time inside and outside the guest; the same object each time.
 
@@ -2242,6 +2256,57 @@ class IrqLine:
 
     def pulse(self) -> None:
         """Raise and lower the line, for an edge-triggered interrupt."""
+
+@final
+class VirtioDevice:
+    """A virtio device of a machine: an item of `Vmm.virtio`.
+
+    It holds the machine. Its counts begin with the machine, or the fork.
+    """
+
+    @property
+    def name(self) -> str:
+        """Its name, such as "disk0"."""
+
+    @property
+    def device_type(self) -> int:
+        """The device type (virtio 1.2, section 5), such as 2 for a disk."""
+
+    @property
+    def address(self) -> int:
+        """The guest-physical address of its registers."""
+
+    @property
+    def irq(self) -> int | None:
+        """Its interrupt line, or None without an interrupt controller."""
+
+    @property
+    def offered(self) -> int:
+        """The feature bits that the device offers."""
+
+    @property
+    def features(self) -> int | None:
+        """The feature bits that the driver has accepted, or None while it has not started the device."""
+
+    @property
+    def status(self) -> int:
+        """The status field, as the driver reads it: 0 after a reset, 15 for a device in use."""
+
+    @property
+    def failure(self) -> str | None:
+        """Why the device needed a reset, or what failed behind it, most recently; otherwise None."""
+
+    @property
+    def notifications(self) -> int:
+        """How often the loop was notified by the driver."""
+
+    @property
+    def chains(self) -> int:
+        """How many descriptor chains were given back to the driver."""
+
+    @property
+    def interrupts(self) -> int:
+        """How often the device has interrupted the guest."""
 
 @final
 class Stats:

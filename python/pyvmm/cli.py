@@ -15,7 +15,7 @@ import click
 import msgspec
 
 import pyvmm
-from pyvmm import keyvalue
+from pyvmm import cli_devices, keyvalue
 from pyvmm.cli_boot import BOOTS, BootOptions, boot_of
 from pyvmm.config import SERIALS, CpuConfig, MemoryConfig, SerialConfig, VmmConfig
 from pyvmm.exceptions import ConfigError, VmmError
@@ -131,6 +131,7 @@ _MACHINE = (
     click.option(
         "--debugcon", type=click.Path(), metavar="FILE", help="Write what firmware prints to port 0x402 here."
     ),
+    *cli_devices.OPTIONS,
     click.option("--fixups", is_flag=True, help="Execute instructions that KVM's emulator refuses."),
     click.option("--config", "config_file", type=click.Path(), help="A TOML or JSON file; options override it."),
 )
@@ -314,6 +315,7 @@ def with_options(
 ) -> VmmConfig:
     """The configuration with the options of the command line over it."""
     outputs = {port: SerialConfig(output=path) for port in SERIALS if (path := rest.pop(port, None)) is not None}
+    base = cli_devices.with_devices(base, {name: rest.pop(name) for name in cli_devices.NAMES})
     booted = boot_of(base, BootOptions(**rest))
     if memory is not None:
         size = _number("memory", memory, "size_mib")

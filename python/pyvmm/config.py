@@ -23,6 +23,7 @@ from pyvmm.config_files import decoded, no_output
 from pyvmm.config_parts import FilePath, Names, Part, Port, Stream, nearest
 from pyvmm.cpu_template import CHOICES, TEMPLATES, CpuTemplate, RegisterBits, TemplateName, is_file
 from pyvmm.exceptions import ConfigError
+from pyvmm.virtio_parts import Rng
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -177,6 +178,7 @@ class VmmConfig(Part, frozen=True, kw_only=True):
             Linux, another kernel, or firmware.
         pit: an in-kernel timer (PIT); None means the same as `irqchip`.
         platform: the parts of a PC.
+        rng: the virtio entropy device; None means none.
     """
 
     memory: MemoryConfig = MemoryConfig()
@@ -191,6 +193,7 @@ class VmmConfig(Part, frozen=True, kw_only=True):
     irqchip: bool | None = None
     pit: bool | None = None
     platform: PlatformConfig = PlatformConfig()
+    rng: Rng | None = None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VmmConfig:
@@ -350,6 +353,7 @@ def _unknown_key(parent: str, name: str) -> ConfigError:
         **{key: [SerialConfig] for key in SERIALS},
         "platform": [PlatformConfig],
         "platform.fw_cfg": [FwCfgConfig],
+        "rng": [Rng],
         "boot.modules": [BootModule],
         "cpu.template": [CpuTemplate],
         "cpu.template.bits": [RegisterBits],

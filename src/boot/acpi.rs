@@ -12,6 +12,7 @@ use crate::config::{Boot, PcPart, VmmConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout;
 use crate::memory::GuestMemory;
+use crate::virtio::Place;
 
 /// The RSDP is this long, and the next table starts at the next multiple of 64.
 const RSDP_SIZE: u8 = 36;
@@ -46,11 +47,11 @@ pub(super) fn rsdp(config: &VmmConfig) -> Option<u64> {
 ///
 /// # Errors
 /// If there are more vCPUs than they have room for.
-pub(super) fn write(config: &VmmConfig, memory: &GuestMemory) -> Result<()> {
+pub(super) fn write(config: &VmmConfig, memory: &GuestMemory, places: &[Place]) -> Result<()> {
     if rsdp(config).is_none() {
         return Ok(());
     }
-    let tables = tables(config)?;
+    let tables = tables(config, places)?;
     if tables.len() as u64 > layout::ACPI_END - layout::ACPI_TABLES {
         let detail = "ACPI's tables do not have room for so many";
         return Err(Error::new(ErrorKind::Config, "cpu.vcpus", detail));
@@ -60,9 +61,9 @@ pub(super) fn write(config: &VmmConfig, memory: &GuestMemory) -> Result<()> {
 }
 
 /// All tables, the RSDP first.
-fn tables(config: &VmmConfig) -> Result<Vec<u8>> {
+fn tables(config: &VmmConfig, places: &[Place]) -> Result<Vec<u8>> {
     let mut all = Tables(vec![0; ALIGNMENT]);
-    let dsdt = all.add(dsdt::table(config).as_slice())?;
+    let dsdt = all.add(dsdt::table(config, places).as_slice())?;
     let mut listed = vec![all.add(&fadt(dsdt, config.has_irqchip()))?];
     if config.has_irqchip() {
         listed.push(all.add(madt(config.cpu.vcpus).as_slice())?);
@@ -212,7 +213,7 @@ mod tests {
 
     #[test]
     fn the_root_names_the_same_tables_in_both_lists() {
-        let all = tables(&config(2, true)).unwrap();
+        let all = tables(&config(2, true), &[]).unwrap();
         assert!(all.starts_with(b"RSD PTR "));
         assert_eq!((sum(&all[..20]), sum(&all[..36]), all[15]), (0, 0, 2));
         let (rsdt, xsdt) = (at(&all, number(&all[16..20])), at(&all, number(&all[24..32])));
@@ -225,7 +226,7 @@ mod tests {
 
     #[test]
     fn the_fadt_names_the_registers_and_the_dsdt() {
-        let all = tables(&config(1, true)).unwrap();
+        let all = tables(&config(1, true), &[]).unwrap();
         let xsdt = at(&all, number(&all[24..32]));
         let fadt = at(&all, number(&xsdt[36..44]));
         assert_eq!(at(&all, number(&fadt[40..44]))[..4], *b"DSDT");
@@ -249,13 +250,13 @@ mod tests {
     #[test]
     fn a_machine_has_tables_if_it_has_acpi_and_there_is_room() {
         let memory = GuestMemory::new(1 << 20).unwrap();
-        write(&VmmConfig::default(), &memory).unwrap();
+        write(&VmmConfig::default(), &memory, &[]).unwrap();
         let start = |memory: &GuestMemory| memory.load::<u64>(layout::ACPI_TABLES).unwrap();
         assert_eq!(start(&memory), 0);
-        write(&config(layout::MAX_VCPUS, true), &memory).unwrap();
+        write(&config(layout::MAX_VCPUS, true), &memory, &[]).unwrap();
         assert_eq!(start(&memory).to_le_bytes(), *b"RSD PTR ");
         assert_eq!(rsdp(&config(1, true)), Some(layout::ACPI_TABLES));
-        write(&config(1024, true), &memory).unwrap();
-        assert_eq!(write(&config(9000, true), &memory).unwrap_err().at, "cpu.vcpus");
+        write(&config(1024, true), &memory, &[]).unwrap();
+        assert_eq!(write(&config(9000, true), &memory, &[]).unwrap_err().at, "cpu.vcpus");
     }
 }

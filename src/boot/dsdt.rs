@@ -8,6 +8,7 @@ use acpi_tables::sdt::Sdt;
 
 use crate::config::{PcPart, VmmConfig};
 use crate::layout;
+use crate::virtio::Place;
 
 /// Who made the tables.
 pub(super) const OEM_ID: [u8; 6] = *b"PYVMM ";
@@ -28,7 +29,7 @@ pub(super) fn empty_table(signature: [u8; 4], revision: u8) -> Sdt {
 }
 
 /// The table.
-pub(super) fn table(config: &VmmConfig) -> Sdt {
+pub(super) fn table(config: &VmmConfig, places: &[Place]) -> Sdt {
     let platform = config.platform();
     let has_irqchip = platform.irqchip;
     let has_serial = |number| {
@@ -54,6 +55,9 @@ pub(super) fn table(config: &VmmConfig) -> Sdt {
     if platform.parts.has(PcPart::FwCfg) {
         devices.extend(paravirtual("FWCF", "QEMU0002", (layout::FW_CFG, 12)));
     }
+    for (number, place) in (0..=u8::MAX).zip(places) {
+        devices.extend(virtio_mmio(number, place));
+    }
     let mut table = empty_table(*b"DSDT", 2);
     table.append_slice(&Scope::raw(Path::new("\\_SB_"), devices));
     table.append_slice(&bytes(&Name::new(
@@ -64,8 +68,11 @@ pub(super) fn table(config: &VmmConfig) -> Sdt {
 }
 
 /// A virtio device on the MMIO transport.
-#[cfg_attr(not(test), expect(dead_code, reason = "no machine has such a device yet"))]
-pub(super) fn virtio_mmio(number: u8, (base, size): (u32, u32), line: u32) -> Vec<u8> {
+fn virtio_mmio(number: u8, place: &Place) -> Vec<u8> {
+    let (Ok(base), Some(line)) = (u32::try_from(place.base), place.line) else {
+        return Vec::new(); // without an interrupt, a driver cannot use it
+    };
+    let size = u32::try_from(layout::VIRTIO_SIZE).unwrap_or(u32::MAX);
     let memory = Memory32Fixed::new(true, base, size);
     let interrupt = Interrupt::new(true, true, false, false, line);
     let resources = ResourceTemplate::new(vec![&memory, &interrupt]);
@@ -161,24 +168,24 @@ mod tests {
     fn it_lists_what_the_machine_has() {
         let mut config = VmmConfig { irqchip: Some(true), ..VmmConfig::default() };
         config.cpu.vcpus = 2;
-        let without = table(&config);
+        let without = table(&config, &[]);
         for name in [&b"C000"[..], b"C001", b"COM1", b"RTC_", b"KBD_", b"_S5_"] {
             assert!(has(without.as_slice(), name), "{name:?}");
         }
         assert!(!has(without.as_slice(), b"C002"));
         config.cpu.vcpus = MAX_LISTED + 1;
-        assert!(!has(table(&config).as_slice(), b"C000"));
+        assert!(!has(table(&config, &[]).as_slice(), b"C000"));
         config.cpu.vcpus = 2;
         assert!(!has(without.as_slice(), b"QEMU0001"));
         config.platform = PlatformConfig { pvpanic: Some(true), ..PlatformConfig::default() };
-        assert!(has(table(&config).as_slice(), b"QEMU0001"));
+        assert!(has(table(&config, &[]).as_slice(), b"QEMU0001"));
     }
 
     #[test]
     fn a_virtio_device_has_its_memory_and_its_line() {
-        let device = virtio_mmio(3, (0xd000_0000, 0x200), 5);
+        let device = virtio_mmio(3, &Place { base: 0xd000_0000, line: Some(5) });
         assert!(has(&device, b"VR03") && has(&device, b"LNRO0005"));
-        assert!(has(&device, &[0x86, 9, 0, 1, 0, 0, 0, 0xd0, 0, 2, 0, 0]));
+        assert!(has(&device, &[0x86, 9, 0, 1, 0, 0, 0, 0xd0, 0, 0x10, 0, 0]));
         assert!(has(&device, &[0x89, 6, 0, 3, 1, 5, 0, 0, 0]));
     }
 }

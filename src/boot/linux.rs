@@ -10,12 +10,13 @@ use super::identify::ELF_MAGIC;
 use super::initrd::{self, Room};
 use super::payload::{self, Refused};
 use super::program_headers::{Executable, Low};
-use super::{kernel, modules, multiboot, zero_page};
+use super::{kernel, modules, multiboot, virtio_mmio, zero_page};
 use crate::config::{KernelProtocol, LinuxBoot, LinuxProtocol};
 use crate::cpu::{CpuMode, Start};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout;
 use crate::memory::GuestMemory;
+use crate::virtio::Place;
 
 const AT: &str = "boot.kernel";
 /// The limit for the RAM disk of a vmlinux, which has no header to say it. All x86-64 kernels allow
@@ -32,6 +33,8 @@ struct Kernel {
     end: u64,
     initrd_ceiling: u64,
     header: setup_header,
+    /// Whether it finds devices by ACPI.
+    has_acpi: bool,
 }
 
 /// Load kernel, RAM disk and command line; returns how it starts.
@@ -40,10 +43,11 @@ pub(super) fn load(
     memory: &GuestMemory,
     files: &Files<'_>,
     rsdp: Option<u64>,
+    places: &[Place],
 ) -> Result<Start> {
     let image = files.read(&config.kernel, AT, files.most)?;
     if config.protocol == LinuxProtocol::Pvh {
-        return load_by_pvh(&image, config, memory, files, rsdp);
+        return load_by_pvh(&image, config, memory, files, rsdp, places);
     }
     let kernel = load_kernel(&image, config, memory)?;
     let initrd = if config.initrd.is_empty() {
@@ -52,7 +56,9 @@ pub(super) fn load(
         let room = Room { start: kernel.end, last: kernel.initrd_ceiling };
         initrd::load(&config.initrd, memory, files, room)?
     };
-    zero_page::write(memory, kernel.header, &config.cmdline, initrd, rsdp)?;
+    let uses_acpi = rsdp.is_some() && kernel.has_acpi;
+    let cmdline = virtio_mmio::command_line(&config.cmdline, places, uses_acpi);
+    zero_page::write(memory, kernel.header, &cmdline, initrd, rsdp)?;
     Ok(zero_page::start(kernel.mode, kernel.entry))
 }
 
@@ -63,6 +69,7 @@ fn load_by_pvh(
     memory: &GuestMemory,
     files: &Files<'_>,
     rsdp: Option<u64>,
+    places: &[Place],
 ) -> Result<Start> {
     let unpacked = if is_bzimage(image) {
         let wanted = LinuxBoot { unpack: config.unpack.or(Some(true)), ..config.clone() };
@@ -88,7 +95,9 @@ fn load_by_pvh(
         modules.push(modules::unnamed(bytes, "boot.initrd"));
     }
     let image = unpacked.as_deref().unwrap_or(image);
-    kernel::boot(image, KernelProtocol::Pvh, &config.cmdline, modules, memory, rsdp)
+    let uses_acpi = rsdp.is_some() && virtio_mmio::has_acpi(image);
+    let cmdline = virtio_mmio::command_line(&config.cmdline, places, uses_acpi);
+    kernel::boot(image, KernelProtocol::Pvh, &cmdline, modules, memory, rsdp)
 }
 
 fn is_bzimage(image: &[u8]) -> bool {
@@ -125,7 +134,8 @@ fn load_vmlinux(
     }
     let kernel = ElfKernel::new(executable, memory, Low::Nothing)?;
     kernel.write(memory)?;
-    Ok(Kernel { mode, entry: kernel.entry, end: kernel.end(), initrd_ceiling, header })
+    let (entry, end, has_acpi) = (kernel.entry, kernel.end(), virtio_mmio::has_acpi(image));
+    Ok(Kernel { mode, entry, end, initrd_ceiling, header, has_acpi })
 }
 
 fn load_bzimage(image: &[u8], config: &LinuxBoot, memory: &GuestMemory) -> Result<Kernel> {
@@ -138,7 +148,9 @@ fn load_bzimage(image: &[u8], config: &LinuxBoot, memory: &GuestMemory) -> Resul
     let (mode, offset) = bzimage.entry(config.protocol)?;
     let place = bzimage.load(config.load_address, memory)?;
     header.code32_start = u32::try_from(place.address).map_err(|_| bad("it is above 4 GiB"))?;
-    Ok(Kernel { mode, entry: place.address + offset, end: place.end, initrd_ceiling, header })
+    let (entry, end) = (place.address + offset, place.end);
+    // What is not unpacked here is a distribution's, which has it.
+    Ok(Kernel { mode, entry, end, initrd_ceiling, header, has_acpi: true })
 }
 
 /// The vmlinux in a bzImage, if it is to be loaded in place of the code that unpacks it.

@@ -6,8 +6,10 @@ use crate::config::{Boot, VmmConfig};
 use crate::cpu::{CpuMode, Start};
 use crate::error::Result;
 use crate::memory::GuestMemory;
+use crate::virtio::Place;
 
-/// Load the code or kernel of the configuration. Returns how it starts.
+/// Load the code or kernel of the configuration, which is told of the virtio devices at these
+/// places. Returns how it starts.
 ///
 /// # Errors
 /// If a file cannot be read, is not what it should be, or does not fit.
@@ -17,9 +19,10 @@ use crate::memory::GuestMemory;
 pub fn load(
     config: &VmmConfig,
     memory: &GuestMemory,
+    places: &[Place],
     interrupted: &dyn Fn() -> Result<()>,
 ) -> Result<Start> {
-    acpi::write(config, memory)?;
+    acpi::write(config, memory, places)?;
     let rsdp = acpi::rsdp(config);
     let files = Files { most: memory.size(), interrupted };
     match &config.boot {
@@ -34,7 +37,7 @@ pub fn load(
             Ok(Start { stack, ..Start::new(CpuMode::Program64, entry) })
         }
         Boot::Linux(linux) => {
-            let start = linux::load(linux, memory, &files, rsdp)?;
+            let start = linux::load(linux, memory, &files, rsdp, places)?;
             mptable::write(memory, config.cpu.vcpus)?;
             Ok(start)
         }

@@ -33,6 +33,7 @@ mod relocations;
 mod setup_header;
 mod symbols;
 mod tree;
+mod virtio_mmio;
 mod zero_page;
 
 pub use embedded::embedded_guest;

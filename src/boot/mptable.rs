@@ -1,5 +1,5 @@
 //! The MP table (Intel's MultiProcessor Specification 1.4), which describes processors and
-//! interrupts to Linux without ACPI: one LAPIC for each vCPU, one I/O APIC, an ISA bus with 16
+//! interrupts to Linux without ACPI: one LAPIC for each vCPU, one I/O APIC, an ISA bus with its
 //! lines.
 
 use crate::error::{Error, ErrorKind, Result};
@@ -13,7 +13,8 @@ const APIC_VERSION: u8 = 0x14;
 const CPU_ENABLED: u8 = 1;
 const CPU_BOOT: u8 = 2;
 const IOAPIC_ENABLED: u8 = 1;
-const ISA_LINES: u8 = 16;
+/// All pins of the I/O APIC: virtio devices have some of those that no PC has.
+const ISA_LINES: u8 = 24;
 const ALL_LAPICS: u8 = 0xff;
 /// The I/O APIC has the id after them, which must not be that of all LAPICs. A kernel learns of
 /// further vCPUs from ACPI.

@@ -201,11 +201,11 @@ impl LinuxBoot {
         if !self.cmdline.bytes().all(|b| b == b' ' || b.is_ascii_graphic()) {
             return Err(bad("boot.cmdline", "only printable ASCII is allowed"));
         }
-        if let Some(address) = self.load_address {
-            if !(layout::HIGH_MEMORY..layout::MMIO_GAP_START).contains(&address) {
-                let detail = format!("{address:#x} is not between 1 MiB and 3 GiB");
-                return Err(bad("boot.load_address", detail));
-            }
+        if let Some(address) = self.load_address
+            && !(layout::HIGH_MEMORY..layout::MMIO_GAP_START).contains(&address)
+        {
+            let detail = format!("{address:#x} is not between 1 MiB and 3 GiB");
+            return Err(bad("boot.load_address", detail));
         }
         if self.unpack == Some(true) {
             if self.load_address.is_some() {

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use super::boot::{Boot, Code, bad};
 use super::platform::{ExitPort, PcPart, Platform, PlatformConfig};
+use super::virtio::VirtioConfig;
 use crate::cpu::CpuConfig;
 use crate::error::Result;
 use crate::layout;
@@ -33,6 +34,8 @@ pub struct VmmConfig {
     pub platform: PlatformConfig,
     /// The files of fw_cfg by name, if the machine has it.
     pub fw_cfg: Option<Vec<(String, Code)>>,
+    /// The virtio devices, in the order of their addresses.
+    pub virtio: Vec<VirtioConfig>,
 }
 
 /// Guest memory.

@@ -4,6 +4,7 @@
 mod boot;
 mod machine;
 mod platform;
+mod virtio;
 
 pub use boot::{
     Boot, Code, ElfBoot, FirmwareBoot, FlatBoot, KernelBoot, KernelProtocol, LinuxBoot,
@@ -11,3 +12,4 @@ pub use boot::{
 };
 pub use machine::{MemoryConfig, SerialConfig, SerialInput, SerialOutput, VmmConfig};
 pub use platform::{ExitPort, PcPart, PcParts, Platform, PlatformConfig};
+pub use virtio::{RngConfig, VirtioConfig};

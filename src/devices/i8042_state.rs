@@ -99,11 +99,12 @@ impl State {
     /// been filled.
     pub(super) fn transfer(&mut self) -> bool {
         let [command_byte, ..] = self.ram;
-        if !self.is_full && command_byte & FIRST_PORT_OFF == 0 {
-            if let Some(byte) = self.keyboard.take() {
-                let is_translated = command_byte & TRANSLATE != 0;
-                self.answer(if is_translated { translated(byte) } else { byte });
-            }
+        if !self.is_full
+            && command_byte & FIRST_PORT_OFF == 0
+            && let Some(byte) = self.keyboard.take()
+        {
+            let is_translated = command_byte & TRANSLATE != 0;
+            self.answer(if is_translated { translated(byte) } else { byte });
         }
         std::mem::take(&mut self.is_new)
     }

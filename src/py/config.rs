@@ -12,6 +12,7 @@ use pyo3::types::PyString;
 use super::config_boot;
 use super::config_cpu;
 use super::config_part::{Part, bad, unlike};
+use super::config_virtio;
 use super::ending::import;
 use crate::config::{
     Code, ExitPort, MemoryConfig, PcPart, PlatformConfig, SerialConfig, SerialInput, SerialOutput,
@@ -71,6 +72,7 @@ pub(super) fn from_python(config: &Bound<'_, PyAny>) -> PyResult<VmmConfig> {
         irqchip: all.get(intern!(py, "irqchip"), OPTIONAL)?,
         pit: all.get(intern!(py, "pit"), OPTIONAL)?,
         fw_cfg: fw_cfg(&all)?,
+        virtio: config_virtio::devices(&all)?,
         platform: platform(&all.part(
             intern!(py, "platform"),
             "platform",

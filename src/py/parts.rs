@@ -18,6 +18,8 @@ pub(super) enum Part {
     Serial(&'static str),
     Stats,
     /// By number.
+    Virtio(usize),
+    /// By number.
     Vcpu(u64),
 }
 

@@ -140,7 +140,7 @@ impl PyKvmVm {
             config.validate()?;
             let memory = GuestMemory::new(config.memory.size_mib << 20)?;
             claim_platform(memory.resources(), &config.platform())?;
-            let start = boot::load(&config, &memory, interrupted)?;
+            let start = boot::load(&config, &memory, &[], interrupted)?;
             let router = Arc::new(ExitRouter::default());
             let vm = KvmVm::new(&config, memory, start, Arc::clone(&router), handler)?;
             let files = boot::fw_cfg_files(&config, interrupted)?;

@@ -10,6 +10,7 @@ use super::host::{self, Host};
 use super::pages::{Pages, check_ranges};
 use super::snapshot::Snapshot;
 use super::state::{DeviceState, Record, RecordKind, Records};
+use super::virtio::VirtioDeviceState;
 use crate::bytes::bad;
 use crate::error::{Error, Result};
 use crate::memory::Layer;
@@ -69,12 +70,14 @@ fn parse(
     let base = check_base(header, base)?;
     let (mut spec, mut host, mut chips) = (None, None, Vec::new());
     let (mut vcpus, mut devices, mut ranges) = (Vec::<Records>::new(), Vec::new(), Vec::new());
+    let mut virtio = Vec::new();
     each_record(state, |kind, of, bytes| {
         let record = || Record { kind, number: of, bytes: bytes.to_vec() };
         match kind {
             RecordKind::Machine => spec = Some(MachineSpec::decode(bytes)?),
             RecordKind::Host => host = Some(Host::decode(bytes)?),
             RecordKind::Device => devices.push(DeviceState::decode(bytes)?),
+            RecordKind::Virtio => virtio.push(VirtioDeviceState::decode(bytes)?),
             RecordKind::Range => ranges.push(pages.range(bytes, base)?),
             RecordKind::Clock | RecordKind::Pit | RecordKind::Irqchip | RecordKind::IrqLines => {
                 chips.push(record());
@@ -95,7 +98,8 @@ fn parse(
     }
     check_ranges(&ranges)?;
     let cache = Arc::default();
-    Ok(Snapshot { id: header.id, spec, chips, vcpus, devices, ranges, host, cache })
+    let id = header.id;
+    Ok(Snapshot { id, spec, chips, vcpus, devices, virtio, ranges, host, cache })
 }
 
 /// The base, if the file needs one.

@@ -19,6 +19,7 @@ mod snapshot;
 mod state;
 pub(crate) mod translations;
 pub(crate) mod vcpu;
+mod virtio;
 
 pub use file::inspect;
 pub use header::Header;
@@ -29,3 +30,4 @@ pub use snapshot::Snapshot;
 pub(crate) use snapshot::new_id;
 pub use state::{DeviceState, Record, RecordKind, Records};
 pub(crate) use vcpu::VcpuStateFormat;
+pub use virtio::VirtioDeviceState;

@@ -89,6 +89,7 @@ impl Snapshot {
         let records = self.vcpus.iter().flatten().chain(&self.chips);
         records.for_each(|Record { kind, number, bytes }| put(*kind, *number, bytes));
         self.devices.iter().for_each(|device| put(RecordKind::Device, 0, &device.encode()));
+        self.virtio.iter().for_each(|device| put(RecordKind::Virtio, 0, &device.encode()));
         let mut place = 0;
         for (range, plan) in self.ranges.iter().zip(plans) {
             let mut bytes = Vec::new();

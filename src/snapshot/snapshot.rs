@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::host::Host;
 use super::state::{DeviceState, RecordKind, Records, get};
+use super::virtio::VirtioDeviceState;
 use crate::cpu::xstate;
 use crate::error::{Error, ErrorKind, Result};
 use crate::memory::{Image, Layer, MemoryRange, copy_to, memfd};
@@ -25,6 +26,8 @@ pub struct Snapshot {
     pub vcpus: Vec<Records>,
     /// Each device's state, by bus and address.
     pub devices: Vec<DeviceState>,
+    /// What its virtio devices are, by address.
+    pub virtio: Vec<VirtioDeviceState>,
     /// Memory, by address.
     pub ranges: Vec<MemoryRange>,
     /// Where it was taken; None for this host.

@@ -18,6 +18,8 @@ pub enum RecordKind {
     Device = 3,
     /// A range of memory: see the format of a file.
     Range = 4,
+    /// What a virtio device is: see [`super::VirtioDeviceState`].
+    Virtio = 5,
     /// A list of `kvm_cpuid_entry2`
     Cpuid = 0x10,
     /// `kvm_mp_state`
@@ -53,11 +55,12 @@ pub enum RecordKind {
 }
 
 impl RecordKind {
-    const ALL: [Self; 20] = [
+    const ALL: [Self; 21] = [
         Self::Machine,
         Self::Host,
         Self::Device,
         Self::Range,
+        Self::Virtio,
         Self::Cpuid,
         Self::MpState,
         Self::Regs,
@@ -90,6 +93,7 @@ impl RecordKind {
             Self::Host => "host",
             Self::Device => "device",
             Self::Range => "range",
+            Self::Virtio => "virtio",
             Self::Cpuid => "cpuid",
             Self::MpState => "mp_state",
             Self::Regs => "regs",

@@ -54,6 +54,20 @@ ranks! {
     Vcpu,
     /// The interrupt lines that the host drives high.
     IrqLines,
+    /// The event manager and its subscribers, which are called with the lock held.
+    EventManager,
+    /// The registers of a virtio device's transport.
+    VirtioRegisters,
+    /// The state of a virtio device.
+    VirtioDevice,
+    /// Whether a virtio device may access its queues.
+    VirtioGate,
+    /// A queue of a virtio device.
+    VirtioQueue,
+    /// Chains that a virtio device has dropped.
+    VirtioAbandoned,
+    /// Why a virtio device needs a reset.
+    VirtioFailure,
     /// The memory slots of a machine, which must not change during a snapshot or reset.
     MemorySlots,
     /// The map of guest memory.
@@ -62,8 +76,6 @@ ranks! {
     WritableViews,
     /// The process's pagemap.
     Pagemap,
-    /// The event manager and its subscribers, which are called with the lock held.
-    EventManager,
     /// The exit handler of a machine.
     ExitHandler,
     /// The run state of a machine.

@@ -87,14 +87,13 @@ fn stepped(vcpu: &Vcpu) -> VcpuExit {
 /// Add the instruction and the registers to an emulation failure.
 fn with_state(mut exit: VcpuExit, vcpu: &Vcpu) -> VcpuExit {
     if let VcpuExit::InternalError { suberror, instruction, disassembly, registers, .. } = &mut exit
+        && let (Ok(regs), Ok(sregs)) = (vcpu.general(), vcpu.fd().get_sregs())
     {
-        if let (Ok(regs), Ok(sregs)) = (vcpu.general(), vcpu.fd().get_sregs()) {
-            if *suberror == KVM_INTERNAL_ERROR_EMULATION {
-                let found = Instruction::at(vcpu, &regs, &sregs);
-                (*instruction, *disassembly) = (found.bytes, found.text);
-            }
-            *registers = named(&regs, &sregs);
+        if *suberror == KVM_INTERNAL_ERROR_EMULATION {
+            let found = Instruction::at(vcpu, &regs, &sregs);
+            (*instruction, *disassembly) = (found.bytes, found.text);
         }
+        *registers = named(&regs, &sregs);
     }
     exit
 }

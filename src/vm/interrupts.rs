@@ -11,7 +11,7 @@ use kvm_ioctls::{
 use vmm_sys_util::eventfd::EventFd;
 
 use super::KvmVm;
-use crate::devices::{Access, InterruptLine};
+use crate::devices::{Access, Doorbell, InterruptLine};
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::ExitHandler;
 use crate::layout;
@@ -73,7 +73,26 @@ impl InterruptLine for Line {
     }
 }
 
+/// Registers ioeventfds. It does not keep the machine open.
+#[derive(Debug)]
+struct MmioDoorbell(Weak<VmFd>);
+
+impl Doorbell for MmioDoorbell {
+    fn connect(&self, event: &EventFd, address: u64, value: u32) {
+        let Some(fd) = self.0.upgrade() else { return };
+        // Fails in a forked child, where the machine cannot be used, and if KVM has no room for
+        // more.
+        let _ = fd.register_ioevent(event, &IoEventAddress::Mmio(address), value);
+    }
+}
+
 impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
+    /// What registers the ioeventfds of a device.
+    #[must_use]
+    pub fn doorbell(&self) -> Option<Box<dyn Doorbell>> {
+        Some(Box::new(MmioDoorbell(Arc::downgrade(&self.fd))))
+    }
+
     fn check_irqchip(&self, at: &str) -> Result<()> {
         self.check_process()?;
         if self.irqchip {

@@ -10,6 +10,7 @@ use crate::event::EventManager;
 use crate::exit_handler::{ExitHandler, WrappedExitHandler};
 use crate::limit::Limit;
 use crate::vcpu::{self, VmRunState};
+use crate::virtio::Attached;
 use crate::vm::KvmVm;
 
 /// The next step of a thread that closes a machine.
@@ -172,6 +173,7 @@ impl Vmm {
         let vm = self.vm.lock().take();
         // Other threads may hold it until their calls return.
         vm.iter().for_each(|vm| vm.close());
+        loop_parts.iter().flat_map(|own| &own.virtio).for_each(Attached::close);
         drop((vm, loop_parts));
         self.router.close();
         self.runner.lock().life = Life::Closed;

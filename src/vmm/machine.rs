@@ -11,6 +11,7 @@ use super::instruments::Instruments;
 use super::parts::{Parts, event_loop};
 use super::resets::Resets;
 use super::runner::{Runner, closed};
+use super::virtio;
 
 use crate::boot;
 use crate::config::{PcPart, Platform, VmmConfig};
@@ -27,6 +28,7 @@ use crate::process::ProcessTag;
 use crate::sync::{Condvar, Mutex, rank};
 use crate::trace::Trace;
 use crate::vcpu::{ExitRouter, VcpuHandle, VmRunState};
+use crate::virtio::{Attached, Place};
 use crate::vm::{KvmVm, claim_platform};
 
 /// A machine: its KVM side, its devices, and the event loop they share.
@@ -66,6 +68,8 @@ pub(super) struct LoopParts {
     pub(super) exit_handler: WrappedExitHandler,
     /// The machine's own subscribers, which are removed with it.
     pub(super) subscribers: Vec<SubscriberId>,
+    /// The virtio devices, in the order of their addresses.
+    pub(super) virtio: Vec<Attached>,
 }
 
 impl TryFrom<VmmConfig> for Vmm {
@@ -76,13 +80,17 @@ impl TryFrom<VmmConfig> for Vmm {
     }
 }
 
-/// The memory of a machine with what it boots, and how that starts.
-fn load(config: &VmmConfig, interrupted: &dyn Fn() -> Result<()>) -> Result<(GuestMemory, Start)> {
+/// The memory of a machine with what it boots, how that starts, and where its virtio devices are.
+fn load(
+    config: &VmmConfig,
+    interrupted: &dyn Fn() -> Result<()>,
+) -> Result<(GuestMemory, Start, Vec<Place>)> {
     config.validate()?;
     let memory = GuestMemory::new(config.memory.size_mib << 20)?;
     claim_platform(memory.resources(), &config.platform())?;
-    let start = boot::load(config, &memory, interrupted)?;
-    Ok((memory, start))
+    let places = virtio::places(config, memory.resources())?;
+    let start = boot::load(config, &memory, &places, interrupted)?;
+    Ok((memory, start, places))
 }
 
 impl Vmm {
@@ -107,7 +115,7 @@ impl Vmm {
         interrupted: &dyn Fn() -> Result<()>,
     ) -> Result<Self> {
         let platform = config.platform();
-        let (memory, start) = load(&config, interrupted)?;
+        let (memory, start, places) = load(&config, interrupted)?;
         let (event_manager, exit_handler) = event_loop(shared)?;
         let router = Arc::new(ExitRouter::default());
         let vm = KvmVm::new(&config, memory, start, Arc::clone(&router), exit_handler.clone())?;
@@ -117,21 +125,28 @@ impl Vmm {
         let attached =
             devices::attach(&router.buses, |line| vm.irq(line), &streams, &platform, &facts)?;
         let entry = start.entry;
-        let parts = Parts { vm, event_manager, exit_handler, router, attached, entry };
+        let virtio = virtio::attach_all(config.virtio, &places, &vm, &router)?;
+        let parts = Parts { vm, event_manager, exit_handler, router, attached, virtio, entry };
         Self::assemble(parts, streams, platform)
     }
 
     /// Assemble the machine from these parts, in its event loop.
     pub(super) fn assemble(parts: Parts, streams: Streams, platform: Platform) -> Result<Self> {
-        let Parts { vm, event_manager, exit_handler, router, attached, entry } = parts;
+        let Parts { vm, event_manager, exit_handler, router, attached, virtio, entry } = parts;
         let mut subscribers = vec![event_manager.add_subscriber(Box::new(exit_handler.clone()))];
         subscribers.extend(attached.connect(streams, &event_manager)?);
+        subscribers.extend(virtio.iter().map(|device| device.connect(&event_manager)));
         let fixups = Arc::clone(vm.fixups());
         let vm_id = vm.id();
         let instruments = Instruments::new(vm.handles().len() as u64, &router, &event_manager);
         Ok(Self {
             vm: Mutex::new(Some(Arc::new(vm))),
-            loop_parts: Mutex::new(Some(LoopParts { event_manager, exit_handler, subscribers })),
+            loop_parts: Mutex::new(Some(LoopParts {
+                event_manager,
+                exit_handler,
+                subscribers,
+                virtio,
+            })),
             process_tag: ProcessTag::current(),
             router,
             instruments,

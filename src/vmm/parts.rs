@@ -7,6 +7,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
 use crate::exit_handler::WrappedExitHandler;
 use crate::vcpu::ExitRouter;
+use crate::virtio;
 use crate::vm::KvmVm;
 
 /// The parts of a machine.
@@ -17,6 +18,7 @@ pub(crate) struct Parts {
     pub(crate) exit_handler: WrappedExitHandler,
     pub(crate) router: Arc<ExitRouter>,
     pub(crate) attached: Attached,
+    pub(crate) virtio: Vec<virtio::Attached>,
     pub(crate) entry: u64,
 }
 

@@ -9,7 +9,8 @@ use super::life::Entering;
 use super::machine::Vmm;
 use super::parts::{Parts, event_loop};
 use super::snapshot::Vm;
-use crate::config::SerialConfig;
+use super::virtio;
+use crate::config::{SerialConfig, VirtioConfig};
 use crate::cpu::cpuid::host_shadows_page_tables;
 use crate::devices::{self, Buses, Device, MachineFacts, Streams};
 use crate::error::{Error, ErrorKind, Result};
@@ -31,6 +32,8 @@ pub struct ForkConfig {
     pub serial: SerialConfig,
     /// A shared event loop; `None` for a new one of its own.
     pub event_manager: Option<Arc<EventManager>>,
+    /// Configurations of virtio devices by name, in place of what the snapshot has for them.
+    pub virtio: Vec<(String, VirtioConfig)>,
 }
 
 impl Vmm {
@@ -76,6 +79,7 @@ impl Vmm {
                 self.exit_handler()?.take_stop();
                 forget_stop();
             }
+            virtio::thaw_all(&self.virtio()?, &snapshot.virtio)?;
             restore_devices(&vm, &devices)?;
             Ok(changed / layout::PAGE)
         })
@@ -89,7 +93,7 @@ impl Vmm {
     /// snapshot is missing.
     pub fn fork(snapshot: &Snapshot, config: ForkConfig) -> Result<Self> {
         hop!();
-        let ForkConfig { serial, event_manager } = config;
+        let ForkConfig { serial, event_manager, virtio: given } = config;
         let streams = Streams { serial, ..Streams::default() };
         let spec = &snapshot.spec;
         snapshot.request_xstate()?;
@@ -107,7 +111,9 @@ impl Vmm {
         let facts = MachineFacts { size: 0, vcpus, memory, files };
         let attached =
             devices::attach(&router.buses, |line| vm.irq(line), &streams, &platform, &facts)?;
-        let parts = Parts { vm, event_manager, exit_handler, router, attached, entry: 0 };
+        let virtio = virtio::attach_saved(&snapshot.virtio, given, &vm, &router)?;
+        let entry = 0;
+        let parts = Parts { vm, event_manager, exit_handler, router, attached, virtio, entry };
         Self::assemble(parts, streams, platform)
     }
 

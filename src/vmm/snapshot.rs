@@ -3,13 +3,16 @@
 use kvm_ioctls::VmFd;
 
 use super::machine::Vmm;
+use super::virtio;
 use crate::config::{ExitPort, Platform};
 use crate::devices::Buses;
 use crate::error::{Error, ErrorKind, Result};
 use crate::exit_handler::WrappedExitHandler;
 use crate::hop::hop;
 use crate::limit::Limit;
-use crate::snapshot::{DeviceState, Snapshot, VcpuStateFormat, chips, new_id, vcpu};
+use crate::snapshot::{
+    DeviceState, Snapshot, VcpuStateFormat, VirtioDeviceState, chips, new_id, vcpu,
+};
 use crate::vcpu::Vcpu;
 use crate::vm::{KvmVm, MachineSpec};
 
@@ -33,11 +36,12 @@ impl Vmm {
         let (rests, resets) = (rests(&vm), self.resets.check(None)?);
         // With no lock held: a device may be implemented in Python.
         let devices = save_devices(&vm, &self.router().buses)?;
+        let virtio = virtio::freeze_all(&self.virtio()?)?;
         let spec = self.spec(&vm);
         vm.at_rest(limit, |fd, vcpus| {
             check_rests(vcpus, &rests)?;
             self.resets.check(Some(resets))?;
-            capture(&vm, spec, fd, vcpus, devices)
+            capture(&vm, spec, fd, vcpus, (devices, virtio))
         })
     }
 
@@ -54,7 +58,7 @@ fn capture(
     spec: MachineSpec,
     fd: &VmFd,
     vcpus: &mut [impl std::ops::DerefMut<Target = Vcpu>],
-    devices: Vec<DeviceState>,
+    (devices, virtio): (Vec<DeviceState>, Vec<VirtioDeviceState>),
 ) -> Result<Snapshot> {
     let format = VcpuStateFormat::of(fd, spec.irqchip);
     let mut states = Vec::with_capacity(vcpus.len());
@@ -64,7 +68,8 @@ fn capture(
     let chips = chips::capture(fd, &spec, *vm.lines())?;
     let ranges = vm.memory().kvm_slots().freeze()?;
     let cache = std::sync::Arc::default();
-    Ok(Snapshot { id: new_id()?, spec, chips, vcpus: states, devices, ranges, host: None, cache })
+    let (id, vcpus, host) = (new_id()?, states, None);
+    Ok(Snapshot { id, spec, chips, vcpus, devices, virtio, ranges, host, cache })
 }
 
 fn rests(vm: &Vm) -> Vec<u64> {

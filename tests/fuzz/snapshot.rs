@@ -93,11 +93,11 @@ fn main() {
         };
         loaded += 1;
         let _ = snapshot.flatten();
-        if loaded.is_multiple_of(16) {
-            if let Ok(vmm) = Vmm::fork(&snapshot, ForkConfig::default()) {
-                let _ = vmm.restore_devices(&snapshot);
-                forked += 1;
-            }
+        if loaded.is_multiple_of(16)
+            && let Ok(vmm) = Vmm::fork(&snapshot, ForkConfig::default())
+        {
+            let _ = vmm.restore_devices(&snapshot);
+            forked += 1;
         }
     }
     std::fs::remove_file(path).unwrap();

@@ -11,6 +11,7 @@ use super::object::PyVmm;
 use crate::config::SerialConfig;
 use crate::hop::hop;
 use crate::py::config;
+use crate::py::config_virtio;
 use crate::py::depth;
 use crate::py::ending::import;
 use crate::py::event::PyEventManager;
@@ -68,31 +69,35 @@ impl PySnapshot {
     ///     entropy: writes new randomness to the guest before it runs: a callable that takes the
     ///         machine, or a guest-physical address and a number of bytes that are filled from
     ///         os.urandom. With None, every fork draws the same random numbers.
+    ///     virtio: configurations of virtio devices by name, such as {"disk0": Disk("other.img")},
+    ///         in place of what the fork gets without it. docs/virtio.md says what that is.
     ///
     /// Raises:
+    ///     ConfigError: what is given for a virtio device cannot be used.
     ///     KvmError: KVM refused a part.
     ///     SnapshotError: the snapshot's file has changed since it was loaded.
     ///     StateError: the snapshot has a device that this machine does not have.
-    #[pyo3(signature = (*, serial = None, event_manager = None, setup = None, entropy = None))]
+    #[pyo3(signature = (*, serial = None, event_manager = None, setup = None, entropy = None, virtio = None))]
     fn fork(
-        &self,
-        py: Python<'_>,
+        slf: &Bound<'_, Self>,
         serial: Option<Bound<'_, PyAny>>,
         event_manager: Option<Py<PyEventManager>>,
         setup: Option<Bound<'_, PyAny>>,
         entropy: Option<Bound<'_, PyAny>>,
+        virtio: Option<Bound<'_, PyDict>>,
     ) -> PyResult<Py<PyVmm>> {
         hop!();
-        let core = self.core()?;
+        let (py, core) = (slf.py(), slf.get().core()?);
         let streams = match &serial {
             Some(serial) => config::serial_from_python(serial.clone())?,
             None => SerialConfig::default(),
         };
         let python_streams = config::python_streams(&streams, &[]);
+        let given = virtio.as_ref().map(config_virtio::given).transpose()?.unwrap_or_default();
         let shared = event_manager.as_ref().map(|manager| manager.get().shared_core());
-        let changes = ForkConfig { serial: streams, event_manager: shared };
+        let changes = ForkConfig { serial: streams, event_manager: shared, virtio: given };
         let vmm = Arc::new(py.detach(|| Vmm::fork(core, changes))?);
-        let config = self.config_with(py, serial.as_ref())?;
+        let config = slf.get().config_with(py, serial.as_ref())?;
         let fork = Py::new(py, PyVmm::of(&config, vmm, event_manager, &python_streams)?)?;
         match complete(fork.bind(py), core, setup.as_ref(), entropy.as_ref()) {
             Ok(()) => Ok(fork),

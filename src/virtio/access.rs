@@ -1,0 +1,174 @@
+//! A device's access to its queues: takes chains, reads and writes their buffers, and gives them
+//! back. The end of the access interrupts the driver, if it wants that. On one thread.
+
+use std::cell::Cell;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use vm_memory::GuestMemoryMmap;
+
+use super::chain::Chain;
+use super::queue::{Queue, QueueMemory, Taken};
+use super::queues::Queues;
+use super::registers;
+use crate::memory::GuestMemory;
+use crate::sync::{MutexGuard, rank};
+
+/// See the module. Not for a thread that waits for anything.
+#[derive(Debug)]
+pub struct QueueAccess<'a> {
+    queues: &'a Queues,
+    features: u64,
+    epoch: u64,
+    mmap: Arc<GuestMemoryMmap>,
+    /// One bit for each queue with completed chains.
+    completed: Cell<u64>,
+    has_failed: Cell<bool>,
+}
+
+impl<'a> QueueAccess<'a> {
+    pub(super) fn new(queues: &'a Queues, features: u64, epoch: u64) -> Self {
+        let mmap = queues.memory.mmap();
+        let (completed, has_failed) = (Cell::new(0), Cell::new(false));
+        let access = Self { queues, features, epoch, mmap, completed, has_failed };
+        access.give_back_abandoned();
+        access
+    }
+
+    /// The features that the driver has accepted.
+    #[must_use]
+    pub fn features(&self) -> u64 {
+        self.features
+    }
+
+    /// Changes with each reset. A thread that works without access passes it to
+    /// [`Queues::access_after`].
+    #[must_use]
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// Guest memory.
+    #[must_use]
+    pub fn memory(&self) -> &GuestMemory {
+        &self.queues.memory
+    }
+
+    pub(super) fn mmap(&self) -> &GuestMemoryMmap {
+        &self.mmap
+    }
+
+    fn queue_memory(&self) -> QueueMemory<'_> {
+        QueueMemory { memory: &self.queues.memory, mmap: &self.mmap }
+    }
+
+    fn queue(&self, queue: usize) -> Option<MutexGuard<'_, Queue, rank::VirtioQueue>> {
+        self.queues.all.get(queue).map(|queue| queue.lock())
+    }
+
+    /// Take the next chain of a queue. None if there is none, and then the driver notifies the
+    /// device of the next; or if the driver's chain is broken, and the device needs a reset.
+    pub fn pop(&self, queue: usize) -> Option<Chain> {
+        if self.has_failed.get() {
+            return None;
+        }
+        let popped = self.queue(queue)?.pop(self.queue_memory());
+        match popped {
+            Ok(taken) => {
+                let Taken { head, readable, writable } = taken?;
+                let abandoned = Some(Arc::clone(&self.queues.abandoned));
+                Some(Chain { queue, head, epoch: self.epoch, readable, writable, abandoned })
+            }
+            Err(broken) => {
+                self.fail(format!("queue {queue}: {broken}"));
+                None
+            }
+        }
+    }
+
+    /// Whether the driver has made nothing available to the device in a queue.
+    #[must_use]
+    pub fn is_empty(&self, queue: usize) -> bool {
+        let found = self.queue(queue).map(|queue| queue.is_empty(self.queue_memory()));
+        matches!(found, None | Some(Ok(true) | Err(_)))
+    }
+
+    /// Give a chain back untouched, so that the next [`Self::pop`] returns it again.
+    pub fn push_back(&self, mut chain: Chain) {
+        chain.abandoned = None;
+        if chain.epoch == self.epoch
+            && let Some(mut queue) = self.queue(chain.queue)
+        {
+            queue.push_back(chain.head);
+        }
+    }
+
+    /// Give a chain back to the driver, with the number of bytes written to it.
+    pub fn complete(&self, chain: Chain, written: u32) {
+        self.complete_all([(chain, written)]);
+    }
+
+    /// Give chains of one queue back to the driver, which sees all of them at once.
+    pub fn complete_all(&self, chains: impl IntoIterator<Item = (Chain, u32)>) {
+        let mut at = None;
+        let mut heads = smallvec::SmallVec::<[(u16, u32); 4]>::new();
+        for (mut chain, written) in chains {
+            chain.abandoned = None;
+            if chain.epoch == self.epoch {
+                at = Some(chain.queue);
+                heads.push((chain.head, written));
+            }
+        }
+        if let Some(at) = at {
+            self.give_back(at, &heads);
+        }
+    }
+
+    fn give_back(&self, at: usize, heads: &[(u16, u32)]) {
+        let Some(mut queue) = self.queue(at) else { return };
+        let completed = queue.complete(self.queue_memory(), heads);
+        drop(queue);
+        match completed {
+            Ok(()) => {
+                self.queues.counts.chains.fetch_add(heads.len() as u64, Ordering::Relaxed);
+                self.completed.set(self.completed.get() | 1 << (at & 63));
+            }
+            Err(broken) => self.fail(format!("queue {at}: {broken}")),
+        }
+    }
+
+    fn give_back_abandoned(&self) {
+        for (queue, head, epoch) in self.queues.abandoned.take() {
+            if epoch == self.epoch {
+                self.give_back(queue, &[(head, 0)]);
+            }
+        }
+    }
+
+    /// The device cannot go on until the driver resets it.
+    pub fn fail(&self, reason: impl Into<String>) {
+        self.has_failed.set(true);
+        self.queues.fail(reason);
+    }
+
+    /// Interrupt the driver for what has been completed, if it wants that. The end of the access
+    /// does the same.
+    pub fn interrupt(&self) {
+        let completed = self.completed.replace(0);
+        let mut wanted = false;
+        for at in (0..self.queues.all.len()).filter(|at| completed & 1 << (at & 63) != 0) {
+            let memory = self.queue_memory();
+            wanted |= self.queue(at).is_some_and(|mut queue| queue.wants_interrupt(memory));
+        }
+        if wanted {
+            self.queues.interrupt(registers::USED_BUFFER);
+        }
+    }
+}
+
+impl Drop for QueueAccess<'_> {
+    fn drop(&mut self) {
+        self.interrupt();
+        self.queues.leave();
+    }
+}

@@ -1,0 +1,40 @@
+//! Makes devices: of a configuration, and like those of a snapshot. Runs on the thread that builds
+//! the machine.
+
+use std::sync::Arc;
+
+use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
+
+use super::device::{Frozen, VirtioDevice};
+use super::rng::Rng;
+use crate::bytes::bad;
+use crate::config::VirtioConfig;
+use crate::error::Result;
+
+/// The device of a configuration.
+///
+/// # Errors
+/// If what is behind the device cannot be used.
+pub(crate) fn create(config: VirtioConfig) -> Result<Arc<dyn VirtioDevice>> {
+    match config {
+        VirtioConfig::Rng(config) => Ok(Arc::new(Rng::new(config))),
+    }
+}
+
+/// A device like one of a snapshot, from its type, its `spec` and what it has frozen. A snapshot
+/// from a file has nothing frozen.
+///
+/// # Errors
+/// If it cannot be made from these; the error says what the fork has to be given.
+pub(crate) fn restored(
+    name: &str,
+    device_type: u32,
+    spec: &[u8],
+    frozen: Option<&Frozen>,
+) -> Result<Arc<dyn VirtioDevice>> {
+    let _ = frozen;
+    match device_type {
+        VIRTIO_ID_RNG => Ok(Arc::new(Rng::from_spec(spec)?)),
+        other => Err(bad(name, format!("this version of pyvmm has no devices of type {other}"))),
+    }
+}

@@ -1,0 +1,284 @@
+//! A driver for tests, benchmarks and fuzzing, on the other side of a device: it sets the device up
+//! through its registers, lays out the queues as upstream's mock driver does, and runs the loop. On
+//! one thread.
+
+use std::sync::Arc;
+
+use virtio_queue::mock::MockSplitQueue;
+use vm_memory::GuestAddress;
+
+use super::attach::{Attached, Board, attach};
+use super::device::VirtioDevice;
+use super::place::Place;
+use super::registers::*;
+use crate::devices::{Buses, Device};
+use crate::error::Result;
+use crate::event::EventManager;
+use crate::layout;
+use crate::memory::GuestMemory;
+
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+/// The queues begin here, each this far from the one before.
+const QUEUES: u64 = 0x1_0000;
+const QUEUE_ROOM: u64 = 0x1_0000;
+
+/// A buffer of a chain.
+#[derive(Clone, Copy, Debug)]
+pub struct Buffer {
+    /// Guest-physical address.
+    pub address: u64,
+    /// Length in bytes.
+    pub length: u32,
+    /// Whether the device writes it.
+    pub is_writable: bool,
+}
+
+/// What the device reads.
+#[must_use]
+pub fn readable(address: u64, length: u32) -> Buffer {
+    Buffer { address, length, is_writable: false }
+}
+
+/// What the device writes.
+#[must_use]
+pub fn writable(address: u64, length: u32) -> Buffer {
+    Buffer { address, length, is_writable: true }
+}
+
+/// The driver's side of a queue.
+#[derive(Debug)]
+struct Ring {
+    size: u16,
+    descriptors: u64,
+    available: u64,
+    used: u64,
+    next_available: u16,
+    next_used: u16,
+    free: Vec<u16>,
+    /// The descriptors of each chain in flight, by its head.
+    in_flight: std::collections::BTreeMap<u16, Vec<u16>>,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct MockDriver {
+    /// The device.
+    pub attached: Attached,
+    /// Guest memory. Buffers may be anywhere from [`Self::BUFFERS`] on.
+    pub memory: GuestMemory,
+    manager: EventManager,
+    rings: Vec<Ring>,
+}
+
+impl MockDriver {
+    /// Memory from here on has no queue in it, if the device has at most 15 queues.
+    pub const BUFFERS: u64 = 0x10_0000;
+
+    /// A driver of a device in memory of this size, which it has not set up yet.
+    ///
+    /// # Errors
+    /// If the process is out of memory or descriptors.
+    pub fn new(device: Arc<dyn VirtioDevice>, size_mib: u64) -> Result<Self> {
+        let memory = GuestMemory::new(size_mib << 20)?;
+        let place = Place { base: layout::VIRTIO, line: None };
+        let board = Board {
+            buses: &Buses::default(),
+            memory: &memory,
+            line: &|_| None,
+            doorbell: &|| None,
+        };
+        let attached = attach(&board, "device", place, device)?;
+        let manager = EventManager::new()?;
+        attached.connect(&manager);
+        Ok(Self { attached, memory, manager, rings: Vec::new() })
+    }
+
+    /// Read a register.
+    #[must_use]
+    pub fn read(&self, offset: u64) -> u32 {
+        let mut data = [0xff; 4];
+        self.attached.transport.read(offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    /// Write a register.
+    pub fn write(&self, offset: u64, value: u32) {
+        self.attached.transport.write(offset, &value.to_le_bytes());
+    }
+
+    /// Read the configuration space.
+    pub fn config(&self, offset: u64, data: &mut [u8]) {
+        self.attached.transport.read(CONFIG + offset, data);
+    }
+
+    /// Write the configuration space.
+    pub fn write_config(&self, offset: u64, data: &[u8]) {
+        self.attached.transport.write(CONFIG + offset, data);
+    }
+
+    /// The feature bits that the device offers.
+    #[must_use]
+    pub fn offered(&self) -> u64 {
+        let half = |select| {
+            self.write(DEVICE_FEATURES_SEL, select);
+            u64::from(self.read(DEVICE_FEATURES))
+        };
+        half(0) | half(1) << 32
+    }
+
+    /// Reset the device, accept these features and `VERSION_1`, set up its queues and start it.
+    /// Returns the status.
+    pub fn start(&mut self, features: u64) -> u32 {
+        self.write(STATUS, 0);
+        self.write(STATUS, 1);
+        self.write(STATUS, 3);
+        let features = features | VERSION_1;
+        for (select, half) in [(0, features & 0xffff_ffff), (1, features >> 32)] {
+            self.write(DRIVER_FEATURES_SEL, select);
+            self.write(DRIVER_FEATURES, u32::try_from(half).unwrap_or(0));
+        }
+        self.write(STATUS, 11);
+        self.set_up_queues();
+        self.write(STATUS, 15);
+        self.read(STATUS)
+    }
+
+    fn set_up_queues(&mut self) {
+        self.rings.clear();
+        let mmap = self.memory.mmap();
+        for (index, start) in (0..16).zip((QUEUES..).step_by(0x1_0000)) {
+            self.write(QUEUE_SEL, index);
+            let most = self.read(QUEUE_NUM_MAX).min(256);
+            let Ok(size) = u16::try_from(most) else { return };
+            if size == 0 {
+                return;
+            }
+            let _ = self.memory.fill(start, QUEUE_ROOM, 0);
+            let queue = MockSplitQueue::create(&*mmap, GuestAddress(start), size);
+            let descriptors = queue.desc_table_addr().0;
+            let (available, used) = (queue.avail_addr().0, queue.used_addr().0);
+            self.write(QUEUE_NUM, u32::from(size));
+            for (register, address) in [
+                (QUEUE_DESC_LOW, descriptors),
+                (QUEUE_DRIVER_LOW, available),
+                (QUEUE_DEVICE_LOW, used),
+            ] {
+                self.write(register, u32::try_from(address).unwrap_or(0));
+                self.write(register + 4, 0);
+            }
+            self.write(QUEUE_READY, 1);
+            self.rings.push(Ring {
+                size,
+                descriptors,
+                available,
+                used,
+                next_available: 0,
+                next_used: 0,
+                free: (0..size).rev().collect(),
+                in_flight: std::collections::BTreeMap::new(),
+            });
+        }
+    }
+
+    /// Make a chain available. Returns its head; None if the queue has no descriptors for it.
+    pub fn add(&mut self, queue: usize, buffers: &[Buffer]) -> Option<u16> {
+        let ring = self.rings.get_mut(queue)?;
+        if ring.free.len() < buffers.len() {
+            return None;
+        }
+        let chain: Vec<u16> = buffers.iter().filter_map(|_| ring.free.pop()).collect();
+        let head = *chain.first()?;
+        for (place, (index, buffer)) in chain.iter().zip(buffers).enumerate() {
+            let next = chain.get(place + 1);
+            let flags = if buffer.is_writable { WRITE } else { 0 } | next.map_or(0, |_| NEXT);
+            let mut bytes = buffer.address.to_le_bytes().to_vec();
+            bytes.extend(buffer.length.to_le_bytes());
+            bytes.extend(flags.to_le_bytes());
+            bytes.extend(next.copied().unwrap_or(0).to_le_bytes());
+            let _ = self.memory.write(ring.descriptors + 16 * u64::from(*index), &bytes);
+        }
+        ring.in_flight.insert(head, chain);
+        let slot = u64::from(ring.next_available % ring.size);
+        let _ = self.memory.store(ring.available + 4 + 2 * slot, head);
+        ring.next_available = ring.next_available.wrapping_add(1);
+        let _ = self.memory.store(ring.available + 2, ring.next_available);
+        Some(head)
+    }
+
+    /// Write a descriptor as it is: address, length, flags, next.
+    pub fn set_descriptor(&self, queue: usize, index: u16, raw: (u64, u32, u16, u16)) {
+        let Some(ring) = self.rings.get(queue) else { return };
+        let mut bytes = raw.0.to_le_bytes().to_vec();
+        bytes.extend(raw.1.to_le_bytes());
+        bytes.extend(raw.2.to_le_bytes());
+        bytes.extend(raw.3.to_le_bytes());
+        let _ = self.memory.write(ring.descriptors + 16 * u64::from(index), &bytes);
+    }
+
+    /// Make a head available as it is, whatever its descriptors are.
+    pub fn add_head(&mut self, queue: usize, head: u16) {
+        let Some(ring) = self.rings.get_mut(queue) else { return };
+        let slot = u64::from(ring.next_available % ring.size);
+        let _ = self.memory.store(ring.available + 4 + 2 * slot, head);
+        ring.next_available = ring.next_available.wrapping_add(1);
+        let _ = self.memory.store(ring.available + 2, ring.next_available);
+    }
+
+    /// Set the index of the available ring.
+    pub fn set_available(&self, queue: usize, index: u16) {
+        if let Some(ring) = self.rings.get(queue) {
+            let _ = self.memory.store(ring.available + 2, index);
+        }
+    }
+
+    /// Notify the device of a queue.
+    pub fn notify(&self, queue: u32) {
+        self.write(QUEUE_NOTIFY, queue);
+    }
+
+    /// Run one iteration of the loop, which waits at most this long. Returns how many events there
+    /// were.
+    ///
+    /// # Errors
+    /// If epoll fails.
+    pub fn turn(&self, milliseconds: i32) -> Result<usize> {
+        self.manager.run_with_timeout(milliseconds)
+    }
+
+    /// Take the next chain that the device has given back: its head, and the bytes written.
+    pub fn used(&mut self, queue: usize) -> Option<(u16, u32)> {
+        let ring = self.rings.get_mut(queue)?;
+        let index: u16 = self.memory.load(ring.used + 2).ok()?;
+        if index == ring.next_used {
+            return None;
+        }
+        let at = ring.used + 4 + 8 * u64::from(ring.next_used % ring.size);
+        ring.next_used = ring.next_used.wrapping_add(1);
+        let (head, length) = (self.memory.load::<u32>(at).ok()?, self.memory.load(at + 4).ok()?);
+        let head = u16::try_from(head).ok()?;
+        ring.free.extend(ring.in_flight.remove(&head).into_iter().flatten().rev());
+        Some((head, length))
+    }
+
+    /// Add a chain, notify the device, and run the loop until it is given back. Returns how many
+    /// bytes were written; None if it is not within ten seconds.
+    pub fn exchange(&mut self, queue: u32, buffers: &[Buffer]) -> Option<u32> {
+        let at = usize::try_from(queue).ok()?;
+        let head = self.add(at, buffers)?;
+        self.notify(queue);
+        for _ in 0..100 {
+            if let Some((found, written)) = self.used(at) {
+                return (found == head).then_some(written);
+            }
+            self.turn(100).ok()?;
+        }
+        None
+    }
+
+    /// The reasons of interrupts that were not acknowledged.
+    #[must_use]
+    pub fn interrupt_status(&self) -> u32 {
+        self.read(INTERRUPT_STATUS)
+    }
+}

@@ -1,0 +1,36 @@
+//! virtio 1.2 over MMIO: the transport, the queues, and the devices. What is behind a device, such
+//! as a disk, is in a room of its own and knows no virtio. vCPU threads access the registers; the
+//! loop's thread processes the queues, and a device may have a thread for what blocks.
+
+mod abandoned;
+mod access;
+mod attach;
+mod buffers;
+mod chain;
+mod create;
+mod device;
+mod doorbells;
+#[cfg(any(test, feature = "mock"))]
+pub mod mock;
+mod place;
+mod queue;
+mod queues;
+mod registers;
+mod rng;
+mod state;
+mod subscriber;
+#[cfg(test)]
+mod tests;
+mod transport;
+
+pub use access::QueueAccess;
+pub use attach::Attached;
+pub(crate) use attach::{Board, attach};
+pub use buffers::{ChainReader, ChainWriter, Slices};
+pub use chain::{BrokenChain, Chain, Segment, Segments};
+pub(crate) use create::{create, restored};
+pub use device::{Frozen, VirtioDevice};
+pub use place::Place;
+pub use queues::{Counts, Queues};
+pub use rng::Rng;
+pub use transport::Transport;

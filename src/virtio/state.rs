@@ -1,0 +1,220 @@
+//! The state of a transport and its queues in a snapshot, with the chains that the device had taken
+//! and not completed: a restored device takes them again, first. Parsed from untrusted bytes.
+
+use std::collections::VecDeque;
+use std::sync::atomic::Ordering;
+
+use virtio_queue::{Queue as Ring, QueueState};
+
+use super::chain::{Segment, Segments};
+use super::queue::{Queue, Taken};
+use super::registers::{TRANSPORT_FEATURES, status};
+use super::transport::{Registers, Transport};
+use crate::bytes::{Reader, bad};
+use crate::error::Result;
+use crate::memory::GuestMemory;
+
+pub(super) fn save(transport: &Transport) -> Result<Vec<u8>> {
+    let queues = transport.queues();
+    let mut bytes = Vec::new();
+    bytes.extend(transport.device().device_type().to_le_bytes());
+    {
+        let registers = transport.registers.lock();
+        bytes.extend(registers.device_features_sel.to_le_bytes());
+        bytes.extend(registers.driver_features_sel.to_le_bytes());
+        bytes.extend(registers.queue_sel.to_le_bytes());
+        bytes.extend(registers.driver_features.to_le_bytes());
+    }
+    bytes.extend(u32::from(transport.status()).to_le_bytes());
+    bytes.extend(queues.interrupt_status.load(Ordering::Acquire).to_le_bytes());
+    bytes.extend(queues.config_generation.load(Ordering::Acquire).to_le_bytes());
+    bytes.extend(count(queues.all.len()));
+    for queue in &queues.all {
+        save_queue(&queue.lock(), &mut bytes);
+    }
+    bytes.extend(transport.device().save()?);
+    Ok(bytes)
+}
+
+fn save_queue(queue: &Queue, bytes: &mut Vec<u8>) {
+    let QueueState {
+        max_size,
+        next_avail,
+        next_used,
+        event_idx_enabled,
+        size,
+        ready,
+        desc_table,
+        avail_ring,
+        used_ring,
+    } = queue.ring.state();
+    for number in [max_size, next_avail, next_used, size] {
+        bytes.extend(number.to_le_bytes());
+    }
+    bytes.extend([u8::from(event_idx_enabled), u8::from(ready)]);
+    for address in [desc_table, avail_ring, used_ring] {
+        bytes.extend(address.to_le_bytes());
+    }
+    let all = || queue.taken.iter().chain(&queue.carried);
+    bytes.extend(count(all().count()));
+    for taken in all() {
+        bytes.extend(taken.head.to_le_bytes());
+        for segments in [&taken.readable, &taken.writable] {
+            bytes.extend(count(segments.len()));
+            for segment in segments {
+                bytes.extend(segment.address.to_le_bytes());
+                bytes.extend(segment.length.to_le_bytes());
+            }
+        }
+    }
+}
+
+fn count(length: usize) -> [u8; 4] {
+    u32::try_from(length).unwrap_or(u32::MAX).to_le_bytes()
+}
+
+/// The parsed state, before any of it is applied.
+struct Saved {
+    registers: Registers,
+    status: u8,
+    interrupt_status: u32,
+    config_generation: u32,
+    queues: Vec<(QueueState, VecDeque<Taken>)>,
+}
+
+pub(super) fn restore(transport: &Transport, state: &[u8]) -> Result<()> {
+    let name = transport.queues().name();
+    let mut reader = Reader::new(name, state);
+    let saved = parse(transport, &mut reader)?;
+    let own = reader.rest();
+    let queues = transport.queues();
+    queues.stop();
+    transport.device().reset();
+    transport.device().restore(own)?;
+    let is_active = saved.status & status::DRIVER_OK != 0 && saved.status & status::FAILED == 0;
+    let features = saved.registers.driver_features;
+    for (queue, (state, carried)) in queues.all.iter().zip(saved.queues) {
+        let mut queue = queue.lock();
+        queue.reset();
+        queue.ring = Ring::try_from(state)
+            .map_err(|error| bad(name, format!("a queue cannot be restored: {error}")))?;
+        queue.carried = carried;
+    }
+    *transport.registers.lock() = saved.registers;
+    queues.status.store(saved.status, Ordering::Release);
+    queues.interrupt_status.store(saved.interrupt_status, Ordering::Release);
+    queues.config_generation.store(saved.config_generation, Ordering::Release);
+    if !is_active {
+        return Ok(());
+    }
+    queues.start(features);
+    if saved.status & status::NEEDS_RESET != 0 || !queues.are_valid() {
+        queues.fail("it needed a reset already, or its queues are not in memory");
+        return Ok(());
+    }
+    transport.device().activate(queues, features);
+    queues.notify_all();
+    Ok(())
+}
+
+fn parse(transport: &Transport, reader: &mut Reader<'_>) -> Result<Saved> {
+    let (name, device) = (transport.queues().name(), transport.device());
+    let device_type = reader.u32()?;
+    if device_type != device.device_type() {
+        let ours = device.device_type();
+        return Err(bad(name, format!("it is of type {ours}, the saved one of {device_type}")));
+    }
+    let registers = Registers {
+        device_features_sel: reader.u32()?,
+        driver_features_sel: reader.u32()?,
+        queue_sel: reader.u32()?,
+        driver_features: reader.u64()?,
+        ..Registers::default()
+    };
+    let saved_status = reader.u32()?;
+    let unknown = registers.driver_features & !(device.features() | TRANSPORT_FEATURES);
+    if saved_status & u32::from(status::FEATURES_OK) != 0 && unknown != 0 {
+        let detail = format!("the driver uses features that it does not have: {unknown:#x}");
+        return Err(bad(name, detail));
+    }
+    let known = u32::from(status::OF_DRIVER | status::NEEDS_RESET);
+    let status = u8::try_from(saved_status & known).unwrap_or_default();
+    let (interrupt_status, config_generation) = (reader.u32()? & 3, reader.u32()?);
+    let all = &transport.queues().all;
+    if usize::try_from(reader.u32()?) != Ok(all.len()) {
+        return Err(bad(name, format!("it has {} queues, and the saved one others", all.len())));
+    }
+    let memory = transport.queues().memory();
+    let mut queues = Vec::new();
+    for queue in all {
+        let max_size = queue.lock().ring.state().max_size;
+        queues.push(parse_queue(name, max_size, memory, reader)?);
+    }
+    Ok(Saved { registers, status, interrupt_status, config_generation, queues })
+}
+
+fn parse_queue(
+    name: &str,
+    ours: u16,
+    memory: &GuestMemory,
+    reader: &mut Reader<'_>,
+) -> Result<(QueueState, VecDeque<Taken>)> {
+    let (max_size, next_avail, next_used) = (reader.u16()?, reader.u16()?, reader.u16()?);
+    let size = reader.u16()?;
+    let [event_idx_enabled, ready] = reader.take()?.map(|flag: u8| flag != 0);
+    let (desc_table, avail_ring, used_ring) = (reader.u64()?, reader.u64()?, reader.u64()?);
+    if max_size != ours {
+        return Err(bad(name, format!("a queue has up to {ours} entries, the saved {max_size}")));
+    }
+    let taken = reader.u32()?;
+    if taken > u32::from(max_size) {
+        return Err(bad(name, format!("{taken} chains are more than the queue has")));
+    }
+    let mut carried = VecDeque::new();
+    for _ in 0..taken {
+        let head = reader.u16()?;
+        if head >= size {
+            return Err(bad(name, format!("the queue has no descriptor {head}")));
+        }
+        let readable = parse_segments(name, reader, |at, n| memory.check(at, n))?;
+        let writable = parse_segments(name, reader, |at, n| memory.check_guest_writes(at, n))?;
+        carried.push_back(Taken { head, readable, writable });
+    }
+    let state = QueueState {
+        max_size,
+        next_avail,
+        next_used,
+        event_idx_enabled,
+        size,
+        ready,
+        desc_table,
+        avail_ring,
+        used_ring,
+    };
+    Ok((state, carried))
+}
+
+/// What [`super::chain`] makes sure of is checked again.
+fn parse_segments(
+    name: &str,
+    reader: &mut Reader<'_>,
+    check: impl Fn(u64, u64) -> Result<()>,
+) -> Result<Segments> {
+    let count = reader.u32()?;
+    if count > u32::from(u16::MAX) {
+        return Err(bad(name, format!("{count} buffers are too many for a chain")));
+    }
+    let mut segments = Segments::new();
+    let mut total: u32 = 0;
+    for _ in 0..count {
+        let (address, length) = (reader.u64()?, reader.u32()?);
+        check(address, u64::from(length.max(1))).map_err(|error| bad(name, error.to_string()))?;
+        total = total
+            .checked_add(length)
+            .ok_or_else(|| bad(name, "the buffers of a chain have more than 4 GiB"))?;
+        if length > 0 {
+            segments.push(Segment { address, length });
+        }
+    }
+    Ok(segments)
+}
