@@ -25,5 +25,5 @@ def with_devices(base: VmmConfig, options: dict[str, Any]) -> VmmConfig:
     """The configuration with the devices of the options."""
     changes: dict[str, Any] = {}
     if (rng := options["rng"]) is not None:
-        changes["rng"] = Rng(**(keyvalue.parse("rng", rng, {"seed": int}) if rng else {}))
+        changes["rng"] = Rng(seed=int(keyvalue.parse("rng", rng, {"seed": int})["seed"])) if rng else Rng()
     return base.replace(**changes) if changes else base
