@@ -68,7 +68,7 @@ class Ring:
 
 
 class Driver:
-    """The driver of one device of a machine. With `fork` it goes on in a copy of the machine."""
+    """The driver of one device of a machine. `fork` is the same driver in a copy of the machine."""
 
     def __init__(self, vmm: Vmm, device: int = 0, timeout: float = 60) -> None:
         self.vmm, self.base, self.timeout = vmm, vmm.virtio[device].address, timeout
@@ -79,7 +79,7 @@ class Driver:
         """Let the guest carry out steps, and return what it has read."""
         steps = (*steps, (STOP, 0, 0))
         if self.at + 16 * len(steps) > QUEUES:
-            self.vmm.vcpus[0].regs.rsi = SCRIPT - 16  # the guest adds 16 when it goes on
+            self.vmm.vcpus[0].regs.rsi = SCRIPT - 16  # the guest adds 16 when it continues
             self.at = SCRIPT
         packed = b"".join(struct.pack("<IIII", *step, 0) for step in steps)
         self.vmm.memory.write(self.at, packed)

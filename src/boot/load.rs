@@ -8,8 +8,8 @@ use crate::error::Result;
 use crate::memory::GuestMemory;
 use crate::virtio::Place;
 
-/// Load the code or kernel of the configuration, which is told of the virtio devices at these
-/// places. Returns how it starts.
+/// Load the code or kernel of the configuration, which finds virtio devices at these places.
+/// Returns how it starts.
 ///
 /// # Errors
 /// If a file cannot be read, is not what it should be, or does not fit.

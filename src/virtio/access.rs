@@ -26,8 +26,23 @@ pub struct QueueAccess<'a> {
     has_failed: Cell<bool>,
 }
 
+impl Queues {
+    /// Begin to access the queues. None while the driver has not started the device, while the
+    /// machine is quiesced, and once the device needs a reset. Does not wait. A reset or a snapshot
+    /// waits for the end of the access, so it must be short.
+    pub fn access(&self) -> Option<QueueAccess<'_>> {
+        self.enter().map(|(features, epoch)| QueueAccess::new(self, features, epoch))
+    }
+
+    /// Like [`Self::access`], for a thread other than the loop's: waits while the machine is
+    /// quiesced. None if the device was reset since it had this epoch.
+    pub fn access_after(&self, epoch: u64) -> Option<QueueAccess<'_>> {
+        self.enter_after(epoch).map(|(features, epoch)| QueueAccess::new(self, features, epoch))
+    }
+}
+
 impl<'a> QueueAccess<'a> {
-    pub(super) fn new(queues: &'a Queues, features: u64, epoch: u64) -> Self {
+    fn new(queues: &'a Queues, features: u64, epoch: u64) -> Self {
         let mmap = queues.memory.mmap();
         let (completed, has_failed) = (Cell::new(0), Cell::new(false));
         let access = Self { queues, features, epoch, mmap, completed, has_failed };
@@ -145,7 +160,7 @@ impl<'a> QueueAccess<'a> {
         }
     }
 
-    /// The device cannot go on until the driver resets it.
+    /// The device cannot continue until the driver resets it.
     pub fn fail(&self, reason: impl Into<String>) {
         self.has_failed.set(true);
         self.queues.fail(reason);
@@ -170,5 +185,33 @@ impl Drop for QueueAccess<'_> {
     fn drop(&mut self) {
         self.interrupt();
         self.queues.leave();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::super::Rng;
+    use super::super::mock::{MockDriver, writable};
+    use super::super::registers::*;
+    use crate::config::RngConfig;
+
+    const AT: u64 = MockDriver::BUFFERS;
+
+    fn rng() -> MockDriver {
+        MockDriver::new(Arc::new(Rng::new(RngConfig { seed: Some(7) })), 4).unwrap()
+    }
+
+    #[test]
+    fn the_event_index_says_which_completions_interrupt() {
+        let mut driver = rng();
+        driver.start(EVENT_IDX);
+        driver.exchange(0, &[writable(AT, 1)]).unwrap();
+        assert_eq!(driver.interrupt_status(), USED_BUFFER);
+        driver.write(INTERRUPT_ACK, USED_BUFFER);
+        // used_event is still 0: the driver has not asked for the second.
+        driver.exchange(0, &[writable(AT, 1)]).unwrap();
+        assert_eq!(driver.interrupt_status(), 0);
     }
 }

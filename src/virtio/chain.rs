@@ -132,3 +132,142 @@ pub(super) fn walk(
     }
     if is_finished { Ok((readable, writable)) } else { Err(BrokenChain::Unfinished) }
 }
+
+#[cfg(test)]
+mod tests {
+    //! Drivers that do what virtio forbids.
+    //! Covers src/virtio/buffers.rs.
+
+    use proptest::prelude::*;
+
+    use super::super::Rng;
+    use super::super::mock::{MockDriver, readable, writable};
+    use super::super::registers::*;
+    use crate::config::RngConfig;
+    use std::sync::Arc;
+
+    const AT: u64 = MockDriver::BUFFERS;
+
+    fn rng() -> MockDriver {
+        MockDriver::new(Arc::new(Rng::new(RngConfig { seed: Some(7) })), 4).unwrap()
+    }
+
+    fn started() -> MockDriver {
+        let mut driver = rng();
+        driver.start(INDIRECT_DESC);
+        driver
+    }
+
+    /// The device needs a reset, says why, and works again after it.
+    fn fails(mut driver: MockDriver, reason: &str) {
+        driver.notify(0);
+        driver.turn(0).unwrap();
+        assert_eq!(driver.read(STATUS) & 0x40, 0x40);
+        assert_eq!(driver.interrupt_status() & CONFIGURATION_CHANGE, CONFIGURATION_CHANGE);
+        let failure = driver.attached.transport.queues().failure().unwrap();
+        assert!(failure.contains(reason), "{failure}");
+        driver.notify(0);
+        driver.turn(0).unwrap();
+        assert_eq!(driver.used(0), None);
+        assert_eq!(driver.start(0), 15);
+        assert_eq!(driver.exchange(0, &[writable(AT, 8)]), Some(8));
+    }
+
+    #[test]
+    fn a_loop_is_refused() {
+        let mut driver = started();
+        driver.set_descriptor(0, 0, (AT, 8, 3, 1));
+        driver.set_descriptor(0, 1, (AT, 8, 3, 0));
+        driver.add_head(0, 0);
+        fails(driver, "no end");
+    }
+
+    #[test]
+    fn a_descriptor_that_does_not_exist_is_refused() {
+        let mut driver = started();
+        driver.set_descriptor(0, 0, (AT, 8, 3, 60_000));
+        driver.add_head(0, 0);
+        fails(driver, "no end");
+        let mut driver = started();
+        driver.add_head(0, 60_000);
+        fails(driver, "no end");
+    }
+
+    #[test]
+    fn a_readable_descriptor_after_a_writable_one_is_refused() {
+        let mut driver = started();
+        driver.add(0, &[writable(AT, 8), readable(AT, 8)]).unwrap();
+        fails(driver, "readable descriptor follows");
+    }
+
+    #[test]
+    fn buffers_outside_memory_are_refused() {
+        for (address, length) in
+            [(1 << 40, 8), (u64::MAX - 3, 8), ((4 << 20) - 4, 8), (AT, u32::MAX)]
+        {
+            let mut driver = started();
+            driver.add(0, &[writable(address, length)]).unwrap();
+            fails(driver, "not in memory");
+        }
+    }
+
+    #[test]
+    fn chains_of_more_than_4_gib_are_refused() {
+        let mut driver = started();
+        driver.add(0, &[readable(AT, 0x1000), readable(AT, u32::MAX)]).unwrap();
+        // The second is outside memory as well; either is a reason.
+        driver.notify(0);
+        driver.turn(0).unwrap();
+        assert_eq!(driver.read(STATUS) & 0x40, 0x40);
+    }
+
+    #[test]
+    fn an_indirect_table_works_and_one_inside_another_is_refused() {
+        let mut driver = started();
+        let table: Vec<u8> = [AT.to_le_bytes(), (4u64 | 2 << 32).to_le_bytes()].concat();
+        driver.memory.write(AT + 0x100, &table).unwrap();
+        driver.set_descriptor(0, 0, (AT + 0x100, 16, 4, 0));
+        driver.add_head(0, 0);
+        driver.notify(0);
+        driver.turn(0).unwrap();
+        assert_eq!(driver.used(0), Some((0, 4)));
+        let mut driver = started();
+        let nested: Vec<u8> = [AT.to_le_bytes(), (16u64 | 4 << 32).to_le_bytes()].concat();
+        driver.memory.write(AT + 0x100, &nested).unwrap();
+        driver.set_descriptor(0, 0, (AT + 0x100, 16, 4, 0));
+        driver.add_head(0, 0);
+        fails(driver, "no end");
+        let mut driver = started();
+        driver.set_descriptor(0, 0, (AT + 0x100, 17, 4, 0));
+        driver.add_head(0, 0);
+        fails(driver, "no end");
+    }
+
+    #[test]
+    fn more_entries_than_the_queue_has_are_refused() {
+        let driver = started();
+        driver.set_available(0, 65);
+        fails(driver, "available ring");
+    }
+
+    proptest! {
+        #[test]
+        fn no_rings_make_it_panic_or_spin(
+            raw in prop::collection::vec((0u64..0x50_0000, 0u32..0x2000, 0u16..8, 0u16..70), 1..64),
+            heads in prop::collection::vec(0u16..70, 1..64),
+        ) {
+            let mut driver = started();
+            for (index, raw) in (0..).zip(raw) {
+                driver.set_descriptor(0, index, raw);
+            }
+            heads.iter().for_each(|head| driver.add_head(0, *head));
+            driver.notify(0);
+            driver.turn(0).unwrap();
+            let mut given_back = 0;
+            while driver.used(0).is_some() {
+                given_back += 1;
+            }
+            prop_assert!(given_back <= heads.len());
+        }
+    }
+}

@@ -6,6 +6,7 @@ mod abandoned;
 mod access;
 mod attach;
 mod buffers;
+mod bus_device;
 mod chain;
 mod create;
 mod device;
@@ -19,8 +20,6 @@ mod registers;
 mod rng;
 mod state;
 mod subscriber;
-#[cfg(test)]
-mod tests;
 mod transport;
 
 pub use access::QueueAccess;

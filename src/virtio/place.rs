@@ -1,5 +1,5 @@
-//! Where the devices of a machine are: their registers and interrupt lines, which are claimed before
-//! boot data names them. Pure data.
+//! Where the devices of a machine are: their registers and interrupt lines, which are claimed
+//! before boot data names them. Pure data.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout;

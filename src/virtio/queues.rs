@@ -9,7 +9,6 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::abandoned::Abandoned;
-use super::access::QueueAccess;
 use super::queue::{Queue, QueueMemory};
 use super::registers::{self, status};
 use crate::devices::InterruptLine;
@@ -115,31 +114,25 @@ impl Queues {
         &self.memory
     }
 
-    /// Begin to access the queues. None while the driver has not started the device, while the
-    /// machine is quiesced, and once the device needs a reset. Does not wait. A reset or a snapshot
-    /// waits for the end of the access, so it must be short.
-    pub fn access(&self) -> Option<QueueAccess<'_>> {
+    /// Begin an access: the features and the epoch of the device. See [`Queues::access`].
+    pub(super) fn enter(&self) -> Option<(u64, u64)> {
         let mut gate = self.gate.lock();
-        if gate.holds > 0 {
-            return None;
-        }
-        self.enter(&mut gate)
+        if gate.holds > 0 { None } else { Self::pass(&mut gate) }
     }
 
-    /// Like [`Self::access`], for a thread other than the loop's: waits while the machine is
-    /// quiesced. None if the device was reset since it had this epoch.
-    pub fn access_after(&self, epoch: u64) -> Option<QueueAccess<'_>> {
+    /// See [`Queues::access_after`].
+    pub(super) fn enter_after(&self, epoch: u64) -> Option<(u64, u64)> {
         let mut gate = self.gate.lock();
         while gate.holds > 0 && gate.epoch == epoch {
             self.changed.wait(&mut gate);
         }
-        if gate.epoch != epoch { None } else { self.enter(&mut gate) }
+        if gate.epoch == epoch { Self::pass(&mut gate) } else { None }
     }
 
-    fn enter(&self, gate: &mut Gate) -> Option<QueueAccess<'_>> {
+    fn pass(gate: &mut Gate) -> Option<(u64, u64)> {
         let features = gate.active.filter(|_| !gate.has_failed)?;
         gate.users += 1;
-        Some(QueueAccess::new(self, features, gate.epoch))
+        Some((features, gate.epoch))
     }
 
     /// End an access.
@@ -221,7 +214,7 @@ impl Queues {
         }
     }
 
-    /// The device cannot go on until the driver resets it: DEVICE_NEEDS_RESET.
+    /// The device cannot continue until the driver resets it: DEVICE_NEEDS_RESET.
     pub fn fail(&self, reason: impl Into<String>) {
         let reason = reason.into();
         let mut gate = self.gate.lock();

@@ -10,8 +10,6 @@ use super::device::VirtioDevice;
 use super::doorbells::Doorbells;
 use super::queues::Queues;
 use super::registers::*;
-use crate::error::Result;
-use crate::exit_handler::Outcome;
 use crate::sync::{Mutex, rank};
 
 /// What the driver has written, and what selects the registers.
@@ -67,7 +65,7 @@ impl Transport {
         self.queues.status.load(Ordering::Acquire)
     }
 
-    fn register(&self, at: u64) -> u32 {
+    pub(super) fn register(&self, at: u64) -> u32 {
         let registers = self.registers.lock();
         let half = |value: u64, select: u32| match select {
             0 => low(value),
@@ -101,7 +99,7 @@ impl Transport {
         queue.map_or(0, |queue| f(&mut queue.lock()))
     }
 
-    fn write_register(&self, at: u64, value: u32) {
+    pub(super) fn write_register(&self, at: u64, value: u32) {
         match at {
             QUEUE_NOTIFY => return self.notify(value),
             STATUS => return self.write_status(value),
@@ -261,53 +259,99 @@ fn low_byte(value: u32) -> u8 {
     u8::try_from(value & 0xff).unwrap_or_default()
 }
 
-impl crate::devices::Device for Transport {
-    fn name(&self) -> &str {
-        self.queues.name()
+#[cfg(test)]
+mod tests {
+    //! Covers src/virtio/registers.rs, src/virtio/device.rs, src/virtio/subscriber.rs.
+    //! Covers src/virtio/attach.rs.
+
+    use std::sync::Arc;
+
+    use proptest::prelude::*;
+
+    use super::super::Rng;
+    use super::super::mock::{MockDriver, writable};
+    use super::*;
+    use crate::config::RngConfig;
+    use crate::devices::Device as _;
+
+    const AT: u64 = MockDriver::BUFFERS;
+
+    fn rng() -> MockDriver {
+        MockDriver::new(Arc::new(Rng::new(RngConfig { seed: Some(7) })), 4).unwrap()
     }
 
-    /// Registers are read by aligned accesses of four bytes only.
-    fn read(&self, offset: u64, data: &mut [u8]) -> Outcome {
-        if offset >= CONFIG {
-            data.fill(0);
-            self.device.read_config(offset - CONFIG, data);
-        } else if let (Ok(data), 0) = (<&mut [u8; 4]>::try_from(&mut *data), offset % 4) {
-            *data = self.register(offset).to_le_bytes();
-        } else {
-            data.fill(0);
+    #[test]
+    fn a_driver_finds_the_device_and_gets_its_bytes() {
+        let mut driver = rng();
+        assert_eq!(driver.read(MAGIC_VALUE), MAGIC);
+        assert_eq!((driver.read(VERSION_NUMBER), driver.read(DEVICE_ID)), (2, 4));
+        assert_eq!(driver.offered(), TRANSPORT_FEATURES);
+        assert_eq!(driver.start(0), 15);
+        let written = driver.exchange(0, &[writable(AT, 10), writable(AT + 0x1000, 20)]).unwrap();
+        assert_eq!(written, 30);
+        let mut bytes = [0; 10];
+        driver.memory.read(AT, &mut bytes).unwrap();
+        assert_ne!(bytes, [0; 10]);
+        assert_eq!(driver.interrupt_status(), USED_BUFFER);
+        driver.write(INTERRUPT_ACK, USED_BUFFER);
+        assert_eq!(driver.interrupt_status(), 0);
+        let mut again = rng();
+        again.start(0);
+        again.exchange(0, &[writable(AT, 10)]).unwrap();
+        let mut same = [0; 10];
+        again.memory.read(AT, &mut same).unwrap();
+        assert_eq!(same, bytes, "the seed decides");
+    }
+
+    #[test]
+    fn features_are_accepted_only_if_they_were_offered() {
+        let mut driver = rng();
+        let _ = driver.start(1 << 5);
+        assert_eq!(driver.read(STATUS) & 0xc, 0, "neither FEATURES_OK nor DRIVER_OK");
+        assert_eq!(driver.start(EVENT_IDX), 15);
+        driver.write(DRIVER_FEATURES_SEL, 0);
+        driver.write(DRIVER_FEATURES, 0);
+        driver.write(STATUS, 1);
+        assert_eq!(driver.read(STATUS), 15, "bits are cleared by a reset only");
+        assert_eq!(driver.attached.transport.queues().features(), Some(VERSION_1 | EVENT_IDX));
+        driver.write(STATUS, 0);
+        assert_eq!((driver.read(STATUS), driver.read(QUEUE_READY)), (0, 0));
+    }
+
+    #[test]
+    fn rings_outside_memory_are_refused_at_the_start() {
+        let mut driver = rng();
+        driver.start(0);
+        driver.write(STATUS, 0);
+        for value in [1, 3] {
+            driver.write(STATUS, value);
         }
-        Outcome::Continue
+        driver.write(DRIVER_FEATURES_SEL, 1);
+        driver.write(DRIVER_FEATURES, 1);
+        driver.write(STATUS, 11);
+        driver.write(QUEUE_SEL, 0);
+        driver.write(QUEUE_DEVICE_HIGH, 0x100);
+        driver.write(QUEUE_READY, 1);
+        driver.write(STATUS, 15);
+        assert_eq!(driver.read(STATUS), 0x4f);
+        assert_eq!(driver.attached.transport.queues().features(), Some(VERSION_1));
     }
 
-    /// As for `read`. Other writes are ignored.
-    fn write(&self, offset: u64, data: &[u8]) -> Outcome {
-        if offset >= CONFIG {
-            self.device.write_config(offset - CONFIG, data);
-        } else if let (Ok(data), 0) = (<[u8; 4]>::try_from(data), offset % 4) {
-            self.write_register(offset, u32::from_le_bytes(data));
+    proptest! {
+        #[test]
+        fn no_register_access_makes_it_panic(
+            accesses in prop::collection::vec((0u64..0x140, any::<u32>(), 0usize..9, any::<bool>()), 0..200),
+        ) {
+            let driver = rng();
+            for (offset, value, size, is_write) in accesses {
+                if is_write {
+                    let bytes = u64::from(value).to_le_bytes();
+                    driver.attached.transport.write(offset, &bytes[..size.min(8)]);
+                } else {
+                    driver.attached.transport.read(offset, &mut [0; 8][..size.min(8)]);
+                }
+            }
+            driver.turn(0).unwrap();
         }
-        Outcome::Continue
-    }
-
-    fn acts_by_itself(&self) -> bool {
-        true
-    }
-
-    fn quiesce(&self) -> Result<()> {
-        self.queues.hold();
-        self.device.quiesce().inspect_err(|_| self.queues.release())
-    }
-
-    fn resume(&self) {
-        self.device.resume();
-        self.queues.release();
-    }
-
-    fn save(&self) -> Result<Vec<u8>> {
-        super::state::save(self)
-    }
-
-    fn restore(&self, state: &[u8]) -> Result<()> {
-        super::state::restore(self, state)
     }
 }

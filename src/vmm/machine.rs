@@ -195,6 +195,15 @@ impl Vmm {
         loop_parts.as_ref().map(|own| Arc::clone(&own.event_manager)).ok_or_else(closed)
     }
 
+    /// The virtio devices, in the order of their addresses.
+    ///
+    /// # Errors
+    /// [`crate::error::ErrorKind::State`] if the machine is closed.
+    pub fn virtio(&self) -> Result<Vec<Attached>> {
+        let loop_parts = self.loop_parts.lock();
+        loop_parts.as_ref().map(|own| own.virtio.clone()).ok_or_else(closed)
+    }
+
     /// The error of a call that has not found a device. If another thread has closed the machine
     /// meanwhile, that is the reason.
     pub(super) fn closed_or(&self, error: Error) -> Error {

@@ -3,15 +3,16 @@
 
 use std::sync::Arc;
 
-use super::machine::Vmm;
-use super::runner::closed;
-use super::snapshot::Vm;
 use crate::config::{VirtioConfig, VmmConfig};
 use crate::error::Result;
+use crate::exit_handler::WrappedExitHandler;
 use crate::resources::Resources;
 use crate::snapshot::VirtioDeviceState;
 use crate::vcpu::ExitRouter;
 use crate::virtio::{self, Attached, Board, Place};
+use crate::vm::KvmVm;
+
+type Vm = KvmVm<WrappedExitHandler>;
 
 /// Claim a place for each device of a configuration.
 ///
@@ -108,15 +109,4 @@ pub(super) fn thaw_all(devices: &[Attached], saved: &[VirtioDeviceState]) -> Res
         }
     }
     Ok(())
-}
-
-impl Vmm {
-    /// The virtio devices, in the order of their addresses.
-    ///
-    /// # Errors
-    /// [`crate::error::ErrorKind::State`] if the machine is closed.
-    pub fn virtio(&self) -> Result<Vec<Attached>> {
-        let loop_parts = self.loop_parts.lock();
-        loop_parts.as_ref().map(|own| own.virtio.clone()).ok_or_else(closed)
-    }
 }

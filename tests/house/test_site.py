@@ -17,7 +17,18 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 API = (ROOT / "docs" / "api.md").read_text()
-SUBMODULES = ("config", "exits", "devices", "hostcalls", "events", "stats", "exceptions", "boots", "cpu_template")
+SUBMODULES = (
+    "config",
+    "exits",
+    "devices",
+    "hostcalls",
+    "events",
+    "stats",
+    "exceptions",
+    "boots",
+    "cpu_template",
+    "virtio_parts",
+)
 
 
 def hook() -> ModuleType:

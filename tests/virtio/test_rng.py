@@ -1,4 +1,9 @@
-"""The entropy device, and what all virtio devices have in common, driven by a guest."""
+"""The entropy device, and what all virtio devices have in common, driven by a guest.
+
+Covers src/virtio/doorbells.rs, src/virtio/place.rs, src/virtio/create.rs, src/vmm/virtio.rs,
+src/config/virtio.rs, src/devices/doorbell.rs, src/py/virtio.rs, src/py/config_virtio.rs,
+python/pyvmm/virtio_parts.py, python/pyvmm/cli_devices.py.
+"""
 
 from __future__ import annotations
 
