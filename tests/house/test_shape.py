@@ -274,7 +274,7 @@ UNNAMED_IN_ROOM = {
         "Segments",
         "Slices",
         "Transport",
-    },  # fmt: skip
+    },
     "vm": {"IRQ_LINES"},
 }
 
