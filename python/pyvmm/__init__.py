@@ -6,6 +6,7 @@ import atexit
 from typing import TYPE_CHECKING
 
 from pyvmm._pyvmm import (
+    BalloonDevice,
     DirtyPages,
     EventFd,
     EventManager,
@@ -80,11 +81,13 @@ if TYPE_CHECKING:
     from pyvmm.patterns import Expected
     from pyvmm.screen import Screen
     from pyvmm.snapshots import ForkExecutor
-    from pyvmm.virtio_parts import Rng
+    from pyvmm.virtio_parts import Balloon, Rng
 
 __all__ = [
     "Answer",
     "AnsweredBy",
+    "Balloon",
+    "BalloonDevice",
     "BootError",
     "BootModule",
     "Cap",
@@ -176,7 +179,7 @@ atexit.register(close_all)
 _BOOTS = ("BootModule", "ElfBoot", "EmbeddedBoot", "FirmwareBoot", "FlatBoot", "KernelBoot", "LinuxBoot")
 _CONFIG = ("CpuConfig", "FwCfgConfig", "MemoryConfig", "PlatformConfig", "SerialConfig", "VmmConfig")
 _CPU = ("CpuTemplate", "RegisterBits")
-_VIRTIO = ("Rng",)
+_VIRTIO = ("Balloon", "Rng")
 _LAZY = {
     **dict.fromkeys(_BOOTS, "pyvmm.boots"),
     **dict.fromkeys(_CONFIG, "pyvmm.config"),

@@ -27,6 +27,7 @@ from pyvmm.screen import Screen
 from pyvmm.stats import ExitCount, VcpuTime
 
 __all__ = [
+    "BalloonDevice",
     "DirtyPages",
     "EventFd",
     "EventManager",
@@ -1859,6 +1860,14 @@ class Vmm:
         """The machine's run state."""
 
     @property
+    def balloon(self) -> BalloonDevice:
+        """The memory balloon; the same object each time.
+
+        Raises:
+            ConfigError: the machine has none: `VmmConfig(balloon=Balloon())`.
+        """
+
+    @property
     def virtio(self) -> tuple[VirtioDevice, ...]:
         """The virtio devices, in the order of their addresses; the same objects each time.
 
@@ -2256,6 +2265,30 @@ class IrqLine:
 
     def pulse(self) -> None:
         """Raise and lower the line, for an edge-triggered interrupt."""
+
+@final
+class BalloonDevice:
+    """The memory balloon of a machine: `Vmm.balloon`. It holds the machine."""
+
+    @property
+    def target_mib(self) -> int:
+        """How much memory the guest is to give, in MiB. Set it to ask for more, or to give some back."""
+
+    @target_mib.setter
+    def target_mib(self, mib: int) -> None: ...
+    @property
+    def actual_mib(self) -> int:
+        """How much memory the guest says that it has given, in MiB."""
+
+    @property
+    def statistics(self) -> dict[str, int]:
+        """The guest's newest statistics, by name: bytes of memory, and counts.
+
+        Linux sends "swap_in", "swap_out", "major_faults", "minor_faults", "free_memory",
+        "total_memory", "available_memory", "disk_caches", and since 4.16 also
+        "hugetlb_allocations" and "hugetlb_failures". Empty before the first, and without
+        `Balloon(statistics_s=...)`.
+        """
 
 @final
 class VirtioDevice:

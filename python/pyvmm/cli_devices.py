@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pyvmm import keyvalue
-from pyvmm.virtio_parts import Rng
+from pyvmm.virtio_parts import Balloon, Rng
 
 if TYPE_CHECKING:
     from pyvmm.config import VmmConfig
@@ -16,9 +16,16 @@ OPTIONS = (
     click.option(
         "--rng", is_flag=False, flag_value="", metavar="[seed=N]", help="Add an entropy device, also one that repeats."
     ),
+    click.option(
+        "--balloon",
+        is_flag=False,
+        flag_value="",
+        metavar="[target_mib=N]",
+        help="Add a memory balloon, which takes N MiB from the guest.",
+    ),
 )
 # The names of the options' arguments.
-NAMES = ("rng",)
+NAMES = ("rng", "balloon")
 
 
 def with_devices(base: VmmConfig, options: dict[str, Any]) -> VmmConfig:
@@ -26,4 +33,7 @@ def with_devices(base: VmmConfig, options: dict[str, Any]) -> VmmConfig:
     changes: dict[str, Any] = {}
     if (rng := options["rng"]) is not None:
         changes["rng"] = Rng(seed=int(keyvalue.parse("rng", rng, {"seed": int})["seed"])) if rng else Rng()
+    if (balloon := options["balloon"]) is not None:
+        found = keyvalue.parse("balloon", balloon, {"target_mib": int}) if balloon else {}
+        changes["balloon"] = Balloon(target_mib=int(found.get("target_mib", 0)))
     return base.replace(**changes) if changes else base

@@ -23,7 +23,7 @@ from pyvmm.config_files import decoded, no_output
 from pyvmm.config_parts import FilePath, Names, Part, Port, Stream, nearest
 from pyvmm.cpu_template import CHOICES, TEMPLATES, CpuTemplate, RegisterBits, TemplateName, is_file
 from pyvmm.exceptions import ConfigError
-from pyvmm.virtio_parts import Rng
+from pyvmm.virtio_parts import Balloon, Rng
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -179,6 +179,7 @@ class VmmConfig(Part, frozen=True, kw_only=True):
         pit: an in-kernel timer (PIT); None means the same as `irqchip`.
         platform: the parts of a PC.
         rng: the virtio entropy device; None means none.
+        balloon: the virtio memory balloon; None means none.
     """
 
     memory: MemoryConfig = MemoryConfig()
@@ -194,6 +195,7 @@ class VmmConfig(Part, frozen=True, kw_only=True):
     pit: bool | None = None
     platform: PlatformConfig = PlatformConfig()
     rng: Rng | None = None
+    balloon: Balloon | None = None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VmmConfig:
@@ -354,6 +356,7 @@ def _unknown_key(parent: str, name: str) -> ConfigError:
         "platform": [PlatformConfig],
         "platform.fw_cfg": [FwCfgConfig],
         "rng": [Rng],
+        "balloon": [Balloon],
         "boot.modules": [BootModule],
         "cpu.template": [CpuTemplate],
         "cpu.template.bits": [RegisterBits],

@@ -12,4 +12,4 @@ pub use boot::{
 };
 pub use machine::{MemoryConfig, SerialConfig, SerialInput, SerialOutput, VmmConfig};
 pub use platform::{ExitPort, PcPart, PcParts, Platform, PlatformConfig};
-pub use virtio::{RngConfig, VirtioConfig};
+pub use virtio::{BalloonConfig, RngConfig, VirtioConfig};

@@ -1,5 +1,7 @@
 //! The virtio devices of a machine. Each kind has its own file or struct here. Pure data.
 
+use std::time::Duration;
+
 /// The entropy device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RngConfig {
@@ -7,11 +9,26 @@ pub struct RngConfig {
     pub seed: Option<u64>,
 }
 
+/// The memory balloon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BalloonConfig {
+    /// How much memory the guest is to give, in MiB.
+    pub target_mib: u32,
+    /// Whether a guest that runs out of memory may take pages back.
+    pub deflate_on_oom: bool,
+    /// Whether the guest reports free pages.
+    pub reporting: bool,
+    /// How often the guest sends statistics; None for never.
+    pub statistics: Option<Duration>,
+}
+
 /// A virtio device.
 #[derive(Debug)]
 pub enum VirtioConfig {
     /// The entropy device.
     Rng(RngConfig),
+    /// The memory balloon.
+    Balloon(BalloonConfig),
 }
 
 impl VirtioConfig {
@@ -19,6 +36,7 @@ impl VirtioConfig {
     fn kind(&self) -> (&'static str, bool) {
         match self {
             Self::Rng(_) => ("rng", false),
+            Self::Balloon(_) => ("balloon", false),
         }
     }
 

@@ -178,7 +178,7 @@ impl GuestMemory {
 
 /// Call `piece` with each mapping under a range, and the range's bytes in it. The whole range is
 /// checked before the first call.
-fn pieces(
+pub(super) fn pieces(
     map: &Map,
     address: u64,
     length: u64,

@@ -5,6 +5,7 @@
 mod access;
 mod backing;
 mod dirty;
+mod discard;
 mod freeze;
 mod guest;
 mod image;

@@ -1,19 +1,23 @@
 //! Converts the Python configuration of virtio devices.
 
+use std::time::Duration;
+
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString};
 
 use super::config_part::{Part, bad, unlike};
 use super::ending::import;
-use crate::config::{RngConfig, VirtioConfig};
+use crate::config::{BalloonConfig, RngConfig, VirtioConfig};
 
 /// The devices of a machine, in the order of their addresses.
 pub(super) fn devices(all: &Part<'_>) -> PyResult<Vec<VirtioConfig>> {
     let mut devices = Vec::new();
-    let rng = all.object.getattr(intern!(all.object.py(), "rng"))?;
-    if !rng.is_none() {
-        devices.push(device(&rng, "rng")?);
+    for key in ["rng", "balloon"] {
+        let part = all.object.getattr(key)?;
+        if !part.is_none() {
+            devices.push(device(&part, key)?);
+        }
     }
     Ok(devices)
 }
@@ -38,5 +42,35 @@ fn device(object: &Bound<'_, PyAny>, key: &'static str) -> PyResult<VirtioConfig
         let seed = part.get(intern!(py, "seed"), "a number from 0 to 2**64 - 1, or None")?;
         return Ok(VirtioConfig::Rng(RngConfig { seed }));
     }
+    if is(intern!(py, "Balloon"))? {
+        return Ok(VirtioConfig::Balloon(balloon(&part)?));
+    }
     Err(bad(key, unlike(object, "the configuration of a virtio device")))
 }
+
+fn balloon(part: &Part<'_>) -> PyResult<BalloonConfig> {
+    let py = part.object.py();
+    let seconds: Option<f64> =
+        part.get(intern!(py, "statistics_s"), "a number of seconds from 0.01 on, or None")?;
+    let statistics = match seconds {
+        None => None,
+        Some(seconds) => Some(
+            Duration::try_from_secs_f64(seconds)
+                .ok()
+                .filter(|period| (SHORTEST..LONGEST).contains(period))
+                .ok_or_else(|| {
+                    let detail = format!("{seconds} is not from 0.01 to 1000000 seconds");
+                    bad(part.at("statistics_s"), detail)
+                })?,
+        ),
+    };
+    Ok(BalloonConfig {
+        target_mib: part.get(intern!(py, "target_mib"), "a number of MiB from 0 to 2**32 - 1")?,
+        deflate_on_oom: part.get(intern!(py, "deflate_on_oom"), "True or False")?,
+        reporting: part.get(intern!(py, "reporting"), "True or False")?,
+        statistics,
+    })
+}
+
+const SHORTEST: Duration = Duration::from_millis(10);
+const LONGEST: Duration = Duration::from_secs(1_000_001);

@@ -3,6 +3,7 @@
 //! only with the `python` feature.
 
 mod answers;
+mod balloon;
 mod config;
 mod config_boot;
 mod config_cpu;
@@ -55,6 +56,7 @@ mod vm;
 mod vmm;
 mod wakeup;
 
+pub use balloon::PyBalloonDevice;
 pub use console::PyOutputWatch;
 pub(crate) use cpuid::{cpuid_features, cpuid_table};
 pub use event::{

@@ -19,6 +19,7 @@ pub(super) enum Part {
     Stats,
     /// By number.
     Virtio(usize),
+    Balloon,
     /// By number.
     Vcpu(u64),
 }

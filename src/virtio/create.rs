@@ -3,8 +3,9 @@
 
 use std::sync::Arc;
 
-use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
+use virtio_bindings::virtio_ids::{VIRTIO_ID_BALLOON, VIRTIO_ID_RNG};
 
+use super::balloon::Balloon;
 use super::device::{Frozen, VirtioDevice};
 use super::rng::Rng;
 use crate::bytes::bad;
@@ -18,6 +19,7 @@ use crate::error::Result;
 pub(crate) fn create(config: VirtioConfig) -> Result<Arc<dyn VirtioDevice>> {
     match config {
         VirtioConfig::Rng(config) => Ok(Arc::new(Rng::new(config))),
+        VirtioConfig::Balloon(config) => Ok(Arc::new(Balloon::new(config)?)),
     }
 }
 
@@ -35,6 +37,7 @@ pub(crate) fn restored(
     let _ = frozen;
     match device_type {
         VIRTIO_ID_RNG => Ok(Arc::new(Rng::from_spec(spec)?)),
+        VIRTIO_ID_BALLOON => Ok(Arc::new(Balloon::from_spec(spec)?)),
         other => Err(bad(name, format!("this version of pyvmm has no devices of type {other}"))),
     }
 }

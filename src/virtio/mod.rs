@@ -5,6 +5,7 @@
 mod abandoned;
 mod access;
 mod attach;
+mod balloon;
 mod buffers;
 mod bus_device;
 mod chain;
@@ -25,6 +26,7 @@ mod transport;
 pub use access::QueueAccess;
 pub use attach::Attached;
 pub(crate) use attach::{Board, attach};
+pub use balloon::Balloon;
 pub use buffers::{ChainReader, ChainWriter, Slices};
 pub use chain::{BrokenChain, Chain, Segment, Segments};
 pub(crate) use create::{create, restored};
