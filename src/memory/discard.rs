@@ -33,6 +33,29 @@ impl GuestMemory {
         self.note_write(start, end - start);
         Ok(())
     }
+
+    /// Drop the pages of 4 KiB with these numbers, each four bytes, runs of them together. Numbers
+    /// outside memory are left out.
+    pub(crate) fn discard_pages(&self, numbers: &[u8]) {
+        let mut run = (0, 0);
+        let drop_run = |(start, end): (u64, u64)| {
+            // Fails only for what is left out.
+            let _ = self.discard(start, end - start);
+        };
+        for number in numbers.chunks_exact(4) {
+            let number = number.try_into().map(u32::from_le_bytes).unwrap_or_default();
+            let page = u64::from(number) * PAGE;
+            run = match run {
+                (start, end) if page == end => (start, end + PAGE),
+                (start, end) if page + PAGE == start => (page, end),
+                other => {
+                    drop_run(other);
+                    (page, page + PAGE)
+                }
+            };
+        }
+        drop_run(run);
+    }
 }
 
 fn drop_pages(mapped: &MappedSlot, piece: &VolatileSlice<'_>) {

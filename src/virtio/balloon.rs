@@ -17,7 +17,6 @@ use crate::bytes::Reader;
 use crate::config::BalloonConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::{Expiry, TimerFd};
-use crate::memory::GuestMemory;
 use crate::sync::{Mutex, rank};
 
 // Feature bits.
@@ -29,8 +28,6 @@ const INFLATE: usize = 0;
 const DEFLATE: usize = 1;
 /// The statistics, if the driver has accepted them; free pages are reported in the next queue.
 const THIRD: usize = 2;
-/// The unit of the device, whatever the guest's pages are.
-const PAGE: u64 = 4096;
 const PAGES_PER_MIB: u32 = 256;
 /// A driver puts 256 page numbers into a chain; no more than this are read at once.
 const MOST: usize = 64 << 10;
@@ -120,7 +117,7 @@ impl Balloon {
                 if bytes.is_empty() {
                     break;
                 }
-                discard_pages(access.memory(), &bytes);
+                access.memory().discard_pages(&bytes);
             }
             access.complete(chain, 0);
         }
@@ -167,30 +164,6 @@ impl Balloon {
             let _ = timer.set(Expiry::In(period), period);
         }
     }
-}
-
-/// Drop the pages of these numbers, runs of them together. Numbers outside memory are ignored, as
-/// the device may do anything with pages that it was given.
-fn discard_pages(memory: &GuestMemory, numbers: &[u8]) {
-    let mut run: Option<(u64, u64)> = None;
-    let drop_run = |run: Option<(u64, u64)>| {
-        if let Some((start, end)) = run {
-            let _ = memory.discard(start, end - start);
-        }
-    };
-    for number in numbers.chunks_exact(4) {
-        let number = number.try_into().map(u32::from_le_bytes).unwrap_or_default();
-        let page = u64::from(number) * PAGE;
-        run = match run {
-            Some((start, end)) if page == end => Some((start, end + PAGE)),
-            Some((start, end)) if page + PAGE == start => Some((page, end)),
-            other => {
-                drop_run(other);
-                Some((page, page + PAGE))
-            }
-        };
-    }
-    drop_run(run);
 }
 
 impl VirtioDevice for Balloon {

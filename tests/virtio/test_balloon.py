@@ -91,6 +91,13 @@ def test_statistics_arrive_by_name() -> None:
 
 
 @kvm
+@pytest.mark.parametrize(("on", "bits"), [(True, 0b100100), (False, 0)])
+def test_features_can_be_left_out(on: bool, bits: int) -> None:
+    with Vmm(machine(balloon=Balloon(deflate_on_oom=on, reporting=on))) as vmm:
+        assert vmm.virtio[0].offered & 0xFFFF == bits
+
+
+@kvm
 def test_a_machine_without_one_says_how_to_add_it() -> None:
     with Vmm() as vmm, pytest.raises(ConfigError, match="VmmConfig"):
         _ = vmm.balloon
