@@ -18,7 +18,7 @@
 //! ```text
 //! error process limit sync hop bytes layout x86 kvm poll resources
 //! debug fixup memory trace
-//! event exit_handler cpu config devices virtio boot
+//! event exit_handler cpu net config devices virtio boot
 //! vcpu vm snapshot vmm
 //! py
 //! ```
@@ -43,6 +43,7 @@ pub mod kvm;
 pub mod layout;
 pub mod limit;
 pub mod memory;
+pub mod net;
 mod poll;
 mod process;
 #[cfg(feature = "python")]

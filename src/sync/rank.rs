@@ -60,6 +60,8 @@ ranks! {
     VirtioRegisters,
     /// The state of a virtio device.
     VirtioDevice,
+    /// A backend of a network device, called with the device's lock held, and calling back to it.
+    NetBackend,
     /// Whether a virtio device may access its queues.
     VirtioGate,
     /// A queue of a virtio device.
