@@ -133,6 +133,12 @@ pub trait NetBackend: Send + Sync + Debug {
     /// Fewer than given: it is full, and `watched().send` becomes writable when it has room.
     fn send(&self, frames: &[Frame<'_>]) -> usize;
 
+    /// Whether part of what was taken waits for `watched().send` to be writable: `send` is called
+    /// then, if need be without a frame.
+    fn has_unsent(&self) -> bool {
+        false
+    }
+
     /// Give the guest the frames that have come, until there are no more or about `budget` were
     /// given: then `watched().receive` stays readable. `into` returns false if the guest has no
     /// room for a frame. The backend keeps this frame and those after it, or those that it has taken

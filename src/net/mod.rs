@@ -2,7 +2,22 @@
 //! virtio here. A backend is used by the thread of its machine's loop, and never waits.
 
 mod backend;
+mod datagram;
+mod ending;
+pub mod header;
+pub mod offload;
+mod pcap;
+mod queue;
+mod socket;
+mod stream;
+mod tap;
 
 pub use backend::{
     Checksum, Frame, FrozenNet, NetBackend, Offload, Offloads, Segmentation, Watched,
 };
+pub use datagram::DatagramSocket;
+pub use pcap::Capture;
+pub use queue::FrameQueue;
+pub use socket::Peer;
+pub use stream::StreamSocket;
+pub use tap::Tap;

@@ -70,6 +70,10 @@ ranks! {
     VirtioAbandoned,
     /// Why a virtio device needs a reset.
     VirtioFailure,
+    /// The frames that a program gives and takes.
+    NetQueue,
+    /// The file of a capture.
+    NetCapture,
     /// The memory slots of a machine, which must not change during a snapshot or reset.
     MemorySlots,
     /// The map of guest memory.
