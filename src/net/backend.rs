@@ -141,8 +141,9 @@ pub trait NetBackend: Send + Sync + Debug {
 
     /// Give the guest the frames that have come, until there are no more or about `budget` were
     /// given: then `watched().receive` stays readable. `into` returns false if the guest has no
-    /// room for a frame. The backend keeps this frame and those after it, or those that it has taken
-    /// from the kernel already, and gives them at the next call, which comes when there is room.
+    /// room for a frame. The backend keeps this frame and those after it, or those that it has
+    /// taken from the kernel already, and gives them at the next call, which comes when there is
+    /// room.
     fn receive(&self, budget: usize, into: &mut dyn FnMut(Frame<'_>) -> bool);
 
     /// Whether `send` may produce frames for the guest at once: then `receive` is called after it.
@@ -150,7 +151,7 @@ pub trait NetBackend: Send + Sync + Debug {
         false
     }
 
-    /// Why it takes and gives no more frames: the guest is told that the link is down.
+    /// Why it takes and gives no more frames. The link is down for the guest then.
     fn failure(&self) -> Option<String> {
         None
     }
@@ -187,6 +188,49 @@ pub trait NetBackend: Send + Sync + Debug {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[derive(Debug)]
+    struct Bare;
+
+    impl NetBackend for Bare {
+        fn watched(&self) -> Watched {
+            Watched { receive: -1, send: -1 }
+        }
+
+        fn send(&self, frames: &[Frame<'_>]) -> usize {
+            frames.len()
+        }
+
+        fn receive(&self, _budget: usize, _into: &mut dyn FnMut(Frame<'_>) -> bool) {}
+
+        fn freeze(&self) -> Option<Arc<dyn FrozenNet>> {
+            Some(Arc::new(Self))
+        }
+
+        fn describe(&self) -> String {
+            "bare".into()
+        }
+
+        fn as_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync> {
+            self
+        }
+    }
+
+    impl FrozenNet for Bare {
+        fn backend(&self) -> Result<Arc<dyn NetBackend>> {
+            Ok(Arc::new(Self))
+        }
+    }
+
+    #[test]
+    fn a_backend_need_not_do_more_than_pass_frames() {
+        let net = Bare.freeze().unwrap().backend().unwrap();
+        net.guest_offloads(Offloads::default());
+        net.reset();
+        net.close();
+        assert_eq!((net.offloads(), net.mtu(), net.dropped()), (Offloads::default(), None, 0));
+        assert_eq!((net.answers(), net.has_unsent(), net.failure()), (false, false, None));
+    }
 
     fn cut(is_v6: bool, has_ecn: bool) -> Offload {
         let segmentation = Some(Segmentation { is_v6, size: 1448, header_length: 66, has_ecn });

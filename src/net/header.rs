@@ -44,15 +44,16 @@ pub fn encode(offload: &Offload, buffers: u16) -> [u8; HEADER] {
 /// The frame behind a header. None if the header is wrong about it, or the frame too short or long.
 #[must_use]
 pub fn decode<'a>(header: &[u8; HEADER], bytes: &'a [u8]) -> Option<Frame<'a>> {
-    let [flags, gso, _, _, size_low, size_high, start_low, start_high, offset_low, offset_high, ..] =
-        *header;
+    let field = |at: usize| {
+        header.get(at..).and_then(<[u8]>::first_chunk).map_or(0, |bytes| u16::from_le_bytes(*bytes))
+    };
+    let [flags, gso, ..] = *header;
     if !(Frame::SHORTEST..=Frame::LONGEST).contains(&bytes.len()) {
         return None;
     }
     let mut offload = Offload::NONE;
     if flags & NEEDS_CSUM != 0 {
-        let start = u16::from_le_bytes([start_low, start_high]);
-        let offset = u16::from_le_bytes([offset_low, offset_high]);
+        let (start, offset) = (field(6), field(8));
         let end = usize::from(start) + usize::from(offset) + 2;
         if end > bytes.len() {
             return None;
@@ -62,8 +63,7 @@ pub fn decode<'a>(header: &[u8; HEADER], bytes: &'a [u8]) -> Option<Frame<'a>> {
         offload.is_verified = flags & DATA_VALID != 0;
     }
     if gso != GSO_NONE {
-        let size = u16::from_le_bytes([size_low, size_high]);
-        offload.segmentation = Some(segmentation(gso, size, offload.checksum?, bytes)?);
+        offload.segmentation = Some(segmentation(gso, field(4), offload.checksum?, bytes)?);
     }
     Some(Frame { bytes, offload })
 }

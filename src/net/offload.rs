@@ -210,45 +210,46 @@ mod tests {
         (frame, start, pseudo)
     }
 
+    /// Check the headers of a segment that begins at this byte of the payload.
+    fn check(bytes: &[u8], (is_v6, tags): (bool, usize), pseudo: &[u8], at: usize, is_last: bool) {
+        let (ip, tcp) = (14 + 4 * tags, 14 + 4 * tags + if is_v6 { 40 } else { 20 });
+        let length = u16::try_from(bytes.len() - tcp).unwrap();
+        let whole = [pseudo, &length.to_be_bytes(), &bytes[tcp..]].concat();
+        assert_eq!(plain(&whole), 0xffff, "the checksum of TCP");
+        if is_v6 {
+            assert_eq!(get(bytes, ip + 4), Some(length));
+        } else {
+            assert_eq!(plain(&bytes[ip..tcp]), 0xffff, "the checksum of IP");
+            assert_eq!(get(bytes, ip + 2), Some(length + 20));
+        }
+        let sequence = u32::from_be_bytes(bytes[tcp + 4..tcp + 8].try_into().unwrap());
+        assert_eq!(sequence, 0xffff_ff00_u32.wrapping_add(u32::try_from(at).unwrap()));
+        let flags = 0x10 | if is_last { 9 } else { 0 } | if at == 0 { 0x80 } else { 0 };
+        assert_eq!(bytes[tcp + 13], flags, "the flags");
+    }
+
     fn cut(is_v6: bool, tags: usize, payload: usize, size: u16) -> Result<(), TestCaseError> {
         let (bytes, start, pseudo) = segment(is_v6, tags, payload);
-        let checksum = Checksum { start, offset: 16 };
+        let checksum = Some(Checksum { start, offset: 16 });
         let how = Segmentation { is_v6, size, header_length: start + 20, has_ecn: false };
-        let offload =
-            Offload { checksum: Some(checksum), segmentation: Some(how), is_verified: false };
+        let offload = Offload { checksum, segmentation: Some(how), is_verified: false };
         let frame = header::decode(&header::encode(&offload, 1), &bytes).unwrap();
         prop_assert_eq!(frame.offload, offload);
-        let (mut data, mut count) = (Vec::new(), 0);
-        let tcp = usize::from(start);
+        let (mut data, mut count, headers) = (Vec::new(), 0, usize::from(start) + 20);
         let fine = finish(
             &frame,
             |_| false,
             &mut Vec::new(),
             |part| {
-                let length = u16::try_from(part.bytes.len() - tcp).unwrap();
-                let whole = [&pseudo[..], &length.to_be_bytes(), &part.bytes[tcp..]].concat();
-                assert_eq!(plain(&whole), 0xffff, "the checksum of TCP");
-                let ip = 14 + 4 * tags;
-                if is_v6 {
-                    assert_eq!(get(part.bytes, ip + 4), Some(length));
-                } else {
-                    assert_eq!(plain(&part.bytes[ip..tcp]), 0xffff, "the checksum of IP");
-                    assert_eq!(get(part.bytes, ip + 2), Some(length + 20));
-                }
-                let sequence = u32::from_be_bytes(part.bytes[tcp + 4..tcp + 8].try_into().unwrap());
-                let expected = 0xffff_ff00_u32.wrapping_add(u32::try_from(data.len()).unwrap());
-                assert_eq!(sequence, expected);
-                data.extend_from_slice(&part.bytes[tcp + 20..]);
-                let is_last = data.len() == payload;
-                let expected =
-                    0x10 | if is_last { 9 } else { 0 } | if count == 0 { 0x80 } else { 0 };
-                assert_eq!(part.bytes[tcp + 13], expected, "the flags");
+                let at = data.len();
+                data.extend_from_slice(&part.bytes[headers..]);
+                check(part.bytes, (is_v6, tags), &pseudo, at, data.len() == payload);
                 count += 1;
             },
         );
         prop_assert!(fine);
         prop_assert_eq!(count, payload.div_ceil(usize::from(size)).max(1));
-        prop_assert_eq!(data, &bytes[tcp + 20..]);
+        prop_assert_eq!(data, &bytes[headers..]);
         Ok(())
     }
 

@@ -95,8 +95,8 @@ impl Tap {
             let detail = "it was not opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR";
             return Err(Error::new(ErrorKind::Config, at, detail));
         }
-        // SAFETY: no pointers; the descriptor is ours, and other holders of the file are only spared
-        // a wait.
+        // SAFETY: no pointers; the descriptor is ours, and other holders of the file are only
+        // spared a wait.
         let set = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) };
         if set < 0 {
             return Err(Error::os(ErrorKind::Io, at, &io::Error::last_os_error()));
