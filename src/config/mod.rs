@@ -3,6 +3,7 @@
 
 mod boot;
 mod machine;
+mod net;
 mod platform;
 mod virtio;
 
@@ -11,5 +12,6 @@ pub use boot::{
     LinuxProtocol, Module,
 };
 pub use machine::{MemoryConfig, SerialConfig, SerialInput, SerialOutput, VmmConfig};
+pub use net::NetConfig;
 pub use platform::{ExitPort, PcPart, PcParts, Platform, PlatformConfig};
 pub use virtio::{BalloonConfig, RngConfig, VirtioConfig};

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use super::net::NetConfig;
+
 /// The entropy device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RngConfig {
@@ -25,6 +27,8 @@ pub struct BalloonConfig {
 /// A virtio device.
 #[derive(Debug)]
 pub enum VirtioConfig {
+    /// A network device.
+    Net(NetConfig),
     /// The entropy device.
     Rng(RngConfig),
     /// The memory balloon.
@@ -35,6 +39,7 @@ impl VirtioConfig {
     /// The name of the kind, and whether a machine may have several.
     fn kind(&self) -> (&'static str, bool) {
         match self {
+            Self::Net(_) => ("net", true),
             Self::Rng(_) => ("rng", false),
             Self::Balloon(_) => ("balloon", false),
         }

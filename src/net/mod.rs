@@ -3,12 +3,14 @@
 
 mod backend;
 mod datagram;
+mod disconnected;
 mod ending;
 pub mod header;
 pub mod offload;
 mod pcap;
 mod queue;
 mod socket;
+mod source;
 mod stream;
 mod tap;
 
@@ -16,8 +18,10 @@ pub use backend::{
     Checksum, Frame, FrozenNet, NetBackend, Offload, Offloads, Segmentation, Watched,
 };
 pub use datagram::DatagramSocket;
+pub use disconnected::Disconnected;
 pub use pcap::Capture;
 pub use queue::FrameQueue;
 pub use socket::Peer;
+pub use source::NetSource;
 pub use stream::StreamSocket;
 pub use tap::Tap;

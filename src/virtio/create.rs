@@ -3,10 +3,11 @@
 
 use std::sync::Arc;
 
-use virtio_bindings::virtio_ids::{VIRTIO_ID_BALLOON, VIRTIO_ID_RNG};
+use virtio_bindings::virtio_ids::{VIRTIO_ID_BALLOON, VIRTIO_ID_NET, VIRTIO_ID_RNG};
 
 use super::balloon::Balloon;
 use super::device::{Frozen, VirtioDevice};
+use super::net::Net;
 use super::rng::Rng;
 use crate::bytes::bad;
 use crate::config::VirtioConfig;
@@ -18,6 +19,7 @@ use crate::error::Result;
 /// If what is behind the device cannot be used.
 pub(crate) fn create(config: VirtioConfig) -> Result<Arc<dyn VirtioDevice>> {
     match config {
+        VirtioConfig::Net(config) => Ok(Arc::new(Net::new(config)?)),
         VirtioConfig::Rng(config) => Ok(Arc::new(Rng::new(config))),
         VirtioConfig::Balloon(config) => Ok(Arc::new(Balloon::new(config)?)),
     }
@@ -34,8 +36,8 @@ pub(crate) fn restored(
     spec: &[u8],
     frozen: Option<&Frozen>,
 ) -> Result<Arc<dyn VirtioDevice>> {
-    let _ = frozen;
     match device_type {
+        VIRTIO_ID_NET => Ok(Arc::new(Net::from_spec(spec, frozen)?)),
         VIRTIO_ID_RNG => Ok(Arc::new(Rng::from_spec(spec)?)),
         VIRTIO_ID_BALLOON => Ok(Arc::new(Balloon::from_spec(spec)?)),
         other => Err(bad(name, format!("this version of pyvmm has no devices of type {other}"))),

@@ -239,7 +239,9 @@ fn load(target: &str, bytes: &[u8], input: &mut Input) -> bool {
     let config = config(target, &input.path, bytes);
     LARGEST.store(0, Ordering::Relaxed);
     let began = Instant::now();
-    let done = std::panic::catch_unwind(|| Vmm::check(&config, &|| Ok(())).is_ok());
+    let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        Vmm::check(&config, &|| Ok(())).is_ok()
+    }));
     let largest = LARGEST.load(Ordering::Relaxed);
     let finding = match done {
         Ok(_) if began.elapsed() > MAX_TIME => format!("{:?}", began.elapsed()),
