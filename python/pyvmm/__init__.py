@@ -17,6 +17,8 @@ from pyvmm._pyvmm import (
     Kvm,
     KvmVm,
     MemorySlot,
+    Network,
+    NetworkPort,
     RemoteEndpoint,
     Serial,
     Snapshot,
@@ -78,6 +80,7 @@ if TYPE_CHECKING:
     from pyvmm.cpu_template import CpuTemplate, RegisterBits
     from pyvmm.hostcalls import HostcallError, HostcallStatus
     from pyvmm.kvm import Cap
+    from pyvmm.network import LinkConditions, PortStats
     from pyvmm.patterns import Expected
     from pyvmm.screen import Screen
     from pyvmm.snapshots import ForkExecutor
@@ -128,10 +131,14 @@ __all__ = [
     "KvmError",
     "KvmUnavailableError",
     "KvmVm",
+    "LinkConditions",
     "LinuxBoot",
     "MemoryConfig",
     "MemorySlot",
+    "Network",
+    "NetworkPort",
     "PlatformConfig",
+    "PortStats",
     "ReadableDevice",
     "RegisterBits",
     "RemoteEndpoint",
@@ -190,6 +197,8 @@ _LAZY = {
     "Console": "pyvmm.console",
     "Screen": "pyvmm.screen",
     "Expected": "pyvmm.patterns",
+    "LinkConditions": "pyvmm.network",
+    "PortStats": "pyvmm.network",
     "ForkExecutor": "pyvmm.snapshots",
 }
 

@@ -21,6 +21,7 @@ from pyvmm.console import Console
 from pyvmm.devices import Device, Resource, Unanswered
 from pyvmm.events import EventSet, Subscriber
 from pyvmm.exits import Answer, Exit, ExitHandler, ExitKind, VmRunState
+from pyvmm.network import LinkConditions, PortStats
 from pyvmm.patterns import Expected
 from pyvmm.registers import CpuidEntry, DebugRegs, Fpu, Lapic, MpState, Msrs, Regs, Sregs, VcpuEvents, Xcrs
 from pyvmm.screen import Screen
@@ -39,6 +40,8 @@ __all__ = [
     "KvmVm",
     "MemorySlot",
     "MsrBytes",
+    "Network",
+    "NetworkPort",
     "Register",
     "RegisterBytes",
     "RegisterView",
@@ -166,6 +169,238 @@ class TimerFd:
 
     def __aiter__(self) -> AsyncIterator[int]: ...
     def _take(self) -> int: ...
+    def _begin_wait(self, waiter: object) -> int: ...
+    def _end_wait(self) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
+    ) -> None: ...
+
+@final
+class Network:
+    """A network inside the process: a switch that joins machines and programs.
+
+    Each machine and each port may be used on a thread of its own. `port` connects a program,
+    and `Net(network)` in a configuration a machine.
+
+    Args:
+        seed: decides which frames are lost, duplicated, reordered and delayed by how much.
+            docs/network.md says what can be repeated with it.
+    """
+
+    def __new__(cls, *, seed: int = 0) -> Self: ...
+    @property
+    def seed(self) -> int:
+        """The seed."""
+
+    def port(self, name: str | None = None, *, queue: int = 4096) -> NetworkPort:
+        """Make a port.
+
+        Args:
+            name: for `stats` and messages; None for its number, such as "port0".
+            queue: how many frames on their way to the port are kept, at most. Others are dropped,
+                and counted as `overflowed`. All of them together have at most 16 MiB.
+
+        Raises:
+            ConfigError: the network has a port of this name, or the queue has no room for a frame.
+        """
+
+    @property
+    def ports(self) -> list[NetworkPort]:
+        """The ports that are open, in the order in which they were made."""
+
+    def set_link(
+        self,
+        one: NetworkPort,
+        other: NetworkPort,
+        *,
+        one_way: bool = False,
+        delay: float | None = None,
+        jitter: float | None = None,
+        loss: float | None = None,
+        duplicate: float | None = None,
+        reorder: float | None = None,
+        bandwidth: int | None = None,
+        backlog: float | None = None,
+    ) -> None:
+        """Change the conditions of the frames between two ports, in addition to those of the ports.
+
+        Args:
+            one: a port.
+            other: another port.
+            one_way: change only those of the frames from `one` to `other`.
+            delay: as for `NetworkPort.set`.
+            jitter: as for `NetworkPort.set`.
+            loss: as for `NetworkPort.set`.
+            duplicate: as for `NetworkPort.set`.
+            reorder: as for `NetworkPort.set`.
+            bandwidth: as for `NetworkPort.set`.
+            backlog: as for `NetworkPort.set`.
+
+        Raises:
+            ConfigError: a value is out of range, or a port is of another network.
+            ClosedError: a port is closed.
+        """
+
+    def link(self, one: NetworkPort, other: NetworkPort) -> LinkConditions:
+        """The conditions that `set_link` has set for the frames from `one` to `other`.
+
+        Raises:
+            ConfigError: a port is of another network.
+        """
+
+    def is_partitioned(self, one: NetworkPort, other: NetworkPort) -> bool:
+        """Whether a partition separates two ports.
+
+        Raises:
+            ConfigError: a port is of another network.
+        """
+
+    def partition(self, *groups: Iterable[NetworkPort]) -> None:
+        """Separate groups of ports: no frame goes from a port of one group to a port of another.
+
+        Frames between them that have not arrived yet are dropped. Ports in no group still reach all
+        others. A second partition adds to the first.
+
+        Args:
+            groups: two or more lists of ports.
+
+        Raises:
+            ConfigError: a port is in two groups, or of another network. Nothing is changed.
+            ClosedError: a port is closed.
+        """
+
+    def heal(self, *groups: Iterable[NetworkPort]) -> None:
+        """Join groups of ports that a partition has separated; without groups, all ports.
+
+        Raises:
+            ConfigError: a port is in two groups, or of another network.
+            ClosedError: a port is closed.
+        """
+
+    def capture(self, path: str | PathLike[str] | None) -> None:
+        """Record every frame that is sent into a new pcap file, once, and also if it is lost later.
+
+        None ends the recording, as does another path.
+
+        Raises:
+            StreamError: the file cannot be written.
+        """
+
+    def _freeze(self) -> object: ...
+    def __hash__(self) -> int: ...
+
+@final
+class NetworkPort:
+    """A place where a machine or a program is connected to a `Network`. `Network.port` makes it.
+
+    It is closed when neither a machine nor the program has it any more. It can be used on any
+    thread.
+    """
+
+    @property
+    def name(self) -> str:
+        """Its name, which is its network's only one."""
+
+    @property
+    def network(self) -> Network:
+        """The network."""
+
+    def send(self, frame: bytes | bytearray) -> None:
+        """Send an Ethernet frame into the network, without its checksum. It never waits.
+
+        Raises:
+            ValueError: the frame is shorter than 14 bytes or longer than 65,553.
+            ClosedError: the port is closed.
+        """
+
+    def receive(self, timeout: float | None = None) -> bytes:
+        """Wait for the next frame, and return it.
+
+        Raises:
+            WaitTimeoutError: no frame arrived within `timeout` seconds; with 0, no frame was there.
+            StateError: a machine uses the port.
+            ClosedError: the port is closed.
+        """
+
+    def capture(self, path: str | PathLike[str] | None) -> None:
+        """Record the frames that the port sends and takes into a new pcap file, which Wireshark opens.
+
+        Frames that are lost on their way to the port are not in it. None ends the recording, as
+        does another path.
+
+        Raises:
+            StreamError: the file cannot be written.
+            ClosedError: the port is closed.
+        """
+
+    def set(
+        self,
+        direction: Literal["in", "out", "both"] = "both",
+        *,
+        delay: float | None = None,
+        jitter: float | None = None,
+        loss: float | None = None,
+        duplicate: float | None = None,
+        reorder: float | None = None,
+        bandwidth: int | None = None,
+        backlog: float | None = None,
+    ) -> None:
+        """Change the conditions of the frames that this port sends and gets, for any other port.
+
+        What is not given stays as it is. docs/network.md describes each condition, and how those of
+        both ports and of `Network.set_link` add up.
+
+        Args:
+            direction: "out" for the frames that it sends, "in" for those that it gets, or "both".
+            delay: seconds.
+            jitter: the delay varies by this many seconds, in both directions.
+            loss: the probability that a frame is lost.
+            duplicate: the probability that a frame arrives twice.
+            reorder: the probability that the next frame overtakes a frame.
+            bandwidth: bits per second; 0 means no limit.
+            backlog: how many seconds a frame may wait for bandwidth before it is dropped.
+
+        Raises:
+            ConfigError: a value is out of range. Nothing is changed.
+            ClosedError: the port is closed.
+        """
+
+    @property
+    def conditions(self) -> tuple[LinkConditions, LinkConditions]:
+        """The conditions that `set` has set, of the frames that it sends and of those that it gets.
+
+        Raises:
+            ClosedError: the port is closed.
+        """
+
+    @property
+    def stats(self) -> PortStats:
+        """What has become of its frames, as a `PortStats`.
+
+        Raises:
+            ClosedError: the port is closed.
+        """
+
+    def fileno(self) -> int:
+        """A file descriptor that is readable while a frame is there, or the port is closed.
+
+        It is only to wait for: `receive` takes the frame.
+        """
+
+    def close(self) -> None:
+        """Disconnect the port from its network, also if a machine uses it.
+
+        Frames on their way to it are dropped. This ends an `async for` over it.
+        """
+
+    @property
+    def closed(self) -> bool:
+        """Whether the port is closed."""
+
+    def __aiter__(self) -> AsyncIterator[bytes]: ...
+    def __hash__(self) -> int: ...
+    def _take(self) -> bytes: ...
     def _begin_wait(self, waiter: object) -> int: ...
     def _end_wait(self) -> None: ...
     def __enter__(self) -> Self: ...

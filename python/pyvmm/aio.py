@@ -20,7 +20,7 @@ from pyvmm.exceptions import ClosedError, StateError
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-    from pyvmm._pyvmm import EventFd, EventManager, TimerFd, Vmm
+    from pyvmm._pyvmm import EventFd, EventManager, NetworkPort, TimerFd, Vmm
     from pyvmm.exits import Exit
 
 # How long coroutines may continue after a run has ended.
@@ -28,15 +28,15 @@ GRACE_S = 1.0
 
 
 class AsyncReader:
-    """The async iterator of an `EventFd` or `TimerFd`: yields each count until the source is closed."""
+    """The async iterator of a source: yields each count or frame until the source is closed."""
 
-    def __init__(self, source: EventFd | TimerFd) -> None:
+    def __init__(self, source: EventFd | TimerFd | NetworkPort) -> None:
         self._source = source
 
     def __aiter__(self) -> AsyncReader:
         return self
 
-    async def __anext__(self) -> int:
+    async def __anext__(self) -> int | bytes:
         # Let other tasks run, even if the source is always ready. A cancellation here loses no
         # count.
         await asyncio.sleep(0)
@@ -66,7 +66,7 @@ class ReadinessWait:
         with suppress(RuntimeError):  # the asyncio loop is closed
             self._loop.call_soon_threadsafe(self._wake)
 
-    async def until_ready(self, source: EventFd | TimerFd) -> None:
+    async def until_ready(self, source: EventFd | TimerFd | NetworkPort) -> None:
         """Wait until the source is readable or closed."""
         # Use a duplicate: the source's number may be closed and reused before the loop removes it.
         fd = os.dup(source._begin_wait(self))

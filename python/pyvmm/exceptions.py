@@ -54,7 +54,7 @@ class ClosedError(StateError, ValueError):
 
 
 class WaitTimeoutError(VmmError, TimeoutError):
-    """A callback of the machine did not return within the time limit of a call that waits for it."""
+    """A callback of the machine did not return, or no frame arrived, within the time limit of a call that waits."""
 
 
 class ExpectTimeoutError(VmmError, TimeoutError):

@@ -12,6 +12,7 @@ mod queue;
 mod socket;
 mod source;
 mod stream;
+pub mod switch;
 mod tap;
 
 pub use backend::{

@@ -32,6 +32,9 @@ mod kvm;
 mod lease;
 mod machine;
 mod memory;
+mod network;
+mod network_conditions;
+mod network_port;
 mod notebook;
 mod owned;
 mod parts;
@@ -67,6 +70,8 @@ pub(crate) use host::{cpu_features, embedded_guest, kick_signal, kvm_info, set_k
 pub(crate) use interpreter::prepare;
 pub use kvm::PyKvm;
 pub use memory::{PyDirtyPages, PyGuestMemory, PyMemorySlot};
+pub use network::{PyFrozenNetwork, PyNetwork};
+pub use network_port::PyNetworkPort;
 pub use registers::{PyMsrBytes, PyRegister, PyRegisterBytes, PyRegisterView};
 pub(crate) use registry::close_all;
 pub use serial::PySerial;

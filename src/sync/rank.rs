@@ -72,6 +72,12 @@ ranks! {
     VirtioFailure,
     /// The frames that a program gives and takes.
     NetQueue,
+    /// The ports and links of a network inside the process.
+    Network,
+    /// The handles of a network's ports.
+    NetworkPorts,
+    /// The frames on their way to a port of a network.
+    NetworkInbox,
     /// The file of a capture.
     NetCapture,
     /// The memory slots of a machine, which must not change during a snapshot or reset.

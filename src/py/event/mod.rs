@@ -30,5 +30,6 @@ pub(super) use exit_handler::call_kick;
 pub use exit_handler::{PyVmmExitHandler, PyWrappedExitHandler};
 pub use manager::PyEventManager;
 pub(super) use owners::Ownership;
+pub(super) use reader::Reader;
 pub(super) use run::turn;
 pub use timer_fd::PyTimerFd;

@@ -1,0 +1,76 @@
+"""What `Network` and its ports return, and the copies of a network with its machines."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class LinkConditions(NamedTuple):
+    """What a link does to the frames that pass it.
+
+    Attributes:
+        delay: how many seconds a frame takes.
+        jitter: by how many seconds the delay varies, in both directions.
+        loss: the probability that a frame is lost.
+        duplicate: the probability that a frame arrives twice.
+        reorder: the probability that the next frame overtakes a frame.
+        bandwidth: bits per second; 0 means no limit.
+        backlog: how many seconds a frame may wait for bandwidth before it is dropped.
+    """
+
+    delay: float
+    jitter: float
+    loss: float
+    duplicate: float
+    reorder: float
+    bandwidth: int
+    backlog: float
+
+
+class PortStats(NamedTuple):
+    """What has become of the frames of a port.
+
+    Of the frames that it has sent, each is counted once: `sent` is the sum of `sent_lost`,
+    `sent_over_bandwidth`, `sent_malformed`, `sent_unclaimed` and `sent_forwarded`. Of the frames to
+    it, `addressed` and `duplicated` together are the sum of `received`, `queued`, `lost`,
+    `over_bandwidth`, `partitioned`, `overflowed` and `discarded`.
+
+    Attributes:
+        sent: frames that the port has sent.
+        sent_bytes: their bytes.
+        sent_lost: lost by the `loss` of the port.
+        sent_over_bandwidth: would have waited too long for the bandwidth of the port.
+        sent_malformed: too short or too long.
+        sent_unclaimed: for no other port.
+        sent_forwarded: went to one other port, or to several.
+        addressed: frames to the port, and those to all.
+        duplicated: copies that were added on the way.
+        received: taken by the machine or the program.
+        received_bytes: their bytes.
+        reordered: how many of them the next one was to overtake.
+        lost: lost on the way.
+        over_bandwidth: would have waited too long for bandwidth.
+        partitioned: came from the other side of a partition.
+        overflowed: dropped because the port's queue was full.
+        discarded: dropped because the machine of the port was closed or reset.
+        queued: on the way, or arrived and not taken yet.
+    """
+
+    sent: int
+    sent_bytes: int
+    sent_lost: int
+    sent_over_bandwidth: int
+    sent_malformed: int
+    sent_unclaimed: int
+    sent_forwarded: int
+    addressed: int
+    duplicated: int
+    received: int
+    received_bytes: int
+    reordered: int
+    lost: int
+    over_bandwidth: int
+    partitioned: int
+    overflowed: int
+    discarded: int
+    queued: int
