@@ -1,6 +1,7 @@
 """A network inside the process, used by programs: where frames go, and what its links do.
 
-Covers src/py/network.rs, src/py/network_port.rs, src/py/network_conditions.rs, python/pyvmm/network.py.
+Covers src/py/network.rs, src/py/network_port.rs, src/py/network_conditions.rs and
+python/pyvmm/network.py.
 """
 
 from __future__ import annotations
