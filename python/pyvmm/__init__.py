@@ -80,7 +80,7 @@ if TYPE_CHECKING:
     from pyvmm.cpu_template import CpuTemplate, RegisterBits
     from pyvmm.hostcalls import HostcallError, HostcallStatus
     from pyvmm.kvm import Cap
-    from pyvmm.network import LinkConditions, PortStats
+    from pyvmm.network import LinkConditions, NetworkFork, NetworkSnapshot, PortStats
     from pyvmm.patterns import Expected
     from pyvmm.screen import Screen
     from pyvmm.snapshots import ForkExecutor
@@ -136,7 +136,9 @@ __all__ = [
     "MemoryConfig",
     "MemorySlot",
     "Network",
+    "NetworkFork",
     "NetworkPort",
+    "NetworkSnapshot",
     "PlatformConfig",
     "PortStats",
     "ReadableDevice",
@@ -198,6 +200,8 @@ _LAZY = {
     "Screen": "pyvmm.screen",
     "Expected": "pyvmm.patterns",
     "LinkConditions": "pyvmm.network",
+    "NetworkFork": "pyvmm.network",
+    "NetworkSnapshot": "pyvmm.network",
     "PortStats": "pyvmm.network",
     "ForkExecutor": "pyvmm.snapshots",
 }

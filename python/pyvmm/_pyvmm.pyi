@@ -21,7 +21,7 @@ from pyvmm.console import Console
 from pyvmm.devices import Device, Resource, Unanswered
 from pyvmm.events import EventSet, Subscriber
 from pyvmm.exits import Answer, Exit, ExitHandler, ExitKind, VmRunState
-from pyvmm.network import LinkConditions, PortStats
+from pyvmm.network import LinkConditions, NetworkSnapshot, PortStats
 from pyvmm.patterns import Expected
 from pyvmm.registers import CpuidEntry, DebugRegs, Fpu, Lapic, MpState, Msrs, Regs, Sregs, VcpuEvents, Xcrs
 from pyvmm.screen import Screen
@@ -287,7 +287,28 @@ class Network:
             StreamError: the file cannot be written.
         """
 
-    def _freeze(self) -> object: ...
+    def snapshot(self, machines: Iterable[Vmm], timeout: float | None = None) -> NetworkSnapshot:
+        """Capture machines of this network, and the network itself, at one instant.
+
+        All machines are held still meanwhile. The frames on their way are captured with the
+        network: in each copy, every frame arrives once. Frames between programs do not stop.
+
+        Args:
+            machines: the machines. Other machines of the network are not in its copies; their ports
+                are.
+            timeout: how many seconds may pass until all machines are still; None means no limit.
+
+        Raises:
+            ValueError: no machine is given, or one twice.
+            StateError: a machine is closed, cannot be captured, or is not connected to the network.
+            WaitTimeoutError: a callback of a machine did not return in time.
+        """
+
+    def _capture(
+        self, machines: Sequence[Vmm], timeout: float | None
+    ) -> tuple[list[Snapshot], Any, list[list[tuple[str, int]]]]: ...
+    @staticmethod
+    def _connect(vmm: Vmm, device: str, port: NetworkPort) -> None: ...
     def __hash__(self) -> int: ...
 
 @final

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from pyvmm._pyvmm import Network, NetworkPort, Snapshot, Vmm
+    from pyvmm.snapshots import Entropy
 
 
 class LinkConditions(NamedTuple):
@@ -74,3 +80,70 @@ class PortStats(NamedTuple):
     overflowed: int
     discarded: int
     queued: int
+
+
+class NetworkFork(NamedTuple):
+    """A copy of a network, with copies of its machines.
+
+    Attributes:
+        network: the network.
+        machines: the machines, in the order in which they were captured.
+        ports: all ports, in the order in which the original's were made: those of the machines, and
+            those that programs use.
+    """
+
+    network: Network
+    machines: list[Vmm]
+    ports: list[NetworkPort]
+
+
+class NetworkSnapshot:
+    """A network and machines of it at one instant: `Network.snapshot` makes it.
+
+    Attributes:
+        machines: the snapshot of each machine. A fork of one of them is not connected.
+    """
+
+    machines: list[Snapshot]
+
+    def __init__(self, machines: list[Snapshot], frozen: Any, places: list[list[tuple[str, int]]]) -> None:
+        self.machines = machines
+        self._frozen = frozen
+        self._places = places
+
+    def fork(
+        self, changes: Callable[[int], dict[str, Any]] | None = None, *, entropy: Entropy | None = None
+    ) -> NetworkFork:
+        """Create a new network, and a new machine for each that was captured, connected to it.
+
+        The copies share nothing with the original and other copies. The network has the ports, the
+        conditions and the partitions of the original, continues its decisions and counts, and has
+        the frames that were on their way.
+
+        Args:
+            changes: called with the number of each machine, returns a dict of arguments for
+                `Snapshot.fork`.
+            entropy: as for `Snapshot.fork`, for the machines whose arguments do not include it.
+        """
+        network, numbered = self._frozen.thaw()
+        ports: dict[int, NetworkPort] = dict(numbered)
+        machines: list[Vmm] = []
+        try:
+            for number, snapshot in enumerate(self.machines):
+                machine = snapshot.fork(**{"entropy": entropy, **(changes(number) if changes else {})})
+                machines.append(machine)
+                for device, port in self._places[number]:
+                    network._connect(machine, device, ports[port])
+        except BaseException:
+            for machine in machines:
+                machine.close()
+            raise
+        return NetworkFork(network, machines, list(ports.values()))
+
+
+def snapshot(network: Network, machines: Iterable[Vmm], timeout: float | None) -> NetworkSnapshot:
+    """Implement `Network.snapshot`."""
+    all_machines = list(machines)
+    if len({id(machine) for machine in all_machines}) != len(all_machines) or not all_machines:
+        raise ValueError("machines: expected one or more machines, each once")
+    return NetworkSnapshot(*network._capture(all_machines, timeout))

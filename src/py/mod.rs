@@ -35,6 +35,7 @@ mod memory;
 mod network;
 mod network_conditions;
 mod network_port;
+mod network_snapshot;
 mod notebook;
 mod owned;
 mod parts;

@@ -229,11 +229,6 @@ impl PyNetwork {
         Ok(py.detach(|| network.capture(recording(path)?))?)
     }
 
-    fn _freeze(&self, py: Python<'_>) -> PyResult<PyFrozenNetwork> {
-        let network = self.core()?;
-        Ok(PyFrozenNetwork(Owned::new("network", py.detach(|| network.freeze()))))
-    }
-
     fn __repr__(&self, py: Python<'_>) -> String {
         match self.core() {
             Ok(network) => {
@@ -247,11 +242,18 @@ impl PyNetwork {
 
 #[pymethods]
 impl PyFrozenNetwork {
-    /// A network that continues from here, and its ports in the order of the original's.
-    fn thaw(&self, py: Python<'_>) -> PyResult<(PyNetwork, Vec<PyNetworkPort>)> {
+    /// A network that continues from here, and its ports by their numbers, in order.
+    fn thaw(&self, py: Python<'_>) -> PyResult<(PyNetwork, Vec<(u32, PyNetworkPort)>)> {
         let frozen = self.0.get()?;
         let (network, ports) = py.detach(|| Network::thaw(frozen))?;
-        Ok((PyNetwork::over(network), ports.into_iter().map(PyNetworkPort::over).collect()))
+        let ports = ports.into_iter().map(|port| (port.id(), PyNetworkPort::over(port)));
+        Ok((PyNetwork::over(network), ports.collect()))
+    }
+}
+
+impl PyFrozenNetwork {
+    pub(super) fn over(frozen: FrozenNetwork) -> Self {
+        Self(Owned::new("network", frozen))
     }
 }
 

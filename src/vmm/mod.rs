@@ -16,6 +16,7 @@ mod run;
 mod run_here;
 mod runner;
 mod snapshot;
+mod together;
 mod virtio;
 #[cfg_attr(not(feature = "python"), allow(dead_code, reason = "for the binding"))]
 mod watch;

@@ -228,6 +228,8 @@ UNNAMED = {
     "embedded_guest": "what `VmmConfig()` starts, which tests run",
     "DirtyPages": "what `GuestMemory` returns; it is never made by its name",
     "ExitHandler": "a protocol, which the tests' handlers satisfy",
+    "NetworkFork": "what `NetworkSnapshot.fork` returns",
+    "NetworkSnapshot": "what `Network.snapshot` returns",
     "ReadableDevice": "a protocol, which the tests' devices satisfy",
     "WritableDevice": "a protocol, which the tests' devices satisfy",
 }
