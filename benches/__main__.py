@@ -12,6 +12,7 @@ from pyvmm import VmmError
 from benches import (
     control,
     devices,
+    disk,
     footprint,
     fuzz,
     imports,
@@ -36,6 +37,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "hop": devices.hops,
     "gil": devices.gil,
     "hostcall": devices.hostcalls,
+    "disk": disk.requests,
     "doorbell": devices.doorbells,
     "pause": control.pauses,
     "registers": control.registers,

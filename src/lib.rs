@@ -18,7 +18,7 @@
 //! ```text
 //! error process limit sync hop bytes layout x86 kvm poll resources
 //! debug fixup memory trace
-//! event exit_handler cpu net config devices virtio boot
+//! event exit_handler cpu net disk config devices virtio boot
 //! vcpu vm snapshot vmm
 //! py
 //! ```
@@ -34,6 +34,7 @@ pub mod config;
 pub mod cpu;
 pub mod debug;
 pub mod devices;
+pub mod disk;
 pub mod error;
 pub mod event;
 pub mod exit_handler;
@@ -77,8 +78,8 @@ mod _pyvmm {
 
     #[pymodule_export]
     use crate::py::{
-        PyBalloonDevice, PyDirtyPages, PyEventFd, PyEventManager, PyEventOps, PyEvents,
-        PyGuestMemory, PyIrqLine, PyKvm, PyKvmVm, PyMemorySlot, PyMsrBytes, PyNetwork,
+        PyBalloonDevice, PyDirtyPages, PyDiskDevice, PyEventFd, PyEventManager, PyEventOps,
+        PyEvents, PyGuestMemory, PyIrqLine, PyKvm, PyKvmVm, PyMemorySlot, PyMsrBytes, PyNetwork,
         PyNetworkPort, PyRegister, PyRegisterBytes, PyRegisterView, PyRemoteEndpoint, PySerial,
         PySnapshot, PyStats, PySubscriberId, PyTimerFd, PyTrace, PyVcpu, PyVcpuExit,
         PyVirtioDevice, PyVmm, PyVmmExitHandler, PyWrappedExitHandler, close_all, cpu_features,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pyvmm._pyvmm import (
     BalloonDevice,
     DirtyPages,
+    DiskDevice,
     EventFd,
     EventManager,
     EventOps,
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
     from pyvmm.config import CpuConfig, FwCfgConfig, MemoryConfig, PlatformConfig, SerialConfig, VmmConfig
     from pyvmm.console import Console
     from pyvmm.cpu_template import CpuTemplate, RegisterBits
+    from pyvmm.disks import Disk, DiskBackend
     from pyvmm.hostcalls import HostcallError, HostcallStatus
     from pyvmm.kvm import Cap
     from pyvmm.network import LinkConditions, NetworkFork, NetworkSnapshot, PortStats
@@ -100,6 +102,9 @@ __all__ = [
     "CpuConfig",
     "CpuTemplate",
     "DirtyPages",
+    "Disk",
+    "DiskBackend",
+    "DiskDevice",
     "ElfBoot",
     "EmbeddedBoot",
     "EventError",
@@ -188,12 +193,14 @@ atexit.register(close_all)
 _BOOTS = ("BootModule", "ElfBoot", "EmbeddedBoot", "FirmwareBoot", "FlatBoot", "KernelBoot", "LinuxBoot")
 _CONFIG = ("CpuConfig", "FwCfgConfig", "MemoryConfig", "PlatformConfig", "SerialConfig", "VmmConfig")
 _CPU = ("CpuTemplate", "RegisterBits")
+_DISKS = ("Disk", "DiskBackend")
 _VIRTIO = ("Balloon", "Rng")
 _LAZY = {
     **dict.fromkeys(_BOOTS, "pyvmm.boots"),
     **dict.fromkeys(_CONFIG, "pyvmm.config"),
     **dict.fromkeys(_CPU, "pyvmm.cpu_template"),
     **dict.fromkeys(("HostcallError", "HostcallStatus"), "pyvmm.hostcalls"),
+    **dict.fromkeys(_DISKS, "pyvmm.disks"),
     **dict.fromkeys(_VIRTIO, "pyvmm.virtio_parts"),
     "Cap": "pyvmm.kvm",
     "Console": "pyvmm.console",

@@ -30,6 +30,7 @@ from pyvmm.stats import ExitCount, VcpuTime
 __all__ = [
     "BalloonDevice",
     "DirtyPages",
+    "DiskDevice",
     "EventFd",
     "EventManager",
     "EventOps",
@@ -2124,6 +2125,14 @@ class Vmm:
         """
 
     @property
+    def disks(self) -> tuple[DiskDevice, ...]:
+        """The disks, in the order of their configuration; the same objects each time.
+
+        Raises:
+            ClosedError: the machine is closed.
+        """
+
+    @property
     def virtio(self) -> tuple[VirtioDevice, ...]:
         """The virtio devices, in the order of their addresses; the same objects each time.
 
@@ -2544,6 +2553,77 @@ class BalloonDevice:
         "total_memory", "available_memory", "disk_caches", and since 4.16 also
         "hugetlb_allocations" and "hugetlb_failures". Empty before the first, and without
         `Balloon(statistics_s=...)`.
+        """
+
+@final
+class DiskDevice:
+    """A disk of a machine: an item of `Vmm.disks`.
+
+    It holds the machine. Its counts begin with the machine, or the fork.
+    """
+
+    @property
+    def name(self) -> str:
+        """Its name, such as "disk0"."""
+
+    @property
+    def size(self) -> int:
+        """The size in bytes. The guest sees whole sectors of 512 bytes."""
+
+    @property
+    def read_only(self) -> bool:
+        """Whether the guest cannot write it."""
+
+    @property
+    def serial(self) -> str:
+        """The serial number that the guest sees."""
+
+    @property
+    def failure(self) -> str | None:
+        """The last request that failed, and why; None if none did."""
+
+    @property
+    def reads(self) -> int:
+        """How many requests to read there were."""
+
+    @property
+    def writes(self) -> int:
+        """How many requests to write there were."""
+
+    @property
+    def flushes(self) -> int:
+        """How many requests to flush there were."""
+
+    @property
+    def discards(self) -> int:
+        """How many requests to discard, or to write zeroes, there were."""
+
+    @property
+    def bytes_read(self) -> int:
+        """How many bytes the guest has read."""
+
+    @property
+    def bytes_written(self) -> int:
+        """How many bytes the guest has written."""
+
+    @property
+    def errors(self) -> int:
+        """How many requests failed."""
+
+    def resize(self, size: int) -> None:
+        """Change the size, also while the guest runs, and tell the guest.
+
+        A file grows or shrinks with it. The object of a program is not changed: it has the new size
+        already.
+
+        Args:
+            size: in bytes, a multiple of 512.
+
+        Raises:
+            ConfigError: the size is no multiple of 512, or too large.
+            StateError: a snapshot needs what would be cut off, or the disk has a fixed size.
+            StreamError: the file cannot have this size.
+            ClosedError: the machine is closed.
         """
 
 @final

@@ -6,13 +6,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pyvmm import keyvalue
+from pyvmm import disks, keyvalue
+from pyvmm.exceptions import ConfigError
 from pyvmm.virtio_parts import Balloon, Rng
 
 if TYPE_CHECKING:
     from pyvmm.config import VmmConfig
 
 OPTIONS = (
+    click.option(
+        "--disk",
+        multiple=True,
+        metavar="PATH[,ro][,overlay[=FILE]][,format=F][,serial=S]",
+        help="Add a disk. With overlay, the file is not changed.",
+    ),
     click.option(
         "--rng", is_flag=False, flag_value="", metavar="[seed=N]", help="Add an entropy device, also one that repeats."
     ),
@@ -25,12 +32,17 @@ OPTIONS = (
     ),
 )
 # The names of the options' arguments.
-NAMES = ("rng", "balloon")
+NAMES = ("disk", "rng", "balloon")
 
 
 def with_devices(base: VmmConfig, options: dict[str, Any]) -> VmmConfig:
     """The configuration with the devices of the options."""
     changes: dict[str, Any] = {}
+    if options["disk"]:
+        try:
+            changes["disks"] = (*base.disks, *map(disks.parsed, options["disk"]))
+        except ValueError as error:
+            raise ConfigError(f"disk: {error}", at="disk") from None
     if (rng := options["rng"]) is not None:
         changes["rng"] = Rng(seed=int(keyvalue.parse("rng", rng, {"seed": int})["seed"])) if rng else Rng()
     if (balloon := options["balloon"]) is not None:

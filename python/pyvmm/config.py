@@ -22,6 +22,7 @@ from pyvmm.boots import BootModule, ElfBoot, EmbeddedBoot, FirmwareBoot, FlatBoo
 from pyvmm.config_files import decoded, no_output
 from pyvmm.config_parts import FilePath, Names, Part, Port, Stream, nearest
 from pyvmm.cpu_template import CHOICES, TEMPLATES, CpuTemplate, RegisterBits, TemplateName, is_file
+from pyvmm.disks import Disk
 from pyvmm.exceptions import ConfigError
 from pyvmm.virtio_parts import Balloon, Rng
 
@@ -178,6 +179,7 @@ class VmmConfig(Part, frozen=True, kw_only=True):
             Linux, another kernel, or firmware.
         pit: an in-kernel timer (PIT); None means the same as `irqchip`.
         platform: the parts of a PC.
+        disks: the virtual disks: the guest finds the first as /dev/vda.
         rng: the virtio entropy device; None means none.
         balloon: the virtio memory balloon; None means none.
     """
@@ -194,6 +196,7 @@ class VmmConfig(Part, frozen=True, kw_only=True):
     irqchip: bool | None = None
     pit: bool | None = None
     platform: PlatformConfig = PlatformConfig()
+    disks: tuple[Disk, ...] = ()
     rng: Rng | None = None
     balloon: Balloon | None = None
 
@@ -235,6 +238,7 @@ class VmmConfig(Part, frozen=True, kw_only=True):
             cpu=cpu,
             platform=_files_beside(config.platform, path.parent),
             boot=_beside(config.boot, path.parent, "path", "kernel", "initrd"),
+            disks=tuple(_beside(disk, path.parent, "source", "overlay") for disk in config.disks),
             **{
                 key: _beside(port, path.parent, "output", "input")
                 for key in SERIALS
@@ -270,12 +274,16 @@ class VmmConfig(Part, frozen=True, kw_only=True):
         """Convert the configuration to plain values, for TOML and JSON.
 
         Raises:
-            ConfigError: a stream of a serial port is a Python object, or a file of fw_cfg is bytes.
+            ConfigError: a stream of a serial port or a disk is a Python object, or a file of fw_cfg
+                is bytes.
         """
         for key, end in ((key, end) for key in SERIALS for end in ("output", "input")):
             stream = getattr(getattr(self, key), end, None)
             if not isinstance(stream, (str, int, Path, type(None))):
                 raise _error(f"{key}.{end}", f"{type(stream).__name__} cannot be written to a file")
+        for at, disk in enumerate(self.disks):
+            if not isinstance(disk.source, (str, Path)):
+                raise _error(f"disks[{at}].source", f"{type(disk.source).__name__} cannot be written to a file")
         for name, content in (self.platform.fw_cfg or FwCfgConfig()).files.items():
             if not isinstance(content, (str, Path)):
                 raise _error(f"platform.fw_cfg.files.{name}", f"{type(content).__name__} cannot be written to a file")
@@ -355,6 +363,7 @@ def _unknown_key(parent: str, name: str) -> ConfigError:
         **{key: [SerialConfig] for key in SERIALS},
         "platform": [PlatformConfig],
         "platform.fw_cfg": [FwCfgConfig],
+        "disks": [Disk],
         "rng": [Rng],
         "balloon": [Balloon],
         "boot.modules": [BootModule],

@@ -2,6 +2,7 @@
 //! There is no I/O and no KVM here, so a valid configuration may still be refused by the machine.
 
 mod boot;
+mod disk;
 mod machine;
 mod net;
 mod platform;
@@ -11,6 +12,7 @@ pub use boot::{
     Boot, Code, ElfBoot, FirmwareBoot, FlatBoot, KernelBoot, KernelProtocol, LinuxBoot,
     LinuxProtocol, Module,
 };
+pub use disk::{DiskConfig, RateLimits};
 pub use machine::{MemoryConfig, SerialConfig, SerialInput, SerialOutput, VmmConfig};
 pub use net::NetConfig;
 pub use platform::{ExitPort, PcPart, PcParts, Platform, PlatformConfig};

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::disk::DiskConfig;
 use super::net::NetConfig;
 
 /// The entropy device.
@@ -27,6 +28,8 @@ pub struct BalloonConfig {
 /// A virtio device.
 #[derive(Debug)]
 pub enum VirtioConfig {
+    /// A disk.
+    Disk(DiskConfig),
     /// A network device.
     Net(NetConfig),
     /// The entropy device.
@@ -39,6 +42,7 @@ impl VirtioConfig {
     /// The name of the kind, and whether a machine may have several.
     fn kind(&self) -> (&'static str, bool) {
         match self {
+            Self::Disk(_) => ("disk", true),
             Self::Net(_) => ("net", true),
             Self::Rng(_) => ("rng", false),
             Self::Balloon(_) => ("balloon", false),

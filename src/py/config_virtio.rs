@@ -6,6 +6,7 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString};
 
+use super::config_disk::disk;
 use super::config_part::{Part, bad, unlike};
 use super::ending::import;
 use crate::config::{BalloonConfig, RngConfig, VirtioConfig};
@@ -13,6 +14,9 @@ use crate::config::{BalloonConfig, RngConfig, VirtioConfig};
 /// The devices of a machine, in the order of their addresses.
 pub(super) fn devices(all: &Part<'_>) -> PyResult<Vec<VirtioConfig>> {
     let mut devices = Vec::new();
+    for part in all.object.getattr("disks")?.try_iter()? {
+        devices.push(device(&part?, "disks")?);
+    }
     for key in ["rng", "balloon"] {
         let part = all.object.getattr(key)?;
         if !part.is_none() {
@@ -38,6 +42,9 @@ fn device(object: &Bound<'_, PyAny>, key: &'static str) -> PyResult<VirtioConfig
     let module = import(py, "pyvmm.config")?;
     let is = |class: &Bound<'_, PyString>| object.is_instance(&module.getattr(class)?);
     let part = Part { object: object.clone(), key };
+    if is(intern!(py, "Disk"))? {
+        return Ok(VirtioConfig::Disk(disk(&part)?));
+    }
     if is(intern!(py, "Rng"))? {
         let seed = part.get(intern!(py, "seed"), "a number from 0 to 2**64 - 1, or None")?;
         return Ok(VirtioConfig::Rng(RngConfig { seed }));

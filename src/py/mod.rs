@@ -7,6 +7,7 @@ mod balloon;
 mod config;
 mod config_boot;
 mod config_cpu;
+mod config_disk;
 mod config_part;
 mod config_virtio;
 mod console;
@@ -14,6 +15,8 @@ mod cpuid;
 mod depth;
 mod descriptor;
 mod device;
+mod disk;
+mod disk_backend;
 mod ending;
 mod enter;
 mod errors;
@@ -63,6 +66,7 @@ mod wakeup;
 pub use balloon::PyBalloonDevice;
 pub use console::PyOutputWatch;
 pub(crate) use cpuid::{cpuid_features, cpuid_table};
+pub use disk::PyDiskDevice;
 pub use event::{
     PyEventFd, PyEventManager, PyEventOps, PyEvents, PyRemoteEndpoint, PySubscriberId, PyTimerFd,
     PyVmmExitHandler, PyWrappedExitHandler,

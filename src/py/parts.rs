@@ -21,6 +21,8 @@ pub(super) enum Part {
     Virtio(usize),
     Balloon,
     /// By number.
+    Disk(usize),
+    /// By number.
     Vcpu(u64),
 }
 

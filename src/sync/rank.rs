@@ -140,6 +140,22 @@ ranks! {
     Track,
     /// The file of a trace.
     TraceFile,
+    /// The thread of a disk.
+    BlkThread,
+    /// What wakes the thread of a disk.
+    BlkWorker,
+    /// The last failure of a disk.
+    BlkFailure,
+    /// What a disk goes back to before its next request.
+    DiskPending,
+    /// What a disk reads and writes.
+    DiskMedium,
+    /// Discards in a qcow2 image, which exclude other requests.
+    DiskImage,
+    /// The blocks that frozen contents of a disk have saved.
+    DiskHistory,
+    /// The blocks of an overlay in memory.
+    DiskBlocks,
     /// The exception that a signal handler raised during a long call.
     Interruption,
     /// Output that the writer of a Python stream has taken and not yet reported as written.

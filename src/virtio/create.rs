@@ -3,9 +3,12 @@
 
 use std::sync::Arc;
 
-use virtio_bindings::virtio_ids::{VIRTIO_ID_BALLOON, VIRTIO_ID_NET, VIRTIO_ID_RNG};
+use virtio_bindings::virtio_ids::{
+    VIRTIO_ID_BALLOON, VIRTIO_ID_BLOCK, VIRTIO_ID_NET, VIRTIO_ID_RNG,
+};
 
 use super::balloon::Balloon;
+use super::blk::Blk;
 use super::device::{Frozen, VirtioDevice};
 use super::net::Net;
 use super::rng::Rng;
@@ -19,6 +22,7 @@ use crate::error::Result;
 /// If what is behind the device cannot be used.
 pub(crate) fn create(config: VirtioConfig) -> Result<Arc<dyn VirtioDevice>> {
     match config {
+        VirtioConfig::Disk(config) => Ok(Arc::new(Blk::new(config)?)),
         VirtioConfig::Net(config) => Ok(Arc::new(Net::new(config)?)),
         VirtioConfig::Rng(config) => Ok(Arc::new(Rng::new(config))),
         VirtioConfig::Balloon(config) => Ok(Arc::new(Balloon::new(config)?)),
@@ -37,6 +41,7 @@ pub(crate) fn restored(
     frozen: Option<&Frozen>,
 ) -> Result<Arc<dyn VirtioDevice>> {
     match device_type {
+        VIRTIO_ID_BLOCK => Ok(Arc::new(Blk::restored(name, spec, frozen)?)),
         VIRTIO_ID_NET => Ok(Arc::new(Net::from_spec(spec, frozen)?)),
         VIRTIO_ID_RNG => Ok(Arc::new(Rng::from_spec(spec)?)),
         VIRTIO_ID_BALLOON => Ok(Arc::new(Balloon::from_spec(spec)?)),

@@ -28,6 +28,7 @@ SUBMODULES = (
     "boots",
     "cpu_template",
     "virtio_parts",
+    "disks",
 )
 
 

@@ -1,0 +1,254 @@
+//! qcow2 images, by imago: with the images that they are based on, or as an overlay over any other
+//! backend. What an image says is checked first, and a request that makes imago panic ends as an
+//! error. Any thread.
+
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use imago::format::PreallocateMode;
+use imago::qcow2::Qcow2 as Image;
+use imago::{DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder, FormatDriverBuilder};
+
+use super::backend::{Backend, read_only};
+use super::header::{self, Header, MOST_HEADER};
+use super::raw::Raw;
+use super::slices::{self, Slice};
+use super::storage::Store;
+use crate::error::{Error, ErrorKind, Result};
+use crate::sync::{RwLock, rank};
+
+/// How many images may be based on each other.
+const MOST_IMAGES: usize = 8;
+
+type Access = FormatAccess<Store>;
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Qcow2 {
+    image: Access,
+    is_read_only: bool,
+    /// Whether it is over a backend that may call the program.
+    may_block: bool,
+    /// A discard excludes other requests. None over another backend: no lock is held there.
+    discards: Option<RwLock<(), rank::DiskImage>>,
+    /// Whether imago has panicked, and the image is not to be used any more.
+    is_broken: AtomicBool,
+}
+
+impl Qcow2 {
+    /// Open an image, and those that it is based on.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Config`] if the image is damaged, needs what is not supported, or names a base
+    /// that it may not; [`ErrorKind::Io`] if a file cannot be read.
+    pub(super) fn open(path: &Path, is_written: bool) -> Result<Self> {
+        let image = open_images(path, is_written, 1)?;
+        Ok(Self::of(image, !is_written, Some(RwLock::new(())), false))
+    }
+
+    /// An overlay in a file over another backend. The file is created if there is none.
+    ///
+    /// # Errors
+    /// As for [`Self::open`].
+    pub(super) fn over(path: &Path, base: Arc<dyn Backend>, name: Option<&Path>) -> Result<Self> {
+        let size = base.size().map_err(|e| Error::os(ErrorKind::Io, path.to_string_lossy(), &e))?;
+        let may_block = base.may_block();
+        let below = imago::raw::Raw::builder(Store::new(base));
+        let below = below.open(DenyImplicitOpenGate::default());
+        let below = FormatAccess::new(below.map_err(|e| damaged(path, &e.to_string()))?);
+        let image = if path.exists() {
+            let file = Raw::open(path, true)?;
+            check_base(path, &checked_header(&file)?, name)?;
+            open_image(path, file, true, Some(below))?
+        } else {
+            let made = create(path, Raw::create(path)?, (size, name), below);
+            made.inspect_err(|_| drop(std::fs::remove_file(path)))?
+        };
+        Ok(Self::of(image, false, None, may_block))
+    }
+
+    fn of(
+        image: Access,
+        is_read_only: bool,
+        discards: Option<RwLock<(), rank::DiskImage>>,
+        may_block: bool,
+    ) -> Self {
+        Self { image, is_read_only, may_block, discards, is_broken: AtomicBool::new(false) }
+    }
+
+    /// Call imago. After a panic, the image is not used any more.
+    fn guarded<T>(&self, call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        // Relaxed: the state that a panic left is protected by imago's locks.
+        if self.is_broken.load(Ordering::Relaxed) {
+            return Err(io::Error::other("the image is damaged"));
+        }
+        guarded(call).unwrap_or_else(|| {
+            self.is_broken.store(true, Ordering::Relaxed);
+            Err(io::Error::other("the image is damaged"))
+        })
+    }
+
+    fn shared<T>(&self, call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        let _shared = self.discards.as_ref().map(RwLock::read);
+        self.guarded(call)
+    }
+
+    fn for_writing(&self) -> io::Result<()> {
+        if self.is_read_only { Err(read_only()) } else { Ok(()) }
+    }
+}
+
+/// None if it panics.
+fn guarded<T>(call: impl FnOnce() -> T) -> Option<T> {
+    catch_unwind(AssertUnwindSafe(call)).ok()
+}
+
+fn damaged(path: &Path, detail: &str) -> Error {
+    Error::new(ErrorKind::Config, path.to_string_lossy(), format!("this qcow2 image: {detail}"))
+}
+
+fn checked_header(file: &Raw) -> Result<Header> {
+    let path = file.path();
+    let os = |error: io::Error| Error::os(ErrorKind::Io, path.to_string_lossy(), &error);
+    let size = file.size().map_err(os)?;
+    let mut bytes = vec![0; usize::try_from(size).unwrap_or(usize::MAX).min(MOST_HEADER)];
+    file.read_at(0, &slices::of_bytes_mut(&mut bytes)).map_err(os)?;
+    header::check(&bytes, size).map_err(|detail| damaged(path, &detail))
+}
+
+/// An overlay that names its base is used over that base only.
+fn check_base(path: &Path, header: &Header, name: Option<&Path>) -> Result<()> {
+    let (Some((named, _)), Some(name)) = (&header.backing, name) else { return Ok(()) };
+    let folder = path.parent().unwrap_or(Path::new(""));
+    let is_same = match (folder.join(named).canonicalize(), name.canonicalize()) {
+        (Ok(named), Ok(name)) => named == name,
+        _ => false,
+    };
+    if is_same { Ok(()) } else { Err(damaged(path, &format!("it is an overlay over {named}"))) }
+}
+
+/// Open an image and its bases. `depth` counts them.
+fn open_images(path: &Path, is_written: bool, depth: usize) -> Result<Access> {
+    let file = Raw::open(path, is_written)?;
+    let header = checked_header(&file)?;
+    let Some((name, format)) = header.backing else {
+        return open_image(path, file, is_written, None);
+    };
+    if depth == MOST_IMAGES {
+        return Err(damaged(path, "more than 8 images are based on each other"));
+    }
+    let folder = path.parent().unwrap_or(Path::new(""));
+    let base = folder.join(&name);
+    if !header::is_plain(&name) || !is_below(&base, folder) {
+        let detail = format!("its base {name:?} is not a file below its own folder");
+        return Err(damaged(path, &detail).hint("`qemu-img rebase -u -b NAME -F FORMAT` names it"));
+    }
+    let base = match format.as_str() {
+        "qcow2" => open_images(&base, false, depth + 1)?,
+        "raw" => {
+            let store = Store::new(Arc::new(Raw::open(&base, false)?));
+            let raw = imago::raw::Raw::builder(store).open(DenyImplicitOpenGate::default());
+            FormatAccess::new(raw.map_err(|e| damaged(path, &e.to_string()))?)
+        }
+        other => return Err(damaged(path, &format!("its base has the format {other:?}"))),
+    };
+    open_image(path, file, is_written, Some(base))
+}
+
+/// Whether a path leads to a place below a folder, also behind symbolic links.
+fn is_below(path: &Path, folder: &Path) -> bool {
+    let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+    match (path.canonicalize(), folder.canonicalize()) {
+        (Ok(path), Ok(folder)) => path.starts_with(folder),
+        // To open it says what is wrong.
+        _ => true,
+    }
+}
+
+fn open_image(path: &Path, file: Raw, is_written: bool, base: Option<Access>) -> Result<Access> {
+    let builder = Image::<Store>::builder(Store::new(Arc::new(file)));
+    let builder = builder.write(is_written).backing(base);
+    let opened = guarded(|| builder.open(DenyImplicitOpenGate::default()));
+    match opened {
+        Some(Ok(image)) => Ok(FormatAccess::new(image)),
+        Some(Err(error)) => Err(damaged(path, &error.to_string())),
+        None => Err(damaged(path, "it is damaged")),
+    }
+}
+
+fn create(
+    path: &Path,
+    file: Raw,
+    (size, name): (u64, Option<&Path>),
+    base: Access,
+) -> Result<Access> {
+    let mut builder = Image::<Store>::create_builder(Store::new(Arc::new(file))).size(size);
+    if let Some(name) = name.and_then(|name| name.canonicalize().ok()) {
+        builder = builder.backing(name.to_string_lossy().into_owned(), "raw".into());
+    }
+    let open = |image| Ok(Image::<Store>::builder(image).write(true).backing(Some(base)));
+    let made = builder.create_open(DenyImplicitOpenGate::default(), open);
+    made.map(FormatAccess::new).map_err(|error| damaged(path, &error.to_string()))
+}
+
+impl Backend for Qcow2 {
+    fn size(&self) -> io::Result<u64> {
+        Ok(self.image.size())
+    }
+
+    fn read_at(&self, offset: u64, buffers: &[Slice<'_>]) -> io::Result<()> {
+        // imago makes references to its buffers, which guest memory must not have.
+        let mut bytes = vec![0; usize::try_from(slices::length(buffers)).unwrap_or(0)];
+        self.shared(|| self.image.read(bytes.as_mut_slice(), offset))?;
+        slices::fill(buffers, 0, &bytes);
+        Ok(())
+    }
+
+    fn write_at(&self, offset: u64, buffers: &[Slice<'_>]) -> io::Result<()> {
+        self.for_writing()?;
+        let bytes = slices::to_vec(buffers);
+        self.shared(|| self.image.write(bytes.as_slice(), offset))
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        if self.is_read_only {
+            return Ok(());
+        }
+        self.shared(|| self.image.flush().and_then(|()| self.image.sync()))
+    }
+
+    fn discard(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.write_zeroes(offset, length, true)
+    }
+
+    fn write_zeroes(&self, offset: u64, length: u64, may_unmap: bool) -> io::Result<()> {
+        self.for_writing()?;
+        let Some(discards) = self.discards.as_ref().filter(|_| may_unmap) else {
+            return self.shared(|| self.image.write_zeroes(offset, length));
+        };
+        let _alone = discards.write();
+        // SAFETY: no other request is in progress, because each holds this lock, and no mapping is
+        // kept beyond a request.
+        self.guarded(|| unsafe { self.image.discard_to_zero_unsafe(offset, length) })
+    }
+
+    fn resize(&self, size: u64) -> io::Result<()> {
+        self.for_writing()?;
+        if size < self.image.size() {
+            let text = "a qcow2 image can only grow";
+            return Err(io::Error::new(io::ErrorKind::Unsupported, text));
+        }
+        self.shared(|| self.image.resize_grow(size, PreallocateMode::None))
+    }
+
+    fn is_read_only(&self) -> bool {
+        self.is_read_only
+    }
+
+    fn may_block(&self) -> bool {
+        self.may_block
+    }
+}

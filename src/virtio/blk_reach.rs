@@ -1,0 +1,192 @@
+//! A request of a disk's driver and the ways to its buffers: within an access to the queues, or by
+//! short ones while the program's code may take any time. On the thread of the disk.
+
+use std::io::{self, Write};
+
+use super::access::QueueAccess;
+use super::blk_request::{HEADER, Request, Status};
+use super::buffers::{ChainReader, ChainWriter};
+use super::chain::Chain;
+use super::queues::Queues;
+use crate::disk::{Session, of_bytes, of_bytes_mut};
+
+/// A request that was taken from the queue.
+pub(super) struct Job {
+    pub(super) chain: Chain,
+    pub(super) request: Result<Request, Status>,
+}
+
+impl Job {
+    /// None if the chain has no room for a header or a status.
+    pub(super) fn parse(access: &QueueAccess<'_>, chain: Chain) -> Option<Self> {
+        let readable = chain.readable_len().checked_sub(HEADER)?;
+        let writable = chain.writable_len().checked_sub(1)?;
+        let header = ChainReader::new(access, &chain).take()?;
+        let request = Request::parse(header, readable, writable);
+        Some(Self { chain, request })
+    }
+
+    /// The data of the driver, from here on.
+    pub(super) fn data<'a>(&self, access: &'a QueueAccess<'_>, done: u64) -> ChainReader<'a> {
+        let mut reader = ChainReader::new(access, &self.chain);
+        reader.skip(HEADER + done);
+        reader
+    }
+}
+
+/// Write the status, and give the chain back.
+pub(super) fn answer(access: &QueueAccess<'_>, job: Job, status: Status) {
+    let mut writer = ChainWriter::new(access, &job.chain);
+    writer.skip(job.chain.writable_len() - 1);
+    // Fails only if memory has been removed.
+    let _ = writer.write_all(&[status.byte()]);
+    let written = writer.written();
+    access.complete(job.chain, written);
+}
+
+/// Why a request has no status, or a bad one.
+pub(super) enum Ended {
+    /// The device was reset meanwhile.
+    Void,
+    Failed(io::Error),
+}
+
+impl From<io::Error> for Ended {
+    fn from(error: io::Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+/// The way to the buffers of a request.
+pub(super) enum Reach<'a> {
+    /// Within an access.
+    Now(&'a QueueAccess<'a>),
+    /// By a short access of its own, unless the device was reset since this epoch.
+    Later(&'a Queues, u64),
+}
+
+/// Offset on the disk, offset in the data, and size.
+type Part = (u64, u64, u64);
+
+fn gone() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, "a buffer is not in memory any more")
+}
+
+impl Reach<'_> {
+    pub(super) fn with<T>(&self, with: impl FnOnce(&QueueAccess<'_>) -> T) -> Result<T, Ended> {
+        match self {
+            Self::Now(access) => Ok(with(access)),
+            Self::Later(queues, epoch) => {
+                let access = queues.access_after(*epoch).ok_or(Ended::Void)?;
+                Ok(with(&access))
+            }
+        }
+    }
+
+    /// Read from the disk into the buffers.
+    pub(super) fn read(&self, job: &Job, session: &Session, part: Part) -> Result<(), Ended> {
+        let (offset, done, size) = part;
+        let most = usize::try_from(size).unwrap_or(0);
+        if let Self::Now(access) = self {
+            let mut writer = ChainWriter::new(access, &job.chain);
+            writer.skip(done);
+            let buffers = writer.slices(most);
+            if buffers.iter().map(|buffer| buffer.len()).sum::<usize>() != most {
+                return Err(gone().into());
+            }
+            session.read_at(offset, &buffers)?;
+            drop(buffers);
+            writer.advance(size);
+            return Ok(());
+        }
+        let mut bytes = vec![0; most];
+        session.read_at(offset, &of_bytes_mut(&mut bytes))?;
+        self.with(|access| {
+            let mut writer = ChainWriter::new(access, &job.chain);
+            writer.skip(done);
+            writer.write_all(&bytes).map_err(Ended::Failed)
+        })?
+    }
+
+    /// Write the buffers to the disk.
+    pub(super) fn write(&self, job: &Job, session: &Session, part: Part) -> Result<(), Ended> {
+        let (offset, done, size) = part;
+        let most = usize::try_from(size).unwrap_or(0);
+        if let Self::Now(access) = self {
+            let reader = job.data(access, done);
+            let buffers = reader.slices(most);
+            if buffers.iter().map(|buffer| buffer.len()).sum::<usize>() != most {
+                return Err(gone().into());
+            }
+            return Ok(session.write_at(offset, &buffers)?);
+        }
+        let bytes = self.with(|access| job.data(access, done).read_vec(most))?;
+        if bytes.len() != most {
+            return Err(gone().into());
+        }
+        Ok(session.write_at(offset, &of_bytes(&bytes))?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::mpsc::{self, Receiver};
+
+    use super::super::blk::tests::{driver, header, request};
+    use super::super::mock::{MockDriver, readable, writable};
+    use crate::disk::{Backend, Contents, Slice};
+    use crate::sync::{Mutex, rank};
+
+    const AT: u64 = MockDriver::BUFFERS;
+
+    /// Blocks in each read until it is let go.
+    #[derive(Debug)]
+    struct Slow(Mutex<Receiver<()>, rank::Test>);
+
+    impl Backend for Slow {
+        fn size(&self) -> std::io::Result<u64> {
+            Ok(1 << 20)
+        }
+
+        fn read_at(&self, _offset: u64, _buffers: &[Slice<'_>]) -> std::io::Result<()> {
+            let _ = self.0.lock().recv();
+            Ok(())
+        }
+
+        fn write_at(&self, _offset: u64, _buffers: &[Slice<'_>]) -> std::io::Result<()> {
+            Err(std::io::Error::other("out of paper"))
+        }
+
+        fn flush(&self) -> std::io::Result<()> {
+            Ok(())
+        }
+
+        fn may_block(&self) -> bool {
+            true
+        }
+    }
+
+    #[test]
+    fn a_backend_that_blocks_holds_up_neither_a_reset_nor_the_end() {
+        let (go, gate) = mpsc::channel();
+        let mut driver = driver(Contents::Backend(Arc::new(Slow(Mutex::new(gate)))), |_| {});
+        driver.start(0);
+        let data = AT + 0x1000;
+        assert_eq!(request(&mut driver, 1, 0, &[readable(data, 512)]), 1);
+        let failure = driver.attached.transport.device().failure().unwrap();
+        assert_eq!(failure, "write of 512 bytes at 0: out of paper");
+        let header = header(&driver, 0, 0);
+        driver.add(0, &[header, writable(data, 512), writable(AT + 0x100, 1)]).unwrap();
+        driver.notify(0);
+        driver.turn(1000).unwrap();
+        assert_eq!(driver.start(0), 15);
+        go.send(()).unwrap();
+        go.send(()).unwrap();
+        assert_eq!(request(&mut driver, 0, 0, &[writable(data, 512)]), 0);
+        assert_eq!(driver.used(0), None, "the request before the reset is void");
+        driver.add(0, &[header, writable(data, 512), writable(AT + 0x100, 1)]).unwrap();
+        driver.notify(0);
+        driver.turn(1000).unwrap();
+    }
+}
