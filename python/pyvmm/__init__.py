@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from pyvmm._pyvmm import (
     BalloonDevice,
+    ConsoleDevice,
+    DescriptorChain,
     DirtyPages,
     DiskDevice,
     EventFd,
@@ -30,6 +32,8 @@ from pyvmm._pyvmm import (
     Vcpu,
     VcpuExit,
     VirtioDevice,
+    VirtioTransport,
+    Virtqueue,
     Vmm,
     VmmExitHandler,
     WrappedExitHandler,
@@ -86,7 +90,8 @@ if TYPE_CHECKING:
     from pyvmm.patterns import Expected
     from pyvmm.screen import Screen
     from pyvmm.snapshots import ForkExecutor
-    from pyvmm.virtio_parts import Balloon, Rng
+    from pyvmm.virtio_device import VirtioProgram
+    from pyvmm.virtio_parts import Balloon, ConsolePort, Rng, VirtioConsole
 
 __all__ = [
     "Answer",
@@ -99,8 +104,11 @@ __all__ = [
     "ClosedError",
     "ConfigError",
     "Console",
+    "ConsoleDevice",
+    "ConsolePort",
     "CpuConfig",
     "CpuTemplate",
+    "DescriptorChain",
     "DirtyPages",
     "Disk",
     "DiskBackend",
@@ -168,7 +176,11 @@ __all__ = [
     "Vcpu",
     "VcpuExit",
     "VcpuTime",
+    "VirtioConsole",
     "VirtioDevice",
+    "VirtioProgram",
+    "VirtioTransport",
+    "Virtqueue",
     "VmRunState",
     "Vmm",
     "VmmConfig",
@@ -195,6 +207,7 @@ _CONFIG = ("CpuConfig", "FwCfgConfig", "MemoryConfig", "PlatformConfig", "Serial
 _CPU = ("CpuTemplate", "RegisterBits")
 _DISKS = ("Disk", "DiskBackend")
 _VIRTIO = ("Balloon", "Rng")
+_VIRTIO = ("Balloon", "ConsolePort", "Rng", "VirtioConsole")
 _LAZY = {
     **dict.fromkeys(_BOOTS, "pyvmm.boots"),
     **dict.fromkeys(_CONFIG, "pyvmm.config"),
@@ -202,6 +215,7 @@ _LAZY = {
     **dict.fromkeys(("HostcallError", "HostcallStatus"), "pyvmm.hostcalls"),
     **dict.fromkeys(_DISKS, "pyvmm.disks"),
     **dict.fromkeys(_VIRTIO, "pyvmm.virtio_parts"),
+    "VirtioProgram": "pyvmm.virtio_device",
     "Cap": "pyvmm.kvm",
     "Console": "pyvmm.console",
     "Screen": "pyvmm.screen",

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequen
 from contextvars import Context
 from os import PathLike
 from pathlib import Path
+from socket import socket
 from types import TracebackType
 from typing import Any, Final, Literal, Never, Protocol, Self, TypeAlias, TypeVar, final, overload
 
@@ -26,9 +27,12 @@ from pyvmm.patterns import Expected
 from pyvmm.registers import CpuidEntry, DebugRegs, Fpu, Lapic, MpState, Msrs, Regs, Sregs, VcpuEvents, Xcrs
 from pyvmm.screen import Screen
 from pyvmm.stats import ExitCount, VcpuTime
+from pyvmm.virtio_device import VirtioProgram
 
 __all__ = [
     "BalloonDevice",
+    "ConsoleDevice",
+    "DescriptorChain",
     "DirtyPages",
     "DiskDevice",
     "EventFd",
@@ -56,6 +60,8 @@ __all__ = [
     "Vcpu",
     "VcpuExit",
     "VirtioDevice",
+    "VirtioTransport",
+    "Virtqueue",
     "Vmm",
     "VmmExitHandler",
     "WrappedExitHandler",
@@ -1107,7 +1113,7 @@ class Snapshot:
         event_manager: EventManager | None = None,
         setup: Callable[[Vmm], object] | None = None,
         entropy: Callable[[Vmm], object] | tuple[int, int] | None = None,
-        virtio: dict[str, Part] | None = None,
+        virtio: dict[str, Part | VirtioProgram] | None = None,
     ) -> Vmm:
         """Create a new machine that continues from this snapshot.
 
@@ -2130,6 +2136,9 @@ class Vmm:
 
         Raises:
             ClosedError: the machine is closed.
+    def virtio_console(self) -> ConsoleDevice:
+        """The virtio console; the same object each time.
+            ConfigError: the machine has none: `VmmConfig(console=VirtioConsole())`.
         """
 
     @property
@@ -2626,6 +2635,72 @@ class DiskDevice:
             ClosedError: the machine is closed.
         """
 
+class ConsoleDevice:
+    """The virtio console of a machine: `Vmm.virtio_console`. It holds the machine."""
+    def ports(self) -> tuple[str, ...]:
+        """The names of its ports. The first is the console."""
+    def connect(self, port: str | None = None) -> socket:
+        """Connect to a port, and return the host's end as a `socket.socket` of type SOCK_STREAM.
+        The socket blocks by default, and works with asyncio. It first has the newest MiB that the
+        guest wrote before. A guest that writes more than the socket holds waits until it is read.
+        The machine's loop moves the bytes, so it has to run. The end of the machine is an end of
+        the stream.
+            ConfigError: there is no such port.
+            StateError: the port is connected already.
+    def resize(self, columns: int, rows: int) -> None:
+        """Change the size of the console, in characters."""
+@final
+class VirtioTransport:
+    """The device's side of its transport: what `attach(transport)` of a virtio device in Python gets."""
+        """The name of the device, such as "virtio0"."""
+    def features(self) -> int | None:
+        """The feature bits that the driver has accepted, or None while it has not started the device."""
+    def config(self) -> bytes:
+        """The configuration space. To set it interrupts the driver, which reads it again."""
+    @config.setter
+    def config(self, space: bytes) -> None: ...
+    def set_config_quietly(self, space: bytes) -> None:
+        """Change the configuration space without an interrupt: the answer to what the driver writes."""
+    def queue(self, number: int) -> Virtqueue:
+        """A queue, for chains that the driver has made available. From any thread.
+            IndexError: the device has no such queue.
+    def fail(self, reason: str) -> None:
+        """Tell the driver that the device needs a reset. `VirtioDevice.failure` is the reason."""
+    def _descriptors(self) -> list[int]: ...
+    def _take(self, fd: int) -> tuple[list[int | None], Virtqueue | None]: ...
+@final
+class Virtqueue:
+    """A queue of a virtio device in Python. An iteration takes the chains that are available now."""
+    def index(self) -> int:
+        """Its number."""
+    def pop(self) -> DescriptorChain | None:
+        """Take the next chain, or return None if there is none, or the machine is paused."""
+    def __iter__(self) -> Self: ...
+    def __next__(self) -> DescriptorChain: ...
+@final
+class DescriptorChain:
+    """A descriptor chain: buffers of the driver that the device reads, then those that it writes.
+    `complete` gives it back to the driver; at the latest, the end of the object does. From any
+    thread, also after `process` has returned. If the driver has reset the device meanwhile, the
+    chain is void: `read` raises StateError, and `complete` does nothing.
+    def readable(self) -> int:
+        """How many bytes the device can read."""
+    def writable(self) -> int:
+        """How many bytes the device can write."""
+    def read(self, size: int = -1, /) -> bytes:
+        """Read the next bytes, at most `size`, or all that are left.
+            StateError: the chain is completed, or void.
+    def write(self, data: Buffer) -> int:
+        """Add to what the driver gets, and return how many of the bytes there is room for.
+        They are in guest memory once the chain is completed.
+            StateError: the chain is completed.
+    def complete(self) -> None:
+        """Give the chain back to the driver, with what was written.
+        If the machine is paused, this happens when it continues. A second call does nothing.
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
+    ) -> None: ...
 @final
 class VirtioDevice:
     """A virtio device of a machine: an item of `Vmm.virtio`.

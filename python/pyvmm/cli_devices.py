@@ -9,11 +9,14 @@ import click
 from pyvmm import disks, keyvalue
 from pyvmm.exceptions import ConfigError
 from pyvmm.virtio_parts import Balloon, Rng
+from pyvmm import keyvalue
+from pyvmm.virtio_parts import Balloon, ConsolePort, Rng, VirtioConsole
 
 if TYPE_CHECKING:
     from pyvmm.config import VmmConfig
 
 OPTIONS = (
+    click.option("--console", metavar="PATH", help="Add a virtio console, for programs that connect to this socket."),
     click.option(
         "--disk",
         multiple=True,
@@ -33,6 +36,7 @@ OPTIONS = (
 )
 # The names of the options' arguments.
 NAMES = ("disk", "rng", "balloon")
+NAMES = ("console", "rng", "balloon")
 
 
 def with_devices(base: VmmConfig, options: dict[str, Any]) -> VmmConfig:
@@ -43,6 +47,8 @@ def with_devices(base: VmmConfig, options: dict[str, Any]) -> VmmConfig:
             changes["disks"] = (*base.disks, *map(disks.parsed, options["disk"]))
         except ValueError as error:
             raise ConfigError(f"disk: {error}", at="disk") from None
+    if (console := options["console"]) is not None:
+        changes["console"] = VirtioConsole(ports=(ConsolePort("console0", console),))
     if (rng := options["rng"]) is not None:
         changes["rng"] = Rng(seed=int(keyvalue.parse("rng", rng, {"seed": int})["seed"])) if rng else Rng()
     if (balloon := options["balloon"]) is not None:

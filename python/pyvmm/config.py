@@ -24,7 +24,7 @@ from pyvmm.config_parts import FilePath, Names, Part, Port, Stream, nearest
 from pyvmm.cpu_template import CHOICES, TEMPLATES, CpuTemplate, RegisterBits, TemplateName, is_file
 from pyvmm.disks import Disk
 from pyvmm.exceptions import ConfigError
-from pyvmm.virtio_parts import Balloon, Rng
+from pyvmm.virtio_parts import Balloon, ConsolePort, Rng, VirtioConsole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,6 +44,15 @@ if TYPE_CHECKING:
     Contents: TypeAlias = Mapping[str, bytes | str | Path]
 else:
     Contents = dict[str, str]
+
+
+# In a file, an empty list.
+if TYPE_CHECKING:
+    from pyvmm.virtio_device import VirtioProgram
+
+    VirtioPrograms: TypeAlias = Sequence[VirtioProgram]
+else:
+    VirtioPrograms = Annotated[tuple[Any, ...], Meta(extra_json_schema={"maxItems": 0})]
 
 
 class _Size(Part, frozen=True):
@@ -180,8 +189,11 @@ class VmmConfig(Part, frozen=True, kw_only=True):
         pit: an in-kernel timer (PIT); None means the same as `irqchip`.
         platform: the parts of a PC.
         disks: the virtual disks: the guest finds the first as /dev/vda.
+        console: the virtio console; None means none.
         rng: the virtio entropy device; None means none.
         balloon: the virtio memory balloon; None means none.
+        virtio: virtio devices that are Python objects: see `pyvmm.virtio_device`. A file cannot
+            name any.
     """
 
     memory: MemoryConfig = MemoryConfig()
@@ -197,8 +209,10 @@ class VmmConfig(Part, frozen=True, kw_only=True):
     pit: bool | None = None
     platform: PlatformConfig = PlatformConfig()
     disks: tuple[Disk, ...] = ()
+    console: VirtioConsole | None = None
     rng: Rng | None = None
     balloon: Balloon | None = None
+    virtio: VirtioPrograms = ()
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VmmConfig:
@@ -284,6 +298,8 @@ class VmmConfig(Part, frozen=True, kw_only=True):
         for at, disk in enumerate(self.disks):
             if not isinstance(disk.source, (str, Path)):
                 raise _error(f"disks[{at}].source", f"{type(disk.source).__name__} cannot be written to a file")
+        if self.virtio:
+            raise _error("virtio", "devices in Python cannot be written to a file")
         for name, content in (self.platform.fw_cfg or FwCfgConfig()).files.items():
             if not isinstance(content, (str, Path)):
                 raise _error(f"platform.fw_cfg.files.{name}", f"{type(content).__name__} cannot be written to a file")
@@ -364,6 +380,8 @@ def _unknown_key(parent: str, name: str) -> ConfigError:
         "platform": [PlatformConfig],
         "platform.fw_cfg": [FwCfgConfig],
         "disks": [Disk],
+        "console": [VirtioConsole],
+        "console.ports": [ConsolePort],
         "rng": [Rng],
         "balloon": [Balloon],
         "boot.modules": [BootModule],

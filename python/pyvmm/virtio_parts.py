@@ -2,11 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 from msgspec import Meta
 
-from pyvmm.config_parts import Part
+from pyvmm.config_parts import FilePath, Part
+
+
+class ConsolePort(Part, frozen=True):
+    """A port of the virtio console.
+
+    Attributes:
+        name: 1 to 64 bytes; Linux shows it in /sys/class/virtio-ports.
+        path: a unix socket that listens there, for programs of the host: a name that does not
+            exist yet. None means that only `ConsoleDevice.connect` connects to the port.
+    """
+
+    name: str
+    path: FilePath | None = None
+
+
+# In a file, a list.
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    Ports: TypeAlias = Sequence[str | ConsolePort]
+else:
+    Ports = tuple[str | ConsolePort, ...]
+
+
+class VirtioConsole(Part, frozen=True, kw_only=True):
+    """The virtio console: streams between the guest and the host.
+
+    Attributes:
+        ports: 1 to 16 ports, each a name or a `ConsolePort`. The first is a console, Linux's hvc0;
+            the others are /dev/vport0p1 and so on.
+        columns: the width of the console in characters.
+        rows: its height.
+    """
+
+    ports: Ports = ("console0",)
+    columns: Annotated[int, Meta(ge=0, le=65535)] = 80
+    rows: Annotated[int, Meta(ge=0, le=65535)] = 25
 
 
 class Rng(Part, frozen=True, kw_only=True):

@@ -3,6 +3,8 @@
 
 mod boot;
 mod disk;
+mod console;
+mod custom;
 mod machine;
 mod net;
 mod platform;
@@ -13,6 +15,8 @@ pub use boot::{
     LinuxProtocol, Module,
 };
 pub use disk::{DiskConfig, RateLimits};
+pub use console::{ConsoleConfig, ConsolePort};
+pub use custom::{CustomConfig, CustomProgram};
 pub use machine::{MemoryConfig, SerialConfig, SerialInput, SerialOutput, VmmConfig};
 pub use net::NetConfig;
 pub use platform::{ExitPort, PcPart, PcParts, Platform, PlatformConfig};

@@ -3,6 +3,8 @@
 use std::time::Duration;
 
 use super::disk::DiskConfig;
+use super::console::ConsoleConfig;
+use super::custom::CustomConfig;
 use super::net::NetConfig;
 
 /// The entropy device.
@@ -34,6 +36,10 @@ pub enum VirtioConfig {
     Net(NetConfig),
     /// The entropy device.
     Rng(RngConfig),
+    /// The console device.
+    Console(ConsoleConfig),
+    /// A device whose work the program does.
+    Custom(CustomConfig),
     /// The memory balloon.
     Balloon(BalloonConfig),
 }
@@ -45,6 +51,8 @@ impl VirtioConfig {
             Self::Disk(_) => ("disk", true),
             Self::Net(_) => ("net", true),
             Self::Rng(_) => ("rng", false),
+            Self::Console(_) => ("console", false),
+            Self::Custom(_) => ("virtio", true),
             Self::Balloon(_) => ("balloon", false),
         }
     }

@@ -9,7 +9,8 @@ use pyo3::types::{PyDict, PyString};
 use super::config_disk::disk;
 use super::config_part::{Part, bad, unlike};
 use super::ending::import;
-use crate::config::{BalloonConfig, RngConfig, VirtioConfig};
+use super::virtio_custom;
+use crate::config::{BalloonConfig, ConsoleConfig, ConsolePort, RngConfig, VirtioConfig};
 
 /// The devices of a machine, in the order of their addresses.
 pub(super) fn devices(all: &Part<'_>) -> PyResult<Vec<VirtioConfig>> {
@@ -18,10 +19,16 @@ pub(super) fn devices(all: &Part<'_>) -> PyResult<Vec<VirtioConfig>> {
         devices.push(device(&part?, "disks")?);
     }
     for key in ["rng", "balloon"] {
+    for key in ["console", "rng", "balloon"] {
         let part = all.object.getattr(key)?;
         if !part.is_none() {
             devices.push(device(&part, key)?);
         }
+    }
+    let custom: Vec<Bound<'_, PyAny>> =
+        all.get(intern!(all.object.py(), "virtio"), "a sequence of virtio devices in Python")?;
+    for object in &custom {
+        devices.push(VirtioConfig::Custom(virtio_custom::from_python(object)?));
     }
     Ok(devices)
 }
@@ -49,10 +56,40 @@ fn device(object: &Bound<'_, PyAny>, key: &'static str) -> PyResult<VirtioConfig
         let seed = part.get(intern!(py, "seed"), "a number from 0 to 2**64 - 1, or None")?;
         return Ok(VirtioConfig::Rng(RngConfig { seed }));
     }
+    if is(intern!(py, "VirtioConsole"))? {
+        return Ok(VirtioConfig::Console(console(&part)?));
+    }
     if is(intern!(py, "Balloon"))? {
         return Ok(VirtioConfig::Balloon(balloon(&part)?));
     }
+    if object.hasattr(intern!(py, "process"))? {
+        return Ok(VirtioConfig::Custom(virtio_custom::from_python(object)?));
+    }
     Err(bad(key, unlike(object, "the configuration of a virtio device")))
+}
+
+/// A port: its name, or a `ConsolePort`.
+fn console_port(port: &Bound<'_, PyAny>) -> PyResult<ConsolePort> {
+    if let Ok(name) = port.extract() {
+        return Ok(ConsolePort { name, path: None });
+    }
+    let py = port.py();
+    let class = import(py, "pyvmm.config")?.getattr(intern!(py, "ConsolePort"))?;
+    if !port.is_instance(&class)? {
+        return Err(bad("console.ports", unlike(port, "a name or a ConsolePort")));
+    }
+    let part = Part { object: port.clone(), key: "console.ports" };
+    let name = part.get(intern!(py, "name"), "a name")?;
+    Ok(ConsolePort { name, path: part.get(intern!(py, "path"), "a path, or None")? })
+}
+
+fn console(part: &Part<'_>) -> PyResult<ConsoleConfig> {
+    let py = part.object.py();
+    let all: Vec<Bound<'_, PyAny>> = part.get(intern!(py, "ports"), "a sequence of ports")?;
+    let ports = all.iter().map(console_port).collect::<PyResult<_>>()?;
+    let characters = "a number from 0 to 65535";
+    let columns = part.get(intern!(py, "columns"), characters)?;
+    Ok(ConsoleConfig { ports, size: (columns, part.get(intern!(py, "rows"), characters)?) })
 }
 
 fn balloon(part: &Part<'_>) -> PyResult<BalloonConfig> {

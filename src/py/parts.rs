@@ -20,6 +20,7 @@ pub(super) enum Part {
     /// By number.
     Virtio(usize),
     Balloon,
+    Console,
     /// By number.
     Disk(usize),
     /// By number.

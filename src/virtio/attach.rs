@@ -42,12 +42,15 @@ impl Attached {
         self.transport.queues().name()
     }
 
-    /// Connect it to the machine's loop.
-    pub(crate) fn connect(&self, manager: &EventManager) -> SubscriberId {
+    /// Connect it to the machine's loop, unless the program serves it.
+    pub(crate) fn connect(&self, manager: &EventManager) -> Option<SubscriberId> {
+        if self.transport.device().is_served_by_program() {
+            return None;
+        }
         let (device, queues) = (self.transport.device(), self.transport.queues());
         let (device, queues) = (Arc::clone(device), Arc::clone(queues));
         // Recorded by itself, with its name.
-        manager.add_unrecorded(Box::new(VirtioSubscriber { device, queues }))
+        Some(manager.add_unrecorded(Box::new(VirtioSubscriber { device, queues })))
     }
 
     /// The machine is closed.

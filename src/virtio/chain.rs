@@ -77,6 +77,12 @@ impl Chain {
         self.queue
     }
 
+    /// The epoch of the queues at which it was taken.
+    #[must_use]
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
     /// The bytes that the device can read.
     #[must_use]
     pub fn readable_len(&self) -> u64 {

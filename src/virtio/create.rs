@@ -9,6 +9,9 @@ use virtio_bindings::virtio_ids::{
 
 use super::balloon::Balloon;
 use super::blk::Blk;
+    VIRTIO_ID_BALLOON, VIRTIO_ID_CONSOLE, VIRTIO_ID_NET, VIRTIO_ID_RNG,
+use super::console::Console;
+use super::custom::Custom;
 use super::device::{Frozen, VirtioDevice};
 use super::net::Net;
 use super::rng::Rng;
@@ -25,6 +28,8 @@ pub(crate) fn create(config: VirtioConfig) -> Result<Arc<dyn VirtioDevice>> {
         VirtioConfig::Disk(config) => Ok(Arc::new(Blk::new(config)?)),
         VirtioConfig::Net(config) => Ok(Arc::new(Net::new(config)?)),
         VirtioConfig::Rng(config) => Ok(Arc::new(Rng::new(config))),
+        VirtioConfig::Console(config) => Ok(Arc::new(Console::new(config)?)),
+        VirtioConfig::Custom(config) => Ok(Arc::new(Custom::new(config)?)),
         VirtioConfig::Balloon(config) => Ok(Arc::new(Balloon::new(config)?)),
     }
 }
@@ -44,7 +49,12 @@ pub(crate) fn restored(
         VIRTIO_ID_BLOCK => Ok(Arc::new(Blk::restored(name, spec, frozen)?)),
         VIRTIO_ID_NET => Ok(Arc::new(Net::from_spec(spec, frozen)?)),
         VIRTIO_ID_RNG => Ok(Arc::new(Rng::from_spec(spec)?)),
+        VIRTIO_ID_CONSOLE => Ok(Arc::new(Console::from_spec(spec)?)),
         VIRTIO_ID_BALLOON => Ok(Arc::new(Balloon::from_spec(spec)?)),
-        other => Err(bad(name, format!("this version of pyvmm has no devices of type {other}"))),
+        other => {
+            let detail =
+                format!("the snapshot has a device of type {other}, which is the program's");
+            Err(bad(name, detail).hint("give the fork one: fork(virtio={\"virtio0\": device})"))
+        }
     }
 }

@@ -51,6 +51,11 @@ pub trait VirtioDevice: Send + Sync + Debug {
     /// The driver has notified a queue, or may have. On the loop's thread. It must not block.
     fn process_queue(&self, queues: &Arc<Queues>, queue: usize, ops: &mut EventOps<'_>);
 
+    /// Whether the program serves its queues, on the loop's thread but outside of the dispatch.
+    fn is_served_by_program(&self) -> bool {
+        false
+    }
+
     /// A file descriptor that the device watches is ready. On the loop's thread. It must not block.
     fn process_event(&self, _queues: &Arc<Queues>, _events: Events, _ops: &mut EventOps<'_>) {}
 

@@ -102,6 +102,18 @@ impl Queues {
         })
     }
 
+    /// Changes with each start and reset. A chain of another epoch is void.
+    #[must_use]
+    pub fn epoch(&self) -> u64 {
+        self.gate.lock().epoch
+    }
+
+    /// The descriptor of a queue's notifications.
+    #[must_use]
+    pub fn notification(&self, queue: usize) -> Option<&EventFd> {
+        self.notify.get(queue)
+    }
+
     /// The name of the device.
     #[must_use]
     pub fn name(&self) -> &str {

@@ -135,7 +135,7 @@ impl Vmm {
         let Parts { vm, event_manager, exit_handler, router, attached, virtio, entry } = parts;
         let mut subscribers = vec![event_manager.add_subscriber(Box::new(exit_handler.clone()))];
         subscribers.extend(attached.connect(streams, &event_manager)?);
-        subscribers.extend(virtio.iter().map(|device| device.connect(&event_manager)));
+        subscribers.extend(virtio.iter().filter_map(|device| device.connect(&event_manager)));
         let fixups = Arc::clone(vm.fixups());
         let vm_id = vm.id();
         let instruments = Instruments::new(vm.handles().len() as u64, &router, &event_manager);

@@ -52,6 +52,9 @@ impl PyVmm {
         // Outside the locks, because this may run Python code.
         let devices = std::mem::take(&mut *self.devices.lock());
         drop(devices);
+        let programs = std::mem::take(&mut *self.programs.lock());
+        let objects: Vec<_> = programs.iter().map(|program| program.release()).collect();
+        drop(objects);
         let streams = std::mem::take(&mut *self.streams.lock());
         let Some(own) = self.loop_objects.with(py, Option::take) else { return };
         for id in streams {

@@ -11,7 +11,7 @@ use super::loop_objects::LoopObjects;
 use super::object::{Origin, PyVmm};
 use crate::boot::{Kind, kind_of_file};
 use crate::py::ending::{guard_thread, import};
-use crate::py::event::{PyEventManager, PyWrappedExitHandler};
+use crate::py::event::{PyEventManager, PySubscriberId, PyWrappedExitHandler};
 use crate::py::gil_cell::GilCell;
 use crate::py::hooks::Hooks;
 use crate::py::lease::ReuseTracker;
@@ -19,6 +19,7 @@ use crate::py::owned::Owned;
 use crate::py::parts::Parts;
 use crate::py::registry::{self, Close};
 use crate::py::serial::PySerial;
+use crate::py::virtio_custom::PyVirtioTransport;
 use crate::py::{config, interrupt};
 use crate::sync::Mutex;
 use crate::vmm::Vmm;
@@ -33,6 +34,7 @@ impl PyVmm {
             vmm: Owned::vacant("machine"),
             hooks: Arc::new(Hooks::new(Arc::default(), &tracker)),
             devices: Arc::default(),
+            programs: Mutex::default(),
             streams: Mutex::default(),
             leased: Mutex::default(),
             parts: Arc::new(Parts::of(&tracker)),
@@ -76,6 +78,7 @@ impl PyVmm {
                 .call_method1("connect", (serial, &event_manager, config.getattr(name)?, name))?;
             streams.extend(connected.extract::<Vec<_>>()?);
         }
+        streams.extend(self.connect_programs(py, &vmm, &event_manager)?);
         let exit_handler = Py::new(py, PyWrappedExitHandler::over(vmm.exit_handler()?))?;
         // Two threads may call __init__ at the same time. The object keeps the first machine.
         self.vmm.fill(vmm)?;
@@ -83,6 +86,27 @@ impl PyVmm {
         self.loop_objects.with(py, |own| *own = Some(LoopObjects { event_manager, exit_handler }));
         *self.streams.lock() = streams;
         Ok(())
+    }
+
+    /// Serve the virtio devices in Python in the machine's loop. Returns their subscribers.
+    fn connect_programs(
+        &self,
+        py: Python<'_>,
+        vmm: &Vmm,
+        event_manager: &Py<PyEventManager>,
+    ) -> PyResult<Vec<Py<PySubscriberId>>> {
+        let mut all = Vec::new();
+        for attached in vmm.virtio()? {
+            let Some(transport) = PyVirtioTransport::of(&attached.transport) else { continue };
+            let program = Arc::clone(transport.program());
+            let device = program.object(py)?;
+            self.programs.lock().push(program);
+            let arguments = (device, Py::new(py, transport)?, event_manager);
+            let connected =
+                import(py, "pyvmm.virtio_device")?.call_method1("connect", arguments)?;
+            all.push(connected.extract()?);
+        }
+        Ok(all)
     }
 }
 

@@ -22,6 +22,7 @@ use crate::py::parts::{Part, Parts};
 use crate::py::registry::Close;
 use crate::py::serial::PySerial;
 use crate::py::unanswered::unanswered;
+use crate::py::virtio_custom::PythonVirtio;
 use crate::py::{exit, interrupt, vcpu};
 use crate::sync::{Mutex, rank};
 use crate::vmm::{Vmm, closed};
@@ -51,7 +52,9 @@ pub struct PyVmm {
     pub(in crate::py) hooks: Arc<Hooks>,
     /// The Python devices on its buses.
     pub(in crate::py) devices: Devices,
-    /// Subscribers that serve the serial port's Python streams.
+    /// The virtio devices in Python.
+    pub(in crate::py) programs: Mutex<Vec<Arc<PythonVirtio>>, rank::PythonDevices>,
+    /// Subscribers that serve the serial port's Python streams and the virtio devices in Python.
     pub(in crate::py) streams: Mutex<Vec<Py<PySubscriberId>>, rank::PythonStreams>,
     /// Empty until `__init__` has built the machine.
     pub(in crate::py) origin: OnceLock<Origin>,
@@ -353,6 +356,9 @@ impl PyVmm {
         }
         self.hooks.traverse(&visit)?;
         self.hooks.pending.traverse(&visit)?;
+        if let Some(programs) = self.programs.try_lock() {
+            programs.iter().try_for_each(|program| program.traverse(&visit))?;
+        }
         match self.devices.try_lock() {
             Some(devices) => devices.iter().try_for_each(|device| device.traverse(&visit)),
             None => Ok(()),

@@ -27,6 +27,7 @@ impl PyVmm {
             vmm: Owned::new("machine", Arc::clone(self.core()?)),
             hooks: Arc::clone(&self.hooks),
             devices: Arc::clone(&self.devices),
+            programs: Mutex::default(),
             streams: Mutex::default(),
             origin: Origin { config: config.clone_ref(py), is_shared: *is_shared }.into(),
             loop_objects: GilCell::new(
