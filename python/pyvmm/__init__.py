@@ -206,7 +206,6 @@ _BOOTS = ("BootModule", "ElfBoot", "EmbeddedBoot", "FirmwareBoot", "FlatBoot", "
 _CONFIG = ("CpuConfig", "FwCfgConfig", "MemoryConfig", "PlatformConfig", "SerialConfig", "VmmConfig")
 _CPU = ("CpuTemplate", "RegisterBits")
 _DISKS = ("Disk", "DiskBackend")
-_VIRTIO = ("Balloon", "Rng")
 _VIRTIO = ("Balloon", "ConsolePort", "Rng", "VirtioConsole")
 _LAZY = {
     **dict.fromkeys(_BOOTS, "pyvmm.boots"),

@@ -2136,8 +2136,13 @@ class Vmm:
 
         Raises:
             ClosedError: the machine is closed.
+        """
+
+    @property
     def virtio_console(self) -> ConsoleDevice:
         """The virtio console; the same object each time.
+
+        Raises:
             ConfigError: the machine has none: `VmmConfig(console=VirtioConsole())`.
         """
 
@@ -2635,72 +2640,122 @@ class DiskDevice:
             ClosedError: the machine is closed.
         """
 
+@final
 class ConsoleDevice:
     """The virtio console of a machine: `Vmm.virtio_console`. It holds the machine."""
+
+    @property
     def ports(self) -> tuple[str, ...]:
         """The names of its ports. The first is the console."""
+
     def connect(self, port: str | None = None) -> socket:
         """Connect to a port, and return the host's end as a `socket.socket` of type SOCK_STREAM.
+
         The socket blocks by default, and works with asyncio. It first has the newest MiB that the
         guest wrote before. A guest that writes more than the socket holds waits until it is read.
         The machine's loop moves the bytes, so it has to run. The end of the machine is an end of
         the stream.
+
+        Raises:
             ConfigError: there is no such port.
             StateError: the port is connected already.
+        """
+
     def resize(self, columns: int, rows: int) -> None:
         """Change the size of the console, in characters."""
+
 @final
 class VirtioTransport:
     """The device's side of its transport: what `attach(transport)` of a virtio device in Python gets."""
+
+    @property
+    def name(self) -> str:
         """The name of the device, such as "virtio0"."""
+
+    @property
     def features(self) -> int | None:
         """The feature bits that the driver has accepted, or None while it has not started the device."""
+
+    @property
     def config(self) -> bytes:
         """The configuration space. To set it interrupts the driver, which reads it again."""
+
     @config.setter
     def config(self, space: bytes) -> None: ...
     def set_config_quietly(self, space: bytes) -> None:
         """Change the configuration space without an interrupt: the answer to what the driver writes."""
+
     def queue(self, number: int) -> Virtqueue:
         """A queue, for chains that the driver has made available. From any thread.
+
+        Raises:
             IndexError: the device has no such queue.
+        """
+
     def fail(self, reason: str) -> None:
         """Tell the driver that the device needs a reset. `VirtioDevice.failure` is the reason."""
+
     def _descriptors(self) -> list[int]: ...
     def _take(self, fd: int) -> tuple[list[int | None], Virtqueue | None]: ...
+
 @final
 class Virtqueue:
     """A queue of a virtio device in Python. An iteration takes the chains that are available now."""
+
+    @property
     def index(self) -> int:
         """Its number."""
+
     def pop(self) -> DescriptorChain | None:
         """Take the next chain, or return None if there is none, or the machine is paused."""
+
     def __iter__(self) -> Self: ...
     def __next__(self) -> DescriptorChain: ...
+
 @final
 class DescriptorChain:
     """A descriptor chain: buffers of the driver that the device reads, then those that it writes.
+
     `complete` gives it back to the driver; at the latest, the end of the object does. From any
     thread, also after `process` has returned. If the driver has reset the device meanwhile, the
     chain is void: `read` raises StateError, and `complete` does nothing.
+    """
+
+    @property
     def readable(self) -> int:
         """How many bytes the device can read."""
+
+    @property
     def writable(self) -> int:
         """How many bytes the device can write."""
+
     def read(self, size: int = -1, /) -> bytes:
         """Read the next bytes, at most `size`, or all that are left.
+
+        Raises:
             StateError: the chain is completed, or void.
+        """
+
     def write(self, data: Buffer) -> int:
         """Add to what the driver gets, and return how many of the bytes there is room for.
+
         They are in guest memory once the chain is completed.
+
+        Raises:
             StateError: the chain is completed.
+        """
+
     def complete(self) -> None:
         """Give the chain back to the driver, with what was written.
+
         If the machine is paused, this happens when it continues. A second call does nothing.
+        """
+
     def __enter__(self) -> Self: ...
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
     ) -> None: ...
+
 @final
 class VirtioDevice:
     """A virtio device of a machine: an item of `Vmm.virtio`.

@@ -8,8 +8,6 @@ import click
 
 from pyvmm import disks, keyvalue
 from pyvmm.exceptions import ConfigError
-from pyvmm.virtio_parts import Balloon, Rng
-from pyvmm import keyvalue
 from pyvmm.virtio_parts import Balloon, ConsolePort, Rng, VirtioConsole
 
 if TYPE_CHECKING:
@@ -35,8 +33,7 @@ OPTIONS = (
     ),
 )
 # The names of the options' arguments.
-NAMES = ("disk", "rng", "balloon")
-NAMES = ("console", "rng", "balloon")
+NAMES = ("disk", "console", "rng", "balloon")
 
 
 def with_devices(base: VmmConfig, options: dict[str, Any]) -> VmmConfig:

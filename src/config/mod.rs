@@ -2,9 +2,9 @@
 //! There is no I/O and no KVM here, so a valid configuration may still be refused by the machine.
 
 mod boot;
-mod disk;
 mod console;
 mod custom;
+mod disk;
 mod machine;
 mod net;
 mod platform;
@@ -14,9 +14,9 @@ pub use boot::{
     Boot, Code, ElfBoot, FirmwareBoot, FlatBoot, KernelBoot, KernelProtocol, LinuxBoot,
     LinuxProtocol, Module,
 };
-pub use disk::{DiskConfig, RateLimits};
 pub use console::{ConsoleConfig, ConsolePort};
 pub use custom::{CustomConfig, CustomProgram};
+pub use disk::{DiskConfig, RateLimits};
 pub use machine::{MemoryConfig, SerialConfig, SerialInput, SerialOutput, VmmConfig};
 pub use net::NetConfig;
 pub use platform::{ExitPort, PcPart, PcParts, Platform, PlatformConfig};

@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use super::disk::DiskConfig;
 use super::console::ConsoleConfig;
 use super::custom::CustomConfig;
+use super::disk::DiskConfig;
 use super::net::NetConfig;
 
 /// The entropy device.

@@ -18,7 +18,6 @@ pub(super) fn devices(all: &Part<'_>) -> PyResult<Vec<VirtioConfig>> {
     for part in all.object.getattr("disks")?.try_iter()? {
         devices.push(device(&part?, "disks")?);
     }
-    for key in ["rng", "balloon"] {
     for key in ["console", "rng", "balloon"] {
         let part = all.object.getattr(key)?;
         if !part.is_none() {

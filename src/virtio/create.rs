@@ -4,12 +4,11 @@
 use std::sync::Arc;
 
 use virtio_bindings::virtio_ids::{
-    VIRTIO_ID_BALLOON, VIRTIO_ID_BLOCK, VIRTIO_ID_NET, VIRTIO_ID_RNG,
+    VIRTIO_ID_BALLOON, VIRTIO_ID_BLOCK, VIRTIO_ID_CONSOLE, VIRTIO_ID_NET, VIRTIO_ID_RNG,
 };
 
 use super::balloon::Balloon;
 use super::blk::Blk;
-    VIRTIO_ID_BALLOON, VIRTIO_ID_CONSOLE, VIRTIO_ID_NET, VIRTIO_ID_RNG,
 use super::console::Console;
 use super::custom::Custom;
 use super::device::{Frozen, VirtioDevice};
