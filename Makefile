@@ -91,9 +91,10 @@ FUZZ_SEED ?= 1
 # The counters by which the second program keeps the inputs that reach new code.
 COVERAGE := -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=3 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters
 HOST := $(shell rustc -vV 2>/dev/null | sed -n 's/host: //p')
-fuzz: setup ## Snapshot files, and files to boot, changed at random; FUZZ_S=SECONDS of each, FUZZ_SEED=NUMBER
+fuzz: setup ## Snapshot files, messages to a share, and files to boot, changed at random; FUZZ_S=SECONDS of each, FUZZ_SEED=NUMBER
 	@pyvmm snapshot --memory 1 -o target/fuzz-sample --text Hello >/dev/null </dev/null
 	cargo run --quiet --release --no-default-features --example fuzz_snapshot target/fuzz-sample $(FUZZ_S) $(FUZZ_SEED)
+	cargo run --quiet --release --no-default-features --example fuzz_share tests/fuzz/share $(FUZZ_S) $(FUZZ_SEED)
 	CARGO_PROFILE_RELEASE_LTO=off RUSTFLAGS="$(COVERAGE)" cargo run --quiet --release --no-default-features --target $(HOST) --target-dir target/fuzz \
 		--example fuzz_boot tests/fuzz/boot $(FUZZ_S) $(FUZZ_SEED)
 

@@ -18,7 +18,7 @@
 //! ```text
 //! error process limit sync hop bytes layout x86 kvm poll resources
 //! debug fixup memory trace
-//! event exit_handler cpu net disk config devices virtio boot
+//! event exit_handler cpu net disk share config devices virtio boot
 //! vcpu vm snapshot vmm
 //! py
 //! ```
@@ -50,6 +50,7 @@ mod process;
 #[cfg(feature = "python")]
 pub mod py;
 pub mod resources;
+pub mod share;
 pub mod snapshot;
 pub mod sync;
 pub mod trace;

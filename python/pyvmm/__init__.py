@@ -89,6 +89,7 @@ if TYPE_CHECKING:
     from pyvmm.network import LinkConditions, NetworkFork, NetworkSnapshot, PortStats
     from pyvmm.patterns import Expected
     from pyvmm.screen import Screen
+    from pyvmm.shares import Share
     from pyvmm.snapshots import ForkExecutor
     from pyvmm.virtio_device import VirtioProgram
     from pyvmm.virtio_parts import Balloon, ConsolePort, Rng, VirtioConsole
@@ -162,6 +163,7 @@ __all__ = [
     "Screen",
     "Serial",
     "SerialConfig",
+    "Share",
     "Snapshot",
     "SnapshotError",
     "StateError",
@@ -217,6 +219,7 @@ _LAZY = {
     "VirtioProgram": "pyvmm.virtio_device",
     "Cap": "pyvmm.kvm",
     "Console": "pyvmm.console",
+    "Share": "pyvmm.shares",
     "Screen": "pyvmm.screen",
     "Expected": "pyvmm.patterns",
     "LinkConditions": "pyvmm.network",

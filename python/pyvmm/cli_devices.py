@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pyvmm import disks, keyvalue
+from pyvmm import disks, keyvalue, shares
 from pyvmm.exceptions import ConfigError
 from pyvmm.virtio_parts import Balloon, ConsolePort, Rng, VirtioConsole
 
@@ -31,9 +31,15 @@ OPTIONS = (
         metavar="[target_mib=N]",
         help="Add a memory balloon, which takes N MiB from the guest.",
     ),
+    click.option(
+        "--share",
+        multiple=True,
+        metavar="HOST:TAG[:ro][:owner=UID.GID]",
+        help="Share a directory: mount -t 9p -o trans=virtio TAG /mnt.",
+    ),
 )
 # The names of the options' arguments.
-NAMES = ("disk", "console", "rng", "balloon")
+NAMES = ("disk", "console", "rng", "balloon", "share")
 
 
 def with_devices(base: VmmConfig, options: dict[str, Any]) -> VmmConfig:
@@ -51,4 +57,6 @@ def with_devices(base: VmmConfig, options: dict[str, Any]) -> VmmConfig:
     if (balloon := options["balloon"]) is not None:
         found = keyvalue.parse("balloon", balloon, {"target_mib": int}) if balloon else {}
         changes["balloon"] = Balloon(target_mib=int(found.get("target_mib", 0)))
+    if options["share"]:
+        changes["shares"] = (*base.shares, *shares.parsed(options["share"]))
     return base.replace(**changes) if changes else base

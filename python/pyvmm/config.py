@@ -24,6 +24,7 @@ from pyvmm.config_parts import FilePath, Names, Part, Port, Stream, nearest
 from pyvmm.cpu_template import CHOICES, TEMPLATES, CpuTemplate, RegisterBits, TemplateName, is_file
 from pyvmm.disks import Disk
 from pyvmm.exceptions import ConfigError
+from pyvmm.shares import Share
 from pyvmm.virtio_parts import Balloon, ConsolePort, Rng, VirtioConsole
 
 if TYPE_CHECKING:
@@ -192,6 +193,7 @@ class VmmConfig(Part, frozen=True, kw_only=True):
         console: the virtio console; None means none.
         rng: the virtio entropy device; None means none.
         balloon: the virtio memory balloon; None means none.
+        shares: directories of the host that the guest can mount.
         virtio: virtio devices that are Python objects: see `pyvmm.virtio_device`. A file cannot
             name any.
     """
@@ -212,6 +214,7 @@ class VmmConfig(Part, frozen=True, kw_only=True):
     console: VirtioConsole | None = None
     rng: Rng | None = None
     balloon: Balloon | None = None
+    shares: tuple[Share, ...] = ()
     virtio: VirtioPrograms = ()
 
     @classmethod
@@ -253,6 +256,7 @@ class VmmConfig(Part, frozen=True, kw_only=True):
             platform=_files_beside(config.platform, path.parent),
             boot=_beside(config.boot, path.parent, "path", "kernel", "initrd"),
             disks=tuple(_beside(disk, path.parent, "source", "overlay") for disk in config.disks),
+            shares=tuple(_beside(share, path.parent, "path") for share in config.shares),
             **{
                 key: _beside(port, path.parent, "output", "input")
                 for key in SERIALS
@@ -384,6 +388,7 @@ def _unknown_key(parent: str, name: str) -> ConfigError:
         "console.ports": [ConsolePort],
         "rng": [Rng],
         "balloon": [Balloon],
+        "shares": [Share],
         "boot.modules": [BootModule],
         "cpu.template": [CpuTemplate],
         "cpu.template.bits": [RegisterBits],

@@ -8,6 +8,7 @@ mod disk;
 mod machine;
 mod net;
 mod platform;
+mod share;
 mod virtio;
 
 pub use boot::{
@@ -20,4 +21,5 @@ pub use disk::{DiskConfig, RateLimits};
 pub use machine::{MemoryConfig, SerialConfig, SerialInput, SerialOutput, VmmConfig};
 pub use net::NetConfig;
 pub use platform::{ExitPort, PcPart, PcParts, Platform, PlatformConfig};
+pub use share::ShareConfig;
 pub use virtio::{BalloonConfig, RngConfig, VirtioConfig};

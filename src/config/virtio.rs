@@ -6,6 +6,7 @@ use super::console::ConsoleConfig;
 use super::custom::CustomConfig;
 use super::disk::DiskConfig;
 use super::net::NetConfig;
+use super::share::ShareConfig;
 
 /// The entropy device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -42,6 +43,8 @@ pub enum VirtioConfig {
     Custom(CustomConfig),
     /// The memory balloon.
     Balloon(BalloonConfig),
+    /// A directory of the host.
+    Share(ShareConfig),
 }
 
 impl VirtioConfig {
@@ -54,6 +57,7 @@ impl VirtioConfig {
             Self::Console(_) => ("console", false),
             Self::Custom(_) => ("virtio", true),
             Self::Balloon(_) => ("balloon", false),
+            Self::Share(_) => ("share", true),
         }
     }
 

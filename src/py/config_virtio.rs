@@ -1,5 +1,6 @@
 //! Converts the Python configuration of virtio devices.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use pyo3::intern;
@@ -10,7 +11,10 @@ use super::config_disk::disk;
 use super::config_part::{Part, bad, unlike};
 use super::ending::import;
 use super::virtio_custom;
-use crate::config::{BalloonConfig, ConsoleConfig, ConsolePort, RngConfig, VirtioConfig};
+use crate::config::{
+    BalloonConfig, ConsoleConfig, ConsolePort, RngConfig, ShareConfig, VirtioConfig,
+};
+use crate::share::Options;
 
 /// The devices of a machine, in the order of their addresses.
 pub(super) fn devices(all: &Part<'_>) -> PyResult<Vec<VirtioConfig>> {
@@ -23,6 +27,9 @@ pub(super) fn devices(all: &Part<'_>) -> PyResult<Vec<VirtioConfig>> {
         if !part.is_none() {
             devices.push(device(&part, key)?);
         }
+    }
+    for part in all.object.getattr("shares")?.try_iter()? {
+        devices.push(device(&part?, "shares")?);
     }
     let custom: Vec<Bound<'_, PyAny>> =
         all.get(intern!(all.object.py(), "virtio"), "a sequence of virtio devices in Python")?;
@@ -60,6 +67,9 @@ fn device(object: &Bound<'_, PyAny>, key: &'static str) -> PyResult<VirtioConfig
     }
     if is(intern!(py, "Balloon"))? {
         return Ok(VirtioConfig::Balloon(balloon(&part)?));
+    }
+    if is(intern!(py, "Share"))? {
+        return Ok(VirtioConfig::Share(share(&part)?));
     }
     if object.hasattr(intern!(py, "process"))? {
         return Ok(VirtioConfig::Custom(virtio_custom::from_python(object)?));
@@ -117,3 +127,17 @@ fn balloon(part: &Part<'_>) -> PyResult<BalloonConfig> {
 
 const SHORTEST: Duration = Duration::from_millis(10);
 const LONGEST: Duration = Duration::from_secs(1_000_001);
+
+fn share(part: &Part<'_>) -> PyResult<ShareConfig> {
+    let py = part.object.py();
+    let options = Options {
+        read_only: part.get(intern!(py, "read_only"), "True or False")?,
+        owner: part
+            .get(intern!(py, "owner"), "two numbers from 0 to 2**32 - 1, a user and a group")?,
+    };
+    let path: PathBuf = part.get(intern!(py, "path"), "the path of a directory")?;
+    let tag = part.get(intern!(py, "tag"), "a str")?;
+    let config = ShareConfig { path, tag, options };
+    config.check()?;
+    Ok(config)
+}

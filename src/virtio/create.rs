@@ -4,7 +4,8 @@
 use std::sync::Arc;
 
 use virtio_bindings::virtio_ids::{
-    VIRTIO_ID_BALLOON, VIRTIO_ID_BLOCK, VIRTIO_ID_CONSOLE, VIRTIO_ID_NET, VIRTIO_ID_RNG,
+    VIRTIO_ID_9P, VIRTIO_ID_BALLOON, VIRTIO_ID_BLOCK, VIRTIO_ID_CONSOLE, VIRTIO_ID_NET,
+    VIRTIO_ID_RNG,
 };
 
 use super::balloon::Balloon;
@@ -12,6 +13,7 @@ use super::blk::Blk;
 use super::console::Console;
 use super::custom::Custom;
 use super::device::{Frozen, VirtioDevice};
+use super::fs9p::Fs9p;
 use super::net::Net;
 use super::rng::Rng;
 use crate::bytes::bad;
@@ -30,6 +32,7 @@ pub(crate) fn create(config: VirtioConfig) -> Result<Arc<dyn VirtioDevice>> {
         VirtioConfig::Console(config) => Ok(Arc::new(Console::new(config)?)),
         VirtioConfig::Custom(config) => Ok(Arc::new(Custom::new(config)?)),
         VirtioConfig::Balloon(config) => Ok(Arc::new(Balloon::new(config)?)),
+        VirtioConfig::Share(config) => Ok(Arc::new(Fs9p::new(config)?)),
     }
 }
 
@@ -50,6 +53,7 @@ pub(crate) fn restored(
         VIRTIO_ID_RNG => Ok(Arc::new(Rng::from_spec(spec)?)),
         VIRTIO_ID_CONSOLE => Ok(Arc::new(Console::from_spec(spec)?)),
         VIRTIO_ID_BALLOON => Ok(Arc::new(Balloon::from_spec(spec)?)),
+        VIRTIO_ID_9P => Ok(Arc::new(Fs9p::restored(name, spec, frozen)?)),
         other => {
             let detail =
                 format!("the snapshot has a device of type {other}, which is the program's");

@@ -22,6 +22,8 @@ mod create;
 mod custom;
 mod device;
 mod doorbells;
+mod fs9p;
+mod fs9p_worker;
 #[cfg(any(test, feature = "mock"))]
 pub mod mock;
 mod net;
@@ -53,6 +55,7 @@ pub use console::Console;
 pub(crate) use create::{create, restored};
 pub use custom::{Custom, Happened};
 pub use device::{Frozen, VirtioDevice};
+pub use fs9p::Fs9p;
 pub use net::Net;
 pub use net_link::NetCounts;
 pub use place::Place;

@@ -29,6 +29,7 @@ SUBMODULES = (
     "cpu_template",
     "virtio_parts",
     "disks",
+    "shares",
 )
 
 
