@@ -83,8 +83,8 @@ mod _pyvmm {
         PyEventManager, PyEventOps, PyEvents, PyGuestMemory, PyIrqLine, PyKvm, PyKvmVm,
         PyMemorySlot, PyMsrBytes, PyNetwork, PyNetworkPort, PyRegister, PyRegisterBytes,
         PyRegisterView, PyRemoteEndpoint, PySerial, PySnapshot, PyStats, PySubscriberId, PyTimerFd,
-        PyTrace, PyVcpu, PyVcpuExit, PyVirtioDevice, PyVirtioTransport, PyVirtqueue, PyVmm,
-        PyVmmExitHandler, PyWrappedExitHandler, close_all, cpu_features, cpuid_features,
+        PyTrace, PyUserNetwork, PyVcpu, PyVcpuExit, PyVirtioDevice, PyVirtioTransport, PyVirtqueue,
+        PyVmm, PyVmmExitHandler, PyWrappedExitHandler, close_all, cpu_features, cpuid_features,
         cpuid_table, embedded_guest, kick_signal, kvm_info, set_kick_signal,
     };
 }

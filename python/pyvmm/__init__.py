@@ -29,6 +29,7 @@ from pyvmm._pyvmm import (
     SubscriberId,
     TimerFd,
     Trace,
+    UserNetwork,
     Vcpu,
     VcpuExit,
     VirtioDevice,
@@ -91,6 +92,7 @@ if TYPE_CHECKING:
     from pyvmm.screen import Screen
     from pyvmm.shares import Share
     from pyvmm.snapshots import ForkExecutor
+    from pyvmm.user_net import Forward, UserNet
     from pyvmm.virtio_device import VirtioProgram
     from pyvmm.virtio_parts import Balloon, ConsolePort, Rng, VirtioConsole
 
@@ -133,6 +135,7 @@ __all__ = [
     "FirmwareBoot",
     "FlatBoot",
     "ForkExecutor",
+    "Forward",
     "FwCfgConfig",
     "GuestEndedError",
     "GuestMemory",
@@ -175,6 +178,8 @@ __all__ = [
     "TimerFd",
     "Trace",
     "Unanswered",
+    "UserNet",
+    "UserNetwork",
     "Vcpu",
     "VcpuExit",
     "VcpuTime",
@@ -215,6 +220,7 @@ _LAZY = {
     **dict.fromkeys(_CPU, "pyvmm.cpu_template"),
     **dict.fromkeys(("HostcallError", "HostcallStatus"), "pyvmm.hostcalls"),
     **dict.fromkeys(_DISKS, "pyvmm.disks"),
+    **dict.fromkeys(("Forward", "UserNet"), "pyvmm.user_net"),
     **dict.fromkeys(_VIRTIO, "pyvmm.virtio_parts"),
     "VirtioProgram": "pyvmm.virtio_device",
     "Cap": "pyvmm.kvm",

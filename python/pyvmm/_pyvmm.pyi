@@ -27,6 +27,7 @@ from pyvmm.patterns import Expected
 from pyvmm.registers import CpuidEntry, DebugRegs, Fpu, Lapic, MpState, Msrs, Regs, Sregs, VcpuEvents, Xcrs
 from pyvmm.screen import Screen
 from pyvmm.stats import ExitCount, VcpuTime
+from pyvmm.user_net import UserNet
 from pyvmm.virtio_device import VirtioProgram
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "SubscriberId",
     "TimerFd",
     "Trace",
+    "UserNetwork",
     "Vcpu",
     "VcpuExit",
     "VirtioDevice",
@@ -2905,3 +2907,63 @@ def set_kick_signal(signal: int) -> None:
         ConfigError: the signal cannot be used.
         StateError: another signal is already in use.
     """
+
+@final
+class UserNetwork:
+    """A user network: the gateway that a `UserNet` configures. docs/user-net.md describes it.
+
+    It takes and gives Ethernet frames on its own: a program that has a loop calls `receive` when
+    the file descriptor is readable, and after `send`.
+
+    Args:
+        config: a `UserNet`; None means the default.
+
+    Raises:
+        ConfigError: a value cannot be used.
+        OSError: a port cannot be listened at.
+    """
+
+    def __new__(cls, config: UserNet | None = None) -> Self: ...
+    @property
+    def forwards(self) -> list[tuple[str, str, int, int]]:
+        """The ports of the host that lead to the guest: (protocol, address, port, guest port) of each.
+
+        The ports are those that the host has chosen if 0 was configured, and in a fork.
+        """
+
+    @property
+    def connections(self) -> int:
+        """The number of TCP connections."""
+
+    @property
+    def flows(self) -> int:
+        """The number of UDP flows: pairs of an endpoint of the guest and a destination."""
+
+    @property
+    def dropped(self) -> int:
+        """The number of frames that were dropped because the guest did not take them."""
+
+    def send(self, frame: bytes) -> None:
+        """Take a frame of the guest, from its Ethernet header on."""
+
+    def receive(self) -> list[bytes]:
+        """The frames for the guest that have come. The list is empty if there are none."""
+
+    def fileno(self) -> int:
+        """A file descriptor that is readable when `receive` has something to do. Do not read it."""
+
+    @property
+    def questions_fd(self) -> int:
+        """A file descriptor that is readable while `take_questions` has something. Do not read it."""
+
+    def take_questions(self) -> list[tuple[int, str, str, int]]:
+        """The questions to the policy, each to be answered: (number, protocol, address, port)."""
+
+    def answer(self, number: int, is_allowed: bool) -> None:
+        """Answer a question by its number."""
+
+    def reset(self) -> None:
+        """End all connections with a reset."""
+
+    def close(self) -> None:
+        """End all connections and stop listening. Frames are dropped from then on."""

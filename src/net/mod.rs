@@ -14,6 +14,7 @@ mod source;
 mod stream;
 pub mod switch;
 mod tap;
+pub mod user;
 
 pub use backend::{
     Checksum, Frame, FrozenNet, NetBackend, Offload, Offloads, Segmentation, Watched,

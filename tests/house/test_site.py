@@ -30,6 +30,7 @@ SUBMODULES = (
     "virtio_parts",
     "disks",
     "shares",
+    "user_net",
 )
 
 
