@@ -214,7 +214,8 @@ def restore(file: str, base: str | None, force: bool, timeout: float | None, as_
 
 
 @cli.command(epilog='\b\nTo start it: pyvmm run --config "$(pyvmm kernel)/machine.toml"')
-def kernel() -> None:
+@click.option("--virtio", is_flag=True, help="Build the one for disks, networks and shares, with busybox: virtio.toml.")
+def kernel(virtio: bool) -> None:
     """Build a small Linux and print its folder.
 
     Takes minutes the first time. Its userspace is a shell of a few commands.
@@ -226,7 +227,7 @@ def kernel() -> None:
     def show(files: int) -> None:
         click.echo(f"\rbuilding the small Linux: {files} files compiled", err=True, nl=False)
 
-    built = linux.build(progress=show if on_terminal else None)
+    built = linux.build("virtio" if virtio else "small", progress=show if on_terminal else None)
     if on_terminal:
         click.echo("\r\033[K", err=True, nl=False)
     click.echo(built)

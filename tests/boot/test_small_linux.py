@@ -50,6 +50,16 @@ def test_command_prints_the_folder(linux: Linux) -> None:
     assert (pyvmm.linux.folder() / "machine.toml").exists()
 
 
+@pytest.mark.linux
+def test_command_prints_the_folder_of_the_one_for_virtio(linux: Linux) -> None:
+    command = [sys.executable, "-m", "pyvmm", "kernel", "--virtio"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == f"{pyvmm.linux.folder()}\n"
+    config = pyvmm.VmmConfig.from_file(pyvmm.linux.folder() / "virtio.toml")
+    assert isinstance(config.boot, pyvmm.LinuxBoot)
+    assert str(config.boot.kernel).endswith("vmlinux-virtio")
+
+
 def test_build_that_fails_says_why_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "cache"
     tools = tmp_path / "tools"

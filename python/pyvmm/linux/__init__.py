@@ -29,20 +29,24 @@ def folder() -> Path:
     return Path(printed.strip())
 
 
-def build(what: Literal["small", "tests"] = "small", *, progress: Callable[[int], object] | None = None) -> Path:
+def build(
+    what: Literal["small", "virtio", "tests"] = "small", *, progress: Callable[[int], object] | None = None
+) -> Path:
     """Build the small Linux, unless that was done before.
 
     It needs about six minutes, 2 GiB of disk and Debian's packages for building kernels, which are
     installed if the user is root; otherwise the error says what to type.
 
     Args:
-        what: "tests" also builds the kernels that only pyvmm's tests boot.
+        what: "virtio" builds a Linux with drivers for every virtio device, and with busybox;
+            "tests" builds both, and the kernels that only pyvmm's tests boot.
         progress: called about once a second with the number of files compiled so far; an exception
             that it raises ends the build.
 
     Returns:
         The folder, with `vmlinux`, `bzImage`, `initramfs.cpio`, the kernel's `cmdline`, and
-        `machine.toml`, a configuration that starts a shell on the serial port.
+        `machine.toml`, a configuration that starts a shell on the serial port. With virtio these
+        are `vmlinux-virtio`, `virtio.cpio`, `cmdline` and `virtio.toml`.
 
     Raises:
         BootError: it cannot be built here; the message has the reason.

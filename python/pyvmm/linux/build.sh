@@ -1,23 +1,32 @@
 #!/usr/bin/env bash
 # Builds a small Linux from Debian's linux-source package: vmlinux and bzImage for one processor, and an uncompressed
-# initramfs. With "tests" as argument also vmlinux-stock, for a processor that executes every instruction, vmlinux-smp,
-# for several processors and ACPI, and a bzImage of each compression. Caches the result and prints its folder as the
-# last line. Takes minutes once. "where" as argument only prints the folder.
+# initramfs. With "virtio" as argument instead vmlinux-virtio, with drivers for every virtio device, and an initramfs
+# with busybox. With "tests" both, and vmlinux-stock, for a processor that executes every instruction, vmlinux-smp, for
+# several processors and ACPI, and a bzImage of each compression. Caches the result and prints its folder as the last
+# line. Takes minutes once. "where" as argument only prints the folder.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cache=${PYVMM_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/pyvmm}
 source=/usr/src/linux-source-6.1.tar.xz
 packages="linux-source-6.1 gcc make flex bison bc libelf-dev libssl-dev xz-utils lz4 zstd"
-what=${1:-}
+what=${1:-small}
 
-kernels=("$here"/build.sh "$here"/kernel.config "$here"/smp.config)
-userspace=("$here"/init.c "$here"/initramfs.list "$here"/cmdline)
-kernel_key=$(cat "${kernels[@]}" | sha256sum | cut -c1-16)
-key=$(cat "${kernels[@]}" "${userspace[@]}" | sha256sum | cut -c1-16)
-built=$cache/kernels-$kernel_key
-out=$cache/linux-$key
+cd "$here"
+key() {
+    cat "$@" | sha256sum | cut -c1-16
+}
+kernels=(build.sh kernel.config smp.config)
+virtio_kernel=(build.sh kernel.config virtio.config)
+userspace=(init.c initramfs.list agent.c agent.list init.sh lease.sh virtio.list cmdline)
+built=$cache/kernels-$(key "${kernels[@]}")
+built_virtio=$cache/virtio-$(key "${virtio_kernel[@]}")
+out=$cache/linux-$(key "${kernels[@]}" virtio.config "${userspace[@]}")
 finished() {
-    [ -e "$out/machine.toml" ] && { [ "$what" != tests ] || [ -e "$out/vmlinux-smp" ]; }
+    case $what in
+        small) [ -e "$out/machine.toml" ] ;;
+        virtio) [ -e "$out/virtio.toml" ] ;;
+        *) [ -e "$out/machine.toml" ] && [ -e "$out/virtio.toml" ] && [ -e "$out/vmlinux-smp" ] ;;
+    esac
 }
 if [ "$what" = where ] || finished; then
     echo "$out"
@@ -49,32 +58,46 @@ trap 'rm -rf "$work"' EXIT
 log=$out.log
 echo "building the small Linux, once, about 6 minutes; log: $log" >&2
 
-build_kernels() {
+# Goes to the source. The edits are for KVMs that emulate ring 0 in software. Each must match, or the build stops here.
+edit() { # file, sed expression, a string that must be there afterwards
+    sed -i "$2" "$1"
+    grep -q "$3" "$1"
+}
+unpack_source() {
+    if [ -d "$work"/linux-source-6.1 ]; then
+        cd "$work"/linux-source-6.1
+        return
+    fi
     tar -xf "$source" -C "$work"
     cd "$work"/linux-source-6.1
-
-    # Four edits, for KVMs that emulate ring 0 in software. Each must match, or the build stops here.
-    edit() { # file, sed expression, a string that must be gone or there afterwards
-        sed -i "$2" "$1"
-        grep -q "$3" "$1"
-    }
     # SYSRETL loads a 64-bit CS there: always return by IRET.
     edit arch/x86/entry/common.c '/long do_fast_syscall_32/,/^}/ s|return regs->cs == __USER32_CS|return 0 \&\& regs->cs == __USER32_CS|' 'return 0 &&'
     # This self-test takes seconds when emulated.
     edit lib/crypto/blake2s.c 's|WARN_ON(!blake2s_selftest())|0 /* no self-test */|' 'no self-test'
-
+}
+# What the emulator refuses.
+leave_out_instructions() {
+    ! grep -q 'left out' arch/x86/kernel/alternative.c || return 0
+    # INT3: the self-test of INT3.
+    edit arch/x86/kernel/alternative.c 's|^\tint3_selftest();|\t(void)int3_selftest; /* left out */|' 'left out'
+    # FWAIT.
+    edit arch/x86/kernel/fpu/core.c 's|"1: fwait\\n"|"1: nop\\n"|' '"1: nop'
+}
+configure() { # fragments
     make -s tinyconfig
-    scripts/kconfig/merge_config.sh -m .config "$here"/kernel.config
+    scripts/kconfig/merge_config.sh -m .config "$@"
     make -s olddefconfig
+}
+
+build_kernels() {
+    unpack_source
+    configure "$here"/kernel.config
     if [ "$what" = tests ]; then
         # This one executes INT3 and FWAIT.
         make -j"$(nproc)" vmlinux
         objcopy --strip-debug vmlinux "$work"/built/vmlinux-stock
     fi
-    # The emulator refuses INT3: leave out the self-test of INT3.
-    edit arch/x86/kernel/alternative.c 's|^\tint3_selftest();|\t(void)int3_selftest; /* left out */|' 'left out'
-    # The emulator refuses FWAIT.
-    edit arch/x86/kernel/fpu/core.c 's|"1: fwait\\n"|"1: nop\\n"|' '"1: nop'
+    leave_out_instructions
     make -j"$(nproc)" vmlinux bzImage
     objcopy --strip-debug vmlinux "$work"/built/vmlinux
     cp arch/x86/boot/bzImage .config usr/gen_init_cpio "$work"/built/
@@ -94,19 +117,74 @@ build_kernels() {
     fi
 }
 
+build_virtio_kernel() {
+    unpack_source
+    leave_out_instructions
+    # Memory is copied and cleared by REP MOVSQ and REP STOSQ, the quickest where each step is emulated.
+    edit arch/x86/kernel/alternative.c 's|^\t(void)int3_selftest;.*|&\
+\tsetup_force_cpu_cap(X86_FEATURE_REP_GOOD);\
+\tsetup_clear_cpu_cap(X86_FEATURE_ERMS);\
+\tsetup_clear_cpu_cap(X86_FEATURE_FSRM);|' REP_GOOD
+    # SYSCALL of a 64-bit program arrives at the kernel's entry still in ring 3, and faults there: make the call.
+    edit arch/x86/mm/fault.c 's|^#include <asm/irq_stack.h>|&\n#include <asm/proto.h>\n#include <asm/syscall.h>|' 'asm/proto.h'
+    edit arch/x86/mm/fault.c '/^DEFINE_IDTENTRY_RAW_ERRORCODE(exc_page_fault)/,/^}/ s|^\tprefetchw(&current->mm->mmap_lock);|\
+\tif (user_mode(regs) \&\& address == (unsigned long)entry_SYSCALL_64) {\
+\t\tregs->ip = regs->cx;\
+\t\tregs->flags = regs->r11;\
+\t\tregs->cs = __USER_CS;\
+\t\tregs->ss = __USER_DS;\
+\t\tregs->orig_ax = regs->ax;\
+\t\tregs->ax = -ENOSYS;\
+\t\tdo_syscall_64(regs, (int)regs->orig_ax);\
+\t\treturn;\
+\t}\
+&|' 'regs->ip = regs->cx'
+    configure "$here"/kernel.config "$here"/virtio.config
+    make -j"$(nproc)" vmlinux
+    objcopy --strip-debug vmlinux "$work"/built/vmlinux-virtio
+    cp .config "$work"/built/.config-virtio
+    cp usr/gen_init_cpio "$work"/built/
+    # Fetched, not installed: it would replace the busybox of the system. Root's apt-get would fetch as a user who
+    # cannot write here.
+    cd "$work"
+    fetch="apt-get -qq -o APT::Sandbox::User=root download busybox-static"
+    $fetch || { [ "$(id -u)" = 0 ] && apt-get -qq update && $fetch; }
+    dpkg-deb --fsys-tarfile busybox-static_*.deb | tar -xf - -C built --strip-components=2 ./bin/busybox
+}
+
+machine() { # kernel, RAM disk, words of the command line
+    cat <<-END
+	[boot]
+	type = "linux"
+	kernel = "$1"
+	initrd = "$2"
+	cmdline = "$(cat "$here"/cmdline) $3"
+	END
+}
 build_initramfs() {
     cd "$work"
     gcc -m32 -O1 -static -nostdlib -ffreestanding -fno-pie -no-pie -fno-omit-frame-pointer \
         -Wall -Werror -o init "$here"/init.c
-    "$built"/gen_init_cpio "$here"/initramfs.list > initramfs.cpio
-    cat > machine.toml <<-END
-	# A machine with this Linux, which starts a shell: pyvmm run --config machine.toml
-	[boot]
-	type = "linux"
-	kernel = "vmlinux"
-	initrd = "initramfs.cpio"
-	cmdline = "$(cat "$here"/cmdline) pyvmm.shell"
-	END
+    "$built"/gen_init_cpio "$here"/initramfs.list > out/initramfs.cpio
+    {
+        echo "# A machine with this Linux, which starts a shell: pyvmm run --config machine.toml"
+        machine vmlinux initramfs.cpio pyvmm.shell
+    } > out/machine.toml
+}
+
+build_virtio_initramfs() {
+    cd "$work"
+    gcc -O2 -static -nostdlib -ffreestanding -fno-pie -no-pie -fno-stack-protector -fcf-protection=none \
+        -mgeneral-regs-only -fno-asynchronous-unwind-tables -Wl,--build-id=none -Wl,-z,noseparate-code -s \
+        -Wall -Wextra -Werror -o agent "$here"/agent.c
+    cp "$here"/init.sh "$here"/lease.sh "$built_virtio"/busybox .
+    "$built_virtio"/gen_init_cpio "$here"/virtio.list > out/virtio.cpio
+    "$built_virtio"/gen_init_cpio "$here"/agent.list > out/agent.cpio
+    {
+        echo "# A machine with this Linux, for disks, networks and shares. It configures what it finds, and starts busybox's"
+        echo "# shell: pyvmm run --config virtio.toml --disk disk.ext4 --net user --share .:host"
+        machine vmlinux-virtio virtio.cpio pyvmm.setup
+    } > out/virtio.toml
 }
 
 # Publishes a folder that was made beside its place. Another build may have been first.
@@ -116,15 +194,29 @@ publish() { # from, to
 }
 
 build() {
-    if [ ! -e "$built/vmlinux" ] || { [ "$what" = tests ] && [ ! -e "$built/vmlinux-smp" ]; }; then
-        mkdir "$work"/built
-        (build_kernels)
-        publish "$work"/built "$built"
-    fi
-    (build_initramfs)
     mkdir "$work"/out
-    ln "$built"/vmlinux* "$built"/bzImage* "$built"/.config "$work"/out
-    cp "$work"/initramfs.cpio "$work"/machine.toml "$here"/cmdline "$work"/out
+    if [ "$what" != virtio ]; then
+        if [ ! -e "$built/vmlinux" ] || { [ "$what" = tests ] && [ ! -e "$built/vmlinux-smp" ]; }; then
+            mkdir "$work"/built
+            (build_kernels)
+            publish "$work"/built "$built"
+        fi
+    fi
+    if [ "$what" != small ] && [ ! -e "$built_virtio/vmlinux-virtio" ]; then
+        mkdir "$work"/built
+        (build_virtio_kernel)
+        publish "$work"/built "$built_virtio"
+    fi
+    # Also what an earlier build has made: the folder has all that there is.
+    if [ -e "$built"/vmlinux ]; then
+        (build_initramfs)
+        ln "$built"/vmlinux* "$built"/bzImage* "$built"/.config "$work"/out
+    fi
+    if [ -e "$built_virtio"/vmlinux-virtio ]; then
+        (build_virtio_initramfs)
+        ln "$built_virtio"/vmlinux-virtio "$built_virtio"/.config-virtio "$work"/out
+    fi
+    cp "$here"/cmdline "$work"/out
     publish "$work"/out "$out"
 }
 # Not in an `if`: there `set -e` would be ignored inside the function.
