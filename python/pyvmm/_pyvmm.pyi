@@ -2698,6 +2698,7 @@ class VirtioTransport:
         """Tell the driver that the device needs a reset. `VirtioDevice.failure` is the reason."""
 
     def _descriptors(self) -> list[int]: ...
+    def _left(self, fd: int) -> None: ...
     def _take(self, fd: int) -> tuple[list[int | None], Virtqueue | None]: ...
 
 @final
@@ -2709,7 +2710,11 @@ class Virtqueue:
         """Its number."""
 
     def pop(self) -> DescriptorChain | None:
-        """Take the next chain, or return None if there is none, or the machine is paused."""
+        """Take the next chain, or return None if there is none, or the machine is paused.
+
+        Raises:
+            StateError: in a forked child.
+        """
 
     def __iter__(self) -> Self: ...
     def __next__(self) -> DescriptorChain: ...
@@ -2745,6 +2750,7 @@ class DescriptorChain:
 
         Raises:
             StateError: the chain is completed.
+            TypeError: the data is not bytes or another buffer.
         """
 
     def complete(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from pyvmm.aio import refuse_awaitable
 from pyvmm.events import EventSet
 
 if TYPE_CHECKING:
@@ -29,10 +30,10 @@ class VirtioProgram(Protocol):
     - ``write_config(offset, data)``: the driver writes the configuration space. Called on the
       vCPU's thread; the transport's ``set_config_quietly`` answers
     - ``save()`` and ``restore(state)``: its state for snapshots, bytes; called on the thread that
-      takes or restores the snapshot
+      takes or restores the snapshot, as is the ``reset`` before a ``restore``
 
-    All but the last two are called on the thread that runs the machine's loop, as the methods of a
-    subscriber are. Their exceptions end the run.
+    All others are called on the thread that runs the machine's loop, as the methods of a subscriber
+    are. Their exceptions end the run.
     """
 
     @property
@@ -71,12 +72,18 @@ class _Server:
                 _call(self._device, "reset")
             else:
                 _call(self._device, "activate", features)
-        return None if queue is None else self._device.process(queue)
+        if queue is None:
+            return None
+        try:
+            return self._device.process(queue)
+        except BaseException:
+            self._transport._left(events.fd)
+            raise
 
 
 def _call(device: Any, name: str, *arguments: Any) -> None:
     if (method := getattr(device, name, None)) is not None:
-        method(*arguments)
+        refuse_awaitable(method(*arguments), f"{type(device).__qualname__}.{name}")
 
 
 def connect(device: Any, transport: VirtioTransport, manager: EventManager) -> SubscriberId:

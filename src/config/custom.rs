@@ -8,8 +8,15 @@ use crate::error::Result;
 
 /// The program's side of such a device. The loop's thread gives it the queues; see the binding.
 pub trait CustomProgram: Send + Sync + Debug {
-    /// The driver writes the configuration space. On a vCPU's thread.
-    fn write_config(&self, offset: u64, data: &[u8]);
+    /// The driver writes the configuration space. On a vCPU's thread. Returns whether it succeeded;
+    /// the loop raises what went wrong.
+    fn write_config(&self, offset: u64, data: &[u8]) -> bool;
+
+    /// A snapshot is going to be restored. On the thread that does it.
+    ///
+    /// # Errors
+    /// [`crate::error::ErrorKind::State`] if the program fails.
+    fn reset(&self) -> Result<()>;
 
     /// Its state for a snapshot. On any thread.
     ///

@@ -2,21 +2,27 @@
 
 use std::sync::Arc;
 
-use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
-use pyo3::types::PyBytes;
+use pyo3::types::{PyBytes, PyMemoryView};
 
 use super::enter::try_attach;
 use super::gil_cell::GilCell;
+use super::owned::Owned;
 use crate::error::{Error, ErrorKind};
 use crate::virtio::{Chain, Custom, Queues};
+
+/// A device that the program serves.
+#[derive(Clone, Debug)]
+pub(super) struct Served {
+    pub(super) queues: Arc<Queues>,
+    pub(super) custom: Arc<Custom>,
+}
 
 /// A queue of a virtio device in Python. An iteration takes the chains that are available now.
 #[pyclass(frozen, weakref, name = "Virtqueue", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyVirtqueue {
-    pub(super) queues: Arc<Queues>,
-    pub(super) custom: Arc<Custom>,
+    pub(super) served: Owned<Served>,
     pub(super) number: usize,
 }
 
@@ -29,24 +35,30 @@ impl PyVirtqueue {
     }
 
     /// Take the next chain, or return None if there is none, or the machine is paused.
-    fn pop(&self) -> Option<PyDescriptorChain> {
-        let chain = self.queues.access()?.pop(self.number)?;
+    ///
+    /// Raises:
+    ///     StateError: in a forked child.
+    fn pop(&self) -> PyResult<Option<PyDescriptorChain>> {
+        let served = self.served.get()?;
+        let popped = served.queues.access().and_then(|access| access.pop(self.number));
+        let Some(chain) = popped else { return Ok(None) };
         let lengths = (chain.readable_len(), chain.writable_len());
-        let state = ChainState { chain: Some(chain), read: 0, data: Vec::new() };
-        let (queues, custom) = (Arc::clone(&self.queues), Arc::clone(&self.custom));
-        Some(PyDescriptorChain { queues, custom, lengths, state: GilCell::new(state) })
+        let state = GilCell::new(ChainState { chain: Some(chain), read: 0, data: Vec::new() });
+        let taken = TakenChain { served: served.clone(), state };
+        Ok(Some(PyDescriptorChain { taken: Owned::new("chain", taken), lengths }))
     }
 
     fn __iter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
         slf
     }
 
-    fn __next__(&self) -> Option<PyDescriptorChain> {
+    fn __next__(&self) -> PyResult<Option<PyDescriptorChain>> {
         self.pop()
     }
 
     fn __repr__(&self) -> String {
-        format!("Virtqueue({}, {})", self.queues.name(), self.number)
+        let name = self.served.peek().map_or("unreachable", |served| served.queues.name());
+        format!("Virtqueue({name}, {})", self.number)
     }
 }
 
@@ -58,6 +70,23 @@ struct ChainState {
     data: Vec<u8>,
 }
 
+#[derive(Debug)]
+struct TakenChain {
+    served: Served,
+    state: GilCell<ChainState>,
+}
+
+impl TakenChain {
+    fn complete(&self, py: Python<'_>) {
+        let taken = self.state.with(py, |state| {
+            state.chain.take().map(|chain| (chain, std::mem::take(&mut state.data)))
+        });
+        if let Some((chain, data)) = taken {
+            py.detach(|| self.served.custom.complete(&self.served.queues, chain, data));
+        }
+    }
+}
+
 /// A descriptor chain: buffers of the driver that the device reads, then those that it writes.
 ///
 /// `complete` gives it back to the driver; at the latest, the end of the object does. From any
@@ -66,15 +95,13 @@ struct ChainState {
 #[pyclass(frozen, weakref, name = "DescriptorChain", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyDescriptorChain {
-    queues: Arc<Queues>,
-    custom: Arc<Custom>,
+    taken: Owned<TakenChain>,
     /// Readable and writable bytes.
     lengths: (u64, u64),
-    state: GilCell<ChainState>,
 }
 
-fn completed() -> PyErr {
-    Error::new(ErrorKind::State, "chain", "it has been completed").into()
+fn completed() -> Error {
+    Error::new(ErrorKind::State, "chain", "it has been completed")
 }
 
 #[pymethods]
@@ -98,20 +125,17 @@ impl PyDescriptorChain {
     #[pyo3(signature = (size = -1, /), text_signature = "($self, size=-1, /)")]
     fn read<'py>(&self, py: Python<'py>, size: i64) -> PyResult<Bound<'py, PyBytes>> {
         let most = u64::try_from(size).unwrap_or(u64::MAX);
-        let (queues, epoch) = (&self.queues, self.queues.epoch());
-        let pieces = self.state.with(py, |state| {
+        let TakenChain { served: Served { queues, .. }, state } = self.taken.get()?;
+        let epoch = queues.epoch();
+        let pieces = state.with(py, |state| {
             let chain = state.chain.as_ref().ok_or_else(completed)?;
             if chain.epoch() != epoch {
-                return Err(Error::new(
-                    ErrorKind::State,
-                    "chain",
-                    "the driver has reset the device",
-                )
-                .into());
+                let detail = "the driver has reset the device";
+                return Err(Error::new(ErrorKind::State, "chain", detail));
             }
             let pieces = pieces(chain, state.read, most);
             state.read += pieces.iter().map(|(_, length)| *length as u64).sum::<u64>();
-            Ok::<_, PyErr>(pieces)
+            Ok(pieces)
         })?;
         let total = pieces.iter().map(|(_, length)| length).sum();
         PyBytes::new_with(py, total, |bytes| {
@@ -131,38 +155,31 @@ impl PyDescriptorChain {
     ///
     /// Raises:
     ///     StateError: the chain is completed.
+    ///     TypeError: the data is not bytes or another buffer.
     fn write(&self, py: Python<'_>, data: &Bound<'_, PyAny>) -> PyResult<usize> {
-        let data: pyo3::pybacked::PyBackedBytes = match data.extract() {
-            Ok(bytes) => bytes,
-            Err(_) => data
-                .py()
-                .import("builtins")?
-                .getattr("bytes")?
-                .call1((data,))?
-                .extract()
-                .map_err(|_| PyTypeError::new_err("a chain's write() takes bytes"))?,
+        let data = match data.cast::<PyBytes>() {
+            Ok(bytes) => bytes.clone(),
+            Err(_) => PyMemoryView::from(data)?.call_method0("tobytes")?.cast_into::<PyBytes>()?,
         };
+        let data = data.as_bytes();
         let room = usize::try_from(self.lengths.1).unwrap_or(usize::MAX);
-        self.state.with(py, |state| {
+        let written = self.taken.get()?.state.with(py, |state| {
             if state.chain.is_none() {
                 return Err(completed());
             }
             let count = data.len().min(room.saturating_sub(state.data.len()));
             state.data.extend(data.get(..count).unwrap_or_default());
             Ok(count)
-        })
+        });
+        Ok(written?)
     }
 
     /// Give the chain back to the driver, with what was written.
     ///
     /// If the machine is paused, this happens when it continues. A second call does nothing.
-    fn complete(&self, py: Python<'_>) {
-        let taken = self.state.with(py, |state| {
-            state.chain.take().map(|chain| (chain, std::mem::take(&mut state.data)))
-        });
-        if let Some((chain, data)) = taken {
-            py.detach(|| self.custom.complete(&self.queues, chain, data));
-        }
+    fn complete(&self, py: Python<'_>) -> PyResult<()> {
+        self.taken.get()?.complete(py);
+        Ok(())
     }
 
     fn __enter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
@@ -179,8 +196,8 @@ impl PyDescriptorChain {
         _kind: &Bound<'_, PyAny>,
         _error: &Bound<'_, PyAny>,
         _traceback: &Bound<'_, PyAny>,
-    ) {
-        self.complete(py);
+    ) -> PyResult<()> {
+        self.complete(py)
     }
 
     fn __repr__(&self) -> String {
@@ -192,8 +209,9 @@ impl PyDescriptorChain {
 impl Drop for PyDescriptorChain {
     /// A chain that is not completed has been answered with what was written.
     fn drop(&mut self) {
-        // Fails at the end of the interpreter, when no driver waits.
-        let _ = try_attach(|py| self.complete(py));
+        // None in a forked child, and at the end of the interpreter, when no driver waits.
+        let Some(taken) = self.taken.take() else { return };
+        let _ = try_attach(|py| taken.complete(py));
     }
 }
 

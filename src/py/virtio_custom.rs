@@ -5,15 +5,18 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use pyo3::exceptions::PyIndexError;
+use pyo3::exceptions::{PyIndexError, PyTypeError};
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList};
 
 use super::config_part::{Part, bad, unlike};
-use super::enter::{attach, on_vcpu_thread};
-use super::virtio_chain::PyVirtqueue;
+use super::enter::{attach, call_out, on_vcpu_thread};
+use super::owned::Owned;
+use super::recorded::name_of;
+use super::returned::refuse_awaitable;
+use super::virtio_chain::{PyVirtqueue, Served};
 use crate::config::{CustomConfig, CustomProgram};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sync::{Mutex, rank};
@@ -52,6 +55,18 @@ impl PythonVirtio {
         self.object.lock().take()
     }
 
+    /// Call a method that the object may have, outside of a run.
+    fn call<T>(
+        &self,
+        name: &str,
+        call: impl for<'py> FnOnce(Python<'py>, Option<Bound<'py, PyAny>>) -> PyResult<T>,
+    ) -> Result<T> {
+        attach(|py| call(py, self.optional(py, name)?)).map_err(|error| {
+            let detail = format!("{name}() raised: {error}");
+            Error::new(ErrorKind::State, "virtio device", detail)
+        })
+    }
+
     fn optional<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Option<Bound<'py, PyAny>>> {
         let method = self.object(py)?.bind(py).getattr_opt(name)?;
         Ok(method.filter(|method| !method.is_none()))
@@ -59,22 +74,37 @@ impl PythonVirtio {
 }
 
 impl CustomProgram for PythonVirtio {
-    fn write_config(&self, offset: u64, data: &[u8]) {
+    fn write_config(&self, offset: u64, data: &[u8]) -> bool {
         on_vcpu_thread(
             |py| {
-                let Some(method) = self.optional(py, "write_config")? else { return Ok(()) };
-                method.call1((offset, PyBytes::new(py, data))).map(drop)
+                let Some(method) = self.optional(py, "write_config")? else { return Ok(true) };
+                let said = method.call1((offset, PyBytes::new(py, data)))?;
+                refuse_awaitable(&said, || name_of(&method)).map(|()| true)
             },
-            |_, error| *self.raised.lock() = Some(error),
-        );
+            |_, error| {
+                let former = self.raised.lock().replace(error);
+                drop(former);
+                false
+            },
+        )
+    }
+
+    fn reset(&self) -> Result<()> {
+        self.call("reset", |py, reset| {
+            let Some(reset) = reset else { return Ok(()) };
+            let said = call_out(py, |_| reset.call0())?;
+            refuse_awaitable(&said, || name_of(&reset))
+        })
     }
 
     fn save(&self) -> Result<Vec<u8>> {
-        let saved = attach(|py| match self.optional(py, "save")? {
-            None => Ok(Vec::new()),
-            Some(save) => save.call0()?.extract::<Vec<u8>>(),
-        });
-        saved.map_err(|error| failed("save()", &error))
+        self.call("save", |py, save| {
+            let Some(save) = save else { return Ok(Vec::new()) };
+            if self.optional(py, "restore")?.is_none() {
+                return Err(PyTypeError::new_err("a device with save() needs restore(state)"));
+            }
+            call_out(py, |_| save.call0())?.extract::<Vec<u8>>()
+        })
     }
 
     fn as_any(self: Arc<Self>) -> Arc<dyn std::any::Any + Send + Sync> {
@@ -82,16 +112,15 @@ impl CustomProgram for PythonVirtio {
     }
 
     fn restore(&self, state: &[u8]) -> Result<()> {
-        let restored = attach(|py| match self.optional(py, "restore")? {
-            None => Ok(()),
-            Some(restore) => restore.call1((PyBytes::new(py, state),)).map(drop),
-        });
-        restored.map_err(|error| failed("restore()", &error))
+        self.call("restore", |py, restore| {
+            let Some(restore) = restore else {
+                let has_state = !state.is_empty();
+                return if has_state { Err(PyTypeError::new_err("it has none")) } else { Ok(()) };
+            };
+            let said = call_out(py, |_| restore.call1((PyBytes::new(py, state),)))?;
+            refuse_awaitable(&said, || name_of(&restore))
+        })
     }
-}
-
-fn failed(what: &str, error: &PyErr) -> Error {
-    Error::new(ErrorKind::State, "virtio device", format!("{what} raised: {error}"))
 }
 
 /// The configuration of a device that is a Python object.
@@ -125,22 +154,20 @@ pub(super) fn from_python(object: &Bound<'_, PyAny>) -> PyResult<CustomConfig> {
 #[pyclass(frozen, weakref, name = "VirtioTransport", module = "pyvmm")]
 #[derive(Debug)]
 pub struct PyVirtioTransport {
-    transport: Arc<Transport>,
-    custom: Arc<Custom>,
+    served: Owned<Served>,
     program: Arc<PythonVirtio>,
 }
 
 impl PyVirtioTransport {
-    fn queues(&self) -> &Arc<Queues> {
-        self.transport.queues()
-    }
-
     /// The transport of a device, if it is a Python object's.
     pub(super) fn of(transport: &Arc<Transport>) -> Option<Self> {
         let device = Arc::clone(transport.device());
         let custom = device.as_any().downcast::<Custom>().ok()?;
         let program = Arc::clone(&custom.config().program).as_any().downcast().ok()?;
-        Some(Self { transport: Arc::clone(transport), custom, program })
+        let queues = Arc::clone(transport.queues());
+        custom.serve(&queues);
+        let served = Owned::new("virtio device", Served { queues, custom });
+        Some(Self { served, program })
     }
 
     pub(super) fn program(&self) -> &Arc<PythonVirtio> {
@@ -152,32 +179,33 @@ impl PyVirtioTransport {
 impl PyVirtioTransport {
     /// The name of the device, such as "virtio0".
     #[getter]
-    fn name(&self) -> &str {
-        self.queues().name()
+    fn name(&self) -> PyResult<&str> {
+        Ok(self.served.get()?.queues.name())
     }
 
     /// The feature bits that the driver has accepted, or None while it has not started the device.
     #[getter]
-    fn features(&self) -> Option<u64> {
-        self.queues().features()
+    fn features(&self) -> PyResult<Option<u64>> {
+        Ok(self.served.get()?.queues.features())
     }
 
     /// The configuration space. To set it interrupts the driver, which reads it again.
     #[getter]
-    fn config<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
-        PyBytes::new(py, &self.custom.space())
+    fn config<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        Ok(PyBytes::new(py, &self.served.get()?.custom.space()))
     }
 
     #[setter]
     fn set_config(&self, space: Vec<u8>) -> PyResult<()> {
-        self.custom.set_space(space)?;
-        self.queues().config_changed();
+        let served = self.served.get()?;
+        served.custom.set_space(space)?;
+        served.queues.config_changed();
         Ok(())
     }
 
     /// Change the configuration space without an interrupt: the answer to what the driver writes.
     fn set_config_quietly(&self, space: Vec<u8>) -> PyResult<()> {
-        Ok(self.custom.set_space(space)?)
+        Ok(self.served.get()?.custom.set_space(space)?)
     }
 
     /// A queue, for chains that the driver has made available. From any thread.
@@ -185,22 +213,32 @@ impl PyVirtioTransport {
     /// Raises:
     ///     IndexError: the device has no such queue.
     fn queue(&self, number: usize) -> PyResult<PyVirtqueue> {
-        if number >= self.custom.config().queues.len() {
+        let served = self.served.get()?;
+        if number >= served.custom.config().queues.len() {
             return Err(PyIndexError::new_err(format!("the device has no queue {number}")));
         }
-        let (queues, custom) = (Arc::clone(self.queues()), Arc::clone(&self.custom));
-        Ok(PyVirtqueue { queues, custom, number })
+        Ok(PyVirtqueue { served: Owned::new("virtio queue", served.clone()), number })
     }
 
     /// Tell the driver that the device needs a reset. `VirtioDevice.failure` is the reason.
-    fn fail(&self, reason: String) {
-        self.queues().fail(reason);
+    fn fail(&self, reason: String) -> PyResult<()> {
+        self.served.get()?.queues.fail(reason);
+        Ok(())
     }
 
     /// The descriptors of the queues' notifications.
-    fn _descriptors(&self) -> Vec<RawFd> {
-        let all = (0..self.custom.config().queues.len()).map(|at| self.queues().notification(at));
-        all.flatten().map(AsRawFd::as_raw_fd).collect()
+    fn _descriptors(&self) -> PyResult<Vec<RawFd>> {
+        Ok(descriptors(&self.served.get()?.queues))
+    }
+
+    /// `process` has raised: what it has left in the queue is notified again.
+    fn _left(&self, fd: RawFd) -> PyResult<()> {
+        let queues = &self.served.get()?.queues;
+        let Some(number) = position(queues, fd) else { return Ok(()) };
+        if queues.access().is_some_and(|access| !access.is_empty(number)) {
+            queues.notify(number);
+        }
+        Ok(())
     }
 
     /// Take a notification. Returns what the driver has done, and the queue if it is open.
@@ -214,24 +252,35 @@ impl PyVirtioTransport {
             return Err(error);
         }
         let events = PyList::empty(py);
-        for happened in self.custom.take_happened() {
+        let Served { queues, custom } = self.served.get()?;
+        for happened in custom.take_happened() {
             events.append(match happened {
                 Happened::Activated(features) => Some(features),
                 Happened::Reset => None,
             })?;
         }
-        let number = self._descriptors().iter().position(|other| *other == fd);
-        let Some(number) = number else { return Ok((events, None)) };
-        if let Some(event) = self.queues().notification(number) {
+        let Some(number) = position(queues, fd) else { return Ok((events, None)) };
+        if let Some(event) = queues.notification(number) {
             // Fails if it was read already.
             let _ = event.read();
         }
-        self.queues().counts.notifications.fetch_add(1, Ordering::Relaxed);
-        let is_open = self.custom.catch_up(self.queues());
+        queues.counts.notifications.fetch_add(1, Ordering::Relaxed);
+        let is_open = custom.catch_up(queues);
         Ok((events, if is_open { Some(self.queue(number)?) } else { None }))
     }
 
     fn __repr__(&self) -> String {
-        format!("VirtioTransport({})", self.name())
+        let name = self.served.peek().map_or("unreachable", |served| served.queues.name());
+        format!("VirtioTransport({name})")
     }
+}
+
+fn descriptors(queues: &Queues) -> Vec<RawFd> {
+    let all = (0..).map_while(|at| queues.notification(at));
+    all.map(AsRawFd::as_raw_fd).collect()
+}
+
+/// The queue whose notifications have this descriptor.
+fn position(queues: &Queues, fd: RawFd) -> Option<usize> {
+    descriptors(queues).iter().position(|other| *other == fd)
 }

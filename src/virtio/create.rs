@@ -11,7 +11,7 @@ use virtio_bindings::virtio_ids::{
 use super::balloon::Balloon;
 use super::blk::Blk;
 use super::console::Console;
-use super::custom::Custom;
+use super::custom::{Custom, SPEC};
 use super::device::{Frozen, VirtioDevice};
 use super::fs9p::Fs9p;
 use super::net::Net;
@@ -47,6 +47,12 @@ pub(crate) fn restored(
     spec: &[u8],
     frozen: Option<&Frozen>,
 ) -> Result<Arc<dyn VirtioDevice>> {
+    if spec == SPEC {
+        let detail =
+            format!("the snapshot has a device of type {device_type} that is the program's");
+        let hint = "give the fork one by its name: fork(virtio={\"virtio0\": device})";
+        return Err(bad(name, detail).hint(hint));
+    }
     match device_type {
         VIRTIO_ID_BLOCK => Ok(Arc::new(Blk::restored(name, spec, frozen)?)),
         VIRTIO_ID_NET => Ok(Arc::new(Net::from_spec(spec, frozen)?)),
@@ -54,10 +60,6 @@ pub(crate) fn restored(
         VIRTIO_ID_CONSOLE => Ok(Arc::new(Console::from_spec(spec)?)),
         VIRTIO_ID_BALLOON => Ok(Arc::new(Balloon::from_spec(spec)?)),
         VIRTIO_ID_9P => Ok(Arc::new(Fs9p::restored(name, spec, frozen)?)),
-        other => {
-            let detail =
-                format!("the snapshot has a device of type {other}, which is the program's");
-            Err(bad(name, detail).hint("give the fork one: fork(virtio={\"virtio0\": device})"))
-        }
+        other => Err(bad(name, format!("this version of pyvmm has no devices of type {other}"))),
     }
 }

@@ -2,7 +2,7 @@
 //! the event manager's lock, and completes chains from any thread.
 
 use std::io::Write;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use event_manager::EventOps;
 
@@ -21,6 +21,9 @@ const MAX_SIZE: u16 = 32768;
 /// The feature bits of queues and transport, which are not a device's.
 const RESERVED: u64 = ((1 << 26) - 1) << 24;
 
+/// What `restored` in create.rs knows the program's devices by, whatever their type.
+pub(super) const SPEC: &[u8] = b"a device of the program";
+
 /// What the driver has done with the device, for the program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Happened {
@@ -37,12 +40,16 @@ struct State {
     happened: Vec<Happened>,
     /// Chains that were completed while the queues were closed, with what is to be written.
     deferred: Vec<(Chain, Vec<u8>)>,
+    /// How many have quiesced the device.
+    holds: usize,
 }
 
 /// See the module.
 #[derive(Debug)]
 pub struct Custom {
     config: CustomConfig,
+    /// Once the loop serves the device.
+    queues: OnceLock<Arc<Queues>>,
     state: Mutex<State, rank::VirtioDevice>,
 }
 
@@ -68,14 +75,26 @@ impl Custom {
             return refused("queues", detail);
         }
         check_space(&config.space)?;
-        let (space, happened, deferred) = (config.space.clone(), Vec::new(), Vec::new());
-        Ok(Self { config, state: Mutex::new(State { space, happened, deferred }) })
+        let space = config.space.clone();
+        let state = State { space, happened: Vec::new(), deferred: Vec::new(), holds: 0 };
+        Ok(Self { config, queues: OnceLock::new(), state: Mutex::new(state) })
     }
 
     /// What it was made with.
     #[must_use]
     pub fn config(&self) -> &CustomConfig {
         &self.config
+    }
+
+    /// The loop serves the device from now on.
+    pub fn serve(&self, queues: &Arc<Queues>) {
+        // Fails if it does so already.
+        let _ = self.queues.set(Arc::clone(queues));
+    }
+
+    /// Have the loop ask what has happened.
+    fn wake(&self) {
+        self.queues.get().iter().for_each(|queues| queues.notify(0));
     }
 
     /// The configuration space.
@@ -94,10 +113,12 @@ impl Custom {
         Ok(())
     }
 
-    /// Take what the driver has done since the last call, in order.
+    /// Take what the driver has done since the last call, in order. Nothing while the device is
+    /// quiesced: what restores it tells the program of a reset itself.
     #[must_use]
     pub fn take_happened(&self) -> Vec<Happened> {
-        std::mem::take(&mut self.state.lock().happened)
+        let mut state = self.state.lock();
+        if state.holds > 0 { Vec::new() } else { std::mem::take(&mut state.happened) }
     }
 
     /// Write to a chain and give it back to the driver. While the queues are closed, this happens
@@ -105,7 +126,13 @@ impl Custom {
     pub fn complete(&self, queues: &Queues, chain: Chain, data: Vec<u8>) {
         match queues.access() {
             Some(access) => write(&access, chain, &data),
-            None => self.state.lock().deferred.push((chain, data)),
+            None if chain.epoch() == queues.epoch() => {
+                let queue = chain.queue();
+                self.state.lock().deferred.push((chain, data));
+                // The queues may have been opened meanwhile.
+                queues.notify(queue);
+            }
+            None => {}
         }
     }
 
@@ -129,6 +156,10 @@ fn check_space(space: &[u8]) -> Result<()> {
 }
 
 fn write(access: &QueueAccess<'_>, chain: Chain, data: &[u8]) {
+    if chain.epoch() != access.epoch() {
+        // Its buffers may belong to something else by now.
+        return;
+    }
     let mut writer = ChainWriter::new(access, &chain);
     // Fails only if memory was removed: what was written is counted.
     let _ = writer.write_all(data);
@@ -157,7 +188,9 @@ impl VirtioDevice for Custom {
     }
 
     fn write_config(&self, offset: u64, data: &[u8]) {
-        self.config.program.write_config(offset, data);
+        if !self.config.program.write_config(offset, data) {
+            self.wake();
+        }
     }
 
     fn activate(&self, _queues: &Arc<Queues>, features: u64) {
@@ -170,6 +203,7 @@ impl VirtioDevice for Custom {
         state.happened = vec![Happened::Reset];
         drop(state);
         drop(void);
+        self.wake();
     }
 
     fn is_served_by_program(&self) -> bool {
@@ -177,6 +211,21 @@ impl VirtioDevice for Custom {
     }
 
     fn process_queue(&self, _queues: &Arc<Queues>, _queue: usize, _ops: &mut EventOps<'_>) {}
+
+    fn quiesce(&self) -> Result<()> {
+        self.state.lock().holds += 1;
+        Ok(())
+    }
+
+    /// The queues' notifications follow, and with them what has happened.
+    fn resume(&self) {
+        let mut state = self.state.lock();
+        state.holds = state.holds.saturating_sub(1);
+    }
+
+    fn spec(&self) -> Vec<u8> {
+        SPEC.to_vec()
+    }
 
     fn save(&self) -> Result<Vec<u8>> {
         let own = self.config.program.save()?;
@@ -189,6 +238,11 @@ impl VirtioDevice for Custom {
         let mut reader = crate::bytes::Reader::new("virtio device", state);
         let length = usize::try_from(reader.u32()?).unwrap_or(usize::MAX);
         self.set_space(reader.bytes(length)?.to_vec())?;
+        // In this order, or the program would reset what it has restored.
+        let happened = std::mem::take(&mut self.state.lock().happened);
+        if happened.contains(&Happened::Reset) {
+            self.config.program.reset()?;
+        }
         self.config.program.restore(reader.rest())
     }
 
@@ -209,7 +263,12 @@ mod tests {
     struct Nothing;
 
     impl CustomProgram for Nothing {
-        fn write_config(&self, _offset: u64, _data: &[u8]) {}
+        fn write_config(&self, _offset: u64, _data: &[u8]) -> bool {
+            true
+        }
+        fn reset(&self) -> Result<()> {
+            Ok(())
+        }
         fn save(&self) -> Result<Vec<u8>> {
             Ok(b"own".to_vec())
         }
@@ -247,6 +306,29 @@ mod tests {
         let mut found = [0; 4];
         driver.memory.read(at + 64, &mut found).unwrap();
         assert_eq!(&found, b"data");
+    }
+
+    #[test]
+    fn a_chain_of_before_a_reset_is_not_written() {
+        let custom = Arc::new(Custom::new(config()).unwrap());
+        let mut driver = MockDriver::new(Arc::clone(&custom) as _, 4).unwrap();
+        let queues = Arc::clone(driver.attached.transport.queues());
+        let at = MockDriver::BUFFERS;
+        for is_started_first in [true, false] {
+            assert_eq!(driver.start(5), 15);
+            driver.add(1, &[writable(at, 4)]).unwrap();
+            let chain = queues.access().unwrap().pop(1).unwrap();
+            driver.attached.transport.reset();
+            if is_started_first {
+                driver.start(5);
+            }
+            custom.complete(&queues, chain, b"data".to_vec());
+            driver.start(5);
+            assert!(custom.catch_up(&queues));
+            let mut found = [9; 4];
+            driver.memory.read(at, &mut found).unwrap();
+            assert_eq!((found, driver.used(1)), ([0; 4], None));
+        }
     }
 
     #[test]

@@ -48,13 +48,18 @@ impl PyVmm {
         Ok(())
     }
 
+    /// Drop the virtio devices in Python.
+    pub(super) fn release_programs(&self) {
+        let programs = std::mem::take(&mut *self.programs.lock());
+        let objects: Vec<_> = programs.iter().map(|program| program.release()).collect();
+        drop(objects);
+    }
+
     fn release_objects(&self, py: Python<'_>) {
         // Outside the locks, because this may run Python code.
         let devices = std::mem::take(&mut *self.devices.lock());
         drop(devices);
-        let programs = std::mem::take(&mut *self.programs.lock());
-        let objects: Vec<_> = programs.iter().map(|program| program.release()).collect();
-        drop(objects);
+        self.release_programs();
         let streams = std::mem::take(&mut *self.streams.lock());
         let Some(own) = self.loop_objects.with(py, Option::take) else { return };
         for id in streams {

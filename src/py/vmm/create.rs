@@ -69,7 +69,7 @@ impl PyVmm {
             Some(shared) => shared,
             None => Py::new(py, PyEventManager::over(vmm.event_manager()?))?,
         };
-        let mut streams = Vec::new();
+        let mut streams: Vec<Py<PySubscriberId>> = Vec::new();
         for (key, port) in vmm.serials().filter(|(key, _)| python_streams.contains(key)) {
             // The loop holds them, so they must not hold the machine.
             let serial = Py::new(py, PySerial::over(Arc::clone(port), tracker))?;
@@ -78,7 +78,15 @@ impl PyVmm {
                 .call_method1("connect", (serial, &event_manager, config.getattr(name)?, name))?;
             streams.extend(connected.extract::<Vec<_>>()?);
         }
-        streams.extend(self.connect_programs(py, &vmm, &event_manager)?);
+        let programs = self.connect_programs(py, &vmm, &event_manager, &mut streams);
+        programs.inspect_err(|_| {
+            // Their transports hold them, where the garbage collector does not see it.
+            self.release_programs();
+            for id in &streams {
+                // Fails if the program has already removed it.
+                let _ = event_manager.get().remove_subscriber(py, id.get());
+            }
+        })?;
         let exit_handler = Py::new(py, PyWrappedExitHandler::over(vmm.exit_handler()?))?;
         // Two threads may call __init__ at the same time. The object keeps the first machine.
         self.vmm.fill(vmm)?;
@@ -88,14 +96,14 @@ impl PyVmm {
         Ok(())
     }
 
-    /// Serve the virtio devices in Python in the machine's loop. Returns their subscribers.
+    /// Serve the virtio devices in Python in the machine's loop, by `subscribers`.
     fn connect_programs(
         &self,
         py: Python<'_>,
         vmm: &Vmm,
         event_manager: &Py<PyEventManager>,
-    ) -> PyResult<Vec<Py<PySubscriberId>>> {
-        let mut all = Vec::new();
+        subscribers: &mut Vec<Py<PySubscriberId>>,
+    ) -> PyResult<()> {
         for attached in vmm.virtio()? {
             let Some(transport) = PyVirtioTransport::of(&attached.transport) else { continue };
             let program = Arc::clone(transport.program());
@@ -104,9 +112,9 @@ impl PyVmm {
             let arguments = (device, Py::new(py, transport)?, event_manager);
             let connected =
                 import(py, "pyvmm.virtio_device")?.call_method1("connect", arguments)?;
-            all.push(connected.extract()?);
+            subscribers.push(connected.extract()?);
         }
-        Ok(all)
+        Ok(())
     }
 }
 
