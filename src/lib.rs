@@ -18,7 +18,7 @@
 //! ```text
 //! error process limit sync hop bytes layout x86 kvm poll resources
 //! debug fixup memory trace
-//! event exit_handler cpu net disk share config devices virtio boot
+//! event exit_handler cpu net disk share config devices vsock virtio boot
 //! vcpu vm snapshot vmm
 //! py
 //! ```
@@ -58,6 +58,7 @@ pub mod vcpu;
 pub mod virtio;
 pub mod vm;
 pub mod vmm;
+pub mod vsock;
 mod x86;
 
 /// Everything that Python sees of this crate. Python's import calls `PyInit__pyvmm`, which is

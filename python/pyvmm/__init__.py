@@ -95,6 +95,8 @@ if TYPE_CHECKING:
     from pyvmm.user_net import Forward, UserNet
     from pyvmm.virtio_device import VirtioProgram
     from pyvmm.virtio_parts import Balloon, ConsolePort, Rng, VirtioConsole
+    from pyvmm.vsock import VsockHost, VsockListener
+    from pyvmm.vsock_parts import Vsock
 
 __all__ = [
     "Answer",
@@ -193,6 +195,9 @@ __all__ = [
     "VmmConfig",
     "VmmError",
     "VmmExitHandler",
+    "Vsock",
+    "VsockHost",
+    "VsockListener",
     "WaitTimeoutError",
     "WrappedExitHandler",
     "WritableDevice",
@@ -223,6 +228,7 @@ _LAZY = {
     **dict.fromkeys(("Forward", "UserNet"), "pyvmm.user_net"),
     **dict.fromkeys(_VIRTIO, "pyvmm.virtio_parts"),
     "VirtioProgram": "pyvmm.virtio_device",
+    **dict.fromkeys(("VsockHost", "VsockListener"), "pyvmm.vsock"),
     "Cap": "pyvmm.kvm",
     "Console": "pyvmm.console",
     "Share": "pyvmm.shares",
@@ -233,6 +239,7 @@ _LAZY = {
     "NetworkSnapshot": "pyvmm.network",
     "PortStats": "pyvmm.network",
     "ForkExecutor": "pyvmm.snapshots",
+    "Vsock": "pyvmm.vsock_parts",
 }
 
 

@@ -29,6 +29,7 @@ from pyvmm.screen import Screen
 from pyvmm.stats import ExitCount, VcpuTime
 from pyvmm.user_net import UserNet
 from pyvmm.virtio_device import VirtioProgram
+from pyvmm.vsock import VsockHost
 
 __all__ = [
     "BalloonDevice",
@@ -1957,6 +1958,10 @@ class Vmm:
     def screen(self) -> Screen:
         """The guest's VGA text screen. docs/pc.md describes it."""
 
+    def _vsock_status(self) -> tuple[int, int]: ...
+    def _vsock_connect(self, port: int) -> int: ...
+    def _vsock_listen(self, port: int, listener: int) -> None: ...
+    def _vsock_unlisten(self, port: int) -> None: ...
     def _screen(self) -> tuple[int, int | None] | None: ...
     @overload
     def run_until(
@@ -2130,6 +2135,14 @@ class Vmm:
 
         Raises:
             ConfigError: the machine has none: `VmmConfig(balloon=Balloon())`.
+        """
+
+    @property
+    def vsock(self) -> VsockHost:
+        """The host's side of the guest's sockets.
+
+        Raises:
+            ConfigError: the machine has none: `VmmConfig(vsock=Vsock())`.
         """
 
     @property

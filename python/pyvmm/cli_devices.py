@@ -9,6 +9,7 @@ import click
 from pyvmm import disks, keyvalue, shares
 from pyvmm.exceptions import ConfigError
 from pyvmm.virtio_parts import Balloon, ConsolePort, Rng, VirtioConsole
+from pyvmm.vsock_parts import Vsock
 
 if TYPE_CHECKING:
     from pyvmm.config import VmmConfig
@@ -37,9 +38,14 @@ OPTIONS = (
         metavar="HOST:TAG[:ro][:owner=UID.GID]",
         help="Share a directory: mount -t 9p -o trans=virtio TAG /mnt.",
     ),
+    click.option(
+        "--vsock",
+        metavar="CID[,uds=PATH]",
+        help="Add a socket device; programs connect to the guest by the unix socket PATH.",
+    ),
 )
 # The names of the options' arguments.
-NAMES = ("disk", "console", "rng", "balloon", "share")
+NAMES = ("disk", "console", "rng", "balloon", "share", "vsock")
 
 
 def with_devices(base: VmmConfig, options: dict[str, Any]) -> VmmConfig:
@@ -59,4 +65,7 @@ def with_devices(base: VmmConfig, options: dict[str, Any]) -> VmmConfig:
         changes["balloon"] = Balloon(target_mib=int(found.get("target_mib", 0)))
     if options["share"]:
         changes["shares"] = (*base.shares, *shares.parsed(options["share"]))
+    if (vsock := options["vsock"]) is not None:
+        found = keyvalue.parse("vsock", f"cid={vsock}", {"cid": int, "uds": str})
+        changes["vsock"] = Vsock(cid=int(found["cid"]), uds_path=str(found["uds"]) if "uds" in found else None)
     return base.replace(**changes) if changes else base

@@ -26,6 +26,7 @@ from pyvmm.disks import Disk
 from pyvmm.exceptions import ConfigError
 from pyvmm.shares import Share
 from pyvmm.virtio_parts import Balloon, ConsolePort, Rng, VirtioConsole
+from pyvmm.vsock_parts import Vsock
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -194,6 +195,7 @@ class VmmConfig(Part, frozen=True, kw_only=True):
         rng: the virtio entropy device; None means none.
         balloon: the virtio memory balloon; None means none.
         shares: directories of the host that the guest can mount.
+        vsock: the virtio socket device; None means none.
         virtio: virtio devices that are Python objects: see `pyvmm.virtio_device`. A file cannot
             name any.
     """
@@ -215,6 +217,7 @@ class VmmConfig(Part, frozen=True, kw_only=True):
     rng: Rng | None = None
     balloon: Balloon | None = None
     shares: tuple[Share, ...] = ()
+    vsock: Vsock | None = None
     virtio: VirtioPrograms = ()
 
     @classmethod
@@ -389,6 +392,7 @@ def _unknown_key(parent: str, name: str) -> ConfigError:
         "rng": [Rng],
         "balloon": [Balloon],
         "shares": [Share],
+        "vsock": [Vsock],
         "boot.modules": [BootModule],
         "cpu.template": [CpuTemplate],
         "cpu.template.bits": [RegisterBits],

@@ -10,6 +10,7 @@ mod net;
 mod platform;
 mod share;
 mod virtio;
+mod vsock;
 
 pub use boot::{
     Boot, Code, ElfBoot, FirmwareBoot, FlatBoot, KernelBoot, KernelProtocol, LinuxBoot,
@@ -23,3 +24,4 @@ pub use net::NetConfig;
 pub use platform::{ExitPort, PcPart, PcParts, Platform, PlatformConfig};
 pub use share::ShareConfig;
 pub use virtio::{BalloonConfig, RngConfig, VirtioConfig};
+pub use vsock::VsockConfig;

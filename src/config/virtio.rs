@@ -7,6 +7,7 @@ use super::custom::CustomConfig;
 use super::disk::DiskConfig;
 use super::net::NetConfig;
 use super::share::ShareConfig;
+use super::vsock::VsockConfig;
 
 /// The entropy device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -45,6 +46,8 @@ pub enum VirtioConfig {
     Balloon(BalloonConfig),
     /// A directory of the host.
     Share(ShareConfig),
+    /// The socket device.
+    Vsock(VsockConfig),
 }
 
 impl VirtioConfig {
@@ -58,6 +61,7 @@ impl VirtioConfig {
             Self::Custom(_) => ("virtio", true),
             Self::Balloon(_) => ("balloon", false),
             Self::Share(_) => ("share", true),
+            Self::Vsock(_) => ("vsock", false),
         }
     }
 

@@ -12,7 +12,7 @@ use super::config_part::{Part, bad, unlike};
 use super::ending::import;
 use super::virtio_custom;
 use crate::config::{
-    BalloonConfig, ConsoleConfig, ConsolePort, RngConfig, ShareConfig, VirtioConfig,
+    BalloonConfig, ConsoleConfig, ConsolePort, RngConfig, ShareConfig, VirtioConfig, VsockConfig,
 };
 use crate::share::Options;
 
@@ -22,7 +22,7 @@ pub(super) fn devices(all: &Part<'_>) -> PyResult<Vec<VirtioConfig>> {
     for part in all.object.getattr("disks")?.try_iter()? {
         devices.push(device(&part?, "disks")?);
     }
-    for key in ["console", "rng", "balloon"] {
+    for key in ["console", "rng", "balloon", "vsock"] {
         let part = all.object.getattr(key)?;
         if !part.is_none() {
             devices.push(device(&part, key)?);
@@ -70,6 +70,11 @@ fn device(object: &Bound<'_, PyAny>, key: &'static str) -> PyResult<VirtioConfig
     }
     if is(intern!(py, "Share"))? {
         return Ok(VirtioConfig::Share(share(&part)?));
+    }
+    if is(intern!(py, "Vsock"))? {
+        let cid = part.get(intern!(py, "cid"), "a number from 3 to 2**32 - 2")?;
+        let uds_path = part.get(intern!(py, "uds_path"), "a path or None")?;
+        return Ok(VirtioConfig::Vsock(VsockConfig { cid, uds_path }));
     }
     if object.hasattr(intern!(py, "process"))? {
         return Ok(VirtioConfig::Custom(virtio_custom::from_python(object)?));

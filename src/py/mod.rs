@@ -65,6 +65,7 @@ mod virtio_console;
 mod virtio_custom;
 mod vm;
 mod vmm;
+mod vsock;
 mod wakeup;
 
 pub use balloon::PyBalloonDevice;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use virtio_bindings::virtio_ids::{
     VIRTIO_ID_9P, VIRTIO_ID_BALLOON, VIRTIO_ID_BLOCK, VIRTIO_ID_CONSOLE, VIRTIO_ID_NET,
-    VIRTIO_ID_RNG,
+    VIRTIO_ID_RNG, VIRTIO_ID_VSOCK,
 };
 
 use super::balloon::Balloon;
@@ -16,6 +16,7 @@ use super::device::{Frozen, VirtioDevice};
 use super::fs9p::Fs9p;
 use super::net::Net;
 use super::rng::Rng;
+use super::vsock::Vsock;
 use crate::bytes::bad;
 use crate::config::VirtioConfig;
 use crate::error::Result;
@@ -33,6 +34,7 @@ pub(crate) fn create(config: VirtioConfig) -> Result<Arc<dyn VirtioDevice>> {
         VirtioConfig::Custom(config) => Ok(Arc::new(Custom::new(config)?)),
         VirtioConfig::Balloon(config) => Ok(Arc::new(Balloon::new(config)?)),
         VirtioConfig::Share(config) => Ok(Arc::new(Fs9p::new(config)?)),
+        VirtioConfig::Vsock(config) => Ok(Arc::new(Vsock::new(&config)?)),
     }
 }
 
@@ -56,6 +58,7 @@ pub(crate) fn restored(
     match device_type {
         VIRTIO_ID_BLOCK => Ok(Arc::new(Blk::restored(name, spec, frozen)?)),
         VIRTIO_ID_NET => Ok(Arc::new(Net::from_spec(spec, frozen)?)),
+        VIRTIO_ID_VSOCK => Ok(Arc::new(Vsock::from_spec(spec)?)),
         VIRTIO_ID_RNG => Ok(Arc::new(Rng::from_spec(spec)?)),
         VIRTIO_ID_CONSOLE => Ok(Arc::new(Console::from_spec(spec)?)),
         VIRTIO_ID_BALLOON => Ok(Arc::new(Balloon::from_spec(spec)?)),

@@ -42,6 +42,9 @@ mod rng;
 mod state;
 mod subscriber;
 mod transport;
+mod vsock;
+mod vsock_driver;
+mod vsock_tests;
 
 pub use access::QueueAccess;
 pub use attach::Attached;
@@ -62,3 +65,4 @@ pub use place::Place;
 pub use queues::{Counts, Queues};
 pub use rng::Rng;
 pub use transport::Transport;
+pub use vsock::Vsock;

@@ -31,6 +31,7 @@ SUBMODULES = (
     "disks",
     "shares",
     "user_net",
+    "vsock_parts",
 )
 
 
