@@ -21,6 +21,7 @@ from benches import (
     loop,
     machines,
     memory,
+    net,
     snapshot,
     stats,
 )
@@ -43,6 +44,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "registers": control.registers,
     "memory": memory.copies,
     "footprint": footprint.footprints,
+    "net": net.frames,
     "loop": loop.dispatches,
     "loop-floor": loop.floors,
     "loop-scaling": loop.scaling,

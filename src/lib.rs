@@ -81,11 +81,12 @@ mod _pyvmm {
     #[pymodule_export]
     use crate::py::{
         PyBalloonDevice, PyConsoleDevice, PyDescriptorChain, PyDirtyPages, PyDiskDevice, PyEventFd,
-        PyEventManager, PyEventOps, PyEvents, PyGuestMemory, PyIrqLine, PyKvm, PyKvmVm,
-        PyMemorySlot, PyMsrBytes, PyNetwork, PyNetworkPort, PyRegister, PyRegisterBytes,
-        PyRegisterView, PyRemoteEndpoint, PySerial, PySnapshot, PyStats, PySubscriberId, PyTimerFd,
-        PyTrace, PyUserNetwork, PyVcpu, PyVcpuExit, PyVirtioDevice, PyVirtioTransport, PyVirtqueue,
-        PyVmm, PyVmmExitHandler, PyWrappedExitHandler, close_all, cpu_features, cpuid_features,
-        cpuid_table, embedded_guest, kick_signal, kvm_info, set_kick_signal,
+        PyEventManager, PyEventOps, PyEvents, PyFrameQueue, PyGuestMemory, PyIrqLine, PyKvm,
+        PyKvmVm, PyMemorySlot, PyMsrBytes, PyNetDevice, PyNetwork, PyNetworkPort, PyRegister,
+        PyRegisterBytes, PyRegisterView, PyRemoteEndpoint, PySerial, PySnapshot, PyStats,
+        PySubscriberId, PyTimerFd, PyTrace, PyUserNetwork, PyVcpu, PyVcpuExit, PyVirtioDevice,
+        PyVirtioTransport, PyVirtqueue, PyVmm, PyVmmExitHandler, PyWrappedExitHandler, close_all,
+        cpu_features, cpuid_features, cpuid_table, embedded_guest, kick_signal, kvm_info,
+        set_kick_signal,
     };
 }

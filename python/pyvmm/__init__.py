@@ -15,11 +15,13 @@ from pyvmm._pyvmm import (
     EventManager,
     EventOps,
     Events,
+    FrameQueue,
     GuestMemory,
     IrqLine,
     Kvm,
     KvmVm,
     MemorySlot,
+    NetDevice,
     Network,
     NetworkPort,
     RemoteEndpoint,
@@ -87,6 +89,7 @@ if TYPE_CHECKING:
     from pyvmm.disks import Disk, DiskBackend
     from pyvmm.hostcalls import HostcallError, HostcallStatus
     from pyvmm.kvm import Cap
+    from pyvmm.nets import DatagramSocket, Net, PythonNet, StreamSocket, Tap
     from pyvmm.network import LinkConditions, NetworkFork, NetworkSnapshot, PortStats
     from pyvmm.patterns import Expected
     from pyvmm.screen import Screen
@@ -113,6 +116,7 @@ __all__ = [
     "ConsolePort",
     "CpuConfig",
     "CpuTemplate",
+    "DatagramSocket",
     "DescriptorChain",
     "DirtyPages",
     "Disk",
@@ -138,6 +142,7 @@ __all__ = [
     "FlatBoot",
     "ForkExecutor",
     "Forward",
+    "FrameQueue",
     "FwCfgConfig",
     "GuestEndedError",
     "GuestMemory",
@@ -154,12 +159,15 @@ __all__ = [
     "LinuxBoot",
     "MemoryConfig",
     "MemorySlot",
+    "Net",
+    "NetDevice",
     "Network",
     "NetworkFork",
     "NetworkPort",
     "NetworkSnapshot",
     "PlatformConfig",
     "PortStats",
+    "PythonNet",
     "ReadableDevice",
     "RegisterBits",
     "RemoteEndpoint",
@@ -175,8 +183,10 @@ __all__ = [
     "Stats",
     "Stop",
     "StreamError",
+    "StreamSocket",
     "Subscriber",
     "SubscriberId",
+    "Tap",
     "TimerFd",
     "Trace",
     "Unanswered",
@@ -218,6 +228,7 @@ _BOOTS = ("BootModule", "ElfBoot", "EmbeddedBoot", "FirmwareBoot", "FlatBoot", "
 _CONFIG = ("CpuConfig", "FwCfgConfig", "MemoryConfig", "PlatformConfig", "SerialConfig", "VmmConfig")
 _CPU = ("CpuTemplate", "RegisterBits")
 _DISKS = ("Disk", "DiskBackend")
+_NETS = ("DatagramSocket", "Net", "PythonNet", "StreamSocket", "Tap")
 _VIRTIO = ("Balloon", "ConsolePort", "Rng", "VirtioConsole")
 _LAZY = {
     **dict.fromkeys(_BOOTS, "pyvmm.boots"),
@@ -226,6 +237,7 @@ _LAZY = {
     **dict.fromkeys(("HostcallError", "HostcallStatus"), "pyvmm.hostcalls"),
     **dict.fromkeys(_DISKS, "pyvmm.disks"),
     **dict.fromkeys(("Forward", "UserNet"), "pyvmm.user_net"),
+    **dict.fromkeys(_NETS, "pyvmm.nets"),
     **dict.fromkeys(_VIRTIO, "pyvmm.virtio_parts"),
     "VirtioProgram": "pyvmm.virtio_device",
     **dict.fromkeys(("VsockHost", "VsockListener"), "pyvmm.vsock"),

@@ -41,12 +41,14 @@ __all__ = [
     "EventManager",
     "EventOps",
     "Events",
+    "FrameQueue",
     "GuestMemory",
     "IrqLine",
     "Kvm",
     "KvmVm",
     "MemorySlot",
     "MsrBytes",
+    "NetDevice",
     "Network",
     "NetworkPort",
     "Register",
@@ -2130,6 +2132,14 @@ class Vmm:
         """The machine's run state."""
 
     @property
+    def nets(self) -> tuple[NetDevice, ...]:
+        """The network devices, in the order of `VmmConfig.nets`; the same objects each time.
+
+        Raises:
+            ClosedError: the machine is closed.
+        """
+
+    @property
     def balloon(self) -> BalloonDevice:
         """The memory balloon; the same object each time.
 
@@ -2776,6 +2786,90 @@ class DescriptorChain:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None, /
     ) -> None: ...
+
+@final
+class NetDevice:
+    """A network device of a machine: an item of `Vmm.nets`. It holds the machine."""
+
+    @property
+    def name(self) -> str:
+        """Its name, such as "net0"."""
+
+    @property
+    def mac(self) -> str:
+        """The guest's hardware address."""
+
+    @property
+    def mtu(self) -> int | None:
+        """The MTU that the guest is asked to use, or None."""
+
+    @property
+    def backend(self) -> str:
+        """What is behind it, such as "tap tap0"."""
+
+    @property
+    def link(self) -> bool:
+        """Whether the guest has a link. Set it to plug the cable in or out.
+
+        It is False if the program has set it, and once the backend has failed. Without a link,
+        frames are dropped in both directions.
+        """
+
+    @link.setter
+    def link(self, is_up: bool) -> None: ...
+    @property
+    def failure(self) -> str | None:
+        """Why the backend takes and gives no more frames, or None."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Counts since the machine was made.
+
+        "received" and "received_bytes" are what the guest has received, "sent" and "sent_bytes" what
+        it has sent. "receive_dropped" and "send_dropped" had no link, or were malformed or longer
+        than the guest's buffers; "backend_dropped" is what the backend has dropped.
+        """
+
+    def connect(self, backend: object) -> None:
+        """Put another backend behind the device, as `Net` takes it. The former one is closed.
+
+        Raises:
+            ConfigError: it is no backend.
+            StreamError: it cannot be opened.
+        """
+
+    def capture(self, path: str | Path | None) -> int:
+        """Record frames of both directions into a new file; None ends the recording.
+
+        Wireshark opens the file: pcap, with nanoseconds. A former recording ends; the number of its
+        frames is returned. Frames whose checksums are left to the receiver are recorded without them.
+
+        Raises:
+            StreamError: the file cannot be written.
+        """
+
+@final
+class FrameQueue:
+    """The frames between a guest and a program, in two bounded queues. `PythonNet` has one."""
+
+    def __new__(cls, most: int) -> Self:
+        """With room for this many frames in each direction."""
+
+    def send(self, frame: bytes) -> bool:
+        """Give the guest a frame. False if there is no room for it."""
+
+    def receive(self, most: int) -> list[bytes]:
+        """Take at most this many frames of the guest."""
+
+    def fileno(self) -> int:
+        """Readable while frames of the guest wait."""
+
+    @property
+    def dropped(self) -> int:
+        """How many frames were dropped."""
+
+    def __eq__(self, other: object) -> bool: ...
+    def __hash__(self) -> int: ...
 
 @final
 class VirtioDevice:

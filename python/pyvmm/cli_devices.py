@@ -8,6 +8,7 @@ import click
 
 from pyvmm import disks, keyvalue, shares
 from pyvmm.exceptions import ConfigError
+from pyvmm.nets import option
 from pyvmm.virtio_parts import Balloon, ConsolePort, Rng, VirtioConsole
 from pyvmm.vsock_parts import Vsock
 
@@ -21,6 +22,12 @@ OPTIONS = (
         multiple=True,
         metavar="PATH[,ro][,overlay[=FILE]][,format=F][,serial=S]",
         help="Add a disk. With overlay, the file is not changed.",
+    ),
+    click.option(
+        "--net",
+        multiple=True,
+        metavar="BACKEND[,mac=MAC][,mtu=N]",
+        help="Add a network device: tap:NAME, stream:PATH, stream:HOST:PORT, datagram:PATH or datagram:HOST:PORT.",
     ),
     click.option(
         "--rng", is_flag=False, flag_value="", metavar="[seed=N]", help="Add an entropy device, also one that repeats."
@@ -45,7 +52,7 @@ OPTIONS = (
     ),
 )
 # The names of the options' arguments.
-NAMES = ("disk", "console", "rng", "balloon", "share", "vsock")
+NAMES = ("disk", "net", "console", "rng", "balloon", "share", "vsock")
 
 
 def with_devices(base: VmmConfig, options: dict[str, Any]) -> VmmConfig:
@@ -58,6 +65,11 @@ def with_devices(base: VmmConfig, options: dict[str, Any]) -> VmmConfig:
             raise ConfigError(f"disk: {error}", at="disk") from None
     if (console := options["console"]) is not None:
         changes["console"] = VirtioConsole(ports=(ConsolePort("console0", console),))
+    if options["net"]:
+        try:
+            changes["nets"] = (*base.nets, *map(option, options["net"]))
+        except ValueError as error:
+            raise click.BadParameter(str(error), param_hint="--net") from None
     if (rng := options["rng"]) is not None:
         changes["rng"] = Rng(seed=int(keyvalue.parse("rng", rng, {"seed": int})["seed"])) if rng else Rng()
     if (balloon := options["balloon"]) is not None:

@@ -24,6 +24,7 @@ from pyvmm.config_parts import FilePath, Names, Part, Port, Stream, nearest
 from pyvmm.cpu_template import CHOICES, TEMPLATES, CpuTemplate, RegisterBits, TemplateName, is_file
 from pyvmm.disks import Disk
 from pyvmm.exceptions import ConfigError
+from pyvmm.nets import Net, plain
 from pyvmm.shares import Share
 from pyvmm.virtio_parts import Balloon, ConsolePort, Rng, VirtioConsole
 from pyvmm.vsock_parts import Vsock
@@ -172,6 +173,13 @@ class PlatformConfig(Part, frozen=True, kw_only=True):
     fw_cfg: FwCfgConfig | None = None
 
 
+# In a file, a list.
+if TYPE_CHECKING:
+    Nets: TypeAlias = Sequence[Net]
+else:
+    Nets = tuple[Net, ...]
+
+
 class VmmConfig(Part, frozen=True, kw_only=True):
     """A complete machine.
 
@@ -198,6 +206,7 @@ class VmmConfig(Part, frozen=True, kw_only=True):
         vsock: the virtio socket device; None means none.
         virtio: virtio devices that are Python objects: see `pyvmm.virtio_device`. A file cannot
             name any.
+        nets: the network devices.
     """
 
     memory: MemoryConfig = MemoryConfig()
@@ -219,6 +228,7 @@ class VmmConfig(Part, frozen=True, kw_only=True):
     shares: tuple[Share, ...] = ()
     vsock: Vsock | None = None
     virtio: VirtioPrograms = ()
+    nets: Nets = ()
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VmmConfig:
@@ -310,8 +320,9 @@ class VmmConfig(Part, frozen=True, kw_only=True):
         for name, content in (self.platform.fw_cfg or FwCfgConfig()).files.items():
             if not isinstance(content, (str, Path)):
                 raise _error(f"platform.fw_cfg.files.{name}", f"{type(content).__name__} cannot be written to a file")
-        plain: dict[str, Any] = msgspec.to_builtins(self, enc_hook=str)
-        return plain
+        written = self.replace(nets=tuple(plain(net, f"nets[{at}]") for at, net in enumerate(self.nets)))
+        values: dict[str, Any] = msgspec.to_builtins(written, enc_hook=str)
+        return values
 
 
 _BOOTS: tuple[type[Part], ...] = (EmbeddedBoot, FlatBoot, ElfBoot, LinuxBoot, KernelBoot, FirmwareBoot)

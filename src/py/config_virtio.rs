@@ -8,19 +8,26 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString};
 
 use super::config_disk::disk;
+use super::config_net;
 use super::config_part::{Part, bad, unlike};
 use super::ending::import;
 use super::virtio_custom;
 use crate::config::{
-    BalloonConfig, ConsoleConfig, ConsolePort, RngConfig, ShareConfig, VirtioConfig, VsockConfig,
+    BalloonConfig, ConsoleConfig, ConsolePort, NetConfig, RngConfig, ShareConfig, VirtioConfig,
+    VsockConfig,
 };
 use crate::share::Options;
 
 /// The devices of a machine, in the order of their addresses.
 pub(super) fn devices(all: &Part<'_>) -> PyResult<Vec<VirtioConfig>> {
+    let py = all.object.py();
     let mut devices = Vec::new();
     for part in all.object.getattr("disks")?.try_iter()? {
         devices.push(device(&part?, "disks")?);
+    }
+    let nets: Vec<Bound<'_, PyAny>> = all.get(intern!(py, "nets"), "a sequence of Net")?;
+    for (number, net) in nets.into_iter().enumerate() {
+        devices.push(VirtioConfig::Net(self::net(net, number)?));
     }
     for key in ["console", "rng", "balloon", "vsock"] {
         let part = all.object.getattr(key)?;
@@ -43,10 +50,22 @@ pub(super) fn devices(all: &Part<'_>) -> PyResult<Vec<VirtioConfig>> {
 pub(super) fn given(devices: &Bound<'_, PyDict>) -> PyResult<Vec<(String, VirtioConfig)>> {
     let one = |(name, config): (Bound<'_, PyAny>, Bound<'_, PyAny>)| {
         let name: String = name.extract()?;
-        let config = device(&config, "virtio")?;
+        let number = name.strip_prefix("net").and_then(|number| number.parse().ok());
+        let config = match number {
+            Some(number) => VirtioConfig::Net(net(config, number)?),
+            None => device(&config, "virtio")?,
+        };
         Ok((name, config))
     };
     devices.iter().map(one).collect()
+}
+
+fn net(object: Bound<'_, PyAny>, number: usize) -> PyResult<NetConfig> {
+    let class = import(object.py(), "pyvmm.nets")?.getattr(intern!(object.py(), "Net"))?;
+    if !object.is_instance(&class)? {
+        return Err(bad(format!("nets[{number}]"), unlike(&object, "a Net")));
+    }
+    config_net::net(&Part { object, key: "nets" }, number)
 }
 
 /// The configuration of one device, by its class.

@@ -8,6 +8,7 @@ mod config;
 mod config_boot;
 mod config_cpu;
 mod config_disk;
+mod config_net;
 mod config_part;
 mod config_virtio;
 mod console;
@@ -22,6 +23,7 @@ mod enter;
 mod errors;
 mod event;
 mod exit;
+mod frame_queue;
 mod gil_cell;
 mod hooks;
 #[cfg(debug_assertions)]
@@ -35,6 +37,7 @@ mod kvm;
 mod lease;
 mod machine;
 mod memory;
+mod net;
 mod network;
 mod network_conditions;
 mod network_port;
@@ -76,10 +79,12 @@ pub use event::{
     PyEventFd, PyEventManager, PyEventOps, PyEvents, PyRemoteEndpoint, PySubscriberId, PyTimerFd,
     PyVmmExitHandler, PyWrappedExitHandler,
 };
+pub use frame_queue::PyFrameQueue;
 pub(crate) use host::{cpu_features, embedded_guest, kick_signal, kvm_info, set_kick_signal};
 pub(crate) use interpreter::prepare;
 pub use kvm::PyKvm;
 pub use memory::{PyDirtyPages, PyGuestMemory, PyMemorySlot};
+pub use net::PyNetDevice;
 pub use network::{PyFrozenNetwork, PyNetwork};
 pub use network_port::PyNetworkPort;
 pub use registers::{PyMsrBytes, PyRegister, PyRegisterBytes, PyRegisterView};

@@ -24,6 +24,8 @@ pub(super) enum Part {
     /// By number.
     Disk(usize),
     /// By number.
+    Net(usize),
+    /// By number.
     Vcpu(u64),
 }
 

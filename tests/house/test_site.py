@@ -32,6 +32,7 @@ SUBMODULES = (
     "shares",
     "user_net",
     "vsock_parts",
+    "nets",
 )
 
 

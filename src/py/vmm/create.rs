@@ -20,7 +20,7 @@ use crate::py::parts::Parts;
 use crate::py::registry::{self, Close};
 use crate::py::serial::PySerial;
 use crate::py::virtio_custom::PyVirtioTransport;
-use crate::py::{config, interrupt};
+use crate::py::{config, interrupt, net};
 use crate::sync::Mutex;
 use crate::vmm::Vmm;
 
@@ -78,6 +78,7 @@ impl PyVmm {
                 .call_method1("connect", (serial, &event_manager, config.getattr(name)?, name))?;
             streams.extend(connected.extract::<Vec<_>>()?);
         }
+        streams.extend(net::connect(&vmm, &event_manager, config)?);
         let programs = self.connect_programs(py, &vmm, &event_manager, &mut streams);
         programs.inspect_err(|_| {
             // Their transports hold them, where the garbage collector does not see it.

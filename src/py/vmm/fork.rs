@@ -97,7 +97,10 @@ impl PySnapshot {
         let shared = event_manager.as_ref().map(|manager| manager.get().shared_core());
         let changes = ForkConfig { serial: streams, event_manager: shared, virtio: given };
         let vmm = Arc::new(py.detach(|| Vmm::fork(core, changes))?);
-        let config = slf.get().config_with(py, serial.as_ref())?;
+        let mut config = slf.get().config_with(py, serial.as_ref())?;
+        if let Some(virtio) = &virtio {
+            config = import(py, "pyvmm.nets")?.call_method1("given", (config, virtio))?;
+        }
         let fork = Py::new(py, PyVmm::of(&config, vmm, event_manager, &python_streams)?)?;
         match complete(fork.bind(py), core, setup.as_ref(), entropy.as_ref()) {
             Ok(()) => Ok(fork),
