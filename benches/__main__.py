@@ -22,6 +22,7 @@ from benches import (
     machines,
     memory,
     net,
+    network,
     snapshot,
     stats,
 )
@@ -45,6 +46,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "memory": memory.copies,
     "footprint": footprint.footprints,
     "net": net.frames,
+    "network-ports": network.frames,
     "loop": loop.dispatches,
     "loop-floor": loop.floors,
     "loop-scaling": loop.scaling,

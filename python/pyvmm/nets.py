@@ -110,8 +110,9 @@ class Net(_Backend, frozen=True, kw_only=True):
     """A network device: `Net(backend)`.
 
     Attributes:
-        backend: what is behind it: a `Tap`, `StreamSocket`, `DatagramSocket` or `PythonNet`; in
-            TOML and JSON, and also in Python, text: "tap:NAME", "stream:PATH", "stream:HOST:PORT",
+        backend: what is behind it: a `Tap`, `StreamSocket`, `DatagramSocket`, `PythonNet`, a
+            `NetworkPort` that nothing else uses, or a `Network`, which makes a port for it. In TOML
+            and JSON, and also in Python, text: "tap:NAME", "stream:PATH", "stream:HOST:PORT",
             "datagram:PATH" or "datagram:HOST:PORT".
         mac: the guest's hardware address, such as "02:00:00:00:00:01". None derives a locally
             administered one from the backend and the device's number.

@@ -10,7 +10,10 @@ use super::config_part::{Part, bad, unlike};
 use super::descriptor::os_error;
 use super::ending::import;
 use super::frame_queue::PyFrameQueue;
+use super::network::PyNetwork;
+use super::network_port::PyNetworkPort;
 use crate::config::NetConfig;
+use crate::net::switch::{PortBackend, QueueLimit};
 use crate::net::{NetBackend, NetSource, Peer};
 
 /// A path and -1, or host and port.
@@ -63,7 +66,20 @@ fn made(object: &Bound<'_, PyAny>, at: &str) -> PyResult<Arc<dyn NetBackend>> {
     if let Ok(queue) = object.cast::<PyFrameQueue>() {
         return Ok(Arc::clone(&queue.get().0) as _);
     }
-    Err(bad(at, unlike(object, "a Tap, StreamSocket, DatagramSocket, PythonNet or text")))
+    if let Ok(port) = object.cast::<PyNetworkPort>() {
+        return Ok(Arc::new(PortBackend::new(Arc::clone(port.get().core()?))?));
+    }
+    if let Ok(network) = object.cast::<PyNetwork>() {
+        let port = network.get().core()?.port(None, QueueLimit::default())?;
+        return Ok(Arc::new(PortBackend::new(port)?));
+    }
+    Err(bad(
+        at,
+        unlike(
+            object,
+            "a Tap, StreamSocket, DatagramSocket, PythonNet, Network, NetworkPort or text",
+        ),
+    ))
 }
 
 fn peer((host, port): Place) -> Peer {
