@@ -37,16 +37,13 @@ thread = Thread(target=serve, args=(server,))
 thread.start()
 
 net.set_link(client, server, delay=0.002, loss=0.3)
-print([ask(client, number, tries=20) for number in range(5)])
+print([ask(client, number, tries=20) for number in range(5)])  # [0, 1, 4, 9, 16]
 
 net.partition([client], [server])
-print("cut:", ask(client, 6, tries=2))
+print("cut:", ask(client, 6, tries=2))  # cut: None
 net.heal()
 net.set_link(client, server, loss=0.0)
-print("healed:", ask(client, 7, tries=20))
+print("healed:", ask(client, 7, tries=20))  # healed: 49
 
 server.close()
 thread.join()
-# [0, 1, 4, 9, 16]
-# cut: None
-# healed: 49

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from conftest import Linux
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-NEED_NO_KVM = {"event_loop", "loop_from_threads", "loop_tour"}
+NEED_NO_KVM = {"event_loop", "loop_from_threads", "loop_tour", "network_partition"}
 NEED_LINUX = {"boot_linux", "initrd_directory"}
 NEED_RAY = {"snapshot_ray"}
 NEED_GCC = {"fuzz_parser", "multiboot_kernel"}
