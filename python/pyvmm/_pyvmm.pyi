@@ -2808,6 +2808,10 @@ class NetDevice:
         """What is behind it, such as "tap tap0"."""
 
     @property
+    def network(self) -> UserNetwork | NetworkPort | None:
+        """The `UserNetwork` or `NetworkPort` behind it; None for any other backend."""
+
+    @property
     def link(self) -> bool:
         """Whether the guest has a link. Set it to plug the cable in or out.
 
@@ -2825,9 +2829,9 @@ class NetDevice:
     def counts(self) -> dict[str, int]:
         """Counts since the machine was made.
 
-        "received" and "received_bytes" are what the guest has received, "sent" and "sent_bytes" what
-        it has sent. "receive_dropped" and "send_dropped" had no link, or were malformed or longer
-        than the guest's buffers; "backend_dropped" is what the backend has dropped.
+        "received" and "received_bytes" are what the guest has received, "sent" and "sent_bytes"
+        what it has sent. "receive_dropped" and "send_dropped" had no link, or were malformed or
+        longer than the guest's buffers; "backend_dropped" is what the backend has dropped.
         """
 
     def connect(self, backend: object) -> None:
@@ -2842,7 +2846,7 @@ class NetDevice:
         """Record frames of both directions into a new file; None ends the recording.
 
         Wireshark opens the file: pcap, with nanoseconds. A former recording ends; the number of its
-        frames is returned. Frames whose checksums are left to the receiver are recorded without them.
+        frames is returned. A frame whose checksum is left to the receiver is recorded without it.
 
         Raises:
             StreamError: the file cannot be written.
@@ -2868,7 +2872,7 @@ class FrameQueue:
     def dropped(self) -> int:
         """How many frames were dropped."""
 
-    def __eq__(self, other: object) -> bool: ...
+    def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
 
 @final

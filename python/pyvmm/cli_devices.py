@@ -27,7 +27,7 @@ OPTIONS = (
         "--net",
         multiple=True,
         metavar="BACKEND[,mac=MAC][,mtu=N]",
-        help="Add a network device: tap:NAME, stream:PATH, stream:HOST:PORT, datagram:PATH or datagram:HOST:PORT.",
+        help="Add a network device: user, tap:NAME, or stream: or datagram: with PATH or HOST:PORT.",
     ),
     click.option(
         "--rng", is_flag=False, flag_value="", metavar="[seed=N]", help="Add an entropy device, also one that repeats."

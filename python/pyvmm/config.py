@@ -24,9 +24,9 @@ from pyvmm.config_parts import FilePath, Names, Part, Port, Stream, nearest
 from pyvmm.cpu_template import CHOICES, TEMPLATES, CpuTemplate, RegisterBits, TemplateName, is_file
 from pyvmm.disks import Disk
 from pyvmm.exceptions import ConfigError
-from pyvmm.nets import Net, plain
+from pyvmm.nets import Nets, as_text
 from pyvmm.shares import Share
-from pyvmm.virtio_parts import Balloon, ConsolePort, Rng, VirtioConsole
+from pyvmm.virtio_parts import Balloon, ConsolePort, Rng, VirtioConsole, VirtioPrograms
 from pyvmm.vsock_parts import Vsock
 
 if TYPE_CHECKING:
@@ -47,15 +47,6 @@ if TYPE_CHECKING:
     Contents: TypeAlias = Mapping[str, bytes | str | Path]
 else:
     Contents = dict[str, str]
-
-
-# In a file, an empty list.
-if TYPE_CHECKING:
-    from pyvmm.virtio_device import VirtioProgram
-
-    VirtioPrograms: TypeAlias = Sequence[VirtioProgram]
-else:
-    VirtioPrograms = Annotated[tuple[Any, ...], Meta(extra_json_schema={"maxItems": 0})]
 
 
 class _Size(Part, frozen=True):
@@ -171,13 +162,6 @@ class PlatformConfig(Part, frozen=True, kw_only=True):
     pci: bool | None = None
     hpet: bool | None = None
     fw_cfg: FwCfgConfig | None = None
-
-
-# In a file, a list.
-if TYPE_CHECKING:
-    Nets: TypeAlias = Sequence[Net]
-else:
-    Nets = tuple[Net, ...]
 
 
 class VmmConfig(Part, frozen=True, kw_only=True):
@@ -320,9 +304,8 @@ class VmmConfig(Part, frozen=True, kw_only=True):
         for name, content in (self.platform.fw_cfg or FwCfgConfig()).files.items():
             if not isinstance(content, (str, Path)):
                 raise _error(f"platform.fw_cfg.files.{name}", f"{type(content).__name__} cannot be written to a file")
-        written = self.replace(nets=tuple(plain(net, f"nets[{at}]") for at, net in enumerate(self.nets)))
-        values: dict[str, Any] = msgspec.to_builtins(written, enc_hook=str)
-        return values
+        plain: dict[str, Any] = msgspec.to_builtins(as_text(self), enc_hook=str)
+        return plain
 
 
 _BOOTS: tuple[type[Part], ...] = (EmbeddedBoot, FlatBoot, ElfBoot, LinuxBoot, KernelBoot, FirmwareBoot)

@@ -9,19 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from msgspec import Meta
 
-from pyvmm._pyvmm import Events, FrameQueue
+from pyvmm import user_net
+from pyvmm._pyvmm import Events, FrameQueue, UserNetwork
 from pyvmm.config_parts import Part
 from pyvmm.events import EventSet
 from pyvmm.exceptions import ConfigError
+from pyvmm.user_net import UserNet
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from pyvmm._pyvmm import EventManager, EventOps, SubscriberId
 
 MAX_PORT = 65_535
 MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
-KINDS = "tap:NAME, stream:PATH, stream:HOST:PORT, datagram:PATH or datagram:HOST:PORT"
+KINDS = "user, tap:NAME, stream:PATH, stream:HOST:PORT, datagram:PATH or datagram:HOST:PORT"
 # In a file, backends are text; peers are paths or (host, port).
 Source: TypeAlias = Annotated[Any, Meta(extra_json_schema={"type": "string"})]
 Peer: TypeAlias = Annotated[Any, Meta(extra_json_schema={"type": ["string", "array"]})]
@@ -110,10 +112,10 @@ class Net(_Backend, frozen=True, kw_only=True):
     """A network device: `Net(backend)`.
 
     Attributes:
-        backend: what is behind it: a `Tap`, `StreamSocket`, `DatagramSocket`, `PythonNet`, a
-            `NetworkPort` that nothing else uses, or a `Network`, which makes a port for it. In TOML
-            and JSON, and also in Python, text: "tap:NAME", "stream:PATH", "stream:HOST:PORT",
-            "datagram:PATH" or "datagram:HOST:PORT".
+        backend: what is behind it: a `UserNet`, `Tap`, `StreamSocket`, `DatagramSocket`,
+            `PythonNet`, a `NetworkPort` that nothing else uses, or a `Network`, which makes a port
+            for it. In TOML and JSON, and also in Python, text: "user", "tap:NAME", "stream:PATH",
+            "stream:HOST:PORT", "datagram:PATH" or "datagram:HOST:PORT".
         mac: the guest's hardware address, such as "02:00:00:00:00:01". None derives a locally
             administered one from the backend and the device's number.
         mtu: the MTU that the guest uses, 68 to 65,535; None means the backend's, or the guest's
@@ -124,9 +126,18 @@ class Net(_Backend, frozen=True, kw_only=True):
     mtu: Annotated[int, Meta(ge=68, le=MAX_PORT)] | None = None
 
 
+# In a file, a list.
+if TYPE_CHECKING:
+    Nets: TypeAlias = Sequence[Net]
+else:
+    Nets = tuple[Net, ...]
+
+
 def parsed(text: str, at: str) -> Any:
     """The backend that a text is: `KINDS`."""
     kind, _, rest = text.partition(":")
+    if text == "user":
+        return UserNet()
     if kind == "tap" and rest:
         return Tap(rest)
     if kind in {"stream", "datagram"} and rest:
@@ -238,6 +249,8 @@ def plain(net: Net, at: str) -> Net:
     backend = net.backend
     if isinstance(backend, str):
         return net
+    if isinstance(backend, UserNet) and backend == UserNet():
+        return net.replace(backend="user")
     if isinstance(backend, Tap) and isinstance(backend.interface, str):
         return net.replace(backend=f"tap:{backend.interface}")
     if isinstance(backend, (StreamSocket, DatagramSocket)) and getattr(backend, "own", None) is None:
@@ -247,6 +260,11 @@ def plain(net: Net, at: str) -> Net:
             host, port = peer
             return net.replace(backend=f"{kind}:{host}" if port < 0 else f"{kind}:{host}:{port}")
     raise ConfigError(f"{at}.backend: {type(backend).__name__} cannot be written to a file", at=f"{at}.backend")
+
+
+def as_text(config: Any) -> Any:
+    """The configuration with all backends as text, for a file."""
+    return config.replace(nets=tuple(plain(net, f"nets[{at}]") for at, net in enumerate(config.nets)))
 
 
 def given(config: Any, virtio: dict[str, Any]) -> Any:
@@ -264,6 +282,8 @@ def connect(manager: EventManager, backends: Iterable[tuple[Any, Any]]) -> list[
     for backend, native in backends:
         if isinstance(backend, PythonNet) and backend.callback is not None and backend._queue == native:
             ids.append(manager.add_subscriber(_Receiver(backend._queue, backend.callback)))
+        if isinstance(backend, UserNet) and backend.policy is not None and isinstance(native, UserNetwork):
+            ids.append(user_net.connect(native, manager, backend.policy))
     return ids
 
 

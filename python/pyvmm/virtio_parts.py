@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from msgspec import Meta
 
@@ -74,3 +74,12 @@ class Balloon(Part, frozen=True, kw_only=True):
     deflate_on_oom: bool = True
     reporting: bool = True
     statistics_s: Annotated[float, Meta(ge=0.01, le=1_000_000)] | None = None
+
+
+# In a file, an empty list.
+if TYPE_CHECKING:
+    from pyvmm.virtio_device import VirtioProgram
+
+    VirtioPrograms: TypeAlias = Sequence[VirtioProgram]
+else:
+    VirtioPrograms = Annotated[tuple[Any, ...], Meta(extra_json_schema={"maxItems": 0})]

@@ -8,7 +8,9 @@ use super::backend::NetBackend;
 use super::datagram::DatagramSocket;
 use super::socket::Peer;
 use super::stream::StreamSocket;
+use super::switch::{Network, Port, PortBackend, QueueLimit};
 use super::tap::Tap;
+use super::user::{UserBackend, UserNetConfig};
 use crate::error::Result;
 
 /// See the module. A descriptor belongs to the backend.
@@ -26,6 +28,12 @@ pub enum NetSource {
     Datagram(Option<Peer>, Peer),
     /// A connected datagram socket.
     DatagramFd(OwnedFd),
+    /// A port of a network inside the process.
+    Port(Arc<Port>),
+    /// A new port of such a network.
+    Network(Arc<Network>),
+    /// A user network.
+    User(Box<UserNetConfig>),
     /// A backend that exists.
     Made(Arc<dyn NetBackend>),
 }
@@ -43,6 +51,11 @@ impl NetSource {
             Self::StreamFd(fd) => StreamSocket::new(fd)?,
             Self::Datagram(own, peer) => DatagramSocket::connect(own.as_ref(), &peer)?,
             Self::DatagramFd(fd) => DatagramSocket::new(fd)?,
+            Self::Port(port) => Arc::new(PortBackend::new(port)?),
+            Self::Network(network) => {
+                Arc::new(PortBackend::new(network.port(None, QueueLimit::default())?)?)
+            }
+            Self::User(config) => Arc::new(UserBackend::new(*config)?),
             Self::Made(backend) => backend,
         })
     }
@@ -62,6 +75,8 @@ mod tests {
             (NetSource::StreamFd(stream.into()), "stream socket"),
             (NetSource::DatagramFd(datagram.into()), "datagram socket"),
             (NetSource::Made(Arc::new(Disconnected)), "none"),
+            (NetSource::User(Box::default()), "user"),
+            (NetSource::Network(Network::new(1)), "network port"),
         ] {
             assert!(source.open().unwrap().describe().starts_with(name));
         }

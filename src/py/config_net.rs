@@ -12,8 +12,8 @@ use super::ending::import;
 use super::frame_queue::PyFrameQueue;
 use super::network::PyNetwork;
 use super::network_port::PyNetworkPort;
+use super::user_net;
 use crate::config::NetConfig;
-use crate::net::switch::{PortBackend, QueueLimit};
 use crate::net::{NetBackend, NetSource, Peer};
 
 /// A path and -1, or host and port.
@@ -57,29 +57,28 @@ fn source(kind: &str, value: &Bound<'_, PyAny>, at: &str) -> PyResult<NetSource>
             let (place, own): (Place, Option<Place>) = value.extract()?;
             NetSource::Datagram(own.map(peer), peer(place))
         }
-        _ => NetSource::Made(made(value, at)?),
+        _ => made(value, at)?,
     })
 }
 
-/// A backend that exists.
-fn made(object: &Bound<'_, PyAny>, at: &str) -> PyResult<Arc<dyn NetBackend>> {
+/// An object that is a backend, or has one.
+fn made(object: &Bound<'_, PyAny>, at: &str) -> PyResult<NetSource> {
     if let Ok(queue) = object.cast::<PyFrameQueue>() {
-        return Ok(Arc::clone(&queue.get().0) as _);
+        return Ok(NetSource::Made(Arc::clone(&queue.get().0) as _));
     }
     if let Ok(port) = object.cast::<PyNetworkPort>() {
-        return Ok(Arc::new(PortBackend::new(Arc::clone(port.get().core()?))?));
+        return Ok(NetSource::Port(Arc::clone(port.get().core()?)));
     }
     if let Ok(network) = object.cast::<PyNetwork>() {
-        let port = network.get().core()?.port(None, QueueLimit::default())?;
-        return Ok(Arc::new(PortBackend::new(port)?));
+        return Ok(NetSource::Network(Arc::clone(network.get().core()?)));
     }
-    Err(bad(
-        at,
-        unlike(
-            object,
-            "a Tap, StreamSocket, DatagramSocket, PythonNet, Network, NetworkPort or text",
-        ),
-    ))
+    let class = import(object.py(), "pyvmm.user_net")?.getattr(intern!(object.py(), "UserNet"))?;
+    if object.is_instance(&class)? {
+        return Ok(NetSource::User(Box::new(user_net::config(object, at)?)));
+    }
+    let needed = "a UserNet, Tap, StreamSocket, DatagramSocket, PythonNet, NetworkPort, Network or \
+                  text";
+    Err(bad(at, unlike(object, needed)))
 }
 
 fn peer((host, port): Place) -> Peer {

@@ -11,9 +11,13 @@ use super::config_net;
 use super::ending::import;
 use super::event::{PyEventManager, PySubscriberId};
 use super::frame_queue::PyFrameQueue;
+use super::network_port::PyNetworkPort;
 use super::parts::Part;
+use super::user_net::PyUserNetwork;
 use super::vmm::PyVmm;
 use crate::error::Error;
+use crate::net::switch::PortBackend;
+use crate::net::user::UserBackend;
 use crate::net::{FrameQueue, NetBackend};
 use crate::virtio::{Attached, Net};
 use crate::vmm::Vmm;
@@ -28,8 +32,16 @@ fn devices(all: Vec<Attached>) -> impl Iterator<Item = (String, Arc<Net>)> {
 
 /// What is behind a device, if the program can hold it.
 fn native(py: Python<'_>, backend: Arc<dyn NetBackend>) -> PyResult<Option<Py<PyAny>>> {
-    match backend.as_any().downcast::<FrameQueue>() {
-        Ok(queue) => Ok(Some(Py::new(py, PyFrameQueue(queue))?.into_any())),
+    let backend = match backend.as_any().downcast::<FrameQueue>() {
+        Ok(queue) => return Ok(Some(Py::new(py, PyFrameQueue(queue))?.into_any())),
+        Err(backend) => backend,
+    };
+    let backend = match backend.downcast::<UserBackend>() {
+        Ok(user) => return Ok(Some(Py::new(py, PyUserNetwork::over(user))?.into_any())),
+        Err(backend) => backend,
+    };
+    match backend.downcast::<PortBackend>() {
+        Ok(port) => Ok(Some(Py::new(py, PyNetworkPort::over(Arc::clone(port.port())))?.into_any())),
         Err(_) => Ok(None),
     }
 }
@@ -102,6 +114,14 @@ impl PyNetDevice {
         Ok(py.detach(|| device.backend().describe()))
     }
 
+    /// The `UserNetwork` or `NetworkPort` behind it; None for any other backend.
+    #[getter]
+    fn network(&self, py: Python<'_>) -> PyResult<Option<Py<PyAny>>> {
+        let device = self.device()?;
+        let found = native(py, py.detach(|| device.backend()))?;
+        Ok(found.filter(|found| !found.bind(py).is_instance_of::<PyFrameQueue>()))
+    }
+
     /// Whether the guest has a link. Set it to plug the cable in or out.
     ///
     /// It is False if the program has set it, and once the backend has failed. Without a link,
@@ -127,9 +147,9 @@ impl PyNetDevice {
 
     /// Counts since the machine was made.
     ///
-    /// "received" and "received_bytes" are what the guest has received, "sent" and "sent_bytes" what
-    /// it has sent. "receive_dropped" and "send_dropped" had no link, or were malformed or longer
-    /// than the guest's buffers; "backend_dropped" is what the backend has dropped.
+    /// "received" and "received_bytes" are what the guest has received, "sent" and "sent_bytes"
+    /// what it has sent. "receive_dropped" and "send_dropped" had no link, or were malformed or
+    /// longer than the guest's buffers; "backend_dropped" is what the backend has dropped.
     #[getter]
     fn counts<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let device = self.device()?;
@@ -158,6 +178,8 @@ impl PyNetDevice {
         let device = self.device()?;
         let new = config_net::backend(backend)?;
         let vmm = self.vmm.get();
+        // A reset keeps it: a pool closes the machine after the job.
+        vmm.vmm()?;
         let pairs = PyList::new(py, [(backend, native(py, Arc::clone(&new))?)])?;
         let connected =
             import(py, "pyvmm.nets")?.call_method1("connect", (vmm.manager(py)?, pairs))?;
@@ -169,12 +191,13 @@ impl PyNetDevice {
     /// Record frames of both directions into a new file; None ends the recording.
     ///
     /// Wireshark opens the file: pcap, with nanoseconds. A former recording ends; the number of its
-    /// frames is returned. Frames whose checksums are left to the receiver are recorded without them.
+    /// frames is returned. A frame whose checksum is left to the receiver is recorded without it.
     ///
     /// Raises:
     ///     StreamError: the file cannot be written.
     fn capture(&self, py: Python<'_>, path: Option<PathBuf>) -> PyResult<u64> {
         let device = self.device()?;
+        self.vmm.get().vmm()?;
         let former = py.detach(|| device.capture(path.as_deref()))?;
         Ok(former.map_or(0, |capture| capture.frames()))
     }

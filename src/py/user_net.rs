@@ -28,14 +28,22 @@ type Resolved = (
 ///
 /// # Errors
 /// `ConfigError` if the configuration is not valid, `OSError` if a port cannot be listened at.
-pub(super) fn backend(object: &Bound<'_, PyAny>, key: &str) -> PyResult<Arc<UserBackend>> {
+fn backend(object: &Bound<'_, PyAny>, key: &str) -> PyResult<Arc<UserBackend>> {
+    let config = config(object, key)?;
+    Ok(object.py().detach(|| UserBackend::new(config)).map(Arc::new)?)
+}
+
+/// Convert a `UserNet`. `key` is where errors are.
+///
+/// # Errors
+/// `ConfigError` if it is not valid.
+pub(super) fn config(object: &Bound<'_, PyAny>, key: &str) -> PyResult<UserNetConfig> {
     let module = import(object.py(), "pyvmm.user_net")?;
     if !object.is_instance(&module.getattr("UserNet")?)? {
         return Err(bad(key, unlike(object, "a UserNet")));
     }
     let resolved: Resolved = module.call_method1("resolved", (object, key))?.extract()?;
-    let config = converted(resolved, key)?;
-    Ok(object.py().detach(|| UserBackend::new(config)).map(Arc::new)?)
+    converted(resolved, key)
 }
 
 fn converted(from: Resolved, key: &str) -> PyResult<UserNetConfig> {
@@ -101,7 +109,6 @@ pub struct PyUserNetwork(Arc<UserBackend>);
 
 impl PyUserNetwork {
     /// The object for a network behind a device.
-    #[allow(dead_code, reason = "network devices of machines use it")]
     pub(super) fn over(backend: Arc<UserBackend>) -> Self {
         Self(backend)
     }

@@ -1,6 +1,7 @@
 """Network devices of machines: their backends, frames of a flat guest's driver, captures, forks.
 
-Covers src/py/net.rs, src/py/config_net.rs, src/py/frame_queue.rs, src/virtio/net.rs, python/pyvmm/nets.py.
+Covers src/py/net.rs, src/py/config_net.rs, src/py/frame_queue.rs, src/virtio/net.rs,
+python/pyvmm/nets.py.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from pyvmm import (
     FrameQueue,
     Net,
     NetDevice,
+    Network,
     PythonNet,
     Snapshot,
     StreamError,
     StreamSocket,
     Tap,
+    UserNet,
+    UserNetwork,
     Vmm,
     VmmConfig,
 )
@@ -152,6 +156,39 @@ def test_sockets_carry_frames_as_qemu_frames_them(tmp_path: Path) -> None:
 
 
 @kvm
+def test_machines_meet_in_a_network() -> None:
+    network = Network(seed=1)
+    with Vmm(machine(nets=[Net(network)])) as one, Vmm(machine(nets=[Net(network.port("other"))])) as other:
+        drivers = [started(one), started(other)]
+        assert one.nets[0].mac != other.nets[0].mac
+        send(drivers[0], FRAME)
+        assert receive(drivers[1]) == FRAME
+        assert other.nets[0].backend == "network port other"
+        assert getattr(other.nets[0].network, "name", None) == "other"
+
+
+ARP = bytes.fromhex("0001080006040001") + b"\x02\0\0\0\0\x01" + bytes([10, 0, 2, 15]) + bytes(6) + bytes([10, 0, 2, 2])
+
+
+@kvm
+def test_a_user_network_answers_the_guest_and_forks_have_their_own() -> None:
+    with Vmm(machine(nets=[Net(UserNet(forward=[(0, 22)]))])) as vmm:
+        driver = started(vmm)
+        send(driver, FRAME[:12] + b"\x08\x06" + ARP)
+        assert receive(driver)[12:22] == b"\x08\x06" + ARP[:7] + b"\x02"
+        network = vmm.nets[0].network
+        assert isinstance(network, UserNetwork)
+        with vmm.snapshot().fork() as fork:
+            assert fork.nets[0].link
+            another = fork.nets[0].network
+            assert isinstance(another, UserNetwork)
+            assert another.forwards != network.forwards
+            own = driver.fork(fork)
+            send(own, FRAME[:12] + b"\x08\x06" + ARP)
+            assert receive(own)[12:22] == b"\x08\x06" + ARP[:7] + b"\x02"
+
+
+@kvm
 def test_an_unplugged_cable_drops_frames() -> None:
     net = PythonNet()
     with Vmm(machine(nets=[Net(net)])) as vmm:
@@ -262,9 +299,9 @@ def test_a_tap_interface_carries_frames_until_it_is_removed(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("net", "text"),
     [
-        (Net("nothing"), "nets[0].backend: expected tap:NAME"),
-        (Net("stream:"), "nets[0].backend: expected tap:NAME"),
-        (Net(3), "nets[0].backend: expected a Tap"),
+        (Net("nothing"), "nets[0].backend: expected user, tap:NAME"),
+        (Net("stream:"), "nets[0].backend: expected user, tap:NAME"),
+        (Net(3), "nets[0].backend: expected a UserNet"),
         (Net(StreamSocket(("host", 0))), "nets[0].backend.peer: expected (host, port)"),
         (Net(StreamSocket(None)), "nets[0].backend.peer: expected a socket"),
         (Net(DatagramSocket("x", own=3)), "nets[0].backend.own: expected a path"),
