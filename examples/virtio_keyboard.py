@@ -103,7 +103,8 @@ def main() -> None:
         set_up(vmm)
         keyboard.type("a")
         vmm.run(timeout=10)
-        print(list(struct.iter_unpack("<HHI", vmm.memory.read(BUFFERS, 32))))
+        pressed, _, released, _ = struct.iter_unpack("<HHI", vmm.memory.read(BUFFERS, 32))
+        print(pressed, released)  # (1, 30, 1) (1, 30, 0)
 
 
 if __name__ == "__main__":
