@@ -116,7 +116,7 @@ mod tests {
             let (floating, config) = bytes.split_at(16);
             assert_eq!((sum(floating), sum(config)), (0, 0));
             assert_eq!(usize::from(u16::from_le_bytes([config[4], config[5]])), config.len());
-            assert_eq!(config.len(), 44 + 20 * usize::from(vcpus) + 8 * 20);
+            assert_eq!(config.len(), 44 + 20 * usize::from(vcpus) + 8 * 28);
         }
     }
 
