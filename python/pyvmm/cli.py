@@ -316,7 +316,7 @@ def with_options(
 ) -> VmmConfig:
     """The configuration with the options of the command line over it."""
     outputs = {port: SerialConfig(output=path) for port in SERIALS if (path := rest.pop(port, None)) is not None}
-    base = cli_devices.with_devices(base, {name: rest.pop(name) for name in cli_devices.NAMES})
+    base = cli_devices.with_devices(base, {name: rest.pop(name, None) for name in cli_devices.NAMES})
     booted = boot_of(base, BootOptions(**rest))
     if memory is not None:
         size = _number("memory", memory, "size_mib")

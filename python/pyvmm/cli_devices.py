@@ -58,26 +58,26 @@ NAMES = ("disk", "net", "console", "rng", "balloon", "share", "vsock")
 def with_devices(base: VmmConfig, options: dict[str, Any]) -> VmmConfig:
     """The configuration with the devices of the options."""
     changes: dict[str, Any] = {}
-    if options["disk"]:
+    if options.get("disk"):
         try:
             changes["disks"] = (*base.disks, *map(disks.parsed, options["disk"]))
         except ValueError as error:
             raise ConfigError(f"disk: {error}", at="disk") from None
-    if (console := options["console"]) is not None:
+    if (console := options.get("console")) is not None:
         changes["console"] = VirtioConsole(ports=(ConsolePort("console0", console),))
-    if options["net"]:
+    if options.get("net"):
         try:
             changes["nets"] = (*base.nets, *map(option, options["net"]))
         except ValueError as error:
             raise click.BadParameter(str(error), param_hint="--net") from None
-    if (rng := options["rng"]) is not None:
+    if (rng := options.get("rng")) is not None:
         changes["rng"] = Rng(seed=int(keyvalue.parse("rng", rng, {"seed": int})["seed"])) if rng else Rng()
-    if (balloon := options["balloon"]) is not None:
+    if (balloon := options.get("balloon")) is not None:
         found = keyvalue.parse("balloon", balloon, {"target_mib": int}) if balloon else {}
         changes["balloon"] = Balloon(target_mib=int(found.get("target_mib", 0)))
-    if options["share"]:
+    if options.get("share"):
         changes["shares"] = (*base.shares, *shares.parsed(options["share"]))
-    if (vsock := options["vsock"]) is not None:
+    if (vsock := options.get("vsock")) is not None:
         found = keyvalue.parse("vsock", f"cid={vsock}", {"cid": int, "uds": str})
         changes["vsock"] = Vsock(cid=int(found["cid"]), uds_path=str(found["uds"]) if "uds" in found else None)
     return base.replace(**changes) if changes else base

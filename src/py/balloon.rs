@@ -49,6 +49,7 @@ impl PyBalloonDevice {
 
     #[setter]
     fn set_target_mib(&self, py: Python<'_>, mib: u32) -> PyResult<()> {
+        self.0.get().changing()?;
         let device = self.device()?;
         py.detach(|| device.set_target(mib));
         Ok(())

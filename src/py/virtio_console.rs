@@ -48,6 +48,7 @@ impl PyConsoleDevice {
     ///     StateError: the port is connected already.
     #[pyo3(signature = (port = None))]
     fn connect<'py>(&self, py: Python<'py>, port: Option<&str>) -> PyResult<Bound<'py, PyAny>> {
+        self.0.get().changing()?;
         let device = self.device()?;
         let first = device.names().into_iter().next().unwrap_or_default();
         let port = port.unwrap_or(&first);
@@ -60,6 +61,7 @@ impl PyConsoleDevice {
 
     /// Change the size of the console, in characters.
     fn resize(&self, py: Python<'_>, columns: u16, rows: u16) -> PyResult<()> {
+        self.0.get().changing()?;
         let device = self.device()?;
         py.detach(|| device.resize(columns, rows));
         Ok(())

@@ -79,8 +79,8 @@ TAGS = ("embedded", "flat", "elf", "linux", "kernel", "firmware")
         ({"exit_port": 70000}, "exit_port: Expected `int` <= 65532"),
         (
             {"nonsense": 1},
-            "nonsense: unknown key; known are boot, com2, com3, com4, cpu, debugcon, "
-            "exit_port, irqchip, memory, pit, platform, serial",
+            "nonsense: unknown key; known are balloon, boot, com2, com3, com4, console, cpu, debugcon, disks, "
+            "exit_port, irqchip, memory, nets, pit, platform, rng, serial, shares, virtio, vsock",
         ),
         ([], "config: Expected `object`, got `array`"),
     ],

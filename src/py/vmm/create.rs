@@ -80,14 +80,7 @@ impl PyVmm {
         }
         streams.extend(net::connect(&vmm, &event_manager, config)?);
         let programs = self.connect_programs(py, &vmm, &event_manager, &mut streams);
-        programs.inspect_err(|_| {
-            // Their transports hold them, where the garbage collector does not see it.
-            self.release_programs();
-            for id in &streams {
-                // Fails if the program has already removed it.
-                let _ = event_manager.get().remove_subscriber(py, id.get());
-            }
-        })?;
+        programs.inspect_err(|_| self.abandon_programs(py, &event_manager, &streams))?;
         let exit_handler = Py::new(py, PyWrappedExitHandler::over(vmm.exit_handler()?))?;
         // Two threads may call __init__ at the same time. The object keeps the first machine.
         self.vmm.fill(vmm)?;
@@ -95,6 +88,21 @@ impl PyVmm {
         self.loop_objects.with(py, |own| *own = Some(LoopObjects { event_manager, exit_handler }));
         *self.streams.lock() = streams;
         Ok(())
+    }
+
+    /// The machine is not made after all. The transports of its devices in Python hold them, where
+    /// the garbage collector does not see it.
+    fn abandon_programs(
+        &self,
+        py: Python<'_>,
+        event_manager: &Py<PyEventManager>,
+        subscribers: &[Py<PySubscriberId>],
+    ) {
+        self.release_programs();
+        for id in subscribers {
+            // Fails if the program has already removed it.
+            let _ = event_manager.get().remove_subscriber(py, id.get());
+        }
     }
 
     /// Serve the virtio devices in Python in the machine's loop, by `subscribers`.
