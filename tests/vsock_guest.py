@@ -79,6 +79,10 @@ class Guest:
 
     def finish(self) -> Packet:
         """Let the guest come to its next step."""
+        if self.vmm.state == "running":
+            # `connect` has started it. `run_until` stops a guest in time that it has started itself.
+            self.vmm.stop()
+            self.vmm.wait(DEADLINE_S)
         self.vmm.memory.write(GO, b"\1")
         self.vmm.run_until(b"!", timeout=DEADLINE_S)
         self.driver.take(TX)
