@@ -80,7 +80,7 @@ class Guest:
     def finish(self) -> Packet:
         """Let the guest come to its next step."""
         if self.vmm.state == "running":
-            # `connect` has started it. `run_until` stops a guest in time that it has started itself.
+            # `connect` has started it. `run_until` stops only a guest in time that it started.
             self.vmm.stop()
             self.vmm.wait(DEADLINE_S)
         self.vmm.memory.write(GO, b"\1")
