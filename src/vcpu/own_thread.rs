@@ -210,32 +210,40 @@ mod tests {
     use crate::cpu::CpuMode;
     use crate::devices::{Access, Device};
     use crate::exit_handler::Outcome;
+    use crate::vcpu::ticked::{FLAG, HAS_TICKED};
     use crate::vmm::Vmm;
 
     /// Stops its vCPU in a write, and removes itself. The vCPU has the last reference and drops it
     /// when it has seen the stop, just before it comes to rest.
     #[derive(Debug)]
-    struct Resumes(Weak<Vmm>, Arc<VcpuHandle>);
+    struct Resumes {
+        vmm: Weak<Vmm>,
+        vcpu: Arc<VcpuHandle>,
+        /// Whether a write on a thread with a timer takes until its tick.
+        outlasts_tick: bool,
+    }
 
     impl Device for Resumes {
         fn read(&self, _offset: u64, _data: &mut [u8]) -> Outcome {
             Outcome::Continue
         }
         fn write(&self, _offset: u64, _data: &[u8]) -> Outcome {
-            self.0.upgrade().unwrap().remove_device(Access::Pio, 0x80).unwrap();
-            self.1.pause();
+            self.vmm.upgrade().unwrap().remove_device(Access::Pio, 0x80).unwrap();
+            self.vcpu.pause();
+            while self.outlasts_tick && !FLAG.get().is_null() && !HAS_TICKED.get() {
+                std::thread::yield_now();
+            }
             Outcome::Continue
         }
     }
 
     impl Drop for Resumes {
         fn drop(&mut self) {
-            self.1.resume();
+            self.vcpu.resume();
         }
     }
 
-    #[test]
-    fn a_vcpu_that_is_resumed_while_it_comes_to_rest_runs_on() {
+    fn check_runs_on(outlasts_tick: bool) {
         if crate::kvm::open_kvm().is_err() {
             return;
         }
@@ -246,9 +254,20 @@ mod tests {
         let mut config = VmmConfig { boot, ..VmmConfig::default() };
         config.memory.size_mib = 1;
         let vmm = Arc::new(Vmm::try_from(config).unwrap());
-        let device = Resumes(Arc::downgrade(&vmm), vmm.vcpus().unwrap().remove(0));
+        let vcpu = vmm.vcpus().unwrap().remove(0);
+        let device = Resumes { vmm: Arc::downgrade(&vmm), vcpu, outlasts_tick };
         vmm.add_device(Access::Pio, 0x80, 1, Arc::new(device)).unwrap();
         let turn = |next| vmm.event_manager()?.run_until(next, None).map(drop);
         assert_eq!(vmm.run(Some(Duration::from_secs(60)), turn).unwrap().code, Some(7));
+    }
+
+    #[test]
+    fn a_vcpu_that_is_resumed_while_it_comes_to_rest_runs_on() {
+        check_runs_on(false);
+    }
+
+    #[test]
+    fn a_tick_beside_the_stop_changes_nothing() {
+        check_runs_on(true);
     }
 }

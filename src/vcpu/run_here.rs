@@ -94,28 +94,34 @@ impl<EH: ExitHandler> HereRun<'_, EH> {
         self.ticks.page().set(handle.stop.is_set());
         self.ticks.arm(until);
         vcpu.calls_nobody = calls_nobody;
-        let (left, end) = self.run_guest(&mut vcpu);
+        let (left, end, running) = loop {
+            let (left, end) = self.run_guest(&mut vcpu);
+            if matches!(left, LeaveReason::Ended | LeaveReason::Stopped | LeaveReason::CalledOut) {
+                break (left, end, None);
+            }
+            let state = handle.state.lock();
+            if !state.commands.is_held() {
+                break (left, end, Some(state));
+            }
+            // Called out beside a tick: it has to complete its exit.
+        };
         vcpu.calls_nobody = false;
         drop(current);
         std::mem::forget(guard);
-        match (left, end) {
-            (_, Outcome::End(exit)) => {
+        match (running, end) {
+            // The command to run stays: this thread takes the vCPU again after it has run its event
+            // loop.
+            (Some(state), _) => handle.rest(state, vcpu),
+            (None, Outcome::Continue | Outcome::Wait) => handle.put_back(vcpu, false),
+            (None, end) => {
                 handle.put_back(vcpu, true);
-                shared.note_end(Exit { vcpu: Some(handle.id()), ..*exit });
-                handle.reported();
-                return LeaveReason::Ended;
-            }
-            (_, Outcome::Stop) => {
-                handle.put_back(vcpu, true);
+                if let Outcome::End(exit) = end {
+                    shared.note_end(Exit { vcpu: Some(handle.id()), ..*exit });
+                }
                 // No wake-up is needed: this thread runs the vCPU, and the caller checks the
                 // result.
                 handle.reported();
-                return LeaveReason::Stopped;
             }
-            (LeaveReason::CalledOut, _) => handle.put_back(vcpu, false),
-            // The command to run stays: this thread takes the vCPU again after it has run its event
-            // loop.
-            _ => handle.rest(handle.state.lock(), vcpu),
         }
         left
     }
