@@ -7,6 +7,8 @@
 // A program for tests: what it cannot do it says by a panic.
 #![allow(clippy::expect_used, clippy::panic, clippy::print_stdout, clippy::unwrap_used)]
 
+mod chance;
+
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -16,6 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use chance::Chance;
 use pyvmm::config::{
     Boot, ElfBoot, FirmwareBoot, KernelBoot, LinuxBoot, LinuxProtocol, MemoryConfig, Module,
     VmmConfig,
@@ -105,18 +108,7 @@ impl Coverage {
     }
 }
 
-/// xorshift64*: the same numbers for the same seed.
-struct Chance(u64);
-
 impl Chance {
-    fn below(&mut self, most: usize) -> usize {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        let number = self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16;
-        usize::try_from(number).unwrap() % most.max(1)
-    }
-
     fn value(&mut self) -> u64 {
         const USUAL: [u64; 12] = [
             0,

@@ -7,11 +7,14 @@
 // A program for tests: what it cannot do it says by a panic.
 #![allow(clippy::expect_used, clippy::print_stdout, clippy::unwrap_used)]
 
+mod chance;
+
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use chance::Chance;
 use pyvmm::share::{Directory, MOST_BYTES, Options, Server};
 
 /// The kinds of requests that the server knows.
@@ -36,18 +39,7 @@ const NAMES: [&[u8]; 12] = [
 /// The executions in one folder.
 const ROUND: u64 = 64;
 
-/// xorshift64*: the same numbers for the same seed.
-struct Chance(u64);
-
 impl Chance {
-    fn below(&mut self, most: usize) -> usize {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        let number = self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16;
-        usize::try_from(number).unwrap() % most.max(1)
-    }
-
     fn byte(&mut self) -> u8 {
         u8::try_from(self.below(256)).unwrap()
     }

@@ -5,27 +5,17 @@
 // A program for tests: what it cannot do it says by a panic.
 #![allow(clippy::expect_used, clippy::print_stdout, clippy::unwrap_used)]
 
+mod chance;
+
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use chance::Chance;
 use pyvmm::snapshot::{Load, load};
 use pyvmm::vmm::ForkConfig;
 use pyvmm::vmm::Vmm;
 
 const HEADER: usize = 128;
-
-/// xorshift64*: the same numbers for the same seed.
-struct Chance(u64);
-
-impl Chance {
-    fn below(&mut self, most: usize) -> usize {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        let number = self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16;
-        usize::try_from(number).unwrap() % most.max(1)
-    }
-}
 
 fn mutate(bytes: &mut Vec<u8>, chance: &mut Chance) {
     // What is behind the state is pages, of which nothing is read.
