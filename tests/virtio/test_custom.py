@@ -14,11 +14,11 @@ from pyvmm import (
     SnapshotError,
     StateError,
     VirtioProgram,
-    VirtioTransport,
     Virtqueue,
     Vmm,
 )
 from virtio_driver import BUFFERS, Driver, machine, readable, writable
+from virtio_programs import Keeper, keep
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,38 +26,18 @@ if TYPE_CHECKING:
 kvm = pytest.mark.kvm
 
 
-class Upper:
+class Upper(Keeper):
     """Answers with what it reads, in upper case."""
 
-    device_type = 42
     features = 5
-    queues = (16, 16)
     config = b"config"
-
-    def __init__(self) -> None:
-        self.calls: list[Any] = []
-        self.kept: list[DescriptorChain] = []
-        self.transport: VirtioTransport
-
-    def attach(self, transport: VirtioTransport) -> None:
-        self.transport = transport
-
-    def activate(self, features: int) -> None:
-        self.calls.append(features)
-
-    def reset(self) -> None:
-        self.calls.append("reset")
 
     def write_config(self, offset: int, data: bytes) -> None:
         self.calls.append((offset, data))
         self.transport.set_config_quietly(data * 3)
 
-    def process(self, queue: Virtqueue) -> None:
-        for chain in queue:
-            if queue.index == 1:
-                self.kept.append(chain)
-            else:
-                chain.write(chain.read().upper())
+    def answer(self, chain: DescriptorChain) -> None:
+        chain.write(chain.read().upper())
 
     def save(self) -> bytes:
         return b"saved"
@@ -110,10 +90,7 @@ def test_a_kept_chain_is_completed_by_another_thread() -> None:
     with Vmm(machine(virtio=[device])) as vmm:
         driver = Driver(vmm)
         driver.start(queues=2)
-        driver.add(1, [readable(BUFFERS, 4), writable(BUFFERS + 0x1000, 8)])
-        driver.write(0x50, 1)
-        while not device.kept:
-            driver.read(0)
+        keep(driver, device, readable(BUFFERS, 4), writable(BUFFERS + 0x1000, 8))
 
         def complete() -> None:
             with device.kept[0] as chain:
@@ -137,10 +114,7 @@ def test_a_chain_is_void_after_a_reset() -> None:
     with Vmm(machine(virtio=[device])) as vmm:
         driver = Driver(vmm)
         driver.start(queues=2)
-        driver.add(1, [readable(BUFFERS, 4)])
-        driver.write(0x50, 1)
-        while not device.kept:
-            driver.read(0)
+        keep(driver, device, readable(BUFFERS, 4))
         driver.start(queues=2)
         with pytest.raises(StateError, match="reset"):
             device.kept[0].read()
@@ -155,10 +129,7 @@ def test_a_chain_completed_while_the_machine_is_paused_arrives_later() -> None:
     with Vmm(machine(virtio=[device])) as vmm:
         driver = Driver(vmm)
         driver.start(queues=2)
-        driver.add(1, [writable(BUFFERS, 4)])
-        driver.write(0x50, 1)
-        while not device.kept:
-            driver.read(0)
+        keep(driver, device, writable(BUFFERS, 4))
         vmm.start()
         vmm.pause(60)
         device.kept[0].write(b"late")
@@ -177,10 +148,7 @@ def test_a_fork_has_its_own_device_and_takes_kept_chains_again() -> None:
     with Vmm(machine(virtio=[device])) as vmm:
         driver = Driver(vmm)
         driver.start(queues=2)
-        driver.add(1, [readable(BUFFERS, 4)])
-        driver.write(0x50, 1)
-        while not device.kept:
-            driver.read(0)
+        keep(driver, device, readable(BUFFERS, 4))
         snapshot = vmm.snapshot()
         with pytest.raises(SnapshotError, match="fork"):
             snapshot.fork()
@@ -269,10 +237,7 @@ def test_chains_of_a_closed_machine_are_harmless() -> None:
     with Vmm(machine(virtio=[device])) as vmm:
         driver = Driver(vmm)
         driver.start(queues=2)
-        driver.add(1, [readable(BUFFERS, 4)])
-        driver.write(0x50, 1)
-        while not device.kept:
-            driver.read(0)
+        keep(driver, device, readable(BUFFERS, 4))
     with pytest.raises(StateError):
         device.kept[0].read()
     device.kept[0].complete()

@@ -15,51 +15,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from pyvmm import SnapshotError, StateError, Vmm
 from virtio_driver import BUFFERS, Driver, machine, readable, writable
+from virtio_programs import Keeper, keep
 
 if TYPE_CHECKING:
-    from pyvmm import DescriptorChain, VirtioTransport, Virtqueue
+    from pyvmm import VirtioTransport, Virtqueue
 
 kvm = pytest.mark.kvm
-
-
-class Keeper:
-    """Keeps the chains of queue 1, and answers those of queue 0 with "ok"."""
-
-    device_type = 42
-    queues = (16, 16)
-
-    def __init__(self) -> None:
-        self.kept: list[DescriptorChain] = []
-        self.calls: list[object] = []
-        self.transport: VirtioTransport
-
-    def attach(self, transport: VirtioTransport) -> None:
-        self.transport = transport
-
-    def activate(self, features: int) -> None:
-        self.calls.append(features)
-
-    def reset(self) -> None:
-        self.calls.append("reset")
-
-    def process(self, queue: Virtqueue) -> object:
-        for chain in queue:
-            if queue.index == 1:
-                self.kept.append(chain)
-            else:
-                chain.write(b"ok")
-                chain.complete()
-        return None
-
-
-def keep(driver: Driver, device: Keeper) -> DescriptorChain:
-    """Have the device keep a chain whose buffer of 8 bytes is at BUFFERS."""
-    count = len(device.kept)
-    driver.add(1, [writable(BUFFERS, 8)])
-    driver.write(0x50, 1)
-    while len(device.kept) == count:
-        driver.read(0)
-    return device.kept[-1]
 
 
 @kvm
