@@ -1,6 +1,8 @@
 //! Loads Linux for its boot protocol (the kernel's Documentation/arch/x86/boot.rst) or by PVH: an
 //! ELF vmlinux, or a bzImage with or without its own decompressor, and the initial RAM disk.
 
+use std::borrow::Cow;
+
 use linux_loader::loader::bootparam::setup_header;
 
 use super::bzimage::BzImage;
@@ -27,14 +29,14 @@ const CLASS: usize = 4;
 const ELFCLASS64: u8 = 2;
 
 /// A kernel in memory.
-struct Kernel {
+struct Kernel<'a> {
     mode: CpuMode,
     entry: u64,
     end: u64,
     initrd_ceiling: u64,
     header: setup_header,
-    /// Whether it finds devices by ACPI.
-    has_acpi: bool,
+    /// The file, as it is once it is unpacked. None: it unpacks itself.
+    vmlinux: Option<Cow<'a, [u8]>>,
 }
 
 /// Load kernel, RAM disk and command line; returns how it starts.
@@ -56,7 +58,9 @@ pub(super) fn load(
         let room = Room { start: kernel.end, last: kernel.initrd_ceiling };
         initrd::load(&config.initrd, memory, files, room)?
     };
-    let uses_acpi = rsdp.is_some() && kernel.has_acpi;
+    // What is not unpacked here is a distribution's, which has it.
+    let has_acpi = || kernel.vmlinux.as_deref().is_none_or(virtio_mmio::has_acpi);
+    let uses_acpi = || rsdp.is_some() && has_acpi();
     let cmdline = virtio_mmio::command_line(&config.cmdline, places, uses_acpi);
     zero_page::write(memory, kernel.header, &cmdline, initrd, rsdp)?;
     Ok(zero_page::start(kernel.mode, kernel.entry))
@@ -95,7 +99,7 @@ fn load_by_pvh(
         modules.push(modules::unnamed(bytes, "boot.initrd"));
     }
     let image = unpacked.as_deref().unwrap_or(image);
-    let uses_acpi = rsdp.is_some() && virtio_mmio::has_acpi(image);
+    let uses_acpi = || rsdp.is_some() && virtio_mmio::has_acpi(image);
     let cmdline = virtio_mmio::command_line(&config.cmdline, places, uses_acpi);
     kernel::boot(image, KernelProtocol::Pvh, &cmdline, modules, memory, rsdp)
 }
@@ -104,7 +108,11 @@ fn is_bzimage(image: &[u8]) -> bool {
     BzImage::is(image) && !image.starts_with(ELF_MAGIC)
 }
 
-fn load_kernel(image: &[u8], config: &LinuxBoot, memory: &GuestMemory) -> Result<Kernel> {
+fn load_kernel<'a>(
+    image: &'a [u8],
+    config: &LinuxBoot,
+    memory: &GuestMemory,
+) -> Result<Kernel<'a>> {
     if is_bzimage(image) {
         return load_bzimage(image, config, memory);
     }
@@ -112,17 +120,17 @@ fn load_kernel(image: &[u8], config: &LinuxBoot, memory: &GuestMemory) -> Result
         let detail = "a kernel with a multiboot header, which is not Linux";
         return Err(bad(detail).hint("boot it by KernelBoot, or --boot kernel"));
     }
-    load_vmlinux(image, config.protocol, zero_page::elf_header(), INITRD_CEILING, memory)
+    load_vmlinux(image.into(), config.protocol, zero_page::elf_header(), INITRD_CEILING, memory)
 }
 
-fn load_vmlinux(
-    image: &[u8],
+fn load_vmlinux<'a>(
+    image: Cow<'a, [u8]>,
     wanted: LinuxProtocol,
     header: setup_header,
     initrd_ceiling: u64,
     memory: &GuestMemory,
-) -> Result<Kernel> {
-    let executable = Executable::new(image, AT)?;
+) -> Result<Kernel<'a>> {
+    let executable = Executable::new(&image, AT)?;
     let (mode, protocol, other) = if executable.is_64 {
         (CpuMode::Kernel64, LinuxProtocol::Bits64, "64-bit")
     } else {
@@ -134,23 +142,26 @@ fn load_vmlinux(
     }
     let kernel = ElfKernel::new(executable, memory, Low::Nothing)?;
     kernel.write(memory)?;
-    let (entry, end, has_acpi) = (kernel.entry, kernel.end(), virtio_mmio::has_acpi(image));
-    Ok(Kernel { mode, entry, end, initrd_ceiling, header, has_acpi })
+    let (entry, end) = (kernel.entry, kernel.end());
+    Ok(Kernel { mode, entry, end, initrd_ceiling, header, vmlinux: Some(image) })
 }
 
-fn load_bzimage(image: &[u8], config: &LinuxBoot, memory: &GuestMemory) -> Result<Kernel> {
+fn load_bzimage<'a>(
+    image: &'a [u8],
+    config: &LinuxBoot,
+    memory: &GuestMemory,
+) -> Result<Kernel<'a>> {
     let bzimage = BzImage::new(image)?;
     let mut header = bzimage.header;
     let initrd_ceiling = u64::from(header.initrd_addr_max);
     if let Some(vmlinux) = unpack(&bzimage, config, memory)? {
-        return load_vmlinux(&vmlinux, config.protocol, header, initrd_ceiling, memory);
+        return load_vmlinux(vmlinux.into(), config.protocol, header, initrd_ceiling, memory);
     }
     let (mode, offset) = bzimage.entry(config.protocol)?;
     let place = bzimage.load(config.load_address, memory)?;
     header.code32_start = u32::try_from(place.address).map_err(|_| bad("it is above 4 GiB"))?;
     let (entry, end) = (place.address + offset, place.end);
-    // What is not unpacked here is a distribution's, which has it.
-    Ok(Kernel { mode, entry, end, initrd_ceiling, header, has_acpi: true })
+    Ok(Kernel { mode, entry, end, initrd_ceiling, header, vmlinux: None })
 }
 
 /// The vmlinux in a bzImage, if it is to be loaded in place of the code that unpacks it.
@@ -216,7 +227,8 @@ mod tests {
     #[test]
     fn a_bzimage_is_loaded_where_it_prefers() {
         let memory = memory();
-        let kernel = load_kernel(&bzimage(b"kernel"), &config(""), &memory).unwrap();
+        let image = bzimage(b"kernel");
+        let kernel = load_kernel(&image, &config(""), &memory).unwrap();
         let mut body = [0; 6];
         memory.read(0x20_0000, &mut body).unwrap();
         assert_eq!((kernel.entry, kernel.end, &body), (0x20_0200, 0x20_1000, b"kernel"));

@@ -14,9 +14,14 @@ pub(super) fn has_acpi(kernel: &[u8]) -> bool {
 
 /// The command line with the devices, if the kernel does not find them by ACPI. They come first:
 /// what follows "--" belongs to init.
-pub(super) fn command_line(cmdline: &str, places: &[Place], uses_acpi: bool) -> String {
+pub(super) fn command_line(
+    cmdline: &str,
+    places: &[Place],
+    uses_acpi: impl FnOnce() -> bool,
+) -> String {
     let is_off = || cmdline.split_ascii_whitespace().any(|word| word == "acpi=off");
-    if uses_acpi && !is_off() {
+    // To find out takes a search of the whole kernel.
+    if places.is_empty() || (!is_off() && uses_acpi()) {
         return cmdline.to_owned();
     }
     let size = layout::VIRTIO_SIZE >> 10;
@@ -43,11 +48,11 @@ mod tests {
             Place { base: 0xfeb0_2000, line: Some(10) },
         ];
         let both = "virtio_mmio.device=4K@0xfeb00000:5 virtio_mmio.device=4K@0xfeb02000:10";
-        assert_eq!(command_line("a -- b", &places, false), format!("{both} a -- b"));
-        assert_eq!(command_line("", &places, false), both);
-        assert_eq!(command_line("a", &places, true), "a");
-        assert_eq!(command_line("acpi=off", &places, true), format!("{both} acpi=off"));
-        assert_eq!(command_line("a", &[], false), "a");
+        assert_eq!(command_line("a -- b", &places, || false), format!("{both} a -- b"));
+        assert_eq!(command_line("", &places, || false), both);
+        assert_eq!(command_line("a", &places, || true), "a");
+        assert_eq!(command_line("acpi=off", &places, || true), format!("{both} acpi=off"));
+        assert_eq!(command_line("a", &[], || false), "a");
     }
 
     #[test]
