@@ -7,8 +7,8 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use super::parts::Part;
+use super::virtio;
 use super::vmm::PyVmm;
-use crate::error::{Error, ErrorKind};
 use crate::virtio::Balloon;
 
 /// The names of statistics, by tag (virtio 1.2, 5.5.6.4).
@@ -32,10 +32,7 @@ pub struct PyBalloonDevice(Py<PyVmm>);
 
 impl PyBalloonDevice {
     fn device(&self) -> PyResult<Arc<Balloon>> {
-        let all = self.0.get().core()?.virtio()?;
-        let devices = all.into_iter().map(|attached| Arc::clone(attached.transport.device()));
-        let mut balloons = devices.filter_map(|device| device.as_any().downcast::<Balloon>().ok());
-        balloons.next().ok_or_else(|| Error::closed("machine").into())
+        Ok(virtio::nth(&self.0, 0)?.1)
     }
 }
 
@@ -101,11 +98,7 @@ impl PyVmm {
     ///     ConfigError: the machine has none: `VmmConfig(balloon=Balloon())`.
     #[getter]
     fn balloon<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyBalloonDevice>> {
-        let all = slf.get().core()?.virtio()?;
-        if !all.iter().any(|attached| attached.name() == "balloon") {
-            let error = Error::new(ErrorKind::Config, "balloon", "the machine has none");
-            return Err(error.hint("VmmConfig(balloon=Balloon()) adds one").into());
-        }
+        virtio::only::<Balloon>(slf.get(), "balloon", "VmmConfig(balloon=Balloon()) adds one")?;
         let make = || Bound::new(slf.py(), PyBalloonDevice(slf.clone().unbind()));
         slf.get().parts.get_or_make(slf.py(), Part::Balloon, make)
     }

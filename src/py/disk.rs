@@ -9,6 +9,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
 use super::parts::Part;
+use super::virtio;
 use super::vmm::PyVmm;
 use crate::error::{Error, ErrorKind};
 use crate::virtio::{Attached, Blk, DiskCounts, VirtioDevice};
@@ -23,25 +24,11 @@ pub struct PyDiskDevice {
     at: usize,
 }
 
-/// The disks of a machine.
-fn disks(vmm: &PyVmm) -> PyResult<Vec<(Attached, Arc<Blk>)>> {
-    let disk = |attached: Attached| {
-        let device = Arc::clone(attached.transport.device()).as_any();
-        device.downcast::<Blk>().ok().map(|device| (attached, device))
-    };
-    Ok(vmm.core()?.virtio()?.into_iter().filter_map(disk).collect())
-}
-
 impl PyDiskDevice {
     /// # Errors
     /// `ClosedError` if the machine is closed.
     fn device(&self) -> PyResult<(Attached, Arc<Blk>)> {
-        let mut all = disks(self.vmm.get())?;
-        if self.at < all.len() {
-            Ok(all.swap_remove(self.at))
-        } else {
-            Err(Error::closed("machine").into())
-        }
+        virtio::nth(&self.vmm, self.at)
     }
 
     fn count(&self, of: impl Fn(&DiskCounts) -> &AtomicU64) -> PyResult<u64> {
@@ -179,13 +166,8 @@ impl PyVmm {
     ///     ClosedError: the machine is closed.
     #[getter]
     fn disks<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyTuple>> {
-        let (py, this) = (slf.py(), slf.get());
-        let count = disks(this)?.len();
-        let device = |at| {
-            this.parts.get_or_make(py, Part::Disk(at), || {
-                Bound::new(py, PyDiskDevice { vmm: slf.clone().unbind(), at })
-            })
-        };
-        PyTuple::new(py, (0..count).map(device).collect::<PyResult<Vec<_>>>()?)
+        let py = slf.py();
+        let count = virtio::devices_of::<Blk>(slf.get().core()?.virtio()?).count();
+        virtio::objects(slf, count, Part::Disk, |vmm, at| Bound::new(py, PyDiskDevice { vmm, at }))
     }
 }

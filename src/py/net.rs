@@ -14,21 +14,13 @@ use super::frame_queue::PyFrameQueue;
 use super::network_port::PyNetworkPort;
 use super::parts::Part;
 use super::user_net::PyUserNetwork;
+use super::virtio;
 use super::vmm::PyVmm;
-use crate::error::Error;
 use crate::net::switch::PortBackend;
 use crate::net::user::UserBackend;
 use crate::net::{FrameQueue, NetBackend};
 use crate::virtio::{Attached, Net};
 use crate::vmm::Vmm;
-
-/// The network devices among a machine's virtio devices, in order.
-fn devices(all: Vec<Attached>) -> impl Iterator<Item = (String, Arc<Net>)> {
-    all.into_iter().filter_map(|attached| {
-        let device = Arc::clone(attached.transport.device()).as_any().downcast::<Net>().ok()?;
-        Some((attached.name().to_owned(), device))
-    })
-}
 
 /// What is behind a device, if the program can hold it.
 fn native(py: Python<'_>, backend: Arc<dyn NetBackend>) -> PyResult<Option<Py<PyAny>>> {
@@ -53,7 +45,7 @@ pub(super) fn connect(
     config: &Bound<'_, PyAny>,
 ) -> PyResult<Vec<Py<PySubscriberId>>> {
     let py = config.py();
-    let found: Vec<_> = devices(vmm.virtio()?).collect();
+    let found: Vec<_> = virtio::devices_of::<Net>(vmm.virtio()?).collect();
     if found.is_empty() {
         return Ok(Vec::new());
     }
@@ -75,9 +67,8 @@ pub struct PyNetDevice {
 impl PyNetDevice {
     /// # Errors
     /// `ClosedError` if the machine is closed.
-    fn found(&self) -> PyResult<(String, Arc<Net>)> {
-        let all = self.vmm.get().core()?.virtio()?;
-        devices(all).nth(self.at).ok_or_else(|| Error::closed("machine").into())
+    fn found(&self) -> PyResult<(Attached, Arc<Net>)> {
+        virtio::nth(&self.vmm, self.at)
     }
 
     fn device(&self) -> PyResult<Arc<Net>> {
@@ -90,7 +81,7 @@ impl PyNetDevice {
     /// Its name, such as "net0".
     #[getter]
     fn name(&self) -> PyResult<String> {
-        Ok(self.found()?.0)
+        Ok(self.found()?.0.name().to_owned())
     }
 
     /// The guest's hardware address.
@@ -205,10 +196,10 @@ impl PyNetDevice {
     fn __repr__(&self, py: Python<'_>) -> String {
         self.found().map_or_else(
             |_| "NetDevice(unreachable)".into(),
-            |(name, device)| {
+            |(attached, device)| {
                 let backend = py.detach(|| device.backend().describe());
                 let link = if device.is_up() { "up" } else { "down" };
-                format!("NetDevice({name}, {backend}, link {link})")
+                format!("NetDevice({}, {backend}, link {link})", attached.name())
             },
         )
     }
@@ -226,13 +217,8 @@ impl PyVmm {
     ///     ClosedError: the machine is closed.
     #[getter]
     fn nets<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyTuple>> {
-        let (py, this) = (slf.py(), slf.get());
-        let count = devices(this.core()?.virtio()?).count();
-        let device = |at| {
-            this.parts.get_or_make(py, Part::Net(at), || {
-                Bound::new(py, PyNetDevice { vmm: slf.clone().unbind(), at })
-            })
-        };
-        PyTuple::new(py, (0..count).map(device).collect::<PyResult<Vec<_>>>()?)
+        let py = slf.py();
+        let count = virtio::devices_of::<Net>(slf.get().core()?.virtio()?).count();
+        virtio::objects(slf, count, Part::Net, |vmm, at| Bound::new(py, PyNetDevice { vmm, at }))
     }
 }

@@ -18,12 +18,9 @@ use crate::vmm::Vmm;
 /// The name of a device, and the number of the port that it is connected to.
 type Place = (String, u32);
 
-fn net_of(attached: &Attached) -> Option<Arc<Net>> {
-    Arc::clone(attached.transport.device()).as_any().downcast().ok()
-}
-
 fn port_of(attached: &Attached) -> Option<Arc<Port>> {
-    let backend = net_of(attached)?.backend().as_any().downcast::<PortBackend>().ok()?;
+    let backend =
+        attached.transport.device_as::<Net>()?.backend().as_any().downcast::<PortBackend>().ok()?;
     Some(Arc::clone(backend.port()))
 }
 
@@ -92,7 +89,8 @@ impl PyNetwork {
     fn _connect(py: Python<'_>, vmm: &PyVmm, device: &str, port: &PyNetworkPort) -> PyResult<()> {
         let (vmm, port) = (vmm.core()?, port.core()?);
         let attached = vmm.virtio()?;
-        let found = attached.iter().find(|attached| attached.name() == device).and_then(net_of);
+        let found = attached.iter().find(|attached| attached.name() == device);
+        let found = found.and_then(|attached| attached.transport.device_as::<Net>());
         let net = found.ok_or_else(|| Error::closed("machine"))?;
         Ok(py.detach(|| {
             let backend = PortBackend::new(Arc::clone(port))?;

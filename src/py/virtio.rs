@@ -1,15 +1,67 @@
 //! The virtio devices of a machine for Python: `Vmm.virtio`.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
+use pyo3::{PyClass, PyTypeInfo};
 
 use super::parts::Part;
 use super::vmm::PyVmm;
-use crate::error::Error;
-use crate::virtio::Attached;
+use crate::error::{Error, ErrorKind};
+use crate::virtio::{Attached, VirtioDevice};
+
+/// The devices of one kind among a machine's virtio devices, in order.
+pub(super) fn devices_of<T: VirtioDevice + 'static>(
+    all: Vec<Attached>,
+) -> impl Iterator<Item = (Attached, Arc<T>)> {
+    all.into_iter().filter_map(|attached| {
+        let device = attached.transport.device_as()?;
+        Some((attached, device))
+    })
+}
+
+/// One of these devices of an object's machine.
+///
+/// # Errors
+/// `ClosedError` if the machine is closed.
+pub(super) fn nth<T: VirtioDevice + 'static>(
+    vmm: &Py<PyVmm>,
+    at: usize,
+) -> PyResult<(Attached, Arc<T>)> {
+    let all = vmm.get().core()?.virtio()?;
+    devices_of(all).nth(at).ok_or_else(|| Error::closed("machine").into())
+}
+
+/// The device of a kind that a machine has at most one of.
+///
+/// # Errors
+/// `ConfigError` with the hint if the machine has none.
+pub(super) fn only<T: VirtioDevice + 'static>(
+    vmm: &PyVmm,
+    key: &str,
+    hint: &'static str,
+) -> PyResult<Arc<T>> {
+    let found = devices_of(vmm.core()?.virtio()?).next().map(|(_, device)| device);
+    found
+        .ok_or_else(|| Error::new(ErrorKind::Config, key, "the machine has none").hint(hint).into())
+}
+
+/// The objects of so many parts of a machine, the same ones each time.
+pub(super) fn objects<'py, T: PyClass + PyTypeInfo>(
+    vmm: &Bound<'py, PyVmm>,
+    count: usize,
+    part: impl Fn(usize) -> Part,
+    make: impl Fn(Py<PyVmm>, usize) -> PyResult<Bound<'py, T>>,
+) -> PyResult<Bound<'py, PyTuple>> {
+    let object = |at| {
+        let parts = &vmm.get().parts;
+        parts.get_or_make(vmm.py(), part(at), || make(vmm.clone().unbind(), at))
+    };
+    PyTuple::new(vmm.py(), (0..count).map(object).collect::<PyResult<Vec<_>>>()?)
+}
 
 /// A virtio device of a machine: an item of `Vmm.virtio`.
 ///
@@ -133,13 +185,7 @@ impl PyVmm {
     ///     ClosedError: the machine is closed.
     #[getter]
     fn virtio<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyTuple>> {
-        let (py, this) = (slf.py(), slf.get());
-        let count = this.core()?.virtio()?.len();
-        let device = |at| {
-            this.parts.get_or_make(py, Part::Virtio(at), || {
-                Bound::new(py, PyVirtioDevice { vmm: slf.clone().unbind(), at })
-            })
-        };
-        PyTuple::new(py, (0..count).map(device).collect::<PyResult<Vec<_>>>()?)
+        let (py, count) = (slf.py(), slf.get().core()?.virtio()?.len());
+        objects(slf, count, Part::Virtio, |vmm, at| Bound::new(py, PyVirtioDevice { vmm, at }))
     }
 }

@@ -10,8 +10,8 @@ use pyo3::types::PyTuple;
 
 use super::ending::import;
 use super::parts::Part;
+use super::virtio;
 use super::vmm::PyVmm;
-use crate::error::{Error, ErrorKind};
 use crate::virtio::Console;
 
 /// The virtio console of a machine: `Vmm.virtio_console`. It holds the machine.
@@ -21,10 +21,7 @@ pub struct PyConsoleDevice(Py<PyVmm>);
 
 impl PyConsoleDevice {
     fn device(&self) -> PyResult<Arc<Console>> {
-        let all = self.0.get().core()?.virtio()?;
-        let devices = all.into_iter().map(|attached| Arc::clone(attached.transport.device()));
-        let mut consoles = devices.filter_map(|device| device.as_any().downcast::<Console>().ok());
-        consoles.next().ok_or_else(|| Error::closed("machine").into())
+        Ok(virtio::nth(&self.0, 0)?.1)
     }
 }
 
@@ -88,11 +85,11 @@ impl PyVmm {
     ///     ConfigError: the machine has none: `VmmConfig(console=VirtioConsole())`.
     #[getter]
     fn virtio_console<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyConsoleDevice>> {
-        let all = slf.get().core()?.virtio()?;
-        if !all.iter().any(|attached| attached.name() == "console") {
-            let error = Error::new(ErrorKind::Config, "console", "the machine has none");
-            return Err(error.hint("VmmConfig(console=VirtioConsole()) adds one").into());
-        }
+        virtio::only::<Console>(
+            slf.get(),
+            "console",
+            "VmmConfig(console=VirtioConsole()) adds one",
+        )?;
         let make = || Bound::new(slf.py(), PyConsoleDevice(slf.clone().unbind()));
         slf.get().parts.get_or_make(slf.py(), Part::Console, make)
     }

@@ -161,8 +161,7 @@ pub struct PyVirtioTransport {
 impl PyVirtioTransport {
     /// The transport of a device, if it is a Python object's.
     pub(super) fn of(transport: &Arc<Transport>) -> Option<Self> {
-        let device = Arc::clone(transport.device());
-        let custom = device.as_any().downcast::<Custom>().ok()?;
+        let custom = transport.device_as::<Custom>()?;
         let program = Arc::clone(&custom.config().program).as_any().downcast().ok()?;
         let queues = Arc::clone(transport.queues());
         custom.serve(&queues);

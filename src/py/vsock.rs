@@ -6,19 +6,13 @@ use std::sync::Arc;
 use pyo3::prelude::*;
 
 use super::ending::import;
+use super::virtio;
 use super::vmm::PyVmm;
-use crate::error::{Error, ErrorKind};
 use crate::virtio::Vsock;
 
 impl PyVmm {
     fn vsock_device(&self) -> PyResult<Arc<Vsock>> {
-        let all = self.core()?.virtio()?;
-        let devices = all.into_iter().map(|attached| Arc::clone(attached.transport.device()));
-        let mut found = devices.filter_map(|device| device.as_any().downcast::<Vsock>().ok());
-        found.next().ok_or_else(|| {
-            let error = Error::new(ErrorKind::Config, "vsock", "the machine has none");
-            error.hint("VmmConfig(vsock=Vsock()) adds one").into()
-        })
+        virtio::only(self, "vsock", "VmmConfig(vsock=Vsock()) adds one")
     }
 }
 

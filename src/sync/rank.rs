@@ -140,8 +140,8 @@ ranks! {
     Track,
     /// The file of a trace.
     TraceFile,
-    /// The thread of a disk.
-    BlkThread,
+    /// The thread of a virtio device that may block.
+    VirtioWorker,
     /// What wakes the thread of a disk.
     BlkWorker,
     /// The last failure of a disk.

@@ -11,7 +11,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use super::access::QueueAccess;
 use super::buffers::ChainReader;
 use super::chain::Chain;
-use super::device::VirtioDevice;
+use super::device::{VirtioDevice, read_space};
 use super::queues::Queues;
 use crate::bytes::Reader;
 use crate::config::BalloonConfig;
@@ -190,9 +190,7 @@ impl VirtioDevice for Balloon {
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let state = self.state.lock();
         let config = [state.target.to_le_bytes(), state.actual.to_le_bytes()].concat();
-        let at = usize::try_from(offset).unwrap_or(usize::MAX);
-        let from = config.get(at..).unwrap_or_default();
-        data.iter_mut().zip(from).for_each(|(byte, value)| *byte = *value);
+        read_space(&config, offset, data);
     }
 
     /// The driver writes how many pages it has given.

@@ -3,7 +3,6 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
 use event_manager::EventOps;
@@ -13,8 +12,9 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use super::blk_config::{self, QUEUE_SIZE, WRITE_BACK};
 use super::blk_limit::Limiter;
 use super::blk_worker::{DiskCounts, Shared};
-use super::device::{Frozen, VirtioDevice};
+use super::device::{Frozen, VirtioDevice, read_space};
 use super::queues::Queues;
+use super::worker::Worker;
 use crate::bytes::{Reader, bad};
 use crate::config::{DiskConfig, RateLimits};
 use crate::disk::{self, Disk};
@@ -31,7 +31,7 @@ pub struct Blk {
     chooses_cache: AtomicBool,
     /// What a snapshot had: the size, and whether writes are cached.
     restored: Mutex<Option<(u64, bool)>, rank::VirtioDevice>,
-    worker: Mutex<Option<JoinHandle<()>>, rank::BlkThread>,
+    worker: Worker,
 }
 
 impl Blk {
@@ -55,7 +55,7 @@ impl Blk {
             limits,
             chooses_cache: AtomicBool::new(false),
             restored: Mutex::default(),
-            worker: Mutex::default(),
+            worker: Worker::default(),
         }
     }
 
@@ -103,20 +103,6 @@ impl Blk {
     pub fn serial(&self) -> &[u8; 20] {
         &self.shared.serial
     }
-
-    /// Start the thread, with the first request.
-    fn start(&self, queues: &Arc<Queues>) {
-        let mut worker = self.worker.lock();
-        if worker.is_some() {
-            return;
-        }
-        let (shared, limits) = (Arc::clone(&self.shared), self.limits);
-        let run = move || shared.run(Limiter::new(limits, Instant::now()));
-        match thread::Builder::new().name(queues.name().to_owned()).spawn(run) {
-            Ok(started) => *worker = Some(started),
-            Err(error) => queues.fail(format!("its thread cannot be started: {error}")),
-        }
-    }
 }
 
 impl VirtioDevice for Blk {
@@ -133,11 +119,9 @@ impl VirtioDevice for Blk {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let start = usize::try_from(offset).unwrap_or(usize::MAX);
         let is_write_back = self.shared.is_write_back.load(Ordering::Acquire);
-        let found = blk_config::space(&self.shared.disk, self.block_size, is_write_back);
-        let found = found.get(start..).unwrap_or_default();
-        data.iter_mut().zip(found).for_each(|(to, from)| *to = *from);
+        let space = blk_config::space(&self.shared.disk, self.block_size, is_write_back);
+        read_space(&space, offset, data);
     }
 
     fn write_config(&self, offset: u64, data: &[u8]) {
@@ -166,7 +150,8 @@ impl VirtioDevice for Blk {
     }
 
     fn process_queue(&self, queues: &Arc<Queues>, _queue: usize, _ops: &mut EventOps<'_>) {
-        self.start(queues);
+        let (shared, limits) = (Arc::clone(&self.shared), self.limits);
+        self.worker.start(queues, move || shared.run(Limiter::new(limits, Instant::now())));
         self.shared.notify(queues);
     }
 
@@ -208,12 +193,8 @@ impl VirtioDevice for Blk {
 
     fn close(&self) {
         self.shared.close();
-        let worker = self.worker.lock().take();
         // The program's code is not waited for; its thread ends when it returns.
-        if let Some(worker) = worker.filter(|_| !self.shared.disk.may_block()) {
-            // Fails only if the thread has panicked.
-            let _ = worker.join();
-        }
+        self.worker.end(!self.shared.disk.may_block());
     }
 
     fn as_any(self: Arc<Self>) -> Arc<dyn std::any::Any + Send + Sync> {

@@ -12,7 +12,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::access::QueueAccess;
 use super::console_control::{Control, Message};
 use super::console_port::Port;
-use super::device::VirtioDevice;
+use super::device::{VirtioDevice, read_space};
 use super::queues::Queues;
 use crate::bytes::{Reader, bad};
 use crate::config::{ConsoleConfig, ConsolePort};
@@ -218,8 +218,7 @@ impl VirtioDevice for Console {
         let ports = u32::try_from(self.config.ports.len()).unwrap_or(0);
         let mut config = [columns.to_le_bytes(), rows.to_le_bytes()].concat();
         config.extend(ports.to_le_bytes());
-        let from = usize::try_from(offset).ok().and_then(|at| config.get(at..)).unwrap_or_default();
-        data.iter_mut().zip(from).for_each(|(byte, value)| *byte = *value);
+        read_space(&config, offset, data);
     }
 
     fn activate(&self, queues: &Arc<Queues>, features: u64) {

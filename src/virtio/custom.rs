@@ -9,7 +9,7 @@ use event_manager::EventOps;
 use super::access::QueueAccess;
 use super::buffers::ChainWriter;
 use super::chain::Chain;
-use super::device::VirtioDevice;
+use super::device::{VirtioDevice, read_space};
 use super::queues::Queues;
 use crate::config::CustomConfig;
 use crate::error::{Error, ErrorKind, Result};
@@ -181,10 +181,7 @@ impl VirtioDevice for Custom {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let state = self.state.lock();
-        let at = usize::try_from(offset).unwrap_or(usize::MAX);
-        let from = state.space.get(at..).unwrap_or_default();
-        data.iter_mut().zip(from).for_each(|(byte, value)| *byte = *value);
+        read_space(&self.state.lock().space, offset, data);
     }
 
     fn write_config(&self, offset: u64, data: &[u8]) {

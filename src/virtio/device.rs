@@ -14,6 +14,12 @@ use crate::error::Result;
 /// snapshot in memory has it, a file does not.
 pub type Frozen = Arc<dyn Any + Send + Sync>;
 
+/// Read a part of a configuration space. What lies beyond it stays zero.
+pub(super) fn read_space(space: &[u8], offset: u64, data: &mut [u8]) {
+    let found = usize::try_from(offset).ok().and_then(|at| space.get(at..)).unwrap_or_default();
+    data.iter_mut().zip(found).for_each(|(to, from)| *to = *from);
+}
+
 /// A device behind the transport. Its methods may be called from several threads at the same time;
 /// it does its own locking. It does not call back into the transport with a lock held that one of
 /// these methods takes.

@@ -5,19 +5,18 @@
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
 
 use event_manager::EventOps;
 use virtio_bindings::virtio_ids::VIRTIO_ID_9P;
 
-use super::device::{Frozen, VirtioDevice};
+use super::device::{Frozen, VirtioDevice, read_space};
 use super::fs9p_worker::Shared;
 use super::queues::Queues;
+use super::worker::Worker;
 use crate::bytes::{Reader, bad};
 use crate::config::ShareConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::share::{Directory, Options, Server};
-use crate::sync::{Mutex, rank};
 
 /// `VIRTIO_9P_MOUNT_TAG`: the configuration space has a tag.
 const MOUNT_TAG: u64 = 1;
@@ -28,7 +27,7 @@ pub struct Fs9p {
     shared: Arc<Shared>,
     config: ShareConfig,
     directory: Arc<Directory>,
-    worker: Mutex<Option<JoinHandle<()>>, rank::VirtioDevice>,
+    worker: Worker,
 }
 
 impl Fs9p {
@@ -48,7 +47,7 @@ impl Fs9p {
 
     fn of(config: ShareConfig, directory: Arc<Directory>) -> Self {
         let shared = Arc::new(Shared::new(Server::new(Arc::clone(&directory))));
-        Self { shared, config, directory, worker: Mutex::default() }
+        Self { shared, config, directory, worker: Worker::default() }
     }
 
     /// The share of a fork: of the same directory, or of a snapshot from a file the one that is at
@@ -66,22 +65,6 @@ impl Fs9p {
             None => Self::new(config).map_err(|error| {
                 error.hint("give the fork a directory: fork(virtio={\"share0\": Share(...)})")
             }),
-        }
-    }
-
-    /// Start the thread, unless it runs.
-    fn start(&self, queues: &Arc<Queues>) {
-        let mut worker = self.worker.lock();
-        if worker.is_some() {
-            return;
-        }
-        let shared = Arc::clone(&self.shared);
-        let started =
-            thread::Builder::new().name(queues.name().to_owned()).spawn(move || shared.run());
-        let failed = started.map(|started| *worker = Some(started)).err();
-        drop(worker);
-        if let Some(error) = failed {
-            queues.fail(format!("its thread cannot be started: {error}"));
         }
     }
 }
@@ -115,8 +98,7 @@ impl VirtioDevice for Fs9p {
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let tag = self.config.tag.as_bytes();
         let length = u16::try_from(tag.len()).unwrap_or(0).to_le_bytes();
-        let bytes = length.iter().chain(tag).skip(usize::try_from(offset).unwrap_or(usize::MAX));
-        data.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
+        read_space(&[&length[..], tag].concat(), offset, data);
     }
 
     fn reset(&self) {
@@ -124,7 +106,8 @@ impl VirtioDevice for Fs9p {
     }
 
     fn process_queue(&self, queues: &Arc<Queues>, _queue: usize, _ops: &mut EventOps<'_>) {
-        self.start(queues);
+        let shared = Arc::clone(&self.shared);
+        self.worker.start(queues, move || shared.run());
         self.shared.notify(queues);
     }
 
@@ -164,13 +147,9 @@ impl VirtioDevice for Fs9p {
     }
 
     fn close(&self) {
-        let is_idle = self.shared.close();
-        let worker = self.worker.lock().take();
         // A request that the host's file system holds up is not waited for.
-        if let Some(worker) = worker.filter(|_| is_idle) {
-            // Fails only if the thread has panicked.
-            let _ = worker.join();
-        }
+        let is_idle = self.shared.close();
+        self.worker.end(is_idle);
     }
 
     fn as_any(self: Arc<Self>) -> Arc<dyn std::any::Any + Send + Sync> {

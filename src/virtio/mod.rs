@@ -45,6 +45,7 @@ mod transport;
 mod vsock;
 mod vsock_driver;
 mod vsock_tests;
+mod worker;
 
 pub use access::QueueAccess;
 pub use attach::Attached;

@@ -8,7 +8,7 @@ use event_manager::{EventOps, EventSet, Events};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 
 use super::access::QueueAccess;
-use super::device::{Frozen, VirtioDevice};
+use super::device::{Frozen, VirtioDevice, read_space};
 use super::net_control::{self, CONTROL, Controlled, Filter};
 use super::net_features::{self, guest_offloads};
 use super::net_link::{Link, NetCounts};
@@ -272,9 +272,7 @@ impl VirtioDevice for Net {
         let [status_low, status_high] = u16::from(self.link.is_up()).to_le_bytes();
         let [mtu_low, mtu_high] = self.mtu.unwrap_or(0).to_le_bytes();
         let rest = [status_low, status_high, 1, 0, mtu_low, mtu_high];
-        let all = self.mac.into_iter().chain(rest);
-        let from = all.skip(usize::try_from(offset).unwrap_or(usize::MAX));
-        data.iter_mut().zip(from).for_each(|(to, byte)| *to = byte);
+        read_space(&[&self.mac[..], &rest].concat(), offset, data);
     }
 
     fn activate(&self, queues: &Arc<Queues>, features: u64) {

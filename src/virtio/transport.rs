@@ -47,6 +47,12 @@ impl Transport {
         &self.device
     }
 
+    /// The device, if it is of this kind.
+    #[must_use]
+    pub fn device_as<T: VirtioDevice + 'static>(&self) -> Option<Arc<T>> {
+        Arc::clone(&self.device).as_any().downcast().ok()
+    }
+
     /// Its queues.
     #[must_use]
     pub fn queues(&self) -> &Arc<Queues> {

@@ -10,7 +10,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 
 use super::access::QueueAccess;
 use super::buffers::{ChainReader, ChainWriter};
-use super::device::VirtioDevice;
+use super::device::{VirtioDevice, read_space};
 use super::queues::Queues;
 use crate::bytes::Reader;
 use crate::config::VsockConfig;
@@ -203,10 +203,7 @@ impl VirtioDevice for Vsock {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let cid = self.cid.to_le_bytes();
-        let from = usize::try_from(offset).unwrap_or(usize::MAX);
-        let found = cid.get(from..).unwrap_or_default();
-        data.iter_mut().zip(found).for_each(|(place, byte)| *place = *byte);
+        read_space(&self.cid.to_le_bytes(), offset, data);
     }
 
     fn activate(&self, queues: &Arc<Queues>, _features: u64) {

@@ -89,8 +89,8 @@ impl Doorbell for MmioDoorbell {
 impl<EH: ExitHandler + Send + Sync + 'static> KvmVm<EH> {
     /// What registers the ioeventfds of a device.
     #[must_use]
-    pub fn doorbell(&self) -> Option<Box<dyn Doorbell>> {
-        Some(Box::new(MmioDoorbell(Arc::downgrade(&self.fd))))
+    pub fn doorbell(&self) -> Box<dyn Doorbell> {
+        Box::new(MmioDoorbell(Arc::downgrade(&self.fd)))
     }
 
     fn check_irqchip(&self, at: &str) -> Result<()> {

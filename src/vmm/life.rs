@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::machine::{LoopParts, Vmm};
+use super::parts::Vm;
 use super::runner::{Life, Runner, closed};
 use crate::error::{Error, ErrorKind, Result};
 use crate::event::EventManager;
@@ -11,7 +12,6 @@ use crate::exit_handler::{ExitHandler, WrappedExitHandler};
 use crate::limit::Limit;
 use crate::vcpu::{self, VmRunState};
 use crate::virtio::Attached;
-use crate::vm::KvmVm;
 
 /// The next step of a thread that closes a machine.
 enum CloseStep {
@@ -264,7 +264,7 @@ impl Vmm {
 pub(crate) struct Running<'a> {
     pub(super) vmm: &'a Vmm,
     /// The machine, which cannot be closed while this lives.
-    pub(super) vm: Arc<KvmVm<WrappedExitHandler>>,
+    pub(super) vm: Arc<Vm>,
     pub(super) event_manager: Arc<EventManager>,
     pub(super) exit_handler: WrappedExitHandler,
     /// Whether the vCPUs were running already.

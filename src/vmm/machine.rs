@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicBool;
 use event_manager::SubscriberId;
 
 use super::instruments::Instruments;
-use super::parts::{Parts, event_loop};
+use super::parts::{Parts, Vm, event_loop};
 use super::resets::Resets;
 use super::runner::{Runner, closed};
 use super::virtio;
@@ -35,7 +35,7 @@ use crate::vm::{KvmVm, claim_platform};
 #[derive(Debug)]
 pub struct Vmm {
     /// `None` once it is closed.
-    pub(super) vm: Mutex<Option<Arc<KvmVm<WrappedExitHandler>>>, rank::VmmParts>,
+    pub(super) vm: Mutex<Option<Arc<Vm>>, rank::VmmParts>,
     /// `None` once it is closed. Other holders may keep them alive.
     pub(super) loop_parts: Mutex<Option<LoopParts>, rank::OwnSubscribers>,
     pub(super) process_tag: ProcessTag,

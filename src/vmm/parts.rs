@@ -10,10 +10,13 @@ use crate::vcpu::ExitRouter;
 use crate::virtio;
 use crate::vm::KvmVm;
 
+/// The machine itself, for KVM.
+pub(super) type Vm = KvmVm<WrappedExitHandler>;
+
 /// The parts of a machine.
 #[derive(Debug)]
 pub(crate) struct Parts {
-    pub(crate) vm: KvmVm<WrappedExitHandler>,
+    pub(crate) vm: Vm,
     pub(crate) event_manager: Arc<EventManager>,
     pub(crate) exit_handler: WrappedExitHandler,
     pub(crate) router: Arc<ExitRouter>,

@@ -7,8 +7,7 @@ use kvm_ioctls::VmFd;
 
 use super::life::Entering;
 use super::machine::Vmm;
-use super::parts::{Parts, event_loop};
-use super::snapshot::Vm;
+use super::parts::{Parts, Vm, event_loop};
 use super::virtio;
 use crate::config::{SerialConfig, VirtioConfig};
 use crate::cpu::cpuid::host_shadows_page_tables;

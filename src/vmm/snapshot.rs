@@ -3,20 +3,18 @@
 use kvm_ioctls::VmFd;
 
 use super::machine::Vmm;
+use super::parts::Vm;
 use super::virtio;
 use crate::config::{ExitPort, Platform};
 use crate::devices::Buses;
 use crate::error::{Error, ErrorKind, Result};
-use crate::exit_handler::WrappedExitHandler;
 use crate::hop::hop;
 use crate::limit::Limit;
 use crate::snapshot::{
     DeviceState, Snapshot, VcpuStateFormat, VirtioDeviceState, chips, new_id, vcpu,
 };
 use crate::vcpu::Vcpu;
-use crate::vm::{KvmVm, MachineSpec};
-
-pub(super) type Vm = KvmVm<WrappedExitHandler>;
+use crate::vm::MachineSpec;
 
 impl Vmm {
     /// Capture all guest-visible state of this machine. A running machine is paused meanwhile. Its

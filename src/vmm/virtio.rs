@@ -3,16 +3,13 @@
 
 use std::sync::Arc;
 
+use super::parts::Vm;
 use crate::config::{VirtioConfig, VmmConfig};
 use crate::error::Result;
-use crate::exit_handler::WrappedExitHandler;
 use crate::resources::Resources;
 use crate::snapshot::VirtioDeviceState;
 use crate::vcpu::ExitRouter;
 use crate::virtio::{self, Attached, Board, Place};
-use crate::vm::KvmVm;
-
-type Vm = KvmVm<WrappedExitHandler>;
 
 /// Claim a place for each device of a configuration.
 ///
@@ -74,7 +71,7 @@ fn attach(
         buses: &router.buses,
         memory: vm.memory(),
         line: &|line| vm.irq(line),
-        doorbell: &|| vm.doorbell(),
+        doorbell: &|| Some(vm.doorbell()),
     };
     virtio::attach(&board, name, place, device)
 }
