@@ -25,6 +25,7 @@ from benches import (
     network,
     snapshot,
     stats,
+    virtio_linux,
 )
 from benches.measure import Benchmark, Result, UnmeasurableError, report
 
@@ -62,6 +63,10 @@ BENCHMARKS: dict[str, Benchmark] = {
     "fuzz-batch": fuzz.batches,
     "fuzz-single": fuzz.single,
     "linux-userspace": linux.boots,
+    "linux-disk": virtio_linux.disks,
+    "linux-user": virtio_linux.users,
+    "linux-pair": virtio_linux.pairs,
+    "linux-devices": virtio_linux.boots,
     "import": imports.imports,
 }
 

@@ -1,4 +1,4 @@
-"""A Linux with virtio devices that types commands: in this process and in QEMU's, for measurements taken in turn."""
+"""A Linux with virtio devices that carries out commands, in this process and in QEMU's."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def cmdline(words: str) -> str:
 
 
 class Guest(ABC):
-    """A booted Linux whose shell takes commands."""
+    """A booted Linux whose program, python/pyvmm/linux/agent.c, takes commands."""
 
     @abstractmethod
     def write(self, text: str) -> None:
@@ -52,7 +52,7 @@ class Guest(ABC):
 
     def type(self, command: str) -> None:
         """Type a command, and do not wait for its end."""
-        self.write(f'{command}; echo "~$?~"\n')
+        self.write(f"{command}\n")
 
     def end(self) -> None:
         """Wait for the end of the command."""
@@ -60,19 +60,23 @@ class Guest(ABC):
         if status.strip() != "~0~":
             raise UnmeasurableError(f"a command failed in the guest: {status!r}")
 
+    def run(self, command: str) -> None:
+        """Run a command."""
+        self.type(command)
+        self.end()
+
     def seconds(self, command: str) -> float:
         """Run a command; how long it took."""
         start = time.perf_counter()
-        self.type(command)
-        self.end()
+        self.run(command)
         return time.perf_counter() - start
 
 
 class Ours(Guest):
     """In this process."""
 
-    def __init__(self, words: str = "pyvmm.commands", **devices: Any) -> None:
-        boot = LinuxBoot(directory() / "vmlinux-virtio", initrd=directory() / "virtio.cpio", cmdline=cmdline(words))
+    def __init__(self, words: str = "", **devices: Any) -> None:
+        boot = LinuxBoot(directory() / "vmlinux-virtio", initrd=directory() / "agent.cpio", cmdline=cmdline(words))
         self.vmm = Vmm(VmmConfig(boot=boot, memory=MemoryConfig(size_mib=SIZE_MIB), **devices))
         self._thread = threading.Thread(target=self.vmm.run, args=(TIMEOUT_S * 10,))
 
@@ -96,7 +100,7 @@ class Ours(Guest):
 class Qemu(Guest):
     """In a process of QEMU's microvm."""
 
-    def __init__(self, *devices: str, words: str = "pyvmm.commands", initrd: str = "virtio.cpio") -> None:
+    def __init__(self, *devices: str, words: str = "", initrd: str = "agent.cpio") -> None:
         if shutil.which("qemu-system-x86_64") is None:
             raise UnmeasurableError("QEMU is not installed: apt-get install qemu-system-x86")
         cpu = SOFTWARE_CPU if kvm_info()["software_kvm"] else "host"

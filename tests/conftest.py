@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from pyvmm import Snapshot, Vmm, VmmConfig
+    from virtio_linux import Ready
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -210,6 +211,16 @@ def booted_linux(linux_once: Linux) -> BootedLinux:
         exit = vmm.run(LINUX_DEADLINE_S)
         assert exit.reason is pyvmm.ExitReason.STOPPED, (exit, bytes(seen)[-2000:])
         return BootedLinux(vmm.snapshot(), seen.decode())
+
+
+@pytest.fixture(scope="session")
+def linux_ready(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ready]:
+    """One boot of a Linux with virtio devices for all tests, which fork it."""
+    # It imports this file.
+    import virtio_linux
+
+    with virtio_linux.ready(tmp_path_factory.mktemp("linux")) as made:
+        yield made
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 import threading
 import zlib
 from contextlib import contextmanager
@@ -10,15 +12,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 from conftest import LINUX_DEADLINE_S, linux_directory
-from pyvmm import LinuxBoot, MemoryConfig, Vmm, VmmConfig
+from pyvmm import Balloon, Disk, LinuxBoot, MemoryConfig, Net, Network, Rng, Share, Vmm, VmmConfig, Vsock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from pyvmm import Exit, Snapshot
 
 # What the program of the guest, python/pyvmm/linux/agent.c, says after each command: its status.
 STATUS = re.compile(r"~(\d+)~\r\n")
+
+
+# Where programs of root are, whoever runs the tests.
+SBIN = "/usr/sbin:/sbin:/usr/bin:/bin"
 
 
 class Sum(NamedTuple):
@@ -48,6 +55,48 @@ def config(**changes: Any) -> VmmConfig:
     cmdline = f"{(directory / 'cmdline').read_text().strip()} quiet"
     boot = LinuxBoot(directory / "vmlinux-virtio", initrd=directory / "agent.cpio", cmdline=cmdline)
     return VmmConfig(**{"boot": boot, "memory": MemoryConfig(size_mib=128), **changes})
+
+
+class Ready(NamedTuple):
+    """A booted Linux, and what of the host its devices have."""
+
+    snapshot: Snapshot
+    image: Path
+    share: Path
+
+
+def e2fs(*command: str | Path) -> bytes:
+    """Run a program of e2fsprogs, which must succeed."""
+    found = shutil.which(command[0], path=SBIN)
+    assert found is not None
+    return subprocess.run([found, *command[1:]], check=True, capture_output=True, timeout=60).stdout
+
+
+def file_system(path: Path) -> Path:
+    """An empty ext4 of 32 MiB; or zeros, if the host cannot make one."""
+    with path.open("wb") as file:
+        file.truncate(32 << 20)
+    if shutil.which("mkfs.ext4", path=SBIN) is not None:
+        e2fs("mkfs.ext4", "-q", "-E", "lazy_itable_init=0,lazy_journal_init=0", path)
+    return path
+
+
+@contextmanager
+def ready(folder: Path) -> Iterator[Ready]:
+    """One boot for all tests. It has mounted and configured nothing yet."""
+    image, share = file_system(folder / "disk.img"), folder / "share"
+    share.mkdir()
+    devices = config(
+        disks=(Disk(image, overlay=True),),
+        nets=(Net(Network()),),
+        vsock=Vsock(),
+        rng=Rng(seed=7),
+        balloon=Balloon(),
+        shares=(Share(share, "host"),),
+    )
+    with Vmm(devices) as vmm:
+        booted(vmm)
+        yield Ready(vmm.snapshot(), image, share)
 
 
 def booted(vmm: Vmm) -> None:
@@ -110,7 +159,7 @@ def running(vmm: Vmm) -> Iterator[Guest]:
 
 
 @contextmanager
-def forked(snapshot: Snapshot) -> Iterator[Guest]:
-    """The program of a new fork."""
-    with running(snapshot.fork()) as guest:
+def forked(snapshot: Snapshot, **devices: object) -> Iterator[Guest]:
+    """The program of a new fork, some of whose devices have another configuration."""
+    with running(snapshot.fork(virtio=devices)) as guest:
         yield guest

@@ -11,6 +11,7 @@
  *   dump FILE BYTES                     read a device once, and print it in hexadecimal
  *   records FILE COUNT                  write records of 4 KiB, each said after it has reached the disk
  *   hold MIB                            touch so much memory, and give it back when a line is typed
+ *   mac NAME NUMBER                     give an interface the hardware address 02:00:00:00:00:NUMBER
  *   net NAME IP MASK GATEWAY            configure an interface
  *   ping IP COUNT MILLISECONDS          count the answers that come in time
  *   send ADDRESS BYTES                  connect, or listen, and send bytes
@@ -35,7 +36,7 @@ enum {
 	SO_REUSEADDR = 2, SHUT_WR = 1, POLLIN = 1, CLOCK_MONOTONIC = 1,
 	O_WRONLY = 1, O_CREAT = 0100, O_TRUNC = 01000, O_DIRECT = 040000, O_DIRECTORY = 0200000,
 	PROT_READ_WRITE = 3, MAP_PRIVATE_ANONYMOUS = 0x22,
-	SIOCADDRT = 0x890b, SIOCSIFFLAGS = 0x8914, SIOCSIFADDR = 0x8916, SIOCSIFNETMASK = 0x891c, IFF_UP = 1, IFF_RUNNING = 0x40,
+	SIOCADDRT = 0x890b, SIOCSIFFLAGS = 0x8914, SIOCSIFADDR = 0x8916, SIOCSIFNETMASK = 0x891c, SIOCSIFHWADDR = 0x8924, ARPHRD_ETHER = 1, IFF_UP = 1, IFF_RUNNING = 0x40,
 	RTF_UP = 1, RTF_GATEWAY = 2, TCGETS = 0x5401, TCSETS = 0x5402, ECHO = 010
 };
 enum { CHUNK = 256 << 10, RECORD = 4096, PAGE = 4096, NAME_OF_DIRENT64 = 19, ARGUMENTS = 8 };
@@ -207,7 +208,9 @@ static int open_stream(const char *text)
 	must(syscall3(SYS_BIND, fd, (long)&to.inet, to.length), "bind");
 	must(syscall3(SYS_LISTEN, fd, 1, 0), "listen");
 	print("agent: listening\n");
-	return must(syscall3(SYS_ACCEPT, fd, 0, 0), "accept");
+	on = must(syscall3(SYS_ACCEPT, fd, 0, 0), "accept");
+	syscall3(SYS_CLOSE, fd, 0, 0);
+	return on;
 }
 
 /* Waits until the other side has ended its stream. */
@@ -339,7 +342,6 @@ static void put(const char *path, const char *text)
 {
 	int fd = open_file(path, O_WRONLY | O_CREAT | O_TRUNC);
 	write_all(fd, (const u8 *)text, length(text));
-	must(syscall3(SYS_FSYNC, fd, 0, 0), "fsync");
 	syscall3(SYS_CLOSE, fd, 0, 0);
 }
 
@@ -377,15 +379,37 @@ static struct inet inet(const char *text)
 	return to;
 }
 
+struct interface {
+	char name[16];
+	union { struct inet address; struct { u16 family; u8 mac[6]; } hardware; u16 flags; u8 space[24]; };
+};
+
+static struct interface interface(const char *name)
+{
+	struct interface request = {};
+	for (u32 n = 0; n < sizeof(request.name) - 1 && name[n]; n++)
+		request.name[n] = name[n];
+	return request;
+}
+
+static void mac(const char *name, u64 last)
+{
+	struct interface request = interface(name);
+	int fd = must(syscall3(SYS_SOCKET, AF_INET, SOCK_DGRAM, 0), "socket");
+	request.hardware.family = ARPHRD_ETHER;
+	request.hardware.mac[0] = 2;
+	request.hardware.mac[5] = last;
+	must(syscall3(SYS_IOCTL, fd, SIOCSIFHWADDR, (long)&request), "hardware address");
+	syscall3(SYS_CLOSE, fd, 0, 0);
+}
+
 static void net(const char *name, const char *ip, const char *mask, const char *gateway)
 {
-	struct { char name[16]; union { struct inet address; u16 flags; u8 space[24]; }; } request = {};
+	struct interface request = interface(name);
 	struct { u64 pad; struct inet to, gateway, mask; u16 flags, pad2; u64 pad3[7]; } route = {
 		.to = {.family = AF_INET}, .mask = {.family = AF_INET}, .flags = RTF_UP | RTF_GATEWAY
 	};
 	int fd = must(syscall3(SYS_SOCKET, AF_INET, SOCK_DGRAM, 0), "socket");
-	for (u32 n = 0; n < sizeof(request.name) - 1 && name[n]; n++)
-		request.name[n] = name[n];
 	request.address = inet(ip);
 	must(syscall3(SYS_IOCTL, fd, SIOCSIFADDR, (long)&request), "address");
 	request.address = inet(mask);
@@ -478,6 +502,8 @@ static void carry_out(char **words)
 		records(at, amount);
 	else if (same(what, "hold"))
 		hold(argument(at));
+	else if (same(what, "mac"))
+		mac(at, amount);
 	else if (same(what, "net"))
 		net(at, words[2], words[3], words[4]);
 	else if (same(what, "ping"))
@@ -531,6 +557,8 @@ static void __attribute__((noinline)) serve(void)
 			carry_out(words);
 			print("~0~\n");
 		} else {
+			for (long fd = 3; fd < 16; fd++)
+				syscall3(SYS_CLOSE, fd, 0, 0);
 			print("~1~\n");
 		}
 	}
