@@ -159,7 +159,7 @@ def running(vmm: Vmm) -> Iterator[Guest]:
 
 
 @contextmanager
-def forked(snapshot: Snapshot, **devices: object) -> Iterator[Guest]:
+def forked(snapshot: Snapshot, **devices: Any) -> Iterator[Guest]:
     """The program of a new fork, some of whose devices have another configuration."""
     with running(snapshot.fork(virtio=devices)) as guest:
         yield guest
