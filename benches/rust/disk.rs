@@ -7,6 +7,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
 use pyvmm::config::DiskConfig;
@@ -77,48 +78,84 @@ impl Driver {
         let is_write = self.is_write;
         self.lay_out(true);
         let mut order = Order { at: 0, is_random: false };
-        for _ in 0..=BLOCKS / u64::from(DEPTH) {
-            self.batch(&mut order)?;
+        let mut written = 0;
+        while written <= BLOCKS {
+            written += self.keep_full(&mut order, Duration::ZERO)?;
         }
         self.lay_out(is_write);
         Ok(())
     }
 
-    /// Make one batch of requests.
-    fn batch(&mut self, order: &mut Order) -> Outcome<u64> {
+    /// Make requests for this long: a new one for each that is answered, as many as there are chains
+    /// at a time. Returns how many there were.
+    fn keep_full(&mut self, order: &mut Order, time: Duration) -> Outcome<u64> {
+        let began = Instant::now();
         for number in 0..DEPTH {
-            let header = u128::from(self.is_write) | u128::from(order.next() * 8) << 64;
-            let at = HEADERS + 16 * u64::from(number);
-            self.driver.memory.write(at, &header.to_le_bytes())?;
-            self.driver.add_head(0, 3 * number);
+            self.request(number, order)?;
         }
-        self.driver.notify(0);
-        self.driver.turn(1000)?;
-        let mut left = DEPTH;
-        while left > 0 {
-            match self.driver.used(0) {
-                Some(_) => left -= 1,
-                None => std::thread::yield_now(),
+        self.notify()?;
+        let (mut in_flight, mut done) = (DEPTH, 0);
+        while in_flight > 0 {
+            let is_over = began.elapsed() >= time;
+            let mut is_new = false;
+            while let Some((head, _)) = self.driver.used(0) {
+                done += 1;
+                if is_over {
+                    in_flight -= 1;
+                } else {
+                    self.request(head / 3, order)?;
+                    is_new = true;
+                }
+            }
+            if is_new {
+                self.notify()?;
+            } else {
+                std::hint::spin_loop();
             }
         }
-        Ok(DEPTH.into())
+        Ok(done)
+    }
+
+    fn request(&mut self, number: u16, order: &mut Order) -> Outcome<()> {
+        let header = u128::from(self.is_write) | u128::from(order.next() * 8) << 64;
+        let at = HEADERS + 16 * u64::from(number);
+        self.driver.memory.write(at, &header.to_le_bytes())?;
+        self.driver.add_head(0, 3 * number);
+        Ok(())
+    }
+
+    fn notify(&mut self) -> Outcome<()> {
+        // The index of what was added is written before the device's wish is read.
+        fence(Ordering::SeqCst);
+        if self.driver.wants_notification(0) {
+            self.driver.notify(0);
+            self.driver.turn(1000)?;
+        }
+        Ok(())
     }
 }
 
+/// The same by system calls, into as many buffers.
 fn bare(file: &File, is_write: bool, order: &mut Order) -> Outcome<u64> {
-    let mut bytes = [0; 4096];
-    for _ in 0..DEPTH {
-        let at = order.next() * BLOCK;
-        if is_write { file.write_all_at(&bytes, at)? } else { file.read_exact_at(&mut bytes, at)? }
+    let (began, mut done) = (Instant::now(), 0);
+    let mut buffers = vec![[0; 4096]; DEPTH.into()];
+    while began.elapsed() < ROUND {
+        for bytes in &mut buffers {
+            let at = order.next() * BLOCK;
+            if is_write {
+                file.write_all_at(bytes, at)?;
+            } else {
+                file.read_exact_at(bytes, at)?;
+            }
+        }
+        done += u64::from(DEPTH);
     }
-    Ok(DEPTH.into())
+    Ok(done)
 }
 
-fn rate(mut batch: impl FnMut() -> Outcome<u64>) -> Outcome<f64> {
-    let (began, mut done) = (Instant::now(), 0);
-    while began.elapsed() < ROUND {
-        done += batch()?;
-    }
+fn rate(round: impl FnOnce() -> Outcome<u64>) -> Outcome<f64> {
+    let began = Instant::now();
+    let done = round()?;
     Ok(done as f64 / began.elapsed().as_secs_f64())
 }
 
@@ -144,7 +181,7 @@ fn compare(
     let mut order = Order { at: 1, is_random };
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
-        ours.push(rate(|| driver.batch(&mut order))?);
+        ours.push(rate(|| driver.keep_full(&mut order, ROUND))?);
         theirs.push(rate(|| bare(&file, is_write, &mut order))?);
     }
     Ok((median(ours), median(theirs)))

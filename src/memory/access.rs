@@ -22,18 +22,12 @@ impl GuestMemory {
     }
 
     /// Check that the guest may write a whole range. What writes on the guest's behalf, such as a
-    /// device's DMA, checks this first: `write` also writes ROM.
+    /// device's DMA, checks this first, or uses [`Self::write_for_guest`]: `write` also writes ROM.
     ///
     /// # Errors
     /// [`ErrorKind::Memory`] if a part of the range is read-only, or is not memory.
     pub(crate) fn check_guest_writes(&self, address: u64, length: u64) -> Result<()> {
-        pieces(&self.map(), address, length, |mapped, _| {
-            if mapped.is_rom {
-                let detail = "the guest cannot write this memory";
-                return Err(Error::new(ErrorKind::Memory, format!("{address:#x}"), detail));
-            }
-            check_writable(mapped, address)
-        })
+        pieces(&self.map(), address, length, |mapped, _| check_guest_writable(mapped, address))
     }
 
     /// Fill `data` from guest memory at `address`.
@@ -73,6 +67,19 @@ impl GuestMemory {
         unsafe { self.write_raw(address, data.as_ptr(), data.len()) }
     }
 
+    /// Write `data` as the guest would.
+    ///
+    /// # Errors
+    /// As for [`Self::check_guest_writes`]. Nothing is written then.
+    pub(crate) fn write_for_guest(&self, address: u64, data: &[u8]) -> Result<()> {
+        let mut left = data;
+        self.change_checked(address, data.len() as u64, check_guest_writable, |place| {
+            let (now, rest) = left.split_at(place.len().min(left.len()));
+            place.copy_from(now);
+            left = rest;
+        })
+    }
+
     /// Copy `length` bytes at `data` to `address`.
     ///
     /// # Errors
@@ -106,10 +113,20 @@ impl GuestMemory {
         &self,
         address: u64,
         length: u64,
+        piece: impl FnMut(VolatileSlice<'_>),
+    ) -> Result<()> {
+        self.change_checked(address, length, check_writable, piece)
+    }
+
+    fn change_checked(
+        &self,
+        address: u64,
+        length: u64,
+        check: fn(&MappedSlot, u64) -> Result<()>,
         mut piece: impl FnMut(VolatileSlice<'_>),
     ) -> Result<()> {
         let map = self.map();
-        pieces(&map, address, length, |mapped, _| check_writable(mapped, address))?;
+        pieces(&map, address, length, |mapped, _| check(mapped, address))?;
         self.kvm_slots().touched.note(address, length);
         pieces(&map, address, length, |_, place| {
             piece(place);
@@ -216,6 +233,14 @@ pub(super) fn pieces(
 
 fn check_writable(mapped: &MappedSlot, address: u64) -> Result<()> {
     if is_writable(mapped.mapping.region()) { Ok(()) } else { Err(read_only(address)) }
+}
+
+fn check_guest_writable(mapped: &MappedSlot, address: u64) -> Result<()> {
+    if mapped.is_rom {
+        let detail = "the guest cannot write this memory";
+        return Err(Error::new(ErrorKind::Memory, format!("{address:#x}"), detail));
+    }
+    check_writable(mapped, address)
 }
 
 fn read_only(address: u64) -> Error {

@@ -59,6 +59,11 @@ impl Limiter {
         Self { bytes: bucket(limits.bytes), operations: bucket(limits.operations) }
     }
 
+    /// Whether there is a limit.
+    pub(super) fn limits(&self) -> bool {
+        self.bytes.is_some() || self.operations.is_some()
+    }
+
     /// Let a request of this many bytes through, or say how long to wait before asking again.
     pub(super) fn admit(&mut self, bytes: u64, now: Instant) -> Result<(), Duration> {
         let Self { bytes: of_bytes, operations } = self;

@@ -3,12 +3,14 @@
 
 use std::io::{self, Write};
 
+use smallvec::SmallVec;
+
 use super::access::QueueAccess;
 use super::blk_request::{HEADER, Request, Status};
-use super::buffers::{ChainReader, ChainWriter};
+use super::buffers::{ChainReader, ChainWriter, Slices};
 use super::chain::Chain;
 use super::queues::Queues;
-use crate::disk::{Session, of_bytes, of_bytes_mut};
+use crate::disk::{Session, Slice, of_bytes, of_bytes_mut};
 
 /// A request that was taken from the queue.
 pub(super) struct Job {
@@ -27,21 +29,74 @@ impl Job {
     }
 
     /// The data of the driver, from here on.
-    pub(super) fn data<'a>(&self, access: &'a QueueAccess<'_>, done: u64) -> ChainReader<'a> {
+    pub(super) fn data<'a>(&'a self, access: &'a QueueAccess<'_>, done: u64) -> ChainReader<'a> {
         let mut reader = ChainReader::new(access, &self.chain);
         reader.skip(HEADER + done);
         reader
     }
 }
 
-/// Write the status, and give the chain back.
-pub(super) fn answer(access: &QueueAccess<'_>, job: Job, status: Status) {
-    let mut writer = ChainWriter::new(access, &job.chain);
-    writer.skip(job.chain.writable_len() - 1);
-    // Fails only if memory has been removed.
-    let _ = writer.write_all(&[status.byte()]);
-    let written = writer.written();
-    access.complete(job.chain, written);
+/// Write the statuses, and give the chains back.
+pub(super) fn answer_all(
+    access: &QueueAccess<'_>,
+    answers: impl IntoIterator<Item = (Job, Status)>,
+) {
+    access.complete_all(answers.into_iter().map(|(job, status)| {
+        let mut writer = ChainWriter::new(access, &job.chain);
+        writer.skip(job.chain.writable_len() - 1);
+        // Fails only if memory has been removed.
+        let _ = writer.write_all(&[status.byte()]);
+        let written = writer.written();
+        (job.chain, written)
+    }));
+}
+
+/// Fill the data of requests that follow each other on the disk, within an access.
+pub(super) fn read_now(
+    access: &QueueAccess<'_>,
+    jobs: &[Job],
+    session: &Session,
+    part: Part,
+) -> io::Result<()> {
+    let (offset, done, size) = part;
+    let mut writers: SmallVec<[_; 2]> = jobs
+        .iter()
+        .map(|job| {
+            let mut writer = ChainWriter::new(access, &job.chain);
+            writer.skip(done);
+            // Without the status.
+            let data = writer.left().saturating_sub(1).min(size);
+            (writer, data)
+        })
+        .collect();
+    let mut buffers = Slices::new();
+    for (writer, data) in &writers {
+        buffers.extend(writer.slices(usize::try_from(*data).unwrap_or(0)));
+    }
+    check(&buffers, size)?;
+    session.read_at(offset, &buffers)?;
+    writers.iter_mut().for_each(|(writer, data)| writer.advance(*data));
+    Ok(())
+}
+
+/// Write the data of requests that follow each other to the disk, within an access.
+pub(super) fn write_now(
+    access: &QueueAccess<'_>,
+    jobs: &[Job],
+    session: &Session,
+    part: Part,
+) -> io::Result<()> {
+    let (offset, done, size) = part;
+    let most = usize::try_from(size).unwrap_or(0);
+    let buffers: Slices<'_> =
+        jobs.iter().flat_map(|job| job.data(access, done).slices(most)).collect();
+    check(&buffers, size)?;
+    session.write_at(offset, &buffers)
+}
+
+fn check(buffers: &[Slice<'_>], size: u64) -> io::Result<()> {
+    let length: usize = buffers.iter().map(|buffer| buffer.len()).sum();
+    if length as u64 == size { Ok(()) } else { Err(gone()) }
 }
 
 /// Why a request has no status, or a bad one.
@@ -66,7 +121,7 @@ pub(super) enum Reach<'a> {
 }
 
 /// Offset on the disk, offset in the data, and size.
-type Part = (u64, u64, u64);
+pub(super) type Part = (u64, u64, u64);
 
 fn gone() -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, "a buffer is not in memory any more")
@@ -85,20 +140,11 @@ impl Reach<'_> {
 
     /// Read from the disk into the buffers.
     pub(super) fn read(&self, job: &Job, session: &Session, part: Part) -> Result<(), Ended> {
+        if let Self::Now(access) = self {
+            return Ok(read_now(access, std::slice::from_ref(job), session, part)?);
+        }
         let (offset, done, size) = part;
         let most = usize::try_from(size).unwrap_or(0);
-        if let Self::Now(access) = self {
-            let mut writer = ChainWriter::new(access, &job.chain);
-            writer.skip(done);
-            let buffers = writer.slices(most);
-            if buffers.iter().map(|buffer| buffer.len()).sum::<usize>() != most {
-                return Err(gone().into());
-            }
-            session.read_at(offset, &buffers)?;
-            drop(buffers);
-            writer.advance(size);
-            return Ok(());
-        }
         let mut bytes = vec![0; most];
         session.read_at(offset, &of_bytes_mut(&mut bytes))?;
         self.with(|access| {
@@ -110,16 +156,11 @@ impl Reach<'_> {
 
     /// Write the buffers to the disk.
     pub(super) fn write(&self, job: &Job, session: &Session, part: Part) -> Result<(), Ended> {
+        if let Self::Now(access) = self {
+            return Ok(write_now(access, std::slice::from_ref(job), session, part)?);
+        }
         let (offset, done, size) = part;
         let most = usize::try_from(size).unwrap_or(0);
-        if let Self::Now(access) = self {
-            let reader = job.data(access, done);
-            let buffers = reader.slices(most);
-            if buffers.iter().map(|buffer| buffer.len()).sum::<usize>() != most {
-                return Err(gone().into());
-            }
-            return Ok(session.write_at(offset, &buffers)?);
-        }
         let bytes = self.with(|access| job.data(access, done).read_vec(most))?;
         if bytes.len() != most {
             return Err(gone().into());

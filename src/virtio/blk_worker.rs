@@ -1,5 +1,5 @@
-//! The thread of a disk: takes requests from the queue, carries them out, and gives them back. A
-//! request to a file is carried out in guest memory, within an access to the queues. A request that
+//! The thread of a disk: takes requests from the queue, carries them out, and gives them back.
+//! Requests to a file are carried out in guest memory, by `blk_batch.rs`. A request that
 //! calls the program, which may take any time, has a buffer of its own and no access meanwhile: if
 //! the device is reset before it ends, its result is void.
 
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::access::QueueAccess;
 use super::blk_limit::Limiter;
-use super::blk_reach::{Ended, Job, Reach, answer};
+use super::blk_reach::{Ended, Job, Reach, answer_all};
 use super::blk_request::{self, MOST_SEGMENT_BYTES, Request, Status};
 use super::buffers::ChainWriter;
 use super::queues::Queues;
@@ -18,12 +18,7 @@ use crate::disk::{Disk, Session};
 use crate::sync::{Condvar, Mutex, rank};
 
 /// The most bytes that move at once.
-const CHUNK: u64 = 1 << 20;
-/// After so many requests, or this long, an access ends: the driver is interrupted, and a snapshot
-/// may begin.
-const BATCH: usize = 64;
-const BATCH_TIME: Duration = Duration::from_micros(500);
-
+pub(super) const CHUNK: u64 = 1 << 20;
 /// What a disk has done.
 #[derive(Debug, Default)]
 pub struct DiskCounts {
@@ -44,7 +39,7 @@ pub struct DiskCounts {
 }
 
 /// Relaxed: counts.
-fn count(counter: &AtomicU64, by: u64) {
+pub(super) fn count(counter: &AtomicU64, by: u64) {
     counter.fetch_add(by, Ordering::Relaxed);
 }
 
@@ -72,7 +67,7 @@ pub(super) struct Shared {
 }
 
 /// What the thread does next.
-enum Next {
+pub(super) enum Next {
     /// Wait for a notification.
     Sleep,
     /// Look at the queue again.
@@ -174,51 +169,38 @@ impl Shared {
     }
 
     /// Take a request, if the rate limits admit it.
-    fn take(
+    pub(super) fn take(
         &self,
         access: &QueueAccess<'_>,
-        session: &io::Result<Session>,
         limiter: &mut Limiter,
     ) -> Result<Job, Next> {
-        if session.as_ref().is_ok_and(|session| !self.disk.is_current(session)) {
-            return Err(Next::Again);
-        }
         let chain = access.pop(0).ok_or(Next::Sleep)?;
         let Some(job) = Job::parse(access, chain) else {
             access.fail("a request has no room for its header or its status");
             return Err(Next::Sleep);
         };
-        let bytes = job.request.map_or(0, Request::bytes);
-        if let Err(wait) = limiter.admit(bytes, Instant::now()) {
-            access.push_back(job.chain);
-            return Err(Next::Wait(wait));
+        if limiter.limits() {
+            let bytes = job.request.map_or(0, Request::bytes);
+            if let Err(wait) = limiter.admit(bytes, Instant::now()) {
+                access.push_back(job.chain);
+                return Err(Next::Wait(wait));
+            }
         }
         Ok(job)
     }
 
-    /// Carry out requests within an access.
-    fn serve_batch(
+    /// Begin an access to the queues for a session that is current, and stays so until the access
+    /// ends: the queues are closed to the device while a disk goes back.
+    pub(super) fn access<'a>(
         &self,
-        queues: &Queues,
+        queues: &'a Queues,
         session: &io::Result<Session>,
-        limiter: &mut Limiter,
-    ) -> Next {
-        let Some(access) = queues.access() else { return Next::Sleep };
-        let began = Instant::now();
-        for _ in 0..BATCH {
-            let job = match self.take(&access, session, limiter) {
-                Ok(job) => job,
-                Err(next) => return next,
-            };
-            // It is not void: the access is not over.
-            if let Some(status) = self.perform(&job, session, &Reach::Now(&access)) {
-                answer(&access, job, status);
-            }
-            if began.elapsed() > BATCH_TIME {
-                break;
-            }
+    ) -> Result<QueueAccess<'a>, Next> {
+        let access = queues.access().ok_or(Next::Sleep)?;
+        if session.as_ref().is_ok_and(|session| !self.disk.is_current(session)) {
+            return Err(Next::Again);
         }
-        Next::Again
+        Ok(access)
     }
 
     /// Carry out a request that calls the program.
@@ -228,8 +210,11 @@ impl Shared {
         session: &io::Result<Session>,
         limiter: &mut Limiter,
     ) -> Next {
-        let Some(access) = queues.access() else { return Next::Sleep };
-        let job = match self.take(&access, session, limiter) {
+        let access = match self.access(queues, session) {
+            Ok(access) => access,
+            Err(next) => return next,
+        };
+        let job = match self.take(&access, limiter) {
             Ok(job) => job,
             Err(next) => return next,
         };
@@ -238,13 +223,13 @@ impl Shared {
         if let Some(status) = self.perform(&job, session, &Reach::Later(queues, epoch))
             && let Some(access) = queues.access_after(epoch)
         {
-            answer(&access, job, status);
+            answer_all(&access, [(job, status)]);
         }
         Next::Again
     }
 
     /// Carry out a request. None if it is void.
-    fn perform(
+    pub(super) fn perform(
         &self,
         job: &Job,
         session: &io::Result<Session>,
@@ -335,7 +320,7 @@ impl Shared {
         Ok(Status::Ok)
     }
 
-    fn write_through(&self, session: &Session) -> io::Result<()> {
+    pub(super) fn write_through(&self, session: &Session) -> io::Result<()> {
         // Acquire: pairs with the release of the driver's choice.
         if self.is_write_back.load(Ordering::Acquire) { Ok(()) } else { session.flush() }
     }

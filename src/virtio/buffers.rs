@@ -7,21 +7,20 @@ use smallvec::SmallVec;
 use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileSlice};
 
 use super::access::QueueAccess;
-use super::chain::{Chain, Segment, Segments, length};
-use crate::memory::GuestMemory;
+use super::chain::{Chain, Segment, length};
 
 /// A position in some buffers.
 #[derive(Clone, Debug)]
-struct Cursor {
-    segments: Segments,
+struct Cursor<'a> {
+    segments: &'a [Segment],
     /// Which buffer, and how much of it is used.
     at: (usize, u32),
     left: u64,
 }
 
-impl Cursor {
-    fn new(segments: &Segments) -> Self {
-        Self { segments: segments.clone(), at: (0, 0), left: length(segments) }
+impl<'a> Cursor<'a> {
+    fn new(segments: &'a [Segment]) -> Self {
+        Self { segments, at: (0, 0), left: length(segments) }
     }
 
     /// The next piece, of at most this many bytes.
@@ -49,7 +48,7 @@ impl Cursor {
 pub type Slices<'a> = SmallVec<[VolatileSlice<'a>; 8]>;
 
 /// The next pieces of a cursor, without moving it.
-fn slices<'a>(access: &'a QueueAccess<'_>, cursor: &Cursor, most: usize) -> Slices<'a> {
+fn slices<'a>(access: &'a QueueAccess<'_>, cursor: &Cursor<'_>, most: usize) -> Slices<'a> {
     let (mut cursor, mut left, mut found) = (cursor.clone(), most, Slices::new());
     while left > 0
         && let Some(Segment { address, length }) = cursor.take(left)
@@ -67,13 +66,13 @@ fn slices<'a>(access: &'a QueueAccess<'_>, cursor: &Cursor, most: usize) -> Slic
 #[derive(Debug)]
 pub struct ChainReader<'a> {
     access: &'a QueueAccess<'a>,
-    cursor: Cursor,
+    cursor: Cursor<'a>,
 }
 
 impl<'a> ChainReader<'a> {
     /// At the start of the chain's readable buffers.
     #[must_use]
-    pub fn new(access: &'a QueueAccess<'_>, chain: &Chain) -> Self {
+    pub fn new(access: &'a QueueAccess<'_>, chain: &'a Chain) -> Self {
         Self { access, cursor: Cursor::new(&chain.readable) }
     }
 
@@ -90,7 +89,7 @@ impl<'a> ChainReader<'a> {
 
     /// The memory of the next bytes, at most this many. [`Self::skip`] moves on.
     #[must_use]
-    pub fn slices(&self, most: usize) -> Slices<'_> {
+    pub fn slices(&self, most: usize) -> Slices<'a> {
         slices(self.access, &self.cursor, most)
     }
 
@@ -128,14 +127,14 @@ impl Read for ChainReader<'_> {
 #[derive(Debug)]
 pub struct ChainWriter<'a> {
     access: &'a QueueAccess<'a>,
-    cursor: Cursor,
+    cursor: Cursor<'a>,
     written: u32,
 }
 
 impl<'a> ChainWriter<'a> {
     /// At the start of the chain's writable buffers.
     #[must_use]
-    pub fn new(access: &'a QueueAccess<'_>, chain: &Chain) -> Self {
+    pub fn new(access: &'a QueueAccess<'_>, chain: &'a Chain) -> Self {
         Self { access, cursor: Cursor::new(&chain.writable), written: 0 }
     }
 
@@ -153,7 +152,7 @@ impl<'a> ChainWriter<'a> {
 
     /// The memory of the next bytes, at most this many. [`Self::advance`] moves on.
     #[must_use]
-    pub fn slices(&self, most: usize) -> Slices<'_> {
+    pub fn slices(&self, most: usize) -> Slices<'a> {
         slices(self.access, &self.cursor, most)
     }
 
@@ -188,7 +187,8 @@ impl Write for ChainWriter<'_> {
             && let Some(Segment { address, length }) = self.cursor.take(rest.len())
         {
             let length = usize::try_from(length).unwrap_or(0).min(rest.len());
-            write(self.access.memory(), address, &rest[..length])?;
+            // Slots may have changed since the chain was checked.
+            self.access.memory().write_for_guest(address, &rest[..length]).map_err(gone)?;
             done += length;
         }
         self.count(done as u64);
@@ -198,12 +198,6 @@ impl Write for ChainWriter<'_> {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
-}
-
-/// Slots may have changed since the chain was checked.
-fn write(memory: &GuestMemory, address: u64, bytes: &[u8]) -> io::Result<()> {
-    memory.check_guest_writes(address, bytes.len() as u64).map_err(gone)?;
-    memory.write(address, bytes).map_err(gone)
 }
 
 fn gone(error: crate::error::Error) -> io::Error {

@@ -233,6 +233,13 @@ impl MockDriver {
         self.write(QUEUE_NOTIFY, queue);
     }
 
+    /// Whether the device wants to be notified of what is added to a queue, without the event index.
+    #[must_use]
+    pub fn wants_notification(&self, queue: usize) -> bool {
+        let flags = self.rings.get(queue).and_then(|ring| self.memory.load::<u16>(ring.used).ok());
+        flags.is_none_or(|flags| flags & 1 == 0)
+    }
+
     /// Run one iteration of the loop, which waits at most this long. Returns how many events there
     /// were.
     ///

@@ -7,6 +7,7 @@ mod access;
 mod attach;
 mod balloon;
 mod blk;
+mod blk_batch;
 mod blk_config;
 mod blk_limit;
 mod blk_reach;
