@@ -26,6 +26,7 @@ from benches import (
     snapshot,
     stats,
     virtio_linux,
+    vsock,
 )
 from benches.measure import Benchmark, Result, UnmeasurableError, report
 
@@ -67,6 +68,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "linux-user": virtio_linux.users,
     "linux-pair": virtio_linux.pairs,
     "linux-devices": virtio_linux.boots,
+    "vsock": vsock.sockets,
     "import": imports.imports,
 }
 
