@@ -7,7 +7,7 @@ from virtio_linux import STATUS, Guest, Ready, forked, said, sum_of
 
 pytestmark = [pytest.mark.linux, pytest.mark.timeout(900)]
 # Where ring 0 is emulated, Linux copies some megabytes in a second.
-SIZE = 2 << 20
+SIZE = 8 << 20
 PORT = 52
 
 
