@@ -25,6 +25,7 @@ from benches import (
     network,
     snapshot,
     stats,
+    virtio_fork,
     virtio_linux,
     vsock,
 )
@@ -64,6 +65,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "fuzz-batch": fuzz.batches,
     "fuzz-single": fuzz.single,
     "linux-userspace": linux.boots,
+    "virtio-fork": virtio_fork.forks,
     "linux-disk": virtio_linux.disks,
     "linux-user": virtio_linux.users,
     "linux-pair": virtio_linux.pairs,
