@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,23 +33,50 @@ USER = "net eth0 10.0.2.15 255.255.255.0 10.0.2.2"
 def disks() -> Iterator[Result]:
     """MiB a second that Linux reads and writes on a raw file past its page cache, against QEMU microvm."""
     with tempfile.TemporaryDirectory(prefix="pyvmm-bench-") as folder, ExitStack() as stack:
-        ours, theirs = (Path(folder) / name for name in ("ours.img", "theirs.img"))
-        for path in (ours, theirs):
+        ours, theirs, called = (Path(folder) / name for name in ("ours.img", "theirs.img", "called.img"))
+        for path in (ours, theirs, called):
             path.write_bytes(bytes(DISK_MIB * MIB))
         drive = f"file={theirs},format=raw,if=none,id=disk"
         qemu = stack.enter_context(Qemu("-drive", drive, "-device", "virtio-blk-device,drive=disk"))
-        guest = stack.enter_context(Ours(disks=(Disk(ours),)))
-        for name, command in (("read", f"sum /dev/vda {MOVED} direct"), ("write", f"overwrite /dev/vda {MOVED}")):
-            yield rates(f"linux-disk, {name}", command, guest, qemu, "QEMU microvm")
+        file = stack.enter_context(called.open("r+b", buffering=0))
+        guest = stack.enter_context(Ours(disks=(Disk(ours), Disk(InPython(file.fileno())))))
+        for name, command in (("read", "sum /dev/{} {} direct"), ("write", "overwrite /dev/{} {}")):
+            raw, python = (command.format(disk, MOVED) for disk in ("vda", "vdb"))
+            yield rates(f"linux-disk, {name}", raw, guest, qemu, "QEMU microvm")
+            label = f"linux-disk, {name}, in Python"
+            sides = (partial(rate, guest, python), partial(rate, guest, raw))
+            yield compare(label, "MiB/s", *sides, "pyvmm, a raw file", 0.5, RUNS)
+
+
+class InPython:
+    """A disk whose requests this process answers in Python."""
+
+    size = DISK_MIB * MIB
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def pread(self, length: int, offset: int) -> bytes:
+        """Read from the file."""
+        return os.pread(self.fd, length, offset)
+
+    def pwrite(self, data: bytes, offset: int) -> int:
+        """Write to the file."""
+        return os.pwrite(self.fd, data, offset)
+
+    def flush(self) -> None:
+        """Write to the file's disk."""
+        os.fdatasync(self.fd)
+
+
+def rate(guest: Guest, command: str) -> float:
+    """MiB a second of a command that moves `MOVED` bytes."""
+    return MOVED / MIB / guest.seconds(command)
 
 
 def rates(name: str, command: str, ours: Guest, theirs: Guest, theirs_name: str) -> Result:
-    """One command that moves `MOVED` bytes, in two machines in turn."""
-
-    def rate(guest: Guest) -> float:
-        return MOVED / MIB / guest.seconds(command)
-
-    return compare(name, "MiB/s", lambda: rate(ours), lambda: rate(theirs), theirs_name, 1.0, RUNS)
+    """The same command in two machines in turn."""
+    return compare(name, "MiB/s", partial(rate, ours, command), partial(rate, theirs, command), theirs_name, 1.0, RUNS)
 
 
 def users() -> Iterator[Result]:
