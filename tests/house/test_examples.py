@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, linux_directory
 from guests import elf
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NEED_NO_KVM = {"event_loop", "loop_from_threads", "loop_tour", "network_partition"}
-NEED_LINUX = {"boot_linux", "initrd_directory"}
+NEED_LINUX = {"boot_linux", "initrd_directory", "linux_disk_and_network"}
 NEED_RAY = {"snapshot_ray"}
 NEED_GCC = {"fuzz_parser", "multiboot_kernel"}
 FOR_PYTEST = {"test_guest"}
@@ -100,6 +100,16 @@ def test_example_boots_linux(linux: Linux) -> None:
     said = run(ROOT / "examples" / "boot_linux.py", str(linux.vmlinux), str(linux.initramfs), linux.cmdline)
     assert "pyvmm: userspace reached" in said
     assert said.endswith("reset (vCPU 0)\n")
+
+
+@pytest.mark.linux
+@pytest.mark.timeout(900)
+def test_example_answers_linux() -> None:
+    machine = linux_directory() / "virtio.toml"
+    if not machine.exists():
+        pytest.skip("the Linux with virtio is not built: make linux")
+    said = run(ROOT / "examples" / "linux_disk_and_network.py", str(machine))
+    assert said == f"at byte {(1 << 20) - 16}\nthis page is made for the guest\n"
 
 
 @pytest.mark.kvm
