@@ -1138,7 +1138,8 @@ class Snapshot:
                 in place of what the fork gets without it. docs/virtio.md says what that is.
 
         Raises:
-            ConfigError: what is given for a virtio device cannot be used.
+            ConfigError: what is given for a virtio device cannot be used, or the snapshot has no
+                device of the name.
             KvmError: KVM refused a part.
             SnapshotError: the snapshot's file has changed since it was loaded.
             StateError: the snapshot has a device that this machine does not have.

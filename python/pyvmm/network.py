@@ -122,7 +122,7 @@ class NetworkSnapshot:
 
         Args:
             changes: called with the number of each machine, returns a dict of arguments for
-                `Snapshot.fork`.
+                `Snapshot.fork`. A device that its `virtio` has is not connected to the network.
             entropy: as for `Snapshot.fork`, for the machines whose arguments do not include it.
         """
         network, numbered = self._frozen.thaw()
@@ -130,10 +130,13 @@ class NetworkSnapshot:
         machines: list[Vmm] = []
         try:
             for number, snapshot in enumerate(self.machines):
-                machine = snapshot.fork(**{"entropy": entropy, **(changes(number) if changes else {})})
+                arguments = {"entropy": entropy, **(changes(number) if changes else {})}
+                machine = snapshot.fork(**arguments)
                 machines.append(machine)
+                given = arguments.get("virtio") or {}
                 for device, port in self._places[number]:
-                    network._connect(machine, device, ports[port])
+                    if device not in given:
+                        network._connect(machine, device, ports[port])
         except BaseException:
             for machine in machines:
                 machine.close()

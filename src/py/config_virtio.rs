@@ -17,6 +17,7 @@ use crate::config::{
     VsockConfig,
 };
 use crate::share::Options;
+use crate::snapshot::Snapshot;
 
 /// The devices of a machine, in the order of their addresses.
 pub(super) fn devices(all: &Part<'_>) -> PyResult<Vec<VirtioConfig>> {
@@ -47,9 +48,14 @@ pub(super) fn devices(all: &Part<'_>) -> PyResult<Vec<VirtioConfig>> {
 }
 
 /// The configurations that a fork is given for devices of its snapshot, by name.
-pub(super) fn given(devices: &Bound<'_, PyDict>) -> PyResult<Vec<(String, VirtioConfig)>> {
+pub(super) fn given(
+    devices: &Bound<'_, PyDict>,
+    snapshot: &Snapshot,
+) -> PyResult<Vec<(String, VirtioConfig)>> {
     let one = |(name, config): (Bound<'_, PyAny>, Bound<'_, PyAny>)| {
-        let name: String = name.extract()?;
+        let expected = "names of devices, such as \"disk0\"";
+        let name: String = name.extract().map_err(|_| bad("virtio", unlike(&name, expected)))?;
+        snapshot.virtio_device(&name)?;
         let number = name.strip_prefix("net").and_then(|number| number.parse().ok());
         let config = match number {
             Some(number) => VirtioConfig::Net(net(config, number)?),

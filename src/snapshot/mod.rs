@@ -27,7 +27,7 @@ pub use host::Host;
 pub use load::{Load, load};
 pub use pages::described;
 pub use snapshot::Snapshot;
-pub(crate) use snapshot::new_id;
+pub(crate) use snapshot::{given_key, new_id};
 pub use state::{DeviceState, Record, RecordKind, Records};
 pub(crate) use vcpu::VcpuStateFormat;
 pub use virtio::VirtioDeviceState;

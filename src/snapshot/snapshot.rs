@@ -62,6 +62,21 @@ impl Default for SnapshotCache {
 }
 
 impl Snapshot {
+    /// The virtio device of this name, which a fork is given another for.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Config`] with the names that there are, if it has none.
+    pub fn virtio_device(&self, name: &str) -> Result<&VirtioDeviceState> {
+        self.virtio.iter().find(|device| device.name == name).ok_or_else(|| {
+            let names: Vec<&str> = self.virtio.iter().map(|device| device.name.as_str()).collect();
+            let detail = match names.as_slice() {
+                [] => "the snapshot has no virtio devices".to_owned(),
+                names => format!("the snapshot has no such device; it has {}", names.join(", ")),
+            };
+            Error::new(ErrorKind::Config, given_key(name), detail)
+        })
+    }
+
     /// Ask for the parts of XSAVE that its vCPUs' states include, before a vCPU is created for
     /// them.
     ///
@@ -74,6 +89,11 @@ impl Snapshot {
             _ => Ok(()),
         }
     }
+}
+
+/// The key of what a fork is given for a virtio device.
+pub(crate) fn given_key(name: &str) -> String {
+    format!("virtio[{name:?}]")
 }
 
 /// A unique id.

@@ -95,6 +95,7 @@ impl Vmm {
         let ForkConfig { serial, event_manager, virtio: given } = config;
         let streams = Streams { serial, ..Streams::default() };
         let spec = &snapshot.spec;
+        given.iter().try_for_each(|(name, _)| snapshot.virtio_device(name).map(drop))?;
         snapshot.request_xstate()?;
         let memory = GuestMemory::empty();
         for MemoryRange { start, read_only, image } in &snapshot.ranges {

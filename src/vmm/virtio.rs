@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use super::parts::Vm;
 use crate::config::{VirtioConfig, VmmConfig};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::resources::Resources;
-use crate::snapshot::VirtioDeviceState;
+use crate::snapshot::{VirtioDeviceState, given_key};
 use crate::vcpu::ExitRouter;
 use crate::virtio::{self, Attached, Board, Place};
 
@@ -52,12 +52,27 @@ pub(super) fn attach_saved(
     for VirtioDeviceState { name, device_type, place, spec, frozen } in saved {
         place.claim_again(vm.memory().resources(), name)?;
         let device = match given.iter().position(|(other, _)| other == name) {
-            Some(at) => virtio::create(given.remove(at).1)?,
+            Some(at) => replacement(name, *device_type, given.remove(at).1)?,
             None => virtio::restored(name, *device_type, spec, frozen.as_ref())?,
         };
         all.push(attach(vm, router, name, *place, device)?);
     }
     Ok(all)
+}
+
+/// The device that a fork is given for one of its snapshot.
+fn replacement(
+    name: &str,
+    device_type: u32,
+    config: VirtioConfig,
+) -> Result<Arc<dyn virtio::VirtioDevice>> {
+    let device = virtio::create(config)?;
+    let given = device.device_type();
+    if given != device_type {
+        let detail = format!("it is a device of type {given}, the snapshot's is of {device_type}");
+        return Err(Error::new(ErrorKind::Config, given_key(name), detail));
+    }
+    Ok(device)
 }
 
 fn attach(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from guests import SPIN, flat
-from pyvmm import Net, Network, StateError, Vmm, VmRunState
+from pyvmm import ConfigError, Net, Network, PythonNet, StateError, Vmm, VmRunState
 from virtio_driver import BUFFERS, Buffer, Driver, machine
 
 if TYPE_CHECKING:
@@ -125,6 +125,21 @@ def test_copies_of_a_network_have_the_frames_on_their_way_once() -> None:
         for fork in forks:
             for vmm in fork.machines:
                 vmm.close()
+
+
+def test_a_copy_has_the_devices_that_it_is_given_and_no_unknown_ones() -> None:
+    net = Network(seed=1)
+    with two_stations(net) as (a, b):
+        snapshot = net.snapshot([a.vmm, b.vmm])
+        own = PythonNet()
+        fork = snapshot.fork(lambda number: {"virtio": {"net0": Net(own)} if number == 0 else None})
+        with fork.machines[0] as one, fork.machines[1]:
+            a.fork(one).send(2, 7)
+            assert own.receive()[0][:6] == bytes([2, 0, 0, 0, 0, 2])
+            assert [port.stats.sent for port in fork.ports] == [port.stats.sent for port in net.ports]
+        with pytest.raises(ConfigError, match="it has net0") as refused:
+            snapshot.fork(lambda _: {"virtio": {"net1": Net(PythonNet())}})
+        assert refused.value.at == 'virtio["net1"]'
 
 
 def test_running_machines_are_captured_while_a_frame_is_on_its_way() -> None:

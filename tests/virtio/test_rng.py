@@ -8,9 +8,10 @@ python/pyvmm/virtio_parts.py, python/pyvmm/cli_devices.py.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from pyvmm import ClosedError, ConfigError, Rng, Snapshot, Vmm
+from pyvmm import Balloon, ClosedError, ConfigError, Rng, Snapshot, Vmm
 from virtio_driver import BUFFERS, Driver, machine, writable
 
 kvm = pytest.mark.kvm
@@ -124,6 +125,29 @@ def test_a_device_that_is_given_to_a_fork_takes_its_place() -> None:
             assert len(drawn(driver.fork(fork))) == 16
         with pytest.raises(ConfigError, match="virtio"):
             snapshot.fork(virtio={"rng": object()})  # type: ignore[dict-item]
+
+
+def forks_of(snapshot: Snapshot, devices: dict[str, Any]) -> list[Vmm]:
+    return snapshot.fork_many(2, lambda _: {"virtio": devices})
+
+
+@kvm
+def test_a_device_that_a_snapshot_does_not_have_is_refused_by_its_name() -> None:
+    with Vmm(machine(rng=Rng(), balloon=Balloon())) as vmm, Vmm(machine()) as bare:
+        snapshot, without = vmm.snapshot(), bare.snapshot()
+    for name in ["disk0", "rng0", "Rng", "net7", ""]:
+        with pytest.raises(ConfigError, match="no such device; it has rng, balloon") as refused:
+            snapshot.fork(virtio={name: Rng()})
+        assert refused.value.at == f'virtio["{name}"]'
+        with pytest.raises(ConfigError, match="no such device"):
+            forks_of(snapshot, {"rng": Rng(), name: Rng()})
+    with pytest.raises(ConfigError, match="the snapshot has no virtio devices"):
+        without.fork(virtio={"rng": Rng()})
+    with pytest.raises(ConfigError, match=r"virtio: expected names of devices, such as .disk0., not 7"):
+        snapshot.fork(virtio={7: Rng()})  # type: ignore[dict-item]
+    with pytest.raises(ConfigError, match="of type 4, the snapshot's is of 5") as refused:
+        snapshot.fork(virtio={"balloon": Rng()})
+    assert refused.value.at == 'virtio["balloon"]'
 
 
 def test_a_bad_seed_is_named() -> None:

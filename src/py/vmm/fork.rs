@@ -73,7 +73,8 @@ impl PySnapshot {
     ///         in place of what the fork gets without it. docs/virtio.md says what that is.
     ///
     /// Raises:
-    ///     ConfigError: what is given for a virtio device cannot be used.
+    ///     ConfigError: what is given for a virtio device cannot be used, or the snapshot has no
+    ///         device of the name.
     ///     KvmError: KVM refused a part.
     ///     SnapshotError: the snapshot's file has changed since it was loaded.
     ///     StateError: the snapshot has a device that this machine does not have.
@@ -93,7 +94,11 @@ impl PySnapshot {
             None => SerialConfig::default(),
         };
         let python_streams = config::python_streams(&streams, &[]);
-        let given = virtio.as_ref().map(config_virtio::given).transpose()?.unwrap_or_default();
+        let given = virtio
+            .as_ref()
+            .map(|given| config_virtio::given(given, core))
+            .transpose()?
+            .unwrap_or_default();
         let shared = event_manager.as_ref().map(|manager| manager.get().shared_core());
         let changes = ForkConfig { serial: streams, event_manager: shared, virtio: given };
         let vmm = Arc::new(py.detach(|| Vmm::fork(core, changes))?);
