@@ -79,7 +79,7 @@ from pyvmm.exits import (
     Stop,
     VmRunState,
 )
-from pyvmm.stats import ExitCount, VcpuTime
+from pyvmm.stats import ExitCount, VcpuTime, VirtioCount
 
 if TYPE_CHECKING:
     from pyvmm.boots import BootModule, ElfBoot, EmbeddedBoot, FirmwareBoot, FlatBoot, KernelBoot, LinuxBoot
@@ -196,6 +196,7 @@ __all__ = [
     "VcpuExit",
     "VcpuTime",
     "VirtioConsole",
+    "VirtioCount",
     "VirtioDevice",
     "VirtioProgram",
     "VirtioTransport",

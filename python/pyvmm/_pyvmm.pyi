@@ -26,7 +26,7 @@ from pyvmm.network import LinkConditions, NetworkSnapshot, PortStats
 from pyvmm.patterns import Expected
 from pyvmm.registers import CpuidEntry, DebugRegs, Fpu, Lapic, MpState, Msrs, Regs, Sregs, VcpuEvents, Xcrs
 from pyvmm.screen import Screen
-from pyvmm.stats import ExitCount, VcpuTime
+from pyvmm.stats import ExitCount, VcpuTime, VirtioCount
 from pyvmm.user_net import UserNet
 from pyvmm.virtio_device import VirtioProgram
 from pyvmm.vsock import VsockHost
@@ -2920,6 +2920,10 @@ class VirtioDevice:
         """How often the loop was notified by the driver."""
 
     @property
+    def taken(self) -> int:
+        """How many descriptor chains the device has taken from the driver."""
+
+    @property
     def chains(self) -> int:
         """How many descriptor chains were given back to the driver."""
 
@@ -2927,9 +2931,17 @@ class VirtioDevice:
     def interrupts(self) -> int:
         """How often the device has interrupted the guest."""
 
+    @property
+    def bytes_from_guest(self) -> int:
+        """How many bytes those chains had for the device, with the headers of requests."""
+
+    @property
+    def bytes_to_guest(self) -> int:
+        """How many bytes the device has written to those chains, with the headers of replies."""
+
 @final
 class Stats:
-    """Counters of a machine's exits, and of the time its vCPUs spend inside and outside the guest: `Vmm.stats`.
+    """Counters of a machine's exits, of its vCPUs' time, and of the work of its virtio devices: `Vmm.stats`.
 
     They count between `enable` and `disable`, or inside `with vmm.stats:`. They can be read at any
     time, from any thread, also after the machine is closed. In a forked child every call raises
@@ -2956,6 +2968,10 @@ class Stats:
     @property
     def vcpus(self) -> list[VcpuTime]:
         """The time of each vCPU, by number, as `VcpuTime`s."""
+
+    @property
+    def virtio(self) -> list[VirtioCount]:
+        """The work of each virtio device, as `VirtioCount`s, in the order of `Vmm.virtio`."""
 
     def __enter__(self) -> Self: ...
     def __exit__(

@@ -157,8 +157,7 @@ def _run(serial: SerialConfig, build: Callable[[SerialConfig], Vmm], ask: Ask, w
         last_lines = vmm.console.tail() if ended.is_shown is False and not ask.screen else ""
     if watch.stats and as_json:
         more["stats"] = {
-            "vcpus": [time._asdict() for time in vmm.stats.vcpus],
-            "exits": [count._asdict() for count in vmm.stats.exits],
+            key: [row._asdict() for row in getattr(vmm.stats, key)] for key in ("vcpus", "exits", "virtio")
         }
     status = _status(ended, ending.status, bool(keyboard and keyboard.keys.quit))
     _report(ended.exit, status, as_json, seconds, more)

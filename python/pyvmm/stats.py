@@ -51,6 +51,29 @@ class VcpuTime(NamedTuple):
     host_s: float
 
 
+class VirtioCount(NamedTuple):
+    """The work of a virtio device.
+
+    Attributes:
+        name: its name, such as "disk0".
+        notifications: how often the loop was notified by the driver.
+        taken: the descriptor chains that the device has taken.
+        chains: the descriptor chains that it has given back.
+        interrupts: how often it has interrupted the guest.
+        bytes_from_guest: the bytes that those chains had for the device, with the headers of
+            requests.
+        bytes_to_guest: the bytes that it has written to them, with the headers of replies.
+    """
+
+    name: str
+    notifications: int
+    taken: int
+    chains: int
+    interrupts: int
+    bytes_from_guest: int
+    bytes_to_guest: int
+
+
 def _seconds(seconds: float) -> str:
     return f"{seconds:.6f}"
 
@@ -75,13 +98,18 @@ def _exit_rows(stats: Stats) -> list[tuple[str, ...]]:
     ]
 
 
+def _virtio_rows(stats: Stats) -> list[tuple[str, ...]]:
+    return [(name, *(f"{count:,}" for count in counts)) for name, *counts in stats.virtio]
+
+
 VCPU_HEAD = ("", "exits", "seconds inside", "outside")
 EXIT_HEAD = ("", "kind", "access", "address", "exits", "seconds")
+VIRTIO_HEAD = ("", "notifications", "taken", "chains", "interrupts", "bytes from guest", "to guest")
 TEXTS = {"", "kind", "access"}
 
 
 def tables(stats: Stats) -> Group:
-    """Two tables for a terminal: the time of each vCPU, and its exits, the most frequent first."""
+    """Tables for a terminal: the time of each vCPU, its exits, the most frequent first, and the virtio devices."""
     from rich.console import Group
     from rich.table import Table
 
@@ -97,11 +125,13 @@ def tables(stats: Stats) -> Group:
     parts: list[Any] = [table(VCPU_HEAD, _vcpu_rows(stats)), "", table(EXIT_HEAD, rows[:MAX_ROWS])]
     if len(rows) > MAX_ROWS:
         parts.append(f"and {len(rows) - MAX_ROWS} more")
+    if devices := _virtio_rows(stats):
+        parts += ["", table(VIRTIO_HEAD, devices)]
     return Group(*parts)
 
 
 def html(stats: Stats) -> str:
-    """The same two tables for a notebook."""
+    """The same tables for a notebook."""
     from html import escape
 
     def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -111,4 +141,6 @@ def html(stats: Stats) -> str:
 
     rows = _exit_rows(stats)
     more = f"<p>and {len(rows) - MAX_ROWS} more</p>" if len(rows) > MAX_ROWS else ""
-    return table(VCPU_HEAD, _vcpu_rows(stats)) + table(EXIT_HEAD, rows[:MAX_ROWS]) + more
+    devices = _virtio_rows(stats)
+    virtio = table(VIRTIO_HEAD, devices) if devices else ""
+    return table(VCPU_HEAD, _vcpu_rows(stats)) + table(EXIT_HEAD, rows[:MAX_ROWS]) + more + virtio

@@ -49,7 +49,7 @@ pub(super) fn devices(all: &Part<'_>) -> PyResult<Vec<VirtioConfig>> {
 
 /// The configurations that a fork is given for devices of its snapshot, by name.
 pub(super) fn given(
-    devices: &Bound<'_, PyDict>,
+    devices: Option<&Bound<'_, PyDict>>,
     snapshot: &Snapshot,
 ) -> PyResult<Vec<(String, VirtioConfig)>> {
     let one = |(name, config): (Bound<'_, PyAny>, Bound<'_, PyAny>)| {
@@ -63,7 +63,7 @@ pub(super) fn given(
         };
         Ok((name, config))
     };
-    devices.iter().map(one).collect()
+    devices.map_or_else(|| Ok(Vec::new()), |devices| devices.iter().map(one).collect())
 }
 
 fn net(object: Bound<'_, PyAny>, number: usize) -> PyResult<NetConfig> {

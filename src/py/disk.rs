@@ -127,6 +127,7 @@ impl PyDiskDevice {
     ///     StreamError: the file cannot have this size.
     ///     ClosedError: the machine is closed.
     fn resize(&self, py: Python<'_>, size: u64) -> PyResult<()> {
+        self.vmm.get().changing()?;
         let (attached, device) = self.device()?;
         let name = attached.name();
         if !size.is_multiple_of(512) || size > i64::MAX.unsigned_abs() {

@@ -110,7 +110,12 @@ impl PyNetDevice {
     fn network(&self, py: Python<'_>) -> PyResult<Option<Py<PyAny>>> {
         let device = self.device()?;
         let found = native(py, py.detach(|| device.backend()))?;
-        Ok(found.filter(|found| !found.bind(py).is_instance_of::<PyFrameQueue>()))
+        let found = found.filter(|found| !found.bind(py).is_instance_of::<PyFrameQueue>());
+        if found.is_some() {
+            // A reset does not undo what is done with it.
+            self.vmm.get().vmm()?;
+        }
+        Ok(found)
     }
 
     /// Whether the guest has a link. Set it to plug the cable in or out.

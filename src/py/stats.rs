@@ -10,8 +10,9 @@ use super::ending::import;
 use super::parts::Part;
 use super::vmm::PyVmm;
 use crate::vcpu::{ExitRouter, Stats};
+use crate::virtio::CountValues;
 
-/// Counters of a machine's exits, and of the time its vCPUs spend inside and outside the guest:
+/// Counters of a machine's exits, of its vCPUs' time, and of the work of its virtio devices:
 /// `Vmm.stats`.
 ///
 /// They count between `enable` and `disable`, or inside `with vmm.stats:`. They can be read at any
@@ -86,6 +87,21 @@ impl PyStats {
         for time in py.detach(|| stats.vcpus())? {
             let (guest, host) = (time.guest.as_secs_f64(), time.host.as_secs_f64());
             list.append(class.call1((time.vcpu, time.exits, guest, host))?)?;
+        }
+        Ok(list)
+    }
+
+    /// The work of each virtio device, as `VirtioCount`s, in the order of `Vmm.virtio`.
+    #[getter]
+    fn virtio<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+        let stats = self.stats()?;
+        let class = import(py, "pyvmm.stats")?.getattr("VirtioCount")?;
+        let list = PyList::empty(py);
+        for (name, count) in py.detach(|| stats.devices())? {
+            let CountValues { notifications, taken, chains, interrupts, .. } = count;
+            let bytes = (count.bytes_from_guest, count.bytes_to_guest);
+            let row = (name, notifications, taken, chains, interrupts, bytes.0, bytes.1);
+            list.append(class.call1(row)?)?;
         }
         Ok(list)
     }

@@ -150,6 +150,12 @@ impl PyVirtioDevice {
         self.count(|counts| &counts.notifications)
     }
 
+    /// How many descriptor chains the device has taken from the driver.
+    #[getter]
+    fn taken(&self) -> PyResult<u64> {
+        self.count(|counts| &counts.taken)
+    }
+
     /// How many descriptor chains were given back to the driver.
     #[getter]
     fn chains(&self) -> PyResult<u64> {
@@ -160,6 +166,18 @@ impl PyVirtioDevice {
     #[getter]
     fn interrupts(&self) -> PyResult<u64> {
         self.count(|counts| &counts.interrupts)
+    }
+
+    /// How many bytes those chains had for the device, with the headers of requests.
+    #[getter]
+    fn bytes_from_guest(&self) -> PyResult<u64> {
+        self.count(|counts| &counts.bytes_from_guest)
+    }
+
+    /// How many bytes the device has written to those chains, with the headers of replies.
+    #[getter]
+    fn bytes_to_guest(&self) -> PyResult<u64> {
+        self.count(|counts| &counts.bytes_to_guest)
     }
 
     fn __repr__(&self) -> String {

@@ -10,6 +10,7 @@ use super::router::{AnsweredExit, ExitRouter, Observer};
 use crate::error::Result;
 use crate::process::ProcessTag;
 use crate::sync::{Mutex, rank};
+use crate::virtio::{CountValues, DeviceStats};
 
 /// A guest can access any number of addresses. For each vCPU, only this many keys are counted
 /// separately.
@@ -101,20 +102,28 @@ impl Counts {
     }
 }
 
+/// Whether they count, and what the virtio devices have counted meanwhile.
+#[derive(Debug)]
+struct Switch {
+    is_enabled: bool,
+    devices: DeviceStats,
+}
+
 /// The counters of one machine.
 #[derive(Debug)]
 pub struct Stats {
     vcpus: Vec<Block>,
-    is_enabled: Mutex<bool, rank::StatsSwitch>,
+    switch: Mutex<Switch, rank::StatsSwitch>,
     process_tag: ProcessTag,
 }
 
 impl Stats {
-    /// Counters for this many vCPUs, disabled.
+    /// Counters for this many vCPUs and these virtio devices, disabled.
     #[must_use]
-    pub fn new(vcpus: u64) -> Self {
+    pub fn new(vcpus: u64, devices: DeviceStats) -> Self {
         let vcpus = (0..vcpus).map(|_| Block::default()).collect();
-        Self { vcpus, is_enabled: Mutex::default(), process_tag: ProcessTag::current() }
+        let switch = Mutex::new(Switch { is_enabled: false, devices });
+        Self { vcpus, switch, process_tag: ProcessTag::current() }
     }
 
     /// The number of the machine's vCPUs.
@@ -123,14 +132,15 @@ impl Stats {
         self.vcpus.len() as u64
     }
 
-    /// Start to count, with each vCPU's next entry.
+    /// Start to count, with each vCPU's next entry, and the devices at once.
     ///
     /// # Errors
     /// [`crate::error::ErrorKind::State`] in a forked child, here and below.
     pub fn enable(self: &Arc<Self>, router: &ExitRouter) -> Result<()> {
         self.process_tag.check("machine")?;
-        let mut is_enabled = self.is_enabled.lock();
-        if !std::mem::replace(&mut *is_enabled, true) {
+        let mut switch = self.switch.lock();
+        switch.devices.enable();
+        if !std::mem::replace(&mut switch.is_enabled, true) {
             router.observe(Arc::clone(self) as Arc<dyn Observer>);
         }
         Ok(())
@@ -142,8 +152,9 @@ impl Stats {
     /// As for `enable`.
     pub fn disable(self: &Arc<Self>, router: &ExitRouter) -> Result<()> {
         self.process_tag.check("machine")?;
-        let mut is_enabled = self.is_enabled.lock();
-        if std::mem::replace(&mut *is_enabled, false) {
+        let mut switch = self.switch.lock();
+        switch.devices.disable();
+        if std::mem::replace(&mut switch.is_enabled, false) {
             router.unobserve(&(Arc::clone(self) as Arc<dyn Observer>));
             for block in &self.vcpus {
                 let mut counts = block.0.lock();
@@ -160,7 +171,7 @@ impl Stats {
     /// As for `enable`.
     pub fn is_enabled(&self) -> Result<bool> {
         self.process_tag.check("machine")?;
-        Ok(*self.is_enabled.lock())
+        Ok(self.switch.lock().is_enabled)
     }
 
     /// Set all counts to zero.
@@ -169,6 +180,7 @@ impl Stats {
     /// As for `enable`.
     pub fn reset(&self) -> Result<()> {
         self.process_tag.check("machine")?;
+        self.switch.lock().devices.reset();
         for block in &self.vcpus {
             let mut counts = block.0.lock();
             let inside = counts.inside.map(|_| Instant::now());
@@ -195,6 +207,15 @@ impl Stats {
             (std::cmp::Reverse(count.count), *vcpu, *place)
         });
         Ok(rows)
+    }
+
+    /// The counts of each virtio device, by name.
+    ///
+    /// # Errors
+    /// As for `enable`.
+    pub fn devices(&self) -> Result<Vec<(String, CountValues)>> {
+        self.process_tag.check("machine")?;
+        Ok(self.switch.lock().devices.rows())
     }
 
     /// The time of each vCPU, by number.
@@ -266,7 +287,7 @@ mod tests {
 
     #[test]
     fn exits_are_told_apart_by_kind_direction_and_address() {
-        let stats = Stats::new(2);
+        let stats = Stats::new(2, DeviceStats::default());
         see(&stats, 0, &port(0x60), (3, 5));
         see(&stats, 0, &port(0x60), (4, 6));
         see(&stats, 1, &VcpuExit::Hlt, (1, 2));
@@ -286,7 +307,7 @@ mod tests {
 
     #[test]
     fn places_are_bounded_and_the_rest_is_summed_up() {
-        let stats = Stats::new(1);
+        let stats = Stats::new(1, DeviceStats::default());
         (0..2000).for_each(|number| see(&stats, 0, &port(number), (1, 1)));
         see(&stats, 0, &VcpuExit::Hlt, (1, 1));
         let rows = stats.exits().unwrap();
@@ -297,7 +318,8 @@ mod tests {
 
     #[test]
     fn a_stay_that_lasts_is_counted_and_ends_with_the_counting() {
-        let (stats, router) = (Arc::new(Stats::new(1)), ExitRouter::default());
+        let (stats, router) =
+            (Arc::new(Stats::new(1, DeviceStats::default())), ExitRouter::default());
         stats.enable(&router).unwrap();
         let long_ago = Instant::now().checked_sub(Duration::from_secs(5)).unwrap();
         stats.before_entry(0, long_ago);
@@ -321,7 +343,8 @@ mod tests {
 
     #[test]
     fn enabling_twice_counts_once() {
-        let (stats, router) = (Arc::new(Stats::new(1)), ExitRouter::default());
+        let (stats, router) =
+            (Arc::new(Stats::new(1, DeviceStats::default())), ExitRouter::default());
         assert!(!stats.is_enabled().unwrap());
         stats.enable(&router).unwrap();
         stats.enable(&router).unwrap();

@@ -91,6 +91,7 @@ impl<'a> QueueAccess<'a> {
         match popped {
             Ok(taken) => {
                 let Taken { head, readable, writable } = taken?;
+                self.queues.counts.taken.fetch_add(1, Ordering::Relaxed);
                 let abandoned = Some(Arc::clone(&self.queues.abandoned));
                 Some(Chain { queue, head, epoch: self.epoch, readable, writable, abandoned })
             }
@@ -115,6 +116,7 @@ impl<'a> QueueAccess<'a> {
             && let Some(mut queue) = self.queue(chain.queue)
         {
             queue.push_back(chain.head);
+            self.queues.counts.taken.fetch_sub(1, Ordering::Relaxed);
         }
     }
 
@@ -125,16 +127,18 @@ impl<'a> QueueAccess<'a> {
 
     /// Give chains of one queue back to the driver, which sees all of them at once.
     pub fn complete_all(&self, chains: impl IntoIterator<Item = (Chain, u32)>) {
-        let mut at = None;
+        let (mut at, mut from_guest) = (None, 0);
         let mut heads = smallvec::SmallVec::<[(u16, u32); 4]>::new();
         for (mut chain, written) in chains {
             chain.abandoned = None;
             if chain.epoch == self.epoch {
                 at = Some(chain.queue);
+                from_guest += chain.readable_len();
                 heads.push((chain.head, written));
             }
         }
         if let Some(at) = at {
+            self.queues.counts.bytes_from_guest.fetch_add(from_guest, Ordering::Relaxed);
             self.give_back(at, &heads);
         }
     }
@@ -145,7 +149,10 @@ impl<'a> QueueAccess<'a> {
         drop(queue);
         match completed {
             Ok(()) => {
-                self.queues.counts.chains.fetch_add(heads.len() as u64, Ordering::Relaxed);
+                let counts = &self.queues.counts;
+                counts.chains.fetch_add(heads.len() as u64, Ordering::Relaxed);
+                let written = heads.iter().map(|(_, written)| u64::from(*written)).sum();
+                counts.bytes_to_guest.fetch_add(written, Ordering::Relaxed);
                 self.completed.set(self.completed.get() | 1 << (at & 63));
             }
             Err(broken) => self.fail(format!("queue {at}: {broken}")),

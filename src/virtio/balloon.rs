@@ -88,12 +88,10 @@ impl Balloon {
 
     /// Ask the driver for a balloon of this size.
     pub fn set_target(&self, mib: u32) {
-        let queues = {
-            let mut state = self.state.lock();
-            state.target = mib.saturating_mul(PAGES_PER_MIB);
-            state.queues.clone()
-        };
-        queues.iter().for_each(|queues| queues.config_changed());
+        // With the lock held: a snapshot has both the target and the interrupt, or neither.
+        let mut state = self.state.lock();
+        state.target = mib.saturating_mul(PAGES_PER_MIB);
+        state.queues.iter().for_each(|queues| queues.config_changed());
     }
 
     /// What the host wants and what the driver says it has given, in MiB, rounded down.

@@ -201,6 +201,10 @@ impl VirtioDevice for Blk {
         self
     }
 
+    fn forget_counts(&self) {
+        self.shared.forget_counts();
+    }
+
     fn failure(&self) -> Option<String> {
         self.shared.failure()
     }

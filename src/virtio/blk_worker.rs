@@ -38,6 +38,15 @@ pub struct DiskCounts {
     pub errors: AtomicU64,
 }
 
+impl DiskCounts {
+    fn clear(&self) {
+        let Self { reads, writes, flushes, discards, bytes_read, bytes_written, errors } = self;
+        for count in [reads, writes, flushes, discards, bytes_read, bytes_written, errors] {
+            count.store(0, Ordering::Relaxed);
+        }
+    }
+}
+
 /// Relaxed: counts.
 pub(super) fn count(counter: &AtomicU64, by: u64) {
     counter.fetch_add(by, Ordering::Relaxed);
@@ -111,6 +120,12 @@ impl Shared {
     pub(super) fn close(&self) {
         self.wake.lock().is_closed = true;
         self.changed.notify_all();
+    }
+
+    /// Set the counts to zero, and forget the last failure.
+    pub(super) fn forget_counts(&self) {
+        self.counts.clear();
+        *self.failure.lock() = None;
     }
 
     /// The last failure.

@@ -141,15 +141,15 @@ impl Console {
 
     /// Change the size of the console.
     pub fn resize(&self, columns: u16, rows: u16) {
-        let queues = {
+        {
+            // A snapshot has both the size and the interrupt, or neither.
             let mut state = self.state.lock();
             state.size = (columns, rows);
             if state.has_ports {
                 state.control.push(Message::resize(columns, rows));
             }
-            state.queues.clone()
-        };
-        queues.iter().for_each(|queues| queues.config_changed());
+            state.queues.iter().for_each(|queues| queues.config_changed());
+        }
         self.wake();
     }
 

@@ -124,6 +124,9 @@ pub trait VirtioDevice: Send + Sync + Debug {
     /// The device itself, for the binding.
     fn as_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync>;
 
+    /// Set what it counts to zero, and forget a failure.
+    fn forget_counts(&self) {}
+
     /// The last failure of what is behind the device, for the user.
     fn failure(&self) -> Option<String> {
         None

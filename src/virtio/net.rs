@@ -330,6 +330,10 @@ impl VirtioDevice for Net {
         Ok(bytes)
     }
 
+    fn forget_counts(&self) {
+        self.link.forget_counts();
+    }
+
     fn restore(&self, bytes: &[u8]) -> Result<()> {
         let mut reader = Reader::new("net", bytes);
         let [is_wanted] = reader.take()?;

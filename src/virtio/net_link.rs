@@ -45,6 +45,12 @@ impl Direction {
         self.dropped.fetch_add(1, Ordering::Relaxed);
     }
 
+    fn clear(&self) {
+        for count in [&self.frames, &self.bytes, &self.dropped] {
+            count.store(0, Ordering::Relaxed);
+        }
+    }
+
     fn get(&self) -> (u64, u64, u64) {
         let get = |count: &AtomicU64| count.load(Ordering::Relaxed);
         (get(&self.frames), get(&self.bytes), get(&self.dropped))
@@ -106,6 +112,11 @@ impl Link {
     /// The capture, for a burst of frames.
     pub(super) fn captured(&self) -> Option<Arc<Capture>> {
         if self.is_captured.load(Ordering::SeqCst) { self.capture.lock().clone() } else { None }
+    }
+
+    pub(super) fn forget_counts(&self) {
+        self.received.clear();
+        self.sent.clear();
     }
 
     pub(super) fn counts(&self, backend_dropped: u64) -> NetCounts {

@@ -2,13 +2,14 @@
 //! started it and the machine is not quiesced. Also its interrupts. Any thread.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 
 use virtio_queue::QueueT;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::abandoned::Abandoned;
+use super::counts::Counts;
 use super::queue::{Queue, QueueMemory};
 use super::registers::{self, status};
 use crate::devices::InterruptLine;
@@ -25,21 +26,12 @@ pub(super) struct Gate {
     has_failed: bool,
     /// How many have quiesced the device.
     holds: usize,
+    /// Reasons of interrupts that came meanwhile, which are raised afterwards.
+    deferred: u32,
     /// Accesses in progress.
     users: usize,
     /// How often the device was started or reset. What was taken in another epoch is void.
     pub(super) epoch: u64,
-}
-
-/// Counts of a device.
-#[derive(Debug, Default)]
-pub struct Counts {
-    /// Notifications of the driver.
-    pub notifications: AtomicU64,
-    /// Chains given back to the driver.
-    pub chains: AtomicU64,
-    /// Interrupts of the guest.
-    pub interrupts: AtomicU64,
 }
 
 /// See the module.
@@ -57,8 +49,8 @@ pub struct Queues {
     /// The notifications of each queue.
     pub(super) notify: Vec<EventFd>,
     pub(super) abandoned: Arc<Abandoned>,
-    /// Counts.
-    pub counts: Counts,
+    /// What it counts.
+    pub counts: Arc<Counts>,
     failure: Mutex<Option<String>, rank::VirtioFailure>,
 }
 
@@ -97,7 +89,7 @@ impl Queues {
             all: sizes.iter().map(queue).collect::<Result<_>>()?,
             notify,
             abandoned: Arc::new(Abandoned::new(first)),
-            counts: Counts::default(),
+            counts: Arc::default(),
             failure: Mutex::default(),
         })
     }
@@ -173,7 +165,7 @@ impl Queues {
     /// still has is void.
     pub(super) fn stop(&self) {
         let mut gate = self.gate.lock();
-        (gate.active, gate.has_failed) = (None, false);
+        (gate.active, gate.has_failed, gate.deferred) = (None, false, 0);
         gate.epoch += 1;
         self.changed.notify_all();
         self.wait_for_users(&mut gate);
@@ -190,14 +182,14 @@ impl Queues {
     pub(super) fn release(&self) {
         let mut gate = self.gate.lock();
         gate.holds = gate.holds.saturating_sub(1);
-        let is_open = gate.holds == 0;
-        if is_open {
-            self.changed.notify_all();
+        if gate.holds > 0 {
+            return;
         }
+        let deferred = std::mem::take(&mut gate.deferred);
+        self.changed.notify_all();
         drop(gate);
-        if is_open {
-            self.notify_all();
-        }
+        self.interrupt_unless_quiesced(deferred);
+        self.notify_all();
     }
 
     /// Notify each queue, as the driver does.
@@ -221,9 +213,7 @@ impl Queues {
     pub fn config_changed(&self) {
         // Release: a driver that reads the new generation reads the new configuration.
         self.config_generation.fetch_add(1, Ordering::Release);
-        if self.gate.lock().active.is_some() {
-            self.interrupt(registers::CONFIGURATION_CHANGE);
-        }
+        self.interrupt_unless_quiesced(registers::CONFIGURATION_CHANGE);
     }
 
     /// The device cannot continue until the driver resets it: DEVICE_NEEDS_RESET.
@@ -231,14 +221,11 @@ impl Queues {
         let reason = reason.into();
         let mut gate = self.gate.lock();
         let is_first = !std::mem::replace(&mut gate.has_failed, true);
-        let is_active = gate.active.is_some();
         drop(gate);
         if is_first {
             *self.failure.lock() = Some(reason);
             self.status.fetch_or(status::NEEDS_RESET, Ordering::AcqRel);
-            if is_active {
-                self.interrupt(registers::CONFIGURATION_CHANGE);
-            }
+            self.interrupt_unless_quiesced(registers::CONFIGURATION_CHANGE);
         }
     }
 
@@ -248,7 +235,41 @@ impl Queues {
         self.failure.lock().clone()
     }
 
-    /// Interrupt the guest, for these reasons.
+    /// Set the counts to zero, and forget the failure of an earlier guest.
+    pub(crate) fn forget_counts(&self) {
+        self.counts.clear();
+        if !self.gate.lock().has_failed {
+            *self.failure.lock() = None;
+        }
+    }
+
+    /// Interrupt the guest for reasons that are not those of an access, or remember them while the
+    /// machine is quiesced. So a snapshot has both the register and the pending edge, or neither of
+    /// them and the reasons.
+    pub(super) fn interrupt_unless_quiesced(&self, reasons: u32) {
+        let mut gate = self.gate.lock();
+        if gate.active.is_none() || reasons == 0 {
+            return;
+        }
+        if gate.holds > 0 {
+            gate.deferred |= reasons;
+            return;
+        }
+        // Whatever quiesces the device waits for this as for an access.
+        gate.users += 1;
+        drop(gate);
+        self.interrupt(reasons);
+        self.leave();
+    }
+
+    /// The reasons of interrupts that the guest has not acknowledged, and of those that wait for
+    /// the machine.
+    pub(super) fn interrupts(&self) -> (u32, u32) {
+        let deferred = self.gate.lock().deferred;
+        (self.interrupt_status.load(Ordering::Acquire), deferred)
+    }
+
+    /// Interrupt the guest, for these reasons. In an access.
     pub(super) fn interrupt(&self, reasons: u32) {
         // AcqRel: the guest reads what was written before.
         self.interrupt_status.fetch_or(reasons, Ordering::AcqRel);

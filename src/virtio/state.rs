@@ -14,8 +14,13 @@ use crate::bytes::{Reader, bad};
 use crate::error::Result;
 use crate::memory::GuestMemory;
 
+/// Where the reasons of interrupts that are still to be raised begin, beside the register.
+const DEFERRED: u32 = 8;
+
 pub(super) fn save(transport: &Transport) -> Result<Vec<u8>> {
     let queues = transport.queues();
+    // First: what changes meanwhile, and is in here, is also among the deferred interrupts below.
+    let own = transport.device().save()?;
     let mut bytes = Vec::new();
     bytes.extend(transport.device().device_type().to_le_bytes());
     {
@@ -26,13 +31,14 @@ pub(super) fn save(transport: &Transport) -> Result<Vec<u8>> {
         bytes.extend(registers.driver_features.to_le_bytes());
     }
     bytes.extend(u32::from(transport.status()).to_le_bytes());
-    bytes.extend(queues.interrupt_status.load(Ordering::Acquire).to_le_bytes());
+    let (interrupt_status, deferred) = queues.interrupts();
+    bytes.extend((interrupt_status | deferred << DEFERRED).to_le_bytes());
     bytes.extend(queues.config_generation.load(Ordering::Acquire).to_le_bytes());
     bytes.extend(count(queues.all.len()));
     for queue in &queues.all {
         save_queue(&queue.lock(), &mut bytes);
     }
-    bytes.extend(transport.device().save()?);
+    bytes.extend(own);
     Ok(bytes)
 }
 
@@ -78,6 +84,7 @@ struct Saved {
     registers: Registers,
     status: u8,
     interrupt_status: u32,
+    deferred: u32,
     config_generation: u32,
     queues: Vec<(QueueState, VecDeque<Taken>)>,
 }
@@ -108,6 +115,7 @@ pub(super) fn restore(transport: &Transport, state: &[u8]) -> Result<()> {
         return Ok(());
     }
     queues.start(features);
+    queues.interrupt_unless_quiesced(saved.deferred);
     if saved.status & status::NEEDS_RESET != 0 || !queues.are_valid() {
         queues.fail("it needed a reset already, or its queues are not in memory");
         return Ok(());
@@ -139,7 +147,8 @@ fn parse(transport: &Transport, reader: &mut Reader<'_>) -> Result<Saved> {
     }
     let known = u32::from(status::OF_DRIVER | status::NEEDS_RESET);
     let status = u8::try_from(saved_status & known).unwrap_or_default();
-    let (interrupt_status, config_generation) = (reader.u32()? & 3, reader.u32()?);
+    let (interrupts, config_generation) = (reader.u32()?, reader.u32()?);
+    let (interrupt_status, deferred) = (interrupts & 3, interrupts >> DEFERRED & 3);
     let all = &transport.queues().all;
     if usize::try_from(reader.u32()?) != Ok(all.len()) {
         return Err(bad(name, format!("it has {} queues, and the saved one others", all.len())));
@@ -150,7 +159,7 @@ fn parse(transport: &Transport, reader: &mut Reader<'_>) -> Result<Saved> {
         let max_size = queue.lock().ring.state().max_size;
         queues.push(parse_queue(name, max_size, memory, reader)?);
     }
-    Ok(Saved { registers, status, interrupt_status, config_generation, queues })
+    Ok(Saved { registers, status, interrupt_status, deferred, config_generation, queues })
 }
 
 fn parse_queue(
@@ -225,11 +234,13 @@ mod tests {
     //! Covers src/virtio/abandoned.rs, src/virtio/mock.rs, src/virtio/bus_device.rs.
 
     use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
     use proptest::prelude::*;
 
     use super::super::Rng;
     use super::super::mock::{MockDriver, writable};
+    use super::super::registers::{CONFIGURATION_CHANGE, INTERRUPT_ACK};
     use crate::config::RngConfig;
     use crate::devices::Device;
 
@@ -254,6 +265,63 @@ mod tests {
         Device::resume(&*transport);
         driver.turn(0).unwrap();
         assert_eq!(driver.used(0).map(|(_, written)| written), Some(8));
+    }
+
+    #[test]
+    fn an_interrupt_that_comes_while_the_machine_is_quiesced_is_raised_in_it_and_in_its_copies() {
+        let (driver, copy) = (started(), started());
+        let transport = &driver.attached.transport;
+        let queues = transport.queues();
+        let raised = |driver: &MockDriver| {
+            let count = driver.attached.transport.queues().counts.interrupts.load(Relaxed);
+            (driver.interrupt_status(), count)
+        };
+        Device::quiesce(&**transport).unwrap();
+        Device::quiesce(&**transport).unwrap();
+        queues.config_changed();
+        let state = Device::save(&**transport).unwrap();
+        Device::resume(&**transport);
+        assert_eq!(raised(&driver), (0, 0), "it is still quiesced");
+        Device::resume(&**transport);
+        assert_eq!(raised(&driver), (CONFIGURATION_CHANGE, 1));
+        Device::restore(&*copy.attached.transport, &state).unwrap();
+        assert_eq!(raised(&copy), (CONFIGURATION_CHANGE, 1));
+        // A copy of a guest that has not acknowledged it has its edge in the interrupt controllers.
+        let state = Device::save(&**transport).unwrap();
+        Device::restore(&*copy.attached.transport, &state).unwrap();
+        assert_eq!(raised(&copy), (CONFIGURATION_CHANGE, 1));
+        // A reset of the device forgets it.
+        Device::quiesce(&**transport).unwrap();
+        queues.config_changed();
+        Device::restore(&**transport, &state).unwrap();
+        Device::resume(&**transport);
+        assert_eq!(raised(&driver), (CONFIGURATION_CHANGE, 1));
+    }
+
+    #[test]
+    fn an_interrupt_is_whole_before_the_machine_is_quiesced() {
+        let driver = started();
+        let transport = &driver.attached.transport;
+        let (queues, ends) = (transport.queues(), AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !ends.load(Relaxed) {
+                    queues.config_changed()
+                }
+            });
+            for _ in 0..1000 {
+                Device::quiesce(&**transport).unwrap();
+                let before = queues.counts.interrupts.load(Relaxed);
+                driver.write(INTERRUPT_ACK, 3);
+                std::thread::yield_now();
+                assert_eq!(
+                    (driver.interrupt_status(), before),
+                    (0, queues.counts.interrupts.load(Relaxed))
+                );
+                Device::resume(&**transport);
+            }
+            ends.store(true, Relaxed);
+        });
     }
 
     #[test]

@@ -26,11 +26,11 @@ pub struct Instruments {
 }
 
 impl Instruments {
-    /// Instruments for a machine with this many vCPUs, this exit router and this event loop.
+    /// Instruments for a machine with these counters, this exit router and this event loop.
     #[must_use]
-    pub fn new(vcpus: u64, router: &Arc<ExitRouter>, event_manager: &Arc<EventManager>) -> Self {
+    pub fn new(stats: Stats, router: &Arc<ExitRouter>, event_manager: &Arc<EventManager>) -> Self {
         Self {
-            stats: Arc::new(Stats::new(vcpus)),
+            stats: Arc::new(stats),
             router: Arc::clone(router),
             event_manager: Arc::downgrade(event_manager),
             process_tag: ProcessTag::current(),
@@ -123,6 +123,7 @@ mod tests {
 
     use super::*;
     use crate::vcpu::VcpuExit;
+    use crate::virtio::DeviceStats;
 
     #[test]
     fn an_exit_is_time_inside_and_time_outside() {
@@ -157,7 +158,8 @@ mod tests {
     #[test]
     fn one_trace_at_a_time_and_none_after_the_machine() {
         let (router, manager) = (Arc::default(), Arc::new(EventManager::new().unwrap()));
-        let instruments = Instruments::new(1, &router, &manager);
+        let stats = Stats::new(1, DeviceStats::default());
+        let instruments = Instruments::new(stats, &router, &manager);
         let trace = instruments.start_trace(Path::new("/dev/null")).unwrap();
         let again = instruments.start_trace(Path::new("/dev/null")).unwrap_err();
         assert_eq!(again.kind, ErrorKind::State);

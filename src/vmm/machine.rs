@@ -27,7 +27,7 @@ use crate::memory::GuestMemory;
 use crate::process::ProcessTag;
 use crate::sync::{Condvar, Mutex, rank};
 use crate::trace::Trace;
-use crate::vcpu::{ExitRouter, VcpuHandle, VmRunState};
+use crate::vcpu::{ExitRouter, Stats, VcpuHandle, VmRunState};
 use crate::virtio::{Attached, Place};
 use crate::vm::{KvmVm, claim_platform};
 
@@ -138,7 +138,8 @@ impl Vmm {
         subscribers.extend(virtio.iter().filter_map(|device| device.connect(&event_manager)));
         let fixups = Arc::clone(vm.fixups());
         let vm_id = vm.id();
-        let instruments = Instruments::new(vm.handles().len() as u64, &router, &event_manager);
+        let stats = Stats::new(vm.handles().len() as u64, virtio::stats_of(&virtio));
+        let instruments = Instruments::new(stats, &router, &event_manager);
         Ok(Self {
             vm: Mutex::new(Some(Arc::new(vm))),
             loop_parts: Mutex::new(Some(LoopParts {

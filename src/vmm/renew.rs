@@ -28,6 +28,10 @@ impl Vmm {
         self.vm()?.renew();
         self.router().buses.forget_unanswered();
         self.fixups().clear();
+        for device in self.virtio()? {
+            device.transport.queues().forget_counts();
+            device.transport.device().forget_counts();
+        }
         Ok(true)
     }
 }

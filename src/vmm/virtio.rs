@@ -9,7 +9,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::resources::Resources;
 use crate::snapshot::{VirtioDeviceState, given_key};
 use crate::vcpu::ExitRouter;
-use crate::virtio::{self, Attached, Board, Place};
+use crate::virtio::{self, Attached, Board, DeviceStats, Place};
 
 /// Claim a place for each device of a configuration.
 ///
@@ -89,6 +89,14 @@ fn attach(
         doorbell: &|| Some(vm.doorbell()),
     };
     virtio::attach(&board, name, place, device)
+}
+
+/// What the machine's counters have of its devices.
+pub(super) fn stats_of(devices: &[Attached]) -> DeviceStats {
+    DeviceStats::new(devices.iter().map(|attached| {
+        let counts = &attached.transport.queues().counts;
+        (attached.name().to_owned(), Arc::clone(counts))
+    }))
 }
 
 /// What a snapshot keeps of each device, besides its state. They are quiesced.

@@ -112,6 +112,7 @@ def test_stats_are_in_the_json(tmp_path: Path) -> None:
     assert vcpu["guest_s"] > 0
     places = [(row["kind"], row["access"], row["address"], row["exits"]) for row in stats["exits"]]
     assert places == [("io", "write", 0x80, 1), ("io", "write", 0xF4, 1)]
+    assert stats["virtio"] == []
     assert done.stderr == b""
 
 

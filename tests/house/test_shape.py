@@ -279,7 +279,6 @@ UNNAMED_IN_ROOM = {
         "Chain",
         "ChainReader",
         "ChainWriter",
-        "Counts",
         "DiskCounts",
         "Frozen",
         "Place",

@@ -12,10 +12,11 @@ import pytest
 from guests import HALT, SPIN, WRITE_FOREVER, count_vcpus, exit_with, flat, out, print_text, read_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pyvmm import CpuConfig, ExitCount, ExitKind, StateError, Stats, VcpuTime, Vmm
+from pyvmm import CpuConfig, ExitCount, ExitKind, Rng, StateError, Stats, VcpuTime, VirtioCount, Vmm
 from pyvmm.stats import MAX_ROWS, html, tables
 from rich.console import Console
 from threads import all_at_once
+from virtio_driver import BUFFERS, Driver, machine, writable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -204,7 +205,14 @@ def test_counts_are_there_after_an_exception_and_after_close() -> None:
 def test_a_forked_child_is_refused() -> None:
     with Vmm(flat(exit_with(0))) as vmm, vmm.stats as stats:
         vmm.run(60)
-        calls = [lambda: stats.exits, lambda: stats.vcpus, stats.reset, stats.enable, stats.disable]
+        calls = [
+            lambda: stats.exits,
+            lambda: stats.vcpus,
+            lambda: stats.virtio,
+            stats.reset,
+            stats.enable,
+            stats.disable,
+        ]
         child = os.fork()
         if child == 0:
             refused = 0
@@ -233,6 +241,25 @@ def test_counters_show_themselves_in_a_notebook_and_on_a_terminal() -> None:
     assert "seconds inside" in text
     assert "0x3f8" in text
     assert "and 7 more" in text
+    console.file.close()
+
+
+def test_virtio_devices_have_a_table_of_their_own() -> None:
+    with Vmm(machine(rng=Rng())) as vmm, vmm.stats as stats:
+        driver = Driver(vmm)
+        driver.start()
+        driver.exchange(0, writable(BUFFERS, 2000))
+        (count,) = stats.virtio
+        assert count == VirtioCount("rng", count.notifications, 1, 1, 1, 0, 2000)
+    with Vmm(flat(exit_with(0))) as vmm:
+        assert vmm.stats.virtio == []
+        assert "notifications" not in vmm.stats._repr_html_()
+    assert "<th>notifications</th>" in stats._repr_html_()
+    assert "<td>2,000</td>" in stats._repr_html_()
+    console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(tables(stats))
+    rows = [line.split() for line in console.export_text().splitlines()]
+    assert ["rng", str(count.notifications), "1", "1", "1", "0", "2,000"] in rows
     console.file.close()
 
 

@@ -94,11 +94,7 @@ impl PySnapshot {
             None => SerialConfig::default(),
         };
         let python_streams = config::python_streams(&streams, &[]);
-        let given = virtio
-            .as_ref()
-            .map(|given| config_virtio::given(given, core))
-            .transpose()?
-            .unwrap_or_default();
+        let given = config_virtio::given(virtio.as_ref(), core)?;
         let shared = event_manager.as_ref().map(|manager| manager.get().shared_core());
         let changes = ForkConfig { serial: streams, event_manager: shared, virtio: given };
         let vmm = Arc::new(py.detach(|| Vmm::fork(core, changes))?);
