@@ -200,7 +200,8 @@ mod tests {
     use std::sync::Arc;
 
     use super::super::Rng;
-    use super::super::mock::{MockDriver, writable};
+    use super::super::counts::CountValues;
+    use super::super::mock::{MockDriver, readable, writable};
     use super::super::registers::*;
     use crate::config::RngConfig;
 
@@ -208,6 +209,36 @@ mod tests {
 
     fn rng() -> MockDriver {
         MockDriver::new(Arc::new(Rng::new(RngConfig { seed: Some(7) })), 4).unwrap()
+    }
+
+    #[test]
+    fn chains_and_their_bytes_are_counted_once() {
+        let mut driver = rng();
+        driver.start(0);
+        driver.add(0, &[readable(AT, 10), readable(AT, 4), writable(AT, 100)]).unwrap();
+        let queues = Arc::clone(driver.attached.transport.queues());
+        let access = queues.access().unwrap();
+        for _ in 0..3 {
+            let chain = access.pop(0).unwrap();
+            assert_eq!((queues.counts.values().taken, queues.counts.values().chains), (1, 0));
+            access.push_back(chain);
+            assert_eq!(queues.counts.values().taken, 0);
+        }
+        access.complete(access.pop(0).unwrap(), 90);
+        drop(access);
+        let CountValues { taken, chains, interrupts, bytes_from_guest, bytes_to_guest, .. } =
+            queues.counts.values();
+        assert_eq!((taken, chains, interrupts), (1, 1, 1));
+        assert_eq!((bytes_from_guest, bytes_to_guest), (14, 90));
+        // What was taken before a reset of the device is void.
+        driver.add(0, &[writable(AT, 8)]).unwrap();
+        let chain = queues.access().unwrap().pop(0).unwrap();
+        driver.start(0);
+        queues.access().unwrap().complete(chain, 8);
+        let values = queues.counts.values();
+        assert_eq!((values.taken, values.chains, values.bytes_to_guest), (2, 1, 90));
+        queues.forget_counts();
+        assert_eq!(queues.counts.values(), CountValues::default());
     }
 
     #[test]
