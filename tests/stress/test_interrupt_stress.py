@@ -94,7 +94,7 @@ def given_back(vmm: Vmm) -> int:
 
 
 def check(vmm: Vmm, exit_code: int | None) -> None:
-    assert (exit_code, given_back(vmm)) == (7, ROUNDS), f"asleep: {vmm.virtio}, {vmm.vcpus[0].regs}"
+    assert (exit_code, given_back(vmm)) == (7, ROUNDS), f"asleep: {vmm.virtio}"
     assert vmm.virtio[0].failure is None
 
 
