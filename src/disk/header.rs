@@ -24,6 +24,10 @@ const COMPRESSION: u64 = 1 << 3;
 pub(super) struct Header {
     /// The file and the format of the image that this one is based on.
     pub(super) backing: Option<(String, String)>,
+    /// The size of a cluster.
+    pub(super) cluster: u64,
+    /// Where the table of reference counts is, and how many bytes it has.
+    pub(super) references: (u64, u64),
 }
 
 /// Reads big-endian numbers at their places.
@@ -78,9 +82,10 @@ pub(super) fn check(bytes: &[u8], file_size: u64) -> Result<Header, String> {
     }
     check_tables(&fields, cluster, file_size)?;
     let format = if version == 2 { None } else { extensions(&fields, end)? };
+    let references = (fields.u64(48)?, u64::from(fields.u32(56)?) * cluster);
     let (at, length) = (fields.u64(8)?, fields.u32(16)?);
     if at == 0 {
-        return Ok(Header { backing: None });
+        return Ok(Header { backing: None, cluster, references });
     }
     let length = usize::try_from(length).unwrap_or(usize::MAX);
     if length == 0 || length > 1023 {
@@ -88,7 +93,33 @@ pub(super) fn check(bytes: &[u8], file_size: u64) -> Result<Header, String> {
     }
     let name = fields.text(usize::try_from(at).unwrap_or(usize::MAX), length)?;
     let format = format.ok_or("it does not name the format of its backing file")?;
-    Ok(Header { backing: Some((name, format)) })
+    Ok(Header { backing: Some((name, format)), cluster, references })
+}
+
+/// Check the table of reference counts of an image that is written. imago looks for free clusters
+/// in the blocks that it names: without one for the header it calls itself until the stack is
+/// used up, and if they are the same, it looks at every cluster that an image could have.
+///
+/// # Errors
+/// What is wrong with it.
+pub(super) fn check_references(table: &[u8], cluster: u64, file_size: u64) -> Result<(), String> {
+    let (entries, _) = table.as_chunks();
+    let mut blocks: Vec<u64> = entries.iter().copied().map(u64::from_be_bytes).collect();
+    if blocks.first().is_none_or(|first| *first == 0) {
+        return Err("there is no reference count for its header".into());
+    }
+    blocks.retain(|block| *block != 0);
+    blocks.sort_unstable();
+    let is_outside = |at: &u64| !at.is_multiple_of(cluster) || *at >= file_size;
+    if blocks.iter().any(is_outside) {
+        return Err("its reference counts are outside the file".into());
+    }
+    let count = blocks.len();
+    blocks.dedup();
+    if blocks.len() < count {
+        return Err("clusters share their reference counts".into());
+    }
+    Ok(())
 }
 
 /// Returns where the extensions begin.
@@ -213,7 +244,26 @@ mod tests {
     fn a_good_header_names_its_base() {
         let bytes = image();
         let backing = Some(("base.raw".into(), "raw".into()));
-        assert_eq!(check(&bytes, bytes.len() as u64), Ok(Header { backing }));
+        let header = Header { backing, cluster: 1 << 16, references: (1 << 16, 1 << 16) };
+        assert_eq!(check(&bytes, bytes.len() as u64), Ok(header));
+    }
+
+    #[test]
+    fn each_cluster_has_its_own_reference_count() {
+        let check = |blocks: &[u64]| {
+            let table: Vec<u8> = blocks.iter().flat_map(|block| block.to_be_bytes()).collect();
+            check_references(&table, 512, 4000)
+        };
+        assert_eq!(check(&[1024, 0, 512, 0, 3584]), Ok(()));
+        for (blocks, reason) in [
+            (&[][..], "no reference count"),
+            (&[0, 512], "no reference count"),
+            (&[512, 1000], "outside"),
+            (&[512, 4096], "outside"),
+            (&[512, 1024, 0, 512], "share"),
+        ] {
+            assert!(check(blocks).unwrap_err().contains(reason), "{blocks:?}");
+        }
     }
 
     #[test]

@@ -61,7 +61,7 @@ impl Qcow2 {
         let below = FormatAccess::new(below.map_err(|e| damaged(path, &e.to_string()))?);
         let image = if path.exists() {
             let file = Raw::open(path, true)?;
-            check_base(path, &checked_header(&file)?, name)?;
+            check_base(path, &checked(&file, true)?, name)?;
             open_image(path, file, true, Some(below))?
         } else {
             let made = create(path, Raw::create(path)?, (size, name), below);
@@ -119,6 +119,23 @@ fn checked_header(file: &Raw) -> Result<Header> {
     header::check(&bytes, size).map_err(|detail| damaged(path, &detail))
 }
 
+/// The header of an image that is written, after a check of the reference counts as well.
+fn checked(file: &Raw, is_written: bool) -> Result<Header> {
+    let header = checked_header(file)?;
+    if is_written {
+        let path = file.path();
+        let os = |error: io::Error| Error::os(ErrorKind::Io, path.to_string_lossy(), &error);
+        let size = file.size().map_err(os)?;
+        let (at, length) = header.references;
+        let length = length.min(size.saturating_sub(at));
+        let mut table = vec![0; usize::try_from(length).unwrap_or(0)];
+        file.read_at(at, &slices::of_bytes_mut(&mut table)).map_err(os)?;
+        header::check_references(&table, header.cluster, size)
+            .map_err(|detail| damaged(path, &detail))?;
+    }
+    Ok(header)
+}
+
 /// An overlay that names its base is used over that base only.
 fn check_base(path: &Path, header: &Header, name: Option<&Path>) -> Result<()> {
     let (Some((named, _)), Some(name)) = (&header.backing, name) else { return Ok(()) };
@@ -133,7 +150,7 @@ fn check_base(path: &Path, header: &Header, name: Option<&Path>) -> Result<()> {
 /// Open an image and its bases. `depth` counts them.
 fn open_images(path: &Path, is_written: bool, depth: usize) -> Result<Access> {
     let file = Raw::open(path, is_written)?;
-    let header = checked_header(&file)?;
+    let header = checked(&file, is_written)?;
     let Some((name, format)) = header.backing else {
         return open_image(path, file, is_written, None);
     };

@@ -42,6 +42,23 @@ pub fn writable(address: u64, length: u32) -> Buffer {
     Buffer { address, length, is_writable: true }
 }
 
+/// A queue as the device has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Served {
+    /// How many entries it has.
+    pub size: u16,
+    /// The address of the descriptors.
+    pub descriptors: u64,
+    /// The address of the available ring.
+    pub available: u64,
+    /// The address of the used ring.
+    pub used: u64,
+    /// The index in the available ring of the next chain that the device takes.
+    pub next: u16,
+    /// How many chains the device has taken and not given back.
+    pub held: usize,
+}
+
 /// The driver's side of a queue.
 #[derive(Debug)]
 struct Ring {
@@ -76,7 +93,14 @@ impl MockDriver {
     /// # Errors
     /// If the process is out of memory or descriptors.
     pub fn new(device: Arc<dyn VirtioDevice>, size_mib: u64) -> Result<Self> {
-        let memory = GuestMemory::new(size_mib << 20)?;
+        Self::over(device, GuestMemory::new(size_mib << 20)?)
+    }
+
+    /// Such a driver in memory that is there.
+    ///
+    /// # Errors
+    /// If the process is out of descriptors.
+    pub fn over(device: Arc<dyn VirtioDevice>, memory: GuestMemory) -> Result<Self> {
         let place = Place { base: layout::VIRTIO, line: None };
         let board = Board {
             buses: &Buses::default(),
@@ -277,6 +301,24 @@ impl MockDriver {
             self.turn(100).ok()?;
         }
         None
+    }
+
+    /// A queue as the device has it; None unless it serves the queue.
+    #[must_use]
+    pub fn served(&self, queue: usize) -> Option<Served> {
+        let queues = self.attached.transport.queues();
+        let is_broken = self.attached.transport.status() & status::NEEDS_RESET != 0;
+        queues.features().filter(|_| !is_broken)?;
+        let queue = queues.all.get(queue)?.lock();
+        let ring = queue.ring.state();
+        ring.ready.then_some(Served {
+            size: ring.size,
+            descriptors: ring.desc_table,
+            available: ring.avail_ring,
+            used: ring.used_ring,
+            next: ring.next_avail,
+            held: queue.taken.len() + queue.carried.len(),
+        })
     }
 
     /// The reasons of interrupts that were not acknowledged.

@@ -7,18 +7,19 @@
 // A program for tests: what it cannot do it says by a panic.
 #![allow(clippy::expect_used, clippy::panic, clippy::print_stdout, clippy::unwrap_used)]
 
+mod allocations;
 mod chance;
+mod coverage;
 
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use chance::Chance;
+use coverage::Coverage;
 use pyvmm::config::{
     Boot, ElfBoot, FirmwareBoot, KernelBoot, LinuxBoot, LinuxProtocol, MemoryConfig, Module,
     VmmConfig,
@@ -31,82 +32,6 @@ const MEMORY_MIB: u64 = 8;
 const MAX_ALLOCATION: usize = 192 << 20;
 const MAX_TIME: Duration = Duration::from_secs(5);
 const MAX_INPUT: usize = 1 << 16;
-
-/// Notes the largest allocation.
-struct Noting;
-
-static LARGEST: AtomicUsize = AtomicUsize::new(0);
-
-#[global_allocator]
-static ALLOCATOR: Noting = Noting;
-
-// SAFETY: every call is passed on to the system's allocator as it is.
-unsafe impl GlobalAlloc for Noting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        // Relaxed: a maximum of numbers, which orders nothing else.
-        LARGEST.fetch_max(layout.size(), Ordering::Relaxed);
-        // SAFETY: the caller's guarantees are passed on.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        LARGEST.fetch_max(layout.size(), Ordering::Relaxed);
-        // SAFETY: as above.
-        unsafe { System.alloc_zeroed(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: as above.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
-
-static COUNTERS: AtomicPtr<u8> = AtomicPtr::new(std::ptr::null_mut());
-static COUNTERS_LENGTH: AtomicUsize = AtomicUsize::new(0);
-
-/// Called before `main`, in a build with `-sanitizer-coverage-inline-8bit-counters`.
-///
-/// # Safety
-/// Only the code that the compiler generates calls it, with the bounds of its counters.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn __sanitizer_cov_8bit_counters_init(start: *mut u8, stop: *mut u8) {
-    COUNTERS.store(start, Ordering::Relaxed);
-    COUNTERS_LENGTH.store(stop as usize - start as usize, Ordering::Relaxed);
-}
-
-/// The code that has been reached, as one byte for each edge.
-struct Coverage(Vec<u8>);
-
-impl Coverage {
-    fn new() -> Self {
-        Self(vec![0; COUNTERS_LENGTH.load(Ordering::Relaxed)])
-    }
-
-    fn clear(&self) {
-        // SAFETY: the counters are a section of the program, and no other thread runs its code.
-        unsafe { std::ptr::write_bytes(COUNTERS.load(Ordering::Relaxed), 0, self.0.len()) };
-    }
-
-    /// Whether the last run reached an edge for the first time, or more often than ever.
-    fn is_new(&mut self) -> bool {
-        let mut is_new = false;
-        let counters = COUNTERS.load(Ordering::Relaxed);
-        for (n, seen) in self.0.iter_mut().enumerate() {
-            // SAFETY: as above; `n` is below their number.
-            let count = unsafe { counters.add(n).read_volatile() };
-            let class = 8 - u8::try_from(count.leading_zeros()).unwrap();
-            if class > *seen {
-                *seen = class;
-                is_new = true;
-            }
-        }
-        is_new
-    }
-
-    fn edges(&self) -> usize {
-        self.0.iter().filter(|seen| **seen > 0).count()
-    }
-}
 
 impl Chance {
     fn value(&mut self) -> u64 {
@@ -229,12 +154,12 @@ impl Input {
 fn load(target: &str, bytes: &[u8], input: &mut Input) -> bool {
     input.set(bytes);
     let config = config(target, &input.path, bytes);
-    LARGEST.store(0, Ordering::Relaxed);
+    allocations::take_largest();
     let began = Instant::now();
     let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         Vmm::check(&config, &|| Ok(())).is_ok()
     }));
-    let largest = LARGEST.load(Ordering::Relaxed);
+    let largest = allocations::take_largest();
     let finding = match done {
         Ok(_) if began.elapsed() > MAX_TIME => format!("{:?}", began.elapsed()),
         Ok(_) if largest > MAX_ALLOCATION => format!("an allocation of {largest} bytes"),

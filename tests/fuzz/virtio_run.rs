@@ -1,0 +1,449 @@
+//! Does the steps of an input to a device. The device must not write outside of what the driver has
+//! offered to it, and must give each chain back or need a reset.
+
+use std::time::{Duration, Instant};
+
+use pyvmm::devices::Device;
+use pyvmm::memory::GuestMemory;
+use pyvmm::virtio::mock::{MockDriver, Served};
+
+use super::virtio_host::{Host, Place};
+use super::virtio_input::{Input, Step};
+
+/// Guest memory: the rings of 16 queues, and behind them the buffers.
+const SIZE: usize = 0x15_0000;
+const QUEUES: usize = 34;
+const AT: u64 = 0x11_0000;
+const PAGE: usize = 4096;
+const TURNS: usize = 2000;
+const PATIENCE: Duration = Duration::from_secs(8);
+const RESET_NEEDED: u32 = 0x40;
+const NOTIFY: u64 = 0x50;
+const STATUS: u64 = 0x70;
+
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+const INDIRECT: u16 = 4;
+
+type Range = (u64, u64);
+type Outcome = Result<(), String>;
+
+/// What inputs came to.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Count {
+    pub(crate) inputs: u64,
+    pub(crate) steps: u64,
+    pub(crate) chains: u64,
+    pub(crate) resets: u64,
+}
+
+/// What all inputs share.
+pub(crate) struct Room {
+    place: Place,
+    memory: GuestMemory,
+    /// What memory contains if the device writes nothing.
+    shadow: Vec<u8>,
+    /// What it contains.
+    found: Vec<u8>,
+}
+
+impl Room {
+    /// With this qcow2 image for disks.
+    pub(crate) fn new(image: Vec<u8>) -> Self {
+        let memory = GuestMemory::new(SIZE as u64).unwrap();
+        let (shadow, found) = (vec![0; SIZE], vec![0; SIZE]);
+        Self { place: Place::new(image), memory, shadow, found }
+    }
+}
+
+struct Run<'a> {
+    driver: MockDriver,
+    host: Host,
+    kind: &'static str,
+    room: &'a mut Room,
+    /// Where the device may write.
+    offered: Vec<Range>,
+    /// From where on the driver's chains may not have been taken yet.
+    walked: [(u64, u16); QUEUES],
+    /// Whether the device may write what it reads as rings: then anything may follow.
+    is_wild: bool,
+    /// Where the next buffer begins, and the next descriptor of each queue.
+    cursor: u64,
+    descriptor: [u16; QUEUES],
+    count: Count,
+}
+
+/// Do the steps. An error is a finding.
+pub(crate) fn run(input: &Input, room: &mut Room) -> Result<Count, String> {
+    let (device, host) = Host::new(input.kind, &room.place);
+    room.memory.fill(0, SIZE as u64, 0).unwrap();
+    room.shadow.fill(0);
+    let driver = MockDriver::over(device, room.memory.clone()).unwrap();
+    let mut run = Run {
+        driver,
+        host,
+        kind: input.kind,
+        room,
+        offered: Vec::new(),
+        walked: [(0, 0); QUEUES],
+        is_wild: false,
+        cursor: AT,
+        descriptor: [0; QUEUES],
+        count: Count::default(),
+    };
+    let pattern: Vec<u8> = (0..0x2_0000_u32).map(|n| (n * 7 >> 3).to_le_bytes()[0] | 1).collect();
+    run.put(AT, &pattern);
+    for step in &input.steps {
+        run.step(step).map_err(|finding| format!("{}: {finding}", step.name))?;
+    }
+    run.end()
+}
+
+fn number<const N: usize>(bytes: &[u8], at: u64) -> Option<[u8; N]> {
+    let at = usize::try_from(at).ok()?;
+    bytes.get(at..at.checked_add(N)?)?.try_into().ok()
+}
+
+impl Run<'_> {
+    fn u16(&self, at: u64) -> u16 {
+        number(&self.room.shadow, at).map_or(0, u16::from_le_bytes)
+    }
+
+    /// Write as the driver. A thread of the device may read it at once.
+    fn put(&mut self, address: u64, bytes: &[u8]) {
+        let Ok(at) = usize::try_from(address) else { return };
+        let Some(end) = at.checked_add(bytes.len()).filter(|end| *end <= SIZE) else { return };
+        self.room.shadow[at..end].copy_from_slice(bytes);
+        if Host::is_threaded(self.kind) {
+            self.offer();
+        }
+        self.driver.memory.write(address, bytes).unwrap();
+    }
+
+    fn served(&self) -> Vec<(usize, Served)> {
+        (0..QUEUES).filter_map(|at| self.driver.served(at).map(|served| (at, served))).collect()
+    }
+
+    /// Note where the device may write: in used rings, and in the buffers of the chains that were
+    /// made available.
+    fn offer(&mut self) {
+        let served = self.served();
+        let epoch = self.driver.attached.transport.queues().epoch();
+        let (mut structures, mut writes) = (Vec::new(), Vec::new());
+        for (at, queue) in &served {
+            let size = u64::from(queue.size);
+            let used = (queue.used, queue.used + 6 + 8 * size);
+            structures.push((queue.descriptors, queue.descriptors + 16 * size));
+            structures.push((queue.available, queue.available + 6 + 2 * size));
+            self.is_wild |= structures.iter().any(|other| overlap(*other, used));
+            structures.push(used);
+            self.offered.push(used);
+            if self.walked[*at].0 != epoch {
+                self.walked[*at] = (epoch, queue.next);
+            }
+            let end = self.u16(queue.available + 2);
+            let mut index = self.walked[*at].1;
+            while index != end && end.wrapping_sub(index) <= queue.size {
+                let slot = u64::from(index % queue.size);
+                let head = self.u16(queue.available + 4 + 2 * slot);
+                self.walk(queue, head, &mut structures, &mut writes);
+                index = index.wrapping_add(1);
+            }
+        }
+        let is_wild = |range: &Range| structures.iter().any(|other| overlap(*other, *range));
+        self.is_wild |= writes.iter().any(is_wild);
+        self.offered.append(&mut writes);
+        self.offered.sort_unstable();
+        self.offered.dedup();
+    }
+
+    fn walk(&self, queue: &Served, head: u16, tables: &mut Vec<Range>, writes: &mut Vec<Range>) {
+        let (mut table, mut count, mut index) = (queue.descriptors, u64::from(queue.size), head);
+        for _ in 0..1024 {
+            if u64::from(index) >= count {
+                return;
+            }
+            let at = table + 16 * u64::from(index);
+            let Some(address) = number(&self.room.shadow, at).map(u64::from_le_bytes) else { return };
+            let length = number(&self.room.shadow, at + 8).map_or(0, u32::from_le_bytes);
+            let (flags, next) = (self.u16(at + 12), self.u16(at + 14));
+            let range = (address, address.saturating_add(length.into()).min(SIZE as u64));
+            if flags & INDIRECT != 0 {
+                tables.push(range);
+                (table, count, index) = (address, u64::from(length / 16), 0);
+                if address > SIZE as u64 {
+                    return;
+                }
+                continue;
+            }
+            if flags & WRITE != 0 && range.0 < range.1 {
+                writes.push(range);
+            }
+            if flags & NEXT == 0 {
+                return;
+            }
+            index = next;
+        }
+    }
+
+    /// Compare memory with what it should contain.
+    fn check(&mut self) -> Outcome {
+        if self.is_wild {
+            return Ok(());
+        }
+        let Room { memory, shadow, found, .. } = &mut *self.room;
+        memory.read(0, found).unwrap();
+        let (mut at, end) = (0, (SIZE as u64, SIZE as u64));
+        for (start, stop) in self.offered.iter().copied().chain([end]) {
+            let (start, stop) = (usize::try_from(start).unwrap(), usize::try_from(stop).unwrap());
+            if start > at && found[at..start] != shadow[at..start] {
+                let is_balloon = self.kind == "balloon";
+                // It may be a page of the rings.
+                self.is_wild = true;
+                check_bytes(found, shadow, at..start, is_balloon)?;
+            }
+            at = at.max(stop);
+        }
+        // What the device wrote is what the next request begins with.
+        std::mem::swap(shadow, found);
+        Ok(())
+    }
+
+    /// Notify the device of a queue, or of all, and run the loop until nothing is left to do.
+    fn turn(&mut self, queue: Option<u64>) -> Outcome {
+        self.offer();
+        let served = self.served();
+        for (at, _) in served.iter().filter(|it| queue.is_none_or(|queue| queue == it.0 as u64)) {
+            self.driver.notify(u32::try_from(*at).unwrap());
+        }
+        self.run_loop()?;
+        self.settle(queue)?;
+        self.check()?;
+        for (at, queue) in self.served() {
+            self.walked[at].1 = queue.next;
+        }
+        self.feed(queue)
+    }
+
+    fn run_loop(&mut self) -> Outcome {
+        for _ in 0..TURNS {
+            self.host.serve(&self.room.place, &self.driver);
+            if self.driver.turn(0).unwrap() == 0 {
+                return Ok(());
+            }
+        }
+        Err("the loop does not come to rest".into())
+    }
+
+    /// Whether the device has given back what it was notified of.
+    fn is_idle(&self, queue: Option<u64>) -> bool {
+        let is_meant = |at: usize| queue.is_none_or(|queue| queue == at as u64);
+        self.served().iter().filter(|(at, _)| is_meant(*at) && Host::answers(self.kind, *at)).all(
+            |(_, queue)| queue.held == 0 && queue.next == self.u16(queue.available + 2),
+        )
+    }
+
+    fn settle(&mut self, queue: Option<u64>) -> Outcome {
+        if self.is_wild {
+            return Ok(());
+        }
+        let began = Instant::now();
+        while !self.is_idle(queue) {
+            if !Host::is_threaded(self.kind) {
+                // A balloon may have lost its rings.
+                self.check()?;
+                return if self.is_wild { Ok(()) } else { Err("a chain is not given back".into()) };
+            }
+            if began.elapsed() > PATIENCE {
+                return Err("a chain is not given back in time".into());
+            }
+            std::thread::yield_now();
+        }
+        Ok(())
+    }
+
+    /// A socket device has to say all that it wants before it takes more.
+    fn feed(&mut self, queue: Option<u64>) -> Outcome {
+        if self.kind != "vsock" || queue.is_some_and(|queue| queue != 1) {
+            return Ok(());
+        }
+        for _ in 0..600 {
+            let (Some(receive), Some(send)) = (self.driver.served(0), self.driver.served(1)) else {
+                return Ok(());
+            };
+            if self.is_wild || send.next == self.u16(send.available + 2) {
+                return Ok(());
+            }
+            if receive.next == self.u16(receive.available + 2) {
+                self.request(0, &[4096], &[], false);
+            }
+            self.offer();
+            self.driver.notify(0);
+            self.run_loop()?;
+            self.check()?;
+        }
+        Err("packets are not taken".into())
+    }
+
+    fn step(&mut self, step: &Step) -> Outcome {
+        self.count.steps += 1;
+        let (first, second) = (step.number(0), step.number(1));
+        let queue = usize::try_from(first).unwrap_or(QUEUES);
+        let small = |number: u64| u16::try_from(number & 0xffff).unwrap();
+        match step.name {
+            "start" => return self.start(first),
+            "read" => {
+                let mut data = [0; 16];
+                let size = usize::try_from(second % 17).unwrap();
+                self.driver.attached.transport.read(first, &mut data[..size]);
+            }
+            "write" => drop(self.driver.attached.transport.write(first, step.bytes())),
+            "memory" => self.put(AT.saturating_add(first), step.bytes()),
+            "request" | "indirect" => {
+                let sizes = step.numbers.get(1..).unwrap_or(&[]);
+                self.request(queue, sizes, &step.pieces, step.name == "indirect");
+            }
+            "descriptor" => {
+                if let Some(served) = self.driver.served(queue) {
+                    let at = served.descriptors + 16 * (second % 0x1_0000);
+                    let length = u32::try_from(step.number(3) & 0xffff_ffff).unwrap();
+                    let [flags, next] = [step.number(4), step.number(5)].map(small);
+                    self.put_descriptor(at, (step.number(2), length, flags, next));
+                }
+            }
+            "head" => self.publish(queue, small(second)),
+            "available" => {
+                if let Some(served) = self.driver.served(queue) {
+                    self.put(served.available + 2, &small(second).to_le_bytes());
+                }
+            }
+            "notify" => return self.turn(Some(first)),
+            "rush" => {
+                self.offer();
+                self.driver.write(NOTIFY, u32::try_from(first & 0xff).unwrap());
+                self.driver.turn(0).unwrap();
+                self.is_wild |= Host::is_threaded(self.kind);
+            }
+            "turn" => return self.turn(None),
+            "host" => self.host.act(first, second, step.bytes(), &self.driver),
+            _ => return self.snapshot(&step.numbers),
+        }
+        Ok(())
+    }
+
+    fn start(&mut self, features: u64) -> Outcome {
+        self.check()?;
+        let features =
+            if features >> 63 == 0 { features & self.driver.offered() } else { features };
+        self.driver.start(features);
+        self.descriptor = [0; QUEUES];
+        let rings = usize::try_from(AT).unwrap();
+        self.driver.memory.read(0, &mut self.room.shadow[..rings]).unwrap();
+        Ok(())
+    }
+
+    fn put_descriptor(&mut self, at: u64, (address, length, flags, next): (u64, u32, u16, u16)) {
+        let mut bytes = address.to_le_bytes().to_vec();
+        bytes.extend(length.to_le_bytes());
+        bytes.extend(flags.to_le_bytes());
+        bytes.extend(next.to_le_bytes());
+        self.put(at, &bytes);
+    }
+
+    /// Make a chain available.
+    fn publish(&mut self, queue: usize, head: u16) {
+        let Some(served) = self.driver.served(queue) else { return };
+        let index = self.u16(served.available + 2);
+        let slot = u64::from(index % served.size);
+        self.put(served.available + 4 + 2 * slot, &head.to_le_bytes());
+        self.put(served.available + 2, &index.wrapping_add(1).to_le_bytes());
+        self.count.chains += 1;
+    }
+
+    /// Room in the buffers.
+    fn allocate(&mut self, size: u64) -> u64 {
+        let at = if self.cursor + size > SIZE as u64 { AT } else { self.cursor };
+        self.cursor = (at + size).next_multiple_of(16);
+        at
+    }
+
+    fn request(&mut self, queue: usize, sizes: &[u64], pieces: &[Vec<u8>], is_indirect: bool) {
+        let Some(served) = self.driver.served(queue) else { return };
+        let mut buffers = Vec::new();
+        for piece in pieces {
+            let at = self.allocate(piece.len() as u64);
+            self.put(at, piece);
+            buffers.push((at, u32::try_from(piece.len()).unwrap(), 0));
+        }
+        for size in sizes {
+            // Large ones as they are.
+            let at = self.allocate(size % 0x1_0000);
+            buffers.push((at, u32::try_from(size & 0xffff_ffff).unwrap(), WRITE));
+        }
+        let count = u16::try_from(buffers.len()).unwrap();
+        let table = self.allocate(16 * u64::from(count));
+        let head = self.descriptor[queue] % served.size;
+        for (number, (address, length, flags)) in (0..count).zip(buffers) {
+            let flags = flags | if number + 1 < count { NEXT } else { 0 };
+            let place = if is_indirect { number } else { (head + number) % served.size };
+            let next = if is_indirect { number + 1 } else { (place + 1) % served.size };
+            let from = if is_indirect { table } else { served.descriptors };
+            self.put_descriptor(from + 16 * u64::from(place), (address, length, flags, next));
+        }
+        let taken = if is_indirect { 1 } else { count };
+        if is_indirect {
+            let at = served.descriptors + 16 * u64::from(head);
+            self.put_descriptor(at, (table, 16 * u32::from(count), INDIRECT, 0));
+        }
+        self.descriptor[queue] = head.wrapping_add(taken);
+        self.publish(queue, head);
+    }
+
+    /// Save, change bytes, and restore. What is carried may be where no chain was.
+    fn snapshot(&mut self, changes: &[u64]) -> Outcome {
+        let transport = std::sync::Arc::clone(&self.driver.attached.transport);
+        transport.quiesce().map_err(|error| format!("it cannot be quiesced: {error}"))?;
+        let mut state = transport.save().map_err(|error| format!("it cannot be saved: {error}"))?;
+        for change in changes.chunks_exact(2) {
+            let at = usize::try_from(change[0]).unwrap_or(0) % state.len();
+            state[at] = change[1].to_le_bytes()[0];
+        }
+        let restored = transport.restore(&state);
+        transport.resume();
+        self.is_wild |= !changes.is_empty();
+        match restored {
+            Err(error) if changes.is_empty() => Err(format!("it cannot be restored: {error}")),
+            _ => Ok(()),
+        }
+    }
+
+    fn end(mut self) -> Result<Count, String> {
+        self.turn(None)?;
+        if self.driver.read(STATUS) & RESET_NEEDED != 0 {
+            self.count.resets += 1;
+        }
+        self.count.inputs = 1;
+        Ok(self.count)
+    }
+}
+
+fn overlap(one: Range, other: Range) -> bool {
+    one.0 < other.1 && other.0 < one.1
+}
+
+/// Bytes differ in this range. A balloon gives whole pages to the host.
+fn check_bytes(
+    found: &[u8],
+    expected: &[u8],
+    range: std::ops::Range<usize>,
+    is_balloon: bool,
+) -> Outcome {
+    for at in range.filter(|at| found[*at] != expected[*at]) {
+        let page = at - at % PAGE;
+        let is_given = found[page..page + PAGE].iter().all(|byte| *byte == 0);
+        if !is_balloon || !is_given {
+            return Err(format!("the device has written at {at:#x}, outside of its buffers"));
+        }
+    }
+    Ok(())
+}
