@@ -162,7 +162,9 @@ impl Console {
                 control.push(Message::open(number, is_open));
             }
         }
-        let Some(access) = queues.access() else { return };
+        let Some(access) = queues.access() else {
+            return ports.iter_mut().for_each(|port| port.rest(ops));
+        };
         for (at, port) in ports.iter_mut().enumerate() {
             port.send(&access, queue_of(at) + 1, ops);
             if port.receive(&access, queue_of(at), ops) {

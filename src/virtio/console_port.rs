@@ -25,8 +25,9 @@ const PIECE: usize = 64 << 10;
 #[derive(Debug)]
 struct Host {
     stream: UnixStream,
-    /// The events that the loop watches; None before it is registered.
-    watched: Option<EventSet>,
+    /// The events that the loop watches. A stream without any is not registered: one that the other
+    /// end has closed would always be ready.
+    watched: EventSet,
 }
 
 /// See the module.
@@ -96,7 +97,7 @@ impl Port {
             }
         }
         let stream = self.offered.take()?;
-        self.host = Some(Host { stream, watched: None });
+        self.host = Some(Host { stream, watched: EventSet::empty() });
         self.watch(EventSet::IN, ops);
         Some(true)
     }
@@ -104,21 +105,27 @@ impl Port {
     /// Watch the stream for these events.
     fn watch(&mut self, wanted: EventSet, ops: &mut EventOps<'_>) {
         let Some(host) = &mut self.host else { return };
-        if host.watched == Some(wanted) {
+        if host.watched == wanted {
             return;
         }
         let events = Events::new(&host.stream, wanted);
-        let changed = match host.watched {
-            None => ops.add(events),
-            Some(_) => ops.modify(events),
+        let changed = match (host.watched.is_empty(), wanted.is_empty()) {
+            (true, _) => ops.add(events),
+            (false, true) => ops.remove(events),
+            (false, false) => ops.modify(events),
         };
         if changed.is_ok() {
-            host.watched = Some(wanted);
+            host.watched = wanted;
         }
     }
 
     fn watched(&self) -> EventSet {
-        self.host.as_ref().and_then(|host| host.watched).unwrap_or(EventSet::empty())
+        self.host.as_ref().map_or(EventSet::empty(), |host| host.watched)
+    }
+
+    /// Watch nothing while the queues are closed. Each is notified when they are opened.
+    pub(super) fn rest(&mut self, ops: &mut EventOps<'_>) {
+        self.watch(EventSet::empty(), ops);
     }
 
     fn disconnect(&mut self, ops: &mut EventOps<'_>) {

@@ -327,3 +327,10 @@ impl MockDriver {
         self.read(INTERRUPT_STATUS)
     }
 }
+
+/// As a machine's end.
+impl Drop for MockDriver {
+    fn drop(&mut self) {
+        self.attached.close();
+    }
+}

@@ -71,6 +71,9 @@ pub(super) struct Connection {
     /// What the guest knows of it.
     told: Ended,
     guest: Ended,
+    /// Whether the host was told that the guest sends no more: to tell it again makes the socket
+    /// ready again.
+    is_host_told: bool,
     is_update_wanted: bool,
     has_asked: bool,
     /// Whether it is in the list of those with something to send.
@@ -94,6 +97,7 @@ impl Connection {
             host: Ended::default(),
             told: Ended::default(),
             guest: Ended::default(),
+            is_host_told: false,
             is_update_wanted: false,
             has_asked: false,
             is_queued: false,
@@ -270,6 +274,7 @@ impl Connection {
         }
         if self.guest.send
             && let Some(socket) = &self.socket
+            && !std::mem::replace(&mut self.is_host_told, true)
         {
             socket.shut_down(libc::SHUT_WR);
         }
