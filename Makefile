@@ -28,7 +28,7 @@ setup: ## Create .venv with pyvmm in it, built in release
 lint: setup ## Formatting, lints, types, stubs
 	@scripts/if_there cargo-fmt cargo fmt --check
 	@scripts/if_there cargo-clippy cargo clippy --quiet --all-targets -- -D warnings
-	@scripts/if_there cargo-clippy cargo clippy --quiet --all-targets --no-default-features -- -D warnings
+	@scripts/if_there cargo-clippy cargo clippy --quiet --all-targets --no-default-features --features mock -- -D warnings
 	ruff check --quiet $(PYTHON_CODE)
 	ruff format --quiet --check $(PYTHON_CODE)
 	mypy
@@ -36,7 +36,7 @@ lint: setup ## Formatting, lints, types, stubs
 
 # rustdoc would look for the job server of a make that runs two targets at a time, and warn.
 rust: setup ## The Rust tests, without Python
-	MAKEFLAGS= cargo test --quiet --no-default-features
+	MAKEFLAGS= cargo test --quiet --no-default-features --features mock
 
 loom: setup ## The kick protocols and the commands of vCPU threads in every order of their steps
 	RUSTFLAGS="--cfg loom" cargo test --quiet --release --no-default-features --lib --target-dir target/loom -- vcpu::kick vcpu::commands_model event::calls event::turn_lock
@@ -88,15 +88,18 @@ stress: setup ## The long runs of the stress tests
 
 FUZZ_S ?= 60
 FUZZ_SEED ?= 1
-# The counters by which the second program keeps the inputs that reach new code.
+# The counters by which some programs keep the inputs that reach new code.
 COVERAGE := -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=3 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters
 HOST := $(shell rustc -vV 2>/dev/null | sed -n 's/host: //p')
-fuzz: setup ## Snapshot files, messages to a share, and files to boot, changed at random; FUZZ_S=SECONDS of each, FUZZ_SEED=NUMBER
+COVERED = CARGO_PROFILE_RELEASE_LTO=off RUSTFLAGS="$(COVERAGE)" cargo run --quiet --release --no-default-features --features mock \
+	--target $(HOST) --target-dir target/fuzz --example
+fuzz: setup ## Snapshot files, drivers of devices, disk images and files to boot, changed at random; FUZZ_S=SECONDS of each, FUZZ_SEED=NUMBER
 	@pyvmm snapshot --memory 1 -o target/fuzz-sample --text Hello >/dev/null </dev/null
 	cargo run --quiet --release --no-default-features --example fuzz_snapshot target/fuzz-sample $(FUZZ_S) $(FUZZ_SEED)
 	cargo run --quiet --release --no-default-features --example fuzz_share tests/fuzz/share $(FUZZ_S) $(FUZZ_SEED)
-	CARGO_PROFILE_RELEASE_LTO=off RUSTFLAGS="$(COVERAGE)" cargo run --quiet --release --no-default-features --target $(HOST) --target-dir target/fuzz \
-		--example fuzz_boot tests/fuzz/boot $(FUZZ_S) $(FUZZ_SEED)
+	$(COVERED) fuzz_virtio tests/fuzz/virtio $(FUZZ_S) $(FUZZ_SEED)
+	$(COVERED) fuzz_qcow2 tests/fuzz/qcow2 $(FUZZ_S) $(FUZZ_SEED)
+	$(COVERED) fuzz_boot tests/fuzz/boot $(FUZZ_S) $(FUZZ_SEED)
 
 audit: setup ## Known vulnerabilities and licences of the dependencies, as far as they can be checked here
 	@scripts/audit.sh

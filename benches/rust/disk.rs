@@ -2,6 +2,8 @@
 //! on the same file, alternately. Prints one line for each: what, and both rates in requests a
 //! second. `benches/disk.py` runs it.
 
+#![allow(clippy::print_stdout, reason = "a benchmark")]
+
 use std::error::Error;
 use std::fs::File;
 use std::os::unix::fs::FileExt;

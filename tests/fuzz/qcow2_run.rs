@@ -4,11 +4,12 @@ use std::path::{Path, PathBuf};
 
 use pyvmm::disk::{Contents, Disk, Format, Layer, of_bytes, of_bytes_mut, open};
 use pyvmm::error::ErrorKind;
+use vmm_sys_util::tempdir::TempDir;
 
 use super::chance::Chance;
 
 /// The files that images may be based on, in a folder.
-pub(crate) struct Folder(PathBuf);
+pub(crate) struct Folder(TempDir);
 
 /// What images came to.
 #[derive(Clone, Copy, Debug, Default)]
@@ -25,19 +26,16 @@ impl Folder {
         // In memory, if there is such a folder: flushes would wait for the disk.
         let shared = Path::new("/dev/shm");
         let place = if shared.is_dir() { shared.to_owned() } else { std::env::temp_dir() };
-        let folder = place.join(format!("pyvmm-fuzz-qcow2-{}", std::process::id()));
-        let _ = std::fs::remove_dir_all(&folder);
-        std::fs::create_dir_all(folder.join("images")).unwrap();
-        std::fs::write(folder.join("secret"), "a secret of the host").unwrap();
-        std::fs::write(folder.join("images/base"), vec![b'b'; 1 << 16]).unwrap();
-        std::fs::write(folder.join("images/base.qcow2"), base).unwrap();
-        Self(folder)
+        let folder = Self(TempDir::new_with_prefix(place.join("pyvmm-fuzz-")).unwrap());
+        std::fs::create_dir_all(folder.path("images")).unwrap();
+        std::fs::write(folder.path("secret"), "a secret of the host").unwrap();
+        std::fs::write(folder.path("images/base"), vec![b'b'; 1 << 16]).unwrap();
+        std::fs::write(folder.path("images/base.qcow2"), base).unwrap();
+        folder
     }
-}
 
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.as_path().join(name)
     }
 }
 
@@ -82,10 +80,10 @@ fn request(disk: &Disk, chance: &mut Chance) -> Result<bool, String> {
 
 /// Make requests that follow from the bytes of the image. An error is a finding.
 pub(crate) fn run(image: &[u8], folder: &Folder) -> Result<Count, String> {
-    let path = folder.0.join("images/it.qcow2");
+    let path = folder.path("images/it.qcow2");
     let mut chance = Chance(u64::from(crc32fast::hash(image)) | 1);
     let mut count = Count { images: 1, ..Count::default() };
-    let over = folder.0.join("images/over.qcow2");
+    let over = folder.path("images/over.qcow2");
     for (layer, is_read_only, requests) in [
         (Layer::None, true, 6),
         (Layer::Memory, false, 6),
@@ -111,8 +109,8 @@ pub(crate) fn run(image: &[u8], folder: &Folder) -> Result<Count, String> {
             request(&disk, &mut chance)?;
         }
     }
-    let secret = std::fs::read(folder.0.join("secret")).unwrap();
-    let base = std::fs::read(folder.0.join("images/base")).unwrap();
+    let secret = std::fs::read(folder.path("secret")).unwrap();
+    let base = std::fs::read(folder.path("images/base")).unwrap();
     if secret != b"a secret of the host" || base != vec![b'b'; 1 << 16] {
         return Err("the image has changed another file".into());
     }

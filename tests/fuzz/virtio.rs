@@ -14,6 +14,7 @@ mod panics;
 mod virtio_change;
 mod virtio_host;
 mod virtio_input;
+mod virtio_memory;
 mod virtio_run;
 
 use std::collections::BTreeMap;
@@ -21,7 +22,8 @@ use std::collections::BTreeMap;
 use campaign::Target;
 use chance::Chance;
 use virtio_input::Input;
-use virtio_run::{Count, Room};
+use virtio_memory::Room;
+use virtio_run::Count;
 
 struct Devices {
     room: Room,
@@ -59,9 +61,12 @@ impl Target for Devices {
     fn report(&self) -> Vec<String> {
         let line = |(kind, count): (&&str, &Count)| {
             let Count { inputs, steps, chains, resets } = count;
-            format!("{kind}: {inputs} inputs, {steps} steps, {chains} chains, {resets} need a reset")
+            format!(
+                "{kind}: {inputs} inputs, {steps} steps, {chains} chains, {resets} need a reset"
+            )
         };
-        self.counts.iter().map(line).collect()
+        let caught = format!("{} panics of imago caught", panics::take_caught());
+        self.counts.iter().map(line).chain([caught]).collect()
     }
 }
 

@@ -18,18 +18,16 @@ use pyvmm::error::Result;
 use pyvmm::net::DatagramSocket;
 use pyvmm::share::Options;
 use pyvmm::virtio::mock::MockDriver;
-use pyvmm::virtio::{
-    Balloon, Blk, Chain, Console, Custom, Fs9p, Net, Rng, VirtioDevice, Vsock,
-};
+use pyvmm::virtio::{Balloon, Blk, Chain, Console, Custom, Fs9p, Net, Rng, VirtioDevice, Vsock};
+use vmm_sys_util::tempdir::TempDir;
 
 /// The most connections that the host keeps.
 const MOST_STREAMS: usize = 8;
 /// The port of the host that listens for the guest.
 const PORT: u32 = 1000;
-
 /// What all inputs share: a folder, and a socket that guests connect to.
 pub(crate) struct Place {
-    folder: PathBuf,
+    folder: TempDir,
     listener: UnixListener,
     image: Vec<u8>,
 }
@@ -37,17 +35,15 @@ pub(crate) struct Place {
 impl Place {
     /// With this qcow2 image for disks.
     pub(crate) fn new(image: Vec<u8>) -> Self {
-        let name = format!("pyvmm-fuzz-virtio-{}", std::process::id());
-        let folder = std::env::temp_dir().join(name);
-        let _ = std::fs::remove_dir_all(&folder);
-        std::fs::create_dir_all(&folder).unwrap();
-        let listener = UnixListener::bind(folder.join("socket")).unwrap();
+        let prefix = std::env::temp_dir().join("pyvmm-fuzz-");
+        let folder = TempDir::new_with_prefix(prefix).unwrap();
+        let listener = UnixListener::bind(folder.as_path().join("socket")).unwrap();
         listener.set_nonblocking(true).unwrap();
         Self { folder, listener, image }
     }
 
     fn share(&self) -> PathBuf {
-        let shared = self.folder.join("shared");
+        let shared = self.folder.as_path().join("shared");
         let _ = std::fs::remove_dir_all(&shared);
         std::fs::create_dir_all(shared.join("a/b")).unwrap();
         std::fs::write(shared.join("file"), "Hello").unwrap();
@@ -56,12 +52,6 @@ impl Place {
 
     fn accept(&self) -> Option<UnixStream> {
         self.listener.accept().ok().map(|(stream, _)| stream)
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.folder);
     }
 }
 
@@ -135,7 +125,7 @@ fn net() -> (Arc<dyn VirtioDevice>, Side) {
 fn vsock(place: &Place) -> (Arc<dyn VirtioDevice>, Side) {
     let vsock = Arc::new(Vsock::new(&VsockConfig::default()).unwrap());
     while place.accept().is_some() {}
-    let path = place.folder.join("socket");
+    let path = place.folder.as_path().join("socket");
     let listener = File::options().read(true).custom_flags(libc::O_PATH).open(path).unwrap();
     vsock.listen(PORT, listener.into()).unwrap();
     (Arc::clone(&vsock) as _, Side::Vsock(vsock))
@@ -150,16 +140,14 @@ fn console() -> (Arc<dyn VirtioDevice>, Side) {
 
 fn balloon() -> (Arc<dyn VirtioDevice>, Side) {
     let statistics = Some(Duration::from_secs(3600));
-    let config =
-        BalloonConfig { target_mib: 1, deflate_on_oom: true, reporting: true, statistics };
+    let config = BalloonConfig { target_mib: 1, deflate_on_oom: true, reporting: true, statistics };
     let balloon = Arc::new(Balloon::new(config).unwrap());
     (Arc::clone(&balloon) as _, Side::Balloon(balloon))
 }
 
 fn custom() -> (Arc<dyn VirtioDevice>, Side) {
     let (queues, program) = (vec![8, 256, 1], Arc::new(Program));
-    let config =
-        CustomConfig { device_type: 42, features: 5, queues, space: vec![7; 20], program };
+    let config = CustomConfig { device_type: 42, features: 5, queues, space: vec![7; 20], program };
     let custom = Arc::new(Custom::new(config).unwrap());
     (Arc::clone(&custom) as _, Side::Custom(custom, Vec::new()))
 }
@@ -302,4 +290,3 @@ fn program(custom: &Custom, chains: &mut Vec<Chain>, driver: &MockDriver) {
 pub(crate) fn image() -> Vec<u8> {
     std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/qcow2/plain")).unwrap()
 }
-

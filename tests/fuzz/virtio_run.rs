@@ -1,31 +1,27 @@
 //! Does the steps of an input to a device. The device must not write outside of what the driver has
 //! offered to it, and must give each chain back or need a reset.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pyvmm::devices::Device;
-use pyvmm::memory::GuestMemory;
-use pyvmm::virtio::mock::{MockDriver, Served};
+use pyvmm::virtio::VirtioDevice;
+use pyvmm::virtio::mock::MockDriver;
 
-use super::virtio_host::{Host, Place};
+use super::virtio_host::Host;
 use super::virtio_input::{Input, Step};
+use super::virtio_memory::{INDIRECT, NEXT, Range, Room, SIZE, WRITE};
 
-/// Guest memory: the rings of 16 queues, and behind them the buffers.
-const SIZE: usize = 0x15_0000;
-const QUEUES: usize = 34;
-const AT: u64 = 0x11_0000;
+pub(crate) const QUEUES: usize = 34;
+/// The buffers begin here.
+pub(crate) const AT: u64 = 0x11_0000;
 const TURNS: usize = 2000;
 const PATIENCE: Duration = Duration::from_secs(8);
 const RESET_NEEDED: u32 = 0x40;
 const NOTIFY: u64 = 0x50;
 const STATUS: u64 = 0x70;
 
-const NEXT: u16 = 1;
-const WRITE: u16 = 2;
-const INDIRECT: u16 = 4;
-
-type Range = (u64, u64);
-type Outcome = Result<(), String>;
+pub(crate) type Outcome = Result<(), String>;
 
 /// What inputs came to.
 #[derive(Clone, Copy, Debug, Default)]
@@ -36,36 +32,18 @@ pub(crate) struct Count {
     pub(crate) resets: u64,
 }
 
-/// What all inputs share.
-pub(crate) struct Room {
-    place: Place,
-    memory: GuestMemory,
-    /// What memory contains if the device writes nothing.
-    shadow: Vec<u8>,
-    /// What it contains.
-    found: Vec<u8>,
-}
-
-impl Room {
-    /// With this qcow2 image for disks.
-    pub(crate) fn new(image: Vec<u8>) -> Self {
-        let memory = GuestMemory::new(SIZE as u64).unwrap();
-        let (shadow, found) = (vec![0; SIZE], vec![0; SIZE]);
-        Self { place: Place::new(image), memory, shadow, found }
-    }
-}
-
-struct Run<'a> {
-    driver: MockDriver,
-    host: Host,
-    kind: &'static str,
-    room: &'a mut Room,
+/// An input that is being tried.
+pub(crate) struct Run<'a> {
+    pub(crate) driver: MockDriver,
+    pub(crate) host: Host,
+    pub(crate) kind: &'static str,
+    pub(crate) room: &'a mut Room,
     /// Where the device may write.
-    offered: Vec<Range>,
+    pub(crate) offered: Vec<Range>,
     /// From where on the driver's chains may not have been taken yet.
-    walked: [(u64, u16); QUEUES],
+    pub(crate) walked: [(u64, u16); QUEUES],
     /// Whether the device may write what it reads as rings: then anything may follow.
-    is_wild: bool,
+    pub(crate) is_wild: bool,
     /// Where the next buffer begins, and the next descriptor of each queue.
     cursor: u64,
     descriptor: [u16; QUEUES],
@@ -75,6 +53,16 @@ struct Run<'a> {
 /// Do the steps. An error is a finding.
 pub(crate) fn run(input: &Input, room: &mut Room) -> Result<Count, String> {
     let (device, host) = Host::new(input.kind, &room.place);
+    run_on(device, host, input, room)
+}
+
+/// The same with a device that is there.
+pub(crate) fn run_on(
+    device: Arc<dyn VirtioDevice>,
+    host: Host,
+    input: &Input,
+    room: &mut Room,
+) -> Result<Count, String> {
     room.memory.fill(0, SIZE as u64, 0).unwrap();
     room.shadow.fill(0);
     let driver = MockDriver::over(device, room.memory.clone()).unwrap();
@@ -90,124 +78,16 @@ pub(crate) fn run(input: &Input, room: &mut Room) -> Result<Count, String> {
         descriptor: [0; QUEUES],
         count: Count::default(),
     };
-    let pattern: Vec<u8> = (0..0x2_0000_u32).map(|n| (n * 7 >> 3).to_le_bytes()[0] | 1).collect();
+    let pattern = std::mem::take(&mut run.room.pattern);
     run.put(AT, &pattern);
+    run.room.pattern = pattern;
     for step in &input.steps {
         run.step(step).map_err(|finding| format!("{}: {finding}", step.name))?;
     }
     run.end()
 }
 
-fn number<const N: usize>(bytes: &[u8], at: u64) -> Option<[u8; N]> {
-    let at = usize::try_from(at).ok()?;
-    bytes.get(at..at.checked_add(N)?)?.try_into().ok()
-}
-
 impl Run<'_> {
-    fn u16(&self, at: u64) -> u16 {
-        number(&self.room.shadow, at).map_or(0, u16::from_le_bytes)
-    }
-
-    /// Write as the driver. A thread of the device may read it at once.
-    fn put(&mut self, address: u64, bytes: &[u8]) {
-        let Ok(at) = usize::try_from(address) else { return };
-        let Some(end) = at.checked_add(bytes.len()).filter(|end| *end <= SIZE) else { return };
-        self.room.shadow[at..end].copy_from_slice(bytes);
-        if Host::is_threaded(self.kind) {
-            self.offer();
-        }
-        self.driver.memory.write(address, bytes).unwrap();
-    }
-
-    fn served(&self) -> Vec<(usize, Served)> {
-        (0..QUEUES).filter_map(|at| self.driver.served(at).map(|served| (at, served))).collect()
-    }
-
-    /// Note where the device may write: in used rings, and in the buffers of the chains that were
-    /// made available.
-    fn offer(&mut self) {
-        let served = self.served();
-        let epoch = self.driver.attached.transport.queues().epoch();
-        let (mut structures, mut writes) = (Vec::new(), Vec::new());
-        for (at, queue) in &served {
-            let size = u64::from(queue.size);
-            let used = (queue.used, queue.used + 6 + 8 * size);
-            structures.push((queue.descriptors, queue.descriptors + 16 * size));
-            structures.push((queue.available, queue.available + 6 + 2 * size));
-            self.is_wild |= structures.iter().any(|other| overlap(*other, used));
-            structures.push(used);
-            self.offered.push(used);
-            if self.walked[*at].0 != epoch {
-                self.walked[*at] = (epoch, queue.next);
-            }
-            let end = self.u16(queue.available + 2);
-            let mut index = self.walked[*at].1;
-            while index != end && end.wrapping_sub(index) <= queue.size {
-                let slot = u64::from(index % queue.size);
-                let head = self.u16(queue.available + 4 + 2 * slot);
-                self.walk(queue, head, &mut structures, &mut writes);
-                index = index.wrapping_add(1);
-            }
-        }
-        let is_wild = |range: &Range| structures.iter().any(|other| overlap(*other, *range));
-        self.is_wild |= writes.iter().any(is_wild);
-        self.offered.append(&mut writes);
-        self.offered.sort_unstable();
-        self.offered.dedup();
-    }
-
-    fn walk(&self, queue: &Served, head: u16, tables: &mut Vec<Range>, writes: &mut Vec<Range>) {
-        let (mut table, mut count, mut index) = (queue.descriptors, u64::from(queue.size), head);
-        for _ in 0..1024 {
-            if u64::from(index) >= count {
-                return;
-            }
-            let at = table + 16 * u64::from(index);
-            let Some(address) = number(&self.room.shadow, at).map(u64::from_le_bytes) else { return };
-            let length = number(&self.room.shadow, at + 8).map_or(0, u32::from_le_bytes);
-            let (flags, next) = (self.u16(at + 12), self.u16(at + 14));
-            let range = (address, address.saturating_add(length.into()).min(SIZE as u64));
-            if flags & INDIRECT != 0 {
-                tables.push(range);
-                (table, count, index) = (address, u64::from(length / 16), 0);
-                if address > SIZE as u64 {
-                    return;
-                }
-                continue;
-            }
-            if flags & WRITE != 0 && range.0 < range.1 {
-                writes.push(range);
-            }
-            if flags & NEXT == 0 {
-                return;
-            }
-            index = next;
-        }
-    }
-
-    /// Compare memory with what it should contain.
-    fn check(&mut self) -> Outcome {
-        if self.is_wild {
-            return Ok(());
-        }
-        let Room { memory, shadow, found, .. } = &mut *self.room;
-        memory.read(0, found).unwrap();
-        let (mut at, end) = (0, (SIZE as u64, SIZE as u64));
-        for (start, stop) in self.offered.iter().copied().chain([end]) {
-            let (start, stop) = (usize::try_from(start).unwrap(), usize::try_from(stop).unwrap());
-            if start > at && found[at..start] != shadow[at..start] {
-                let is_balloon = self.kind == "balloon";
-                // It may be a page of the rings.
-                self.is_wild = true;
-                check_bytes(found, shadow, at..start, is_balloon)?;
-            }
-            at = at.max(stop);
-        }
-        // What the device wrote is what the next request begins with.
-        std::mem::swap(shadow, found);
-        Ok(())
-    }
-
     /// Notify the device of a queue, or of all, and run the loop until nothing is left to do.
     fn turn(&mut self, queue: Option<u64>) -> Outcome {
         self.offer();
@@ -237,9 +117,10 @@ impl Run<'_> {
     /// Whether the device has given back what it was notified of.
     fn is_idle(&self, queue: Option<u64>) -> bool {
         let is_meant = |at: usize| queue.is_none_or(|queue| queue == at as u64);
-        self.served().iter().filter(|(at, _)| is_meant(*at) && Host::answers(self.kind, *at)).all(
-            |(_, queue)| queue.held == 0 && queue.next == self.u16(queue.available + 2),
-        )
+        self.served()
+            .iter()
+            .filter(|(at, _)| is_meant(*at) && Host::answers(self.kind, *at))
+            .all(|(_, queue)| queue.held == 0 && queue.next == self.u16(queue.available + 2))
     }
 
     fn settle(&mut self, queue: Option<u64>) -> Outcome {
@@ -400,7 +281,7 @@ impl Run<'_> {
 
     /// Save, change bytes, and restore. What is carried may be where no chain was.
     fn snapshot(&mut self, changes: &[u64]) -> Outcome {
-        let transport = std::sync::Arc::clone(&self.driver.attached.transport);
+        let transport = Arc::clone(&self.driver.attached.transport);
         transport.quiesce().map_err(|error| format!("it cannot be quiesced: {error}"))?;
         let mut state = transport.save().map_err(|error| format!("it cannot be saved: {error}"))?;
         for change in changes.chunks_exact(2) {
@@ -423,23 +304,5 @@ impl Run<'_> {
         }
         self.count.inputs = 1;
         Ok(self.count)
-    }
-}
-
-fn overlap(one: Range, other: Range) -> bool {
-    one.0 < other.1 && other.0 < one.1
-}
-
-/// Bytes differ in this range. A balloon gives pages to the host, which then are zero.
-fn check_bytes(
-    found: &[u8],
-    expected: &[u8],
-    mut range: std::ops::Range<usize>,
-    is_balloon: bool,
-) -> Outcome {
-    let is_written = |at: &usize| found[*at] != expected[*at] && !(is_balloon && found[*at] == 0);
-    match range.find(is_written) {
-        Some(at) => Err(format!("the device has written at {at:#x}, outside of its buffers")),
-        None => Ok(()),
     }
 }
