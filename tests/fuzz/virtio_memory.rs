@@ -82,6 +82,9 @@ impl Run<'_> {
             }
             let end = self.u16(queue.available + 2);
             let mut index = self.walked[*at].1;
+            if end.wrapping_sub(index) > queue.size {
+                index = queue.next;
+            }
             while index != end && end.wrapping_sub(index) <= queue.size {
                 let slot = u64::from(index % queue.size);
                 let head = self.u16(queue.available + 4 + 2 * slot);
