@@ -71,9 +71,8 @@ pub(super) struct Connection {
     /// What the guest knows of it.
     told: Ended,
     guest: Ended,
-    /// Whether the host was told that the guest sends no more: to tell it again makes the socket
-    /// ready again.
-    is_host_told: bool,
+    /// Whether the socket is shut down for writing. To do it again would make it ready again.
+    is_shut_down: bool,
     is_update_wanted: bool,
     has_asked: bool,
     /// Whether it is in the list of those with something to send.
@@ -97,7 +96,7 @@ impl Connection {
             host: Ended::default(),
             told: Ended::default(),
             guest: Ended::default(),
-            is_host_told: false,
+            is_shut_down: false,
             is_update_wanted: false,
             has_asked: false,
             is_queued: false,
@@ -274,7 +273,7 @@ impl Connection {
         }
         if self.guest.send
             && let Some(socket) = &self.socket
-            && !std::mem::replace(&mut self.is_host_told, true)
+            && !std::mem::replace(&mut self.is_shut_down, true)
         {
             socket.shut_down(libc::SHUT_WR);
         }

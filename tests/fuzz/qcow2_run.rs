@@ -39,7 +39,7 @@ impl Folder {
     }
 }
 
-/// Open an image as whoever gets one from anybody.
+/// Open an image that may come from anybody.
 fn open_image(path: &Path, layer: &Layer, is_read_only: bool) -> Result<Option<Disk>, String> {
     match open(Contents::File(path.to_owned(), Format::Qcow2), layer, is_read_only) {
         Ok(disk) => Ok(Some(disk)),

@@ -26,13 +26,13 @@ const MOST_STREAMS: usize = 8;
 /// The port of the host that listens for the guest.
 const PORT: u32 = 1000;
 /// What all inputs share: a folder, and a socket that guests connect to.
-pub(crate) struct Place {
+pub(crate) struct HostFolder {
     folder: TempDir,
     listener: UnixListener,
     image: Vec<u8>,
 }
 
-impl Place {
+impl HostFolder {
     /// With this qcow2 image for disks.
     pub(crate) fn new(image: Vec<u8>) -> Self {
         let prefix = std::env::temp_dir().join("pyvmm-fuzz-");
@@ -122,7 +122,7 @@ fn net() -> (Arc<dyn VirtioDevice>, Side) {
     (Arc::clone(&net) as _, Side::Net(net, theirs))
 }
 
-fn vsock(place: &Place) -> (Arc<dyn VirtioDevice>, Side) {
+fn vsock(place: &HostFolder) -> (Arc<dyn VirtioDevice>, Side) {
     let vsock = Arc::new(Vsock::new(&VsockConfig::default()).unwrap());
     while place.accept().is_some() {}
     let path = place.folder.as_path().join("socket");
@@ -154,7 +154,7 @@ fn custom() -> (Arc<dyn VirtioDevice>, Side) {
 
 impl Host {
     /// A device of a kind, and its host.
-    pub(crate) fn new(kind: &str, place: &Place) -> (Arc<dyn VirtioDevice>, Self) {
+    pub(crate) fn new(kind: &str, place: &HostFolder) -> (Arc<dyn VirtioDevice>, Self) {
         let (device, side): (Arc<dyn VirtioDevice>, Side) = match kind {
             "blk" => disk(Contents::Bytes(vec![7; 1 << 16])),
             "qcow2" => {
@@ -244,7 +244,7 @@ impl Host {
     }
 
     /// Take what the device has sent, and do the program's part.
-    pub(crate) fn serve(&mut self, place: &Place, driver: &MockDriver) {
+    pub(crate) fn serve(&mut self, place: &HostFolder, driver: &MockDriver) {
         let mut bytes = [0; 0x4000];
         if let Side::Vsock(_) = self.side {
             while let Some(stream) = place.accept() {

@@ -4,8 +4,8 @@
 use pyvmm::memory::GuestMemory;
 use pyvmm::virtio::mock::Served;
 
-use super::virtio_host::{Host, Place};
-use super::virtio_run::{Outcome, QUEUES, Run};
+use super::virtio_host::{Host, HostFolder};
+use super::virtio_run::{Checked, QUEUES, Run};
 
 /// Guest memory: the rings of 16 queues, and behind them the buffers.
 pub(crate) const SIZE: usize = 0x15_0000;
@@ -18,7 +18,7 @@ pub(crate) type Range = (u64, u64);
 
 /// What all inputs share.
 pub(crate) struct Room {
-    pub(crate) place: Place,
+    pub(crate) place: HostFolder,
     pub(crate) memory: GuestMemory,
     /// What memory contains if the device writes nothing.
     pub(crate) shadow: Vec<u8>,
@@ -34,7 +34,7 @@ impl Room {
         let memory = GuestMemory::new(SIZE as u64).unwrap();
         let (shadow, found) = (vec![0; SIZE], vec![0; SIZE]);
         let pattern = (0..0x2_0000_u32).map(|n| ((n * 7) >> 3).to_le_bytes()[0] | 1).collect();
-        Self { place: Place::new(image), memory, shadow, found, pattern }
+        Self { place: HostFolder::new(image), memory, shadow, found, pattern }
     }
 }
 
@@ -131,7 +131,7 @@ impl Run<'_> {
     }
 
     /// Compare memory with what it should contain.
-    pub(crate) fn check(&mut self) -> Outcome {
+    pub(crate) fn check(&mut self) -> Checked {
         if self.is_wild {
             return Ok(());
         }
@@ -160,7 +160,7 @@ fn check_bytes(
     expected: &[u8],
     mut range: std::ops::Range<usize>,
     is_balloon: bool,
-) -> Outcome {
+) -> Checked {
     let is_written = |at: &usize| found[*at] != expected[*at] && !(is_balloon && found[*at] == 0);
     match range.find(is_written) {
         Some(at) => Err(format!("the device has written at {at:#x}, outside of its buffers")),

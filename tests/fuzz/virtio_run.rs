@@ -21,7 +21,7 @@ const RESET_NEEDED: u32 = 0x40;
 const NOTIFY: u64 = 0x50;
 const STATUS: u64 = 0x70;
 
-pub(crate) type Outcome = Result<(), String>;
+pub(crate) type Checked = Result<(), String>;
 
 /// What inputs came to.
 #[derive(Clone, Copy, Debug, Default)]
@@ -89,7 +89,7 @@ pub(crate) fn run_on(
 
 impl Run<'_> {
     /// Notify the device of a queue, or of all, and run the loop until nothing is left to do.
-    fn turn(&mut self, queue: Option<u64>) -> Outcome {
+    fn turn(&mut self, queue: Option<u64>) -> Checked {
         self.offer();
         let served = self.served();
         for (at, _) in served.iter().filter(|it| queue.is_none_or(|queue| queue == it.0 as u64)) {
@@ -104,7 +104,7 @@ impl Run<'_> {
         self.feed(queue)
     }
 
-    fn run_loop(&mut self) -> Outcome {
+    fn run_loop(&mut self) -> Checked {
         for _ in 0..TURNS {
             self.host.serve(&self.room.place, &self.driver);
             if self.driver.turn(0).unwrap() == 0 {
@@ -123,7 +123,7 @@ impl Run<'_> {
             .all(|(_, queue)| queue.held == 0 && queue.next == self.u16(queue.available + 2))
     }
 
-    fn settle(&mut self, queue: Option<u64>) -> Outcome {
+    fn settle(&mut self, queue: Option<u64>) -> Checked {
         if self.is_wild {
             return Ok(());
         }
@@ -143,7 +143,7 @@ impl Run<'_> {
     }
 
     /// A socket device has to say all that it wants before it takes more.
-    fn feed(&mut self, queue: Option<u64>) -> Outcome {
+    fn feed(&mut self, queue: Option<u64>) -> Checked {
         if self.kind != "vsock" || queue.is_some_and(|queue| queue != 1) {
             return Ok(());
         }
@@ -165,7 +165,7 @@ impl Run<'_> {
         Err("packets are not taken".into())
     }
 
-    fn step(&mut self, step: &Step) -> Outcome {
+    fn step(&mut self, step: &Step) -> Checked {
         self.count.steps += 1;
         let (first, second) = (step.number(0), step.number(1));
         let queue = usize::try_from(first).unwrap_or(QUEUES);
@@ -211,7 +211,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn start(&mut self, features: u64) -> Outcome {
+    fn start(&mut self, features: u64) -> Checked {
         self.check()?;
         let features =
             if features >> 63 == 0 { features & self.driver.offered() } else { features };
@@ -280,7 +280,7 @@ impl Run<'_> {
     }
 
     /// Save, change bytes, and restore. What is carried may be where no chain was.
-    fn snapshot(&mut self, changes: &[u64]) -> Outcome {
+    fn snapshot(&mut self, changes: &[u64]) -> Checked {
         let transport = Arc::clone(&self.driver.attached.transport);
         transport.quiesce().map_err(|error| format!("it cannot be quiesced: {error}"))?;
         let mut state = transport.save().map_err(|error| format!("it cannot be saved: {error}"))?;
