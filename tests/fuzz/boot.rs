@@ -213,5 +213,7 @@ fn main() {
     for (target, (executions, loaded)) in &counts {
         println!("{target}: {executions} inputs, {loaded} loaded");
     }
-    println!("{} inputs kept, {} edges; no finding", corpus.len(), coverage.edges());
+    let executions: u64 = counts.values().map(|(executions, _)| executions).sum();
+    let (kept, edges) = (corpus.len(), coverage.edges());
+    println!("boot: {executions} executions, {kept} inputs kept, {edges} edges; no finding");
 }
