@@ -50,7 +50,7 @@ fn watch_time(name: &'static str, current: &Current) {
 /// Where the input is, in memory if there is such a folder: it is written each time.
 fn path(name: &str) -> String {
     let folder = if Path::new("/dev/shm").is_dir() { "/dev/shm" } else { "target" };
-    format!("{folder}/pyvmm-fuzz-{name}")
+    format!("{folder}/pyvmm-fuzz-{name}-{}", std::process::id())
 }
 
 /// The input that is being tried is a finding.
@@ -94,6 +94,7 @@ pub(crate) fn run<T: Target>(target: &mut T) {
     let (mut coverage, current) = (Coverage::new(), Current::default());
     panics::watch();
     std::fs::create_dir_all("target").unwrap();
+    println!("{}: the input that is being tried is in {}", T::NAME, path(T::NAME));
     watch_time(T::NAME, &current);
     for input in &corpus {
         coverage.clear();
