@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 STATUS = re.compile(r"~(\d+)~\r\n")
 
 
-# Where programs of root are, whoever runs the tests.
+# Where programs of root are, also if another user runs the tests.
 SBIN = "/usr/sbin:/sbin:/usr/bin:/bin"
 
 

@@ -1,4 +1,4 @@
-"""A guest that sleeps until its device interrupts never sleeps for good, whatever is done to its machine.
+"""A guest that sleeps until its device interrupts always wakes up, whatever is done to its machine.
 
 It is paused and resumed, captured, forked and reset while its requests are on their way. A short
 sequence in CI; PYVMM_STRESS_S sets for how many seconds each device is tried with further seeds.
@@ -62,7 +62,8 @@ def guest(line: int) -> bytes:
     return set_up + again + b"\x0f\x85" + struct.pack("<i", -len(again) - 6) + exit_with(7)  # jnz again
 
 
-# Acknowledge what the device says, count it, end the interrupt. KVM's emulator has no IRET in protected mode.
+# Acknowledge what the device says, count it, end the interrupt. KVM's emulator has no IRET in
+# protected mode.
 HANDLE = (
     b"\x50\x8b\x43\x60\x89\x43\x64"  #      push eax; mov eax, [ebx + 0x60]; mov [ebx + 0x64], eax
     + b"\xff\x05" + absolute(COUNT)  #      inc dword [COUNT]
