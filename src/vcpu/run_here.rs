@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::current::CurrentVcpuGuard;
-use super::handle::VcpuHandle;
+use super::handle::{HandleState, VcpuHandle};
 use super::kick::ImmediateExit;
 use super::run::{complete_pending_io, step};
 use super::thread::{MAX_STEPS_AT_STOP, PanicGuard, Shared};
@@ -15,6 +15,7 @@ use super::vcpu::Vcpu;
 use crate::error::Result;
 use crate::event::EventManager;
 use crate::exit_handler::{Exit, ExitHandler, Outcome};
+use crate::sync::{MutexGuard, rank};
 
 /// Why the vCPU is out of its guest, at rest in its handle.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,17 +95,7 @@ impl<EH: ExitHandler> HereRun<'_, EH> {
         self.ticks.page().set(handle.stop.is_set());
         self.ticks.arm(until);
         vcpu.calls_nobody = calls_nobody;
-        let (left, end, running) = loop {
-            let (left, end) = self.run_guest(&mut vcpu);
-            if matches!(left, LeaveReason::Ended | LeaveReason::Stopped | LeaveReason::CalledOut) {
-                break (left, end, None);
-            }
-            let state = handle.state.lock();
-            if !state.commands.is_held() {
-                break (left, end, Some(state));
-            }
-            // Called out beside a tick: it has to complete its exit.
-        };
+        let (left, end, running) = self.run_until_left(&mut vcpu);
         vcpu.calls_nobody = false;
         drop(current);
         std::mem::forget(guard);
@@ -124,6 +115,25 @@ impl<EH: ExitHandler> HereRun<'_, EH> {
             }
         }
         left
+    }
+
+    /// Run the guest until this thread has to leave it. If the command to run stays, also returns
+    /// the state in which it does.
+    fn run_until_left(
+        &self,
+        vcpu: &mut Vcpu,
+    ) -> (LeaveReason, Outcome, Option<MutexGuard<'_, HandleState, rank::Vcpu>>) {
+        loop {
+            let (left, end) = self.run_guest(vcpu);
+            if matches!(left, LeaveReason::Ended | LeaveReason::Stopped | LeaveReason::CalledOut) {
+                return (left, end, None);
+            }
+            let state = self.handle.state.lock();
+            if !state.commands.is_held() {
+                return (left, end, Some(state));
+            }
+            // Called out beside a tick: it has to complete its exit.
+        }
     }
 
     /// Take the vCPU, unless it has to stay at rest or another thread has it.
