@@ -101,6 +101,10 @@ impl Queue {
                 return Ok(None);
             }
         }
+        // A driver that makes a chain available again before it has it back could do so for ever.
+        if self.taken.len() >= usize::from(self.ring.size()) {
+            return Err(BrokenChain::AvailableRing);
+        }
         self.decline_notification(memory)?;
         let broken = |_| BrokenChain::AvailableRing;
         let chain = self.ring.iter(memory.mmap).map_err(broken)?.next();
