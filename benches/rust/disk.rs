@@ -112,7 +112,7 @@ impl Driver {
             if is_new {
                 self.notify()?;
             } else {
-                std::hint::spin_loop();
+                (0..100).for_each(|_| std::hint::spin_loop());
             }
         }
         Ok(done)

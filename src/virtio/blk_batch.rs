@@ -182,6 +182,7 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
+        // Long because the requests, what each has to do, and the check are in one place.
         #[test]
         fn requests_at_once_do_what_each_does_by_itself(requests in requests()) {
             let mut driver = driver(Contents::Bytes(first()), |_| {});

@@ -257,7 +257,8 @@ impl MockDriver {
         self.write(QUEUE_NOTIFY, queue);
     }
 
-    /// Whether the device wants to be notified of what is added to a queue, without the event index.
+    /// Whether the device wants to be notified of what is added to a queue. Without the event
+    /// index.
     #[must_use]
     pub fn wants_notification(&self, queue: usize) -> bool {
         let flags = self.rings.get(queue).and_then(|ring| self.memory.load::<u16>(ring.used).ok());

@@ -101,7 +101,7 @@ impl Queue {
                 return Ok(None);
             }
         }
-        // A driver that makes a chain available again before it has it back could do so for ever.
+        // A driver that makes a chain available again before it has it back could do so without end.
         if self.taken.len() >= usize::from(self.ring.size()) {
             return Err(BrokenChain::AvailableRing);
         }
