@@ -101,7 +101,8 @@ impl Queue {
                 return Ok(None);
             }
         }
-        // A driver that makes a chain available again before it has it back could do so without end.
+        // A driver that makes a chain available again before it has it back could do so without
+        // end.
         if self.taken.len() >= usize::from(self.ring.size()) {
             return Err(BrokenChain::AvailableRing);
         }
