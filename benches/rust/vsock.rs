@@ -109,7 +109,7 @@ impl Guest {
         }
     }
 
-    fn to_guest(&mut self, total: u32) {
+    fn fill_guest(&mut self, total: u32) {
         let mut told = 0;
         while self.received < total {
             self.receive();
@@ -122,7 +122,7 @@ impl Guest {
         }
     }
 
-    fn to_host(&mut self, total: u32) {
+    fn fill_host(&mut self, total: u32) {
         let block = u32::try_from(BLOCK).unwrap();
         while self.sent < total {
             while self.sent + block - self.forwarded > BUFFER {
@@ -194,8 +194,8 @@ fn main() {
     match guest {
         Ok(mut guest) => match what.as_str() {
             "trip" => guest.trips(count),
-            "to-guest" => guest.to_guest(count),
-            _ => guest.to_host(count),
+            "to-guest" => guest.fill_guest(count),
+            _ => guest.fill_host(count),
         },
         Err(mut ours) => bare(&mut ours, &what, count),
     }
