@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.linux, pytest.mark.timeout(900)]
 # Where ring 0 is emulated, Linux copies some megabytes in a second.
-SIZE = 8 << 20
+SIZE = 4 << 20
 PORT = 5201
 PATIENCE_MS = 30_000
 USER = "net eth0 10.0.2.15 255.255.255.0 10.0.2.2"
