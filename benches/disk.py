@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import tempfile
 from typing import TYPE_CHECKING
 
-from benches.measure import Result, UnmeasurableError
+from benches.measure import Result, example
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -16,22 +15,12 @@ GOALS = {"raw": 0.8, "qcow2": 0.7}
 RUNS = 9
 
 
-def program() -> str:
-    command = ["cargo", "build", "--quiet", "--release", "--no-default-features", "--features", "mock"]
-    try:
-        subprocess.run([*command, "--example", "disk"], check=True)
-        metadata = subprocess.run(
-            ["cargo", "metadata", "--no-deps", "--format-version=1"], check=True, capture_output=True
-        )
-    except (FileNotFoundError, subprocess.CalledProcessError) as error:
-        raise UnmeasurableError(f"the driver in Rust cannot be built: {error}") from error
-    return f"{json.loads(metadata.stdout)['target_directory']}/release/examples/disk"
-
-
 def requests() -> Iterator[Result]:
     """Requests of 4 KiB through the driver of tests, 80 at a time, against pread and pwrite on the same file."""
     with tempfile.TemporaryDirectory(prefix="pyvmm-bench-") as folder:
-        lines = subprocess.run([program(), folder], check=True, capture_output=True, text=True).stdout.splitlines()
+        lines = subprocess.run(
+            [example("disk"), folder], check=True, capture_output=True, text=True
+        ).stdout.splitlines()
     for line in lines:
         name, ours, theirs = line.split()
         value, baseline = float(ours), float(theirs)

@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,20 @@ def compiled(source: Path, *options: str) -> str:
     except (FileNotFoundError, subprocess.CalledProcessError) as error:
         raise UnmeasurableError(f"{source.name} cannot be compiled: {error}") from error
     return library
+
+
+@cache
+def example(name: str) -> str:
+    """A program of benches/rust, built with the driver of tests; its path."""
+    features = ["--no-default-features", "--features", "mock"]
+    try:
+        subprocess.run(["cargo", "build", "--quiet", "--release", *features, "--example", name], check=True)
+        metadata = subprocess.run(
+            ["cargo", "metadata", "--no-deps", "--format-version=1"], check=True, capture_output=True
+        )
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        raise UnmeasurableError(f"the driver cannot be built: {error}") from error
+    return f"{json.loads(metadata.stdout)['target_directory']}/release/examples/{name}"
 
 
 def emulation() -> Any:

@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import partial
 
-from benches.measure import Result, UnmeasurableError, compare
+from benches.measure import Result, compare, example
 
 FRAMES = 500_000
 RUNS = 9
 GOAL = 0.8
 
 
-@cache
-def program() -> str:
-    features = ["--no-default-features", "--features", "mock"]
-    try:
-        subprocess.run(["cargo", "build", "--quiet", "--release", *features, "--example", "net"], check=True)
-        metadata = subprocess.run(
-            ["cargo", "metadata", "--no-deps", "--format-version=1"], check=True, capture_output=True
-        )
-    except (FileNotFoundError, subprocess.CalledProcessError) as error:
-        raise UnmeasurableError(f"the driver cannot be built: {error}") from error
-    return f"{json.loads(metadata.stdout)['target_directory']}/release/examples/net"
-
-
 def rate(direction: str, side: str, length: int) -> float:
-    command = [program(), direction, side, str(length), str(FRAMES)]
+    command = [example("net"), direction, side, str(length), str(FRAMES)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 

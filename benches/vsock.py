@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import partial
 
-from benches.measure import Result, UnmeasurableError, compare
+from benches.measure import Result, compare, example
 
 TRIPS = 50_000
 BYTES = 512 << 20
 RUNS = 9
 
 
-@cache
-def program() -> str:
-    features = ["--no-default-features", "--features", "mock"]
-    try:
-        subprocess.run(["cargo", "build", "--quiet", "--release", *features, "--example", "vsock"], check=True)
-        metadata = subprocess.run(
-            ["cargo", "metadata", "--no-deps", "--format-version=1"], check=True, capture_output=True
-        )
-    except (FileNotFoundError, subprocess.CalledProcessError) as error:
-        raise UnmeasurableError(f"the driver cannot be built: {error}") from error
-    return f"{json.loads(metadata.stdout)['target_directory']}/release/examples/vsock"
-
-
 def rate(what: str, side: str, count: int) -> float:
-    command = [program(), what, side, str(count)]
+    command = [example("vsock"), what, side, str(count)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
