@@ -9,6 +9,7 @@
 
 mod allocations;
 mod chance;
+mod corpus;
 mod coverage;
 
 use std::collections::BTreeMap;
@@ -19,7 +20,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use chance::Chance;
-use coverage::Coverage;
+use corpus::Arguments;
+use coverage::{Coverage, pick};
 use pyvmm::config::{
     Boot, ElfBoot, FirmwareBoot, KernelBoot, LinuxBoot, LinuxProtocol, MemoryConfig, Module,
     VmmConfig,
@@ -172,14 +174,8 @@ fn load(target: &str, bytes: &[u8], input: &mut Input) -> bool {
 }
 
 fn main() {
-    let mut arguments = std::env::args().skip(1);
-    let mut next = || arguments.next().expect("the corpus, seconds, a seed");
-    let (folder, seconds, seed) = (next(), next(), next());
-    let keep = arguments.next();
-    let mut names: Vec<PathBuf> =
-        std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
-    names.sort();
-    let mut corpus: Vec<Vec<u8>> = names.iter().map(|name| std::fs::read(name).unwrap()).collect();
+    let mut arguments = Arguments::of_program();
+    let mut corpus = corpus::read(&arguments.corpus);
     let (mut input, mut coverage) = (Input::new(), Coverage::new());
     let mut counts: BTreeMap<&str, (u64, u64)> = BTreeMap::new();
     let mut run = |target, bytes: &[u8], coverage: &mut Coverage| {
@@ -194,17 +190,15 @@ fn main() {
             run(target, bytes, &mut coverage);
         }
     }
-    let mut chance = Chance(seed.parse::<u64>().unwrap() | 1);
-    let until = Instant::now() + Duration::from_secs(seconds.parse().unwrap());
+    let until = arguments.until();
+    let Arguments { chance, keep, .. } = &mut arguments;
     while Instant::now() < until {
-        // Half of the time, something that was found lately.
-        let from = if chance.below(2) == 0 { corpus.len().saturating_sub(64) } else { 0 };
-        let mut bytes = corpus[from + chance.below(corpus.len() - from)].clone();
+        let mut bytes = pick(&corpus, chance).clone();
         let other = &corpus[chance.below(corpus.len())];
-        mutate(&mut bytes, other, &mut chance);
+        mutate(&mut bytes, other, chance);
         let target = TARGETS[chance.below(TARGETS.len())];
         if run(target, &bytes, &mut coverage) {
-            if let Some(keep) = &keep {
+            if let Some(keep) = keep {
                 std::fs::write(format!("{keep}/{target}-{:05}", corpus.len()), &bytes).unwrap();
             }
             corpus.push(bytes);

@@ -8,7 +8,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::chance::Chance;
-use super::coverage::Coverage;
+use super::corpus::{self, Arguments};
+use super::coverage::{Coverage, pick};
 use super::{allocations, panics};
 
 /// For one input; more is a finding.
@@ -79,18 +80,11 @@ fn try_input<T: Target>(target: &mut T, input: &T::Input, current: &Current) {
     end(T::NAME, &finding);
 }
 
-/// Arguments: the corpus, seconds, a seed, and optionally a folder for the inputs that reach new
-/// code. Zero seconds only replay the corpus.
+/// Try inputs as the program's arguments say. Zero seconds only replay the corpus.
 pub(crate) fn run<T: Target>(target: &mut T) {
-    let mut arguments = std::env::args().skip(1);
-    let mut next = || arguments.next().expect("a corpus, seconds, a seed");
-    let (folder, seconds, seed) = (next(), next(), next());
-    let keep = arguments.next();
-    let entries = std::fs::read_dir(folder).unwrap();
-    let mut paths: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
-    paths.sort();
-    let mut corpus: Vec<T::Input> =
-        paths.iter().map(|path| target.parse(&std::fs::read(path).unwrap())).collect();
+    let mut arguments = Arguments::of_program();
+    let files = corpus::read(&arguments.corpus);
+    let mut corpus: Vec<T::Input> = files.iter().map(|bytes| target.parse(bytes)).collect();
     let (mut coverage, current) = (Coverage::new(), Current::default());
     panics::watch();
     std::fs::create_dir_all("target").unwrap();
@@ -102,19 +96,17 @@ pub(crate) fn run<T: Target>(target: &mut T) {
         coverage.is_new();
     }
     let mut executions = corpus.len();
-    let mut chance = Chance(seed.parse::<u64>().unwrap() | 1);
-    let until = Instant::now() + Duration::from_secs(seconds.parse().unwrap());
+    let until = arguments.until();
+    let Arguments { chance, keep, .. } = &mut arguments;
     while Instant::now() < until {
-        // Half of the time, something that was found lately.
-        let from = if chance.below(2) == 0 { corpus.len().saturating_sub(64) } else { 0 };
-        let mut input = corpus[from + chance.below(corpus.len() - from)].clone();
+        let mut input = pick(&corpus, chance).clone();
         let other = &corpus[chance.below(corpus.len())];
-        target.change(&mut input, other, &mut chance);
+        target.change(&mut input, other, chance);
         coverage.clear();
         try_input(target, &input, &current);
         executions += 1;
         if coverage.is_new() {
-            if let Some(keep) = &keep {
+            if let Some(keep) = keep {
                 let path = format!("{keep}/{:05}", corpus.len());
                 std::fs::write(path, target.print(&input)).unwrap();
             }

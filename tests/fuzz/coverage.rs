@@ -3,6 +3,8 @@
 
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 
+use super::chance::Chance;
+
 static COUNTERS: AtomicPtr<u8> = AtomicPtr::new(std::ptr::null_mut());
 static COUNTERS_LENGTH: AtomicUsize = AtomicUsize::new(0);
 
@@ -50,4 +52,10 @@ impl Coverage {
     pub(crate) fn edges(&self) -> usize {
         self.0.iter().filter(|seen| **seen > 0).count()
     }
+}
+
+/// An input to change: half of the time, one of those that reached new code lately.
+pub(crate) fn pick<'a, T>(corpus: &'a [T], chance: &mut Chance) -> &'a T {
+    let from = if chance.below(2) == 0 { corpus.len().saturating_sub(64) } else { 0 };
+    &corpus[from + chance.below(corpus.len() - from)]
 }

@@ -9,6 +9,7 @@
 mod allocations;
 mod campaign;
 mod chance;
+mod corpus;
 mod coverage;
 mod panics;
 mod qcow2_run;

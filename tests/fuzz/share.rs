@@ -8,13 +8,15 @@
 #![allow(clippy::expect_used, clippy::print_stdout, clippy::unwrap_used)]
 
 mod chance;
+mod corpus;
 
 use std::collections::HashSet;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use chance::Chance;
+use corpus::Arguments;
 use pyvmm::share::{Directory, MOST_BYTES, Options, Server};
 
 /// The kinds of requests that the server knows.
@@ -154,18 +156,12 @@ fn mend(message: &mut Vec<u8>) {
 }
 
 fn main() {
-    let mut arguments = std::env::args().skip(1);
-    let mut next = || arguments.next().expect("a corpus, seconds, a seed");
-    let (corpus, seconds, seed) = (next(), next(), next());
-    let kept: Option<PathBuf> = arguments.next().map(Into::into);
-    let mut paths: Vec<_> =
-        std::fs::read_dir(corpus).unwrap().map(|entry| entry.unwrap().path()).collect();
-    paths.sort();
+    let mut arguments = Arguments::of_program();
     let mut corpus: Vec<_> =
-        paths.iter().map(|path| split(&std::fs::read(path).unwrap())).collect();
+        corpus::read(&arguments.corpus).iter().map(|bytes| split(bytes)).collect();
     let folder = std::env::temp_dir().join(format!("pyvmm-fuzz-share-{}", std::process::id()));
-    let mut chance = Chance(seed.parse::<u64>().unwrap() | 1);
-    let until = Instant::now() + Duration::from_secs(seconds.parse().unwrap());
+    let until = arguments.until();
+    let Arguments { chance, keep, .. } = &mut arguments;
     let (mut executions, mut messages, mut seen) = (0_u64, 0_usize, HashSet::new());
     let given = corpus.len();
     while Instant::now() < until || executions < given as u64 {
@@ -174,15 +170,15 @@ fn main() {
         }
         let input = match corpus.get(usize::try_from(executions).unwrap()) {
             Some(input) if executions < given as u64 => input.clone(),
-            _ => mutate(&corpus, &mut chance),
+            _ => mutate(&corpus, chance),
         };
         let found = execute(&folder, &input, chance.below(8) == 0);
         check_outside(&folder);
         executions += 1;
         messages += 2 * input.len();
         if !found.is_subset(&seen) {
-            if let Some(kept) = &kept {
-                std::fs::write(kept.join(format!("{executions:08}")), input.concat()).unwrap();
+            if let Some(keep) = keep {
+                std::fs::write(format!("{keep}/{executions:08}"), input.concat()).unwrap();
             }
             seen.extend(found);
             corpus.push(input);
