@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use vm_memory::GuestMemoryMmap;
 
 use super::chain::Chain;
-use super::queue::{Queue, QueueMemory, Taken};
+use super::queue::{Heads, Queue, QueueMemory, Taken};
 use super::queues::Queues;
 use super::registers;
 use crate::memory::GuestMemory;
@@ -128,7 +128,7 @@ impl<'a> QueueAccess<'a> {
     /// Give chains of one queue back to the driver, which sees all of them at once.
     pub fn complete_all(&self, chains: impl IntoIterator<Item = (Chain, u32)>) {
         let (mut at, mut from_guest) = (None, 0);
-        let mut heads = smallvec::SmallVec::<[(u16, u32); 4]>::new();
+        let mut heads = Heads::new();
         for (mut chain, written) in chains {
             chain.abandoned = None;
             if chain.epoch == self.epoch {

@@ -11,7 +11,6 @@ use super::blk_limit::Limiter;
 use super::blk_reach::{Job, Reach, answer_all, read_now, write_now};
 use super::blk_request::{Request, Status};
 use super::blk_worker::{CHUNK, Next, Shared, count};
-use super::queues::Queues;
 use crate::disk::Session;
 
 /// How many requests are taken before the first is carried out.
@@ -27,18 +26,14 @@ impl Shared {
     /// Carry out requests within an access.
     pub(super) fn serve_batch(
         &self,
-        queues: &Queues,
+        access: &QueueAccess<'_>,
         session: &io::Result<Session>,
         limiter: &mut Limiter,
     ) -> Next {
-        let access = match self.access(queues, session) {
-            Ok(access) => access,
-            Err(next) => return next,
-        };
         let began = Instant::now();
         for _ in 0..GROUPS {
-            let (jobs, next) = self.take_group(&access, limiter);
-            let is_late = self.perform_group(&access, session, jobs, began);
+            let (jobs, next) = self.take_group(access, limiter);
+            let is_late = self.perform_group(access, session, jobs, began);
             match next {
                 // What it has put back is taken again.
                 _ if is_late => break,

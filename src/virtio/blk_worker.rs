@@ -1,7 +1,7 @@
 //! The thread of a disk: takes requests from the queue, carries them out, and gives them back.
-//! Requests to a file are carried out in guest memory, by `blk_batch.rs`. A request that
-//! calls the program, which may take any time, has a buffer of its own and no access meanwhile: if
-//! the device is reset before it ends, its result is void.
+//! Requests to a file are carried out in guest memory, by `blk_batch.rs`. A request that calls the
+//! program, which may take any time, has a buffer of its own and no access meanwhile: if the device
+//! is reset before it ends, its result is void.
 
 use std::io::{self, Write};
 use std::sync::Arc;
@@ -19,6 +19,7 @@ use crate::sync::{Condvar, Mutex, rank};
 
 /// The most bytes that move at once.
 pub(super) const CHUNK: u64 = 1 << 20;
+
 /// What a disk has done.
 #[derive(Debug, Default)]
 pub struct DiskCounts {
@@ -176,10 +177,14 @@ impl Shared {
         }
         // This may call the program, so not within an access.
         let session = self.disk.session();
+        let access = match self.access(queues, &session) {
+            Ok(access) => access,
+            Err(next) => return next,
+        };
         if self.disk.may_block() {
-            self.serve_one(queues, &session, limiter)
+            self.serve_one(queues, access, &session, limiter)
         } else {
-            self.serve_batch(queues, &session, limiter)
+            self.serve_batch(&access, &session, limiter)
         }
     }
 
@@ -206,7 +211,7 @@ impl Shared {
 
     /// Begin an access to the queues for a session that is current, and stays so until the access
     /// ends: the queues are closed to the device while a disk goes back.
-    pub(super) fn access<'a>(
+    fn access<'a>(
         &self,
         queues: &'a Queues,
         session: &io::Result<Session>,
@@ -222,13 +227,10 @@ impl Shared {
     fn serve_one(
         &self,
         queues: &Queues,
+        access: QueueAccess<'_>,
         session: &io::Result<Session>,
         limiter: &mut Limiter,
     ) -> Next {
-        let access = match self.access(queues, session) {
-            Ok(access) => access,
-            Err(next) => return next,
-        };
         let job = match self.take(&access, limiter) {
             Ok(job) => job,
             Err(next) => return next,

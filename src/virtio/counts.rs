@@ -53,9 +53,7 @@ impl Counts {
             bytes_to_guest: of(&self.bytes_to_guest),
         }
     }
-}
 
-impl Counts {
     /// Set them to zero.
     pub(super) fn clear(&self) {
         let Self { notifications, taken, chains, interrupts, bytes_from_guest, bytes_to_guest } =

@@ -170,7 +170,7 @@ impl Queue {
         memory: QueueMemory<'_>,
         chains: &[(u16, u32)],
     ) -> std::result::Result<(), BrokenChain> {
-        let mut ours = SmallHeads::new();
+        let mut ours = Heads::new();
         for (head, length) in chains {
             if let Some(at) = self.taken.iter().position(|taken| taken.head == *head) {
                 self.taken.remove(at);
@@ -223,4 +223,5 @@ impl Queue {
     }
 }
 
-type SmallHeads = smallvec::SmallVec<[(u16, u32); 4]>;
+/// Chains that are given back at once: heads, and the numbers of bytes written. A disk has as many.
+pub(super) type Heads = smallvec::SmallVec<[(u16, u32); 16]>;
