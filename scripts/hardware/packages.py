@@ -10,6 +10,8 @@ from pathlib import Path
 
 KERNEL = "linux-image-amd64"
 WANTED = ["qemu-system-x86", "busybox-static"]
+# QEMU looks for its modules, firmware and data beside itself: an installed copy would not do.
+BESIDE_QEMU = ("qemu-", "seabios", "ipxe-qemu")
 TOOLS = {"apt-get": "apt", "dpkg-deb": "dpkg", "xz": "xz-utils"}
 
 
@@ -56,7 +58,8 @@ class Packages:
         """These packages, and what they need that this machine has not."""
         plan = self._apt("apt-get", "--simulate", "--no-install-recommends", "install", *packages)
         needed = [line.split()[1] for line in plan.splitlines() if line.startswith("Inst ")]
-        return [package for package in needed if package in packages or not is_installed(package)]
+        wanted = (*packages, *BESIDE_QEMU)
+        return [package for package in needed if package.startswith(wanted) or not is_installed(package)]
 
     def unpack(self, packages: list[str], root: Path) -> list[Path]:
         """Download packages, whose signatures apt checks, and unpack them below a folder."""
