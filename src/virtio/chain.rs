@@ -1,6 +1,7 @@
 //! The only walk over descriptor chains. It refuses what a driver must not do: a loop, a readable
 //! descriptor after a writable one, an address outside memory or in ROM, an indirect table inside
-//! another, more than 4 GiB. What it returns is checked, and accesses nothing else.
+//! another, more descriptors than the device's queue has, more than 4 GiB. What it returns is
+//! checked, and accesses nothing else.
 
 use std::fmt;
 use std::sync::Arc;
@@ -30,6 +31,8 @@ pub enum BrokenChain {
     /// It has a loop, ends at a descriptor that does not exist or cannot be read, or is longer than
     /// 4 GiB.
     Unfinished,
+    /// It has more descriptors than the device's queue.
+    Long,
     /// A readable descriptor follows a writable one.
     Order,
     /// A buffer is outside memory, or in memory that the guest cannot write.
@@ -44,6 +47,7 @@ impl fmt::Display for BrokenChain {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Unfinished => f.write_str("a descriptor chain has no end"),
+            Self::Long => f.write_str("a descriptor chain is longer than the queue"),
             Self::Order => f.write_str("a readable descriptor follows a writable one"),
             Self::Address(at) => write!(f, "the buffer at {at:#x} is not in memory"),
             Self::AvailableRing => {
@@ -109,15 +113,21 @@ pub(super) fn length(segments: &[Segment]) -> u64 {
     segments.iter().map(|segment| u64::from(segment.length)).sum()
 }
 
-/// The checked buffers of a chain: readable and writable ones.
+/// The checked buffers of a chain, which has at most this many descriptors: readable and writable
+/// ones.
 pub(super) fn walk(
     chain: DescriptorChain<&GuestMemoryMmap>,
     memory: &GuestMemory,
+    most: u16,
 ) -> Result<(Segments, Segments), BrokenChain> {
     let (mut readable, mut writable) = (Segments::new(), Segments::new());
     // The iterator of upstream ends early, without an error, where the chain is broken.
     let mut is_finished = false;
-    for descriptor in chain {
+    for (place, descriptor) in chain.enumerate() {
+        // An indirect table may be longer than the queue.
+        if place >= usize::from(most) {
+            return Err(BrokenChain::Long);
+        }
         is_finished = !descriptor.has_next();
         let (address, length) = (descriptor.addr().0, descriptor.len());
         if !descriptor.is_write_only() && !writable.is_empty() {

@@ -32,6 +32,12 @@ pub trait VirtioDevice: Send + Sync + Debug {
         0
     }
 
+    /// Whether a driver may accept these features, which are offered, together: one may require
+    /// another.
+    fn accepts(&self, _features: u64) -> bool {
+        true
+    }
+
     /// The maximum size of each queue, a power of two.
     fn queue_sizes(&self) -> &[u16];
 

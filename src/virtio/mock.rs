@@ -150,21 +150,27 @@ impl MockDriver {
     /// Reset the device, accept these features and `VERSION_1`, set up its queues and start it.
     /// Returns the status.
     pub fn start(&mut self, features: u64) -> u32 {
-        self.write(STATUS, 0);
-        self.write(STATUS, 1);
-        self.write(STATUS, 3);
-        let features = features | VERSION_1;
-        for (select, half) in [(0, features & 0xffff_ffff), (1, features >> 32)] {
-            self.write(DRIVER_FEATURES_SEL, select);
-            self.write(DRIVER_FEATURES, u32::try_from(half).unwrap_or(0));
-        }
-        self.write(STATUS, 11);
+        self.greet(features | VERSION_1);
         self.set_up_queues();
         self.write(STATUS, 15);
         self.read(STATUS)
     }
 
-    fn set_up_queues(&mut self) {
+    /// Reset the device and accept these features. Returns the status.
+    pub fn greet(&mut self, features: u64) -> u32 {
+        self.write(STATUS, 0);
+        self.write(STATUS, 1);
+        self.write(STATUS, 3);
+        for (select, half) in [(0, features & 0xffff_ffff), (1, features >> 32)] {
+            self.write(DRIVER_FEATURES_SEL, select);
+            self.write(DRIVER_FEATURES, u32::try_from(half).unwrap_or(0));
+        }
+        self.write(STATUS, 11);
+        self.read(STATUS)
+    }
+
+    /// Set up all queues.
+    pub fn set_up_queues(&mut self) {
         self.rings.clear();
         for (index, start) in (0..16).zip((QUEUES..).step_by(0x1_0000)) {
             self.write(QUEUE_SEL, index);
@@ -243,6 +249,12 @@ impl MockDriver {
         let _ = self.memory.store(ring.available + 4 + 2 * slot, head);
         ring.next_available = ring.next_available.wrapping_add(1);
         let _ = self.memory.store(ring.available + 2, ring.next_available);
+    }
+
+    /// Where the available and the used ring of a queue are.
+    #[must_use]
+    pub fn rings(&self, queue: usize) -> Option<(u64, u64)> {
+        self.rings.get(queue).map(|ring| (ring.available, ring.used))
     }
 
     /// Set the index of the available ring.

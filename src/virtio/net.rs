@@ -264,6 +264,10 @@ impl VirtioDevice for Net {
         net_features::OFFERED | if self.mtu.is_some() { net_features::MTU } else { 0 }
     }
 
+    fn accepts(&self, features: u64) -> bool {
+        net_features::are_complete(features)
+    }
+
     fn queue_sizes(&self) -> &[u16] {
         &[256, 256, 64]
     }

@@ -5,7 +5,7 @@ use std::io::Write;
 
 use super::access::QueueAccess;
 use super::buffers::{ChainReader, ChainWriter};
-use super::net_features::guest_offloads;
+use super::net_features::{CTRL_GUEST_OFFLOADS, CTRL_MAC_ADDR, CTRL_RX, CTRL_VQ, guest_offloads};
 use crate::bytes::Reader;
 use crate::error::Result;
 use crate::net::Offloads;
@@ -120,9 +120,23 @@ pub(super) fn process(access: &QueueAccess<'_>, controlled: &mut Controlled) -> 
     any
 }
 
-/// None if there is no such command, or it is malformed.
+/// The features that a command belongs to. None if there is no such command.
+fn required(class: u8, command: u8) -> Option<u64> {
+    Some(match (class, command) {
+        (RX, _) | (MAC, MAC_TABLE_SET) => CTRL_VQ | CTRL_RX,
+        (MAC, MAC_ADDRESS_SET) => CTRL_VQ | CTRL_MAC_ADDR,
+        (GUEST_OFFLOADS, _) => CTRL_VQ | CTRL_GUEST_OFFLOADS,
+        _ => return None,
+    })
+}
+
+/// None if there is no such command with these features, or it is malformed.
 fn execute(command: &[u8], features: u64, controlled: &mut Controlled) -> Option<()> {
     let ([class, command], data) = command.split_first_chunk()?;
+    let required = required(*class, *command)?;
+    if features & required != required {
+        return None;
+    }
     match (*class, *command) {
         (RX, RX_PROMISCUOUS) => controlled.filter.is_promiscuous = *data.first()? != 0,
         (RX, RX_ALL_MULTICAST) => controlled.filter.all_multicast = *data.first()? != 0,
@@ -156,7 +170,7 @@ fn table(data: &[u8]) -> Option<(Option<Vec<Mac>>, &[u8])> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::net_features::GUEST_CSUM;
+    use super::super::net_features::{GUEST_CSUM, OFFERED};
     use super::*;
     use proptest::prelude::*;
 
@@ -176,17 +190,17 @@ mod tests {
         let [other, group, listed] =
             [[2, 0, 0, 0, 0, 9], [0x33, 0x33, 0, 0, 0, 1], [1, 0, 0x5e, 0, 0, 1]];
         assert!(all.filter.accepts(OWN, &frame(other)), "everything at first");
-        execute(&[RX, RX_PROMISCUOUS, 0], 0, &mut all).unwrap();
+        execute(&[RX, RX_PROMISCUOUS, 0], OFFERED, &mut all).unwrap();
         let accepts = |all: &Controlled, to| all.filter.accepts(all.mac, &frame(to));
         assert!(accepts(&all, OWN) && accepts(&all, [0xff; 6]));
         assert!(!accepts(&all, other) && !accepts(&all, group));
         let table =
             [&[MAC, MAC_TABLE_SET, 1, 0, 0, 0][..], &other, &[1, 0, 0, 0], &listed].concat();
-        execute(&table, 0, &mut all).unwrap();
+        execute(&table, OFFERED, &mut all).unwrap();
         assert!(accepts(&all, other) && accepts(&all, listed) && !accepts(&all, group));
-        execute(&[RX, RX_ALL_MULTICAST, 1], 0, &mut all).unwrap();
+        execute(&[RX, RX_ALL_MULTICAST, 1], OFFERED, &mut all).unwrap();
         assert!(accepts(&all, group));
-        execute(&[&[MAC, MAC_ADDRESS_SET][..], &group].concat(), 0, &mut all).unwrap();
+        execute(&[&[MAC, MAC_ADDRESS_SET][..], &group].concat(), OFFERED, &mut all).unwrap();
         assert!(!accepts(&all, OWN));
         assert!(!all.filter.accepts(OWN, &[0; 5]));
     }
@@ -194,9 +208,9 @@ mod tests {
     #[test]
     fn more_addresses_than_the_table_has_are_all_addresses() {
         let mut all = controlled();
-        execute(&[RX, RX_PROMISCUOUS, 0], 0, &mut all).unwrap();
+        execute(&[RX, RX_PROMISCUOUS, 0], OFFERED, &mut all).unwrap();
         let table = [&[MAC, MAC_TABLE_SET, 65, 0, 0, 0][..], &[2; 65 * 6], &[0; 4]].concat();
-        execute(&table, 0, &mut all).unwrap();
+        execute(&table, OFFERED, &mut all).unwrap();
         assert!(all.filter.accepts(OWN, &frame([6; 6])));
         let mut state = Vec::new();
         all.filter.save(&mut state);
@@ -209,8 +223,8 @@ mod tests {
     fn only_offloads_that_were_accepted_can_be_turned_on() {
         let mut all = controlled();
         let command = |bits: u64| [&[GUEST_OFFLOADS, 0][..], &bits.to_le_bytes()].concat();
-        assert_eq!(execute(&command(GUEST_CSUM), 0, &mut all), None);
-        execute(&command(GUEST_CSUM), GUEST_CSUM, &mut all).unwrap();
+        assert_eq!(execute(&command(GUEST_CSUM), OFFERED & !GUEST_CSUM, &mut all), None);
+        execute(&command(GUEST_CSUM), OFFERED, &mut all).unwrap();
         assert!(all.guest.checksum);
     }
 

@@ -37,6 +37,23 @@ pub(super) const OFFERED: u64 = CSUM
     | CTRL_RX
     | CTRL_MAC_ADDR;
 
+/// A feature, and those of which it requires one (virtio 1.2, 5.1.3.1).
+const REQUIRED: [(u64, u64); 8] = [
+    (GUEST_TSO4, GUEST_CSUM),
+    (GUEST_TSO6, GUEST_CSUM),
+    (GUEST_ECN, GUEST_TSO4 | GUEST_TSO6),
+    (HOST_TSO4, CSUM),
+    (HOST_TSO6, CSUM),
+    (HOST_ECN, HOST_TSO4 | HOST_TSO6),
+    (CTRL_RX, CTRL_VQ),
+    (CTRL_MAC_ADDR, CTRL_VQ),
+];
+
+/// Whether each of these features has what it requires.
+pub(super) fn are_complete(features: u64) -> bool {
+    REQUIRED.iter().all(|(one, others)| features & one == 0 || features & others != 0)
+}
+
 /// What a guest with these features does itself with frames that it receives.
 pub(super) fn guest_offloads(features: u64) -> Offloads {
     let has = |bit| features & (bit | GUEST_CSUM) == bit | GUEST_CSUM;

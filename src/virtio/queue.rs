@@ -1,7 +1,7 @@
 //! One queue of a device: upstream's, with the chains that the device has taken, and the checks of
 //! what is written to guest memory. The lock of its place in [`super::Queues`] protects it.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
@@ -39,6 +39,8 @@ pub(super) struct Queue {
     pub(super) taken: Vec<Taken>,
     /// Taken before a snapshot that was restored; the device takes them again, first.
     pub(super) carried: VecDeque<Taken>,
+    /// The registers that the driver has given values that the queue cannot have.
+    pub(super) refused: BTreeSet<u64>,
     /// Whether the driver notifies, without the event index.
     is_notified: bool,
     /// How many chains were completed since the driver was last interrupted, or was not to be.
@@ -54,14 +56,23 @@ impl Queue {
             Error::new(ErrorKind::Config, "virtio", detail)
         })?;
         let (taken, carried) = (Vec::new(), VecDeque::new());
-        Ok(Self { ring, taken, carried, is_notified: true, completed: 0 })
+        let refused = BTreeSet::new();
+        Ok(Self { ring, taken, carried, refused, is_notified: true, completed: 0 })
     }
 
     pub(super) fn reset(&mut self) {
         self.ring.reset();
         self.taken.clear();
         self.carried.clear();
+        self.refused.clear();
         (self.is_notified, self.completed) = (true, 0);
+    }
+
+    /// The driver stops it: nothing is given back any more.
+    pub(super) fn stop(&mut self) {
+        self.ring.set_ready(false);
+        self.taken.clear();
+        self.carried.clear();
     }
 
     fn used_ring_size(&self) -> u64 {
@@ -70,7 +81,9 @@ impl Queue {
 
     /// Whether the rings are in memory, and the used ring in memory that can be written.
     pub(super) fn is_valid(&self, memory: QueueMemory<'_>) -> bool {
-        self.ring.is_valid(memory.mmap) && self.check_used_ring(memory).is_ok()
+        self.refused.is_empty()
+            && self.ring.is_valid(memory.mmap)
+            && self.check_used_ring(memory).is_ok()
     }
 
     /// Slots may change while the queue is in use.
@@ -111,7 +124,7 @@ impl Queue {
         let chain = self.ring.iter(memory.mmap).map_err(broken)?.next();
         let chain = chain.ok_or(BrokenChain::AvailableRing)?;
         let head = chain.head_index();
-        let (readable, writable) = walk(chain, memory.memory)?;
+        let (readable, writable) = walk(chain, memory.memory, self.ring.max_size())?;
         let taken = Taken { head, readable, writable };
         self.taken.push(taken.clone());
         Ok(Some(taken))
@@ -122,6 +135,9 @@ impl Queue {
         &self,
         memory: QueueMemory<'_>,
     ) -> std::result::Result<bool, BrokenChain> {
+        if !self.ring.ready() {
+            return Ok(true);
+        }
         if !self.carried.is_empty() {
             return Ok(false);
         }

@@ -149,17 +149,23 @@ impl Transport {
         registers.driver_features = registers.driver_features & !mask | u64::from(value) << shift;
     }
 
-    /// A queue can be stopped alone; it is set up again before it is started.
+    /// A queue can be stopped alone, and started only before the device. Once the driver has
+    /// stopped it, the device does not access it: a stop waits for accesses in progress.
     fn write_ready(&self, select: u32, value: u32) {
         let is_active = self.status() & status::DRIVER_OK != 0;
-        self.with_queue(select, |queue| {
-            if value & 1 == 0 {
-                queue.ring.set_ready(false);
-            } else if !is_active {
+        if value & 1 == 0 {
+            self.queues.hold();
+            self.with_queue(select, |queue| {
+                queue.stop();
+                0
+            });
+            self.queues.release();
+        } else if !is_active {
+            self.with_queue(select, |queue| {
                 queue.ring.set_ready(true);
-            }
-            0
-        });
+                0
+            });
+        }
     }
 
     /// A notification without an ioeventfd.
@@ -182,16 +188,20 @@ impl Transport {
             return;
         }
         let now = self.status();
+        // A driver that has given up resets the device before it begins again.
+        if now & status::FAILED != 0 {
+            return;
+        }
         // Bits can only be set.
         let mut set = wanted & !now;
         let has = |bit| (now | set) & bit != 0;
         let is_greeted = has(status::ACKNOWLEDGE) && has(status::DRIVER);
         let features = registers.driver_features;
         let are_known = features & !self.offered() == 0 && features & VERSION_1 != 0;
-        if set & status::FEATURES_OK != 0 && !(is_greeted && are_known) {
+        if !(is_greeted && are_known && self.device.accepts(features)) {
             set &= !status::FEATURES_OK;
         }
-        if (now | set) & status::FEATURES_OK == 0 {
+        if (now | set) & status::FEATURES_OK == 0 || set & status::FAILED != 0 {
             set &= !status::DRIVER_OK;
         }
         drop(registers);
@@ -211,7 +221,10 @@ impl Transport {
         }
         self.queues.start(features);
         if !self.queues.are_valid() {
-            self.queues.fail("the rings of a queue are not in memory that can be written");
+            self.queues.fail(
+                "a queue has a size or an alignment that is not allowed, or rings that are not in \
+                 memory that can be written",
+            );
             return;
         }
         self.device.activate(&self.queues, features);
@@ -237,12 +250,27 @@ impl Transport {
     }
 }
 
-/// Set up a queue, before it is started.
+/// Set up a queue, before it is started. The values that it cannot have are noted: a device with
+/// such a queue needs a reset.
 fn set_up(queue: &mut super::queue::Queue, at: u64, value: u32) -> u32 {
     let ring = &mut queue.ring;
     if ring.ready() {
         return 0;
     }
+    let is_allowed = match at {
+        QUEUE_NUM => {
+            u16::try_from(value).is_ok_and(|size| size.is_power_of_two() && size <= ring.max_size())
+        }
+        QUEUE_DESC_LOW => value.is_multiple_of(16),
+        QUEUE_DRIVER_LOW => value.is_multiple_of(2),
+        QUEUE_DEVICE_LOW => value.is_multiple_of(4),
+        _ => true,
+    };
+    if !is_allowed {
+        queue.refused.insert(at);
+        return 0;
+    }
+    queue.refused.remove(&at);
     let (lower, upper) = (Some(value), None);
     match at {
         QUEUE_NUM => ring.set_size(u16::try_from(value).unwrap_or(0)),
