@@ -220,12 +220,14 @@ impl VirtioDevice for Balloon {
 
     fn process_queue(&self, queues: &Arc<Queues>, queue: usize, _ops: &mut EventOps<'_>) {
         let Some(access) = queues.access() else { return };
-        let has_statistics = access.features() & bit(STATS_VQ) != 0;
+        let has = |feature| access.features() & bit(feature) != 0;
+        let reports = THIRD + usize::from(has(STATS_VQ));
         match queue {
             INFLATE => Self::inflate(&access),
             DEFLATE => Self::deflate(&access),
-            THIRD if has_statistics => self.take_statistics(&access),
-            _ => Self::report(&access, queue),
+            THIRD if has(STATS_VQ) => self.take_statistics(&access),
+            _ if queue == reports && has(REPORTING) => Self::report(&access, queue),
+            _ => {}
         }
     }
 

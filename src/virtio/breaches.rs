@@ -7,9 +7,10 @@ mod tests {
     use std::sync::Arc;
 
     use super::super::Rng;
-    use super::super::mock::{MockDriver, writable};
+    use super::super::mock::{MockDriver, readable, writable};
     use super::super::registers::*;
     use crate::config::RngConfig;
+    use crate::memory::{Backing, anonymous};
 
     const AT: u64 = MockDriver::BUFFERS;
     const TABLE: u64 = AT + 0x8000;
@@ -177,6 +178,34 @@ mod tests {
             driver.write(STATUS, 15);
             needs_reset(driver, "size");
         }
+    }
+
+    /// 2.7: what the device writes is in ROM.
+    #[test]
+    fn nothing_is_written_to_rom() {
+        const ROM: u64 = 1 << 30;
+        let with_rom = || {
+            let driver = rng();
+            let rom = Backing { read_only: true, shared: false };
+            driver.memory.add(ROM, anonymous(0x4000).unwrap(), rom).unwrap();
+            driver
+        };
+        let mut driver = with_rom();
+        driver.start(0);
+        assert_eq!(driver.exchange(0, &[readable(ROM, 8), writable(AT, 8)]), Some(8));
+        driver.add(0, &[writable(ROM, 8)]).unwrap();
+        driver.notify(0);
+        turn(&driver);
+        needs_reset(driver, "not in memory");
+        let mut driver = with_rom();
+        driver.greet(VERSION_1);
+        driver.set_up_queues();
+        driver.write(QUEUE_SEL, 0);
+        driver.write(QUEUE_READY, 0);
+        driver.write(QUEUE_DEVICE_LOW, u32::try_from(ROM).unwrap());
+        driver.write(QUEUE_READY, 1);
+        driver.write(STATUS, 15);
+        needs_reset(driver, "memory that can be written");
     }
 
     /// 2.7.5.2

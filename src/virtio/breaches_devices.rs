@@ -1,5 +1,6 @@
-//! Drivers of a disk, a console, a source of entropy and a balloon that break what virtio 1.2
-//! requires of them, by its sections. docs/virtio.md and docs/disk.md say what the device does.
+//! Drivers of a disk, a console, a source of entropy, a balloon and a socket device that break what
+//! virtio 1.2 requires of them, by its sections. docs/virtio.md, docs/disk.md and docs/vsock.md say
+//! what the device does.
 
 #[cfg(test)]
 mod tests {
@@ -9,9 +10,12 @@ mod tests {
     use super::super::blk::tests::{driver as disk, request};
     use super::super::mock::{Buffer, MockDriver, readable, writable};
     use super::super::registers::STATUS;
+    use super::super::vsock_driver::Guest;
     use super::super::{Balloon, Console, Rng};
     use crate::config::{BalloonConfig, ConsoleConfig, ConsolePort, RngConfig};
+    use crate::devices::Device;
     use crate::disk::Contents;
+    use crate::vsock::{Header, op};
 
     const AT: u64 = MockDriver::BUFFERS;
     const DATA: u64 = AT + 0x1000;
@@ -294,5 +298,50 @@ mod tests {
         let found = [0x20_0000, 0x20_1000, 0x20_1fff, 0x20_2000, 0x20_3000];
         assert_eq!(found.map(|at| byte(&driver, at)), [7, 7, 7, 0, 7]);
         assert_eq!(driver.read(STATUS), 15);
+    }
+
+    /// 5.5.2: queues of features that were not accepted.
+    #[test]
+    fn a_balloon_has_no_queue_without_its_feature() {
+        let (balloon, mut driver) = balloon();
+        driver.start(0);
+        for queue in [2, 3] {
+            driver.add(queue, &[readable(AT, 10), writable(0x20_0000, 0x1000)]).unwrap();
+            driver.notify(u32::try_from(queue).unwrap());
+            turn(&driver);
+            assert_eq!((driver.used(queue), byte(&driver, 0x20_0000)), (None, 7));
+        }
+        assert_eq!(balloon.statistics(), []);
+    }
+
+    /// 5.10.4 and 5.10.6.4: the upper half of an address is zero.
+    #[test]
+    fn addresses_of_sockets_are_as_the_configuration_says() {
+        let mut guest = Guest::new();
+        guest.driver.write_config(0, &4u64.to_le_bytes());
+        let mut cid = [0; 8];
+        guest.driver.config(0, &mut cid);
+        assert_eq!(u64::from_le_bytes(cid), 3);
+        let packet = Guest::packet((99, 99), op::RW);
+        guest.send(Header { src_cid: 3 | 1 << 32, ..packet }, &[]);
+        assert!(guest.ops().is_empty(), "dropped");
+        guest.send(Header { dst_cid: 2 | 1 << 32, ..packet }, &[]);
+        assert_eq!(guest.ops(), [op::RST]);
+    }
+
+    /// 5.10.6.7
+    #[test]
+    fn a_connection_that_ended_in_a_snapshot_is_refused() {
+        let mut guest = Guest::new();
+        let (ports, _end) = guest.connected(52);
+        let transport = Arc::clone(&guest.driver.attached.transport);
+        Device::quiesce(&*transport).unwrap();
+        let state = Device::save(&*transport).unwrap();
+        Device::restore(&*transport, &state).unwrap();
+        Device::resume(&*transport);
+        guest.turn();
+        guest.received.clear();
+        guest.send(Guest::packet(ports, op::RW), &[1]);
+        assert_eq!(guest.ops(), [op::RST]);
     }
 }
