@@ -214,9 +214,14 @@ mod tests {
     /// 5.1.6.5
     #[test]
     fn a_command_without_room_for_its_answer_is_given_back() {
-        let (mut driver, _queue) = machine(OFFERED);
+        let (mut driver, queue) = machine(OFFERED);
         driver.memory.write(SEND, &[0, 0, 0]).unwrap();
         assert_eq!(driver.exchange(2, &[readable(SEND, 3)]), Some(0));
+        driver.add(0, &[writable(RECEIVE, 100)]).unwrap();
+        driver.notify(0);
+        assert!(queue.give(&[6; 60]));
+        turn(&driver);
+        assert_eq!(driver.used(0), None, "it is carried out: the frame is not for the guest");
         assert_eq!(driver.exchange(2, &[writable(SEND, 1)]), Some(1));
     }
 }

@@ -216,6 +216,7 @@ mod tests {
         let mut tag = [0; 8];
         driver.config(0, &mut tag);
         assert_eq!(tag, [4, 0, b'h', b'o', b's', b't', 0, 0]);
+        driver.write_config(0, &[1; 8]);
         driver.config(3, &mut tag[..2]);
         assert_eq!(tag[..2], *b"os");
         assert_eq!(driver.offered() & 0xff, MOUNT_TAG);
