@@ -42,7 +42,7 @@ mod tests {
         driver
     }
 
-    /// Segments to discard or to zero: a sector, a count, flags.
+    /// Ranges to discard or to zero, each a sector, a count, flags.
     fn segments(driver: &MockDriver, all: &[(u64, u32, u32)]) -> Buffer {
         let bytes: Vec<u8> = all
             .iter()
