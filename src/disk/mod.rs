@@ -7,6 +7,7 @@ mod blocks;
 mod bytes;
 #[allow(clippy::module_inception, reason = "it is where `Disk` is")]
 mod disk;
+mod extents;
 mod frozen;
 mod header;
 mod history;

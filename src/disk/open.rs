@@ -235,8 +235,58 @@ mod tests {
         assert!(disk.session().unwrap().write_at(1, &of_bytes(&[2])).is_err());
     }
 
+    /// Requests on an image: where, how many bytes, and what.
+    fn requests() -> impl Strategy<Value = Vec<(usize, usize, u8)>> {
+        let at = prop_oneof![0..SIZE, (0..SIZE >> 16).prop_map(|cluster| cluster << 16)];
+        let length = prop_oneof![1usize..9000, (1usize..5).prop_map(|clusters| clusters << 16)];
+        prop::collection::vec((at, length, 0u8..8), 1..40)
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(32))]
+        // Long because the requests, what each does to the model, and the check are in one place.
+        #[test]
+        fn an_image_reads_as_bytes_would(requests in requests(), is_over in any::<bool>()) {
+            let folder = folder();
+            let path = folder.as_path().join("it.qcow2");
+            let layer = Layer::File(path.clone());
+            let base = Contents::Bytes(vec![5; SIZE]);
+            let mut model = vec![5; SIZE];
+            let mut disk = open(base.clone(), &layer, false).unwrap();
+            if !is_over {
+                disk.session().unwrap().write_at(0, &of_bytes(&model)).unwrap();
+                disk.session().unwrap().flush().unwrap();
+                drop(disk);
+                disk = open(Contents::File(path.clone(), Format::Qcow2), &Layer::None, false).unwrap();
+            }
+            for (number, (at, length, kind)) in (1u8..).zip(requests) {
+                let end = (at + length).min(SIZE);
+                let (offset, length) = (at as u64, (end - at) as u64);
+                let session = disk.session().unwrap();
+                match kind {
+                    0..3 => {
+                        let bytes = vec![number; end - at];
+                        session.write_at(offset, &of_bytes(&bytes)).unwrap();
+                        model[at..end].copy_from_slice(&bytes);
+                    }
+                    3..6 => prop_assert_eq!(&read(&disk, offset, end - at), &model[at..end]),
+                    _ => {
+                        session.write_zeroes(offset, length, kind == 6).unwrap();
+                        model[at..end].fill(0);
+                    }
+                }
+            }
+            prop_assert_eq!(&read(&disk, 0, SIZE), &model);
+            disk.session().unwrap().flush().unwrap();
+            drop(disk);
+            let again = if is_over {
+                open(base, &layer, false)
+            } else {
+                open(Contents::File(path, Format::Qcow2), &Layer::None, true)
+            };
+            prop_assert_eq!(&read(&again.unwrap(), 0, SIZE), &model);
+        }
+
         #[test]
         fn a_damaged_image_is_refused_or_fails_its_requests(
             changes in prop::collection::vec((0usize..0x6_0000, any::<u8>()), 1..40),

@@ -10,9 +10,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use imago::format::PreallocateMode;
 use imago::qcow2::Qcow2 as Image;
-use imago::{DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder, FormatDriverBuilder};
+use imago::{
+    DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder, FormatDriverBuilder, ShallowMapping,
+};
 
 use super::backend::{Backend, read_only};
+use super::extents::{Extent, Extents, WINDOW};
 use super::header::{self, Header, MOST_HEADER};
 use super::raw::Raw;
 use super::slices::{self, Slice};
@@ -29,6 +32,9 @@ type Access = FormatAccess<Store>;
 #[derive(Debug)]
 pub(super) struct Qcow2 {
     image: Access,
+    /// The image's file, for requests within known extents.
+    file: Store,
+    extents: Extents,
     is_read_only: bool,
     /// Whether it is over a backend that may call the program.
     may_block: bool,
@@ -45,8 +51,8 @@ impl Qcow2 {
     /// [`ErrorKind::Config`] if the image is damaged, needs what is not supported, or names a base
     /// that it may not; [`ErrorKind::Io`] if a file cannot be read.
     pub(super) fn open(path: &Path, is_written: bool) -> Result<Self> {
-        let image = open_images(path, is_written, 1)?;
-        Ok(Self::of(image, !is_written, Some(RwLock::new(())), false))
+        let (image, file) = open_images(path, is_written, 1)?;
+        Ok(Self::of(image, file, !is_written, Some(RwLock::new(())), false))
     }
 
     /// An overlay in a file over another backend. The file is created if there is none.
@@ -59,24 +65,63 @@ impl Qcow2 {
         let below = imago::raw::Raw::builder(Store::new(base));
         let below = below.open(DenyImplicitOpenGate::default());
         let below = FormatAccess::new(below.map_err(|e| damaged(path, &e.to_string()))?);
-        let image = if path.exists() {
+        let (image, file) = if path.exists() {
             let file = Raw::open(path, true)?;
             check_base(path, &checked(&file, true)?, name)?;
-            open_image(path, file, true, Some(below))?
+            let file: Arc<dyn Backend> = Arc::new(file);
+            (open_image(path, Arc::clone(&file), true, Some(below))?, file)
         } else {
-            let made = create(path, Raw::create(path)?, (size, name), below);
-            made.inspect_err(|_| drop(std::fs::remove_file(path)))?
+            let file: Arc<dyn Backend> = Arc::new(Raw::create(path)?);
+            let made = create(path, Arc::clone(&file), (size, name), below);
+            (made.inspect_err(|_| drop(std::fs::remove_file(path)))?, file)
         };
-        Ok(Self::of(image, false, None, may_block))
+        Ok(Self::of(image, file, false, None, may_block))
     }
 
     fn of(
         image: Access,
+        file: Arc<dyn Backend>,
         is_read_only: bool,
         discards: Option<RwLock<(), rank::DiskImage>>,
         may_block: bool,
     ) -> Self {
-        Self { image, is_read_only, may_block, discards, is_broken: AtomicBool::new(false) }
+        Self {
+            image,
+            file: Store::new(file),
+            extents: Extents::default(),
+            is_read_only,
+            may_block,
+            discards,
+            is_broken: AtomicBool::new(false),
+        }
+    }
+
+    /// Where a range of the disk is in the file, if it is there in one piece, and requests may go
+    /// there at once: with writes, a range whose clusters this image alone has.
+    fn place(&self, offset: u64, length: u64) -> io::Result<Option<u64>> {
+        let ticket = match self.extents.place(offset, length) {
+            Ok(at) => return Ok(Some(at)),
+            Err(ticket) => ticket,
+        };
+        let (mapping, size) = self.image.get_shallow_mapping(offset, WINDOW - offset % WINDOW)?;
+        let ShallowMapping::Raw { storage, offset: at, writable, .. } = mapping else {
+            return Ok(None);
+        };
+        // A cluster that others have, too, moves once it is written.
+        if !Arc::ptr_eq(&storage.backend, &self.file.backend) || !(writable || self.is_read_only) {
+            return Ok(None);
+        }
+        let extent = Extent { start: offset, end: offset.saturating_add(size), at };
+        self.extents.add(ticket, extent);
+        Ok(extent.place(offset, length))
+    }
+
+    /// Make a change after which clusters may be elsewhere.
+    fn moving<T>(&self, change: impl FnOnce() -> T) -> T {
+        self.extents.forget();
+        let result = change();
+        self.extents.forget();
+        result
     }
 
     /// Call imago. After a panic, the image is not used any more.
@@ -148,11 +193,12 @@ fn check_base(path: &Path, header: &Header, name: Option<&Path>) -> Result<()> {
 }
 
 /// Open an image and its bases. `depth` counts them.
-fn open_images(path: &Path, is_written: bool, depth: usize) -> Result<Access> {
+fn open_images(path: &Path, is_written: bool, depth: usize) -> Result<(Access, Arc<dyn Backend>)> {
     let file = Raw::open(path, is_written)?;
     let header = checked(&file, is_written)?;
+    let file: Arc<dyn Backend> = Arc::new(file);
     let Some((name, format)) = header.backing else {
-        return open_image(path, file, is_written, None);
+        return Ok((open_image(path, Arc::clone(&file), is_written, None)?, file));
     };
     if depth == MOST_IMAGES {
         return Err(damaged(path, "more than 8 images are based on each other"));
@@ -164,7 +210,7 @@ fn open_images(path: &Path, is_written: bool, depth: usize) -> Result<Access> {
         return Err(damaged(path, &detail).hint("`qemu-img rebase -u -b NAME -F FORMAT` names it"));
     }
     let base = match format.as_str() {
-        "qcow2" => open_images(&base, false, depth + 1)?,
+        "qcow2" => open_images(&base, false, depth + 1)?.0,
         "raw" => {
             let store = Store::new(Arc::new(Raw::open(&base, false)?));
             let raw = imago::raw::Raw::builder(store).open(DenyImplicitOpenGate::default());
@@ -172,7 +218,7 @@ fn open_images(path: &Path, is_written: bool, depth: usize) -> Result<Access> {
         }
         other => return Err(damaged(path, &format!("its base has the format {other:?}"))),
     };
-    open_image(path, file, is_written, Some(base))
+    Ok((open_image(path, Arc::clone(&file), is_written, Some(base))?, file))
 }
 
 /// Whether a path leads to a place below a folder, also behind symbolic links.
@@ -185,8 +231,13 @@ fn is_below(path: &Path, folder: &Path) -> bool {
     }
 }
 
-fn open_image(path: &Path, file: Raw, is_written: bool, base: Option<Access>) -> Result<Access> {
-    let builder = Image::<Store>::builder(Store::new(Arc::new(file)));
+fn open_image(
+    path: &Path,
+    file: Arc<dyn Backend>,
+    is_written: bool,
+    base: Option<Access>,
+) -> Result<Access> {
+    let builder = Image::<Store>::builder(Store::new(file));
     let builder = builder.write(is_written).backing(base);
     let opened = guarded(|| builder.open(DenyImplicitOpenGate::default()));
     match opened {
@@ -198,11 +249,11 @@ fn open_image(path: &Path, file: Raw, is_written: bool, base: Option<Access>) ->
 
 fn create(
     path: &Path,
-    file: Raw,
+    file: Arc<dyn Backend>,
     (size, name): (u64, Option<&Path>),
     base: Access,
 ) -> Result<Access> {
-    let mut builder = Image::<Store>::create_builder(Store::new(Arc::new(file))).size(size);
+    let mut builder = Image::<Store>::create_builder(Store::new(file)).size(size);
     if let Some(name) = name.and_then(|name| name.canonicalize().ok()) {
         builder = builder.backing(name.to_string_lossy().into_owned(), "raw".into());
     }
@@ -217,17 +268,24 @@ impl Backend for Qcow2 {
     }
 
     fn read_at(&self, offset: u64, buffers: &[Slice<'_>]) -> io::Result<()> {
-        // imago makes references to its buffers, which guest memory must not have.
-        let mut bytes = vec![0; usize::try_from(slices::length(buffers)).unwrap_or(0)];
-        self.shared(|| self.image.read(bytes.as_mut_slice(), offset))?;
-        slices::fill(buffers, 0, &bytes);
-        Ok(())
+        let length = slices::length(buffers);
+        self.shared(|| {
+            if let Some(at) = self.place(offset, length)? {
+                return self.file.read(at, buffers);
+            }
+            let mut bytes = vec![0; usize::try_from(length).unwrap_or(0)];
+            self.image.read(bytes.as_mut_slice(), offset)?;
+            slices::fill(buffers, 0, &bytes);
+            Ok(())
+        })
     }
 
     fn write_at(&self, offset: u64, buffers: &[Slice<'_>]) -> io::Result<()> {
         self.for_writing()?;
-        let bytes = slices::to_vec(buffers);
-        self.shared(|| self.image.write(bytes.as_slice(), offset))
+        self.shared(|| match self.place(offset, slices::length(buffers))? {
+            Some(at) => self.file.backend.write_at(at, buffers),
+            None => self.image.write(slices::to_vec(buffers).as_slice(), offset),
+        })
     }
 
     fn flush(&self) -> io::Result<()> {
@@ -244,12 +302,15 @@ impl Backend for Qcow2 {
     fn write_zeroes(&self, offset: u64, length: u64, may_unmap: bool) -> io::Result<()> {
         self.for_writing()?;
         let Some(discards) = self.discards.as_ref().filter(|_| may_unmap) else {
-            return self.shared(|| self.image.write_zeroes(offset, length));
+            return self.moving(|| self.shared(|| self.image.write_zeroes(offset, length)));
         };
         let _alone = discards.write();
-        // SAFETY: no other request is in progress, because each holds this lock, and no mapping is
-        // kept beyond a request.
-        self.guarded(|| unsafe { self.image.discard_to_zero_unsafe(offset, length) })
+        let discard = || {
+            // SAFETY: no other request is in progress, because each holds this lock, and what is
+            // kept of a mapping beyond a request is forgotten.
+            unsafe { self.image.discard_to_zero_unsafe(offset, length) }
+        };
+        self.moving(|| self.guarded(discard))
     }
 
     fn resize(&self, size: u64) -> io::Result<()> {

@@ -25,6 +25,20 @@ impl Store {
     pub(super) fn new(backend: Arc<dyn Backend>) -> Self {
         Self { backend, helper: CommonStorageHelper::default() }
     }
+
+    /// Fill the buffers. What lies beyond the end reads as zeroes.
+    pub(super) fn read(&self, offset: u64, buffers: &[Slice<'_>]) -> io::Result<()> {
+        match self.backend.read_at(offset, buffers) {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {}
+            other => return other,
+        }
+        let there = self.backend.size()?.saturating_sub(offset);
+        let length = slices::length(buffers);
+        if there < length {
+            slices::clear(buffers, there, length - there);
+        }
+        self.backend.read_at(offset, &slices::part(buffers, 0, there.min(length)))
+    }
 }
 
 impl fmt::Display for Store {
@@ -46,17 +60,7 @@ impl Storage for Store {
         let mut buffers = bufv.into_inner();
         let buffers: Slices<'_> =
             buffers.iter_mut().map(|buffer| Slice::from(&mut **buffer)).collect();
-        match self.backend.read_at(offset, &buffers) {
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {}
-            other => return other,
-        }
-        // What lies beyond the end reads as zeroes.
-        let there = self.backend.size()?.saturating_sub(offset);
-        let length = slices::length(&buffers);
-        if there < length {
-            slices::clear(&buffers, there, length - there);
-        }
-        self.backend.read_at(offset, &slices::part(&buffers, 0, there.min(length)))
+        self.read(offset, &buffers)
     }
 
     unsafe fn pure_writev(&self, bufv: IoVector<'_>, offset: u64) -> io::Result<()> {

@@ -152,6 +152,8 @@ ranks! {
     DiskMedium,
     /// Discards in a qcow2 image, which exclude other requests.
     DiskImage,
+    /// Where an image has its data.
+    DiskExtents,
     /// The blocks that frozen contents of a disk have saved.
     DiskHistory,
     /// The blocks of an overlay in memory.

@@ -8,7 +8,7 @@ use virtio_queue::{Queue as Ring, QueueState};
 
 use super::chain::{Segment, Segments};
 use super::queue::{Queue, Taken};
-use super::registers::{TRANSPORT_FEATURES, status};
+use super::registers::status;
 use super::transport::{Registers, Transport};
 use crate::bytes::{Reader, bad};
 use crate::error::Result;
@@ -140,13 +140,7 @@ fn parse(transport: &Transport, reader: &mut Reader<'_>) -> Result<Saved> {
         ..Registers::default()
     };
     let saved_status = reader.u32()?;
-    let unknown = registers.driver_features & !(device.features() | TRANSPORT_FEATURES);
-    if saved_status & u32::from(status::FEATURES_OK) != 0 && unknown != 0 {
-        let detail = format!("the driver uses features that it does not have: {unknown:#x}");
-        return Err(bad(name, detail));
-    }
-    let known = u32::from(status::OF_DRIVER | status::NEEDS_RESET);
-    let status = u8::try_from(saved_status & known).unwrap_or_default();
+    let status = checked_status(transport, registers.driver_features, saved_status)?;
     let (interrupts, config_generation) = (reader.u32()?, reader.u32()?);
     let (interrupt_status, deferred) = (interrupts & 3, interrupts >> DEFERRED & 3);
     let all = &transport.queues().all;
@@ -160,6 +154,25 @@ fn parse(transport: &Transport, reader: &mut Reader<'_>) -> Result<Saved> {
         queues.push(parse_queue(name, max_size, memory, reader)?);
     }
     Ok(Saved { registers, status, interrupt_status, deferred, config_generation, queues })
+}
+
+/// The status bits that are known. A driver reaches them only with features that it may accept.
+fn checked_status(transport: &Transport, features: u64, saved: u32) -> Result<u8> {
+    let name = transport.queues().name();
+    let known = u32::from(status::OF_DRIVER | status::NEEDS_RESET);
+    let status = u8::try_from(saved & known).unwrap_or_default();
+    let has = |bit: u8| status & bit != 0;
+    let unknown = features & !transport.offered();
+    if has(status::FEATURES_OK) && unknown != 0 {
+        let detail = format!("the driver uses features that it does not have: {unknown:#x}");
+        return Err(bad(name, detail));
+    }
+    let is_negotiated = has(status::FEATURES_OK) && transport.accepts(features);
+    if (has(status::FEATURES_OK) || has(status::DRIVER_OK)) && !is_negotiated {
+        let detail = format!("a driver cannot have the status {status:#x} with {features:#x}");
+        return Err(bad(name, detail));
+    }
+    Ok(status)
 }
 
 fn parse_queue(
@@ -343,6 +356,27 @@ mod tests {
         driver.turn(0).unwrap();
         assert_eq!(driver.used(0).map(|(_, written)| written), Some(8));
         assert_eq!(driver.used(0), None, "answered once");
+    }
+
+    #[test]
+    fn a_status_that_no_driver_reaches_is_refused() {
+        const FEATURES: usize = 16;
+        const STATUS: usize = 24;
+        let driver = started();
+        let transport = &*driver.attached.transport;
+        let state = Device::save(transport).unwrap();
+        assert_eq!(state[STATUS], 15);
+        let refused = |at: usize, byte: u8| {
+            let mut state = state.clone();
+            state[at] = byte;
+            let error = Device::restore(transport, &state).unwrap_err();
+            assert!(error.detail.contains("status"), "{error}");
+        };
+        // Without FEATURES_OK, and without VERSION_1.
+        refused(STATUS, 7);
+        refused(FEATURES + 4, 0);
+        assert_eq!(transport.status(), 15, "nothing has changed");
+        Device::restore(transport, &state).unwrap();
     }
 
     #[test]

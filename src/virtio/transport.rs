@@ -65,6 +65,13 @@ impl Transport {
         self.device.features() | TRANSPORT_FEATURES
     }
 
+    /// Whether a driver may accept just these features.
+    pub(super) fn accepts(&self, features: u64) -> bool {
+        features & !self.offered() == 0
+            && features & VERSION_1 != 0
+            && self.device.accepts(features)
+    }
+
     /// The status that the driver sees.
     #[must_use]
     pub fn status(&self) -> u8 {
@@ -197,8 +204,7 @@ impl Transport {
         let has = |bit| (now | set) & bit != 0;
         let is_greeted = has(status::ACKNOWLEDGE) && has(status::DRIVER);
         let features = registers.driver_features;
-        let are_known = features & !self.offered() == 0 && features & VERSION_1 != 0;
-        if !(is_greeted && are_known && self.device.accepts(features)) {
+        if !(is_greeted && self.accepts(features)) {
             set &= !status::FEATURES_OK;
         }
         if (now | set) & status::FEATURES_OK == 0 || set & status::FAILED != 0 {

@@ -26,15 +26,17 @@ DEADLINE_S = 60
 TARGET, COUNT, SCRATCH = 0x2000, 0x2004, 0x40000
 T = TypeVar("T")
 
-# Real mode: counts at 0x2004 up to the number at 0x2000, printing each number's low byte.
+# Real mode: prints the low byte of each number up to that at 0x2000, and counts it at 0x2004. A run
+# may end between any two instructions: what is counted has been printed.
 COUNTER = (
     b"\xa1\x00\x20"  #          back: mov ax, [0x2000]
     b"\x3b\x06\x04\x20"  #      cmp ax, [0x2004]
     b"\x74\xf7"  #              je back
-    b"\xff\x06\x04\x20"  #      inc word [0x2004]
     b"\xa0\x04\x20"  #          mov al, [0x2004]
+    b"\xfe\xc0"  #              inc al
     b"\xba\xf8\x03\xee"  #      mov dx, 0x3f8; out dx, al
-    b"\xeb\xea"  #              jmp back
+    b"\xff\x06\x04\x20"  #      inc word [0x2004]
+    b"\xeb\xe8"  #              jmp back
 )
 
 
