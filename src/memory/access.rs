@@ -18,16 +18,16 @@ impl GuestMemory {
     /// # Errors
     /// [`ErrorKind::Memory`] if it is not; the error lists the memory that exists.
     pub fn check(&self, address: u64, length: u64) -> Result<()> {
-        pieces(&self.map(), address, length, |_, _| Ok(()))
+        self.moment().check(address, length)
     }
 
     /// Check that the guest may write a whole range. What writes on the guest's behalf, such as a
-    /// device's DMA, checks this first, or uses [`Self::write_for_guest`]: `write` also writes ROM.
+    /// device's DMA, checks this first, as [`Moment::write_for_guest`] does: `write` also writes ROM.
     ///
     /// # Errors
     /// [`ErrorKind::Memory`] if a part of the range is read-only, or is not memory.
     pub(crate) fn check_guest_writes(&self, address: u64, length: u64) -> Result<()> {
-        pieces(&self.map(), address, length, |mapped, _| check_guest_writable(mapped, address))
+        self.moment().check_guest_writes(address, length)
     }
 
     /// Fill `data` from guest memory at `address`.
@@ -47,15 +47,8 @@ impl GuestMemory {
     /// # Safety
     /// `data` must be valid for writes of `length` bytes.
     pub unsafe fn read_raw(&self, address: u64, data: *mut u8, length: usize) -> Result<()> {
-        let mut done = 0;
-        pieces(&self.map(), address, length as u64, |_, piece| {
-            // SAFETY: the caller guarantees `data`, and the pieces fill it part by part. It may be
-            // guest memory itself: overlapping bytes are copied correctly.
-            let to = unsafe { VolatileSlice::new(data.add(done), piece.len()) };
-            piece.copy_to_volatile_slice(to);
-            done += piece.len();
-            Ok(())
-        })
+        // SAFETY: the caller guarantees it.
+        unsafe { self.moment().read_raw(address, data, length) }
     }
 
     /// Write `data` to guest memory at `address`.
@@ -65,19 +58,6 @@ impl GuestMemory {
     pub fn write(&self, address: u64, data: &[u8]) -> Result<()> {
         // SAFETY: the slice is valid for reads of its length.
         unsafe { self.write_raw(address, data.as_ptr(), data.len()) }
-    }
-
-    /// Write `data` as the guest would.
-    ///
-    /// # Errors
-    /// As for [`Self::check_guest_writes`]. Nothing is written then.
-    pub(crate) fn write_for_guest(&self, address: u64, data: &[u8]) -> Result<()> {
-        let mut left = data;
-        self.change_checked(address, data.len() as u64, check_guest_writable, |place| {
-            let (now, rest) = left.split_at(place.len().min(left.len()));
-            place.copy_from(now);
-            left = rest;
-        })
     }
 
     /// Copy `length` bytes at `data` to `address`.
@@ -115,25 +95,7 @@ impl GuestMemory {
         length: u64,
         piece: impl FnMut(VolatileSlice<'_>),
     ) -> Result<()> {
-        self.change_checked(address, length, check_writable, piece)
-    }
-
-    fn change_checked(
-        &self,
-        address: u64,
-        length: u64,
-        check: fn(&MappedSlot, u64) -> Result<()>,
-        mut piece: impl FnMut(VolatileSlice<'_>),
-    ) -> Result<()> {
-        let map = self.map();
-        pieces(&map, address, length, |mapped, _| check(mapped, address))?;
-        self.kvm_slots().touched.note(address, length);
-        pieces(&map, address, length, |_, place| {
-            piece(place);
-            Ok(())
-        })?;
-        self.note_write(address, length);
-        Ok(())
+        self.moment().change(address, length, check_writable, piece)
     }
 
     /// The little-endian number at an address, loaded in one access if it is aligned.
@@ -165,7 +127,7 @@ impl GuestMemory {
         if let Some(mapped) = map.find(address) {
             check_writable(mapped, address)?;
         }
-        self.kvm_slots().touched.note(address, length);
+        self.kvm_slots().note_touch(address, length);
         // SeqCst: as in `load`.
         let stored = map.mmap.store(value, GuestAddress(address), Ordering::SeqCst);
         stored.map_err(|_| map.outside(address, length))?;
@@ -195,25 +157,22 @@ impl GuestMemory {
 
 /// Call `piece` with each mapping under a range, and the range's bytes in it. The whole range is
 /// checked before the first call.
-pub(super) fn pieces(
-    map: &Map,
+pub(super) fn pieces<'a>(
+    map: &'a Map,
     address: u64,
     length: u64,
-    mut piece: impl FnMut(&MappedSlot, VolatileSlice<'_>) -> Result<()>,
+    mut piece: impl FnMut(&'a MappedSlot, VolatileSlice<'a>) -> Result<()>,
 ) -> Result<()> {
+    // Most accesses lie in one slot, which is looked up once.
+    if let Some((mapped, slice)) = map.slice(address, length) {
+        return piece(mapped, slice);
+    }
     let outside = || map.outside(address, length);
-    let mut call = |mapped: &MappedSlot, offset: u64, here: u64| {
+    let mut call = |mapped: &'a MappedSlot, offset: u64, here: u64| {
         let slice = mapped.mapping.region().get_slice(to_usize(offset)?, to_usize(here)?);
         piece(mapped, slice.map_err(|_| outside())?)
     };
-    // Most accesses lie in one slot, which is looked up once.
-    if let Some(mapped) = map.find(address) {
-        let offset = address - mapped.start;
-        if length <= mapped.mapping.size() - offset {
-            return call(mapped, offset, length);
-        }
-    }
-    let each = |found: &mut dyn FnMut(&MappedSlot, u64, u64) -> Result<()>| {
+    let each = |found: &mut dyn FnMut(&'a MappedSlot, u64, u64) -> Result<()>| {
         let (mut at, mut left) = (address, length);
         loop {
             let mapped = map.find(at).ok_or_else(outside)?;
@@ -235,7 +194,7 @@ fn check_writable(mapped: &MappedSlot, address: u64) -> Result<()> {
     if is_writable(mapped.mapping.region()) { Ok(()) } else { Err(read_only(address)) }
 }
 
-fn check_guest_writable(mapped: &MappedSlot, address: u64) -> Result<()> {
+pub(super) fn check_guest_writable(mapped: &MappedSlot, address: u64) -> Result<()> {
     if mapped.is_rom {
         let detail = "the guest cannot write this memory";
         return Err(Error::new(ErrorKind::Memory, format!("{address:#x}"), detail));

@@ -55,6 +55,8 @@ impl Slots {
             table.is_logging = is_on;
             let mmap = Arc::clone(&self.map().mmap);
             *self.map.write() = table.map(mmap);
+            // Release: pairs with the acquire of `note_write`.
+            self.is_logging.store(is_on, Ordering::Release);
         };
         // The host's writes are logged whenever the guest's may be: the host's log starts first and
         // stops last.

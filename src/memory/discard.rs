@@ -23,7 +23,7 @@ impl GuestMemory {
         if start >= end {
             return Ok(());
         }
-        self.kvm_slots().touched.note(start, end - start);
+        self.kvm_slots().note_touch(start, end - start);
         pieces(&self.map(), start, end - start, |mapped, piece| {
             if !mapped.is_rom {
                 drop_pages(mapped, &piece);

@@ -63,12 +63,6 @@ impl GuestMemory {
         self.0.map()
     }
 
-    /// Memory as vm-memory has it, for virtio's queues. What is written to it is noted by
-    /// [`Self::note_write`].
-    pub(crate) fn mmap(&self) -> Arc<vm_memory::GuestMemoryMmap> {
-        Arc::clone(&self.0.map.read().mmap)
-    }
-
     /// Its slots, as KVM and snapshots need them.
     pub(crate) fn kvm_slots(&self) -> &Slots {
         &self.0

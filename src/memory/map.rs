@@ -4,7 +4,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::volatile_memory::VolatileMemory;
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, VolatileSlice};
 
 use super::mapping::Mapping;
 use crate::error::{Error, ErrorKind, Result};
@@ -45,8 +46,10 @@ impl MappedSlot {
 /// The map as it is now. Reads and writes take a reference to it; a change replaces it.
 pub(super) type CurrentMap = RwLock<Arc<Map>, rank::MemoryMap>;
 
-/// All memory at one moment.
+/// All memory at one moment. It does not share a cache line with the count of its references,
+/// which every access changes.
 #[derive(Debug, Default)]
+#[repr(align(128))]
 pub(super) struct Map {
     pub(super) mmap: Arc<GuestMemoryMmap>,
     /// By address.
@@ -59,6 +62,18 @@ impl Map {
     pub(super) fn find(&self, address: u64) -> Option<&MappedSlot> {
         let at = self.mapped.partition_point(|mapped| mapped.start <= address).checked_sub(1)?;
         self.mapped.get(at).filter(|mapped| address - mapped.start < mapped.mapping.size())
+    }
+
+    /// The bytes of a range that lies in one slot.
+    pub(super) fn slice(
+        &self,
+        address: u64,
+        length: u64,
+    ) -> Option<(&MappedSlot, VolatileSlice<'_>)> {
+        let mapped = self.find(address)?;
+        let (offset, length) = (usize::try_from(address - mapped.start), usize::try_from(length));
+        let slice = mapped.mapping.region().get_slice(offset.ok()?, length.ok()?);
+        Some((mapped, slice.ok()?))
     }
 
     /// Log a write of the host.

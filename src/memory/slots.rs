@@ -1,5 +1,6 @@
 //! The memory slots of a machine, and their lock: adds and removes slots, also in KVM. Any thread.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use kvm_bindings::kvm_userspace_memory_region;
@@ -33,7 +34,9 @@ pub(crate) struct Slots {
     /// Views whose pages the log always includes.
     pub(super) views: Arc<WritableViews>,
     /// Writes of the host to the guest's first tables.
-    pub(super) touched: Touched,
+    touched: Touched,
+    /// Whether the current map logs writes: without a log, a write need not look the map up.
+    pub(super) is_logging: AtomicBool,
 }
 
 impl Slots {
@@ -65,7 +68,15 @@ impl Slots {
     /// started with: if the log was switched on in between, the write belongs in it.
     pub(super) fn note_write(&self, address: u64, length: u64) {
         self.touched.note(address, length);
-        self.map.read().note_write(address, length);
+        // Acquire: pairs with the release of `log_dirty`, after which a new write is logged.
+        if self.is_logging.load(Ordering::Acquire) {
+            self.map.read().note_write(address, length);
+        }
+    }
+
+    /// A write of the host begins.
+    pub(super) fn note_touch(&self, address: u64, length: u64) {
+        self.touched.note(address, length);
     }
 
     /// Whether the host may have changed the guest's first tables since the last call: by a write,

@@ -218,7 +218,7 @@ impl Drop for PyDescriptorChain {
 /// Addresses and lengths of a chain's next readable bytes.
 fn pieces(chain: &Chain, mut skip: u64, mut most: u64) -> Vec<(u64, usize)> {
     let mut found = Vec::new();
-    for segment in &chain.readable {
+    for segment in chain.readable() {
         let length = u64::from(segment.length);
         if skip >= length {
             skip -= length;

@@ -5,13 +5,11 @@ use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use vm_memory::GuestMemoryMmap;
-
 use super::chain::Chain;
-use super::queue::{Heads, Queue, QueueMemory, Taken};
+use super::queue::{Heads, Queue, Taken};
 use super::queues::Queues;
 use super::registers;
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, Moment};
 use crate::sync::{MutexGuard, rank};
 
 /// See the module. Not for a thread that waits for anything.
@@ -20,7 +18,7 @@ pub struct QueueAccess<'a> {
     queues: &'a Queues,
     features: u64,
     epoch: u64,
-    mmap: Arc<GuestMemoryMmap>,
+    memory: Moment<'a>,
     /// One bit for each queue with completed chains.
     completed: Cell<u64>,
     has_failed: Cell<bool>,
@@ -43,9 +41,9 @@ impl Queues {
 
 impl<'a> QueueAccess<'a> {
     fn new(queues: &'a Queues, features: u64, epoch: u64) -> Self {
-        let mmap = queues.memory.mmap();
+        let memory = queues.memory.moment();
         let (completed, has_failed) = (Cell::new(0), Cell::new(false));
-        let access = Self { queues, features, epoch, mmap, completed, has_failed };
+        let access = Self { queues, features, epoch, memory, completed, has_failed };
         access.give_back_abandoned();
         access
     }
@@ -69,12 +67,9 @@ impl<'a> QueueAccess<'a> {
         &self.queues.memory
     }
 
-    pub(super) fn mmap(&self) -> &GuestMemoryMmap {
-        &self.mmap
-    }
-
-    fn queue_memory(&self) -> QueueMemory<'_> {
-        QueueMemory { memory: &self.queues.memory, mmap: &self.mmap }
+    /// Guest memory with the slots that it had when the access began.
+    pub(super) fn moment(&self) -> &Moment<'a> {
+        &self.memory
     }
 
     fn queue(&self, queue: usize) -> Option<MutexGuard<'_, Queue, rank::VirtioQueue>> {
@@ -87,13 +82,13 @@ impl<'a> QueueAccess<'a> {
         if self.has_failed.get() {
             return None;
         }
-        let popped = self.queue(queue)?.pop(self.queue_memory());
+        let popped = self.queue(queue)?.pop(&self.memory);
         match popped {
             Ok(taken) => {
-                let Taken { head, readable, writable } = taken?;
+                let Taken { head, buffers } = taken?;
                 self.queues.counts.taken.fetch_add(1, Ordering::Relaxed);
                 let abandoned = Some(Arc::clone(&self.queues.abandoned));
-                Some(Chain { queue, head, epoch: self.epoch, readable, writable, abandoned })
+                Some(Chain { queue, head, epoch: self.epoch, buffers, abandoned })
             }
             Err(broken) => {
                 self.fail(format!("queue {queue}: {broken}"));
@@ -105,7 +100,7 @@ impl<'a> QueueAccess<'a> {
     /// Whether the driver has made nothing available to the device in a queue.
     #[must_use]
     pub fn is_empty(&self, queue: usize) -> bool {
-        let found = self.queue(queue).map(|queue| queue.is_empty(self.queue_memory()));
+        let found = self.queue(queue).map(|queue| queue.is_empty(&self.memory));
         matches!(found, None | Some(Ok(true) | Err(_)))
     }
 
@@ -121,15 +116,16 @@ impl<'a> QueueAccess<'a> {
     }
 
     /// Give a chain back to the driver, with the number of bytes written to it.
-    pub fn complete(&self, chain: Chain, written: u32) {
-        self.complete_all([(chain, written)]);
+    pub fn complete(&self, mut chain: Chain, written: u32) {
+        self.complete_all([(&mut chain, written)]);
     }
 
-    /// Give chains of one queue back to the driver, which sees all of them at once.
-    pub fn complete_all(&self, chains: impl IntoIterator<Item = (Chain, u32)>) {
+    /// Give chains of one queue back to the driver, which sees all of them at once. They are not
+    /// the device's any more.
+    pub(super) fn complete_all<'c>(&self, chains: impl IntoIterator<Item = (&'c mut Chain, u32)>) {
         let (mut at, mut from_guest) = (None, 0);
         let mut heads = Heads::new();
-        for (mut chain, written) in chains {
+        for (chain, written) in chains {
             chain.abandoned = None;
             if chain.epoch == self.epoch {
                 at = Some(chain.queue);
@@ -145,7 +141,7 @@ impl<'a> QueueAccess<'a> {
 
     fn give_back(&self, at: usize, heads: &[(u16, u32)]) {
         let Some(mut queue) = self.queue(at) else { return };
-        let completed = queue.complete(self.queue_memory(), heads);
+        let completed = queue.complete(&self.memory, heads);
         drop(queue);
         match completed {
             Ok(()) => {
@@ -179,8 +175,7 @@ impl<'a> QueueAccess<'a> {
         let completed = self.completed.replace(0);
         let mut wanted = false;
         for at in (0..self.queues.all.len()).filter(|at| completed & 1 << (at & 63) != 0) {
-            let memory = self.queue_memory();
-            wanted |= self.queue(at).is_some_and(|mut queue| queue.wants_interrupt(memory));
+            wanted |= self.queue(at).is_some_and(|mut queue| queue.wants_interrupt(&self.memory));
         }
         if wanted {
             self.queues.interrupt(registers::USED_BUFFER);

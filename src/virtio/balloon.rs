@@ -130,7 +130,7 @@ impl Balloon {
 
     fn report(access: &QueueAccess<'_>, queue: usize) {
         while let Some(chain) = access.pop(queue) {
-            for segment in &chain.writable {
+            for segment in chain.writable() {
                 // It was checked with the chain; memory that was removed since has nothing to give.
                 let _ = access.memory().discard(segment.address, u64::from(segment.length));
             }

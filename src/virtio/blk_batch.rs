@@ -4,8 +4,6 @@
 use std::io;
 use std::time::{Duration, Instant};
 
-use smallvec::SmallVec;
-
 use super::access::QueueAccess;
 use super::blk_limit::Limiter;
 use super::blk_reach::{Job, Reach, answer_all, read_now, write_now};
@@ -20,7 +18,12 @@ const GROUP: usize = 16;
 const GROUPS: usize = 8;
 const BATCH_TIME: Duration = Duration::from_micros(500);
 
-type Jobs = SmallVec<[Job; GROUP]>;
+/// What is taken at once. The storage of one group is used for the next.
+#[derive(Default)]
+struct Group {
+    jobs: Vec<Job>,
+    statuses: Vec<Status>,
+}
 
 impl Shared {
     /// Carry out requests within an access.
@@ -30,10 +33,10 @@ impl Shared {
         session: &io::Result<Session>,
         limiter: &mut Limiter,
     ) -> Next {
-        let began = Instant::now();
+        let (began, mut group) = (Instant::now(), Group::default());
         for _ in 0..GROUPS {
-            let (jobs, next) = self.take_group(access, limiter);
-            let is_late = self.perform_group(access, session, jobs, began);
+            let next = self.take_group(access, limiter, &mut group.jobs);
+            let is_late = self.perform_group(access, session, &mut group, began);
             match next {
                 // What it has put back is taken again.
                 _ if is_late => break,
@@ -45,17 +48,21 @@ impl Shared {
     }
 
     /// Take requests, and say what to do after them if there are no more.
-    fn take_group(&self, access: &QueueAccess<'_>, limiter: &mut Limiter) -> (Jobs, Option<Next>) {
+    fn take_group(
+        &self,
+        access: &QueueAccess<'_>,
+        limiter: &mut Limiter,
+        jobs: &mut Vec<Job>,
+    ) -> Option<Next> {
         // One that a limit has admitted is not put back.
         let most = if limiter.limits() { 1 } else { GROUP };
-        let mut jobs = Jobs::new();
         while jobs.len() < most {
             match self.take(access, limiter) {
                 Ok(job) => jobs.push(job),
-                Err(next) => return (jobs, Some(next)),
+                Err(next) => return Some(next),
             }
         }
-        (jobs, None)
+        None
     }
 
     /// Carry out requests, and answer them all at once. Those that it has no time for are put back.
@@ -64,10 +71,11 @@ impl Shared {
         &self,
         access: &QueueAccess<'_>,
         session: &io::Result<Session>,
-        jobs: Jobs,
+        group: &mut Group,
         began: Instant,
     ) -> bool {
-        let mut statuses = SmallVec::<[Status; GROUP]>::new();
+        let Group { jobs, statuses } = group;
+        statuses.clear();
         let mut is_late = false;
         while let Some(left @ [first, ..]) = jobs.get(statuses.len()..)
             && !is_late
@@ -82,10 +90,10 @@ impl Shared {
             }
             is_late = began.elapsed() > BATCH_TIME;
         }
-        let done = statuses.len();
-        let mut jobs = jobs.into_iter();
-        answer_all(access, jobs.by_ref().take(done).zip(statuses));
-        jobs.rev().for_each(|job| access.push_back(job.chain));
+        answer_all(access, jobs, statuses);
+        let left = jobs.drain(statuses.len()..).rev();
+        left.for_each(|job| access.push_back(job.chain));
+        jobs.clear();
         is_late
     }
 

@@ -36,18 +36,15 @@ impl Job {
     }
 }
 
-/// Write the statuses, and give the chains back.
-pub(super) fn answer_all(
-    access: &QueueAccess<'_>,
-    answers: impl IntoIterator<Item = (Job, Status)>,
-) {
-    access.complete_all(answers.into_iter().map(|(job, status)| {
+/// Write the statuses of the first requests, and give their chains back.
+pub(super) fn answer_all(access: &QueueAccess<'_>, jobs: &mut [Job], statuses: &[Status]) {
+    access.complete_all(jobs.iter_mut().zip(statuses).map(|(job, status)| {
         let mut writer = ChainWriter::new(access, &job.chain);
         writer.skip(job.chain.writable_len() - 1);
         // Fails only if memory has been removed.
         let _ = writer.write_all(&[status.byte()]);
         let written = writer.written();
-        (job.chain, written)
+        (&mut job.chain, written)
     }));
 }
 

@@ -231,7 +231,7 @@ impl Shared {
         session: &io::Result<Session>,
         limiter: &mut Limiter,
     ) -> Next {
-        let job = match self.take(&access, limiter) {
+        let mut job = match self.take(&access, limiter) {
             Ok(job) => job,
             Err(next) => return next,
         };
@@ -240,7 +240,7 @@ impl Shared {
         if let Some(status) = self.perform(&job, session, &Reach::Later(queues, epoch))
             && let Some(access) = queues.access_after(epoch)
         {
-            answer_all(&access, [(job, status)]);
+            answer_all(&access, std::slice::from_mut(&mut job), &[status]);
         }
         Next::Again
     }

@@ -356,7 +356,7 @@ mod tests {
         let access = queues.access().unwrap();
         let chain = access.pop(0).unwrap();
         driver.set_descriptor(0, head, (1 << 40, u32::MAX, 3, head));
-        assert_eq!((chain.writable[0].address, chain.writable[0].length), (AT, 8));
+        assert_eq!((chain.writable()[0].address, chain.writable()[0].length), (AT, 8));
         access.complete(chain, 8);
         drop(access);
         assert_eq!(driver.used(0), Some((head, 8)));

@@ -4,7 +4,7 @@
 use std::io::{self, Read, Write};
 
 use smallvec::SmallVec;
-use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileSlice};
+use vm_memory::VolatileSlice;
 
 use super::access::QueueAccess;
 use super::chain::{Chain, Segment, length};
@@ -55,9 +55,7 @@ fn slices<'a>(access: &'a QueueAccess<'_>, cursor: &Cursor<'_>, most: usize) -> 
     {
         let length = usize::try_from(length).unwrap_or(0);
         left -= length;
-        // A buffer may lie in several slots.
-        let pieces = access.mmap().get_slices(GuestAddress(address), length);
-        found.extend(pieces.filter_map(|piece| piece.ok()));
+        access.moment().slices(address, length, |piece| found.push(piece));
     }
     found
 }
@@ -73,7 +71,7 @@ impl<'a> ChainReader<'a> {
     /// At the start of the chain's readable buffers.
     #[must_use]
     pub fn new(access: &'a QueueAccess<'_>, chain: &'a Chain) -> Self {
-        Self { access, cursor: Cursor::new(&chain.readable) }
+        Self { access, cursor: Cursor::new(chain.readable()) }
     }
 
     /// How many bytes are left.
@@ -116,7 +114,7 @@ impl Read for ChainReader<'_> {
             && let Some(Segment { address, length }) = self.cursor.take(rest.len())
         {
             let length = usize::try_from(length).unwrap_or(0).min(rest.len());
-            self.access.memory().read(address, &mut rest[..length]).map_err(gone)?;
+            self.access.moment().read(address, &mut rest[..length]).map_err(gone)?;
             done += length;
         }
         Ok(done)
@@ -135,7 +133,7 @@ impl<'a> ChainWriter<'a> {
     /// At the start of the chain's writable buffers.
     #[must_use]
     pub fn new(access: &'a QueueAccess<'_>, chain: &'a Chain) -> Self {
-        Self { access, cursor: Cursor::new(&chain.writable), written: 0 }
+        Self { access, cursor: Cursor::new(chain.writable()), written: 0 }
     }
 
     /// How many bytes have been written, for [`QueueAccess::complete`].
@@ -162,7 +160,7 @@ impl<'a> ChainWriter<'a> {
         while left > 0
             && let Some(piece) = self.cursor.take(usize::try_from(left).unwrap_or(usize::MAX))
         {
-            self.access.memory().note_write(piece.address, u64::from(piece.length));
+            self.access.moment().note_write(piece.address, u64::from(piece.length));
             left -= u64::from(piece.length);
         }
         self.count(count - left);
@@ -188,7 +186,7 @@ impl Write for ChainWriter<'_> {
         {
             let length = usize::try_from(length).unwrap_or(0).min(rest.len());
             // Slots may have changed since the chain was checked.
-            self.access.memory().write_for_guest(address, &rest[..length]).map_err(gone)?;
+            self.access.moment().write_for_guest(address, &rest[..length]).map_err(gone)?;
             done += length;
         }
         self.count(done as u64);

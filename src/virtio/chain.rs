@@ -8,10 +8,9 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 use virtio_queue::DescriptorChain;
-use vm_memory::GuestMemoryMmap;
 
 use super::abandoned::Abandoned;
-use crate::memory::GuestMemory;
+use crate::memory::Moment;
 
 /// A buffer of the driver in guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,8 +21,47 @@ pub struct Segment {
     pub length: u32,
 }
 
-/// Buffers in the order of the chain.
-pub type Segments = SmallVec<[Segment; 4]>;
+/// The buffers of a chain: those that the device reads, and then those that it writes.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Buffers {
+    all: SmallVec<[Segment; 4]>,
+    /// How many the device reads.
+    readable: usize,
+}
+
+impl Buffers {
+    /// Add a buffer. One of zero bytes is left out.
+    ///
+    /// # Errors
+    /// [`BrokenChain::Order`] if the device reads it, and writes one before.
+    pub(super) fn push(&mut self, segment: Segment, is_writable: bool) -> Result<(), BrokenChain> {
+        if !is_writable && self.readable < self.all.len() {
+            return Err(BrokenChain::Order);
+        }
+        if segment.length > 0 {
+            self.all.push(segment);
+            self.readable += usize::from(!is_writable);
+        }
+        Ok(())
+    }
+
+    /// What the device reads.
+    pub(super) fn readable(&self) -> &[Segment] {
+        self.all.get(..self.readable).unwrap_or_default()
+    }
+
+    /// What the device writes.
+    pub(super) fn writable(&self) -> &[Segment] {
+        self.all.get(self.readable..).unwrap_or_default()
+    }
+}
+
+impl Clone for Buffers {
+    fn clone(&self) -> Self {
+        // Copies the bytes of all at once.
+        Self { all: SmallVec::from_slice(&self.all), readable: self.readable }
+    }
+}
 
 /// Why a chain is refused. The device needs a reset then.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,10 +105,7 @@ pub struct Chain {
     pub(super) head: u16,
     /// The queues' epoch at which it was taken.
     pub(super) epoch: u64,
-    /// What the device reads.
-    pub readable: Segments,
-    /// What the device writes.
-    pub writable: Segments,
+    pub(super) buffers: Buffers,
     pub(super) abandoned: Option<Arc<Abandoned>>,
 }
 
@@ -87,16 +122,28 @@ impl Chain {
         self.epoch
     }
 
+    /// What the device reads.
+    #[must_use]
+    pub fn readable(&self) -> &[Segment] {
+        self.buffers.readable()
+    }
+
+    /// What the device writes.
+    #[must_use]
+    pub fn writable(&self) -> &[Segment] {
+        self.buffers.writable()
+    }
+
     /// The bytes that the device can read.
     #[must_use]
     pub fn readable_len(&self) -> u64 {
-        length(&self.readable)
+        length(self.readable())
     }
 
     /// The bytes that the device can write.
     #[must_use]
     pub fn writable_len(&self) -> u64 {
-        length(&self.writable)
+        length(self.writable())
     }
 }
 
@@ -113,14 +160,13 @@ pub(super) fn length(segments: &[Segment]) -> u64 {
     segments.iter().map(|segment| u64::from(segment.length)).sum()
 }
 
-/// The checked buffers of a chain, which has at most this many descriptors: readable and writable
-/// ones.
+/// The checked buffers of a chain, which has at most this many descriptors.
 pub(super) fn walk(
-    chain: DescriptorChain<&GuestMemoryMmap>,
-    memory: &GuestMemory,
+    chain: DescriptorChain<&Moment<'_>>,
+    memory: &Moment<'_>,
     most: u16,
-) -> Result<(Segments, Segments), BrokenChain> {
-    let (mut readable, mut writable) = (Segments::new(), Segments::new());
+) -> Result<Buffers, BrokenChain> {
+    let mut buffers = Buffers::default();
     // The iterator of upstream ends early, without an error, where the chain is broken.
     let mut is_finished = false;
     for (place, descriptor) in chain.enumerate() {
@@ -130,23 +176,14 @@ pub(super) fn walk(
         }
         is_finished = !descriptor.has_next();
         let (address, length) = (descriptor.addr().0, descriptor.len());
-        if !descriptor.is_write_only() && !writable.is_empty() {
-            return Err(BrokenChain::Order);
-        }
-        let checked = if descriptor.is_write_only() {
-            memory.check_guest_writes(address, u64::from(length))
-        } else {
-            memory.check(address, u64::from(length))
-        };
-        if length > 0 && checked.is_err() {
+        let is_writable = descriptor.is_write_only();
+        buffers.push(Segment { address, length }, is_writable)?;
+        let check = if is_writable { Moment::can_guest_write } else { Moment::has };
+        if length > 0 && !check(memory, address, u64::from(length)) {
             return Err(BrokenChain::Address(address));
         }
-        let segments = if descriptor.is_write_only() { &mut writable } else { &mut readable };
-        if length > 0 {
-            segments.push(Segment { address, length });
-        }
     }
-    if is_finished { Ok((readable, writable)) } else { Err(BrokenChain::Unfinished) }
+    if is_finished { Ok(buffers) } else { Err(BrokenChain::Unfinished) }
 }
 
 #[cfg(test)]

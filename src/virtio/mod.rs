@@ -60,7 +60,7 @@ pub use balloon::Balloon;
 pub use blk::Blk;
 pub use blk_worker::DiskCounts;
 pub use buffers::{ChainReader, ChainWriter, Slices};
-pub use chain::{BrokenChain, Chain, Segment, Segments};
+pub use chain::{BrokenChain, Chain, Segment};
 pub use console::Console;
 pub use counts::{CountValues, Counts, DeviceStats};
 pub(crate) use create::{create, restored};

@@ -69,7 +69,12 @@ impl Receive {
             });
             self.is_starved = is_starved;
         }
-        access.complete_all(self.filled.drain(..));
+        self.give_back(access);
+    }
+
+    fn give_back(&mut self, access: &QueueAccess<'_>) {
+        access.complete_all(self.filled.iter_mut().map(|(chain, written)| (chain, *written)));
+        self.filled.clear();
     }
 
     /// Forget what waits.
@@ -154,7 +159,7 @@ impl Receive {
         self.fill(access, frame, chains);
         link.received.count(frame);
         if self.filled.len() >= BATCH {
-            access.complete_all(self.filled.drain(..));
+            self.give_back(access);
         }
         true
     }

@@ -231,7 +231,8 @@ impl Transmit {
         for (range, _) in frames.get(sent..before.max(sent)).unwrap_or_default() {
             self.rest.push_back(buffer.get(range.clone()).unwrap_or_default().to_vec());
         }
-        access.complete_all(chains.drain(..done).map(|(chain, _)| (chain, 0)));
+        access.complete_all(chains.iter_mut().take(done).map(|(chain, _)| (chain, 0)));
+        chains.drain(..done);
         chains.drain(..).rev().for_each(|(chain, _)| access.push_back(chain));
     }
 }

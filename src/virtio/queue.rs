@@ -6,11 +6,11 @@ use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue as Ring, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
-use super::chain::{BrokenChain, Segments, walk};
+use super::chain::{BrokenChain, Buffers, walk};
 use crate::error::{Error, ErrorKind, Result};
-use crate::memory::GuestMemory;
+use crate::memory::Moment;
 
 /// Head and length of the used ring before its entries, the size of one, and the event index.
 const USED_HEADER: u64 = 4;
@@ -21,15 +21,7 @@ const EVENT_INDEX: u64 = 2;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Taken {
     pub(super) head: u16,
-    pub(super) readable: Segments,
-    pub(super) writable: Segments,
-}
-
-/// Guest memory, as a queue accesses it.
-#[derive(Clone, Copy)]
-pub(super) struct QueueMemory<'a> {
-    pub(super) memory: &'a GuestMemory,
-    pub(super) mmap: &'a GuestMemoryMmap,
+    pub(super) buffers: Buffers,
 }
 
 #[derive(Debug)]
@@ -80,27 +72,26 @@ impl Queue {
     }
 
     /// Whether the rings are in memory, and the used ring in memory that can be written.
-    pub(super) fn is_valid(&self, memory: QueueMemory<'_>) -> bool {
+    pub(super) fn is_valid(&self, memory: &Moment<'_>) -> bool {
         self.refused.is_empty()
-            && self.ring.is_valid(memory.mmap)
+            && self.ring.is_valid(memory)
             && self.check_used_ring(memory).is_ok()
     }
 
     /// Slots may change while the queue is in use.
-    fn check_used_ring(&self, memory: QueueMemory<'_>) -> std::result::Result<(), BrokenChain> {
-        let checked =
-            memory.memory.check_guest_writes(self.ring.used_ring(), self.used_ring_size());
+    fn check_used_ring(&self, memory: &Moment<'_>) -> std::result::Result<(), BrokenChain> {
+        let checked = memory.check_guest_writes(self.ring.used_ring(), self.used_ring_size());
         checked.map_err(|_| BrokenChain::UsedRing)
     }
 
-    fn note_used_ring(&self, memory: QueueMemory<'_>) {
-        memory.memory.note_write(self.ring.used_ring(), self.used_ring_size());
+    fn note_used_ring(&self, memory: &Moment<'_>) {
+        memory.note_write(self.ring.used_ring(), self.used_ring_size());
     }
 
     /// Take the next chain. None if there is none: the driver notifies the device of the next one.
     pub(super) fn pop(
         &mut self,
-        memory: QueueMemory<'_>,
+        memory: &Moment<'_>,
     ) -> std::result::Result<Option<Taken>, BrokenChain> {
         if !self.ring.ready() {
             return Ok(None);
@@ -121,20 +112,16 @@ impl Queue {
         }
         self.decline_notification(memory)?;
         let broken = |_| BrokenChain::AvailableRing;
-        let chain = self.ring.iter(memory.mmap).map_err(broken)?.next();
+        let chain = self.ring.iter(memory).map_err(broken)?.next();
         let chain = chain.ok_or(BrokenChain::AvailableRing)?;
         let head = chain.head_index();
-        let (readable, writable) = walk(chain, memory.memory, self.ring.max_size())?;
-        let taken = Taken { head, readable, writable };
+        let taken = Taken { head, buffers: walk(chain, memory, self.ring.max_size())? };
         self.taken.push(taken.clone());
         Ok(Some(taken))
     }
 
     /// Whether the driver has made nothing available that the device has not taken.
-    pub(super) fn is_empty(
-        &self,
-        memory: QueueMemory<'_>,
-    ) -> std::result::Result<bool, BrokenChain> {
+    pub(super) fn is_empty(&self, memory: &Moment<'_>) -> std::result::Result<bool, BrokenChain> {
         if !self.ring.ready() {
             return Ok(true);
         }
@@ -142,7 +129,7 @@ impl Queue {
             return Ok(false);
         }
         // Acquire: the entries up to the index are read after it.
-        let index = self.ring.avail_idx(memory.mmap, Ordering::Acquire);
+        let index = self.ring.avail_idx(memory, Ordering::Acquire);
         Ok(index.map_err(|_| BrokenChain::AvailableRing)?.0 == self.ring.next_avail())
     }
 
@@ -157,24 +144,24 @@ impl Queue {
     /// Ask the driver to notify. Returns whether it has made a chain available meanwhile.
     fn ask_for_notification(
         &mut self,
-        memory: QueueMemory<'_>,
+        memory: &Moment<'_>,
     ) -> std::result::Result<bool, BrokenChain> {
         self.check_used_ring(memory)?;
         self.is_notified = true;
-        let found = self.ring.enable_notification(memory.mmap);
+        let found = self.ring.enable_notification(memory);
         self.note_used_ring(memory);
         found.map_err(|_| BrokenChain::UsedRing)
     }
 
     fn decline_notification(
         &mut self,
-        memory: QueueMemory<'_>,
+        memory: &Moment<'_>,
     ) -> std::result::Result<(), BrokenChain> {
         if self.ring.event_idx_enabled() || !std::mem::take(&mut self.is_notified) {
             return Ok(());
         }
         self.check_used_ring(memory)?;
-        let declined = self.ring.disable_notification(memory.mmap);
+        let declined = self.ring.disable_notification(memory);
         self.note_used_ring(memory);
         declined.map_err(|_| BrokenChain::UsedRing)
     }
@@ -183,7 +170,7 @@ impl Queue {
     /// written. Those that the device does not have are left out.
     pub(super) fn complete(
         &mut self,
-        memory: QueueMemory<'_>,
+        memory: &Moment<'_>,
         chains: &[(u16, u32)],
     ) -> std::result::Result<(), BrokenChain> {
         let mut ours = Heads::new();
@@ -202,21 +189,20 @@ impl Queue {
             let at = self.ring.used_ring() + USED_HEADER + USED_ELEMENT * slot;
             let element = u64::from(*head) | u64::from(*length) << 32;
             memory
-                .mmap
                 .write_slice(&element.to_le_bytes(), GuestAddress(at))
                 .map_err(|_| BrokenChain::UsedRing)?;
         }
         let before = u16::try_from(first.len()).unwrap_or(u16::MAX);
         self.ring.set_next_used(next.wrapping_add(before));
         // This also writes the index: the driver sees all entries at once.
-        self.ring.add_used(memory.mmap, *last, *length).map_err(bad)?;
+        self.ring.add_used(memory, *last, *length).map_err(bad)?;
         self.completed = self.completed.saturating_add(before).saturating_add(1);
         self.note_used_ring(memory);
         Ok(())
     }
 
     /// Whether the driver wants an interrupt for the chains completed since the last call.
-    pub(super) fn wants_interrupt(&mut self, memory: QueueMemory<'_>) -> bool {
+    pub(super) fn wants_interrupt(&mut self, memory: &Moment<'_>) -> bool {
         let completed = std::mem::take(&mut self.completed);
         if completed == 0 {
             return false;
@@ -226,14 +212,14 @@ impl Queue {
         fence(Ordering::SeqCst);
         if self.ring.event_idx_enabled() {
             let at = rings.0 + 4 + 2 * u64::from(self.ring.size());
-            let Ok(event) = memory.mmap.load::<u16>(GuestAddress(at), Ordering::Relaxed) else {
+            let Ok(event) = memory.load::<u16>(GuestAddress(at), Ordering::Relaxed) else {
                 return true;
             };
             // The index that the driver waits for is among those just completed.
             let since = self.ring.next_used().wrapping_sub(u16::from_le(event)).wrapping_sub(1);
             return since < completed;
         }
-        let flags = memory.mmap.load::<u16>(rings, Ordering::Relaxed).map(u16::from_le);
+        let flags = memory.load::<u16>(rings, Ordering::Relaxed).map(u16::from_le);
         let declined = u16::try_from(VRING_AVAIL_F_NO_INTERRUPT).unwrap_or(1);
         flags.map_or(true, |flags| flags & declined == 0)
     }

@@ -5,12 +5,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 
 use virtio_queue::QueueT;
-use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::abandoned::Abandoned;
 use super::counts::Counts;
-use super::queue::{Queue, QueueMemory};
+use super::queue::Queue;
 use super::registers::{self, status};
 use crate::devices::InterruptLine;
 use crate::error::{Error, ErrorKind, Result};
@@ -283,11 +282,10 @@ impl Queues {
 
     /// Whether the rings of every queue that the driver has set up are usable.
     pub(super) fn are_valid(&self) -> bool {
-        let mmap: Arc<GuestMemoryMmap> = self.memory.mmap();
-        let memory = QueueMemory { memory: &self.memory, mmap: &mmap };
+        let memory = self.memory.moment();
         self.all.iter().all(|queue| {
             let queue = queue.lock();
-            !queue.ring.ready() || queue.is_valid(memory)
+            !queue.ring.ready() || queue.is_valid(&memory)
         })
     }
 }

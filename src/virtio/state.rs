@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 
 use virtio_queue::{Queue as Ring, QueueState};
 
-use super::chain::{Segment, Segments};
+use super::chain::{Buffers, Segment};
 use super::queue::{Queue, Taken};
 use super::registers::status;
 use super::transport::{Registers, Transport};
@@ -65,7 +65,7 @@ fn save_queue(queue: &Queue, bytes: &mut Vec<u8>) {
     bytes.extend(count(all().count()));
     for taken in all() {
         bytes.extend(taken.head.to_le_bytes());
-        for segments in [&taken.readable, &taken.writable] {
+        for segments in [taken.buffers.readable(), taken.buffers.writable()] {
             bytes.extend(count(segments.len()));
             for segment in segments {
                 bytes.extend(segment.address.to_le_bytes());
@@ -198,9 +198,11 @@ fn parse_queue(
         if head >= size {
             return Err(bad(name, format!("the queue has no descriptor {head}")));
         }
-        let readable = parse_segments(name, reader, |at, n| memory.check(at, n))?;
-        let writable = parse_segments(name, reader, |at, n| memory.check_guest_writes(at, n))?;
-        carried.push_back(Taken { head, readable, writable });
+        let mut buffers = Buffers::default();
+        for is_writable in [false, true] {
+            parse_segments(name, reader, memory, is_writable, &mut buffers)?;
+        }
+        carried.push_back(Taken { head, buffers });
     }
     let state = QueueState {
         max_size,
@@ -220,25 +222,28 @@ fn parse_queue(
 fn parse_segments(
     name: &str,
     reader: &mut Reader<'_>,
-    check: impl Fn(u64, u64) -> Result<()>,
-) -> Result<Segments> {
+    memory: &GuestMemory,
+    is_writable: bool,
+    buffers: &mut Buffers,
+) -> Result<()> {
     let count = reader.u32()?;
     if count > u32::from(u16::MAX) {
         return Err(bad(name, format!("{count} buffers are too many for a chain")));
     }
-    let mut segments = Segments::new();
+    let check = if is_writable { GuestMemory::check_guest_writes } else { GuestMemory::check };
     let mut total: u32 = 0;
     for _ in 0..count {
         let (address, length) = (reader.u64()?, reader.u32()?);
-        check(address, u64::from(length.max(1))).map_err(|error| bad(name, error.to_string()))?;
+        check(memory, address, u64::from(length.max(1)))
+            .map_err(|error| bad(name, error.to_string()))?;
         total = total
             .checked_add(length)
             .ok_or_else(|| bad(name, "the buffers of a chain have more than 4 GiB"))?;
-        if length > 0 {
-            segments.push(Segment { address, length });
-        }
+        buffers
+            .push(Segment { address, length }, is_writable)
+            .map_err(|error| bad(name, error.to_string()))?;
     }
-    Ok(segments)
+    Ok(())
 }
 
 #[cfg(test)]

@@ -96,7 +96,7 @@ impl VirtioDevice for Faulty {
     fn process_queue(&self, queues: &Arc<Queues>, queue: usize, _ops: &mut EventOps<'_>) {
         let Some(access) = queues.access() else { return };
         while let Some(chain) = access.pop(queue) {
-            let end = chain.writable[0].address + u64::from(chain.writable[0].length);
+            let end = chain.writable()[0].address + u64::from(chain.writable()[0].length);
             match self.0 {
                 Fault::None => access.memory().write(end - 1, b"x").unwrap(),
                 Fault::WritesBeyond => access.memory().write(end, b"x").unwrap(),
