@@ -67,7 +67,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "linux-userspace": linux.boots,
     "virtio-fork": virtio_fork.forks,
     "linux-disk": virtio_linux.disks,
-    "linux-user": virtio_linux.users,
+    "linux-tcp": virtio_linux.users,
     "linux-pair": virtio_linux.pairs,
     "linux-devices": virtio_linux.boots,
     "vsock": vsock.sockets,

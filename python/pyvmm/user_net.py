@@ -62,7 +62,8 @@ class UserNet(Part, frozen=True, kw_only=True):
         dns: whether queries to the third address go to the host's resolver.
         resolver: where they go instead, an address with or without a port.
         hostname: the name that the guest gets by DHCP.
-        mtu: the MTU that the guest gets, 576 to 65,520.
+        mtu: the MTU that the guest's driver is offered, 576 to 65,520. One that does not accept it
+            (VIRTIO_NET_F_MTU) has 1,500 at most. Long packets cost a guest less.
         max_connections: the most TCP connections at a time, 1 to 4,096. Each takes up to 512 KiB.
         max_flows: the most UDP flows at a time, 1 to 4,096. Above it, the one that was idle longest
             ends.
@@ -76,7 +77,7 @@ class UserNet(Part, frozen=True, kw_only=True):
     dns: bool = True
     resolver: str | None = None
     hostname: str | None = None
-    mtu: Annotated[int, Meta(ge=576, le=65_520)] = 1500
+    mtu: Annotated[int, Meta(ge=576, le=65_520)] = 65_520
     max_connections: Annotated[int, Meta(ge=1, le=4096)] = 512
     max_flows: Annotated[int, Meta(ge=1, le=4096)] = 256
 

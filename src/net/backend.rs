@@ -161,6 +161,10 @@ pub trait NetBackend: Send + Sync + Debug {
         0
     }
 
+    /// The MTU that the guest uses: the one that it was offered and has accepted, or else that of
+    /// Ethernet.
+    fn guest_mtu(&self, _mtu: u16) {}
+
     /// The MTU that the guest is to use, if the configuration has none.
     fn mtu(&self) -> Option<u16> {
         None
@@ -226,6 +230,7 @@ mod tests {
     fn a_backend_need_not_do_more_than_pass_frames() {
         let net = Bare.freeze().unwrap().backend().unwrap();
         net.guest_offloads(Offloads::default());
+        net.guest_mtu(1500);
         net.reset();
         net.close();
         assert_eq!((net.offloads(), net.mtu(), net.dropped()), (Offloads::default(), None, 0));

@@ -132,13 +132,17 @@ impl VirtioDevice for Blk {
         }
     }
 
-    fn activate(&self, queues: &Arc<Queues>, features: u64) {
+    fn activate(&self, _queues: &Arc<Queues>, features: u64) {
         let has = |bit: u32| features & 1 << bit != 0;
         self.chooses_cache.store(has(VIRTIO_BLK_F_CONFIG_WCE), Ordering::Release);
-        let restored = self.restored.lock().take();
-        let is_write_back = restored.map_or(has(VIRTIO_BLK_F_FLUSH), |(_, is_cached)| is_cached);
-        self.shared.is_write_back.store(is_write_back, Ordering::Release);
-        if restored.is_some_and(|(size, _)| size != self.shared.disk.size()) {
+        self.shared.is_write_back.store(has(VIRTIO_BLK_F_FLUSH), Ordering::Release);
+    }
+
+    fn reactivate(&self, queues: &Arc<Queues>, features: u64) {
+        self.activate(queues, features);
+        let Some((size, is_cached)) = self.restored.lock().take() else { return };
+        self.shared.is_write_back.store(is_cached, Ordering::Release);
+        if size != self.shared.disk.size() {
             queues.config_changed();
         }
     }
@@ -245,6 +249,23 @@ pub(super) mod tests {
         driver.memory.write(AT + 8, &sector.to_le_bytes()).unwrap();
         driver.memory.fill(AT + 0x100, 1, 0xff).unwrap();
         readable(AT, 16)
+    }
+
+    #[test]
+    fn a_copy_made_before_the_driver_starts_has_the_cache_that_the_driver_accepts() {
+        use super::super::registers::{STATUS, VERSION_1};
+        use crate::devices::Device;
+        let mut driver = in_memory();
+        let transport = Arc::clone(&driver.attached.transport);
+        // Without FLUSH: a write survives the host's end.
+        driver.greet(VERSION_1);
+        let state = Device::save(&*transport).unwrap();
+        Device::restore(&*transport, &state).unwrap();
+        driver.set_up_queues();
+        driver.write(STATUS, 15);
+        let mut writeback = [9];
+        driver.config(WRITE_BACK, &mut writeback);
+        assert_eq!((driver.read(STATUS), writeback), (15, [0]));
     }
 
     /// Returns the status.

@@ -48,9 +48,14 @@ pub trait VirtioDevice: Send + Sync + Debug {
     /// Write the configuration space. Ignored by default. On a vCPU's thread.
     fn write_config(&self, _offset: u64, _data: &[u8]) {}
 
-    /// The driver has set DRIVER_OK, or a snapshot of such a device was restored. Each queue is
-    /// notified afterwards. On a vCPU's thread, or the one that restores.
+    /// The driver has set DRIVER_OK. Each queue is notified afterwards. On a vCPU's thread.
     fn activate(&self, _queues: &Arc<Queues>, _features: u64) {}
+
+    /// The driver had done so before the snapshot that was just restored. What it has told the
+    /// device since is in what [`Self::restore`] was given. On the thread that restores.
+    fn reactivate(&self, queues: &Arc<Queues>, features: u64) {
+        self.activate(queues, features);
+    }
 
     /// The driver has reset the device. No access to the queues is in progress. Chains that the
     /// device still has are void: to complete them does nothing.

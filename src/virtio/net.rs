@@ -11,7 +11,7 @@ use super::access::QueueAccess;
 use super::device::{Frozen, VirtioDevice, read_space};
 use super::net_control::{self, CONTROL, Controlled, Filter};
 use super::net_features::{self, guest_offloads};
-use super::net_link::{Link, NetCounts};
+use super::net_link::{Link, NetCounts, default_mac};
 use super::net_receive::{RECEIVE, Receive, Turn};
 use super::net_transmit::{Progress, TRANSMIT, Transmit};
 use super::net_watch::Watch;
@@ -21,6 +21,9 @@ use crate::config::NetConfig;
 use crate::error::Result;
 use crate::net::{Capture, Disconnected, FrozenNet, NetBackend, Offloads};
 use crate::sync::{Mutex, rank};
+
+/// Without VIRTIO_NET_F_MTU.
+const ETHERNET_MTU: u16 = 1500;
 
 /// Errors of a descriptor without a cause that the backend finds. Then it is not watched any more.
 const MOST_ERRORS: u32 = 100;
@@ -36,7 +39,17 @@ struct State {
     receive: Receive,
     transmit: Transmit,
     controlled: Controlled,
+    /// What the driver has accepted, or Ethernet's.
+    guest_mtu: u16,
     errors: u32,
+}
+
+impl State {
+    /// Tell the backend what the guest does.
+    fn tell(&self) {
+        self.backend.guest_offloads(self.controlled.guest);
+        self.backend.guest_mtu(self.guest_mtu);
+    }
 }
 
 /// See the module.
@@ -77,6 +90,7 @@ impl Net {
             receive: Receive::default(),
             transmit: Transmit::default(),
             controlled,
+            guest_mtu: ETHERNET_MTU,
             errors: 0,
         });
         Self { mac, mtu, link, state }
@@ -178,7 +192,7 @@ impl Net {
         state.receive.clear();
         state.transmit.clear();
         state.errors = 0;
-        state.backend.guest_offloads(state.controlled.guest);
+        state.tell();
         self.link.set_failed(state.backend.failure().is_some());
     }
 
@@ -244,17 +258,6 @@ impl Net {
     }
 }
 
-/// A locally administered address, the same for the same backend and number.
-fn default_mac(backend: &str, number: usize) -> [u8; 6] {
-    // FNV-1a.
-    let seed = 0xcbf2_9ce4_8422_2325_u64;
-    let bytes = backend.bytes().chain(number.to_le_bytes());
-    let hash =
-        bytes.fold(seed, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
-    let [first, second, third, fourth, fifth, ..] = (hash ^ hash >> 32).to_le_bytes();
-    [2, first, second, third, fourth, fifth]
-}
-
 impl VirtioDevice for Net {
     fn device_type(&self) -> u32 {
         VIRTIO_ID_NET
@@ -282,9 +285,19 @@ impl VirtioDevice for Net {
     fn activate(&self, queues: &Arc<Queues>, features: u64) {
         let mut state = self.state.lock();
         state.queues = Some(Arc::clone(queues));
-        let guest = guest_offloads(features);
-        state.controlled.guest = guest;
-        state.backend.guest_offloads(guest);
+        state.controlled.guest = guest_offloads(features);
+        let accepted = self.mtu.filter(|_| features & net_features::MTU != 0);
+        state.guest_mtu = accepted.unwrap_or(ETHERNET_MTU);
+        state.tell();
+    }
+
+    fn reactivate(&self, queues: &Arc<Queues>, features: u64) {
+        // The driver may have turned offloads off since it has accepted them.
+        let restored = self.state.lock().controlled.guest;
+        self.activate(queues, features);
+        let mut state = self.state.lock();
+        state.controlled.guest = restored;
+        state.tell();
     }
 
     fn reset(&self) {
@@ -294,7 +307,8 @@ impl VirtioDevice for Net {
         state.transmit.clear();
         state.controlled =
             Controlled { filter: Filter::default(), mac: self.mac, guest: Offloads::default() };
-        state.backend.guest_offloads(Offloads::default());
+        state.guest_mtu = ETHERNET_MTU;
+        state.tell();
     }
 
     fn process_queue(&self, queues: &Arc<Queues>, queue: usize, ops: &mut EventOps<'_>) {
@@ -348,7 +362,7 @@ impl VirtioDevice for Net {
         let guest = Offloads { checksum, tso4, tso6, ecn };
         let mut state = self.state.lock();
         state.controlled = Controlled { filter, mac, guest };
-        state.backend.guest_offloads(guest);
+        state.tell();
         self.link.want(is_wanted != 0);
         Ok(())
     }
@@ -381,7 +395,6 @@ impl VirtioDevice for Net {
 
     fn failure(&self) -> Option<String> {
         let backend = self.backend();
-        let failure = backend.failure()?;
-        Some(format!("{}: {failure}", backend.describe()))
+        backend.failure().map(|failure| format!("{}: {failure}", backend.describe()))
     }
 }

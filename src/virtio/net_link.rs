@@ -134,6 +134,17 @@ impl Link {
     }
 }
 
+/// A locally administered address, the same for the same backend and number.
+pub(super) fn default_mac(backend: &str, number: usize) -> [u8; 6] {
+    // FNV-1a.
+    let seed = 0xcbf2_9ce4_8422_2325_u64;
+    let bytes = backend.bytes().chain(number.to_le_bytes());
+    let hash =
+        bytes.fold(seed, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
+    let [first, second, third, fourth, fifth, ..] = (hash ^ hash >> 32).to_le_bytes();
+    [2, first, second, third, fourth, fifth]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -120,7 +120,7 @@ pub(super) fn restore(transport: &Transport, state: &[u8]) -> Result<()> {
         queues.fail("it needed a reset already, or its queues are not in memory");
         return Ok(());
     }
-    transport.device().activate(queues, features);
+    transport.device().reactivate(queues, features);
     queues.notify_all();
     Ok(())
 }

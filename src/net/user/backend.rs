@@ -165,6 +165,10 @@ impl NetBackend for UserBackend {
         });
     }
 
+    fn guest_mtu(&self, mtu: u16) {
+        self.guarded(|state| state.net.set_mtu(mtu));
+    }
+
     fn watched(&self) -> Watched {
         Watched { receive: self.watched, send: -1 }
     }

@@ -33,7 +33,8 @@ pub struct UserNetConfig {
     pub resolver: Option<SocketAddr>,
     /// The name of the guest that the DHCP server gives.
     pub hostname: Option<String>,
-    /// The MTU that the DHCP server gives.
+    /// The MTU that a driver is offered. One that does not accept it has 1500 at most. The DHCP
+    /// server gives what results.
     pub mtu: u16,
     /// The ports of the host that lead to the guest.
     pub forwards: Vec<Forward>,
@@ -59,7 +60,7 @@ impl Default for UserNetConfig {
             relay_dns: true,
             resolver: None,
             hostname: None,
-            mtu: 1500,
+            mtu: 65_520,
             forwards: Vec::new(),
             allow: None,
             host_loopback: false,

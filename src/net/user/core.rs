@@ -26,6 +26,8 @@ const QUESTIONS: usize = 256;
 #[derive(Debug)]
 pub(super) struct Core {
     pub(super) config: UserNetConfig,
+    /// What the guest takes: the configuration's, or less.
+    pub(super) mtu: u16,
     pub(super) link: Link,
     pub(super) outbox: Outbox,
     pub(super) stack: Stack,
@@ -43,6 +45,7 @@ pub(super) struct Core {
 impl Core {
     pub(super) fn new(config: UserNetConfig, now: Instant) -> io::Result<Self> {
         Ok(Self {
+            mtu: config.mtu,
             config,
             link: Link::default(),
             outbox: Outbox::default(),

@@ -30,14 +30,19 @@ pub(super) struct Dhcp {
 
 impl Dhcp {
     /// Answer a message of a client.
-    pub(super) fn process(&mut self, config: &UserNetConfig, payload: &[u8], outbox: &mut Outbox) {
+    pub(super) fn process(
+        &mut self,
+        (config, mtu): (&UserNetConfig, u16),
+        payload: &[u8],
+        outbox: &mut Outbox,
+    ) {
         let Ok(packet) = DhcpPacket::new_checked(payload) else { return };
         let Ok(request) = DhcpRepr::parse(&packet) else { return };
         let Some((kind, address)) = self.answer(config, &request) else { return };
-        let mtu = config.mtu.to_be_bytes();
+        let mtu_bytes = mtu.to_be_bytes();
         let hostname = config.hostname.as_deref().unwrap_or_default();
         let options = [
-            DhcpOption { kind: OPTION_MTU, data: &mtu },
+            DhcpOption { kind: OPTION_MTU, data: &mtu_bytes },
             DhcpOption { kind: OPTION_HOSTNAME, data: hostname.as_bytes() },
         ];
         let named = if hostname.is_empty() { 1 } else { 2 };
@@ -48,7 +53,7 @@ impl Dhcp {
         if config.relay_dns && kind != DhcpMessageType::Nak {
             reply.dns_servers = Some([config.dns].into_iter().collect());
         }
-        send(config, &reply, outbox);
+        send((config, mtu), &reply, outbox);
     }
 
     fn answer(
@@ -134,13 +139,13 @@ fn reply_to<'a>(
 }
 
 /// Always broadcast: the client may have no address yet, and it is the only one on the link.
-fn send(config: &UserNetConfig, reply: &DhcpRepr<'_>, outbox: &mut Outbox) {
+fn send((config, mtu): (&UserNetConfig, u16), reply: &DhcpRepr<'_>, outbox: &mut Outbox) {
     let mut payload = vec![0; reply.buffer_len()];
     if reply.emit(&mut DhcpPacket::new_unchecked(&mut payload[..])).is_err() {
         return;
     }
     let (from, to) = ((config.gateway, DHCP_SERVER_PORT), (Ipv4Addr::BROADCAST, DHCP_CLIENT_PORT));
-    for packet in udp(from, to, &payload, usize::from(config.mtu), 0) {
+    for packet in udp(from, to, &payload, usize::from(mtu), 0) {
         let mut frame = outbox.frame(ETHERNET + packet.len());
         frame.bytes_mut()[ETHERNET..].copy_from_slice(&packet);
         let to = match reply.broadcast {
@@ -202,7 +207,7 @@ mod tests {
         let mut payload = vec![0; repr.buffer_len()];
         repr.emit(&mut DhcpPacket::new_unchecked(&mut payload[..])).unwrap();
         let mut outbox = Outbox::default();
-        dhcp.process(config, &payload, &mut outbox);
+        dhcp.process((config, config.mtu), &payload, &mut outbox);
         let frame = outbox.front()?.bytes().to_vec();
         let frame = EthernetFrame::new_checked(&frame[..]).unwrap();
         let packet = Ipv4Packet::new_checked(frame.payload()).unwrap();
@@ -220,7 +225,7 @@ mod tests {
         let (kind, ip, bytes) =
             ask(&mut dhcp, &config, &request(DhcpMessageType::Discover, MAC)).unwrap();
         assert_eq!((kind, ip), (DhcpMessageType::Offer, config.guest));
-        for option in [&b"\x1a\x02\x05\xdc"[..], b"\x0c\x03box", b"\x06\x04\x0a\x00\x02\x03"] {
+        for option in [&b"\x1a\x02\xff\xf0"[..], b"\x0c\x03box", b"\x06\x04\x0a\x00\x02\x03"] {
             assert!(bytes.windows(option.len()).any(|part| part == option), "{option:?}");
         }
         let mut wanted = request(DhcpMessageType::Request, MAC);

@@ -116,7 +116,7 @@ impl Forwards {
                     let from = (core.config.gateway, self.port_of(index, address, core.now));
                     self.ident = self.ident.wrapping_add(1);
                     let payload = buffer.get(..count).unwrap_or_default();
-                    let mtu = usize::from(core.config.mtu);
+                    let mtu = usize::from(core.mtu);
                     for packet in udp(from, guest, payload, mtu, self.ident) {
                         core.send(&packet);
                     }

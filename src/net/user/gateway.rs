@@ -138,6 +138,11 @@ impl UserNet {
         Ok(())
     }
 
+    /// The MTU that the guest uses.
+    pub fn set_mtu(&mut self, mtu: u16) {
+        self.core.mtu = self.core.config.mtu.min(mtu);
+    }
+
     /// End everything, and stop listening.
     pub fn close(&mut self) {
         self.reset();
@@ -239,8 +244,8 @@ impl UserNet {
             return;
         }
         if udp.dst_port() == SERVER_PORT && (to.is_broadcast() || to == self.core.config.gateway) {
-            let Core { config, outbox, .. } = &mut self.core;
-            return self.dhcp.process(config, udp.payload(), outbox);
+            let Core { config, mtu, outbox, .. } = &mut self.core;
+            return self.dhcp.process((config, *mtu), udp.payload(), outbox);
         }
         if from.is_unspecified() || udp.src_port() == 0 {
             return;

@@ -194,7 +194,7 @@ impl UdpTable {
                     self.ident = self.ident.wrapping_add(1);
                     let payload = self.buffer.get(..count).unwrap_or_default();
                     let (from, to) = (flow.key.remote, flow.key.guest);
-                    let mtu = usize::from(core.config.mtu);
+                    let mtu = usize::from(core.mtu);
                     for packet in udp(from, to, payload, mtu, self.ident) {
                         core.send(&packet);
                     }

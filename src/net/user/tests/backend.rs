@@ -90,6 +90,33 @@ fn a_fork_has_a_network_of_its_own_and_other_ports() {
 }
 
 #[test]
+fn a_datagram_is_cut_to_the_mtu_that_the_guest_uses() {
+    use std::net::UdpSocket;
+    let host = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let config = UserNetConfig { host_loopback: true, mtu: 9000, ..UserNetConfig::default() };
+    let to = (config.gateway, host.local_addr().unwrap().port());
+    let packet = super::super::frame::udp((config.guest, 5000), to, b"x", 1500, 1).remove(0);
+    let frame = super::relay::framed(&packet);
+    let backend = UserBackend::new(config).unwrap();
+    for (mtu, expected) in [(1500, 4), (65_520, 1), (2000, 3)] {
+        backend.guest_mtu(mtu);
+        backend.send(&[Frame::complete(&frame)]);
+        let (_, from) = host.recv_from(&mut [0; 8]).unwrap();
+        host.send_to(&[7; 5000], from).unwrap();
+        let mut sizes = Vec::new();
+        while sizes.len() < expected {
+            assert!(is_readable(backend.watched().receive));
+            backend.receive(100, &mut |frame| {
+                sizes.push(frame.bytes.len());
+                true
+            });
+        }
+        assert!(sizes.iter().all(|size| *size <= 14 + usize::from(mtu)), "{sizes:?}");
+        assert_eq!(sizes.len(), expected);
+    }
+}
+
+#[test]
 fn a_port_that_is_taken_is_an_error_that_names_it() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let host = listener.local_addr().unwrap();

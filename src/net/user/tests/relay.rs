@@ -127,7 +127,7 @@ fn datagrams_of_any_length_come_back() {
 #[test]
 fn long_datagrams_are_fragments_both_ways() {
     let echo = server(<[u8]>::to_vec);
-    let mut guest = Guest::new(open());
+    let mut guest = Guest::new(UserNetConfig { mtu: 1500, ..open() });
     let config = guest.net.config().clone();
     let data: Vec<u8> = (0..20_000_usize).map(|n| (n / 7).to_le_bytes()[0]).collect();
     let (from, to) = ((config.guest, 5000), (config.gateway, echo.port()));
