@@ -114,6 +114,8 @@ def through_passt(stack: ExitStack) -> Qemu:
     if shutil.which("passt") is None:
         raise UnmeasurableError("passt is not installed: apt-get install passt")
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="pyvmm-bench-"))
+    # Started by root, it becomes nobody.
+    Path(folder).chmod(0o777)
     path = Path(folder, "passt")
     command = ["passt", "--foreground", "--one-off", "--quiet", "--socket", str(path), "--address", "10.0.2.15"]
     command += ["--netmask", "24", "--gateway", "10.0.2.2"]

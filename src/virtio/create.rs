@@ -18,7 +18,7 @@ use super::net::Net;
 use super::rng::Rng;
 use super::vsock::Vsock;
 use crate::bytes::bad;
-use crate::config::VirtioConfig;
+use crate::config::{NetConfig, VirtioConfig};
 use crate::error::Result;
 
 /// The device of a configuration.
@@ -35,6 +35,25 @@ pub(crate) fn create(config: VirtioConfig) -> Result<Arc<dyn VirtioDevice>> {
         VirtioConfig::Balloon(config) => Ok(Arc::new(Balloon::new(config)?)),
         VirtioConfig::Share(config) => Ok(Arc::new(Fs9p::new(config)?)),
         VirtioConfig::Vsock(config) => Ok(Arc::new(Vsock::new(&config)?)),
+    }
+}
+
+/// The device of a configuration in place of a snapshot's, whose driver may be using it: what the
+/// configuration leaves open stays.
+///
+/// # Errors
+/// As for [`create`].
+pub(crate) fn create_in_place(
+    config: VirtioConfig,
+    device_type: u32,
+    spec: &[u8],
+) -> Result<Arc<dyn VirtioDevice>> {
+    match config {
+        VirtioConfig::Net(net) if device_type == VIRTIO_ID_NET => {
+            let mtu = net.mtu.or_else(|| Net::mtu_of(spec));
+            create(VirtioConfig::Net(NetConfig { mtu, ..net }))
+        }
+        other => create(other),
     }
 }
 

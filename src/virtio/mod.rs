@@ -63,7 +63,7 @@ pub use buffers::{ChainReader, ChainWriter, Slices};
 pub use chain::{BrokenChain, Chain, Segment};
 pub use console::Console;
 pub use counts::{CountValues, Counts, DeviceStats};
-pub(crate) use create::{create, restored};
+pub(crate) use create::{create, create_in_place, restored};
 pub use custom::{Custom, Happened};
 pub use device::{Frozen, VirtioDevice};
 pub use fs9p::Fs9p;

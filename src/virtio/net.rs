@@ -11,7 +11,7 @@ use super::access::QueueAccess;
 use super::device::{Frozen, VirtioDevice, read_space};
 use super::net_control::{self, CONTROL, Controlled, Filter};
 use super::net_features::{self, guest_offloads};
-use super::net_link::{Link, NetCounts, default_mac};
+use super::net_link::{Link, NetCounts, default_mac, parse_spec};
 use super::net_receive::{RECEIVE, Receive, Turn};
 use super::net_transmit::{Progress, TRANSMIT, Transmit};
 use super::net_watch::Watch;
@@ -98,16 +98,18 @@ impl Net {
 
     /// A device of a fork, or of a snapshot's file, with what it has of its network.
     pub(super) fn from_spec(spec: &[u8], frozen: Option<&Frozen>) -> Result<Self> {
-        let mut reader = Reader::new("net", spec);
-        let mac = reader.take()?;
-        let mtu = Some(reader.u16()?).filter(|mtu| *mtu > 0);
-        reader.end()?;
+        let (mac, mtu) = parse_spec(spec)?;
         let link = frozen.and_then(|frozen| frozen.downcast_ref::<FrozenLink>());
         let backend = match link {
             Some(FrozenLink(net)) => net.backend()?,
             None => Arc::new(Disconnected),
         };
         Ok(Self::over(backend, mac, mtu))
+    }
+
+    /// The MTU of a snapshot's device.
+    pub(super) fn mtu_of(spec: &[u8]) -> Option<u16> {
+        parse_spec(spec).ok()?.1
     }
 
     /// The guest's hardware address.

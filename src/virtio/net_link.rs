@@ -4,6 +4,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use crate::bytes::Reader;
+use crate::error::Result;
 use crate::net::{Capture, Frame};
 use crate::sync::{Mutex, rank};
 
@@ -143,6 +145,14 @@ pub(super) fn default_mac(backend: &str, number: usize) -> [u8; 6] {
         bytes.fold(seed, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
     let [first, second, third, fourth, fifth, ..] = (hash ^ hash >> 32).to_le_bytes();
     [2, first, second, third, fourth, fifth]
+}
+
+/// What a network device's `spec` has returned: the address and the MTU.
+pub(super) fn parse_spec(spec: &[u8]) -> Result<([u8; 6], Option<u16>)> {
+    let mut reader = Reader::new("net", spec);
+    let (mac, mtu) = (reader.take()?, reader.u16()?);
+    reader.end()?;
+    Ok((mac, Some(mtu).filter(|mtu| *mtu > 0)))
 }
 
 #[cfg(test)]

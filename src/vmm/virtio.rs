@@ -52,7 +52,7 @@ pub(super) fn attach_saved(
     for VirtioDeviceState { name, device_type, place, spec, frozen } in saved {
         place.claim_again(vm.memory().resources(), name)?;
         let device = match given.iter().position(|(other, _)| other == name) {
-            Some(at) => replacement(name, *device_type, given.remove(at).1)?,
+            Some(at) => replacement(name, (*device_type, spec), given.remove(at).1)?,
             None => virtio::restored(name, *device_type, spec, frozen.as_ref())?,
         };
         all.push(attach(vm, router, name, *place, device)?);
@@ -63,10 +63,10 @@ pub(super) fn attach_saved(
 /// The device that a fork is given for one of its snapshot.
 fn replacement(
     name: &str,
-    device_type: u32,
+    (device_type, spec): (u32, &[u8]),
     config: VirtioConfig,
 ) -> Result<Arc<dyn virtio::VirtioDevice>> {
-    let device = virtio::create(config)?;
+    let device = virtio::create_in_place(config, device_type, spec)?;
     let given = device.device_type();
     if given != device_type {
         let detail = format!("it is a device of type {given}, the snapshot's is of {device_type}");
