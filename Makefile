@@ -5,7 +5,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 SHELL := /bin/bash
 PYTHON_CODE := python tests benches examples scripts
 
-.PHONY: help all run test setup quick lint rust loom linux guests pytest checked asan miri hardware docs wheels bench stress fuzz audit format clean
+.PHONY: help all run test setup quick lint rust loom linux guests pytest checked asan miri hardware docs wheels bench stress long fuzz audit format clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -85,6 +85,9 @@ bench: setup ## Benchmarks: ratios against the physical limit; BENCH_JSON=FILE w
 
 stress: setup ## The long runs of the stress tests
 	PYVMM_STRESS_S=30 pytest --quiet tests/stress tests/event/test_event_manager_model.py tests/py/test_ending.py --timeout 3600 -o faulthandler_timeout=7200
+
+long: setup linux ## Linux moves 64 MiB each way by TCP and vsock, where the other tests move 4
+	PYVMM_LONG=1 pytest --quiet -m linux tests/virtio/test_linux_net.py tests/virtio/test_linux_vsock.py
 
 FUZZ_S ?= 60
 FUZZ_SEED ?= 1

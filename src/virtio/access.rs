@@ -61,6 +61,15 @@ impl<'a> QueueAccess<'a> {
         self.epoch
     }
 
+    /// Whether a chain is the device's: the driver has neither reset the device nor stopped the
+    /// queue since the device has taken it.
+    #[must_use]
+    pub(super) fn has(&self, chain: &Chain) -> bool {
+        // Relaxed: a stop waits for accesses in progress.
+        let stopped = self.queues.stopped.load(Ordering::Relaxed);
+        chain.epoch == self.epoch && stopped & 1 << (chain.queue & 63) == 0
+    }
+
     /// Guest memory.
     #[must_use]
     pub fn memory(&self) -> &GuestMemory {

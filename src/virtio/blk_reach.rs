@@ -98,7 +98,7 @@ fn check(buffers: &[Slice<'_>], size: u64) -> io::Result<()> {
 
 /// Why a request has no status, or a bad one.
 pub(super) enum Ended {
-    /// The device was reset meanwhile.
+    /// The driver has reset the device or stopped the queue meanwhile.
     Void,
     Failed(io::Error),
 }
@@ -125,12 +125,16 @@ fn gone() -> io::Error {
 }
 
 impl Reach<'_> {
-    pub(super) fn with<T>(&self, with: impl FnOnce(&QueueAccess<'_>) -> T) -> Result<T, Ended> {
+    pub(super) fn with<T>(
+        &self,
+        job: &Job,
+        with: impl FnOnce(&QueueAccess<'_>) -> T,
+    ) -> Result<T, Ended> {
         match self {
             Self::Now(access) => Ok(with(access)),
             Self::Later(queues, epoch) => {
                 let access = queues.access_after(*epoch).ok_or(Ended::Void)?;
-                Ok(with(&access))
+                if access.has(&job.chain) { Ok(with(&access)) } else { Err(Ended::Void) }
             }
         }
     }
@@ -144,7 +148,7 @@ impl Reach<'_> {
         let most = usize::try_from(size).unwrap_or(0);
         let mut bytes = vec![0; most];
         session.read_at(offset, &of_bytes_mut(&mut bytes))?;
-        self.with(|access| {
+        self.with(job, |access| {
             let mut writer = ChainWriter::new(access, &job.chain);
             writer.skip(done);
             writer.write_all(&bytes).map_err(Ended::Failed)
@@ -158,7 +162,7 @@ impl Reach<'_> {
         }
         let (offset, done, size) = part;
         let most = usize::try_from(size).unwrap_or(0);
-        let bytes = self.with(|access| job.data(access, done).read_vec(most))?;
+        let bytes = self.with(job, |access| job.data(access, done).read_vec(most))?;
         if bytes.len() != most {
             return Err(gone().into());
         }
@@ -173,7 +177,9 @@ mod tests {
 
     use super::super::blk::tests::{driver, header, request};
     use super::super::mock::{MockDriver, readable, writable};
-    use crate::disk::{Backend, Contents, Slice};
+    use super::super::registers::{QUEUE_READY, QUEUE_SEL};
+    use super::*;
+    use crate::disk::{Backend, Contents};
     use crate::sync::{Mutex, rank};
 
     const AT: u64 = MockDriver::BUFFERS;
@@ -203,6 +209,30 @@ mod tests {
         fn may_block(&self) -> bool {
             true
         }
+    }
+
+    #[test]
+    fn a_request_of_a_queue_that_was_stopped_is_void() {
+        let mut driver = driver(Contents::Bytes(vec![0; 4096]), |_| {});
+        driver.start(0);
+        let data = AT + 0x1000;
+        let header = header(&driver, 0, 0);
+        driver.add(0, &[header, writable(data, 512), writable(AT + 0x100, 1)]).unwrap();
+        let queues = Arc::clone(driver.attached.transport.queues());
+        let access = queues.access().unwrap();
+        let job = Job::parse(&access, access.pop(0).unwrap()).unwrap();
+        let later = Reach::Later(&queues, access.epoch());
+        drop(access);
+        assert!(later.with(&job, |_| ()).is_ok());
+        driver.write(QUEUE_SEL, 0);
+        driver.write(QUEUE_READY, 0);
+        assert!(matches!(later.with(&job, |_| ()), Err(Ended::Void)));
+        let access = queues.access().unwrap();
+        assert_eq!(ChainWriter::new(&access, &job.chain).write(&[1]).unwrap(), 0);
+        assert_eq!(job.data(&access, 0).left(), 0);
+        drop(access);
+        driver.start(0);
+        assert_eq!(request(&mut driver, 0, 0, &[writable(data, 512)]), 0);
     }
 
     #[test]

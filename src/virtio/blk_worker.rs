@@ -1,7 +1,7 @@
 //! The thread of a disk: takes requests from the queue, carries them out, and gives them back.
 //! Requests to a file are carried out in guest memory, by `blk_batch.rs`. A request that calls the
 //! program, which may take any time, has a buffer of its own and no access meanwhile: if the device
-//! is reset before it ends, its result is void.
+//! is reset, or the queue stopped, before it ends, its result is void.
 
 use std::io::{self, Write};
 use std::sync::Arc;
@@ -299,9 +299,9 @@ impl Shared {
                 count(&counts.flushes, 1);
                 session.flush()?;
             }
-            Request::Id => reach.with(|access| {
+            Request::Id => reach.with(job, |access| {
                 let mut writer = ChainWriter::new(access, &job.chain);
-                let room = usize::try_from(writer.left() - 1).unwrap_or(usize::MAX);
+                let room = usize::try_from(writer.left().saturating_sub(1)).unwrap_or(usize::MAX);
                 let serial = self.serial.get(..room).unwrap_or(&self.serial);
                 writer.write_all(serial).map_err(Ended::Failed)
             })??,
@@ -321,7 +321,8 @@ impl Shared {
         reach: &Reach<'_>,
     ) -> Result<Status, Ended> {
         count(&self.counts.discards, 1);
-        let data = reach.with(|access| job.data(access, 0).read_vec(MOST_SEGMENT_BYTES + 1))?;
+        let data =
+            reach.with(job, |access| job.data(access, 0).read_vec(MOST_SEGMENT_BYTES + 1))?;
         let ranges = match blk_request::ranges(&data, is_discard) {
             Ok(ranges) => ranges,
             Err(status) => return Ok(status),

@@ -19,7 +19,8 @@ struct Cursor<'a> {
 }
 
 impl<'a> Cursor<'a> {
-    fn new(segments: &'a [Segment]) -> Self {
+    fn of(access: &QueueAccess<'_>, chain: &'a Chain, segments: fn(&Chain) -> &[Segment]) -> Self {
+        let segments = if access.has(chain) { segments(chain) } else { &[] };
         Self { segments, at: (0, 0), left: length(segments) }
     }
 
@@ -68,10 +69,10 @@ pub struct ChainReader<'a> {
 }
 
 impl<'a> ChainReader<'a> {
-    /// At the start of the chain's readable buffers.
+    /// At the start of the chain's readable buffers. A chain that is void has none.
     #[must_use]
     pub fn new(access: &'a QueueAccess<'_>, chain: &'a Chain) -> Self {
-        Self { access, cursor: Cursor::new(chain.readable()) }
+        Self { access, cursor: Cursor::of(access, chain, Chain::readable) }
     }
 
     /// How many bytes are left.
@@ -130,10 +131,10 @@ pub struct ChainWriter<'a> {
 }
 
 impl<'a> ChainWriter<'a> {
-    /// At the start of the chain's writable buffers.
+    /// At the start of the chain's writable buffers. A chain that is void has none.
     #[must_use]
     pub fn new(access: &'a QueueAccess<'_>, chain: &'a Chain) -> Self {
-        Self { access, cursor: Cursor::new(chain.writable()), written: 0 }
+        Self { access, cursor: Cursor::of(access, chain, Chain::writable), written: 0 }
     }
 
     /// How many bytes have been written, for [`QueueAccess::complete`].

@@ -2,7 +2,7 @@
 //! started it and the machine is not quiesced. Also its interrupts. Any thread.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 use virtio_queue::QueueT;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -45,6 +45,8 @@ pub struct Queues {
     pub(super) gate: Mutex<Gate, rank::VirtioGate>,
     changed: Condvar,
     pub(super) all: Vec<Mutex<Queue, rank::VirtioQueue>>,
+    /// One bit for each queue that the driver has stopped while the device goes on.
+    pub(super) stopped: AtomicU64,
     /// The notifications of each queue.
     pub(super) notify: Vec<EventFd>,
     pub(super) abandoned: Arc<Abandoned>,
@@ -86,6 +88,7 @@ impl Queues {
             gate: Mutex::default(),
             changed: Condvar::new(),
             all: sizes.iter().map(queue).collect::<Result<_>>()?,
+            stopped: AtomicU64::new(0),
             notify,
             abandoned: Arc::new(Abandoned::new(first)),
             counts: Arc::default(),
@@ -158,6 +161,8 @@ impl Queues {
         let mut gate = self.gate.lock();
         (gate.active, gate.has_failed) = (Some(features), false);
         gate.epoch += 1;
+        // Relaxed: the gate orders it before each access.
+        self.stopped.store(0, Ordering::Relaxed);
     }
 
     /// End the device's access to the queues, and wait for accesses in progress. What the device

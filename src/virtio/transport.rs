@@ -166,6 +166,8 @@ impl Transport {
                 queue.stop();
                 0
             });
+            // Relaxed: the gate orders it before each access.
+            self.queues.stopped.fetch_or(1 << (select & 63), Ordering::Relaxed);
             self.queues.release();
         } else if !is_active {
             self.with_queue(select, |queue| {

@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 from pyvmm import Net, Network, UserNet
-from virtio_linux import Guest, Ready, forked, running, said, sum_of
+from virtio_linux import MOVED, Guest, Ready, forked, running, said, sum_of
 
 if TYPE_CHECKING:
     from pyvmm import NetworkPort
 
 pytestmark = [pytest.mark.linux, pytest.mark.timeout(900)]
-# Where ring 0 is emulated, Linux copies some megabytes in a second.
-SIZE = 4 << 20
 PORT = 5201
 PATIENCE_MS = 30_000
 USER = "net eth0 10.0.2.15 255.255.255.0 10.0.2.2"
@@ -47,7 +45,7 @@ def both_ways(guest: Guest, data: bytes) -> None:
 def test_tcp_with_the_host_in_both_directions(linux_ready: Ready) -> None:
     with forked(linux_ready.snapshot, net0=Net(UserNet(host_loopback=True))) as guest:
         guest(USER)
-        both_ways(guest, bytes(range(256)) * (SIZE // 256))
+        both_ways(guest, bytes(range(256)) * (MOVED // 256))
         guest.stop()
         second = guest.vmm.snapshot()
     with forked(second) as guest:
@@ -82,11 +80,11 @@ def test_two_machines_and_a_partition_that_is_healed(linux_ready: Ready) -> None
         assert answers(first, 2, 300) == 0
         network.heal()
         assert answers(second, 1) == 2
-        second.type(f"receive tcp::{PORT} {SIZE}")
+        second.type(f"receive tcp::{PORT} {MOVED}")
         second.expect("listening")
-        sent = said(first(f"send tcp:10.9.0.2:{PORT} {SIZE}"), "sent")
+        sent = said(first(f"send tcp:10.9.0.2:{PORT} {MOVED}"), "sent")
         assert said(second.end(), "received") == sent
-        assert sent.size == SIZE
+        assert sent.size == MOVED
         for guest in (first, second):
             guest.stop()
         copies = network.snapshot([first.vmm, second.vmm])

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from virtio_linux import STATUS, Guest, Ready, forked, said, sum_of
+from virtio_linux import MOVED, STATUS, Guest, Ready, forked, said, sum_of
 
 pytestmark = [pytest.mark.linux, pytest.mark.timeout(900)]
-# Where ring 0 is emulated, Linux copies some megabytes in a second.
-SIZE = 8 << 20
 PORT = 52
 
 
@@ -32,7 +30,7 @@ def both_ways(guest: Guest, data: bytes) -> None:
 
 def test_bytes_arrive_in_both_directions(linux_ready: Ready) -> None:
     with forked(linux_ready.snapshot) as guest:
-        both_ways(guest, bytes(range(256)) * (SIZE // 256))
+        both_ways(guest, bytes(range(256)) * (MOVED // 256))
 
 
 def test_a_fork_is_told_that_its_connections_have_ended(linux_ready: Ready) -> None:
