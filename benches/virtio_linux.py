@@ -24,8 +24,8 @@ RUNS = 7
 BOOTS = 3
 MIB = 1 << 20
 DISK_MIB = 64
-# How much the guest reads and writes, and how much it sends: where ring 0 is emulated, some megabytes in a second, and
-# a tenth of one in packets of 1,500 bytes.
+# How much the guest reads and writes, and how much it sends: where ring 0 is emulated, some
+# megabytes in a second, and a tenth of one in packets of 1,500 bytes.
 MOVED = 8 * MIB
 SENT = 1 * MIB
 PORT = 5201

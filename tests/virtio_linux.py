@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 STATUS = re.compile(r"~(\d+)~\r\n")
 
 
-# How much moves each way. Where ring 0 is emulated, Linux moves about 2 MiB a second; `make long` has the time for 64.
+# How much moves each way. Where ring 0 is emulated, Linux moves about 2 MiB a second; `make
+# long` has the time for 64.
 MOVED = (64 if "PYVMM_LONG" in os.environ else 4) << 20
 # Where programs of root are, also if another user runs the tests.
 SBIN = "/usr/sbin:/sbin:/usr/bin:/bin"

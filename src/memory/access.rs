@@ -22,7 +22,7 @@ impl GuestMemory {
     }
 
     /// Check that the guest may write a whole range. What writes on the guest's behalf, such as a
-    /// device's DMA, checks this first, as [`Moment::write_for_guest`] does: `write` also writes ROM.
+    /// device's DMA, checks this first: `write` also writes ROM.
     ///
     /// # Errors
     /// [`ErrorKind::Memory`] if a part of the range is read-only, or is not memory.

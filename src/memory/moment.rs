@@ -1,5 +1,5 @@
 //! Guest memory with the slots of one moment: for accesses that follow each other in a short time,
-//! such as those of a device to its queues, which do not look the current slots up each. Any thread.
+//! such as those of a device to its queues, which look the current slots up once. Any thread.
 
 use std::iter::FusedIterator;
 use std::sync::Arc;

@@ -15,6 +15,7 @@ use super::custom::{Custom, SPEC};
 use super::device::{Frozen, VirtioDevice};
 use super::fs9p::Fs9p;
 use super::net::Net;
+use super::net_link::parse_spec;
 use super::rng::Rng;
 use super::vsock::Vsock;
 use crate::bytes::bad;
@@ -50,7 +51,7 @@ pub(crate) fn create_in_place(
 ) -> Result<Arc<dyn VirtioDevice>> {
     match config {
         VirtioConfig::Net(net) if device_type == VIRTIO_ID_NET => {
-            let mtu = net.mtu.or_else(|| Net::mtu_of(spec));
+            let mtu = net.mtu.or_else(|| parse_spec(spec).ok()?.1);
             create(VirtioConfig::Net(NetConfig { mtu, ..net }))
         }
         other => create(other),

@@ -46,6 +46,7 @@ mod queues;
 mod registers;
 mod rng;
 mod state;
+mod state_chains;
 mod subscriber;
 mod transport;
 mod vsock;

@@ -107,11 +107,6 @@ impl Net {
         Ok(Self::over(backend, mac, mtu))
     }
 
-    /// The MTU of a snapshot's device.
-    pub(super) fn mtu_of(spec: &[u8]) -> Option<u16> {
-        parse_spec(spec).ok()?.1
-    }
-
     /// The guest's hardware address.
     #[must_use]
     pub fn mac(&self) -> [u8; 6] {

@@ -67,12 +67,38 @@ pub(super) fn guest_offloads(features: u64) -> Offloads {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use super::super::VirtioDevice;
+    use super::super::mock::{MockDriver, readable, writable};
+    use super::super::net::Net;
     use super::*;
+    use crate::devices::Device;
+    use crate::net::Disconnected;
 
     #[test]
     fn segmentation_is_left_only_to_guests_that_also_do_checksums() {
         assert_eq!(guest_offloads(GUEST_TSO4 | GUEST_ECN), Offloads::default());
         let some = guest_offloads(GUEST_CSUM | GUEST_TSO6);
         assert_eq!(some, Offloads { checksum: true, tso4: false, tso6: true, ecn: false });
+    }
+
+    #[test]
+    fn offloads_that_the_driver_has_turned_off_stay_off_in_a_copy() {
+        const AT: u64 = MockDriver::BUFFERS;
+        let features = CTRL_VQ | CTRL_GUEST_OFFLOADS | GUEST_CSUM | GUEST_TSO4;
+        let net = Arc::new(Net::over(Arc::new(Disconnected), [2; 6], None));
+        let mut driver = MockDriver::new(Arc::clone(&net) as _, 8).unwrap();
+        driver.start(features);
+        driver.memory.write(AT, &[5, 0, 0, 0, 0, 0, 0, 0, 0, 0]).unwrap();
+        let command = [readable(AT, 10), writable(AT + 16, 1)];
+        assert_eq!(driver.exchange(2, &command), Some(1));
+        assert_eq!(driver.memory.load::<u8>(AT + 16).unwrap(), 0);
+        let (own, transport) = (net.save().unwrap(), &driver.attached.transport);
+        let state = Device::save(&**transport).unwrap();
+        Device::restore(&**transport, &state).unwrap();
+        assert_eq!(net.save().unwrap(), own);
+        driver.start(CTRL_VQ | GUEST_CSUM);
+        assert_ne!(net.save().unwrap(), own, "a new driver has what it accepts");
     }
 }

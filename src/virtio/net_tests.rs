@@ -380,23 +380,6 @@ mod tests {
     }
 
     #[test]
-    fn offloads_that_the_driver_has_turned_off_stay_off_in_a_copy() {
-        use super::super::VirtioDevice;
-        use crate::devices::Device;
-        let (mut machine, _queue) = queue(CTRL_VQ | CTRL_GUEST_OFFLOADS | GUEST_CSUM | GUEST_TSO4);
-        machine.driver.memory.write(SEND, &[5, 0, 0, 0, 0, 0, 0, 0, 0, 0]).unwrap();
-        let command = [readable(SEND, 10), writable(SEND + 16, 1)];
-        assert_eq!(machine.driver.exchange(2, &command), Some(1));
-        assert_eq!(machine.read(SEND + 16, 1), [0]);
-        let (own, transport) = (machine.net.save().unwrap(), &machine.driver.attached.transport);
-        let state = Device::save(&**transport).unwrap();
-        Device::restore(&**transport, &state).unwrap();
-        assert_eq!(machine.net.save().unwrap(), own);
-        machine.driver.start(CTRL_VQ | GUEST_CSUM);
-        assert_ne!(machine.net.save().unwrap(), own, "a new driver has what it accepts");
-    }
-
-    #[test]
     fn a_capture_has_the_frames_of_both_directions() {
         let path = std::env::temp_dir().join(format!("pyvmm-net-{}.pcap", std::process::id()));
         let (mut machine, queue) = queue(0);

@@ -45,7 +45,7 @@ pub struct Queues {
     pub(super) gate: Mutex<Gate, rank::VirtioGate>,
     changed: Condvar,
     pub(super) all: Vec<Mutex<Queue, rank::VirtioQueue>>,
-    /// One bit for each queue that the driver has stopped while the device goes on.
+    /// One bit for each queue that the driver has stopped alone.
     pub(super) stopped: AtomicU64,
     /// The notifications of each queue.
     pub(super) notify: Vec<EventFd>,

@@ -1,14 +1,13 @@
-//! The state of a transport and its queues in a snapshot, with the chains that the device had taken
-//! and not completed: a restored device takes them again, first. Parsed from untrusted bytes.
+//! The state of a transport and its queues in a snapshot. Parsed from untrusted bytes.
 
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 
 use virtio_queue::{Queue as Ring, QueueState};
 
-use super::chain::{Buffers, Segment};
 use super::queue::{Queue, Taken};
 use super::registers::status;
+use super::state_chains;
 use super::transport::{Registers, Transport};
 use crate::bytes::{Reader, bad};
 use crate::error::Result;
@@ -34,7 +33,7 @@ pub(super) fn save(transport: &Transport) -> Result<Vec<u8>> {
     let (interrupt_status, deferred) = queues.interrupts();
     bytes.extend((interrupt_status | deferred << DEFERRED).to_le_bytes());
     bytes.extend(queues.config_generation.load(Ordering::Acquire).to_le_bytes());
-    bytes.extend(count(queues.all.len()));
+    bytes.extend(state_chains::count(queues.all.len()));
     for queue in &queues.all {
         save_queue(&queue.lock(), &mut bytes);
     }
@@ -61,22 +60,7 @@ fn save_queue(queue: &Queue, bytes: &mut Vec<u8>) {
     for address in [desc_table, avail_ring, used_ring] {
         bytes.extend(address.to_le_bytes());
     }
-    let all = || queue.taken.iter().chain(&queue.carried);
-    bytes.extend(count(all().count()));
-    for taken in all() {
-        bytes.extend(taken.head.to_le_bytes());
-        for segments in [taken.buffers.readable(), taken.buffers.writable()] {
-            bytes.extend(count(segments.len()));
-            for segment in segments {
-                bytes.extend(segment.address.to_le_bytes());
-                bytes.extend(segment.length.to_le_bytes());
-            }
-        }
-    }
-}
-
-fn count(length: usize) -> [u8; 4] {
-    u32::try_from(length).unwrap_or(u32::MAX).to_le_bytes()
+    state_chains::save(queue, bytes);
 }
 
 /// The parsed state, before any of it is applied.
@@ -188,22 +172,7 @@ fn parse_queue(
     if max_size != ours {
         return Err(bad(name, format!("a queue has up to {ours} entries, the saved {max_size}")));
     }
-    let taken = reader.u32()?;
-    if taken > u32::from(max_size) {
-        return Err(bad(name, format!("{taken} chains are more than the queue has")));
-    }
-    let mut carried = VecDeque::new();
-    for _ in 0..taken {
-        let head = reader.u16()?;
-        if head >= size {
-            return Err(bad(name, format!("the queue has no descriptor {head}")));
-        }
-        let mut buffers = Buffers::default();
-        for is_writable in [false, true] {
-            parse_segments(name, reader, memory, is_writable, &mut buffers)?;
-        }
-        carried.push_back(Taken { head, buffers });
-    }
+    let carried = state_chains::parse(name, (size, max_size), memory, reader)?;
     let state = QueueState {
         max_size,
         next_avail,
@@ -218,37 +187,10 @@ fn parse_queue(
     Ok((state, carried))
 }
 
-/// What [`super::chain`] makes sure of is checked again.
-fn parse_segments(
-    name: &str,
-    reader: &mut Reader<'_>,
-    memory: &GuestMemory,
-    is_writable: bool,
-    buffers: &mut Buffers,
-) -> Result<()> {
-    let count = reader.u32()?;
-    if count > u32::from(u16::MAX) {
-        return Err(bad(name, format!("{count} buffers are too many for a chain")));
-    }
-    let check = if is_writable { GuestMemory::check_guest_writes } else { GuestMemory::check };
-    let mut total: u32 = 0;
-    for _ in 0..count {
-        let (address, length) = (reader.u64()?, reader.u32()?);
-        check(memory, address, u64::from(length.max(1)))
-            .map_err(|error| bad(name, error.to_string()))?;
-        total = total
-            .checked_add(length)
-            .ok_or_else(|| bad(name, "the buffers of a chain have more than 4 GiB"))?;
-        buffers
-            .push(Segment { address, length }, is_writable)
-            .map_err(|error| bad(name, error.to_string()))?;
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     //! Covers src/virtio/queues.rs, src/virtio/queue.rs, src/virtio/access.rs.
+    //! Covers src/virtio/state_chains.rs.
     //! Covers src/virtio/abandoned.rs, src/virtio/mock.rs, src/virtio/bus_device.rs.
 
     use std::sync::Arc;
