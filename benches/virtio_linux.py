@@ -78,8 +78,8 @@ def rate(guest: Guest, command: str, moved: int = MOVED) -> float:
 
 def rates(name: str, command: str, ours: Guest, theirs: Guest, theirs_name: str, moved: int = MOVED) -> Result:
     """The same command in two machines in turn."""
-    sides = (partial(rate, guest, command, moved) for guest in (ours, theirs))
-    return compare(name, "MiB/s", *sides, theirs_name, 1.0, RUNS)
+    first, second = (partial(rate, guest, command, moved) for guest in (ours, theirs))
+    return compare(name, "MiB/s", first, second, theirs_name, 1.0, RUNS)
 
 
 def users() -> Iterator[Result]:
@@ -181,17 +181,12 @@ def boots() -> Iterator[Result]:
         vhost = Path("/dev/vhost-vsock").exists()
         if vhost:
             options += ["-device", "vhost-vsock-device,guest-cid=3"]
-        name = "QEMU microvm" if vhost else "QEMU microvm, without vsock"
+        # QEMU has its vsock from the host's kernel: where there is none, neither machine has one.
+        same = {key: value for key, value in devices.items() if vhost or key != "vsock"}
+        name = "linux-devices" if vhost else "linux-devices, without vsock"
         yield compare(
-            *(
-                "linux-devices",
-                "s",
-                lambda: booted(lambda: Ours(**devices)),
-                lambda: booted(lambda: Qemu(*options)),
-                name,
-                1.0,
-                BOOTS,
-            )
+            *(name, "s", lambda: booted(lambda: Ours(**same)), lambda: booted(lambda: Qemu(*options))),
+            *("QEMU microvm", 1.0, BOOTS),
         )
         yield compare(
             *("linux-devices", "s", lambda: booted(lambda: Ours(**devices)), lambda: booted(Ours)),
