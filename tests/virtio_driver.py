@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from pyvmm import Vmm
 
-STOP, WRITE, READ, POLL = range(4)
+# POLL waits while 16 bits of memory have a value, POLL_REGISTER while a register has it.
+STOP, WRITE, READ, POLL, POLL_REGISTER = range(5)
 SCRIPT = 0x4000
 QUEUES = 0x10000
 BUFFERS = 0x100000
@@ -26,20 +27,24 @@ CODE = bytes.fromhex(
     "8b06"  #         next: mov eax, [esi]
     "8b5e04"  #       mov ebx, [esi + 4]
     "8b4e08"  #       mov ecx, [esi + 8]
-    "83f8017413"  #   cmp eax, WRITE; je write
-    "83f8027412"  #   cmp eax, READ; je read
-    "83f8037414"  #   cmp eax, POLL; je poll
+    "83f8017418"  #   cmp eax, WRITE; je write
+    "83f8027417"  #   cmp eax, READ; je read
+    "83f8037419"  #   cmp eax, POLL; je poll
+    "83f804741e"  #   cmp eax, POLL_REGISTER; je poll_register
     "66baf803"  #     mov dx, 0x3f8
     "b021ee"  #       mov al, '!'; out dx, al
-    "eb13"  #         jmp step
-    "890beb0f"  #     write: mov [ebx], ecx; jmp step
+    "eb1b"  #         jmp step
+    "890beb17"  #     write: mov [ebx], ecx; jmp step
     "8b0389460c"  #   read: mov eax, [ebx]; mov [esi + 12], eax
-    "eb08"  #         jmp step
+    "eb10"  #         jmp step
     "668b03"  #       poll: mov ax, [ebx]
     "6639c8"  #       cmp ax, cx
     "74f8"  #         je poll
+    "eb06"  #         jmp step
+    "8b0339c8"  #     poll_register: mov eax, [ebx]; cmp eax, ecx
+    "74fa"  #         je poll_register
     "83c610"  #       step: add esi, 16
-    "ebc8"  #         jmp next
+    "ebbb"  #         jmp next
 )
 
 

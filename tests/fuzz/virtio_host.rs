@@ -182,13 +182,16 @@ impl Host {
         matches!(kind, "blk" | "qcow2" | "fs9p")
     }
 
-    /// Whether each chain of a queue is given back soon.
-    pub(crate) fn answers(kind: &str, queue: usize) -> bool {
+    /// Whether each chain of a queue is given back soon, to a driver that has these features. A
+    /// balloon takes none of a queue that it does not have without its feature.
+    pub(crate) fn answers(kind: &str, queue: usize, features: u64) -> bool {
+        let has = |bit: u32| features >> bit & 1 != 0;
+        let reports = 2 + usize::from(has(1));
         match kind {
             "rng" | "blk" | "qcow2" | "fs9p" => queue == 0,
             "net" => queue > 0,
             "console" => queue == 3,
-            "balloon" => queue != 2,
+            "balloon" => queue < 2 || queue == reports && has(5),
             _ => false,
         }
     }

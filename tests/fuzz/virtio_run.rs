@@ -116,10 +116,11 @@ impl Run<'_> {
 
     /// Whether the device has given back what it was notified of.
     fn is_idle(&self, queue: Option<u64>) -> bool {
+        let features = self.driver.attached.transport.queues().features().unwrap_or(0);
         let is_meant = |at: usize| queue.is_none_or(|queue| queue == at as u64);
         self.served()
             .iter()
-            .filter(|(at, _)| is_meant(*at) && Host::answers(self.kind, *at))
+            .filter(|(at, _)| is_meant(*at) && Host::answers(self.kind, *at, features))
             .all(|(_, queue)| queue.held == 0 && queue.next == self.u16(queue.available + 2))
     }
 

@@ -17,7 +17,7 @@ from pyvmm import (
     Virtqueue,
     Vmm,
 )
-from virtio_driver import BUFFERS, Driver, machine, readable, writable
+from virtio_driver import BUFFERS, POLL_REGISTER, Driver, machine, readable, writable
 from virtio_programs import Keeper, keep
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ def test_a_device_may_close_snapshot_and_fail_in_process() -> None:
         holder = [vmm]
         driver = Driver(vmm)
         driver.start(queues=2)
-        driver.script((3, driver.base + 0x70, 15))
+        driver.script((POLL_REGISTER, driver.base + 0x70, 15))
         assert vmm.virtio[0].failure == "on purpose"
 
     def close(_device: Bad, _queue: Virtqueue) -> None:

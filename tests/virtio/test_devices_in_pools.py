@@ -25,7 +25,7 @@ from pyvmm import (
     VmmError,
     Vsock,
 )
-from virtio_driver import BUFFERS, Driver, machine, readable, writable
+from virtio_driver import BUFFERS, POLL_REGISTER, Driver, machine, readable, writable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -148,7 +148,7 @@ def test_the_counts_and_failures_of_a_job_are_not_those_of_the_next() -> None:
             assert own.exchange(0, readable(BUFFERS, 16), writable(BUFFERS + 16, 513))
             assert (device.chains, disk.errors, disk.failure is None) == (1, 1, False)
             own.add(0, [writable(1 << 40, 8)])
-            own.script((1, own.base + 0x50, 0), (3, own.base + 0x70, 15))
+            own.script((1, own.base + 0x50, 0), (POLL_REGISTER, own.base + 0x70, 15))
             assert "0x10000000000" in str(device.failure)
             return found
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from pyvmm import Balloon, ClosedError, ConfigError, Rng, Snapshot, Vmm
-from virtio_driver import BUFFERS, Driver, machine, writable
+from virtio_driver import BUFFERS, POLL_REGISTER, Driver, machine, writable
 
 kvm = pytest.mark.kvm
 
@@ -96,7 +96,7 @@ def test_a_broken_chain_needs_a_reset_and_the_reason_is_told() -> None:
         driver.start()
         driver.add(0, [writable(1 << 40, 8)])
         driver.write(0x50, 0)
-        driver.script((3, driver.base + 0x70, 15))
+        driver.script((POLL_REGISTER, driver.base + 0x70, 15))
         (device,) = vmm.virtio
         assert device.status == 0x4F
         assert device.failure is not None
