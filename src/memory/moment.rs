@@ -77,7 +77,7 @@ impl<'a> GuestMemorySliceIterator<'a, ()> for Each<'a> {}
 impl Moment<'_> {
     /// Whether a whole range is memory.
     pub(crate) fn has(&self, address: u64, length: u64) -> bool {
-        self.map.slice(address, length).is_some() || self.check(address, length).is_ok()
+        self.check(address, length).is_ok()
     }
 
     /// Whether the guest may write a whole range.
@@ -152,19 +152,12 @@ impl Moment<'_> {
         check: fn(&MappedSlot, u64) -> Result<()>,
         mut piece: impl FnMut(VolatileSlice<'_>),
     ) -> Result<()> {
-        // Most changes lie in one slot, which is looked up once.
-        if let Some((mapped, place)) = self.map.slice(address, length) {
-            check(mapped, address)?;
-            self.slots.note_touch(address, length);
+        pieces(&self.map, address, length, |mapped, _| check(mapped, address))?;
+        self.slots.note_touch(address, length);
+        pieces(&self.map, address, length, |_, place| {
             piece(place);
-        } else {
-            pieces(&self.map, address, length, |mapped, _| check(mapped, address))?;
-            self.slots.note_touch(address, length);
-            pieces(&self.map, address, length, |_, place| {
-                piece(place);
-                Ok(())
-            })?;
-        }
+            Ok(())
+        })?;
         self.note_write(address, length);
         Ok(())
     }

@@ -203,17 +203,12 @@ impl Drop for QueueAccess<'_> {
 mod tests {
     use std::sync::Arc;
 
-    use super::super::Rng;
     use super::super::counts::CountValues;
+    use super::super::mock::tests::rng;
     use super::super::mock::{MockDriver, readable, writable};
     use super::super::registers::*;
-    use crate::config::RngConfig;
 
     const AT: u64 = MockDriver::BUFFERS;
-
-    fn rng() -> MockDriver {
-        MockDriver::new(Arc::new(Rng::new(RngConfig { seed: Some(7) })), 4).unwrap()
-    }
 
     #[test]
     fn chains_and_their_bytes_are_counted_once() {

@@ -275,14 +275,14 @@ impl VirtioDevice for Balloon {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::super::mock::{MockDriver, readable, writable};
     use super::*;
     use proptest::prelude::*;
 
     const AT: u64 = MockDriver::BUFFERS;
 
-    fn balloon(statistics: Option<Duration>) -> (Arc<Balloon>, MockDriver) {
+    pub(in super::super) fn balloon(statistics: Option<Duration>) -> (Arc<Balloon>, MockDriver) {
         let config =
             BalloonConfig { target_mib: 3, deflate_on_oom: true, reporting: true, statistics };
         let balloon = Arc::new(Balloon::new(config).unwrap());

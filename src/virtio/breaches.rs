@@ -7,6 +7,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::super::Rng;
+    use super::super::mock::tests::rng;
     use super::super::mock::{MockDriver, readable, writable};
     use super::super::registers::*;
     use crate::config::RngConfig;
@@ -16,10 +17,6 @@ mod tests {
     const TABLE: u64 = AT + 0x8000;
     const NEXT: u64 = 1 << 32;
     const WRITE: u64 = 2 << 32;
-
-    fn rng() -> MockDriver {
-        MockDriver::new(Arc::new(Rng::new(RngConfig { seed: Some(7) })), 4).unwrap()
-    }
 
     fn started(features: u64) -> MockDriver {
         let mut driver = rng();

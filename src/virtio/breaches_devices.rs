@@ -7,12 +7,14 @@ mod tests {
     use std::sync::Arc;
     use std::time::Duration;
 
+    use super::super::balloon::tests::balloon as started_balloon;
     use super::super::blk::tests::{driver as disk, request};
+    use super::super::mock::tests::rng;
     use super::super::mock::{Buffer, MockDriver, readable, writable};
     use super::super::registers::STATUS;
     use super::super::vsock_driver::Guest;
-    use super::super::{Balloon, Console, Rng};
-    use crate::config::{BalloonConfig, ConsoleConfig, ConsolePort, RngConfig};
+    use super::super::{Balloon, Console};
+    use crate::config::{ConsoleConfig, ConsolePort};
     use crate::devices::Device;
     use crate::disk::Contents;
     use crate::vsock::{Header, op};
@@ -231,8 +233,7 @@ mod tests {
     /// 5.4.6.1
     #[test]
     fn entropy_is_not_read() {
-        let mut driver =
-            MockDriver::new(Arc::new(Rng::new(RngConfig { seed: Some(7) })), 4).unwrap();
+        let mut driver = rng();
         driver.start(0);
         driver.memory.fill(AT, 8, 9).unwrap();
         assert_eq!(driver.exchange(0, &[readable(AT, 8)]), Some(0));
@@ -241,13 +242,7 @@ mod tests {
     }
 
     fn balloon() -> (Arc<Balloon>, MockDriver) {
-        let statistics = Some(Duration::from_secs(3600));
-        let config =
-            BalloonConfig { target_mib: 3, deflate_on_oom: true, reporting: true, statistics };
-        let balloon = Arc::new(Balloon::new(config).unwrap());
-        let mut driver = MockDriver::new(Arc::clone(&balloon) as _, 8).unwrap();
-        let features = driver.offered() & 0xffff;
-        assert_eq!(driver.start(features), 15);
+        let (balloon, driver) = started_balloon(Some(Duration::from_secs(3600)));
         driver.memory.fill(0x20_0000, 0x4000, 7).unwrap();
         (balloon, driver)
     }

@@ -5,17 +5,13 @@
 mod tests {
     use std::sync::Arc;
 
-    use super::super::Rng;
+    use super::super::mock::tests::rng;
     use super::super::mock::{MockDriver, writable};
     use super::super::registers::*;
-    use crate::config::RngConfig;
+
     use crate::devices::Device;
 
     const AT: u64 = MockDriver::BUFFERS;
-
-    fn rng() -> MockDriver {
-        MockDriver::new(Arc::new(Rng::new(RngConfig { seed: Some(7) })), 4).unwrap()
-    }
 
     fn started() -> MockDriver {
         let mut driver = rng();
@@ -25,6 +21,17 @@ mod tests {
 
     fn works(driver: &mut MockDriver) {
         assert_eq!(driver.exchange(0, &[writable(AT, 8)]), Some(8));
+    }
+
+    /// 4.2.2.2
+    #[test]
+    fn a_queue_that_does_not_exist_is_not_stopped_nor_is_another() {
+        let mut driver = started();
+        for queue in [1, 64, u32::MAX] {
+            driver.write(QUEUE_SEL, queue);
+            driver.write(QUEUE_READY, 0);
+            works(&mut driver);
+        }
     }
 
     /// 4.2.2.2

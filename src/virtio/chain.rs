@@ -193,17 +193,11 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::super::Rng;
+    use super::super::mock::tests::rng;
     use super::super::mock::{MockDriver, readable, writable};
     use super::super::registers::*;
-    use crate::config::RngConfig;
-    use std::sync::Arc;
 
     const AT: u64 = MockDriver::BUFFERS;
-
-    fn rng() -> MockDriver {
-        MockDriver::new(Arc::new(Rng::new(RngConfig { seed: Some(7) })), 4).unwrap()
-    }
 
     fn started() -> MockDriver {
         let mut driver = rng();

@@ -347,3 +347,15 @@ impl Drop for MockDriver {
         self.attached.close();
     }
 }
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::config::RngConfig;
+    use crate::virtio::Rng;
+
+    /// The driver of an entropy device, which gives the same numbers each time.
+    pub(in super::super) fn rng() -> MockDriver {
+        MockDriver::new(Arc::new(Rng::new(RngConfig { seed: Some(7) })), 4).unwrap()
+    }
+}

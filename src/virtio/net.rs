@@ -280,20 +280,16 @@ impl VirtioDevice for Net {
     }
 
     fn activate(&self, queues: &Arc<Queues>, features: u64) {
-        let mut state = self.state.lock();
-        state.queues = Some(Arc::clone(queues));
-        state.controlled.guest = guest_offloads(features);
-        let accepted = self.mtu.filter(|_| features & net_features::MTU != 0);
-        state.guest_mtu = accepted.unwrap_or(ETHERNET_MTU);
-        state.tell();
+        self.state.lock().controlled.guest = guest_offloads(features);
+        self.reactivate(queues, features);
     }
 
+    /// The driver may have turned offloads off since it has accepted them.
     fn reactivate(&self, queues: &Arc<Queues>, features: u64) {
-        // The driver may have turned offloads off since it has accepted them.
-        let restored = self.state.lock().controlled.guest;
-        self.activate(queues, features);
         let mut state = self.state.lock();
-        state.controlled.guest = restored;
+        state.queues = Some(Arc::clone(queues));
+        let accepted = self.mtu.filter(|_| features & net_features::MTU != 0);
+        state.guest_mtu = accepted.unwrap_or(ETHERNET_MTU);
         state.tell();
     }
 
@@ -359,7 +355,6 @@ impl VirtioDevice for Net {
         let guest = Offloads { checksum, tso4, tso6, ecn };
         let mut state = self.state.lock();
         state.controlled = Controlled { filter, mac, guest };
-        state.tell();
         self.link.want(is_wanted != 0);
         Ok(())
     }

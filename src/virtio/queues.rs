@@ -182,6 +182,17 @@ impl Queues {
         self.wait_for_users(&mut gate);
     }
 
+    /// The driver has stopped one queue. This waits for accesses in progress.
+    pub(super) fn stop_queue(&self, queue: u32) {
+        let at = usize::try_from(queue).ok();
+        let Some(found) = at.and_then(|at| self.all.get(at)) else { return };
+        self.hold();
+        found.lock().stop();
+        // Relaxed: the gate orders it before each access.
+        self.stopped.fetch_or(1 << (queue & 63), Ordering::Relaxed);
+        self.release();
+    }
+
     /// Undo [`Self::hold`]. Each queue is notified: the device has missed what came meanwhile.
     pub(super) fn release(&self) {
         let mut gate = self.gate.lock();

@@ -198,17 +198,16 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::super::Rng;
+    use super::super::mock::tests::rng;
     use super::super::mock::{MockDriver, writable};
     use super::super::registers::{CONFIGURATION_CHANGE, INTERRUPT_ACK};
-    use crate::config::RngConfig;
+
     use crate::devices::Device;
 
     const AT: u64 = MockDriver::BUFFERS;
 
     fn started() -> MockDriver {
-        let device = Arc::new(Rng::new(RngConfig { seed: Some(7) }));
-        let mut driver = MockDriver::new(device, 4).unwrap();
+        let mut driver = rng();
         driver.start(0);
         driver
     }

@@ -161,14 +161,7 @@ impl Transport {
     fn write_ready(&self, select: u32, value: u32) {
         let is_active = self.status() & status::DRIVER_OK != 0;
         if value & 1 == 0 {
-            self.queues.hold();
-            self.with_queue(select, |queue| {
-                queue.stop();
-                0
-            });
-            // Relaxed: the gate orders it before each access.
-            self.queues.stopped.fetch_or(1 << (select & 63), Ordering::Relaxed);
-            self.queues.release();
+            self.queues.stop_queue(select);
         } else if !is_active {
             self.with_queue(select, |queue| {
                 queue.ring.set_ready(true);
@@ -306,21 +299,15 @@ mod tests {
     //! Covers src/virtio/registers.rs, src/virtio/device.rs, src/virtio/subscriber.rs.
     //! Covers src/virtio/attach.rs.
 
-    use std::sync::Arc;
-
     use proptest::prelude::*;
 
-    use super::super::Rng;
+    use super::super::mock::tests::rng;
     use super::super::mock::{MockDriver, writable};
     use super::*;
-    use crate::config::RngConfig;
+
     use crate::devices::Device as _;
 
     const AT: u64 = MockDriver::BUFFERS;
-
-    fn rng() -> MockDriver {
-        MockDriver::new(Arc::new(Rng::new(RngConfig { seed: Some(7) })), 4).unwrap()
-    }
 
     #[test]
     fn a_driver_finds_the_device_and_gets_its_bytes() {
